@@ -1,0 +1,9 @@
+"""Memory operators: a plain PyTorch reference for each, and faster backends behind the same signature.
+
+Imports torch, and Triton lazily, and nothing else.
+"""
+
+from memlm_kernels.backend import choose
+from memlm_kernels.neural_memory import NeuralMemoryState, neural_memory
+
+__all__ = ["NeuralMemoryState", "choose", "neural_memory"]

@@ -1,0 +1,31 @@
+"""What kernel tests share: one comparison and one way to get gradients."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def relative_error(reference: Tensor, got: Tensor) -> float:
+    """Root-mean-square difference relative to the root mean square of the reference (0 where both are 0)."""
+    reference, got = reference.detach().double(), got.detach().double()
+    assert reference.shape == got.shape, f"shape {tuple(got.shape)}, expected {tuple(reference.shape)}"
+    assert torch.isfinite(got).all(), "not finite"
+    difference = (reference - got).square().mean().sqrt().item() if reference.numel() else 0.0
+    scale = reference.square().mean().sqrt().item() if reference.numel() else 0.0
+    return difference / scale if scale > 0 else difference
+
+
+def assert_close(name: str, reference: Tensor, got: Tensor, tolerance: float) -> None:
+    """Relative RMS error of ``got`` at most ``tolerance``; the message names what differs."""
+    error = relative_error(reference, got)
+    assert error <= tolerance, f"{name}: relative error {error:.3g} > {tolerance:.3g}"
+
+
+def grads_of(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of ``(function(*inputs) * fixed random weights).sum()`` with respect to every input."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (out * weights.to(out)).sum().backward()
+    return [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]

@@ -1,0 +1,16 @@
+"""Memory-augmented transformers: one decoder, one memory slot.
+
+Importing memlm registers its model with transformers' Auto classes.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from memlm.cache import MemoryCache
+from memlm.configuration import MemLMConfig
+from memlm.modeling import MemLMForCausalLM, MemLMModel
+
+AutoConfig.register("memlm", MemLMConfig)
+AutoModel.register(MemLMConfig, MemLMModel)
+AutoModelForCausalLM.register(MemLMConfig, MemLMForCausalLM)
+
+__all__ = ["MemLMConfig", "MemLMForCausalLM", "MemLMModel", "MemoryCache"]

@@ -1,0 +1,30 @@
+"""Training data: text corpora, synthetic recall tasks, and their mixture into batches."""
+
+from .build import build_data
+from .documents import Documents
+from .mixture import Batch, Mixture
+from .recall import MQAR, Passkey, RecallSource, RecallTask, ramp
+from .row import IGNORE_INDEX, SPLITS, Row, Source
+from .text import TextCorpus, TextSource
+from .tokenizer import byte_tokenizer, load_tokenizer, token_bytes
+
+__all__ = [
+    "IGNORE_INDEX",
+    "MQAR",
+    "SPLITS",
+    "Batch",
+    "Documents",
+    "Mixture",
+    "Passkey",
+    "RecallSource",
+    "RecallTask",
+    "Row",
+    "Source",
+    "TextCorpus",
+    "TextSource",
+    "build_data",
+    "byte_tokenizer",
+    "load_tokenizer",
+    "ramp",
+    "token_bytes",
+]

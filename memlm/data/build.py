@@ -1,0 +1,99 @@
+"""From the `data` config to the tokenizer and the batches."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from .documents import Documents
+from .mixture import Mixture
+from .recall import MQAR, Passkey, RecallSource
+from .row import Source
+from .text import TextCorpus, TextSource
+from .tokenizer import is_byte_tokenizer, load_tokenizer
+
+_TASKS = {"mqar": MQAR, "passkey": Passkey}
+_OPTIONS = {"text": ("paths",), "mqar": ("num_pairs", "gap"), "passkey": ("digits", "gap")}
+
+
+def build_data(
+    cfg: Mapping[str, Any], *, seed: int, batch_size: int, rank: int = 0, world_size: int = 1
+) -> tuple[PreTrainedTokenizerFast, Mixture]:
+    """Tokenizer and batches of `batch_size` rows a rank, from a config like those in configs/data.
+
+    Builds what the cache lacks. Each source draws from its own stream, seeded by `seed` and its name.
+    Raises ValueError, naming the key, for what is unknown, missing or does not fit.
+    """
+    _check_keys(cfg, "data", ("tokenizer", "seq_len", "cache_dir", "sources"), ("noise_ramp",))
+    _check_whole(cfg, "data", ("seq_len",))
+    if cfg["seq_len"] < 2:
+        raise ValueError(f"data.seq_len={cfg['seq_len']} is too short to predict a token; use 2 or more")
+    if not cfg["sources"]:
+        raise ValueError("data.sources is empty; name at least one source")
+    for name, options in cfg["sources"].items():
+        _check_source(options, f"data.sources.{name}")
+    texts = [options.get("paths") for options in cfg["sources"].values() if options["kind"] == "text"]
+    corpora = [Documents(paths, cfg["cache_dir"]) for paths in texts]
+    tokenizer = load_tokenizer(cfg["tokenizer"], corpora)
+    recall = [name for name, options in cfg["sources"].items() if options["kind"] in _TASKS]
+    if recall and not is_byte_tokenizer(tokenizer):
+        raise ValueError(
+            f"data.sources.{recall[0]} is made of bytes; set data.tokenizer to byte, or leave it out"
+        )
+    sources, weights = {}, {}
+    for name, options in cfg["sources"].items():
+        sources[name] = _build_source(name, cfg, tokenizer, seed)
+        weights[name] = options["weight"]
+    return tokenizer, Mixture(sources, weights, batch_size, rank, world_size)
+
+
+def _build_source(name: str, cfg: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, seed: int) -> Source:
+    options = cfg["sources"][name]
+    own_seed = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8])
+    try:
+        if options["kind"] == "text":
+            corpus = TextCorpus(options.get("paths"), tokenizer, cfg["cache_dir"])
+            return TextSource(corpus, cfg["seq_len"], own_seed)
+        sizes = {key: options[key] for key in _OPTIONS[options["kind"]] if key in options}
+        task = _TASKS[options["kind"]](length=cfg["seq_len"], **sizes)
+        return RecallSource(task, own_seed, _read_ramp(cfg))
+    except ValueError as error:
+        raise ValueError(f"data.sources.{name}: {error}") from error
+
+
+def _check_source(options: Mapping[str, Any], where: str) -> None:
+    kind = options.get("kind") if isinstance(options, Mapping) else options
+    if not isinstance(kind, str) or kind not in _OPTIONS:
+        raise ValueError(f"{where}.kind={kind!r} is unknown; use one of {', '.join(_OPTIONS)}")
+    _check_keys(options, where, ("kind", "weight"), _OPTIONS[kind])
+    if not isinstance(options["weight"], int | float):
+        raise ValueError(f"{where}.weight={options['weight']!r} is not a number")
+    if kind in _TASKS:
+        _check_whole(options, where, set(_OPTIONS[kind]) & options.keys())
+
+
+def _read_ramp(cfg: Mapping[str, Any]) -> tuple[int, int]:
+    steps = [*cfg.get("noise_ramp", [])]
+    if len(steps) != 2 or any(type(step) is not int for step in steps) or steps[0] > steps[1]:
+        raise ValueError(f"data.noise_ramp={steps} must be two steps, [start, end], such as [150, 300]")
+    return steps[0], steps[1]
+
+
+def _check_keys(cfg: Mapping[str, Any], where: str, required: Iterable[str], optional: Iterable[str]) -> None:
+    known = [*required, *optional]
+    for key in cfg:
+        if key not in known:
+            close = get_close_matches(key, known, n=1)
+            fix = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+            raise ValueError(f"{where}.{key} is unknown; {fix}")
+    for key in required:
+        if key not in cfg:
+            raise ValueError(f"{where}.{key} is missing; set it")
+
+
+def _check_whole(cfg: Mapping[str, Any], where: str, keys: Iterable[str]) -> None:
+    for key in keys:
+        if type(cfg[key]) is not int:
+            raise ValueError(f"{where}.{key}={cfg[key]!r} is not a whole number")

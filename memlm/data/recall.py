@@ -1,0 +1,149 @@
+"""Synthetic recall: multi-query associative recall (Zoology, arXiv:2312.04927) and passkey retrieval.
+
+What must be recalled lies further back than a sliding window reaches, so only a memory can score above
+chance, 1/32. All symbols are printable ASCII, whose byte is their token id in the byte tokenizer.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+
+from .row import IGNORE_INDEX, Row, split_id
+
+
+def _symbols(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64)
+
+
+# Six disjoint sets.
+KEYS = _symbols("abcdefghijklmnopqrstuvwxyz012345")
+VALUES = _symbols("ABCDEFGHIJKLMNOPQRSTUVWXYZ6789@&")
+NOISE = _symbols("!\"$%'()*+,-./:;<")
+FILLER, MARK, ASK = _symbols(" #?")
+
+
+def ramp(step: int, start: int, end: int) -> float:
+    """The noise of the filler at `step`: 0 up to `start`, then linear, 1 from `end` on."""
+    if step >= end:
+        return 1.0
+    return (step - start) / (end - start) if step > start else 0.0
+
+
+class RecallTask:
+    """What both tasks share; each is a frozen dataclass of sizes in tokens, `length` and `gap` among them."""
+
+    def scaled(self, factor: float) -> Self:
+        """The same task at `factor` times the length and the gap."""
+        return replace(self, length=round(self.length * factor), gap=round(self.gap * factor))
+
+    def sample(self, seed: int, split: str, index: int, noise: float) -> Row:
+        """Row `index` of `split`, of `length` tokens; only what must be recalled is scored.
+
+        noise: the probability, in [0, 1], that a filler token is a random noise symbol; 1 to evaluate.
+        """
+        rng = np.random.default_rng([seed, split_id(split), index])
+        noisy = rng.random(self.length) < noise
+        input_ids = np.where(noisy, NOISE[rng.integers(len(NOISE), size=self.length)], FILLER)
+        scored = self._write(rng, input_ids)
+        labels = np.full_like(input_ids, IGNORE_INDEX)
+        labels[scored] = input_ids[scored]
+        return Row(input_ids, labels, np.arange(self.length))
+
+    def _write(self, rng: np.random.Generator, input_ids: np.ndarray) -> np.ndarray:
+        """Writes the task over the filler, in place; returns the places of the scored tokens."""
+        raise NotImplementedError
+
+    def _check_sizes(self, least_gap: int, least_length: int) -> None:
+        if self.gap < least_gap:
+            raise ValueError(f"gap={self.gap} is too small for {self}; make it at least {least_gap}")
+        if self.length < least_length:
+            raise ValueError(
+                f"length={self.length} is too short for {self}; make it at least {least_length}, or lower gap"
+            )
+
+
+@dataclass(frozen=True)
+class MQAR(RecallTask):
+    """`num_pairs` key-value pairs, `gap` filler tokens, then each key once more, its value to be predicted.
+
+    The queries (key, value) lie at random even offsets behind the gap, in random order; the rest is filler.
+    Keys are distinct. Values are independent, so that seeing other answers tells nothing: chance is 1/32.
+    Raises ValueError where the sizes do not fit.
+    """
+
+    length: int = 128
+    num_pairs: int = 8
+    gap: int = 40
+
+    def __post_init__(self):
+        if not 1 <= self.num_pairs <= len(KEYS):
+            raise ValueError(f"num_pairs={self.num_pairs} must lie between 1 and {len(KEYS)}, all the keys")
+        self._check_sizes(least_gap=0, least_length=4 * self.num_pairs + self.gap)
+
+    @property
+    def min_distance(self) -> int:
+        """Tokens back, at least, from the query key, which predicts a value, to the value to be recalled."""
+        return self.gap + 1
+
+    def _write(self, rng: np.random.Generator, input_ids: np.ndarray) -> np.ndarray:
+        keys = rng.permutation(KEYS)[: self.num_pairs]
+        values = VALUES[rng.integers(len(VALUES), size=self.num_pairs)]
+        start = 2 * self.num_pairs + self.gap
+        queries = start + 2 * rng.permutation((self.length - start) // 2)[: self.num_pairs]
+        for places in (2 * np.arange(self.num_pairs), queries):
+            input_ids[places] = keys
+            input_ids[places + 1] = values
+        return queries + 1
+
+
+@dataclass(frozen=True)
+class Passkey(RecallTask):
+    """`MARK key d1..dn` somewhere in filler, `ASK key d1..dn` at the end, the n digits to be predicted.
+
+    Digits are any of the 32 values, so chance is 1/32. A digit lies at least `gap` tokens before the token
+    that must predict it. The needle's place is random; `depth` fixes it: 0 at the front, 1 as late as the
+    gap allows.
+    Raises ValueError where the sizes do not fit.
+    """
+
+    length: int = 128
+    digits: int = 4
+    gap: int = 45
+    depth: float | None = None
+
+    def __post_init__(self):
+        if self.digits < 1:
+            raise ValueError(f"digits={self.digits} must be at least 1")
+        if self.depth is not None and not 0 <= self.depth <= 1:
+            raise ValueError(f"depth={self.depth} must lie between 0 (front) and 1 (as late as gap allows)")
+        self._check_sizes(least_gap=self.digits + 1, least_length=self.digits + 3 + self.gap)
+
+    @property
+    def min_distance(self) -> int:
+        """Tokens back, at least, from the token that predicts a digit to the digit to be recalled."""
+        return self.gap
+
+    def _write(self, rng: np.random.Generator, input_ids: np.ndarray) -> np.ndarray:
+        message = np.concatenate([rng.choice(KEYS, 1), VALUES[rng.integers(len(VALUES), size=self.digits)]])
+        question = self.length - len(message) - 1
+        # A digit is predicted by the token before it, which is one nearer to the needle.
+        latest = question - 1 - self.gap
+        needle = rng.integers(latest + 1) if self.depth is None else round(self.depth * latest)
+        for start, symbol in ((needle, MARK), (question, ASK)):
+            input_ids[start] = symbol
+            input_ids[start + 1 : start + 1 + len(message)] = message
+        return np.arange(question + 2, self.length)
+
+
+@dataclass(frozen=True)
+class RecallSource:
+    """Rows of a task; in training the noise rises over `noise_ramp` (start, end; steps), else it is 1."""
+
+    task: RecallTask
+    seed: int
+    noise_ramp: tuple[int, int]
+
+    def row(self, index: int, split: str, step: int) -> Row:
+        noise = ramp(step, *self.noise_ramp) if split == "train" else 1.0
+        return self.task.sample(self.seed, split, index, noise)

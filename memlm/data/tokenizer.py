@@ -1,0 +1,147 @@
+"""Tokenizers: the byte tokenizer, any of Hugging Face's, or a BPE trained on the corpus itself."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from .cache import new_folder
+from .documents import Documents
+
+_SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+# Part of the name of every cached BPE; raise it when the way of training changes.
+_BPE_FORMAT = 1
+_ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """259 entries: ids 0..255 are the bytes of the text in UTF-8, then <pad>, <bos>, <eos>, never added."""
+    # The byte-level alphabet writes printable Latin-1 bytes as themselves, the others as signs from 256 on.
+    printable = {ord(sign): sign for sign in _ALPHABET if ord(sign) < 256}
+    others = (sign for sign in _ALPHABET if ord(sign) >= 256)
+    backend = Tokenizer(models.BPE({printable.get(byte) or next(others): byte for byte in range(256)}, []))
+    backend.add_special_tokens([*_SPECIAL.values()])
+    return _byte_level(backend, use_regex=False)
+
+
+def load_tokenizer(
+    spec: str | Mapping[str, int], corpora: Sequence[Documents] = ()
+) -> PreTrainedTokenizerFast:
+    """spec: "byte"; a folder or hub name for AutoTokenizer; or {"bpe": vocab_size}, trained on the training
+    split of `corpora`, the same for the same files, and kept in their cache.
+
+    Raises ValueError for any other spec, a tokenizer without <eos>, or a BPE the corpora cannot fill.
+    """
+    if spec == "byte":
+        return byte_tokenizer()
+    if isinstance(spec, str):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(spec)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"data tokenizer: {spec!r} is not 'byte', the folder of a tokenizer, or a hub name in reach"
+            ) from error
+        if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+            raise ValueError(f"data tokenizer: {spec!r} must be a fast tokenizer with an end-of-text token")
+        return tokenizer
+    if not isinstance(spec, Mapping) or [*spec] != ["bpe"]:
+        raise ValueError(f"data tokenizer: {spec!r} is not 'byte', a path or name, or {{bpe: vocab_size}}")
+    return _load_bpe(spec["bpe"], corpora)
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """sha256 of all that decides how a text is encoded."""
+    content = f"{tokenizer.eos_token_id} {_plain_backend(tokenizer).to_str()}"
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def is_byte_tokenizer(tokenizer: PreTrainedTokenizerFast) -> bool:
+    return fingerprint(tokenizer) == fingerprint(byte_tokenizer())
+
+
+def encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], np.ndarray]:
+    """text -> its token ids [T]; names of special tokens in the text are text, and none is added."""
+    if is_byte_tokenizer(tokenizer):
+        return lambda text: np.frombuffer(text.encode(), np.uint8)
+    backend = _plain_backend(tokenizer)
+    backend.encode_special_tokens = True
+    return lambda text: np.array(backend.encode(text, add_special_tokens=False).ids, np.uint32)
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+    """int64 [vocabulary]: how many UTF-8 bytes of text each token stands for, 0 for special tokens.
+
+    Bits per byte are the summed nats of the tokens / (ln 2 * their summed bytes). Exact for byte-level
+    tokenizers; a SentencePiece one counts one space too many where it puts one before a text.
+    Raises ValueError for tokenizers that lose bytes of the text, such as WordPiece.
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    byte_level = '"ByteLevel"' in json.dumps([backend["pre_tokenizer"], backend["decoder"]])
+    if not byte_level and "▁" not in json.dumps(backend["decoder"], ensure_ascii=False):
+        raise ValueError("bits per byte need a byte-level or SentencePiece tokenizer; this one loses bytes")
+    vocab = tokenizer.get_vocab()
+    counts = np.zeros(max(vocab.values()) + 1, np.int64)
+    for token, index in vocab.items():
+        if byte_level:
+            counts[index] = len(token)
+        elif len(token) == 6 and token.startswith("<0x"):
+            counts[index] = 1
+        else:
+            counts[index] = len(token.replace("▁", " ").encode())
+    for index, token in tokenizer.added_tokens_decoder.items():
+        counts[index] = 0 if token.special else len(token.content.encode())
+    counts[tokenizer.all_special_ids] = 0
+    return counts
+
+
+def _load_bpe(vocab_size: int, corpora: Sequence[Documents]) -> PreTrainedTokenizerFast:
+    least = len(_ALPHABET) + len(_SPECIAL)
+    if not isinstance(vocab_size, int) or vocab_size < least:
+        raise ValueError(f"data tokenizer: bpe={vocab_size!r} must be a number of entries, at least {least}")
+    if not corpora:
+        raise ValueError(f"data tokenizer: bpe={vocab_size} has no text to train on; add a text source")
+    key = json.dumps([_BPE_FORMAT, vocab_size, *(corpus.fingerprint for corpus in corpora)])
+    folder = corpora[0].cache / "tokenizers" / hashlib.sha256(key.encode()).hexdigest()[:32]
+    if not folder.is_dir():
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[*_SPECIAL.values()],
+            initial_alphabet=_ALPHABET,
+            show_progress=False,
+        )
+        texts = chain.from_iterable(corpus.training_texts() for corpus in corpora)
+        backend.train_from_iterator(texts, trainer)
+        if backend.get_vocab_size() < vocab_size:
+            raise ValueError(
+                f"data tokenizer: bpe={vocab_size} is more than the training text can fill;"
+                f" ask for at most {backend.get_vocab_size()}"
+            )
+        with new_folder(folder) as partial:
+            _byte_level(backend, use_regex=True).save_pretrained(partial)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _byte_level(backend: Tokenizer, use_regex: bool) -> PreTrainedTokenizerFast:
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **_SPECIAL,
+        split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def _plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """A copy without what earlier calls may have left in it."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    return backend

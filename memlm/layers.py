@@ -1,0 +1,84 @@
+"""Building blocks without memory logic: rotary positions, SwiGLU, short convolution, ragged history.
+
+Shapes: B batch, T tokens of this call, S tokens kept from earlier calls, D hidden, F feed-forward,
+C channels, H heads, K head dim, W convolution width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+
+def keep_last(x_BSTx: Tensor, size: int, new: int, lengths_B: Tensor | None) -> Tensor:
+    """The last ``size`` real entries of history followed by ``new`` entries of this call, along dimension 1.
+
+    Row b has ``lengths_B[b]`` real entries among the new ones, first (None: all are real). Where there
+    are fewer than ``size`` the left is filled with copies of the oldest entry: callers mask by position.
+    """
+    total = x_BSTx.shape[1]
+    if lengths_B is None:
+        return x_BSTx[:, total - size :]
+    index = torch.arange(total - size, total, device=x_BSTx.device) - new + lengths_B[:, None]
+    index = index.clamp(min=0).reshape(*index.shape, *[1] * (x_BSTx.ndim - 2))
+    return x_BSTx.gather(1, index.expand(-1, -1, *x_BSTx.shape[2:]))
+
+
+def rotary(x_BTHK: Tensor, positions_BT: Tensor, theta: float) -> Tensor:
+    """Rotary position embedding (arXiv:2104.09864), halves layout as in Llama; nothing is stored.
+
+    Angles are taken in fp64, so positions stay exact far beyond 2^24.
+    """
+    half = x_BTHK.shape[-1] // 2
+    frequency = theta ** -(torch.arange(half, device=x_BTHK.device, dtype=torch.float64) / half)
+    angle_BTK = positions_BT[..., None].double() * frequency
+    cos, sin = (t[:, :, None].to(x_BTHK.dtype) for t in (angle_BTK.cos(), angle_BTK.sin()))
+    first, second = x_BTHK.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer (arXiv:2002.05202) with Llama's parameter names."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+class ShortConv(nn.Module):
+    """Causal depthwise convolution along each document: the last tap is the token itself.
+
+    weight: [C, W]. Tokens before a document's first count as zero.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = self.weight.shape[1] ** -0.5
+        init.uniform_(self.weight, -bound, bound)
+
+    def forward(
+        self, x_BTC: Tensor, history_BWC: Tensor, positions_BT: Tensor | None, lengths_B: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns y [B, T, C] and the W-1 inputs that the next call needs.
+
+        history_BWC: the last W-1 inputs. positions_BT: places in documents where one may start in
+        this call or history belongs to another; None: the history is this document's, or zero.
+        """
+        width, length = self.weight.shape[1], x_BTC.shape[1]
+        past_BSC = torch.cat([history_BWC.to(x_BTC.dtype), x_BTC], 1)
+        y_BTC = x_BTC * self.weight[:, -1]
+        for back in range(1, width):
+            shifted_BTC = past_BSC[:, width - 1 - back : width - 1 - back + length]
+            if positions_BT is not None:
+                shifted_BTC = shifted_BTC * (positions_BT >= back)[..., None]
+            y_BTC = torch.addcmul(y_BTC, shifted_BTC, self.weight[:, -1 - back])
+        return y_BTC, keep_last(past_BSC, width - 1, length, lengths_B)

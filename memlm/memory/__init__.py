@@ -1,0 +1,1 @@
+"""Memories: one file each. See ``base`` for the slot that they fit."""

@@ -1,0 +1,172 @@
+"""The memory slot: what a mixer is given, what it returns, and how its configuration is read.
+
+A memory is a module of this package with a dataclass ``Config`` and a ``Mixer(SequenceMixer)``; the
+module's name is its ``kind``. Nothing else has to be told about it.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import pkgutil
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Sizes of the decoder that a mixer lives in."""
+
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    attn_implementation: str = "sdpa"
+
+
+@dataclass(frozen=True)
+class MixerContext:
+    """Where the tokens of this call stand. Without a context every row goes on from its state, all tokens real.
+
+    positions_BT: tokens before each one in its document; a 0 starts a document. None: go on from the state
+    lengths_B: real tokens of each row; they come first (the decoder moves padding to the end). None: all
+    max_documents: an upper bound on the documents that one row has tokens of, known without the device
+    """
+
+    positions_BT: Tensor | None = None
+    lengths_B: Tensor | None = None
+    max_documents: int = 1
+
+
+class MixerOutput(NamedTuple):
+    """What a mixer returns.
+
+    y_BTD: the output; rows beyond ``lengths_B`` are unspecified
+    state: where the next call goes on; batch-first tensors, ``position`` among them; never changed in place
+    aux_losses: scalars, already weighted, added to the training loss
+    metrics: detached scalars for the log
+    """
+
+    y_BTD: Tensor
+    state: State
+    aux_losses: dict[str, Tensor]
+    metrics: dict[str, Tensor]
+
+
+class SequenceMixer(nn.Module):
+    """A token mixer with a state: attention, a memory, or both."""
+
+    def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
+        """Mix [B, T, D]; any division of a stream into calls gives the same outputs."""
+        raise NotImplementedError
+
+    def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
+        """The state before a document's first token; every tensor has ``batch_size`` rows."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Initialise what this module itself owns, with ``transformers.initialization`` only.
+
+        Called after the children's; functions of that module leave loaded parameters alone.
+        """
+
+
+def token_positions(x_BTD: Tensor, state: State, ctx: MixerContext) -> Tensor:
+    """Place of each token in its document, [B, T]."""
+    if ctx.positions_BT is not None:
+        return ctx.positions_BT
+    return state["position"][:, None] + torch.arange(x_BTD.shape[1], device=x_BTD.device)
+
+
+def next_position(positions_BT: Tensor, state: State, ctx: MixerContext) -> Tensor:
+    """Place of the token that follows each row's last real one, [B]."""
+    if positions_BT.shape[1] == 0:
+        return state["position"]
+    if ctx.lengths_B is None:
+        return positions_BT[:, -1] + 1
+    last_B = positions_BT.gather(1, (ctx.lengths_B - 1).clamp(min=0)[:, None])[:, 0]
+    return torch.where(ctx.lengths_B > 0, last_B + 1, state["position"])
+
+
+def substate(state: State, name: str) -> State:
+    """The part of a state that ``prefixed`` put under ``name``."""
+    return {key.removeprefix(f"{name}."): x for key, x in state.items() if key.startswith(f"{name}.")}
+
+
+def prefixed(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Keys with ``name.`` before them: how a composed mixer keeps its parts' states and metrics apart."""
+    return {f"{name}.{key}": x for key, x in tensors.items()}
+
+
+def kinds() -> list[str]:
+    """Names of the modules of this package that hold a memory."""
+    package = importlib.import_module(__package__ or "memlm.memory")
+    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    return [name for name in names if hasattr(importlib.import_module(f"{package.__name__}.{name}"), "Mixer")]
+
+
+def load_kind(kind: str, key: str) -> types.ModuleType:
+    """The module of a kind; ``key`` is the configuration key that named it, for the error."""
+    if kind not in kinds():
+        raise ValueError(f"{key}.kind={kind!r} is unknown; {suggest(kind, kinds())}")
+    return importlib.import_module(f"memlm.memory.{kind}")
+
+
+def suggest(wrong: str, known: list[str]) -> str:
+    """'did you mean ...' for a misspelt name, or all the names there are."""
+    close = difflib.get_close_matches(wrong, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"one of: {', '.join(known)}"
+
+
+def build_config(cls: type, values: dict[str, Any], key: str) -> Any:
+    """A configuration dataclass from plain values; ``key`` is where they stand.
+
+    Raises ValueError naming the key for unknown names, wrong types, and whatever ``__post_init__`` refuses.
+    """
+    hints = typing.get_type_hints(cls)
+    for name, value in values.items():
+        if name not in hints:
+            raise ValueError(f"{key}.{name}={value!r} is not a setting; {suggest(name, list(hints))}")
+        allowed = typing.get_args(hints[name]) or (hints[name],)
+        number = float in allowed and isinstance(value, int) and not isinstance(value, bool)
+        if not number and type(value) not in allowed:
+            wanted = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
+            raise ValueError(f"{key}.{name}={value!r} must be {wanted}")
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{key}.{error}") from None
+
+
+def build_mixer(settings: dict[str, Any], dims: Dims, layer_idx: int, key: str) -> SequenceMixer:
+    """The mixer that ``{kind: ..., **settings}`` describes."""
+    module = load_kind(settings["kind"], key)
+    config = build_config(module.Config, {k: v for k, v in settings.items() if k != "kind"}, key)
+    try:
+        return module.Mixer(config, dims, layer_idx)
+    except ValueError as error:
+        raise ValueError(f"{key}.{error}") from None
+
+
+def complete_settings(settings: dict[str, Any], key: str) -> dict[str, Any]:
+    """The same settings with every default written out, so that a checkpoint does not depend on defaults."""
+    if "kind" not in settings:
+        raise ValueError(f"{key}.kind is missing; one of: {', '.join(kinds())}")
+    module = load_kind(settings["kind"], key)
+    config = build_config(module.Config, {k: v for k, v in settings.items() if k != "kind"}, key)
+    return {"kind": settings["kind"], **dataclasses.asdict(config)}
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) for a user's mistake; messages start with ``key=value``."""
+    if not condition:
+        raise ValueError(message)

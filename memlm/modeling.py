@@ -1,0 +1,279 @@
+"""The decoder: embeddings, layers with one mixer slot each, head. No mixer is named here.
+
+B batch, T tokens, D hidden, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import ModelOutput
+
+from memlm.cache import MemoryCache
+from memlm.configuration import MemLMConfig
+from memlm.layers import ShortConv, SwiGLU
+from memlm.memory.base import MixerContext, MixerOutput, SequenceMixer, State, build_mixer
+
+
+@dataclass
+class MemLMOutput(ModelOutput):
+    """last_hidden_state: [B, T, D]; hidden_states: each layer's input, and the final norm's output;
+    aux_losses, metrics: scalars under ``layer{i}/{name}``, see ``MixerOutput``.
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: MemoryCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    aux_losses: dict[str, Tensor] | None = None
+    metrics: dict[str, Tensor] | None = None
+
+
+@dataclass
+class MemLMCausalLMOutput(ModelOutput):
+    """loss: language-model loss plus all aux_losses; logits: [B, T, V]; the rest as in ``MemLMOutput``."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: MemoryCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    aux_losses: dict[str, Tensor] | None = None
+    metrics: dict[str, Tensor] | None = None
+
+
+class MemLMDecoderLayer(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: MemLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        assert config.mixers and config.intermediate_size
+        name = config.layer_mixers()[layer_idx]
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer = build_mixer(config.mixers[name], config.dims(), layer_idx, f"model.mixers.{name}")
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x_BTD: Tensor, state: State | None, ctx: MixerContext | None) -> MixerOutput:
+        mixed = self.mixer(self.input_layernorm(x_BTD), state, ctx)
+        x_BTD = x_BTD + mixed.y_BTD
+        return mixed._replace(y_BTD=x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)))
+
+
+class MemLMPreTrainedModel(PreTrainedModel):
+    config: MemLMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MemLMDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    # Recurrent states cannot be cropped: refuses assisted decoding cleanly.
+    _is_stateful = True
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def _initialize_weights(self, module: nn.Module, *_: Any) -> None:
+        # Without the flag for custom code, which skips modules that own no parameter directly, mixers among them.
+        super()._initialize_weights(module)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Children come before their parents, so a mixer has the last word on what it owns.
+        if isinstance(module, nn.Linear | nn.Embedding):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, SequenceMixer | ShortConv):
+            module.reset_parameters()
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        super().set_attn_implementation(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(getattr(module, "dims", None), type(self.config.dims())):
+                module.dims = self.config.dims()
+
+
+class MemLMModel(MemLMPreTrainedModel):
+    """The decoder without its head."""
+
+    def __init__(self, config: MemLMConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([MemLMDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def new_memory(self) -> MemoryCache:
+        """An empty memory, to pass as ``past_key_values``."""
+        return MemoryCache()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: MemoryCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        position_ids: Tensor | None = None,
+        max_documents: int | None = None,
+        write: bool = True,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> MemLMOutput:
+        """Run [B, T] tokens through the decoder.
+
+        attention_mask: [B, T] or [B, past + T], 0 for padding, which may stand anywhere and leaves no trace
+        position_ids: [B, T], only for packed rows: places in documents; a 0 starts a document, whose
+            tokens see nothing of what came before
+        max_documents: the most documents that one row has tokens of; counted on the device if not given
+        write: False for a pure query: ``past_key_values`` is read and left as it was
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, length, _ = x_BTD.shape
+        memory = past_key_values
+        if memory is not None and not isinstance(memory, MemoryCache):
+            raise ValueError(f"past_key_values must be a memlm.MemoryCache, not {type(memory).__name__}")
+        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        if memory is None and use_cache:
+            memory = MemoryCache()
+        signature = self.config.memory_signature()
+        if memory is not None:
+            memory.check(signature, batch)
+
+        ctx = None
+        order_BT = None
+        if position_ids is not None:
+            position_ids = position_ids.expand(batch, length)
+            if max_documents is None:
+                # The only place that asks the device: pass max_documents to avoid it.
+                max_documents = 1 if length <= 1 else 1 + int((position_ids[:, 1:] == 0).sum(1).max())
+            ctx = MixerContext(position_ids, None, min(max_documents, max(length, 1)))
+        if attention_mask is not None:
+            mask_BT = attention_mask[:, -length:].bool() if length else attention_mask[:, :0].bool()
+            if length > 1:
+                # Real tokens first, in their order: mixers then need to know lengths only.
+                order_BT = (~mask_BT).long().argsort(dim=1, stable=True)
+                x_BTD = _gather(x_BTD, order_BT)
+                position_ids = position_ids.gather(1, order_BT) if position_ids is not None else None
+            ctx = MixerContext(position_ids, mask_BT.sum(1), ctx.max_documents if ctx else 1)
+
+        hidden_states, states, aux_losses, metrics = [], [], {}, {}
+        for i, layer in enumerate(self.layers):
+            hidden_states.append(x_BTD)
+            state = memory.state(i) if memory is not None else None
+            if self.gradient_checkpointing and self.training:
+                out = self._gradient_checkpointing_func(layer.__call__, x_BTD, state, ctx)
+            else:
+                out = layer(x_BTD, state, ctx)
+            x_BTD = out.y_BTD
+            states.append(out.state)
+            aux_losses |= {f"layer{i}/{name}": x for name, x in out.aux_losses.items()}
+            metrics |= {f"layer{i}/{name}": x for name, x in out.metrics.items()}
+        x_BTD = self.norm(x_BTD)
+        hidden_states.append(x_BTD)
+        if order_BT is not None:
+            back_BT = order_BT.argsort(dim=1)
+            x_BTD = _gather(x_BTD, back_BT)
+            hidden_states = [_gather(h, back_BT) for h in hidden_states] if output_hidden_states else []
+        if memory is not None and write:
+            memory.replace(states, signature, length)
+        return MemLMOutput(
+            last_hidden_state=x_BTD,
+            past_key_values=memory,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            aux_losses=aux_losses,
+            metrics=metrics,
+        )
+
+
+class MemLMForCausalLM(MemLMPreTrainedModel, GenerationMixin):
+    """The decoder with its language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MemLMConfig) -> None:
+        super().__init__(config)
+        self.model = MemLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def new_memory(self) -> MemoryCache:
+        """An empty memory, to pass as ``past_key_values``."""
+        return MemoryCache()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: MemoryCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> MemLMCausalLMOutput | tuple:
+        """As ``MemLMModel.forward``, and with ``labels`` [B, T] (-100: not scored) the loss.
+
+        The loss is the mean over scored tokens, label t predicted from position t - 1, plus the
+        mixers' auxiliary losses. logits_to_keep: the last so many positions, or their indices; 0 for all.
+        """
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        hidden = out.last_hidden_state[:, keep] if not isinstance(keep, int) else out.last_hidden_state
+        logits = self.lm_head(hidden)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+            loss = loss + sum(out.aux_losses.values())
+        result = MemLMCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            aux_losses=out.aux_losses,
+            metrics=out.metrics,
+        )
+        return result if return_dict is not False else result.to_tuple()
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # Mixers know their own positions; position_ids mean packing here.
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs.pop("position_ids", None)
+        return inputs
+
+
+def _gather(x_BTD: Tensor, index_BT: Tensor) -> Tensor:
+    return x_BTD.gather(1, index_BT[..., None].expand(-1, -1, x_BTD.shape[-1]))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+__all__ = ["MemLMCausalLMOutput", "MemLMForCausalLM", "MemLMModel", "MemLMOutput", "count_parameters"]

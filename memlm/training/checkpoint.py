@@ -1,0 +1,70 @@
+"""Checkpoints that exist whole or not at all, and the run directory they live in.
+
+    runs/<name>/.../config.yaml  metrics.jsonl  checkpoints/step_000200/{model, tokenizer, trainer.pt}  checkpoints/latest
+"""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_NAME = re.compile(r"step_\d{6,}")
+
+
+def latest(run_dir: Path) -> Path | None:
+    """The newest whole checkpoint of a run, or None."""
+    pointer = run_dir / "checkpoints" / "latest"
+    if pointer.exists() and (run_dir / "checkpoints" / pointer.read_text().strip()).is_dir():
+        return run_dir / "checkpoints" / pointer.read_text().strip()
+    # Killed between the rename and the pointer, or the pointer is gone: the names tell.
+    whole = [p for p in (run_dir / "checkpoints").glob("step_*") if _NAME.fullmatch(p.name)]
+    return max(whole, key=lambda p: int(p.name.removeprefix("step_")), default=None)
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    trainer: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write checkpoint ``step``, then point ``latest`` at it, then drop all but the newest ``keep``.
+
+    A failure, a full disk among them, leaves the earlier checkpoints as they were.
+    """
+    folder = run_dir / "checkpoints" / f"step_{step:06d}"
+    partial = folder.with_suffix(".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        torch.save(trainer, partial / "trainer.pt")
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{folder}: could not be written ({error}); free disk space and run the same command") from None
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    pointer = folder.parent / "latest"
+    pointer.with_suffix(".tmp").write_text(folder.name)
+    pointer.with_suffix(".tmp").replace(pointer)
+    whole = sorted(p for p in folder.parent.glob("step_*") if _NAME.fullmatch(p.name) and p != folder)
+    for old in whole[: max(0, len(whole) - keep + 1)]:
+        shutil.rmtree(old)
+    return folder
+
+
+def load_trainer(folder: Path) -> dict[str, Any]:
+    """Optimiser state and step of a checkpoint. Raises ValueError if the file is damaged."""
+    try:
+        return torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{folder / 'trainer.pt'}: damaged or missing ({type(error).__name__}); delete {folder} to go on from "
+            "the checkpoint before it"
+        ) from None

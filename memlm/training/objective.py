@@ -1,0 +1,110 @@
+"""What is minimised, and how a batch is scored. B rows, T tokens, V vocabulary, N sources."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from memlm.data import IGNORE_INDEX, Batch
+
+
+def token_losses(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Nats of labels[:, 1:] predicted from the position before, 0 where not scored; and which are. [B, T-1]"""
+    targets = labels_BT[:, 1:]
+    nats = F.cross_entropy(
+        logits_BTV[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORE_INDEX, reduction="none"
+    )
+    return nats, targets != IGNORE_INDEX
+
+
+class Objective(nn.Module):
+    """The training loss around a model, so that only small things leave a wrapped or compiled forward.
+
+    A row's loss is the mean over its scored tokens, the batch's the mean over its rows: a source's
+    weight is its share of the loss, however few of its tokens are scored.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None, max_documents: int
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Returns the loss with auxiliary losses added, each row's own loss [B], and the mixers' metrics."""
+        out = self.model(
+            input_ids=input_ids, position_ids=position_ids, max_documents=max_documents, use_cache=False
+        )
+        nats, scored = token_losses(out.logits, labels)
+        rows = nats.sum(1) / scored.sum(1).clamp(min=1)
+        loss = rows.mean() + sum(out.aux_losses.values())
+        return loss, rows.detach(), out.metrics | {name: x.detach() for name, x in out.aux_losses.items()}
+
+
+def model_inputs(batch: Batch) -> dict:
+    """A batch as keyword arguments; rows that are one document each need no positions."""
+    positions = batch.position_ids if batch.max_documents > 1 else None
+    return {
+        "input_ids": batch.input_ids,
+        "labels": batch.labels,
+        "position_ids": positions,
+        "max_documents": batch.max_documents,
+    }
+
+
+@dataclass
+class Score:
+    """Sums over scored tokens of one source."""
+
+    nats: float = 0.0
+    correct: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    rows: int = 0
+    whole_rows: int = 0
+
+    @property
+    def loss(self) -> float:
+        return self.nats / max(1, self.tokens)
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / max(1, self.tokens)
+
+    @property
+    def row_accuracy(self) -> float:
+        """Share of rows with every scored token right."""
+        return self.whole_rows / max(1, self.rows)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.bytes if self.bytes else float("nan")
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module, batches: Iterable[Batch], names: list[str], token_bytes: Tensor, device: torch.device
+) -> dict[str, Score]:
+    """Score every source of the batches; the model's mode is left as it was."""
+    training = model.training
+    model.eval()
+    sums = torch.zeros(len(names), 6, dtype=torch.float64, device=device)
+    token_bytes = token_bytes.to(device)
+    for batch in batches:
+        batch = batch.to(device)
+        inputs = model_inputs(batch)
+        labels = inputs.pop("labels")
+        logits = model(**inputs, use_cache=False).logits
+        nats, scored = token_losses(logits, labels)
+        targets = labels[:, 1:]
+        right = (logits[:, :-1].argmax(-1) == targets) & scored
+        counted = token_bytes[targets.clamp(min=0)] * scored
+        whole = (right | ~scored).all(1)
+        per_row = [nats.sum(1), right.sum(1), scored.sum(1), counted.sum(1), torch.ones_like(whole), whole]
+        sums.index_add_(0, batch.source_ids, torch.stack([x.double() for x in per_row], 1))
+    model.train(training)
+    columns = sums.tolist()
+    return {name: Score(row[0], *(round(x) for x in row[1:])) for name, row in zip(names, columns, strict=True)}

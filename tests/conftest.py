@@ -1,0 +1,49 @@
+"""Shared by all tests: configurations composed as the scripts compose them, and small models."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from memlm import MemLMConfig, MemLMForCausalLM
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).parent.parent
+MEMORIES = sorted(path.stem for path in (ROOT / "configs" / "memory").glob("*.yaml"))
+
+
+def composed(*overrides: str, config: str = "train"):
+    """What ``python <config>.py *overrides`` is given, as a DictConfig."""
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return compose(config, list(overrides), return_hydra_config=False)
+
+
+def model_config(memory: str = "titans_mag", **settings) -> MemLMConfig:
+    """``model=tiny memory=...`` with settings of the memory changed."""
+    model = OmegaConf.to_container(composed("model=tiny", f"memory={memory}").model, resolve=True)
+    model["mixers"]["memory"] |= settings
+    return MemLMConfig.from_hydra(model)
+
+
+def build(memory: str = "titans_mag", dtype=torch.float64, seed: int = 0, **settings) -> MemLMForCausalLM:
+    """A tiny model at its initialisation, gates and all, moved off the points where they are symmetric."""
+    torch.manual_seed(seed)
+    model = MemLMForCausalLM(model_config(memory, **settings))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    return model.to(dtype).eval()
+
+
+def variants() -> list:
+    """Every YAML of configs/memory, and the ``VARIANTS`` (changed settings) of tests/memory/test_<kind>.py."""
+    found = [pytest.param((name, {}), id=name) for name in MEMORIES]
+    for path in sorted((ROOT / "tests" / "memory").glob("test_*.py")):
+        if path.stem == "test_contract":
+            continue
+        module = importlib.import_module(f"tests.memory.{path.stem}")
+        for name, settings in getattr(module, "VARIANTS", []):
+            label = "-".join(f"{key}={value}" for key, value in settings.items())
+            found.append(pytest.param((name, settings), id=f"{name}-{label}"))
+    return found

@@ -1,0 +1,221 @@
+from dataclasses import replace
+from itertools import combinations
+from time import perf_counter
+
+import numpy as np
+import pytest
+
+from memlm.data.recall import ASK, FILLER, KEYS, MARK, MQAR, NOISE, VALUES, Passkey, RecallSource, ramp
+
+TASKS = [
+    MQAR(),
+    MQAR(length=75, num_pairs=3, gap=21),
+    MQAR(length=129, num_pairs=32, gap=0),
+    MQAR().scaled(8),
+    Passkey(),
+    Passkey(length=63, digits=1, gap=13),
+    Passkey(length=13, digits=2, gap=8),
+    Passkey().scaled(8),
+]
+
+
+def rows(task, count=40, noise=1.0, split="test"):
+    return [task.sample(3, split, index, noise) for index in range(count)]
+
+
+def text(row):
+    return bytes(row.input_ids.tolist()).decode("ascii")
+
+
+def test_symbols_are_disjoint_and_printable():
+    sets = [KEYS, VALUES, NOISE, np.array([FILLER]), np.array([MARK]), np.array([ASK])]
+    assert [len(set(s.tolist())) for s in sets] == [32, 32, 16, 1, 1, 1]
+    for one, other in combinations(sets, 2):
+        assert not set(one.tolist()) & set(other.tolist())
+    assert all(chr(symbol).isprintable() and symbol < 128 for s in sets for symbol in s)
+
+
+@pytest.mark.parametrize("task", TASKS, ids=str)
+def test_shapes_and_labels(task):
+    for row in rows(task):
+        assert all(array.shape == (task.length,) and array.dtype == np.int64 for array in row)
+        scored = row.labels != -100
+        assert (row.labels[scored] == row.input_ids[scored]).all()
+        assert scored.sum() == (task.num_pairs if isinstance(task, MQAR) else task.digits)
+        assert np.isin(row.labels[scored], VALUES).all()
+        assert (row.position_ids == np.arange(task.length)).all()
+
+
+@pytest.mark.parametrize("task", [t for t in TASKS if isinstance(t, MQAR)], ids=str)
+def test_mqar_layout(task):
+    front, pairs = 2 * task.num_pairs, task.num_pairs
+    for row in rows(task):
+        ids = row.input_ids
+        value_of = dict(zip(ids[0:front:2].tolist(), ids[1:front:2].tolist(), strict=True))
+        assert len(value_of) == pairs
+        assert np.isin(ids[front : front + task.gap], NOISE).all()
+        (scored,) = np.nonzero(row.labels != -100)
+        assert sorted(ids[scored - 1].tolist()) == sorted(value_of)
+        assert [value_of[key] for key in ids[scored - 1].tolist()] == ids[scored].tolist()
+        assert ((scored - 1 - front - task.gap) % 2 == 0).all() and scored.min() > front + task.gap
+        rest = np.delete(ids[front:], np.concatenate([scored, scored - 1]) - front)
+        assert np.isin(rest, NOISE).all()
+
+
+def test_mqar_queries_are_uniform():
+    task = MQAR()
+    counts = np.zeros(task.length)
+    order = np.zeros((8, 8))
+    for row in rows(task, 2000):
+        (scored,) = np.nonzero(row.labels != -100)
+        counts[scored] += 1
+        front = row.input_ids[0:16:2].tolist()
+        for rank, key in enumerate(row.input_ids[scored - 1].tolist()):
+            order[rank, front.index(key)] += 1
+    slots = counts[57::2]
+    assert counts.sum() == slots.sum() == 16000 and len(slots) == 36
+    assert np.abs(slots / slots.mean() - 1).max() < 0.2
+    assert np.abs(order / order.mean() - 1).max() < 0.3
+
+
+@pytest.mark.parametrize("task", [t for t in TASKS if isinstance(t, Passkey)], ids=str)
+def test_passkey_layout(task):
+    needles = set()
+    for row in rows(task, 300):
+        line = text(row)
+        size = task.digits + 2
+        assert line.count("#") == line.count("?") == 1 and line.index("?") == task.length - size
+        needle = line.index("#")
+        assert line[needle + 1 : needle + size] == line[-size + 1 :]
+        assert ord(line[needle + 1]) in KEYS
+        outside = np.delete(row.input_ids[:-size], np.arange(needle, needle + size))
+        assert np.isin(outside, NOISE).all()
+        assert (np.nonzero(row.labels != -100)[0] == np.arange(task.length - task.digits, task.length)).all()
+        needles.add(needle)
+    latest = task.length - size - 1 - task.gap
+    assert min(needles) >= 0 and max(needles) <= latest
+    assert len(needles) > 0.6 * min(latest + 1, 100)
+
+
+def test_passkey_depth():
+    task = Passkey()
+    for depth, place in ((0, 0), (0.5, 38), (1, 76)):
+        for row in rows(replace(task, depth=depth), 5):
+            assert text(row).index("#") == place
+    assert {text(row).index("#") for row in rows(task, 2000)} == set(range(77))
+
+
+@pytest.mark.parametrize("task", TASKS, ids=str)
+def test_min_distance(task):
+    """Brute force: from the token that predicts a scored one, back to where its key was first answered."""
+    task = replace(task, depth=1.0) if isinstance(task, Passkey) else task
+    least = task.length
+    for row in rows(task, 300):
+        ids = row.input_ids.tolist()
+        scored = np.nonzero(row.labels != -100)[0].tolist()
+        for number, t in enumerate(scored):
+            offset = 1 if isinstance(task, MQAR) else number + 1
+            source = ids.index(ids[t - offset]) + offset
+            assert ids[source] == ids[t]
+            least = min(least, t - 1 - source)
+            assert least >= task.min_distance
+    assert least - task.min_distance <= (0 if isinstance(task, Passkey) else 2)
+
+
+def test_recipe_reaches_beyond_the_window():
+    layers, window, conv = 2, 16, 4
+    for task in (MQAR(), Passkey()):
+        assert task.min_distance > layers * (window - 1 + conv - 1)
+    assert (MQAR().min_distance, Passkey().min_distance, MQAR().scaled(8).min_distance) == (41, 45, 321)
+
+
+def test_scaled():
+    assert MQAR().scaled(8) == MQAR(length=1024, num_pairs=8, gap=320)
+    assert Passkey(depth=0.5).scaled(2) == Passkey(length=256, digits=4, gap=90, depth=0.5)
+
+
+@pytest.mark.parametrize("task", TASKS, ids=str)
+def test_noise(task):
+    filler = [np.isin(row.input_ids, [FILLER, *NOISE]) for row in rows(task)]
+    for noise in (0.0, 0.3, 1.0):
+        noisy = [np.isin(row.input_ids, NOISE) for row in rows(task, noise=noise)]
+        share = sum(n.sum() for n in noisy) / max(1, sum(f.sum() for f in filler))
+        assert abs(share - noise) < 0.1
+    # Noise changes the filler only.
+    for clean, full in zip(rows(task, noise=0.0), rows(task, noise=1.0), strict=True):
+        assert (clean.labels == full.labels).all()
+        assert np.isin(full.input_ids[clean.input_ids != full.input_ids], NOISE).all()
+
+
+@pytest.mark.parametrize("task", [MQAR(), Passkey()], ids=str)
+def test_answers_are_independent(task):
+    """Chance is 1/32 whatever else the row shows: all values equally likely, also beside each other."""
+    answers = np.array([row.labels[row.labels != -100] for row in rows(task, 3000)])
+    counts = np.bincount(answers.ravel(), minlength=128)[VALUES]
+    assert np.abs(counts / counts.mean() - 1).max() < 0.25
+    assert abs((answers[:, 0] == answers[:, 1]).mean() - 1 / 32) < 0.012
+
+
+@pytest.mark.parametrize("task", [MQAR(), Passkey()], ids=str)
+def test_purity_and_streams(task):
+    def key(row):
+        return row.input_ids.tobytes()
+
+    forward = [key(task.sample(0, "train", i, 1.0)) for i in range(50)]
+    backward = [key(task.sample(0, "train", i, 1.0)) for i in reversed(range(50))]
+    assert forward == backward[::-1] and len(set(forward)) == 50
+    others = [
+        key(task.sample(seed, split, i, 1.0))
+        for seed, split in ((0, "validation"), (0, "test"), (1, "train"))
+        for i in range(50)
+    ]
+    assert len({*forward, *others}) == 200
+    with pytest.raises(ValueError, match="split 'dev' does not exist; use one of train, validation, test"):
+        task.sample(0, "dev", 0, 1.0)
+
+
+def test_ramp():
+    steps = (0, 150, 225, 300, 10_000)
+    assert [ramp(step, 150, 300) for step in steps] == [0.0, 0.0, 0.5, 1.0, 1.0]
+    assert ramp(0, 0, 0) == ramp(5, 5, 5) == 1.0 and ramp(4, 5, 5) == 0.0
+
+
+def test_source_takes_its_noise_from_the_step():
+    source = RecallSource(MQAR(), seed=1, noise_ramp=(10, 20))
+    for step, split, noise in ((0, "train", 0.0), (15, "train", 0.5), (20, "train", 1.0), (0, "test", 1.0)):
+        got, want = source.row(4, split, step), MQAR().sample(1, split, 4, noise)
+        assert (got.input_ids == want.input_ids).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MQAR(length=71), "length=71 is too short for MQAR.* at least 72, or lower gap"),
+        (lambda: MQAR(num_pairs=33, length=1000), "num_pairs=33 must lie between 1 and 32"),
+        (lambda: MQAR(num_pairs=0), "num_pairs=0 must"),
+        (lambda: MQAR(gap=-1), "gap=-1 is too small .* at least 0"),
+        (lambda: Passkey(length=51), "length=51 is too short for Passkey.* at least 52"),
+        (lambda: Passkey(gap=4), "gap=4 is too small .* at least 5"),
+        (lambda: Passkey(digits=0), "digits=0 must be at least 1"),
+        (lambda: Passkey(depth=1.5), "depth=1.5 must lie between 0"),
+        (lambda: MQAR().scaled(0.25), "gap|length=32 is too short"),
+    ],
+)
+def test_sizes_that_do_not_fit(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("task", [MQAR(length=72), Passkey(length=52), Passkey(length=12, gap=5)], ids=str)
+def test_smallest_sizes_fit(task):
+    assert all((row.labels != -100).any() for row in rows(task))
+
+
+def test_a_batch_takes_little_time():
+    """Rows are made in every training step: 32 in 3 ms, here with room for a busy machine."""
+    task, times = MQAR(), []
+    for _ in range(20):
+        start = perf_counter()
+        rows(task, 32)
+        times.append(perf_counter() - start)
+    assert min(times) < 3e-3

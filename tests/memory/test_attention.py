@@ -1,0 +1,115 @@
+"""Attention against a loop over queries, in every backend that runs here."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from memlm.memory.attention import Config, Mixer
+from memlm.memory.base import Dims, MixerContext
+from memlm_kernels.testing import assert_close
+
+VARIANTS = [
+    ("none", {"window_size": 1}),
+    ("none", {"window_size": 70, "conv_size": 0}),
+    ("attention", {"conv_size": 3, "persistent_tokens": 2}),
+]
+DIMS = Dims(hidden_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=6)
+
+
+def mixer(backend="eager", **settings):
+    torch.manual_seed(0)
+    return Mixer(Config(**settings), replace(DIMS, attn_implementation=backend), 0).double()
+
+
+def loop(module, x):
+    """One query at a time, rotary angles as complex numbers; no convolution. [T, D] -> [T, D]"""
+    heads, groups, size = 4, 2, 6
+
+    def turn(row, position):
+        z = torch.complex(row[: size // 2], row[size // 2 :])
+        angle = position * 10000.0 ** (-torch.arange(size // 2, dtype=torch.float64) * 2 / size)
+        z = z * torch.polar(torch.ones_like(angle), angle)
+        return torch.cat([z.real, z.imag])
+
+    q, k, v = (p(x).unflatten(-1, (-1, size)) for p in (module.q_proj, module.k_proj, module.v_proj))
+    always = module.persistent if module.config.persistent_tokens else x[:0]
+    fixed_k, fixed_v = (p(always).unflatten(-1, (-1, size)) for p in (module.k_proj, module.v_proj))
+    out = []
+    for t in range(len(x)):
+        first = max(0, t - module.config.window_size + 1) if module.config.window_size else 0
+        row = []
+        for h in range(heads):
+            g = h // (heads // groups)
+            scores = [q[t, h] @ key for key in fixed_k[:, g]]
+            scores += [turn(q[t, h], t) @ turn(k[s, g], s) for s in range(first, t + 1)]
+            weights = (torch.stack(scores) * size**-0.5).softmax(0)
+            row.append(weights @ torch.cat([fixed_v[:, g], v[first : t + 1, g]]))
+        out.append(torch.cat(row))
+    return module.o_proj(torch.stack(out))
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("settings", [{}, {"window_size": 3}, {"window_size": 80}, {"persistent_tokens": 2}])
+@pytest.mark.parametrize("length", [1, 75])
+def test_equals_a_loop_over_queries(backend, settings, length):
+    module = mixer(backend, **settings)
+    x = torch.randn(2, length, 24, dtype=torch.float64)
+    y = module(x).y_BTD
+    for b in range(2):
+        assert_close("y", loop(module, x[b]), y[b], 1e-10)
+
+
+def test_window_cost_is_linear():
+    """No tensor of the windowed form grows with the square of the length."""
+    module = mixer("eager", window_size=16)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    sizes = []
+    for length in (512, 1024):
+        largest = 0
+        with Watch():
+            module(torch.randn(1, length, 24, dtype=torch.float64))
+        sizes.append(largest)
+    assert sizes[1] <= 2.2 * sizes[0]
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch compiles flex attention with a C++ compiler")
+@pytest.mark.parametrize("persistent_tokens", [0, 3])
+def test_flex_attention_forward(persistent_tokens):
+    dims = Dims(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    torch.manual_seed(0)
+    module = Mixer(Config(window_size=5, persistent_tokens=persistent_tokens), dims, 0)
+    x = torch.randn(2, 33, 32)
+    ctx = MixerContext(torch.cat([torch.arange(20), torch.arange(13)]).repeat(2, 1), None, 2)
+    with torch.no_grad():
+        reference = module(x, None, ctx).y_BTD
+        module.dims = replace(dims, attn_implementation="flex_attention")
+        assert_close("y", reference, module(x, None, ctx).y_BTD, 1e-5)
+
+
+def test_flash_attention_says_what_it_cannot_do():
+    module = mixer("flash_attention_2", persistent_tokens=1)
+    with pytest.raises(ValueError, match="without persistent tokens; use 'sdpa'"):
+        module(torch.randn(1, 4, 24, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"window_size": 0}, "window_size=0 must be at least 1"),
+        ({"conv_size": -1}, "conv_size=-1"),
+        ({"persistent_tokens": -2}, "persistent_tokens=-2"),
+    ],
+)
+def test_bad_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**settings)

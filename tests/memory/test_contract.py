@@ -1,0 +1,282 @@
+"""What every memory promises, whatever it is: run on every YAML of configs/memory and every VARIANT.
+
+All comparisons are between whole models in fp64, so that 1e-10 means equal.
+"""
+
+import copy
+
+import pytest
+import torch
+from memlm import MemLMForCausalLM, MemoryCache
+from memlm.memory.base import SequenceMixer
+from memlm_kernels.testing import assert_close, relative_error
+
+from tests.conftest import build, variants
+
+pytestmark = pytest.mark.parametrize("variant", variants())
+EXACT = 1e-10
+VOCAB = 259
+
+
+def model_of(variant, **kwargs) -> MemLMForCausalLM:
+    name, settings = variant
+    return build(name, **settings, **kwargs)
+
+
+def tokens(batch, length, seed=0):
+    return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def stream(model, ids, cuts, cache=None, **kwargs):
+    """Feed a stream in pieces; outputs joined, and the memory after it."""
+    cache = MemoryCache() if cache is None else cache
+    with torch.no_grad():
+        out = [model(piece, past_key_values=cache, **kwargs).logits for piece in ids.split(cuts, 1)]
+    return torch.cat(out, 1), cache
+
+
+def assert_same_memory(expected: MemoryCache, got: MemoryCache, tolerance: float) -> None:
+    for i, (a, b) in enumerate(zip(expected.states, got.states, strict=True)):
+        assert a.keys() == b.keys()
+        for name in a:
+            if name != "position" and a[name].numel():
+                assert_close(f"state {i}.{name}", a[name], b[name], tolerance)
+
+
+@pytest.mark.parametrize("cuts", [[1] * 75, [16, 16, 16, 16, 11], [5, 1, 1, 44, 24], [74, 1]], ids=str)
+def test_streaming_any_division_of_the_stream_is_the_same(variant, cuts):
+    model, ids = model_of(variant), tokens(2, 75)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    pieces, _ = stream(model, ids, cuts)
+    assert_close("logits", whole, pieces, EXACT)
+
+
+def test_writes_stand_at_absolute_positions(variant):
+    """The memory after a stream does not know how the stream was cut; nor does what follows."""
+    model, ids = model_of(variant), tokens(2, 60)
+    _, one = stream(model, ids, [60])
+    _, many = stream(model, ids, [7, 20, 1, 32])
+    more = tokens(2, 40, seed=1)
+    assert_close("what follows", stream(model, more, [40], one)[0], stream(model, more, [40], many)[0], EXACT)
+
+
+@pytest.mark.parametrize("changed", [0, 37, 73])
+def test_causality(variant, changed):
+    model, ids = model_of(variant).train(), tokens(2, 74)
+    edited = ids.clone()
+    edited[:, changed] = (edited[:, changed] + 1) % VOCAB
+    with torch.no_grad():
+        before, after = model(ids).logits, model(edited).logits
+    assert (before[:, :changed] - after[:, :changed]).abs().sum() == 0 or (
+        relative_error(before[:, :changed], after[:, :changed]) < 1e-14
+    )
+    assert relative_error(before[:, changed:], after[:, changed:]) > 1e-6
+
+
+def test_rows_are_isolated(variant):
+    model, ids = model_of(variant), tokens(3, 50)
+    other = ids.clone()
+    other[1] = tokens(1, 50, seed=9)
+    with torch.no_grad():
+        a, b, alone = model(ids).logits, model(other).logits, model(ids[2:]).logits
+    assert_close("row 0", a[0], b[0], EXACT)
+    assert_close("row 2 alone", a[2:], alone, EXACT)
+
+
+def test_packed_documents_equal_documents_alone(variant):
+    model, lengths = model_of(variant), [[20, 1, 33, 6], [3, 17, 25, 15]]
+    ids = tokens(2, 60)
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    with torch.no_grad():
+        packed = model(ids, position_ids=positions, max_documents=4).logits
+        counted = model(ids, position_ids=positions).logits
+        assert_close("counted documents", packed, counted, EXACT)
+        for row, sizes in enumerate(lengths):
+            alone = [model(piece).logits for piece in ids[row : row + 1].split(sizes, 1)]
+            assert_close(f"row {row}", torch.cat(alone, 1), packed[row : row + 1], EXACT)
+
+
+def test_packed_documents_stream_over_any_cut(variant):
+    model, ids = model_of(variant), tokens(1, 60)
+    positions = torch.cat([torch.arange(n) for n in (20, 1, 33, 6)])[None]
+    cache, out = MemoryCache(), []
+    with torch.no_grad():
+        whole = model(ids, position_ids=positions, max_documents=4).logits
+        for piece, place in zip(ids.split([9, 11, 4, 1, 35], 1), positions.split([9, 11, 4, 1, 35], 1), strict=True):
+            out.append(model(piece, position_ids=place, past_key_values=cache).logits)
+    assert_close("logits", whole, torch.cat(out, 1), EXACT)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "scattered"])
+def test_padding_leaves_no_trace(variant, side):
+    model, sizes, width = model_of(variant), [40, 23, 1], 40
+    ids, mask = torch.full((3, width), 7), torch.zeros(3, width, dtype=torch.long)
+    rows = [tokens(1, n, seed=n) for n in sizes]
+    for b, (row, n) in enumerate(zip(rows, sizes, strict=True)):
+        where = {"left": range(width - n, width), "right": range(n)}.get(side)
+        where = torch.tensor(list(where)) if where else torch.linspace(0, width - 1, n).long()
+        ids[b, where], mask[b, where] = row[0], 1
+    cache = MemoryCache()
+    more = tokens(3, 30, seed=5)
+    with torch.no_grad():
+        padded = model(ids, attention_mask=mask, past_key_values=cache).logits
+        mask = torch.cat([mask, torch.ones(3, 30, dtype=torch.long)], 1)
+        first = model(more[:, :1], attention_mask=mask[:, :-29], past_key_values=cache).logits
+        rest = model(more[:, 1:], attention_mask=mask, past_key_values=cache).logits
+        for b, row in enumerate(rows):
+            alone = model(torch.cat([row, more[b : b + 1]], 1)).logits[0]
+            assert_close(f"row {b}", alone[: sizes[b]], padded[b][mask[b, :width].bool()], EXACT)
+            assert_close(f"after row {b}", alone[sizes[b] :], torch.cat([first[b], rest[b]]), EXACT)
+
+
+def test_a_place_in_the_stream_is_only_a_place_in_its_document(variant):
+    """Stored keys carry nothing of the row they were written in: a document is the same wherever it stands."""
+    model, ids = model_of(variant), tokens(1, 30)
+    with torch.no_grad():
+        alone = model(ids).logits
+        for before in (1, 17, 200):
+            row = torch.cat([tokens(1, before, seed=3), ids], 1)
+            positions = torch.cat([torch.arange(before), torch.arange(30)])[None]
+            shifted = model(row, position_ids=positions).logits[:, before:]
+            assert_close(f"{before} tokens later", alone, shifted, EXACT)
+
+
+def test_save_load_continue_is_exact(variant, tmp_path):
+    model, ids = model_of(variant), tokens(2, 70)
+    _, cache = stream(model, ids[:, :41], [41])
+    cache.save(tmp_path)
+    model.save_pretrained(tmp_path / "model")
+    again = MemLMForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float64).eval()
+    for (name, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    for p in again.parameters():
+        # Loaded weights lie unaligned in the mapped file, where other SIMD paths round differently.
+        p.data = p.data.clone()
+    expected, _ = stream(model, ids[:, 41:], [29], cache)
+    got, _ = stream(again, ids[:, 41:], [29], MemoryCache.load(tmp_path))
+    assert torch.equal(expected, got)
+
+
+def test_rows_of_a_memory_can_be_moved(variant):
+    model, ids, more = model_of(variant), tokens(3, 37), tokens(6, 21, seed=1)
+    _, cache = stream(model, ids, [37])
+
+    def follow(cache, rows, start):
+        got, _ = stream(model, more[: len(start)], [21], cache)
+        expected, _ = stream(model, torch.cat([start, more[: len(start)]], 1), [start.shape[1] + 21])
+        assert_close(rows, expected[:, -21:], got, EXACT)
+
+    moved = cache.fork()
+    moved.reorder_cache(torch.tensor([2, 0, 0]))
+    follow(moved, "reordered", ids[[2, 0, 0]])
+    chosen = cache.fork()
+    chosen.batch_select_indices(torch.tensor([1]))
+    follow(chosen, "selected", ids[[1]])
+    repeated = cache.fork()
+    repeated.batch_repeat_interleave(2)
+    follow(repeated, "repeated", ids.repeat_interleave(2, 0))
+    partly = cache.fork()
+    partly.reset(torch.tensor([1]))
+    got, _ = stream(model, more[:3], [21], partly)
+    expected, _ = stream(model, more[1:2], [21])
+    assert_close("reset row", expected[0], got[1], EXACT)
+    untouched, _ = stream(model, torch.cat([ids, more[:3]], 1), [58])
+    assert_close("row beside it", untouched[0, -21:], got[0], EXACT)
+
+
+def test_a_pure_query_changes_nothing(variant):
+    model, ids, probe = model_of(variant), tokens(2, 37), tokens(2, 9, seed=1)
+    _, cache = stream(model, ids, [37])
+    before = copy.deepcopy(cache.states)
+    with torch.no_grad():
+        asked = model(probe, past_key_values=cache, write=False).logits
+    for a, b in zip(before, cache.states, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert cache.get_seq_length() == 37
+    written, _ = stream(model, probe, [9], cache)
+    assert_close("answer", written, asked, EXACT)
+
+
+def test_every_parameter_gets_a_gradient(variant):
+    model, ids = model_of(variant).train(), tokens(2, 75)
+    model(ids, labels=ids).loss.backward()
+    excused = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, SequenceMixer)
+        for name, p in module.named_parameters()
+        if name in getattr(module, "without_gradient", {})
+    }
+    missing = [
+        name for name, p in model.named_parameters() if id(p) not in excused and (p.grad is None or not p.grad.any())
+    ]
+    assert not missing
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("repeated", [False, True], ids=["random", "one token"])
+def test_finite_at_initialisation_over_16k_tokens(variant, dtype, repeated):
+    name, settings = variant
+    model = build(name, dtype=dtype, **settings).train()
+    # Every named memory at full length; variants, and attention with its quadratic cost, at a quarter.
+    length = 4096 if settings or name == "attention" else 16384
+    ids = torch.zeros(1, length, dtype=torch.long) if repeated else tokens(1, length)
+    out = model(ids, labels=ids)
+    out.loss.backward()
+    assert torch.isfinite(out.logits).all() and torch.isfinite(out.loss)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_low_precision_models_accumulate_in_fp32(variant):
+    low = model_of(variant, dtype=torch.bfloat16)
+    ids = tokens(1, 500)
+    with torch.no_grad():
+        reference = copy.deepcopy(low).float()(ids).logits
+        got = low(ids).logits
+    assert got.dtype == torch.bfloat16
+    assert_close("bf16", reference, got.float(), 2e-2)
+
+
+def test_gradient_checkpointing_changes_nothing(variant):
+    model, ids = model_of(variant).train(), tokens(2, 40)
+    model(ids, labels=ids).loss.backward()
+    plain = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    assert model.model.gradient_checkpointing
+    model(ids, labels=ids).loss.backward()
+    for (name, p), expected in zip(model.named_parameters(), plain, strict=True):
+        assert_close(name, expected, p.grad, EXACT)
+
+
+def test_generate_with_memory_equals_without(variant):
+    model = model_of(variant)
+    ids, mask = tokens(2, 21), torch.ones(2, 21, dtype=torch.long)
+    mask[1, :8] = 0
+    options = dict(attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+    cached = model.generate(ids, **options)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
+    alone = model.generate(ids[1:, 8:], **{**options, "attention_mask": mask[1:, 8:]})
+    assert torch.equal(cached[1, 21:], alone[0, 13:])
+    beams = model.generate(ids, num_beams=3, **options)
+    assert torch.equal(beams, model.generate(ids, num_beams=3, use_cache=False, **options))
+
+
+def test_no_tokens_and_one_token(variant):
+    model = model_of(variant)
+    cache = MemoryCache()
+    with torch.no_grad():
+        nothing = model(tokens(2, 0), past_key_values=cache).logits
+        one = model(tokens(2, 1), past_key_values=cache).logits
+        assert nothing.shape == (2, 0, VOCAB)
+        assert_close("first token", model(tokens(2, 1)).logits, one, EXACT)
+
+
+def test_state_is_bounded_or_says_so(variant):
+    """Decode cost: unless it is full attention, the state after 200 tokens is as large as after 50."""
+    model = model_of(variant)
+    _, short = stream(model, tokens(1, 50), [50])
+    _, long = stream(model, tokens(1, 200), [200])
+    grows = variant[0] == "attention"
+    assert (long.nbytes() > short.nbytes()) == grows
