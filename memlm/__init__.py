@@ -3,11 +3,18 @@
 Importing memlm registers its model with transformers' Auto classes.
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from memlm.cache import MemoryCache
 from memlm.configuration import MemLMConfig
 from memlm.modeling import MemLMForCausalLM, MemLMModel
+
+try:
+    __version__ = version("memlm")
+except PackageNotFoundError:
+    __version__ = "from source"
 
 AutoConfig.register("memlm", MemLMConfig)
 AutoModel.register(MemLMConfig, MemLMModel)

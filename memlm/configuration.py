@@ -77,7 +77,12 @@ class MemLMConfig(PreTrainedConfig):
         }
         self.mixer_pattern = list(self.mixer_pattern or list(self.mixers)[:1])
         for name in self.mixer_pattern:
-            _require(name in self.mixers, "mixer_pattern", name, f"is not in model.mixers ({', '.join(self.mixers)})")
+            _require(
+                name in self.mixers,
+                "mixer_pattern",
+                name,
+                f"is not in model.mixers ({', '.join(self.mixers)})",
+            )
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -127,4 +132,11 @@ def _plain(value: Any) -> Any:
 _SETTINGS = [name for name in MemLMConfig.__annotations__ if name not in ("model_type",)]
 _NOT_IN_STATE = {"use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "initializer_range"}
 # What transformers itself passes through a configuration's constructor.
-_INTERNAL = {"model_type", "transformers_version", "architectures", "attn_implementation", "torch_dtype", "auto_map"}
+_INTERNAL = {
+    "model_type",
+    "transformers_version",
+    "architectures",
+    "attn_implementation",
+    "torch_dtype",
+    "auto_map",
+}

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from memlm import MemLMConfig, MemLMForCausalLM
 from omegaconf import OmegaConf
+
+from memlm import MemLMConfig, MemLMForCausalLM
 
 ROOT = Path(__file__).parent.parent
 MEMORIES = sorted(path.stem for path in (ROOT / "configs" / "memory").glob("*.yaml"))

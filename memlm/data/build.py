@@ -39,9 +39,7 @@ def build_data(
     tokenizer = load_tokenizer(cfg["tokenizer"], corpora)
     recall = [name for name, options in cfg["sources"].items() if options["kind"] in _TASKS]
     if recall and not is_byte_tokenizer(tokenizer):
-        raise ValueError(
-            f"data.sources.{recall[0]} is made of bytes; set data.tokenizer to byte, or leave it out"
-        )
+        raise ValueError(f"data.sources.{recall[0]} is made of bytes; set data.tokenizer to byte, or leave it out")
     sources, weights = {}, {}
     for name, options in cfg["sources"].items():
         sources[name] = _build_source(name, cfg, tokenizer, seed)

@@ -83,9 +83,7 @@ class Documents:
         )
         head = list(islice(documents, 2))
         if not head:
-            raise ValueError(
-                f"data paths: {self.files[0].path} and all other files are empty; give some text"
-            )
+            raise ValueError(f"data paths: {self.files[0].path} and all other files are empty; give some text")
         if len(head) == 1:
             text = head[0].text
             cuts = [0, len(text) * 90 // 100, len(text) * 95 // 100, len(text)]

@@ -31,9 +31,7 @@ class TextCorpus:
     build first; if they do not, each builds and the first to finish counts.
     """
 
-    def __init__(
-        self, paths: str | Sequence[str] | None, tokenizer: PreTrainedTokenizerFast, cache_dir: str | Path
-    ):
+    def __init__(self, paths: str | Sequence[str] | None, tokenizer: PreTrainedTokenizerFast, cache_dir: str | Path):
         documents = Documents(paths, cache_dir)
         key = json.dumps([_FORMAT, documents.fingerprint, fingerprint(tokenizer)])
         self.folder = documents.cache / hashlib.sha256(key.encode()).hexdigest()[:32]

@@ -28,9 +28,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return _byte_level(backend, use_regex=False)
 
 
-def load_tokenizer(
-    spec: str | Mapping[str, int], corpora: Sequence[Documents] = ()
-) -> PreTrainedTokenizerFast:
+def load_tokenizer(spec: str | Mapping[str, int], corpora: Sequence[Documents] = ()) -> PreTrainedTokenizerFast:
     """spec: "byte"; a folder or hub name for AutoTokenizer; or {"bpe": vocab_size}, trained on the training
     split of `corpora`, the same for the same files, and kept in their cache.
 

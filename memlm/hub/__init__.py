@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from memlm.configuration import MemLMConfig
 from memlm.modeling import MemLMForCausalLM
@@ -29,10 +29,10 @@ def load_model(source: str | Path) -> MemLMForCausalLM:
     return model
 
 
-def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer saved beside a model."""
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return PreTrainedTokenizerFast.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ValueError(f"{source}: no tokenizer there: {_first_line(error)}") from None
 

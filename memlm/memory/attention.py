@@ -164,8 +164,9 @@ class Mixer(SequenceMixer):
             F.pad(x, (0, 0, 0, 0, 0, pad)).unfold(1, block + window - 1, block).movedim(-1, 2) for x in (k, v)
         )
         positions_BNQ = F.pad(positions_BT, (0, pad)).unflatten(1, (-1, block)).expand(q_BNQ.shape[:3])
-        y = self._dense(backend, *(x.flatten(0, 1) for x in (q_BNQ, k_BNL, v_BNL)), prefix, positions_BNQ.flatten(0, 1))
-        return y.unflatten(0, (q.shape[0], -1)).flatten(1, 2)[:, : q.shape[1]]
+        q, k, v = (x.flatten(0, 1) for x in (q_BNQ, k_BNL, v_BNL))
+        y = self._dense(backend, q, k, v, prefix, positions_BNQ.flatten(0, 1))
+        return y.unflatten(0, q_BNQ.shape[:2]).flatten(1, 2)[:, : positions_BT.shape[1]]
 
     def _dense(
         self,
@@ -177,9 +178,7 @@ class Mixer(SequenceMixer):
         positions_BT: Tensor,
     ) -> Tensor:
         queries, keys = q.shape[1], k.shape[1]
-        distance = (
-            torch.arange(keys - queries, keys, device=q.device)[:, None] - torch.arange(keys, device=q.device)
-        )
+        distance = torch.arange(keys - queries, keys, device=q.device)[:, None] - torch.arange(keys, device=q.device)
         seen = (distance >= 0) & (distance <= positions_BT[..., None])
         if self.config.window_size:
             seen &= distance < self.config.window_size
@@ -215,14 +214,18 @@ class Mixer(SequenceMixer):
         )
         new = q.shape[1]
         return self._call(
-            self.dims.attn_implementation, q, k[:, -new:], v[:, -new:], None, sliding_window=self.config.window_size
+            self.dims.attn_implementation,
+            q,
+            k[:, -new:],
+            v[:, -new:],
+            None,
+            sliding_window=self.config.window_size,
         )
 
     def _call(self, backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Tensor:
         function = eager if backend == "eager" else ALL_ATTENTION_FUNCTIONS[backend]
-        y, _ = function(
-            self, *(x.transpose(1, 2) for x in (q, k, v)), mask, scaling=self.dims.head_dim**-0.5, dropout=0.0, **options
-        )
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        y, _ = function(self, q, k, v, mask, scaling=self.dims.head_dim**-0.5, dropout=0.0, **options)
         return y
 
 

@@ -8,6 +8,7 @@ written; M_0 is learned, its last layer starts at zero so that an empty memory s
 are one number for each token and head.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -62,7 +63,8 @@ class NeuralMemoryConfig:
             value = getattr(self, name)
             require(0 < value < 1, f"{name}={value} must lie strictly between 0 and 1")
         require(
-            self.initialization in INITS, f"initialization={self.initialization!r} must be one of {', '.join(INITS)}"
+            self.initialization in INITS,
+            f"initialization={self.initialization!r} must be one of {', '.join(INITS)}",
         )
 
 
@@ -80,9 +82,7 @@ class NeuralMemory(SequenceMixer):
         self.conv = ShortConv(3 * inner, config.conv_size)
         self.gates = nn.Linear(dims.hidden_size, 3 * heads)
         sizes = [head_dim, *[config.memory_expansion * head_dim] * (config.memory_depth - 1), head_dim]
-        self.memory = nn.ParameterList(
-            [torch.empty(heads, i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True)]
-        )
+        self.memory = nn.ParameterList([torch.empty(heads, i, o) for i, o in itertools.pairwise(sizes)])
         self.norm = nn.RMSNorm(head_dim, eps=dims.rms_norm_eps)
         self.output_gate_proj = nn.Linear(dims.hidden_size, inner, bias=False)
         self.o_proj = nn.Linear(inner, dims.hidden_size, bias=False)

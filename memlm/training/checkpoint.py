@@ -1,6 +1,6 @@
 """Checkpoints that exist whole or not at all, and the run directory they live in.
 
-    runs/<name>/.../config.yaml  metrics.jsonl  checkpoints/step_000200/{model, tokenizer, trainer.pt}  checkpoints/latest
+runs/<name>/.../config.yaml  metrics.jsonl  checkpoints/step_000200/{model, tokenizer, trainer.pt}  checkpoints/latest
 """
 
 import re

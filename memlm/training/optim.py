@@ -42,7 +42,9 @@ def build_optimizers(model: nn.Module, optim: Mapping[str, Any]) -> list[torch.o
     ]
     if optim["name"] == "muon":
         optimizers.append(
-            torch.optim.Muon(groups["matrices"], lr=optim["muon_lr"], weight_decay=optim["weight_decay"], momentum=0.95)
+            torch.optim.Muon(
+                groups["matrices"], lr=optim["muon_lr"], weight_decay=optim["weight_decay"], momentum=0.95
+            )
         )
     elif optim["name"] != "adamw":
         raise ValueError(f"optim.name={optim['name']!r} is unknown; use adamw or muon")

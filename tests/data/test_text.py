@@ -246,9 +246,7 @@ def test_rows_are_pure(books, tmp_path):
 def test_row_longer_than_a_split(books, tmp_path):
     corpus = build([books], tmp_path)
     tokens = corpus.manifest["splits"]["validation"]["tokens"]
-    with pytest.raises(
-        ValueError, match=f"validation split has {tokens} tokens, less than one row of seq_len=999"
-    ):
+    with pytest.raises(ValueError, match=f"validation split has {tokens} tokens, less than one row of seq_len=999"):
         TextSource(corpus, 999, seed=0)
 
 

@@ -1,5 +1,7 @@
 """The dual form against the paper's recurrence, one token at a time, its gradients taken by autograd."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -43,7 +45,7 @@ def make(batch=2, length=23, heads=2, key=5, value=4, depth=1, seed=0, dtype=tor
     q, k, v = (F.normalize(rand(batch, length, heads, d), dim=-1) for d in (key, key, value))
     lr, momentum, decay = (torch.sigmoid(rand(batch, length, heads) - c) for c in (1.0, 0.5, 2.0))
     sizes = [key, *[7] * (depth - 1), value]
-    weights = [rand(heads, i, o) * 0.5 for i, o in zip(sizes[:-1], sizes[1:], strict=True)]
+    weights = [rand(heads, i, o) * 0.5 for i, o in itertools.pairwise(sizes)]
     return [x.to(dtype) for x in (q, k, v, lr, momentum, decay, *weights)]
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+
 from memlm import MemLMForCausalLM
 from memlm.memory import titans_mag
 from memlm.memory.base import Dims
-
 from tests.conftest import model_config
 
 VARIANTS = [

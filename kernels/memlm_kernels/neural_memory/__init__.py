@@ -1,5 +1,6 @@
 """Titans' neural long-term memory: an MLP whose weights are written by gradient descent as it reads."""
 
+import itertools
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -78,7 +79,7 @@ def _check(
         if gate.shape != q.shape[:3]:
             raise ValueError(f"{name} {list(gate.shape)} must be [B, T, H] = {list(q.shape[:3])}")
     sizes = [q.shape[-1], *(w.shape[-1] for w in weights)]
-    expected = [(q.shape[2], i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True)]
+    expected = [(q.shape[2], i, o) for i, o in itertools.pairwise(sizes)]
     if not weights or [tuple(w.shape) for w in weights] != expected or sizes[-1] != v.shape[-1]:
         raise ValueError(
             f"weights {[list(w.shape) for w in weights]} must chain [H, in, out] from "

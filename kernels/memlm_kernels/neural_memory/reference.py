@@ -64,7 +64,7 @@ def neural_memory_reference(
     lengths: Tensor | None,
     max_documents: int,
 ) -> tuple[Tensor, NeuralMemoryState]:
-    batch, length, heads, _ = q.shape
+    batch, length, _heads, _ = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     on_grid = state is None and positions is None and lengths is None
     with torch.autocast(q.device.type, enabled=False):
@@ -81,7 +81,7 @@ def neural_memory_reference(
             chunks, slots = _pad_to_grid(tokens, chunk_size), None
         else:
             chunks, slots = _scatter_to_grid(tokens, positions, lengths, chunk_size, max_documents)
-        out, running = _scan(chunks, initial, state)
+        out, memory, momentum_state, anchor = _scan(chunks, initial, state)
         out = out.permute(0, 2, 3, 1, 4).flatten(1, 2)
         if slots is None:
             out = out[:, :length]
@@ -92,7 +92,7 @@ def neural_memory_reference(
     position = last + 1
     if lengths is not None:
         position = torch.where(lengths > 0, position, state.position)
-    return out.to(v.dtype), NeuralMemoryState(*running, position)
+    return out.to(v.dtype), NeuralMemoryState(memory, momentum_state, anchor, position)
 
 
 def _like(index: Tensor, x: Tensor) -> Tensor:
@@ -107,13 +107,14 @@ def _to_chunks(x: Tensor, chunk_size: int) -> Tensor:
 
 def _pad_to_grid(tokens: list[Tensor], chunk_size: int) -> _Chunks:
     """Every row starts at the start of a chunk and has only real tokens: slots are the tokens themselves."""
-    length = tokens[0].shape[1]
-    pad = -length % chunk_size
-    write = tokens[3].new_ones(1, length, 1)
-    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, pad)) for x in tokens[:3])
-    lr, decay, write = (F.pad(x, (0, 0, 0, pad)) for x in (tokens[3], tokens[5], write))
-    momentum = F.pad(tokens[4], (0, 0, 0, pad), value=1.0)
-    return _Chunks(*(_to_chunks(x, chunk_size) for x in (q, k, v, lr, momentum, decay, write)), None, None)
+    pad = -tokens[0].shape[1] % chunk_size
+
+    def lay(x: Tensor, fill: float = 0.0) -> Tensor:
+        return _to_chunks(F.pad(x, (0, 0) * (x.ndim - 2) + (0, pad), value=fill), chunk_size)
+
+    q, k, v, lr, momentum, decay = tokens
+    write = lay(torch.ones_like(lr[:1, :, :1]))
+    return _Chunks(lay(q), lay(k), lay(v), lay(lr), lay(momentum, 1.0), lay(decay), write, None, None)
 
 
 def _scatter_to_grid(
@@ -148,7 +149,15 @@ def _scatter_to_grid(
     q, k, v, lr, momentum, decay = tokens
     write = lay(torch.ones_like(lr[..., :1]))
     chunks = _Chunks(
-        *(lay(x) for x in (q, k, v, lr)), lay(momentum, 1.0), lay(decay), write, flag(positions == 0), flag(opens)
+        lay(q),
+        lay(k),
+        lay(v),
+        lay(lr),
+        lay(momentum, 1.0),
+        lay(decay),
+        write,
+        starts_document=flag(positions == 0),
+        starts_chunk=flag(opens),
     )
     return chunks, slots
 
@@ -189,9 +198,7 @@ def _gelu_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
     return x * cdf, cdf + x * torch.exp(-0.5 * x * x) * (2 * torch.pi) ** -0.5
 
 
-def _inner_gradient(
-    k: Tensor, v: Tensor, anchor: tuple[Tensor, ...]
-) -> tuple[list[Tensor], list[Tensor]]:
+def _inner_gradient(k: Tensor, v: Tensor, anchor: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
     """Inputs a_l and errors d_l of each layer for 1/2 |M(k) - v|^2 at ``anchor``: its gradient is a_l^T d_l."""
     inputs, slopes = [k], []
     for w in anchor[:-1]:
@@ -206,8 +213,8 @@ def _inner_gradient(
 
 def _scan(
     chunks: _Chunks, initial: tuple[Tensor, ...], state: NeuralMemoryState
-) -> tuple[Tensor, tuple[tuple[Tensor, ...], ...]]:
-    """Loop over chunks for the state, then read all of them at once. Returns o [B, H, N, C, V] and M, S, anchor."""
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Loop over chunks for the state, then read all of them at once. Returns o [B, H, N, C, V], M, S, anchor."""
     gates = _gates(chunks)
     weights, momentum, anchor = state.weights, state.momentum, state.anchor
     # What scales the old M and S, and each token's gradient, in the state after the chunk.
@@ -235,10 +242,11 @@ def _scan(
 
     depth = len(weights)
     states = [torch.stack(x, 2) for x in zip(*entered, strict=True)]
+    stacked = [[torch.stack(x, 2) for x in zip(*of_chunks, strict=True)] for of_chunks in (inputs, errors)]
     x = chunks.q
-    for layer, (a, d) in enumerate(zip(zip(*inputs, strict=True), zip(*errors, strict=True), strict=True)):
+    for layer, (a_all, d_all) in enumerate(zip(*stacked, strict=True)):
         old = gates.beta[..., None] * (x @ states[layer]) + gates.f[..., None] * (x @ states[depth + layer])
-        x = old - (gates.C * (x @ torch.stack(a, 2).mT)) @ torch.stack(d, 2)
+        x = old - (gates.C * (x @ a_all.mT)) @ d_all
         if layer < depth - 1:
             x = F.gelu(x)
-    return x, (weights, momentum, anchor)
+    return x, weights, momentum, anchor

@@ -1,0 +1,22 @@
+"""Evaluate a model: ``python evaluate.py [key=value] ...``; with no arguments, the default run and its control."""
+
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from memlm.cli import user_errors
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="evaluate")
+def main(cfg: DictConfig) -> None:
+    from memlm.evaluation import run
+
+    run(cfg)
+
+
+if __name__ == "__main__":
+    with user_errors(CONFIGS, "evaluate"):
+        main()

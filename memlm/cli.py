@@ -1,0 +1,73 @@
+"""Between the command line and ``run(cfg)``: one readable line for a user's mistake, and the preset for a GPU."""
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from transformers.utils.logging import disable_progress_bar
+
+from memlm.memory.base import suggest
+
+
+@contextmanager
+def user_errors(config_dir: Path, config: str) -> Iterator[None]:
+    """Print mistakes in configuration or input as one line and exit with code 2.
+
+    HYDRA_FULL_ERROR=1 shows the traceback instead.
+    """
+    # Saving and loading are instant beside training, and one progress bar is enough.
+    disable_progress_bar()
+    traced = os.environ.setdefault("HYDRA_FULL_ERROR", "") == "1"
+    # Hydra then raises what it would otherwise print over many lines.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
+        if traced:
+            raise
+        print(f"error: {one_line(error, config_dir, config)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def use_gpu_preset(argv: list[str]) -> list[str]:
+    """With a GPU, and no experiment or model named, the default run is ``experiment=gpu``."""
+    chosen = any(a.startswith(("experiment=", "model=", "hardware=")) for a in argv)
+    return argv if chosen or not torch.cuda.is_available() else [*argv, "experiment=gpu"]
+
+
+def one_line(error: Exception, config_dir: Path, config: str) -> str:
+    """The message of a composition error with the key, and the nearest key or the choices there are."""
+    text = str(error).strip() or type(error).__name__
+    if match := re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text):
+        wrong = match[1]
+        given = next((a for a in sys.argv[1:] if a.lstrip("+~").startswith(f"{wrong}=")), wrong)
+        return f"{given}: there is no key {wrong!r}; {suggest(wrong, _keys(config_dir, config))}"
+    if match := re.search(r"(?:Could not find|In '[^']*': Could not find) '([^']+)/([^']+)'", text):
+        group, name = match.groups()
+        choices = sorted(path.stem for path in (config_dir / group).glob("*.yaml"))
+        return f"{group}={name}: no such choice; {suggest(name, choices)}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0] if isinstance(error, HydraException | OmegaConfBaseException) else " ".join(lines)
+
+
+def _keys(config_dir: Path, config: str) -> list[str]:
+    with initialize_config_dir(str(config_dir), version_base="1.3"):
+        return list(_flatten(OmegaConf.to_container(compose(config)), ""))
+
+
+def _flatten(node: Any, prefix: str) -> Iterator[str]:
+    for key, value in node.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")

@@ -1,0 +1,164 @@
+"""What is measured of a trained model: recall over length, needles over length and depth, text over position.
+
+B rows, T tokens of a segment, V vocabulary.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memlm.cache import MemoryCache
+from memlm.data import Batch, Passkey, RecallTask
+from memlm.modeling import MemLMForCausalLM
+from memlm.training.objective import Score, score, token_losses
+
+# Tokens of a forward over many rows: enough to keep the processor busy, few enough for small memories.
+_TOKENS_AT_ONCE = 16384
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Accuracy of one task at one length: by token, and by row with every answer right."""
+
+    task: str
+    factor: int
+    length: int
+    rows: int
+    accuracy: float
+    row_accuracy: float
+
+
+def recall(
+    model: MemLMForCausalLM, name: str, task: RecallTask, seed: int, factors: Sequence[int], rows: int
+) -> list[Recall]:
+    """The task at ``factor`` times its length and gap, on test rows with all filler noise."""
+    results = []
+    for factor in factors:
+        scaled = task.scaled(factor)
+        s = _score_task(model, scaled, seed, rows)
+        results.append(Recall(name, factor, scaled.length, rows, s.accuracy, s.row_accuracy))
+    return results
+
+
+@dataclass(frozen=True)
+class Needle:
+    """Accuracy, by token, of one cell of the grid; depth 0 is the front of the text."""
+
+    length: int
+    depth: float
+    rows: int
+    accuracy: float
+
+
+def needles(
+    model: MemLMForCausalLM,
+    task: Passkey,
+    seed: int,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    rows: int,
+) -> list[Needle]:
+    """A passkey at each depth of texts of each length; the nearest is ``task.gap`` tokens away."""
+    cells = []
+    for length in lengths:
+        for depth in depths:
+            s = _score_task(model, replace(task, length=length, depth=depth), seed, rows)
+            cells.append(Needle(length, depth, rows, s.accuracy))
+    return cells
+
+
+def _score_task(model: MemLMForCausalLM, task: RecallTask, seed: int, rows: int) -> Score:
+    size = max(1, min(rows, _TOKENS_AT_ONCE // task.length))
+    batches = (
+        Batch.from_rows(
+            [task.sample(seed, "test", i, 1.0) for i in range(start, min(start + size, rows))],
+            [0] * min(size, rows - start),
+        )
+        for start in range(0, rows, size)
+    )
+    return score(model, batches, ["task"], torch.ones(model.config.vocab_size, dtype=torch.long), model.device)["task"]
+
+
+@dataclass(frozen=True)
+class TextByPosition:
+    """Bits per byte of held-out text by distance from the document's start, and over all of it.
+
+    edges: bucket i holds positions [edges[i], edges[i + 1]); nan where no token fell.
+    """
+
+    carried: bool
+    segment: int
+    documents: int
+    tokens: int
+    bits_per_byte: float
+    edges: list[int]
+    by_position: list[float]
+
+
+@torch.no_grad()
+def text_by_position(
+    model: MemLMForCausalLM,
+    documents: Iterable[np.ndarray],
+    token_bytes: Tensor,
+    segment: int,
+    carried: bool,
+    max_length: int,
+    rows: int = 16,
+) -> TextByPosition:
+    """Read documents in segments, with one memory for a document (carried) or a new one each segment.
+
+    The same tokens are scored either way: all but the first of each segment, which a new memory cannot know.
+    """
+    documents = sorted((d[:max_length] for d in documents), key=len)
+    nats = torch.zeros(max_length, dtype=torch.float64)
+    counted = torch.zeros(max_length, dtype=torch.float64)
+    scored_tokens = 0
+    for start in range(0, len(documents), rows):
+        group = documents[start : start + rows]
+        longest = len(group[-1])
+        ids = np.zeros((len(group), longest), np.int64)
+        real = np.zeros((len(group), longest), np.int64)
+        for row, document in enumerate(group):
+            ids[row, : len(document)], real[row, : len(document)] = document, 1
+        ids_BT, real_BT = (torch.from_numpy(x).to(model.device) for x in (ids, real))
+        memory = MemoryCache()
+        for begin in range(0, longest, segment):
+            if not carried:
+                memory = MemoryCache()
+            piece, mask = ids_BT[:, begin : begin + segment], real_BT[:, begin : begin + segment]
+            logits = model(piece, attention_mask=mask, past_key_values=memory, use_cache=True).logits
+            piece_nats, scored = token_losses(logits, piece.masked_fill(mask == 0, -100))
+            sizes = token_bytes.to(model.device)[piece[:, 1:]] * scored
+            # Tokens that stand for no text, such as the end of a document, are not text.
+            piece_nats = piece_nats * (sizes > 0)
+            where = slice(begin + 1, begin + piece.shape[1])
+            nats[where] += piece_nats.double().sum(0).cpu()
+            counted[where] += sizes.double().sum(0).cpu()
+            scored_tokens += int(scored.sum())
+    edges = [0, segment]
+    while edges[-1] < max_length:
+        edges.append(min(2 * edges[-1], max_length))
+    buckets = [_bits(nats[a:b].sum().item(), counted[a:b].sum().item()) for a, b in itertools.pairwise(edges)]
+    return TextByPosition(
+        carried,
+        segment,
+        len(documents),
+        scored_tokens,
+        _bits(nats.sum().item(), counted.sum().item()),
+        edges,
+        buckets,
+    )
+
+
+def _bits(nats: float, num_bytes: float) -> float:
+    return nats / math.log(2) / num_bytes if num_bytes else float("nan")
+
+
+def plain(results: Iterable) -> list[dict]:
+    """Dataclasses as JSON-ready dicts."""
+    return [asdict(r) for r in results]

@@ -1,0 +1,113 @@
+"""Pictures of an evaluation; each function returns a matplotlib figure."""
+
+from collections.abc import Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")
+import itertools
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+_SCALE = LinearSegmentedColormap.from_list("needle", ["#F0496E", "#EBB839", "#0CD79F"])
+_COLOURS = ("#2563eb", "#64748b", "#d97706", "#0f766e")
+
+
+def needle_map(grids: dict[str, list[dict]], training_length: int, chance: float) -> Figure:
+    """Heat maps side by side, length to the right, depth downwards; the training length is a dashed line."""
+    figure, axes = plt.subplots(
+        1, len(grids), figsize=(1.2 + 4.4 * len(grids), 4.0), sharey=True, layout="constrained", squeeze=False
+    )
+    for axis, (name, cells) in zip(axes[0], grids.items(), strict=True):
+        lengths = sorted({c["length"] for c in cells})
+        depths = sorted({c["depth"] for c in cells})
+        table = np.full((len(depths), len(lengths)), np.nan)
+        for c in cells:
+            table[depths.index(c["depth"]), lengths.index(c["length"])] = c["accuracy"]
+        image = axis.imshow(table, cmap=_SCALE, vmin=0, vmax=1, aspect="auto")
+        for (row, column), value in np.ndenumerate(table):
+            axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=9)
+        axis.set_xticks(range(len(lengths)), [str(n) for n in lengths])
+        axis.set_yticks(range(len(depths)), [f"{100 * d:.0f} %" for d in depths])
+        axis.set_xlabel("length of the text, tokens")
+        axis.set_title(name, fontsize=11)
+        if training_length in lengths:
+            edge = lengths.index(training_length) + 0.5
+            axis.axvline(edge, color="black", linestyle="--", linewidth=1.5)
+            axis.text(edge - 0.05, -0.56, "trained up to here", ha="right", va="bottom", fontsize=7)
+    axes[0][0].set_ylabel("depth of the needle (0 % = start)")
+    bar = figure.colorbar(image, ax=axes[0].tolist(), label="tokens recalled")
+    bar.ax.axhline(chance, color="black", linewidth=1.5)
+    rows = next(iter(grids.values()))[0]["rows"]
+    figure.suptitle(f"Needle in a haystack: {rows} texts a cell, chance {chance:.3f} (line in the bar)", fontsize=11)
+    return figure
+
+
+def curves(runs: dict[str, list[dict]], prefix: str, label: str, logarithmic: bool = False) -> Figure | None:
+    """One panel for each figure of metrics.jsonl that starts with ``prefix``, one line for each run."""
+    names = sorted({key for lines in runs.values() for line in lines for key in line if key.startswith(prefix)})
+    if not names:
+        return None
+    width = min(4, len(names))
+    height = -(-len(names) // width)
+    figure, axes = plt.subplots(
+        height, width, figsize=(3.4 * width, 2.6 * height), layout="constrained", squeeze=False
+    )
+    for axis, name in zip(axes.flat, names, strict=False):
+        for colour, (run, lines) in zip(_COLOURS, runs.items(), strict=False):
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            if points:
+                axis.plot(*zip(*points, strict=True), color=colour, label=run, linewidth=1.3)
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25)
+        if logarithmic:
+            axis.set_yscale("log")
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    axes[0][0].set_ylabel(label, fontsize=8)
+    axes[0][0].legend(fontsize=7)
+    return figure
+
+
+def accuracy_by_length(results: dict[str, list[dict]], chance: float) -> Figure:
+    """Recall accuracy against length, one panel a task, one line a model."""
+    tasks = sorted({r["task"] for rs in results.values() for r in rs})
+    figure, axes = plt.subplots(
+        1, len(tasks), figsize=(4.2 * len(tasks), 3.2), layout="constrained", squeeze=False, sharey=True
+    )
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for colour, (run, rs) in zip(_COLOURS, results.items(), strict=False):
+            mine = [r for r in rs if r["task"] == task]
+            axis.plot([r["length"] for r in mine], [r["accuracy"] for r in mine], "o-", color=colour, label=run)
+        axis.axhline(chance, color="black", linestyle=":", label=f"chance {chance:.3f}")
+        axis.set_xscale("log", base=2)
+        lengths = [r["length"] for r in next(iter(results.values())) if r["task"] == task]
+        axis.set_xticks(lengths, [str(n) for n in lengths])
+        axis.minorticks_off()
+        axis.set_ylim(-0.03, 1.03)
+        axis.set_title(task, fontsize=10)
+        axis.set_xlabel("length, tokens (first: as trained)", fontsize=8)
+        axis.grid(alpha=0.25)
+    axes[0][0].set_ylabel("tokens recalled", fontsize=9)
+    axes[0][0].legend(fontsize=8)
+    return figure
+
+
+def bits_by_position(texts: dict[str, dict]) -> Figure:
+    """Bits per byte of held-out text by distance from the document's start."""
+    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    edges: Sequence[int] = next(iter(texts.values()))["edges"]
+    middle = [f"{a}-{b}" for a, b in itertools.pairwise(edges)]
+    for colour, (name, text) in zip(_COLOURS, texts.items(), strict=False):
+        axis.plot(middle, text["by_position"], "o-", color=colour, label=f"{name}: {text['bits_per_byte']:.3f}")
+    axis.set_xlabel("position in the document, tokens")
+    axis.set_ylabel("bits per byte")
+    axis.tick_params(axis="x", labelsize=8)
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8, title="over all positions", title_fontsize=8)
+    return figure

@@ -1,0 +1,65 @@
+"""One self-contained HTML page of an evaluation: pictures inside, no network."""
+
+import base64
+import html
+import io
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2rem auto; padding: 0 1rem; color: #1e293b }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
+table { border-collapse: collapse; margin: .6rem 0 } th, td { padding: .25rem .8rem; text-align: right }
+th { border-bottom: 2px solid #94a3b8; font-weight: 600 } td { border-bottom: 1px solid #e2e8f0 }
+th:first-child, td:first-child { text-align: left }
+img { max-width: 100%; height: auto } .note { color: #475569 }
+"""
+
+
+class Report:
+    """Sections in the order they are added; ``write`` also leaves each picture as a PNG."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self._parts: list[str] = []
+        self._pictures: dict[str, bytes] = {}
+
+    def heading(self, text: str) -> None:
+        self._parts.append(f"<h2>{html.escape(text)}</h2>")
+
+    def note(self, text: str) -> None:
+        self._parts.append(f'<p class="note">{html.escape(text)}</p>')
+
+    def table(self, header: list[str], rows: list[list[str]]) -> None:
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+        body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+        self._parts.append(f"<table><tr>{head}</tr>{body}</table>")
+
+    def picture(self, name: str, figure: Figure | None, alt: str) -> None:
+        """Add a figure, and close it; None adds nothing."""
+        if figure is None:
+            return
+        import matplotlib.pyplot as plt
+
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=130)
+        plt.close(figure)
+        self._pictures[name] = buffer.getvalue()
+        data = base64.b64encode(buffer.getvalue()).decode()
+        self._parts.append(f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">')
+
+    def write(self, folder: Path) -> Path:
+        """Write ``report.html`` and ``plots/*.png``; returns the page."""
+        (folder / "plots").mkdir(parents=True, exist_ok=True)
+        for name, data in self._pictures.items():
+            (folder / "plots" / f"{name}.png").write_bytes(data)
+        title = html.escape(self.title)
+        page = (
+            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+            f"<h1>{title}</h1>{''.join(self._parts)}</html>"
+        )
+        path = folder / "report.html"
+        path.with_suffix(".tmp").write_text(page)
+        path.with_suffix(".tmp").replace(path)
+        return path

@@ -1,0 +1,230 @@
+"""Measure a checkpoint, and its control beside it; write results.json, report.html, and a table on the screen."""
+
+import json
+import platform
+import subprocess
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+import memlm
+from memlm.data import Mixture, Passkey, RecallTask, build_data, token_bytes
+from memlm.evaluation import plots
+from memlm.evaluation.measures import needles, plain, recall, text_by_position
+from memlm.evaluation.report import Report
+from memlm.hub import load_model, load_tokenizer
+from memlm.modeling import MemLMForCausalLM, count_parameters
+from memlm.training import checkpoint
+from memlm.training.tracking import read_metrics
+
+_CHANCE = 1 / 32
+
+
+@dataclass
+class Subject:
+    """A model under evaluation and where it comes from."""
+
+    name: str
+    folder: Path | str
+    run_dir: Path | None
+    model: MemLMForCausalLM
+    tokenizer: PreTrainedTokenizerBase
+
+
+def run(cfg: DictConfig) -> None:
+    """Evaluate ``cfg.checkpoint``, a run directory, a checkpoint folder or a hub name.
+
+    Raises ValueError, one line, for what the user can mend; earlier results stay until new ones are whole.
+    """
+    started = time.perf_counter()
+    device = _device(cfg.hardware.device)
+    console = Console(highlight=False, soft_wrap=True)
+    subjects = [_load(str(cfg.checkpoint), device)]
+    if cfg.control and Path(cfg.control) != subjects[0].run_dir:
+        if checkpoint.latest(Path(cfg.control)):
+            subjects.append(_load(str(cfg.control), device))
+        else:
+            console.print(f"no control at {cfg.control}; 'python train.py memory=none' trains it", markup=False)
+    data = _data_config(cfg, subjects[0])
+    tokenizer, mixture = build_data(data, seed=cfg.seed, batch_size=max(1, 2 * len(data["sources"])))
+    results: dict[str, Any] = {"environment": _environment(device), "data": data, "models": {}}
+    for subject in subjects:
+        if len(tokenizer) > subject.model.config.vocab_size:
+            raise ValueError(
+                f"data.tokenizer has {len(tokenizer)} entries, {subject.folder} embeds "
+                f"{subject.model.config.vocab_size}; evaluate with the data it was trained on"
+            )
+        console.print(f"evaluating {subject.name}: {subject.folder}", markup=False)
+        results["models"][subject.name] = _measure(
+            cfg.eval, subject, mixture, torch.from_numpy(token_bytes(tokenizer))
+        )
+    results["seconds"] = round(time.perf_counter() - started, 1)
+
+    out = Path(cfg.out) if cfg.out else (subjects[0].run_dir or Path("runs") / "evaluation") / "evaluation"
+    out.mkdir(parents=True, exist_ok=True)
+    partial = out / "results.tmp"
+    partial.write_text(json.dumps(results, indent=1))
+    partial.replace(out / "results.json")
+    page = _report(subjects, results, data["seq_len"]).write(out)
+    for header, rows in _tables(results):
+        table = Table(*header)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    console.print(f"{results['seconds']:.0f} s; {page}", markup=False)
+
+
+def _measure(options: DictConfig, subject: Subject, mixture: Mixture, sizes: torch.Tensor) -> dict[str, Any]:
+    model = subject.model
+    measured: dict[str, Any] = {
+        "checkpoint": str(subject.folder),
+        "parameters": count_parameters(model),
+        "kinds": sorted({m["kind"] for m in model.config.mixers.values()}),
+        "recall": [],
+        "needles": [],
+        "text": {},
+    }
+    for name, source in mixture.sources.items():
+        task = getattr(source, "task", None)
+        if isinstance(task, RecallTask):
+            measured["recall"] += plain(recall(model, name, task, source.seed, options.factors, options.recall_rows))
+        if isinstance(task, Passkey):
+            lengths = [task.length * f for f in options.factors]
+            cells = needles(model, task, source.seed, lengths, options.depths, options.needle_rows)
+            measured["needles"] = plain(cells)
+        if hasattr(source, "corpus"):
+            documents = [d for _, d in source.corpus.documents("test")][: options.text_documents]
+            for carried in (True, False):
+                measured["text"]["carried" if carried else "reset"] = asdict(
+                    text_by_position(model, documents, sizes, source.seq_len, carried, options.text_length)
+                )
+    return measured
+
+
+def _load(source: str, device: torch.device) -> Subject:
+    path = Path(source)
+    run_dir, folder = None, source
+    if checkpoint.latest(path):
+        run_dir, folder = path, checkpoint.latest(path)
+    elif path.is_dir() and path.parent.name == "checkpoints":
+        run_dir = path.parent.parent
+    elif not path.exists() and (source.startswith(("runs", ".", "/")) or source.count("/") > 1):
+        raise ValueError(
+            f"checkpoint={source}: there is no run; train it first, or name a run, a folder or a hub name"
+        )
+    model = load_model(folder).to(device).eval()
+    name = run_dir.name.split("-seed")[0] if run_dir else path.name
+    return Subject(name, folder, run_dir, model, load_tokenizer(folder))
+
+
+def _data_config(cfg: DictConfig, subject: Subject) -> dict[str, Any]:
+    if cfg.get("data"):
+        return OmegaConf.to_container(cfg.data, resolve=True)
+    config = subject.run_dir / "config.yaml" if subject.run_dir else None
+    if config is None or not config.exists():
+        raise ValueError(f"{subject.folder}: no config.yaml of a run beside it says what data it knows; add data=...")
+    return OmegaConf.to_container(OmegaConf.load(config), resolve=True)["data"]
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("hardware.device='cuda' but torch sees no GPU; use hardware.device=auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _environment(device: torch.device) -> dict[str, str]:
+    try:
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    processor = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    return {
+        "memlm": memlm.__version__,
+        "commit": commit,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": processor,
+    }
+
+
+def _tables(results: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
+    """Header and rows of each table, for the screen and the page alike."""
+    tables = []
+    models = results["models"]
+    first = next(iter(models.values()))
+    if first["recall"]:
+        factors = dict.fromkeys(r["factor"] for r in first["recall"])
+        header = ["tokens (rows) recalled", *(f"{f}x length" for f in factors)]
+        rows = []
+        for name, measured in models.items():
+            for task in dict.fromkeys(r["task"] for r in measured["recall"]):
+                mine = [r for r in measured["recall"] if r["task"] == task]
+                cells = [f"{r['accuracy']:.3f} ({r['row_accuracy']:.2f})" for r in mine]
+                rows.append([f"{name}, {task}", *cells])
+        rows.append(["chance", *[f"{_CHANCE:.3f}"] * (len(header) - 1)])
+        tables.append((header, rows))
+    if first["text"]:
+        rows = [
+            [
+                name,
+                f"{m['text']['carried']['bits_per_byte']:.4f}",
+                f"{m['text']['reset']['bits_per_byte']:.4f}",
+            ]
+            for name, m in models.items()
+        ]
+        tables.append((["bits per byte of text", "memory carried", "reset each segment"], rows))
+    return tables
+
+
+def _report(subjects: list[Subject], results: dict[str, Any], training_length: int) -> Report:
+    models = results["models"]
+    report = Report(f"memlm: {', '.join(models)}")
+    environment = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
+    report.note(f"{environment}; {results['seconds']} s.")
+    report.table(
+        ["model", "kind", "parameters", "checkpoint"],
+        [[n, ", ".join(m["kinds"]), f"{m['parameters']:,}", m["checkpoint"]] for n, m in models.items()],
+    )
+    tables = _tables(results)
+    if any(m["needles"] for m in models.values()):
+        report.heading("Needle in a haystack")
+        grids = {name: m["needles"] for name, m in models.items() if m["needles"]}
+        report.picture("needles", plots.needle_map(grids, training_length, _CHANCE), "needle accuracy")
+        report.note(
+            "A key and four symbols stand once in noise; the end asks for them. Each cell is the share of the four "
+            "recalled, teacher forced, over texts never trained on, at lengths right of the dashed line too."
+        )
+    if models[subjects[0].name]["recall"]:
+        report.heading("Recall at the trained length and beyond")
+        report.table(*tables[0])
+        recalls = {name: m["recall"] for name, m in models.items()}
+        report.picture("recall", plots.accuracy_by_length(recalls, _CHANCE), "recall accuracy by length")
+        rows = models[subjects[0].name]["recall"][0]["rows"]
+        report.note(f"{rows} test rows a point; by row: every answer of the row right.")
+    texts = {f"{n}, {how}": t for n, m in models.items() for how, t in m["text"].items()}
+    if texts:
+        first = next(iter(texts.values()))
+        report.heading("Held-out text by position")
+        report.table(*tables[-1])
+        report.picture("text", plots.bits_by_position(texts), "bits per byte by position")
+        report.note(
+            f"{first['documents']} documents, {first['tokens']:,} tokens, read in segments of {first['segment']}; "
+            "carried: one memory for a document; reset: a new one each segment. Same tokens scored either way."
+        )
+    runs = {s.name: read_metrics(s.run_dir / "metrics.jsonl") for s in subjects if s.run_dir}
+    if any(runs.values()):
+        report.heading("Training")
+        report.picture("loss", plots.curves(runs, "loss/", "nats, training", logarithmic=True), "training loss")
+        report.picture("validation", plots.curves(runs, "validation/", "validation"), "validation")
+        report.picture("gates", plots.curves(runs, "layer", "memory"), "gates and memory over training")
+    return report

@@ -1,0 +1,55 @@
+"""What a person sees while training: a banner, one progress bar, or plain lines where there is no terminal."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Display:
+    """Progress of a run of ``steps`` steps; silent where ``shown`` is False (ranks above 0)."""
+
+    def __init__(self, steps: int, shown: bool) -> None:
+        self.console = Console(quiet=not shown, highlight=False, soft_wrap=True)
+        self.steps = steps
+        self.live = self.console.is_terminal and shown
+        self._started = time.perf_counter()
+        self._first: int | None = None
+        self._bar = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.live,
+        )
+        self._task = self._bar.add_task("", total=steps)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        (self._bar.console if self.live else self.console).print(text, markup=False)
+
+    def advance(self, step: int, figures: dict[str, str]) -> None:
+        """Show that ``step`` steps are done."""
+        text = "  ".join(f"{name} {value}" for name, value in figures.items())
+        if self.live:
+            self._bar.update(self._task, completed=step, description=text)
+            return
+        if self._first is None:
+            self._started, self._first = time.perf_counter(), step
+        done = step - self._first
+        left = (time.perf_counter() - self._started) / done * (self.steps - step) if done else float("nan")
+        self.say(
+            f"step {step}/{self.steps}  {text}  left {left:.0f}s" if done else f"step {step}/{self.steps}  {text}"
+        )

@@ -1,0 +1,325 @@
+"""The training loop: batches that are pure functions of the step, so a run is its configuration and a step number."""
+
+import math
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+import memlm
+from memlm.configuration import MemLMConfig
+from memlm.data import build_data, token_bytes
+from memlm.hub import load_model
+from memlm.modeling import MemLMForCausalLM, count_parameters
+from memlm.training import checkpoint
+from memlm.training.display import Display
+from memlm.training.objective import Objective, Score, model_inputs, score
+from memlm.training.optim import build_optimizers, lr_factor, set_lr
+from memlm.training.tracking import Tracker
+
+# What may differ between a run and its continuation.
+_FREE = {"hardware", "tracker"}
+
+
+class Interrupt:
+    """The first Ctrl-C or SIGTERM asks for a checkpoint at the end of the step; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        for s in self._before:
+            signal.signal(s, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def restore(self) -> None:
+        for s, handler in self._before.items():
+            signal.signal(s, handler)
+
+
+def run(cfg: DictConfig) -> None:
+    """Train what the configuration describes, or go on where its run directory stops.
+
+    Raises ValueError, one line, for what the user can mend.
+    """
+    Trainer(cfg).train()
+
+
+class Trainer:
+    """Everything that a run needs, built once."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.config = OmegaConf.to_container(cfg, resolve=True)
+        self.cfg = cfg
+        self.train_cfg, self.run_dir = cfg.train, Path(cfg.run_dir)
+        _check(cfg.train)
+        self.accelerator = build_accelerator(cfg.hardware, cfg.train.gradient_accumulation)
+        self.display = Display(cfg.train.steps, self.accelerator.is_main_process)
+        self.folder = checkpoint.latest(self.run_dir)
+        _same_run(self.run_dir, self.folder, self.config)
+        self.trainer_state = checkpoint.load_trainer(self.folder) if self.folder else None
+        self.step = self.trainer_state["step"] if self.trainer_state else 0
+
+        with self.accelerator.main_process_first():
+            self.tokenizer, self.mixture = build_data(
+                self.config["data"],
+                seed=cfg.seed,
+                batch_size=cfg.train.batch_size,
+                rank=self.accelerator.process_index,
+                world_size=self.accelerator.num_processes,
+            )
+        self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer))
+        self.model = self._build_model()
+        self.optimizers = build_optimizers(self.model, cfg.optim)
+        if self.trainer_state:
+            for optimizer, state in zip(self.optimizers, self.trainer_state["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+        objective = Objective(self.model)
+        if cfg.hardware.compile:
+            objective.compile()
+        self.objective, *self.optimizers = self.accelerator.prepare(objective, *self.optimizers)
+
+    def _build_model(self) -> MemLMForCausalLM:
+        if self.folder:
+            model = load_model(self.folder)
+        else:
+            config = model_config(self.config["model"], self.tokenizer)
+            torch.manual_seed(self.cfg.seed)
+            model = MemLMForCausalLM(config)
+        if self.train_cfg.gradient_checkpointing:
+            # Renamed in transformers 5.23.
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        return model.train()
+
+    def train(self) -> None:
+        if self.step >= self.train_cfg.steps:
+            self.display.say(
+                f"{self.run_dir}: all {self.step} steps are done. Train anew under another name (name=...), "
+                f"or go further with train.steps=... in a new run."
+            )
+            return
+        if self.accelerator.is_main_process:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(OmegaConf.create(self.config), self.run_dir / "config.yaml")
+        self._banner()
+        tracker = None
+        if self.accelerator.is_main_process:
+            name = str(self.cfg.name)
+            tracker = Tracker(self.run_dir, name, dict(self.cfg.tracker), self.config, self.step)
+        interrupt = Interrupt()
+        try:
+            with self.display:
+                stopped = self._steps(tracker, interrupt)
+        finally:
+            interrupt.restore()
+            if tracker:
+                tracker.close()
+        if stopped:
+            self.display.say(f"Stopped at step {self.step}; the same command goes on from there.")
+        else:
+            self.display.say(f"Done: {checkpoint.latest(self.run_dir)}")
+
+    def _steps(self, tracker: Tracker | None, interrupt: Interrupt) -> bool:
+        """Train to the end, or until interrupted: then True."""
+        train, shown = self.train_cfg, {}
+        tokens_per_step = self.tokens_per_step()
+        clock, clock_step = time.perf_counter(), self.step
+        while self.step < train.steps:
+            logged = self.step % train.log_every == 0
+            figures = self._one_step()
+            if logged:
+                now = time.perf_counter()
+                speed = (self.step - clock_step) * tokens_per_step / (now - clock)
+                clock, clock_step = now, self.step
+                values = {name: value.item() for name, value in figures.items()}
+                if not math.isfinite(values["loss"]):
+                    raise ValueError(
+                        f"loss is {values['loss']} at step {self.step - 1}; lower optim.lr or optim.muon_lr "
+                        f"({checkpoint.latest(self.run_dir) or 'no checkpoint'} stays as it is)"
+                    )
+                if tracker:
+                    tracker.log(self.step - 1, {**values, "tokens_per_second": speed})
+                shown |= {"loss": f"{values['loss']:.3f}", "tok/s": f"{speed:,.0f}"}
+                self.display.advance(self.step, shown)
+            last = self.step == train.steps
+            if self.step % train.validate_every == 0 or last:
+                before = time.perf_counter()
+                scores = self.validate()
+                if tracker:
+                    tracker.log(self.step, validation_figures(scores))
+                shown |= headline(scores)
+                self.display.say(f"step {self.step}  validation  " + describe(scores))
+                clock += time.perf_counter() - before
+            stop = self._any(interrupt.asked)
+            if self.step % train.save_every == 0 or last or stop:
+                before = time.perf_counter()
+                self._save()
+                clock += time.perf_counter() - before
+            if stop and not last:
+                return True
+        return False
+
+    def _one_step(self) -> dict[str, Tensor]:
+        """One optimiser step; figures stay on the device."""
+        train, names = self.train_cfg, list(self.mixture.sources)
+        factor = lr_factor(self.step, train.steps, self.cfg.optim.warmup_steps, self.cfg.optim.final_lr)
+        set_lr(self.optimizers, factor)
+        figures: dict[str, Tensor] = {}
+        for part in range(train.gradient_accumulation):
+            batch = self.mixture.batch(self.step * train.gradient_accumulation + part).to(self.accelerator.device)
+            with self.accelerator.accumulate(self.objective):
+                loss, rows, metrics = self.objective(**model_inputs(batch))
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.cfg.optim.clip)
+                for optimizer in self.optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+            figures = (
+                {"loss": loss.detach(), "grad_norm": torch.as_tensor(norm)} if self.accelerator.sync_gradients else {}
+            )
+            for i, name in enumerate(names):
+                mine = batch.source_ids == i
+                figures[f"loss/{name}"] = (rows * mine).sum() / mine.sum()
+            figures |= metrics
+        self.step += 1
+        return {**figures, "lr_factor": torch.tensor(factor)}
+
+    def validate(self) -> dict[str, Score]:
+        """Score of each source on ``validation_batches`` batches of the validation split, over all ranks."""
+        model = self.accelerator.unwrap_model(self.objective).model
+        batches = (self.mixture.batch(i, "validation") for i in range(self.train_cfg.validation_batches))
+        with self.accelerator.autocast():
+            scores = score(model, batches, list(self.mixture.sources), self.token_bytes, self.accelerator.device)
+        if self.accelerator.num_processes > 1:
+            sums = torch.tensor([list(vars(s).values()) for s in scores.values()], dtype=torch.float64)
+            sums = self.accelerator.reduce(sums.to(self.accelerator.device)).tolist()
+            scores = {
+                name: Score(row[0], *(round(x) for x in row[1:])) for name, row in zip(scores, sums, strict=True)
+            }
+        return scores
+
+    def _save(self) -> None:
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            model = self.accelerator.unwrap_model(self.objective).model
+            state = {"step": self.step, "optimizers": [o.state_dict() for o in self.optimizers]}
+            checkpoint.save(self.run_dir, self.step, model, self.tokenizer, state, self.train_cfg.keep)
+        self.accelerator.wait_for_everyone()
+
+    def _any(self, flag: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device)).item())
+
+    def tokens_per_step(self) -> int:
+        rows = self.train_cfg.batch_size * self.accelerator.num_processes * self.train_cfg.gradient_accumulation
+        return rows * self.config["data"]["seq_len"]
+
+    def _banner(self) -> None:
+        device, precision = self.accelerator.device, self.accelerator.mixed_precision
+        where = f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+        kinds = ", ".join(dict.fromkeys(m["kind"] for m in self.model.config.mixers.values()))
+        mixture = ", ".join(f"{name} {count}" for name, count in self.mixture.counts.items())
+        total = self.tokens_per_step() * self.train_cfg.steps
+        say = self.display.say
+        say(
+            f"memlm {memlm.__version__}: {kinds}, {count_parameters(self.model):,} parameters, on {where}, "
+            f"{'fp32' if precision == 'no' else precision}"
+        )
+        if device.type == "cpu":
+            say("no GPU: the preset for CPUs, minutes long")
+        say(f"rows a batch: {mixture}; {self.train_cfg.steps:,} steps x {self.tokens_per_step():,} tokens = {total:,}")
+        say(f"run: {self.run_dir}" + (f", going on from step {self.step}" if self.step else ""))
+
+
+def build_accelerator(hardware: Mapping[str, Any], gradient_accumulation: int) -> Accelerator:
+    """accelerate's view of the machine; ``mixed_precision: auto`` is bf16 on GPUs that have it, else fp32."""
+    if hardware["device"] not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"hardware.device={hardware['device']!r} is unknown; use auto, cpu or cuda")
+    if hardware["device"] == "cuda" and not torch.cuda.is_available():
+        raise ValueError("hardware.device='cuda' but torch sees no GPU; use hardware.device=auto")
+    precision = hardware["mixed_precision"]
+    on_gpu = hardware["device"] != "cpu" and torch.cuda.is_available()
+    if precision == "auto":
+        precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no"
+    if precision not in ("no", "bf16", "fp16"):
+        raise ValueError(f"hardware.mixed_precision={precision!r} is unknown; use auto, no, bf16 or fp16")
+    return Accelerator(
+        cpu=not on_gpu,
+        mixed_precision=precision,
+        gradient_accumulation_steps=gradient_accumulation,
+        dataloader_config=DataLoaderConfiguration(),
+    )
+
+
+def model_config(settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> MemLMConfig:
+    """The model group as a configuration, its vocabulary taken from the tokenizer unless set."""
+    entries = len(tokenizer)
+    size = settings.get("vocab_size") or entries
+    if size < entries:
+        raise ValueError(f"model.vocab_size={size} is less than the tokenizer's {entries} entries; leave it out")
+    special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    return MemLMConfig.from_hydra({**settings, **special, "vocab_size": size})
+
+
+def validation_figures(scores: dict[str, Score]) -> dict[str, float]:
+    figures = {}
+    for name, s in scores.items():
+        figures |= {f"validation/{name}/loss": s.loss, f"validation/{name}/accuracy": s.accuracy}
+        figures |= {f"validation/{name}/bits_per_byte": s.bits_per_byte}
+    return figures
+
+
+def headline(scores: dict[str, Score]) -> dict[str, str]:
+    return {"bits/byte": f"{scores['text'].bits_per_byte:.3f}"} if "text" in scores else {}
+
+
+def describe(scores: dict[str, Score]) -> str:
+    return ", ".join(
+        f"{name}: {s.bits_per_byte:.3f} bits/byte" if name == "text" else f"{name}: {s.accuracy:.3f} right"
+        for name, s in scores.items()
+    )
+
+
+def _check(train: DictConfig) -> None:
+    for name in (
+        "steps",
+        "batch_size",
+        "gradient_accumulation",
+        "log_every",
+        "validate_every",
+        "save_every",
+        "keep",
+    ):
+        if not isinstance(train[name], int) or train[name] < 1:
+            raise ValueError(f"train.{name}={train[name]!r} must be a whole number, at least 1")
+
+
+def _same_run(run_dir: Path, folder: Path | None, config: dict[str, Any]) -> None:
+    """Refuse to go on in a directory whose run was another one; name the first key that differs."""
+    if folder is None or not (run_dir / "config.yaml").exists():
+        return
+    before = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
+    for key, old, new in _differences(before, config, ""):
+        if key.split(".")[0] not in _FREE:
+            raise ValueError(
+                f"{key}={new!r}, but the run in {run_dir} has {old!r}; choose another name=..., or delete {run_dir}"
+            )
+
+
+def _differences(a: Any, b: Any, key: str) -> list[tuple[str, Any, Any]]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = [*a, *(k for k in b if k not in a)]
+        return [d for k in keys for d in _differences(a.get(k), b.get(k), f"{key}.{k}" if key else k)]
+    return [] if a == b else [(key, a, b)]

@@ -1,0 +1,24 @@
+"""Train a model: ``python train.py [group=choice] [key=value] ...``; with no arguments, the default run."""
+
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from memlm.cli import use_gpu_preset, user_errors
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
+def main(cfg: DictConfig) -> None:
+    from memlm.training import run
+
+    run(cfg)
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = use_gpu_preset(sys.argv[1:])
+    with user_errors(CONFIGS, "train"):
+        main()
