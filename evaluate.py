@@ -14,7 +14,8 @@ CONFIGS = Path(__file__).parent / "configs"
 def main(cfg: DictConfig) -> None:
     from memlm.evaluation import run
 
-    run(cfg)
+    with user_errors(CONFIGS, "evaluate"):
+        run(cfg)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ CONFIGS = Path(__file__).parent / "configs"
 def main(cfg: DictConfig) -> None:
     from memlm.training import run
 
-    run(cfg)
+    with user_errors(CONFIGS, "train"):
+        run(cfg)
 
 
 if __name__ == "__main__":

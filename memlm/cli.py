@@ -1,5 +1,6 @@
 """Between the command line and ``run(cfg)``: one readable line for a user's mistake, and the preset for a GPU."""
 
+import difflib
 import os
 import re
 import sys
@@ -17,6 +18,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from memlm.memory.base import suggest
 
+_TRACED = os.environ.get("HYDRA_FULL_ERROR") == "1"
+
 
 @contextmanager
 def user_errors(config_dir: Path, config: str) -> Iterator[None]:
@@ -26,7 +29,6 @@ def user_errors(config_dir: Path, config: str) -> Iterator[None]:
     """
     # Saving and loading are instant beside training, and one progress bar is enough.
     disable_progress_bar()
-    traced = os.environ.setdefault("HYDRA_FULL_ERROR", "") == "1"
     # Hydra then raises what it would otherwise print over many lines.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
@@ -34,7 +36,7 @@ def user_errors(config_dir: Path, config: str) -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
-        if traced:
+        if _TRACED:
             raise
         print(f"error: {one_line(error, config_dir, config)}", file=sys.stderr)
         sys.exit(2)
@@ -49,11 +51,14 @@ def use_gpu_preset(argv: list[str]) -> list[str]:
 def one_line(error: Exception, config_dir: Path, config: str) -> str:
     """The message of a composition error with the key, and the nearest key or the choices there are."""
     text = str(error).strip() or type(error).__name__
-    if match := re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text):
-        wrong = match[1]
+    missing_key = r"Could not override '([^']+)'|Key '([^']+)' is not in struct"
+    if match := re.search(missing_key, text):
+        wrong = match[1] or match[2]
         given = next((a for a in sys.argv[1:] if a.lstrip("+~").startswith(f"{wrong}=")), wrong)
-        return f"{given}: there is no key {wrong!r}; {suggest(wrong, _keys(config_dir, config))}"
-    if match := re.search(r"(?:Could not find|In '[^']*': Could not find) '([^']+)/([^']+)'", text):
+        close = difflib.get_close_matches(wrong, _keys(config_dir, config), n=1)
+        fix = f"did you mean {close[0]!r}?" if close else f"'python {config}.py --help' lists the keys"
+        return f"{given}: there is no key {wrong!r}; {fix}"
+    if match := re.search(r"Could not find '([^']+)/([^']+)'", text):
         group, name = match.groups()
         choices = sorted(path.stem for path in (config_dir / group).glob("*.yaml"))
         return f"{group}={name}: no such choice; {suggest(name, choices)}"
@@ -62,12 +67,15 @@ def one_line(error: Exception, config_dir: Path, config: str) -> str:
 
 
 def _keys(config_dir: Path, config: str) -> list[str]:
+    """Groups, and all keys of the default configuration."""
     with initialize_config_dir(str(config_dir), version_base="1.3"):
-        return list(_flatten(OmegaConf.to_container(compose(config)), ""))
+        keys = _flatten(OmegaConf.to_container(compose(config)), "")
+    return [*(path.name for path in config_dir.iterdir() if path.is_dir()), *keys]
 
 
-def _flatten(node: Any, prefix: str) -> Iterator[str]:
+def _flatten(node: dict[str, Any], prefix: str) -> list[str]:
+    keys = []
     for key, value in node.items():
-        yield f"{prefix}{key}"
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
+        keys.append(f"{prefix}{key}")
+        keys += _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else []
+    return keys

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -45,9 +44,8 @@ class MemLMConfig(PreTrainedConfig):
     mixer_pattern: list[str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        known = {f.name for f in fields(self)} | _INTERNAL
         for name, value in kwargs.items():
-            if name not in known and not name.startswith("_"):
+            if name not in _INTERNAL and not name.startswith("_"):
                 raise ValueError(f"model.{name}={value!r} is not a setting; {suggest(name, _SETTINGS)}")
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
@@ -132,11 +130,4 @@ def _plain(value: Any) -> Any:
 _SETTINGS = [name for name in MemLMConfig.__annotations__ if name not in ("model_type",)]
 _NOT_IN_STATE = {"use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "initializer_range"}
 # What transformers itself passes through a configuration's constructor.
-_INTERNAL = {
-    "model_type",
-    "transformers_version",
-    "architectures",
-    "attn_implementation",
-    "torch_dtype",
-    "auto_map",
-}
+_INTERNAL = {"model_type", "transformers_version", "architectures", "attn_implementation", "name_or_path", "auto_map"}

@@ -10,6 +10,13 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square norm (arXiv:1910.07467) in the input's dtype, so that it stays fused under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def keep_last(x_BSTx: Tensor, size: int, new: int, lengths_B: Tensor | None) -> Tensor:
     """The last ``size`` real entries of history followed by ``new`` entries of this call, along dimension 1.
 

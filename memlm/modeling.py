@@ -14,7 +14,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from memlm.cache import MemoryCache
 from memlm.configuration import MemLMConfig
-from memlm.layers import ShortConv, SwiGLU
+from memlm.layers import RMSNorm, ShortConv, SwiGLU
 from memlm.memory.base import MixerContext, MixerOutput, SequenceMixer, State, build_mixer
 
 
@@ -50,9 +50,9 @@ class MemLMDecoderLayer(nn.Module):
         super().__init__()
         assert config.mixers and config.intermediate_size
         name = config.layer_mixers()[layer_idx]
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mixer = build_mixer(config.mixers[name], config.dims(), layer_idx, f"model.mixers.{name}")
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(self, x_BTD: Tensor, state: State | None, ctx: MixerContext | None) -> MixerOutput:
@@ -89,7 +89,7 @@ class MemLMPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=self.config.initializer_range)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, nn.RMSNorm):
+        elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
         elif isinstance(module, SequenceMixer | ShortConv):
             module.reset_parameters()
@@ -108,7 +108,7 @@ class MemLMModel(MemLMPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([MemLMDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -200,9 +200,11 @@ def _report(subjects: list[Subject], results: dict[str, Any], training_length: i
         report.heading("Needle in a haystack")
         grids = {name: m["needles"] for name, m in models.items() if m["needles"]}
         report.picture("needles", plots.needle_map(grids, training_length, _CHANCE), "needle accuracy")
+        rows = next(iter(grids.values()))[0]["rows"]
         report.note(
-            "A key and four symbols stand once in noise; the end asks for them. Each cell is the share of the four "
-            "recalled, teacher forced, over texts never trained on, at lengths right of the dashed line too."
+            "A key and four symbols stand once in noise; the end asks for them. A cell is the share of the four "
+            f"recalled, teacher forced, over {rows} texts never trained on; chance is {_CHANCE:.3f}. Right of the "
+            "dashed line the texts are longer than any in training."
         )
     if models[subjects[0].name]["recall"]:
         report.heading("Recall at the trained length and beyond")

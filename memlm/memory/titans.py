@@ -14,11 +14,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from memlm_kernels import NeuralMemoryState, neural_memory
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from memlm.layers import ShortConv
+from memlm.layers import RMSNorm, ShortConv
 from memlm.memory.base import (
     Dims,
     MixerContext,
@@ -27,6 +26,7 @@ from memlm.memory.base import (
     State,
     require,
 )
+from memlm_kernels import NeuralMemoryState, neural_memory
 
 INITS = ("default", "recall")
 
@@ -83,7 +83,7 @@ class NeuralMemory(SequenceMixer):
         self.gates = nn.Linear(dims.hidden_size, 3 * heads)
         sizes = [head_dim, *[config.memory_expansion * head_dim] * (config.memory_depth - 1), head_dim]
         self.memory = nn.ParameterList([torch.empty(heads, i, o) for i, o in itertools.pairwise(sizes)])
-        self.norm = nn.RMSNorm(head_dim, eps=dims.rms_norm_eps)
+        self.norm = RMSNorm(head_dim, eps=dims.rms_norm_eps)
         self.output_gate_proj = nn.Linear(dims.hidden_size, inner, bias=False)
         self.o_proj = nn.Linear(inner, dims.hidden_size, bias=False)
         self.reset_parameters()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from memlm.layers import RMSNorm
 from memlm.memory import attention, titans
 from memlm.memory.base import Dims, MixerContext, MixerOutput, SequenceMixer, State, prefixed, substate
 
@@ -43,8 +44,8 @@ class Mixer(SequenceMixer):
         super().__init__()
         self.attention = attention.Mixer(config.attention(), dims, layer_idx)
         self.memory = titans.NeuralMemory(config, dims)
-        self.attention_norm = nn.RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
-        self.memory_norm = nn.RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
+        self.attention_norm = RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
+        self.memory_norm = RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
         self.branch_gate = nn.Linear(dims.hidden_size, dims.hidden_size)
         self.reset_parameters()
 

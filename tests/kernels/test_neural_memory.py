@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+
 from memlm_kernels import neural_memory
 from memlm_kernels.testing import assert_close, grads_of, relative_error
 

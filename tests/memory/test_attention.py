@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from memlm_kernels.testing import assert_close
 
 from memlm.memory.attention import Config, Mixer
 from memlm.memory.base import Dims, MixerContext
+from memlm_kernels.testing import assert_close
 
 VARIANTS = [
     ("none", {"window_size": 1}),

@@ -7,10 +7,10 @@ import copy
 
 import pytest
 import torch
-from memlm_kernels.testing import assert_close, relative_error
 
 from memlm import MemLMForCausalLM, MemoryCache
 from memlm.memory.base import SequenceMixer
+from memlm_kernels.testing import assert_close, relative_error
 from tests.conftest import build, variants
 
 pytestmark = pytest.mark.parametrize("variant", variants())

@@ -1,0 +1,22 @@
+# Sourced by the other scripts: makes .venv (or reuses it) and installs this checkout with the extras in $1.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python=${PYTHON:-python3}
+if [ ! -x .venv/bin/python ]; then
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        { echo "error: $("$python" --version) is too old; memlm needs Python 3.11 or newer (PYTHON=python3.12 $0)" >&2; exit 2; }
+    "$python" -m venv .venv
+fi
+
+# A stamp spares the minutes of resolving when nothing has changed.
+stamp=".venv/.installed$1"
+wanted=$(cat pyproject.toml constraints.txt | cksum)
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    echo "installing memlm into .venv (minutes, the first time)"
+    # torch first, pinned and alone: everything after it then keeps the build that is there.
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$1"
+    echo "$wanted" >"$stamp"
+fi
+export PATH="$PWD/.venv/bin:$PATH"

@@ -1,0 +1,105 @@
+"""The rooms of the repository: who may import whom, and names that must not collide."""
+
+import ast
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+# A module may import from the rooms listed for its own; the longest prefix decides which room it is in.
+ROOMS = {
+    "memlm_kernels": set(),
+    "memlm.data": set(),
+    "memlm.layers": {"memlm_kernels"},
+    "memlm.memory": {"memlm_kernels", "memlm.layers"},
+    "memlm.configuration": {"memlm.memory"},
+    "memlm.cache": {"memlm.memory"},
+    "memlm.modeling": {"memlm.layers", "memlm.memory", "memlm.configuration", "memlm.cache"},
+    "memlm": {"memlm.configuration", "memlm.cache", "memlm.modeling"},
+}
+OUTER = {"memlm.hub", "memlm.training", "memlm.evaluation", "memlm.cli"}
+OUTSIDE = {
+    "memlm_kernels": {"torch", "triton"},
+    "memlm.data": {"torch", "numpy", "transformers", "tokenizers", "pyarrow"},
+    "memlm.memory": {"torch", "transformers", "einops"},
+}
+
+
+def files():
+    for base in ("memlm", "kernels/memlm_kernels"):
+        for path in sorted((ROOT / base).rglob("*.py")):
+            parts = path.relative_to(ROOT / ("kernels" if base.startswith("kernels") else ".")).with_suffix("").parts
+            yield pytest.param(path, ".".join(p for p in parts if p != "__init__"), id=str(path.relative_to(ROOT)))
+
+
+def room(module: str) -> str:
+    known = [r for r in [*ROOMS, *OUTER] if module == r or module.startswith(f"{r}.")]
+    return max(known, key=len)
+
+
+def imports(path, module):
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.rsplit(".", node.level - 1)[0] + "." if node.level else ""
+            name = f"{base}{node.module or ''}".rstrip(".")
+            # ``from memlm.memory import attention`` names a module too.
+            yield from (f"{name}.{alias.name}" for alias in node.names) if name in ROOMS else (name,)
+
+
+FILES = list(files())
+
+
+@pytest.mark.parametrize(("path", "module"), FILES)
+def test_imports_go_one_way(path, module):
+    own = room(module)
+    for name in imports(path, module):
+        top = name.split(".")[0]
+        if top in ("memlm", "memlm_kernels"):
+            other = room(name)
+            if own in OUTER or other == own:
+                continue
+            assert other in ROOMS[own], f"{module} ({own}) imports {name} ({other})"
+        elif top not in sys.stdlib_module_names and own in OUTSIDE:
+            assert top in OUTSIDE[own], f"{module} imports {name}"
+
+
+@pytest.mark.parametrize(("path", "module"), FILES)
+def test_files_are_short(path, module):
+    assert len(path.read_text().splitlines()) <= 500
+
+
+def test_kernels_is_a_source_root_not_a_package():
+    """A package named kernels would shadow Hugging Face's, which transformers imports."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not any(name.split(".")[0] == "kernels" for p in FILES for name in imports(*p.values))
+
+
+def test_scripts_are_thin_and_free_of_side_effects():
+    for script in ("train.py", "evaluate.py"):
+        lines = (ROOT / script).read_text().splitlines()
+        assert len(lines) < 40
+    # The root's evaluate.py shadows Hugging Face's evaluate for whoever imports it from here.
+    body = ast.parse((ROOT / "evaluate.py").read_text()).body
+    allowed = (ast.Expr, ast.Import, ast.ImportFrom, ast.Assign, ast.FunctionDef, ast.If)
+    assert all(isinstance(node, allowed) for node in body)
+
+
+def test_memlm_imports_without_the_tools_of_training():
+    code = """
+import sys
+for name in ('hydra', 'omegaconf', 'wandb', 'datasets', 'lm_eval', 'matplotlib', 'triton'):
+    sys.modules[name] = None
+import memlm, memlm_kernels
+model = memlm.MemLMForCausalLM(memlm.MemLMConfig(mixers={'memory': {'kind': 'titans_mag'}}))
+"""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,119 @@
+"""Every YAML composes, builds what it says, and a mistake on the command line is one line."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from memlm import MemLMConfig, MemLMForCausalLM
+from memlm.cli import use_gpu_preset
+from memlm.data import MQAR, Passkey
+from memlm.training.loop import model_config
+from tests.conftest import MEMORIES, ROOT, composed
+
+GROUPS = sorted(
+    (path.parent.name, path.stem) for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name != "eval"
+)
+
+
+@pytest.mark.parametrize(("group", "choice"), GROUPS)
+def test_every_choice_composes_and_its_model_builds(group, choice):
+    cfg = composed(f"{group}={choice}")
+    settings = OmegaConf.to_container(cfg.model, resolve=True)
+    with torch.device("meta"):
+        model = MemLMForCausalLM(MemLMConfig.from_hydra(settings))
+    assert sum(p.numel() for p in model.parameters()) > 0
+
+
+def test_the_default_model_is_small():
+    model = MemLMForCausalLM(MemLMConfig.from_hydra(OmegaConf.to_container(composed().model, resolve=True)))
+    assert sum(p.numel() for p in model.parameters()) <= 2_000_000
+
+
+def test_overrides_reach_the_memory():
+    cfg = composed("memory=titans_mag_deep", "model.mixers.memory.chunk_size=8")
+    config = MemLMConfig.from_hydra(OmegaConf.to_container(cfg.model, resolve=True))
+    assert config.mixers["memory"]["chunk_size"] == 8 and config.mixers["memory"]["memory_depth"] == 2
+
+
+@pytest.mark.parametrize("run", ["model=tiny", "experiment=recall", "experiment=gpu"])
+def test_the_control_cannot_know_the_answers(run):
+    """gap > layers * (window - 1 + conv - 1), checked by perturbation, not by the formula alone."""
+    cfg = composed("memory=none", run)
+    settings = OmegaConf.to_container(cfg.model, resolve=True)
+    settings["hidden_size"], settings["num_attention_heads"] = 32, 2
+    for name in ("head_dim", "num_key_value_heads", "intermediate_size"):
+        settings.pop(name, None)
+    torch.manual_seed(0)
+    model = MemLMForCausalLM(MemLMConfig.from_hydra(settings)).double().eval()
+    memory = settings["mixers"]["memory"]
+    reach = settings["num_hidden_layers"] * (memory["window_size"] - 1 + memory["conv_size"] - 1)
+    length = reach + 30
+    ids = torch.randint(256, (1, length))
+    edited = ids.clone()
+    edited[:, 0] += 1
+    with torch.no_grad():
+        change = (model(ids).logits - model(edited).logits).abs().sum(-1)[0]
+    assert change[: reach + 1].min() > 0 and change[reach + 1 :].max() == 0
+    sources = cfg.data.sources
+    for source in sources.values():
+        if source.kind == "mqar":
+            assert MQAR(cfg.data.seq_len, source.num_pairs, source.gap).min_distance > reach
+        elif source.kind == "passkey":
+            assert Passkey(cfg.data.seq_len, source.digits, source.gap).min_distance > reach
+
+
+def test_memories_are_all_listed_in_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"memory={name}" in readme for name in MEMORIES)
+
+
+def test_gpu_preset_only_where_nothing_was_chosen(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert use_gpu_preset(["memory=none"]) == ["memory=none", "experiment=gpu"]
+    assert use_gpu_preset(["experiment=recall"]) == ["experiment=recall"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert use_gpu_preset([]) == []
+
+
+def test_vocabulary_must_fit_the_tokenizer():
+    class Tokenizer:
+        pad_token_id = bos_token_id = eos_token_id = None
+
+        def __len__(self):
+            return 300
+
+    with pytest.raises(ValueError, match=r"model\.vocab_size=259 is less than the tokenizer's 300"):
+        model_config({"vocab_size": 259}, Tokenizer())
+    assert model_config({}, Tokenizer()).vocab_size == 300
+
+
+@pytest.mark.parametrize(
+    ("script", "argument", "message"),
+    [
+        ("train.py", "train.stepz=5", "did you mean 'train.steps'"),
+        ("train.py", "memroy=none", "did you mean 'memory'"),
+        ("train.py", "memory=titan_mag", "did you mean 'titans_mag'"),
+        ("train.py", "train.steps=0", "train.steps=0 must be"),
+        ("train.py", "model.hidden_size=65", "model.hidden_size=65 does not divide"),
+        ("train.py", "model.mixers.memory.kind=mem", "model.mixers.memory.kind='mem' is unknown"),
+        ("train.py", "+model.hiden_size=3", "did you mean 'hidden_size'"),
+        ("train.py", "data.sources.text.paths=[/nowhere]", "/nowhere does not exist"),
+        ("train.py", "optim.name=sgd", "optim.name='sgd' is unknown"),
+        ("evaluate.py", "checkpoint=runs/none/there", "checkpoint=runs/none/there"),
+        ("evaluate.py", "eval.factor=[1]", "did you mean 'eval.factors'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, script, argument, message):
+    done = subprocess.run(
+        [sys.executable, ROOT / script, argument, *([f"run_dir={tmp_path}/run"] if script == "train.py" else [])],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], done.stderr
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").rglob("*"))

@@ -1,0 +1,154 @@
+"""Measures that are right on models whose behaviour is known, and a report that stands alone."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from memlm.data import MQAR, Batch, Passkey, byte_tokenizer, token_bytes
+from memlm.evaluation import run as evaluate
+from memlm.evaluation.measures import needles, recall, text_by_position
+from memlm.training import run as train
+from memlm.training.objective import score
+from tests.conftest import build, composed
+
+SIZES = torch.from_numpy(token_bytes(byte_tokenizer()))
+
+
+class Oracle(nn.Module):
+    """Predicts every next token with certainty, except that it is wrong wherever ``wrong`` says."""
+
+    def __init__(self, wrong=lambda ids: torch.zeros_like(ids, dtype=torch.bool)):
+        super().__init__()
+        self.wrong, self.config, self.device = wrong, SimpleNamespace(vocab_size=259), torch.device("cpu")
+
+    def forward(self, input_ids, **_):
+        target = input_ids.roll(-1, 1)
+        target = torch.where(self.wrong(target), (target + 1) % 259, target)
+        return SimpleNamespace(logits=nn.functional.one_hot(target, 259).float() * 50)
+
+
+def test_scores_count_tokens_rows_and_bytes():
+    task = MQAR(length=64, num_pairs=4, gap=10)
+    rows = [task.sample(0, "test", i, 1.0) for i in range(6)]
+    batch = Batch.from_rows(rows, [0, 0, 1, 1, 1, 1])
+    perfect = score(Oracle(), [batch], ["a", "b"], SIZES, torch.device("cpu"))
+    assert perfect["a"].accuracy == perfect["b"].row_accuracy == 1.0
+    assert (perfect["a"].tokens, perfect["a"].rows, perfect["a"].bytes) == (8, 2, 8)
+    value = int(rows[0].labels[rows[0].labels >= 0][0])
+    one_wrong = score(Oracle(lambda ids: ids == value), [batch], ["a", "b"], SIZES, torch.device("cpu"))
+    assert one_wrong["a"].accuracy < 1 and one_wrong["a"].row_accuracy <= 0.5
+
+
+def test_recall_and_needles_on_an_oracle():
+    results = recall(Oracle(), "mqar", MQAR(), 0, [1, 2], 8)
+    assert [(r.length, r.accuracy, r.row_accuracy) for r in results] == [(128, 1.0, 1.0), (256, 1.0, 1.0)]
+    cells = needles(Oracle(), Passkey(), 0, [128, 256], [0.0, 1.0], 4)
+    assert [(c.length, c.depth, c.accuracy) for c in cells] == [
+        *((128, 0.0, 1.0), (128, 1.0, 1.0), (256, 0.0, 1.0), (256, 1.0, 1.0))
+    ]
+    guessing = recall(build(dtype=torch.float32), "passkey", Passkey(), 0, [1], 64)
+    assert guessing[0].accuracy < 0.15
+
+
+def test_text_by_position_equals_one_long_forward():
+    """Carried over segments is one forward over the document; reset is each segment alone."""
+    torch.manual_seed(0)
+    model = build(dtype=torch.float64)
+    documents = [np.random.default_rng(n).integers(0, 256, n) for n in (7, 100, 33, 64)]
+    documents[1] = np.append(documents[1], 258)
+    expected = {"carried": [], "reset": []}
+    with torch.no_grad():
+        for document in documents:
+            ids = torch.from_numpy(document)[None]
+            whole = model(ids).logits[0].log_softmax(-1)
+            parts = torch.cat([model(piece).logits[0].log_softmax(-1) for piece in ids.split(32, 1)])
+            for name, log_p in (("carried", whole), ("reset", parts)):
+                expected[name] += [
+                    (t, -log_p[t - 1, ids[0, t]].item()) for t in range(1, ids.shape[1]) if t % 32 and ids[0, t] < 256
+                ]
+    for name, carried in (("carried", True), ("reset", False)):
+        got = text_by_position(model, documents, SIZES, segment=32, carried=carried, max_length=96, rows=3)
+        inside = [(t, nats) for t, nats in expected[name] if t < 96]
+        mean = np.mean([nats for _, nats in inside]) / np.log(2)
+        assert got.bits_per_byte == pytest.approx(mean, rel=1e-6)
+        first = np.mean([nats for t, nats in inside if t < 32]) / np.log(2)
+        assert got.by_position[0] == pytest.approx(first, rel=1e-6)
+        assert got.edges == [0, 32, 64, 96]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    for i in range(40):
+        (corpus / f"{i}.txt").write_text(f"document {i} " * 40)
+    for memory in ("titans_mag", "none"):
+        train(
+            composed(
+                f"memory={memory}",
+                f"run_dir={folder}/{memory}-seed0",
+                f"data.cache_dir={folder}/cache",
+                f"data.sources.text.paths=[{corpus}]",
+                "train.steps=3",
+                "train.batch_size=4",
+                "train.log_every=1",
+                "model.hidden_size=32",
+            )
+        )
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return folder
+
+
+def evaluated(folder, *overrides):
+    return composed(
+        f"checkpoint={folder}/titans_mag-seed0",
+        f"control={folder}/none-seed0",
+        "eval.factors=[1,2]",
+        "eval.recall_rows=8",
+        "eval.needle_rows=2",
+        "eval.depths=[0.0,1.0]",
+        *overrides,
+        config="evaluate",
+    )
+
+
+def test_an_evaluation_leaves_a_table_results_and_a_report_that_stands_alone(trained, capsys):
+    evaluate(evaluated(trained))
+    screen = capsys.readouterr().out
+    assert "titans_mag, mqar" in screen and "none, passkey" in screen and "memory carried" in screen
+    out = trained / "titans_mag-seed0" / "evaluation"
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["models"]) == {"titans_mag", "none"}
+    assert len(results["models"]["none"]["needles"]) == 4
+    assert {"commit", "torch", "device"} <= set(results["environment"])
+    page = (out / "report.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert page.count("data:image/png;base64,") == 6
+    for text in ("2 texts never trained on; chance is 0.031", "8 test rows a point", "Same tokens scored"):
+        assert text in page
+    assert {p.stem for p in (out / "plots").iterdir()} == {"needles", "recall", "text", "loss", "validation", "gates"}
+
+
+def test_an_evaluation_without_control_says_how_to_get_one(trained, tmp_path, capsys):
+    evaluate(evaluated(trained, f"control={tmp_path}/nothing", f"out={tmp_path}/out"))
+    assert "python train.py memory=none" in capsys.readouterr().out
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_a_checkpoint_without_a_run_needs_data(trained, tmp_path):
+    folder = next((trained / "titans_mag-seed0" / "checkpoints").glob("step_*"))
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in folder.iterdir():
+        (bare / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match="add data="):
+        evaluate(evaluated(trained, f"checkpoint={bare}", f"out={tmp_path}/out"))
+    evaluate(evaluated(trained, f"checkpoint={bare}", f"out={tmp_path}/out", "data=recall", "control=null"))
+    assert (tmp_path / "out" / "results.json").exists()

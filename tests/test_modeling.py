@@ -1,0 +1,198 @@
+"""The model as transformers sees it: Auto classes, saving, caches of the wrong kind, inputs of the wrong shape."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+import memlm
+from memlm import MemLMConfig, MemLMForCausalLM, MemoryCache
+from memlm.hub import load_model
+from tests.conftest import build, model_config
+
+
+def ids(batch=2, length=20):
+    return torch.randint(259, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_auto_classes_rebuild_the_model_from_its_folder_to_the_bit(tmp_path, tied):
+    torch.manual_seed(0)
+    config = model_config("titans_mag")
+    config.tie_word_embeddings = tied
+    model = MemLMForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(1)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is MemLMForCausalLM and type(AutoConfig.from_pretrained(tmp_path)) is MemLMConfig
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
+    for (name, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+        assert a.dtype == b.dtype
+    assert again.config.memory_signature() == model.config.memory_signature()
+
+
+def test_the_model_has_no_buffers():
+    """Non-persistent buffers come back as garbage from from_pretrained; there are none."""
+    assert not list(build().buffers())
+
+
+def test_config_json_spells_out_every_default(tmp_path):
+    MemLMConfig(mixers={"m": {"kind": "titans_mag"}}).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())["mixers"]["m"]
+    assert settings["chunk_size"] == 16 and settings["memory_depth"] == 1 and len(settings) > 10
+
+
+def test_patterns_tile_over_layers():
+    mixers = {"attention": {"kind": "attention"}, "memory": {"kind": "titans_mag"}}
+    model = MemLMForCausalLM(
+        MemLMConfig(num_hidden_layers=5, mixers=mixers, mixer_pattern=["memory", "memory", "attention"])
+    )
+    kinds = [type(layer.mixer).__module__.rsplit(".", 1)[-1] for layer in model.model.layers]
+    assert kinds == ["titans_mag", "titans_mag", "attention", "titans_mag", "titans_mag"]
+
+
+def test_grouped_query_attention_backends_agree():
+    torch.manual_seed(0)
+    config = MemLMConfig(
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=10,
+        mixers={"a": {"kind": "attention", "window_size": 7}},
+    )
+    model = MemLMForCausalLM(config).double().eval()
+    outputs = []
+    for backend in ("eager", "sdpa"):
+        model.set_attn_implementation(backend)
+        assert all(layer.mixer.dims.attn_implementation == backend for layer in model.model.layers)
+        with torch.no_grad():
+            outputs.append(model(ids()).logits)
+    assert torch.allclose(*outputs, rtol=0, atol=1e-12)
+
+
+def test_loss_is_the_shifted_cross_entropy_over_scored_tokens():
+    model, x = build(), ids()
+    labels = x.clone()
+    labels[:, :7] = -100
+    out = model(x, labels=labels)
+    logits = out.logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100)
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_logits_to_keep_and_hidden_states():
+    model, x = build(), ids()
+    with torch.no_grad():
+        out = model(x, output_hidden_states=True)
+        assert torch.allclose(model(x, logits_to_keep=3).logits, out.logits[:, -3:], rtol=0, atol=1e-12)
+    assert len(out.hidden_states) == 3 and out.hidden_states[0].shape == (2, 20, 64)
+
+
+def test_a_memory_fills_once_and_then_refuses_other_models_and_batches():
+    cache = MemoryCache()
+    model = build()
+    model(ids(), past_key_values=cache)
+    with pytest.raises(ValueError, match="signature"):
+        build(chunk_size=8)(ids(), past_key_values=cache)
+    with pytest.raises(ValueError, match="holds 2 rows, the input 3"):
+        model(ids(3), past_key_values=cache)
+    assert cache.get_seq_length() == 20
+
+
+def test_other_caches_are_refused():
+    with pytest.raises(ValueError, match=r"must be a memlm.MemoryCache, not DynamicCache"):
+        build()(ids(), past_key_values=DynamicCache())
+
+
+def test_memory_cannot_be_cropped():
+    with pytest.raises(ValueError, match="fork"):
+        MemoryCache().crop(-1)
+
+
+def test_fork_is_independent():
+    model, cache = build(), MemoryCache()
+    with torch.no_grad():
+        model(ids(), past_key_values=cache)
+        fork = cache.fork()
+        first = model(ids(), past_key_values=fork).logits
+        assert cache.get_seq_length() == 20 and fork.get_seq_length() == 40
+        assert torch.equal(first, model(ids(), past_key_values=cache).logits)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "missing"])
+def test_damaged_memory_files_are_named(tmp_path, damage):
+    cache = MemoryCache()
+    build()(ids(), past_key_values=cache)
+    cache.save(tmp_path)
+    file = tmp_path / "memory.safetensors"
+    data = file.read_bytes()
+    file.unlink()
+    if damage != "missing":
+        file.write_bytes(data[: len(data) // 2] if damage == "truncated" else b"")
+    with pytest.raises(ValueError, match=r"memory\.safetensors: (damaged|no such file)"):
+        MemoryCache.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(hiden_size=3), r"model\.hiden_size=3 is not a setting; did you mean 'hidden_size'"),
+        (dict(hidden_size=65), r"model\.hidden_size=65 does not divide by num_attention_heads=2"),
+        (dict(num_attention_heads=3, head_dim=8, num_key_value_heads=2), r"num_attention_heads=3 does not divide"),
+        (dict(head_dim=7), r"model\.head_dim=7 must be even"),
+        (dict(num_hidden_layers=0), r"model\.num_hidden_layers=0"),
+        (dict(mixers={"m": {}}), r"model\.mixers\.m\.kind is missing"),
+        (dict(mixers={"m": {"kind": "titan_mag"}}), r"kind='titan_mag' is unknown; did you mean 'titans_mag'"),
+        (dict(mixers={"m": {"kind": "titans"}}), r"kind='titans' is unknown"),
+        (dict(mixers={"m": {"kind": "attention", "windw_size": 4}}), "did you mean 'window_size'"),
+        (dict(mixers={"m": {"kind": "attention", "window_size": "4"}}), "window_size='4' must be int or null"),
+        (dict(mixers={"m": {"kind": "attention", "window_size": True}}), "window_size=True must be int or null"),
+        (dict(mixers={"m": {"kind": "titans_mag", "chunk_size": 0}}), r"model\.mixers\.m\.chunk_size=0"),
+        (dict(mixer_pattern=["memory"]), r"mixer_pattern='memory' is not in model\.mixers"),
+    ],
+)
+def test_bad_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MemLMConfig(**settings)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "config", "other kind", "missing"])
+def test_bad_checkpoints_are_named(tmp_path, damage):
+    build(dtype=torch.float32).save_pretrained(tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif damage == "missing":
+        weights.unlink()
+    else:
+        settings = json.loads(config.read_text())
+        if damage == "config":
+            settings["hidden_size"], settings["head_dim"] = 128, 64
+        else:
+            settings["mixers"]["memory"] = {"kind": "attention"}
+        config.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=str(tmp_path)) as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_inputs_are_one_of_two():
+    with pytest.raises(ValueError, match="exactly one"):
+        build()()
+
+
+def test_trainer_takes_a_step(tmp_path):
+    """transformers' Trainer works with the model as it is."""
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{"input_ids": row, "labels": row} for row in ids(4)]
+    options = dict(output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True)
+    model = build(dtype=torch.float32)
+    before = model.lm_head.weight.detach().clone()
+    Trainer(model, TrainingArguments(disable_tqdm=True, save_strategy="no", **options), train_dataset=rows).train()
+    assert not torch.equal(before, model.lm_head.weight)
+
+
+def test_version_is_known():
+    assert memlm.__version__

@@ -1,0 +1,220 @@
+"""A run is its configuration and a step: resumed, interrupted, killed, refused."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from memlm.training import checkpoint, loop, run
+from memlm.training.objective import Objective
+from memlm.training.optim import build_optimizers, lr_factor, parameter_groups
+from tests.conftest import ROOT, build, composed
+
+SMALL = (
+    "data=recall",
+    "train.batch_size=4",
+    "train.log_every=1",
+    "train.validate_every=4",
+    "train.validation_batches=1",
+    "train.save_every=3",
+    "model.hidden_size=32",
+    "optim.warmup_steps=2",
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps one state for a process, whatever its precision."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def config(tmp_path, *overrides):
+    # Interpolations that only a Hydra job resolves are given.
+    return composed(*SMALL, f"run_dir={tmp_path}/run", f"data.cache_dir={tmp_path}/cache", *overrides)
+
+
+def figures(tmp_path, name="loss"):
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+def test_a_run_leaves_what_it_promises(tmp_path, capsys):
+    run(config(tmp_path, "train.steps=5"))
+    losses = figures(tmp_path)
+    assert list(losses) == [0, 1, 2, 3, 4] and losses[0] == pytest.approx(math.log(259), rel=0.05)
+    for name in ("layer0/gate", "layer1/memory_norm", "layer0/surprise", "loss/mqar", "grad_norm"):
+        assert 0 in figures(tmp_path, name)
+    assert set(figures(tmp_path, "validation/passkey/accuracy")) == {4, 5}
+    folder = checkpoint.latest(tmp_path / "run")
+    assert folder.name == "step_000005"
+    assert {"config.json", "model.safetensors", "tokenizer.json", "trainer.pt"} <= {p.name for p in folder.iterdir()}
+    screen = capsys.readouterr().out
+    assert "parameters, on cpu" in screen and "no GPU" in screen and "\x1b" not in screen
+    run(config(tmp_path, "train.steps=5"))
+    assert "all 5 steps are done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("overrides", [(), ("optim=adamw", "train.gradient_accumulation=2")], ids=["muon", "adamw"])
+def test_resuming_is_exact(tmp_path, monkeypatch, overrides):
+    """Stopped after 4 of 8 steps and started again: every later loss is the same to the bit."""
+    run(config(tmp_path / "straight", "train.steps=8", *overrides))
+    stopping = config(tmp_path, "train.steps=8", *overrides)
+    real = loop.Trainer._one_step
+
+    def step_then_stop(self):
+        out = real(self)
+        if self.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return out
+
+    monkeypatch.setattr(loop.Trainer, "_one_step", step_then_stop)
+    run(stopping)
+    assert checkpoint.latest(tmp_path / "run").name == "step_000004"
+    monkeypatch.setattr(loop.Trainer, "_one_step", real)
+    run(config(tmp_path, "train.steps=8", *overrides))
+    assert figures(tmp_path) == figures(tmp_path / "straight")
+
+
+def test_another_run_in_the_same_place_is_refused(tmp_path):
+    run(config(tmp_path, "train.steps=3"))
+    with pytest.raises(ValueError, match=r"optim\.lr=0\.1, but the run in .* has 0\.003; choose another name"):
+        run(config(tmp_path, "train.steps=3", "optim.lr=0.1"))
+
+
+def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path, monkeypatch):
+    real = torch.save
+
+    def save(state, path):
+        if state["step"] > 3:
+            raise OSError(28, "No space left on device")
+        real(state, path)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError, match=r"step_000006: could not be written .*No space.*free disk space"):
+        run(config(tmp_path, "train.steps=8"))
+    monkeypatch.undo()
+    assert checkpoint.latest(tmp_path / "run").name == "step_000003"
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
+    run(config(tmp_path, "train.steps=8"))
+    assert sorted(figures(tmp_path)) == list(range(8))
+
+
+def test_checkpoints_are_kept_by_number_and_a_torn_one_is_never_taken(tmp_path):
+    run(config(tmp_path, "train.steps=10", "train.save_every=2", "train.keep=3"))
+    folder = tmp_path / "run" / "checkpoints"
+    assert sorted(p.name for p in folder.glob("step_*")) == ["step_000006", "step_000008", "step_000010"]
+    (folder / "step_000012.tmp").mkdir()
+    (folder / "latest").unlink()
+    assert checkpoint.latest(tmp_path / "run").name == "step_000010"
+
+
+def test_a_damaged_trainer_file_is_named(tmp_path):
+    run(config(tmp_path, "train.steps=3"))
+    folder = checkpoint.latest(tmp_path / "run")
+    (folder / "trainer.pt").write_bytes((folder / "trainer.pt").read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"trainer\.pt: damaged or missing"):
+        checkpoint.load_trainer(folder)
+
+
+def test_a_diverging_run_stops_with_a_fix(tmp_path):
+    with pytest.raises(ValueError, match=r"loss is nan.*lower optim\.lr"):
+        run(config(tmp_path, "train.steps=40", "optim=adamw", "optim.lr=1e30"))
+
+
+def test_control_sees_the_same_batches_in_the_same_order(tmp_path):
+    seen = {}
+    for memory in ("titans_mag", "none"):
+        trainer = loop.Trainer(config(tmp_path / memory, f"memory={memory}"))
+        seen[memory] = [trainer.mixture.batch(i).input_ids for i in (0, 7)]
+    assert all(torch.equal(a, b) for a, b in zip(*seen.values(), strict=True))
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, f"run_dir={tmp_path}/run", "train.steps=100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or len(figures(tmp_path)) < 5:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and err == ""
+    step = int(checkpoint.latest(tmp_path / "run").name.removeprefix("step_"))
+    assert f"Stopped at step {step}; the same command goes on" in out
+    assert max(figures(tmp_path)) == step - 1
+
+
+def test_wandb_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run(config(tmp_path, "train.steps=2", "tracker=wandb"))
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize("option", ["train.gradient_checkpointing=true", "hardware.mixed_precision=bf16"])
+def test_options_train(tmp_path, option):
+    run(config(tmp_path, "train.steps=2", option))
+    assert len(figures(tmp_path)) == 2
+
+
+def test_every_parameter_is_in_one_group_and_decay_spares_the_rest():
+    model = Objective(build(dtype=torch.float32))
+    groups = parameter_groups(model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    listed = [names[id(p)] for group in groups.values() for p in group]
+    assert sorted(listed) == sorted(names.values())
+    matrices = {names[id(p)].split(".")[-2] for p in groups["matrices"]}
+    assert matrices == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "output_gate_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    }
+    assert [names[id(p)] for p in groups["head"]] == ["model.lm_head.weight"]
+    rest = " ".join(names[id(p)] for p in groups["rest"])
+    for part in ("embed_tokens", "norm", "gates.weight", "gates.bias", "conv.weight", "memory.memory.0", "persistent"):
+        assert part in rest
+    _, muon = build_optimizers(model, composed().optim)
+    assert type(muon) is torch.optim.Muon and muon.param_groups[0]["params"] == groups["matrices"]
+    (alone,) = build_optimizers(model, composed("optim=adamw").optim)
+    assert [g["weight_decay"] for g in alone.param_groups] == [0.1, 0.0]
+    assert {id(p) for p in alone.param_groups[1]["params"]} == {id(p) for p in groups["rest"]}
+
+
+def test_tied_heads_are_embeddings_and_never_decay():
+    model = build(dtype=torch.float32)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    assert not parameter_groups(model)["head"]
+
+
+def test_learning_rate_warms_up_and_ends_where_it_says():
+    factors = [lr_factor(step, 100, 10, 0.05) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1) and factors[9] == 1.0 and max(factors) == 1.0
+    assert factors[10:] == sorted(factors[10:], reverse=True) and factors[100] == pytest.approx(0.05)
+
+
+def test_the_loss_weighs_rows_not_tokens():
+    model = Objective(build(dtype=torch.float32))
+    ids = torch.randint(259, (2, 30))
+    labels = ids.clone()
+    labels[1, :-2] = -100
+    loss, rows, _ = model(ids, labels, None, 1)
+    assert loss.item() == pytest.approx(rows.mean().item(), rel=1e-6)
+    alone, _, _ = model(ids[1:], labels[1:], None, 1)
+    assert alone.item() == pytest.approx(rows[1].item(), rel=1e-5)
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """Two gloo ranks of 2 rows give the losses of one rank of 4 rows."""
+    run(config(tmp_path / "one", "train.steps=4"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    options = [*SMALL, "train.steps=4", "train.batch_size=2", f"run_dir={tmp_path}/two/run"]
+    subprocess.run([*command, str(ROOT / "train.py"), *options], check=True, capture_output=True)
+    one, two = (figures(tmp_path / n, "validation/mqar/loss") for n in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-3)
