@@ -147,7 +147,7 @@ class MemLMModel(MemLMPreTrainedModel):
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if memory is None and use_cache:
             memory = MemoryCache()
-        signature = self.config.memory_signature()
+        signature = self.config.memory_signature() if memory is not None else ""
         if memory is not None:
             memory.check(signature, batch)
 

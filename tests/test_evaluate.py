@@ -122,11 +122,11 @@ def evaluated(folder, *overrides):
 def test_an_evaluation_leaves_a_table_results_and_a_report_that_stands_alone(trained, capsys):
     evaluate(evaluated(trained))
     screen = capsys.readouterr().out
-    assert "titans_mag, mqar" in screen and "none, passkey" in screen and "memory carried" in screen
+    assert "titans_mag, mqar" in screen and "control (none)" in screen and "memory carried" in screen
     out = trained / "titans_mag-seed0" / "evaluation"
     results = json.loads((out / "results.json").read_text())
-    assert set(results["models"]) == {"titans_mag", "none"}
-    assert len(results["models"]["none"]["needles"]) == 4
+    assert set(results["models"]) == {"titans_mag", "control (none)"}
+    assert len(results["models"]["control (none)"]["needles"]) == 4
     assert {"commit", "torch", "device"} <= set(results["environment"])
     page = (out / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)', page)

@@ -4,7 +4,7 @@ import json
 import platform
 import subprocess
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ def run(cfg: DictConfig) -> None:
     subjects = [_load(str(cfg.checkpoint), device)]
     if cfg.control and Path(cfg.control) != subjects[0].run_dir:
         if checkpoint.latest(Path(cfg.control)):
-            subjects.append(_load(str(cfg.control), device))
+            control = _load(str(cfg.control), device)
+            subjects.append(replace(control, name=f"control ({control.name})"))
         else:
             console.print(f"no control at {cfg.control}; 'python train.py memory=none' trains it", markup=False)
     data = _data_config(cfg, subjects[0])

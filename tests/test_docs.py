@@ -1,0 +1,55 @@
+"""What the documents say, run: the worked example of a new memory, the map of files."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+from tests.conftest import ROOT
+
+
+def blocks(document, language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), re.S)
+
+
+def test_a_new_memory_is_three_files_and_passes_the_contract(tmp_path):
+    for part in ("memlm", "kernels", "configs", "tests", "pyproject.toml"):
+        copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+        copy(ROOT / part, tmp_path / part)
+    code, variants = blocks("CONTRIBUTING.md", "python")
+    (tmp_path / "memlm/memory/ema.py").write_text(code)
+    (tmp_path / "configs/memory/ema.yaml").write_text(blocks("CONTRIBUTING.md", "yaml")[0])
+    (tmp_path / "tests/memory/test_ema.py").write_text(variants)
+    paths = os.pathsep.join([str(tmp_path), str(tmp_path / "kernels")])
+    # The loop over tokens of the example is too slow for 16K of them.
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=",
+        "tests/memory/test_contract.py",
+        "-k",
+        "ema and not 16k",
+    ]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 40
+
+
+def test_the_readme_maps_every_file():
+    text = (ROOT / "README.md").read_text()
+    tracked = [*ROOT.glob("memlm/**/*.py"), *ROOT.glob("kernels/**/*.py"), *ROOT.glob("scripts/*"), ROOT / "train.py"]
+    for path in tracked:
+        if path.name not in ("__init__.py",) and "egg-info" not in str(path):
+            name = re.escape(path.stem)
+            assert re.search(rf"[/`{{,\s]{name}[`.,}}\s]", text), f"README.md does not map {path.relative_to(ROOT)}"
+
+
+def test_links_of_the_documents_lead_somewhere():
+    for document in ("README.md", "CONTRIBUTING.md", "LOG.md"):
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / document).read_text()):
+            assert (ROOT / link).exists(), f"{document} -> {link}"
