@@ -1,11 +1,12 @@
 """Evaluate a model: ``python evaluate.py [key=value] ...``; with no arguments, the default run and its control."""
 
+import sys
 from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
-from memlm.cli import user_errors
+from memlm.cli import use_gpu_preset, user_errors
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -19,5 +20,6 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = use_gpu_preset(sys.argv[1:], "name=gpu", ("name=", "checkpoint=", "hardware="))
     with user_errors(CONFIGS, "evaluate"):
         main()

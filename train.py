@@ -20,6 +20,6 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = use_gpu_preset(sys.argv[1:])
+    sys.argv[1:] = use_gpu_preset(sys.argv[1:], "experiment=gpu", ("experiment=", "model=", "hardware="))
     with user_errors(CONFIGS, "train"):
         main()

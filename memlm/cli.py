@@ -42,10 +42,10 @@ def user_errors(config_dir: Path, config: str) -> Iterator[None]:
         sys.exit(2)
 
 
-def use_gpu_preset(argv: list[str]) -> list[str]:
-    """With a GPU, and no experiment or model named, the default run is ``experiment=gpu``."""
-    chosen = any(a.startswith(("experiment=", "model=", "hardware=")) for a in argv)
-    return argv if chosen or not torch.cuda.is_available() else [*argv, "experiment=gpu"]
+def use_gpu_preset(argv: list[str], preset: str, unless: tuple[str, ...]) -> list[str]:
+    """``argv``, with ``preset`` added where there is a GPU and no key of ``unless`` is set by hand."""
+    chosen = any(argument.startswith(unless) for argument in argv)
+    return argv if chosen or not torch.cuda.is_available() else [*argv, preset]
 
 
 def one_line(error: Exception, config_dir: Path, config: str) -> str:

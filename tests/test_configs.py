@@ -71,11 +71,12 @@ def test_memories_are_all_listed_in_the_readme():
 
 
 def test_gpu_preset_only_where_nothing_was_chosen(monkeypatch):
+    preset = ("experiment=gpu", ("experiment=", "model="))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert use_gpu_preset(["memory=none"]) == ["memory=none", "experiment=gpu"]
-    assert use_gpu_preset(["experiment=recall"]) == ["experiment=recall"]
+    assert use_gpu_preset(["memory=none"], *preset) == ["memory=none", "experiment=gpu"]
+    assert use_gpu_preset(["experiment=recall"], *preset) == ["experiment=recall"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert use_gpu_preset([]) == []
+    assert use_gpu_preset([], *preset) == []
 
 
 def test_vocabulary_must_fit_the_tokenizer():
