@@ -4,6 +4,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from memlm.configuration import MemLMConfig
 from memlm.modeling import MemLMForCausalLM
@@ -14,23 +15,32 @@ def load_model(source: str | Path) -> MemLMForCausalLM:
 
     Raises ValueError naming the folder where the configuration, the weights, or their match is wrong.
     """
+    if Path(source).is_dir() and not (Path(source) / "config.json").exists():
+        raise ValueError(f"{source}: no config.json there; name a folder that save_pretrained wrote")
+    # What transformers would report over many lines becomes one error below.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
     try:
         config = MemLMConfig.from_pretrained(source)
-        model, report = MemLMForCausalLM.from_pretrained(source, config=config, output_loading_info=True)
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{source}: not a memlm checkpoint that can be loaded: {_first_line(error)}") from None
-    wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names and kind != "error_msgs"}
-    if wrong:
-        kind, names = next(iter(wrong.items()))
-        raise ValueError(
-            f"{source}: {kind.replace('_', ' ')} {names[0]} and {len(names) - 1} more; config.json and "
-            "model.safetensors are not of one model"
+        model, report = MemLMForCausalLM.from_pretrained(
+            source, config=config, output_loading_info=True, ignore_mismatched_sizes=True
         )
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{source}: cannot be loaded: {_first_line(error)}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+    for kind in ("mismatched_keys", "missing_keys", "unexpected_keys"):
+        if names := sorted(str(name[0] if isinstance(name, tuple) else name) for name in report[kind]):
+            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(
+                f"{source}: {kind.removesuffix('_keys')} weights: {names[0]}{others}; config.json and "
+                "model.safetensors are not of one model"
+            )
     return model
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer saved beside a model."""
+    """The tokenizer saved beside a model. Raises ValueError where there is none."""
     try:
         return PreTrainedTokenizerFast.from_pretrained(source)
     except (OSError, ValueError) as error:

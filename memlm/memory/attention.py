@@ -109,9 +109,7 @@ class Mixer(SequenceMixer):
         q_BTHK, k_BTGK, v_BTGK = (x.unflatten(-1, (-1, self.dims.head_dim)) for x in projected)
 
         rotated_BTGK = rotary(k_BTGK, positions_BT, self.dims.rope_theta)
-        k_BLGK, v_BLGK = (
-            torch.cat([state[name].to(x.dtype), x], 1) for name, x in (("k", rotated_BTGK), ("v", v_BTGK))
-        )
+        k_BLGK, v_BLGK = (_join(state[name], x) for name, x in (("k", rotated_BTGK), ("v", v_BTGK)))
         window = self.config.window_size
         kept = window - 1 if window else k_BLGK.shape[1]
         new_state |= {name: keep_last(x, kept, length, ctx.lengths_B) for name, x in (("k", k_BLGK), ("v", v_BLGK))}
@@ -227,6 +225,10 @@ class Mixer(SequenceMixer):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         y, _ = function(self, q, k, v, mask, scaling=self.dims.head_dim**-0.5, dropout=0.0, **options)
         return y
+
+
+def _join(past: Tensor, new: Tensor) -> Tensor:
+    return torch.cat([past.to(new.dtype), new], 1) if past.shape[1] else new
 
 
 def eager(

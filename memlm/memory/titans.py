@@ -123,18 +123,17 @@ class NeuralMemory(SequenceMixer):
 
     def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
         heads = (self.config.memory_heads, self.config.memory_head_dim)
-        before = state or self.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype)
+        taps, channels = self.config.conv_size - 1, self.conv.weight.shape[0]
+        history_BWC = state["conv"] if state else x_BTD.new_zeros(len(x_BTD), taps, channels)
         ctx = ctx or MixerContext()
         qkv, conv = self.conv(
             torch.cat([proj(x_BTD) for proj in (self.q_proj, self.k_proj, self.v_proj)], -1),
-            before["conv"],
+            history_BWC,
             ctx.positions_BT,
             ctx.lengths_B,
         )
         q_BTHK, k_BTHK, v_BTHK = (x.unflatten(-1, heads) for x in F.silu(qkv).chunk(3, -1))
-        gates_BTH = self.gates(x_BTD)
-        exact = torch.promote_types(gates_BTH.dtype, torch.float32)
-        lr, momentum, decay = gates_BTH.to(exact).sigmoid().chunk(3, -1)
+        lr, momentum, decay = self._gates(x_BTD).chunk(3, -1)
         o_BTHK, memory = neural_memory(
             F.normalize(q_BTHK, dim=-1),
             F.normalize(k_BTHK, dim=-1),
@@ -159,6 +158,12 @@ class NeuralMemory(SequenceMixer):
         }
         metrics = {name: value.detach() for name, value in metrics.items()}
         return MixerOutput(self.o_proj(y_BTHK.flatten(2)), self._pack(memory, conv), {}, metrics)
+
+    def _gates(self, x_BTD: Tensor) -> Tensor:
+        """lr, momentum and decay, [B, T, 3 H]; at least fp32, for a decay is a small number that adds up."""
+        exact = torch.promote_types(self.gates.weight.dtype, torch.float32)
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            return F.linear(x_BTD.to(exact), self.gates.weight.to(exact), self.gates.bias.to(exact)).sigmoid()
 
     def _pack(self, memory: NeuralMemoryState, conv: Tensor) -> State:
         state = {"position": memory.position, "conv": conv}
