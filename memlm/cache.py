@@ -18,7 +18,7 @@ class MemoryCache(Cache):
     """The states of all layers of one model for a batch of streams.
 
     States are never changed in place, so ``fork`` is free and a failed call leaves the memory as it
-    was. Pass it as ``past_key_values``; it is filled by the first call and then refuses other models.
+    was. Pass it as ``past_key_values``; once filled, it refuses models of another configuration.
     """
 
     is_compileable = False
@@ -32,6 +32,9 @@ class MemoryCache(Cache):
     def __len__(self) -> int:
         return len(self.states)
 
+    def __bool__(self) -> bool:
+        return True
+
     def state(self, layer_idx: int) -> State | None:
         """The state of a layer, or None before the first call."""
         return self.states[layer_idx] if self.states else None
@@ -42,7 +45,7 @@ class MemoryCache(Cache):
             return
         if signature != self.signature:
             raise ValueError(
-                f"past_key_values: this memory was made by a model with signature {self.signature}, "
+                f"past_key_values: this memory was made by a model of signature {self.signature}, "
                 f"not {signature}; load the model that made it, or start a new MemoryCache"
             )
         if batch_size != self.batch_size:
@@ -88,7 +91,7 @@ class MemoryCache(Cache):
         """Every row ``repeats`` times."""
         self._map(lambda x: x.repeat_interleave(repeats, 0))
 
-    def reset(self, rows: Tensor | None = None) -> None:
+    def reset(self, rows: Tensor | list[int] | None = None) -> None:
         """Forget everything, or what the given rows (indices, or a mask) remember.
 
         A row at position 0 is a new document to every mixer, whatever else its state holds.
@@ -96,7 +99,9 @@ class MemoryCache(Cache):
         if rows is None:
             self.states, self.signature, self.seen = [], None, 0
         else:
-            self._map(lambda x: x.clone().index_put_((rows.to(x.device),), torch.zeros((), dtype=x.dtype)))
+            rows = torch.as_tensor(rows)
+            zero = torch.zeros(())
+            self._map(lambda x: x.clone().index_put_((rows.to(x.device),), zero.to(x)))
 
     def crop(self, tokens_to_remove: int) -> None:
         raise ValueError("a recurrent memory cannot be cropped; fork() it before the tokens you may take back")

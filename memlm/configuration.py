@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from memlm.memory.base import Dims, complete_settings, suggest
+from memlm.memory.base import Dims, check_type, complete_settings, suggest
 
 
 class MemLMConfig(PreTrainedConfig):
@@ -47,8 +47,15 @@ class MemLMConfig(PreTrainedConfig):
         for name, value in kwargs.items():
             if name not in _INTERNAL and not name.startswith("_"):
                 raise ValueError(f"model.{name}={value!r} is not a setting; {suggest(name, _SETTINGS)}")
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        for name in _SETTINGS:
+            check_type(getattr(self, name), _HINTS[name], f"model.{name}")
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        for name in (*sizes, "num_key_value_heads", "head_dim", "intermediate_size"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "must be at least 1")
+        _require(self.rope_theta > 0, "rope_theta", self.rope_theta, "must be above 0")
+        # An int and a float of one value are one setting.
+        self.rope_theta, self.rms_norm_eps = float(self.rope_theta), float(self.rms_norm_eps)
         heads = self.num_attention_heads
         if self.head_dim is None:
             _require(
@@ -70,7 +77,7 @@ class MemLMConfig(PreTrainedConfig):
         if self.intermediate_size is None:
             self.intermediate_size = -(-self.hidden_size * 8 // 3 // 8) * 8
         self.mixers = {
-            name: complete_settings(dict(settings), f"model.mixers.{name}")
+            name: complete_settings(settings, f"model.mixers.{name}")
             for name, settings in (self.mixers or {"attention": {"kind": "attention"}}).items()
         }
         self.mixer_pattern = list(self.mixer_pattern or list(self.mixers)[:1])
@@ -128,6 +135,7 @@ def _plain(value: Any) -> Any:
 
 
 _SETTINGS = [name for name in MemLMConfig.__annotations__ if name not in ("model_type",)]
+_HINTS = MemLMConfig.__annotations__
 _NOT_IN_STATE = {"use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "initializer_range"}
 # What transformers itself passes through a configuration's constructor.
 _INTERNAL = {"model_type", "transformers_version", "architectures", "attn_implementation", "name_or_path", "auto_map"}

@@ -21,25 +21,31 @@ def keep_last(x_BSTx: Tensor, size: int, new: int, lengths_B: Tensor | None) -> 
     """The last ``size`` real entries of history followed by ``new`` entries of this call, along dimension 1.
 
     Row b has ``lengths_B[b]`` real entries among the new ones, first (None: all are real). Where there
-    are fewer than ``size`` the left is filled with copies of the oldest entry: callers mask by position.
+    are fewer than ``size``, what fills the left is arbitrary: callers mask by position.
     """
     total = x_BSTx.shape[1]
     if lengths_B is None:
-        return x_BSTx[:, total - size :]
+        # A copy: a view would keep all of a long call alive.
+        return x_BSTx if size == total else x_BSTx[:, total - size :].clone()
     index = torch.arange(total - size, total, device=x_BSTx.device) - new + lengths_B[:, None]
     index = index.clamp(min=0).reshape(*index.shape, *[1] * (x_BSTx.ndim - 2))
     return x_BSTx.gather(1, index.expand(-1, -1, *x_BSTx.shape[2:]))
 
 
-def rotary(x_BTHK: Tensor, positions_BT: Tensor, theta: float) -> Tensor:
-    """Rotary position embedding (arXiv:2104.09864), halves layout as in Llama; nothing is stored.
+def rotary_angles(positions_BT: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, T, 1, head_dim / 2] of the rotary embedding (arXiv:2104.09864); nothing is stored.
 
-    Angles are taken in fp64, so positions stay exact far beyond 2^24.
+    Angles are taken in fp64, so positions stay exact far beyond 2^24; callers round the results.
     """
-    half = x_BTHK.shape[-1] // 2
-    frequency = theta ** -(torch.arange(half, device=x_BTHK.device, dtype=torch.float64) / half)
-    angle_BTK = positions_BT[..., None].double() * frequency
-    cos, sin = (t[:, :, None].to(x_BTHK.dtype) for t in (angle_BTK.cos(), angle_BTK.sin()))
+    half = head_dim // 2
+    frequency = theta ** -(torch.arange(half, device=positions_BT.device, dtype=torch.float64) / half)
+    angle_BT1K = (positions_BT[..., None].double() * frequency)[:, :, None]
+    return angle_BT1K.cos(), angle_BT1K.sin()
+
+
+def rotary(x_BTHK: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the pairs (i, i + K/2) of each head by their angles, as in Llama."""
+    cos, sin = (t.to(x_BTHK.dtype) for t in angles)
     first, second = x_BTHK.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
@@ -77,8 +83,8 @@ class ShortConv(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Returns y [B, T, C] and the W-1 inputs that the next call needs.
 
-        history_BWC: the last W-1 inputs. positions_BT: places in documents where one may start in
-        this call or history belongs to another; None: the history is this document's, or zero.
+        history_BWC: the last W-1 inputs. positions_BT: places in documents; None if the history is zero and no
+        document starts within this call.
         """
         width, length = self.weight.shape[1], x_BTC.shape[1]
         past_BSC = torch.cat([history_BWC.to(x_BTC.dtype), x_BTC], 1)

@@ -110,6 +110,7 @@ class MemLMModel(MemLMPreTrainedModel):
         self.layers = nn.ModuleList([MemLMDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
+        self.memory_signature = config.memory_signature()
         self.post_init()
 
     def new_memory(self) -> MemoryCache:
@@ -127,15 +128,17 @@ class MemLMModel(MemLMPreTrainedModel):
         max_documents: int | None = None,
         write: bool = True,
         output_hidden_states: bool | None = None,
-        **kwargs: Any,
+        output_attentions: bool | None = None,
     ) -> MemLMOutput:
         """Run [B, T] tokens through the decoder.
 
         attention_mask: [B, T] or [B, past + T], 0 for padding, which may stand anywhere and leaves no trace
         position_ids: [B, T], only for packed rows: places in documents; a 0 starts a document, whose
-            tokens see nothing of what came before
+            tokens see nothing of what came before; the first of a row goes on from the memory, or is 0
         max_documents: the most documents that one row has tokens of; counted on the device if not given
         write: False for a pure query: ``past_key_values`` is read and left as it was
+
+        Raises ValueError for inputs that contradict each other or the memory.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -147,30 +150,16 @@ class MemLMModel(MemLMPreTrainedModel):
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if memory is None and use_cache:
             memory = MemoryCache()
-        signature = self.config.memory_signature() if memory is not None else ""
         if memory is not None:
-            memory.check(signature, batch)
+            memory.check(self.memory_signature, batch)
+        if output_attentions:
+            raise ValueError("output_attentions=True: no attention maps are kept; read the mixers' metrics instead")
 
-        ctx = None
-        order_BT = None
-        if position_ids is not None:
-            position_ids = position_ids.expand(batch, length)
-            if max_documents is None:
-                # The only place that asks the device: pass max_documents to avoid it.
-                max_documents = 1 if length <= 1 else 1 + int((position_ids[:, 1:] == 0).sum(1).max())
-            ctx = MixerContext(position_ids, None, min(max_documents, max(length, 1)))
-        if attention_mask is not None:
-            mask_BT = attention_mask[:, -length:].bool() if length else attention_mask[:, :0].bool()
-            if length > 1:
-                # Real tokens first, in their order: mixers then need to know lengths only.
-                order_BT = (~mask_BT).long().argsort(dim=1, stable=True)
-                x_BTD = _gather(x_BTD, order_BT)
-                position_ids = position_ids.gather(1, order_BT) if position_ids is not None else None
-            ctx = MixerContext(position_ids, mask_BT.sum(1), ctx.max_documents if ctx else 1)
-
+        x_BTD, ctx, order_BT = self._context(x_BTD, attention_mask, position_ids, max_documents, memory)
         hidden_states, states, aux_losses, metrics = [], [], {}, {}
         for i, layer in enumerate(self.layers):
-            hidden_states.append(x_BTD)
+            if output_hidden_states:
+                hidden_states.append(x_BTD)
             state = memory.state(i) if memory is not None else None
             if self.gradient_checkpointing and self.training:
                 out = self._gradient_checkpointing_func(layer.__call__, x_BTD, state, ctx)
@@ -184,17 +173,46 @@ class MemLMModel(MemLMPreTrainedModel):
         hidden_states.append(x_BTD)
         if order_BT is not None:
             back_BT = order_BT.argsort(dim=1)
-            x_BTD = _gather(x_BTD, back_BT)
-            hidden_states = [_gather(h, back_BT) for h in hidden_states] if output_hidden_states else []
+            hidden_states = [_gather(h, back_BT) for h in hidden_states]
         if memory is not None and write:
-            memory.replace(states, signature, length)
+            memory.replace(states, self.memory_signature, length)
         return MemLMOutput(
-            last_hidden_state=x_BTD,
+            last_hidden_state=hidden_states[-1],
             past_key_values=memory,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             aux_losses=aux_losses,
             metrics=metrics,
         )
+
+    @staticmethod
+    def _context(
+        x_BTD: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        max_documents: int | None,
+        memory: MemoryCache | None,
+    ) -> tuple[Tensor, MixerContext | None, Tensor | None]:
+        """Inputs with real tokens first in each row, their context, and the order that did it (None: as it was)."""
+        batch, length, _ = x_BTD.shape
+        if position_ids is not None:
+            position_ids = position_ids.expand(batch, length).clamp(min=0)
+            max_documents = _check_documents(position_ids, max_documents)
+        if attention_mask is None:
+            ctx = MixerContext(position_ids, None, max_documents or 1) if position_ids is not None else None
+            return x_BTD, ctx, None
+        widths = {length, length + (memory.get_seq_length() if memory is not None else 0)}
+        if attention_mask.ndim != 2 or attention_mask.shape[1] not in widths:
+            raise ValueError(
+                f"attention_mask {list(attention_mask.shape)} must be [batch, {' or '.join(map(str, sorted(widths)))}]"
+            )
+        mask_BT = attention_mask[:, attention_mask.shape[1] - length :].bool()
+        order_BT = None
+        if length > 1:
+            # Mixers then need to know lengths only.
+            order_BT = (~mask_BT).long().argsort(dim=1, stable=True)
+            x_BTD = _gather(x_BTD, order_BT)
+            position_ids = position_ids.gather(1, order_BT) if position_ids is not None else None
+        return x_BTD, MixerContext(position_ids, mask_BT.sum(1), max_documents or 1), order_BT
 
 
 class MemLMForCausalLM(MemLMPreTrainedModel, GenerationMixin):
@@ -221,11 +239,11 @@ class MemLMForCausalLM(MemLMPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> MemLMCausalLMOutput | tuple:
-        """As ``MemLMModel.forward``, and with ``labels`` [B, T] (-100: not scored) the loss.
+        """As ``MemLMModel.forward``, which takes ``kwargs``, and with ``labels`` [B, T] (-100: not scored) the loss.
 
         The loss is the mean over scored tokens, label t predicted from position t - 1, plus the
         mixers' auxiliary losses. logits_to_keep: the last so many positions, or their indices; 0 for all.
@@ -260,15 +278,51 @@ class MemLMForCausalLM(MemLMPreTrainedModel, GenerationMixin):
         )
         return result if return_dict is not False else result.to_tuple()
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """transformers' ``generate``; with a filled ``past_key_values``, ``inputs`` are what follows the memory.
+
+        An ``attention_mask`` is then of the inputs alone. Returns the inputs and what was generated.
+        """
+        memory = kwargs.get("past_key_values")
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if isinstance(memory, MemoryCache) and memory.get_seq_length() and ids is not None:
+            mask = kwargs.get("attention_mask")
+            mask = torch.ones_like(ids) if mask is None else mask
+            # transformers tells new tokens from old ones by the width of the mask.
+            kwargs["attention_mask"] = torch.cat([mask.new_ones(len(ids), memory.get_seq_length()), mask], 1)
+        return super().generate(inputs, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
         # Mixers know their own positions; position_ids mean packing here.
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         inputs.pop("position_ids", None)
+        new = inputs["input_ids"].shape[1] if inputs.get("input_ids") is not None else None
+        if attention_mask is not None and new is not None and bool(attention_mask[:, -new:].all()):
+            # Without padding the faster paths are open. Generation waits for the device at every token anyway.
+            inputs.pop("attention_mask")
         return inputs
 
 
 def _gather(x_BTD: Tensor, index_BT: Tensor) -> Tensor:
     return x_BTD.gather(1, index_BT[..., None].expand(-1, -1, x_BTD.shape[-1]))
+
+
+def _check_documents(position_ids: Tensor, given: int | None) -> int:
+    """The most documents in a row: as given, which must suffice, or counted, which asks the device."""
+    if position_ids.shape[1] == 0:
+        return 1
+    counted = 1 + (position_ids[:, 1:] == 0).sum(1).max()
+    if given is None:
+        return int(counted)
+    message = f"max_documents={given} is less than the documents that position_ids start in a row; count them"
+    if position_ids.device.type == "cpu":
+        if given < int(counted):
+            raise ValueError(message)
+    else:
+        torch._assert_async(counted <= given, message)
+    return min(given, position_ids.shape[1])
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from memlm.layers import ShortConv, keep_last, rotary
+from memlm.layers import ShortConv, keep_last, rotary, rotary_angles
 from memlm_kernels.testing import assert_close
 
 
 def test_rotary_scores_depend_on_distance_only_even_far_out():
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
-    at = lambda x, p: rotary(x, torch.tensor([[p]]), 10000.0).flatten()  # noqa: E731
+    at = lambda x, p: rotary(x, rotary_angles(torch.tensor([[p]]), 8, 10000.0)).flatten()  # noqa: E731
     near = at(q, 7) @ at(k, 3)
     far = at(q, 10**9 + 7) @ at(k, 10**9 + 3)
     assert abs(near - far) < 1e-6

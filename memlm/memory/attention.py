@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from memlm.layers import ShortConv, keep_last, rotary
+from memlm.layers import ShortConv, keep_last, rotary, rotary_angles
 from memlm.memory.base import (
     Dims,
     MixerContext,
@@ -102,28 +102,31 @@ class Mixer(SequenceMixer):
 
         projected = [proj(x_BTD) for proj in (self.q_proj, self.k_proj, self.v_proj)]
         if self.config.conv_size:
-            qkv, new_state["conv"] = self.conv(
-                torch.cat(projected, -1), state["conv"], ctx.positions_BT, ctx.lengths_B
-            )
+            places_BT = None if fresh else positions_BT
+            qkv, new_state["conv"] = self.conv(torch.cat(projected, -1), state["conv"], places_BT, ctx.lengths_B)
             projected = list(F.silu(qkv).split(self.sizes, -1))
         q_BTHK, k_BTGK, v_BTGK = (x.unflatten(-1, (-1, self.dims.head_dim)) for x in projected)
 
-        rotated_BTGK = rotary(k_BTGK, positions_BT, self.dims.rope_theta)
-        k_BLGK, v_BLGK = (_join(state[name], x) for name, x in (("k", rotated_BTGK), ("v", v_BTGK)))
+        angles = rotary_angles(positions_BT, self.dims.head_dim, self.dims.rope_theta)
+        seen = {"k": rotary(k_BTGK, angles), "v": v_BTGK}
         window = self.config.window_size
-        kept = window - 1 if window else k_BLGK.shape[1]
-        new_state |= {name: keep_last(x, kept, length, ctx.lengths_B) for name, x in (("k", k_BLGK), ("v", v_BLGK))}
+        for name, new in seen.items():
+            # A fresh call has no history: nothing to join, and zeros to keep where it is shorter than the window.
+            seen[name] = new if fresh else _join(state[name], new)
+            kept = window - 1 if window else seen[name].shape[1]
+            source = F.pad(new, (0, 0, 0, 0, max(0, kept - length), 0)) if fresh else seen[name]
+            new_state[name] = keep_last(source, kept, length, ctx.lengths_B)
 
-        rotated_BTHK = rotary(q_BTHK, positions_BT, self.dims.rope_theta)
+        rotated_BTHK = rotary(q_BTHK, angles)
         if length == 0:
             y_BTHK = q_BTHK
         elif self.config.persistent_tokens:
             # Doubled head dim: tokens score in the rotated half, persistent tokens in the unrotated one.
             q = torch.cat([rotated_BTHK, q_BTHK], -1)
-            k, v = F.pad(k_BLGK, (0, self.dims.head_dim)), F.pad(v_BLGK, (0, self.dims.head_dim))
+            k, v = (F.pad(x, (0, self.dims.head_dim)) for x in seen.values())
             y_BTHK = self._attend(q, k, v, self._prefix(), positions_BT, fresh)[..., : self.dims.head_dim]
         else:
-            y_BTHK = self._attend(rotated_BTHK, k_BLGK, v_BLGK, None, positions_BT, fresh)
+            y_BTHK = self._attend(rotated_BTHK, seen["k"], seen["v"], None, positions_BT, fresh)
         return MixerOutput(self.o_proj(y_BTHK.flatten(2)), new_state, {}, {})
 
     def _prefix(self) -> tuple[Tensor, Tensor]:
@@ -150,16 +153,15 @@ class Mixer(SequenceMixer):
             return self._flash(q, k, v, prefix, fresh)
         if backend == "flex_attention":
             return self._flex(q, k, v, prefix, positions_BT)
-        if window is None:
-            if fresh and prefix is None:
-                return self._call(backend, q, k, v, None)
-            return self._dense(backend, q, k, v, prefix, positions_BT)
+        if window is None or window >= k.shape[1]:
+            whole = fresh and prefix is None
+            return self._call(backend, q, k, v, None) if whole else self._dense(backend, q, k, v, prefix, positions_BT)
         block = min(q.shape[1], max(window, _MIN_BLOCK))
-        pad = -q.shape[1] % block
+        pad, missing = -q.shape[1] % block, window - 1 - (k.shape[1] - q.shape[1])
         # Overlapping views: block n of queries sees its own keys and the W-1 before them.
         q_BNQ = F.pad(q, (0, 0, 0, 0, 0, pad)).unflatten(1, (-1, block))
         k_BNL, v_BNL = (
-            F.pad(x, (0, 0, 0, 0, 0, pad)).unfold(1, block + window - 1, block).movedim(-1, 2) for x in (k, v)
+            F.pad(x, (0, 0, 0, 0, missing, pad)).unfold(1, block + window - 1, block).movedim(-1, 2) for x in (k, v)
         )
         positions_BNQ = F.pad(positions_BT, (0, pad)).unflatten(1, (-1, block)).expand(q_BNQ.shape[:3])
         q, k, v = (x.flatten(0, 1) for x in (q_BNQ, k_BNL, v_BNL))
@@ -239,5 +241,6 @@ def eager(
     scores = q @ k.mT * scaling
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
     return (weights.to(v.dtype) @ v).transpose(1, 2), None

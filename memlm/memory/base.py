@@ -116,8 +116,8 @@ def kinds() -> list[str]:
 
 def load_kind(kind: str, key: str) -> types.ModuleType:
     """The module of a kind; ``key`` is the configuration key that named it, for the error."""
-    if kind not in kinds():
-        raise ValueError(f"{key}.kind={kind!r} is unknown; {suggest(kind, kinds())}")
+    if not isinstance(kind, str) or kind not in kinds():
+        raise ValueError(f"{key}.kind={kind!r} is unknown; {suggest(str(kind), kinds())}")
     return importlib.import_module(f"memlm.memory.{kind}")
 
 
@@ -136,15 +136,24 @@ def build_config(cls: type, values: dict[str, Any], key: str) -> Any:
     for name, value in values.items():
         if name not in hints:
             raise ValueError(f"{key}.{name}={value!r} is not a setting; {suggest(name, list(hints))}")
-        allowed = typing.get_args(hints[name]) or (hints[name],)
-        number = float in allowed and isinstance(value, int) and not isinstance(value, bool)
-        if not number and type(value) not in allowed:
-            wanted = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
-            raise ValueError(f"{key}.{name}={value!r} must be {wanted}")
+        check_type(value, hints[name], f"{key}.{name}")
     try:
         return cls(**values)
+    except TypeError:
+        missing = next(f.name for f in dataclasses.fields(cls) if f.name not in values)
+        raise ValueError(f"{key}.{missing} is missing; set it") from None
     except ValueError as error:
         raise ValueError(f"{key}.{error}") from None
+
+
+def check_type(value: Any, hint: Any, key: str) -> None:
+    """Raise ValueError naming ``key`` unless the value is of the annotated type; an int will do for a float."""
+    union = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    allowed = [typing.get_origin(t) or t for t in union]
+    number = float in allowed and type(value) is int
+    if not number and type(value) not in allowed:
+        wanted = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
+        raise ValueError(f"{key}={value!r} must be {wanted}")
 
 
 def build_mixer(settings: dict[str, Any], dims: Dims, layer_idx: int, key: str) -> SequenceMixer:
@@ -159,6 +168,8 @@ def build_mixer(settings: dict[str, Any], dims: Dims, layer_idx: int, key: str) 
 
 def complete_settings(settings: dict[str, Any], key: str) -> dict[str, Any]:
     """The same settings with every default written out, so that a checkpoint does not depend on defaults."""
+    if not isinstance(settings, dict):
+        raise ValueError(f"{key}={settings!r} must be the settings of a mixer, {{kind: ..., ...}}")
     if "kind" not in settings:
         raise ValueError(f"{key}.kind is missing; one of: {', '.join(kinds())}")
     module = load_kind(settings["kind"], key)

@@ -25,6 +25,7 @@ from memlm.memory.base import (
     SequenceMixer,
     State,
     require,
+    token_positions,
 )
 from memlm_kernels import NeuralMemoryState, neural_memory
 
@@ -129,14 +130,15 @@ class NeuralMemory(SequenceMixer):
         qkv, conv = self.conv(
             torch.cat([proj(x_BTD) for proj in (self.q_proj, self.k_proj, self.v_proj)], -1),
             history_BWC,
-            ctx.positions_BT,
+            ctx.positions_BT if state is None else token_positions(x_BTD, state, ctx),
             ctx.lengths_B,
         )
         q_BTHK, k_BTHK, v_BTHK = (x.unflatten(-1, heads) for x in F.silu(qkv).chunk(3, -1))
         lr, momentum, decay = self._gates(x_BTD).chunk(3, -1)
         o_BTHK, memory = neural_memory(
-            F.normalize(q_BTHK, dim=-1),
-            F.normalize(k_BTHK, dim=-1),
+            # Normalised in fp32: the smallest norm allowed is 0 in fp16.
+            F.normalize(q_BTHK.to(lr.dtype), dim=-1),
+            F.normalize(k_BTHK.to(lr.dtype), dim=-1),
             v_BTHK,
             lr,
             momentum,

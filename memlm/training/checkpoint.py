@@ -16,13 +16,16 @@ _NAME = re.compile(r"step_\d{6,}")
 
 
 def latest(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run, or None."""
-    pointer = run_dir / "checkpoints" / "latest"
-    if pointer.exists() and (run_dir / "checkpoints" / pointer.read_text().strip()).is_dir():
-        return run_dir / "checkpoints" / pointer.read_text().strip()
-    # Killed between the rename and the pointer, or the pointer is gone: the names tell.
-    whole = [p for p in (run_dir / "checkpoints").glob("step_*") if _NAME.fullmatch(p.name)]
-    return max(whole, key=lambda p: int(p.name.removeprefix("step_")), default=None)
+    """The newest checkpoint of a run, or None. A folder with its final name is whole; the file ``latest`` names it."""
+    return max(_whole(run_dir / "checkpoints"), key=_step, default=None)
+
+
+def _whole(folder: Path) -> list[Path]:
+    return [p for p in folder.glob("step_*") if _NAME.fullmatch(p.name)]
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
 
 
 def save(
@@ -53,8 +56,7 @@ def save(
     pointer = folder.parent / "latest"
     pointer.with_suffix(".tmp").write_text(folder.name)
     pointer.with_suffix(".tmp").replace(pointer)
-    whole = sorted(p for p in folder.parent.glob("step_*") if _NAME.fullmatch(p.name) and p != folder)
-    for old in whole[: max(0, len(whole) - keep + 1)]:
+    for old in sorted(_whole(folder.parent), key=_step)[:-keep]:
         shutil.rmtree(old)
     return folder
 

@@ -18,15 +18,17 @@ import memlm
 from memlm.configuration import MemLMConfig
 from memlm.data import build_data, token_bytes
 from memlm.hub import load_model
+from memlm.memory.base import build_config
 from memlm.modeling import MemLMForCausalLM, count_parameters
 from memlm.training import checkpoint
 from memlm.training.display import Display
 from memlm.training.objective import Objective, Score, model_inputs, score
 from memlm.training.optim import build_optimizers, lr_factor, set_lr
+from memlm.training.settings import OptimSettings, TrainSettings
 from memlm.training.tracking import Tracker
 
 # What may differ between a run and its continuation.
-_FREE = {"hardware", "tracker"}
+_FREE = {"hardware", "tracker", "run_dir"}
 
 
 class Interrupt:
@@ -61,10 +63,13 @@ class Trainer:
     def __init__(self, cfg: DictConfig) -> None:
         self.config = OmegaConf.to_container(cfg, resolve=True)
         self.cfg = cfg
-        self.train_cfg, self.run_dir = cfg.train, Path(cfg.run_dir)
-        _check(cfg.train)
-        self.accelerator = build_accelerator(cfg.hardware, cfg.train.gradient_accumulation)
-        self.display = Display(cfg.train.steps, self.accelerator.is_main_process)
+        self.settings = build_config(TrainSettings, self.config["train"], "train")
+        self.optim = build_config(OptimSettings, self.config["optim"], "optim")
+        if not cfg.run_dir:
+            raise ValueError(f"run_dir={cfg.run_dir!r} names no folder; leave it out, or name one")
+        self.run_dir = Path(cfg.run_dir)
+        self.accelerator = build_accelerator(cfg.hardware, self.settings.gradient_accumulation)
+        self.display = Display(self.settings.steps, self.accelerator.is_main_process)
         self.folder = checkpoint.latest(self.run_dir)
         _same_run(self.run_dir, self.folder, self.config)
         self.trainer_state = checkpoint.load_trainer(self.folder) if self.folder else None
@@ -74,13 +79,13 @@ class Trainer:
             self.tokenizer, self.mixture = build_data(
                 self.config["data"],
                 seed=cfg.seed,
-                batch_size=cfg.train.batch_size,
+                batch_size=self.settings.batch_size,
                 rank=self.accelerator.process_index,
                 world_size=self.accelerator.num_processes,
             )
         self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer))
         self.model = self._build_model()
-        self.optimizers = build_optimizers(self.model, cfg.optim)
+        self.optimizers = build_optimizers(self.model, self.optim)
         if self.trainer_state:
             for optimizer, state in zip(self.optimizers, self.trainer_state["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
@@ -88,6 +93,8 @@ class Trainer:
         if cfg.hardware.compile:
             objective.compile()
         self.objective, *self.optimizers = self.accelerator.prepare(objective, *self.optimizers)
+        if self.trainer_state and "scaler" in self.trainer_state:
+            self.accelerator.scaler.load_state_dict(self.trainer_state["scaler"])
 
     def _build_model(self) -> MemLMForCausalLM:
         if self.folder:
@@ -96,13 +103,13 @@ class Trainer:
             config = model_config(self.config["model"], self.tokenizer)
             torch.manual_seed(self.cfg.seed)
             model = MemLMForCausalLM(config)
-        if self.train_cfg.gradient_checkpointing:
+        if self.settings.gradient_checkpointing:
             # Renamed in transformers 5.23.
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         return model.train()
 
     def train(self) -> None:
-        if self.step >= self.train_cfg.steps:
+        if self.step >= self.settings.steps:
             self.display.say(
                 f"{self.run_dir}: all {self.step} steps are done. Train anew under another name (name=...), "
                 f"or go further with train.steps=... in a new run."
@@ -131,74 +138,82 @@ class Trainer:
 
     def _steps(self, tracker: Tracker | None, interrupt: Interrupt) -> bool:
         """Train to the end, or until interrupted: then True."""
-        train, shown = self.train_cfg, {}
-        tokens_per_step = self.tokens_per_step()
+        settings, shown = self.settings, {}
         clock, clock_step = time.perf_counter(), self.step
-        while self.step < train.steps:
-            logged = self.step % train.log_every == 0
+        while self.step < settings.steps:
+            logged = self.step % settings.log_every == 0 or self.step == settings.steps - 1
+            saved = (self.step + 1) % settings.save_every == 0
             figures = self._one_step()
+            # With several processes, asking the others costs a wait: only where there is one already.
+            stop = self._any(interrupt.asked) if logged or self.accelerator.num_processes == 1 else False
+            if logged or saved or stop:
+                values = self._read(figures)
             if logged:
                 now = time.perf_counter()
-                speed = (self.step - clock_step) * tokens_per_step / (now - clock)
+                speed = (self.step - clock_step) * self.tokens_per_step() / (now - clock)
                 clock, clock_step = now, self.step
-                values = {name: value.item() for name, value in figures.items()}
-                if not math.isfinite(values["loss"]):
-                    raise ValueError(
-                        f"loss is {values['loss']} at step {self.step - 1}; lower optim.lr or optim.muon_lr "
-                        f"({checkpoint.latest(self.run_dir) or 'no checkpoint'} stays as it is)"
-                    )
                 if tracker:
                     tracker.log(self.step - 1, {**values, "tokens_per_second": speed})
                 shown |= {"loss": f"{values['loss']:.3f}", "tok/s": f"{speed:,.0f}"}
                 self.display.advance(self.step, shown)
-            last = self.step == train.steps
-            if self.step % train.validate_every == 0 or last:
-                before = time.perf_counter()
+            before = time.perf_counter()
+            last = self.step == settings.steps
+            if self.step % settings.validate_every == 0 or last:
                 scores = self.validate()
                 if tracker:
                     tracker.log(self.step, validation_figures(scores))
                 shown |= headline(scores)
                 self.display.say(f"step {self.step}  validation  " + describe(scores))
-                clock += time.perf_counter() - before
-            stop = self._any(interrupt.asked)
-            if self.step % train.save_every == 0 or last or stop:
-                before = time.perf_counter()
+            if saved or last or stop:
                 self._save()
-                clock += time.perf_counter() - before
+            clock += time.perf_counter() - before
             if stop and not last:
                 return True
         return False
 
     def _one_step(self) -> dict[str, Tensor]:
-        """One optimiser step; figures stay on the device."""
-        train, names = self.train_cfg, list(self.mixture.sources)
-        factor = lr_factor(self.step, train.steps, self.cfg.optim.warmup_steps, self.cfg.optim.final_lr)
+        """One optimiser step; figures stay on the device. ``rows``: loss and number of rows of each source."""
+        parts, sources = self.settings.gradient_accumulation, len(self.mixture.sources)
+        factor = lr_factor(self.step, self.settings.steps, self.optim.warmup_steps, self.optim.final_lr)
         set_lr(self.optimizers, factor)
-        figures: dict[str, Tensor] = {}
-        for part in range(train.gradient_accumulation):
-            batch = self.mixture.batch(self.step * train.gradient_accumulation + part).to(self.accelerator.device)
+        total = torch.zeros((), device=self.accelerator.device)
+        per_source = torch.zeros(sources, 2, device=self.accelerator.device)
+        for part in range(parts):
+            batch = self.mixture.batch(self.step * parts + part).to(self.accelerator.device)
             with self.accelerator.accumulate(self.objective):
                 loss, rows, metrics = self.objective(**model_inputs(batch))
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.cfg.optim.clip)
+                    norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.optim.clip)
                 for optimizer in self.optimizers:
                     optimizer.step()
                     optimizer.zero_grad()
-            figures = (
-                {"loss": loss.detach(), "grad_norm": torch.as_tensor(norm)} if self.accelerator.sync_gradients else {}
-            )
-            for i, name in enumerate(names):
-                mine = batch.source_ids == i
-                figures[f"loss/{name}"] = (rows * mine).sum() / mine.sum()
-            figures |= metrics
+            total += loss.detach() / parts
+            per_source.index_add_(0, batch.source_ids, torch.stack([rows.float(), torch.ones_like(rows)], 1))
         self.step += 1
-        return {**figures, "lr_factor": torch.tensor(factor)}
+        return {"loss": total, "grad_norm": torch.as_tensor(norm), "rows": per_source, **metrics}
+
+    def _read(self, figures: dict[str, Tensor]) -> dict[str, float]:
+        """Figures as numbers, losses over all processes; stops a run whose loss is not finite."""
+        rows, loss = figures.pop("rows"), figures.pop("loss")
+        if self.accelerator.num_processes > 1:
+            rows, loss = self.accelerator.reduce(rows), self.accelerator.reduce(loss, "mean")
+        values = {"loss": loss.item(), **{name: value.item() for name, value in figures.items()}}
+        for name, (total, count) in zip(self.mixture.sources, rows.tolist(), strict=True):
+            if count:
+                values[f"loss/{name}"] = total / count
+        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+            kept = checkpoint.latest(self.run_dir)
+            raise ValueError(
+                f"loss is {values['loss']}, gradient norm {values['grad_norm']} at step {self.step - 1}; lower "
+                f"optim.lr or optim.muon_lr" + (f" ({kept} stays as it is)" if kept else "")
+            )
+        return values
 
     def validate(self) -> dict[str, Score]:
         """Score of each source on ``validation_batches`` batches of the validation split, over all ranks."""
         model = self.accelerator.unwrap_model(self.objective).model
-        batches = (self.mixture.batch(i, "validation") for i in range(self.train_cfg.validation_batches))
+        batches = (self.mixture.batch(i, "validation") for i in range(self.settings.validation_batches))
         with self.accelerator.autocast():
             scores = score(model, batches, list(self.mixture.sources), self.token_bytes, self.accelerator.device)
         if self.accelerator.num_processes > 1:
@@ -213,8 +228,10 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             model = self.accelerator.unwrap_model(self.objective).model
-            state = {"step": self.step, "optimizers": [o.state_dict() for o in self.optimizers]}
-            checkpoint.save(self.run_dir, self.step, model, self.tokenizer, state, self.train_cfg.keep)
+            state: dict[str, Any] = {"step": self.step, "optimizers": [o.state_dict() for o in self.optimizers]}
+            if self.accelerator.scaler is not None:
+                state["scaler"] = self.accelerator.scaler.state_dict()
+            checkpoint.save(self.run_dir, self.step, model, self.tokenizer, state, self.settings.keep)
         self.accelerator.wait_for_everyone()
 
     def _any(self, flag: bool) -> bool:
@@ -223,15 +240,17 @@ class Trainer:
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device)).item())
 
     def tokens_per_step(self) -> int:
-        rows = self.train_cfg.batch_size * self.accelerator.num_processes * self.train_cfg.gradient_accumulation
+        rows = self.settings.batch_size * self.accelerator.num_processes * self.settings.gradient_accumulation
         return rows * self.config["data"]["seq_len"]
 
     def _banner(self) -> None:
         device, precision = self.accelerator.device, self.accelerator.mixed_precision
         where = f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+        if self.accelerator.num_processes > 1:
+            where = f"{self.accelerator.num_processes} processes, {where}"
         kinds = ", ".join(dict.fromkeys(m["kind"] for m in self.model.config.mixers.values()))
         mixture = ", ".join(f"{name} {count}" for name, count in self.mixture.counts.items())
-        total = self.tokens_per_step() * self.train_cfg.steps
+        total = self.tokens_per_step() * self.settings.steps
         say = self.display.say
         say(
             f"memlm {memlm.__version__}: {kinds}, {count_parameters(self.model):,} parameters, on {where}, "
@@ -239,7 +258,7 @@ class Trainer:
         )
         if device.type == "cpu":
             say("no GPU: the preset for CPUs, minutes long")
-        say(f"rows a batch: {mixture}; {self.train_cfg.steps:,} steps x {self.tokens_per_step():,} tokens = {total:,}")
+        say(f"rows a batch: {mixture}; {self.settings.steps:,} steps x {self.tokens_per_step():,} tokens = {total:,}")
         say(f"run: {self.run_dir}" + (f", going on from step {self.step}" if self.step else ""))
 
 
@@ -290,20 +309,6 @@ def describe(scores: dict[str, Score]) -> str:
         f"{name}: {s.bits_per_byte:.3f} bits/byte" if name == "text" else f"{name}: {s.accuracy:.3f} right"
         for name, s in scores.items()
     )
-
-
-def _check(train: DictConfig) -> None:
-    for name in (
-        "steps",
-        "batch_size",
-        "gradient_accumulation",
-        "log_every",
-        "validate_every",
-        "save_every",
-        "keep",
-    ):
-        if not isinstance(train[name], int) or train[name] < 1:
-            raise ValueError(f"train.{name}={train[name]!r} must be a whole number, at least 1")
 
 
 def _same_run(run_dir: Path, folder: Path | None, config: dict[str, Any]) -> None:

@@ -1,11 +1,11 @@
 """Parameter groups, optimisers and the learning-rate schedule."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
+
+from memlm.training.settings import OptimSettings
 
 
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -29,25 +29,21 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return groups
 
 
-def build_optimizers(model: nn.Module, optim: Mapping[str, Any]) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: nn.Module, optim: OptimSettings) -> list[torch.optim.Optimizer]:
     """One AdamW, and with ``name: muon`` a Muon for the matrices. Each group keeps its peak as ``peak_lr``."""
     groups = parameter_groups(model)
-    decayed = groups["head"] if optim["name"] == "muon" else groups["head"] + groups["matrices"]
+    decayed = groups["head"] if optim.name == "muon" else groups["head"] + groups["matrices"]
     adamw = [
-        {"params": decayed, "weight_decay": optim["weight_decay"]},
+        {"params": decayed, "weight_decay": optim.weight_decay},
         {"params": groups["rest"], "weight_decay": 0.0},
     ]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW([g for g in adamw if g["params"]], lr=optim["lr"], betas=tuple(optim["betas"]))
+        torch.optim.AdamW([g for g in adamw if g["params"]], lr=optim.lr, betas=tuple(optim.betas))
     ]
-    if optim["name"] == "muon":
+    if optim.name == "muon":
         optimizers.append(
-            torch.optim.Muon(
-                groups["matrices"], lr=optim["muon_lr"], weight_decay=optim["weight_decay"], momentum=0.95
-            )
+            torch.optim.Muon(groups["matrices"], lr=optim.muon_lr, weight_decay=optim.weight_decay, momentum=0.95)
         )
-    elif optim["name"] != "adamw":
-        raise ValueError(f"optim.name={optim['name']!r} is unknown; use adamw or muon")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

@@ -10,7 +10,7 @@ class Tracker:
 
     def __init__(self, run_dir: Path, name: str, tracker: dict[str, Any], config: dict[str, Any], step: int) -> None:
         self.path = run_dir / "metrics.jsonl"
-        lines = [line for line in _whole_lines(self.path) if json.loads(line)["step"] < step]
+        lines = [line for line in _whole_lines(self.path) if _before(json.loads(line), step)]
         partial = self.path.with_suffix(".tmp")
         partial.write_text("".join(f"{line}\n" for line in lines))
         partial.replace(self.path)
@@ -46,6 +46,11 @@ class Tracker:
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The lines of a ``metrics.jsonl``; a torn last line is left out."""
     return [json.loads(line) for line in _whole_lines(path)]
+
+
+def _before(line: dict[str, float], step: int) -> bool:
+    """Whether a line was written before the checkpoint of ``step``: batches up to step - 1, validation of step."""
+    return line["step"] < step or (line["step"] == step and "loss" not in line)
 
 
 def _whole_lines(path: Path) -> list[str]:

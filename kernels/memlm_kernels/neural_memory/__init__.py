@@ -53,6 +53,7 @@ def neural_memory(
     disagree or the backend cannot run.
     """
     _check(q, k, v, lr, momentum, decay, weights, chunk_size)
+    _check_places(q, weights, state, positions, lengths, max_documents)
     choose("neural_memory", backend, ("reference",))
     return neural_memory_reference(
         q, k, v, lr, momentum, decay, tuple(weights), chunk_size, state, positions, lengths, max_documents
@@ -85,3 +86,25 @@ def _check(
             f"weights {[list(w.shape) for w in weights]} must chain [H, in, out] from "
             f"K={q.shape[-1]} to V={v.shape[-1]} with H={q.shape[2]}"
         )
+
+
+def _check_places(
+    q: Tensor,
+    weights: Sequence[Tensor],
+    state: NeuralMemoryState | None,
+    positions: Tensor | None,
+    lengths: Tensor | None,
+    max_documents: int,
+) -> None:
+    batch, length = q.shape[:2]
+    if max_documents < 1:
+        raise ValueError(f"max_documents={max_documents} must be at least 1")
+    if positions is not None and (positions.shape != (batch, length) or positions.is_floating_point()):
+        raise ValueError(f"positions {list(positions.shape)} must be integers [B, T] = {[batch, length]}")
+    if lengths is not None and (lengths.shape != (batch,) or lengths.is_floating_point()):
+        raise ValueError(f"lengths {list(lengths.shape)} must be integers [B] = {[batch]}")
+    if state is not None:
+        found = [list(w.shape) for w in state.weights]
+        expected = [[batch, *w.shape] for w in weights]
+        if found != expected or state.position.shape != (batch,):
+            raise ValueError(f"state holds weights {found}, expected {expected} and position {[batch]}")

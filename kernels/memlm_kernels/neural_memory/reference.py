@@ -72,6 +72,9 @@ def neural_memory_reference(
         if state is None:
             zeros = tuple(torch.zeros_like(w) for w in initial)
             state = NeuralMemoryState(initial, zeros, initial, q.new_zeros(batch, dtype=torch.int64))
+        else:
+            exact = [tuple(w.to(dtype) for w in part) for part in state[:3]]
+            state = NeuralMemoryState(exact[0], exact[1], exact[2], state.position)
         if length == 0:
             return torch.zeros_like(v), state
         if positions is None:
@@ -81,7 +84,7 @@ def neural_memory_reference(
             chunks, slots = _pad_to_grid(tokens, chunk_size), None
         else:
             chunks, slots = _scatter_to_grid(tokens, positions, lengths, chunk_size, max_documents)
-        out, memory, momentum_state, anchor = _scan(chunks, initial, state)
+        out, memory, surprise, anchor = _scan(chunks, initial, state)
         out = out.permute(0, 2, 3, 1, 4).flatten(1, 2)
         if slots is None:
             out = out[:, :length]
@@ -92,7 +95,7 @@ def neural_memory_reference(
     position = last + 1
     if lengths is not None:
         position = torch.where(lengths > 0, position, state.position)
-    return out.to(v.dtype), NeuralMemoryState(memory, momentum_state, anchor, position)
+    return out.to(v.dtype), NeuralMemoryState(memory, surprise, anchor, position)
 
 
 def _like(index: Tensor, x: Tensor) -> Tensor:
