@@ -9,6 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 import memlm
 from memlm import MemLMConfig, MemLMForCausalLM, MemoryCache
 from memlm.hub import load_model
+from memlm.memory.base import MixerOutput
+from memlm.training.objective import Objective
 from tests.conftest import build, model_config
 
 
@@ -149,6 +151,13 @@ def test_damaged_memory_files_are_named(tmp_path, damage):
         (dict(mixers={"m": {"kind": "attention", "window_size": "4"}}), "window_size='4' must be int or null"),
         (dict(mixers={"m": {"kind": "attention", "window_size": True}}), "window_size=True must be int or null"),
         (dict(mixers={"m": {"kind": "titans_mag", "chunk_size": 0}}), r"model\.mixers\.m\.chunk_size=0"),
+        (dict(mixers={"m": "attention"}), r"model\.mixers\.m='attention' must be the settings of a mixer"),
+        (dict(mixers={"m": {"kind": 5}}), r"kind=5 is unknown"),
+        (dict(mixer_pattern="attention"), r"mixer_pattern='attention' must be list or null"),
+        (dict(intermediate_size=0), r"model\.intermediate_size=0 must be at least 1"),
+        (dict(head_dim=-2), r"model\.head_dim=-2"),
+        (dict(hidden_size="abc"), r"model\.hidden_size='abc' must be int"),
+        (dict(rope_theta=0), r"model\.rope_theta=0"),
         (dict(mixer_pattern=["memory"]), r"mixer_pattern='memory' is not in model\.mixers"),
     ],
 )
@@ -180,6 +189,73 @@ def test_bad_checkpoints_are_named(tmp_path, damage):
 def test_inputs_are_one_of_two():
     with pytest.raises(ValueError, match="exactly one"):
         build()()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (dict(attention_mask=torch.ones(2, 15)), r"attention_mask \[2, 15\] must be \[batch, 20\]"),
+        (dict(attention_mask=torch.ones(2, 1, 20, 20)), "attention_mask"),
+        (dict(position_ids=torch.arange(20) % 2, max_documents=3), "max_documents=3 is less than the documents"),
+        (dict(output_attentions=True), "output_attentions=True"),
+    ],
+)
+def test_inputs_that_contradict_each_other_are_refused(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        build(dtype=torch.float32)(ids(), **inputs)
+
+
+def test_misspelt_arguments_are_refused():
+    with pytest.raises(TypeError, match="atention_mask"):
+        build()(ids(), atention_mask=None)
+
+
+def test_a_query_leaves_an_empty_memory_empty():
+    cache = MemoryCache()
+    build()(ids(), past_key_values=cache, write=False)
+    assert not cache.states and cache.get_seq_length() == 0 and cache
+
+
+def test_saved_memories_know_how_much_they_have_seen(tmp_path):
+    cache = MemoryCache()
+    build()(ids(), past_key_values=cache)
+    cache.save(tmp_path)
+    assert MemoryCache.load(tmp_path).get_seq_length() == 20
+    assert all(not x.requires_grad for state in cache.detach().states for x in state.values())
+    cache.reset([0])
+    assert cache.states[0]["position"].tolist() == [0, 20]
+    cache.reset()
+    assert not cache.states and cache.signature is None and cache.get_seq_length() == 0
+
+
+class WithAuxiliaryLoss(torch.nn.Module):
+    """A mixer that adds 0.25 to the loss."""
+
+    def forward(self, x_BTD, state=None, ctx=None):
+        position = torch.zeros(len(x_BTD), dtype=torch.long)
+        loss = torch.full((), 0.25, dtype=x_BTD.dtype)
+        return MixerOutput(torch.zeros_like(x_BTD), {"position": position}, {"balance": loss}, {})
+
+
+def test_auxiliary_losses_are_named_and_trained():
+    model = build(dtype=torch.float32)
+    for layer in model.model.layers:
+        layer.mixer = WithAuxiliaryLoss()
+    x = ids()
+    out = model(x, labels=x)
+    assert list(out.aux_losses) == ["layer0/balance", "layer1/balance"]
+    alone = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
+    assert out.loss.item() == pytest.approx(alone.item() + 0.5, rel=1e-5)
+    loss, rows, metrics = Objective(model)(x, x, None, 1)
+    assert loss.item() == pytest.approx(rows.mean().item() + 0.5, rel=1e-5)
+    assert metrics["layer1/balance"].item() == 0.25
+
+
+def test_loss_can_be_a_sum_over_a_larger_batch():
+    model, x = build(dtype=torch.float32), ids()
+    whole = model(x, labels=x).loss
+    part = model(x, labels=x, num_items_in_batch=2 * 2 * 19).loss
+    assert part.item() == pytest.approx(whole.item() / 2, rel=1e-5)
 
 
 def test_trainer_takes_a_step(tmp_path):

@@ -13,6 +13,8 @@ import torch
 from accelerate.state import AcceleratorState
 from omegaconf import OmegaConf
 
+from memlm.data import Batch
+from memlm.hub import load_model
 from memlm.training import checkpoint, loop, run
 from memlm.training.objective import Objective
 from memlm.training.optim import build_optimizers, lr_factor, parameter_groups
@@ -87,6 +89,11 @@ def test_resuming_is_exact(tmp_path, monkeypatch, overrides):
     monkeypatch.setattr(loop.Trainer, "_one_step", real)
     run(config(tmp_path, "train.steps=8", *overrides))
     assert figures(tmp_path) == figures(tmp_path / "straight")
+    validation = "validation/mqar/loss"
+    assert (
+        figures(tmp_path, validation) == figures(tmp_path / "straight", validation)
+        and len(figures(tmp_path, validation)) == 2
+    )
 
 
 def test_another_run_in_the_same_place_is_refused(tmp_path):
@@ -133,6 +140,62 @@ def test_a_damaged_trainer_file_is_named(tmp_path):
 def test_a_diverging_run_stops_with_a_fix(tmp_path):
     with pytest.raises(ValueError, match=r"loss is .*lower optim\.lr"):
         run(config(tmp_path, "train.steps=40", "optim=adamw", "optim.lr=1e30"))
+
+
+def test_broken_weights_are_never_saved(tmp_path):
+    """Between logged steps too: the last good checkpoint stays."""
+    rates = ("optim.lr=1e7", "optim.muon_lr=1e6", "optim.warmup_steps=0")
+    with pytest.raises(ValueError, match=r"lower optim\.lr"):
+        run(config(tmp_path, "train.steps=50", "train.log_every=100", "train.save_every=1", *rates))
+    for folder in (tmp_path / "run" / "checkpoints").glob("step_*"):
+        assert all(torch.isfinite(p).all() for p in load_model(folder).parameters())
+
+
+def test_checkpoints_sort_by_number(tmp_path):
+    folder = tmp_path / "checkpoints"
+    for step in (998_000, 999_000, 1_000_000):
+        (folder / f"step_{step:06d}").mkdir(parents=True)
+    assert checkpoint.latest(tmp_path).name == "step_1000000"
+
+
+def test_accumulated_parts_are_one_batch(tmp_path):
+    """Two parts of two rows take the step, and log the losses, of one batch of the same four rows."""
+    one, two = (loop.Trainer(config(tmp_path / str(n), f"train.gradient_accumulation={n}")) for n in (1, 2))
+    batch = one.mixture.batch(0)
+    parts = [
+        Batch(
+            batch.input_ids[i::2], batch.labels[i::2], batch.position_ids[i::2], 1, source_ids=batch.source_ids[i::2]
+        )
+        for i in (0, 1)
+    ]
+    one.mixture.batch = {0: batch}.__getitem__
+    two.mixture.batch = dict(enumerate(parts)).__getitem__
+    whole, accumulated = one._one_step(), two._one_step()
+    for name in ("loss", "rows", "grad_norm"):
+        assert torch.allclose(whole[name], accumulated[name], rtol=1e-4), name
+    for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lr=abc", "optim.lr='abc' must be float"),
+        ("optim.betas=[0.9]", r"optim.betas=\[0.9\] must be two numbers"),
+        ("optim.clip=null", "optim.clip=None must be float"),
+        ("optim.muon_lr=null", "optim.muon_lr=null; give Muon a learning rate"),
+        ("optim.warmup_steps=-1", "optim.warmup_steps=-1"),
+        ("train.steps=true", "train.steps=True must be int"),
+        ("train.gradient_checkpointing=maybe", "train.gradient_checkpointing='maybe' must be bool"),
+        ("train.validation_batches=0", "train.validation_batches=0"),
+        ("run_dir=''", "run_dir=''"),
+        ("hardware.device=tpu", "hardware.device='tpu'"),
+        ("tracker.name=tensorboard", "tracker.name='tensorboard'"),
+    ],
+)
+def test_bad_settings_are_named(tmp_path, override, message):
+    with pytest.raises(ValueError, match=message):
+        run(composed(*SMALL, "train.steps=3", f"run_dir={tmp_path}/run", f"data.cache_dir={tmp_path}", override))
 
 
 def test_control_sees_the_same_batches_in_the_same_order(tmp_path):

@@ -167,3 +167,19 @@ def test_bad_shapes_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             neural_memory(*bad, weights=[w], chunk_size=4)
+
+
+def test_bad_places_are_named():
+    inputs = make(batch=2, length=6)
+    state = run(inputs, 4)[1]
+    other = run(make(batch=3, length=6), 4)[1]
+    for options, message in (
+        (dict(positions=torch.arange(6)[None]), r"positions \[1, 6\] must be integers \[B, T\] = \[2, 6\]"),
+        (dict(positions=torch.zeros(2, 6)), "positions"),
+        (dict(lengths=torch.tensor([3])), r"lengths \[1\] must be integers \[B\] = \[2\]"),
+        (dict(max_documents=0), "max_documents=0"),
+        (dict(state=other), r"state holds weights \[\[3, 2, 5, 4\]\]"),
+        (dict(state=state._replace(position=state.position[:1])), "position"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(inputs, 4, **options)

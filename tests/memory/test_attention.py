@@ -1,5 +1,6 @@
 """Attention against a loop over queries, in every backend that runs here."""
 
+import copy
 import shutil
 from dataclasses import replace
 
@@ -59,6 +60,20 @@ def test_equals_a_loop_over_queries(backend, settings, length):
     y = module(x).y_BTD
     for b in range(2):
         assert_close("y", loop(module, x[b]), y[b], 1e-10)
+
+
+def test_low_precision_far_into_a_stream():
+    """Positions are not rounded to the model's dtype: bf16 knows 8 bits of them."""
+    module = mixer("eager", window_size=8)
+    low = copy.deepcopy(module).bfloat16()
+    x = torch.randn(1, 20, 24).bfloat16()
+    for start in (0, 100_001):
+        state = low.init_state(1, torch.device("cpu"), torch.bfloat16)
+        state["position"] += start
+        ctx = MixerContext(torch.arange(20)[None] + start)
+        exact = {k: t.double() if t.is_floating_point() else t for k, t in state.items()}
+        expected = copy.deepcopy(low).double()(x.double(), exact, ctx).y_BTD
+        assert_close(f"from {start}", expected, low(x, state, ctx).y_BTD, 2e-2)
 
 
 def test_window_cost_is_linear():

@@ -108,6 +108,51 @@ def test_packed_documents_stream_over_any_cut(variant):
     assert_close("logits", whole, torch.cat(out, 1), EXACT)
 
 
+@pytest.mark.parametrize("tail", [1, 2, 5])
+def test_a_stream_goes_on_from_the_last_packed_document(variant, tail):
+    """What follows without positions belongs to the document that stood last, however short."""
+    model, ids, more = model_of(variant), tokens(1, 20 + tail), tokens(1, 30, seed=2)
+    positions = torch.cat([torch.arange(20), torch.arange(tail)])[None]
+    cache = MemoryCache()
+    with torch.no_grad():
+        model(ids, position_ids=positions, past_key_values=cache)
+        got = torch.cat([model(piece, past_key_values=cache).logits for piece in more.split([1, 29], 1)], 1)
+        alone = model(torch.cat([ids[:, 20:], more], 1)).logits[:, tail:]
+    assert_close("what follows", alone, got, EXACT)
+
+
+def test_rows_without_tokens_wait(variant):
+    """A row whose tokens are all padding in one call is as if the call had not been."""
+    model, ids = model_of(variant), tokens(2, 40)
+    mask = torch.ones(2, 10, dtype=torch.long)
+    mask[1] = 0
+    cache = MemoryCache()
+    with torch.no_grad():
+        model(ids[:, :15], past_key_values=cache)
+        model(ids[:, 15:25], attention_mask=mask, past_key_values=cache)
+        got = model(ids[:, 25:], past_key_values=cache).logits
+        assert_close("row that went on", model(ids).logits[0, 25:], got[0], EXACT)
+        waited = model(torch.cat([ids[1:, :15], ids[1:, 25:]], 1)).logits[0, 15:]
+        assert_close("row that waited", waited, got[1], EXACT)
+
+
+def test_padding_packing_and_hidden_states_together(variant):
+    model, ids = model_of(variant), tokens(1, 30)
+    mask = torch.ones(1, 34, dtype=torch.long)
+    where = torch.tensor([0, 7, 8, 33])
+    mask[:, where] = 0
+    padded, places = torch.full((1, 34), 9), torch.zeros(1, 34, dtype=torch.long)
+    padded[mask.bool()] = ids[0]
+    places[mask.bool()] = torch.cat([torch.arange(12), torch.arange(18)])
+    with torch.no_grad():
+        out = model(padded, attention_mask=mask, position_ids=places, max_documents=4, output_hidden_states=True)
+        alone = [model(piece, output_hidden_states=True) for piece in ids.split([12, 18], 1)]
+    assert_close("logits", torch.cat([a.logits for a in alone], 1)[0], out.logits[mask.bool()], EXACT)
+    for i, hidden in enumerate(out.hidden_states):
+        expected = torch.cat([a.hidden_states[i] for a in alone], 1)[0]
+        assert_close(f"hidden state {i}", expected, hidden[mask.bool()], EXACT)
+
+
 @pytest.mark.parametrize("side", ["left", "right", "scattered"])
 def test_padding_leaves_no_trace(variant, side):
     model, sizes, width = model_of(variant), [40, 23, 1], 40
@@ -263,6 +308,20 @@ def test_generate_with_memory_equals_without(variant):
     assert torch.equal(beams, model.generate(ids, num_beams=3, use_cache=False, **options))
 
 
+def test_generate_goes_on_from_a_memory(variant):
+    """Read once, ask later: the same as one prompt, and a fork can be asked again."""
+    model, book, question = model_of(variant), tokens(2, 50), tokens(2, 6, seed=1)
+    options = dict(max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
+    expected = model.generate(torch.cat([book, question], 1), **options)[:, 50:]
+    _, cache = stream(model, book, [50])
+    for _ in range(2):
+        assert torch.equal(expected, model.generate(question, past_key_values=cache.fork(), **options))
+    _, short = stream(model, book[:, :3], [3])
+    mask = torch.ones_like(question)
+    expected = model.generate(torch.cat([book[:, :3], question], 1), **options)[:, 3:]
+    assert torch.equal(expected, model.generate(question, attention_mask=mask, past_key_values=short, **options))
+
+
 def test_no_tokens_and_one_token(variant):
     model = model_of(variant)
     cache = MemoryCache()
@@ -278,5 +337,7 @@ def test_state_is_bounded_or_says_so(variant):
     model = model_of(variant)
     _, short = stream(model, tokens(1, 50), [50])
     _, long = stream(model, tokens(1, 200), [200])
+    held = sum(x.untyped_storage().nbytes() for state in long.states for x in state.values())
+    assert held == long.nbytes(), "a state is a view that keeps a longer tensor alive"
     grows = variant[0] == "attention"
     assert (long.nbytes() > short.nbytes()) == grows

@@ -6,7 +6,9 @@ import torch
 from memlm import MemLMForCausalLM
 from memlm.memory import titans_mag
 from memlm.memory.base import Dims
-from tests.conftest import model_config
+from memlm_kernels.testing import assert_close
+from tests.conftest import build, model_config
+from tests.kernels.test_neural_memory import token_by_token
 
 VARIANTS = [
     ("titans_mag", {"memory_depth": 3, "memory_heads": 2, "memory_head_dim": 12}),
@@ -31,8 +33,41 @@ def test_gates_start_where_the_configuration_says():
         assert got[f"layer{layer}/gate"].item() == 0.5
 
 
+def test_the_layer_is_its_equations():
+    """Projections, convolution, SiLU, unit keys and queries, the memory, norm, gates: written out once more."""
+    torch.manual_seed(0)
+    mixer = build(memory_heads=2, memory_head_dim=6, memory_depth=2).model.layers[0].mixer
+    memory, x = mixer.memory, torch.randn(2, 21, 64, dtype=torch.float64)
+    streams = []
+    for proj, taps in zip((memory.q_proj, memory.k_proj, memory.v_proj), memory.conv.weight.chunk(3), strict=True):
+        y = torch.nn.functional.pad(proj(x).mT, (3, 0))
+        y = torch.nn.functional.conv1d(y, taps[:, None], groups=len(taps)).mT
+        streams.append((y * torch.sigmoid(y)).unflatten(-1, (2, 6)))
+    q, k, v = streams
+    q, k = (z / z.norm(dim=-1, keepdim=True) for z in (q, k))
+    lr, momentum, decay = torch.sigmoid(memory.gates(x)).unflatten(-1, (3, 2)).unbind(-2)
+    o = token_by_token(q, k, v, lr, momentum, decay, *memory.memory, chunk_size=16)
+    o = o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt() * memory.norm.weight
+    gate = memory.output_gate_proj(x)
+    o = o * (gate * torch.sigmoid(gate)).unflatten(-1, (2, 6))
+    recalled = memory.o_proj(o.flatten(2))
+    assert_close("memory branch", recalled, memory(x).y_BTD, 1e-10)
+    share = torch.sigmoid(mixer.branch_gate(x))
+    seen = mixer.attention(x).y_BTD
+    expected = share * mixer.memory_norm(recalled) + (1 - share) * mixer.attention_norm(seen)
+    assert_close("layer", expected, mixer(x).y_BTD, 1e-10)
+
+
+def test_an_empty_memory_says_nothing():
+    torch.manual_seed(0)
+    for depth in (1, 2):
+        model = MemLMForCausalLM(model_config(memory_depth=depth))
+        assert not model.model.layers[0].mixer.memory.memory[-1].any()
+
+
 def test_metrics_show_a_memory_that_is_written():
     got = metrics()
+    assert not any(value.requires_grad for value in got.values())
     assert all(got[f"layer{i}/{name}"] > 0 for i in range(2) for name in ("memory_norm", "surprise"))
 
 
