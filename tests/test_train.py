@@ -233,6 +233,13 @@ def test_options_train(tmp_path, option):
     assert len(figures(tmp_path)) == 2
 
 
+@pytest.mark.slow
+def test_compiled_training_gives_the_same_losses(tmp_path):
+    run(config(tmp_path / "eager", "train.steps=3"))
+    run(config(tmp_path / "compiled", "train.steps=3", "hardware.compile=true"))
+    assert figures(tmp_path / "compiled") == pytest.approx(figures(tmp_path / "eager"), rel=1e-3)
+
+
 def test_every_parameter_is_in_one_group_and_decay_spares_the_rest():
     model = Objective(build(dtype=torch.float32))
     groups = parameter_groups(model)

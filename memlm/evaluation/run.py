@@ -5,6 +5,7 @@ import platform
 import subprocess
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 import memlm
-from memlm.data import Mixture, Passkey, RecallTask, build_data, token_bytes
+from memlm.data import Mixture, Passkey, RecallSource, TextSource, build_data, token_bytes
 from memlm.evaluation import plots
 from memlm.evaluation.measures import needles, plain, recall, text_by_position
 from memlm.evaluation.report import Report
@@ -94,15 +95,15 @@ def _measure(options: DictConfig, subject: Subject, mixture: Mixture, sizes: tor
         "text": {},
     }
     for name, source in mixture.sources.items():
-        task = getattr(source, "task", None)
-        if isinstance(task, RecallTask):
+        if isinstance(source, RecallSource):
+            task = source.task
             measured["recall"] += plain(recall(model, name, task, source.seed, options.factors, options.recall_rows))
-        if isinstance(task, Passkey):
-            lengths = [task.length * f for f in options.factors]
-            cells = needles(model, task, source.seed, lengths, options.depths, options.needle_rows)
-            measured["needles"] = plain(cells)
-        if hasattr(source, "corpus"):
-            documents = [d for _, d in source.corpus.documents("test")][: options.text_documents]
+            if isinstance(task, Passkey):
+                lengths = [task.length * f for f in options.factors]
+                cells = needles(model, task, source.seed, lengths, options.depths, options.needle_rows)
+                measured["needles"] = plain(cells)
+        elif isinstance(source, TextSource):
+            documents = [tokens for _, tokens in islice(source.corpus.documents("test"), options.text_documents)]
             for carried in (True, False):
                 measured["text"]["carried" if carried else "reset"] = asdict(
                     text_by_position(model, documents, sizes, source.seq_len, carried, options.text_length)

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import memlm
 from memlm.configuration import MemLMConfig
-from memlm.data import build_data, token_bytes
+from memlm.data import TextSource, build_data, token_bytes
 from memlm.hub import load_model
 from memlm.memory.base import build_config
 from memlm.modeling import MemLMForCausalLM, count_parameters
@@ -83,6 +82,7 @@ class Trainer:
                 rank=self.accelerator.process_index,
                 world_size=self.accelerator.num_processes,
             )
+        self.texts = [name for name, source in self.mixture.sources.items() if isinstance(source, TextSource)]
         self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer))
         self.model = self._build_model()
         self.optimizers = build_optimizers(self.model, self.optim)
@@ -109,6 +109,7 @@ class Trainer:
         return model.train()
 
     def train(self) -> None:
+        """Take the steps that are left; say so where there are none."""
         if self.step >= self.settings.steps:
             self.display.say(
                 f"{self.run_dir}: all {self.step} steps are done. Train anew under another name (name=...), "
@@ -161,9 +162,12 @@ class Trainer:
             if self.step % settings.validate_every == 0 or last:
                 scores = self.validate()
                 if tracker:
-                    tracker.log(self.step, validation_figures(scores))
-                shown |= headline(scores)
-                self.display.say(f"step {self.step}  validation  " + describe(scores))
+                    tracker.log(self.step, self._validation_figures(scores))
+                bits = {n: f"{s.bits_per_byte:.3f} bits/byte" for n, s in scores.items() if n in self.texts}
+                right = {n: f"{s.accuracy:.3f} right" for n, s in scores.items() if n not in self.texts}
+                told = ", ".join(f"{name}: {figure}" for name, figure in (bits | right).items())
+                self.display.say(f"step {self.step}  validation  {told}")
+                shown |= {name: figure for name, figure in list(bits.items())[:1]}
             if saved or last or stop:
                 self._save()
             clock += time.perf_counter() - before
@@ -202,7 +206,9 @@ class Trainer:
         for name, (total, count) in zip(self.mixture.sources, rows.tolist(), strict=True):
             if count:
                 values[f"loss/{name}"] = total / count
-        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+        # fp16's loss scaling skips steps whose gradients overflow; there only the loss tells.
+        told = ("loss", "grad_norm") if self.accelerator.scaler is None else ("loss",)
+        if not all(math.isfinite(values[name]) for name in told):
             kept = checkpoint.latest(self.run_dir)
             raise ValueError(
                 f"loss is {values['loss']}, gradient norm {values['grad_norm']} at step {self.step - 1}; lower "
@@ -223,6 +229,14 @@ class Trainer:
                 name: Score(row[0], *(round(x) for x in row[1:])) for name, row in zip(scores, sums, strict=True)
             }
         return scores
+
+    def _validation_figures(self, scores: dict[str, Score]) -> dict[str, float]:
+        figures = {}
+        for name, s in scores.items():
+            figures |= {f"validation/{name}/loss": s.loss, f"validation/{name}/accuracy": s.accuracy}
+            if name in self.texts:
+                figures[f"validation/{name}/bits_per_byte"] = s.bits_per_byte
+        return figures
 
     def _save(self) -> None:
         self.accelerator.wait_for_everyone()
@@ -278,7 +292,6 @@ def build_accelerator(hardware: Mapping[str, Any], gradient_accumulation: int) -
         cpu=not on_gpu,
         mixed_precision=precision,
         gradient_accumulation_steps=gradient_accumulation,
-        dataloader_config=DataLoaderConfiguration(),
     )
 
 
@@ -290,25 +303,6 @@ def model_config(settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
         raise ValueError(f"model.vocab_size={size} is less than the tokenizer's {entries} entries; leave it out")
     special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     return MemLMConfig.from_hydra({**settings, **special, "vocab_size": size})
-
-
-def validation_figures(scores: dict[str, Score]) -> dict[str, float]:
-    figures = {}
-    for name, s in scores.items():
-        figures |= {f"validation/{name}/loss": s.loss, f"validation/{name}/accuracy": s.accuracy}
-        figures |= {f"validation/{name}/bits_per_byte": s.bits_per_byte}
-    return figures
-
-
-def headline(scores: dict[str, Score]) -> dict[str, str]:
-    return {"bits/byte": f"{scores['text'].bits_per_byte:.3f}"} if "text" in scores else {}
-
-
-def describe(scores: dict[str, Score]) -> str:
-    return ", ".join(
-        f"{name}: {s.bits_per_byte:.3f} bits/byte" if name == "text" else f"{name}: {s.accuracy:.3f} right"
-        for name, s in scores.items()
-    )
 
 
 def _same_run(run_dir: Path, folder: Path | None, config: dict[str, Any]) -> None:
