@@ -128,6 +128,8 @@ def test_an_evaluation_leaves_a_table_results_and_a_report_that_stands_alone(tra
     assert set(results["models"]) == {"titans_mag", "control (none)"}
     assert len(results["models"]["control (none)"]["needles"]) == 4
     assert {"commit", "torch", "device"} <= set(results["environment"])
+    manifest = json.loads((trained / "none-seed0" / "manifest-text.json").read_text())
+    assert len(manifest["files"]) == 40 and len(results["corpora"]["text"]) == 32
     page = (out / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert page.count("data:image/png;base64,") == 6

@@ -58,6 +58,7 @@ def run(cfg: DictConfig) -> None:
     data = _data_config(cfg, subjects[0])
     tokenizer, mixture = build_data(data, seed=cfg.seed, batch_size=max(1, 2 * len(data["sources"])))
     results: dict[str, Any] = {"environment": _environment(device), "data": data, "models": {}}
+    results["corpora"] = {n: s.corpus.folder.name for n, s in mixture.sources.items() if isinstance(s, TextSource)}
     for subject in subjects:
         if len(tokenizer) > subject.model.config.vocab_size:
             raise ValueError(

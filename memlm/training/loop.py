@@ -1,5 +1,6 @@
 """The training loop: batches that are pure functions of the step, so a run is its configuration and a step number."""
 
+import json
 import math
 import signal
 import time
@@ -119,6 +120,10 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(OmegaConf.create(self.config), self.run_dir / "config.yaml")
+            for name in self.texts:
+                # Bits per byte are comparable between runs of one manifest only.
+                manifest = json.dumps(self.mixture.sources[name].corpus.manifest, indent=1)
+                (self.run_dir / f"manifest-{name}.json").write_text(manifest)
         self._banner()
         tracker = None
         if self.accelerator.is_main_process:
