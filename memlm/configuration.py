@@ -105,7 +105,6 @@ class MemLMConfig(PreTrainedConfig):
             head_dim=self.head_dim,
             rope_theta=self.rope_theta,
             rms_norm_eps=self.rms_norm_eps,
-            initializer_range=self.initializer_range,
             attn_implementation=self._attn_implementation or "sdpa",
         )
 

@@ -113,10 +113,6 @@ class MemLMModel(MemLMPreTrainedModel):
         self.memory_signature = config.memory_signature()
         self.post_init()
 
-    def new_memory(self) -> MemoryCache:
-        """An empty memory, to pass as ``past_key_values``."""
-        return MemoryCache()
-
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -225,10 +221,6 @@ class MemLMForCausalLM(MemLMPreTrainedModel, GenerationMixin):
         self.model = MemLMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def new_memory(self) -> MemoryCache:
-        """An empty memory, to pass as ``past_key_values``."""
-        return MemoryCache()
 
     def forward(
         self,

@@ -29,7 +29,6 @@ class Dims:
     head_dim: int
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
     attn_implementation: str = "sdpa"
 
 
