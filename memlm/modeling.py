@@ -192,23 +192,23 @@ class MemLMModel(MemLMPreTrainedModel):
         batch, length, _ = x_BTD.shape
         if position_ids is not None:
             position_ids = position_ids.expand(batch, length).clamp(min=0)
-            max_documents = _check_documents(position_ids, max_documents)
-        if attention_mask is None:
-            ctx = MixerContext(position_ids, None, max_documents or 1) if position_ids is not None else None
-            return x_BTD, ctx, None
-        widths = {length, length + (memory.get_seq_length() if memory is not None else 0)}
-        if attention_mask.ndim != 2 or attention_mask.shape[1] not in widths:
-            raise ValueError(
-                f"attention_mask {list(attention_mask.shape)} must be [batch, {' or '.join(map(str, sorted(widths)))}]"
-            )
-        mask_BT = attention_mask[:, attention_mask.shape[1] - length :].bool()
-        order_BT = None
-        if length > 1:
-            # Mixers then need to know lengths only.
-            order_BT = (~mask_BT).long().argsort(dim=1, stable=True)
-            x_BTD = _gather(x_BTD, order_BT)
-            position_ids = position_ids.gather(1, order_BT) if position_ids is not None else None
-        return x_BTD, MixerContext(position_ids, mask_BT.sum(1), max_documents or 1), order_BT
+        order_BT, lengths_B = None, None
+        if attention_mask is not None:
+            widths = {length, length + (memory.get_seq_length() if memory is not None else 0)}
+            if attention_mask.ndim != 2 or attention_mask.shape[1] not in widths:
+                allowed = " or ".join(map(str, sorted(widths)))
+                raise ValueError(f"attention_mask {list(attention_mask.shape)} must be [batch, {allowed}]")
+            mask_BT = attention_mask[:, attention_mask.shape[1] - length :].bool()
+            lengths_B = mask_BT.sum(1)
+            if length > 1:
+                # Mixers then need to know lengths only.
+                order_BT = (~mask_BT).long().argsort(dim=1, stable=True)
+                x_BTD = _gather(x_BTD, order_BT)
+                position_ids = position_ids.gather(1, order_BT) if position_ids is not None else None
+        if position_ids is None and lengths_B is None:
+            return x_BTD, None, None
+        documents = _documents(position_ids, lengths_B, max_documents) if position_ids is not None else 1
+        return x_BTD, MixerContext(position_ids, lengths_B, documents), order_BT
 
 
 class MemLMForCausalLM(MemLMPreTrainedModel, GenerationMixin):
@@ -301,20 +301,23 @@ def _gather(x_BTD: Tensor, index_BT: Tensor) -> Tensor:
     return x_BTD.gather(1, index_BT[..., None].expand(-1, -1, x_BTD.shape[-1]))
 
 
-def _check_documents(position_ids: Tensor, given: int | None) -> int:
+def _documents(positions_BT: Tensor, lengths_B: Tensor | None, given: int | None) -> int:
     """The most documents in a row: as given, which must suffice, or counted, which asks the device."""
-    if position_ids.shape[1] == 0:
+    length = positions_BT.shape[1]
+    if length <= 1:
         return 1
-    counted = 1 + (position_ids[:, 1:] == 0).sum(1).max()
+    starts_BT = positions_BT[:, 1:] == 0
+    if lengths_B is not None:
+        starts_BT = starts_BT & (torch.arange(1, length, device=positions_BT.device) < lengths_B[:, None])
+    counted = 1 + starts_BT.sum(1).max()
     if given is None:
         return int(counted)
     message = f"max_documents={given} is less than the documents that position_ids start in a row; count them"
-    if position_ids.device.type == "cpu":
-        if given < int(counted):
-            raise ValueError(message)
-    else:
+    if positions_BT.device.type != "cpu":
         torch._assert_async(counted <= given, message)
-    return min(given, position_ids.shape[1])
+    elif given < int(counted):
+        raise ValueError(message)
+    return min(given, length)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -6,7 +6,10 @@ import shutil
 import subprocess
 import sys
 
-from tests.conftest import ROOT
+import torch
+
+from memlm.data import byte_tokenizer
+from tests.conftest import ROOT, build
 
 
 def blocks(document, language):
@@ -38,6 +41,18 @@ def test_a_new_memory_is_three_files_and_passes_the_contract(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 40
+
+
+def test_the_readme_example_runs(tmp_path, monkeypatch, capsys):
+    checkpoint = tmp_path / "checkpoint"
+    build(dtype=torch.float32).save_pretrained(checkpoint)
+    byte_tokenizer().save_pretrained(checkpoint)
+    (code,) = blocks("README.md", "python")
+    code = re.sub(r'checkpoint = ".*"', f'checkpoint = "{checkpoint}"', code)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert capsys.readouterr().out.startswith("It was the ")
+    assert (tmp_path / "memories/book/memory.safetensors").exists()
 
 
 def test_the_readme_maps_every_file():

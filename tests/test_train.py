@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from omegaconf import OmegaConf
 
 from memlm.data import Batch
@@ -160,17 +160,21 @@ def test_checkpoints_sort_by_number(tmp_path):
 
 def test_accumulated_parts_are_one_batch(tmp_path):
     """Two parts of two rows take the step, and log the losses, of one batch of the same four rows."""
-    one, two = (loop.Trainer(config(tmp_path / str(n), f"train.gradient_accumulation={n}")) for n in (1, 2))
+    one = loop.Trainer(config(tmp_path / "one"))
     batch = one.mixture.batch(0)
+    one.mixture.batch = {0: batch}.__getitem__
+    whole = one._one_step()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    two = loop.Trainer(config(tmp_path / "two", "train.gradient_accumulation=2"))
     parts = [
         Batch(
             batch.input_ids[i::2], batch.labels[i::2], batch.position_ids[i::2], 1, source_ids=batch.source_ids[i::2]
         )
         for i in (0, 1)
     ]
-    one.mixture.batch = {0: batch}.__getitem__
     two.mixture.batch = dict(enumerate(parts)).__getitem__
-    whole, accumulated = one._one_step(), two._one_step()
+    accumulated = two._one_step()
     for name in ("loss", "rows", "grad_norm"):
         assert torch.allclose(whole[name], accumulated[name], rtol=1e-4), name
     for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True):
@@ -234,10 +238,11 @@ def test_options_train(tmp_path, option):
 
 
 @pytest.mark.slow
-def test_compiled_training_gives_the_same_losses(tmp_path):
-    run(config(tmp_path / "eager", "train.steps=3"))
-    run(config(tmp_path / "compiled", "train.steps=3", "hardware.compile=true"))
-    assert figures(tmp_path / "compiled") == pytest.approx(figures(tmp_path / "eager"), rel=1e-3)
+def test_compiled_training_takes_the_same_step(tmp_path):
+    run(config(tmp_path / "eager", "train.steps=1"))
+    run(config(tmp_path / "compiled", "train.steps=1", "hardware.compile=true"))
+    for name in ("loss", "grad_norm", "validation/mqar/loss"):
+        assert figures(tmp_path / "compiled", name) == pytest.approx(figures(tmp_path / "eager", name), rel=1e-4)
 
 
 def test_every_parameter_is_in_one_group_and_decay_spares_the_rest():

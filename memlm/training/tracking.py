@@ -9,6 +9,8 @@ class Tracker:
     """Appends to ``run_dir/metrics.jsonl``; a resumed run first drops what lies beyond its step."""
 
     def __init__(self, run_dir: Path, name: str, tracker: dict[str, Any], config: dict[str, Any], step: int) -> None:
+        if tracker["name"] not in ("none", "wandb"):
+            raise ValueError(f"tracker.name={tracker['name']!r} is unknown; use none or wandb")
         self.path = run_dir / "metrics.jsonl"
         lines = [line for line in _whole_lines(self.path) if _before(json.loads(line), step)]
         partial = self.path.with_suffix(".tmp")
@@ -28,8 +30,6 @@ class Tracker:
                 dir=str(run_dir),
                 config=config,
             )
-        elif tracker["name"] != "none":
-            raise ValueError(f"tracker.name={tracker['name']!r} is unknown; use none or wandb")
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **{k: _short(v) for k, v in figures.items()}}) + "\n")
