@@ -1,6 +1,6 @@
-"""Building blocks without memory logic: rotary positions, SwiGLU, short convolution, ragged history.
+"""Building blocks without memory logic: rotary positions, SwiGLU, short convolution.
 
-Shapes: B batch, T tokens of this call, S tokens kept from earlier calls, D hidden, F feed-forward,
+Shapes: B batch, T tokens of this call, D hidden, F feed-forward,
 C channels, H heads, K head dim, W convolution width.
 """
 
@@ -9,27 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from memlm_kernels.grid import keep_last
+
 
 class RMSNorm(nn.RMSNorm):
     """Root-mean-square norm (arXiv:1910.07467) in the input's dtype, so that it stays fused under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
-def keep_last(x_BSTx: Tensor, size: int, new: int, lengths_B: Tensor | None) -> Tensor:
-    """The last ``size`` real entries of history followed by ``new`` entries of this call, along dimension 1.
-
-    Row b has ``lengths_B[b]`` real entries among the new ones, first (None: all are real). Where there
-    are fewer than ``size``, what fills the left is arbitrary: callers mask by position.
-    """
-    total = x_BSTx.shape[1]
-    if lengths_B is None:
-        # A copy: a view would keep all of a long call alive.
-        return x_BSTx if size == total else x_BSTx[:, total - size :].clone()
-    index = torch.arange(total - size, total, device=x_BSTx.device) - new + lengths_B[:, None]
-    index = index.clamp(min=0).reshape(*index.shape, *[1] * (x_BSTx.ndim - 2))
-    return x_BSTx.gather(1, index.expand(-1, -1, *x_BSTx.shape[2:]))
 
 
 def rotary_angles(positions_BT: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -79,19 +66,25 @@ class ShortConv(nn.Module):
         init.uniform_(self.weight, -bound, bound)
 
     def forward(
-        self, x_BTC: Tensor, history_BWC: Tensor, positions_BT: Tensor | None, lengths_B: Tensor | None
+        self,
+        x_BTC: Tensor,
+        history_BWC: Tensor,
+        positions_BT: Tensor | None,
+        lengths_B: Tensor | None,
+        channels: slice = slice(None),
     ) -> tuple[Tensor, Tensor]:
         """Returns y [B, T, C] and the W-1 inputs that the next call needs.
 
         history_BWC: the last W-1 inputs. positions_BT: places in documents; None if the history is zero and no
-        document starts within this call.
+        document starts within this call. channels: those that x has.
         """
-        width, length = self.weight.shape[1], x_BTC.shape[1]
+        weight = self.weight[channels]
+        width, length = weight.shape[1], x_BTC.shape[1]
         past_BSC = torch.cat([history_BWC.to(x_BTC.dtype), x_BTC], 1)
-        y_BTC = x_BTC * self.weight[:, -1]
+        y_BTC = x_BTC * weight[:, -1]
         for back in range(1, width):
             shifted_BTC = past_BSC[:, width - 1 - back : width - 1 - back + length]
             if positions_BT is not None:
                 shifted_BTC = shifted_BTC * (positions_BT >= back)[..., None]
-            y_BTC = torch.addcmul(y_BTC, shifted_BTC, self.weight[:, -1 - back])
+            y_BTC = torch.addcmul(y_BTC, shifted_BTC, weight[:, -1 - back])
         return y_BTC, keep_last(past_BSC, width - 1, length, lengths_B)

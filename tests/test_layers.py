@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from memlm.layers import ShortConv, keep_last, rotary, rotary_angles
+from memlm.layers import ShortConv, rotary, rotary_angles
 from memlm_kernels.testing import assert_close
 
 
@@ -27,9 +27,3 @@ def test_short_conv_is_a_causal_depthwise_convolution(width):
             expected[:, t] += conv.weight[:, width - 1 - back] * x[:, t - back]
     assert_close("y", expected, y, 1e-12)
     assert torch.equal(history, x[:, 9 - (width - 1) :])
-
-
-def test_keep_last_takes_each_rows_own_last_entries():
-    history = torch.arange(10).expand(3, -1)
-    kept = keep_last(history, 4, new=6, lengths_B=torch.tensor([0, 2, 6]))
-    assert kept.tolist() == [[0, 1, 2, 3], [2, 3, 4, 5], [6, 7, 8, 9]]

@@ -4,6 +4,6 @@ Imports torch, and Triton lazily, and nothing else.
 """
 
 from memlm_kernels.backend import choose
-from memlm_kernels.neural_memory import NeuralMemoryState, neural_memory
+from memlm_kernels.neural_memory import NeuralMemoryState, neural_memory, read_memory
 
-__all__ = ["NeuralMemoryState", "choose", "neural_memory"]
+__all__ = ["NeuralMemoryState", "choose", "neural_memory", "read_memory"]

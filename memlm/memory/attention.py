@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from memlm.layers import ShortConv, keep_last, rotary, rotary_angles
+from memlm.layers import ShortConv, rotary, rotary_angles
 from memlm.memory.base import (
     Dims,
     MixerContext,
@@ -28,6 +28,7 @@ from memlm.memory.base import (
     require,
     token_positions,
 )
+from memlm_kernels.grid import keep_last
 
 # Narrow windows still make matrix products worth starting.
 _MIN_BLOCK = 64

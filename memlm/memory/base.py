@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from memlm_kernels import grid
+
 State = dict[str, Tensor]
 
 
@@ -88,12 +90,7 @@ def token_positions(x_BTD: Tensor, state: State, ctx: MixerContext) -> Tensor:
 
 def next_position(positions_BT: Tensor, state: State, ctx: MixerContext) -> Tensor:
     """Place of the token that follows each row's last real one, [B]."""
-    if positions_BT.shape[1] == 0:
-        return state["position"]
-    if ctx.lengths_B is None:
-        return positions_BT[:, -1] + 1
-    last_B = positions_BT.gather(1, (ctx.lengths_B - 1).clamp(min=0)[:, None])[:, 0]
-    return torch.where(ctx.lengths_B > 0, last_B + 1, state["position"])
+    return grid.next_position(positions_BT, ctx.lengths_B, state["position"])
 
 
 def substate(state: State, name: str) -> State:

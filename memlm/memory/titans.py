@@ -1,7 +1,7 @@
 """Titans' long-term memory as a part: projections, gates and one call of the ``neural_memory`` op.
 
 Paper to code (arXiv:2501.00663): theta = lr, eta = momentum, alpha = decay, M_0 = ``memory``,
-b = chunk_size. B batch, T tokens, D hidden, H memory heads, K memory head dim, E inner width.
+b = chunk_size. B batch, T tokens, D hidden, H memory heads, K memory head dim, C channels.
 
 Conventions the paper leaves open: the inner loss is 1/2 |M(k) - v|^2; a token reads after it has
 written; M_0 is learned, its last layer starts at zero so that an empty memory says nothing; gates
@@ -9,7 +9,6 @@ are one number for each token and head.
 """
 
 import itertools
-import math
 from dataclasses import dataclass
 
 import torch
@@ -27,19 +26,27 @@ from memlm.memory.base import (
     require,
     token_positions,
 )
-from memlm_kernels import NeuralMemoryState, neural_memory
+from memlm_kernels import NeuralMemoryState, neural_memory, read_memory
+from memlm_kernels.neural_memory import ACTIVATIONS, dot_product, huber, lp, squared_error
 
-INITS = ("default", "recall")
+INITIALIZATIONS = ("default", "recall")
+LOSSES = ("squared_error", "huber", "lp", "dot_product")
 
 
 @dataclass(frozen=True)
 class NeuralMemoryConfig:
     """memory_heads, memory_head_dim: the memory is ``memory_heads`` independent MLPs on vectors of that size.
-    memory_depth: layers of each MLP; memory_expansion: width of its hidden layers over memory_head_dim.
+    memory_depth: layers of each MLP, 1 to 4; memory_expansion: width of its hidden layers over memory_head_dim.
+    memory_activation: between its layers; memory_norm: M(x) = x + LayerNorm(MLP(x)) instead of MLP(x) (TTT).
     chunk_size: tokens whose gradients are taken at the same weights; quality is best at the size trained on.
-    conv_size: width of the causal convolution with SiLU on q, k, v.
-    initial_lr, initial_momentum, initial_decay: where the gates start. Keep
-        chunk_size * lr / (1 - momentum) near or below 1, or a repeated key makes the inner loop diverge.
+    conv_size: width of the causal convolution with SiLU on q, k, v; 1 for none.
+    max_lr, max_momentum, max_decay: what the gates cannot exceed; initial_lr, initial_momentum, initial_decay: where
+        they start, momentum and decay null for none. Keep chunk_size * lr / (1 - momentum) near or below 1, or a
+        repeated key makes the inner loop diverge.
+    inner_loss: what a write descends on; huber_delta, lp_power: its parameter (MIRAS).
+    omega_window: tokens whose losses each write descends on, weighted by a gate that starts at 1 / omega_window
+        (ATLAS); 1 for the token itself.
+    polynomial_degree: 2 for keys and queries with all their products of two channels (ATLAS).
     initialization: "default", or "recall": an engineered prior for associative recall. Queries start equal
         to keys, and each key channel looks a random 0 to conv_size - 1 tokens back, so that a value can
         be stored under the token before it from the first step.
@@ -49,24 +56,59 @@ class NeuralMemoryConfig:
     memory_head_dim: int = 64
     memory_depth: int = 1
     memory_expansion: int = 2
+    memory_activation: str = "gelu"
+    memory_norm: bool = False
     chunk_size: int = 16
     conv_size: int = 4
+    max_lr: float = 1.0
+    max_momentum: float = 1.0
+    max_decay: float = 1.0
     initial_lr: float = 0.047
-    initial_momentum: float = 0.12
-    initial_decay: float = 0.0025
+    initial_momentum: float | None = 0.12
+    initial_decay: float | None = 0.0025
+    inner_loss: str = "squared_error"
+    huber_delta: float = 1.0
+    lp_power: float = 3.0
+    omega_window: int = 1
+    polynomial_degree: int = 1
     initialization: str = "default"
 
     def __post_init__(self) -> None:
-        for name in ("memory_heads", "memory_head_dim", "memory_expansion", "chunk_size", "conv_size"):
+        sizes = ("memory_heads", "memory_head_dim", "memory_expansion", "chunk_size", "conv_size", "omega_window")
+        for name in sizes:
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         require(1 <= self.memory_depth <= 4, f"memory_depth={self.memory_depth} must be 1, 2, 3 or 4")
-        for name in ("initial_lr", "initial_momentum", "initial_decay"):
+        for gate in ("lr", "momentum", "decay"):
+            cap, start = getattr(self, f"max_{gate}"), getattr(self, f"initial_{gate}")
+            require(0 < cap <= 1, f"max_{gate}={cap} must lie above 0, and 1 at most")
+            require(
+                start is None or 0 < start < cap, f"initial_{gate}={start} must lie between 0 and max_{gate}={cap}"
+            )
+        for name, known in (
+            ("memory_activation", tuple(ACTIVATIONS)),
+            ("inner_loss", LOSSES),
+            ("polynomial_degree", (1, 2)),
+            ("initialization", INITIALIZATIONS),
+        ):
             value = getattr(self, name)
-            require(0 < value < 1, f"{name}={value} must lie strictly between 0 and 1")
+            require(value in known, f"{name}={value!r} must be one of {', '.join(map(str, known))}")
+        require(self.huber_delta > 0, f"huber_delta={self.huber_delta} must be positive")
+        require(self.lp_power >= 1, f"lp_power={self.lp_power} must be at least 1")
         require(
-            self.initialization in INITS,
-            f"initialization={self.initialization!r} must be one of {', '.join(INITS)}",
+            not self.memory_norm or self.polynomial_degree == 1,
+            "memory_norm=true needs polynomial_degree=1, for M(x) = x + LayerNorm(MLP(x)) has one width",
         )
+
+    @property
+    def gates(self) -> dict[str, tuple[float, float]]:
+        """Start and cap of each gate that there is."""
+        gates = {
+            name: (getattr(self, f"initial_{name}"), getattr(self, f"max_{name}"))
+            for name in ("lr", "momentum", "decay")
+        }
+        if self.omega_window > 1:
+            gates["weight"] = (1 / self.omega_window, 1.0)
+        return {name: gate for name, gate in gates.items() if gate[0] is not None}
 
 
 class NeuralMemory(SequenceMixer):
@@ -81,23 +123,39 @@ class NeuralMemory(SequenceMixer):
         self.k_proj = nn.Linear(dims.hidden_size, inner, bias=False)
         self.v_proj = nn.Linear(dims.hidden_size, inner, bias=False)
         self.conv = ShortConv(3 * inner, config.conv_size)
-        self.gates = nn.Linear(dims.hidden_size, 3 * heads)
-        sizes = [head_dim, *[config.memory_expansion * head_dim] * (config.memory_depth - 1), head_dim]
-        self.memory = nn.ParameterList([torch.empty(heads, i, o) for i, o in itertools.pairwise(sizes)])
+        self.gates = nn.Linear(dims.hidden_size, len(config.gates) * heads)
+        features = head_dim
+        if config.polynomial_degree == 2:
+            features += head_dim * (head_dim + 1) // 2
+            self.feature_scales = nn.Parameter(torch.empty(2))
+        hidden = [config.memory_expansion * head_dim] * (config.memory_depth - 1)
+        shapes = itertools.pairwise([features, *hidden, head_dim])
+        self.memory = nn.ParameterList([torch.empty(heads, i, o) for i, o in shapes])
+        if config.memory_norm:
+            self.memory_norm = nn.ParameterList([torch.empty(heads, head_dim) for _ in ("gain", "bias")])
         self.norm = RMSNorm(head_dim, eps=dims.rms_norm_eps)
         self.output_gate_proj = nn.Linear(dims.hidden_size, inner, bias=False)
         self.o_proj = nn.Linear(inner, dims.hidden_size, bias=False)
+        losses = {"huber": huber(config.huber_delta), "lp": lp(config.lp_power), "dot_product": dot_product}
+        self.loss = losses.get(config.inner_loss, squared_error)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         config = self.config
         init.zeros_(self.gates.weight)
-        starts = (config.initial_lr, config.initial_momentum, config.initial_decay)
-        logits = torch.tensor([math.log(p / (1 - p)) for p in starts])
-        init.copy_(self.gates.bias, logits.repeat_interleave(config.memory_heads))
-        for w in list(self.memory)[:-1]:
+        shares = torch.tensor([start / cap for start, cap in config.gates.values()], dtype=torch.float64)
+        init.copy_(self.gates.bias, shares.logit().repeat_interleave(config.memory_heads).to(self.gates.bias.dtype))
+        for w in self.memory:
             init.normal_(w, std=w.shape[1] ** -0.5)
-        init.zeros_(self.memory[-1])
+        if config.memory_norm:
+            init.ones_(self.memory_norm[0])
+            init.zeros_(self.memory_norm[1])
+        else:
+            # LayerNorm would blow a zero up; without it an empty memory says nothing.
+            init.zeros_(self.memory[-1])
+        if config.polynomial_degree == 2:
+            # (phi(q) . phi(k)) is then 1 + s + s^2 / 2 of s = q . k, without the 1 and up to the norm.
+            init.copy_(self.feature_scales, torch.tensor([1.0, 0.5**0.5]))
         if config.initialization == "recall":
             self._engineer()
 
@@ -112,77 +170,125 @@ class NeuralMemory(SequenceMixer):
 
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         # Filled from M_0 at position 0, so what stands here before is never read.
-        exact = torch.promote_types(dtype, torch.float32)
-        state = {"position": torch.zeros(batch_size, dtype=torch.int64, device=device)}
+        config, exact = self.config, torch.promote_types(dtype, torch.float32)
+
+        def zeros(*shape: int, dtype: torch.dtype = exact) -> Tensor:
+            return torch.zeros(batch_size, *shape, device=device, dtype=dtype)
+
+        state = {"position": zeros(dtype=torch.int64)}
         for layer, w in enumerate(self.memory):
-            for name in ("weights", "momentum", "anchor"):
-                state[f"{name}.{layer}"] = torch.zeros(batch_size, *w.shape, device=device, dtype=exact)
-        state["conv"] = torch.zeros(
-            batch_size, self.config.conv_size - 1, self.conv.weight.shape[0], device=device, dtype=dtype
-        )
-        return state
+            for name in self._parts:
+                state[f"{name}.{layer}"] = zeros(*w.shape)
+        if config.omega_window > 1:
+            for i, shape in enumerate(((self.memory[0].shape[1],), (config.memory_head_dim,), ())):
+                state[f"recent.{i}"] = zeros(config.omega_window - 1, config.memory_heads, *shape)
+        return state | {"conv": zeros(config.conv_size - 1, self.conv.weight.shape[0], dtype=dtype)}
+
+    @property
+    def _parts(self) -> list[str]:
+        return ["weights", "momentum", "anchor"] if "momentum" in self.config.gates else ["weights", "anchor"]
 
     def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
-        heads = (self.config.memory_heads, self.config.memory_head_dim)
-        taps, channels = self.config.conv_size - 1, self.conv.weight.shape[0]
-        history_BWC = state["conv"] if state else x_BTD.new_zeros(len(x_BTD), taps, channels)
         ctx = ctx or MixerContext()
         qkv, conv = self.conv(
             torch.cat([proj(x_BTD) for proj in (self.q_proj, self.k_proj, self.v_proj)], -1),
-            history_BWC,
+            state["conv"]
+            if state
+            else x_BTD.new_zeros(len(x_BTD), self.config.conv_size - 1, self.conv.weight.shape[0]),
             ctx.positions_BT if state is None else token_positions(x_BTD, state, ctx),
             ctx.lengths_B,
         )
-        q_BTHK, k_BTHK, v_BTHK = (x.unflatten(-1, heads) for x in F.silu(qkv).chunk(3, -1))
-        lr, momentum, decay = self._gates(x_BTD).chunk(3, -1)
-        o_BTHK, memory = neural_memory(
-            # Normalised in fp32: the smallest norm allowed is 0 in fp16.
-            F.normalize(q_BTHK.to(lr.dtype), dim=-1),
-            F.normalize(k_BTHK.to(lr.dtype), dim=-1),
+        q_BTHK, k_BTHK, v_BTHK = (self._heads(x) for x in F.silu(qkv).chunk(3, -1))
+        gates = self._gates(x_BTD)
+        before = self._unpack(state) if state else None
+        o_BTHK, memory, surprise_BTH = neural_memory(
+            self._features(q_BTHK),
+            self._features(k_BTHK),
             v_BTHK,
-            lr,
-            momentum,
-            decay,
+            gates["lr"],
+            gates.get("momentum"),
+            gates.get("decay"),
             weights=list(self.memory),
             chunk_size=self.config.chunk_size,
-            state=self._unpack(state) if state else None,
+            activation=self.config.memory_activation,
+            norm=self._norm(),
+            loss=self.loss,
+            window=self.config.omega_window,
+            weight=gates.get("weight"),
+            state=before,
             positions=ctx.positions_BT,
             lengths=ctx.lengths_B,
             max_documents=ctx.max_documents,
         )
-        y_BTHK = self.norm(o_BTHK) * F.silu(self.output_gate_proj(x_BTD)).unflatten(-1, heads)
-        metrics = {
-            "lr": lr.mean(),
-            "momentum": momentum.mean(),
-            "decay": decay.mean(),
-            "memory_norm": _norm(memory.weights),
-            "surprise": _norm(memory.momentum),
-        }
-        metrics = {name: value.detach() for name, value in metrics.items()}
-        return MixerOutput(self.o_proj(y_BTHK.flatten(2)), self._pack(memory, conv), {}, metrics)
+        metrics = {name: gate.detach().mean() for name, gate in gates.items()}
+        metrics |= _norms(memory, before.weights if before else tuple(self.memory))
+        metrics["surprise"] = surprise_BTH.mean()
+        return MixerOutput(self._output(o_BTHK, x_BTD), self._pack(memory, conv), {}, metrics)
 
-    def _gates(self, x_BTD: Tensor) -> Tensor:
-        """lr, momentum and decay, [B, T, 3 H]; at least fp32, for a decay is a small number that adds up."""
+    def read(
+        self, x_BTD: Tensor, weights: tuple[Tensor, ...], history_BWC: Tensor, ctx: MixerContext | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """A pure query: what memories ``weights`` ([B, H, in, out] each) hold for x, and the last inputs of q's
+        convolution, which the next call takes for its ``history_BWC``.
+        """
+        ctx = ctx or MixerContext()
+        channels = self.q_proj.out_features
+        q_BTC, history_BWC = self.conv(
+            self.q_proj(x_BTD), history_BWC, ctx.positions_BT, ctx.lengths_B, slice(channels)
+        )
+        q_BTHK = self._features(self._heads(F.silu(q_BTC)))
+        o_BTHK = read_memory(q_BTHK, weights, activation=self.config.memory_activation, norm=self._norm())
+        return self._output(o_BTHK.to(x_BTD.dtype), x_BTD), history_BWC
+
+    def _heads(self, x_BTC: Tensor) -> Tensor:
+        return x_BTC.unflatten(-1, (self.config.memory_heads, -1))
+
+    def _features(self, x_BTHK: Tensor) -> Tensor:
+        """Unit keys or queries, and with polynomial_degree 2 their products, in fp32: fp16 has no smallest norm."""
+        x_BTHK = F.normalize(x_BTHK.to(torch.promote_types(x_BTHK.dtype, torch.float32)), dim=-1)
+        if self.config.polynomial_degree == 1:
+            return x_BTHK
+        row, column = torch.triu_indices(x_BTHK.shape[-1], x_BTHK.shape[-1], device=x_BTHK.device)
+        # Twice what stands off the diagonal, so that the dot product is the square of the keys'.
+        products = x_BTHK[..., row] * x_BTHK[..., column] * torch.where(row == column, 1.0, 2**0.5).to(x_BTHK.dtype)
+        first, second = self.feature_scales.to(x_BTHK.dtype)
+        return F.normalize(torch.cat([first * x_BTHK, second * products], -1), dim=-1)
+
+    def _norm(self) -> tuple[Tensor, Tensor] | None:
+        return (self.memory_norm[0], self.memory_norm[1]) if self.config.memory_norm else None
+
+    def _gates(self, x_BTD: Tensor) -> dict[str, Tensor]:
+        """Each gate [B, T, H]; at least fp32, for a decay is a small number that adds up."""
         exact = torch.promote_types(self.gates.weight.dtype, torch.float32)
         with torch.autocast(x_BTD.device.type, enabled=False):
-            return F.linear(x_BTD.to(exact), self.gates.weight.to(exact), self.gates.bias.to(exact)).sigmoid()
+            logits = F.linear(x_BTD.to(exact), self.gates.weight.to(exact), self.gates.bias.to(exact))
+            shares = logits.sigmoid().chunk(len(self.config.gates), -1)
+        return {name: cap * share for share, (name, (_, cap)) in zip(shares, self.config.gates.items(), strict=True)}
+
+    def _output(self, o_BTHK: Tensor, x_BTD: Tensor) -> Tensor:
+        y_BTHK = self.norm(o_BTHK) * self._heads(F.silu(self.output_gate_proj(x_BTD)))
+        return self.o_proj(y_BTHK.flatten(2))
 
     def _pack(self, memory: NeuralMemoryState, conv: Tensor) -> State:
         state = {"position": memory.position, "conv": conv}
-        for name in ("weights", "momentum", "anchor"):
+        for name in (*self._parts, "recent"):
             state |= {f"{name}.{layer}": w for layer, w in enumerate(getattr(memory, name))}
         return state
 
     def _unpack(self, state: State) -> NeuralMemoryState:
-        layers = range(self.config.memory_depth)
-        weights, momentum, anchor = (
-            tuple(state[f"{name}.{layer}"] for layer in layers) for name in ("weights", "momentum", "anchor")
-        )
-        return NeuralMemoryState(weights, momentum, anchor, state["position"])
+        def part(name: str) -> tuple[Tensor, ...]:
+            return tuple(x for key, x in state.items() if key.startswith(f"{name}."))
+
+        return NeuralMemoryState(part("weights"), part("momentum"), part("anchor"), state["position"], part("recent"))
 
 
 @torch.no_grad()
-def _norm(weights: tuple[Tensor, ...]) -> Tensor:
-    """Frobenius norm of all layers of one head's memory, root mean square over rows and heads."""
-    squares = torch.stack([w.square().sum((-2, -1)) for w in weights]).sum(0)
-    return squares.mean().sqrt()
+def _norms(memory: NeuralMemoryState, before: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Frobenius norms of memory, momentum and what the call changed, root mean square over rows and heads."""
+
+    def norm(weights: tuple[Tensor, ...]) -> Tensor:
+        return torch.stack([torch.linalg.vector_norm(w) / w.shape[:-2].numel() ** 0.5 for w in weights]).norm()
+
+    change = tuple(w - b for w, b in zip(memory.weights, before, strict=True))
+    norms = {"memory_norm": norm(memory.weights), "update_norm": norm(change)}
+    return norms | ({"momentum_norm": norm(memory.momentum)} if memory.momentum else {})

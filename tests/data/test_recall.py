@@ -1,6 +1,6 @@
 from dataclasses import replace
 from itertools import combinations
-from time import perf_counter
+from time import process_time
 
 import numpy as np
 import pytest
@@ -212,10 +212,10 @@ def test_smallest_sizes_fit(task):
 
 
 def test_a_batch_takes_little_time():
-    """Rows are made in every training step: 32 in 3 ms, here with room for a busy machine."""
+    """Rows are made in every training step: 32 take about 2 ms of an idle core, a loop over tokens ten times that."""
     task, times = MQAR(), []
     for _ in range(20):
-        start = perf_counter()
+        start = process_time()
         rows(task, 32)
-        times.append(perf_counter() - start)
-    assert min(times) < 3e-3
+        times.append(process_time() - start)
+    assert min(times) < 1e-2

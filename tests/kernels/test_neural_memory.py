@@ -6,37 +6,63 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from memlm_kernels import neural_memory
+from memlm_kernels import neural_memory, read_memory
+from memlm_kernels.neural_memory import dot_product, huber, lp
 from memlm_kernels.testing import assert_close, grads_of, relative_error
 
+ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu}
+# Each loss as the number that is minimised; the op is given the gradient.
+LOSSES = {
+    None: lambda y, v: 0.5 * (y - v).square().sum(),
+    dot_product: lambda y, v: -(y * v).sum(),
+    (HUBER := huber(0.7)): lambda y, v: F.huber_loss((y - v).norm(), torch.zeros(()).to(v), delta=0.7),
+    (L3 := lp(3.0)): lambda y, v: ((y - v).square() + 1e-6).pow(1.5).sum() / 3,
+}
 
-def forward(weights, x):
+
+def forward(weights, x, activation, norm):
+    h = x
     for w in weights[:-1]:
-        x = F.gelu(x @ w)
-    return x @ weights[-1]
+        h = ACTIVATIONS[activation](h @ w)
+    h = h @ weights[-1]
+    return h if norm is None else x + F.layer_norm(h, h.shape, *norm, eps=1e-6)
 
 
-def token_by_token(q, k, v, lr, momentum, decay, *weights, chunk_size, positions=None):
+def token_by_token(
+    q,
+    k,
+    v,
+    lr,
+    momentum,
+    decay,
+    *weights,
+    chunk_size,
+    activation="gelu",
+    norm=None,
+    loss=None,
+    window=1,
+    weight=None,
+):
     """S = momentum S - lr grad at the chunk's start; M = (1 - decay) M + S; read. One document a row."""
-    batch, length, heads, _ = q.shape
-    positions = torch.arange(length).expand(batch, length) if positions is None else positions
     out = torch.zeros_like(v)
-    for b in range(batch):
-        for h in range(heads):
-            for t in range(length):
-                if positions[b, t] == 0:
-                    memory = [w[h] for w in weights]
-                    surprise = [torch.zeros_like(w) for w in memory]
-                if positions[b, t] % chunk_size == 0:
-                    anchor = memory
-                with torch.enable_grad():
-                    at = [w if w.requires_grad else w.clone().requires_grad_() for w in anchor]
-                    loss = 0.5 * (forward(at, k[b, t, h]) - v[b, t, h]).square().sum()
-                    grads = torch.autograd.grad(loss, at, create_graph=True)
-                eta, theta, alpha = momentum[b, t, h], lr[b, t, h], decay[b, t, h]
-                surprise = [eta * s - theta * g for s, g in zip(surprise, grads, strict=True)]
-                memory = [(1 - alpha) * w + s for w, s in zip(memory, surprise, strict=True)]
-                out[b, t, h] = forward(memory, q[b, t, h])
+    for b, h in itertools.product(range(len(q)), range(q.shape[2])):
+        memory, surprise = [w[h] for w in weights], [torch.zeros_like(w[h]) for w in weights]
+        own_norm = None if norm is None else [n[h] for n in norm]
+        for t in range(q.shape[1]):
+            if t % chunk_size == 0:
+                anchor = memory
+            with torch.enable_grad():
+                at = [w if w.requires_grad else w.clone().requires_grad_() for w in anchor]
+                total = 0.0
+                for i in range(max(0, t - window + 1), t + 1):
+                    of_token = LOSSES[loss](forward(at, k[b, i, h], activation, own_norm), v[b, i, h])
+                    total = total + (1.0 if weight is None else weight[b, i, h]) * of_token
+                grads = torch.autograd.grad(total, at, create_graph=True)
+            eta = 0.0 if momentum is None else momentum[b, t, h]
+            keep = 1.0 if decay is None else 1 - decay[b, t, h]
+            surprise = [eta * s - lr[b, t, h] * g for s, g in zip(surprise, grads, strict=True)]
+            memory = [keep * w + s for w, s in zip(memory, surprise, strict=True)]
+            out[b, t, h] = forward(memory, q[b, t, h], activation, own_norm)
     return out
 
 
@@ -50,72 +76,245 @@ def make(batch=2, length=23, heads=2, key=5, value=4, depth=1, seed=0, dtype=tor
     return [x.to(dtype) for x in (q, k, v, lr, momentum, decay, *weights)]
 
 
+def make_norm(heads=2, value=5):
+    g = torch.Generator().manual_seed(1)
+    return [torch.randn(heads, value, generator=g, dtype=torch.float64) for _ in range(2)]
+
+
+def make_weight(batch=2, length=23, heads=2):
+    # Small enough that six of them do not make the inner descent diverge, which would amplify rounding.
+    return 0.3 * torch.rand(batch, length, heads, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+# name: what the op takes besides the tensors, and how the tensors are made.
+OPTIONS = {
+    "plain": ({}, {}),
+    "silu": (dict(activation="silu"), {}),
+    "norm": (dict(norm=make_norm()), dict(value=5)),
+    "norm_huber": (dict(norm=make_norm(), loss=HUBER), dict(value=5)),
+    "huber": (dict(loss=HUBER), {}),
+    "lp": (dict(loss=L3), {}),
+    "dot_product": (dict(loss=dot_product), {}),
+    "window": (dict(window=3), {}),
+    "window_weighted": (dict(window=6, weight=make_weight(), norm=make_norm()), dict(value=5)),
+    "weighted": (dict(weight=make_weight()), {}),
+}
+EACH_OPTION = pytest.mark.parametrize("option", OPTIONS)
+
+
 def run(inputs, chunk_size, **kwargs):
+    kwargs = {name: value for name, value in kwargs.items() if name != "loss" or value is not None}
     return neural_memory(*inputs[:6], weights=inputs[6:], chunk_size=chunk_size, **kwargs)
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
 @pytest.mark.parametrize(("length", "chunk_size"), [(1, 4), (12, 4), (23, 4), (23, 1), (9, 16)])
 def test_equals_the_token_recurrence(depth, length, chunk_size):
     inputs = make(depth=depth, length=length)
-    assert_close("o", token_by_token(*inputs, chunk_size=chunk_size), run(inputs, chunk_size)[0], 1e-12)
+    assert_close("o", token_by_token(*inputs, chunk_size=chunk_size), run(inputs, chunk_size).o, 1e-12)
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-def test_gradients_equal_those_of_the_token_recurrence(depth):
-    inputs = make(depth=depth, length=11)
-    expected = grads_of(lambda *x: token_by_token(*x, chunk_size=4), inputs)
-    got = grads_of(lambda *x: run(x, 4)[0], inputs)
-    for name, e, g in zip(("q", "k", "v", "lr", "momentum", "decay", "w1", "w2"), expected, got, strict=False):
+@EACH_OPTION
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_every_option_equals_the_token_recurrence(depth, option):
+    options, sizes = OPTIONS[option]
+    inputs = make(depth=depth, **sizes)
+    expected = token_by_token(*inputs, chunk_size=4, **options)
+    assert_close("o", expected, run(inputs, 4, **options).o, 1e-12)
+
+
+@pytest.mark.parametrize("gate", ["momentum", "decay"])
+def test_a_gate_that_is_absent_is_a_gate_that_is_zero(gate):
+    inputs = make(depth=2)
+    inputs[{"momentum": 4, "decay": 5}[gate]] = None
+    assert_close("o", token_by_token(*inputs, chunk_size=4), run(inputs, 4).o, 1e-12)
+
+
+def names(inputs):
+    return ("q", "k", "v", "lr", "momentum", "decay", *(f"w{i}" for i in range(len(inputs) - 6)))
+
+
+@EACH_OPTION
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_gradients_equal_those_of_the_token_recurrence(depth, option):
+    options, sizes = OPTIONS[option]
+    inputs = make(depth=depth, length=11, **sizes)
+    options = {name: x[:, :11] if name == "weight" else x for name, x in options.items()}
+    extra = [name for name in ("norm", "weight") if name in options]
+    tensors = [x for name in extra for x in (options[name] if name == "norm" else [options[name]])]
+
+    def with_extra(function):
+        def call(*x):
+            own = list(x[len(inputs) :])
+            changed = {name: [own.pop(0), own.pop(0)] if name == "norm" else own.pop(0) for name in extra}
+            return function(x[: len(inputs)], **{**options, **changed})
+
+        return call
+
+    expected = grads_of(with_extra(lambda x, **o: token_by_token(*x, chunk_size=4, **o)), [*inputs, *tensors])
+    got = grads_of(with_extra(lambda x, **o: run(x, 4, **o).o), [*inputs, *tensors])
+    for name, e, g in zip([*names(inputs), *["extra"] * len(tensors)], expected, got, strict=True):
         assert_close(f"gradient of {name}", e, g, 1e-12)
+
+
+@pytest.mark.parametrize("absent", [(4,), (5,), (4, 5)], ids=["momentum", "decay", "both"])
+def test_gradients_without_a_gate(absent):
+    inputs = make(depth=2, length=11)
+    kept = [x for i, x in enumerate(inputs) if i not in absent]
+
+    def put_back(x):
+        x = list(x)
+        for i in absent:
+            x.insert(i, None)
+        return x
+
+    expected = grads_of(lambda *x: token_by_token(*put_back(x), chunk_size=4), kept)
+    got = grads_of(lambda *x: run(put_back(x), 4).o, kept)
+    for e, g in zip(expected, got, strict=True):
+        assert_close("gradient", e, g, 1e-12)
 
 
 def test_gradcheck():
     inputs = [x.requires_grad_() for x in make(batch=1, length=5, heads=1, key=2, value=2, depth=2)]
-    assert torch.autograd.gradcheck(lambda *x: run(x, 2)[0], inputs)
+    assert torch.autograd.gradcheck(lambda *x: run(x, 2).o, inputs)
 
 
-@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("option", ["plain", "window"])
+def test_gradients_through_the_state_equal_those_of_one_call(option):
+    """Through weights, momentum, anchor and recent tokens, at a cut inside a chunk and for packed, ragged rows."""
+    options, sizes = OPTIONS[option]
+    inputs = make(depth=2, length=19, **sizes)
+
+    def pieces(*x):
+        state, out = None, []
+        for piece in zip(*(t.split([6, 1, 12], 1) for t in x[:6]), strict=True):
+            o, state, _ = run([*piece, *x[6:]], 4, state=state, **options)
+            out.append(o)
+        return torch.cat(out, 1)
+
+    expected = grads_of(lambda *x: run(x, 4, **options).o, inputs)
+    for name, e, g in zip(names(inputs), expected, grads_of(pieces, inputs), strict=True):
+        assert_close(f"gradient of {name}", e, g, 1e-12)
+
+
+def test_gradients_of_packed_documents_equal_those_of_documents_alone():
+    inputs, lengths = make(batch=1, length=23, depth=2), [3, 1, 8, 11]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+
+    def alone(*x):
+        parts = zip(*(t.split(lengths, 1) for t in x[:6]), strict=True)
+        return torch.cat([run([*part, *x[6:]], 4).o for part in parts], 1)
+
+    expected = grads_of(alone, inputs)
+    got = grads_of(lambda *x: run(x, 4, positions=positions, max_documents=4).o, inputs)
+    for name, e, g in zip(names(inputs), expected, got, strict=True):
+        assert_close(f"gradient of {name}", e, g, 1e-12)
+
+
+def test_a_linear_memory_without_momentum_is_the_gated_delta_rule():
+    """M_t = (1 - decay_t) M_{t-1} - lr_t k_t (k_t M_{t-1} - v_t): one rank-one step a token, in closed form."""
+    q, k, v, lr, _, decay, w = make(length=31)
+    memory, out = w.expand(2, *w.shape), []
+    for t in range(31):
+        step = k[:, t, :, :, None] @ (k[:, t, :, None] @ memory - v[:, t, :, None])
+        memory = (1 - decay[:, t, :, None, None]) * memory - lr[:, t, :, None, None] * step
+        out.append((q[:, t, :, None] @ memory)[:, :, 0])
+    got = neural_memory(q, k, v, lr, None, decay, weights=[w], chunk_size=1)
+    assert_close("o", torch.stack(out, 1), got.o, 1e-12)
+    assert_close("memory", memory, got.state.weights[0], 1e-12)
+
+
+@EACH_OPTION
 @pytest.mark.parametrize("cuts", [[1] * 23, [5, 1, 1, 9, 7], [4, 8, 11], [22, 1], [0, 23, 0]])
-def test_any_division_into_calls_gives_the_same(depth, cuts):
-    inputs = make(depth=depth)
-    expected, expected_state = run(inputs, 4)
-    state, pieces = None, []
-    for piece in zip(*(x.split(cuts, 1) for x in inputs[:6]), strict=True):
-        out, state = run([*piece, *inputs[6:]], 4, state=state)
+def test_any_division_into_calls_gives_the_same(option, cuts):
+    options, sizes = OPTIONS[option]
+    inputs = make(depth=2, **sizes)
+    expected, expected_state, expected_surprise = run(inputs, 4, **options)
+    weight = options.pop("weight", None) if (options := dict(options)) else None
+    state, pieces, surprises = None, [], []
+    streams = [*inputs[:6], torch.ones_like(inputs[3]) if weight is None else weight]
+    for piece in zip(*(x.split(cuts, 1) for x in streams), strict=True):
+        out, state, surprise = run([*piece[:6], *inputs[6:]], 4, state=state, weight=piece[6], **options)
         pieces.append(out)
+        surprises.append(surprise)
     assert_close("o", expected, torch.cat(pieces, 1), 1e-12)
+    assert_close("surprise", expected_surprise, torch.cat(surprises, 1), 1e-12)
     for name, e, g in zip(state._fields, expected_state, state, strict=True):
         for x, y in zip(e, g, strict=True):
             assert_close(name, x, y, 1e-12)
 
 
-def test_packed_documents_equal_documents_alone():
-    inputs = make(batch=1, length=23, depth=2)
+@EACH_OPTION
+def test_packed_documents_equal_documents_alone(option):
+    options, sizes = OPTIONS[option]
+    inputs = make(batch=1, length=23, depth=2, **sizes)
+    weight = options["weight"][:1] if "weight" in options else None
+    options = {name: x for name, x in options.items() if name != "weight"}
     lengths = [3, 1, 8, 11]
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    expected = [run([*x, *inputs[6:]], 4) for x in zip(*(x.split(lengths, 1) for x in inputs[:6]), strict=True)]
-    out, state = run(inputs, 4, positions=positions, max_documents=4)
-    assert_close("o", torch.cat([o for o, _ in expected], 1), out, 1e-12)
-    assert_close("last memory", expected[-1][1].weights[1], state.weights[1], 1e-12)
+    weights = weight.split(lengths, 1) if weight is not None else [None] * 4
+    parts = zip(*(x.split(lengths, 1) for x in inputs[:6]), strict=True)
+    expected = [run([*x, *inputs[6:]], 4, weight=w, **options) for x, w in zip(parts, weights, strict=True)]
+    out, state, _ = run(inputs, 4, positions=positions, max_documents=4, weight=weight, **options)
+    assert_close("o", torch.cat([x.o for x in expected], 1), out, 1e-12)
+    assert_close("last memory", expected[-1].state.weights[1], state.weights[1], 1e-12)
     assert state.position.tolist() == [11]
 
 
-def test_rows_of_different_length_stop_and_go_on_at_their_own_place():
-    inputs = make(batch=3, length=20, depth=2)
+@pytest.mark.parametrize("option", ["plain", "window", "norm"])
+def test_rows_of_different_length_stop_and_go_on_at_their_own_place(option):
+    options, sizes = OPTIONS[option]
+    inputs = make(batch=3, length=20, depth=2, **sizes)
     lengths, first = torch.tensor([7, 0, 13]), torch.tensor([7, 0, 13])
-    expected, _ = run(inputs, 4)
+    expected = run(inputs, 4, **options).o
     ragged = [torch.full_like(x[:, :13], 9.0) for x in inputs[:6]]
     rest = [torch.full_like(x[:, :20], 9.0) for x in inputs[:6]]
     for b, n in enumerate(first.tolist()):
         for x, start, end in zip(inputs[:6], ragged, rest, strict=True):
             start[b, :n], end[b, : 20 - n] = x[b, :n], x[b, n:]
-    one, state = run([*ragged, *inputs[6:]], 4, lengths=lengths)
-    two, state = run([*rest, *inputs[6:]], 4, lengths=20 - lengths, state=state)
+    one, state, _ = run([*ragged, *inputs[6:]], 4, lengths=lengths, **options)
+    two, state, _ = run([*rest, *inputs[6:]], 4, lengths=20 - lengths, state=state, **options)
     for b, n in enumerate(first.tolist()):
         assert_close(f"row {b}", expected[b], torch.cat([one[b, :n], two[b, : 20 - n]]), 1e-12)
-        assert one[b, n:].abs().sum() == 0
+    assert one[1].abs().sum() == 0 or "norm" in options
     assert state.position.tolist() == [20, 20, 20]
+
+
+def test_surprise_is_the_norm_of_the_gradient():
+    inputs = make(depth=2, length=1)
+    _, k, v, *_ = inputs
+    weights = [w.expand(2, *w.shape).clone().requires_grad_() for w in inputs[6:]]
+    loss = 0.5 * (read_memory(k, weights) - v).square().sum()
+    squares = [g.square().sum((-2, -1)) for g in torch.autograd.grad(loss, weights)]
+    assert_close("surprise", sum(squares).sqrt()[:, None], run(inputs, 4).surprise, 1e-12)
+
+
+@pytest.mark.parametrize("norm", [None, make_norm()])
+def test_reading_a_memory_is_what_its_last_token_read(norm):
+    inputs = make(depth=3, value=5)
+    o, state, _ = run(inputs, 4, norm=norm)
+    again = read_memory(inputs[0][:, -1:], state.weights, norm=norm)
+    assert_close("read", o[:, -1:], again, 1e-12)
+
+
+def test_backward_keeps_the_square_root_of_the_memories():
+    """Four times the tokens: the activations of four times the tokens and twice the memories."""
+
+    def kept(length):
+        total = 0
+
+        def count(x):
+            nonlocal total
+            total += x.numel() if x.shape[-2:] == (64, 64) else 0
+            return x
+
+        inputs = make(batch=1, length=length, heads=1, key=64, value=64, dtype=torch.float32)
+        inputs[6].requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            run(inputs, 4)
+        return total // 64**2
+
+    assert kept(1024) - kept(256) <= 2 * (32 - 16) + 2
 
 
 def test_gates_at_their_ends_stay_finite():
@@ -123,7 +322,7 @@ def test_gates_at_their_ends_stay_finite():
     for gate, value in ((4, 0.0), (4, 1.0), (5, 0.0), (5, 1.0), (3, 0.0)):
         edge = list(inputs)
         edge[gate] = torch.full_like(edge[gate], value)
-        assert all(torch.isfinite(g).all() for g in grads_of(lambda *x: run(x, 16)[0], edge))
+        assert all(torch.isfinite(g).all() for g in grads_of(lambda *x: run(x, 16).o, edge))
 
 
 def test_full_decay_forgets_all_but_the_last_write():
@@ -131,15 +330,15 @@ def test_full_decay_forgets_all_but_the_last_write():
     inputs[5] = torch.ones_like(inputs[5])
     changed = [x.clone() for x in inputs]
     changed[1][:, 0] += 1.0
-    one, two = (run(x, 1)[0] for x in (inputs, changed))
+    one, two = (run(x, 1).o for x in (inputs, changed))
     assert relative_error(one[:, 0], two[:, 0]) > 1e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_inputs_accumulate_in_fp32(dtype):
     rounded = [x.to(dtype) for x in make(length=75, key=16, value=16)]
-    out, state = run(rounded, 16)
-    expected, _ = run([x.float() for x in rounded], 16)
+    out, state, _ = run(rounded, 16)
+    expected = run([x.float() for x in rounded], 16).o
     assert out.dtype == dtype and state.weights[0].dtype == torch.float32
     assert_close("o", expected.to(dtype), out, 1e-6)
 
@@ -148,6 +347,10 @@ def test_low_precision_inputs_accumulate_in_fp32(dtype):
     ("change", "message"),
     [
         (dict(chunk_size=0), "chunk_size=0"),
+        (dict(window=0), "window=0"),
+        (dict(activation="relu"), "activation='relu' must be one of gelu, silu"),
+        (dict(norm=make_norm(3, 4)), r"norm \[\[3, 4\], \[3, 4\]\] must be gain and bias \[H, V\] = \[2, 4\]"),
+        (dict(norm=make_norm(2, 4)), r"norm needs K=5 equal to V=4"),
         (dict(backend="triton"), "backend='triton' cannot run"),
         (dict(backend="fast"), "backend='fast'"),
     ],
@@ -171,8 +374,8 @@ def test_bad_shapes_are_named():
 
 def test_bad_places_are_named():
     inputs = make(batch=2, length=6)
-    state = run(inputs, 4)[1]
-    other = run(make(batch=3, length=6), 4)[1]
+    state = run(inputs, 4).state
+    other = run(make(batch=3, length=6), 4).state
     for options, message in (
         (dict(positions=torch.arange(6)[None]), r"positions \[1, 6\] must be integers \[B, T\] = \[2, 6\]"),
         (dict(positions=torch.zeros(2, 6)), "positions"),
@@ -180,6 +383,8 @@ def test_bad_places_are_named():
         (dict(max_documents=0), "max_documents=0"),
         (dict(state=other), r"state holds weights \[\[3, 2, 5, 4\]\]"),
         (dict(state=state._replace(position=state.position[:1])), "position"),
+        (dict(state=state._replace(momentum=())), "state lacks momentum"),
+        (dict(state=state, window=3), r"state.recent holds \[\], window=3"),
     ):
         with pytest.raises(ValueError, match=message):
             run(inputs, 4, **options)

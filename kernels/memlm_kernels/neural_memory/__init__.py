@@ -2,13 +2,36 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from memlm_kernels.backend import choose
-from memlm_kernels.neural_memory.reference import NeuralMemoryState, neural_memory_reference
+from memlm_kernels.neural_memory.losses import dot_product, huber, lp, squared_error
+from memlm_kernels.neural_memory.network import ACTIVATIONS, InnerLoss, Tail
+from memlm_kernels.neural_memory.reference import NeuralMemoryState, Tokens, neural_memory_reference
 
-__all__ = ["NeuralMemoryState", "neural_memory"]
+__all__ = [
+    "ACTIVATIONS",
+    "InnerLoss",
+    "NeuralMemoryOutput",
+    "NeuralMemoryState",
+    "dot_product",
+    "huber",
+    "lp",
+    "neural_memory",
+    "read_memory",
+    "squared_error",
+]
+
+
+class NeuralMemoryOutput(NamedTuple):
+    """o: [B, T, H, V]; state: after each row's last real token; surprise: [B, T, H], norm of each token's gradient."""
+
+    o: Tensor
+    state: NeuralMemoryState
+    surprise: Tensor
 
 
 def neural_memory(
@@ -16,21 +39,26 @@ def neural_memory(
     k: Tensor,
     v: Tensor,
     lr: Tensor,
-    momentum: Tensor,
-    decay: Tensor,
+    momentum: Tensor | None,
+    decay: Tensor | None,
     *,
     weights: Sequence[Tensor],
     chunk_size: int,
+    activation: str = "gelu",
+    norm: tuple[Tensor, Tensor] | None = None,
+    loss: InnerLoss = squared_error,
+    window: int = 1,
+    weight: Tensor | None = None,
     state: NeuralMemoryState | None = None,
     positions: Tensor | None = None,
     lengths: Tensor | None = None,
     max_documents: int = 1,
     backend: str = "auto",
-) -> tuple[Tensor, NeuralMemoryState]:
+) -> NeuralMemoryOutput:
     """Neural memory in its exact chunked dual form (Titans, arXiv:2501.00663, eqs. 9-15).
 
-    The memory M is an MLP without biases, GELU between its layers. Each token takes one step of
-    gradient descent with momentum on 1/2 |M(k) - v|^2, then reads M(q)::
+    The memory M is an MLP without biases. Each token takes one step of gradient descent with momentum
+    on the inner loss of (M(k), v), then reads M(q)::
 
         S_t = momentum_t S_{t-1} - lr_t grad(M_anchor; k_t, v_t)
         M_t = (1 - decay_t) M_{t-1} + S_t
@@ -39,8 +67,14 @@ def neural_memory(
     where ``anchor`` is M at the start of the token's chunk. Chunks are counted from the first
     token of each document.
 
-    q, k: [B, T, H, K]   v: [B, T, H, V]   lr, momentum, decay: [B, T, H], momentum and decay in (0, 1)
+    q, k: [B, T, H, K]   v: [B, T, H, V]   lr, momentum, decay: [B, T, H], momentum and decay in (0, 1);
+        None for no momentum (S_t is the step alone), for no decay
     weights: M at the start of a document, one [H, in, out] for each layer, from K to V
+    activation: between layers, one of ``ACTIVATIONS``
+    norm: gain and bias [H, V]; M(x) is then x + LayerNorm(MLP(x)) (TTT, arXiv:2407.04620), and K = V
+    loss: gradient of the inner loss in M(k), see ``losses``
+    window: the step of token t descends on the losses of the last ``window`` tokens, each times its
+        weight [B, T, H] (None: 1): the Omega rule (ATLAS, arXiv:2505.23735, eq. 9)
     state: what an earlier call returned; None starts every row at position 0 of a document
     positions: [B, T], tokens before each one in its own document; a 0 starts a document. None
         continues at ``state.position``
@@ -48,36 +82,55 @@ def neural_memory(
     max_documents: an upper bound on the documents that one row has tokens of, as a Python int:
         it sizes buffers without asking the device
 
-    Returns o: [B, T, H, V] in v's dtype, and the state after each row's last real token.
-    Accumulates in fp32 (fp64 for fp64 inputs). Raises ValueError if chunk_size < 1, the shapes
-    disagree or the backend cannot run.
+    o has v's dtype. Accumulates in fp32 (fp64 for fp64 inputs). Differentiable once. Raises ValueError if
+    a size is out of range, shapes disagree, the state is of another memory, or the backend cannot run.
     """
-    _check(q, k, v, lr, momentum, decay, weights, chunk_size)
-    _check_places(q, weights, state, positions, lengths, max_documents)
+    _check(q, k, v, {"lr": lr, "momentum": momentum, "decay": decay, "weight": weight}, weights)
+    _check_memory(q, v, norm, activation, chunk_size, window)
+    _check_places(q, v, weights, momentum, window, state, positions, lengths, max_documents)
     choose("neural_memory", backend, ("reference",))
-    return neural_memory_reference(
-        q, k, v, lr, momentum, decay, tuple(weights), chunk_size, state, positions, lengths, max_documents
+    tokens = Tokens(q, k, v, lr, momentum, decay, weight)
+    return NeuralMemoryOutput(
+        *neural_memory_reference(
+            tokens,
+            tuple(weights),
+            chunk_size,
+            activation,
+            norm,
+            loss,
+            window,
+            state,
+            positions,
+            lengths,
+            max_documents,
+        )
     )
 
 
-def _check(
+def read_memory(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lr: Tensor,
-    momentum: Tensor,
-    decay: Tensor,
     weights: Sequence[Tensor],
-    chunk_size: int,
-) -> None:
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size} must be at least 1")
+    *,
+    activation: str = "gelu",
+    norm: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """M(q) without writing: q [B, T, H, K], weights [B, H, in, out] for each layer -> [B, T, H, V] in q's dtype."""
+    x = start = q.transpose(1, 2).to(weights[0].dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        for layer, w in enumerate(weights):
+            x = (ACTIVATIONS[activation].value(x) if layer else x) @ w
+        if norm is not None:
+            x = Tail(*(n.to(x.dtype)[:, None] for n in norm)).read(start, x)
+    return x.transpose(1, 2).to(q.dtype)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor | None], weights: Sequence[Tensor]) -> None:
     if q.ndim != 4 or q.shape != k.shape or v.ndim != 4 or v.shape[:3] != q.shape[:3]:
         raise ValueError(
             f"q {list(q.shape)} and k {list(k.shape)} must be [B, T, H, K], v {list(v.shape)} [B, T, H, V]"
         )
-    for name, gate in (("lr", lr), ("momentum", momentum), ("decay", decay)):
-        if gate.shape != q.shape[:3]:
+    for name, gate in gates.items():
+        if gate is not None and gate.shape != q.shape[:3]:
             raise ValueError(f"{name} {list(gate.shape)} must be [B, T, H] = {list(q.shape[:3])}")
     sizes = [q.shape[-1], *(w.shape[-1] for w in weights)]
     expected = [(q.shape[2], i, o) for i, o in itertools.pairwise(sizes)]
@@ -88,9 +141,26 @@ def _check(
         )
 
 
+def _check_memory(
+    q: Tensor, v: Tensor, norm: tuple[Tensor, Tensor] | None, activation: str, chunk_size: int, window: int
+) -> None:
+    for name, value in (("chunk_size", chunk_size), ("window", window)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} must be one of {', '.join(ACTIVATIONS)}")
+    if norm is not None and any(n.shape != v.shape[2:] for n in norm):
+        raise ValueError(f"norm {[list(n.shape) for n in norm]} must be gain and bias [H, V] = {list(v.shape[2:])}")
+    if norm is not None and q.shape[-1] != v.shape[-1]:
+        raise ValueError(f"norm needs K={q.shape[-1]} equal to V={v.shape[-1]}, for M(x) is x + LayerNorm(MLP(x))")
+
+
 def _check_places(
     q: Tensor,
+    v: Tensor,
     weights: Sequence[Tensor],
+    momentum: Tensor | None,
+    window: int,
     state: NeuralMemoryState | None,
     positions: Tensor | None,
     lengths: Tensor | None,
@@ -103,8 +173,13 @@ def _check_places(
         raise ValueError(f"positions {list(positions.shape)} must be integers [B, T] = {[batch, length]}")
     if lengths is not None and (lengths.shape != (batch,) or lengths.is_floating_point()):
         raise ValueError(f"lengths {list(lengths.shape)} must be integers [B] = {[batch]}")
-    if state is not None:
-        found = [list(w.shape) for w in state.weights]
-        expected = [[batch, *w.shape] for w in weights]
-        if found != expected or state.position.shape != (batch,):
-            raise ValueError(f"state holds weights {found}, expected {expected} and position {[batch]}")
+    if state is None:
+        return
+    found = [list(w.shape) for w in state.weights]
+    expected = [[batch, *w.shape] for w in weights]
+    if found != expected or state.position.shape != (batch,):
+        raise ValueError(f"state holds weights {found}, expected {expected} and position {[batch]}")
+    if bool(state.momentum) != (momentum is not None):
+        raise ValueError(f"state {'has' if state.momentum else 'lacks'} momentum, the call does not agree")
+    if [x.shape[1] for x in state.recent] != [window - 1] * 3 * (window > 1):
+        raise ValueError(f"state.recent holds {[list(x.shape) for x in state.recent]}, window={window} needs other")

@@ -3,13 +3,15 @@
 Let r be a token's place in its chunk, g_i the gradient of token i at the chunk's anchor, and W, S
 the memory and momentum on entry. Unrolling the two recurrences gives, with scalars only,
 
-    M_r = beta_r W + f_r S - sum_{i<=r} C[r, i] g_i        S_r = m_r S - sum_{i<=r} P[r, i] g_i
-    P[r, i] = lr_i prod_{i<l<=r} momentum_l                m_r = prod_{l<=r} momentum_l
-    C = L P,  f = L m,  L[r, i] = prod_{i<l<=r} (1 - decay_l),  beta_r = prod_{l<=r} (1 - decay_l)
+    M_r = beta_r W + f_r S - sum_i C[r, i] g_i             S_r = m_r S - sum_i P[r, i] g_i
+    P[r, i] = sum_l E[r, l] lr_l U[l, i]                   E[r, l] = prod_{l<j<=r} momentum_j
+    C = L P,  f = L m,  m_r = prod_{j<=r} momentum_j       L[r, l] = prod_{l<j<=r} (1 - decay_j)
+    beta_r = prod_{j<=r} (1 - decay_j)
 
+where U[l, i] is the weight of token i in the loss of step l: the identity, or a band for the Omega rule.
 Every product is at most 1 and nothing is divided, so nothing overflows. Each g_i is an outer
-product a_i d_i^T for each layer (input times backpropagated error), so M_r(q) needs no M_r:
-``q W`` and ``q S`` scaled, minus masked attention from q over a with values d.
+product a_i^T e_i for each layer (input times backpropagated error), so M_r(q) needs no M_r:
+``q W`` and ``q S`` scaled, minus masked attention from q over a with values e.
 
 A slot that holds no token has lr 0, momentum 1, decay 0 and ``write`` 0, and changes nothing;
 ``write`` multiplies the S that enters M, for momentum would go on moving M otherwise.
@@ -18,154 +20,187 @@ A slot that holds no token has lr 0, momentum 1, decay 0 and ``write`` 0, and ch
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from memlm_kernels.grid import Grid, aligned_grid, keep_last, like, next_position, ragged_grid
+from memlm_kernels.neural_memory.chunk import Gates, Momentum, Plan
+from memlm_kernels.neural_memory.network import ACTIVATIONS, InnerLoss, Tail
+from memlm_kernels.neural_memory.scan import Scan
 
 _TINY = 1e-30
 
 
 class NeuralMemoryState(NamedTuple):
-    """weights M, momentum S, anchor: one fp32 [B, H, in, out] for each layer; position: [B] int64.
+    """weights M, momentum S (empty without momentum), anchor: one fp32 [B, H, in, out] for each layer.
 
-    ``position`` counts the tokens of the current document, ``anchor`` is M at the start of the open chunk.
+    position: [B] int64, tokens of the current document; anchor: M at the start of the open chunk
+    recent: k, v and weight of the last window - 1 tokens, [B, window - 1, H, ...]; empty for window 1
     """
 
     weights: tuple[Tensor, ...]
     momentum: tuple[Tensor, ...]
     anchor: tuple[Tensor, ...]
     position: Tensor
+    recent: tuple[Tensor, ...] = ()
 
 
-class _Chunks(NamedTuple):
-    """Tokens laid out on the chunk grid: [B, H, N, C, ...], flags [B, N] or None where all are trivial."""
+class Tokens(NamedTuple):
+    """q, k, v: [B, T, H, ...]; lr, momentum, decay, weight: [B, T, H]; momentum, decay, weight may be None."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     lr: Tensor
-    momentum: Tensor
-    decay: Tensor
-    write: Tensor
-    starts_document: Tensor | None
-    starts_chunk: Tensor | None
+    momentum: Tensor | None
+    decay: Tensor | None
+    weight: Tensor | None
 
 
 def neural_memory_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lr: Tensor,
-    momentum: Tensor,
-    decay: Tensor,
+    tokens: Tokens,
     weights: tuple[Tensor, ...],
     chunk_size: int,
+    activation: str,
+    norm: tuple[Tensor, Tensor] | None,
+    loss: InnerLoss,
+    window: int,
     state: NeuralMemoryState | None,
     positions: Tensor | None,
     lengths: Tensor | None,
     max_documents: int,
-) -> tuple[Tensor, NeuralMemoryState]:
-    batch, length, _heads, _ = q.shape
+) -> tuple[Tensor, NeuralMemoryState, Tensor]:
+    """Returns o, the new state, and the norm of each token's gradient [B, T, H]; see ``neural_memory``."""
+    q, v = tokens.q, tokens.v
+    batch, length, heads, _ = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    on_grid = state is None and positions is None and lengths is None
+    aligned = state is None and positions is None and lengths is None
     with torch.autocast(q.device.type, enabled=False):
+        tokens = Tokens._make(None if x is None else x.to(dtype) for x in tokens)
         initial = tuple(w.to(dtype).expand(batch, *w.shape) for w in weights)
         if state is None:
-            zeros = tuple(torch.zeros_like(w) for w in initial)
-            state = NeuralMemoryState(initial, zeros, initial, q.new_zeros(batch, dtype=torch.int64))
-        else:
-            exact = [tuple(w.to(dtype) for w in part) for part in state[:3]]
-            state = NeuralMemoryState(exact[0], exact[1], exact[2], state.position)
+            state = _fresh(tokens, initial, window)
         if length == 0:
-            return torch.zeros_like(v), state
+            return torch.zeros_like(v), state, torch.zeros_like(tokens.lr)
         if positions is None:
             positions = state.position[:, None] + torch.arange(length, device=q.device)
-        tokens = [x.to(dtype) for x in (q, k, v, lr, momentum, decay)]
-        if on_grid:
-            chunks, slots = _pad_to_grid(tokens, chunk_size), None
-        else:
-            chunks, slots = _scatter_to_grid(tokens, positions, lengths, chunk_size, max_documents)
-        out, memory, surprise, anchor = _scan(chunks, initial, state)
-        out = out.permute(0, 2, 3, 1, 4).flatten(1, 2)
-        if slots is None:
-            out = out[:, :length]
-        else:
-            # One more slot, always zero, for the tokens that are not real.
-            out = F.pad(out, (0, 0, 0, 0, 0, 1)).gather(1, _like(slots, out))
-    last = positions[:, -1] if lengths is None else positions.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
-    position = last + 1
-    if lengths is not None:
-        position = torch.where(lengths > 0, position, state.position)
-    return out.to(v.dtype), NeuralMemoryState(memory, surprise, anchor, position)
+        grid = (
+            aligned_grid(length, chunk_size) if aligned else ragged_grid(positions, lengths, chunk_size, max_documents)
+        )
+        sources, U, recent = _sources(tokens, grid, positions, lengths, window, state)
+        gates = _gates(tokens, grid, U)
+        q_grid = _to_rows(grid.lay(tokens.q))
+        tail = None if norm is None else Tail(*(n.to(dtype).repeat(batch, 1)[:, None] for n in norm))
+        out, surprise, *memory = Scan.apply(
+            Plan(len(weights), ACTIVATIONS[activation], loss),
+            q_grid,
+            *sources,
+            gates.C,
+            gates.beta,
+            *(gates.momentum or (None, None, None)),
+            *(tail or (None, None)),
+            *_flags(grid, heads),
+            *(x.to(dtype).flatten(0, 1) for part in (state.weights, state.momentum) for x in part),
+            *(() if aligned else (x.to(dtype).flatten(0, 1) for part in (state.anchor, initial) for x in part)),
+        )
+        if tail is not None:
+            out = tail.read(q_grid, out)
+        out = grid.take(_from_rows(out, heads))
+        surprise = grid.take(_from_rows(surprise[..., window - 1 :], heads))
+    parts = [tuple(x.unflatten(0, (batch, heads)) for x in part) for part in _split(memory, len(weights))]
+    momentum = parts[1] if tokens.momentum is not None else ()
+    position = next_position(positions, lengths, state.position)
+    return out.to(v.dtype), NeuralMemoryState(parts[0], momentum, parts[-1], position, recent), surprise
 
 
-def _like(index: Tensor, x: Tensor) -> Tensor:
-    """A [B, S] index, expanded for gather and scatter along dimension 1 of x: [B, *, ...]."""
-    return index.reshape(*index.shape, *[1] * (x.ndim - 2)).expand(*index.shape, *x.shape[2:])
+def _split(tensors: list[Tensor], size: int) -> list[list[Tensor]]:
+    return [tensors[i : i + size] for i in range(0, len(tensors), size)]
 
 
-def _to_chunks(x: Tensor, chunk_size: int) -> Tensor:
-    """[B, N * C, H, ...] -> [B, H, N, C, ...]"""
-    return x.unflatten(1, (-1, chunk_size)).movedim(3, 1)
+def _fresh(tokens: Tokens, initial: tuple[Tensor, ...], window: int) -> NeuralMemoryState:
+    """Before a document's first token."""
+    batch, _, heads, _ = tokens.q.shape
+    momentum = () if tokens.momentum is None else tuple(torch.zeros_like(w) for w in initial)
+    shapes = ((heads, tokens.k.shape[-1]), (heads, tokens.v.shape[-1]), (heads,)) if window > 1 else ()
+    recent = tuple(tokens.k.new_zeros(batch, window - 1, *shape) for shape in shapes)
+    return NeuralMemoryState(initial, momentum, initial, tokens.q.new_zeros(batch, dtype=torch.int64), recent)
 
 
-def _pad_to_grid(tokens: list[Tensor], chunk_size: int) -> _Chunks:
-    """Every row starts at the start of a chunk and has only real tokens: slots are the tokens themselves."""
-    pad = -tokens[0].shape[1] % chunk_size
-
-    def lay(x: Tensor, fill: float = 0.0) -> Tensor:
-        return _to_chunks(F.pad(x, (0, 0) * (x.ndim - 2) + (0, pad), value=fill), chunk_size)
-
-    q, k, v, lr, momentum, decay = tokens
-    write = lay(torch.ones_like(lr[:1, :, :1]))
-    return _Chunks(lay(q), lay(k), lay(v), lay(lr), lay(momentum, 1.0), lay(decay), write, None, None)
+def _to_rows(x: Tensor) -> Tensor:
+    """[B, N, C, H, ...] -> [N, B * H, C, ...]"""
+    return x.movedim(3, 1).movedim(2, 0).flatten(1, 2)
 
 
-def _scatter_to_grid(
-    tokens: list[Tensor], positions: Tensor, lengths: Tensor | None, chunk_size: int, max_documents: int
-) -> tuple[_Chunks, Tensor]:
-    """Give each token the slot of its place in its chunk; rows may start anywhere and hold several documents.
+def _from_rows(x: Tensor, heads: int) -> Tensor:
+    """[N, B * H, C, ...] -> [B, N, C, H, ...]"""
+    return x.unflatten(1, (-1, heads)).movedim(0, 1).movedim(2, 3)
 
-    The number of chunks is bounded from shapes alone: each document's last chunk may be short, and
-    the first piece may start inside a chunk. Returns the chunks and each token's slot [B, T].
-    """
-    batch, length = positions.shape
-    if length == 1:
-        width, count = 1, 1
-    else:
-        width = chunk_size
-        count = min(length, (length + (max_documents + 1) * (width - 1)) // width)
-    place = positions % chunk_size
-    opens = place == 0
-    chunk = opens.cumsum(1) - opens[:, :1].long()
-    slots = chunk * width + (place if width > 1 else 0)
-    if lengths is not None:
-        real = torch.arange(length, device=positions.device) < lengths[:, None]
-        slots = torch.where(real, slots, count * width)
 
-    def lay(x: Tensor, fill: float = 0.0) -> Tensor:
-        grid = x.new_full((batch, count * width + 1, *x.shape[2:]), fill)
-        return _to_chunks(grid.scatter(1, _like(slots, x), x)[:, :-1], width)
-
-    def flag(x: Tensor) -> Tensor:
-        return lay(x[..., None].to(tokens[0].dtype))[:, 0].amax(-1) > 0
-
-    q, k, v, lr, momentum, decay = tokens
-    write = lay(torch.ones_like(lr[..., :1]))
-    chunks = _Chunks(
-        lay(q),
-        lay(k),
-        lay(v),
-        lay(lr),
-        lay(momentum, 1.0),
-        lay(decay),
-        write,
-        starts_document=flag(positions == 0),
-        starts_chunk=flag(opens),
+def _flags(grid: Grid, heads: int) -> tuple[Tensor | None, Tensor | None]:
+    """[N, B * H, 1, 1], where a document and where a chunk starts."""
+    if grid.opens_document is None or grid.opens_chunk is None:
+        return None, None
+    document, chunk = (
+        x.mT.repeat_interleave(heads, 1)[..., None, None] for x in (grid.opens_document, grid.opens_chunk)
     )
-    return chunks, slots
+    return document, chunk
 
 
-def _decay_products(log_factor: Tensor) -> Tensor:
+def _sources(
+    tokens: Tokens,
+    grid: Grid,
+    positions: Tensor,
+    lengths: Tensor | None,
+    window: int,
+    state: NeuralMemoryState,
+) -> tuple[tuple[Tensor, Tensor], Tensor | None, tuple[Tensor, ...]]:
+    """k and v of the tokens whose gradients count in each chunk, [N, B * H, J, ...], the weight of each in the loss
+    of each slot, U: [N, B * H, C, J] (None: the identity), and the window - 1 last tokens of the call.
+    """
+    heads = tokens.k.shape[2]
+    weight = torch.ones_like(tokens.lr) if tokens.weight is None else tokens.weight
+    if window == 1:
+        k, v = (_to_rows(grid.lay(x)) for x in (tokens.k, tokens.v))
+        U = None if tokens.weight is None else torch.diag_embed(_to_rows(grid.lay(weight)))
+        return (k, v), U, ()
+    stream = [
+        torch.cat([old.to(new.dtype), new], 1)
+        for old, new in zip(state.recent, (tokens.k, tokens.v, weight), strict=True)
+    ]
+    recent = tuple(keep_last(x, window - 1, grid.length, lengths) for x in stream)
+    # Slots of a chunk hold successive tokens: source j of a chunk is entry ``first + j`` of the stream.
+    token = torch.arange(grid.length, device=positions.device).expand_as(positions)
+    place = token % grid.width if grid.slots is None else grid.slots % grid.width
+    first = grid.lay(token - place, fill=-grid.width).amax(-1)
+    reach = torch.arange(grid.width + window - 1, device=positions.device)
+    index = (first[..., None] + reach).clamp(0, stream[0].shape[1] - 1).flatten(1)
+    k, v, weight = (_to_rows(x.gather(1, like(index, x)).unflatten(1, (grid.count, -1))) for x in stream)
+    distance = torch.arange(grid.width, device=positions.device)[:, None] + window - 1 - reach
+    # A token's distance to its document's start is its position.
+    band = (distance >= 0) & (distance < window) & (distance <= grid.lay(positions)[..., None])
+    return (k, v), band.movedim(1, 0).repeat_interleave(heads, 1) * weight[:, :, None], recent
+
+
+def _gates(tokens: Tokens, grid: Grid, U: Tensor | None) -> Gates:
+    """The scalar recurrences of every chunk."""
+
+    def lay(x: Tensor, fill: float = 0.0) -> Tensor:
+        return _to_rows(grid.lay(x, fill))
+
+    lr, write = lay(tokens.lr), lay(torch.ones_like(tokens.lr))
+    decay = torch.zeros_like(lr) if tokens.decay is None else lay(tokens.decay)
+    log_keep = torch.log1p(-decay.clamp(max=1 - 2**-24))
+    L = _products(log_keep) * write[..., None, :]
+    beta = log_keep.cumsum(-1).exp()
+    step = torch.diag_embed(lr) if U is None else lr[..., None] * U
+    if tokens.momentum is None:
+        return Gates(L @ step, beta, None)
+    log_momentum = lay(tokens.momentum, 1.0).clamp(min=_TINY).log()
+    P = _products(log_momentum) @ step
+    m = log_momentum.cumsum(-1).exp()
+    return Gates(L @ P, beta, Momentum((L @ m[..., None]).squeeze(-1), P[..., -1, :], m[..., -1]))
+
+
+def _products(log_factor: Tensor) -> Tensor:
     """[..., C] -> [..., C, C]: entry (r, i) is exp(sum of log_factor over i < l <= r), 0 above the diagonal.
 
     A masked cumulative sum instead of a difference of sums: no cancellation at long chunks.
@@ -174,82 +209,3 @@ def _decay_products(log_factor: Tensor) -> Tensor:
     ones = torch.ones(size, size, dtype=torch.bool, device=log_factor.device)
     below = log_factor[..., :, None].expand(*log_factor.shape, size).masked_fill(~ones.tril(-1), 0.0)
     return below.cumsum(-2).masked_fill(~ones.tril(), float("-inf")).exp()
-
-
-class _Gates(NamedTuple):
-    """The scalar recurrences of every chunk, [B, H, N, C(, C)]; ``last`` rows drive the state."""
-
-    C: Tensor
-    beta: Tensor
-    f: Tensor
-    m_last: Tensor
-    P_last: Tensor
-
-
-def _gates(chunks: _Chunks) -> _Gates:
-    log_momentum = chunks.momentum.clamp(min=_TINY).log()
-    log_keep = torch.log1p(-chunks.decay.clamp(max=1 - 2**-24))
-    P = _decay_products(log_momentum) * chunks.lr[..., None, :]
-    m = log_momentum.cumsum(-1).exp()
-    L = _decay_products(log_keep) * chunks.write[..., None, :]
-    f = (L @ m[..., None]).squeeze(-1)
-    return _Gates(L @ P, log_keep.cumsum(-1).exp(), f, m[..., -1], P[..., -1, :])
-
-
-def _gelu_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
-    cdf = 0.5 * (1 + torch.erf(x * 2**-0.5))
-    return x * cdf, cdf + x * torch.exp(-0.5 * x * x) * (2 * torch.pi) ** -0.5
-
-
-def _inner_gradient(k: Tensor, v: Tensor, anchor: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
-    """Inputs a_l and errors d_l of each layer for 1/2 |M(k) - v|^2 at ``anchor``: its gradient is a_l^T d_l."""
-    inputs, slopes = [k], []
-    for w in anchor[:-1]:
-        activated, slope = _gelu_and_slope(inputs[-1] @ w)
-        inputs.append(activated)
-        slopes.append(slope)
-    errors = [inputs[-1] @ anchor[-1] - v]
-    for w, slope in zip(reversed(anchor[1:]), reversed(slopes), strict=True):
-        errors.append(errors[-1] @ w.mT * slope)
-    return inputs, errors[::-1]
-
-
-def _scan(
-    chunks: _Chunks, initial: tuple[Tensor, ...], state: NeuralMemoryState
-) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Loop over chunks for the state, then read all of them at once. Returns o [B, H, N, C, V], M, S, anchor."""
-    gates = _gates(chunks)
-    weights, momentum, anchor = state.weights, state.momentum, state.anchor
-    # What scales the old M and S, and each token's gradient, in the state after the chunk.
-    beta, f, m = (x[..., None, None].unbind(2) for x in (gates.beta[..., -1], gates.f[..., -1], gates.m_last))
-    to_weights, to_momentum = (x[..., None].unbind(2) for x in (gates.C[..., -1, :], gates.P_last))
-    k, v = chunks.k.unbind(2), chunks.v.unbind(2)
-    entered: list[tuple[Tensor, ...]] = []
-    inputs: list[list[Tensor]] = []
-    errors: list[list[Tensor]] = []
-    for n in range(len(k)):
-        if chunks.starts_chunk is None or chunks.starts_document is None:
-            anchor = weights
-        else:
-            new, opened = (x[:, n, None, None, None] for x in (chunks.starts_document, chunks.starts_chunk))
-            weights = tuple(torch.where(new, i, w) for i, w in zip(initial, weights, strict=True))
-            momentum = tuple(s.masked_fill(new, 0.0) for s in momentum)
-            anchor = tuple(torch.where(opened, w, a) for w, a in zip(weights, anchor, strict=True))
-        entered.append((*weights, *momentum))
-        a, d = _inner_gradient(k[n], v[n], anchor)
-        inputs.append(a)
-        errors.append(d)
-        layers = list(zip(weights, momentum, a, d, strict=True))
-        weights = tuple(beta[n] * w + f[n] * s - x.mT @ (to_weights[n] * e) for w, s, x, e in layers)
-        momentum = tuple(m[n] * s - x.mT @ (to_momentum[n] * e) for _, s, x, e in layers)
-
-    depth = len(weights)
-    states = [torch.stack(x, 2) for x in zip(*entered, strict=True)]
-    stacked = [[torch.stack(x, 2) for x in zip(*of_chunks, strict=True)] for of_chunks in (inputs, errors)]
-    x = chunks.q
-    for layer, (a_all, d_all) in enumerate(zip(*stacked, strict=True)):
-        old = gates.beta[..., None] * (x @ states[layer]) + gates.f[..., None] * (x @ states[depth + layer])
-        x = old - (gates.C * (x @ a_all.mT)) @ d_all
-        if layer < depth - 1:
-            x = F.gelu(x)
-    return x, weights, momentum, anchor

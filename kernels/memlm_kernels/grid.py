@@ -1,0 +1,97 @@
+"""Laying rows of tokens on a grid of chunks, whose sizes follow from shapes alone: the device is never asked.
+
+B batch, T tokens of the call, N chunks, C slots of a chunk. Chunks are counted from the first token of
+each document; a row may start inside a chunk, hold several documents, and end in padding.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where each token of a call stands.
+
+    slots: [B, T], each token's slot; None if every row fills the grid from its first slot on
+    opens_document, opens_chunk: [B, N], where a document or a chunk starts; None if ``slots`` is
+    """
+
+    length: int
+    count: int
+    width: int
+    slots: Tensor | None = None
+    opens_document: Tensor | None = None
+    opens_chunk: Tensor | None = None
+
+    def lay(self, x: Tensor, fill: float = 0.0) -> Tensor:
+        """[B, T, ...] -> [B, N, C, ...]; a slot without a token holds ``fill``."""
+        size = self.count * self.width
+        if self.slots is None:
+            x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, size - self.length), value=fill)
+        else:
+            # One slot more takes the tokens that are not real.
+            x = x.new_full((len(x), size + 1, *x.shape[2:]), fill).scatter(1, like(self.slots, x), x)[:, :-1]
+        return x.unflatten(1, (self.count, self.width))
+
+    def take(self, x: Tensor) -> Tensor:
+        """[B, N, C, ...] -> [B, T, ...]; a token that is not real gets zeros."""
+        x = x.flatten(1, 2)
+        if self.slots is None:
+            return x[:, : self.length]
+        return F.pad(x, (0, 0) * (x.ndim - 2) + (0, 1)).gather(1, like(self.slots, x))
+
+
+def aligned_grid(length: int, chunk_size: int) -> Grid:
+    """Rows that start where a chunk starts, have only real tokens, and hold one document."""
+    return Grid(length, -(-length // chunk_size), chunk_size)
+
+
+def ragged_grid(positions: Tensor, lengths: Tensor | None, chunk_size: int, max_documents: int) -> Grid:
+    """positions: [B, T], places in documents, a 0 starts one; lengths: [B], real tokens, which come first (None: all).
+
+    The first chunk of a row and the last of each document may be short, which bounds the number of chunks.
+    """
+    length = positions.shape[1]
+    # A single token needs no chunk around it.
+    width = 1 if length == 1 else chunk_size
+    count = min(length, (length + (max_documents + 1) * (width - 1)) // width)
+    opens = positions % chunk_size == 0
+    slots = (opens.cumsum(1) - opens[:, :1].long()) * width + positions % width
+    if lengths is not None:
+        real = torch.arange(length, device=positions.device) < lengths[:, None]
+        slots = torch.where(real, slots, count * width)
+    grid = Grid(length, count, width, slots)
+    opens_document, opens_chunk = (grid.lay(x.long()).amax(-1).bool() for x in (positions == 0, opens))
+    return Grid(length, count, width, slots, opens_document, opens_chunk)
+
+
+def like(index: Tensor, x: Tensor) -> Tensor:
+    """A [B, S] index, expanded for gather and scatter along dimension 1 of x: [B, *, ...]."""
+    return index.reshape(*index.shape, *[1] * (x.ndim - 2)).expand(*index.shape, *x.shape[2:])
+
+
+def next_position(positions: Tensor, lengths: Tensor | None, before: Tensor) -> Tensor:
+    """[B], the place of what follows each row's last real token; ``before`` where a row has none."""
+    if positions.shape[1] == 0:
+        return before
+    if lengths is None:
+        return positions[:, -1] + 1
+    last = positions.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
+    return torch.where(lengths > 0, last + 1, before)
+
+
+def keep_last(x: Tensor, size: int, new: int, lengths: Tensor | None) -> Tensor:
+    """The last ``size`` real entries of history followed by ``new`` entries of this call, along dimension 1.
+
+    Row b has ``lengths[b]`` real entries among the new ones, first (None: all are real). Where there
+    are fewer than ``size``, what fills the left is arbitrary: callers mask by position.
+    """
+    total = x.shape[1]
+    if lengths is None:
+        # A copy: a view would keep all of a long call alive.
+        return x if size == total else x[:, total - size :].clone()
+    index = torch.arange(total - size, total, device=x.device) - new + lengths[:, None]
+    return x.gather(1, like(index.clamp(min=0), x[:, :size]))

@@ -1,0 +1,172 @@
+"""Gradients of what one chunk does; each function pulls back the one of ``chunk`` that it is named for.
+
+For one layer: memory (W, S), next memory (W', S'), inputs a and errors e of the tokens' gradients, x what is read
+with and z what is read, c and p the last rows of C and P:
+
+    z  = beta (x W) + f (x S) - (C * x a^T) e
+    W' = beta W + f S - a^T (c e)          S' = m S - a^T (p e)
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from memlm_kernels.neural_memory.chunk import Gates, Inner, Memory, Momentum, Plan, Room
+from memlm_kernels.neural_memory.network import Tail, output_error
+
+
+class ReadGradients(NamedTuple):
+    """d_W[l] of chunk n is ``x[l][n]^T to_W[l][n]``, d_S likewise: left as factors, for they are large."""
+
+    q: Tensor
+    C: Tensor
+    beta: Tensor
+    f: Tensor | None
+    inputs: list[Tensor]
+    errors: list[Tensor]
+    x: list[Tensor]
+    to_W: list[Tensor]
+    to_S: list[Tensor]
+
+
+def read_backward(
+    plan: Plan,
+    d_z: Tensor,
+    q: Tensor,
+    before: Sequence[Tensor],
+    memories: Room,
+    gates: Gates,
+    inputs: Sequence[Tensor],
+    errors: Sequence[Tensor],
+) -> ReadGradients:
+    x = [q, *(plan.activation.value(z) for z in before)]
+    d_C, d_beta = torch.zeros_like(gates.C), torch.zeros_like(gates.beta)
+    d_f = None if gates.momentum is None else torch.zeros_like(gates.momentum.f)
+    d_inputs: list[Tensor] = []
+    d_errors: list[Tensor] = []
+    to_W: list[Tensor] = []
+    to_S: list[Tensor] = []
+    for layer in reversed(range(plan.depth)):
+        a, e = inputs[layer], errors[layer]
+        scores, d_weights = x[layer] @ a.mT, d_z @ e.mT
+        d_C -= d_weights * scores
+        d_scores = d_weights.mul_(gates.C)
+        d_errors.insert(0, -((gates.C * scores).mT @ d_z))
+        d_inputs.insert(0, -(d_scores.mT @ x[layer]))
+        back = d_z @ memories.W[layer].mT
+        d_beta += (x[layer] * back).sum(-1)
+        d_x = back.mul_(gates.beta[..., None])
+        to_W.insert(0, gates.beta[..., None] * d_z)
+        if gates.momentum is not None and d_f is not None:
+            f = gates.momentum.f[..., None]
+            back = d_z @ memories.S[layer].mT
+            d_f += (x[layer] * back).sum(-1)
+            d_x.addcmul_(back, f)
+            to_S.insert(0, f * d_z)
+        d_x -= d_scores @ a
+        d_z = d_x if layer == 0 else d_x.mul_(plan.activation.slope(before[layer - 1]))
+    return ReadGradients(d_z, d_C, d_beta, d_f, d_inputs, d_errors, x, to_W, to_S)
+
+
+class LeaveGradients(NamedTuple):
+    """W, S: of the memory before the chunk; C, P: [G, J], beta, f, m: [G], of the chunk's last slot."""
+
+    W: list[Tensor]
+    S: list[Tensor]
+    C: Tensor
+    beta: Tensor
+    momentum: Momentum | None
+
+
+def leave_backward(
+    d_W: Sequence[Tensor],
+    d_S: Sequence[Tensor],
+    memory: Memory,
+    gates: Gates,
+    inputs: Sequence[Tensor],
+    errors: Sequence[Tensor],
+    d_inputs: Sequence[Tensor],
+    d_errors: Sequence[Tensor],
+) -> LeaveGradients:
+    """Adds to d_inputs and d_errors in place."""
+    beta, c = gates.beta[:, -1], gates.C[:, -1]
+    W, S = [], []
+    totals: list[list[Tensor]] = []
+    for layer, (a, e, g) in enumerate(zip(inputs, errors, d_W, strict=True)):
+        d_inputs[layer].baddbmm_(c[..., None] * e, g.mT, alpha=-1)
+        moved = a @ g
+        d_errors[layer].addcmul_(moved, c[..., None], value=-1)
+        of_layer = [-(e * moved).sum(-1), _dot(g, memory.W[layer])]
+        W.append(g * beta[:, None, None])
+        if gates.momentum is not None:
+            h, s, (f, P, m) = d_S[layer], memory.S[layer], gates.momentum
+            d_inputs[layer].baddbmm_(P[..., None] * e, h.mT, alpha=-1)
+            moved = a @ h
+            d_errors[layer].addcmul_(moved, P[..., None], value=-1)
+            of_layer += [_dot(g, s), -(e * moved).sum(-1), _dot(h, s)]
+            S.append((h * m[:, None, None]).addcmul_(g, f[:, -1, None, None]))
+        totals.append(of_layer)
+    C, last, *momentum = (sum(x[1:], x[0]) for x in zip(*totals, strict=True))
+    return LeaveGradients(W, S, C, last, Momentum(*momentum) if momentum else None)
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """[G, in, out] twice -> [G]"""
+    return (x.flatten(1)[:, None] @ y.flatten(1)[..., None]).flatten()
+
+
+class InnerGradients(NamedTuple):
+    k: Tensor
+    v: Tensor
+    tail: Tail | None
+
+
+def inner_backward(
+    plan: Plan,
+    d_inputs: Sequence[Tensor],
+    d_errors: Sequence[Tensor],
+    k: Tensor,
+    v: Tensor,
+    anchor: Sequence[Tensor],
+    tail: Tail | None,
+    tokens: Inner,
+    slopes: Sequence[Tensor],
+    curvatures: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    errors: Sequence[Tensor],
+    d_anchor: Sequence[Tensor],
+) -> InnerGradients:
+    """Adds to d_anchor in place; slopes, curvatures: derivatives of the activation at ``tokens.hidden``."""
+    d_hidden = []
+    d_error = d_errors[0]
+    for layer in range(plan.depth - 1):
+        # errors[layer] = (errors[layer + 1] anchor[layer + 1]^T) * slope
+        d_hidden.append(d_error * tokens.behind[layer] * curvatures[layer])
+        d_behind = d_error * slopes[layer]
+        d_anchor[layer + 1].baddbmm_(d_behind.mT, errors[layer + 1])
+        d_error = torch.baddbmm(d_errors[layer + 1], d_behind, anchor[layer + 1])
+    d_f, d_k, d_v, d_tail = _output_error_backward(plan, d_error, tokens.f, k, v, tail)
+    d_out = d_f
+    for layer in reversed(range(plan.depth)):
+        d_anchor[layer].baddbmm_(inputs[layer].mT, d_out)
+        d_in = torch.baddbmm(d_inputs[layer], d_out, anchor[layer].mT)
+        if layer:
+            d_out = d_hidden[layer - 1].addcmul_(d_in, slopes[layer - 1])
+    return InnerGradients(d_in if d_k is None else d_in + d_k, d_v, d_tail)
+
+
+def _output_error_backward(
+    plan: Plan, d_error: Tensor, f: Tensor, k: Tensor, v: Tensor, tail: Tail | None
+) -> tuple[Tensor, Tensor | None, Tensor, Tail | None]:
+    """Gradients of f, k (None: none), v and the tail."""
+    if tail is None:
+        d_f, d_v = torch.func.vjp(plan.loss, f, v)[1](d_error)
+        return d_f, None, d_v, None
+
+    def error(f: Tensor, k: Tensor, v: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+        return output_error(plan.loss, f, k, v, Tail(gain, bias))
+
+    d_f, d_k, d_v, d_gain, d_bias = torch.func.vjp(error, f, k, v, *tail)[1](d_error)
+    return d_f, d_k, d_v, Tail(d_gain, d_bias)

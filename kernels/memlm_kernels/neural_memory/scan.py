@@ -1,0 +1,211 @@
+"""The loop over chunks as one differentiable function.
+
+Forward keeps each token's activations and, for every group of sqrt(N) chunks, W and S at its start. Backward makes
+those of the group's other chunks again with the outer products that made them: memory grows with the tokens and
+with sqrt(N) memories, never N.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from memlm_kernels.neural_memory.chunk import (
+    Flags,
+    Gates,
+    Inner,
+    Memory,
+    Momentum,
+    Plan,
+    Room,
+    enter,
+    inner,
+    leave,
+    read,
+)
+from memlm_kernels.neural_memory.chunk_backward import inner_backward, leave_backward, read_backward
+from memlm_kernels.neural_memory.network import Tail
+
+
+class _Given(NamedTuple):
+    """Arguments of ``Scan`` after q, k, v, sorted."""
+
+    gates: Gates
+    tail: Tail | None
+    flags: Flags | None
+    memory: Memory
+    initial: tuple[Tensor, ...]
+
+
+def _sort(depth: int, arguments: Sequence[Any]) -> _Given:
+    C, beta, f, P, m, gain, bias, opens_document, opens_chunk, *weights = arguments
+    parts: list[tuple[Tensor, ...]] = [tuple(weights[i : i + depth]) for i in range(0, len(weights), depth)]
+    momentum = None if f is None else Momentum(f, P, m)
+    W = parts.pop(0)
+    S = parts.pop(0) if f is not None else ()
+    anchor, initial = parts or (W, ())
+    tail = None if gain is None else Tail(gain, bias)
+    flags = None if opens_document is None else Flags(opens_document, opens_chunk)
+    return _Given(Gates(C, beta, momentum), tail, flags, Memory(W, S, anchor), initial)
+
+
+class Scan(torch.autograd.Function):
+    """apply(plan, q, k, v, C, beta, f, P, m, gain, bias, opens_document, opens_chunk, *W, *S, *anchor, *initial)
+
+    q: [N, G, C, K], k: [N, G, J, K], v: [N, G, J, V]; f, P, m, S only with momentum; gain, bias only with a tail;
+    the flags, anchor and initial only where rows are ragged. What is absent is None, or missing from the lists.
+    Returns the MLP's reads before the tail [N, G, C, V]; surprise [N, G, J], the norm of each token's gradient, not
+    differentiable; and W, S, anchor after the last chunk.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> tuple[Tensor, ...]:
+        gates, tail, flags, memory, initial = _sort(plan.depth, rest)
+        chunks = len(q)
+        size = math.isqrt(chunks - 1) + 1
+        out, surprise, kept = [], [], []
+        for start in range(0, chunks, size):
+            group = slice(start, start + size)
+            kept.append([*memory.W, *memory.S, *(memory.anchor if flags else ())])
+            passed, inputs, errors = [], [], []
+            room = Room.of(memory, len(q[group]))
+            memory = room.move_in(memory)
+            for n in range(start, min(start + size, chunks)):
+                memory = enter(memory, flags, initial, n)
+                tokens, a, e = inner(plan, k[n], v[n], memory.anchor, tail)
+                passed.append([*tokens.hidden, *tokens.behind, tokens.f])
+                inputs.append(a)
+                errors.append(e)
+                memory = leave(memory, gates.of(n), a, e, room, n + 1 - start)
+            a, e, states = (_stack(x) for x in (inputs, errors, passed))
+            z, before = read(plan, q[group], room, gates.of(group), a, e)
+            out.append(z)
+            surprise.append(_gradient_norm(a, e))
+            kept[-1] += [*states, *before]
+        ctx.plan, ctx.size, ctx.present = plan, size, [x is not None for x in rest]
+        ctx.save_for_backward(q, k, v, *[x for x in rest if x is not None], *(x for of in kept for x in of))
+        surprises = torch.cat(surprise)
+        ctx.mark_non_differentiable(surprises)
+        # The last anchor may be a tensor that came in.
+        return torch.cat(out), surprises, *memory.W, *memory.S, *(w.clone() for w in memory.anchor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor, _: Tensor, *d_memory: Tensor) -> tuple[Tensor | None, ...]:
+        plan, depth, chunks = ctx.plan, ctx.plan.depth, len(d_out)
+        q, k, v, *saved = ctx.saved_tensors
+        arguments = [saved.pop(0) if present else None for present in ctx.present]
+        gates, tail, flags, memory, initial = _sort(depth, arguments)
+        d_q, d_k, d_v = (torch.empty_like(x) for x in (q, k, v))
+        d_C, d_beta = torch.empty_like(gates.C), torch.empty_like(gates.beta)
+        d_momentum = None if gates.momentum is None else Momentum(*(torch.empty_like(x) for x in gates.momentum))
+        d_tail = None if tail is None else Tail(*(torch.zeros_like(x) for x in tail))
+        d_initial = [torch.zeros_like(x) for x in initial]
+        d_after = [d_memory[i : i + depth] for i in range(0, len(d_memory), depth)]
+        d_W, d_S = list(d_after.pop(0)), list(d_after.pop(0)) if memory.S else []
+        d_anchor = [x.clone() for x in d_after.pop(0)]
+        per_group = len(saved) // -(-chunks // ctx.size)
+        for start in reversed(range(0, chunks, ctx.size)):
+            group = slice(start, min(start + ctx.size, chunks))
+            of_group = saved[start // ctx.size * per_group :][:per_group]
+            current = Memory(
+                _pop(of_group, depth), _pop(of_group, len(memory.S)), _pop(of_group, depth if flags else 0)
+            )
+            tokens = Inner(_pop(of_group, depth - 1), _pop(of_group, depth - 1), of_group.pop(0))
+            inputs, errors = tokens.gradients(plan, k[group], v[group], tail)
+            slopes = [plan.activation.slope(h) for h in tokens.hidden]
+            curvatures = [plan.activation.curvature(h) for h in tokens.hidden]
+            room = Room.of(current, group.stop - start)
+            current = room.move_in(current)
+            entered = []
+            for n in range(start, group.stop):
+                current = enter(current, flags, initial, n)
+                entered.append(current)
+                if n + 1 < group.stop:
+                    i = n - start
+                    current = leave(current, gates.of(n), _at(inputs, i), _at(errors, i), room, i + 1)
+            reads = read_backward(plan, d_out[group], q[group], of_group, room, gates.of(group), inputs, errors)
+            d_q[group], d_C[group], d_beta[group] = reads.q, reads.C, reads.beta
+            if d_momentum is not None and reads.f is not None:
+                d_momentum.f[group] = reads.f
+            for n in reversed(range(start, group.stop)):
+                i = n - start
+                a, e, d_a, d_e = (_at(x, i) for x in (inputs, errors, reads.inputs, reads.errors))
+                left = leave_backward(d_W, d_S, entered[i], gates.of(n), a, e, d_a, d_e)
+                d_C[n, :, -1] += left.C
+                d_beta[n, :, -1] += left.beta
+                if d_momentum is not None and left.momentum is not None:
+                    d_momentum.f[n, :, -1] += left.momentum.f
+                    d_momentum.P[n], d_momentum.m[n] = left.momentum.P, left.momentum.m
+                d_W, d_S = left.W, left.S
+                for x, to_W, w in zip(reads.x, reads.to_W, d_W, strict=True):
+                    w.baddbmm_(x[i].mT, to_W[i])
+                for x, to_S, s in zip(reads.x, reads.to_S, d_S, strict=False):
+                    s.baddbmm_(x[i].mT, to_S[i])
+                if flags is None:
+                    # The anchor is the memory itself; what follows the call may have asked for the last one.
+                    for w, last in zip(d_W, d_anchor, strict=False):
+                        w += last
+                    d_anchor = []
+                back = inner_backward(
+                    plan,
+                    d_a,
+                    d_e,
+                    k[n],
+                    v[n],
+                    entered[i].anchor,
+                    tail,
+                    Inner(tuple(_at(tokens.hidden, i)), tuple(_at(tokens.behind, i)), tokens.f[i]),
+                    _at(slopes, i),
+                    _at(curvatures, i),
+                    a,
+                    e,
+                    d_anchor if flags else d_W,
+                )
+                d_k[n], d_v[n] = back.k, back.v
+                if d_tail is not None and back.tail is not None:
+                    d_tail = Tail(d_tail.gain + back.tail.gain, d_tail.bias + back.tail.bias)
+                if flags is not None:
+                    d_W, d_S, d_anchor = _enter_backward(d_W, d_S, d_anchor, flags, d_initial, n)
+        weights = [*d_W, *d_S, *(d_anchor if flags else ()), *d_initial]
+        of_rest = [d_C, d_beta, *(d_momentum or (None, None, None)), *(d_tail or (None, None)), None, None, *weights]
+        return None, d_q, d_k, d_v, *of_rest
+
+
+def _enter_backward(
+    d_W: list[Tensor], d_S: list[Tensor], d_anchor: list[Tensor], flags: Flags, d_initial: list[Tensor], n: int
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Gradients of W, S, anchor before chunk n entered; what belongs to ``initial`` is added to it in place."""
+    new, opened = flags.opens_document[n], flags.opens_chunk[n]
+    d_W = [w + a.masked_fill(~opened, 0.0) for w, a in zip(d_W, d_anchor, strict=True)]
+    for i, w in zip(d_initial, d_W, strict=True):
+        i += w.masked_fill(~new, 0.0)
+    d_W, d_S = ([x.masked_fill(new, 0.0) for x in d] for d in (d_W, d_S))
+    return d_W, d_S, [a.masked_fill(opened, 0.0) for a in d_anchor]
+
+
+def _gradient_norm(inputs: Sequence[Tensor], errors: Sequence[Tensor]) -> Tensor:
+    """Norm of each token's gradient over all layers; that of an outer product is the product of the norms."""
+    norms = [
+        torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(e, dim=-1)
+        for a, e in zip(inputs, errors, strict=True)
+    ]
+    return torch.linalg.vector_norm(torch.stack(norms), dim=0)
+
+
+def _stack(of_chunks: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    return [torch.stack(x) for x in zip(*of_chunks, strict=True)]
+
+
+def _at(of_group: Sequence[Tensor], i: int) -> list[Tensor]:
+    return [x[i] for x in of_group]
+
+
+def _pop(tensors: list[Tensor], count: int) -> tuple[Tensor, ...]:
+    """The first ``count``, taken out."""
+    taken = tuple(tensors[:count])
+    del tensors[:count]
+    return taken
