@@ -12,6 +12,7 @@ from torch import nn
 
 from memlm.data import MQAR, Batch, Passkey, byte_tokenizer, token_bytes
 from memlm.evaluation import run as evaluate
+from memlm.evaluation.ablation import memory_off
 from memlm.evaluation.measures import needles, recall, text_by_position
 from memlm.training import run as train
 from memlm.training.objective import score
@@ -82,6 +83,32 @@ def test_text_by_position_equals_one_long_forward():
         assert got.edges == [0, 32, 64, 96]
 
 
+def test_memory_off_leaves_the_attention_branch_and_every_state_as_they_are():
+    """The layer becomes (1 - g) * norm(attention), to the last bit, and only as long as it is asked to."""
+    mixer = build(memory_depth=2).model.layers[1].mixer
+    x = torch.randn(2, 40, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = mixer(x)
+        with memory_off(mixer):
+            silent = mixer(x)
+        after = mixer(x)
+        seen = mixer.attention_norm(mixer.attention(x).y_BTD)
+        share = torch.sigmoid(mixer.branch_gate(x))
+    assert torch.equal(silent.y_BTD, torch.lerp(seen, torch.zeros_like(seen), share))
+    assert torch.allclose(silent.y_BTD, (1 - share) * seen, rtol=0, atol=1e-14)
+    assert all(torch.equal(before.state[name], silent.state[name]) for name in before.state)
+    assert torch.equal(before.y_BTD, after.y_BTD) and not torch.equal(before.y_BTD, silent.y_BTD)
+
+
+def test_memory_off_cleans_up_after_errors_and_refuses_models_without_memory():
+    model = build(dtype=torch.float32)
+    with pytest.raises(KeyError), memory_off(model):
+        raise KeyError
+    assert not any(module._forward_hooks for module in model.modules())
+    with pytest.raises(ValueError, match="the model has no long-term memory"), memory_off(build("none")):
+        pass
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
@@ -142,6 +169,29 @@ def test_an_evaluation_without_control_says_how_to_get_one(trained, tmp_path, ca
     evaluate(evaluated(trained, f"control={tmp_path}/nothing", f"out={tmp_path}/out"))
     assert "python train.py memory=none" in capsys.readouterr().out
     assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_an_evaluation_with_memory_off_stands_beside_the_other(trained, tmp_path, capsys):
+    options = ("eval.factors=[1]", "eval.text_documents=2", "eval.text_length=256")
+    evaluate(evaluated(trained, f"out={tmp_path}/on", *options))
+    evaluate(evaluated(trained, "memory_off=true", *options))
+    assert "titans_mag (memory off), mqar" in capsys.readouterr().out
+    folder = trained / "titans_mag-seed0" / "evaluation-memory_off"
+    on, off = (json.loads((f / "results.json").read_text())["models"] for f in (tmp_path / "on", folder))
+    assert list(off) == ["titans_mag (memory off)", "control (none)"]
+    assert off["control (none)"] == on["control (none)"]
+    bits = [m["text"]["carried"]["bits_per_byte"] for m in (on["titans_mag"], off["titans_mag (memory off)"])]
+    assert bits[0] != bits[1]
+    assert "<h1>memlm: titans_mag (memory off), control (none)</h1>" in (folder / "report.html").read_text()
+
+
+def test_memory_off_needs_a_memory(trained, tmp_path):
+    options = ("control=null", f"out={tmp_path}/out")
+    with pytest.raises(ValueError, match="memory_off=true, but the model has no long-term memory"):
+        evaluate(evaluated(trained, f"checkpoint={trained}/none-seed0", "memory_off=true", *options))
+    with pytest.raises(ValueError, match="memory_off='maybe' must be bool"):
+        evaluate(evaluated(trained, "memory_off=maybe", *options))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint_without_a_run_needs_data(trained, tmp_path):

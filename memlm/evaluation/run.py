@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -19,9 +20,11 @@ from transformers import PreTrainedTokenizerBase
 import memlm
 from memlm.data import Mixture, Passkey, RecallSource, TextSource, build_data, token_bytes
 from memlm.evaluation import plots
+from memlm.evaluation.ablation import memory_off
 from memlm.evaluation.measures import needles, plain, recall, text_by_position
 from memlm.evaluation.report import Report
 from memlm.hub import load_model, load_tokenizer
+from memlm.memory.base import check_type
 from memlm.modeling import MemLMForCausalLM, count_parameters
 from memlm.training import checkpoint
 from memlm.training.tracking import read_metrics
@@ -31,24 +34,29 @@ _CHANCE = 1 / 32
 
 @dataclass
 class Subject:
-    """A model under evaluation and where it comes from."""
+    """A model under evaluation and where it comes from; memory_off: measured without its long-term memory."""
 
     name: str
     folder: Path | str
     run_dir: Path | None
     model: MemLMForCausalLM
     tokenizer: PreTrainedTokenizerBase
+    memory_off: bool = False
 
 
 def run(cfg: DictConfig) -> None:
     """Evaluate ``cfg.checkpoint``, a run directory, a checkpoint folder or a hub name.
 
+    With ``cfg.memory_off`` its long-term memory is silent, and the results stand beside the others.
     Raises ValueError, one line, for what the user can mend; earlier results stay until new ones are whole.
     """
     started = time.perf_counter()
+    check_type(cfg.memory_off, bool, "memory_off")
     device = _device(cfg.hardware.device)
     console = Console(highlight=False, soft_wrap=True)
     subjects = [_load(str(cfg.checkpoint), device)]
+    if cfg.memory_off:
+        subjects[0] = replace(subjects[0], name=f"{subjects[0].name} (memory off)", memory_off=True)
     if cfg.control and Path(cfg.control) != subjects[0].run_dir:
         if checkpoint.latest(Path(cfg.control)):
             control = _load(str(cfg.control), device)
@@ -66,12 +74,14 @@ def run(cfg: DictConfig) -> None:
                 f"{subject.model.config.vocab_size}; evaluate with the data it was trained on"
             )
         console.print(f"evaluating {subject.name}: {subject.folder}", markup=False)
-        results["models"][subject.name] = _measure(
-            cfg.eval, subject, mixture, torch.from_numpy(token_bytes(tokenizer))
-        )
+        with memory_off(subject.model) if subject.memory_off else nullcontext():
+            results["models"][subject.name] = _measure(
+                cfg.eval, subject, mixture, torch.from_numpy(token_bytes(tokenizer))
+            )
     results["seconds"] = round(time.perf_counter() - started, 1)
 
-    out = Path(cfg.out) if cfg.out else (subjects[0].run_dir or Path("runs") / "evaluation") / "evaluation"
+    folder = "evaluation-memory_off" if cfg.memory_off else "evaluation"
+    out = Path(cfg.out) if cfg.out else (subjects[0].run_dir or Path("runs") / "evaluation") / folder
     out.mkdir(parents=True, exist_ok=True)
     partial = out / "results.tmp"
     partial.write_text(json.dumps(results, indent=1))
@@ -226,7 +236,9 @@ def _report(subjects: list[Subject], results: dict[str, Any], training_length: i
             f"{first['documents']} documents, {first['tokens']:,} tokens, read in segments of {first['segment']}; "
             "carried: one memory for a document; reset: a new one each segment. Same tokens scored either way."
         )
-    runs = {s.name: read_metrics(s.run_dir / "metrics.jsonl") for s in subjects if s.run_dir}
+    # What trained did so with its memory on.
+    trained = [s for s in subjects if s.run_dir and not s.memory_off]
+    runs = {s.name: read_metrics(s.run_dir / "metrics.jsonl") for s in trained}
     if any(runs.values()):
         report.heading("Training")
         report.picture("loss", plots.curves(runs, "loss/", "nats, training", logarithmic=True), "training loss")

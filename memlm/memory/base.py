@@ -64,7 +64,12 @@ class MixerOutput(NamedTuple):
 
 
 class SequenceMixer(nn.Module):
-    """A token mixer with a state: attention, a memory, or both."""
+    """A token mixer with a state: attention, a memory, or both.
+
+    long_term: True for a part that reads long-term memory; the memory-off ablation silences its output.
+    """
+
+    long_term = False
 
     def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
         """Mix [B, T, D]; any division of a stream into calls gives the same outputs."""

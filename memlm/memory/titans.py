@@ -114,6 +114,8 @@ class NeuralMemoryConfig:
 class NeuralMemory(SequenceMixer):
     """The memory with its own projections: [B, T, D] in, [B, T, D] out."""
 
+    long_term = True
+
     def __init__(self, config: NeuralMemoryConfig, dims: Dims) -> None:
         super().__init__()
         self.config = config

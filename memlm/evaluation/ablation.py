@@ -1,0 +1,31 @@
+"""A trained model without its long-term memory: what the memory itself adds to what was measured."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from memlm.memory.base import MixerOutput, SequenceMixer
+
+
+@contextmanager
+def memory_off(model: nn.Module) -> Iterator[None]:
+    """Every part with ``long_term = True`` says zeros; its states go on as they are.
+
+    Raises ValueError if the model has no such part.
+    """
+    parts = [m for m in model.modules() if isinstance(m, SequenceMixer) and m.long_term]
+    if not parts:
+        raise ValueError("memory_off=true, but the model has no long-term memory; leave it out, or name another run")
+    hooks = [part.register_forward_hook(_silence) for part in parts]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _silence(part: nn.Module, inputs: Any, output: MixerOutput) -> MixerOutput:
+    return output._replace(y_BTD=torch.zeros_like(output.y_BTD))
