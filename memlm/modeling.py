@@ -3,11 +3,15 @@
 B batch, T tokens, D hidden, V vocabulary.
 """
 
+import copy
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
@@ -325,4 +329,29 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-__all__ = ["MemLMCausalLMOutput", "MemLMForCausalLM", "MemLMModel", "MemLMOutput", "count_parameters"]
+def count_flops(config: MemLMConfig, seq_len: int) -> float:
+    """FLOPs of one token's forward, the mean over a document of ``seq_len`` tokens.
+
+    The matrix products of layers and head, counted as they run on tensors without data: a multiply-add is
+    two, scores that a mask hides count, elementwise work does not.
+    """
+    config = copy.deepcopy(config)
+    # Fused attention hides its products from the counter.
+    config._attn_implementation = "eager"
+    names = config.layer_mixers()
+    # Not the meta device: autocast, which every memory switches off for its gates, does not know it.
+    with FakeTensorMode(), torch.no_grad():
+        x_BTD = torch.empty(1, seq_len, config.hidden_size)
+        total = _flops(nn.Linear(config.hidden_size, config.vocab_size, bias=False), x_BTD)
+        for name, layers in Counter(names).items():
+            total += layers * _flops(MemLMDecoderLayer(config, names.index(name)), x_BTD, None, None)
+    return total / seq_len
+
+
+def _flops(module: nn.Module, *inputs: Tensor | None) -> int:
+    with FlopCounterMode(display=False) as counter:
+        module(*inputs)
+    return counter.get_total_flops()
+
+
+__all__ = ["MemLMCausalLMOutput", "MemLMForCausalLM", "MemLMModel", "MemLMOutput", "count_flops", "count_parameters"]

@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import memlm
 from memlm import MemLMConfig, MemLMForCausalLM, MemoryCache
 from memlm.hub import load_model
 from memlm.memory.base import MixerOutput
+from memlm.modeling import count_flops
 from memlm.training.objective import Objective
 from tests.conftest import build, model_config
 
@@ -268,6 +270,34 @@ def test_trainer_takes_a_step(tmp_path):
     before = model.lm_head.weight.detach().clone()
     Trainer(model, TrainingArguments(disable_tqdm=True, save_strategy="no", **options), train_dataset=rows).train()
     assert not torch.equal(before, model.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "tied", "length"), [(["memory"], False, 75), (["full", "memory", "window"], True, 200)], ids=str
+)
+def test_flops_are_those_of_a_forward_of_the_whole_model(pattern, tied, length):
+    """The count over one layer of each kind, without data, is the count over all layers as they run."""
+    mixers = {
+        "memory": {"kind": "titans_mag", "memory_depth": 2},
+        "full": {"kind": "attention"},
+        "window": {"kind": "attention", "window_size": 16},
+    }
+    sizes = dict(num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied)
+    config = MemLMConfig(mixers=mixers, mixer_pattern=pattern, **sizes)
+    before = torch.get_rng_state()
+    counted = count_flops(config, length)
+    assert torch.equal(torch.get_rng_state(), before) and config._attn_implementation != "eager"
+    model = MemLMForCausalLM(config).eval()
+    model.set_attn_implementation("eager")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(ids(1, length), use_cache=False)
+    assert counted == counter.get_total_flops() / length
+
+
+def test_flops_of_attention_are_the_formula():
+    """Two a weight of projections and head; two products of T x K scores a head, masked or not."""
+    config = MemLMConfig(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=3)
+    assert count_flops(config, 64) == 2 * (3 * (4 * 32 * 32 + 3 * 32 * 48) + 32 * 100) + 3 * 2 * 2 * 64 * 32
 
 
 def test_version_is_known():

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -65,7 +66,8 @@ def test_a_run_leaves_what_it_promises(tmp_path, capsys):
     assert folder.name == "step_000005"
     assert {"config.json", "model.safetensors", "tokenizer.json", "trainer.pt"} <= {p.name for p in folder.iterdir()}
     screen = capsys.readouterr().out
-    assert "parameters, on cpu" in screen and "no GPU" in screen and "\x1b" not in screen
+    assert re.search(r" \d+,\d{3} parameters, 0\.\d MFLOPs a token forward, on cpu", screen)
+    assert "no GPU" in screen and "\x1b" not in screen
     run(config(tmp_path, "train.steps=5"))
     assert "all 5 steps are done" in capsys.readouterr().out
 

@@ -19,7 +19,7 @@ from memlm.configuration import MemLMConfig
 from memlm.data import TextSource, build_data, token_bytes
 from memlm.hub import load_model
 from memlm.memory.base import build_config
-from memlm.modeling import MemLMForCausalLM, count_parameters
+from memlm.modeling import MemLMForCausalLM, count_flops, count_parameters
 from memlm.training import checkpoint
 from memlm.training.display import Display
 from memlm.training.objective import Objective, Score, model_inputs, score
@@ -270,10 +270,11 @@ class Trainer:
         kinds = ", ".join(dict.fromkeys(m["kind"] for m in self.model.config.mixers.values()))
         mixture = ", ".join(f"{name} {count}" for name, count in self.mixture.counts.items())
         total = self.tokens_per_step() * self.settings.steps
+        flops = count_flops(self.model.config, self.config["data"]["seq_len"])
         say = self.display.say
         say(
-            f"memlm {memlm.__version__}: {kinds}, {count_parameters(self.model):,} parameters, on {where}, "
-            f"{'fp32' if precision == 'no' else precision}"
+            f"memlm {memlm.__version__}: {kinds}, {count_parameters(self.model):,} parameters, "
+            f"{flops / 1e6:,.1f} MFLOPs a token forward, on {where}, {'fp32' if precision == 'no' else precision}"
         )
         if device.type == "cpu":
             say("no GPU: the preset for CPUs, minutes long")
