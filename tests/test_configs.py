@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from memlm import MemLMConfig, MemLMForCausalLM
 from memlm.cli import use_gpu_preset
 from memlm.data import MQAR, Passkey
+from memlm.modeling import count_flops, count_parameters
 from memlm.training.loop import model_config
 from tests.conftest import MEMORIES, ROOT, composed
 
@@ -63,6 +64,36 @@ def test_the_control_cannot_know_the_answers(run):
             assert MQAR(cfg.data.seq_len, source.num_pairs, source.gap).min_distance > reach
         elif source.kind == "passkey":
             assert Passkey(cfg.data.seq_len, source.digits, source.gap).min_distance > reach
+
+
+@pytest.mark.parametrize("millions", [170, 340, 400, 760])
+def test_titans_sizes_are_their_names(millions):
+    cfg = composed("experiment=titans_paper", f"model=titans_{millions}m")
+    config = MemLMConfig.from_hydra(OmegaConf.to_container(cfg.model, resolve=True))
+    with torch.device("meta"):
+        parameters = count_parameters(MemLMForCausalLM(config))
+    assert parameters == pytest.approx(millions * 1e6, rel=0.05)
+    memory = config.mixers["memory"]
+    assert memory["memory_heads"] * memory["memory_head_dim"] == config.hidden_size
+    # Two FLOPs a weight, and more for the memory's, which are also written.
+    assert 2 < count_flops(config, 128) / parameters < 3
+
+
+def test_titans_paper_is_the_paper_and_has_a_control():
+    paper, control = (composed("experiment=titans_paper", f"memory={memory}") for memory in ("titans_mag", "none"))
+    tokens = paper.train.batch_size * paper.train.gradient_accumulation * paper.data.seq_len
+    assert tokens == 2**19 and tokens * paper.train.steps == pytest.approx(15e9, rel=1e-4)
+    for name in ("window_size", "persistent_tokens"):
+        assert control.model.mixers.memory[name] == paper.model.mixers.memory[name] > 4
+    chosen = composed("experiment=titans_paper", "model.mixers.memory.window_size=77")
+    assert chosen.model.mixers.memory.window_size == 77
+
+
+def test_what_an_experiment_sets_for_a_memory_is_for_one_that_exists():
+    """Such a file is optional to Hydra, so a misspelt name would be passed over in silence."""
+    folder = ROOT / "configs" / "memory" / "of_experiment"
+    found = [path.relative_to(folder) for path in folder.rglob("*.yaml")]
+    assert found and all(("experiment", str(path.parent)) in GROUPS and path.stem in MEMORIES for path in found)
 
 
 def test_memories_are_all_listed_in_the_readme():
