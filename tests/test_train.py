@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,6 +97,52 @@ def test_resuming_is_exact(tmp_path, monkeypatch, overrides):
         figures(tmp_path, validation) == figures(tmp_path / "straight", validation)
         and len(figures(tmp_path, validation)) == 2
     )
+
+
+def test_a_run_starts_with_the_weights_of_another(tmp_path, capsys):
+    """A second stage: same weights, a smaller chunk; fresh optimisers and step. Its own checkpoints come first."""
+    run(config(tmp_path / "first", "train.steps=3"))
+    stage = (f"train.init_from={tmp_path}/first/run", "model.mixers.memory.chunk_size=4", "train.steps=4")
+    second = config(tmp_path, *stage)
+    trainer = loop.Trainer(second)
+    folder = checkpoint.latest(tmp_path / "first" / "run")
+    assert f"weights: {folder}" in capsys.readouterr().out
+    assert trainer.step == 0 and not any(o.state_dict()["state"] for o in trainer.optimizers)
+    assert trainer.model.config.mixers["memory"]["chunk_size"] == 4
+    for (name, a), (_, b) in zip(load_model(folder).named_parameters(), trainer.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run(second)
+    assert OmegaConf.load(tmp_path / "run" / "config.yaml").train.init_from == f"{tmp_path}/first/run"
+    shutil.rmtree(tmp_path / "first")
+    resumed = loop.Trainer(second)
+    assert resumed.step == 4
+    assert not torch.equal(resumed.model.lm_head.weight, trainer.model.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "+model.intermediate_size=50",
+            r"layers\.0\.mlp\.gate_proj\.weight is \[88, 32\] there and \[50, 32\] here \(5 more differ\); set model",
+        ),
+        ("model.num_hidden_layers=1", r"layers\.1\.input_layernorm\.weight is \[32\] there and missing here"),
+        ("model.num_hidden_layers=3", r"layers\.2\.input_layernorm\.weight is missing there and \[32\] here"),
+        ("+model.tie_word_embeddings=true", r"lm_head\.weight is \[259, 32\] there and missing here; set model"),
+        ("data.tokenizer={bpe: 300}", r"its tokens are others .* set data\.tokenizer=\S+step_000001"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(tmp_path, override, message):
+    (tmp_path / "corpus").mkdir()
+    for i in range(40):
+        (tmp_path / "corpus" / f"{i}.txt").write_text(f"document {i}: it was the best of times " * 20)
+    text = ("data=text", f"data.sources.text.paths=[{tmp_path}/corpus]")
+    run(config(tmp_path / "first", "train.steps=1", *text))
+    with pytest.raises(ValueError, match=rf"^train\.init_from={tmp_path}/first/run: .*{message}") as caught:
+        run(config(tmp_path, f"train.init_from={tmp_path}/first/run", *text, override))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_run_in_the_same_place_is_refused(tmp_path):
@@ -194,6 +241,8 @@ def test_accumulated_parts_are_one_batch(tmp_path):
         ("train.steps=true", "train.steps=True must be int"),
         ("train.gradient_checkpointing=maybe", "train.gradient_checkpointing='maybe' must be bool"),
         ("train.validation_batches=0", "train.validation_batches=0"),
+        ("train.init_from=runs/nowhere", "train.init_from=runs/nowhere: there is no run and no checkpoint there"),
+        ("train.init_from=3", "train.init_from=3 must be str or null"),
         ("run_dir=''", "run_dir=''"),
         ("hardware.device=tpu", "hardware.device='tpu'"),
         ("tracker.name=tensorboard", "tracker.name='tensorboard'"),

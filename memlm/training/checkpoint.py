@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from memlm.hub import load_model, load_tokenizer
+
 _NAME = re.compile(r"step_\d{6,}")
 
 
@@ -70,3 +72,29 @@ def load_trainer(folder: Path) -> dict[str, Any]:
             f"{folder / 'trainer.pt'}: damaged or missing ({type(error).__name__}); delete {folder} to go on from "
             "the checkpoint before it"
         ) from None
+
+
+@torch.no_grad()
+def copy_weights(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """Give ``model`` the weights of ``source``, a run directory or a checkpoint's folder; returns that folder.
+
+    Raises ValueError unless every parameter is there with the same shape, none is left over, and the tokens
+    are the same.
+    """
+    folder = latest(Path(source)) or Path(source)
+    key = f"train.init_from={source}"
+    if not folder.is_dir():
+        raise ValueError(f"{key}: there is no run and no checkpoint there; name one, or null for a fresh start")
+    if load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"{key}: its tokens are others than this run's; set data.tokenizer={folder}")
+    theirs, ours = (dict(m.named_parameters()) for m in (load_model(folder), model))
+    shapes = [{name: list(p.shape) for name, p in parameters.items()} for parameters in (theirs, ours)]
+    if wrong := [name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name)]:
+        there, here = (shape.get(wrong[0], "missing") for shape in shapes)
+        others = f" ({len(wrong) - 1} more differ)" if len(wrong) > 1 else ""
+        raise ValueError(
+            f"{key}: {wrong[0]} is {there} there and {here} here{others}; set model.* as in {folder / 'config.json'}"
+        )
+    for name, parameter in ours.items():
+        parameter.copy_(theirs[name])
+    return folder

@@ -104,6 +104,9 @@ class Trainer:
             config = model_config(self.config["model"], self.tokenizer)
             torch.manual_seed(self.cfg.seed)
             model = MemLMForCausalLM(config)
+            if self.settings.init_from:
+                folder = checkpoint.copy_weights(self.settings.init_from, model, self.tokenizer)
+                self.display.say(f"weights: {folder}")
         if self.settings.gradient_checkpointing:
             # Renamed in transformers 5.23.
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()

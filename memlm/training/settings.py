@@ -33,13 +33,15 @@ class OptimSettings:
 @dataclass(frozen=True)
 class TrainSettings:
     """steps: optimiser steps; batch_size: rows of one forward of one process; *_every: in steps;
-    validation_batches: batches of each validation; keep: checkpoints that stay.
+    validation_batches: batches of each validation; keep: checkpoints that stay; init_from: the run, or the
+    checkpoint's folder, whose weights a new run starts with.
     """
 
     steps: int
     batch_size: int
     gradient_accumulation: int
     gradient_checkpointing: bool
+    init_from: str | None
     log_every: int
     validate_every: int
     validation_batches: int
@@ -48,5 +50,5 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name != "gradient_checkpointing":
+            if name not in ("gradient_checkpointing", "init_from"):
                 require(value >= 1, f"{name}={value} must be a whole number, at least 1")
