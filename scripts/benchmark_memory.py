@@ -1,0 +1,300 @@
+"""Speed and memory of Titans' neural memory beside a peer's: one JSON line for each measurement.
+
+    python scripts/benchmark_memory.py --suite wide --peer-python ../peer/bin/python
+    python scripts/benchmark_memory.py --table
+
+Ours is the layer ``memlm.memory.titans.NeuralMemory``; the peer is ``titans_pytorch.NeuralMemory``, which lives in an
+environment of its own (torch as in constraints.txt, then titans-pytorch). Both layers map [B, T, width] to the same
+shape and own their projections and gates. The peer keeps its defaults: no convolution and no output gate, a
+normalisation and a residual around its MLP, and momentum and decay shared by all tokens of a chunk, where ours has one
+for each token. Its gradients are taken at the ``anchor``: the weights at the start of the call (its default), or those
+at the start of the chunk, as ours and the paper's are (its ``batch_size=chunk_size``).
+
+A measurement is a process of its own with one thread. It makes its layer and input, takes a pass to warm up, and then
+one whenever it is told to, so that the runs of a group alternate and share the noise of the machine. A pass is forward
+and backward, to the input and all parameters; for ``decode`` it is a chunk of one-token calls without gradients. Rates
+are tokens per second of that process's own CPU time (``user`` leaves out the kernel's, which maps memory), of wall
+time, and of CUDA's where there is a GPU. Memory is in MB (2**20 bytes): ``base_rss_mb`` is the highest before the
+first pass, ``peak_rss_mb`` after the last.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+# The peer keeps whole weights for every chunk: 4096 tokens in chunks of 4 would take it 18 GB. It reads fewer.
+PEER_CHUNKS = 128
+
+WIDE = {"width": 384, "heads": 1, "head_dim": 384, "expansion": 4, "depth": 2, "batch": 1, "dtype": "float32"}
+HEADS = WIDE | {"heads": 6, "head_dim": 64}
+TINY = WIDE | {"width": 32, "heads": 2, "head_dim": 16}
+
+Setting = dict[str, Any]
+
+
+def ours(shape: Setting, chunk_size: int, tokens: int, **more: int) -> Setting:
+    return {"what": "memlm", "anchor": "chunk", **shape, "chunk_size": chunk_size, "tokens": tokens, **more}
+
+
+def beside_peer(shape: Setting, chunk_size: int) -> list[Setting]:
+    our, fewer = ours(shape, chunk_size, 4096), min(4096, PEER_CHUNKS * chunk_size)
+    return [our, *(our | {"what": "titans-pytorch", "anchor": a, "tokens": fewer} for a in ("call", "chunk"))]
+
+
+# A suite is a list of groups; the runs of a group alternate.
+SUITES = {
+    "wide": [beside_peer(WIDE, 64)],
+    "heads": [beside_peer(HEADS, chunk_size) for chunk_size in (4, 8, 16, 32, 64, 128, 256)],
+    "length": [[ours(HEADS, 64, tokens=1024 * 2**i) for i in range(6)]],
+    "decode": [[ours(HEADS, 64, tokens=64, seen=seen) for seen in (1024, 4096, 16384)]],
+    "smoke": [[ours(TINY, 8, tokens=64), ours(TINY, 8, tokens=8, seen=64)]],
+}
+
+
+def build_memlm(s: Setting) -> tuple[Callable, str]:
+    from memlm.memory.base import Dims
+    from memlm.memory.titans import NeuralMemory, NeuralMemoryConfig
+
+    config = NeuralMemoryConfig(
+        memory_heads=s["heads"],
+        memory_head_dim=s["head_dim"],
+        memory_depth=s["depth"],
+        memory_expansion=s["expansion"],
+        chunk_size=s["chunk_size"],
+    )
+    return NeuralMemory(config, Dims(s["width"], s["heads"], s["heads"], s["head_dim"])), commit()
+
+
+def build_peer(s: Setting) -> tuple[Callable, str]:
+    from titans_pytorch import MemoryMLP, NeuralMemory
+
+    layer = NeuralMemory(
+        s["width"],
+        heads=s["heads"],
+        dim_head=s["head_dim"],
+        chunk_size=s["chunk_size"],
+        batch_size=s["chunk_size"] if s["anchor"] == "chunk" else None,
+        model=MemoryMLP(s["head_dim"], depth=s["depth"], expansion_factor=s["expansion"]),
+    )
+    return layer, importlib.metadata.version("titans-pytorch")
+
+
+def measure(s: Setting) -> None:
+    """The measured process: a line that tells what runs here, then one line for each line read."""
+    import torch
+
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(0)
+    gpu = torch.cuda.is_available()
+    torch.set_default_device("cuda" if gpu else "cpu")
+    torch.set_default_dtype(getattr(torch, s["dtype"]))
+    layer, version = (build_memlm if s["what"] == "memlm" else build_peer)(s)
+    x = torch.randn(s["batch"], s["tokens"], s["width"], requires_grad=True)
+    gradient, state = torch.randn_like(x), None
+
+    def train() -> None:
+        torch.autograd.grad(layer(x)[0], [x, *layer.parameters()], gradient, allow_unused=True)
+
+    @torch.no_grad()
+    def decode() -> None:
+        new = state
+        for t in range(s["tokens"]):
+            new = layer(x[:, t : t + 1], new).state
+
+    base_rss_mb = rss_mb()
+    for _ in range(0, s.get("seen", 0), s["tokens"]):
+        with torch.no_grad():
+            state = layer(x, state).state
+    step = decode if "seen" in s else train
+    step()
+    say(
+        version=version,
+        device="cuda" if gpu else "cpu",
+        base_rss_mb=base_rss_mb,
+        hardware=torch.cuda.get_device_name() if gpu else cpu_name(),
+        torch=torch.__version__,
+    )
+    for _ in sys.stdin:
+        if gpu:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            begin.record()
+        cpu, user, wall = time.process_time(), user_time(), time.perf_counter()
+        step()
+        seconds = {"cpu": time.process_time() - cpu, "user": user_time() - user}
+        if gpu:
+            end.record()
+            torch.cuda.synchronize()
+            seconds["gpu"] = begin.elapsed_time(end) / 1000
+        seconds["wall"] = time.perf_counter() - wall
+        memory = {"peak_gpu_mb": torch.cuda.max_memory_allocated() / 2**20} if gpu else {}
+        say(seconds=seconds, peak_rss_mb=rss_mb(), **memory)
+
+
+def say(**values: Any) -> None:
+    print(json.dumps(values), flush=True)
+
+
+def rss_mb() -> float:
+    # A process starts from the highest its parent had: the parent must not import torch.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def user_time() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_utime
+
+
+def cpu_name() -> str:
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return f"{found[1] if found else os.uname().machine}, {os.cpu_count()} cores"
+
+
+def commit() -> str:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def run_group(group: list[Setting], repeats: int, peer_python: str | None) -> list[dict]:
+    """Start a process for each run, let them take their passes in turn, and return their measurements."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+    }
+    runs = []
+    for s in group:
+        python = sys.executable if s["what"] == "memlm" else peer_python
+        if python is None:
+            continue
+        process = subprocess.Popen(
+            [python, str(Path(__file__).resolve()), "--measure", json.dumps(s)],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        runs.append((s, process, heard(process)))
+    passes = [[told(process) for _, process, _ in runs] for _ in range(repeats)]
+    records = []
+    for (s, process, about), taken in zip(runs, zip(*passes, strict=True), strict=True):
+        process.communicate()
+        rates = {}
+        for clock in taken[0]["seconds"]:
+            of = [s["batch"] * s["tokens"] / one["seconds"][clock] for one in taken]
+            rates[f"tokens_per_{clock}_second"] = {
+                "best": round(max(of), 1),
+                "median": round(statistics.median(of), 1),
+            }
+        memory = {name: round(x, 1) for name, x in (about | taken[-1]).items() if name.endswith("_mb")}
+        records.append(s | about | {"repeats": repeats} | rates | memory)
+    return records
+
+
+def told(process: subprocess.Popen) -> dict:
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return heard(process)
+
+
+def heard(process: subprocess.Popen) -> dict:
+    line = process.stdout.readline()
+    if not line:
+        sys.exit(f"error: a measurement ended with status {process.wait()}: {process.args[-1]}")
+    return json.loads(line)
+
+
+def run_suite(suite: str, repeats: int, peer_python: str | None, out: Path) -> None:
+    command = f"python scripts/benchmark_memory.py --suite {suite} --repeats {repeats}"
+    about = {
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "command": f"{command} --peer-python PEER/bin/python" if peer_python else command,
+    }
+    for group in SUITES[suite]:
+        for record in run_group(group, repeats, peer_python):
+            line = json.dumps({"suite": suite} | record | about)
+            print(line, flush=True)
+            with out.open("a") as file:
+                file.write(f"{line}\n")
+
+
+def table(path: Path) -> None:
+    """Print the newest measurement of every setting. Rates are the best pass's; MB what a pass adds, per 1K tokens."""
+    newest: dict[tuple, dict] = {}
+    for record in map(json.loads, path.read_text().splitlines()):
+        names = ("suite", "hardware", "what", "anchor", "width", "heads", "head_dim", "chunk_size")
+        sizes = [record.get(name) for name in ("tokens", "seen")] if record["what"] == "memlm" else []
+        newest[*(record[name] for name in names), *sizes] = record
+    for suite, hardware in dict.fromkeys(key[:2] for key in newest):
+        records = [r for key, r in newest.items() if key[:2] == (suite, hardware)]
+        print(f"\n{suite}, {hardware}\n")
+        if suite in ("wide", "heads"):
+            peers_table(records)
+        else:
+            lengths_table(records)
+
+
+def peers_table(records: list[dict]) -> None:
+    unit = "GPU" if records[0]["device"] == "cuda" else "CPU"
+    print(f"| tokens per {unit} second, MB per 1K tokens | memlm | titans-pytorch, anchor: call | anchor: chunk |")
+    print("|---|---|---|---|")
+    for our in (r for r in records if r["what"] == "memlm"):
+        cells = [f"{rate(our):,.0f}, {added_mb(our):,.1f}"]
+        for anchor in ("call", "chunk"):
+            for peer in records:
+                alike = ("heads", "chunk_size")
+                if peer["what"] == "memlm" or peer["anchor"] != anchor or any(peer[a] != our[a] for a in alike):
+                    continue
+                faster, less = rate(our) / rate(peer), added_mb(peer) / added_mb(our)
+                cells.append(f"{rate(peer):,.0f} ({faster:.1f}x), {added_mb(peer):,.1f} ({less:.1f}x)")
+        print(f"| {our['heads']} x {our['head_dim']}, chunk {our['chunk_size']} | " + " | ".join(cells) + " |")
+
+
+def lengths_table(records: list[dict]) -> None:
+    print("| tokens | seen before | microseconds per token | over the first | MB added |\n|---|---|---|---|---|")
+    for r in records:
+        relative = rate(records[0]) / rate(r)
+        mb = added_mb(r) * r["tokens"] / 1024
+        print(f"| {r['tokens']} | {r.get('seen', 0)} | {1e6 / rate(r):.1f} | {relative:.2f} | {mb:,.0f} |")
+
+
+def rate(record: dict) -> float:
+    clock = "gpu" if record["device"] == "cuda" else "cpu"
+    return record[f"tokens_per_{clock}_second"]["best"]
+
+
+def added_mb(record: dict) -> float:
+    used = record["peak_gpu_mb"] if record["device"] == "cuda" else record["peak_rss_mb"] - record["base_rss_mb"]
+    return used / (record["batch"] * record["tokens"]) * 1024
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", choices=SUITES, help="what to measure")
+    parser.add_argument("--repeats", type=int, default=5, help="passes of each measurement")
+    parser.add_argument("--peer-python", help="the interpreter that has titans-pytorch; without it only ours is run")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/memory.jsonl", help="where lines are appended")
+    parser.add_argument("--table", action="store_true", help="print what --out holds as Markdown")
+    parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        measure(args.measure)
+    elif args.table:
+        table(args.out)
+    elif args.suite:
+        run_suite(args.suite, args.repeats, args.peer_python, args.out)
+    else:
+        parser.error("one of --suite and --table is needed")
