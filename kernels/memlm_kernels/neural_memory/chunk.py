@@ -36,9 +36,15 @@ class Gates(NamedTuple):
     beta: Tensor
     momentum: Momentum | None
 
-    def of(self, n: int | slice) -> "Gates":
-        momentum = None if self.momentum is None else Momentum(*(x[n] for x in self.momentum))
-        return Gates(self.C[n], self.beta[n], momentum)
+    def of(self, group: slice) -> "Gates":
+        momentum = None if self.momentum is None else Momentum(*(x[group] for x in self.momentum))
+        return Gates(self.C[group], self.beta[group], momentum)
+
+    def unbind(self) -> list["Gates"]:
+        """Those of each chunk, without N."""
+        each = zip(*(x.unbind() for x in self.momentum), strict=True) if self.momentum else None
+        momenta = [None] * len(self.C) if each is None else [Momentum(*x) for x in each]
+        return [Gates(*x) for x in zip(self.C.unbind(), self.beta.unbind(), momenta, strict=True)]
 
 
 class Flags(NamedTuple):
@@ -93,7 +99,7 @@ def enter(memory: Memory, flags: Flags | None, initial: Sequence[Tensor], n: int
 def leave(
     memory: Memory, gates: Gates, inputs: Sequence[Tensor], errors: Sequence[Tensor], room: Room, i: int
 ) -> Memory:
-    """The memory after the chunk of ``gates``, in place i of a room; in one of its own if that is full."""
+    """The memory after a chunk, in place i of a room; in one of its own if that is full."""
     W, S = room.at(i) if i < len(room.W[0]) else Room.of(memory, 1).at(0)
     for layer, (old, new, a, e) in enumerate(zip(memory.W, W, inputs, errors, strict=True)):
         torch.mul(old, gates.beta[:, -1, None, None], out=new)
@@ -116,17 +122,22 @@ class Inner(NamedTuple):
     behind: tuple[Tensor, ...]
     f: Tensor
 
-    def gradients(self, plan: Plan, k: Tensor, v: Tensor, tail: Tail | None) -> tuple[list[Tensor], list[Tensor]]:
-        """Inputs a and errors e of each layer: token i's gradient is the outer product of a[i] and e[i]."""
+    def gradients(
+        self, plan: Plan, k: Tensor, v: Tensor, tail: Tail | None
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Inputs a and errors e of each layer: token i's gradient is the outer product of a[i] and e[i]. And the
+        slopes of the activations, which made the errors.
+        """
         inputs = [k, *(plan.activation.value(h) for h in self.hidden)]
-        errors = [b * plan.activation.slope(h) for b, h in zip(self.behind, self.hidden, strict=True)]
-        return inputs, [*errors, output_error(plan.loss, self.f, k, v, tail)]
+        slopes = [plan.activation.slope(h) for h in self.hidden]
+        errors = [b * s for b, s in zip(self.behind, slopes, strict=True)]
+        return inputs, [*errors, output_error(plan.loss, self.f, k, v, tail)], slopes
 
 
 def inner(
     plan: Plan, k: Tensor, v: Tensor, anchor: Sequence[Tensor], tail: Tail | None
 ) -> tuple[Inner, list[Tensor], list[Tensor]]:
-    """Forward to the inner loss and back, at the anchor; with ``Inner.gradients`` of the result."""
+    """Forward to the inner loss and back, at the anchor; with inputs and errors as in ``Inner.gradients``."""
     hidden: list[Tensor] = []
     behind: list[Tensor] = []
     inputs = [k]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from memlm_kernels.neural_memory.chunk import Gates, Inner, Memory, Momentum, Plan, Room
+from memlm_kernels.neural_memory.losses import squared_error
 from memlm_kernels.neural_memory.network import Tail, output_error
 
 
@@ -53,8 +54,8 @@ def read_backward(
         scores, d_weights = x[layer] @ a.mT, d_z @ e.mT
         d_C -= d_weights * scores
         d_scores = d_weights.mul_(gates.C)
-        d_errors.insert(0, -((gates.C * scores).mT @ d_z))
-        d_inputs.insert(0, -(d_scores.mT @ x[layer]))
+        d_errors.insert(0, ((gates.C * scores).mT @ d_z).neg_())
+        d_inputs.insert(0, (d_scores.mT @ x[layer]).neg_())
         back = d_z @ memories.W[layer].mT
         d_beta += (x[layer] * back).sum(-1)
         d_x = back.mul_(gates.beta[..., None])
@@ -161,6 +162,9 @@ def _output_error_backward(
     plan: Plan, d_error: Tensor, f: Tensor, k: Tensor, v: Tensor, tail: Tail | None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tail | None]:
     """Gradients of f, k (None: none), v and the tail."""
+    if tail is None and plan.loss is squared_error:
+        # The common case without the cost of tracing.
+        return d_error, None, -d_error, None
     if tail is None:
         d_f, d_v = torch.func.vjp(plan.loss, f, v)[1](d_error)
         return d_f, None, d_v, None

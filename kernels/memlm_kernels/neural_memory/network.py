@@ -24,13 +24,9 @@ class Activation(NamedTuple):
     curvature: Function
 
 
-def _normal_density(x: Tensor) -> Tensor:
-    return torch.exp(-0.5 * x * x) * (2 * torch.pi) ** -0.5
-
-
-def _silu_slope(x: Tensor) -> Tensor:
-    s = torch.sigmoid(x)
-    return s * (1 + x * (1 - s))
+def _gelu_curvature(x: Tensor) -> Tensor:
+    square = x * x
+    return (square * -0.5).exp_().mul_((2 * torch.pi) ** -0.5).mul_(2 - square)
 
 
 def _silu_curvature(x: Tensor) -> Tensor:
@@ -38,13 +34,10 @@ def _silu_curvature(x: Tensor) -> Tensor:
     return s * (1 - s) * (2 + x * (1 - 2 * s))
 
 
+# torch's own backward functions are single passes.
 ACTIVATIONS = {
-    "gelu": Activation(
-        F.gelu,
-        lambda x: 0.5 * (1 + torch.erf(x * 2**-0.5)) + x * _normal_density(x),
-        lambda x: _normal_density(x) * (2 - x * x),
-    ),
-    "silu": Activation(F.silu, _silu_slope, _silu_curvature),
+    "gelu": Activation(F.gelu, lambda x: torch.ops.aten.gelu_backward(torch.ones_like(x), x), _gelu_curvature),
+    "silu": Activation(F.silu, lambda x: torch.ops.aten.silu_backward(torch.ones_like(x), x), _silu_curvature),
 }
 
 

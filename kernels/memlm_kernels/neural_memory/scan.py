@@ -1,11 +1,10 @@
 """The loop over chunks as one differentiable function.
 
-Forward keeps each token's activations and, for every group of sqrt(N) chunks, W and S at its start. Backward makes
-those of the group's other chunks again with the outer products that made them: memory grows with the tokens and
-with sqrt(N) memories, never N.
+Forward keeps each token's activations and, for every group of chunks, W and S at its start. Backward makes those of
+the group's other chunks again with the outer products that made them. A group is so large that its memory weighs no
+more than its activations: what is kept grows with the tokens, however large the memory and however short the chunks.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -65,7 +64,7 @@ class Scan(torch.autograd.Function):
     def forward(ctx: Any, plan: Plan, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> tuple[Tensor, ...]:
         gates, tail, flags, memory, initial = _sort(plan.depth, rest)
         chunks = len(q)
-        size = math.isqrt(chunks - 1) + 1
+        size = _group_size(memory, k)
         out, surprise, kept = [], [], []
         for start in range(0, chunks, size):
             group = slice(start, start + size)
@@ -73,15 +72,16 @@ class Scan(torch.autograd.Function):
             passed, inputs, errors = [], [], []
             room = Room.of(memory, len(q[group]))
             memory = room.move_in(memory)
-            for n in range(start, min(start + size, chunks)):
-                memory = enter(memory, flags, initial, n)
-                tokens, a, e = inner(plan, k[n], v[n], memory.anchor, tail)
+            of_chunks = gates.of(group)
+            for i, (k_n, v_n, gates_n) in enumerate(zip(k[group], v[group], of_chunks.unbind(), strict=True)):
+                memory = enter(memory, flags, initial, start + i)
+                tokens, a, e = inner(plan, k_n, v_n, memory.anchor, tail)
                 passed.append([*tokens.hidden, *tokens.behind, tokens.f])
                 inputs.append(a)
                 errors.append(e)
-                memory = leave(memory, gates.of(n), a, e, room, n + 1 - start)
+                memory = leave(memory, gates_n, a, e, room, i + 1)
             a, e, states = (_stack(x) for x in (inputs, errors, passed))
-            z, before = read(plan, q[group], room, gates.of(group), a, e)
+            z, before = read(plan, q[group], room, of_chunks, a, e)
             out.append(z)
             surprise.append(_gradient_norm(a, e))
             kept[-1] += [*states, *before]
@@ -115,54 +115,59 @@ class Scan(torch.autograd.Function):
                 _pop(of_group, depth), _pop(of_group, len(memory.S)), _pop(of_group, depth if flags else 0)
             )
             tokens = Inner(_pop(of_group, depth - 1), _pop(of_group, depth - 1), of_group.pop(0))
-            inputs, errors = tokens.gradients(plan, k[group], v[group], tail)
-            slopes = [plan.activation.slope(h) for h in tokens.hidden]
+            inputs, errors, slopes = tokens.gradients(plan, k[group], v[group], tail)
             curvatures = [plan.activation.curvature(h) for h in tokens.hidden]
-            room = Room.of(current, group.stop - start)
+            size = group.stop - start
+            room = Room.of(current, size)
             current = room.move_in(current)
+            of_chunks = gates.of(group)
+            gates_of, a_of, e_of = of_chunks.unbind(), _unstack(inputs, size), _unstack(errors, size)
             entered = []
-            for n in range(start, group.stop):
-                current = enter(current, flags, initial, n)
+            for i in range(size):
+                current = enter(current, flags, initial, start + i)
                 entered.append(current)
-                if n + 1 < group.stop:
-                    i = n - start
-                    current = leave(current, gates.of(n), _at(inputs, i), _at(errors, i), room, i + 1)
-            reads = read_backward(plan, d_out[group], q[group], of_group, room, gates.of(group), inputs, errors)
+                if i + 1 < size:
+                    current = leave(current, gates_of[i], a_of[i], e_of[i], room, i + 1)
+            reads = read_backward(plan, d_out[group], q[group], of_group, room, of_chunks, inputs, errors)
             d_q[group], d_C[group], d_beta[group] = reads.q, reads.C, reads.beta
             if d_momentum is not None and reads.f is not None:
                 d_momentum.f[group] = reads.f
-            for n in reversed(range(start, group.stop)):
-                i = n - start
-                a, e, d_a, d_e = (_at(x, i) for x in (inputs, errors, reads.inputs, reads.errors))
-                left = leave_backward(d_W, d_S, entered[i], gates.of(n), a, e, d_a, d_e)
+            hidden, behind, slope, curvature, d_a, d_e, x, to_W, to_S = (
+                _unstack(part, size)
+                for part in (
+                    *(tokens.hidden, tokens.behind, slopes, curvatures),
+                    *(reads.inputs, reads.errors, reads.x, reads.to_W, reads.to_S),
+                )
+            )
+            for i in reversed(range(size)):
+                n = start + i
+                left = leave_backward(d_W, d_S, entered[i], gates_of[i], a_of[i], e_of[i], d_a[i], d_e[i])
                 d_C[n, :, -1] += left.C
                 d_beta[n, :, -1] += left.beta
                 if d_momentum is not None and left.momentum is not None:
                     d_momentum.f[n, :, -1] += left.momentum.f
                     d_momentum.P[n], d_momentum.m[n] = left.momentum.P, left.momentum.m
                 d_W, d_S = left.W, left.S
-                for x, to_W, w in zip(reads.x, reads.to_W, d_W, strict=True):
-                    w.baddbmm_(x[i].mT, to_W[i])
-                for x, to_S, s in zip(reads.x, reads.to_S, d_S, strict=False):
-                    s.baddbmm_(x[i].mT, to_S[i])
+                for d_old, factor, read in zip((*d_W, *d_S), (*to_W[i], *to_S[i]), (*x[i], *x[i]), strict=False):
+                    d_old.baddbmm_(read.mT, factor)
                 if flags is None:
                     # The anchor is the memory itself; what follows the call may have asked for the last one.
-                    for w, last in zip(d_W, d_anchor, strict=False):
-                        w += last
+                    for d_old, last in zip(d_W, d_anchor, strict=False):
+                        d_old += last
                     d_anchor = []
                 back = inner_backward(
                     plan,
-                    d_a,
-                    d_e,
+                    d_a[i],
+                    d_e[i],
                     k[n],
                     v[n],
                     entered[i].anchor,
                     tail,
-                    Inner(tuple(_at(tokens.hidden, i)), tuple(_at(tokens.behind, i)), tokens.f[i]),
-                    _at(slopes, i),
-                    _at(curvatures, i),
-                    a,
-                    e,
+                    Inner(hidden[i], behind[i], tokens.f[i]),
+                    slope[i],
+                    curvature[i],
+                    a_of[i],
+                    e_of[i],
                     d_anchor if flags else d_W,
                 )
                 d_k[n], d_v[n] = back.k, back.v
@@ -173,6 +178,14 @@ class Scan(torch.autograd.Function):
         weights = [*d_W, *d_S, *(d_anchor if flags else ()), *d_initial]
         of_rest = [d_C, d_beta, *(d_momentum or (None, None, None)), *(d_tail or (None, None)), None, None, *weights]
         return None, d_q, d_k, d_v, *of_rest
+
+
+def _group_size(memory: Memory, k: Tensor) -> int:
+    """As many chunks as make the memory kept for a group no larger than the activations kept for its tokens."""
+    of_memory = sum(w.numel() for w in (*memory.W, *memory.S))
+    hidden = sum(w.shape[-1] for w in memory.W[:-1])
+    of_token = 3 * hidden + 2 * k.shape[-1] + 2 * memory.W[-1].shape[-1]
+    return -(-of_memory // (of_token * k.shape[1] * k.shape[2]))
 
 
 def _enter_backward(
@@ -200,8 +213,9 @@ def _stack(of_chunks: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [torch.stack(x) for x in zip(*of_chunks, strict=True)]
 
 
-def _at(of_group: Sequence[Tensor], i: int) -> list[Tensor]:
-    return [x[i] for x in of_group]
+def _unstack(tensors: Sequence[Tensor], size: int) -> list[tuple[Tensor, ...]]:
+    """For each of ``size`` chunks its part of every tensor."""
+    return list(zip(*(x.unbind() for x in tensors), strict=True)) if tensors else [()] * size
 
 
 def _pop(tensors: list[Tensor], count: int) -> tuple[Tensor, ...]:
