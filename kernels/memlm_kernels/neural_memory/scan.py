@@ -132,7 +132,7 @@ class Scan(torch.autograd.Function):
             d_q[group], d_C[group], d_beta[group] = reads.q, reads.C, reads.beta
             if d_momentum is not None and reads.f is not None:
                 d_momentum.f[group] = reads.f
-            hidden, behind, slope, curvature, d_a, d_e, x, to_W, to_S = (
+            hidden, behind, slope, curvature, d_a, d_e, x_of, to_W, to_S = (
                 _unstack(part, size)
                 for part in (
                     *(tokens.hidden, tokens.behind, slopes, curvatures),
@@ -148,8 +148,8 @@ class Scan(torch.autograd.Function):
                     d_momentum.f[n, :, -1] += left.momentum.f
                     d_momentum.P[n], d_momentum.m[n] = left.momentum.P, left.momentum.m
                 d_W, d_S = left.W, left.S
-                for d_old, factor, read in zip((*d_W, *d_S), (*to_W[i], *to_S[i]), (*x[i], *x[i]), strict=False):
-                    d_old.baddbmm_(read.mT, factor)
+                for d_old, factor, x in zip((*d_W, *d_S), (*to_W[i], *to_S[i]), (*x_of[i], *x_of[i]), strict=False):
+                    d_old.baddbmm_(x.mT, factor)
                 if flags is None:
                     # The anchor is the memory itself; what follows the call may have asked for the last one.
                     for d_old, last in zip(d_W, d_anchor, strict=False):
