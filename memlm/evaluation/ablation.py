@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from memlm.memory.base import MixerOutput, SequenceMixer
+from memlm.memory.base import MixerOutput
 
 
 @contextmanager
@@ -16,7 +16,7 @@ def memory_off(model: nn.Module) -> Iterator[None]:
 
     Raises ValueError if the model has no such part.
     """
-    parts = [m for m in model.modules() if isinstance(m, SequenceMixer) and m.long_term]
+    parts = [m for m in model.modules() if getattr(m, "long_term", False)]
     if not parts:
         raise ValueError("memory_off=true, but the model has no long-term memory; leave it out, or name another run")
     hooks = [part.register_forward_hook(_silence) for part in parts]
@@ -27,5 +27,7 @@ def memory_off(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def _silence(part: nn.Module, inputs: Any, output: MixerOutput) -> MixerOutput:
+def _silence(part: nn.Module, inputs: Any, output: MixerOutput | Tensor) -> MixerOutput | Tensor:
+    if isinstance(output, Tensor):
+        return torch.zeros_like(output)
     return output._replace(y_BTD=torch.zeros_like(output.y_BTD))

@@ -41,11 +41,13 @@ class MixerContext:
     positions_BT: tokens before each one in its document; a 0 starts a document. None: go on from the state
     lengths_B: real tokens of each row; they come first (the decoder moves padding to the end). None: all
     max_documents: an upper bound on the documents that one row has tokens of, known without the device
+    aligned: every row goes on from where a chunk of the memory ends, all tokens real, in the same document
     """
 
     positions_BT: Tensor | None = None
     lengths_B: Tensor | None = None
     max_documents: int = 1
+    aligned: bool = False
 
 
 class MixerOutput(NamedTuple):
@@ -99,13 +101,14 @@ def next_position(positions_BT: Tensor, state: State, ctx: MixerContext) -> Tens
 
 
 def substate(state: State, name: str) -> State:
-    """The part of a state that ``prefixed`` put under ``name``."""
+    """The part of a state that ``joined`` put under ``name``."""
     return {key.removeprefix(f"{name}."): x for key, x in state.items() if key.startswith(f"{name}.")}
 
 
-def prefixed(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Keys with ``name.`` before them: how a composed mixer keeps its parts' states and metrics apart."""
-    return {f"{name}.{key}": x for key, x in tensors.items()}
+def joined(parts: dict[str, State]) -> State:
+    """The states of a composed mixer's parts under their names, at the position of the first."""
+    position = next(iter(parts.values()))["position"]
+    return {"position": position} | {f"{name}.{key}": x for name, part in parts.items() for key, x in part.items()}
 
 
 def kinds() -> list[str]:

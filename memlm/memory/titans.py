@@ -1,6 +1,6 @@
 """Titans' long-term memory as a part: projections, gates and one call of the ``neural_memory`` op.
 
-Paper to code (arXiv:2501.00663): theta = lr, eta = momentum, alpha = decay, M_0 = ``memory``,
+Paper to code (arXiv:2501.00663): theta = lr, eta = momentum, alpha = decay, M_0 = ``Store.memory``,
 b = chunk_size. B batch, T tokens, D hidden, H memory heads, K memory head dim, C channels.
 
 Conventions the paper leaves open: the inner loss is 1/2 |M(k) - v|^2; a token reads after it has
@@ -10,6 +10,7 @@ are one number for each token and head.
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from memlm.layers import RMSNorm, ShortConv
+from memlm.memory import attention
 from memlm.memory.base import (
     Dims,
     MixerContext,
@@ -24,6 +26,7 @@ from memlm.memory.base import (
     SequenceMixer,
     State,
     require,
+    substate,
     token_positions,
 )
 from memlm_kernels import NeuralMemoryState, neural_memory, read_memory
@@ -102,45 +105,53 @@ class NeuralMemoryConfig:
     @property
     def gates(self) -> dict[str, tuple[float, float]]:
         """Start and cap of each gate that there is."""
-        gates = {
-            name: (getattr(self, f"initial_{name}"), getattr(self, f"max_{name}"))
-            for name in ("lr", "momentum", "decay")
-        }
+        names = ("lr", "momentum", "decay")
+        gates = {name: (getattr(self, f"initial_{name}"), getattr(self, f"max_{name}")) for name in names}
         if self.omega_window > 1:
             gates["weight"] = (1 / self.omega_window, 1.0)
         return {name: gate for name, gate in gates.items() if gate[0] is not None}
 
+    @property
+    def features(self) -> int:
+        """Width of keys and queries as the memory sees them."""
+        products = self.memory_head_dim * (self.memory_head_dim + 1) // 2
+        return self.memory_head_dim + (products if self.polynomial_degree == 2 else 0)
 
-class NeuralMemory(SequenceMixer):
-    """The memory with its own projections: [B, T, D] in, [B, T, D] out."""
 
-    long_term = True
+@dataclass(frozen=True)
+class HybridConfig(NeuralMemoryConfig):
+    """window_size: tokens the attention branch sees; persistent_tokens: learned tokens it always sees.
+    attention_conv_size: width of the attention branch's own convolution, 0 for none.
+    """
+
+    window_size: int = 16
+    persistent_tokens: int = 4
+    attention_conv_size: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.attention()
+
+    def attention(self) -> attention.Config:
+        """Settings of the attention branch."""
+        return attention.Config(self.window_size, self.attention_conv_size, self.persistent_tokens)
+
+
+class Store(nn.Module):
+    """The memory itself: its learned start, the gates of its writes, and the call of the op."""
 
     def __init__(self, config: NeuralMemoryConfig, dims: Dims) -> None:
         super().__init__()
         self.config = config
         heads, head_dim = config.memory_heads, config.memory_head_dim
-        inner = heads * head_dim
-        self.q_proj = nn.Linear(dims.hidden_size, inner, bias=False)
-        self.k_proj = nn.Linear(dims.hidden_size, inner, bias=False)
-        self.v_proj = nn.Linear(dims.hidden_size, inner, bias=False)
-        self.conv = ShortConv(3 * inner, config.conv_size)
         self.gates = nn.Linear(dims.hidden_size, len(config.gates) * heads)
-        features = head_dim
-        if config.polynomial_degree == 2:
-            features += head_dim * (head_dim + 1) // 2
-            self.feature_scales = nn.Parameter(torch.empty(2))
         hidden = [config.memory_expansion * head_dim] * (config.memory_depth - 1)
-        shapes = itertools.pairwise([features, *hidden, head_dim])
+        shapes = itertools.pairwise([config.features, *hidden, head_dim])
         self.memory = nn.ParameterList([torch.empty(heads, i, o) for i, o in shapes])
         if config.memory_norm:
             self.memory_norm = nn.ParameterList([torch.empty(heads, head_dim) for _ in ("gain", "bias")])
-        self.norm = RMSNorm(head_dim, eps=dims.rms_norm_eps)
-        self.output_gate_proj = nn.Linear(dims.hidden_size, inner, bias=False)
-        self.o_proj = nn.Linear(inner, dims.hidden_size, bias=False)
         losses = {"huber": huber(config.huber_delta), "lp": lp(config.lp_power), "dot_product": dot_product}
         self.loss = losses.get(config.inner_loss, squared_error)
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         config = self.config
@@ -155,10 +166,101 @@ class NeuralMemory(SequenceMixer):
         else:
             # LayerNorm would blow a zero up; without it an empty memory says nothing.
             init.zeros_(self.memory[-1])
+
+    def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
+        # Filled from M_0 at position 0, so what stands here before is never read.
+        config, exact = self.config, torch.promote_types(dtype, torch.float32)
+        parts = ["weights", *(["momentum"] if "momentum" in config.gates else []), "anchor"]
+        shapes = {f"{part}.{layer}": w.shape for part in parts for layer, w in enumerate(self.memory)}
+        if config.omega_window > 1:
+            recent = (config.omega_window - 1, config.memory_heads)
+            widths = ((config.features,), (config.memory_head_dim,), ())
+            shapes |= {f"recent.{i}": torch.Size((*recent, *width)) for i, width in enumerate(widths)}
+        state = {name: torch.zeros(batch_size, *shape, device=device, dtype=exact) for name, shape in shapes.items()}
+        return {"position": torch.zeros(batch_size, dtype=torch.int64, device=device), **state}
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        q_BTHK: Tensor,
+        k_BTHK: Tensor,
+        v_BTHK: Tensor,
+        state: State | None,
+        ctx: MixerContext,
+    ) -> tuple[Tensor, State, dict[str, Tensor]]:
+        """x decides on the gates, q and k are ``NeuralMemory``'s features. Returns reads, state and metrics."""
+        gates = self._gates(x_BTD)
+        before = unpack(state) if state else None
+        o_BTHK, memory, surprise_BTH = neural_memory(
+            q_BTHK,
+            k_BTHK,
+            v_BTHK,
+            gates["lr"],
+            gates.get("momentum"),
+            gates.get("decay"),
+            weights=list(self.memory),
+            chunk_size=self.config.chunk_size,
+            window=self.config.omega_window,
+            weight=gates.get("weight"),
+            loss=self.loss,
+            **self.network(),
+            state=before,
+            positions=ctx.positions_BT,
+            lengths=ctx.lengths_B,
+            max_documents=ctx.max_documents,
+            aligned=ctx.aligned,
+        )
+        metrics = {name: gate.detach().mean() for name, gate in gates.items()}
+        metrics |= _norms(memory, before.weights if before else tuple(self.memory))
+        return o_BTHK, pack(memory), {**metrics, "surprise": surprise_BTH.mean()}
+
+    def network(self) -> dict[str, Any]:
+        """What M is besides its weights, as the op's arguments."""
+        norm = tuple(self.memory_norm) if self.config.memory_norm else None
+        return {"activation": self.config.memory_activation, "norm": norm}
+
+    def _gates(self, x_BTD: Tensor) -> dict[str, Tensor]:
+        """Each gate [B, T, H]; at least fp32, for a decay is a small number that adds up."""
+        exact = torch.promote_types(self.gates.weight.dtype, torch.float32)
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            logits = F.linear(x_BTD.to(exact), self.gates.weight.to(exact), self.gates.bias.to(exact))
+            shares = logits.sigmoid().chunk(len(self.config.gates), -1)
+        return {name: cap * share for share, (name, (_, cap)) in zip(shares, self.config.gates.items(), strict=True)}
+
+
+class Recalled(nn.Linear):
+    """Projects what the memory says: what the memory-off ablation silences."""
+
+    long_term = True
+
+
+class NeuralMemory(SequenceMixer):
+    """The memory with its own projections: [B, T, D] in, [B, T, D] out."""
+
+    def __init__(self, config: NeuralMemoryConfig, dims: Dims) -> None:
+        super().__init__()
+        self.config = config
+        inner = config.memory_heads * config.memory_head_dim
+        self.q_proj = nn.Linear(dims.hidden_size, inner, bias=False)
+        self.k_proj = nn.Linear(dims.hidden_size, inner, bias=False)
+        self.v_proj = nn.Linear(dims.hidden_size, inner, bias=False)
+        self.conv = ShortConv(3 * inner, config.conv_size)
         if config.polynomial_degree == 2:
-            # (phi(q) . phi(k)) is then 1 + s + s^2 / 2 of s = q . k, without the 1 and up to the norm.
+            self.feature_scales = nn.Parameter(torch.empty(2))
+        self.store = Store(config, dims)
+        self.norm = RMSNorm(config.memory_head_dim, eps=dims.rms_norm_eps)
+        self.output_gate_proj = nn.Linear(dims.hidden_size, inner, bias=False)
+        self.o_proj = Recalled(inner, dims.hidden_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for module in self.modules():
+            if isinstance(module, Store):
+                module.reset_parameters()
+        if self.config.polynomial_degree == 2:
+            # phi(q) . phi(k) is then s + s^2 / 2 of s = q . k, up to the norm.
             init.copy_(self.feature_scales, torch.tensor([1.0, 0.5**0.5]))
-        if config.initialization == "recall":
+        if self.config.initialization == "recall":
             self._engineer()
 
     def _engineer(self) -> None:
@@ -171,76 +273,43 @@ class NeuralMemory(SequenceMixer):
         init.copy_(self.conv.weight, taps.flatten(0, 1))
 
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
-        # Filled from M_0 at position 0, so what stands here before is never read.
-        config, exact = self.config, torch.promote_types(dtype, torch.float32)
-
-        def zeros(*shape: int, dtype: torch.dtype = exact) -> Tensor:
-            return torch.zeros(batch_size, *shape, device=device, dtype=dtype)
-
-        state = {"position": zeros(dtype=torch.int64)}
-        for layer, w in enumerate(self.memory):
-            for name in self._parts:
-                state[f"{name}.{layer}"] = zeros(*w.shape)
-        if config.omega_window > 1:
-            for i, shape in enumerate(((self.memory[0].shape[1],), (config.memory_head_dim,), ())):
-                state[f"recent.{i}"] = zeros(config.omega_window - 1, config.memory_heads, *shape)
-        return state | {"conv": zeros(config.conv_size - 1, self.conv.weight.shape[0], dtype=dtype)}
-
-    @property
-    def _parts(self) -> list[str]:
-        return ["weights", "momentum", "anchor"] if "momentum" in self.config.gates else ["weights", "anchor"]
+        conv = torch.zeros(batch_size, self.config.conv_size - 1, len(self.conv.weight), device=device, dtype=dtype)
+        return {"conv": conv, **self.store.init_state(batch_size, device, dtype)}
 
     def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
         ctx = ctx or MixerContext()
+        q_BTHK, k_BTHK, v_BTHK, conv = self.project(x_BTD, state, ctx)
+        o_BTHK, memory, metrics = self.store(x_BTD, q_BTHK, k_BTHK, v_BTHK, state, ctx)
+        return MixerOutput(self.output(o_BTHK, x_BTD), {"conv": conv, **memory}, {}, metrics)
+
+    def project(self, x_BTD: Tensor, state: State | None, ctx: MixerContext) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Features of queries and keys, values, and the convolution's history for the next call."""
         qkv, conv = self.conv(
             torch.cat([proj(x_BTD) for proj in (self.q_proj, self.k_proj, self.v_proj)], -1),
-            state["conv"]
-            if state
-            else x_BTD.new_zeros(len(x_BTD), self.config.conv_size - 1, self.conv.weight.shape[0]),
+            state["conv"] if state else x_BTD.new_zeros(len(x_BTD), self.config.conv_size - 1, len(self.conv.weight)),
             ctx.positions_BT if state is None else token_positions(x_BTD, state, ctx),
             ctx.lengths_B,
         )
         q_BTHK, k_BTHK, v_BTHK = (self._heads(x) for x in F.silu(qkv).chunk(3, -1))
-        gates = self._gates(x_BTD)
-        before = self._unpack(state) if state else None
-        o_BTHK, memory, surprise_BTH = neural_memory(
-            self._features(q_BTHK),
-            self._features(k_BTHK),
-            v_BTHK,
-            gates["lr"],
-            gates.get("momentum"),
-            gates.get("decay"),
-            weights=list(self.memory),
-            chunk_size=self.config.chunk_size,
-            activation=self.config.memory_activation,
-            norm=self._norm(),
-            loss=self.loss,
-            window=self.config.omega_window,
-            weight=gates.get("weight"),
-            state=before,
-            positions=ctx.positions_BT,
-            lengths=ctx.lengths_B,
-            max_documents=ctx.max_documents,
-        )
-        metrics = {name: gate.detach().mean() for name, gate in gates.items()}
-        metrics |= _norms(memory, before.weights if before else tuple(self.memory))
-        metrics["surprise"] = surprise_BTH.mean()
-        return MixerOutput(self._output(o_BTHK, x_BTD), self._pack(memory, conv), {}, metrics)
+        return self._features(q_BTHK), self._features(k_BTHK), v_BTHK, conv
 
     def read(
-        self, x_BTD: Tensor, weights: tuple[Tensor, ...], history_BWC: Tensor, ctx: MixerContext | None = None
+        self, x_BTD: Tensor, weights: tuple[Tensor, ...], history_BWC: Tensor, ctx: MixerContext
     ) -> tuple[Tensor, Tensor]:
-        """A pure query: what memories ``weights`` ([B, H, in, out] each) hold for x, and the last inputs of q's
-        convolution, which the next call takes for its ``history_BWC``.
+        """A pure query: what memories ``weights`` ([B, H, in, out] each) hold for x at ``ctx.positions_BT``, and the
+        last inputs of q's convolution, which the next call takes for its ``history_BWC``.
         """
-        ctx = ctx or MixerContext()
-        channels = self.q_proj.out_features
+        channels = slice(self.q_proj.out_features)
         q_BTC, history_BWC = self.conv(
-            self.q_proj(x_BTD), history_BWC, ctx.positions_BT, ctx.lengths_B, slice(channels)
+            self.q_proj(x_BTD), history_BWC, ctx.positions_BT, ctx.lengths_B, channels=channels
         )
         q_BTHK = self._features(self._heads(F.silu(q_BTC)))
-        o_BTHK = read_memory(q_BTHK, weights, activation=self.config.memory_activation, norm=self._norm())
-        return self._output(o_BTHK.to(x_BTD.dtype), x_BTD), history_BWC
+        return self.output(read_memory(q_BTHK, weights, **self.store.network()).to(x_BTD.dtype), x_BTD), history_BWC
+
+    def output(self, o_BTHK: Tensor, x_BTD: Tensor) -> Tensor:
+        """Reads, normalised and gated by x, [B, T, D]."""
+        y_BTHK = self.norm(o_BTHK) * self._heads(F.silu(self.output_gate_proj(x_BTD)))
+        return self.o_proj(y_BTHK.flatten(2))
 
     def _heads(self, x_BTC: Tensor) -> Tensor:
         return x_BTC.unflatten(-1, (self.config.memory_heads, -1))
@@ -256,32 +325,48 @@ class NeuralMemory(SequenceMixer):
         first, second = self.feature_scales.to(x_BTHK.dtype)
         return F.normalize(torch.cat([first * x_BTHK, second * products], -1), dim=-1)
 
-    def _norm(self) -> tuple[Tensor, Tensor] | None:
-        return (self.memory_norm[0], self.memory_norm[1]) if self.config.memory_norm else None
 
-    def _gates(self, x_BTD: Tensor) -> dict[str, Tensor]:
-        """Each gate [B, T, H]; at least fp32, for a decay is a small number that adds up."""
-        exact = torch.promote_types(self.gates.weight.dtype, torch.float32)
-        with torch.autocast(x_BTD.device.type, enabled=False):
-            logits = F.linear(x_BTD.to(exact), self.gates.weight.to(exact), self.gates.bias.to(exact))
-            shares = logits.sigmoid().chunk(len(self.config.gates), -1)
-        return {name: cap * share for share, (name, (_, cap)) in zip(shares, self.config.gates.items(), strict=True)}
+class BranchGate(nn.Module):
+    """g * norm(memory) + (1 - g) * norm(attention), g = sigmoid(W x + b), one for each channel; 1/2 at first.
 
-    def _output(self, o_BTHK: Tensor, x_BTD: Tensor) -> Tensor:
-        y_BTHK = self.norm(o_BTHK) * self._heads(F.silu(self.output_gate_proj(x_BTD)))
-        return self.o_proj(y_BTHK.flatten(2))
+    The paper multiplies the two normalised branches; the convex gate keeps either alive when the other is silent.
+    """
 
-    def _pack(self, memory: NeuralMemoryState, conv: Tensor) -> State:
-        state = {"position": memory.position, "conv": conv}
-        for name in (*self._parts, "recent"):
-            state |= {f"{name}.{layer}": w for layer, w in enumerate(getattr(memory, name))}
-        return state
+    def __init__(self, dims: Dims) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
+        self.memory_norm = RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
+        self.gate = nn.Linear(dims.hidden_size, dims.hidden_size)
 
-    def _unpack(self, state: State) -> NeuralMemoryState:
-        def part(name: str) -> tuple[Tensor, ...]:
-            return tuple(x for key, x in state.items() if key.startswith(f"{name}."))
+    def reset_parameters(self) -> None:
+        init.zeros_(self.gate.weight)
+        init.zeros_(self.gate.bias)
 
-        return NeuralMemoryState(part("weights"), part("momentum"), part("anchor"), state["position"], part("recent"))
+    def forward(self, x_BTD: Tensor, seen_BTD: Tensor, recalled_BTD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        gate_BTD = torch.sigmoid(self.gate(x_BTD))
+        seen_BTD, recalled_BTD = self.attention_norm(seen_BTD), self.memory_norm(recalled_BTD)
+        share = memory_share(gate_BTD * recalled_BTD, (1 - gate_BTD) * seen_BTD)
+        return torch.lerp(seen_BTD, recalled_BTD, gate_BTD), {"gate": gate_BTD.detach().mean(), "memory_share": share}
+
+
+@torch.no_grad()
+def memory_share(recalled: Tensor, seen: Tensor) -> Tensor:
+    """The memory's part of an output that is the sum of both: norm over norms, 0 to 1."""
+    recalled, seen = torch.linalg.vector_norm(recalled), torch.linalg.vector_norm(seen)
+    return recalled / (recalled + seen).clamp(min=torch.finfo(seen.dtype).tiny)
+
+
+def pack(memory: NeuralMemoryState) -> State:
+    state = {"position": memory.position}
+    for name in ("weights", "momentum", "anchor", "recent"):
+        state |= {f"{name}.{i}": x for i, x in enumerate(getattr(memory, name))}
+    return state
+
+
+def unpack(state: State) -> NeuralMemoryState:
+    parts = (tuple(substate(state, name).values()) for name in ("weights", "momentum", "anchor", "recent"))
+    weights, momentum, anchor, recent = parts
+    return NeuralMemoryState(weights, momentum, anchor, state["position"], recent)
 
 
 @torch.no_grad()

@@ -45,16 +45,16 @@ def test_the_layer_is_its_equations():
         streams.append((y * torch.sigmoid(y)).unflatten(-1, (2, 6)))
     q, k, v = streams
     q, k = (z / z.norm(dim=-1, keepdim=True) for z in (q, k))
-    lr, momentum, decay = torch.sigmoid(memory.gates(x)).unflatten(-1, (3, 2)).unbind(-2)
-    o = token_by_token(q, k, v, lr, momentum, decay, *memory.memory, chunk_size=16)
+    lr, momentum, decay = torch.sigmoid(memory.store.gates(x)).unflatten(-1, (3, 2)).unbind(-2)
+    o = token_by_token(q, k, v, lr, momentum, decay, *memory.store.memory, chunk_size=16)
     o = o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt() * memory.norm.weight
     gate = memory.output_gate_proj(x)
     o = o * (gate * torch.sigmoid(gate)).unflatten(-1, (2, 6))
     recalled = memory.o_proj(o.flatten(2))
     assert_close("memory branch", recalled, memory(x).y_BTD, 1e-10)
-    share = torch.sigmoid(mixer.branch_gate(x))
+    share = torch.sigmoid(mixer.gate.gate(x))
     seen = mixer.attention(x).y_BTD
-    expected = share * mixer.memory_norm(recalled) + (1 - share) * mixer.attention_norm(seen)
+    expected = share * mixer.gate.memory_norm(recalled) + (1 - share) * mixer.gate.attention_norm(seen)
     assert_close("layer", expected, mixer(x).y_BTD, 1e-10)
 
 
@@ -62,7 +62,7 @@ def test_an_empty_memory_says_nothing():
     torch.manual_seed(0)
     for depth in (1, 2):
         model = MemLMForCausalLM(model_config(memory_depth=depth))
-        assert not model.model.layers[0].mixer.memory.memory[-1].any()
+        assert not model.model.layers[0].mixer.memory.store.memory[-1].any()
 
 
 def test_metrics_show_a_memory_that_is_written():

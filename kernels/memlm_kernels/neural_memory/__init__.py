@@ -53,6 +53,7 @@ def neural_memory(
     positions: Tensor | None = None,
     lengths: Tensor | None = None,
     max_documents: int = 1,
+    aligned: bool = False,
     backend: str = "auto",
 ) -> NeuralMemoryOutput:
     """Neural memory in its exact chunked dual form (Titans, arXiv:2501.00663, eqs. 9-15).
@@ -81,13 +82,17 @@ def neural_memory(
     lengths: [B], the real tokens of each row come first; the others write nothing and read zeros
     max_documents: an upper bound on the documents that one row has tokens of, as a Python int:
         it sizes buffers without asking the device
+    aligned: a promise that every row goes on from the end of a chunk, with real tokens of the same document only,
+        which saves looking for chunks; without a state that is known already
 
     o has v's dtype. Accumulates in fp32 (fp64 for fp64 inputs). Differentiable once. Raises ValueError if
     a size is out of range, shapes disagree, the state is of another memory, or the backend cannot run.
     """
     _check(q, k, v, {"lr": lr, "momentum": momentum, "decay": decay, "weight": weight}, weights)
     _check_memory(q, v, norm, activation, chunk_size, window)
-    _check_places(q, v, weights, momentum, window, state, positions, lengths, max_documents)
+    _check_places(q, weights, momentum, window, state, positions, lengths, max_documents)
+    if aligned and (positions is not None or lengths is not None):
+        raise ValueError("aligned=True leaves no room for positions or lengths; leave them out")
     choose("neural_memory", backend, ("reference",))
     tokens = Tokens(q, k, v, lr, momentum, decay, weight)
     return NeuralMemoryOutput(
@@ -103,6 +108,7 @@ def neural_memory(
             positions,
             lengths,
             max_documents,
+            aligned,
         )
     )
 
@@ -157,7 +163,6 @@ def _check_memory(
 
 def _check_places(
     q: Tensor,
-    v: Tensor,
     weights: Sequence[Tensor],
     momentum: Tensor | None,
     window: int,

@@ -68,12 +68,13 @@ def neural_memory_reference(
     positions: Tensor | None,
     lengths: Tensor | None,
     max_documents: int,
+    aligned: bool,
 ) -> tuple[Tensor, NeuralMemoryState, Tensor]:
     """Returns o, the new state, and the norm of each token's gradient [B, T, H]; see ``neural_memory``."""
     q, v = tokens.q, tokens.v
     batch, length, heads, _ = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    aligned = state is None and positions is None and lengths is None
+    aligned = aligned or (state is None and positions is None and lengths is None)
     with torch.autocast(q.device.type, enabled=False):
         tokens = Tokens._make(None if x is None else x.to(dtype) for x in tokens)
         initial = tuple(w.to(dtype).expand(batch, *w.shape) for w in weights)

@@ -1,0 +1,183 @@
+"""Titans, memory as a context (MAC): attention in segments, to what the memory held before the segment and to the
+segment itself, whose outputs the memory then writes (arXiv:2501.00663, section 4.1).
+
+For each segment x of C tokens, with M_0 the memory before it:
+
+    h = M_0*(x)        a = attention([persistent | h | x])        u = norm(x + a)        M <- M(u)
+    y = g * norm(M*(u)) + (1 - g) * norm(a)
+
+Literally read, the paper's MAC looks into the future: a token attends to h_i of later tokens of its segment, and the
+second read sees a memory that has written them. Here token j attends to h_i and x_i of i <= j only, and its second
+read is of the memory that has written u_i of i <= j. Attention is causal over h_0 x_0 h_1 x_1 ..., which is just that.
+
+B batch, T tokens, S tokens of a piece (a segment, or what a call has of one), N pieces, D hidden.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from memlm.layers import RMSNorm
+from memlm.memory import attention, titans
+from memlm.memory.base import (
+    Dims,
+    MixerContext,
+    MixerOutput,
+    SequenceMixer,
+    State,
+    joined,
+    require,
+    substate,
+    token_positions,
+)
+from memlm_kernels.grid import Grid, ragged_grid
+
+
+@dataclass(frozen=True)
+class Config(titans.NeuralMemoryConfig):
+    """segment_size: tokens of a segment, whole chunks of the memory; persistent_tokens: learned tokens that all see;
+    attention_conv_size: width of the attention's own convolution over h_0 x_0 h_1 x_1 ..., 0 for none.
+    """
+
+    segment_size: int = 32
+    persistent_tokens: int = 4
+    attention_conv_size: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.segment_size >= 1 and self.segment_size % self.chunk_size == 0,
+            f"segment_size={self.segment_size} must be a multiple of chunk_size={self.chunk_size}",
+        )
+        self.attention()
+
+    def attention(self) -> attention.Config:
+        """Settings of the attention over both streams of a segment."""
+        return attention.Config(2 * self.segment_size, self.attention_conv_size, self.persistent_tokens)
+
+
+class Mixer(SequenceMixer):
+    """Sequential over segments, for attention stands inside the memory's recurrence."""
+
+    def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.attention = attention.Mixer(config.attention(), dims, layer_idx)
+        self.norm = RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
+        self.memory = titans.NeuralMemory(config, dims)
+        self.gate = titans.BranchGate(dims)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.gate.reset_parameters()
+
+    def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
+        memory = self.memory.init_state(batch_size, device, dtype)
+        seen = self.attention.init_state(batch_size, device, dtype)
+        # For the first read: the convolution of its queries, and the memory before the segment.
+        channels = self.memory.q_proj.out_features
+        read = {"conv": memory["conv"][..., :channels].clone()}
+        read |= {name: x for name, x in memory.items() if name.startswith("weights.")}
+        return joined({"memory": memory, "attention": seen, "read": read})
+
+    def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
+        if x_BTD.shape[1] == 0:
+            return MixerOutput(x_BTD, state or self.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype), {}, {})
+        if state is None and ctx is None:
+            segments = self._whole_segments(x_BTD)
+            seen_BTD, recalled_BTD = (torch.cat(x, 1) for x in zip(*(s[:2] for s in segments), strict=True))
+        else:
+            segments, grid = self._pieces(x_BTD, state, ctx or MixerContext())
+            seen_BTD, recalled_BTD = (
+                grid.take(torch.stack(x, 1)) for x in zip(*(s[:2] for s in segments), strict=True)
+            )
+        y_BTD, metrics = self.gate(x_BTD, seen_BTD, recalled_BTD)
+        for name in segments[-1].metrics:
+            metrics[name] = torch.stack([s.metrics[name] for s in segments]).mean()
+        return MixerOutput(y_BTD, segments[-1].state, {}, metrics)
+
+    def _whole_segments(self, x_BTD: Tensor) -> list["_Segment"]:
+        """Rows from their document's start: segments need no search, and attention starts afresh in each."""
+        state = self.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype)
+        weights = tuple(
+            start.to(kept.dtype).expand_as(kept)
+            for start, kept in zip(self.memory.store.memory, _weights(substate(state, "read")), strict=True)
+        )
+        conv, memory, segments = state["read.conv"], None, []
+        for x_BSD in x_BTD.split(self.config.segment_size, 1):
+            segments.append(self._segment(x_BSD, weights, conv, memory, MixerContext(aligned=True), None, None))
+            conv, memory = segments[-1].state["read.conv"], substate(segments[-1].state, "memory")
+            weights = _weights(memory)
+        return segments
+
+    def _pieces(self, x_BTD: Tensor, state: State | None, ctx: MixerContext) -> tuple[list["_Segment"], Grid]:
+        """Rows that start anywhere: laid out so that piece n holds what each row has of its n-th segment, first."""
+        state = self.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype) if state is None else state
+        size, positions_BT = self.config.segment_size, token_positions(x_BTD, state, ctx)
+        opens_BT = positions_BT % size == 0
+        in_first_BT = opens_BT.cumsum(1) == opens_BT[:, :1]
+        moved_BT = positions_BT - torch.where(in_first_BT, positions_BT[:, :1] % size, 0)
+        grid = ragged_grid(moved_BT, ctx.lengths_B, size, ctx.max_documents)
+        x_BNSD, positions_BNS = grid.lay(x_BTD), grid.lay(positions_BT)
+        lengths_BN = grid.lay(torch.ones_like(positions_BT)).sum(-1)
+        segments = []
+        for n in range(grid.count):
+            positions_BS, lengths_B = positions_BNS[:, n], lengths_BN[:, n]
+            memory, first_B = substate(state, "memory"), positions_BS[:, 0]
+            new, opened = (((lengths_B > 0) & x)[:, None, None, None] for x in (first_B == 0, first_B % size == 0))
+            weights = tuple(
+                torch.where(new, start.to(now.dtype), torch.where(opened, now, kept))
+                for start, now, kept in zip(
+                    self.memory.store.memory, _weights(memory), _weights(substate(state, "read")), strict=True
+                )
+            )
+            places_BS = positions_BS % size
+            pairs = MixerContext(torch.stack([2 * places_BS, 2 * places_BS + 1], 2).flatten(1), 2 * lengths_B)
+            segments.append(
+                self._segment(
+                    x_BNSD[:, n],
+                    weights,
+                    state["read.conv"],
+                    memory,
+                    MixerContext(positions_BS, lengths_B),
+                    substate(state, "attention"),
+                    pairs,
+                )
+            )
+            state = segments[-1].state
+        return segments, grid
+
+    def _segment(
+        self,
+        x_BSD: Tensor,
+        weights: tuple[Tensor, ...],
+        conv: Tensor,
+        memory: State | None,
+        ctx: MixerContext,
+        seen_state: State | None,
+        seen_ctx: MixerContext | None,
+    ) -> "_Segment":
+        """weights, conv: for the first read; memory, ctx: for the write and the second; the rest for the attention."""
+        h_BSD, conv = self.memory.read(x_BSD, weights, conv, ctx)
+        pairs = torch.stack([h_BSD, x_BSD], 2).flatten(1, 2)
+        seen = self.attention(pairs, seen_state, seen_ctx)
+        seen_BSD = seen.y_BTD[:, 1::2]
+        recalled = self.memory(self.norm(x_BSD + seen_BSD), memory, ctx)
+        read = {"conv": conv, **{f"weights.{layer}": w for layer, w in enumerate(weights)}}
+        state = joined({"memory": recalled.state, "attention": seen.state, "read": read})
+        return _Segment(seen_BSD, recalled.y_BTD, state, recalled.metrics)
+
+
+class _Segment(NamedTuple):
+    """Outputs of both branches, the state after them, metrics of the memory."""
+
+    seen_BSD: Tensor
+    recalled_BSD: Tensor
+    state: State
+    metrics: dict[str, Tensor]
+
+
+def _weights(state: State) -> tuple[Tensor, ...]:
+    return tuple(substate(state, "weights").values())

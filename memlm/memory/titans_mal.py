@@ -1,0 +1,37 @@
+"""Titans, memory as a layer (MAL): a neural memory, then attention on it (arXiv:2501.00663, section 4.3).
+
+    h = memory(x)        y = h + attention(norm(x + h))
+
+The residual around each of the two is the paper's "residual connections in all blocks".
+"""
+
+import torch
+from torch import Tensor
+
+from memlm.layers import RMSNorm
+from memlm.memory import attention, titans
+from memlm.memory.base import Dims, MixerContext, MixerOutput, SequenceMixer, State, joined, substate
+
+Config = titans.HybridConfig
+
+
+class Mixer(SequenceMixer):
+    """Attention sees tokens with what the memory says of them."""
+
+    def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
+        super().__init__()
+        self.memory = titans.NeuralMemory(config, dims)
+        self.norm = RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
+        self.attention = attention.Mixer(config.attention(), dims, layer_idx)
+
+    def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
+        parts = {"memory": self.memory, "attention": self.attention}
+        return joined({name: part.init_state(batch_size, device, dtype) for name, part in parts.items()})
+
+    def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
+        recalled = self.memory(x_BTD, substate(state, "memory") if state else None, ctx)
+        input_BTD = self.norm(x_BTD + recalled.y_BTD)
+        seen = self.attention(input_BTD, substate(state, "attention") if state else None, ctx)
+        state = joined({"memory": recalled.state, "attention": seen.state})
+        metrics = {**recalled.metrics, "memory_share": titans.memory_share(recalled.y_BTD, seen.y_BTD)}
+        return MixerOutput(recalled.y_BTD + seen.y_BTD, state, {}, metrics)

@@ -1,0 +1,152 @@
+"""TNT's two levels (arXiv:2511.07343): a global memory of large chunks, and local memories of small ones that start
+afresh in every shard, so that shards are independent of each other.
+
+    o = global(q) + sum_i local_i(q'),   q' = unit vector along sum_{j <= t, same shard} k_j (k_j . q)
+
+The query of a local memory is projected on the keys that its shard has written; keys are unit vectors, and the length
+of the projection, which would grow with the shard, is dropped. That sum is itself a linear memory, Hebbian, of its own
+keys. A second stage may go on with smaller ``local_chunk_sizes``, for no weight depends on them:
+
+    python train.py memory=titans_tnt train.init_from=<run> model.mixers.memory.local_chunk_sizes=[4]
+"""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from memlm.memory import titans
+from memlm.memory.base import (
+    Dims,
+    MixerContext,
+    MixerOutput,
+    State,
+    joined,
+    require,
+    substate,
+    token_positions,
+)
+from memlm_kernels import neural_memory
+from memlm_kernels.neural_memory import dot_product
+
+
+@dataclass(frozen=True)
+class Config(titans.NeuralMemoryConfig):
+    """chunk_size: of the global memory; local_chunk_sizes: of each local one; shard_size: tokens after which local
+    memories start afresh, counted from the document's start; local_initial_lr: where their lr starts.
+    """
+
+    chunk_size: int = 64
+    local_chunk_sizes: list[int] = field(default_factory=lambda: [8])
+    shard_size: int = 64
+    local_initial_lr: float = 0.047
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.shard_size >= 1, f"shard_size={self.shard_size} must be at least 1")
+        require(bool(self.local_chunk_sizes), "local_chunk_sizes=[] must name one chunk size at least")
+        for size in self.local_chunk_sizes:
+            require(
+                isinstance(size, int) and 1 <= size <= self.shard_size,
+                f"local_chunk_sizes={self.local_chunk_sizes} must lie between 1 and shard_size={self.shard_size}",
+            )
+        require(
+            0 < self.local_initial_lr < self.max_lr,
+            f"local_initial_lr={self.local_initial_lr} must lie between 0 and max_lr={self.max_lr}",
+        )
+        require(self.omega_window == 1, f"omega_window={self.omega_window} must be 1: a shard starts with no past")
+
+
+class Mixer(titans.NeuralMemory):
+    """One set of queries, keys and values for all levels."""
+
+    def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
+        super().__init__(config, dims)
+        self.shard_size = config.shard_size
+        levels = [replace(config, chunk_size=c, initial_lr=config.local_initial_lr) for c in config.local_chunk_sizes]
+        self.local_stores = nn.ModuleList([titans.Store(level, dims) for level in levels])
+        self.reset_parameters()
+
+    def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
+        parts = {"global": self.store.init_state(batch_size, device, dtype)}
+        for i, store in enumerate(self.local_stores):
+            assert isinstance(store, titans.Store)
+            parts[f"local{i}"] = store.init_state(batch_size, device, dtype)
+        known = parts["global"]["weights.0"]
+        keys = known.new_zeros(*known.shape[:-1], known.shape[-2])
+        parts["keys"] = {"position": parts["global"]["position"], "weights.0": keys, "anchor.0": keys}
+        conv = torch.zeros(batch_size, self.config.conv_size - 1, len(self.conv.weight), device=device, dtype=dtype)
+        return {"conv": conv, **joined(parts)}
+
+    def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
+        batch, length, _ = x_BTD.shape
+        fresh, size = state is None and ctx is None, self.shard_size
+        state = self.init_state(batch, x_BTD.device, x_BTD.dtype) if state is None else state
+        ctx = ctx or MixerContext()
+        q_BTHK, k_BTHK, v_BTHK, conv = self.project(x_BTD, state, ctx)
+        inputs = (x_BTD, q_BTHK, k_BTHK, v_BTHK)
+        known_BTHK, memory, metrics = self.store(*inputs, None if fresh else substate(state, "global"), ctx)
+        if fresh and length > size:
+            # Shards side by side, and what is left of the last one.
+            whole = length - length % size
+            o_BTHK, parts, of_locals = self._recall_locals(
+                *(t[:, :whole].unflatten(1, (-1, size)).flatten(0, 1) for t in inputs), state=None, ctx=ctx
+            )
+            o_BTHK = o_BTHK.unflatten(0, (batch, -1)).flatten(1, 2)
+            if whole < length:
+                rest_BTHK, parts, of_locals = self._recall_locals(*(t[:, whole:] for t in inputs), state=None, ctx=ctx)
+                o_BTHK = torch.cat([o_BTHK, rest_BTHK], 1)
+            else:
+                parts = {name: _last(part, batch) for name, part in parts.items()}
+        else:
+            shards = MixerContext(
+                token_positions(x_BTD, state, ctx) % size, ctx.lengths_B, ctx.max_documents + length // size + 1
+            )
+            o_BTHK, parts, of_locals = self._recall_locals(*inputs, state=state, ctx=shards)
+        state = {"conv": conv, **joined({"global": memory, **parts})}
+        return MixerOutput(self.output(known_BTHK + o_BTHK, x_BTD), state, {}, {**metrics, **of_locals})
+
+    def _recall_locals(
+        self,
+        x_BTD: Tensor,
+        q_BTHK: Tensor,
+        k_BTHK: Tensor,
+        v_BTHK: Tensor,
+        *,
+        state: State | None,
+        ctx: MixerContext,
+    ) -> tuple[Tensor, dict[str, State], dict[str, Tensor]]:
+        """Sum of the local memories' reads, their states by name, metrics; ``ctx`` counts from starts of shards."""
+        heads, width = k_BTHK.shape[-2:]
+        projected_BTHK, keys, _ = neural_memory(
+            q_BTHK,
+            k_BTHK,
+            k_BTHK,
+            k_BTHK.new_ones(k_BTHK.shape[:-1]),
+            None,
+            None,
+            weights=[k_BTHK.new_zeros(heads, width, width)],
+            # Hebbian writes do not depend on the chunk.
+            chunk_size=min(self.shard_size, 64),
+            loss=dot_product,
+            state=titans.unpack(substate(state, "keys")) if state else None,
+            positions=ctx.positions_BT,
+            lengths=ctx.lengths_B,
+            max_documents=ctx.max_documents,
+        )
+        q_BTHK = F.normalize(projected_BTHK, dim=-1)
+        o_BTHK, parts = torch.zeros_like(v_BTHK), {"keys": titans.pack(keys)}
+        metrics: dict[str, Tensor] = {}
+        for i, store in enumerate(self.local_stores):
+            name = f"local{i}"
+            part = substate(state, name) if state else None
+            read_BTHK, parts[name], of_store = store(x_BTD, q_BTHK, k_BTHK, v_BTHK, part, ctx)
+            o_BTHK = o_BTHK + read_BTHK
+            metrics |= {f"{name}_{key}": value for key, value in of_store.items()}
+        return o_BTHK, parts, metrics
+
+
+def _last(state: State, batch: int) -> State:
+    """Of rows that were cut into shards, the last shard's."""
+    return {name: x.unflatten(0, (batch, -1))[:, -1].clone() for name, x in state.items()}
