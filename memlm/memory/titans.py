@@ -321,7 +321,8 @@ class NeuralMemory(SequenceMixer):
             return x_BTHK
         row, column = torch.triu_indices(x_BTHK.shape[-1], x_BTHK.shape[-1], device=x_BTHK.device)
         # Twice what stands off the diagonal, so that the dot product is the square of the keys'.
-        products = x_BTHK[..., row] * x_BTHK[..., column] * torch.where(row == column, 1.0, 2**0.5).to(x_BTHK.dtype)
+        scales = x_BTHK.new_full(row.shape, 2**0.5).masked_fill(row == column, 1.0)
+        products = x_BTHK[..., row] * x_BTHK[..., column] * scales
         first, second = self.feature_scales.to(x_BTHK.dtype)
         return F.normalize(torch.cat([first * x_BTHK, second * products], -1), dim=-1)
 

@@ -1,0 +1,194 @@
+"""The memory part of every Titans: its equations, options, caps, and what it logs."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from memlm import MemLMForCausalLM
+from memlm.memory import titans, titans_lmm
+from memlm.memory.base import Dims
+from memlm_kernels.testing import assert_close
+from tests.conftest import build, model_config
+from tests.kernels.test_neural_memory import HUBER, token_by_token
+
+VARIANTS = [
+    ("titans_lmm", {"memory_depth": 2, "memory_norm": True, "memory_activation": "silu"}),
+    ("titans_lmm", {"inner_loss": "huber", "huber_delta": 0.3, "memory_heads": 2, "memory_head_dim": 16}),
+    ("titans_lmm", {"inner_loss": "lp", "memory_depth": 2}),
+    ("titans_lmm", {"inner_loss": "dot_product", "initial_decay": None}),
+    ("titans_lmm", {"omega_window": 5, "chunk_size": 3, "initial_momentum": None}),
+]
+
+
+def memory_of(**settings) -> titans.NeuralMemory:
+    return build("titans_lmm", **settings).model.layers[0].mixer
+
+
+def written_out(memory, x, **options):
+    """The layer once more: projections, convolution, SiLU, unit keys and queries, the recurrence, norm, gates."""
+    config, streams = memory.config, []
+    for proj, taps in zip((memory.q_proj, memory.k_proj, memory.v_proj), memory.conv.weight.chunk(3), strict=True):
+        y = F.pad(proj(x).mT, (config.conv_size - 1, 0))
+        y = F.conv1d(y, taps[:, None], groups=len(taps)).mT
+        streams.append((y * torch.sigmoid(y)).unflatten(-1, (config.memory_heads, -1)))
+    q, k, v = streams
+    q, k = (z / z.norm(dim=-1, keepdim=True) for z in (q, k))
+    if config.polynomial_degree == 2:
+        first, second = memory.feature_scales
+        size = q.shape[-1]
+        pairs = [(i, j) for i in range(size) for j in range(i, size)]
+        q, k = (
+            torch.cat(
+                [
+                    first * z,
+                    second * torch.stack([z[..., i] * z[..., j] * (2**0.5 if i != j else 1) for i, j in pairs], -1),
+                ],
+                -1,
+            )
+            for z in (q, k)
+        )
+        q, k = (z / z.norm(dim=-1, keepdim=True) for z in (q, k))
+    names = list(config.gates)
+    gates = dict(
+        zip(names, torch.sigmoid(memory.store.gates(x)).unflatten(-1, (len(names), -1)).unbind(-2), strict=True)
+    )
+    for name, (_, cap) in config.gates.items():
+        gates[name] = cap * gates[name]
+    o = token_by_token(
+        q,
+        k,
+        v,
+        gates["lr"],
+        gates.get("momentum"),
+        gates.get("decay"),
+        *memory.store.memory,
+        chunk_size=config.chunk_size,
+        weight=gates.get("weight"),
+        **options,
+    )
+    o = o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt() * memory.norm.weight
+    gate = memory.output_gate_proj(x)
+    return memory.o_proj((o * (gate * torch.sigmoid(gate)).unflatten(-1, (config.memory_heads, -1))).flatten(2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ({"memory_depth": 2}, {}),
+        ({"max_lr": 0.1, "max_momentum": 0.5, "max_decay": 0.01}, {}),
+        ({"inner_loss": "huber", "huber_delta": 0.7, "initial_momentum": None}, {"loss": HUBER}),
+        ({"omega_window": 4, "polynomial_degree": 2, "memory_depth": 2}, {"window": 4}),
+        ({"memory_norm": True, "memory_activation": "silu"}, {"activation": "silu", "norm": True}),
+    ],
+    ids=str,
+)
+def test_the_layer_is_its_equations(settings, options):
+    memory = memory_of(memory_heads=2, memory_head_dim=6, **settings)
+    if "norm" in options:
+        options = {**options, "norm": list(memory.store.memory_norm)}
+    x = torch.randn(2, 21, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert_close("layer", written_out(memory, x, **options), memory(x).y_BTD, 1e-10)
+
+
+def metrics(**settings):
+    torch.manual_seed(0)
+    model = MemLMForCausalLM(model_config("titans_lmm", **settings))
+    return model(torch.randint(259, (2, 40))).metrics
+
+
+def test_gates_start_where_the_configuration_says():
+    got = metrics(initial_lr=0.01, initial_momentum=0.2, initial_decay=0.01, max_lr=0.1, max_decay=0.5, omega_window=4)
+    for layer in range(2):
+        assert got[f"layer{layer}/lr"].item() == pytest.approx(0.01, rel=1e-5)
+        assert got[f"layer{layer}/momentum"].item() == pytest.approx(0.2, rel=1e-5)
+        assert got[f"layer{layer}/decay"].item() == pytest.approx(0.01, rel=1e-5)
+        assert got[f"layer{layer}/weight"].item() == pytest.approx(0.25, rel=1e-5)
+
+
+def test_gates_stay_below_their_caps():
+    memory = memory_of(max_lr=0.1, max_momentum=0.5, max_decay=0.01, initial_lr=0.05)
+    with torch.no_grad():
+        memory.store.gates.bias.fill_(100.0)
+    got = memory(torch.randn(1, 9, 64, dtype=torch.float64)).metrics
+    assert [round(got[name].item(), 9) for name in ("lr", "momentum", "decay")] == [0.1, 0.5, 0.01]
+
+
+def test_metrics_show_a_memory_that_is_written():
+    got = metrics()
+    assert not any(value.requires_grad for value in got.values())
+    names = ("memory_norm", "momentum_norm", "update_norm", "surprise")
+    assert all(got[f"layer{i}/{name}"] > 0 for i in range(2) for name in names)
+    silent = metrics(initial_lr=1e-12)
+    assert all(silent[f"layer{i}/update_norm"] < 1e-6 < silent[f"layer{i}/surprise"] for i in range(2))
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_an_empty_memory_says_nothing(depth):
+    torch.manual_seed(0)
+    model = MemLMForCausalLM(model_config("titans_lmm", memory_depth=depth))
+    assert not model.model.layers[0].mixer.store.memory[-1].any()
+
+
+def test_recall_initialization_ties_queries_to_keys_and_delays_keys():
+    torch.manual_seed(0)
+    memory = MemLMForCausalLM(model_config("titans_lmm", initialization="recall")).model.layers[1].mixer
+    assert torch.equal(memory.q_proj.weight, memory.k_proj.weight)
+    q, k, v = memory.conv.weight.detach().chunk(3)
+    for taps in (q, v):
+        assert (taps[:, :-1] == 0).all() and (taps[:, -1] == 1).all()
+    assert (k > 0.5).sum(1).eq(1).float().mean() > 0.9
+    assert set(k.argmax(1).tolist()) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"memory_depth": 5}, "memory_depth=5 must be 1, 2, 3 or 4"),
+        ({"chunk_size": 0}, "chunk_size=0"),
+        ({"initial_lr": 1.0}, "initial_lr=1.0 must lie between 0 and max_lr=1.0"),
+        ({"max_lr": 1.5}, "max_lr=1.5 must lie above 0, and 1 at most"),
+        ({"max_decay": 0.001}, "initial_decay=0.0025 must lie between 0 and max_decay=0.001"),
+        ({"initialization": "magic"}, "initialization='magic' must be one of default, recall"),
+        ({"inner_loss": "l1"}, "inner_loss='l1' must be one of squared_error, huber, lp, dot_product"),
+        ({"memory_activation": "relu"}, "memory_activation='relu' must be one of gelu, silu"),
+        ({"polynomial_degree": 3}, "polynomial_degree=3 must be one of 1, 2"),
+        ({"polynomial_degree": 2, "memory_norm": True}, "memory_norm=true needs polynomial_degree=1"),
+        ({"omega_window": 0}, "omega_window=0"),
+        ({"huber_delta": 0.0}, "huber_delta=0.0 must be positive"),
+        ({"lp_power": 0.5}, "lp_power=0.5 must be at least 1"),
+    ],
+)
+def test_bad_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        titans_lmm.Mixer(titans_lmm.Config(**settings), Dims(64, 2, 2, 32), 0)
+
+
+def test_optimizer_steps_with_several_heads_reach_every_parameter():
+    torch.manual_seed(0)
+    model = MemLMForCausalLM(model_config("titans_lmm", memory_heads=4, memory_head_dim=16, memory_depth=2))
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(2):
+        ids = torch.randint(259, (2, 64))
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+    assert all((a != b).any() for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_finite_after_training_over_16k_tokens(depth):
+    """50 steps at the default caps, then far beyond the length trained on, of one token and of random ones."""
+    torch.manual_seed(0)
+    model = MemLMForCausalLM(model_config("titans_lmm", memory_depth=depth, memory_head_dim=32))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(50):
+        ids = torch.randint(259, (4, 64))
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    for ids in (torch.randint(259, (1, 16384)), torch.full((1, 16384), 7)):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in model.parameters())

@@ -1,0 +1,70 @@
+"""MAC's own promises: its equations, one token at a time, and that neither read looks ahead."""
+
+import pytest
+import torch
+
+from memlm.memory import titans_mac
+from memlm_kernels.testing import assert_close
+from tests.conftest import build
+
+VARIANTS = [
+    ("titans_mac", {"memory_depth": 2, "segment_size": 8, "chunk_size": 4, "persistent_tokens": 0}),
+    ("titans_mac", {"segment_size": 16, "attention_conv_size": 3, "memory_heads": 2, "memory_head_dim": 16}),
+]
+
+
+def written_out(mixer, x):
+    """Token by token: h from the memory before the segment, attention to h_i and x_i of i <= j of the segment, write
+    and second read; every part called through the slot with what the equations name, and nothing later.
+    """
+    size, empty = mixer.config.segment_size, mixer.memory.init_state(len(x), x.device, x.dtype)
+    weights = tuple(w.expand(len(x), *w.shape) for w in mixer.memory.store.memory)
+    conv, memory, seen, recalled = empty["conv"][..., : mixer.memory.q_proj.out_features], None, [], []
+    for t in range(x.shape[1]):
+        if t % size == 0:
+            pairs = []
+            if memory is not None:
+                weights = tuple(memory[f"weights.{i}"] for i in range(mixer.config.memory_depth))
+        h, conv = mixer.memory.read(x[:, t : t + 1], weights, conv, titans_mac.MixerContext())
+        pairs += [h, x[:, t : t + 1]]
+        seen.append(mixer.attention(torch.cat(pairs, 1)).y_BTD[:, -1:])
+        out = mixer.memory(mixer.norm(x[:, t : t + 1] + seen[-1]), memory)
+        memory = out.state
+        recalled.append(out.y_BTD)
+    seen, recalled = torch.cat(seen, 1), torch.cat(recalled, 1)
+    share = torch.sigmoid(mixer.gate.gate(x))
+    return share * mixer.gate.memory_norm(recalled) + (1 - share) * mixer.gate.attention_norm(seen)
+
+
+@pytest.mark.parametrize("length", [1, 8, 27])
+def test_the_layer_is_its_equations(length):
+    mixer = build("titans_mac", segment_size=8, chunk_size=4, memory_depth=2).model.layers[0].mixer
+    x = torch.randn(2, length, 64, dtype=torch.float64)
+    assert_close("layer", written_out(mixer, x), mixer(x).y_BTD, 1e-10)
+
+
+def test_the_first_read_is_of_the_memory_before_the_segment():
+    """A change in one segment reaches the attention of the next one through h, and not its own."""
+    mixer = build("titans_mac", segment_size=8, chunk_size=4).model.layers[0].mixer
+    x = torch.randn(1, 24, 64, dtype=torch.float64)
+    edited = x.clone()
+    edited[:, 3] += 1.0
+    with torch.no_grad():
+        one, two = ([s.seen_BSD for s in mixer._whole_segments(z)] for z in (x, edited))
+    assert torch.equal(one[0][:, :3], two[0][:, :3])
+    assert (one[1] - two[1]).abs().amin(-1).all(), "the next segment recalls what was written"
+
+
+@pytest.mark.parametrize("last", [7, 8, 20, 23])
+def test_nothing_leaks_from_later_tokens_of_a_segment(last):
+    mixer = build("titans_mac", segment_size=8, chunk_size=4).model.layers[0].mixer
+    x = torch.randn(1, 24, 64, dtype=torch.float64)
+    edited = x.clone()
+    edited[:, last] += 1.0
+    with torch.no_grad():
+        assert torch.equal(mixer(x).y_BTD[:, :last], mixer(edited).y_BTD[:, :last])
+
+
+def test_bad_settings_are_named():
+    with pytest.raises(ValueError, match="segment_size=24 must be a multiple of chunk_size=16"):
+        titans_mac.Config(segment_size=24)
