@@ -6,4 +6,5 @@ if [ $# -eq 0 ]; then
     ruff format --check .
     mypy
 fi
-python -m pytest "$@"
+# One thread a worker: threads of several processes on the same cores wait for each other.
+OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 8 "$@"

@@ -29,6 +29,9 @@ from memlm_kernels.neural_memory.scan import Scan
 
 _TINY = 1e-30
 
+# A compiler would unroll the loop over chunks: minutes of work for a graph that runs no faster.
+_scan = torch.compiler.disable(Scan.apply)
+
 
 class NeuralMemoryState(NamedTuple):
     """weights M, momentum S (empty without momentum), anchor: one fp32 [B, H, in, out] for each layer.
@@ -91,7 +94,7 @@ def neural_memory_reference(
         gates = _gates(tokens, grid, U)
         q_grid = _to_rows(grid.lay(tokens.q))
         tail = None if norm is None else Tail(*(n.to(dtype).repeat(batch, 1)[:, None] for n in norm))
-        out, surprise, *memory = Scan.apply(
+        out, surprise, *memory = _scan(
             Plan(len(weights), ACTIVATIONS[activation], loss),
             q_grid,
             *sources,
