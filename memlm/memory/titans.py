@@ -280,7 +280,7 @@ class NeuralMemory(SequenceMixer):
         ctx = ctx or MixerContext()
         q_BTHK, k_BTHK, v_BTHK, conv = self.project(x_BTD, state, ctx)
         o_BTHK, memory, metrics = self.store(x_BTD, q_BTHK, k_BTHK, v_BTHK, state, ctx)
-        return MixerOutput(self.output(o_BTHK, x_BTD), {"conv": conv, **memory}, {}, metrics)
+        return MixerOutput(self.output(self.norm(o_BTHK), x_BTD), {"conv": conv, **memory}, {}, metrics)
 
     def project(self, x_BTD: Tensor, state: State | None, ctx: MixerContext) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Features of queries and keys, values, and the convolution's history for the next call."""
@@ -304,11 +304,12 @@ class NeuralMemory(SequenceMixer):
             self.q_proj(x_BTD), history_BWC, ctx.positions_BT, ctx.lengths_B, channels=channels
         )
         q_BTHK = self._features(self._heads(F.silu(q_BTC)))
-        return self.output(read_memory(q_BTHK, weights, **self.store.network()).to(x_BTD.dtype), x_BTD), history_BWC
+        o_BTHK = read_memory(q_BTHK, weights, **self.store.network()).to(x_BTD.dtype)
+        return self.output(self.norm(o_BTHK), x_BTD), history_BWC
 
     def output(self, o_BTHK: Tensor, x_BTD: Tensor) -> Tensor:
-        """Reads, normalised and gated by x, [B, T, D]."""
-        y_BTHK = self.norm(o_BTHK) * self._heads(F.silu(self.output_gate_proj(x_BTD)))
+        """Normalised reads, gated by x, [B, T, D]."""
+        y_BTHK = o_BTHK * self._heads(F.silu(self.output_gate_proj(x_BTD)))
         return self.o_proj(y_BTHK.flatten(2))
 
     def _heads(self, x_BTC: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """TNT's two levels (arXiv:2511.07343): a global memory of large chunks, and local memories of small ones that start
 afresh in every shard, so that shards are independent of each other.
 
-    o = global(q) + sum_i local_i(q'),   q' = unit vector along sum_{j <= t, same shard} k_j (k_j . q)
+    o = norm(global(q)) + sum_i norm_i(local_i(q')),   q' = unit vector along sum_{j <= t, same shard} k_j (k_j . q)
 
+The norms let all levels speak alike loud: a local memory writes with larger steps, and would drown the global one.
 The query of a local memory is projected on the keys that its shard has written; keys are unit vectors, and the length
 of the projection, which would grow with the shard, is dropped. That sum is itself a linear memory, Hebbian, of its own
 keys. A second stage may go on with smaller ``local_chunk_sizes``, for no weight depends on them:
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memlm.layers import RMSNorm
 from memlm.memory import titans
 from memlm.memory.base import (
     Dims,
@@ -66,6 +68,7 @@ class Mixer(titans.NeuralMemory):
         self.shard_size = config.shard_size
         levels = [replace(config, chunk_size=c, initial_lr=config.local_initial_lr) for c in config.local_chunk_sizes]
         self.local_stores = nn.ModuleList([titans.Store(level, dims) for level in levels])
+        self.local_norms = nn.ModuleList([RMSNorm(config.memory_head_dim, eps=dims.rms_norm_eps) for _ in levels])
         self.reset_parameters()
 
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
@@ -105,7 +108,7 @@ class Mixer(titans.NeuralMemory):
             )
             o_BTHK, parts, of_locals = self._recall_locals(*inputs, state=state, ctx=shards)
         state = {"conv": conv, **joined({"global": memory, **parts})}
-        return MixerOutput(self.output(known_BTHK + o_BTHK, x_BTD), state, {}, {**metrics, **of_locals})
+        return MixerOutput(self.output(self.norm(known_BTHK) + o_BTHK, x_BTD), state, {}, {**metrics, **of_locals})
 
     def _recall_locals(
         self,
@@ -117,7 +120,7 @@ class Mixer(titans.NeuralMemory):
         state: State | None,
         ctx: MixerContext,
     ) -> tuple[Tensor, dict[str, State], dict[str, Tensor]]:
-        """Sum of the local memories' reads, their states by name, metrics; ``ctx`` counts from starts of shards."""
+        """Sum of the local memories' normalised reads, states by name, metrics; ``ctx`` counts from starts of shards."""
         heads, width = k_BTHK.shape[-2:]
         projected_BTHK, keys, _ = neural_memory(
             q_BTHK,
@@ -138,11 +141,11 @@ class Mixer(titans.NeuralMemory):
         q_BTHK = F.normalize(projected_BTHK, dim=-1)
         o_BTHK, parts = torch.zeros_like(v_BTHK), {"keys": titans.pack(keys)}
         metrics: dict[str, Tensor] = {}
-        for i, store in enumerate(self.local_stores):
+        for i, (store, norm) in enumerate(zip(self.local_stores, self.local_norms, strict=True)):
             name = f"local{i}"
             part = substate(state, name) if state else None
             read_BTHK, parts[name], of_store = store(x_BTD, q_BTHK, k_BTHK, v_BTHK, part, ctx)
-            o_BTHK = o_BTHK + read_BTHK
+            o_BTHK = o_BTHK + norm(read_BTHK)
             metrics |= {f"{name}_{key}": value for key, value in of_store.items()}
         return o_BTHK, parts, metrics
 

@@ -21,15 +21,16 @@ def test_the_layer_is_its_equations():
     x = torch.randn(2, 27, 64, dtype=torch.float64)
     q, k, v, _ = mixer.project(x, None, MixerContext())
     o, *_ = mixer.store(x, q, k, v, None, MixerContext())
+    o = mixer.norm(o)
     for start in range(0, 27, 8):
         at = slice(start, start + 8)
         scores = (q[:, at, None] * k[:, None, at]).sum(-1)  # query, key
         causal = torch.ones(scores.shape[1:3], dtype=torch.float64).tril()[..., None]
         projected = ((scores * causal)[..., None] * k[:, None, at]).sum(2)
         projected = projected / projected.norm(dim=-1, keepdim=True)
-        for store in mixer.local_stores:
+        for store, norm in zip(mixer.local_stores, mixer.local_norms, strict=True):
             local, *_ = store(x[:, at], projected, k[:, at], v[:, at], None, MixerContext())
-            o[:, at] = o[:, at] + local
+            o[:, at] = o[:, at] + norm(local)
     assert_close("layer", mixer.output(o, x), mixer(x).y_BTD, 1e-10)
 
 
