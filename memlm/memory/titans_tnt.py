@@ -120,7 +120,7 @@ class Mixer(titans.NeuralMemory):
         state: State | None,
         ctx: MixerContext,
     ) -> tuple[Tensor, dict[str, State], dict[str, Tensor]]:
-        """Sum of the local memories' normalised reads, states by name, metrics; ``ctx`` counts from starts of shards."""
+        """Sum of the local memories' normalised reads, states, metrics; ``ctx`` counts from starts of shards."""
         heads, width = k_BTHK.shape[-2:]
         projected_BTHK, keys, _ = neural_memory(
             q_BTHK,
