@@ -44,28 +44,33 @@ class Grid:
         return F.pad(x, (0, 0) * (x.ndim - 2) + (0, 1)).gather(1, like(self.slots, x))
 
 
-def aligned_grid(length: int, chunk_size: int) -> Grid:
+def aligned_grid(length: int, width: int) -> Grid:
     """Rows that start where a chunk starts, have only real tokens, and hold one document."""
-    return Grid(length, -(-length // chunk_size), chunk_size)
+    return Grid(length, -(-length // width), width)
 
 
-def ragged_grid(positions: Tensor, lengths: Tensor | None, chunk_size: int, max_documents: int) -> Grid:
-    """positions: [B, T], places in documents, a 0 starts one; lengths: [B], real tokens, which come first (None: all).
+def ragged_grid(
+    positions: Tensor, lengths: Tensor | None, width: int, max_documents: int, chunk_size: int | None = None
+) -> Grid:
+    """positions: [B, T], places in documents, a 0 starts one; lengths: [B], real tokens, which come first (None: all);
+    chunk_size: tokens of what ``opens_chunk`` tells the start of, a multiple of width (None: width).
 
     The first chunk of a row and the last of each document may be short, which bounds the number of chunks.
     """
     length = positions.shape[1]
-    # A single token needs no chunk around it.
-    width = 1 if length == 1 else chunk_size
+    opens_chunk = positions % (chunk_size or width) == 0
+    opens = positions % width == 0
+    if length == 1:
+        # A single token needs no chunk around it.
+        width = 1
     count = min(length, (length + (max_documents + 1) * (width - 1)) // width)
-    opens = positions % chunk_size == 0
     slots = (opens.cumsum(1) - opens[:, :1].long()) * width + positions % width
     if lengths is not None:
         real = torch.arange(length, device=positions.device) < lengths[:, None]
         slots = torch.where(real, slots, count * width)
     grid = Grid(length, count, width, slots)
-    opens_document, opens_chunk = (grid.lay(x.long()).amax(-1).bool() for x in (positions == 0, opens))
-    return Grid(length, count, width, slots, opens_document, opens_chunk)
+    flags = (grid.lay(x.long()).amax(-1).bool() for x in (positions == 0, opens_chunk))
+    return Grid(length, count, width, slots, *flags)
 
 
 def like(index: Tensor, x: Tensor) -> Tensor:

@@ -224,6 +224,27 @@ def test_a_linear_memory_without_momentum_is_the_gated_delta_rule():
     assert_close("memory", memory, got.state.weights[0], 1e-12)
 
 
+@pytest.mark.parametrize(("chunk_size", "length"), [(128, 300), (96, 200), (101, 210)])
+def test_long_chunks_are_cut_into_blocks_that_share_an_anchor(chunk_size, length):
+    """In one call, over cuts, packed, and backward: all the same as chunks that nobody cut."""
+    inputs = make(batch=1, length=length, heads=1, depth=2)
+    inputs[3] = inputs[3] / 30
+    expected = grads_of(lambda *x: token_by_token(*x, chunk_size=chunk_size), inputs)
+
+    def pieces(*x):
+        state, out = None, []
+        for piece in zip(*(t.split([77, length - 77], 1) for t in x[:6]), strict=True):
+            o, state, _ = run([*piece, *x[6:]], chunk_size, state=state)
+            out.append(o)
+        return torch.cat(out, 1)
+
+    assert_close("o", token_by_token(*inputs, chunk_size=chunk_size), run(inputs, chunk_size).o, 1e-12)
+    assert_close("o of pieces", run(inputs, chunk_size).o, pieces(*inputs), 1e-12)
+    for function in (lambda *x: run(x, chunk_size).o, pieces):
+        for name, e, g in zip(names(inputs), expected, grads_of(function, inputs), strict=True):
+            assert_close(f"gradient of {name}", e, g, 1e-12)
+
+
 @EACH_OPTION
 @pytest.mark.parametrize("cuts", [[1] * 23, [5, 1, 1, 9, 7], [4, 8, 11], [22, 1], [0, 23, 0]])
 def test_any_division_into_calls_gives_the_same(option, cuts):

@@ -14,9 +14,10 @@ from memlm_kernels.neural_memory.network import Activation, InnerLoss, Tail, out
 
 
 class Plan(NamedTuple):
-    """What the memory is and minimises."""
+    """What the memory is and minimises; blocks: how many share an anchor, where rows are not ragged."""
 
     depth: int
+    blocks: int
     activation: Activation
     loss: InnerLoss
 
@@ -83,10 +84,10 @@ class Room(NamedTuple):
         return memory._replace(W=W, S=S)
 
 
-def enter(memory: Memory, flags: Flags | None, initial: Sequence[Tensor], n: int) -> Memory:
-    """The memory that chunk n sees: a new document starts afresh, in place, and a new chunk sets the anchor."""
+def enter(memory: Memory, plan: Plan, flags: Flags | None, initial: Sequence[Tensor], n: int) -> Memory:
+    """The memory that block n sees: a new document starts afresh, in place, and a new chunk sets the anchor."""
     if flags is None:
-        return memory._replace(anchor=memory.W)
+        return memory if n % plan.blocks else memory._replace(anchor=memory.W)
     new, opened = flags.opens_document[n], flags.opens_chunk[n]
     for w, i in zip(memory.W, initial, strict=True):
         w.copy_(torch.where(new, i, w))

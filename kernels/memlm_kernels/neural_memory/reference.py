@@ -13,6 +13,7 @@ Every product is at most 1 and nothing is divided, so nothing overflows. Each g_
 product a_i^T e_i for each layer (input times backpropagated error), so M_r(q) needs no M_r:
 ``q W`` and ``q S`` scaled, minus masked attention from q over a with values e.
 
+A long chunk is cut into blocks: W, S and r are those of the block, the anchor stays that of the chunk.
 A slot that holds no token has lr 0, momentum 1, decay 0 and ``write`` 0, and changes nothing;
 ``write`` multiplies the S that enters M, for momentum would go on moving M otherwise.
 """
@@ -87,15 +88,17 @@ def neural_memory_reference(
             return torch.zeros_like(v), state, torch.zeros_like(tokens.lr)
         if positions is None:
             positions = state.position[:, None] + torch.arange(length, device=q.device)
-        grid = (
-            aligned_grid(length, chunk_size) if aligned else ragged_grid(positions, lengths, chunk_size, max_documents)
-        )
+        width = _block(chunk_size)
+        if aligned:
+            grid = aligned_grid(length, width)
+        else:
+            grid = ragged_grid(positions, lengths, width, max_documents, chunk_size)
         sources, U, recent = _sources(tokens, grid, positions, lengths, window, state)
         gates = _gates(tokens, grid, U)
         q_grid = _to_rows(grid.lay(tokens.q))
         tail = None if norm is None else Tail(*(n.to(dtype).repeat(batch, 1)[:, None] for n in norm))
         out, surprise, *memory = _scan(
-            Plan(len(weights), ACTIVATIONS[activation], loss),
+            Plan(len(weights), chunk_size // width, ACTIVATIONS[activation], loss),
             q_grid,
             *sources,
             gates.C,
@@ -114,6 +117,12 @@ def neural_memory_reference(
     momentum = parts[1] if tokens.momentum is not None else ()
     position = next_position(positions, lengths, state.position)
     return out.to(v.dtype), NeuralMemoryState(parts[0], momentum, parts[-1], position, recent), surprise
+
+
+def _block(chunk_size: int) -> int:
+    """Slots of the grid: masked products cost their square, so a long chunk is several blocks with one anchor."""
+    divisors = [size for size in range(16, 65) if chunk_size % size == 0]
+    return max(divisors) if chunk_size > 64 and divisors else chunk_size
 
 
 def _split(tensors: list[Tensor], size: int) -> list[list[Tensor]]:

@@ -64,7 +64,7 @@ class Scan(torch.autograd.Function):
     def forward(ctx: Any, plan: Plan, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> tuple[Tensor, ...]:
         gates, tail, flags, memory, initial = _sort(plan.depth, rest)
         chunks = len(q)
-        size = _group_size(memory, k)
+        size = _group_size(memory, k, plan.blocks)
         out, surprise, kept = [], [], []
         for start in range(0, chunks, size):
             group = slice(start, start + size)
@@ -74,7 +74,7 @@ class Scan(torch.autograd.Function):
             memory = room.move_in(memory)
             of_chunks = gates.of(group)
             for i, (k_n, v_n, gates_n) in enumerate(zip(k[group], v[group], of_chunks.unbind(), strict=True)):
-                memory = enter(memory, flags, initial, start + i)
+                memory = enter(memory, plan, flags, initial, start + i)
                 tokens, a, e = inner(plan, k_n, v_n, memory.anchor, tail)
                 passed.append([*tokens.hidden, *tokens.behind, tokens.f])
                 inputs.append(a)
@@ -107,6 +107,8 @@ class Scan(torch.autograd.Function):
         d_after = [d_memory[i : i + depth] for i in range(0, len(d_memory), depth)]
         d_W, d_S = list(d_after.pop(0)), list(d_after.pop(0)) if memory.S else []
         d_anchor = [x.clone() for x in d_after.pop(0)]
+        # Every block's anchor is the memory it enters with.
+        at_once = flags is None and plan.blocks == 1
         per_group = len(saved) // -(-chunks // ctx.size)
         for start in reversed(range(0, chunks, ctx.size)):
             group = slice(start, min(start + ctx.size, chunks))
@@ -124,7 +126,7 @@ class Scan(torch.autograd.Function):
             gates_of, a_of, e_of = of_chunks.unbind(), _unstack(inputs, size), _unstack(errors, size)
             entered = []
             for i in range(size):
-                current = enter(current, flags, initial, start + i)
+                current = enter(current, plan, flags, initial, start + i)
                 entered.append(current)
                 if i + 1 < size:
                     current = leave(current, gates_of[i], a_of[i], e_of[i], room, i + 1)
@@ -150,8 +152,8 @@ class Scan(torch.autograd.Function):
                 d_W, d_S = left.W, left.S
                 for d_old, factor, x in zip((*d_W, *d_S), (*to_W[i], *to_S[i]), (*x_of[i], *x_of[i]), strict=False):
                     d_old.baddbmm_(x.mT, factor)
-                if flags is None:
-                    # The anchor is the memory itself; what follows the call may have asked for the last one.
+                if at_once:
+                    # What follows the call may have asked for the last anchor.
                     for d_old, last in zip(d_W, d_anchor, strict=False):
                         d_old += last
                     d_anchor = []
@@ -168,24 +170,30 @@ class Scan(torch.autograd.Function):
                     curvature[i],
                     a_of[i],
                     e_of[i],
-                    d_anchor if flags else d_W,
+                    d_W if at_once else d_anchor,
                 )
                 d_k[n], d_v[n] = back.k, back.v
                 if d_tail is not None and back.tail is not None:
                     d_tail = Tail(d_tail.gain + back.tail.gain, d_tail.bias + back.tail.bias)
                 if flags is not None:
                     d_W, d_S, d_anchor = _enter_backward(d_W, d_S, d_anchor, flags, d_initial, n)
+                elif not at_once and n % plan.blocks == 0:
+                    for d_old, of_anchor in zip(d_W, d_anchor, strict=True):
+                        d_old += of_anchor
+                        of_anchor.zero_()
         weights = [*d_W, *d_S, *(d_anchor if flags else ()), *d_initial]
         of_rest = [d_C, d_beta, *(d_momentum or (None, None, None)), *(d_tail or (None, None)), None, None, *weights]
         return None, d_q, d_k, d_v, *of_rest
 
 
-def _group_size(memory: Memory, k: Tensor) -> int:
-    """As many chunks as make the memory kept for a group no larger than the activations kept for its tokens."""
+def _group_size(memory: Memory, k: Tensor, blocks: int) -> int:
+    """As many blocks as make the memory kept for a group no larger than the activations kept for its tokens, and
+    whole chunks, so that a group starts with its anchor.
+    """
     of_memory = sum(w.numel() for w in (*memory.W, *memory.S))
     hidden = sum(w.shape[-1] for w in memory.W[:-1])
     of_token = 3 * hidden + 2 * k.shape[-1] + 2 * memory.W[-1].shape[-1]
-    return -(-of_memory // (of_token * k.shape[1] * k.shape[2]))
+    return -(-of_memory // (of_token * k.shape[1] * k.shape[2] * blocks)) * blocks
 
 
 def _enter_backward(
