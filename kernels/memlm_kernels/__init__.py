@@ -4,6 +4,14 @@ Imports torch, and Triton lazily, and nothing else.
 """
 
 from memlm_kernels.backend import choose
+from memlm_kernels.large_chunk_memory import LargeChunkMemoryState, large_chunk_memory
 from memlm_kernels.neural_memory import NeuralMemoryState, neural_memory, read_memory
 
-__all__ = ["NeuralMemoryState", "choose", "neural_memory", "read_memory"]
+__all__ = [
+    "LargeChunkMemoryState",
+    "NeuralMemoryState",
+    "choose",
+    "large_chunk_memory",
+    "neural_memory",
+    "read_memory",
+]

@@ -1,6 +1,6 @@
 """Laying rows of tokens on a grid of chunks, whose sizes follow from shapes alone: the device is never asked.
 
-B batch, T tokens of the call, N chunks, C slots of a chunk. Chunks are counted from the first token of
+B batch, T tokens of the call, N chunks, C slots of a chunk, H heads. Chunks are counted from the first token of
 each document; a row may start inside a chunk, hold several documents, and end in padding.
 """
 
@@ -78,6 +78,21 @@ def like(index: Tensor, x: Tensor) -> Tensor:
     return index.reshape(*index.shape, *[1] * (x.ndim - 2)).expand(*index.shape, *x.shape[2:])
 
 
+def to_rows(x: Tensor) -> Tensor:
+    """[B, N, C, H, ...] -> [N, B * H, C, ...]"""
+    return x.movedim(3, 1).movedim(2, 0).flatten(1, 2)
+
+
+def from_rows(x: Tensor, heads: int) -> Tensor:
+    """[N, B * H, C, ...] -> [B, N, C, H, ...]"""
+    return x.unflatten(1, (-1, heads)).movedim(0, 1).movedim(2, 3)
+
+
+def row_flags(flags: Tensor, heads: int) -> Tensor:
+    """[B, N] -> [N, B * H, 1, 1]"""
+    return flags.mT.repeat_interleave(heads, 1)[..., None, None]
+
+
 def next_position(positions: Tensor, lengths: Tensor | None, before: Tensor) -> Tensor:
     """[B], the place of what follows each row's last real token; ``before`` where a row has none."""
     if positions.shape[1] == 0:
@@ -100,3 +115,14 @@ def keep_last(x: Tensor, size: int, new: int, lengths: Tensor | None) -> Tensor:
         return x if size == total else x[:, total - size :].clone()
     index = torch.arange(total - size, total, device=x.device) - new + lengths[:, None]
     return x.gather(1, like(index.clamp(min=0), x[:, :size]))
+
+
+def check_places(x: Tensor, positions: Tensor | None, lengths: Tensor | None, max_documents: int) -> None:
+    """Raise ValueError unless they fit the tokens of x, [B, T, ...]; see ``ragged_grid``."""
+    batch, length = x.shape[:2]
+    if max_documents < 1:
+        raise ValueError(f"max_documents={max_documents} must be at least 1")
+    if positions is not None and (positions.shape != (batch, length) or positions.is_floating_point()):
+        raise ValueError(f"positions {list(positions.shape)} must be integers [B, T] = {[batch, length]}")
+    if lengths is not None and (lengths.shape != (batch,) or lengths.is_floating_point()):
+        raise ValueError(f"lengths {list(lengths.shape)} must be integers [B] = {[batch]}")

@@ -94,6 +94,13 @@ class Mixer(SequenceMixer):
         return state
 
     def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
+        y_BTHK, _, new_state = self.heads(x_BTD, state, ctx)
+        return MixerOutput(self.o_proj(y_BTHK.flatten(2)), new_state, {}, {})
+
+    def heads(
+        self, x_BTD: Tensor, state: State | None, ctx: MixerContext | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], State]:
+        """What the heads read, [B, T, H, K]; their q, k, v before any rotation; and the new state."""
         batch, length, _ = x_BTD.shape
         fresh = state is None and ctx is None
         state = self.init_state(batch, x_BTD.device, x_BTD.dtype) if state is None else state
@@ -128,7 +135,7 @@ class Mixer(SequenceMixer):
             y_BTHK = self._attend(q, k, v, self._prefix(), positions_BT, fresh)[..., : self.dims.head_dim]
         else:
             y_BTHK = self._attend(rotated_BTHK, seen["k"], seen["v"], None, positions_BT, fresh)
-        return MixerOutput(self.o_proj(y_BTHK.flatten(2)), new_state, {}, {})
+        return y_BTHK, (q_BTHK, k_BTGK, v_BTGK), new_state
 
     def _prefix(self) -> tuple[Tensor, Tensor]:
         """Keys (in the unrotated half) and values of the persistent tokens, [1, P, G, 2K]."""

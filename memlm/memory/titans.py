@@ -211,7 +211,7 @@ class Store(nn.Module):
             aligned=ctx.aligned,
         )
         metrics = {name: gate.detach().mean() for name, gate in gates.items()}
-        metrics |= _norms(memory, before.weights if before else tuple(self.memory))
+        metrics |= memory_norms(memory.weights, memory.momentum, before.weights if before else tuple(self.memory))
         return o_BTHK, pack(memory), {**metrics, "surprise": surprise_BTH.mean()}
 
     def network(self) -> dict[str, Any]:
@@ -372,12 +372,14 @@ def unpack(state: State) -> NeuralMemoryState:
 
 
 @torch.no_grad()
-def _norms(memory: NeuralMemoryState, before: tuple[Tensor, ...]) -> dict[str, Tensor]:
+def memory_norms(
+    weights: tuple[Tensor, ...], momentum: tuple[Tensor, ...], before: tuple[Tensor, ...]
+) -> dict[str, Tensor]:
     """Frobenius norms of memory, momentum and what the call changed, root mean square over rows and heads."""
 
-    def norm(weights: tuple[Tensor, ...]) -> Tensor:
-        return torch.stack([torch.linalg.vector_norm(w) / w.shape[:-2].numel() ** 0.5 for w in weights]).norm()
+    def norm(tensors: tuple[Tensor, ...]) -> Tensor:
+        return torch.stack([torch.linalg.vector_norm(x) / x.shape[:-2].numel() ** 0.5 for x in tensors]).norm()
 
-    change = tuple(w - b for w, b in zip(memory.weights, before, strict=True))
-    norms = {"memory_norm": norm(memory.weights), "update_norm": norm(change)}
-    return norms | ({"momentum_norm": norm(memory.momentum)} if memory.momentum else {})
+    change = tuple(w - b for w, b in zip(weights, before, strict=True))
+    norms = {"memory_norm": norm(weights), "update_norm": norm(change)}
+    return norms | ({"momentum_norm": norm(momentum)} if momentum else {})

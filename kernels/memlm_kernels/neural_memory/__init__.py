@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from memlm_kernels.backend import choose
+from memlm_kernels.grid import check_places
 from memlm_kernels.neural_memory.losses import dot_product, huber, lp, squared_error
 from memlm_kernels.neural_memory.network import ACTIVATIONS, InnerLoss, Tail
 from memlm_kernels.neural_memory.reference import NeuralMemoryState, Tokens, neural_memory_reference
@@ -90,7 +91,9 @@ def neural_memory(
     """
     _check(q, k, v, {"lr": lr, "momentum": momentum, "decay": decay, "weight": weight}, weights)
     _check_memory(q, v, norm, activation, chunk_size, window)
-    _check_places(q, weights, momentum, window, state, positions, lengths, max_documents)
+    check_places(q, positions, lengths, max_documents)
+    if state is not None:
+        _check_state(state, len(q), weights, momentum, window)
     if aligned and (positions is not None or lengths is not None):
         raise ValueError("aligned=True leaves no room for positions or lengths; leave them out")
     choose("neural_memory", backend, ("reference",))
@@ -161,25 +164,9 @@ def _check_memory(
         raise ValueError(f"norm needs K={q.shape[-1]} equal to V={v.shape[-1]}, for M(x) is x + LayerNorm(MLP(x))")
 
 
-def _check_places(
-    q: Tensor,
-    weights: Sequence[Tensor],
-    momentum: Tensor | None,
-    window: int,
-    state: NeuralMemoryState | None,
-    positions: Tensor | None,
-    lengths: Tensor | None,
-    max_documents: int,
+def _check_state(
+    state: NeuralMemoryState, batch: int, weights: Sequence[Tensor], momentum: Tensor | None, window: int
 ) -> None:
-    batch, length = q.shape[:2]
-    if max_documents < 1:
-        raise ValueError(f"max_documents={max_documents} must be at least 1")
-    if positions is not None and (positions.shape != (batch, length) or positions.is_floating_point()):
-        raise ValueError(f"positions {list(positions.shape)} must be integers [B, T] = {[batch, length]}")
-    if lengths is not None and (lengths.shape != (batch,) or lengths.is_floating_point()):
-        raise ValueError(f"lengths {list(lengths.shape)} must be integers [B] = {[batch]}")
-    if state is None:
-        return
     found = [list(w.shape) for w in state.weights]
     expected = [[batch, *w.shape] for w in weights]
     if found != expected or state.position.shape != (batch,):

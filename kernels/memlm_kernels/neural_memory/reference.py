@@ -23,7 +23,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memlm_kernels.grid import Grid, aligned_grid, keep_last, like, next_position, ragged_grid
+from memlm_kernels.grid import (
+    Grid,
+    aligned_grid,
+    from_rows,
+    keep_last,
+    like,
+    next_position,
+    ragged_grid,
+    row_flags,
+    to_rows,
+)
 from memlm_kernels.neural_memory.chunk import Gates, Momentum, Plan
 from memlm_kernels.neural_memory.network import ACTIVATIONS, InnerLoss, Tail
 from memlm_kernels.neural_memory.scan import Scan
@@ -95,7 +105,7 @@ def neural_memory_reference(
             grid = ragged_grid(positions, lengths, width, max_documents, chunk_size)
         sources, U, recent = _sources(tokens, grid, positions, lengths, window, state)
         gates = _gates(tokens, grid, U)
-        q_grid = _to_rows(grid.lay(tokens.q))
+        q_grid = to_rows(grid.lay(tokens.q))
         tail = None if norm is None else Tail(*(n.to(dtype).repeat(batch, 1)[:, None] for n in norm))
         out, surprise, *memory = _scan(
             Plan(len(weights), chunk_size // width, ACTIVATIONS[activation], loss),
@@ -105,14 +115,14 @@ def neural_memory_reference(
             gates.beta,
             *(gates.momentum or (None, None, None)),
             *(tail or (None, None)),
-            *_flags(grid, heads),
+            *(None if x is None else row_flags(x, heads) for x in (grid.opens_document, grid.opens_chunk)),
             *(x.to(dtype).flatten(0, 1) for part in (state.weights, state.momentum) for x in part),
             *(() if aligned else (x.to(dtype).flatten(0, 1) for part in (state.anchor, initial) for x in part)),
         )
         if tail is not None:
             out = tail.read(q_grid, out)
-        out = grid.take(_from_rows(out, heads))
-        surprise = grid.take(_from_rows(surprise[..., window - 1 :], heads))
+        out = grid.take(from_rows(out, heads))
+        surprise = grid.take(from_rows(surprise[..., window - 1 :], heads))
     parts = [tuple(x.unflatten(0, (batch, heads)) for x in part) for part in _split(memory, len(weights))]
     momentum = parts[1] if tokens.momentum is not None else ()
     position = next_position(positions, lengths, state.position)
@@ -138,26 +148,6 @@ def _fresh(tokens: Tokens, initial: tuple[Tensor, ...], window: int) -> NeuralMe
     return NeuralMemoryState(initial, momentum, initial, tokens.q.new_zeros(batch, dtype=torch.int64), recent)
 
 
-def _to_rows(x: Tensor) -> Tensor:
-    """[B, N, C, H, ...] -> [N, B * H, C, ...]"""
-    return x.movedim(3, 1).movedim(2, 0).flatten(1, 2)
-
-
-def _from_rows(x: Tensor, heads: int) -> Tensor:
-    """[N, B * H, C, ...] -> [B, N, C, H, ...]"""
-    return x.unflatten(1, (-1, heads)).movedim(0, 1).movedim(2, 3)
-
-
-def _flags(grid: Grid, heads: int) -> tuple[Tensor | None, Tensor | None]:
-    """[N, B * H, 1, 1], where a document and where a chunk starts."""
-    if grid.opens_document is None or grid.opens_chunk is None:
-        return None, None
-    document, chunk = (
-        x.mT.repeat_interleave(heads, 1)[..., None, None] for x in (grid.opens_document, grid.opens_chunk)
-    )
-    return document, chunk
-
-
 def _sources(
     tokens: Tokens,
     grid: Grid,
@@ -172,8 +162,8 @@ def _sources(
     heads = tokens.k.shape[2]
     weight = torch.ones_like(tokens.lr) if tokens.weight is None else tokens.weight
     if window == 1:
-        k, v = (_to_rows(grid.lay(x)) for x in (tokens.k, tokens.v))
-        U = None if tokens.weight is None else torch.diag_embed(_to_rows(grid.lay(weight)))
+        k, v = (to_rows(grid.lay(x)) for x in (tokens.k, tokens.v))
+        U = None if tokens.weight is None else torch.diag_embed(to_rows(grid.lay(weight)))
         return (k, v), U, ()
     stream = [
         torch.cat([old.to(new.dtype), new], 1)
@@ -186,7 +176,7 @@ def _sources(
     first = grid.lay(token - place, fill=-grid.width).amax(-1)
     reach = torch.arange(grid.width + window - 1, device=positions.device)
     index = (first[..., None] + reach).clamp(0, stream[0].shape[1] - 1).flatten(1)
-    k, v, weight = (_to_rows(x.gather(1, like(index, x)).unflatten(1, (grid.count, -1))) for x in stream)
+    k, v, weight = (to_rows(x.gather(1, like(index, x)).unflatten(1, (grid.count, -1))) for x in stream)
     distance = torch.arange(grid.width, device=positions.device)[:, None] + window - 1 - reach
     # A token's distance to its document's start is its position.
     band = (distance >= 0) & (distance < window) & (distance <= grid.lay(positions)[..., None])
@@ -197,7 +187,7 @@ def _gates(tokens: Tokens, grid: Grid, U: Tensor | None) -> Gates:
     """The scalar recurrences of every chunk."""
 
     def lay(x: Tensor, fill: float = 0.0) -> Tensor:
-        return _to_rows(grid.lay(x, fill))
+        return to_rows(grid.lay(x, fill))
 
     lr, write = lay(tokens.lr), lay(torch.ones_like(tokens.lr))
     decay = torch.zeros_like(lr) if tokens.decay is None else lay(tokens.decay)

@@ -1,0 +1,100 @@
+"""Large-chunk test-time training: a SwiGLU whose weights are written once a chunk."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from memlm_kernels.backend import choose
+from memlm_kernels.grid import check_places
+from memlm_kernels.large_chunk_memory.reference import (
+    MUON,
+    LargeChunkMemoryState,
+    Tokens,
+    large_chunk_memory_reference,
+)
+
+__all__ = ["MUON", "LargeChunkMemoryState", "large_chunk_memory"]
+
+
+def large_chunk_memory(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    momentum: Tensor | None,
+    *,
+    weights: Sequence[Tensor],
+    chunk_size: int,
+    muon_steps: int = 0,
+    state: LargeChunkMemoryState | None = None,
+    positions: Tensor | None = None,
+    lengths: Tensor | None = None,
+    max_documents: int = 1,
+    backend: str = "auto",
+) -> tuple[Tensor, LargeChunkMemoryState]:
+    """Large-chunk test-time training (LaCT, arXiv:2505.23884), apply then update.
+
+    Every token of a chunk reads f(q) with the weights that the chunks before it wrote. The last one writes them: one
+    step along the chunk's gradient of f(k) . v, after which each column has the norm that it had at first::
+
+        f(x) = (silu(x W1) * (x W3)) W2
+        S_j = mean(momentum) S_j + sum_t lr_tj d(f(k_t) . v_t) / dW_j
+        W_j = |column of the learned W_j| * normalize(W_j + orthogonal(S_j))
+
+    Chunks are counted from the first token of each document, and both mean and sum are over the chunk's tokens.
+
+    q, k: [B, T, H, K]   v: [B, T, H, V]   momentum: [B, T, H] in (0, 1); None for none (S_j is the sum alone)
+    lr: [B, T, H, 3], at least 0, a token's own for each of W1, W2, W3
+    weights: W1 [H, K, F], W2 [H, F, V], W3 [H, K, F] at the start of a document
+    muon_steps: Newton-Schulz steps that make S_j ``orthogonal`` (Muon); 0 for none, which takes S_j as it is
+    state: what an earlier call returned; None starts every row at position 0 of a document
+    positions: [B, T], tokens before each one in its own document; a 0 starts a document. None
+        continues at ``state.position``
+    lengths: [B], the real tokens of each row come first; the others write nothing and read zeros
+    max_documents: an upper bound on the documents that one row has tokens of, as a Python int:
+        it sizes buffers without asking the device
+
+    Returns o [B, T, H, V] in v's dtype, and the state after each row's last real token. Accumulates in fp32 (fp64
+    for fp64 inputs). Raises ValueError if a size is out of range, shapes disagree, the state is of another memory, or
+    the backend cannot run.
+    """
+    _check(q, k, v, lr, momentum, weights)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size} must be at least 1")
+    if not 0 <= muon_steps <= len(MUON):
+        raise ValueError(f"muon_steps={muon_steps} must be 0 (none) to {len(MUON)}")
+    check_places(q, positions, lengths, max_documents)
+    if state is not None:
+        _check_state(state, len(q), momentum, weights)
+    choose("large_chunk_memory", backend, ("reference",))
+    tokens = Tokens(q, k, v, lr, momentum)
+    return large_chunk_memory_reference(
+        tokens, tuple(weights), chunk_size, muon_steps, state, positions, lengths, max_documents
+    )
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, lr: Tensor, momentum: Tensor | None, weights: Sequence[Tensor]) -> None:
+    if q.ndim != 4 or q.shape != k.shape or v.ndim != 4 or v.shape[:3] != q.shape[:3]:
+        raise ValueError(
+            f"q {list(q.shape)} and k {list(k.shape)} must be [B, T, H, K], v {list(v.shape)} [B, T, H, V]"
+        )
+    if lr.shape != (*q.shape[:3], 3):
+        raise ValueError(f"lr {list(lr.shape)} must be [B, T, H, 3] = {[*q.shape[:3], 3]}")
+    if momentum is not None and momentum.shape != q.shape[:3]:
+        raise ValueError(f"momentum {list(momentum.shape)} must be [B, T, H] = {list(q.shape[:3])}")
+    found = [list(w.shape) for w in weights]
+    heads, key, value = q.shape[2], q.shape[3], v.shape[3]
+    width = found[0][-1] if found and found[0] else 0
+    if found != [[heads, key, width], [heads, width, value], [heads, key, width]]:
+        raise ValueError(
+            f"weights {found} must be [H, K, F], [H, F, V], [H, K, F] with H={heads}, K={key}, V={value} and one F"
+        )
+
+
+def _check_state(state: LargeChunkMemoryState, batch: int, momentum: Tensor | None, weights: Sequence[Tensor]) -> None:
+    found = [list(w.shape) for w in state.weights]
+    expected = [[batch, *w.shape] for w in weights]
+    if found != expected or state.position.shape != (batch,):
+        raise ValueError(f"state holds weights {found}, expected {expected} and position {[batch]}")
+    if bool(state.momentum) != (momentum is not None):
+        raise ValueError(f"state {'has' if state.momentum else 'lacks'} momentum, the call does not agree")

@@ -1,0 +1,201 @@
+"""LaCT: sliding-window attention whose heads also read a memory that is written once a chunk (arXiv:2505.23884).
+
+    y = W_o (attention(x) + silu(scale(x)) * norm(f(q))),    f(x) = (silu(x W1) * (x W3)) W2
+
+The window covers the chunk that is open, the fast weights f what came before it. As in the released language model,
+both read the same q, k, v: the memory takes them with a scale and an offset for each channel of q and k, SiLU, and
+unit length for q and k; each head has a learning rate for each of its three matrices, one momentum, a norm and a
+scale. Conventions of our own: the memory's q and k are not rotated (the release can do either), so that a memory
+means the same anywhere in a document; lr and momentum start at their named values at every token.
+
+B batch, T tokens, D hidden, H attention heads of size K, G key-value heads, M memory heads of size C = H K / M.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from memlm.layers import RMSNorm
+from memlm.memory import attention
+from memlm.memory.base import Dims, MixerContext, MixerOutput, SequenceMixer, State, joined, require, substate
+from memlm.memory.titans import memory_norms
+from memlm_kernels import LargeChunkMemoryState, large_chunk_memory
+from memlm_kernels.large_chunk_memory import MUON
+
+_PARTS = ("weights", "gradient", "momentum", "momentum_sum")
+
+
+@dataclass(frozen=True)
+class Config:
+    """chunk_size: tokens between two writes; window_size: tokens that attention sees, chunk_size at least.
+    memory_heads: the memory is so many independent networks, which share out the channels of all attention heads;
+        memory_expansion: width of their hidden layers over that of a head.
+    initial_lr: where learning rates start; the paper's sum to about 2 over a chunk (2048 of 0.001).
+    initial_momentum: where the share starts that a step keeps of the one before; null for none.
+    muon_steps: Newton-Schulz steps on each write, 5 in the paper; 0 for none. Every write is then as large as the
+        weights, of an lr only its share in the chunk matters, and rounding grows from chunk to chunk.
+    """
+
+    chunk_size: int = 32
+    window_size: int = 32
+    memory_heads: int = 1
+    memory_expansion: int = 1
+    initial_lr: float = 0.06
+    initial_momentum: float | None = 0.5
+    muon_steps: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_size", "memory_heads", "memory_expansion"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        require(
+            self.window_size >= self.chunk_size,
+            f"window_size={self.window_size} must be chunk_size={self.chunk_size} at least, "
+            "for nothing else remembers the open chunk; raise it, or lower chunk_size",
+        )
+        require(self.initial_lr > 0, f"initial_lr={self.initial_lr} must be positive")
+        start = self.initial_momentum
+        require(
+            start is None or 0 < start < 1, f"initial_momentum={start} must lie between 0 and 1, or be null for none"
+        )
+        require(0 <= self.muon_steps <= len(MUON), f"muon_steps={self.muon_steps} must be 0 (none) to {len(MUON)}")
+
+
+class FastWeights(nn.Module):
+    """The memory as a part: what is added to what the attention's heads read, [B, T, H K]."""
+
+    long_term = True
+
+    def __init__(self, config: Config, dims: Dims) -> None:
+        super().__init__()
+        channels, heads = dims.num_attention_heads * dims.head_dim, config.memory_heads
+        require(
+            channels % heads == 0,
+            f"memory_heads={heads} must divide num_attention_heads * head_dim = {channels}",
+        )
+        size = channels // heads
+        width = config.memory_expansion * size
+        self.config = config
+        self.qk_scale = nn.Parameter(torch.empty(2, channels))
+        self.qk_offset = nn.Parameter(torch.empty(2, channels))
+        self.memory = nn.ParameterList(
+            [torch.empty(heads, i, o) for i, o in ((size, width), (width, size), (size, width))]
+        )
+        self.gates = nn.Linear(dims.hidden_size, heads * (3 + self._has_momentum))
+        self.norm = RMSNorm(size, eps=dims.rms_norm_eps)
+        self.scale = nn.Linear(dims.hidden_size, heads)
+
+    @property
+    def _has_momentum(self) -> bool:
+        return self.config.initial_momentum is not None
+
+    def reset_parameters(self) -> None:
+        init.ones_(self.qk_scale)
+        init.zeros_(self.qk_offset)
+        for w in self.memory:
+            # Columns of about unit norm, which the writes keep. Zeros would stay zeros.
+            init.normal_(w, std=w.shape[1] ** -0.5)
+        init.zeros_(self.gates.weight)
+        start = [math.log(math.expm1(self.config.initial_lr))] * 3
+        if self.config.initial_momentum is not None:
+            start.append(math.log(self.config.initial_momentum / (1 - self.config.initial_momentum)))
+        init.copy_(self.gates.bias, torch.tensor(start).repeat(self.config.memory_heads).to(self.gates.bias.dtype))
+
+    def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
+        # Filled from the learned weights at position 0, so what stands here before is never read.
+        exact = torch.promote_types(dtype, torch.float32)
+        state = {"position": torch.zeros(batch_size, dtype=torch.int64, device=device)}
+        shapes = [w.shape for w in self.memory]
+        parts = {"weights": shapes, "gradient": shapes}
+        if self._has_momentum:
+            parts |= {"momentum": shapes, "momentum_sum": [torch.Size((self.config.memory_heads, 1, 1))]}
+        for name, shapes in parts.items():
+            for i, shape in enumerate(shapes):
+                state[f"{name}.{i}"] = torch.zeros(batch_size, *shape, device=device, dtype=exact)
+        return state
+
+    def forward(
+        self, x_BTD: Tensor, qkv: tuple[Tensor, Tensor, Tensor], state: State | None, ctx: MixerContext
+    ) -> MixerOutput:
+        """qkv: the attention's, [B, T, H, K], [B, T, G, K] and [B, T, G, K], before any rotation."""
+        q_BTMC, k_BTMC, v_BTMC = self._features(*qkv)
+        gates_BTMN = self._gates(x_BTD)
+        lr_BTM3 = F.softplus(gates_BTMN[..., :3])
+        momentum_BTM = torch.sigmoid(gates_BTMN[..., 3]) if self._has_momentum else None
+        before = _unpack(state) if state else None
+        o_BTMC, after = large_chunk_memory(
+            q_BTMC,
+            k_BTMC,
+            v_BTMC,
+            lr_BTM3,
+            momentum_BTM,
+            weights=list(self.memory),
+            chunk_size=self.config.chunk_size,
+            muon_steps=self.config.muon_steps,
+            state=before,
+            positions=ctx.positions_BT,
+            lengths=ctx.lengths_B,
+            max_documents=ctx.max_documents,
+        )
+        y_BTMC = F.silu(self.scale(x_BTD))[..., None] * self.norm(o_BTMC)
+        metrics = memory_norms(after.weights, after.momentum, before.weights if before else tuple(self.memory))
+        metrics["lr"] = lr_BTM3.detach().mean()
+        if momentum_BTM is not None:
+            metrics["momentum"] = momentum_BTM.detach().mean()
+        return MixerOutput(y_BTMC.flatten(2), _pack(after), {}, metrics)
+
+    def _features(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, T, M, C] each; q and k of unit length, in fp32 at least: fp16 has no smallest norm."""
+        heads = q_BTHK.shape[2]
+        q, k, v = (x.repeat_interleave(heads // x.shape[2], 2).flatten(2) for x in (q_BTHK, k_BTGK, v_BTGK))
+        q, k = (x * s + o for x, s, o in zip((q, k), self.qk_scale, self.qk_offset, strict=True))
+        q, k, v = (F.silu(x).unflatten(-1, (self.config.memory_heads, -1)) for x in (q, k, v))
+        exact = torch.promote_types(q.dtype, torch.float32)
+        return F.normalize(q.to(exact), dim=-1), F.normalize(k.to(exact), dim=-1), v
+
+    def _gates(self, x_BTD: Tensor) -> Tensor:
+        """Logits of three learning rates and of the momentum, [B, T, M, 3 or 4]; at least fp32."""
+        exact = torch.promote_types(self.gates.weight.dtype, torch.float32)
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            logits = F.linear(x_BTD.to(exact), self.gates.weight.to(exact), self.gates.bias.to(exact))
+        return logits.unflatten(-1, (self.config.memory_heads, -1))
+
+
+class Mixer(SequenceMixer):
+    """What the attention's heads read and what the memory says are added before ``o_proj``."""
+
+    def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
+        super().__init__()
+        self.attention = attention.Mixer(attention.Config(config.window_size), dims, layer_idx)
+        self.memory = FastWeights(config, dims)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.memory.reset_parameters()
+
+    def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
+        attention_state = self.attention.init_state(batch_size, device, dtype)
+        return joined({"attention": attention_state, "memory": self.memory.init_state(batch_size, device, dtype)})
+
+    def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
+        own = {name: substate(state, name) if state else None for name in ("attention", "memory")}
+        seen_BTHK, qkv, attention_state = self.attention.heads(x_BTD, own["attention"], ctx)
+        recalled = self.memory(x_BTD, qkv, own["memory"], ctx or MixerContext())
+        seen_BTC = seen_BTHK.flatten(2)
+        seen, said = (torch.linalg.vector_norm(y.detach()) for y in (seen_BTC, recalled.y_BTD))
+        metrics = recalled.metrics | {"memory_share": said / (seen + said)}
+        y_BTD = self.attention.o_proj(seen_BTC + recalled.y_BTD)
+        return MixerOutput(y_BTD, joined({"attention": attention_state, "memory": recalled.state}), {}, metrics)
+
+
+def _pack(memory: LargeChunkMemoryState) -> State:
+    parts = {f"{name}.{i}": x for name in _PARTS for i, x in enumerate(getattr(memory, name))}
+    return {"position": memory.position, **parts}
+
+
+def _unpack(state: State) -> LargeChunkMemoryState:
+    parts = {name: tuple(substate(state, name).values()) for name in _PARTS}
+    return LargeChunkMemoryState(**parts, position=state["position"])
