@@ -80,7 +80,7 @@ def written_out(memory, x, **options):
         ({"omega_window": 4, "polynomial_degree": 2, "memory_depth": 2}, {"window": 4}),
         ({"memory_norm": True, "memory_activation": "silu"}, {"activation": "silu", "norm": True}),
     ],
-    ids=str,
+    ids=["depth", "caps", "huber", "omega", "norm"],
 )
 def test_the_layer_is_its_equations(settings, options):
     memory = memory_of(memory_heads=2, memory_head_dim=6, **settings)
