@@ -92,8 +92,8 @@ def test_memory_off_leaves_the_attention_branch_and_every_state_as_they_are():
         with memory_off(mixer):
             silent = mixer(x)
         after = mixer(x)
-        seen = mixer.attention_norm(mixer.attention(x).y_BTD)
-        share = torch.sigmoid(mixer.branch_gate(x))
+        seen = mixer.gate.attention_norm(mixer.attention(x).y_BTD)
+        share = torch.sigmoid(mixer.gate.gate(x))
     assert torch.equal(silent.y_BTD, torch.lerp(seen, torch.zeros_like(seen), share))
     assert torch.allclose(silent.y_BTD, (1 - share) * seen, rtol=0, atol=1e-14)
     assert all(torch.equal(before.state[name], silent.state[name]) for name in before.state)

@@ -309,7 +309,15 @@ def test_every_parameter_is_in_one_group_and_decay_spares_the_rest():
     }
     assert [names[id(p)] for p in groups["head"]] == ["model.lm_head.weight"]
     rest = " ".join(names[id(p)] for p in groups["rest"])
-    for part in ("embed_tokens", "norm", "gates.weight", "gates.bias", "conv.weight", "memory.memory.0", "persistent"):
+    for part in (
+        "embed_tokens",
+        "norm",
+        "gates.weight",
+        "gates.bias",
+        "conv.weight",
+        "memory.store.memory.0",
+        "persistent",
+    ):
         assert part in rest
     _, muon = build_optimizers(model, optim_settings())
     assert type(muon) is torch.optim.Muon and muon.param_groups[0]["params"] == groups["matrices"]

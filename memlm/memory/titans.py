@@ -291,7 +291,8 @@ class NeuralMemory(SequenceMixer):
             ctx.lengths_B,
         )
         q_BTHK, k_BTHK, v_BTHK = (self._heads(x) for x in F.silu(qkv).chunk(3, -1))
-        return self._features(q_BTHK), self._features(k_BTHK), v_BTHK, conv
+        # In the precision of q and k: what is read is rounded once, at the end.
+        return self._features(q_BTHK), self._features(k_BTHK), v_BTHK.to(_exact(v_BTHK)), conv
 
     def read(
         self, x_BTD: Tensor, weights: tuple[Tensor, ...], history_BWC: Tensor, ctx: MixerContext
@@ -304,20 +305,20 @@ class NeuralMemory(SequenceMixer):
             self.q_proj(x_BTD), history_BWC, ctx.positions_BT, ctx.lengths_B, channels=channels
         )
         q_BTHK = self._features(self._heads(F.silu(q_BTC)))
-        o_BTHK = read_memory(q_BTHK, weights, **self.store.network()).to(x_BTD.dtype)
+        o_BTHK = read_memory(q_BTHK, weights, **self.store.network())
         return self.output(self.norm(o_BTHK), x_BTD), history_BWC
 
     def output(self, o_BTHK: Tensor, x_BTD: Tensor) -> Tensor:
         """Normalised reads, gated by x, [B, T, D]."""
         y_BTHK = o_BTHK * self._heads(F.silu(self.output_gate_proj(x_BTD)))
-        return self.o_proj(y_BTHK.flatten(2))
+        return self.o_proj(y_BTHK.flatten(2).to(x_BTD.dtype))
 
     def _heads(self, x_BTC: Tensor) -> Tensor:
         return x_BTC.unflatten(-1, (self.config.memory_heads, -1))
 
     def _features(self, x_BTHK: Tensor) -> Tensor:
         """Unit keys or queries, and with polynomial_degree 2 their products, in fp32: fp16 has no smallest norm."""
-        x_BTHK = F.normalize(x_BTHK.to(torch.promote_types(x_BTHK.dtype, torch.float32)), dim=-1)
+        x_BTHK = F.normalize(x_BTHK.to(_exact(x_BTHK)), dim=-1)
         if self.config.polynomial_degree == 1:
             return x_BTHK
         row, column = torch.triu_indices(x_BTHK.shape[-1], x_BTHK.shape[-1], device=x_BTHK.device)
@@ -349,6 +350,10 @@ class BranchGate(nn.Module):
         seen_BTD, recalled_BTD = self.attention_norm(seen_BTD), self.memory_norm(recalled_BTD)
         share = memory_share(gate_BTD * recalled_BTD, (1 - gate_BTD) * seen_BTD)
         return torch.lerp(seen_BTD, recalled_BTD, gate_BTD), {"gate": gate_BTD.detach().mean(), "memory_share": share}
+
+
+def _exact(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 @torch.no_grad()

@@ -1,11 +1,13 @@
 """TNT's two levels (arXiv:2511.07343): a global memory of large chunks, and local memories of small ones that start
 afresh in every shard, so that shards are independent of each other.
 
-    o = norm(global(q)) + sum_i norm_i(local_i(q')),   q' = unit vector along sum_{j <= t, same shard} k_j (k_j . q)
+    o = norm(global(q)) + sum_i |q'| norm_i(local_i(q'))
+    q' = p / max(1, |p|),   p = sum_{j <= t, same shard} k_j (k_j . q)
 
-The norms let all levels speak alike loud: a local memory writes with larger steps, and would drown the global one.
-The query of a local memory is projected on the keys that its shard has written; keys are unit vectors, and the length
-of the projection, which would grow with the shard, is dropped. That sum is itself a linear memory, Hebbian, of its own
+The query of a local memory is projected on the keys that its shard has written. Those are unit vectors; the length of
+the projection, which would grow with the shard, is cut to 1. The norms let all levels speak alike loud, for a local
+memory writes with larger steps and would drown the global one; a shard that does not know the query says nothing. The
+projection is itself a linear memory, Hebbian, of its own
 keys. A second stage may go on with smaller ``local_chunk_sizes``, for no weight depends on them:
 
     python train.py memory=titans_tnt train.init_from=<run> model.mixers.memory.local_chunk_sizes=[4]
@@ -14,7 +16,6 @@ keys. A second stage may go on with smaller ``local_chunk_sizes``, for no weight
 from dataclasses import dataclass, field, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memlm.layers import RMSNorm
@@ -138,14 +139,15 @@ class Mixer(titans.NeuralMemory):
             lengths=ctx.lengths_B,
             max_documents=ctx.max_documents,
         )
-        q_BTHK = F.normalize(projected_BTHK, dim=-1)
+        length_BTH1 = torch.linalg.vector_norm(projected_BTHK, dim=-1, keepdim=True)
+        q_BTHK = projected_BTHK / length_BTH1.clamp(min=1.0)
         o_BTHK, parts = torch.zeros_like(v_BTHK), {"keys": titans.pack(keys)}
         metrics: dict[str, Tensor] = {}
         for i, (store, norm) in enumerate(zip(self.local_stores, self.local_norms, strict=True)):
             name = f"local{i}"
             part = substate(state, name) if state else None
             read_BTHK, parts[name], of_store = store(x_BTD, q_BTHK, k_BTHK, v_BTHK, part, ctx)
-            o_BTHK = o_BTHK + norm(read_BTHK)
+            o_BTHK = o_BTHK + length_BTH1.clamp(max=1.0) * norm(read_BTHK)
             metrics |= {f"{name}_{key}": value for key, value in of_store.items()}
         return o_BTHK, parts, metrics
 

@@ -12,7 +12,7 @@ from tests.conftest import build, model_config
 from tests.kernels.test_neural_memory import HUBER, token_by_token
 
 VARIANTS = [
-    ("titans_lmm", {"memory_depth": 2, "memory_norm": True, "memory_activation": "silu"}),
+    ("titans_lmm", {"memory_depth": 2, "memory_norm": True, "memory_activation": "silu", "initial_lr": 0.01}),
     ("titans_lmm", {"inner_loss": "huber", "huber_delta": 0.3, "memory_heads": 2, "memory_head_dim": 16}),
     ("titans_lmm", {"inner_loss": "lp", "memory_depth": 2}),
     ("titans_lmm", {"inner_loss": "dot_product", "initial_decay": None}),
