@@ -6,7 +6,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from memlm.cli import use_gpu_preset, user_errors
+from memlm.cli import mixer_settings, use_gpu_preset, user_errors
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -21,5 +21,6 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     sys.argv[1:] = use_gpu_preset(sys.argv[1:], "experiment=gpu", ("experiment=", "model=", "hardware="))
+    sys.argv[1:] = mixer_settings(sys.argv[1:])
     with user_errors(CONFIGS, "train"):
         main()

@@ -48,6 +48,14 @@ def use_gpu_preset(argv: list[str], preset: str, unless: tuple[str, ...]) -> lis
     return argv if chosen or not torch.cuda.is_available() else [*argv, preset]
 
 
+def mixer_settings(argv: list[str]) -> list[str]:
+    """``argv``, with settings of a mixer that its YAML leaves at their defaults open to being set.
+
+    Hydra refuses keys that no YAML names; whether a mixer has them is for its own configuration to say.
+    """
+    return [f"++{a}" if re.match(r"model\.mixers\.\w+\.\w+=", a) else a for a in argv]
+
+
 def one_line(error: Exception, config_dir: Path, config: str) -> str:
     """The message of a composition error with the key, and the nearest key or the choices there are."""
     text = str(error).strip() or type(error).__name__

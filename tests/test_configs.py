@@ -128,6 +128,8 @@ def test_vocabulary_must_fit_the_tokenizer():
         ("train.py", "train.stepz=5", "did you mean 'train.steps'"),
         ("train.py", "memroy=none", "did you mean 'memory'"),
         ("train.py", "memory=titan_mag", "did you mean 'titans_mag'"),
+        ("train.py", "model.mixers.memory.max_lr=2.0", "max_lr=2.0 must lie above 0"),
+        ("train.py", "model.mixers.memory.max_lrs=0.1", "did you mean 'max_lr'"),
         ("train.py", "train.steps=0", "train.steps=0 must be"),
         ("train.py", "model.hidden_size=65", "model.hidden_size=65 does not divide"),
         ("train.py", "model.mixers.memory.kind=mem", "model.mixers.memory.kind='mem' is unknown"),
