@@ -187,13 +187,14 @@ class Scan(torch.autograd.Function):
 
 
 def _group_size(memory: Memory, k: Tensor, blocks: int) -> int:
-    """As many blocks as make the memory kept for a group no larger than the activations kept for its tokens, and
-    whole chunks, so that a group starts with its anchor.
+    """As many blocks as make the memory kept for a group no larger than the activations kept for its tokens; eight at
+    least, for small products are slow one by one; and whole chunks, so that a group starts with its anchor.
     """
     of_memory = sum(w.numel() for w in (*memory.W, *memory.S))
     hidden = sum(w.shape[-1] for w in memory.W[:-1])
     of_token = 3 * hidden + 2 * k.shape[-1] + 2 * memory.W[-1].shape[-1]
-    return -(-of_memory // (of_token * k.shape[1] * k.shape[2] * blocks)) * blocks
+    size = max(8, -(-of_memory // (of_token * k.shape[1] * k.shape[2])))
+    return -(-size // blocks) * blocks
 
 
 def _enter_backward(
