@@ -10,7 +10,7 @@ and its last token writes, with n_j the norm of each column (the inputs of one o
 
 A slot that holds no token has k, v, lr and momentum 0, and adds nothing.
 
-G rows and heads; N, C as in ``grid``. Chunks run in groups of sqrt(N): one keeps the memory it found, and makes those
+G rows and heads; N, C as in ``grid``. Chunks run in groups of sqrt(N): each keeps the memory it found, and makes those
 in it again in backward.
 """
 
