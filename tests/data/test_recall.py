@@ -212,7 +212,7 @@ def test_smallest_sizes_fit(task):
 
 
 def test_a_batch_takes_less_time_than_one_draw_for_each_token():
-    """Rows are made in every training step, 32 in 2 to 4 ms; a loop over their tokens would cost several times that."""
+    """Rows are made in every training step, 32 in 2 to 4 ms; a loop over their tokens costs several times that."""
     task, rng = MQAR(), np.random.default_rng(0)
 
     def cost(work):
