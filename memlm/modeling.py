@@ -25,7 +25,7 @@ from memlm.memory.base import MixerContext, MixerOutput, SequenceMixer, State, b
 @dataclass
 class MemLMOutput(ModelOutput):
     """last_hidden_state: [B, T, D]; hidden_states: each layer's input, and the final norm's output;
-    aux_losses, metrics: scalars under ``layer{i}/{name}``, see ``MixerOutput``.
+    aux_losses, metrics: under ``layer{i}/{name}``, see ``MixerOutput``.
     """
 
     last_hidden_state: Tensor | None = None
@@ -174,6 +174,7 @@ class MemLMModel(MemLMPreTrainedModel):
         if order_BT is not None:
             back_BT = order_BT.argsort(dim=1)
             hidden_states = [_gather(h, back_BT) for h in hidden_states]
+            metrics = {name: x.gather(1, back_BT) if x.ndim else x for name, x in metrics.items()}
         if memory is not None and write:
             memory.replace(states, self.memory_signature, length)
         return MemLMOutput(

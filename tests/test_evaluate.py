@@ -81,6 +81,11 @@ def test_text_by_position_equals_one_long_forward():
         first = np.mean([nats for t, nats in inside if t < 32]) / np.log(2)
         assert got.by_position[0] == pytest.approx(first, rel=1e-6)
         assert got.edges == [0, 32, 64, 96]
+        if carried:
+            with torch.no_grad():
+                surprises = [model(torch.from_numpy(d)[None]).metrics["layer0/surprise"][0] for d in documents]
+            second = torch.cat([x[32:64] for x in surprises]).mean().item()
+            assert got.of_tokens["layer0/surprise"][1] == pytest.approx(second, rel=1e-6)
 
 
 def test_memory_off_leaves_the_attention_branch_and_every_state_as_they_are():
@@ -159,10 +164,11 @@ def test_an_evaluation_leaves_a_table_results_and_a_report_that_stands_alone(tra
     assert len(manifest["files"]) == 40 and len(results["corpora"]["text"]) == 32
     page = (out / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)', page)
-    assert page.count("data:image/png;base64,") == 6
+    assert page.count("data:image/png;base64,") == 7
     for text in ("2 texts never trained on; chance is 0.031", "8 test rows a point", "Same tokens scored"):
         assert text in page
-    assert {p.stem for p in (out / "plots").iterdir()} == {"needles", "recall", "text", "loss", "validation", "gates"}
+    pictures = {"needles", "recall", "text", "surprise", "loss", "validation", "gates"}
+    assert {p.stem for p in (out / "plots").iterdir()} == pictures
 
 
 def test_an_evaluation_without_control_says_how_to_get_one(trained, tmp_path, capsys):

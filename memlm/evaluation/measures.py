@@ -89,6 +89,7 @@ class TextByPosition:
     """Bits per byte of held-out text by distance from the document's start, and over all of it.
 
     edges: bucket i holds positions [edges[i], edges[i + 1]); nan where no token fell.
+    of_tokens: means over the same buckets of what mixers tell of each token, such as a memory's surprise.
     """
 
     carried: bool
@@ -98,6 +99,7 @@ class TextByPosition:
     bits_per_byte: float
     edges: list[int]
     by_position: list[float]
+    of_tokens: dict[str, list[float]]
 
 
 @torch.no_grad()
@@ -117,6 +119,8 @@ def text_by_position(
     documents = sorted((d[:max_length] for d in documents), key=len)
     nats = torch.zeros(max_length, dtype=torch.float64)
     counted = torch.zeros(max_length, dtype=torch.float64)
+    read = torch.zeros(max_length, dtype=torch.float64)
+    told: dict[str, Tensor] = {}
     scored_tokens = 0
     for start in range(0, len(documents), rows):
         group = documents[start : start + rows]
@@ -131,8 +135,14 @@ def text_by_position(
             if not carried:
                 memory = MemoryCache()
             piece, mask = ids_BT[:, begin : begin + segment], real_BT[:, begin : begin + segment]
-            logits = model(piece, attention_mask=mask, past_key_values=memory, use_cache=True).logits
-            piece_nats, scored = token_losses(logits, piece.masked_fill(mask == 0, -100))
+            out = model(piece, attention_mask=mask, past_key_values=memory, use_cache=True)
+            here = slice(begin, begin + piece.shape[1])
+            read[here] += mask.double().sum(0).cpu()
+            for name, x in out.metrics.items():
+                if x.ndim:
+                    sums = told.setdefault(name, torch.zeros_like(read))
+                    sums[here] += x.double().masked_fill(mask == 0, 0.0).sum(0).cpu()
+            piece_nats, scored = token_losses(out.logits, piece.masked_fill(mask == 0, -100))
             sizes = token_bytes.to(model.device)[piece[:, 1:]] * scored
             # Tokens that stand for no text, such as the end of a document, are not text.
             piece_nats = piece_nats * (sizes > 0)
@@ -143,7 +153,7 @@ def text_by_position(
     edges = [0, segment]
     while edges[-1] < max_length:
         edges.append(min(2 * edges[-1], max_length))
-    buckets = [_bits(nats[a:b].sum().item(), counted[a:b].sum().item()) for a, b in itertools.pairwise(edges)]
+    buckets = [slice(a, b) for a, b in itertools.pairwise(edges)]
     return TextByPosition(
         carried,
         segment,
@@ -151,12 +161,17 @@ def text_by_position(
         scored_tokens,
         _bits(nats.sum().item(), counted.sum().item()),
         edges,
-        buckets,
+        [_bits(nats[at].sum().item(), counted[at].sum().item()) for at in buckets],
+        {name: [_mean(sums[at].sum().item(), read[at].sum().item()) for at in buckets] for name, sums in told.items()},
     )
 
 
 def _bits(nats: float, num_bytes: float) -> float:
-    return nats / math.log(2) / num_bytes if num_bytes else float("nan")
+    return _mean(nats / math.log(2), num_bytes)
+
+
+def _mean(total: float, count: float) -> float:
+    return total / count if count else float("nan")
 
 
 def plain(results: Iterable) -> list[dict]:

@@ -98,16 +98,15 @@ def accuracy_by_length(results: dict[str, list[dict]], chance: float) -> Figure:
     return figure
 
 
-def bits_by_position(texts: dict[str, dict]) -> Figure:
-    """Bits per byte of held-out text by distance from the document's start."""
+def by_position(lines: dict[str, Sequence[float]], edges: Sequence[int], label: str, legend: str = "") -> Figure:
+    """A figure by distance from the document's start: one line a name, one value a bucket."""
     figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    edges: Sequence[int] = next(iter(texts.values()))["edges"]
-    middle = [f"{a}-{b}" for a, b in itertools.pairwise(edges)]
-    for colour, (name, text) in zip(_COLOURS, texts.items(), strict=False):
-        axis.plot(middle, text["by_position"], "o-", color=colour, label=f"{name}: {text['bits_per_byte']:.3f}")
+    buckets = [f"{a}-{b}" for a, b in itertools.pairwise(edges)]
+    for i, (name, values) in enumerate(lines.items()):
+        axis.plot(buckets, values, "o-", color=_COLOURS[i % len(_COLOURS)], label=name)
     axis.set_xlabel("position in the document, tokens")
-    axis.set_ylabel("bits per byte")
+    axis.set_ylabel(label)
     axis.tick_params(axis="x", labelsize=8)
     axis.grid(alpha=0.25)
-    axis.legend(fontsize=8, title="over all positions", title_fontsize=8)
+    axis.legend(fontsize=8, title=legend, title_fontsize=8)
     return figure

@@ -231,11 +231,25 @@ def _report(subjects: list[Subject], results: dict[str, Any], training_length: i
         first = next(iter(texts.values()))
         report.heading("Held-out text by position")
         report.table(*tables[-1])
-        report.picture("text", plots.bits_by_position(texts), "bits per byte by position")
+        bits = {f"{name}: {t['bits_per_byte']:.3f}": t["by_position"] for name, t in texts.items()}
+        picture = plots.by_position(bits, first["edges"], "bits per byte", "over all positions")
+        report.picture("text", picture, "bits per byte by position")
         report.note(
             f"{first['documents']} documents, {first['tokens']:,} tokens, read in segments of {first['segment']}; "
             "carried: one memory for a document; reset: a new one each segment. Same tokens scored either way."
         )
+        surprises = {
+            f"{n}, {name.removesuffix('/surprise')}": values
+            for n, m in models.items()
+            for name, values in m["text"]["carried"]["of_tokens"].items()
+            if name.endswith("/surprise")
+        }
+        if surprises:
+            picture = plots.by_position(surprises, first["edges"], "surprise")
+            report.picture("surprise", picture, "surprise by position")
+            report.note(
+                "Surprise: the norm of the gradient of the inner loss, a mean over tokens and heads; memory carried."
+            )
     # What trained did so with its memory on.
     trained = [s for s in subjects if s.run_dir and not s.memory_off]
     runs = {s.name: read_metrics(s.run_dir / "metrics.jsonl") for s in trained}

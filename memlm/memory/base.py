@@ -56,7 +56,7 @@ class MixerOutput(NamedTuple):
     y_BTD: the output; rows beyond ``lengths_B`` are unspecified
     state: where the next call goes on; batch-first tensors, ``position`` among them; never changed in place
     aux_losses: scalars, already weighted, added to the training loss
-    metrics: detached scalars for the log
+    metrics: detached; scalars, or [B, T], a figure of each token, whose mean the log shows
     """
 
     y_BTD: Tensor

@@ -40,12 +40,13 @@ LOSSES = ("squared_error", "huber", "lp", "dot_product")
 class NeuralMemoryConfig:
     """memory_heads, memory_head_dim: the memory is ``memory_heads`` independent MLPs on vectors of that size.
     memory_depth: layers of each MLP, 1 to 4; memory_expansion: width of its hidden layers over memory_head_dim.
-    memory_activation: between its layers; memory_norm: M(x) = x + LayerNorm(MLP(x)) instead of MLP(x) (TTT).
+    memory_activation: between its layers; memory_norm: M(x) = x + LayerNorm(MLP(x)) instead of MLP(x) (TTT); null:
+        for memories deeper than one layer, which diverge without it, unless polynomial_degree is 2.
     chunk_size: tokens whose gradients are taken at the same weights; quality is best at the size trained on.
     conv_size: width of the causal convolution with SiLU on q, k, v; 1 for none.
     max_lr, max_momentum, max_decay: what the gates cannot exceed; initial_lr, initial_momentum, initial_decay: where
-        they start, momentum and decay null for none. Keep chunk_size * lr / (1 - momentum) near or below 1, or a
-        repeated key makes the inner loop diverge.
+        they start. Momentum and decay null: none; lr null: 0.047, deeper than one layer 0.01. Keep chunk_size * lr /
+        (1 - momentum) near or below 1, or a repeated key makes the inner loop diverge.
     inner_loss: what a write descends on; huber_delta, lp_power: its parameter (MIRAS).
     omega_window: tokens whose losses each write descends on, weighted by a gate that starts at 1 / omega_window
         (ATLAS); 1 for the token itself.
@@ -60,13 +61,13 @@ class NeuralMemoryConfig:
     memory_depth: int = 1
     memory_expansion: int = 2
     memory_activation: str = "gelu"
-    memory_norm: bool = False
+    memory_norm: bool | None = None
     chunk_size: int = 16
     conv_size: int = 4
     max_lr: float = 1.0
     max_momentum: float = 1.0
     max_decay: float = 1.0
-    initial_lr: float = 0.047
+    initial_lr: float | None = None
     initial_momentum: float | None = 0.12
     initial_decay: float | None = 0.0025
     inner_loss: str = "squared_error"
@@ -81,6 +82,11 @@ class NeuralMemoryConfig:
         for name in sizes:
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         require(1 <= self.memory_depth <= 4, f"memory_depth={self.memory_depth} must be 1, 2, 3 or 4")
+        deep = self.memory_depth > 1
+        if self.memory_norm is None:
+            object.__setattr__(self, "memory_norm", deep and self.polynomial_degree == 1)
+        if self.initial_lr is None:
+            object.__setattr__(self, "initial_lr", 0.01 if deep else 0.047)
         for gate in ("lr", "momentum", "decay"):
             cap, start = getattr(self, f"max_{gate}"), getattr(self, f"initial_{gate}")
             require(0 < cap <= 1, f"max_{gate}={cap} must lie above 0, and 1 at most")
@@ -212,7 +218,7 @@ class Store(nn.Module):
         )
         metrics = {name: gate.detach().mean() for name, gate in gates.items()}
         metrics |= memory_norms(memory.weights, memory.momentum, before.weights if before else tuple(self.memory))
-        return o_BTHK, pack(memory), {**metrics, "surprise": surprise_BTH.mean()}
+        return o_BTHK, pack(memory), {**metrics, "surprise": surprise_BTH.mean(-1)}
 
     def network(self) -> dict[str, Any]:
         """What M is besides its weights, as the op's arguments."""

@@ -13,6 +13,7 @@ read is of the memory that has written u_i of i <= j. Attention is causal over h
 B batch, T tokens, S tokens of a piece (a segment, or what a call has of one), N pieces, D hidden.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -87,15 +88,20 @@ class Mixer(SequenceMixer):
             return MixerOutput(x_BTD, state or self.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype), {}, {})
         if state is None and ctx is None:
             segments = self._whole_segments(x_BTD)
-            seen_BTD, recalled_BTD = (torch.cat(x, 1) for x in zip(*(s[:2] for s in segments), strict=True))
+
+            def joined_up(parts: Sequence[Tensor]) -> Tensor:
+                return torch.cat(list(parts), 1)
         else:
             segments, grid = self._pieces(x_BTD, state, ctx or MixerContext())
-            seen_BTD, recalled_BTD = (
-                grid.take(torch.stack(x, 1)) for x in zip(*(s[:2] for s in segments), strict=True)
-            )
+
+            def joined_up(parts: Sequence[Tensor]) -> Tensor:
+                return grid.take(torch.stack(list(parts), 1))
+
+        seen_BTD, recalled_BTD = (joined_up(parts) for parts in zip(*(s[:2] for s in segments), strict=True))
         y_BTD, metrics = self.gate(x_BTD, seen_BTD, recalled_BTD)
-        for name in segments[-1].metrics:
-            metrics[name] = torch.stack([s.metrics[name] for s in segments]).mean()
+        for name, last in segments[-1].metrics.items():
+            parts = [s.metrics[name] for s in segments]
+            metrics[name] = joined_up(parts) if last.ndim else torch.stack(parts).mean()
         return MixerOutput(y_BTD, segments[-1].state, {}, metrics)
 
     def _whole_segments(self, x_BTD: Tensor) -> list["_Segment"]:

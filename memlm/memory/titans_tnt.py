@@ -1,14 +1,12 @@
 """TNT's two levels (arXiv:2511.07343): a global memory of large chunks, and local memories of small ones that start
 afresh in every shard, so that shards are independent of each other.
 
-    o = norm(global(q)) + sum_i |q'| norm_i(local_i(q'))
-    q' = p / max(1, |p|),   p = sum_{j <= t, same shard} k_j (k_j . q)
+    o = global(q) + sum_i local_i(q'),   q' = p / max(1, |p|),   p = sum_{j <= t, same shard} k_j (k_j . q)
 
 The query of a local memory is projected on the keys that its shard has written. Those are unit vectors; the length of
-the projection, which would grow with the shard, is cut to 1. The norms let all levels speak alike loud, for a local
-memory writes with larger steps and would drown the global one; a shard that does not know the query says nothing. The
-projection is itself a linear memory, Hebbian, of its own
-keys. A second stage may go on with smaller ``local_chunk_sizes``, for no weight depends on them:
+the projection, which would grow with the shard, is cut to 1. The projection is itself a linear memory, Hebbian, of its
+own keys. All levels start at the same lr: larger steps of a local memory would drown the global one's voice. A second
+stage may go on with smaller ``local_chunk_sizes``, for no weight depends on them:
 
     python train.py memory=titans_tnt train.init_from=<run> model.mixers.memory.local_chunk_sizes=[4]
 """
@@ -18,7 +16,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from memlm.layers import RMSNorm
 from memlm.memory import titans
 from memlm.memory.base import (
     Dims,
@@ -37,13 +34,12 @@ from memlm_kernels.neural_memory import dot_product
 @dataclass(frozen=True)
 class Config(titans.NeuralMemoryConfig):
     """chunk_size: of the global memory; local_chunk_sizes: of each local one; shard_size: tokens after which local
-    memories start afresh, counted from the document's start; local_initial_lr: where their lr starts.
+    memories start afresh, counted from the document's start.
     """
 
     chunk_size: int = 64
     local_chunk_sizes: list[int] = field(default_factory=lambda: [8])
     shard_size: int = 64
-    local_initial_lr: float = 0.047
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,10 +50,6 @@ class Config(titans.NeuralMemoryConfig):
                 isinstance(size, int) and 1 <= size <= self.shard_size,
                 f"local_chunk_sizes={self.local_chunk_sizes} must lie between 1 and shard_size={self.shard_size}",
             )
-        require(
-            0 < self.local_initial_lr < self.max_lr,
-            f"local_initial_lr={self.local_initial_lr} must lie between 0 and max_lr={self.max_lr}",
-        )
         require(self.omega_window == 1, f"omega_window={self.omega_window} must be 1: a shard starts with no past")
 
 
@@ -67,9 +59,8 @@ class Mixer(titans.NeuralMemory):
     def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
         super().__init__(config, dims)
         self.shard_size = config.shard_size
-        levels = [replace(config, chunk_size=c, initial_lr=config.local_initial_lr) for c in config.local_chunk_sizes]
+        levels = [replace(config, chunk_size=size) for size in config.local_chunk_sizes]
         self.local_stores = nn.ModuleList([titans.Store(level, dims) for level in levels])
-        self.local_norms = nn.ModuleList([RMSNorm(config.memory_head_dim, eps=dims.rms_norm_eps) for _ in levels])
         self.reset_parameters()
 
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
@@ -98,9 +89,13 @@ class Mixer(titans.NeuralMemory):
                 *(t[:, :whole].unflatten(1, (-1, size)).flatten(0, 1) for t in inputs), state=None, ctx=ctx
             )
             o_BTHK = o_BTHK.unflatten(0, (batch, -1)).flatten(1, 2)
+            of_locals = {
+                name: x.unflatten(0, (batch, -1)).flatten(1) if x.ndim else x for name, x in of_locals.items()
+            }
             if whole < length:
-                rest_BTHK, parts, of_locals = self._recall_locals(*(t[:, whole:] for t in inputs), state=None, ctx=ctx)
+                rest_BTHK, parts, of_rest = self._recall_locals(*(t[:, whole:] for t in inputs), state=None, ctx=ctx)
                 o_BTHK = torch.cat([o_BTHK, rest_BTHK], 1)
+                of_locals = {name: torch.cat([x, of_rest[name]], 1) if x.ndim else x for name, x in of_locals.items()}
             else:
                 parts = {name: _last(part, batch) for name, part in parts.items()}
         else:
@@ -109,7 +104,7 @@ class Mixer(titans.NeuralMemory):
             )
             o_BTHK, parts, of_locals = self._recall_locals(*inputs, state=state, ctx=shards)
         state = {"conv": conv, **joined({"global": memory, **parts})}
-        return MixerOutput(self.output(self.norm(known_BTHK) + o_BTHK, x_BTD), state, {}, {**metrics, **of_locals})
+        return MixerOutput(self.output(self.norm(known_BTHK + o_BTHK), x_BTD), state, {}, {**metrics, **of_locals})
 
     def _recall_locals(
         self,
@@ -121,7 +116,7 @@ class Mixer(titans.NeuralMemory):
         state: State | None,
         ctx: MixerContext,
     ) -> tuple[Tensor, dict[str, State], dict[str, Tensor]]:
-        """Sum of the local memories' normalised reads, states, metrics; ``ctx`` counts from starts of shards."""
+        """Sum of the local memories' reads, states, metrics; ``ctx`` counts from starts of shards."""
         heads, width = k_BTHK.shape[-2:]
         projected_BTHK, keys, _ = neural_memory(
             q_BTHK,
@@ -139,15 +134,14 @@ class Mixer(titans.NeuralMemory):
             lengths=ctx.lengths_B,
             max_documents=ctx.max_documents,
         )
-        length_BTH1 = torch.linalg.vector_norm(projected_BTHK, dim=-1, keepdim=True)
-        q_BTHK = projected_BTHK / length_BTH1.clamp(min=1.0)
+        q_BTHK = projected_BTHK / torch.linalg.vector_norm(projected_BTHK, dim=-1, keepdim=True).clamp(min=1.0)
         o_BTHK, parts = torch.zeros_like(v_BTHK), {"keys": titans.pack(keys)}
         metrics: dict[str, Tensor] = {}
-        for i, (store, norm) in enumerate(zip(self.local_stores, self.local_norms, strict=True)):
+        for i, store in enumerate(self.local_stores):
             name = f"local{i}"
             part = substate(state, name) if state else None
             read_BTHK, parts[name], of_store = store(x_BTD, q_BTHK, k_BTHK, v_BTHK, part, ctx)
-            o_BTHK = o_BTHK + length_BTH1.clamp(max=1.0) * norm(read_BTHK)
+            o_BTHK = o_BTHK + read_BTHK
             metrics |= {f"{name}_{key}": value for key, value in of_store.items()}
         return o_BTHK, parts, metrics
 

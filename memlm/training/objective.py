@@ -34,12 +34,13 @@ class Objective(nn.Module):
     def forward(
         self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None, max_documents: int
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Returns the loss with auxiliary losses added, each row's own loss [B], and the mixers' metrics."""
+        """Returns the loss with auxiliary losses added, each row's own loss [B], and the mixers' metrics, scalars."""
         out = self.model(input_ids=input_ids, position_ids=position_ids, max_documents=max_documents, use_cache=False)
         nats, scored = token_losses(out.logits, labels)
         rows = nats.sum(1) / scored.sum(1).clamp(min=1)
         loss = rows.mean() + sum(out.aux_losses.values())
-        return loss, rows.detach(), out.metrics | {name: x.detach() for name, x in out.aux_losses.items()}
+        metrics = {name: x.mean() for name, x in out.metrics.items()}
+        return loss, rows.detach(), metrics | {name: x.detach() for name, x in out.aux_losses.items()}
 
 
 def model_inputs(batch: Batch) -> dict:

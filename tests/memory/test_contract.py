@@ -136,7 +136,7 @@ def test_rows_without_tokens_wait(variant):
         assert_close("row that waited", waited, got[1], EXACT)
 
 
-def test_padding_packing_and_hidden_states_together(variant):
+def test_padding_packing_hidden_states_and_metrics_together(variant):
     model, ids = model_of(variant), tokens(1, 30)
     mask = torch.ones(1, 34, dtype=torch.long)
     where = torch.tensor([0, 7, 8, 33])
@@ -151,6 +151,9 @@ def test_padding_packing_and_hidden_states_together(variant):
     for i, hidden in enumerate(out.hidden_states):
         expected = torch.cat([a.hidden_states[i] for a in alone], 1)[0]
         assert_close(f"hidden state {i}", expected, hidden[mask.bool()], EXACT)
+    for name in (name for name, x in out.metrics.items() if x.ndim):
+        expected = torch.cat([a.metrics[name] for a in alone], 1)[0]
+        assert_close(name, expected, out.metrics[name][mask.bool()], EXACT)
 
 
 @pytest.mark.parametrize("side", ["left", "right", "scattered"])
