@@ -15,7 +15,7 @@ from torch import Tensor
 
 from memlm_kernels.neural_memory.chunk import Gates, Inner, Memory, Momentum, Plan, Room
 from memlm_kernels.neural_memory.losses import squared_error
-from memlm_kernels.neural_memory.network import Tail, output_error
+from memlm_kernels.neural_memory.network import Normalised, Tail
 
 
 class ReadGradients(NamedTuple):
@@ -161,16 +161,34 @@ def inner_backward(
 def _output_error_backward(
     plan: Plan, d_error: Tensor, f: Tensor, k: Tensor, v: Tensor, tail: Tail | None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tail | None]:
-    """Gradients of f, k (None: none), v and the tail."""
-    if tail is None and plan.loss is squared_error:
-        # The common case without the cost of tracing.
-        return d_error, None, -d_error, None
+    """Gradients of f, k (None: none), v and the tail. What ``output_error`` did, which this pulls back:
+
+    y = normalised(f)   r = k + y gain + bias   u = loss(r, v) gain   error = scale (u - mean(u) - y mean(u y))
+    """
     if tail is None:
-        d_f, d_v = torch.func.vjp(plan.loss, f, v)[1](d_error)
+        d_f, d_v = _loss_backward(plan, d_error, f, v)
         return d_f, None, d_v, None
+    norm = Normalised.of(f)
+    r = torch.addcmul(k + tail.bias, norm.y, tail.gain)
+    loss = plan.loss(r, v)
+    u = loss * tail.gain
+    d_u = norm.pull_back(d_error)
+    d_r, d_v = _loss_backward(plan, d_u * tail.gain, r, v)
+    # The error holds y twice, and scale; d_error . error is the gradient of log(scale).
+    of_y = d_error * _mean(u * norm.y) + u * _mean(d_error * norm.y)
+    d_y = torch.addcmul(d_r * tail.gain, norm.scale, of_y, value=-1)
+    error = norm.pull_back(u)
+    d_f = torch.addcmul(norm.pull_back(d_y), norm.y, norm.scale * _mean(d_error * error), value=-1)
+    d_gain = torch.addcmul(d_u * loss, d_r, norm.y).sum(-2, keepdim=True)
+    return d_f, d_r, d_v, Tail(d_gain, d_r.sum(-2, keepdim=True))
 
-    def error(f: Tensor, k: Tensor, v: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
-        return output_error(plan.loss, f, k, v, Tail(gain, bias))
 
-    d_f, d_k, d_v, d_gain, d_bias = torch.func.vjp(error, f, k, v, *tail)[1](d_error)
-    return d_f, d_k, d_v, Tail(d_gain, d_bias)
+def _mean(x: Tensor) -> Tensor:
+    return x.mean(-1, keepdim=True)
+
+
+def _loss_backward(plan: Plan, d: Tensor, f: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    if plan.loss is squared_error:
+        # The common case without the cost of tracing.
+        return d, -d
+    return torch.func.vjp(plan.loss, f, v)[1](d)

@@ -41,6 +41,26 @@ ACTIVATIONS = {
 }
 
 
+class Normalised(NamedTuple):
+    """y = (f - mean) * scale, scale = 1 / deviation, over the last dimension; torch's own passes."""
+
+    f: Tensor
+    y: Tensor
+    mean: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def of(f: Tensor) -> "Normalised":
+        return Normalised(f, *torch.ops.aten.native_layer_norm(f, f.shape[-1:], None, None, _EPS))
+
+    def pull_back(self, d_y: Tensor) -> Tensor:
+        """d_f = scale (d_y - mean(d_y) - y mean(y d_y)); as a map of d_y it is symmetric."""
+        width, which = self.f.shape[-1:], [True, False, False]
+        return torch.ops.aten.native_layer_norm_backward(
+            d_y.contiguous(), self.f, width, self.mean, self.scale, None, None, which
+        )[0]
+
+
 class Tail(NamedTuple):
     """x + LayerNorm(f): gain and bias, each [G, 1, V] beside [..., G, J, V]."""
 
@@ -48,20 +68,12 @@ class Tail(NamedTuple):
     bias: Tensor
 
     def read(self, x: Tensor, f: Tensor) -> Tensor:
-        return x + _normalised(f)[0] * self.gain + self.bias
+        return x + Normalised.of(f).y * self.gain + self.bias
 
 
 def output_error(loss: InnerLoss, f: Tensor, k: Tensor, v: Tensor, tail: Tail | None) -> Tensor:
     """Gradient of the inner loss with respect to the MLP's output f = MLP(k), [G, J, V]."""
     if tail is None:
         return loss(f, v)
-    y, scale = _normalised(f)
-    error = loss(k + y * tail.gain + tail.bias, v) * tail.gain
-    return scale * (error - error.mean(-1, keepdim=True) - y * (error * y).mean(-1, keepdim=True))
-
-
-def _normalised(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(x - mean) / deviation over the last dimension, and 1 / deviation."""
-    variance, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
-    scale = torch.rsqrt(variance + _EPS)
-    return (x - mean) * scale, scale
+    norm = Normalised.of(f)
+    return norm.pull_back(loss(torch.addcmul(k + tail.bias, norm.y, tail.gain), v) * tail.gain)
