@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from memlm_kernels.grid import keep_last
+from memlm_kernels.grid import keep_last, like
 
 
 class RMSNorm(nn.RMSNorm):
@@ -88,3 +88,31 @@ class ShortConv(nn.Module):
                 shifted_BTC = shifted_BTC * (positions_BT >= back)[..., None]
             y_BTC = torch.addcmul(y_BTC, shifted_BTC, weight[:, -1 - back])
         return y_BTC, keep_last(past_BSC, width - 1, length, lengths_B)
+
+    def over_segments(
+        self, x_BTC: Tensor, history_BSWC: Tensor, cu_seqlens_BS: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The same along each segment of a row, see ``memlm_kernels.segments``: each has its own last inputs."""
+        length, spare = x_BTC.shape[1], self.weight.shape[1] - 1
+        if cu_seqlens_BS is None:
+            y_BTC, history_BWC = self(x_BTC, history_BSWC[:, 0], None, None)
+            return y_BTC, history_BWC[:, None]
+        # One row of segments, before each its history.
+        segments = history_BSWC.shape[1]
+        ends_BS = cu_seqlens_BS[:, 1:].contiguous()
+        token_T = torch.arange(length, device=x_BTC.device)
+        owner_BT = torch.searchsorted(ends_BS, token_T.expand(len(x_BTC), -1).contiguous(), right=True)
+        # Padding stands behind all segments, and takes no segment's history.
+        place_BT = token_T + (owner_BT.clamp(max=segments - 1) + 1) * spare
+        before_SW = torch.arange(segments, device=x_BTC.device)[:, None] * spare + torch.arange(
+            spare, device=x_BTC.device
+        )
+        before_BS = (cu_seqlens_BS[:, :-1, None] + before_SW).flatten(1)
+        row_BLC = x_BTC.new_zeros(len(x_BTC), length + segments * spare, x_BTC.shape[2])
+        row_BLC = row_BLC.scatter(1, like(place_BT, x_BTC), x_BTC)
+        history_BLC = history_BSWC.flatten(1, 2).to(x_BTC.dtype)
+        row_BLC = row_BLC.scatter(1, like(before_BS, history_BLC), history_BLC)
+        y_BLC, _ = self(row_BLC, row_BLC.new_zeros(len(row_BLC), spare, row_BLC.shape[2]), None, None)
+        after_BS = (ends_BS[..., None] + before_SW).flatten(1)
+        history_BLC = row_BLC.gather(1, like(after_BS, history_BLC))
+        return y_BLC.gather(1, like(place_BT, x_BTC)), history_BLC.unflatten(1, (segments, spare))

@@ -4,14 +4,23 @@ Imports torch, and Triton lazily, and nothing else.
 """
 
 from memlm_kernels.backend import choose
+from memlm_kernels.delta_rule import delta_rule
+from memlm_kernels.grouped_linear import grouped_linear
 from memlm_kernels.large_chunk_memory import LargeChunkMemoryState, large_chunk_memory
+from memlm_kernels.linear_attention import linear_attention
 from memlm_kernels.neural_memory import NeuralMemoryState, neural_memory, read_memory
+from memlm_kernels.neural_memory.segmented import SegmentedMemoryState, segmented_neural_memory
 
 __all__ = [
     "LargeChunkMemoryState",
     "NeuralMemoryState",
+    "SegmentedMemoryState",
     "choose",
+    "delta_rule",
+    "grouped_linear",
     "large_chunk_memory",
+    "linear_attention",
     "neural_memory",
     "read_memory",
+    "segmented_neural_memory",
 ]

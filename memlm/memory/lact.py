@@ -22,6 +22,7 @@ from transformers import initialization as init
 from memlm.layers import RMSNorm
 from memlm.memory import attention
 from memlm.memory.base import Dims, MixerContext, MixerOutput, SequenceMixer, State, joined, require, substate
+from memlm.memory.parts import memory_share
 from memlm.memory.titans import memory_norms
 from memlm_kernels import LargeChunkMemoryState, large_chunk_memory
 from memlm_kernels.large_chunk_memory import MUON
@@ -185,8 +186,7 @@ class Mixer(SequenceMixer):
         seen_BTHK, qkv, attention_state = self.attention.heads(x_BTD, own["attention"], ctx)
         recalled = self.memory(x_BTD, qkv, own["memory"], ctx or MixerContext())
         seen_BTC = seen_BTHK.flatten(2)
-        seen, said = (torch.linalg.vector_norm(y.detach()) for y in (seen_BTC, recalled.y_BTD))
-        metrics = recalled.metrics | {"memory_share": said / (seen + said)}
+        metrics = recalled.metrics | {"memory_share": memory_share(recalled.y_BTD, seen_BTC)}
         y_BTD = self.attention.o_proj(seen_BTC + recalled.y_BTD)
         return MixerOutput(y_BTD, joined({"attention": attention_state, "memory": recalled.state}), {}, metrics)
 

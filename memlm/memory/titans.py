@@ -29,8 +29,10 @@ from memlm.memory.base import (
     substate,
     token_positions,
 )
+from memlm.memory.parts import Recalled, start_delayed
 from memlm_kernels import NeuralMemoryState, neural_memory, read_memory
 from memlm_kernels.neural_memory import ACTIVATIONS, dot_product, huber, lp, squared_error
+from memlm_kernels.segments import exact
 
 INITIALIZATIONS = ("default", "recall")
 LOSSES = ("squared_error", "huber", "lp", "dot_product")
@@ -234,12 +236,6 @@ class Store(nn.Module):
         return {name: cap * share for share, (name, (_, cap)) in zip(shares, self.config.gates.items(), strict=True)}
 
 
-class Recalled(nn.Linear):
-    """Projects what the memory says: what the memory-off ablation silences."""
-
-    long_term = True
-
-
 class NeuralMemory(SequenceMixer):
     """The memory with its own projections: [B, T, D] in, [B, T, D] out."""
 
@@ -267,16 +263,8 @@ class NeuralMemory(SequenceMixer):
             # phi(q) . phi(k) is then s + s^2 / 2 of s = q . k, up to the norm.
             init.copy_(self.feature_scales, torch.tensor([1.0, 0.5**0.5]))
         if self.config.initialization == "recall":
-            self._engineer()
-
-    def _engineer(self) -> None:
-        init.copy_(self.q_proj.weight, self.k_proj.weight)
-        width, channels = self.config.conv_size, self.q_proj.out_features
-        taps = torch.zeros(3, channels, width)
-        taps[[0, 2], :, -1] = 1.0
-        taps[1] = 0.1 * torch.randn(channels, width)
-        taps[1, torch.arange(channels), torch.randint(width, (channels,))] += 1.0
-        init.copy_(self.conv.weight, taps.flatten(0, 1))
+            init.copy_(self.q_proj.weight, self.k_proj.weight)
+            start_delayed(self.conv, self.q_proj.out_features, self.k_proj.out_features)
 
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         conv = torch.zeros(batch_size, self.config.conv_size - 1, len(self.conv.weight), device=device, dtype=dtype)
@@ -298,7 +286,7 @@ class NeuralMemory(SequenceMixer):
         )
         q_BTHK, k_BTHK, v_BTHK = (self._heads(x) for x in F.silu(qkv).chunk(3, -1))
         # In the precision of q and k: what is read is rounded once, at the end.
-        return self._features(q_BTHK), self._features(k_BTHK), v_BTHK.to(_exact(v_BTHK)), conv
+        return self._features(q_BTHK), self._features(k_BTHK), exact(v_BTHK), conv
 
     def read(
         self, x_BTD: Tensor, weights: tuple[Tensor, ...], history_BWC: Tensor, ctx: MixerContext
@@ -324,7 +312,7 @@ class NeuralMemory(SequenceMixer):
 
     def _features(self, x_BTHK: Tensor) -> Tensor:
         """Unit keys or queries, and with polynomial_degree 2 their products, in fp32: fp16 has no smallest norm."""
-        x_BTHK = F.normalize(x_BTHK.to(_exact(x_BTHK)), dim=-1)
+        x_BTHK = F.normalize(exact(x_BTHK), dim=-1)
         if self.config.polynomial_degree == 1:
             return x_BTHK
         row, column = torch.triu_indices(x_BTHK.shape[-1], x_BTHK.shape[-1], device=x_BTHK.device)
@@ -333,40 +321,6 @@ class NeuralMemory(SequenceMixer):
         products = x_BTHK[..., row] * x_BTHK[..., column] * scales
         first, second = self.feature_scales.to(x_BTHK.dtype)
         return F.normalize(torch.cat([first * x_BTHK, second * products], -1), dim=-1)
-
-
-class BranchGate(nn.Module):
-    """g * norm(memory) + (1 - g) * norm(attention), g = sigmoid(W x + b), one for each channel; 1/2 at first.
-
-    The paper multiplies the two normalised branches; the convex gate keeps either alive when the other is silent.
-    """
-
-    def __init__(self, dims: Dims) -> None:
-        super().__init__()
-        self.attention_norm = RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
-        self.memory_norm = RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
-        self.gate = nn.Linear(dims.hidden_size, dims.hidden_size)
-
-    def reset_parameters(self) -> None:
-        init.zeros_(self.gate.weight)
-        init.zeros_(self.gate.bias)
-
-    def forward(self, x_BTD: Tensor, seen_BTD: Tensor, recalled_BTD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        gate_BTD = torch.sigmoid(self.gate(x_BTD))
-        seen_BTD, recalled_BTD = self.attention_norm(seen_BTD), self.memory_norm(recalled_BTD)
-        share = memory_share(gate_BTD * recalled_BTD, (1 - gate_BTD) * seen_BTD)
-        return torch.lerp(seen_BTD, recalled_BTD, gate_BTD), {"gate": gate_BTD.detach().mean(), "memory_share": share}
-
-
-def _exact(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-@torch.no_grad()
-def memory_share(recalled: Tensor, seen: Tensor) -> Tensor:
-    """The memory's part of an output that is the sum of both: norm over norms, 0 to 1."""
-    recalled, seen = torch.linalg.vector_norm(recalled), torch.linalg.vector_norm(seen)
-    return recalled / (recalled + seen).clamp(min=torch.finfo(seen.dtype).tiny)
 
 
 def pack(memory: NeuralMemoryState) -> State:

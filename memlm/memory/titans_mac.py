@@ -33,6 +33,7 @@ from memlm.memory.base import (
     substate,
     token_positions,
 )
+from memlm.memory.parts import BranchGate
 from memlm_kernels.grid import Grid, ragged_grid
 
 
@@ -68,7 +69,7 @@ class Mixer(SequenceMixer):
         self.attention = attention.Mixer(config.attention(), dims, layer_idx)
         self.norm = RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
         self.memory = titans.NeuralMemory(config, dims)
-        self.gate = titans.BranchGate(dims)
+        self.gate = BranchGate(dims)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

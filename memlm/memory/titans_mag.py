@@ -9,6 +9,7 @@ from torch import Tensor
 
 from memlm.memory import attention, titans
 from memlm.memory.base import Dims, MixerContext, MixerOutput, SequenceMixer, State, joined, substate
+from memlm.memory.parts import BranchGate
 
 Config = titans.HybridConfig
 
@@ -20,7 +21,7 @@ class Mixer(SequenceMixer):
         super().__init__()
         self.attention = attention.Mixer(config.attention(), dims, layer_idx)
         self.memory = titans.NeuralMemory(config, dims)
-        self.gate = titans.BranchGate(dims)
+        self.gate = BranchGate(dims)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

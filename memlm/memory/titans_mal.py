@@ -11,6 +11,7 @@ from torch import Tensor
 from memlm.layers import RMSNorm
 from memlm.memory import attention, titans
 from memlm.memory.base import Dims, MixerContext, MixerOutput, SequenceMixer, State, joined, substate
+from memlm.memory.parts import memory_share
 
 Config = titans.HybridConfig
 
@@ -33,5 +34,5 @@ class Mixer(SequenceMixer):
         input_BTD = self.norm(x_BTD + recalled.y_BTD)
         seen = self.attention(input_BTD, substate(state, "attention") if state else None, ctx)
         state = joined({"memory": recalled.state, "attention": seen.state})
-        metrics = {**recalled.metrics, "memory_share": titans.memory_share(recalled.y_BTD, seen.y_BTD)}
+        metrics = {**recalled.metrics, "memory_share": memory_share(recalled.y_BTD, seen.y_BTD)}
         return MixerOutput(recalled.y_BTD + seen.y_BTD, state, {}, metrics)

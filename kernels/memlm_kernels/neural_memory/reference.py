@@ -98,13 +98,13 @@ def neural_memory_reference(
             return torch.zeros_like(v), state, torch.zeros_like(tokens.lr)
         if positions is None:
             positions = state.position[:, None] + torch.arange(length, device=q.device)
-        width = _block(chunk_size)
+        width = block_size(chunk_size)
         if aligned:
             grid = aligned_grid(length, width)
         else:
             grid = ragged_grid(positions, lengths, width, max_documents, chunk_size)
         sources, U, recent = _sources(tokens, grid, positions, lengths, window, state)
-        gates = _gates(tokens, grid, U)
+        gates = scalar_recurrences(tokens, grid, U)
         q_grid = to_rows(grid.lay(tokens.q))
         tail = None if norm is None else Tail(*(n.to(dtype).repeat(batch, 1)[:, None] for n in norm))
         out, surprise, *memory = _scan(
@@ -129,7 +129,7 @@ def neural_memory_reference(
     return out.to(v.dtype), NeuralMemoryState(parts[0], momentum, parts[-1], position, recent), surprise
 
 
-def _block(chunk_size: int) -> int:
+def block_size(chunk_size: int) -> int:
     """Slots of the grid: masked products cost their square, so a long chunk is several blocks with one anchor."""
     divisors = [size for size in range(16, 65) if chunk_size % size == 0]
     return max(divisors) if chunk_size > 64 and divisors else chunk_size
@@ -183,7 +183,7 @@ def _sources(
     return (k, v), band.movedim(1, 0).repeat_interleave(heads, 1) * weight[:, :, None], recent
 
 
-def _gates(tokens: Tokens, grid: Grid, U: Tensor | None) -> Gates:
+def scalar_recurrences(tokens: Tokens, grid: Grid, U: Tensor | None) -> Gates:
     """The scalar recurrences of every chunk."""
 
     def lay(x: Tensor, fill: float = 0.0) -> Tensor:

@@ -1,0 +1,44 @@
+"""The delta rule with an optional decay: linear recurrences that correct what they hold."""
+
+from torch import Tensor
+
+from memlm_kernels.backend import choose
+from memlm_kernels.delta_rule.reference import delta_rule_reference
+from memlm_kernels.segments import check_recurrence
+
+__all__ = ["delta_rule"]
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    state: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """A matrix that forgets, then moves what it holds for a key towards the key's value::
+
+        D_t = exp(log_decay_t) M_{t-1}
+        M_t = D_t + beta_t k_t^T (v_t - k_t D_t)
+        o_t = q_t M_t
+
+    DeltaNet (arXiv:2406.06484), with a decay Gated DeltaNet (arXiv:2412.06464, eq. 10). Keys are of unit length.
+
+    q, k: [B, T, H, K]   v: [B, T, H, V]   beta: [B, T, H], 0 to 1   log_decay: [B, T, H], at most 0
+    cu_seqlens: [B, S + 1] integers, 0 first; segment s of row b is its tokens cu_seqlens[b, s:s + 2], end excluded;
+        what lies behind the last is padding. None: each row is one segment
+    state: [B, S, H, K, V], M before each segment's first token; None: zeros
+
+    Returns o [B, T, H, V] in v's dtype, zeros at padding, and M after each segment's last token. Accumulates in fp32
+    (fp64 for fp64 inputs). Raises ValueError if shapes disagree or the backend cannot run.
+    """
+    check_recurrence(q, k, v, cu_seqlens, state)
+    for name, gate in (("beta", beta), ("log_decay", log_decay)):
+        if gate is not None and gate.shape != q.shape[:3]:
+            raise ValueError(f"{name} {list(gate.shape)} must be [B, T, H] = {list(q.shape[:3])}")
+    choose("delta_rule", backend, ("reference",))
+    return delta_rule_reference(q, k, v, beta, log_decay, cu_seqlens, state)

@@ -1,0 +1,42 @@
+"""Linear attention with an optional decay: the additive linear recurrences."""
+
+from torch import Tensor
+
+from memlm_kernels.backend import choose
+from memlm_kernels.linear_attention.reference import linear_attention_reference
+from memlm_kernels.segments import check_recurrence
+
+__all__ = ["linear_attention"]
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    state: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """A matrix that adds up outer products, and forgets::
+
+        M_t = diag(exp(log_decay_t)) M_{t-1} + k_t^T v_t
+        o_t = q_t M_t
+
+    Without a decay linear attention (arXiv:2006.16236); with one number a head RetNet's (arXiv:2307.08621) or
+    Mamba-2's (arXiv:2405.21060); with one a channel of the key GLA's (arXiv:2312.06635).
+
+    q, k: [B, T, H, K]   v: [B, T, H, V]   log_decay: [B, T, H] or [B, T, H, K], at most 0
+    cu_seqlens: [B, S + 1] integers, 0 first; segment s of row b is its tokens cu_seqlens[b, s:s + 2], end excluded;
+        what lies behind the last is padding. None: each row is one segment
+    state: [B, S, H, K, V], M before each segment's first token; None: zeros
+
+    Returns o [B, T, H, V] in v's dtype, zeros at padding, and M after each segment's last token. Accumulates in fp32
+    (fp64 for fp64 inputs). Raises ValueError if shapes disagree or the backend cannot run.
+    """
+    check_recurrence(q, k, v, cu_seqlens, state)
+    if log_decay is not None and log_decay.shape not in (q.shape, q.shape[:3]):
+        raise ValueError(f"log_decay {list(log_decay.shape)} must be [B, T, H] or [B, T, H, K] of q {list(q.shape)}")
+    choose("linear_attention", backend, ("reference",))
+    return linear_attention_reference(q, k, v, log_decay, cu_seqlens, state)

@@ -1,0 +1,92 @@
+"""The linear neural memory over segments: many memories in a row of tokens, each written by its own tokens.
+
+As ``neural_memory`` with one layer, no norm and the squared error, except for who holds the states; see there, and
+``reference`` for the equations.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from memlm_kernels.backend import choose
+from memlm_kernels.neural_memory.reference import Tokens, block_size, scalar_recurrences
+from memlm_kernels.segments import check_recurrence, chunk_width, exact, lay_out
+
+
+class SegmentedMemoryState(NamedTuple):
+    """memory: [B, S, 3, H, K, V], M, the momentum and the anchor of each segment; 2 without momentum
+    position: [B, S] int64, tokens that each memory has written
+    """
+
+    memory: Tensor
+    position: Tensor
+
+
+def segmented_neural_memory(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    momentum: Tensor | None,
+    decay: Tensor | None,
+    *,
+    chunk_size: int,
+    state: SegmentedMemoryState,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, SegmentedMemoryState]:
+    """Titans' linear memory (arXiv:2501.00663, eqs. 9-15), one for each segment.
+
+    q, k: [B, T, H, K]   v: [B, T, H, V]   lr, momentum, decay: [B, T, H], as for ``neural_memory``
+    chunk_size: tokens of one memory whose gradients are taken at the same weights
+    cu_seqlens: [B, S + 1] integers, 0 first; segment s of row b is its tokens cu_seqlens[b, s:s + 2], end excluded;
+        what lies behind the last is padding. None: each row is one segment
+    state: before each segment's first token
+
+    Returns o [B, T, H, V] in v's dtype, zeros at padding, and the state after each segment's last token.
+    """
+    check_recurrence(q, k, v, cu_seqlens, state.memory[:, :, 0])
+    for name, gate in (("lr", lr), ("momentum", momentum), ("decay", decay)):
+        if gate is not None and gate.shape != q.shape[:3]:
+            raise ValueError(f"{name} {list(gate.shape)} must be [B, T, H] = {list(q.shape[:3])}")
+    choose("segmented_neural_memory", backend, ("reference",))
+    batch, length, heads, _ = q.shape
+    with torch.autocast(q.device.type, enabled=False):
+        memory, position = exact(state.memory), state.position
+        if length == 0:
+            return torch.zeros_like(v), SegmentedMemoryState(memory, position)
+        momentum, decay = (None if x is None else exact(x) for x in (momentum, decay))
+        tokens = Tokens(exact(q), exact(k), exact(v), exact(lr), momentum, decay, None)
+        if cu_seqlens is None:
+            cu_seqlens = position.new_tensor([0, length]).expand(batch, 2)
+        # Blocks divide chunks, so that none reaches over a chunk's end.
+        width = math.gcd(block_size(chunk_size), chunk_width(length, cu_seqlens, 64))
+        segments = lay_out(cu_seqlens, length, width, position % width)
+        assert segments.segment is not None and segments.index is not None
+        block = (position // width).gather(1, segments.segment) + segments.index
+        inside = (segments.index == 0) & ((position % width).gather(1, segments.segment) > 0)
+        opens = ((block % (chunk_size // width) == 0) & ~inside).mT.reshape(-1, batch, 1, 1, 1)
+        gates = scalar_recurrences(tokens, segments.grid, None)
+        C, beta = (x.unflatten(1, (batch, heads)) for x in (gates.C, gates.beta))
+        f, P, m = (x.unflatten(1, (batch, heads)) for x in gates.momentum) if gates.momentum else (None, None, None)
+        q_c, k_c, v_c = (segments.lay(x) for x in (tokens.q, tokens.k, tokens.v))
+        to_W, errors = k_c * C[..., -1, :, None], []
+        to_S = None if P is None else k_c * P[..., None]
+
+        def step(n: int, memory: Tensor) -> Tensor:
+            W, *S, anchor = memory.unbind(1)
+            anchor = torch.where(opens[n], W, anchor)
+            errors.append(k_c[n] @ anchor - v_c[n])
+            new = beta[n, ..., -1, None, None] * W - to_W[n].mT @ errors[-1]
+            if f is None or m is None or to_S is None:
+                return torch.stack([new, anchor], 1)
+            moved = m[n, ..., None, None] * S[0] - to_S[n].mT @ errors[-1]
+            return torch.stack([new + f[n, ..., -1, None, None] * S[0], moved, anchor], 1)
+
+        starts, memory = segments.scan(memory, step)
+        out = beta[..., None] * (q_c @ starts[:, :, 0]) - (C * (q_c @ k_c.mT)) @ torch.stack(errors)
+        if f is not None:
+            out = out + f[..., None] * (q_c @ starts[:, :, 1])
+        return segments.take(out).to(v.dtype), SegmentedMemoryState(memory, position + cu_seqlens.long().diff(dim=1))

@@ -1,0 +1,155 @@
+"""Rows of tokens as segments, each with a state of its own, laid on chunks; no size depends on the device's data.
+
+B batch, T tokens of a row, S segments of a row, N chunks, C slots of a chunk, H heads. Segment s of row b holds the
+tokens from cu_seqlens[b, s] to cu_seqlens[b, s + 1], which may be none; what lies behind the last one is padding.
+Documents of a packed row are segments, and so are the tokens that a router sent to one memory.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memlm_kernels.grid import Grid, aligned_grid, like
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Chunks of rows of segments; a chunk belongs to one segment.
+
+    segment: [B, N], any for chunks without tokens; index: [B, N], of a chunk in its segment
+    last: [B, S], a segment's last chunk, any if it is empty; empty: [B, S]
+    All four are None where each row is one segment of all its tokens.
+    """
+
+    grid: Grid
+    segment: Tensor | None = None
+    index: Tensor | None = None
+    last: Tensor | None = None
+    empty: Tensor | None = None
+
+    def lay(self, x: Tensor, fill: float = 0.0) -> Tensor:
+        """[B, T, H, ...] -> [N, B, H, C, ...]; a slot without a token holds ``fill``."""
+        return self.grid.lay(x, fill).movedim(3, 2).movedim(1, 0)
+
+    def take(self, x: Tensor) -> Tensor:
+        """[N, B, H, C, ...] -> [B, T, H, ...]; padding gets zeros."""
+        return self.grid.take(x.movedim(0, 1).movedim(2, 3))
+
+    def scan(self, state: Tensor, step: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Carry a state through the chunks of each row, ``step(n, state) -> state``, both [B, ...].
+
+        state: [B, S, ...], what each segment starts with. Returns the states that the chunks start with, [N, B, ...],
+        and those after each segment's last token, [B, S, ...].
+        """
+        if self.segment is None or self.index is None or self.last is None or self.empty is None:
+            starts, current = [], state[:, 0]
+            for n in range(self.grid.count):
+                starts.append(current)
+                current = step(n, current)
+            return torch.stack(starts), current[:, None]
+        trailing = [1] * (state.ndim - 2)
+        opens = (self.index == 0).mT.reshape(self.grid.count, -1, *trailing)
+        initial = state.gather(1, like(self.segment, state)).unbind(1)
+        current, starts, ends = initial[0], [], []
+        for n in range(self.grid.count):
+            current = torch.where(opens[n], initial[n], current) if n else current
+            starts.append(current)
+            current = step(n, current)
+            ends.append(current)
+        after = torch.stack(ends, 1)
+        after = after.gather(1, like(self.last, after))
+        return torch.stack(starts), torch.where(self.empty.reshape(*self.empty.shape, *trailing), state, after)
+
+
+def lay_out(cu_seqlens: Tensor | None, length: int, width: int, offset: Tensor | None = None) -> Segments:
+    """Chunks of ``width`` slots for rows of ``length`` tokens.
+
+    offset: [B, S], the slot in which a segment's first token stands (None: the first)
+    """
+    if cu_seqlens is None:
+        return Segments(aligned_grid(length, width))
+    cu = cu_seqlens.long()
+    count_of = cu.shape[1] - 1
+    # Each segment adds less than one chunk, or two where it starts inside one; a chunk has a token.
+    spare = min(count_of, length) * (width - 1) * (1 if offset is None else 2)
+    count = min(length, (length + spare) // width)
+    sizes = cu.diff(dim=1)
+    start = torch.zeros_like(sizes) if offset is None else offset
+    chunks = torch.where(sizes > 0, (start + sizes + width - 1) // width, 0)
+    ends = chunks.cumsum(1)
+    begins = ends - chunks
+    token = torch.arange(length, device=cu.device).expand(len(cu), -1).contiguous()
+    owner = torch.searchsorted(cu[:, 1:].contiguous(), token, right=True)
+    real, owner = owner < count_of, owner.clamp(max=count_of - 1)
+    place = token - cu.gather(1, owner) + start.gather(1, owner)
+    slots = torch.where(real, begins.gather(1, owner) * width + place, count * width)
+    chunk = torch.arange(count, device=cu.device).expand(len(cu), -1).contiguous()
+    segment = torch.searchsorted(ends, chunk, right=True)
+    segment = segment.clamp(max=count_of - 1)
+    index = chunk - begins.gather(1, segment)
+    return Segments(Grid(length, count, width, slots), segment, index, (ends - 1).clamp(min=0), chunks == 0)
+
+
+def chunk_width(length: int, cu_seqlens: Tensor | None, most: int) -> int:
+    """A power of two for recurrences that any chunk leaves as they are: small where segments are short, for each may
+    leave all but one slot of its last chunk empty.
+    """
+    share = length / (1 if cu_seqlens is None else cu_seqlens.shape[1] - 1)
+    return min(most, max(_power_of_two(share / 8), min(16, _power_of_two(share))))
+
+
+def _power_of_two(x: float) -> int:
+    """The smallest that is no less than x, 1 at least."""
+    return 1 << max(0, math.ceil(x) - 1).bit_length()
+
+
+def exact(x: Tensor) -> Tensor:
+    """In fp32, or in fp64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def state_of(x: Tensor, cu_seqlens: Tensor | None, *shape: int) -> Tensor:
+    """Zeros [B, S, *shape] for rows x [B, ...]."""
+    return x.new_zeros(len(x), 1 if cu_seqlens is None else cu_seqlens.shape[1] - 1, *shape)
+
+
+def sums_between(x: Tensor) -> Tensor:
+    """[..., C, K] -> [..., C, C, K]: entry (i, j) is the sum over j < l <= i, -inf above the diagonal.
+
+    A masked cumulative sum instead of a difference of sums: nothing cancels.
+    """
+    size = x.shape[-2]
+    ones = torch.ones(size, size, dtype=torch.bool, device=x.device)
+    each = x[..., :, None, :].expand(*x.shape[:-1], size, x.shape[-1])
+    below = each.masked_fill(~ones.tril(-1)[..., None], 0.0).cumsum(-3)
+    return below.masked_fill(~ones.tril()[..., None], float("-inf"))
+
+
+def sums_after(x: Tensor) -> Tensor:
+    """[..., C, K]: the sum over what follows along C."""
+    return F.pad(x[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
+
+
+def check_recurrence(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, state: Tensor | None) -> None:
+    """Raise ValueError unless the shapes of a linear recurrence's inputs agree."""
+    if q.ndim != 4 or q.shape != k.shape or v.ndim != 4 or v.shape[:3] != q.shape[:3]:
+        raise ValueError(
+            f"q {list(q.shape)} and k {list(k.shape)} must be [B, T, H, K], v {list(v.shape)} [B, T, H, V]"
+        )
+    segments = 1
+    if cu_seqlens is not None:
+        if (
+            cu_seqlens.ndim != 2
+            or len(cu_seqlens) != len(q)
+            or cu_seqlens.shape[1] < 2
+            or cu_seqlens.is_floating_point()
+        ):
+            raise ValueError(f"cu_seqlens {list(cu_seqlens.shape)} must be integers [B, S + 1] with B={len(q)}")
+        segments = cu_seqlens.shape[1] - 1
+    expected = (len(q), segments, q.shape[2], q.shape[3], v.shape[3])
+    if state is not None and state.shape != expected:
+        raise ValueError(f"state {list(state.shape)} must be [B, S, H, K, V] = {list(expected)}")

@@ -1,0 +1,330 @@
+"""Mixture of memories (MoM, arXiv:2502.13685): a router sends each token to some of many memories, any linear
+recurrence, and reads what these hold; the others neither write nor forget.
+
+    p = softmax(x W_router)        w = the top_k of p, renormalised to 1
+    o = sum over chosen m of w_m q M_m, and q M_shared        y = (norm(o) * silu(x W_gate)) W_o
+
+Each memory has keys, values and gates of its own, queries are shared. A row's tokens are put in the order of their
+memories by one stable sort and run through the recurrence as segments: the cost is that of top_k memories, however
+many there are, and no size is asked of the device.
+
+B batch, T tokens, D hidden, M memories, J = top_k, R = T * J routed tokens of a row, documents and memories together
+make S segments, H heads, V value dim, C channels of q, k, v together.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from memlm.layers import ShortConv
+from memlm.memory import attention, parts, recurrence
+from memlm.memory.base import (
+    Dims,
+    MixerContext,
+    MixerOutput,
+    SequenceMixer,
+    State,
+    next_position,
+    require,
+    substate,
+    suggest,
+    token_positions,
+)
+from memlm.memory.parts import BranchGate
+from memlm.memory.recurrence import Documents, counts, gate_logits
+from memlm_kernels import grouped_linear
+from memlm_kernels.grid import like
+from memlm_kernels.segments import exact
+
+CONVOLUTIONS = ("per_memory", "before_routing", "none")
+
+
+@dataclass(frozen=True)
+class Config(recurrence.Config):
+    """rule: how a memory is written, a key of ``recurrence.RULES``, which ``recurrence.Config`` has settings for.
+    num_memories, top_k: memories, and how many of them a token is sent to.
+    shared_memory: one memory more, that every token writes and reads with weight 1.
+    single_kv: all memories, the shared one too, take keys, values and gates from the same projections.
+    conv: "per_memory", along the tokens that a memory gets; "before_routing", of the layer's input; or "none".
+    balance_loss: weight of num_memories * sum_m (share of tokens sent to m) (mean probability of m) in the training
+        loss, whose floor is top_k (Switch, arXiv:2101.03961).
+    z_loss: weight of the mean square of the router's log-sum-exp (ST-MoE, arXiv:2202.08906).
+    balance_bias: a learned bias that only the choice of memories sees, driven towards even loads (arXiv:2408.15664).
+    window_size: of an attention branch beside the memories, gated as in titans_mag; null for none.
+    """
+
+    rule: str = "gated_delta_net"
+    num_memories: int = 4
+    top_k: int = 2
+    shared_memory: bool = True
+    single_kv: bool = False
+    conv: str = "per_memory"
+    balance_loss: float = 0.01
+    z_loss: float = 0.0
+    balance_bias: bool = False
+    window_size: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.rule in recurrence.RULES,
+            f"rule={self.rule!r} is unknown; {suggest(str(self.rule), list(recurrence.RULES))}",
+        )
+        require(self.num_memories >= 1, f"num_memories={self.num_memories} must be at least 1")
+        require(
+            1 <= self.top_k <= self.num_memories,
+            f"top_k={self.top_k} must lie between 1 and num_memories={self.num_memories}",
+        )
+        require(self.conv in CONVOLUTIONS, f"conv={self.conv!r} must be one of {', '.join(CONVOLUTIONS)}")
+        for name in ("balance_loss", "z_loss"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        require(
+            self.window_size is None or self.window_size >= 1,
+            f"window_size={self.window_size} must be at least 1, or null for no attention branch",
+        )
+
+
+class Routes(NamedTuple):
+    """Where a row's R routed tokens stand once they are put in the order of their segments.
+
+    token_BR: the token of each; place_BTJ: of each token's choices; cu_seqlens: [B, S + 1]
+    flat_BR: the place of each in the whole batch ordered by memory; source: the inverse, as B * T tokens, [B * R]
+    sizes_M: tokens of each memory in that order, padding counted to the last
+    """
+
+    token_BR: Tensor
+    place_BTJ: Tensor
+    cu_seqlens: Tensor
+    flat_BR: Tensor
+    source: Tensor
+    sizes_M: Tensor
+
+    @staticmethod
+    def of(memory_BTJ: Tensor, memories: int, documents: Documents | None) -> "Routes":
+        batch, length, choices = memory_BTJ.shape
+        device, of_documents = memory_BTJ.device, documents.most if documents else 1
+        segments = of_documents * memories
+        owner_BTJ = memory_BTJ
+        if documents is not None:
+            padding_BT1 = (documents.index_BT == documents.most)[..., None]
+            owner_BTJ = (documents.index_BT[..., None] * memories + memory_BTJ).masked_fill(padding_BT1, segments)
+        owner_BR = owner_BTJ.flatten(1)
+        # Stable, for a memory reads its tokens in their order.
+        owner_BR, order_BR = owner_BR.sort(dim=1, stable=True)
+        routed = torch.arange(length * choices, device=device).expand(batch, -1)
+        place_BR = torch.empty_like(order_BR).scatter(1, order_BR, routed)
+        sizes_BS = counts(owner_BR, segments)
+        cu_seqlens = F.pad(sizes_BS.cumsum(1), (1, 0))
+
+        # By memory, then row, then document; padding behind all.
+        row = torch.arange(batch, device=device)
+        by_memory = sizes_BS.unflatten(1, (of_documents, memories)).permute(2, 0, 1)
+        runs = torch.cat([by_memory.flatten(), length * choices - cu_seqlens[:, -1]])
+        starts = runs.cumsum(0) - runs
+        document_BR, memory_BR = owner_BR // memories, owner_BR % memories
+        run_BR = (memory_BR * batch + row[:, None]) * of_documents + document_BR
+        run_BR = torch.where(owner_BR < segments, run_BR, len(runs) - batch + row[:, None])
+        flat_BR = starts[run_BR] + routed - cu_seqlens.gather(1, owner_BR)
+        token_BR = order_BR // choices
+        source = torch.empty_like(flat_BR.flatten())
+        source = source.scatter(0, flat_BR.flatten(), (row[:, None] * length + token_BR).flatten())
+        sizes_M = by_memory.sum((1, 2))
+        sizes_M = torch.cat([sizes_M[:-1], batch * length * choices - sizes_M[:-1].sum(0, keepdim=True)])
+        return Routes(token_BR, place_BR.unflatten(1, (length, choices)), cu_seqlens, flat_BR, source, sizes_M)
+
+
+class Mixer(SequenceMixer):
+    def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.recurrence = recurrence.Recurrence(config.rule, config, convolve=config.conv == "per_memory")
+        queries, keys, values = config.sizes
+        logits, sets = self.recurrence.rule.logits, 1 if config.single_kv else config.num_memories
+        self.router = nn.Linear(dims.hidden_size, config.num_memories, bias=False)
+        self.q_proj = nn.Linear(dims.hidden_size, queries, bias=False)
+        # Of all memories, one above the other.
+        self.kv_proj = nn.Linear(dims.hidden_size, sets * (keys + values), bias=False)
+        self.gates = nn.Linear(dims.hidden_size, sets * logits, bias=False) if logits else None
+        if config.shared_memory and not config.single_kv:
+            self.shared_kv_proj = nn.Linear(dims.hidden_size, keys + values, bias=False)
+            self.shared_gates = nn.Linear(dims.hidden_size, logits, bias=False) if logits else None
+        if config.conv == "before_routing" and config.conv_size > 1:
+            self.conv = ShortConv(dims.hidden_size, config.conv_size)
+        if config.balance_bias:
+            self.bias = nn.Parameter(torch.empty(config.num_memories))
+        self.reading = recurrence.Reading(config, dims)
+        if config.window_size is not None:
+            self.attention = attention.Mixer(attention.Config(config.window_size), dims, layer_idx)
+            self.gate = BranchGate(dims)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        config = self.config
+        self.recurrence.rule.reset_parameters()
+        if config.window_size is not None:
+            self.gate.reset_parameters()
+        if config.balance_bias:
+            init.zeros_(self.bias)
+        for gates in (self.gates, getattr(self, "shared_gates", None)):
+            if gates is not None:
+                init.zeros_(gates.weight)
+        if config.initialization == "recall":
+            sets = 1 if config.single_kv else config.num_memories
+            recurrence.start_for_recall(self.q_proj, self.kv_proj, self.recurrence.conv, config, sets)
+            if config.shared_memory and not config.single_kv:
+                init.copy_(self.shared_kv_proj.weight, self.kv_proj.weight[: sum(config.sizes[1:])])
+
+    def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
+        position = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        memories = self.config.num_memories
+        routed = self.recurrence.init_state(batch_size * memories, device, dtype)
+        state = {"routed": {name: x.unflatten(0, (batch_size, memories)) for name, x in routed.items()}}
+        if self.config.shared_memory:
+            state["shared"] = self.recurrence.init_state(batch_size, device, dtype)
+        if hasattr(self, "conv"):
+            shape = (batch_size, self.config.conv_size - 1, self.conv.weight.shape[0])
+            state["input"] = {"conv": torch.zeros(shape, device=device, dtype=dtype)}
+        if self.config.window_size is not None:
+            state["attention"] = self.attention.init_state(batch_size, device, dtype)
+        return _joined(position, state)
+
+    def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
+        start = self.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype)
+        before, context = state or start, ctx or MixerContext()
+        positions_BT = token_positions(x_BTD, before, context)
+        documents = Documents.of(x_BTD, before, context)
+        after: dict[str, State] = {}
+        input_BTD = x_BTD
+        if hasattr(self, "conv"):
+            history = substate(before, "input")["conv"]
+            input_BTD, history = self.conv(x_BTD, history, positions_BT, context.lengths_B)
+            after["input"] = {"conv": history}
+
+        weight_BTJ, memory_BTJ, aux_losses, metrics = self._choose(x_BTD, documents)
+        routes = Routes.of(memory_BTJ, self.config.num_memories, documents)
+        q_BTC = self.q_proj(input_BTD)
+        kv_BTC, logits_BTL = self._shared_projections(input_BTD)
+        inputs = self._routed_inputs(input_BTD, q_BTC, kv_BTC, logits_BTL, routes)
+        o_BRHV, after["routed"], of_rule = self._recur(*inputs, routes.cu_seqlens, documents, before, start, "routed")
+        choices = self.config.top_k
+        o_BTJHV = o_BRHV.gather(1, like(routes.place_BTJ.flatten(1), o_BRHV)).unflatten(1, (-1, choices))
+        o_BTHV = (weight_BTJ[..., None, None].to(o_BTJHV.dtype) * o_BTJHV).sum(2)
+        metrics |= of_rule
+        if kv_BTC is not None and self.config.shared_memory:
+            qkv_BTC, cu_seqlens = torch.cat([q_BTC, kv_BTC], -1), documents.cu_seqlens if documents else None
+            shared_BTHV, after["shared"], _ = self._recur(
+                qkv_BTC, logits_BTL, cu_seqlens, documents, before, start, "shared"
+            )
+            o_BTHV = o_BTHV + shared_BTHV
+        y_BTD = self.reading(o_BTHV, x_BTD)
+        if self.config.window_size is not None:
+            seen = self.attention(x_BTD, substate(state, "attention") if state else None, ctx)
+            y_BTD, of_gate = self.gate(x_BTD, seen.y_BTD, y_BTD)
+            after["attention"], metrics = seen.state, {**metrics, **of_gate}
+        state = _joined(next_position(positions_BT, before, context), after)
+        return MixerOutput(y_BTD, state, aux_losses, metrics)
+
+    def _choose(
+        self, x_BTD: Tensor, documents: Documents | None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Weights and memories of each token, [B, T, J], auxiliary losses, and metrics; padding counts for nothing."""
+        config = self.config
+        logits_BTM = gate_logits(self.router, x_BTD)
+        p_BTM = logits_BTM.softmax(-1)
+        scores_BTM = p_BTM + exact(self.bias).detach() if config.balance_bias else p_BTM
+        memory_BTJ = parts.top_choices(scores_BTM, config.top_k)
+        chosen_BTJ = p_BTM.gather(2, memory_BTJ)
+        weight_BTJ = chosen_BTJ / chosen_BTJ.sum(-1, keepdim=True)
+
+        real_BT1 = torch.ones_like(p_BTM[..., :1])
+        if documents is not None:
+            real_BT1 = (documents.index_BT < documents.most)[..., None].to(p_BTM.dtype)
+        tokens = real_BT1.sum().clamp(min=1)
+        sent_BTM = torch.zeros_like(p_BTM).scatter(2, memory_BTJ, 1.0) * real_BT1
+        load_M, mean_M = sent_BTM.sum((0, 1)) / tokens, (p_BTM * real_BT1).sum((0, 1)) / tokens
+        losses = {}
+        if config.balance_loss:
+            losses["balance"] = config.balance_loss * config.num_memories * (load_M * mean_M).sum()
+        if config.z_loss:
+            losses["router_z"] = (
+                config.z_loss * (logits_BTM.logsumexp(-1, keepdim=True).square() * real_BT1).sum() / tokens
+            )
+        if config.balance_bias:
+            # No value, only a gradient: the bias falls where the load is above its share.
+            overload_M = load_M * config.num_memories / config.top_k - 1
+            losses["balance_bias"] = ((self.bias - self.bias.detach()) * overload_M).sum()
+        metrics = {f"load_{m}": load for m, load in enumerate(load_M.detach())}
+        entropy_BT1 = -(p_BTM * logits_BTM.log_softmax(-1)).sum(-1, keepdim=True)
+        metrics["router_entropy"] = (entropy_BT1 * real_BT1).sum().detach() / tokens
+        metrics["dead_memories"] = (load_M == 0).sum().to(p_BTM.dtype)
+        return weight_BTJ, memory_BTJ, losses, metrics
+
+    def _shared_projections(self, x_BTD: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Keys, values and logits that do not depend on the memory, if any: the shared memory's, or all."""
+        if self.config.single_kv:
+            return self.kv_proj(x_BTD), gate_logits(self.gates, x_BTD)
+        if self.config.shared_memory:
+            return self.shared_kv_proj(x_BTD), gate_logits(self.shared_gates, x_BTD)
+        return None, gate_logits(None, x_BTD)
+
+    def _routed_inputs(
+        self, x_BTD: Tensor, q_BTC: Tensor, kv_BTC: Tensor | None, logits_BTL: Tensor, routes: Routes
+    ) -> tuple[Tensor, Tensor]:
+        """q, k, v [B, R, C] and logits [B, R, L] of routed tokens, in the order of their memories."""
+
+        def routed(x: Tensor) -> Tensor:
+            return x.gather(1, like(routes.token_BR, x))
+
+        q_BRC = routed(q_BTC)
+        if self.config.single_kv and kv_BTC is not None:
+            return torch.cat([q_BRC, routed(kv_BTC)], -1), routed(logits_BTL)
+        x_ND = x_BTD.flatten(0, 1)[routes.source]
+        kv_BRC = self._of_memories(x_ND, self.kv_proj, routes)
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            logits_BRL = logits_BTL.new_zeros(*q_BRC.shape[:2], 0)
+            if self.gates is not None:
+                logits_BRL = self._of_memories(exact(x_ND), self.gates, routes)
+        return torch.cat([q_BRC, kv_BRC], -1), logits_BRL
+
+    def _of_memories(self, x_ND: Tensor, proj: nn.Linear, routes: Routes) -> Tensor:
+        """Each routed token through the projection of its memory, [B, R, *]."""
+        if torch.is_autocast_enabled(x_ND.device.type):
+            x_ND = x_ND.to(torch.get_autocast_dtype(x_ND.device.type))
+        weight_MCD = proj.weight.to(x_ND.dtype).unflatten(0, (self.config.num_memories, -1))
+        return grouped_linear(x_ND, weight_MCD, routes.sizes_M)[routes.flat_BR]
+
+    def _recur(
+        self,
+        qkv: Tensor,
+        logits: Tensor,
+        cu_seqlens: Tensor | None,
+        documents: Documents | None,
+        before: State,
+        start: State,
+        name: str,
+    ) -> tuple[Tensor, State, dict[str, Tensor]]:
+        """The recurrence over one memory, or over many: each document has as many as the state."""
+        old, fresh = substate(before, name), substate(start, name)
+        many = name == "routed"
+        if documents is not None:
+            old = documents.spread(old, fresh)
+        elif not many:
+            old = {key: x[:, None] for key, x in old.items()}
+        if many and documents is not None:
+            old = {key: x.flatten(1, 2) for key, x in old.items()}
+        o, after, metrics = self.recurrence(qkv, logits, cu_seqlens, old)
+        if many and documents is not None:
+            after = {key: x.unflatten(1, (documents.most, -1)) for key, x in after.items()}
+        if documents is not None:
+            after = documents.collect(after)
+        elif not many:
+            after = {key: x[:, 0] for key, x in after.items()}
+        return o, after, metrics
+
+
+def _joined(position_B: Tensor, parts: dict[str, State]) -> State:
+    return {"position": position_B} | {f"{name}.{key}": x for name, part in parts.items() for key, x in part.items()}

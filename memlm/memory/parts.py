@@ -1,0 +1,65 @@
+"""Parts that several memories share.
+
+B batch, T tokens, D hidden, C channels, W convolution width.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from memlm.layers import RMSNorm, ShortConv
+from memlm.memory.base import Dims
+
+
+class Recalled(nn.Linear):
+    """Projects what the memory says: what the memory-off ablation silences."""
+
+    long_term = True
+
+
+class BranchGate(nn.Module):
+    """g * norm(memory) + (1 - g) * norm(attention), g = sigmoid(W x + b), one for each channel; 1/2 at first.
+
+    The paper multiplies the two normalised branches; the convex gate keeps either alive when the other is silent.
+    """
+
+    def __init__(self, dims: Dims) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
+        self.memory_norm = RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
+        self.gate = nn.Linear(dims.hidden_size, dims.hidden_size)
+
+    def reset_parameters(self) -> None:
+        init.zeros_(self.gate.weight)
+        init.zeros_(self.gate.bias)
+
+    def forward(self, x_BTD: Tensor, seen_BTD: Tensor, recalled_BTD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        gate_BTD = torch.sigmoid(self.gate(x_BTD))
+        seen_BTD, recalled_BTD = self.attention_norm(seen_BTD), self.memory_norm(recalled_BTD)
+        share = memory_share(gate_BTD * recalled_BTD, (1 - gate_BTD) * seen_BTD)
+        return torch.lerp(seen_BTD, recalled_BTD, gate_BTD), {"gate": gate_BTD.detach().mean(), "memory_share": share}
+
+
+@torch.no_grad()
+def memory_share(recalled: Tensor, seen: Tensor) -> Tensor:
+    """The memory's part of an output that is the sum of both: norm over norms, 0 to 1."""
+    recalled, seen = torch.linalg.vector_norm(recalled), torch.linalg.vector_norm(seen)
+    return recalled / (recalled + seen).clamp(min=torch.finfo(seen.dtype).tiny)
+
+
+def top_choices(scores: Tensor, count: int) -> Tensor:
+    """Indices of the ``count`` largest along the last dimension; of equals the first, whatever else is in the call."""
+    return scores.detach().sort(dim=-1, descending=True, stable=True).indices[..., :count]
+
+
+def start_delayed(conv: ShortConv, queries: int, keys: int) -> None:
+    """The engineered start for associative recall: of channels [queries | keys | values], each key's looks a random 0
+    to W - 1 tokens back, and the others at the token itself.
+    """
+    channels, width = conv.weight.shape
+    taps = torch.zeros(channels, width)
+    taps[:, -1] = 1.0
+    delayed = slice(queries, queries + keys)
+    taps[delayed] = 0.1 * torch.randn(keys, width)
+    taps[queries + torch.arange(keys), torch.randint(width, (keys,))] += 1.0
+    init.copy_(conv.weight, taps)

@@ -1,0 +1,406 @@
+"""Linear recurrences as parts: update rules, each with its gates and its op, and the layer that hosts one.
+
+A rule writes a matrix M for each head with k, v and gates of each token, and reads it with q:
+
+    linear_attention    M <- M + k^T v                    arXiv:2006.16236
+    retention           M <- a M + k^T v, a fixed         RetNet, arXiv:2307.08621
+    simple_gla          M <- a_t M + k^T v                Mamba-2's decay, arXiv:2405.21060
+    gla                 M <- diag(a_t) M + k^T v          arXiv:2312.06635
+    delta_net           M <- M + b_t k^T (v - k M)        arXiv:2406.06484
+    gated_delta_net     the same, on M decayed by a_t     arXiv:2412.06464
+    titans              momentum and decay on the gradient of 1/2 |k M - v|^2, arXiv:2501.00663
+
+B batch, T tokens, D hidden, S segments of a row (see ``memlm_kernels.segments``), H heads, K key dim, V value dim,
+C channels of q, k, v together, L logits of the gates.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from memlm.layers import RMSNorm, ShortConv
+from memlm.memory.base import (
+    Dims,
+    MixerContext,
+    MixerOutput,
+    SequenceMixer,
+    State,
+    next_position,
+    require,
+    token_positions,
+)
+from memlm.memory.parts import Recalled, start_delayed
+from memlm_kernels import SegmentedMemoryState, delta_rule, linear_attention, segmented_neural_memory
+from memlm_kernels.segments import exact
+
+INITIALIZATIONS = ("default", "recall")
+
+
+@dataclass(frozen=True)
+class Config:
+    """num_heads, head_dim: of queries and keys; value_dim: of a head's values, null for head_dim.
+    conv_size: width of the causal convolution with SiLU on q, k, v; 1 for none.
+    initial_decay: what a token forgets at first, where the rule learns it; null for the usual start of each head at
+        random (rates uniform from 0 to 16, steps log-uniform from .001 to .1), for titans 0.0025.
+    initial_lr, initial_momentum, chunk_size: of the titans rule, see ``NeuralMemoryConfig``.
+    initialization: "default", or "recall": an engineered prior for associative recall, see ``NeuralMemoryConfig``.
+    """
+
+    num_heads: int = 1
+    head_dim: int = 64
+    value_dim: int | None = None
+    conv_size: int = 4
+    initial_decay: float | None = None
+    initial_lr: float = 0.047
+    initial_momentum: float = 0.12
+    chunk_size: int = 16
+    initialization: str = "default"
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "head_dim", "conv_size", "chunk_size"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        require(self.value_dim is None or self.value_dim >= 1, f"value_dim={self.value_dim} must be at least 1")
+        for name in ("initial_decay", "initial_lr", "initial_momentum"):
+            value = getattr(self, name)
+            require(value is None or 0 < value < 1, f"{name}={value} must lie between 0 and 1")
+        require(
+            self.initialization in INITIALIZATIONS,
+            f"initialization={self.initialization!r} must be one of {', '.join(INITIALIZATIONS)}",
+        )
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Channels of q, k and v."""
+        keys = self.num_heads * self.head_dim
+        return keys, keys, self.num_heads * (self.value_dim or self.head_dim)
+
+
+class Rule(nn.Module):
+    """How a memory is written. unit_keys: keys and queries are of unit length; logits: of the gates of a token."""
+
+    unit_keys = False
+    logits = 0
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+
+    def reset_parameters(self) -> None:
+        """Initialise what the rule itself owns."""
+
+    def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
+        heads, keys = self.config.num_heads, self.config.head_dim
+        shape = (batch_size, heads, keys, self.config.value_dim or keys)
+        return {"memory": torch.zeros(shape, device=device, dtype=torch.promote_types(dtype, torch.float32))}
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, logits_BTL: Tensor, cu_seqlens: Tensor | None, state: State
+    ) -> tuple[Tensor, State, dict[str, Tensor]]:
+        """q, k, v: [B, T, H, *]; state: [B, S, ...]. Returns reads [B, T, H, V], the new state, and metrics."""
+        log_decay = self.log_decay(logits_BTL)
+        o, memory = linear_attention(q, k, v, log_decay, cu_seqlens=cu_seqlens, state=state["memory"])
+        return o, {"memory": memory}, _metrics(log_decay)
+
+    def log_decay(self, logits_BTL: Tensor) -> Tensor | None:
+        return None
+
+
+class Retention(Rule):
+    def log_decay(self, logits_BTL: Tensor) -> Tensor:
+        """log(1 - 2^-5), log(1 - 2^-6), ... for the heads."""
+        head = torch.arange(self.config.num_heads, device=logits_BTL.device, dtype=logits_BTL.dtype)
+        return torch.log1p(-torch.exp2(-5 - head)).expand(*logits_BTL.shape[:2], -1)
+
+
+class _Decay(nn.Module):
+    """log a = -exp(A_log) softplus(logit + dt_bias), as in Mamba-2 and Gated DeltaNet."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.A_log = nn.Parameter(torch.empty(config.num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(config.num_heads))
+
+    def reset_parameters(self) -> None:
+        heads, start = self.config.num_heads, self.config.initial_decay
+        if start is None:
+            rate = torch.empty(heads).uniform_(0, 16).clamp(min=1e-4)
+            dt = torch.exp(torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)))
+        else:
+            rate, dt = torch.ones(heads), torch.full((heads,), -math.log1p(-start))
+        init.copy_(self.A_log, rate.log())
+        init.copy_(self.dt_bias, dt.expm1().log())
+
+    def forward(self, logits_BTH: Tensor) -> Tensor:
+        return -exact(self.A_log).exp() * F.softplus(logits_BTH + exact(self.dt_bias))
+
+
+class ScalarDecay(Rule):
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.logits = config.num_heads
+        self.decay = _Decay(config)
+
+    def reset_parameters(self) -> None:
+        self.decay.reset_parameters()
+
+    def log_decay(self, logits_BTL: Tensor) -> Tensor:
+        return self.decay(logits_BTL)
+
+
+class ChannelDecay(Rule):
+    """log a = log_sigmoid(low-rank logits) / 16: slow by construction."""
+
+    logits = 16
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.decay = nn.Linear(self.logits, config.sizes[1])
+
+    def reset_parameters(self) -> None:
+        start = self.config.initial_decay
+        share = 0.5 if start is None else (1 - start) ** 16
+        init.constant_(self.decay.bias, math.log(share / (1 - share)))
+
+    def log_decay(self, logits_BTL: Tensor) -> Tensor:
+        logits = F.linear(logits_BTL, exact(self.decay.weight), exact(self.decay.bias))
+        return F.logsigmoid(logits).unflatten(-1, (self.config.num_heads, -1)) / 16
+
+
+class Delta(Rule):
+    unit_keys = True
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.logits = config.num_heads
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, logits_BTL: Tensor, cu_seqlens: Tensor | None, state: State
+    ) -> tuple[Tensor, State, dict[str, Tensor]]:
+        heads = self.config.num_heads
+        beta, log_decay = logits_BTL[..., :heads].sigmoid(), self.log_decay(logits_BTL[..., heads:])
+        o, memory = delta_rule(q, k, v, beta, log_decay, cu_seqlens=cu_seqlens, state=state["memory"])
+        return o, {"memory": memory}, {"beta": beta.detach().mean(), **_metrics(log_decay)}
+
+
+class GatedDelta(Delta):
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.logits = 2 * config.num_heads
+        self.decay = _Decay(config)
+
+    def reset_parameters(self) -> None:
+        self.decay.reset_parameters()
+
+    def log_decay(self, logits_BTL: Tensor) -> Tensor:
+        return self.decay(logits_BTL)
+
+
+class Titans(Rule):
+    """The state is M, momentum and anchor, which all start at zero, and the tokens written."""
+
+    unit_keys = True
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.logits = 3 * config.num_heads
+        self.bias = nn.Parameter(torch.empty(self.logits))
+
+    def reset_parameters(self) -> None:
+        decay = 0.0025 if self.config.initial_decay is None else self.config.initial_decay
+        starts = torch.tensor([self.config.initial_lr, self.config.initial_momentum, decay])
+        init.copy_(self.bias, starts.logit().repeat_interleave(self.config.num_heads))
+
+    def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
+        memory = super().init_state(batch_size, device, dtype)["memory"]
+        written = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        return {"memory": torch.stack([memory] * 3, 1), "written": written}
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, logits_BTL: Tensor, cu_seqlens: Tensor | None, state: State
+    ) -> tuple[Tensor, State, dict[str, Tensor]]:
+        gates = (logits_BTL + exact(self.bias)).sigmoid().chunk(3, -1)
+        before = SegmentedMemoryState(state["memory"], state["written"])
+        chunk_size = self.config.chunk_size
+        o, after = segmented_neural_memory(q, k, v, *gates, chunk_size=chunk_size, state=before, cu_seqlens=cu_seqlens)
+        metrics = {name: g.detach().mean() for name, g in zip(("lr", "momentum", "decay"), gates, strict=True)}
+        return o, {"memory": after.memory, "written": after.position}, metrics
+
+
+RULES: dict[str, type[Rule]] = {
+    "linear_attention": Rule,
+    "retention": Retention,
+    "simple_gla": ScalarDecay,
+    "gla": ChannelDecay,
+    "delta_net": Delta,
+    "gated_delta_net": GatedDelta,
+    "titans": Titans,
+}
+
+
+def _metrics(log_decay: Tensor | None) -> dict[str, Tensor]:
+    return {} if log_decay is None else {"decay": -torch.expm1(log_decay.detach()).mean()}
+
+
+class Recurrence(nn.Module):
+    """From projections to reads: convolution, SiLU, and a rule, along each segment."""
+
+    def __init__(self, rule: str, config: Config, convolve: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.rule = RULES[rule](config)
+        self.conv = ShortConv(sum(config.sizes), config.conv_size) if convolve and config.conv_size > 1 else None
+
+    def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
+        state = self.rule.init_state(batch_size, device, dtype)
+        if self.conv is not None:
+            shape = (batch_size, self.config.conv_size - 1, sum(self.config.sizes))
+            state["conv"] = torch.zeros(shape, device=device, dtype=dtype)
+        return state
+
+    def forward(
+        self, qkv_BTC: Tensor, logits_BTL: Tensor, cu_seqlens: Tensor | None, state: State
+    ) -> tuple[Tensor, State, dict[str, Tensor]]:
+        """state: [B, S, ...]. Returns reads [B, T, H, V] in fp32 at least, the new state, and metrics."""
+        state, conv = dict(state), {}
+        if self.conv is not None:
+            qkv_BTC, conv["conv"] = self.conv.over_segments(qkv_BTC, state.pop("conv"), cu_seqlens)
+        heads, sizes = self.config.num_heads, self.config.sizes
+        q, k, v = (exact(x).unflatten(-1, (heads, -1)) for x in F.silu(qkv_BTC).split(sizes, -1))
+        if self.rule.unit_keys:
+            q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+        o, memory, metrics = self.rule(q * self.config.head_dim**-0.5, k, v, exact(logits_BTL), cu_seqlens, state)
+        return o, {**memory, **conv}, metrics
+
+
+class Documents(NamedTuple):
+    """The documents of the rows of a call; the first may go on from an earlier call.
+
+    most: that a row may have; index_BT: of each token's document, ``most`` for padding; cu_seqlens: [B, most + 1]
+    fresh_B: where the first document starts in this call; last_B: the document of a row's last token
+    """
+
+    most: int
+    index_BT: Tensor
+    cu_seqlens: Tensor
+    fresh_B: Tensor
+    last_B: Tensor
+
+    @staticmethod
+    def of(x_BTD: Tensor, state: State, ctx: MixerContext) -> "Documents | None":
+        """None where each row is one document that goes on, all its tokens real."""
+        if (ctx.positions_BT is None and ctx.lengths_B is None) or x_BTD.shape[1] == 0:
+            return None
+        positions_BT, most = token_positions(x_BTD, state, ctx), ctx.max_documents
+        starts_BT = positions_BT == 0
+        index_BT = starts_BT.cumsum(1) - starts_BT[:, :1].long()
+        fresh_B = starts_BT[:, 0]
+        if ctx.lengths_B is not None:
+            real_BT = torch.arange(x_BTD.shape[1], device=x_BTD.device) < ctx.lengths_B[:, None]
+            index_BT, fresh_B = torch.where(real_BT, index_BT, most), fresh_B & (ctx.lengths_B > 0)
+        sizes = counts(index_BT, most)
+        last_B = ((sizes > 0) * torch.arange(most, device=x_BTD.device)).amax(1)
+        return Documents(most, index_BT, F.pad(sizes.cumsum(1), (1, 0)), fresh_B, last_B)
+
+    def spread(self, before: State, start: State) -> State:
+        """[B, ...] -> [B, most, ...]: the first document goes on from ``before``, the others from ``start``."""
+        fresh_BD = torch.ones(len(self.fresh_B), self.most, dtype=torch.bool, device=self.fresh_B.device)
+        fresh_BD[:, 0] = self.fresh_B
+        return {
+            name: torch.where(fresh_BD.reshape(*fresh_BD.shape, *[1] * (x.ndim - 1)), start[name][:, None], x[:, None])
+            for name, x in before.items()
+        }
+
+    def collect(self, after: State) -> State:
+        """[B, most, ...] -> [B, ...]: what each row goes on from."""
+        return {name: x[torch.arange(len(x), device=x.device), self.last_B] for name, x in after.items()}
+
+
+def counts(index_BT: Tensor, size: int) -> Tensor:
+    """[B, size]: how often each row holds 0, 1, ... size - 1; ``size`` itself counts for nothing."""
+    zeros = torch.zeros(len(index_BT), size + 1, dtype=torch.int64, device=index_BT.device)
+    return zeros.scatter_add(1, index_BT, torch.ones_like(index_BT))[:, :size]
+
+
+class Reading(nn.Module):
+    """What heads have read, normalised, gated by the token, and projected."""
+
+    def __init__(self, config: Config, dims: Dims) -> None:
+        super().__init__()
+        self.config = config
+        self.norm = RMSNorm(config.value_dim or config.head_dim, eps=dims.rms_norm_eps)
+        self.output_gate_proj = nn.Linear(dims.hidden_size, config.sizes[2], bias=False)
+        self.o_proj = Recalled(config.sizes[2], dims.hidden_size, bias=False)
+
+    def forward(self, o_BTHV: Tensor, x_BTD: Tensor) -> Tensor:
+        y_BTC = self.norm(o_BTHV).flatten(2) * F.silu(self.output_gate_proj(x_BTD))
+        return self.o_proj(y_BTC.to(x_BTD.dtype))
+
+
+class Layer(SequenceMixer):
+    """A rule alone: one memory that every token writes."""
+
+    rule: str
+
+    def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.recurrence = Recurrence(self.rule, config)
+        queries, keys, values = config.sizes
+        self.q_proj = nn.Linear(dims.hidden_size, queries, bias=False)
+        self.kv_proj = nn.Linear(dims.hidden_size, keys + values, bias=False)
+        logits = self.recurrence.rule.logits
+        self.gates = nn.Linear(dims.hidden_size, logits, bias=False) if logits else None
+        self.reading = Reading(config, dims)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.recurrence.rule.reset_parameters()
+        if self.gates is not None:
+            init.zeros_(self.gates.weight)
+        if self.config.initialization == "recall":
+            start_for_recall(self.q_proj, self.kv_proj, self.recurrence.conv, self.config, 1)
+
+    def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
+        position = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        return {"position": position, **self.recurrence.init_state(batch_size, device, dtype)}
+
+    def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
+        start = self.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype)
+        state, ctx = state or start, ctx or MixerContext()
+        documents = Documents.of(x_BTD, state, ctx)
+        before = {name: x for name, x in state.items() if name != "position"}
+        of_segments = documents.spread(before, start) if documents else {n: x[:, None] for n, x in before.items()}
+        qkv_BTC = torch.cat([self.q_proj(x_BTD), self.kv_proj(x_BTD)], -1)
+        cu_seqlens = documents.cu_seqlens if documents else None
+        o_BTHV, after, metrics = self.recurrence(qkv_BTC, gate_logits(self.gates, x_BTD), cu_seqlens, of_segments)
+        after = documents.collect(after) if documents else {name: x[:, 0] for name, x in after.items()}
+        position = next_position(token_positions(x_BTD, state, ctx), state, ctx)
+        metrics["memory_norm"] = torch.linalg.vector_norm(after["memory"].detach()) / len(x_BTD) ** 0.5
+        return MixerOutput(self.reading(o_BTHV, x_BTD), {"position": position, **after}, {}, metrics)
+
+
+def gate_logits(gates: nn.Linear | None, x_BTD: Tensor) -> Tensor:
+    """At least in fp32, for a decay is a small number that adds up."""
+    if gates is None:
+        return x_BTD.new_zeros(*x_BTD.shape[:2], 0)
+    with torch.autocast(x_BTD.device.type, enabled=False):
+        return F.linear(exact(x_BTD), exact(gates.weight))
+
+
+def start_for_recall(
+    q_proj: nn.Linear, kv_proj: nn.Linear, conv: ShortConv | None, config: Config, memories: int
+) -> None:
+    """Queries equal the keys of every memory, and each key channel looks a random few tokens back."""
+    queries, keys, values = config.sizes
+    weight = kv_proj.weight.detach().unflatten(0, (memories, keys + values)).clone()
+    weight[:, :keys] = weight[:1, :keys].clone()
+    init.copy_(q_proj.weight, weight[0, :keys])
+    init.copy_(kv_proj.weight, weight.flatten(0, 1))
+    if conv is not None:
+        start_delayed(conv, queries, keys)

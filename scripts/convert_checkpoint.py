@@ -1,0 +1,81 @@
+#!/usr/bin/env python
+"""Convert a checkpoint folder from another format to ours, or back.
+
+    python scripts/convert_checkpoint.py --from-format fla-mom --source DIR --target DIR
+    python scripts/convert_checkpoint.py --to-format fla-mom --source DIR --target DIR
+
+fla-mom: flash-linear-attention's MoM. Files of a tokenizer are copied.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+import memlm
+from memlm.hub import fla_mom, load_model
+
+FORMATS = ("fla-mom",)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    direction = parser.add_mutually_exclusive_group(required=True)
+    direction.add_argument("--from-format", choices=FORMATS)
+    direction.add_argument("--to-format", choices=FORMATS)
+    parser.add_argument("--source", type=Path, required=True)
+    parser.add_argument("--target", type=Path, required=True)
+    arguments = parser.parse_args()
+    try:
+        convert = read_fla if arguments.from_format else write_fla
+        convert(arguments.source, arguments.target)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{arguments.source}: {error}")
+    print(f"wrote {arguments.target}")
+
+
+def read_fla(source: Path, target: Path) -> None:
+    config = fla_mom.config_from_fla(json.loads((source / "config.json").read_text()))
+    weights = fla_mom.weights_from_fla(_load(source), config)
+    _empty(target)
+    config.architectures = [memlm.MemLMForCausalLM.__name__]
+    config.save_pretrained(target)
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    load_model(target)
+    _copy_tokenizer(source, target)
+
+
+def write_fla(source: Path, target: Path) -> None:
+    model = load_model(source)
+    theirs = fla_mom.config_to_fla(model.config)
+    weights = fla_mom.weights_to_fla(model.state_dict(), model.config)
+    _empty(target)
+    (target / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    _copy_tokenizer(source, target)
+
+
+def _load(source: Path) -> dict:
+    """The weights of one file or of several."""
+    files = sorted(source.glob("*.safetensors"))
+    if not files:
+        raise ValueError("no *.safetensors there")
+    return {name: w for file in files for name, w in load_file(file).items()}
+
+
+def _empty(target: Path) -> None:
+    if target.exists() and any(target.iterdir()):
+        raise ValueError(f"{target} holds files already; name another --target")
+    target.mkdir(parents=True, exist_ok=True)
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    for file in sorted(source.glob("*token*")):
+        shutil.copy(file, target)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""grouped_linear against one product for each group."""
+
+import pytest
+import torch
+
+from memlm_kernels import grouped_linear
+from memlm_kernels.testing import assert_close, grads_of
+
+SIZES = [[3, 0, 50, 7], [0, 0, 0, 60], [15, 15, 15, 15], [60, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize(
+    ("backend", "dtype", "tolerance"),
+    [("reference", torch.float64, 1e-14), ("reference", torch.float32, 1e-6), ("torch", torch.float32, 1e-6)],
+)
+def test_each_row_meets_the_matrix_of_its_group(sizes, backend, dtype, tolerance):
+    torch.manual_seed(0)
+    x, weight = torch.randn(60, 16, dtype=dtype), torch.randn(4, 8, 16, dtype=dtype)
+
+    def one_by_one(x, weight):
+        return torch.cat([rows @ w.T for rows, w in zip(x.split(sizes), weight, strict=True)])
+
+    def grouped(x, weight):
+        return grouped_linear(x, weight, torch.tensor(sizes), backend=backend)
+
+    assert_close("y", one_by_one(x, weight), grouped(x, weight), tolerance)
+    for name, expected, got in zip(
+        "xw", grads_of(one_by_one, [x, weight]), grads_of(grouped, [x, weight]), strict=True
+    ):
+        assert_close(f"gradient of {name}", expected, got, tolerance)
+
+
+def test_one_row_and_odd_sizes():
+    weight = torch.randn(5, 3, 7)
+    for group in range(5):
+        x, sizes = torch.randn(1, 7), torch.nn.functional.one_hot(torch.tensor(group), 5)
+        assert_close("y", x @ weight[group].T, grouped_linear(x, weight, sizes), 1e-6)
+    assert grouped_linear(torch.zeros(0, 7), weight, torch.zeros(5, dtype=torch.long)).shape == (0, 3)
+
+
+def test_bad_shapes_are_named():
+    with pytest.raises(ValueError, match=r"x \[2, 6\], weight \[5, 3, 7\], sizes \[5\] must be"):
+        grouped_linear(torch.zeros(2, 6), torch.zeros(5, 3, 7), torch.zeros(5, dtype=torch.long))

@@ -1,0 +1,175 @@
+"""linear_attention, delta_rule and segmented_neural_memory against the recurrences, a token at a time."""
+
+import pytest
+import torch
+
+from memlm_kernels import (
+    SegmentedMemoryState,
+    delta_rule,
+    linear_attention,
+    neural_memory,
+    segmented_neural_memory,
+)
+from memlm_kernels.testing import assert_close, grads_of
+
+OPS = ["linear", "linear_scalar", "linear_channel", "delta", "delta_decay"]
+# Segments of three rows: whole rows; empty, one-token and unfinished ones; rows of nothing but padding.
+CUTS = {
+    "whole": None,
+    "segments": [[0, 0, 10, 10, 70], [0, 75, 75, 75, 75], [0, 4, 5, 40, 75]],
+    "padding": [[0, 20, 30], [0, 0, 0], [0, 75, 75]],
+}
+
+
+def inputs(op, length=75, heads=2, keys=6, values=5, dtype=torch.float64):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, length, heads, n, dtype=dtype) for n in (keys, keys, values))
+    k = k / k.norm(dim=-1, keepdim=True)
+    decay = -3 * torch.rand(3, length, heads, keys, dtype=dtype) ** 2
+    beta = torch.rand(3, length, heads, dtype=dtype)
+    return {
+        "linear": [q, k, v],
+        "linear_scalar": [q, k, v, decay[..., 0]],
+        "linear_channel": [q, k, v, decay],
+        "delta": [q, k, v, beta],
+        "delta_decay": [q, k, v, beta, decay[..., 0]],
+    }[op]
+
+
+def run(op, tensors, **options):
+    return (delta_rule if op.startswith("delta") else linear_attention)(*tensors, **options)
+
+
+def token_by_token(op, tensors, cu_seqlens=None, state=None):
+    """The equations of the docstrings, over the tokens of each segment."""
+    q, k, v, *gates = tensors
+    batch, length, heads, keys = q.shape
+    cu = torch.tensor([[0, length]] * batch) if cu_seqlens is None else cu_seqlens
+    if state is None:
+        state = q.new_zeros(batch, cu.shape[1] - 1, heads, keys, v.shape[-1])
+    beta = gates.pop(0) if op.startswith("delta") else None
+    rows, states = [], []
+    for b in range(batch):
+        out, after = [torch.zeros_like(v[b, 0])] * length, []
+        for s in range(cu.shape[1] - 1):
+            memory = state[b, s]
+            for t in range(cu[b, s], cu[b, s + 1]):
+                if gates:
+                    factor = gates[0][b, t].exp()
+                    memory = memory * (factor[:, None, None] if factor.ndim == 1 else factor[..., None])
+                new = v[b, t]
+                if beta is not None:
+                    new = beta[b, t][:, None] * (new - torch.einsum("hk,hkv->hv", k[b, t], memory))
+                memory = memory + k[b, t][..., None] * new[:, None]
+                out[t] = torch.einsum("hk,hkv->hv", q[b, t], memory)
+            after.append(memory)
+        rows.append(torch.stack(out))
+        states.append(torch.stack(after))
+    return torch.stack(rows), torch.stack(states)
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("op", OPS)
+def test_the_chunked_form_is_the_recurrence(op, cuts):
+    tensors = inputs(op)
+    cu = None if CUTS[cuts] is None else torch.tensor(CUTS[cuts])
+    segments = 1 if cu is None else cu.shape[1] - 1
+    state = torch.randn(3, segments, 2, 6, 5, dtype=torch.float64)
+    for start in (None, state):
+        expected = token_by_token(op, tensors, cu, start)
+        got = run(op, tensors, cu_seqlens=cu, state=start)
+        assert_close("o", expected[0], got[0], 1e-12)
+        assert_close("state", expected[1], got[1], 1e-12)
+
+
+@pytest.mark.parametrize("cuts", ["whole", "segments"])
+@pytest.mark.parametrize("op", OPS)
+def test_gradients_equal_those_of_the_recurrence(op, cuts):
+    cu = None if CUTS[cuts] is None else torch.tensor(CUTS[cuts])
+    state = torch.randn(3, 1 if cu is None else 4, 2, 6, 5, dtype=torch.float64)
+
+    def both(function):
+        def out(*tensors):
+            o, after = function(op, tensors[:-1], cu_seqlens=cu, state=tensors[-1])
+            return torch.cat([o.flatten(), after.flatten()])
+
+        return grads_of(out, [*inputs(op), state])
+
+    for i, (expected, got) in enumerate(zip(both(token_by_token), both(run), strict=True)):
+        assert_close(f"gradient {i}", expected, got, 1e-11)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 63, 64, 65, 500])
+@pytest.mark.parametrize("op", OPS)
+def test_any_length_in_fp32(op, length):
+    tensors = inputs(op, length, heads=1, keys=8, values=3, dtype=torch.float32)
+    expected = run(op, [x.double() for x in tensors])
+    got = run(op, tensors)
+    assert_close("o", expected[0], got[0], 1e-5)
+    assert_close("state", expected[1], got[1], 1e-5)
+
+
+@pytest.mark.parametrize("op", ["linear_scalar", "linear_channel", "delta_decay"])
+def test_strong_decay_neither_overflows_nor_loses_digits(op):
+    tensors = inputs(op, 200)
+    tensors[-1] = tensors[-1] * 40
+    expected, got = token_by_token(op, tensors), run(op, [x.float() for x in tensors])
+    assert_close("o", expected[0], got[0], 1e-5)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_tokens(op):
+    tensors = [x[:, :0] for x in inputs(op)]
+    state = torch.randn(3, 1, 2, 6, 5, dtype=torch.float64)
+    o, after = run(op, tensors, state=state)
+    assert o.shape == (3, 0, 2, 5) and torch.equal(after, state)
+
+
+@pytest.mark.parametrize("momentum", [True, False])
+@pytest.mark.parametrize("chunk_size", [1, 3, 16, 128])
+def test_segmented_memories_are_memories_alone(momentum, chunk_size):
+    """Three memories of a row, over two calls, each the neural memory of its own tokens."""
+    torch.manual_seed(0)
+    start = 0.3 * torch.randn(2, 4, 5, dtype=torch.float64)
+    q, k, v = (torch.randn(2, 80, 2, n, dtype=torch.float64) for n in (4, 4, 5))
+    k = k / k.norm(dim=-1, keepdim=True)
+    lr, eta, alpha = (0.3 * torch.rand(2, 80, 2, dtype=torch.float64) for _ in range(3))
+    gates = [lr, eta if momentum else None, alpha]
+    zeros = torch.zeros(2, 3, 2, 4, 5, dtype=torch.float64)
+    memory = torch.stack([start.expand_as(zeros), *[zeros] * (2 if momentum else 1)], 2)
+    state = SegmentedMemoryState(memory, torch.zeros(2, 3, dtype=torch.int64))
+    calls = [[[0, 5, 40, 40], [0, 0, 31, 40]], [[0, 0, 27, 38], [0, 13, 13, 40]]]
+    outs = []
+    for call, cuts in enumerate(calls):
+        here = slice(40 * call, 40 * call + 40)
+        piece = [None if x is None else x[:, here] for x in (q, k, v, *gates)]
+        o, state = segmented_neural_memory(*piece, chunk_size=chunk_size, state=state, cu_seqlens=torch.tensor(cuts))
+        outs.append(o)
+    o = torch.cat(outs, 1)
+    for b in range(2):
+        for s in range(3):
+            tokens = [range(40 * n + cuts[b][s], 40 * n + cuts[b][s + 1]) for n, cuts in enumerate(calls)]
+            index = torch.tensor([t for r in tokens for t in r])
+            mine = [None if x is None else x[b : b + 1, index] for x in (q, k, v, *gates)]
+            alone, after, _ = neural_memory(*mine, weights=[start], chunk_size=chunk_size)
+            assert_close(f"o of {b}, {s}", alone[0], o[b, index], 1e-12)
+            assert_close(f"memory {b}, {s}", after.weights[0][0], state.memory[b, s, 0], 1e-12)
+            assert state.position[b, s] == len(index)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": torch.zeros(3, 75, 2, 4)}, r"q \[3, 75, 2, 6\] and k \[3, 75, 2, 4\] must be"),
+        ({"beta": torch.zeros(3, 75)}, r"beta \[3, 75\] must be \[B, T, H\]"),
+        ({"log_decay": torch.zeros(3, 75, 2, 6)}, "log_decay"),
+        ({"cu_seqlens": torch.zeros(2, 3, dtype=torch.long)}, r"cu_seqlens \[2, 3\] must be integers \[B, S \+ 1\]"),
+        ({"cu_seqlens": torch.zeros(3, 3)}, "must be integers"),
+        ({"state": torch.zeros(3, 2, 2, 6, 5)}, r"state \[3, 2, 2, 6, 5\] must be \[B, S, H, K, V\]"),
+        ({"backend": "triton"}, "backend='triton' cannot run here"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    arguments = dict(zip(("q", "k", "v", "beta", "log_decay"), inputs("delta_decay"), strict=True))
+    with pytest.raises(ValueError, match=message):
+        delta_rule(**{**arguments, **change})
