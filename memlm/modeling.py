@@ -330,6 +330,12 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def count_active_parameters(model: nn.Module) -> int:
+    """Of these, the ones that a token meets."""
+    mixers = [module for module in model.modules() if isinstance(module, SequenceMixer)]
+    return count_parameters(model) - sum(mixer.idle_parameters() for mixer in mixers)
+
+
 def count_flops(config: MemLMConfig, seq_len: int) -> float:
     """FLOPs of one token's forward, the mean over a document of ``seq_len`` tokens.
 
@@ -355,4 +361,12 @@ def _flops(module: nn.Module, *inputs: Tensor | None) -> int:
     return counter.get_total_flops()
 
 
-__all__ = ["MemLMCausalLMOutput", "MemLMForCausalLM", "MemLMModel", "MemLMOutput", "count_flops", "count_parameters"]
+__all__ = [
+    "MemLMCausalLMOutput",
+    "MemLMForCausalLM",
+    "MemLMModel",
+    "MemLMOutput",
+    "count_active_parameters",
+    "count_flops",
+    "count_parameters",
+]

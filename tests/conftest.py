@@ -1,5 +1,7 @@
 """Shared by all tests: configurations composed as the scripts compose them, and small models."""
 
+import copy
+import functools
 import importlib
 from pathlib import Path
 
@@ -22,9 +24,15 @@ def composed(*overrides: str, config: str = "train"):
 
 def model_config(memory: str = "titans_mag", **settings) -> MemLMConfig:
     """``model=tiny memory=...`` with settings of the memory changed."""
-    model = OmegaConf.to_container(composed("model=tiny", f"memory={memory}").model, resolve=True)
+    model = copy.deepcopy(_tiny(memory))
     model["mixers"]["memory"] |= settings
     return MemLMConfig.from_hydra(model)
+
+
+@functools.cache
+def _tiny(memory: str) -> dict:
+    # Composing takes longer than most tests.
+    return OmegaConf.to_container(composed("model=tiny", f"memory={memory}").model, resolve=True)
 
 
 def build(memory: str = "titans_mag", dtype=torch.float64, seed: int = 0, **settings) -> MemLMForCausalLM:

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from memlm import MemLMConfig, MemLMForCausalLM
 from memlm.cli import use_gpu_preset
 from memlm.data import MQAR, Passkey
-from memlm.modeling import count_flops, count_parameters
+from memlm.modeling import count_active_parameters, count_flops, count_parameters
 from memlm.training.loop import model_config
 from tests.conftest import MEMORIES, ROOT, composed
 
@@ -77,6 +77,22 @@ def test_titans_sizes_are_their_names(millions):
     assert memory["memory_heads"] * memory["memory_head_dim"] == config.hidden_size
     # Two FLOPs a weight, and more for the memory's, which are also written.
     assert 2 < count_flops(config, 128) / parameters < 3
+
+
+@pytest.mark.parametrize(("size", "total", "active"), [("340m", 512, 411), ("1.3b", 1553, 1351)])
+def test_mom_sizes_are_the_released_ones(size, total, active):
+    counted = {}
+    for memory in ("mom", "gated_delta_net"):
+        cfg = composed("experiment=mom_paper", f"model=mom_{size}", f"memory={memory}")
+        config = MemLMConfig.from_hydra(OmegaConf.to_container(cfg.model, resolve=True))
+        with torch.device("meta"):
+            model = MemLMForCausalLM(config)
+        counted[memory] = [round(count(model) / 1e6) for count in (count_parameters, count_active_parameters)]
+        assert 2 < count_flops(config, 128) / count_active_parameters(model) < 3
+    assert counted["mom"] == [total, active]
+    assert counted["gated_delta_net"][0] == counted["gated_delta_net"][1] < active
+    tokens = cfg.train.batch_size * cfg.train.gradient_accumulation * cfg.data.seq_len
+    assert tokens == 2**19 and tokens * cfg.train.steps == pytest.approx(16.1e9, rel=1e-3)
 
 
 def test_titans_paper_is_the_paper_and_has_a_control():

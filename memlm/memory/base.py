@@ -81,6 +81,10 @@ class SequenceMixer(nn.Module):
         """The state before a document's first token; every tensor has ``batch_size`` rows."""
         raise NotImplementedError
 
+    def idle_parameters(self) -> int:
+        """How many of its parameters a token does not meet, where a router chooses among them."""
+        return 0
+
     def reset_parameters(self) -> None:
         """Initialise what this module itself owns, with ``transformers.initialization`` only.
 

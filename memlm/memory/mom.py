@@ -178,6 +178,13 @@ class Mixer(SequenceMixer):
             if config.shared_memory and not config.single_kv:
                 init.copy_(self.shared_kv_proj.weight, self.kv_proj.weight[: sum(config.sizes[1:])])
 
+    def idle_parameters(self) -> int:
+        config = self.config
+        if config.single_kv:
+            return 0
+        of_memories = self.kv_proj.weight.numel() + (self.gates.weight.numel() if self.gates else 0)
+        return of_memories * (config.num_memories - config.top_k) // config.num_memories
+
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         position = torch.zeros(batch_size, dtype=torch.int64, device=device)
         memories = self.config.num_memories

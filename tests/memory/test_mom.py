@@ -190,7 +190,7 @@ def test_padding_counts_for_no_load():
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_parity_with_flash_linear_attention(name):
-    """Logits and gradients within 1e-5; where theirs are further from the exact ones than that, ours must be nearer."""
+    """Logits and gradients within 1e-5; where theirs are not that near to the exact ones, ours must be."""
     folder = ROOT / "tests" / "reference" / "mom_tiny" / name
     config = fla_mom.config_from_fla(json.loads((folder / "config.json").read_text()))
     weights = fla_mom.weights_from_fla(load_file(folder / "model.safetensors"), config)
