@@ -1,14 +1,16 @@
-"""Speed and memory of Titans' neural memory beside a peer's: one JSON line for each measurement.
+"""Speed and memory of memory layers, Titans' beside a peer's: one JSON line for each measurement.
 
     python scripts/benchmark_memory.py --suite wide --peer-python ../peer/bin/python
     python scripts/benchmark_memory.py --table
 
-Ours is the layer ``memlm.memory.titans.NeuralMemory``; the peer is ``titans_pytorch.NeuralMemory``, which lives in an
-environment of its own (torch as in constraints.txt, then titans-pytorch). Both layers map [B, T, width] to the same
-shape and own their projections and gates. The peer keeps its defaults: no convolution and no output gate, a
-normalisation and a residual around its MLP, and momentum and decay shared by all tokens of a chunk, where ours has one
-for each token. Its gradients are taken at the ``anchor``: the weights at the start of the call (its default), or those
-at the start of the chunk, as ours and the paper's are (its ``batch_size=chunk_size``).
+Suites ``wide``, ``heads``, ``length`` and ``decode`` measure ``memory=titans_lmm``; the peer is
+``titans_pytorch.NeuralMemory``, which lives in an environment of its own (torch as in constraints.txt, then
+titans-pytorch). Both layers map [B, T, width] to the same shape, own their projections and gates, and have a
+residual and a LayerNorm around their MLP. The peer keeps its defaults: no convolution and no output gate, and momentum
+and decay shared by all tokens of a chunk, where ours has one for each token. Its gradients are taken at the ``anchor``:
+the weights at the start of the call (its default), or those at the start of the chunk, as ours and the paper's are
+(its ``batch_size=chunk_size``). Suites ``mom``, ``mom_length`` and ``mom_decode`` measure a mixture of memories beside the
+one memory that it is a mixture of.
 
 A measurement is a process of its own with one thread. It makes its layer and input, takes a pass to warm up, and then
 one whenever it is told to, so that the runs of a group alternate and share the noise of the machine. A pass is forward
@@ -53,6 +55,12 @@ def beside_peer(shape: Setting, chunk_size: int) -> list[Setting]:
     return [our, *(our | {"what": "titans-pytorch", "anchor": a, "tokens": fewer} for a in ("call", "chunk"))]
 
 
+def linear(tokens: int, **more: Any) -> Setting:
+    """A gated delta rule, or with ``num_memories`` a mixture of them."""
+    kind = "mom" if "num_memories" in more else "gated_delta_net"
+    return {"what": "memlm", "kind": kind, **HEADS, "tokens": tokens, **more}
+
+
 # A suite is a list of groups; the runs of a group alternate.
 SUITES = {
     "wide": [beside_peer(WIDE, 64)],
@@ -60,22 +68,32 @@ SUITES = {
     # One at a time: a process that waits keeps its memory.
     "length": [[ours(HEADS, 64, tokens=1024 * 2**i)] for i in range(6)],
     "decode": [[ours(HEADS, 64, tokens=64, seen=seen) for seen in (1024, 4096, 16384)]],
+    "mom": [[linear(2048), *(linear(2048, num_memories=m, top_k=2) for m in (4, 16))]],
+    "mom_length": [[linear(1024 * 2**i, num_memories=4, top_k=2)] for i in range(6)],
+    "mom_decode": [
+        [linear(64, seen=seen, num_memories=m, top_k=2) for m in (4, 16) for seen in (1024, 16384)],
+    ],
     "smoke": [[ours(TINY, 8, tokens=64), ours(TINY, 8, tokens=8, seen=64)]],
 }
 
 
 def build_memlm(s: Setting) -> tuple[Callable, str]:
-    from memlm.memory.base import Dims
-    from memlm.memory.titans import NeuralMemory, NeuralMemoryConfig
+    from memlm.memory.base import Dims, build_mixer
 
-    config = NeuralMemoryConfig(
-        memory_heads=s["heads"],
-        memory_head_dim=s["head_dim"],
-        memory_depth=s["depth"],
-        memory_expansion=s["expansion"],
-        chunk_size=s["chunk_size"],
-    )
-    return NeuralMemory(config, Dims(s["width"], s["heads"], s["heads"], s["head_dim"])), commit()
+    if "kind" in s:
+        mixer = {"kind": s["kind"], "num_heads": s["heads"], "head_dim": s["head_dim"]}
+        mixer |= {name: s[name] for name in ("num_memories", "top_k") if name in s}
+    else:
+        mixer = {
+            "kind": "titans_lmm",
+            "memory_heads": s["heads"],
+            "memory_head_dim": s["head_dim"],
+            "memory_depth": s["depth"],
+            "memory_expansion": s["expansion"],
+            "chunk_size": s["chunk_size"],
+        }
+    dims = Dims(s["width"], s["heads"], s["heads"], s["head_dim"])
+    return build_mixer(mixer, dims, 0, "benchmark"), commit()
 
 
 def build_peer(s: Setting) -> tuple[Callable, str]:
@@ -236,9 +254,20 @@ def table(path: Path) -> None:
     """Print the newest measurement of every setting. Rates are the best pass's; MB what a pass adds, per 1K tokens."""
     newest: dict[tuple, dict] = {}
     for record in map(json.loads, path.read_text().splitlines()):
-        names = ("suite", "hardware", "what", "anchor", "width", "heads", "head_dim", "chunk_size")
+        names = (
+            "suite",
+            "hardware",
+            "what",
+            "anchor",
+            "kind",
+            "width",
+            "heads",
+            "head_dim",
+            "chunk_size",
+            "num_memories",
+        )
         sizes = [record.get(name) for name in ("tokens", "seen")] if record["what"] == "memlm" else []
-        newest[*(record[name] for name in names), *sizes] = record
+        newest[*(record.get(name) for name in names), *sizes] = record
     for suite, hardware in dict.fromkeys(key[:2] for key in newest):
         records = [r for key, r in newest.items() if key[:2] == (suite, hardware)]
         print(f"\n{suite}, {hardware}\n")
@@ -265,11 +294,14 @@ def peers_table(records: list[dict]) -> None:
 
 
 def lengths_table(records: list[dict]) -> None:
-    print("| tokens | seen before | microseconds per token | over the first | MB added |\n|---|---|---|---|---|")
+    print("| layer | tokens | seen before | microseconds per token | over the first | MB added |")
+    print("|---|---|---|---|---|---|")
     for r in records:
+        layer = r.get("kind", "titans_lmm") + (f", {r['num_memories']} memories" if "num_memories" in r else "")
         relative = rate(records[0]) / rate(r)
         mb = added_mb(r) * r["tokens"] / 1024
-        print(f"| {r['tokens']} | {r.get('seen', 0)} | {1e6 / rate(r):.1f} | {relative:.2f} | {mb:,.0f} |")
+        cells = (layer, r["tokens"], r.get("seen", 0), f"{1e6 / rate(r):.1f}", f"{relative:.2f}", f"{mb:,.0f}")
+        print(f"| {' | '.join(map(str, cells))} |")
 
 
 def rate(record: dict) -> float:
