@@ -6,11 +6,11 @@
 Suites ``wide``, ``heads``, ``length`` and ``decode`` measure ``memory=titans_lmm``; the peer is
 ``titans_pytorch.NeuralMemory``, which lives in an environment of its own (torch as in constraints.txt, then
 titans-pytorch). Both layers map [B, T, width] to the same shape, own their projections and gates, and have a
-residual and a LayerNorm around their MLP. The peer keeps its defaults: no convolution and no output gate, and momentum
-and decay shared by all tokens of a chunk, where ours has one for each token. Its gradients are taken at the ``anchor``:
-the weights at the start of the call (its default), or those at the start of the chunk, as ours and the paper's are
-(its ``batch_size=chunk_size``). Suites ``mom``, ``mom_length`` and ``mom_decode`` measure a mixture of memories beside the
-one memory that it is a mixture of.
+residual and a LayerNorm around their MLP. The peer keeps its defaults: no convolution and no output gate, and
+momentum and decay shared by all tokens of a chunk, where ours has one for each token. Its gradients are taken at the
+``anchor``: the weights at the start of the call (its default), or those at the start of the chunk, as ours and the
+paper's are (its ``batch_size=chunk_size``). Suites ``mom``, ``mom_length`` and ``mom_decode`` measure a mixture of
+memories beside the one memory that it is a mixture of.
 
 A measurement is a process of its own with one thread. It makes its layer and input, takes a pass to warm up, and then
 one whenever it is told to, so that the runs of a group alternate and share the noise of the machine. A pass is forward
