@@ -39,7 +39,7 @@ def test_overrides_reach_the_memory():
     assert config.mixers["memory"]["chunk_size"] == 8 and config.mixers["memory"]["memory_depth"] == 2
 
 
-@pytest.mark.parametrize("run", ["model=tiny", "experiment=recall", "experiment=gpu"])
+@pytest.mark.parametrize("run", ["model=tiny", "experiment=recall", "experiment=recall_hard", "experiment=gpu"])
 def test_the_control_cannot_know_the_answers(run):
     """gap > layers * (window - 1 + conv - 1), checked by perturbation, not by the formula alone."""
     cfg = composed("memory=none", run)

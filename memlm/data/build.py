@@ -15,7 +15,8 @@ from .text import TextCorpus, TextSource
 from .tokenizer import is_byte_tokenizer, load_tokenizer
 
 _TASKS = {"mqar": MQAR, "passkey": Passkey}
-_OPTIONS = {"text": ("paths",), "mqar": ("num_pairs", "gap"), "passkey": ("digits", "gap")}
+_SIZES = ("gap", "num_keys", "num_values")
+_OPTIONS = {"text": ("paths",), "mqar": ("num_pairs", *_SIZES), "passkey": ("digits", *_SIZES)}
 
 
 def build_data(

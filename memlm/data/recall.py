@@ -1,7 +1,8 @@
 """Synthetic recall: multi-query associative recall (Zoology, arXiv:2312.04927) and passkey retrieval.
 
 What must be recalled lies further back than a sliding window reaches, so only a memory can score above
-chance, 1/32. All symbols are printable ASCII, whose byte is their token id in the byte tokenizer.
+chance, one in as many as there are values. Symbols are bytes, whose value is their token id in the byte tokenizer:
+printable ASCII, and beyond 32 keys or values bytes that are not.
 """
 
 from dataclasses import dataclass, replace
@@ -17,8 +18,8 @@ def _symbols(text: str) -> np.ndarray:
 
 
 # Six disjoint sets.
-KEYS = _symbols("abcdefghijklmnopqrstuvwxyz012345")
-VALUES = _symbols("ABCDEFGHIJKLMNOPQRSTUVWXYZ6789@&")
+KEYS = np.concatenate([_symbols("abcdefghijklmnopqrstuvwxyz012345"), np.arange(192, 256)])
+VALUES = np.concatenate([_symbols("ABCDEFGHIJKLMNOPQRSTUVWXYZ6789@&"), np.arange(128, 192)])
 NOISE = _symbols("!\"$%'()*+,-./:;<")
 FILLER, MARK, ASK = _symbols(" #?")
 
@@ -31,7 +32,14 @@ def ramp(step: int, start: int, end: int) -> float:
 
 
 class RecallTask:
-    """What both tasks share; each is a frozen dataclass of sizes in tokens, `length` and `gap` among them."""
+    """What both tasks share; each is a frozen dataclass of sizes in tokens, `length` and `gap` among them, and of
+    `num_keys` and `num_values`, how many there are to choose from.
+    """
+
+    @property
+    def chance(self) -> float:
+        """The accuracy of guessing."""
+        return 1 / self.num_values
 
     def scaled(self, factor: float) -> Self:
         """The same task at `factor` times the length and the gap."""
@@ -55,6 +63,9 @@ class RecallTask:
         raise NotImplementedError
 
     def _check_sizes(self, least_gap: int, least_length: int) -> None:
+        for name, known in (("num_keys", KEYS), ("num_values", VALUES)):
+            if not 1 <= getattr(self, name) <= len(known):
+                raise ValueError(f"{name}={getattr(self, name)} must lie between 1 and {len(known)}")
         if self.gap < least_gap:
             raise ValueError(f"gap={self.gap} is too small for {self}; make it at least {least_gap}")
         if self.length < least_length:
@@ -68,17 +79,19 @@ class MQAR(RecallTask):
     """`num_pairs` key-value pairs, `gap` filler tokens, then each key once more, its value to be predicted.
 
     The queries (key, value) lie at random even offsets behind the gap, in random order; the rest is filler.
-    Keys are distinct. Values are independent, so that seeing other answers tells nothing: chance is 1/32.
+    Keys are distinct. Values are independent, so that seeing other answers tells nothing.
     Raises ValueError where the sizes do not fit.
     """
 
     length: int = 128
     num_pairs: int = 8
     gap: int = 40
+    num_keys: int = 32
+    num_values: int = 32
 
     def __post_init__(self):
-        if not 1 <= self.num_pairs <= len(KEYS):
-            raise ValueError(f"num_pairs={self.num_pairs} must lie between 1 and {len(KEYS)}, all the keys")
+        if not 1 <= self.num_pairs <= self.num_keys:
+            raise ValueError(f"num_pairs={self.num_pairs} must lie between 1 and num_keys={self.num_keys}")
         self._check_sizes(least_gap=0, least_length=4 * self.num_pairs + self.gap)
 
     @property
@@ -87,8 +100,8 @@ class MQAR(RecallTask):
         return self.gap + 1
 
     def _write(self, rng: np.random.Generator, input_ids: np.ndarray) -> np.ndarray:
-        keys = rng.permutation(KEYS)[: self.num_pairs]
-        values = VALUES[rng.integers(len(VALUES), size=self.num_pairs)]
+        keys = rng.permutation(KEYS[: self.num_keys])[: self.num_pairs]
+        values = VALUES[rng.integers(self.num_values, size=self.num_pairs)]
         start = 2 * self.num_pairs + self.gap
         queries = start + 2 * rng.permutation((self.length - start) // 2)[: self.num_pairs]
         for places in (2 * np.arange(self.num_pairs), queries):
@@ -101,9 +114,8 @@ class MQAR(RecallTask):
 class Passkey(RecallTask):
     """`MARK key d1..dn` somewhere in filler, `ASK key d1..dn` at the end, the n digits to be predicted.
 
-    Digits are any of the 32 values, so chance is 1/32. A digit lies at least `gap` tokens before the token
-    that must predict it. The needle's place is random; `depth` fixes it: 0 at the front, 1 as late as the
-    gap allows.
+    Digits are any of the values. A digit lies at least `gap` tokens before the token that must predict it.
+    The needle's place is random; `depth` fixes it: 0 at the front, 1 as late as the gap allows.
     Raises ValueError where the sizes do not fit.
     """
 
@@ -111,6 +123,8 @@ class Passkey(RecallTask):
     digits: int = 4
     gap: int = 45
     depth: float | None = None
+    num_keys: int = 32
+    num_values: int = 32
 
     def __post_init__(self):
         if self.digits < 1:
@@ -125,7 +139,9 @@ class Passkey(RecallTask):
         return self.gap
 
     def _write(self, rng: np.random.Generator, input_ids: np.ndarray) -> np.ndarray:
-        message = np.concatenate([rng.choice(KEYS, 1), VALUES[rng.integers(len(VALUES), size=self.digits)]])
+        message = np.concatenate(
+            [rng.choice(KEYS[: self.num_keys], 1), VALUES[rng.integers(self.num_values, size=self.digits)]]
+        )
         question = self.length - len(message) - 1
         # A digit is predicted by the token before it, which is one nearer to the needle.
         latest = question - 1 - self.gap

@@ -29,6 +29,7 @@ class Recall:
     factor: int
     length: int
     rows: int
+    chance: float
     accuracy: float
     row_accuracy: float
 
@@ -41,7 +42,7 @@ def recall(
     for factor in factors:
         scaled = task.scaled(factor)
         s = _score_task(model, scaled, seed, rows)
-        results.append(Recall(name, factor, scaled.length, rows, s.accuracy, s.row_accuracy))
+        results.append(Recall(name, factor, scaled.length, rows, task.chance, s.accuracy, s.row_accuracy))
     return results
 
 
@@ -52,6 +53,7 @@ class Needle:
     length: int
     depth: float
     rows: int
+    chance: float
     accuracy: float
 
 
@@ -68,7 +70,7 @@ def needles(
     for length in lengths:
         for depth in depths:
             s = _score_task(model, replace(task, length=length, depth=depth), seed, rows)
-            cells.append(Needle(length, depth, rows, s.accuracy))
+            cells.append(Needle(length, depth, rows, task.chance, s.accuracy))
     return cells
 
 

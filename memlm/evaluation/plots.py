@@ -16,7 +16,7 @@ _SCALE = LinearSegmentedColormap.from_list("needle", ["#F0496E", "#EBB839", "#0C
 _COLOURS = ("#2563eb", "#64748b", "#d97706", "#0f766e")
 
 
-def needle_map(grids: dict[str, list[dict]], training_length: int, chance: float) -> Figure:
+def needle_map(grids: dict[str, list[dict]], training_length: int) -> Figure:
     """Heat maps side by side, length to the right, depth downwards; the training length is a dashed line."""
     figure, axes = plt.subplots(
         1, len(grids), figsize=(1.2 + 4.4 * len(grids), 4.0), sharey=True, layout="constrained", squeeze=False
@@ -39,10 +39,11 @@ def needle_map(grids: dict[str, list[dict]], training_length: int, chance: float
             axis.axvline(edge, color="black", linestyle="--", linewidth=1.5)
             axis.text(edge - 0.05, -0.56, "trained up to here", ha="right", va="bottom", fontsize=7)
     axes[0][0].set_ylabel("depth of the needle (0 % = start)")
+    cell = next(iter(grids.values()))[0]
     bar = figure.colorbar(image, ax=axes[0].tolist(), label="tokens recalled")
-    bar.ax.axhline(chance, color="black", linewidth=1.5)
-    rows = next(iter(grids.values()))[0]["rows"]
-    figure.suptitle(f"Needle in a haystack: {rows} texts a cell, chance {chance:.3f} (line in the bar)", fontsize=11)
+    bar.ax.axhline(cell["chance"], color="black", linewidth=1.5)
+    title = f"Needle in a haystack: {cell['rows']} texts a cell, chance {cell['chance']:.3f} (line in the bar)"
+    figure.suptitle(title, fontsize=11)
     return figure
 
 
@@ -74,7 +75,7 @@ def curves(runs: dict[str, list[dict]], prefix: str, label: str, logarithmic: bo
     return figure
 
 
-def accuracy_by_length(results: dict[str, list[dict]], chance: float) -> Figure:
+def accuracy_by_length(results: dict[str, list[dict]]) -> Figure:
     """Recall accuracy against length, one panel a task, one line a model."""
     tasks = sorted({r["task"] for rs in results.values() for r in rs})
     figure, axes = plt.subplots(
@@ -84,6 +85,7 @@ def accuracy_by_length(results: dict[str, list[dict]], chance: float) -> Figure:
         for colour, (run, rs) in zip(_COLOURS, results.items(), strict=False):
             mine = [r for r in rs if r["task"] == task]
             axis.plot([r["length"] for r in mine], [r["accuracy"] for r in mine], "o-", color=colour, label=run)
+        chance = mine[0]["chance"]
         axis.axhline(chance, color="black", linestyle=":", label=f"chance {chance:.3f}")
         axis.set_xscale("log", base=2)
         lengths = [r["length"] for r in next(iter(results.values())) if r["task"] == task]

@@ -29,8 +29,6 @@ from memlm.modeling import MemLMForCausalLM, count_parameters
 from memlm.training import checkpoint
 from memlm.training.tracking import read_metrics
 
-_CHANCE = 1 / 32
-
 
 @dataclass
 class Subject:
@@ -184,7 +182,8 @@ def _tables(results: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
                 mine = [r for r in measured["recall"] if r["task"] == task]
                 cells = [f"{r['accuracy']:.3f} ({r['row_accuracy']:.2f})" for r in mine]
                 rows.append([f"{name}, {task}", *cells])
-        rows.append(["chance", *[f"{_CHANCE:.3f}"] * (len(header) - 1)])
+        for task, chance in {r["task"]: r["chance"] for r in first["recall"]}.items():
+            rows.append([f"chance, {task}", *[f"{chance:.3f}"] * (len(header) - 1)])
         tables.append((header, rows))
     if first["text"]:
         rows = [
@@ -212,18 +211,18 @@ def _report(subjects: list[Subject], results: dict[str, Any], training_length: i
     if any(m["needles"] for m in models.values()):
         report.heading("Needle in a haystack")
         grids = {name: m["needles"] for name, m in models.items() if m["needles"]}
-        report.picture("needles", plots.needle_map(grids, training_length, _CHANCE), "needle accuracy")
-        rows = next(iter(grids.values()))[0]["rows"]
+        report.picture("needles", plots.needle_map(grids, training_length), "needle accuracy")
+        cell = next(iter(grids.values()))[0]
         report.note(
             "A key and four symbols stand once in noise; the end asks for them. A cell is the share of the four "
-            f"recalled, teacher forced, over {rows} texts never trained on; chance is {_CHANCE:.3f}. Right of the "
-            "dashed line the texts are longer than any in training."
+            f"recalled, teacher forced, over {cell['rows']} texts never trained on; chance is {cell['chance']:.3f}. "
+            "Right of the dashed line the texts are longer than any in training."
         )
     if models[subjects[0].name]["recall"]:
         report.heading("Recall at the trained length and beyond")
         report.table(*tables[0])
         recalls = {name: m["recall"] for name, m in models.items()}
-        report.picture("recall", plots.accuracy_by_length(recalls, _CHANCE), "recall accuracy by length")
+        report.picture("recall", plots.accuracy_by_length(recalls), "recall accuracy by length")
         rows = models[subjects[0].name]["recall"][0]["rows"]
         report.note(f"{rows} test rows a point; by row: every answer of the row right.")
     texts = {f"{n}, {how}": t for n, m in models.items() for how, t in m["text"].items()}

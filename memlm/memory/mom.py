@@ -35,7 +35,7 @@ from memlm.memory.base import (
     token_positions,
 )
 from memlm.memory.parts import BranchGate
-from memlm.memory.recurrence import Documents, counts, gate_logits
+from memlm.memory.recurrence import Documents, counts, gate_logits, recur
 from memlm_kernels import grouped_linear
 from memlm_kernels.grid import like
 from memlm_kernels.segments import exact
@@ -50,6 +50,8 @@ class Config(recurrence.Config):
     shared_memory: one memory more, that every token writes and reads with weight 1.
     single_kv: all memories, the shared one too, take keys, values and gates from the same projections.
     conv: "per_memory", along the tokens that a memory gets; "before_routing", of the layer's input; or "none".
+    conv_across_segments: in training, convolve along all routed tokens of a batch, memory after memory, as
+        flash-linear-attention does. It sees the future and other rows: only to go on training its checkpoints.
     balance_loss: weight of num_memories * sum_m (share of tokens sent to m) (mean probability of m) in the training
         loss, whose floor is top_k (Switch, arXiv:2101.03961).
     z_loss: weight of the mean square of the router's log-sum-exp (ST-MoE, arXiv:2202.08906).
@@ -63,6 +65,7 @@ class Config(recurrence.Config):
     shared_memory: bool = True
     single_kv: bool = False
     conv: str = "per_memory"
+    conv_across_segments: bool = False
     balance_loss: float = 0.01
     z_loss: float = 0.0
     balance_bias: bool = False
@@ -188,10 +191,9 @@ class Mixer(SequenceMixer):
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         position = torch.zeros(batch_size, dtype=torch.int64, device=device)
         memories = self.config.num_memories
-        routed = self.recurrence.init_state(batch_size * memories, device, dtype)
-        state = {"routed": {name: x.unflatten(0, (batch_size, memories)) for name, x in routed.items()}}
+        state = {"routed": self.recurrence.init_state(batch_size, memories, device, dtype)}
         if self.config.shared_memory:
-            state["shared"] = self.recurrence.init_state(batch_size, device, dtype)
+            state["shared"] = self.recurrence.init_state(batch_size, 1, device, dtype)
         if hasattr(self, "conv"):
             shape = (batch_size, self.config.conv_size - 1, self.conv.weight.shape[0])
             state["input"] = {"conv": torch.zeros(shape, device=device, dtype=dtype)}
@@ -211,29 +213,38 @@ class Mixer(SequenceMixer):
             input_BTD, history = self.conv(x_BTD, history, positions_BT, context.lengths_B)
             after["input"] = {"conv": history}
 
-        weight_BTJ, memory_BTJ, aux_losses, metrics = self._choose(x_BTD, documents)
-        routes = Routes.of(memory_BTJ, self.config.num_memories, documents)
         q_BTC = self.q_proj(input_BTD)
         kv_BTC, logits_BTL = self._shared_projections(input_BTD)
-        inputs = self._routed_inputs(input_BTD, q_BTC, kv_BTC, logits_BTL, routes)
-        o_BRHV, after["routed"], of_rule = self._recur(*inputs, routes.cu_seqlens, documents, before, start, "routed")
-        choices = self.config.top_k
-        o_BTJHV = o_BRHV.gather(1, like(routes.place_BTJ.flatten(1), o_BRHV)).unflatten(1, (-1, choices))
+        weight_BTJ, memory_BTJ, aux_losses, metrics = self._choose(x_BTD, documents)
+        routes = Routes.of(memory_BTJ, self.config.num_memories, documents)
+        o_BRHV, after["routed"], of_rule = recur(
+            self.recurrence,
+            self._routed_inputs(input_BTD, q_BTC, kv_BTC, logits_BTL, routes),
+            routes.cu_seqlens,
+            documents,
+            substate(before, "routed"),
+            substate(start, "routed"),
+            routes.flat_BR if self.config.conv_across_segments and self.training else None,
+        )
+        o_BTJHV = o_BRHV.gather(1, like(routes.place_BTJ.flatten(1), o_BRHV)).unflatten(1, (-1, self.config.top_k))
         o_BTHV = (weight_BTJ[..., None, None].to(o_BTJHV.dtype) * o_BTJHV).sum(2)
-        metrics |= of_rule
-        if kv_BTC is not None and self.config.shared_memory:
-            qkv_BTC, cu_seqlens = torch.cat([q_BTC, kv_BTC], -1), documents.cu_seqlens if documents else None
-            shared_BTHV, after["shared"], _ = self._recur(
-                qkv_BTC, logits_BTL, cu_seqlens, documents, before, start, "shared"
+        if self.config.shared_memory and kv_BTC is not None:
+            shared_BTHV, after["shared"], _ = recur(
+                self.recurrence,
+                (torch.cat([q_BTC, kv_BTC], -1), logits_BTL),
+                documents.cu_seqlens if documents else None,
+                documents,
+                substate(before, "shared"),
+                substate(start, "shared"),
             )
             o_BTHV = o_BTHV + shared_BTHV
         y_BTD = self.reading(o_BTHV, x_BTD)
         if self.config.window_size is not None:
             seen = self.attention(x_BTD, substate(state, "attention") if state else None, ctx)
             y_BTD, of_gate = self.gate(x_BTD, seen.y_BTD, y_BTD)
-            after["attention"], metrics = seen.state, {**metrics, **of_gate}
+            after["attention"], metrics = seen.state, metrics | of_gate
         state = _joined(next_position(positions_BT, before, context), after)
-        return MixerOutput(y_BTD, state, aux_losses, metrics)
+        return MixerOutput(y_BTD, state, aux_losses, metrics | of_rule)
 
     def _choose(
         self, x_BTD: Tensor, documents: Documents | None
@@ -303,34 +314,6 @@ class Mixer(SequenceMixer):
             x_ND = x_ND.to(torch.get_autocast_dtype(x_ND.device.type))
         weight_MCD = proj.weight.to(x_ND.dtype).unflatten(0, (self.config.num_memories, -1))
         return grouped_linear(x_ND, weight_MCD, routes.sizes_M)[routes.flat_BR]
-
-    def _recur(
-        self,
-        qkv: Tensor,
-        logits: Tensor,
-        cu_seqlens: Tensor | None,
-        documents: Documents | None,
-        before: State,
-        start: State,
-        name: str,
-    ) -> tuple[Tensor, State, dict[str, Tensor]]:
-        """The recurrence over one memory, or over many: each document has as many as the state."""
-        old, fresh = substate(before, name), substate(start, name)
-        many = name == "routed"
-        if documents is not None:
-            old = documents.spread(old, fresh)
-        elif not many:
-            old = {key: x[:, None] for key, x in old.items()}
-        if many and documents is not None:
-            old = {key: x.flatten(1, 2) for key, x in old.items()}
-        o, after, metrics = self.recurrence(qkv, logits, cu_seqlens, old)
-        if many and documents is not None:
-            after = {key: x.unflatten(1, (documents.most, -1)) for key, x in after.items()}
-        if documents is not None:
-            after = documents.collect(after)
-        elif not many:
-            after = {key: x[:, 0] for key, x in after.items()}
-        return o, after, metrics
 
 
 def _joined(position_B: Tensor, parts: dict[str, State]) -> State:

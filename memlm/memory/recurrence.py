@@ -256,20 +256,34 @@ class Recurrence(nn.Module):
         self.rule = RULES[rule](config)
         self.conv = ShortConv(sum(config.sizes), config.conv_size) if convolve and config.conv_size > 1 else None
 
-    def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
-        state = self.rule.init_state(batch_size, device, dtype)
+    def init_state(self, batch_size: int, memories: int, device: torch.device, dtype: torch.dtype) -> State:
+        """[B, memories, ...]"""
+        state = self.rule.init_state(batch_size * memories, device, dtype)
         if self.conv is not None:
-            shape = (batch_size, self.config.conv_size - 1, sum(self.config.sizes))
+            shape = (batch_size * memories, self.config.conv_size - 1, sum(self.config.sizes))
             state["conv"] = torch.zeros(shape, device=device, dtype=dtype)
-        return state
+        return {name: x.unflatten(0, (batch_size, memories)) for name, x in state.items()}
 
     def forward(
-        self, qkv_BTC: Tensor, logits_BTL: Tensor, cu_seqlens: Tensor | None, state: State
+        self,
+        qkv_BTC: Tensor,
+        logits_BTL: Tensor,
+        cu_seqlens: Tensor | None,
+        state: State,
+        across_BT: Tensor | None = None,
     ) -> tuple[Tensor, State, dict[str, Tensor]]:
-        """state: [B, S, ...]. Returns reads [B, T, H, V] in fp32 at least, the new state, and metrics."""
+        """state: [B, S, ...]; across_BT: an order of all tokens to convolve along, whatever their segments.
+
+        Returns reads [B, T, H, V] in fp32 at least, the new state, and metrics.
+        """
         state, conv = dict(state), {}
         if self.conv is not None:
-            qkv_BTC, conv["conv"] = self.conv.over_segments(qkv_BTC, state.pop("conv"), cu_seqlens)
+            convolved_BTC, conv["conv"] = self.conv.over_segments(qkv_BTC, state.pop("conv"), cu_seqlens)
+            if across_BT is not None:
+                row_1NC = qkv_BTC.flatten(0, 1)[across_BT.flatten().argsort()][None]
+                start_1WC = row_1NC.new_zeros(1, self.config.conv_size - 1, row_1NC.shape[2])
+                convolved_BTC = self.conv(row_1NC, start_1WC, None, None)[0][0][across_BT]
+            qkv_BTC = convolved_BTC
         heads, sizes = self.config.num_heads, self.config.sizes
         q, k, v = (exact(x).unflatten(-1, (heads, -1)) for x in F.silu(qkv_BTC).split(sizes, -1))
         if self.rule.unit_keys:
@@ -308,17 +322,37 @@ class Documents(NamedTuple):
         return Documents(most, index_BT, F.pad(sizes.cumsum(1), (1, 0)), fresh_B, last_B)
 
     def spread(self, before: State, start: State) -> State:
-        """[B, ...] -> [B, most, ...]: the first document goes on from ``before``, the others from ``start``."""
+        """[B, M, ...] -> [B, most * M, ...]: the first document goes on from ``before``, the others from ``start``."""
         fresh_BD = torch.ones(len(self.fresh_B), self.most, dtype=torch.bool, device=self.fresh_B.device)
         fresh_BD[:, 0] = self.fresh_B
         return {
-            name: torch.where(fresh_BD.reshape(*fresh_BD.shape, *[1] * (x.ndim - 1)), start[name][:, None], x[:, None])
+            name: torch.where(
+                fresh_BD.reshape(*fresh_BD.shape, *[1] * (x.ndim - 1)), start[name][:, None], x[:, None]
+            ).flatten(1, 2)
             for name, x in before.items()
         }
 
     def collect(self, after: State) -> State:
-        """[B, most, ...] -> [B, ...]: what each row goes on from."""
-        return {name: x[torch.arange(len(x), device=x.device), self.last_B] for name, x in after.items()}
+        """[B, most * M, ...] -> [B, M, ...]: what each row goes on from."""
+        return {
+            name: x.unflatten(1, (self.most, -1))[torch.arange(len(x), device=x.device), self.last_B]
+            for name, x in after.items()
+        }
+
+
+def recur(
+    recurrence: Recurrence,
+    inputs: tuple[Tensor, Tensor],
+    cu_seqlens: Tensor | None,
+    documents: Documents | None,
+    before: State,
+    start: State,
+    across_BT: Tensor | None = None,
+) -> tuple[Tensor, State, dict[str, Tensor]]:
+    """``Recurrence.forward`` with each document's memories as segments; before, start and the result: [B, M, ...]."""
+    state = documents.spread(before, start) if documents else before
+    o, after, metrics = recurrence(*inputs, cu_seqlens, state, across_BT)
+    return o, documents.collect(after) if documents else after, metrics
 
 
 def counts(index_BT: Tensor, size: int) -> Tensor:
@@ -368,18 +402,16 @@ class Layer(SequenceMixer):
 
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         position = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        return {"position": position, **self.recurrence.init_state(batch_size, device, dtype)}
+        return {"position": position, **self.recurrence.init_state(batch_size, 1, device, dtype)}
 
     def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
         start = self.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype)
         state, ctx = state or start, ctx or MixerContext()
         documents = Documents.of(x_BTD, state, ctx)
         before = {name: x for name, x in state.items() if name != "position"}
-        of_segments = documents.spread(before, start) if documents else {n: x[:, None] for n, x in before.items()}
-        qkv_BTC = torch.cat([self.q_proj(x_BTD), self.kv_proj(x_BTD)], -1)
+        inputs = torch.cat([self.q_proj(x_BTD), self.kv_proj(x_BTD)], -1), gate_logits(self.gates, x_BTD)
         cu_seqlens = documents.cu_seqlens if documents else None
-        o_BTHV, after, metrics = self.recurrence(qkv_BTC, gate_logits(self.gates, x_BTD), cu_seqlens, of_segments)
-        after = documents.collect(after) if documents else {name: x[:, 0] for name, x in after.items()}
+        o_BTHV, after, metrics = recur(self.recurrence, inputs, cu_seqlens, documents, before, start)
         position = next_position(token_positions(x_BTD, state, ctx), state, ctx)
         metrics["memory_norm"] = torch.linalg.vector_norm(after["memory"].detach()) / len(x_BTD) ** 0.5
         return MixerOutput(self.reading(o_BTHV, x_BTD), {"position": position, **after}, {}, metrics)

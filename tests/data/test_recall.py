@@ -11,6 +11,7 @@ TASKS = [
     MQAR(),
     MQAR(length=75, num_pairs=3, gap=21),
     MQAR(length=129, num_pairs=32, gap=0),
+    MQAR(length=200, num_pairs=40, gap=7, num_keys=64, num_values=96),
     MQAR().scaled(8),
     Passkey(),
     Passkey(length=63, digits=1, gap=13),
@@ -29,10 +30,11 @@ def text(row):
 
 def test_symbols_are_disjoint_and_printable():
     sets = [KEYS, VALUES, NOISE, np.array([FILLER]), np.array([MARK]), np.array([ASK])]
-    assert [len(set(s.tolist())) for s in sets] == [32, 32, 16, 1, 1, 1]
+    assert [len(set(s.tolist())) for s in sets] == [96, 96, 16, 1, 1, 1]
     for one, other in combinations(sets, 2):
         assert not set(one.tolist()) & set(other.tolist())
-    assert all(chr(symbol).isprintable() and symbol < 128 for s in sets for symbol in s)
+    assert all(symbol < 256 for s in sets for symbol in s)
+    assert all(chr(symbol).isprintable() and symbol < 128 for s in sets for symbol in s[:32])
 
 
 @pytest.mark.parametrize("task", TASKS, ids=str)
@@ -42,7 +44,7 @@ def test_shapes_and_labels(task):
         scored = row.labels != -100
         assert (row.labels[scored] == row.input_ids[scored]).all()
         assert scored.sum() == (task.num_pairs if isinstance(task, MQAR) else task.digits)
-        assert np.isin(row.labels[scored], VALUES).all()
+        assert np.isin(row.labels[scored], VALUES[: task.num_values]).all()
         assert (row.position_ids == np.arange(task.length)).all()
 
 
@@ -147,13 +149,15 @@ def test_noise(task):
         assert np.isin(full.input_ids[clean.input_ids != full.input_ids], NOISE).all()
 
 
-@pytest.mark.parametrize("task", [MQAR(), Passkey()], ids=str)
+@pytest.mark.parametrize("task", [MQAR(), Passkey(), MQAR(num_keys=96, num_values=8)], ids=str)
 def test_answers_are_independent(task):
-    """Chance is 1/32 whatever else the row shows: all values equally likely, also beside each other."""
+    """Chance is what it says, whatever else the row shows: all values equally likely, also beside each other."""
     answers = np.array([row.labels[row.labels != -100] for row in rows(task, 3000)])
-    counts = np.bincount(answers.ravel(), minlength=128)[VALUES]
+    counts = np.bincount(answers.ravel(), minlength=256)[VALUES]
+    assert (counts[task.num_values :] == 0).all()
+    counts = counts[: task.num_values]
     assert np.abs(counts / counts.mean() - 1).max() < 0.25
-    assert abs((answers[:, 0] == answers[:, 1]).mean() - 1 / 32) < 0.012
+    assert abs((answers[:, 0] == answers[:, 1]).mean() - task.chance) < 0.014
 
 
 @pytest.mark.parametrize("task", [MQAR(), Passkey()], ids=str)
@@ -191,7 +195,9 @@ def test_source_takes_its_noise_from_the_step():
     ("make", "message"),
     [
         (lambda: MQAR(length=71), "length=71 is too short for MQAR.* at least 72, or lower gap"),
-        (lambda: MQAR(num_pairs=33, length=1000), "num_pairs=33 must lie between 1 and 32"),
+        (lambda: MQAR(num_pairs=33, length=1000), "num_pairs=33 must lie between 1 and num_keys=32"),
+        (lambda: MQAR(num_values=97), "num_values=97 must lie between 1 and 96"),
+        (lambda: Passkey(num_keys=0), "num_keys=0 must lie between 1 and 96"),
         (lambda: MQAR(num_pairs=0), "num_pairs=0 must"),
         (lambda: MQAR(gap=-1), "gap=-1 is too small .* at least 0"),
         (lambda: Passkey(length=51), "length=51 is too short for Passkey.* at least 52"),

@@ -146,6 +146,7 @@ def test_defaults_follow_the_depth():
     for settings, norm, lr in (
         ({}, False, 0.047),
         ({"memory_depth": 2}, True, 0.01),
+        ({"memory_depth": 4}, True, 0.005),
         ({"memory_depth": 2, "polynomial_degree": 2}, False, 0.01),
         ({"memory_depth": 2, "memory_norm": False, "initial_lr": 0.02}, False, 0.02),
         ({"memory_norm": True, "initial_lr": 0.02}, True, 0.02),
