@@ -1,5 +1,6 @@
 """A run is its configuration and a step: resumed, interrupted, killed, refused."""
 
+import copy
 import json
 import math
 import os
@@ -19,8 +20,9 @@ from memlm.data import Batch
 from memlm.hub import load_model
 from memlm.training import checkpoint, loop, run
 from memlm.training.objective import Objective
-from memlm.training.optim import build_optimizers, lr_factor, parameter_groups
+from memlm.training.optim import Muon, build_optimizers, lr_factor, parameter_groups
 from memlm.training.settings import OptimSettings
+from memlm_kernels.testing import relative_error
 from tests.conftest import ROOT, build, composed
 
 SMALL = (
@@ -320,7 +322,7 @@ def test_every_parameter_is_in_one_group_and_decay_spares_the_rest():
     ):
         assert part in rest
     _, muon = build_optimizers(model, optim_settings())
-    assert type(muon) is torch.optim.Muon and muon.param_groups[0]["params"] == groups["matrices"]
+    assert isinstance(muon, torch.optim.Muon) and muon.param_groups[0]["params"] == groups["matrices"]
     (alone,) = build_optimizers(model, optim_settings("optim=adamw"))
     assert [g["weight_decay"] for g in alone.param_groups] == [0.1, 0.0]
     assert {id(p) for p in alone.param_groups[1]["params"]} == {id(p) for p in groups["rest"]}
@@ -358,3 +360,24 @@ def test_two_processes_train_as_one(tmp_path):
     subprocess.run([*command, str(ROOT / "train.py"), *options], check=True, capture_output=True)
     one, two = (figures(tmp_path / n, "validation/mqar/loss") for n in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-3)
+
+
+def test_muon_is_torchs_but_for_rounding():
+    """Several shapes, one of them three times; torch's rounds to bf16, so updates differ by less than a hundredth."""
+    torch.manual_seed(0)
+    shapes = [(64, 64), (176, 64), (64, 64), (8, 100), (64, 64)]
+    ours = [torch.nn.Parameter(torch.randn(s)) for s in shapes]
+    theirs = copy.deepcopy(ours)
+    start = [p.detach().clone() for p in ours]
+    options = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1}
+    mine, torchs = Muon(ours, **options), torch.optim.Muon(theirs, **options)
+    for _ in range(3):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        mine.step()
+        torchs.step()
+    for p, q, s in zip(ours, theirs, start, strict=True):
+        assert relative_error(q - s, p - s) < 1e-2
+    state, expected = mine.state_dict()["state"], torchs.state_dict()["state"]
+    assert all(torch.equal(state[i]["momentum_buffer"], expected[i]["momentum_buffer"]) for i in range(5))

@@ -1,9 +1,11 @@
 """Parameter groups, optimisers and the learning-rate schedule."""
 
 import math
+from collections import defaultdict
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from memlm.training.settings import OptimSettings
 
@@ -29,6 +31,49 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return groups
 
 
+class Muon(torch.optim.Muon):
+    """torch's Muon with Nesterov momentum, faster: matrices of one shape together, and on a CPU in fp32, not bf16."""
+
+    # Elements orthogonalised at once: small matrices are slow one by one, large ones need no company.
+    _AT_ONCE = 2**22
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            alike = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    alike[p.device, p.dtype, p.shape].append(p)
+            for (*_, shape), parameters in alike.items():
+                size = max(1, self._AT_ONCE // shape.numel())
+                for start in range(0, len(parameters), size):
+                    self._update(parameters[start : start + size], group)
+
+    def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        grads = [p.grad for p in parameters]
+        for p in parameters:
+            self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+        buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        updates = _orthogonalised(torch.stack(grads).lerp(torch.stack(buffers), group["momentum"]), group)
+        rows, columns = parameters[0].shape
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(parameters, updates.unbind(), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+
+def _orthogonalised(x: Tensor, group: dict[str, Any]) -> Tensor:
+    """[N, rows, columns]: the Newton-Schulz iteration of Muon, whose singular values end near 1."""
+    a, b, c = group["ns_coefficients"]
+    y = x.float() if x.device.type == "cpu" else x.bfloat16()
+    if x.shape[1] > x.shape[2]:
+        y = y.mT
+    y = y / torch.linalg.vector_norm(y, dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        gram = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return (y.mT if x.shape[1] > x.shape[2] else y).to(x.dtype)
+
+
 def build_optimizers(model: nn.Module, optim: OptimSettings) -> list[torch.optim.Optimizer]:
     """One AdamW, and with ``name: muon`` a Muon for the matrices. Each group keeps its peak as ``peak_lr``."""
     groups = parameter_groups(model)
@@ -41,9 +86,7 @@ def build_optimizers(model: nn.Module, optim: OptimSettings) -> list[torch.optim
         torch.optim.AdamW([g for g in adamw if g["params"]], lr=optim.lr, betas=tuple(optim.betas))
     ]
     if optim.name == "muon":
-        optimizers.append(
-            torch.optim.Muon(groups["matrices"], lr=optim.muon_lr, weight_decay=optim.weight_decay, momentum=0.95)
-        )
+        optimizers.append(Muon(groups["matrices"], lr=optim.muon_lr, weight_decay=optim.weight_decay, momentum=0.95))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
