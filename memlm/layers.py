@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from memlm_kernels.grid import keep_last, like
+from memlm_kernels.grid import keep_last, pick, place
 
 
 class RMSNorm(nn.RMSNorm):
@@ -108,11 +108,8 @@ class ShortConv(nn.Module):
             spare, device=x_BTC.device
         )
         before_BS = (cu_seqlens_BS[:, :-1, None] + before_SW).flatten(1)
-        row_BLC = x_BTC.new_zeros(len(x_BTC), length + segments * spare, x_BTC.shape[2])
-        row_BLC = row_BLC.scatter(1, like(place_BT, x_BTC), x_BTC)
-        history_BLC = history_BSWC.flatten(1, 2).to(x_BTC.dtype)
-        row_BLC = row_BLC.scatter(1, like(before_BS, history_BLC), history_BLC)
+        inputs_BLC = torch.cat([x_BTC, history_BSWC.flatten(1, 2).to(x_BTC.dtype)], 1)
+        row_BLC = place(inputs_BLC, torch.cat([place_BT, before_BS], 1), length + segments * spare)
         y_BLC, _ = self(row_BLC, row_BLC.new_zeros(len(row_BLC), spare, row_BLC.shape[2]), None, None)
         after_BS = (ends_BS[..., None] + before_SW).flatten(1)
-        history_BLC = row_BLC.gather(1, like(after_BS, history_BLC))
-        return y_BLC.gather(1, like(place_BT, x_BTC)), history_BLC.unflatten(1, (segments, spare))
+        return pick(y_BLC, place_BT), pick(row_BLC, after_BS).unflatten(1, (segments, spare))

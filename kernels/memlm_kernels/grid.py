@@ -33,7 +33,7 @@ class Grid:
             x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, size - self.length), value=fill)
         else:
             # One slot more takes the tokens that are not real.
-            x = x.new_full((len(x), size + 1, *x.shape[2:]), fill).scatter(1, like(self.slots, x), x)[:, :-1]
+            x = place(x, self.slots, size + 1, fill)[:, :-1]
         return x.unflatten(1, (self.count, self.width))
 
     def take(self, x: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class Grid:
         x = x.flatten(1, 2)
         if self.slots is None:
             return x[:, : self.length]
-        return F.pad(x, (0, 0) * (x.ndim - 2) + (0, 1)).gather(1, like(self.slots, x))
+        return pick(F.pad(x, (0, 0) * (x.ndim - 2) + (0, 1)), self.slots)
 
 
 def aligned_grid(length: int, width: int) -> Grid:
@@ -73,9 +73,22 @@ def ragged_grid(
     return Grid(length, count, width, slots, *flags)
 
 
-def like(index: Tensor, x: Tensor) -> Tensor:
-    """A [B, S] index, expanded for gather and scatter along dimension 1 of x: [B, *, ...]."""
-    return index.reshape(*index.shape, *[1] * (x.ndim - 2)).expand(*index.shape, *x.shape[2:])
+def pick(x: Tensor, index: Tensor) -> Tensor:
+    """[B, T, ...], [B, S] -> [B, S, ...]: of each row the entries at its indices. Whole entries are copied, which is
+    several times faster than ``gather``.
+    """
+    return x.flatten(0, 1).index_select(0, _flat(index, x.shape[1])).unflatten(0, index.shape)
+
+
+def place(x: Tensor, index: Tensor, size: int, fill: float = 0.0) -> Tensor:
+    """[B, T, ...], [B, T] -> [B, size, ...]: each entry at its index, ``fill`` where there is none."""
+    out = x.new_full((len(x) * size, *x.shape[2:]), fill)
+    return out.index_copy_(0, _flat(index, size), x.flatten(0, 1)).unflatten(0, (len(x), size))
+
+
+def _flat(index: Tensor, size: int) -> Tensor:
+    """[B, S] -> [B * S], into rows of ``size`` entries one after the other."""
+    return (index + size * torch.arange(len(index), device=index.device)[:, None]).flatten()
 
 
 def to_rows(x: Tensor) -> Tensor:
@@ -114,7 +127,7 @@ def keep_last(x: Tensor, size: int, new: int, lengths: Tensor | None) -> Tensor:
         # A copy: a view would keep all of a long call alive.
         return x if size == total else x[:, total - size :].clone()
     index = torch.arange(total - size, total, device=x.device) - new + lengths[:, None]
-    return x.gather(1, like(index.clamp(min=0), x[:, :size]))
+    return pick(x, index.clamp(min=0))
 
 
 def check_places(x: Tensor, positions: Tensor | None, lengths: Tensor | None, max_documents: int) -> None:

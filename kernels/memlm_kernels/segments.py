@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlm_kernels.grid import Grid, aligned_grid, like
+from memlm_kernels.grid import Grid, aligned_grid, pick
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,14 @@ class Segments:
             return torch.stack(starts), current[:, None]
         trailing = [1] * (state.ndim - 2)
         opens = (self.index == 0).mT.reshape(self.grid.count, -1, *trailing)
-        initial = state.gather(1, like(self.segment, state)).unbind(1)
+        initial = pick(state, self.segment).unbind(1)
         current, starts, ends = initial[0], [], []
         for n in range(self.grid.count):
             current = torch.where(opens[n], initial[n], current) if n else current
             starts.append(current)
             current = step(n, current)
             ends.append(current)
-        after = torch.stack(ends, 1)
-        after = after.gather(1, like(self.last, after))
+        after = pick(torch.stack(ends, 1), self.last)
         return torch.stack(starts), torch.where(self.empty.reshape(*self.empty.shape, *trailing), state, after)
 
 

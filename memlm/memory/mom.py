@@ -37,7 +37,7 @@ from memlm.memory.base import (
 from memlm.memory.parts import BranchGate
 from memlm.memory.recurrence import Documents, counts, gate_logits, recur
 from memlm_kernels import grouped_linear
-from memlm_kernels.grid import like
+from memlm_kernels.grid import pick
 from memlm_kernels.segments import exact
 
 CONVOLUTIONS = ("per_memory", "before_routing", "none")
@@ -226,7 +226,7 @@ class Mixer(SequenceMixer):
             substate(start, "routed"),
             routes.flat_BR if self.config.conv_across_segments and self.training else None,
         )
-        o_BTJHV = o_BRHV.gather(1, like(routes.place_BTJ.flatten(1), o_BRHV)).unflatten(1, (-1, self.config.top_k))
+        o_BTJHV = pick(o_BRHV, routes.place_BTJ.flatten(1)).unflatten(1, (-1, self.config.top_k))
         o_BTHV = (weight_BTJ[..., None, None].to(o_BTJHV.dtype) * o_BTJHV).sum(2)
         if self.config.shared_memory and kv_BTC is not None:
             shared_BTHV, after["shared"], _ = recur(
@@ -295,7 +295,7 @@ class Mixer(SequenceMixer):
         """q, k, v [B, R, C] and logits [B, R, L] of routed tokens, in the order of their memories."""
 
         def routed(x: Tensor) -> Tensor:
-            return x.gather(1, like(routes.token_BR, x))
+            return pick(x, routes.token_BR)
 
         q_BRC = routed(q_BTC)
         if self.config.single_kv and kv_BTC is not None:

@@ -51,13 +51,13 @@ def delta_rule_reference(
         solved = torch.linalg.solve_triangular(
             A, torch.cat([beta_c * v_c, corrected], -1), upper=False, unitriangular=True
         )
-        U, W = solved.split([values, k.shape[-1]], -1)
-        writes, corrections = writes.mT, []
+        # Unbound, for the gradient of an index is a tensor as large as all chunks.
+        U, W = (x.unbind() for x in solved.split([values, k.shape[-1]], -1))
+        to_memory, kept, corrections = writes.mT.unbind(), None if keep is None else keep.unbind(), []
 
         def step(n: int, memory: Tensor) -> Tensor:
             corrections.append(U[n] - W[n] @ memory)
-            kept = memory if keep is None else memory * keep[n]
-            return kept + writes[n] @ corrections[-1]
+            return (memory if kept is None else memory * kept[n]) + to_memory[n] @ corrections[-1]
 
         starts, state = segments.scan(state, step)
         return segments.take(reads @ starts + scores @ torch.stack(corrections)).to(v.dtype), state

@@ -38,10 +38,12 @@ def linear_attention_reference(
                 scores = _channel_scores(q_c, k_c, g)
             else:
                 scores = (q_c @ k_c.mT) * sums_between(g).exp()[..., 0]
-        new = writes.mT @ v_c
+        # Unbound, for the gradient of an index is a tensor as large as all chunks.
+        new = (writes.mT @ v_c).unbind()
+        kept = None if keep is None else keep.unbind()
 
         def step(n: int, memory: Tensor) -> Tensor:
-            return memory + new[n] if keep is None else torch.addcmul(new[n], memory, keep[n])
+            return memory + new[n] if kept is None else torch.addcmul(new[n], memory, kept[n])
 
         starts, state = segments.scan(state, step)
         return segments.take(reads @ starts + scores @ v_c).to(v.dtype), state

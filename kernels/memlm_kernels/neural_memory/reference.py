@@ -28,8 +28,8 @@ from memlm_kernels.grid import (
     aligned_grid,
     from_rows,
     keep_last,
-    like,
     next_position,
+    pick,
     ragged_grid,
     row_flags,
     to_rows,
@@ -176,7 +176,7 @@ def _sources(
     first = grid.lay(token - place, fill=-grid.width).amax(-1)
     reach = torch.arange(grid.width + window - 1, device=positions.device)
     index = (first[..., None] + reach).clamp(0, stream[0].shape[1] - 1).flatten(1)
-    k, v, weight = (to_rows(x.gather(1, like(index, x)).unflatten(1, (grid.count, -1))) for x in stream)
+    k, v, weight = (to_rows(pick(x, index).unflatten(1, (grid.count, -1))) for x in stream)
     distance = torch.arange(grid.width, device=positions.device)[:, None] + window - 1 - reach
     # A token's distance to its document's start is its position.
     band = (distance >= 0) & (distance < window) & (distance <= grid.lay(positions)[..., None])

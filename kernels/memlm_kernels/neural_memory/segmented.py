@@ -72,18 +72,22 @@ def segmented_neural_memory(
         C, beta = (x.unflatten(1, (batch, heads)) for x in (gates.C, gates.beta))
         f, P, m = (x.unflatten(1, (batch, heads)) for x in gates.momentum) if gates.momentum else (None, None, None)
         q_c, k_c, v_c = (segments.lay(x) for x in (tokens.q, tokens.k, tokens.v))
-        to_W, errors = k_c * C[..., -1, :, None], []
-        to_S = None if P is None else k_c * P[..., None]
+        # Unbound, for the gradient of an index is a tensor as large as all chunks.
+        keys, values, to_W = k_c.unbind(), v_c.unbind(), (k_c * C[..., -1, :, None]).mT.unbind()
+        keep, errors = beta[..., -1, None, None].unbind(), []
+        of_S = None
+        if f is not None and P is not None and m is not None:
+            of_S = [x.unbind() for x in ((k_c * P[..., None]).mT, f[..., -1, None, None], m[..., None, None])]
 
         def step(n: int, memory: Tensor) -> Tensor:
             W, *S, anchor = memory.unbind(1)
             anchor = torch.where(opens[n], W, anchor)
-            errors.append(k_c[n] @ anchor - v_c[n])
-            new = beta[n, ..., -1, None, None] * W - to_W[n].mT @ errors[-1]
-            if f is None or m is None or to_S is None:
+            errors.append(keys[n] @ anchor - values[n])
+            new = keep[n] * W - to_W[n] @ errors[-1]
+            if of_S is None:
                 return torch.stack([new, anchor], 1)
-            moved = m[n, ..., None, None] * S[0] - to_S[n].mT @ errors[-1]
-            return torch.stack([new + f[n, ..., -1, None, None] * S[0], moved, anchor], 1)
+            to_S, enters, momentum = (x[n] for x in of_S)
+            return torch.stack([new + enters * S[0], momentum * S[0] - to_S @ errors[-1], anchor], 1)
 
         starts, memory = segments.scan(memory, step)
         out = beta[..., None] * (q_c @ starts[:, :, 0]) - (C * (q_c @ k_c.mT)) @ torch.stack(errors)
