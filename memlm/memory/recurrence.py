@@ -46,7 +46,7 @@ class Config:
     """num_heads, head_dim: of queries and keys; value_dim: of a head's values, null for head_dim.
     conv_size: width of the causal convolution with SiLU on q, k, v; 1 for none.
     initial_decay: what a token forgets at first, where the rule learns it; null for the usual start of each head at
-        random (rates uniform from 0 to 16, steps log-uniform from .001 to .1), for titans 0.0025.
+        random (rates uniform from 0 to 16, steps log-uniform from .001 to .1), for titans 0.001.
     initial_lr, initial_momentum, chunk_size: of the titans rule, see ``NeuralMemoryConfig``.
     initialization: "default", or "recall": an engineered prior for associative recall, see ``NeuralMemoryConfig``.
     """
@@ -212,7 +212,7 @@ class Titans(Rule):
         self.bias = nn.Parameter(torch.empty(self.logits))
 
     def reset_parameters(self) -> None:
-        decay = 0.0025 if self.config.initial_decay is None else self.config.initial_decay
+        decay = 0.001 if self.config.initial_decay is None else self.config.initial_decay
         starts = torch.tensor([self.config.initial_lr, self.config.initial_momentum, decay])
         init.copy_(self.bias, starts.logit().repeat_interleave(self.config.num_heads))
 

@@ -71,7 +71,7 @@ class NeuralMemoryConfig:
     max_decay: float = 1.0
     initial_lr: float | None = None
     initial_momentum: float | None = 0.12
-    initial_decay: float | None = 0.0025
+    initial_decay: float | None = 0.001
     inner_loss: str = "squared_error"
     huber_delta: float = 1.0
     lp_power: float = 3.0

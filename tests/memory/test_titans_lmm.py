@@ -162,7 +162,7 @@ def test_defaults_follow_the_depth():
         ({"chunk_size": 0}, "chunk_size=0"),
         ({"initial_lr": 1.0}, "initial_lr=1.0 must lie between 0 and max_lr=1.0"),
         ({"max_lr": 1.5}, "max_lr=1.5 must lie above 0, and 1 at most"),
-        ({"max_decay": 0.001}, "initial_decay=0.0025 must lie between 0 and max_decay=0.001"),
+        ({"max_decay": 0.0005}, "initial_decay=0.001 must lie between 0 and max_decay=0.0005"),
         ({"initialization": "magic"}, "initialization='magic' must be one of default, recall"),
         ({"inner_loss": "l1"}, "inner_loss='l1' must be one of squared_error, huber, lp, dot_product"),
         ({"memory_activation": "relu"}, "memory_activation='relu' must be one of gelu, silu"),

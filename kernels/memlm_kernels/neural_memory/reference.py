@@ -194,11 +194,14 @@ def scalar_recurrences(tokens: Tokens, grid: Grid, U: Tensor | None) -> Gates:
     log_keep = torch.log1p(-decay.clamp(max=1 - 2**-24))
     L = _products(log_keep) * write[..., None, :]
     beta = log_keep.cumsum(-1).exp()
-    step = torch.diag_embed(lr) if U is None else lr[..., None] * U
+
+    def of_tokens(x: Tensor) -> Tensor:
+        return x * lr[..., None, :] if U is None else x @ (lr[..., None] * U)
+
     if tokens.momentum is None:
-        return Gates(L @ step, beta, None)
+        return Gates(of_tokens(L), beta, None)
     log_momentum = lay(tokens.momentum, 1.0).clamp(min=_TINY).log()
-    P = _products(log_momentum) @ step
+    P = of_tokens(_products(log_momentum))
     m = log_momentum.cumsum(-1).exp()
     return Gates(L @ P, beta, Momentum((L @ m[..., None]).squeeze(-1), P[..., -1, :], m[..., -1]))
 
