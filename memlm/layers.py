@@ -4,9 +4,12 @@ Shapes: B batch, T tokens of this call, D hidden, F feed-forward,
 C channels, H heads, K head dim, W convolution width.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 
 from memlm_kernels.grid import keep_last, pick, place
@@ -50,6 +53,46 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
 
 
+class _Taps(torch.autograd.Function):
+    """y[:, t] = sum over ``back`` of past[:, W - 1 + t - back] * weight[:, W - 1 - back], within a document.
+
+    Gradients add up in place: autograd would make two tensors as large as the input for each tap.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, past_BSC: Tensor, taps_WC: Tensor, positions_BT: Tensor | None) -> Tensor:
+        ctx.save_for_backward(past_BSC, taps_WC, positions_BT)
+        taps = _Taps.of(past_BSC, taps_WC)
+        y_BTC = taps[0][0] * taps[0][1]
+        for back, (x_BTC, weight_C) in enumerate(taps[1:], 1):
+            y_BTC.addcmul_(_within(x_BTC, positions_BT, back), weight_C)
+        return y_BTC
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y_BTC: Tensor) -> tuple[Tensor, Tensor, None]:
+        past_BSC, taps_WC, positions_BT = ctx.saved_tensors
+        d_past_BSC, d_taps_WC = torch.zeros_like(past_BSC), torch.empty_like(taps_WC)
+        taps = zip(_Taps.of(past_BSC, taps_WC), _Taps.of(d_past_BSC, d_taps_WC), strict=True)
+        for back, ((x_BTC, weight_C), (d_x_BTC, d_weight_C)) in enumerate(taps):
+            d_BTC = _within(d_y_BTC, positions_BT, back)
+            d_x_BTC.addcmul_(d_BTC, weight_C)
+            d_weight_C.copy_((d_BTC * x_BTC).sum((0, 1)))
+        return d_past_BSC, d_taps_WC, None
+
+    @staticmethod
+    def of(past_BSC: Tensor, taps_WC: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """For each ``back`` what stood that many tokens before, and its weight."""
+        spare = len(taps_WC) - 1
+        length = past_BSC.shape[1] - spare
+        return [(past_BSC[:, i : i + length], taps_WC[i]) for i in reversed(range(spare + 1))]
+
+
+def _within(x_BTC: Tensor, positions_BT: Tensor | None, back: int) -> Tensor:
+    """0 where a document has no token so far back."""
+    return x_BTC if positions_BT is None or not back else x_BTC * (positions_BT >= back)[..., None]
+
+
 class ShortConv(nn.Module):
     """Causal depthwise convolution along each document: the last tap is the token itself.
 
@@ -79,15 +122,10 @@ class ShortConv(nn.Module):
         document starts within this call. channels: those that x has.
         """
         weight = self.weight[channels]
-        width, length = weight.shape[1], x_BTC.shape[1]
         past_BSC = torch.cat([history_BWC.to(x_BTC.dtype), x_BTC], 1)
-        y_BTC = x_BTC * weight[:, -1]
-        for back in range(1, width):
-            shifted_BTC = past_BSC[:, width - 1 - back : width - 1 - back + length]
-            if positions_BT is not None:
-                shifted_BTC = shifted_BTC * (positions_BT >= back)[..., None]
-            y_BTC = torch.addcmul(y_BTC, shifted_BTC, weight[:, -1 - back])
-        return y_BTC, keep_last(past_BSC, width - 1, length, lengths_B)
+        # Contiguous taps: as columns they would be several times slower.
+        y_BTC = _Taps.apply(past_BSC, weight.t().contiguous(), positions_BT)
+        return y_BTC, keep_last(past_BSC, weight.shape[1] - 1, x_BTC.shape[1], lengths_B)
 
     def over_segments(
         self, x_BTC: Tensor, history_BSWC: Tensor, cu_seqlens_BS: Tensor | None

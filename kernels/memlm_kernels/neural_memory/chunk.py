@@ -130,7 +130,7 @@ class Inner(NamedTuple):
         slopes of the activations, which made the errors.
         """
         inputs = [k, *(plan.activation.value(h) for h in self.hidden)]
-        slopes = [plan.activation.slope(h) for h in self.hidden]
+        slopes = [plan.activation.pull_back(torch.ones_like(h), h) for h in self.hidden]
         errors = [b * s for b, s in zip(self.behind, slopes, strict=True)]
         return inputs, [*errors, output_error(plan.loss, self.f, k, v, tail)], slopes
 
@@ -149,7 +149,7 @@ def inner(
     errors = [output_error(plan.loss, f, k, v, tail)]
     for w, h in zip(reversed(anchor[1:]), reversed(hidden), strict=True):
         behind.insert(0, errors[0] @ w.mT)
-        errors.insert(0, behind[0] * plan.activation.slope(h))
+        errors.insert(0, plan.activation.pull_back(behind[0], h))
     return Inner(tuple(hidden), tuple(behind), f), inputs, errors
 
 

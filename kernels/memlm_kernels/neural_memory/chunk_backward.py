@@ -67,7 +67,7 @@ def read_backward(
             d_x.addcmul_(back, f)
             to_S.insert(0, f * d_z)
         d_x -= d_scores @ a
-        d_z = d_x if layer == 0 else d_x.mul_(plan.activation.slope(before[layer - 1]))
+        d_z = d_x if layer == 0 else plan.activation.pull_back(d_x, before[layer - 1])
     return ReadGradients(d_z, d_C, d_beta, d_f, d_inputs, d_errors, x, to_W, to_S)
 
 

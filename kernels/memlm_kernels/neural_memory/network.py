@@ -17,10 +17,10 @@ Function = Callable[[Tensor], Tensor]
 
 
 class Activation(NamedTuple):
-    """A function with its first and second derivative."""
+    """A function, its backward pass (d, x) -> d f'(x), and its second derivative."""
 
     value: Function
-    slope: Function
+    pull_back: Callable[[Tensor, Tensor], Tensor]
     curvature: Function
 
 
@@ -36,8 +36,8 @@ def _silu_curvature(x: Tensor) -> Tensor:
 
 # torch's own backward functions are single passes.
 ACTIVATIONS = {
-    "gelu": Activation(F.gelu, lambda x: torch.ops.aten.gelu_backward(torch.ones_like(x), x), _gelu_curvature),
-    "silu": Activation(F.silu, lambda x: torch.ops.aten.silu_backward(torch.ones_like(x), x), _silu_curvature),
+    "gelu": Activation(F.gelu, torch.ops.aten.gelu_backward, _gelu_curvature),
+    "silu": Activation(F.silu, torch.ops.aten.silu_backward, _silu_curvature),
 }
 
 

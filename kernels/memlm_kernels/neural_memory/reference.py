@@ -209,9 +209,9 @@ def scalar_recurrences(tokens: Tokens, grid: Grid, U: Tensor | None) -> Gates:
 def _products(log_factor: Tensor) -> Tensor:
     """[..., C] -> [..., C, C]: entry (r, i) is exp(sum of log_factor over i < l <= r), 0 above the diagonal.
 
-    A masked cumulative sum instead of a difference of sums: no cancellation at long chunks.
+    Masked sums instead of differences of sums: no cancellation at long chunks. As products, for torch's cumulative sum
+    and its gradient are slow along this dimension.
     """
     size = log_factor.shape[-1]
-    ones = torch.ones(size, size, dtype=torch.bool, device=log_factor.device)
-    below = log_factor[..., :, None].expand(*log_factor.shape, size).masked_fill(~ones.tril(-1), 0.0)
-    return below.cumsum(-2).masked_fill(~ones.tril(), float("-inf")).exp()
+    ones = log_factor.new_ones(size, size).tril()
+    return (ones @ (log_factor[..., None] * ones.tril(-1))).exp() * ones
