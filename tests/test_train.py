@@ -290,8 +290,9 @@ def test_options_train(tmp_path, option):
     assert len(figures(tmp_path)) == 2
 
 
-# Dynamo looks at the .grad of each of a graph's inputs and hides the warning; an error comes before it can.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+# Dynamo looks at the .grad of each of a graph's inputs, makes objects of autograd functions, and hides what torch says
+# to that; an error comes before it can.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor", "ignore:.*should not be instantiated")
 @pytest.mark.slow
 def test_compiled_training_takes_the_same_step(tmp_path):
     run(config(tmp_path / "eager", "train.steps=1"))

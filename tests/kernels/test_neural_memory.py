@@ -25,7 +25,7 @@ def forward(weights, x, activation, norm):
     for w in weights[:-1]:
         h = ACTIVATIONS[activation](h @ w)
     h = h @ weights[-1]
-    return h if norm is None else x + F.layer_norm(h, h.shape, *norm, eps=1e-6)
+    return h if norm is None else x + F.layer_norm(h, h.shape, *norm, eps=0.1)
 
 
 def token_by_token(
