@@ -1,0 +1,5 @@
+"""Memory Sparse Attention."""
+
+VARIANTS = [
+    ("msa", {"routes": False, "qk_norm": False}),
+]
