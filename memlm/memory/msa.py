@@ -280,9 +280,9 @@ class Mixer(attention.Mixer):
         new_size_BC = sizes_BC.gather(1, source_BC).where(written_BC, 0)
         merged = dict(old)
         merged["size"] = old["size"] + new_size_BC
-        share_BC = (new_size_BC / merged["size"].clamp(min=1)).to(merged["k"].dtype)[..., None, None]
+        share_BC = new_size_BC.to(old["k"].dtype) / merged["size"].clamp(min=1)
         for name in parts:
-            merged[name] = torch.lerp(old[name], pick(new[name], source_BC), share_BC)
+            merged[name] = torch.lerp(old[name], pick(new[name], source_BC), share_BC[..., None, None])
         for name in ("document", "found"):
             merged[name] = torch.where(written_BC, new[name].gather(1, source_BC), old[name])
         return merged
