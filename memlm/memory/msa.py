@@ -20,9 +20,7 @@ it, whatever follows the query sees the choice of all of it, and any division of
 A document is known once a token stands behind it, wherever it is in its sample. Without roles all tokens are a
 response: causal attention, to what is kept of documents read before too.
 
-What the state holds of documents, keys ``bank.*``, may come from elsewhere: of each chunk k, v, router_k
-[B, C, G, K] (means), size and document [B, C] (tokens; ascending numbers), and the counters ``documents`` and
-``chunks`` [B]. With ``bank.asked`` and ``bank.score`` [B, C] above 0 it is chosen already.
+What the state holds of documents, keys ``bank.*``, may come from elsewhere: see ``with_documents``.
 
 B batch, T tokens, A tokens outside documents, N within, D hidden, H heads in G groups, K head dim, C chunks.
 """
@@ -104,6 +102,21 @@ class Heads(NamedTuple):
         return Heads(stream.take(self.q), stream.take(self.k), stream.take(self.v))
 
 
+class Choice(nn.Module):
+    """Which chunks are seen: the way of long-term memory into a layer."""
+
+    long_term = True
+
+    def forward(self, document_BAJ: Tensor, document_BC: Tensor) -> Tensor:
+        """Chunks of the documents chosen, [B, A, C]."""
+        chunks = document_BC.shape[1]
+        # One document more takes what is none.
+        index_BAJ = torch.where(document_BAJ < 0, chunks + 1, document_BAJ)
+        is_BAN = torch.zeros(*index_BAJ.shape[:2], chunks + 2, device=index_BAJ.device, dtype=torch.bool)
+        is_BAN = is_BAN.scatter(2, index_BAJ, True)
+        return is_BAN.gather(2, document_BC[:, None].expand(-1, index_BAJ.shape[1], -1))
+
+
 class Mixer(attention.Mixer):
     without_gradient = {  # noqa: RUF012
         "router_q_proj.weight": _NO_LM_GRADIENT,
@@ -119,6 +132,7 @@ class Mixer(attention.Mixer):
             self.q_norm = RMSNorm(dims.head_dim, eps=dims.rms_norm_eps)
             self.k_norm = RMSNorm(dims.head_dim, eps=dims.rms_norm_eps)
         if config.routes:
+            self.choice = Choice()
             self.router_q_proj = nn.Linear(dims.hidden_size, queries, bias=False)
             self.router_k_proj = nn.Linear(dims.hidden_size, keys, bias=False)
             if config.router_loss == "bce":
@@ -176,7 +190,7 @@ class Mixer(attention.Mixer):
             if config.routes and bank["k"].shape[1]:
                 routes, document_BC = self._route(x_BTD, layout, bank, ctx.roles)
                 bank["score"], bank["asked"] = routes.scored
-                chosen_BAC = _chosen(routes.document, document_BC)
+                chosen_BAC = self.choice(routes.document, document_BC)
                 if routes.scores is not None and ctx.roles is not None:
                     aux_losses, metrics = self._taught(layout, routes.scores, bank["found"], document_BC, ctx)
             fresh = not given and ctx.positions_BT is None
@@ -343,6 +357,24 @@ class Mixer(attention.Mixer):
         return {"router": loss}, metrics
 
 
+def with_documents(state: State, bank: State) -> State:
+    """A state that knows of documents kept elsewhere too.
+
+    state: of a layer that routes, without documents of its own
+    bank: k, v, router_k [B or 1, C, G, K], means of chunks; size and document [B or 1, C], tokens of each, and numbers
+        that ascend from 0; asked and score [B or 1, C], where they are chosen already
+    Raises ValueError if the state holds documents.
+    """
+    kept = state["bank.k"].shape[1]
+    require(kept == 0, f"the state has room for {kept} chunks of its own; give one that has read no documents")
+    rows, chunks = len(state["position"]), bank["size"].shape[1]
+    zeros = torch.zeros_like(bank["size"])
+    bank = {"asked": zeros, "score": zeros.to(bank["k"].dtype), "found": zeros.bool(), **bank}
+    new = {f"bank.{name}": x.expand(rows, *x.shape[1:]) for name, x in bank.items()}
+    documents_B = new["bank.document"][:, -1] + 1 if chunks else state["documents"]
+    return {**state, **new, "chunks": torch.full_like(state["chunks"], chunks), "documents": documents_B}
+
+
 def _samples(layout: Layout, ctx: MixerContext) -> tuple[Tensor, Tensor]:
     """First and end of the documents of each sample of a row, [B, S]; equal where there is no sample."""
     assert layout.outside is not None
@@ -356,16 +388,6 @@ def _samples(layout: Layout, ctx: MixerContext) -> tuple[Tensor, Tensor]:
     zeros_BS = first_BA.new_zeros(len(first_BA), ctx.max_documents + 1)
     first_BS, end_BS = (zeros_BS.scatter_reduce(1, sample_BA, x, "amax")[:, :-1] for x in (first_BA, end_BA))
     return first_BS, end_BS
-
-
-def _chosen(document_BAJ: Tensor, document_BC: Tensor) -> Tensor:
-    """Which chunks are of a document chosen, [B, A, C]."""
-    chunks = document_BC.shape[1]
-    # One document more takes what is none.
-    index_BAJ = torch.where(document_BAJ < 0, chunks + 1, document_BAJ)
-    is_BAN = torch.zeros(*index_BAJ.shape[:2], chunks + 2, device=index_BAJ.device, dtype=torch.bool)
-    is_BAN = is_BAN.scatter(2, index_BAJ, True)
-    return is_BAN.gather(2, document_BC[:, None].expand(-1, index_BAJ.shape[1], -1))
 
 
 def _join(past: Tensor, new: Tensor) -> Tensor:

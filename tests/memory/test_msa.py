@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memlm import MemLMForCausalLM, MemoryCache
+from memlm.evaluation.ablation import memory_off
 from memlm.memory import msa, retrieval
 from memlm.memory.base import Dims, MixerContext, Roles
 from memlm_kernels.testing import assert_close, relative_error
@@ -308,23 +310,26 @@ def test_generation_from_documents():
 
 
 def test_a_bank_from_elsewhere():
-    """What the state holds of documents is all that what follows needs of them."""
-    mixer = mixer_of()
-    doc_ids = roles_of(SAMPLES["usual"])
-    x = inputs(doc_ids.shape[1])
-    whole = mixer(x, None, context(doc_ids)).y_BTD
-    first, second = 3 + 9, 3 + 9 + 1 + 4 + 13
-    banks = [mixer(x[:, a:b], None, context(doc_ids[:, a:b])).state for a, b in ((3, first), (first, second))]
-    state = mixer(x[:, :3], None, context(doc_ids[:, :3])).state
-    for name in (name for name in state if name.startswith("bank.")):
-        parts = [bank[name][:, : bank["chunks"]] for bank in banks]
-        if name == "bank.document":
-            parts[1] = parts[1] + banks[0]["documents"]
-        state[name] = torch.cat(parts, 1)
-    for name in ("documents", "chunks"):
-        state[name] = banks[0][name] + banks[1][name]
-    got = mixer(x[:, second:], state, context(doc_ids[:, second:])).y_BTD
-    assert_close("y", whole[:, second:], got, EXACT)
+    """Documents read one by one, in any order, and put together, are documents read in one sample."""
+    mixer, doc_ids = mixer_of(), roles_of(SAMPLES["usual"])
+    x, parts = inputs(doc_ids.shape[1], batch=2), []
+    x[1, 3:30] = x[0, 3:30]
+    whole = mixer(x, None, context(doc_ids.expand(2, -1))).y_BTD
+    for number, (start, end) in enumerate([(3, 12), (12, 13), (13, 17), (17, 30)]):
+        state = mixer(x[:1, start:end], None, context(doc_ids[:, start:end])).state
+        chunks = {name: state[f"bank.{name}"][:, : state["chunks"]] for name in ("k", "v", "router_k", "size")}
+        parts.append({**chunks, "document": torch.full_like(chunks["size"], number)})
+    bank = {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
+    state = mixer(x[:, :3], None, context(doc_ids[:, :3].expand(2, -1))).state
+    state = msa.with_documents(state, bank)
+    for cuts in ([13], [1] * 13):
+        got, after = [], state
+        for piece, roles in zip(x[:, 30:].split(cuts, 1), doc_ids[:, 30:].split(cuts, 1), strict=True):
+            y, after, *_ = mixer(piece, after, context(roles.expand(2, -1)))
+            got.append(y)
+        assert_close("y", whole[:, 30:], torch.cat(got, 1), EXACT)
+    with pytest.raises(ValueError, match="room for 9 chunks of its own"):
+        msa.with_documents(state, bank)
 
 
 def test_documents_chosen_elsewhere_are_seen_without_a_query():
@@ -339,6 +344,45 @@ def test_documents_chosen_elsewhere_are_seen_without_a_query():
     # Document 2, which was not chosen, is nothing to them.
     state["bank.k"] = state["bank.k"] + 9.0 * ~chosen_C[:, None, None]
     assert torch.equal(chosen, mixer(x[:, 20:], state).y_BTD)
+
+
+def test_memory_off_is_a_model_that_does_not_route():
+    model, doc_ids = model_of(), roles_of(SAMPLES["usual"])
+    other, ids = model_of(routes=False), ids_like(doc_ids)
+    other.load_state_dict({name: w for name, w in model.state_dict().items() if "router" not in name})
+    with torch.no_grad():
+        with memory_off(model):
+            assert_close("logits", other(ids, doc_ids=doc_ids).logits, model(ids, doc_ids=doc_ids).logits, EXACT)
+        assert relative_error(other(ids, doc_ids=doc_ids).logits, model(ids, doc_ids=doc_ids).logits) > 1e-3
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch compiles flex attention with a C++ compiler")
+@pytest.mark.parametrize("name", ["documents between queries"])
+def test_flex_attention_forward(name):
+    doc_ids = roles_of(SAMPLES[name])
+    torch.manual_seed(0)
+    mixer = msa.Mixer(msa.Config(**SMALL), Dims(32, 4, 2, 16), 0)
+    x = torch.randn(1, doc_ids.shape[1], 32)
+    with torch.no_grad():
+        reference = mixer(x, None, context(doc_ids)).y_BTD
+        mixer.dims = Dims(32, 4, 2, 16, attn_implementation="flex_attention")
+        assert_close("y", reference, mixer(x, None, context(doc_ids)).y_BTD, 1e-5)
+    mixer.dims = Dims(32, 4, 2, 16, attn_implementation="flash_attention_2")
+    with pytest.raises(ValueError, match="use 'sdpa' or 'flex_attention'"):
+        mixer(x, None, context(doc_ids))
+
+
+def test_autocast_routes_in_fp32():
+    model, doc_ids = model_of().float(), roles_of(SAMPLES["usual"])
+    ids, cache = ids_like(doc_ids), MemoryCache()
+    options = dict(doc_ids=doc_ids, positives=doc_ids == 2, labels=ids)
+    expected = model(ids, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model(ids, **options, past_key_values=cache)
+    got.loss.backward()
+    assert_close("logits", expected.logits, got.logits.float(), 5e-2)
+    assert cache.states[0]["bank.k"].dtype == torch.float32
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 def test_documents_are_kept_as_chunks():

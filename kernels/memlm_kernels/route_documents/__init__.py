@@ -33,7 +33,7 @@ def route_documents(
     tile: int = 4096,
     backend: str = "auto",
 ) -> Routes:
-    """The top_k documents of each row or token (Memory Sparse Attention, arXiv:2603.23516, eqs. 1-2).
+    """The top_k documents of each row or token (Memory Sparse Attention, arXiv:2603.23516).
 
     A chunk's score is its similarity to a token, reduced over heads, then over the tokens that ask; a document's is
     its chunks', reduced::

@@ -66,11 +66,10 @@ def route_documents_reference(
     return_scores: bool,
 ) -> Routes:
     batch = len(q) if q is not None else len(spans[0]) if spans else len(k)
-    k, q = exact(k), exact(q) if q is not None else None
-    if rule.similarity == "cosine":
-        k, q = _unit(k), _unit(q) if q is not None else None
+    # A call may have no tokens.
+    q = _prepared(rule, q) if q is not None and q.shape[1] else None
     if scored is None:
-        zeros = torch.zeros(batch, k.shape[1], device=k.device, dtype=k.dtype)
+        zeros = exact(torch.zeros(batch, k.shape[1], device=k.device, dtype=k.dtype))
         scored = Scored(zeros, torch.zeros_like(zeros, dtype=torch.int64))
     asked = _Asked(q, k, document.expand(batch, -1), asks, spans, scored)
     with torch.no_grad():
@@ -83,7 +82,7 @@ def route_documents_reference(
 
 
 class _Asked(NamedTuple):
-    """The inputs of ``route_documents``; q and k in fp32, normalised if they are to be; before: ``scored``."""
+    """The inputs of ``route_documents``; q as ``_prepared``, k not; before: ``scored``."""
 
     q: Tensor | None
     k: Tensor
@@ -113,7 +112,7 @@ class _Walk:
 
     def __init__(self, rule: Rule, asked: _Asked) -> None:
         self.rule, self.asked = rule, asked
-        batch, device, dtype = len(asked.document), asked.k.device, asked.k.dtype
+        batch, device, dtype = len(asked.document), asked.k.device, asked.before.score.dtype
         self.folded = None
         if asked.q is not None and rule.head_reduce == "mean":
             self.folded = _folded(rule, asked.q, asked.k.shape[2])
@@ -138,11 +137,11 @@ class _Walk:
         """Scores of the tile's chunks and how many tokens gave them, after each token, [B, M, n]."""
         q, document = self.asked.q, self.asked.document[:, tile]
         before, token = Scored(*(x[:, tile] for x in self.asked.before)), torch.zeros_like(document)
-        if q is None or q.shape[1] == 0:
+        if q is None:
             self.parts.append((*before, token))
             score, count = (x[:, None].expand(-1, self.values, -1) for x in before)
             return score, count
-        scores = _similarities(self.rule, q, self.folded, self.asked.k[:, tile])
+        scores = _similarities(self.rule, q, self.folded, _prepared(self.rule, self.asked.k[:, tile]))
         known = self.asked.knows(document)
         count = before.asked[:, None] + known.long().cumsum(1)
         if self.rule.query_reduce == "mean":
@@ -229,12 +228,12 @@ def _document_scores(rule: Rule, asked: _Asked, after: Scored, token: Tensor) ->
     known = after.score.masked_fill(after.asked == 0, _NEVER)
     if rule.query_reduce == "mean":
         total = before.score
-        if q is not None and q.shape[1]:
+        if q is not None:
             folded = _folded(rule, q, k.shape[2]) if rule.head_reduce == "mean" else None
-            total = total + (_similarities(rule, q, folded, k) * asked.knows(asked.document)).sum(1)
+            total = total + (_similarities(rule, q, folded, _prepared(rule, k)) * asked.knows(asked.document)).sum(1)
         value = (total / after.asked.clamp(min=1)).masked_fill(after.asked == 0, _NEVER)
         return _of_documents(rule, value, name)
-    if q is None or q.shape[1] == 0 or chunks == 0:
+    if q is None or chunks == 0:
         return _of_documents(rule, known, name)
     chunk = torch.arange(chunks, device=k.device).expand_as(name)
     if rule.chunk_reduce == "max":
@@ -246,7 +245,7 @@ def _document_scores(rule: Rule, asked: _Asked, after: Scored, token: Tensor) ->
         known = best[:, :size]
         token, before = token.gather(1, chunk), Scored(*(x.gather(1, chunk) for x in before))
     of_q = pick(q, token).unflatten(2, (k.shape[2], -1))
-    of_k = pick(k.expand(len(q), -1, -1, -1), chunk)
+    of_k = _prepared(rule, pick(k.expand(len(q), -1, -1, -1), chunk))
     again = (of_q * of_k[:, :, :, None]).sum(-1).flatten(2)
     again = (again.mean(-1) if rule.head_reduce == "mean" else again.amax(-1)) * _scale(rule, q)
     # What an earlier call gave has no gradient here.
@@ -284,5 +283,7 @@ def _scale(rule: Rule, q: Tensor) -> float:
     return 1.0 if rule.similarity == "cosine" else q.shape[3] ** -0.5
 
 
-def _unit(x: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + _EPS)
+def _prepared(rule: Rule, x: Tensor) -> Tensor:
+    """In fp32, and of length 1 for cosines."""
+    x = exact(x)
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + _EPS) if rule.similarity == "cosine" else x
