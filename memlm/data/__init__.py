@@ -4,7 +4,7 @@ from .build import build_data
 from .documents import Documents
 from .mixture import Batch, Mixture
 from .recall import MQAR, Passkey, RecallSource, RecallTask, ramp
-from .retrieval import Facts, FactsSource, Question, QuestionSource, RetrievalRow, load_questions
+from .retrieval import Facts, Question, QuestionSource, RetrievalRow, load_questions
 from .row import IGNORE_INDEX, SPLITS, Row, Source
 from .text import TextCorpus, TextSource
 from .tokenizer import byte_tokenizer, load_tokenizer, token_bytes
@@ -16,7 +16,6 @@ __all__ = [
     "Batch",
     "Documents",
     "Facts",
-    "FactsSource",
     "Mixture",
     "Passkey",
     "Question",

@@ -10,12 +10,12 @@ from transformers import PreTrainedTokenizerFast
 from .documents import Documents
 from .mixture import Mixture
 from .recall import MQAR, Passkey, RecallSource
-from .retrieval import Facts, FactsSource, QuestionSource, load_questions
+from .retrieval import Facts, QuestionSource, load_questions
 from .row import Source
 from .text import TextCorpus, TextSource
 from .tokenizer import is_byte_tokenizer, load_tokenizer
 
-_TASKS = {"mqar": MQAR, "passkey": Passkey}
+_TASKS = {"mqar": MQAR, "passkey": Passkey, "facts": Facts}
 _SIZES = ("gap", "num_keys", "num_values")
 _OPTIONS = {
     "text": ("paths",),
@@ -24,7 +24,6 @@ _OPTIONS = {
     "facts": ("num_documents", "digits", "num_keys", "num_values"),
     "questions": ("paths", "num_documents", "document_length"),
 }
-_OF_BYTES = (*_TASKS, "facts")
 
 
 def build_data(
@@ -46,7 +45,7 @@ def build_data(
     texts = [options.get("paths") for options in cfg["sources"].values() if options["kind"] == "text"]
     corpora = [Documents(paths, cfg["cache_dir"]) for paths in texts]
     tokenizer = load_tokenizer(cfg["tokenizer"], corpora)
-    recall = [name for name, options in cfg["sources"].items() if options["kind"] in _OF_BYTES]
+    recall = [name for name, options in cfg["sources"].items() if options["kind"] in _TASKS]
     if recall and not is_byte_tokenizer(tokenizer):
         raise ValueError(f"data.sources.{recall[0]} is made of bytes; set data.tokenizer to byte, or leave it out")
     sources, weights = {}, {}
@@ -64,8 +63,6 @@ def _build_source(name: str, cfg: Mapping[str, Any], tokenizer: PreTrainedTokeni
             corpus = TextCorpus(options.get("paths"), tokenizer, cfg["cache_dir"])
             return TextSource(corpus, cfg["seq_len"], own_seed)
         sizes = {key: options[key] for key in _OPTIONS[options["kind"]] if key in options and key != "paths"}
-        if options["kind"] == "facts":
-            return FactsSource(Facts(length=cfg["seq_len"], **sizes), own_seed)
         if options["kind"] == "questions":
             return QuestionSource(load_questions(options["paths"]), tokenizer, cfg["seq_len"], own_seed, **sizes)
         task = _TASKS[options["kind"]](length=cfg["seq_len"], **sizes)

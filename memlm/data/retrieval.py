@@ -9,15 +9,15 @@ Legend: T tokens of a row or a sample.
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from .documents import assign_splits
-from .recall import ASK, KEYS, MARK, NOISE, VALUES
+from .recall import ASK, FILLER, KEYS, MARK, NOISE, VALUES, RecallTask
 from .row import IGNORE_INDEX, SPLITS, split_id
 from .tokenizer import encoder
 
@@ -67,7 +67,7 @@ def pack(samples: Sequence[RetrievalRow], length: int, pad_id: int) -> Retrieval
 
 
 @dataclass(frozen=True)
-class Facts:
+class Facts(RecallTask):
     """`num_documents` documents of noise, in each somewhere a fact, `key d1..dn`; the question is `ASK key`, the
     answer the fact's n digits. Keys are distinct, digits any of the values, lengths of documents at random.
 
@@ -92,13 +92,13 @@ class Facts:
         if self.length < least:
             raise ValueError(f"length={self.length} is too short for {self}; make it at least {least}")
 
-    @property
-    def chance(self) -> float:
-        """The accuracy of guessing."""
-        return 1 / self.num_values
+    def scaled(self, factor: float) -> Self:
+        """The same task at `factor` times the length and the documents, as far as there are keys."""
+        documents = min(round(self.num_documents * factor), self.num_keys)
+        return replace(self, length=round(self.length * factor), num_documents=documents)
 
-    def sample(self, seed: int, split: str, index: int) -> RetrievalRow:
-        """Row `index` of `split`."""
+    def sample(self, seed: int, split: str, index: int, noise: float) -> RetrievalRow:
+        """Row `index` of `split`; noise: the probability that a token beside the facts is noise, and not blank."""
         rng = np.random.default_rng([seed, split_id(split), index])
         fact = 1 + self.digits
         keys = rng.permutation(KEYS[: self.num_keys])[: self.num_documents]
@@ -108,20 +108,12 @@ class Facts:
         extra = np.diff(np.concatenate([[0], cuts, [spare]]))
         asked, documents = rng.integers(self.num_documents), []
         for number in range(self.num_documents):
-            ids = NOISE[rng.integers(len(NOISE), size=extra[number] + fact)]
+            size = extra[number] + fact
+            ids = np.where(rng.random(size) < noise, NOISE[rng.integers(len(NOISE), size=size)], FILLER)
             place = rng.integers(extra[number] + 1)
             ids[place : place + fact] = [keys[number], *digits[number]]
             documents.append((ids, number == asked))
         return make_sample([MARK], documents, [ASK, keys[asked]], digits[asked])
-
-
-@dataclass(frozen=True)
-class FactsSource:
-    task: Facts
-    seed: int
-
-    def row(self, index: int, split: str, step: int) -> RetrievalRow:
-        return self.task.sample(self.seed, split, index)
 
 
 class Question(NamedTuple):

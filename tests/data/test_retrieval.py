@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from memlm import MemLMForCausalLM
-from memlm.data import Facts, FactsSource, Mixture, QuestionSource, RetrievalRow, Row, build_data, load_questions
-from memlm.data.recall import ASK, KEYS, MARK, NOISE, VALUES
+from memlm.data import Facts, Mixture, QuestionSource, RecallSource, RetrievalRow, Row, build_data, load_questions
+from memlm.data.recall import ASK, FILLER, KEYS, MARK, NOISE, VALUES
 from memlm.data.retrieval import make_sample, pack
 from memlm.data.tokenizer import byte_tokenizer
 from memlm.training.objective import Objective, model_inputs
@@ -25,7 +25,7 @@ TASKS = [
 def test_facts_can_be_answered_from_one_document(task):
     asked = []
     for index in range(50):
-        row = task.sample(3, "test", index)
+        row = task.sample(3, "test", index, 1.0)
         assert all(part.shape == (task.length,) and part.dtype == np.int64 for part in row)
         assert row.doc_ids[0] == -2 and row.input_ids[0] == MARK
         numbers = row.doc_ids[row.doc_ids > 0]
@@ -47,8 +47,14 @@ def test_facts_can_be_answered_from_one_document(task):
     assert len(set(asked)) > 1 or task.num_documents == 1
 
 
+def test_facts_among_blanks_and_more_of_them():
+    row = Facts().sample(0, "train", 0, 0.0)
+    assert not np.isin(row.input_ids, NOISE).any() and (row.input_ids == FILLER).sum() == 128 - 2 - 1 - 1 - 16
+    assert Facts().scaled(4) == Facts(length=512, num_documents=32) and Facts().scaled(8).num_documents == 32
+
+
 def test_rows_are_pure_functions_of_their_number():
-    source = FactsSource(Facts(), 5)
+    source = RecallSource(Facts(), 5, (0, 0))
     for a, b in zip(source.row(3, "train", 0), source.row(3, "train", 9), strict=True):
         assert np.array_equal(a, b)
     assert not np.array_equal(source.row(3, "train", 0).input_ids, source.row(3, "validation", 0).input_ids)
@@ -175,7 +181,7 @@ def test_built_from_a_config(tmp_path, questions):
         "facts": {"kind": "facts", "weight": 0.5, "num_documents": 4, "digits": 2},
         "questions": {"kind": "questions", "weight": 0.5, "paths": str(tmp_path / "questions.jsonl")},
     }
-    cfg = {"tokenizer": "byte", "seq_len": 200, "cache_dir": str(tmp_path), "sources": sources}
+    cfg = {"tokenizer": "byte", "noise_ramp": [0, 0], "seq_len": 200, "cache_dir": str(tmp_path), "sources": sources}
     _, mixture = build_data(cfg, seed=0, batch_size=4)
     batch = mixture.batch(0)
     assert batch.doc_ids.shape == batch.positives.shape == (4, 200)
@@ -193,7 +199,7 @@ class Numbers:
 
 
 def test_rows_of_text_beside_documents_are_responses():
-    mixture = Mixture({"facts": FactsSource(Facts(), 0), "text": Numbers()}, {"facts": 1, "text": 1}, 4)
+    mixture = Mixture({"facts": RecallSource(Facts(), 0, (0, 0)), "text": Numbers()}, {"facts": 1, "text": 1}, 4)
     batch = mixture.batch(0)
     assert (batch.doc_ids[2:] == -1).all() and not batch.positives[2:].any() and batch.positives[:2].any()
     assert batch.to("cpu").doc_ids is not None
@@ -206,7 +212,7 @@ def test_a_router_learns_which_document_to_read():
     torch.manual_seed(0)
     model = MemLMForCausalLM(model_config("msa", chunk_size=4, top_k=1, loss_weight=1.0))
     objective, optimizer = Objective(model).train(), torch.optim.AdamW(model.parameters(), lr=3e-3)
-    mixture = Mixture({"facts": FactsSource(Facts(length=64, num_documents=8), 0)}, {"facts": 1}, 16)
+    mixture = Mixture({"facts": RecallSource(Facts(length=64), 0, (0, 0))}, {"facts": 1}, 16)
     hits, losses = [], []
     for step in range(60):
         loss, _, metrics = objective(**model_inputs(mixture.batch(step)))
