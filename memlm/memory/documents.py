@@ -43,8 +43,8 @@ class Documents(NamedTuple):
     """The tokens within documents.
 
     chunk_BN, number_BN: which chunk and which document of the row each token is of
-    first_chunk_B: the first chunk that gets a token; goes_on: the most chunks that get one
-    longest: at most, tokens of a document in this call; whole: see ``Roles``
+    first_chunk_B: the first chunk that gets a token
+    chunks, longest: at most, chunks that get one, and tokens of a document in this call; whole: see ``Roles``
     """
 
     stream: Stream
