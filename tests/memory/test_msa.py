@@ -145,6 +145,20 @@ def test_equals_a_loop_over_tokens(name, settings):
     assert_close("y", loop(mixer, x[0], doc_ids[0].tolist()), mixer(x, None, context(doc_ids)).y_BTD[0], EXACT)
 
 
+@pytest.mark.parametrize("name", ["usual", "documents between queries"])
+def test_gradients_equal_those_of_the_loop(name):
+    doc_ids, gradients = roles_of(SAMPLES[name]), []
+    for run in (
+        lambda m, x: loop(m, x, doc_ids[0].tolist()),
+        lambda m, x: m(x[None], None, context(doc_ids)).y_BTD[0],
+    ):
+        mixer, x = mixer_of(), inputs(doc_ids.shape[1])[0].requires_grad_()
+        (run(mixer, x) * inputs(doc_ids.shape[1], seed=1)[0]).sum().backward()
+        gradients.append({"x": x.grad} | {n: p.grad for n, p in mixer.named_parameters() if "router" not in n})
+    for n, expected in gradients[0].items():
+        assert_close(n, expected, gradients[1][n], EXACT)
+
+
 def streamed(mixer, x, doc_ids, cuts, positions=None):
     state, out = None, []
     pieces = [z.split(cuts, 1) if z is not None else [None] * len(cuts) for z in (x, doc_ids, positions)]
