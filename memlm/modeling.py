@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,7 +20,7 @@ from transformers.modeling_outputs import ModelOutput
 from memlm.cache import MemoryCache
 from memlm.configuration import MemLMConfig
 from memlm.layers import RMSNorm, ShortConv, SwiGLU
-from memlm.memory.base import MixerContext, MixerOutput, SequenceMixer, State, build_mixer
+from memlm.memory.base import MixerContext, MixerOutput, Roles, SequenceMixer, State, build_mixer
 
 
 @dataclass
@@ -126,6 +127,8 @@ class MemLMModel(MemLMPreTrainedModel):
         use_cache: bool | None = None,
         position_ids: Tensor | None = None,
         max_documents: int | None = None,
+        doc_ids: Tensor | None = None,
+        positives: Tensor | None = None,
         write: bool = True,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -136,6 +139,9 @@ class MemLMModel(MemLMPreTrainedModel):
         position_ids: [B, T], only for packed rows: places in documents; a 0 starts a document, whose
             tokens see nothing of what came before; the first of a row goes on from the memory, or is 0
         max_documents: the most documents that one row has tokens of; counted on the device if not given
+        doc_ids: [B, T], for memories of documents, what each token is: above 0 the number of its document, 0 of a
+            query, -1 of a response, -2 of a template (see ``Roles``); None: all are a response
+        positives: [B, T], 1 for tokens of the documents that the query should find, to train its choice by
         write: False for a pure query: ``past_key_values`` is read and left as it was
 
         Raises ValueError for inputs that contradict each other or the memory.
@@ -155,7 +161,9 @@ class MemLMModel(MemLMPreTrainedModel):
         if output_attentions:
             raise ValueError("output_attentions=True: no attention maps are kept; read the mixers' metrics instead")
 
-        x_BTD, ctx, order_BT = self._context(x_BTD, attention_mask, position_ids, max_documents, memory)
+        x_BTD, ctx, order_BT = self._context(
+            x_BTD, attention_mask, position_ids, max_documents, doc_ids, positives, memory
+        )
         hidden_states, states, aux_losses, metrics = [], [], {}, {}
         for i, layer in enumerate(self.layers):
             if output_hidden_states:
@@ -191,12 +199,19 @@ class MemLMModel(MemLMPreTrainedModel):
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         max_documents: int | None,
+        doc_ids: Tensor | None,
+        positives: Tensor | None,
         memory: MemoryCache | None,
     ) -> tuple[Tensor, MixerContext | None, Tensor | None]:
         """Inputs with real tokens first in each row, their context, and the order that did it (None: as it was)."""
         batch, length, _ = x_BTD.shape
         if position_ids is not None:
             position_ids = position_ids.expand(batch, length).clamp(min=0)
+        for name, given in (("doc_ids", doc_ids), ("positives", positives)):
+            if given is not None and given.shape != (batch, length):
+                raise ValueError(f"{name} {list(given.shape)} must be [batch, tokens] = {[batch, length]}")
+        if positives is not None and doc_ids is None:
+            raise ValueError("positives mark tokens of documents; give doc_ids too")
         order_BT, lengths_B = None, None
         if attention_mask is not None:
             widths = {length, length + (memory.get_seq_length() if memory is not None else 0)}
@@ -209,11 +224,14 @@ class MemLMModel(MemLMPreTrainedModel):
                 # Mixers then need to know lengths only.
                 order_BT = (~mask_BT).long().argsort(dim=1, stable=True)
                 x_BTD = _gather(x_BTD, order_BT)
-                position_ids = position_ids.gather(1, order_BT) if position_ids is not None else None
-        if position_ids is None and lengths_B is None:
+                position_ids, doc_ids, positives = (
+                    x.gather(1, order_BT) if x is not None else None for x in (position_ids, doc_ids, positives)
+                )
+        if position_ids is None and lengths_B is None and doc_ids is None:
             return x_BTD, None, None
+        roles = Roles.of(doc_ids, position_ids, lengths_B, positives) if doc_ids is not None else None
         documents = _documents(position_ids, lengths_B, max_documents) if position_ids is not None else 1
-        return x_BTD, MixerContext(position_ids, lengths_B, documents), order_BT
+        return x_BTD, MixerContext(position_ids, lengths_B, documents, roles=roles), order_BT
 
 
 class MemLMForCausalLM(MemLMPreTrainedModel, GenerationMixin):
@@ -290,7 +308,11 @@ class MemLMForCausalLM(MemLMPreTrainedModel, GenerationMixin):
         return super().generate(inputs, **kwargs)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
         # Mixers know their own positions; position_ids mean packing here.
@@ -299,6 +321,9 @@ class MemLMForCausalLM(MemLMPreTrainedModel, GenerationMixin):
         if attention_mask is not None and new is not None and bool(attention_mask[:, -new:].all()):
             # Without padding the faster paths are open. Generation waits for the device at every token anyway.
             inputs.pop("attention_mask")
+        if doc_ids is not None and new is not None and input_ids.shape[1] - new < doc_ids.shape[1]:
+            # What is generated is a response.
+            inputs["doc_ids"] = F.pad(doc_ids, (0, input_ids.shape[1] - doc_ids.shape[1]), value=-1)[:, -new:]
         return inputs
 
 

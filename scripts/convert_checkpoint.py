@@ -4,42 +4,56 @@
     python scripts/convert_checkpoint.py --from-format fla-mom --source DIR --target DIR
     python scripts/convert_checkpoint.py --to-format fla-mom --source DIR --target DIR
 
-fla-mom: flash-linear-attention's MoM. Files of a tokenizer are copied.
+fla-mom: flash-linear-attention's MoM. msa: Memory Sparse Attention as released. qwen3: transformers' Qwen3, from which
+Memory Sparse Attention starts, its routers fresh. Files of a tokenizer are copied.
 """
 
 import argparse
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
 import memlm
-from memlm.hub import fla_mom, load_model
+from memlm.hub import fla_mom, load_model, msa
 
-FORMATS = ("fla-mom",)
+# Configurations and weights, from theirs and to theirs.
+READERS = {
+    "fla-mom": (lambda theirs, _: fla_mom.config_from_fla(theirs), fla_mom.weights_from_fla),
+    "msa": (msa.config_from_msa, msa.weights_from_msa),
+    "qwen3": (msa.config_from_qwen3, msa.weights_from_qwen3),
+}
+WRITERS = {
+    "fla-mom": (fla_mom.config_to_fla, fla_mom.weights_to_fla),
+    "msa": (msa.config_to_msa, msa.weights_to_msa),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     direction = parser.add_mutually_exclusive_group(required=True)
-    direction.add_argument("--from-format", choices=FORMATS)
-    direction.add_argument("--to-format", choices=FORMATS)
+    direction.add_argument("--from-format", choices=READERS)
+    direction.add_argument("--to-format", choices=WRITERS)
     parser.add_argument("--source", type=Path, required=True)
     parser.add_argument("--target", type=Path, required=True)
     arguments = parser.parse_args()
     try:
-        convert = read_fla if arguments.from_format else write_fla
-        convert(arguments.source, arguments.target)
+        if arguments.from_format:
+            read(*READERS[arguments.from_format], arguments.source, arguments.target)
+        else:
+            write(*WRITERS[arguments.to_format], arguments.source, arguments.target)
     except (OSError, ValueError) as error:
         sys.exit(f"{arguments.source}: {error}")
     print(f"wrote {arguments.target}")
 
 
-def read_fla(source: Path, target: Path) -> None:
-    config = fla_mom.config_from_fla(json.loads((source / "config.json").read_text()))
-    weights = fla_mom.weights_from_fla(_load(source), config)
+def read(read_config: Callable, read_weights: Callable, source: Path, target: Path) -> None:
+    theirs = _load(source)
+    config = read_config(json.loads((source / "config.json").read_text()), theirs)
+    weights = read_weights(theirs, config)
     _empty(target)
     config.architectures = [memlm.MemLMForCausalLM.__name__]
     config.save_pretrained(target)
@@ -48,10 +62,10 @@ def read_fla(source: Path, target: Path) -> None:
     _copy_tokenizer(source, target)
 
 
-def write_fla(source: Path, target: Path) -> None:
+def write(write_config: Callable, write_weights: Callable, source: Path, target: Path) -> None:
     model = load_model(source)
-    theirs = fla_mom.config_to_fla(model.config)
-    weights = fla_mom.weights_to_fla(model.state_dict(), model.config)
+    theirs = write_config(model.config)
+    weights = write_weights(model.state_dict(), model.config)
     _empty(target)
     (target / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})

@@ -365,6 +365,14 @@ def test_two_processes_train_as_one(tmp_path):
     assert two == pytest.approx(one, rel=1e-3)
 
 
+def test_two_processes_train_what_the_loss_does_not_reach(tmp_path):
+    """Plain text says nothing to a router of documents."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    options = [*SMALL, "memory=msa", "train.steps=2", "train.batch_size=2", f"run_dir={tmp_path}/run"]
+    done = subprocess.run([*command, str(ROOT / "train.py"), *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_muon_is_torchs_but_for_rounding():
     """Several shapes, one of them three times; torch's rounds to bf16, so updates differ by less than a hundredth."""
     torch.manual_seed(0)

@@ -10,6 +10,8 @@ from memlm_kernels.large_chunk_memory import LargeChunkMemoryState, large_chunk_
 from memlm_kernels.linear_attention import linear_attention
 from memlm_kernels.neural_memory import NeuralMemoryState, neural_memory, read_memory
 from memlm_kernels.neural_memory.segmented import SegmentedMemoryState, segmented_neural_memory
+from memlm_kernels.route_documents import merge_topk, route_documents
+from memlm_kernels.segment_mean_pool import segment_mean_pool
 
 __all__ = [
     "LargeChunkMemoryState",
@@ -20,7 +22,10 @@ __all__ = [
     "grouped_linear",
     "large_chunk_memory",
     "linear_attention",
+    "merge_topk",
     "neural_memory",
     "read_memory",
+    "route_documents",
+    "segment_mean_pool",
     "segmented_neural_memory",
 ]

@@ -4,6 +4,7 @@ from .build import build_data
 from .documents import Documents
 from .mixture import Batch, Mixture
 from .recall import MQAR, Passkey, RecallSource, RecallTask, ramp
+from .retrieval import Facts, Question, QuestionSource, RetrievalRow, load_questions
 from .row import IGNORE_INDEX, SPLITS, Row, Source
 from .text import TextCorpus, TextSource
 from .tokenizer import byte_tokenizer, load_tokenizer, token_bytes
@@ -14,16 +15,21 @@ __all__ = [
     "SPLITS",
     "Batch",
     "Documents",
+    "Facts",
     "Mixture",
     "Passkey",
+    "Question",
+    "QuestionSource",
     "RecallSource",
     "RecallTask",
+    "RetrievalRow",
     "Row",
     "Source",
     "TextCorpus",
     "TextSource",
     "build_data",
     "byte_tokenizer",
+    "load_questions",
     "load_tokenizer",
     "ramp",
     "token_bytes",

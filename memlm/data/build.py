@@ -10,13 +10,20 @@ from transformers import PreTrainedTokenizerFast
 from .documents import Documents
 from .mixture import Mixture
 from .recall import MQAR, Passkey, RecallSource
+from .retrieval import Facts, QuestionSource, load_questions
 from .row import Source
 from .text import TextCorpus, TextSource
 from .tokenizer import is_byte_tokenizer, load_tokenizer
 
-_TASKS = {"mqar": MQAR, "passkey": Passkey}
+_TASKS = {"mqar": MQAR, "passkey": Passkey, "facts": Facts}
 _SIZES = ("gap", "num_keys", "num_values")
-_OPTIONS = {"text": ("paths",), "mqar": ("num_pairs", *_SIZES), "passkey": ("digits", *_SIZES)}
+_OPTIONS = {
+    "text": ("paths",),
+    "mqar": ("num_pairs", *_SIZES),
+    "passkey": ("digits", *_SIZES),
+    "facts": ("num_documents", "digits", "num_keys", "num_values"),
+    "questions": ("paths", "num_documents", "document_length"),
+}
 
 
 def build_data(
@@ -55,7 +62,9 @@ def _build_source(name: str, cfg: Mapping[str, Any], tokenizer: PreTrainedTokeni
         if options["kind"] == "text":
             corpus = TextCorpus(options.get("paths"), tokenizer, cfg["cache_dir"])
             return TextSource(corpus, cfg["seq_len"], own_seed)
-        sizes = {key: options[key] for key in _OPTIONS[options["kind"]] if key in options}
+        sizes = {key: options[key] for key in _OPTIONS[options["kind"]] if key in options and key != "paths"}
+        if options["kind"] == "questions":
+            return QuestionSource(load_questions(options["paths"]), tokenizer, cfg["seq_len"], own_seed, **sizes)
         task = _TASKS[options["kind"]](length=cfg["seq_len"], **sizes)
         return RecallSource(task, own_seed, _read_ramp(cfg))
     except ValueError as error:
@@ -69,8 +78,9 @@ def _check_source(options: Mapping[str, Any], where: str) -> None:
     _check_keys(options, where, ("kind", "weight"), _OPTIONS[kind])
     if not isinstance(options["weight"], int | float):
         raise ValueError(f"{where}.weight={options['weight']!r} is not a number")
-    if kind in _TASKS:
-        _check_whole(options, where, set(_OPTIONS[kind]) & options.keys())
+    if kind == "questions" and not options.get("paths"):
+        raise ValueError(f"{where}.paths is missing; name JSONL files of questions")
+    _check_whole(options, where, (set(_OPTIONS[kind]) - {"paths"}) & options.keys())
 
 
 def _read_ramp(cfg: Mapping[str, Any]) -> tuple[int, int]:

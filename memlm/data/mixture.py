@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .retrieval import ANSWER, RetrievalRow
 from .row import Row, Source
 
 
@@ -26,16 +27,26 @@ class Batch:
     max_documents: int
     # int64 [B], places in Mixture.sources
     source_ids: Tensor
+    # int64 [B, T], see RetrievalRow; None where no row has documents
+    doc_ids: Tensor | None = None
+    positives: Tensor | None = None
 
     @classmethod
-    def from_rows(cls, rows: Sequence[Row], source_ids: Sequence[int]) -> Self:
-        input_ids, labels, position_ids = (np.stack(parts) for parts in zip(*rows, strict=True))
+    def from_rows(cls, rows: Sequence[Row | RetrievalRow], source_ids: Sequence[int]) -> Self:
+        input_ids, labels, position_ids = (np.stack(parts) for parts in zip(*(row[:3] for row in rows), strict=True))
+        roles: list[Tensor | None] = [None, None]
+        if any(isinstance(row, RetrievalRow) for row in rows):
+            # Rows of text are what a response is.
+            plain = np.full_like(input_ids[0], ANSWER), np.zeros_like(input_ids[0])
+            parts = (row[3:] if isinstance(row, RetrievalRow) else plain for row in rows)
+            roles = [torch.from_numpy(np.stack(part)) for part in zip(*parts, strict=True)]
         return cls(
             torch.from_numpy(input_ids),
             torch.from_numpy(labels),
             torch.from_numpy(position_ids),
             int((position_ids == 0).sum(1).max()),
             torch.tensor(source_ids),
+            *roles,
         )
 
     def to(self, device: torch.device | str) -> Self:

@@ -132,9 +132,9 @@ class Mixer(SequenceMixer):
             # Doubled head dim: tokens score in the rotated half, persistent tokens in the unrotated one.
             q = torch.cat([rotated_BTHK, q_BTHK], -1)
             k, v = (F.pad(x, (0, self.dims.head_dim)) for x in seen.values())
-            y_BTHK = self._attend(q, k, v, self._prefix(), positions_BT, fresh)[..., : self.dims.head_dim]
+            y_BTHK = self._attend(q, k, v, self._prefix(), positions_BT, fresh, window)[..., : self.dims.head_dim]
         else:
-            y_BTHK = self._attend(rotated_BTHK, seen["k"], seen["v"], None, positions_BT, fresh)
+            y_BTHK = self._attend(rotated_BTHK, seen["k"], seen["v"], None, positions_BT, fresh, window)
         return y_BTHK, (q_BTHK, k_BTGK, v_BTGK), new_state
 
     def _prefix(self) -> tuple[Tensor, Tensor]:
@@ -154,16 +154,18 @@ class Mixer(SequenceMixer):
         prefix: tuple[Tensor, Tensor] | None,
         positions_BT: Tensor,
         fresh: bool,
+        window: int | None,
     ) -> Tensor:
         """softmax(q k^T) v over the keys each query sees; q [B, T, H, *], k and v [B, L, G, *]."""
-        backend, window = self.dims.attn_implementation, self.config.window_size
+        backend = self.dims.attn_implementation
         if "flash" in backend:
-            return self._flash(q, k, v, prefix, fresh)
+            return self._flash(q, k, v, prefix, fresh, window)
         if backend == "flex_attention":
-            return self._flex(q, k, v, prefix, positions_BT)
+            return self._flex(q, k, v, prefix, positions_BT, window)
         if window is None or window >= k.shape[1]:
-            whole = fresh and prefix is None
-            return self._call(backend, q, k, v, None) if whole else self._dense(backend, q, k, v, prefix, positions_BT)
+            if fresh and prefix is None:
+                return self._call(backend, q, k, v, None)
+            return self._dense(backend, q, k, v, prefix, positions_BT, window)
         block = min(q.shape[1], max(window, _MIN_BLOCK))
         pad, missing = -q.shape[1] % block, window - 1 - (k.shape[1] - q.shape[1])
         # Overlapping views: block n of queries sees its own keys and the W-1 before them.
@@ -173,7 +175,7 @@ class Mixer(SequenceMixer):
         )
         positions_BNQ = F.pad(positions_BT, (0, pad)).unflatten(1, (-1, block)).expand(q_BNQ.shape[:3])
         q, k, v = (x.flatten(0, 1) for x in (q_BNQ, k_BNL, v_BNL))
-        y = self._dense(backend, q, k, v, prefix, positions_BNQ.flatten(0, 1))
+        y = self._dense(backend, q, k, v, prefix, positions_BNQ.flatten(0, 1), window)
         return y.unflatten(0, q_BNQ.shape[:2]).flatten(1, 2)[:, : positions_BT.shape[1]]
 
     def _dense(
@@ -184,19 +186,26 @@ class Mixer(SequenceMixer):
         v: Tensor,
         prefix: tuple[Tensor, Tensor] | None,
         positions_BT: Tensor,
+        window: int | None,
     ) -> Tensor:
         queries, keys = q.shape[1], k.shape[1]
         distance = torch.arange(keys - queries, keys, device=q.device)[:, None] - torch.arange(keys, device=q.device)
         seen = (distance >= 0) & (distance <= positions_BT[..., None])
-        if self.config.window_size:
-            seen &= distance < self.config.window_size
+        if window:
+            seen &= distance < window
         if prefix is not None:
             k, v = (torch.cat([p.expand(len(x), -1, -1, -1), x], 1) for p, x in zip(prefix, (k, v), strict=True))
             seen = F.pad(seen, (prefix[0].shape[1], 0), value=True)
         return self._call(backend, q, k, v, seen[:, None])
 
     def _flex(
-        self, q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None, positions_BT: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        prefix: tuple[Tensor, Tensor] | None,
+        positions_BT: Tensor,
+        window: int | None,
     ) -> Tensor:
         from torch.nn.attention.flex_attention import create_block_mask
 
@@ -204,17 +213,25 @@ class Mixer(SequenceMixer):
             k, v = (torch.cat([p.expand(len(x), -1, -1, -1), x], 1) for p, x in zip(prefix, (k, v), strict=True))
         always = prefix[0].shape[1] if prefix is not None else 0
         past = k.shape[1] - always - q.shape[1]
-        window = self.config.window_size or k.shape[1]
+        width = window or k.shape[1]
         positions_BT = positions_BT.expand(q.shape[:2])
 
         def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             distance = i + past - (j - always)
-            return (j < always) | ((distance >= 0) & (distance < window) & (distance <= positions_BT[b, i]))
+            return (j < always) | ((distance >= 0) & (distance < width) & (distance <= positions_BT[b, i]))
 
         mask = create_block_mask(seen, len(q), None, q.shape[1], k.shape[1], device=q.device)
         return self._call("flex_attention", q, k, v, mask)
 
-    def _flash(self, q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor] | None, fresh: bool) -> Tensor:
+    def _flash(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        prefix: tuple[Tensor, Tensor] | None,
+        fresh: bool,
+        window: int | None,
+    ) -> Tensor:
         require(
             prefix is None and fresh,
             f"attn_implementation={self.dims.attn_implementation!r} serves whole unpadded documents without "
@@ -227,7 +244,7 @@ class Mixer(SequenceMixer):
             k[:, -new:],
             v[:, -new:],
             None,
-            sliding_window=self.config.window_size,
+            sliding_window=window,
         )
 
     def _call(self, backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Tensor:

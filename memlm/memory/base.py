@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memlm_kernels import grid
@@ -35,6 +36,50 @@ class Dims:
 
 
 @dataclass(frozen=True)
+class Roles:
+    """What each token is to a memory of documents, and how much of each there is, known without the device.
+
+    of_BT: above 0, the number of the document that it is of, which goes on as far as this number does; 0, of a
+        query, which chooses documents; -1, of a response; -2, of a template: what stands before all else in a sample
+    found_BT: whether the query should find the document that a token is of; None: not known
+    documents, longest: at most, documents that a row has tokens of, and tokens of one of them in this call
+    within, outside: at most, tokens of a row within documents, and outside of any
+    whole: whether some row may have all its tokens, or none, in one document
+    """
+
+    of_BT: Tensor
+    found_BT: Tensor | None
+    documents: int
+    longest: int
+    within: int
+    outside: int
+    whole: bool
+
+    @staticmethod
+    def of(
+        doc_ids_BT: Tensor, positions_BT: Tensor | None, lengths_B: Tensor | None, found_BT: Tensor | None = None
+    ) -> "Roles":
+        """Counts, which asks the device once; the real tokens of a row stand first."""
+        length = doc_ids_BT.shape[1]
+        if length == 0:
+            return Roles(doc_ids_BT, found_BT, 0, 0, 0, 0, True)
+        place_T = torch.arange(length, device=doc_ids_BT.device)
+        real_BT = torch.ones_like(doc_ids_BT, dtype=torch.bool)
+        if lengths_B is not None:
+            real_BT = place_T < lengths_B[:, None]
+        within_BT = (doc_ids_BT > 0) & real_BT
+        starts_BT = F.pad(doc_ids_BT[:, 1:] != doc_ids_BT[:, :-1], (1, 0), value=True)
+        if positions_BT is not None:
+            starts_BT = starts_BT | (positions_BT == 0)
+        longest_B = (within_BT * (place_T - (starts_BT * place_T).cummax(1).values + 1)).amax(1)
+        documents_B, outside_B = (starts_BT & within_BT).sum(1), (real_BT & ~within_BT).sum(1)
+        one_B = (documents_B <= 1) & (outside_B == 0)
+        counts = [x.max() for x in (documents_B, longest_B, within_BT.sum(1), outside_B, one_B)]
+        documents, longest, within, outside, one = torch.stack([x.long() for x in counts]).tolist()
+        return Roles(doc_ids_BT, found_BT, documents, longest, within, outside, bool(one))
+
+
+@dataclass(frozen=True)
 class MixerContext:
     """Where the tokens of this call stand. Without a context every row goes on from its state, all tokens real.
 
@@ -42,12 +87,15 @@ class MixerContext:
     lengths_B: real tokens of each row; they come first (the decoder moves padding to the end). None: all
     max_documents: an upper bound on the documents that one row has tokens of, known without the device
     aligned: every row goes on from where a chunk of the memory ends, all tokens real, in the same document
+    roles: for memories of documents, which are then parts of what is called a document here; None: all tokens
+        are a response
     """
 
     positions_BT: Tensor | None = None
     lengths_B: Tensor | None = None
     max_documents: int = 1
     aligned: bool = False
+    roles: Roles | None = None
 
 
 class MixerOutput(NamedTuple):

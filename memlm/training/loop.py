@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -90,6 +90,9 @@ class Trainer:
         if self.trainer_state:
             for optimizer, state in zip(self.optimizers, self.trainer_state["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
+        if any(getattr(module, "without_gradient", None) for module in self.model.modules()):
+            # Ranks would wait for gradients that may not come.
+            self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         objective = Objective(self.model)
         if cfg.hardware.compile:
             objective.compile()

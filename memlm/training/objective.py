@@ -32,10 +32,23 @@ class Objective(nn.Module):
         self.model = model
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None, max_documents: int
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor | None,
+        max_documents: int,
+        doc_ids: Tensor | None = None,
+        positives: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Returns the loss with auxiliary losses added, each row's own loss [B], and the mixers' metrics, scalars."""
-        out = self.model(input_ids=input_ids, position_ids=position_ids, max_documents=max_documents, use_cache=False)
+        out = self.model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            max_documents=max_documents,
+            doc_ids=doc_ids,
+            positives=positives,
+            use_cache=False,
+        )
         nats, scored = token_losses(out.logits, labels)
         rows = nats.sum(1) / scored.sum(1).clamp(min=1)
         loss = rows.mean() + sum(out.aux_losses.values())
@@ -51,6 +64,8 @@ def model_inputs(batch: Batch) -> dict:
         "labels": batch.labels,
         "position_ids": positions,
         "max_documents": batch.max_documents,
+        "doc_ids": batch.doc_ids,
+        "positives": batch.positives,
     }
 
 

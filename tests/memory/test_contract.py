@@ -272,7 +272,7 @@ def test_finite_at_initialisation(variant, length, dtype, repeated):
     out = model(ids, labels=ids)
     out.loss.backward()
     assert torch.isfinite(out.logits).all() and torch.isfinite(out.loss)
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
 def test_low_precision_models_accumulate_in_fp32(variant, monkeypatch):
@@ -292,13 +292,15 @@ def test_low_precision_models_accumulate_in_fp32(variant, monkeypatch):
 def test_gradient_checkpointing_changes_nothing(variant):
     model, ids = model_of(variant).train(), tokens(2, 40)
     model(ids, labels=ids).loss.backward()
-    plain = [p.grad.clone() for p in model.parameters()]
+    plain = [p.grad for p in model.parameters()]
     model.zero_grad()
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     assert model.model.gradient_checkpointing
     model(ids, labels=ids).loss.backward()
     for (name, p), expected in zip(model.named_parameters(), plain, strict=True):
-        assert_close(name, expected, p.grad, EXACT)
+        assert (expected is None) == (p.grad is None)
+        if expected is not None:
+            assert_close(name, expected, p.grad, EXACT)
 
 
 def test_generate_with_memory_equals_without(variant):
@@ -345,5 +347,5 @@ def test_state_is_bounded_or_says_so(variant):
     _, long = stream(model, tokens(1, 200), [200])
     held = sum(x.untyped_storage().nbytes() for state in long.states for x in state.values())
     assert held == long.nbytes(), "a state is a view that keeps a longer tensor alive"
-    grows = variant[0] == "attention"
+    grows = variant[0] in ("attention", "msa")
     assert (long.nbytes() > short.nbytes()) == grows

@@ -1,0 +1,86 @@
+"""Which documents a query reads: scores of pooled chunks, reduced to documents, of which the best are kept."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from memlm_kernels.backend import choose
+from memlm_kernels.route_documents.reference import Routes, Rule, Scored, best_of, route_documents_reference
+
+__all__ = ["Routes", "Scored", "merge_topk", "route_documents"]
+
+SIMILARITIES = ("cosine", "dot")
+REDUCTIONS = ("mean", "max")
+
+
+def route_documents(
+    q: Tensor | None,
+    k: Tensor,
+    document: Tensor,
+    *,
+    top_k: int,
+    num_documents: int,
+    asks: Tensor | None = None,
+    spans: tuple[Tensor, Tensor] | None = None,
+    running: bool = False,
+    scored: Scored | None = None,
+    similarity: str = "cosine",
+    head_reduce: str = "mean",
+    query_reduce: str = "max",
+    chunk_reduce: str = "max",
+    return_scores: bool = False,
+    tile: int = 4096,
+    backend: str = "auto",
+) -> Routes:
+    """The top_k documents of each row or token (Memory Sparse Attention, arXiv:2603.23516).
+
+    A chunk's score is its similarity to a token, reduced over heads, then over the tokens that ask; a document's is
+    its chunks', reduced::
+
+        s[doc] = chunk_reduce_c query_reduce_t head_reduce_h sim(q[t, h], k[c, group of h])
+
+    q: [B, M, H, K], or None if no token asks   k: [B or 1, C, G, K], pooled; 1 for a bank that all rows share
+    document: [B or 1, C] integers, the document of each chunk, ascending; num_documents or more: none
+    asks: [B, M], tokens that route (None: all)
+    spans: first and end, [B, M] each: a token knows of documents first to end - 1 (None: all)
+    running: reduce over the tokens up to each one, so that no decision sees a later token; otherwise over all
+    scored: what an earlier call returned, for the same chunks: its tokens count too
+    similarity: "cosine" (of the pooled key), or "dot", over the root of K
+    return_scores: also the score of every document, with a gradient; -inf where no token that asks knows of it
+
+    Returns the documents [B, R, top_k], -1 where there are fewer, and their scores, best first and of equals the
+    lowest number; R = M if ``running`` or ``spans``, else 1. Only ``scores`` has a gradient. At no time is more held
+    than the scores of ``tile`` chunks, unless return_scores meets query_reduce="mean". Accumulates in fp32.
+    Raises ValueError if a setting is unknown, shapes disagree, or the backend cannot run.
+    """
+    for name, value, known in (
+        ("similarity", similarity, SIMILARITIES),
+        ("head_reduce", head_reduce, REDUCTIONS),
+        ("query_reduce", query_reduce, REDUCTIONS),
+        ("chunk_reduce", chunk_reduce, REDUCTIONS),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
+    if top_k < 1 or tile < 1:
+        raise ValueError(f"top_k={top_k} and tile={tile} must be at least 1")
+    if k.ndim != 4 or document.shape != k.shape[:2]:
+        raise ValueError(f"k {list(k.shape)} and document {list(document.shape)} must be [B, C, G, K] and [B, C]")
+    if q is not None and (q.ndim != 4 or len(k) not in (1, len(q)) or q.shape[3] != k.shape[3]):
+        raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} must be [B, M, H, K] and [B or 1, C, G, K]")
+    if q is not None and q.shape[2] % k.shape[2]:
+        raise ValueError(f"q has {q.shape[2]} heads, which do not divide by the {k.shape[2]} of k")
+    choose("route_documents", backend, ("reference",))
+    rule = Rule(similarity, head_reduce, query_reduce, chunk_reduce, top_k, num_documents, running, tile)
+    return route_documents_reference(rule, q, k, document, asks, spans, scored, return_scores)
+
+
+def merge_topk(parts: Sequence[tuple[Tensor, Tensor]], top_k: int) -> tuple[Tensor, Tensor]:
+    """The best of several banks' best.
+
+    parts: index and score [..., any] of each, -1 and -inf where there is none; indices are of one numbering
+    Returns index and score [..., top_k], best first, of equals the lowest index.
+    """
+    index, score = (torch.cat(tensors, -1) for tensors in zip(*parts, strict=True))
+    index, order = index.sort(dim=-1, stable=True)
+    return best_of(index, score.gather(-1, order), top_k)

@@ -1,0 +1,289 @@
+"""Routing in tiles of chunks. The mean over heads is linear, so that it folds into the query:
+
+    mean_h q[t, h] . k[c, group of h] = q~[t] . k[c],    q~[t, g] = sum_{h in g} q[t, h] / H
+
+one product of depth G * K for each token and chunk. A document may lie across tiles: what the last one of a tile has
+so far is carried into the next.
+
+Gradients do not need the scores: with maxima each document's depends on one token and one chunk, whose places are
+kept, and the score is made again from these two.
+
+B rows, M tokens, C chunks, N documents, H query heads in G groups, K key dim, R decisions of a row, J = top_k.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memlm_kernels.grid import pick
+from memlm_kernels.segments import exact
+
+# Inside the square root, so that a vector of zeros has a gradient.
+_EPS = 1e-12
+_NEVER = float("-inf")
+
+
+class Rule(NamedTuple):
+    similarity: str
+    head_reduce: str
+    query_reduce: str
+    chunk_reduce: str
+    top_k: int
+    num_documents: int
+    running: bool
+    tile: int
+
+
+class Scored(NamedTuple):
+    """Of each chunk, [B, C]: the maximum (or the sum) of its scores over the tokens so far that asked, and how many.
+
+    0 where none did.
+    """
+
+    score: Tensor
+    asked: Tensor
+
+
+class Routes(NamedTuple):
+    """document, score: [B, R, J]; scored: for the next call; scores: [B, N], or None if not asked for."""
+
+    document: Tensor
+    score: Tensor
+    scored: Scored
+    scores: Tensor | None
+
+
+def route_documents_reference(
+    rule: Rule,
+    q: Tensor | None,
+    k: Tensor,
+    document: Tensor,
+    asks: Tensor | None,
+    spans: tuple[Tensor, Tensor] | None,
+    scored: Scored | None,
+    return_scores: bool,
+) -> Routes:
+    batch = len(q) if q is not None else len(spans[0]) if spans else len(k)
+    # A call may have no tokens.
+    q = _prepared(rule, q) if q is not None and q.shape[1] else None
+    if scored is None:
+        zeros = exact(torch.zeros(batch, k.shape[1], device=k.device, dtype=k.dtype))
+        scored = Scored(zeros, torch.zeros_like(zeros, dtype=torch.int64))
+    asked = _Asked(q, k, document.expand(batch, -1), asks, spans, scored)
+    with torch.no_grad():
+        walk = _Walk(rule, asked)
+        for start in range(0, k.shape[1], rule.tile):
+            walk.visit(slice(start, start + rule.tile))
+        index, score, after, token = walk.finish()
+    scores = _document_scores(rule, asked, after, token) if return_scores else None
+    return Routes(index, score, after, scores)
+
+
+class _Asked(NamedTuple):
+    """The inputs of ``route_documents``; q as ``_prepared``, k not; before: ``scored``."""
+
+    q: Tensor | None
+    k: Tensor
+    document: Tensor
+    asks: Tensor | None
+    spans: tuple[Tensor, Tensor] | None
+    before: Scored
+
+    def tokens(self) -> int:
+        return self.q.shape[1] if self.q is not None else self.spans[0].shape[1] if self.spans else 1
+
+    def knows(self, document: Tensor) -> Tensor:
+        """Which tokens ask a chunk, [B, M, n]."""
+        known = torch.ones(1, self.tokens(), 1, dtype=torch.bool, device=document.device)
+        if self.asks is not None:
+            known = known & self.asks[..., None]
+        if self.spans is not None:
+            first, end = (x[..., None] for x in self.spans)
+            known = known & (document[:, None] >= first) & (document[:, None] < end)
+        return known.expand(len(document), -1, document.shape[1])
+
+
+class _Walk:
+    """Visits the tiles in order. best: the decisions so far, index and score, [B, R, J]; open: name, value and size
+    of the document that the last tile ends in; parts: of each tile, what ``finish`` returns of chunks.
+    """
+
+    def __init__(self, rule: Rule, asked: _Asked) -> None:
+        self.rule, self.asked = rule, asked
+        batch, device, dtype = len(asked.document), asked.k.device, asked.before.score.dtype
+        self.folded = None
+        if asked.q is not None and rule.head_reduce == "mean":
+            self.folded = _folded(rule, asked.q, asked.k.shape[2])
+        # Where all tokens count, tokens decide differently only if they know of different documents.
+        self.values = asked.tokens() if rule.running else 1
+        decisions = asked.tokens() if rule.running or asked.spans is not None else 1
+        index = torch.full((batch, decisions, 0), -1, device=device, dtype=torch.int64)
+        self.best = best_of(index, index.to(dtype), rule.top_k)
+        none = torch.full((batch, 1), -1, device=device, dtype=torch.int64)
+        nothing = torch.full((batch, self.values, 1), _NEVER, device=device, dtype=dtype)
+        self.open = (none, nothing, torch.zeros_like(none))
+        self.parts: list[tuple[Tensor, Tensor, Tensor]] = [
+            (asked.before.score[:, :0], asked.before.asked[:, :0], asked.document[:, :0])
+        ]
+
+    def visit(self, tile: slice) -> None:
+        score, count = self._over_tokens(tile)
+        values = torch.where(count > 0, score / count if self.rule.query_reduce == "mean" else score, _NEVER)
+        self._over_chunks(self.asked.document[:, tile], values[:, -self.values :])
+
+    def _over_tokens(self, tile: slice) -> tuple[Tensor, Tensor]:
+        """Scores of the tile's chunks and how many tokens gave them, after each token, [B, M, n]."""
+        q, document = self.asked.q, self.asked.document[:, tile]
+        before, token = Scored(*(x[:, tile] for x in self.asked.before)), torch.zeros_like(document)
+        if q is None:
+            self.parts.append((*before, token))
+            score, count = (x[:, None].expand(-1, self.values, -1) for x in before)
+            return score, count
+        scores = _similarities(self.rule, q, self.folded, _prepared(self.rule, self.asked.k[:, tile]))
+        known = self.asked.knows(document)
+        count = before.asked[:, None] + known.long().cumsum(1)
+        if self.rule.query_reduce == "mean":
+            score = before.score[:, None] + (scores * known).cumsum(1)
+        else:
+            scores = scores.masked_fill(~known, _NEVER)
+            token = scores.max(1).indices
+            past = before.score.masked_fill(before.asked == 0, _NEVER)
+            score = torch.maximum(scores.cummax(1).values, past[:, None]).masked_fill(count == 0, 0.0)
+        self.parts.append((score[:, -1], count[:, -1], token))
+        return score, count
+
+    def _over_chunks(self, document: Tensor, values: Tensor) -> None:
+        """Documents that end in the tile enter the best; the last one is carried on."""
+        width = values.shape[2]
+        changes = (document[:, 1:] != document[:, :-1]).long()
+        segment = F.pad(changes.cumsum(1), (1, 0))
+        name = torch.full_like(document, self.rule.num_documents).scatter(1, segment, document)
+        size = torch.zeros_like(document).scatter_add(1, segment, torch.ones_like(document))
+        spread = segment[:, None].expand(values.shape)
+        total = _reduced(self.rule, values, spread, width)
+
+        open_name, open_value, open_size = self.open
+        goes_on = open_name == name[:, :1]
+        joined = torch.where(goes_on[..., None], _join(self.rule, open_value, total[..., :1]), total[..., :1])
+        total = torch.cat([joined, total[..., 1:]], -1)
+        size = torch.cat([size[:, :1] + torch.where(goes_on, open_size, 0), size[:, 1:]], 1)
+        # In the order of their numbers, the one that stood open first.
+        self._enter(open_name, open_value.masked_fill(goes_on[..., None], _NEVER), open_size)
+
+        last = segment[:, -1:]
+        self.open = (
+            name.gather(1, last),
+            total.gather(2, last[:, None].expand(-1, self.values, -1)),
+            size.gather(1, last),
+        )
+        ended = torch.arange(width, device=document.device) < last
+        self._enter(name, total.masked_fill(~ended[:, None], _NEVER), size)
+
+    def _enter(self, name: Tensor, value: Tensor, size: Tensor) -> None:
+        """name, size: [B, n]   value: [B, R or 1, n]"""
+        if self.rule.chunk_reduce == "mean":
+            value = value / size.clamp(min=1)[:, None]
+        exists = ((name >= 0) & (name < self.rule.num_documents))[:, None]
+        if self.asked.spans is not None:
+            first, end = (x[..., None] for x in self.asked.spans)
+            exists = exists & (name[:, None] >= first) & (name[:, None] < end)
+        value = torch.where(exists, value, _NEVER)
+        index = torch.where(value > _NEVER, name[:, None], -1)
+        index, value = (torch.cat([a, b], -1) for a, b in zip(self.best, (index, value), strict=True))
+        self.best = best_of(index, value, self.rule.top_k)
+
+    def finish(self) -> tuple[Tensor, Tensor, Scored, Tensor]:
+        """index and score [B, R, J], the chunks' scores, and which token gave each its maximum, [B, C]."""
+        self._enter(*self.open)
+        score, count, token = (torch.cat(x, 1) for x in zip(*self.parts, strict=True))
+        return *self.best, Scored(score, count), token
+
+
+def best_of(index: Tensor, score: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The top_k largest along the last dimension; of equals those that stand first. Padded with -1 and -inf."""
+    missing = max(0, top_k - score.shape[-1])
+    index, score = F.pad(index, (0, missing), value=-1), F.pad(score, (0, missing), value=_NEVER)
+    score, order = score.sort(dim=-1, descending=True, stable=True)
+    score = score[..., :top_k]
+    return index.gather(-1, order[..., :top_k]).masked_fill(score == _NEVER, -1), score
+
+
+def _similarities(rule: Rule, q: Tensor, folded: Tensor | None, k: Tensor) -> Tensor:
+    """[B, M, n], reduced over heads."""
+    if folded is not None:
+        return folded @ k.flatten(2).mT
+    grouped = q.unflatten(2, (k.shape[2], -1)).permute(0, 2, 1, 3, 4)
+    scores = (grouped.flatten(2, 3) @ k.permute(0, 2, 3, 1)).unflatten(2, grouped.shape[2:4])
+    return scores.amax((1, 3)) * _scale(rule, q)
+
+
+def _document_scores(rule: Rule, asked: _Asked, after: Scored, token: Tensor) -> Tensor:
+    """[B, N], made again from the few products that they depend on, with a gradient."""
+    q, k, before = asked.q, asked.k, asked.before
+    size, chunks = rule.num_documents, k.shape[1]
+    name = asked.document.clamp(min=0)
+    name = torch.where(asked.document < 0, size, name).clamp(max=size)
+    known = after.score.masked_fill(after.asked == 0, _NEVER)
+    if rule.query_reduce == "mean":
+        total = before.score
+        if q is not None:
+            folded = _folded(rule, q, k.shape[2]) if rule.head_reduce == "mean" else None
+            total = total + (_similarities(rule, q, folded, _prepared(rule, k)) * asked.knows(asked.document)).sum(1)
+        value = (total / after.asked.clamp(min=1)).masked_fill(after.asked == 0, _NEVER)
+        return _of_documents(rule, value, name)
+    if q is None or chunks == 0:
+        return _of_documents(rule, known, name)
+    chunk = torch.arange(chunks, device=k.device).expand_as(name)
+    if rule.chunk_reduce == "max":
+        # The first chunk of each document that has its maximum.
+        best = _reduced(rule, known, name, size + 1)
+        first = chunk.masked_fill(known < best.gather(1, name), chunks)
+        chunk = torch.full_like(best, chunks, dtype=torch.int64).scatter_reduce(1, name, first, "amin")
+        chunk = chunk[:, :size].clamp(max=chunks - 1)
+        known = best[:, :size]
+        token, before = token.gather(1, chunk), Scored(*(x.gather(1, chunk) for x in before))
+    of_q = pick(q, token).unflatten(2, (k.shape[2], -1))
+    of_k = _prepared(rule, pick(k.expand(len(q), -1, -1, -1), chunk))
+    again = (of_q * of_k[:, :, :, None]).sum(-1).flatten(2)
+    again = (again.mean(-1) if rule.head_reduce == "mean" else again.amax(-1)) * _scale(rule, q)
+    # What an earlier call gave has no gradient here.
+    new = (known > _NEVER) & ((before.asked == 0) | (before.score < known))
+    value = torch.where(new, again, known)
+    return value if rule.chunk_reduce == "max" else _of_documents(rule, value, name)
+
+
+def _of_documents(rule: Rule, value: Tensor, name: Tensor) -> Tensor:
+    """[B, C] -> [B, N]"""
+    total = _reduced(rule, value, name, rule.num_documents + 1)
+    if rule.chunk_reduce == "mean":
+        total = total / torch.zeros_like(total).scatter_add(1, name, torch.ones_like(value)).clamp(min=1)
+    return total[:, : rule.num_documents]
+
+
+def _reduced(rule: Rule, values: Tensor, owner: Tensor, size: int) -> Tensor:
+    """[..., n] by owner, [..., size]: maxima or sums; -inf where there is nothing."""
+    start = torch.full((*values.shape[:-1], size), _NEVER, device=values.device, dtype=values.dtype)
+    if rule.chunk_reduce == "max":
+        return start.scatter_reduce(-1, owner, values, "amax")
+    return start.scatter_reduce(-1, owner, values, "sum", include_self=False)
+
+
+def _join(rule: Rule, a: Tensor, b: Tensor) -> Tensor:
+    return torch.maximum(a, b) if rule.chunk_reduce == "max" else a + b
+
+
+def _folded(rule: Rule, q: Tensor, groups: int) -> Tensor:
+    """[B, M, G * K]"""
+    return q.unflatten(2, (groups, -1)).sum(3).flatten(2) * (_scale(rule, q) / q.shape[2])
+
+
+def _scale(rule: Rule, q: Tensor) -> float:
+    return 1.0 if rule.similarity == "cosine" else q.shape[3] ** -0.5
+
+
+def _prepared(rule: Rule, x: Tensor) -> Tensor:
+    """In fp32, and of length 1 for cosines."""
+    x = exact(x)
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + _EPS) if rule.similarity == "cosine" else x

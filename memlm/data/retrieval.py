@@ -1,0 +1,234 @@
+"""Samples of documents and a question, to teach a memory which documents to read and what to take from them.
+
+A sample is ``[template | document 1 | ... | document N | question | answer]``; ``doc_ids`` say what each token is of,
+as models take them: above 0, the number of its document, 0 the question, -1 the answer, -2 the template. Answers are
+scored.
+
+Legend: T tokens of a row or a sample.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from .documents import assign_splits
+from .recall import ASK, FILLER, KEYS, MARK, NOISE, VALUES, RecallTask
+from .row import IGNORE_INDEX, SPLITS, split_id
+from .tokenizer import encoder
+
+QUESTION, ANSWER, TEMPLATE = 0, -1, -2
+
+
+class RetrievalRow(NamedTuple):
+    """int64 [T] each; the first three as in ``Row``. doc_ids: what each token is of; positives: 1 for tokens of the
+    documents that the question is about.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    position_ids: np.ndarray
+    doc_ids: np.ndarray
+    positives: np.ndarray
+
+
+def make_sample(
+    template: Sequence[int],
+    documents: Iterable[tuple[Sequence[int], bool]],
+    question: Sequence[int],
+    answer: Sequence[int],
+) -> RetrievalRow:
+    """Token ids of each part, and whether the question is about each document."""
+    documents = [*documents]
+    parts = [(template, TEMPLATE, 0)]
+    parts += [(ids, number, int(found)) for number, (ids, found) in enumerate(documents, 1)]
+    parts += [(question, QUESTION, 0), (answer, ANSWER, 0)]
+    input_ids = np.concatenate([np.asarray(ids, np.int64) for ids, _, _ in parts])
+    sizes = [len(ids) for ids, _, _ in parts]
+    doc_ids, positives = (np.repeat([part[i] for part in parts], sizes).astype(np.int64) for i in (1, 2))
+    labels = np.where(np.arange(len(input_ids)) < len(input_ids) - len(answer), IGNORE_INDEX, input_ids)
+    return RetrievalRow(input_ids, labels, np.arange(len(input_ids)), doc_ids, positives)
+
+
+def pack(samples: Sequence[RetrievalRow], length: int, pad_id: int) -> RetrievalRow:
+    """One row of samples, and behind them padding, which is a document of its own that nobody scores."""
+    missing = length - sum(len(sample.input_ids) for sample in samples)
+    if missing < 0:
+        raise ValueError(f"samples have {length - missing} tokens, more than a row of {length}; raise data.seq_len")
+    ignored = np.full(missing, IGNORE_INDEX)
+    padding = RetrievalRow(
+        np.full(missing, pad_id), ignored, np.arange(missing), np.full(missing, ANSWER), np.zeros(missing, np.int64)
+    )
+    return RetrievalRow(*(np.concatenate(parts) for parts in zip(*samples, padding, strict=True)))
+
+
+@dataclass(frozen=True)
+class Facts(RecallTask):
+    """`num_documents` documents of noise, in each somewhere a fact, `key d1..dn`; the question is `ASK key`, the
+    answer the fact's n digits. Keys are distinct, digits any of the values, lengths of documents at random.
+
+    length: tokens of the sample. Raises ValueError where the sizes do not fit.
+    """
+
+    length: int = 128
+    num_documents: int = 8
+    digits: int = 1
+    num_keys: int = 32
+    num_values: int = 32
+
+    def __post_init__(self):
+        for name, known in (("num_keys", KEYS), ("num_values", VALUES)):
+            if not 1 <= getattr(self, name) <= len(known):
+                raise ValueError(f"{name}={getattr(self, name)} must lie between 1 and {len(known)}")
+        if not 1 <= self.num_documents <= self.num_keys:
+            raise ValueError(f"num_documents={self.num_documents} must lie between 1 and num_keys={self.num_keys}")
+        if self.digits < 1:
+            raise ValueError(f"digits={self.digits} must be at least 1")
+        least = 3 + self.digits + self.num_documents * (1 + self.digits)
+        if self.length < least:
+            raise ValueError(f"length={self.length} is too short for {self}; make it at least {least}")
+
+    def scaled(self, factor: float) -> Self:
+        """The same task at `factor` times the length and the documents, as far as there are keys."""
+        documents = min(round(self.num_documents * factor), self.num_keys)
+        return replace(self, length=round(self.length * factor), num_documents=documents)
+
+    def sample(self, seed: int, split: str, index: int, noise: float) -> RetrievalRow:
+        """Row `index` of `split`; noise: the probability that a token beside the facts is noise, and not blank."""
+        rng = np.random.default_rng([seed, split_id(split), index])
+        fact = 1 + self.digits
+        keys = rng.permutation(KEYS[: self.num_keys])[: self.num_documents]
+        digits = VALUES[rng.integers(self.num_values, size=(self.num_documents, self.digits))]
+        spare = self.length - 3 - self.digits - self.num_documents * fact
+        cuts = np.sort(rng.integers(spare + 1, size=self.num_documents - 1))
+        extra = np.diff(np.concatenate([[0], cuts, [spare]]))
+        asked, documents = rng.integers(self.num_documents), []
+        for number in range(self.num_documents):
+            size = extra[number] + fact
+            ids = np.where(rng.random(size) < noise, NOISE[rng.integers(len(NOISE), size=size)], FILLER)
+            place = rng.integers(extra[number] + 1)
+            ids[place : place + fact] = [keys[number], *digits[number]]
+            documents.append((ids, number == asked))
+        return make_sample([MARK], documents, [ASK, keys[asked]], digits[asked])
+
+
+class Question(NamedTuple):
+    """A record's texts; positives: which of the documents the question is about."""
+
+    query: str
+    documents: tuple[str, ...]
+    positives: frozenset[int]
+    answer: str
+
+
+def load_questions(paths: str | Sequence[str]) -> list[Question]:
+    """Of JSONL files, {"query": ..., "documents": [...], "positives": [indices], "answer": ...} in each line.
+
+    Raises ValueError, naming file and line, for what is not of this form.
+    """
+    questions = []
+    for path in [paths] if isinstance(paths, str) else paths:
+        file = Path(path).expanduser()
+        if not file.is_file():
+            raise ValueError(f"paths: {file} is not a file; name JSONL files")
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            if line.strip():
+                questions.append(_read(line, f"{file}:{number}"))
+    return questions
+
+
+def _read(line: str, where: str) -> Question:
+    try:
+        record = json.loads(line)
+        question = Question(
+            record["query"], tuple(record["documents"]), frozenset(record["positives"]), record["answer"]
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{where}: {error!r}; give query, documents, positives (their indices) and answer") from None
+    texts = [question.query, question.answer, *question.documents]
+    if not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(f"{where}: query, answer and documents must be texts that are not empty")
+    if not question.positives <= set(range(len(question.documents))) or not question.positives:
+        raise ValueError(
+            f"{where}: positives={sorted(question.positives)} must name at least one of {len(question.documents)} "
+            "documents, counted from 0"
+        )
+    return question
+
+
+class QuestionSource:
+    """Endless rows of `seq_len` tokens: questions, each with its documents, and others' of the same split until there
+    are `num_documents`, in random order. A document is cut to `document_length` tokens; a row takes the next
+    questions as long as they fit, documents not asked for giving way first.
+
+    Raises ValueError where a split has no question, or a question is longer than a row.
+    """
+
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        tokenizer: PreTrainedTokenizerFast,
+        seq_len: int,
+        seed: int,
+        num_documents: int = 16,
+        document_length: int = 512,
+    ):
+        self.seq_len, self.seed = seq_len, seed
+        self.num_documents, self.document_length = num_documents, document_length
+        self._encode: Callable[[str], np.ndarray] = encoder(tokenizer)
+        self._end = tokenizer.eos_token_id
+        self._questions = questions
+        splits = assign_splits([question.query for question in questions])
+        self._of_split = [np.flatnonzero(splits == split) for split in range(len(SPLITS))]
+        for split, members in zip(SPLITS, self._of_split, strict=True):
+            if not len(members):
+                raise ValueError(
+                    f"paths: no question of {len(questions)} is left for the {split} split; give 3 or more"
+                )
+        for question in questions:
+            least = len(self._asked(question)) + len(self._answered(question)) + len(question.positives)
+            if least > seq_len:
+                raise ValueError(f"seq_len={seq_len} is too short for the question {question.query[:40]!r}")
+
+    def row(self, index: int, split: str, step: int) -> RetrievalRow:
+        rng = np.random.default_rng([self.seed, split_id(split), index])
+        members, samples, room = self._of_split[split_id(split)], [], self.seq_len
+        for choice in rng.permutation(members):
+            sample = self._sample(self._questions[choice], members, rng, self.seq_len)
+            if len(sample.input_ids) > room:
+                break
+            samples.append(sample)
+            room -= len(sample.input_ids)
+        return pack(samples, self.seq_len, self._end)
+
+    def _sample(self, question: Question, members: np.ndarray, rng: np.random.Generator, room: int) -> RetrievalRow:
+        asked, answered = self._asked(question), self._answered(question)
+        room -= len(asked) + len(answered)
+        limit = min(self.document_length, room // len(question.positives))
+        chosen = [(self._encode(question.documents[i])[:limit], True) for i in sorted(question.positives)]
+        room -= sum(len(ids) for ids, _ in chosen)
+        for text in self._others(question, members, rng):
+            ids = self._encode(text)[: self.document_length]
+            if len(chosen) >= self.num_documents or len(ids) > room:
+                break
+            chosen.append((ids, False))
+            room -= len(ids)
+        return make_sample([], (chosen[i] for i in rng.permutation(len(chosen))), asked, answered)
+
+    def _others(self, question: Question, members: np.ndarray, rng: np.random.Generator) -> Iterable[str]:
+        """Documents that the question is not about: its own first, for they are the harder."""
+        own = [text for i, text in enumerate(question.documents) if i not in question.positives]
+        yield from (own[i] for i in rng.permutation(len(own)))
+        for choice in rng.permutation(members):
+            other = self._questions[choice]
+            yield from (text for text in other.documents if text not in question.documents)
+
+    def _asked(self, question: Question) -> np.ndarray:
+        return self._encode(f"\n{question.query}\n")
+
+    def _answered(self, question: Question) -> np.ndarray:
+        return np.append(self._encode(question.answer).astype(np.int64), self._end)

@@ -1,0 +1,232 @@
+"""Checkpoints of Memory Sparse Attention as released (model type ``msa``, MSA-4B), to ours and back; and Qwen3's,
+which it starts from, with fresh routers.
+
+Released weights are Qwen3's and, in the layers that route, ``router_q_proj.0`` and ``router_k_proj.0``; beside them
+stands ``temperature`` (a setting here), or ``b`` for the loss BCE (of each layer here). Theirs teaches routers in the
+upper half of the layers only, ours wherever they are.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memlm.configuration import MemLMConfig
+
+Weights = dict[str, Tensor]
+
+_OUTSIDE = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+_OF_LAYER = {
+    **{f"self_attn.{name}.weight": f"mixer.{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
+    **{f"self_attn.{name}.weight": f"mixer.{name}.weight" for name in ("q_norm", "k_norm")},
+    **{f"{name}.weight": f"{name}.weight" for name in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")},
+    **{f"{name}.weight": f"{name}.weight" for name in ("input_layernorm", "post_attention_layernorm")},
+}
+_ROUTERS = {f"self_attn.{name}.0.weight": f"mixer.{name}.weight" for name in ("router_q_proj", "router_k_proj")}
+# What a backbone must be, where it says; the rest is sizes.
+_FIXED = {"attention_bias": False, "hidden_act": "silu", "use_sliding_window": False}
+# Beside what ``config_to_msa`` computes, as released.
+_WRITTEN = {
+    "architectures": ["MSAForCausalLM"],
+    "model_type": "msa",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "max_position_embeddings": 262144,
+    "rope_scaling": None,
+    "sliding_window": False,
+    "use_cache": False,
+    "use_sliding_window": False,
+}
+_TEMPERATURES = (0.001, 0.5)
+
+
+def config_from_msa(theirs: dict[str, Any], weights: Weights) -> MemLMConfig:
+    """Raises ValueError for a configuration that is not of the released kind, or that ours cannot be."""
+    _expect(theirs, {"model_type": "msa", **_FIXED}, "")
+    rules = theirs["msa_config"]
+    _expect(rules, {"decouple_router": True, "decouple_pooling_mode": "mean", "rewrite_position": True}, "msa_config.")
+    method = rules["aux_loss_method"]
+    temperature = float(weights.get("temperature", rules["infonce_loss_temp"]))
+    routing = [int(layer) for layer in rules["router_layer_idx"].split(",") if layer.strip()]
+    settings = {
+        "chunk_size": rules["pooling_kernel_size"],
+        "top_k": rules["top_k_docs"],
+        "routing": "query",
+        "similarity": "cosine" if "INFONCE" in method else "dot",
+        "head_reduce": rules["head_reduce_method"],
+        "query_reduce": rules["query_reduce_method"],
+        "chunk_reduce": rules["chunk_reduce_method"],
+        "router_loss": method.lower(),
+        # Theirs is the mean over layers, ours a sum.
+        "loss_weight": rules["auxloss_weight"] / max(1, len(routing)),
+        "temperature": min(max(temperature, _TEMPERATURES[0]), _TEMPERATURES[1]),
+    }
+    return _config(theirs, theirs["rope_theta"], settings, routing)
+
+
+def config_from_qwen3(theirs: dict[str, Any], weights: Weights) -> MemLMConfig:
+    """The paper's settings, routing in the upper half of the layers."""
+    _expect(theirs, {"model_type": "qwen3", **_FIXED}, "")
+    for kind in theirs.get("layer_types") or []:
+        if kind != "full_attention":
+            raise ValueError(f"config.json: layer_types holds {kind!r}; only 'full_attention' can be converted")
+    rope = theirs.get("rope_parameters") or {"rope_theta": theirs.get("rope_theta", 10000.0)}
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(f"config.json: rope_type={rope['rope_type']!r}; only 'default' can be converted")
+    layers = theirs["num_hidden_layers"]
+    routing = list(range(layers // 2, layers))
+    return _config(theirs, rope["rope_theta"], {"loss_weight": 0.1 / len(routing)}, routing)
+
+
+def config_to_msa(config: MemLMConfig) -> dict[str, Any]:
+    """Raises ValueError for a model that theirs cannot be."""
+    mixers = [config.mixers[name] for name in config.layer_mixers()]
+    for mixer in mixers:
+        for name, value in {"kind": "msa", "qk_norm": True}.items():
+            if mixer.get(name) != value:
+                raise ValueError(f"model.mixers.*.{name} must be {value!r} in every layer; the release has no other")
+    routing = [layer for layer, mixer in enumerate(mixers) if mixer["routes"]]
+    if not routing:
+        raise ValueError("model.mixers.*.routes is false in every layer; the release routes in one at least")
+    rule = mixers[routing[0]]
+    for mixer in mixers:
+        for name in rule if mixer["routes"] else ("chunk_size", "top_k"):
+            if mixer[name] != rule[name]:
+                raise ValueError(f"model.mixers.*.{name} is {mixer[name]!r} and {rule[name]!r}; the release has one")
+    similarity = "dot" if rule["router_loss"] == "bce" else "cosine"
+    if rule["similarity"] != similarity:
+        raise ValueError(
+            f"model.mixers.*.similarity={rule['similarity']!r}; the release trains router_loss="
+            f"{rule['router_loss']!r} with {similarity!r}"
+        )
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    names += ("head_dim", "vocab_size", "rope_theta", "rms_norm_eps", "initializer_range", "tie_word_embeddings")
+    names += ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {
+        **_WRITTEN,
+        **{name: getattr(config, name) for name in names},
+        "msa_config": {
+            "ansloss_weight": 1.0,
+            "aux_loss": True,
+            "aux_loss_method": rule["router_loss"].upper(),
+            "auxloss_weight": rule["loss_weight"] * len(routing),
+            "chunk_reduce_method": rule["chunk_reduce"],
+            "decouple_pooling_mode": "mean",
+            "decouple_router": True,
+            "head_reduce_method": rule["head_reduce"],
+            "infonce_loss_temp": rule["temperature"],
+            "lmloss_weigth": 1.0,
+            "pooling_kernel_size": rule["chunk_size"],
+            "query_reduce_method": rule["query_reduce"],
+            "recloss_weight": 0.0,
+            "rewrite_position": True,
+            "router_layer_idx": ",".join(map(str, routing)),
+            "top_k_docs": rule["top_k"],
+        },
+    }
+
+
+def weights_from_msa(theirs: Weights, config: MemLMConfig) -> Weights:
+    """Of weights, or of their gradients. Raises ValueError for a weight too few or too many."""
+    rest = dict(theirs)
+    rest.pop("temperature", None)
+    bias = rest.pop("b", None)
+    ours = {name: _taken(rest, old) for old, name in _names(config, routers=True)}
+    if bias is not None:
+        ours |= {name: bias.clone() for name in _biases(config)}
+    _all_taken(rest)
+    return ours
+
+
+def weights_from_qwen3(theirs: Weights, config: MemLMConfig, seed: int = 0) -> Weights:
+    """The backbone's, and routers drawn as a fresh model's are."""
+    rest = dict(theirs)
+    if config.tie_word_embeddings:
+        rest.pop("lm_head.weight", None)
+    ours = {name: _taken(rest, old) for old, name in _names(config, routers=False)}
+    _all_taken(rest)
+    generator = torch.Generator().manual_seed(seed)
+    for _, name in _names(config, routers=True):
+        if "router" in name:
+            like = ours[name.replace("router_", "")]
+            drawn = torch.randn(like.shape, generator=generator) * config.initializer_range
+            ours[name] = drawn.to(like.dtype)
+    return ours
+
+
+def weights_to_msa(ours: Weights, config: MemLMConfig) -> Weights:
+    theirs = {old: ours[name].contiguous() for old, name in _names(config, routers=True)}
+    rule = next(config.mixers[name] for name in config.layer_mixers() if config.mixers[name]["routes"])
+    like = ours["model.norm.weight"]
+    if rule["router_loss"] != "bce":
+        theirs["temperature"] = torch.tensor(rule["temperature"], dtype=like.dtype)
+        return theirs
+    biases = [ours[name] for name in _biases(config)]
+    if any(not torch.equal(b, biases[0]) for b in biases):
+        raise ValueError("router_bias differs between layers; the release has one for all")
+    return {**theirs, "b": biases[0]}
+
+
+def _config(theirs: dict[str, Any], rope_theta: float, settings: dict[str, Any], routing: list[int]) -> MemLMConfig:
+    if theirs.get("rope_scaling"):
+        raise ValueError(f"config.json: rope_scaling={theirs['rope_scaling']!r}; only null can be converted")
+    shared = {name: settings[name] for name in ("chunk_size", "top_k") if name in settings}
+    mixers = {
+        "memory": {"kind": "msa", "routes": True, **settings},
+        "documents": {"kind": "msa", "routes": False, **shared},
+    }
+    pattern = ["memory" if layer in routing else "documents" for layer in range(theirs["num_hidden_layers"])]
+    return MemLMConfig(
+        vocab_size=theirs["vocab_size"],
+        hidden_size=theirs["hidden_size"],
+        intermediate_size=theirs["intermediate_size"],
+        num_hidden_layers=theirs["num_hidden_layers"],
+        num_attention_heads=theirs["num_attention_heads"],
+        num_key_value_heads=theirs["num_key_value_heads"],
+        head_dim=theirs["head_dim"],
+        rope_theta=rope_theta,
+        rms_norm_eps=theirs["rms_norm_eps"],
+        initializer_range=theirs["initializer_range"],
+        tie_word_embeddings=theirs["tie_word_embeddings"],
+        bos_token_id=theirs.get("bos_token_id"),
+        eos_token_id=theirs.get("eos_token_id"),
+        pad_token_id=theirs.get("pad_token_id"),
+        mixers={name: mixer for name, mixer in mixers.items() if name in pattern},
+        mixer_pattern=pattern,
+    )
+
+
+def _expect(found: dict[str, Any], wanted: dict[str, Any], where: str) -> None:
+    for name, value in wanted.items():
+        if found.get(name, value) != value:
+            raise ValueError(f"config.json: {where}{name}={found[name]!r}; only {value!r} can be converted")
+
+
+def _names(config: MemLMConfig, routers: bool) -> list[tuple[str, str]]:
+    """Their name and ours of every weight."""
+    names = [(name, name) for name in _OUTSIDE if not (config.tie_word_embeddings and name == "lm_head.weight")]
+    for layer, mixer in enumerate(config.mixers[name] for name in config.layer_mixers()):
+        of_layer = {**_OF_LAYER, **(_ROUTERS if routers and mixer["routes"] else {})}
+        names += [(f"model.layers.{layer}.{old}", f"model.layers.{layer}.{new}") for old, new in of_layer.items()]
+    return names
+
+
+def _biases(config: MemLMConfig) -> list[str]:
+    layers = enumerate(config.mixers[name] for name in config.layer_mixers())
+    return [
+        f"model.layers.{i}.mixer.router_bias"
+        for i, mixer in layers
+        if mixer["routes"] and mixer["router_loss"] == "bce"
+    ]
+
+
+def _taken(rest: Weights, name: str) -> Tensor:
+    if name not in rest:
+        raise ValueError(f"model.safetensors: {name} is missing; config.json and weights are not of one model")
+    return rest.pop(name)
+
+
+def _all_taken(rest: Weights) -> None:
+    if rest:
+        raise ValueError(f"model.safetensors: {next(iter(rest))} is not a weight of this configuration")

@@ -1,0 +1,206 @@
+"""Where the tokens of a call stand in a memory of documents: bookkeeping on integers, without asking the device.
+
+A row holds samples (packed, or one), a sample holds ``[template | document 1 | document 2 | ... | query, response]``
+in any order that the roles of its tokens say. Tokens within documents and tokens outside of any go two ways, so that
+each is compacted to a stream of its own, at the front of its row.
+
+B batch, T tokens, A tokens outside documents, N tokens within.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memlm.memory.base import MixerContext, Roles, State, next_position, token_positions
+from memlm_kernels.grid import pick
+
+# Of each row, all 0 before a sample's first token: tokens of the sample; of these outside documents, and of these
+# other than the leading template; tokens of the document that stands open; role of the last token; documents and
+# chunks of the row; documents of the row before the sample.
+COUNTERS = ("position", "outside", "begun", "place", "role", "documents", "chunks", "first")
+
+
+class Stream(NamedTuple):
+    """Tokens of each row that go one way, in their order.
+
+    index_BA: their places in the row; None where they are the row itself
+    lengths_B: how many are real; None: all
+    place_BA: tokens before each one in its sample, or in its document
+    """
+
+    index_BA: Tensor | None
+    lengths_B: Tensor | None
+    place_BA: Tensor
+
+    def take(self, x: Tensor) -> Tensor:
+        """[B, T, ...] -> [B, A, ...]"""
+        return x if self.index_BA is None else pick(x, self.index_BA)
+
+
+class Documents(NamedTuple):
+    """The tokens within documents.
+
+    chunk_BN, number_BN: which chunk and which document of the row each token is of
+    first_chunk_B: the first chunk that gets a token
+    chunks, longest: at most, chunks that get one, and tokens of a document in this call; whole: see ``Roles``
+    """
+
+    stream: Stream
+    chunk_BN: Tensor
+    number_BN: Tensor
+    first_chunk_B: Tensor
+    chunks: int
+    longest: int
+    whole: bool
+
+
+class Layout(NamedTuple):
+    """rotary_BT: the position of each token in its segment, as rotary positions see it
+    outside, within: None where a call has no such token
+    first_BA, end_BA: tokens outside documents know of those from ``first`` to ``end`` - 1, counted in the row
+    asks_BA: which of them are of a query; None: none
+    source_BT: of each token in both streams' outputs, one after the other; None where there is one stream
+    after: the counters
+    """
+
+    rotary_BT: Tensor
+    outside: Stream | None
+    within: Documents | None
+    first_BA: Tensor
+    end_BA: Tensor
+    asks_BA: Tensor | None
+    source_BT: Tensor | None
+    after: State
+
+    @staticmethod
+    def of(x_BTD: Tensor, state: State, ctx: MixerContext, chunk_size: int, offset: int) -> "Layout":
+        """offset: what rotary positions skip between the template and the rest."""
+        positions_BT = token_positions(x_BTD, state, ctx)
+        after = {"position": next_position(positions_BT, state, ctx)}
+        if ctx.roles is None:
+            return _outside_only(positions_BT, state, ctx, after, offset)
+        return _with_documents(positions_BT, state, ctx, ctx.roles, after, chunk_size, offset)
+
+
+def _outside_only(positions_BT: Tensor, state: State, ctx: MixerContext, after: State, offset: int) -> Layout:
+    starts_BT, ones_BT = positions_BT == 0, torch.ones_like(positions_BT)
+    outside_BT = running_count(ones_BT, starts_BT, state["outside"])
+    documents_BT = state["documents"][:, None].expand_as(positions_BT)
+    first_BT = _latest(documents_BT, starts_BT, state["first"])
+    after |= {
+        "outside": _last(outside_BT, ctx, state["outside"]),
+        "begun": _last(outside_BT, ctx, state["begun"]),
+        "place": torch.zeros_like(state["place"]),
+        "role": _last(-ones_BT, ctx, state["role"]),
+        "documents": state["documents"],
+        "chunks": state["chunks"],
+        "first": _last(first_BT, ctx, state["first"]),
+    }
+    if ctx.lengths_B is not None:
+        # A row without tokens is still where it was, in a document perhaps.
+        after["place"] = torch.where(ctx.lengths_B > 0, 0, state["place"])
+    outside = Stream(None, ctx.lengths_B, outside_BT - 1)
+    return Layout(outside_BT - 1 + offset, outside, None, first_BT, documents_BT, None, None, after)
+
+
+def _with_documents(
+    positions_BT: Tensor,
+    state: State,
+    ctx: MixerContext,
+    roles: Roles,
+    after: State,
+    chunk_size: int,
+    offset: int,
+) -> Layout:
+    role_BT, starts_BT = roles.of_BT, positions_BT == 0
+    real_BT = torch.ones_like(starts_BT)
+    if ctx.lengths_B is not None:
+        real_BT = torch.arange(role_BT.shape[1], device=role_BT.device) < ctx.lengths_B[:, None]
+    within_BT = (role_BT > 0) & real_BT
+    outside_BT = ~(role_BT > 0) & real_BT
+    opens_BT = within_BT & (starts_BT | (role_BT != torch.cat([state["role"][:, None], role_BT[:, :-1]], 1)))
+
+    begun_BT = running_count((role_BT != -2) & real_BT, starts_BT, state["begun"])
+    outside_so_far_BT = running_count(outside_BT, starts_BT, state["outside"])
+    place_BT = running_count(within_BT, opens_BT | outside_BT, state["place"])
+    documents_BT = opens_BT.long().cumsum(1) + state["documents"][:, None]
+    first_BT = _latest(documents_BT - opens_BT.long(), starts_BT, state["first"])
+    chunks_BT = (within_BT & (place_BT % chunk_size == 1 % chunk_size)).long().cumsum(1) + state["chunks"][:, None]
+    counters = {
+        "outside": outside_so_far_BT,
+        "begun": begun_BT,
+        "place": place_BT,
+        "role": role_BT,
+        "documents": documents_BT,
+        "chunks": chunks_BT,
+        "first": first_BT,
+    }
+    after |= {name: _last(x_BT, ctx, state[name]) for name, x_BT in counters.items()}
+
+    # The leading template counts from 0, what follows from ``offset`` further on.
+    local_BT = outside_so_far_BT - 1 + torch.where(begun_BT > 0, offset, 0)
+    rotary_BT = torch.where(within_BT, place_BT - 1, local_BT)
+    outside, documents, source_BT = None, None, None
+    if roles.outside:
+        outside = _compacted(outside_BT, roles.outside, outside_so_far_BT - 1, ctx, alone=not roles.within)
+    if roles.within:
+        stream = _compacted(within_BT, roles.within, place_BT - 1, ctx, alone=not roles.outside)
+        chunk_BN = stream.take(chunks_BT) - 1
+        # Of each document the last chunk may be short, and of the first the first, which an earlier call began.
+        most = min(roles.within, (roles.within + (roles.documents + 1) * (chunk_size - 1)) // chunk_size)
+        documents = Documents(
+            stream, chunk_BN, stream.take(documents_BT) - 1, chunk_BN[:, 0], most, roles.longest, roles.whole
+        )
+    if roles.outside and roles.within:
+        ranks = [x.long().cumsum(1) - 1 for x in (outside_BT, within_BT)]
+        source_BT = torch.where(within_BT, ranks[1] + roles.outside, ranks[0]).clamp(min=0)
+    take = outside.take if outside is not None else lambda x: x[:, :0]
+    asks_BA = take((role_BT == 0) & real_BT)
+    return Layout(rotary_BT, outside, documents, take(first_BT), take(documents_BT), asks_BA, source_BT, after)
+
+
+def _compacted(flags_BT: Tensor, size: int, place_BT: Tensor, ctx: MixerContext, alone: bool) -> Stream:
+    if alone:
+        return Stream(None, ctx.lengths_B, place_BT)
+    index_BA = (~flags_BT).long().argsort(dim=1, stable=True)[:, :size]
+    return Stream(index_BA, flags_BT.sum(1), pick(place_BT, index_BA))
+
+
+def running_count(flags_BT: Tensor, restart_BT: Tensor, before_B: Tensor) -> Tensor:
+    """[B, T]: tokens flagged so far, itself included, since the last restart, which counts itself; where a row has
+    had none, from ``before`` on.
+    """
+    total_BT = flags_BT.long().cumsum(1)
+    base_BT = torch.where(restart_BT, total_BT - flags_BT.long(), -1).cummax(1).values
+    return torch.where(base_BT < 0, total_BT + before_B[:, None], total_BT - base_BT)
+
+
+def _latest(x_BT: Tensor, at_BT: Tensor, before_B: Tensor) -> Tensor:
+    """What never falls, as it was at the last token flagged; before any, ``before``."""
+    latest_BT = torch.where(at_BT, x_BT, -1).cummax(1).values
+    return torch.where(latest_BT < 0, before_B[:, None], latest_BT)
+
+
+def _last(x_BT: Tensor, ctx: MixerContext, before_B: Tensor) -> Tensor:
+    """What a row's last real token has; ``before`` where there is none."""
+    if x_BT.shape[1] == 0:
+        return before_B
+    if ctx.lengths_B is None:
+        return x_BT[:, -1].clone()
+    last_B = x_BT.gather(1, (ctx.lengths_B - 1).clamp(min=0)[:, None])[:, 0]
+    return torch.where(ctx.lengths_B > 0, last_B, before_B)
+
+
+def sizes_of(owner_BN: Tensor, lengths_B: Tensor | None, count: int) -> Tensor:
+    """[B, count]: real tokens that are owned by 0, 1, ... count - 1."""
+    if lengths_B is not None:
+        real_BN = torch.arange(owner_BN.shape[1], device=owner_BN.device) < lengths_B[:, None]
+        owner_BN = torch.where(real_BN, owner_BN, count)
+    zeros_BC = torch.zeros(len(owner_BN), count + 1, dtype=torch.int64, device=owner_BN.device)
+    return zeros_BC.scatter_add(1, owner_BN, torch.ones_like(owner_BN))[:, :count]
+
+
+def boundaries(sizes_BC: Tensor) -> Tensor:
+    return F.pad(sizes_BC.cumsum(1), (1, 0))

@@ -1,0 +1,394 @@
+"""Memory Sparse Attention (arXiv:2603.23516): documents are read once, each for itself, and kept as means of their
+chunks; a query chooses documents, and attention sees what is kept of them.
+
+A sample is ``[template | document 1 | document 2 | ... | query | response]``, as ``Roles`` says. Template and every
+document are causal segments of their own, positions from 0. Every chunk_size tokens of a document are kept as the
+means of their rotated keys K, values V and router keys R (a document's last chunk may be short). What follows
+attends, in one softmax, to
+
+    [template ; K, V of the chosen documents' chunks ; itself, causally, positions from len(template) + top_k]
+
+    score[document] = max over its chunks of max over query tokens of mean over heads of sim(W_q x, R)
+
+and the top_k documents are chosen, hard and without a weight, so that the language-model loss does not reach the
+router's projections: only the router's own loss does (``retrieval``). ``routes: false`` is a layer without a router,
+which sees template and itself; the paper routes in the upper half of the layers.
+
+The choice is made again at every token, over the query tokens up to it: a token sees nothing of the query behind
+it, whatever follows the query sees the choice of all of it, and any division of a sample into calls is the same.
+``routing: query`` is the released code's choice, which shows every query token what all query tokens of a call chose.
+A document is known once a token stands behind it, wherever it is in its sample. Without roles all tokens are a
+response: causal attention, to what is kept of documents read before too.
+
+What the state holds of documents, keys ``bank.*``, may come from elsewhere: see ``with_documents``.
+
+B batch, T tokens, A tokens outside documents, N within, D hidden, H heads in G groups, K head dim, C chunks.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from memlm.layers import RMSNorm, rotary, rotary_angles
+from memlm.memory import attention, retrieval
+from memlm.memory.base import Dims, MixerContext, MixerOutput, Roles, State, require, substate
+from memlm.memory.documents import COUNTERS, Documents, Layout, Stream, boundaries, sizes_of
+from memlm_kernels import route_documents, segment_mean_pool
+from memlm_kernels.grid import keep_last, pick
+from memlm_kernels.route_documents import REDUCTIONS, SIMILARITIES, Routes, Scored
+from memlm_kernels.segments import exact
+
+_NO_LM_GRADIENT = "documents are chosen hard: only the router's loss, which needs positives, reaches it"
+
+
+@dataclass(frozen=True)
+class Config:
+    """routes: whether this layer chooses documents; without, the settings of the choice are idle, but for top_k.
+    chunk_size: tokens that are kept as one.
+    top_k: documents that a query sees.
+    routing: "causal", by the query tokens so far; "query", by all query tokens of the call, as released.
+    similarity: "cosine", of router queries and pooled router keys, or "dot", over the root of the head dim.
+    head_reduce, query_reduce, chunk_reduce: "mean" or "max", in this order.
+    qk_norm: RMSNorm of each head's queries and keys (Qwen3).
+    router_loss: one of ``retrieval.LOSSES``; loss_weight: of its mean over samples, in each layer; temperature: of
+        its softmax.
+    injection: "causal"; or "bidirectional", where tokens of a call without roles that goes on from a state see each
+        other in both directions, as the released code shows text that is put in while it decodes.
+    """
+
+    routes: bool = True
+    chunk_size: int = 64
+    top_k: int = 16
+    routing: str = "causal"
+    similarity: str = "cosine"
+    head_reduce: str = "mean"
+    query_reduce: str = "max"
+    chunk_reduce: str = "max"
+    qk_norm: bool = True
+    router_loss: str = "infonce_decouple"
+    loss_weight: float = 0.1
+    temperature: float = 0.1
+    injection: str = "causal"
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_size", "top_k"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        for name, known in (
+            ("routing", ("causal", "query")),
+            ("similarity", SIMILARITIES),
+            ("head_reduce", REDUCTIONS),
+            ("query_reduce", REDUCTIONS),
+            ("chunk_reduce", REDUCTIONS),
+            ("router_loss", retrieval.LOSSES),
+            ("injection", ("causal", "bidirectional")),
+        ):
+            value = getattr(self, name)
+            require(value in known, f"{name}={value!r} must be one of {', '.join(known)}")
+        require(self.loss_weight >= 0, f"loss_weight={self.loss_weight} must not be negative")
+        require(self.temperature > 0, f"temperature={self.temperature} must be above 0")
+
+
+class Heads(NamedTuple):
+    """Rotated queries [B, T, H, K] and keys, and values [B, T, G, K]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    def of(self, stream: Stream) -> "Heads":
+        return Heads(stream.take(self.q), stream.take(self.k), stream.take(self.v))
+
+
+class Choice(nn.Module):
+    """Which chunks are seen: the way of long-term memory into a layer."""
+
+    long_term = True
+
+    def forward(self, document_BAJ: Tensor, document_BC: Tensor) -> Tensor:
+        """Chunks of the documents chosen, [B, A, C]."""
+        chunks = document_BC.shape[1]
+        # One document more takes what is none.
+        index_BAJ = torch.where(document_BAJ < 0, chunks + 1, document_BAJ)
+        is_BAN = torch.zeros(*index_BAJ.shape[:2], chunks + 2, device=index_BAJ.device, dtype=torch.bool)
+        is_BAN = is_BAN.scatter(2, index_BAJ, True)
+        return is_BAN.gather(2, document_BC[:, None].expand(-1, index_BAJ.shape[1], -1))
+
+
+class Mixer(attention.Mixer):
+    without_gradient = {  # noqa: RUF012
+        "router_q_proj.weight": _NO_LM_GRADIENT,
+        "router_k_proj.weight": _NO_LM_GRADIENT,
+        "router_bias": _NO_LM_GRADIENT,
+    }
+
+    def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
+        super().__init__(attention.Config(), dims, layer_idx)
+        self.msa = config
+        queries, keys, _ = self.sizes
+        if config.qk_norm:
+            self.q_norm = RMSNorm(dims.head_dim, eps=dims.rms_norm_eps)
+            self.k_norm = RMSNorm(dims.head_dim, eps=dims.rms_norm_eps)
+        if config.routes:
+            self.choice = Choice()
+            self.router_q_proj = nn.Linear(dims.hidden_size, queries, bias=False)
+            self.router_k_proj = nn.Linear(dims.hidden_size, keys, bias=False)
+            if config.router_loss == "bce":
+                self.router_bias = nn.Parameter(torch.empty(()))
+                self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.msa.routes and self.msa.router_loss == "bce":
+            # Most documents are not to be found.
+            init.constant_(self.router_bias, -20.0)
+
+    def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
+        kept = (batch_size, 0, self.dims.num_key_value_heads, self.dims.head_dim)
+        zeros = torch.zeros(kept, device=device, dtype=dtype)
+        state = {name: torch.zeros(batch_size, dtype=torch.int64, device=device) for name in COUNTERS}
+        # Outside documents, and of the document that stands open.
+        state |= {"k": zeros, "v": zeros, "open.k": zeros, "open.v": zeros}
+        if self.msa.routes:
+            none = torch.zeros(batch_size, 0, dtype=torch.int64, device=device)
+            state |= {f"bank.{name}": exact(zeros) for name in ("k", "v", "router_k")}
+            state |= {f"bank.{name}": none for name in ("size", "document", "asked")}
+            state |= {"bank.score": exact(zeros[:, :, 0, 0]), "bank.found": none.bool()}
+        return state
+
+    def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
+        config, given = self.msa, state is not None
+        ctx = ctx or MixerContext()
+        before = self.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype) if state is None else state
+        layout = Layout.of(x_BTD, before, ctx, config.chunk_size, config.top_k)
+        q_BTHK, k_BTGK, v_BTGK = (
+            proj(x_BTD).unflatten(-1, (-1, self.dims.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if config.qk_norm:
+            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
+        angles = rotary_angles(layout.rotary_BT, self.dims.head_dim, self.dims.rope_theta)
+        heads = Heads(rotary(q_BTHK, angles), rotary(k_BTGK, angles), v_BTGK)
+
+        aux_losses: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
+        after = dict(layout.after)
+        after |= {name: before[name] for name in ("k", "v", "open.k", "open.v")}
+        outputs, bank = [], substate(before, "bank")
+        if layout.within is not None:
+            of_documents = heads.of(layout.within.stream)
+            seen, kept = self._within(layout.within, of_documents, before)
+            outputs.append(seen)
+            after |= kept
+            if config.routes:
+                bank = self._pooled(layout, layout.within, x_BTD, of_documents, bank, ctx.roles)
+        elif ctx.lengths_B is None and x_BTD.shape[1]:
+            # No row is in a document any more.
+            after |= {name: before[name][:, :0] for name in ("open.k", "open.v")}
+        if layout.outside is not None and x_BTD.shape[1]:
+            chosen_BAC = None
+            if config.routes and bank["k"].shape[1]:
+                routes, document_BC = self._route(x_BTD, layout, bank, ctx.roles)
+                bank["score"], bank["asked"] = routes.scored
+                chosen_BAC = self.choice(routes.document, document_BC)
+                if routes.scores is not None and ctx.roles is not None:
+                    aux_losses, metrics = self._taught(layout, routes.scores, bank["found"], document_BC, ctx)
+            fresh = not given and ctx.positions_BT is None
+            injected = given and ctx.roles is None and config.injection == "bidirectional"
+            of_outside = heads.of(layout.outside)
+            seen, kept = self._outside(layout.outside, of_outside, before, bank, chosen_BAC, fresh, injected)
+            outputs.insert(0, seen)
+            after |= kept
+        y_BTHK = torch.cat(outputs, 1) if outputs else q_BTHK
+        if layout.source_BT is not None:
+            y_BTHK = pick(y_BTHK, layout.source_BT)
+        after |= {f"bank.{name}": x for name, x in bank.items()}
+        return MixerOutput(self.o_proj(y_BTHK.flatten(2)), after, aux_losses, metrics)
+
+    def _within(self, documents: Documents, heads: Heads, before: State) -> tuple[Tensor, State]:
+        """Each document for itself; what is kept is the one that stands open."""
+        stream, new, past = documents.stream, heads.q.shape[1], before["open.k"].shape[1]
+        k, v = _join(before["open.k"], heads.k), _join(before["open.v"], heads.v)
+        y = self._attend(heads.q, k, v, None, stream.place_BA, False, past + documents.longest)
+        kept = min(past + new, documents.longest + (past if documents.whole else 0))
+        open_k, open_v = (keep_last(x, kept, new, stream.lengths_B) for x in (k, v))
+        return y, {"open.k": open_k, "open.v": open_v}
+
+    def _outside(
+        self,
+        stream: Stream,
+        heads: Heads,
+        before: State,
+        bank: State,
+        chosen_BAC: Tensor | None,
+        fresh: bool,
+        injected: bool,
+    ) -> tuple[Tensor, State]:
+        """Template, query and response: to the chosen chunks, and causally to each other."""
+        q, new = heads.q, heads.q.shape[1]
+        k, v = _join(before["k"], heads.k), _join(before["v"], heads.v)
+        total = k.shape[1]
+        kept = {name: keep_last(x, total, new, stream.lengths_B) for name, x in (("k", k), ("v", v))}
+        if chosen_BAC is None and not injected:
+            return self._attend(q, k, v, None, stream.place_BA, fresh, None), kept
+        key_L = torch.arange(total, device=q.device)
+        distance = torch.arange(total - new, total, device=q.device)[:, None] - key_L
+        seen_BAL = (distance >= 0) & (distance <= stream.place_BA[..., None])
+        if injected:
+            real_BL = key_L < total if stream.lengths_B is None else key_L < total - new + stream.lengths_B[:, None]
+            seen_BAL = seen_BAL | ((key_L >= total - new) & real_BL)[..., None, :]
+        if chosen_BAC is not None:
+            k, v = (torch.cat([bank[name].to(x.dtype), x], 1) for name, x in (("k", k), ("v", v)))
+            seen_BAL = torch.cat([chosen_BAC, seen_BAL], -1)
+        return self._masked(q, k, v, seen_BAL), kept
+
+    def _masked(self, q: Tensor, k: Tensor, v: Tensor, seen_BAL: Tensor) -> Tensor:
+        backend = self.dims.attn_implementation
+        mask: Any = seen_BAL[:, None]
+        require(
+            "flash" not in backend,
+            f"attn_implementation={backend!r} has no masks, which documents need; use 'sdpa' or 'flex_attention'",
+        )
+        if backend == "flex_attention":
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+                return seen_BAL[b, i, j]
+
+            mask = create_block_mask(sees, len(q), None, q.shape[1], k.shape[1], device=q.device)
+        return self._call(backend, q, k, v, mask)
+
+    def _pooled(
+        self,
+        layout: Layout,
+        documents: Documents,
+        x_BTD: Tensor,
+        heads: Heads,
+        bank: State,
+        roles: Roles | None,
+    ) -> State:
+        """The bank with the chunks of this call; the first may go on where an earlier call left it."""
+        stream, count = documents.stream, documents.chunks
+        owner_BN = (documents.chunk_BN - documents.first_chunk_B[:, None]).clamp(0, count)
+        sizes_BC = sizes_of(owner_BN, stream.lengths_B, count)
+        ends_BC = boundaries(sizes_BC)
+        router_k = self.router_k_proj(stream.take(x_BTD)).unflatten(-1, (-1, self.dims.head_dim))
+        parts = {"k": heads.k, "v": heads.v, "router_k": router_k}
+        new: dict[str, Any] = {
+            name: segment_mean_pool(x, ends_BC, longest=self.msa.chunk_size) for name, x in parts.items()
+        }
+        # Of a chunk's first token.
+        first_BC = ends_BC[:, :-1].clamp(max=owner_BN.shape[1] - 1)
+        new["document"] = documents.number_BN.gather(1, first_BC)
+        found_BN = torch.zeros_like(owner_BN, dtype=torch.bool)
+        if roles is not None and roles.found_BT is not None:
+            found_BN = stream.take(roles.found_BT.bool())
+        new["found"] = found_BN.gather(1, first_BC)
+
+        slot_C = torch.arange(bank["k"].shape[1] + count, device=x_BTD.device)
+        source_BC = slot_C - documents.first_chunk_B[:, None]
+        written_BC = (source_BC >= 0) & (source_BC < count)
+        source_BC = source_BC.clamp(0, count - 1)
+        written_BC = written_BC & (sizes_BC.gather(1, source_BC) > 0)
+        old = {name: torch.cat([x, x.new_zeros(len(x), count, *x.shape[2:])], 1) for name, x in bank.items()}
+        new_size_BC = sizes_BC.gather(1, source_BC).where(written_BC, 0)
+        merged = dict(old)
+        merged["size"] = old["size"] + new_size_BC
+        share_BC = new_size_BC.to(old["k"].dtype) / merged["size"].clamp(min=1)
+        for name in parts:
+            merged[name] = torch.lerp(old[name], pick(new[name], source_BC), share_BC[..., None, None])
+        for name in ("document", "found"):
+            merged[name] = torch.where(written_BC, new[name].gather(1, source_BC), old[name])
+        return merged
+
+    def _route(self, x_BTD: Tensor, layout: Layout, bank: State, roles: Roles | None) -> tuple[Routes, Tensor]:
+        """The choices of tokens outside documents, and the document of each chunk, C where there is none."""
+        assert layout.outside is not None
+        config, chunks = self.msa, bank["k"].shape[1]
+        used_BC = torch.arange(chunks, device=x_BTD.device) < layout.after["chunks"][:, None]
+        document_BC = torch.where(used_BC, bank["document"], chunks)
+        q_BAHK = None
+        if layout.asks_BA is not None:
+            q_BAHK = self.router_q_proj(layout.outside.take(x_BTD)).unflatten(-1, (-1, self.dims.head_dim))
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            routes = route_documents(
+                q_BAHK,
+                bank["router_k"],
+                document_BC,
+                top_k=config.top_k,
+                num_documents=chunks,
+                asks=layout.asks_BA,
+                spans=(layout.first_BA, layout.end_BA),
+                running=config.routing == "causal",
+                scored=Scored(bank["score"], bank["asked"]),
+                similarity=config.similarity,
+                head_reduce=config.head_reduce,
+                query_reduce=config.query_reduce,
+                chunk_reduce=config.chunk_reduce,
+                return_scores=roles is not None and roles.found_BT is not None,
+            )
+        return routes, document_BC
+
+    def _taught(
+        self, layout: Layout, scores_BN: Tensor, found_BC: Tensor, document_BC: Tensor, ctx: MixerContext
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The router's loss over the samples of a call, and how well it chose."""
+        assert layout.outside is not None
+        config, size = self.msa, scores_BN.shape[1]
+        found_BN = torch.zeros(len(found_BC), size + 1, device=found_BC.device, dtype=torch.int64)
+        found_BN = found_BN.scatter_reduce(1, document_BC, found_BC.long(), "amax")[:, :size].bool()
+        # Samples are told apart by the first document that they know of.
+        first_BS, end_BS = _samples(layout, ctx)
+        number_N = torch.arange(size, device=scores_BN.device)
+        known_BSN = (number_N >= first_BS[..., None]) & (number_N < end_BS[..., None])
+        known_BSN = known_BSN & (scores_BN > float("-inf"))[:, None]
+        found_BSN, scores_BSN = found_BN[:, None] & known_BSN, scores_BN[:, None].expand(known_BSN.shape)
+        nats_BS = retrieval.router_loss(
+            config.router_loss,
+            scores_BSN,
+            found_BSN,
+            known_BSN,
+            config.temperature,
+            getattr(self, "router_bias", None),
+        )
+        taught_BS = (known_BSN if config.router_loss == "bce" else found_BSN).any(-1)
+        loss = config.loss_weight * nats_BS.sum() / taught_BS.sum().clamp(min=1)
+        metrics = retrieval.router_metrics(scores_BSN.detach(), found_BSN, known_BSN, config.top_k)
+        return {"router": loss}, metrics
+
+
+def with_documents(state: State, bank: State) -> State:
+    """A state that knows of documents kept elsewhere too.
+
+    state: of a layer that routes, without documents of its own
+    bank: k, v, router_k [B or 1, C, G, K], means of chunks; size and document [B or 1, C], tokens of each, and numbers
+        that ascend from 0; asked and score [B or 1, C], where they are chosen already
+    Raises ValueError if the state holds documents.
+    """
+    kept = state["bank.k"].shape[1]
+    require(kept == 0, f"the state has room for {kept} chunks of its own; give one that has read no documents")
+    rows, chunks = len(state["position"]), bank["size"].shape[1]
+    zeros = torch.zeros_like(bank["size"])
+    bank = {"asked": zeros, "score": zeros.to(bank["k"].dtype), "found": zeros.bool(), **bank}
+    new = {f"bank.{name}": x.expand(rows, *x.shape[1:]) for name, x in bank.items()}
+    documents_B = new["bank.document"][:, -1] + 1 if chunks else state["documents"]
+    return {**state, **new, "chunks": torch.full_like(state["chunks"], chunks), "documents": documents_B}
+
+
+def _samples(layout: Layout, ctx: MixerContext) -> tuple[Tensor, Tensor]:
+    """First and end of the documents of each sample of a row, [B, S]; equal where there is no sample."""
+    assert layout.outside is not None
+    first_BA, end_BA = layout.first_BA, layout.end_BA
+    opens_BA = torch.cat([torch.ones_like(first_BA[:, :1]), (first_BA[:, 1:] > first_BA[:, :-1]).long()], 1)
+    sample_BA = opens_BA.cumsum(1) - 1
+    if layout.outside.lengths_B is not None:
+        place_A = torch.arange(first_BA.shape[1], device=first_BA.device)
+        real_BA = place_A < layout.outside.lengths_B[:, None]
+        sample_BA = torch.where(real_BA, sample_BA, ctx.max_documents)
+    zeros_BS = first_BA.new_zeros(len(first_BA), ctx.max_documents + 1)
+    first_BS, end_BS = (zeros_BS.scatter_reduce(1, sample_BA, x, "amax")[:, :-1] for x in (first_BA, end_BA))
+    return first_BS, end_BS
+
+
+def _join(past: Tensor, new: Tensor) -> Tensor:
+    return torch.cat([past.to(new.dtype), new], 1) if past.shape[1] else new

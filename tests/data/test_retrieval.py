@@ -1,0 +1,225 @@
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from memlm import MemLMForCausalLM
+from memlm.data import Facts, Mixture, QuestionSource, RecallSource, RetrievalRow, Row, build_data, load_questions
+from memlm.data.recall import ASK, FILLER, KEYS, MARK, NOISE, VALUES
+from memlm.data.retrieval import make_sample, pack
+from memlm.data.tokenizer import byte_tokenizer
+from memlm.training.objective import Objective, model_inputs
+from tests.conftest import model_config
+
+TASKS = [
+    Facts(),
+    Facts(length=63, num_documents=3, digits=4),
+    Facts(length=6, num_documents=1),
+    Facts(num_documents=32),
+]
+
+
+@pytest.mark.parametrize("task", TASKS, ids=str)
+def test_facts_can_be_answered_from_one_document(task):
+    asked = []
+    for index in range(50):
+        row = task.sample(3, "test", index, 1.0)
+        assert all(part.shape == (task.length,) and part.dtype == np.int64 for part in row)
+        assert row.doc_ids[0] == -2 and row.input_ids[0] == MARK
+        numbers = row.doc_ids[row.doc_ids > 0]
+        assert np.array_equal(np.unique(numbers), np.arange(1, task.num_documents + 1))
+        assert (np.diff(numbers) >= 0).all()
+        question = row.input_ids[row.doc_ids == 0]
+        assert question[0] == ASK and len(question) == 2
+        (scored,) = np.nonzero(row.labels != -100)
+        assert np.array_equal(scored, np.arange(task.length - task.digits, task.length))
+        found = np.unique(row.doc_ids[row.positives == 1])
+        assert len(found) == 1
+        document = row.input_ids[row.doc_ids == found[0]].tolist()
+        place = document.index(question[1])
+        assert document[place + 1 : place + 1 + task.digits] == row.labels[scored].tolist()
+        others = np.delete(document, slice(place, place + 1 + task.digits))
+        assert np.isin(others, NOISE).all()
+        assert np.isin(row.input_ids[row.doc_ids > 0], np.concatenate([KEYS, VALUES, NOISE])).all()
+        asked.append(found[0])
+    assert len(set(asked)) > 1 or task.num_documents == 1
+
+
+def test_facts_among_blanks_and_more_of_them():
+    row = Facts().sample(0, "train", 0, 0.0)
+    assert not np.isin(row.input_ids, NOISE).any() and (row.input_ids == FILLER).sum() == 128 - 2 - 1 - 1 - 16
+    assert Facts().scaled(4) == Facts(length=512, num_documents=32) and Facts().scaled(8).num_documents == 32
+
+
+def test_rows_are_pure_functions_of_their_number():
+    source = RecallSource(Facts(), 5, (0, 0))
+    for a, b in zip(source.row(3, "train", 0), source.row(3, "train", 9), strict=True):
+        assert np.array_equal(a, b)
+    assert not np.array_equal(source.row(3, "train", 0).input_ids, source.row(3, "validation", 0).input_ids)
+
+
+def test_samples_are_packed_and_padding_is_a_document_of_its_own():
+    samples = [
+        make_sample([7], [([1, 2], False), ([3], True)], [4], [5, 6]),
+        make_sample([], [([8], True)], [9], [10]),
+    ]
+    row = pack(samples, 12, 99)
+    assert row.input_ids.tolist() == [7, 1, 2, 3, 4, 5, 6, 8, 9, 10, 99, 99]
+    assert row.labels.tolist() == [-100] * 5 + [5, 6, -100, -100, 10, -100, -100]
+    assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 0, 1]
+    assert row.doc_ids.tolist() == [-2, 1, 1, 2, 0, -1, -1, 1, 0, -1, -1, -1]
+    assert row.positives.tolist() == [0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0]
+    with pytest.raises(ValueError, match="samples have 10 tokens, more than a row of 9"):
+        pack(samples, 9, 99)
+
+
+def write(path, records):
+    path.write_text("\n".join(json.dumps(record) for record in records) + "\n")
+    return path
+
+
+def records(count=40):
+    return [
+        {
+            "query": f"What is the number of {n}?",
+            "documents": [f"The number of {n} is {n * n}.", f"Nothing is known of {n}.", f"{n} was here."],
+            "positives": [0],
+            "answer": str(n * n),
+        }
+        for n in range(count)
+    ]
+
+
+@pytest.fixture
+def questions(tmp_path):
+    return load_questions(str(write(tmp_path / "questions.jsonl", records())))
+
+
+def text(ids):
+    return bytes(ids.tolist()).decode()
+
+
+def test_questions_become_samples(questions):
+    source = QuestionSource(questions, byte_tokenizer(), 512, 0, num_documents=5)
+    row = source.row(0, "train", 0)
+    starts = [*np.flatnonzero(row.position_ids == 0), 512]
+    assert len(starts) > 3
+    for start, end in list(itertools.pairwise(starts))[:-1]:
+        sample = RetrievalRow(*(part[start:end] for part in row))
+        number = int(text(sample.input_ids[sample.doc_ids == 0]).strip().split()[-1].rstrip("?"))
+        assert text(sample.input_ids[sample.positives == 1]) == f"The number of {number} is {number * number}."
+        scored = sample.labels[sample.labels != -100]
+        assert text(scored[:-1]) == str(number * number) and scored[-1] == byte_tokenizer().eos_token_id
+        documents = [text(sample.input_ids[sample.doc_ids == n]) for n in range(1, 6)]
+        assert len(set(documents)) == 5 and f"Nothing is known of {number}." in documents
+    assert not row.positives[starts[-2] :].any() and (row.labels[starts[-2] :] == -100).all()
+
+
+def test_splits_share_no_question(questions):
+    source = QuestionSource(questions, byte_tokenizer(), 256, 0, num_documents=2)
+    asked = {}
+    for split in ("train", "validation", "test"):
+        rows = [source.row(index, split, 0) for index in range(30)]
+        asked[split] = set()
+        for row in rows:
+            asked[split] |= set(text(row.input_ids[row.doc_ids == 0]).strip().split("\n"))
+        asked[split].discard("")
+    assert len(asked["validation"]) == len(asked["test"]) == 2
+    assert not asked["train"] & asked["validation"] and not asked["train"] & asked["test"]
+
+
+def test_documents_are_cut_and_give_way(questions):
+    source = QuestionSource(questions, byte_tokenizer(), 60, 0, num_documents=9, document_length=12)
+    row = source.row(0, "train", 0)
+    numbers, sizes = np.unique(row.doc_ids[row.doc_ids > 0], return_counts=True)
+    assert len(numbers) <= 2 and (sizes <= 12).all() and (row.positives.sum() == 12)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"questions\.jsonl:1: JSONDecodeError"),
+        ('{"query": "a"}', r"questions\.jsonl:1: KeyError\('documents'\); give query, documents, positives"),
+        (
+            '{"query": "a", "documents": ["b"], "positives": [1], "answer": "c"}',
+            r"positives=\[1\] must name at least one",
+        ),
+        (
+            '{"query": "a", "documents": ["b"], "positives": [], "answer": "c"}',
+            r"positives=\[\] must name at least one",
+        ),
+        ('{"query": "", "documents": ["b"], "positives": [0], "answer": "c"}', "must be texts that are not empty"),
+    ],
+)
+def test_bad_records_are_named(tmp_path, line, message):
+    (tmp_path / "questions.jsonl").write_text(line)
+    with pytest.raises(ValueError, match=message):
+        load_questions(str(tmp_path / "questions.jsonl"))
+
+
+def test_what_does_not_fit_is_named(questions):
+    with pytest.raises(ValueError, match="seq_len=20 is too short for the question"):
+        QuestionSource(questions, byte_tokenizer(), 20, 0)
+    with pytest.raises(ValueError, match="no question of 2 is left for the train split"):
+        QuestionSource(questions[:2], byte_tokenizer(), 200, 0)
+    with pytest.raises(ValueError, match="not a file"):
+        load_questions("nowhere.jsonl")
+    for settings, message in (
+        (dict(length=10), "length=10 is too short"),
+        (dict(num_documents=33), "num_documents=33 must lie between 1 and num_keys=32"),
+        (dict(digits=0), "digits=0"),
+        (dict(num_values=97), "num_values=97"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Facts(**settings)
+
+
+def test_built_from_a_config(tmp_path, questions):
+    sources = {
+        "facts": {"kind": "facts", "weight": 0.5, "num_documents": 4, "digits": 2},
+        "questions": {"kind": "questions", "weight": 0.5, "paths": str(tmp_path / "questions.jsonl")},
+    }
+    cfg = {"tokenizer": "byte", "noise_ramp": [0, 0], "seq_len": 200, "cache_dir": str(tmp_path), "sources": sources}
+    _, mixture = build_data(cfg, seed=0, batch_size=4)
+    batch = mixture.batch(0)
+    assert batch.doc_ids.shape == batch.positives.shape == (4, 200)
+    del sources["questions"]["paths"]
+    with pytest.raises(ValueError, match=r"data\.sources\.questions\.paths is missing"):
+        build_data(cfg, seed=0, batch_size=4)
+    sources["questions"] |= {"paths": str(tmp_path / "questions.jsonl"), "num_documents": 2.5}
+    with pytest.raises(ValueError, match=r"num_documents=2.5 is not a whole number"):
+        build_data(cfg, seed=0, batch_size=4)
+
+
+class Numbers:
+    def row(self, index, split, step):
+        return Row(np.arange(128), np.arange(128), np.arange(128))
+
+
+def test_rows_of_text_beside_documents_are_responses():
+    mixture = Mixture({"facts": RecallSource(Facts(), 0, (0, 0)), "text": Numbers()}, {"facts": 1, "text": 1}, 4)
+    batch = mixture.batch(0)
+    assert (batch.doc_ids[2:] == -1).all() and not batch.positives[2:].any() and batch.positives[:2].any()
+    assert batch.to("cpu").doc_ids is not None
+    plain = Mixture({"text": Numbers()}, {"text": 1}, 4).batch(0)
+    assert plain.doc_ids is None and model_inputs(plain)["doc_ids"] is None
+
+
+def test_a_router_learns_which_document_to_read():
+    """Chance finds one of eight."""
+    torch.manual_seed(0)
+    model = MemLMForCausalLM(model_config("msa", chunk_size=4, top_k=1, loss_weight=1.0))
+    objective, optimizer = Objective(model).train(), torch.optim.AdamW(model.parameters(), lr=3e-3)
+    mixture = Mixture({"facts": RecallSource(Facts(length=64), 0, (0, 0))}, {"facts": 1}, 16)
+    hits, losses = [], []
+    for step in range(60):
+        loss, _, metrics = objective(**model_inputs(mixture.batch(step)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        hits.append(metrics["layer1/hit@1"].item())
+        losses.append(metrics["layer1/router"].item())
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
+    assert np.mean(hits[:5]) < 0.35 and np.mean(hits[-10:]) > 0.45

@@ -1,0 +1,494 @@
+"""Memory Sparse Attention: a layer against loops over tokens, streams of documents, losses, state."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memlm import MemLMForCausalLM, MemoryCache
+from memlm.evaluation.ablation import memory_off
+from memlm.memory import msa
+from memlm.memory.base import Dims, MixerContext, Roles
+from memlm_kernels.testing import assert_close, relative_error
+from tests.conftest import build
+
+VARIANTS = [
+    ("msa", {"routes": False, "qk_norm": False}),
+    ("msa", {"router_loss": "bce", "routing": "query"}),
+]
+EXACT = 1e-10
+SMALL = {"chunk_size": 4, "top_k": 2}
+# Roles: (role, tokens) of each piece.
+SAMPLES = {
+    "usual": [(-2, 3), (1, 9), (2, 1), (3, 4), (4, 13), (0, 5), (-2, 2), (-1, 6)],
+    "no template": [(1, 5), (2, 8), (3, 3), (0, 3), (-1, 4)],
+    "fewer documents than top_k": [(-2, 1), (1, 7), (0, 2), (-1, 3)],
+    "no documents": [(-2, 2), (0, 4), (-1, 5)],
+    "no query": [(-2, 2), (1, 6), (2, 3), (-1, 5)],
+    "documents between queries": [(1, 5), (0, 2), (2, 6), (3, 2), (0, 1), (-1, 2), (4, 9), (0, 2), (-1, 3)],
+    "documents last": [(-2, 1), (0, 2), (1, 10)],
+    "response before the query": [(1, 3), (2, 4), (-1, 3), (0, 2), (-1, 2)],
+}
+
+
+def mixer_of(**settings) -> msa.Mixer:
+    torch.manual_seed(0)
+    mixer = msa.Mixer(msa.Config(**{**SMALL, **settings}), Dims(24, 4, 2, 6), 0).double()
+    with torch.no_grad():
+        for p in mixer.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return mixer
+
+
+def roles_of(pieces) -> torch.Tensor:
+    return torch.cat([torch.full((n,), role) for role, n in pieces])[None]
+
+
+def inputs(length, batch=1, seed=0, size=24):
+    return torch.randn(batch, length, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def context(doc_ids, positions=None, lengths=None, found=None, samples=1):
+    return MixerContext(positions, lengths, samples, roles=Roles.of(doc_ids, positions, lengths, found))
+
+
+def loop(mixer, x, roles):
+    """One token at a time, as the text has it: one sample, [T, D] and a list of roles -> [T, D]."""
+    config, size = mixer.msa, 6
+
+    def heads(projection, norm, position):
+        z = torch.stack([projection(row).unflatten(-1, (-1, size)) for row in x])
+        z = norm(z) if norm is not None else z
+        angle = position[:, None, None] * 10000.0 ** (-torch.arange(size // 2, dtype=torch.float64) * 2 / size)
+        z = torch.complex(z[..., : size // 2], z[..., size // 2 :]) * torch.polar(torch.ones_like(angle), angle)
+        return torch.cat([z.real, z.imag], -1)
+
+    documents, outside, place = [], [], []
+    template = True
+    for t, role in enumerate(roles):
+        template = template and role == -2
+        if role > 0:
+            if t == 0 or roles[t - 1] != role:
+                documents.append([])
+            place.append(len(documents[-1]))
+            documents[-1].append(t)
+        else:
+            place.append(len(outside) + (0 if template else config.top_k))
+            outside.append(t)
+    position = torch.tensor(place, dtype=torch.float64)
+    norms = (mixer.q_norm, mixer.k_norm) if config.qk_norm else (None, None)
+    q, k = heads(mixer.q_proj, norms[0], position), heads(mixer.k_proj, norms[1], position)
+    v = mixer.v_proj(x).unflatten(-1, (-1, size))
+
+    def attend(t, keys, values):
+        out = []
+        for h in range(4):
+            scores = torch.stack([q[t, h] @ key[h // 2] for key in keys]) * size**-0.5
+            out.append(scores.softmax(0) @ torch.stack([value[h // 2] for value in values]))
+        return torch.cat(out)
+
+    y = torch.zeros(len(x), 4 * size, dtype=torch.float64)
+    chunks = []
+    for document in documents:
+        for i, t in enumerate(document):
+            y[t] = attend(t, k[document[: i + 1]], v[document[: i + 1]])
+        pieces = [document[i : i + config.chunk_size] for i in range(0, len(document), config.chunk_size)]
+        chunks.append([(k[piece].mean(0), v[piece].mean(0), x[piece]) for piece in pieces])
+    reduce = {"mean": lambda z: sum(z) / len(z), "max": max}
+    for i, t in enumerate(outside):
+        keys, values = list(k[outside[: i + 1]]), list(v[outside[: i + 1]])
+        scores = []
+        for d, document in enumerate(documents if config.routes else []):
+            asking = [u for u in outside if roles[u] == 0 and u > document[0]]
+            asking = [u for u in asking if u <= t] if config.routing == "causal" else asking
+            if asking and document[0] < t:
+                of_chunks = []
+                for _, _, rows in chunks[d]:
+                    r = mixer.router_k_proj(rows).mean(0).unflatten(-1, (-1, size))
+                    of_tokens = []
+                    for u in asking:
+                        rq = mixer.router_q_proj(x[u]).unflatten(-1, (-1, size))
+                        dots = [rq[h] @ r[h // 2] for h in range(4)]
+                        if config.similarity == "cosine":
+                            dots = [dot / (rq[h].norm() * r[h // 2].norm()) for h, dot in enumerate(dots)]
+                        of_tokens.append(reduce[config.head_reduce](dots))
+                    of_chunks.append(reduce[config.query_reduce](of_tokens))
+                scores.append((-reduce[config.chunk_reduce](of_chunks).item(), d))
+        for _, d in sorted(scores)[: config.top_k]:
+            keys += [chunk[0] for chunk in chunks[d]]
+            values += [chunk[1] for chunk in chunks[d]]
+        y[t] = attend(t, keys, values)
+    return mixer.o_proj(y)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"routing": "query"},
+        {"routes": False},
+        {"similarity": "dot", "chunk_size": 1, "top_k": 1},
+        {"head_reduce": "max", "query_reduce": "mean", "chunk_reduce": "mean"},
+        {"chunk_size": 64, "top_k": 16, "qk_norm": False},
+    ],
+    ids=str,
+)
+def test_equals_a_loop_over_tokens(name, settings):
+    mixer, doc_ids = mixer_of(**settings), roles_of(SAMPLES[name])
+    x = inputs(doc_ids.shape[1])
+    assert_close("y", loop(mixer, x[0], doc_ids[0].tolist()), mixer(x, None, context(doc_ids)).y_BTD[0], EXACT)
+
+
+@pytest.mark.parametrize("name", ["usual", "documents between queries"])
+def test_gradients_equal_those_of_the_loop(name):
+    doc_ids, gradients = roles_of(SAMPLES[name]), []
+    for run in (
+        lambda m, x: loop(m, x, doc_ids[0].tolist()),
+        lambda m, x: m(x[None], None, context(doc_ids)).y_BTD[0],
+    ):
+        mixer, x = mixer_of(), inputs(doc_ids.shape[1])[0].requires_grad_()
+        (run(mixer, x) * inputs(doc_ids.shape[1], seed=1)[0]).sum().backward()
+        gradients.append({"x": x.grad} | {n: p.grad for n, p in mixer.named_parameters() if "router" not in n})
+    for n, expected in gradients[0].items():
+        assert_close(n, expected, gradients[1][n], EXACT)
+
+
+def streamed(mixer, x, doc_ids, cuts, positions=None):
+    state, out = None, []
+    pieces = [z.split(cuts, 1) if z is not None else [None] * len(cuts) for z in (x, doc_ids, positions)]
+    for piece, roles, places in zip(*pieces, strict=True):
+        y, state, *_ = mixer(piece, state, context(roles, places, samples=4))
+        out.append(y)
+    return torch.cat(out, 1), state
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("routes", [True, False])
+@pytest.mark.parametrize("query_reduce", ["max", "mean"])
+def test_any_division_into_calls_is_the_same(name, routes, query_reduce):
+    mixer, doc_ids = mixer_of(routes=routes, query_reduce=query_reduce), roles_of(SAMPLES[name])
+    length = doc_ids.shape[1]
+    x = inputs(length, batch=2)
+    doc_ids = doc_ids.expand(2, -1)
+    whole = mixer(x, None, context(doc_ids)).y_BTD
+    for cuts in ([1] * length, [2, 1, 4, length - 7], [length - 1, 1], [5, length - 5]):
+        assert_close(str(cuts), whole, streamed(mixer, x, doc_ids, cuts)[0], EXACT)
+
+
+def test_a_response_may_come_without_roles():
+    mixer, doc_ids = mixer_of(), roles_of(SAMPLES["usual"])
+    x = inputs(doc_ids.shape[1])
+    whole = mixer(x, None, context(doc_ids)).y_BTD
+    state = mixer(x[:, :-6], None, context(doc_ids[:, :-6])).state
+    rest = []
+    for t in range(6):
+        y, state, *_ = mixer(x[:, t - 6 : x.shape[1] + t - 5], state)
+        rest.append(y)
+    assert_close("response", whole[:, -6:], torch.cat(rest, 1), EXACT)
+
+
+def packed(names):
+    doc_ids = [roles_of(SAMPLES[name]) for name in names]
+    positions = torch.cat([torch.arange(r.shape[1]) for r in doc_ids])[None]
+    return doc_ids, torch.cat(doc_ids, 1), positions
+
+
+@pytest.mark.parametrize("routing", ["causal", "query"])
+def test_packed_samples_are_samples_alone(routing):
+    mixer = mixer_of(routing=routing)
+    # The third begins in a document of the number that the second ends in.
+    alone, doc_ids, positions = packed(["usual", "documents last", "no template", "documents between queries"])
+    x = inputs(doc_ids.shape[1])
+    got = mixer(x, None, context(doc_ids, positions, samples=4)).y_BTD
+    sizes = [r.shape[1] for r in alone]
+    expected = [mixer(piece, None, context(r)).y_BTD for piece, r in zip(x.split(sizes, 1), alone, strict=True)]
+    assert_close("y", torch.cat(expected, 1), got, EXACT)
+    if routing == "causal":
+        for cuts in ([1] * x.shape[1], [50, 3, 17, x.shape[1] - 70]):
+            assert_close(str(cuts), got, streamed(mixer, x, doc_ids, cuts, positions)[0], EXACT)
+
+
+def model_of(**settings) -> MemLMForCausalLM:
+    return build("msa", **{**SMALL, **settings})
+
+
+def ids_like(doc_ids, seed=0):
+    return torch.randint(259, doc_ids.shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("side", ["left", "right", "scattered"])
+def test_padding_leaves_no_trace(side):
+    model, rows = model_of(), [roles_of(SAMPLES[name]) for name in ("usual", "no template", "no query")]
+    width = 50
+    ids, doc_ids, mask = (torch.full((3, width), fill) for fill in (7, 3, 0))
+    for b, row in enumerate(rows):
+        n = row.shape[1]
+        where = {"left": torch.arange(width - n, width), "right": torch.arange(n)}.get(side)
+        where = torch.linspace(0, width - 1, n).long() if where is None else where
+        ids[b, where], doc_ids[b, where], mask[b, where] = ids_like(row, b)[0], row[0], 1
+    more, cache = ids_like(torch.zeros(3, 5), 9), MemoryCache()
+    with torch.no_grad():
+        got = model(ids, attention_mask=mask, doc_ids=doc_ids, past_key_values=cache).logits
+        after = model(more, past_key_values=cache).logits
+        for b, row in enumerate(rows):
+            alone = F.pad(row, (0, 5), value=-1)
+            expected = model(torch.cat([ids_like(row, b), more[b : b + 1]], 1), doc_ids=alone).logits[0]
+            assert_close(f"row {b}", expected[:-5], got[b][mask[b].bool()], EXACT)
+            assert_close(f"after row {b}", expected[-5:], after[b], EXACT)
+
+
+def test_a_row_that_waits_stays_in_its_document():
+    model, doc_ids = model_of(), roles_of([(1, 7), (2, 9), (0, 3), (-1, 2)]).expand(2, -1)
+    ids, cache, mask = ids_like(doc_ids), MemoryCache(), torch.tensor([[1, 1, 1], [0, 0, 0]])
+    with torch.no_grad():
+        whole = model(ids, doc_ids=doc_ids).logits
+        model(ids[:, :10], doc_ids=doc_ids[:, :10], past_key_values=cache)
+        model(ids[:, 10:13], attention_mask=mask, doc_ids=doc_ids[:, 10:13], past_key_values=cache)
+        # A call without roles closes documents, but not of a row that has no token in it.
+        model(ids[:, :3], attention_mask=mask, past_key_values=cache)
+        got = model(ids[1:, 10:].expand(2, -1), doc_ids=doc_ids[:, 10:], past_key_values=cache).logits
+    assert_close("row that waited", whole[1, 10:], got[1], EXACT)
+
+
+def test_memory_of_documents_is_saved_moved_and_asked(tmp_path):
+    model, doc_ids = model_of(), roles_of(SAMPLES["usual"]).expand(3, -1)
+    ids, cache, cut = ids_like(doc_ids), MemoryCache(), 24
+    with torch.no_grad():
+        whole = model(ids, doc_ids=doc_ids).logits
+        model(ids[:, :cut], doc_ids=doc_ids[:, :cut], past_key_values=cache)
+        before = copy.deepcopy(cache.states)
+        rest = dict(input_ids=ids[:, cut:], doc_ids=doc_ids[:, cut:])
+        asked = model(**rest, past_key_values=cache, write=False).logits
+        for a, b in zip(before, cache.states, strict=True):
+            assert all(torch.equal(a[name], b[name]) for name in a)
+        assert_close("asked", whole[:, cut:], asked, EXACT)
+        cache.save(tmp_path)
+        assert torch.equal(asked, model(**rest, past_key_values=MemoryCache.load(tmp_path)).logits)
+        moved, order = cache.fork(), torch.tensor([2, 0, 0])
+        moved.reorder_cache(order)
+        rest = {name: x[order] for name, x in rest.items()}
+        assert_close("moved", whole[order, cut:], model(**rest, past_key_values=moved).logits, EXACT)
+        cache.reset([1])
+        got = model(ids, doc_ids=doc_ids, past_key_values=cache).logits
+        assert_close("forgotten", whole[1], got[1], EXACT)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_causality(name):
+    model, doc_ids = model_of().train(), roles_of(SAMPLES[name])
+    ids = ids_like(doc_ids)
+    with torch.no_grad():
+        before = model(ids, doc_ids=doc_ids).logits
+        for t in range(ids.shape[1]):
+            other = ids.clone()
+            other[:, t] = (other[:, t] + 1) % 259
+            after = model(other, doc_ids=doc_ids).logits
+            assert relative_error(before[:, :t], after[:, :t]) < 1e-13, t
+
+
+def test_choosing_by_the_whole_query_shows_its_end_to_its_start():
+    """What the option is for: it must be that leak, within the query, and no other."""
+    doc_ids = roles_of([(1, 8), (2, 8), (3, 8), (0, 6), (-1, 4)])
+    leaks = []
+    for seed in range(8):
+        x = inputs(doc_ids.shape[1], seed=seed)
+        mixer, causal = mixer_of(routing="query"), mixer_of()
+        other = x.clone()
+        other[:, 29] += 3.0
+        before, after = (mixer(z, None, context(doc_ids)).y_BTD for z in (x, other))
+        assert relative_error(before[:, :24], after[:, :24]) < 1e-13
+        leaks.append(relative_error(before[:, :29], after[:, :29]) > 1e-6)
+        # What follows the query sees the same choice.
+        assert_close("response", causal(x, None, context(doc_ids)).y_BTD[:, 29:], before[:, 29:], EXACT)
+    assert any(leaks)
+
+
+def test_generation_from_documents():
+    model, doc_ids = model_of(), roles_of([(-2, 2), (1, 9), (2, 5), (3, 6), (0, 4), (-2, 1)]).expand(2, -1).clone()
+    ids, mask = ids_like(doc_ids), torch.ones_like(doc_ids)
+    mask[1, :2] = 0
+    options = dict(doc_ids=doc_ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    cached = model.generate(ids, **options)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
+    cache = MemoryCache()
+    with torch.no_grad():
+        model(ids[:, :-5], doc_ids=doc_ids[:, :-5], attention_mask=mask[:, :-5], past_key_values=cache)
+    options |= dict(doc_ids=doc_ids[:, -5:], attention_mask=mask[:, -5:], past_key_values=cache)
+    assert torch.equal(cached[:, -11:], model.generate(ids[:, -5:], **options))
+
+
+def test_a_bank_from_elsewhere():
+    """Documents read one by one, in any order, and put together, are documents read in one sample."""
+    mixer, doc_ids = mixer_of(), roles_of(SAMPLES["usual"])
+    x, parts = inputs(doc_ids.shape[1], batch=2), []
+    x[1, 3:30] = x[0, 3:30]
+    whole = mixer(x, None, context(doc_ids.expand(2, -1))).y_BTD
+    for number, (start, end) in enumerate([(3, 12), (12, 13), (13, 17), (17, 30)]):
+        state = mixer(x[:1, start:end], None, context(doc_ids[:, start:end])).state
+        chunks = {name: state[f"bank.{name}"][:, : state["chunks"]] for name in ("k", "v", "router_k", "size")}
+        parts.append({**chunks, "document": torch.full_like(chunks["size"], number)})
+    bank = {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
+    state = mixer(x[:, :3], None, context(doc_ids[:, :3].expand(2, -1))).state
+    state = msa.with_documents(state, bank)
+    for cuts in ([13], [1] * 13):
+        got, after = [], state
+        for piece, roles in zip(x[:, 30:].split(cuts, 1), doc_ids[:, 30:].split(cuts, 1), strict=True):
+            y, after, *_ = mixer(piece, after, context(roles.expand(2, -1)))
+            got.append(y)
+        assert_close("y", whole[:, 30:], torch.cat(got, 1), EXACT)
+    with pytest.raises(ValueError, match="room for 9 chunks of its own"):
+        msa.with_documents(state, bank)
+
+
+def test_documents_chosen_elsewhere_are_seen_without_a_query():
+    mixer, doc_ids = mixer_of(), roles_of([(1, 8), (2, 8), (3, 4), (-1, 5)])
+    x = inputs(doc_ids.shape[1])
+    state = mixer(x[:, :20], None, context(doc_ids[:, :20])).state
+    unseen = mixer(x[:, 20:], state).y_BTD
+    chosen_C = torch.arange(state["bank.size"].shape[1]) // 2 != 1
+    state |= {"bank.asked": chosen_C.long()[None], "bank.score": chosen_C.double()[None]}
+    chosen = mixer(x[:, 20:], state).y_BTD
+    assert relative_error(unseen, chosen) > 1e-3
+    # Document 2, which was not chosen, is nothing to them.
+    state["bank.k"] = state["bank.k"] + 9.0 * ~chosen_C[:, None, None]
+    assert torch.equal(chosen, mixer(x[:, 20:], state).y_BTD)
+
+
+def test_memory_off_is_a_model_that_does_not_route():
+    model, doc_ids = model_of(), roles_of(SAMPLES["usual"])
+    other, ids = model_of(routes=False), ids_like(doc_ids)
+    other.load_state_dict({name: w for name, w in model.state_dict().items() if "router" not in name})
+    with torch.no_grad():
+        with memory_off(model):
+            assert_close("logits", other(ids, doc_ids=doc_ids).logits, model(ids, doc_ids=doc_ids).logits, EXACT)
+        assert relative_error(other(ids, doc_ids=doc_ids).logits, model(ids, doc_ids=doc_ids).logits) > 1e-3
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch compiles flex attention with a C++ compiler")
+@pytest.mark.parametrize("name", ["documents between queries"])
+def test_flex_attention_forward(name):
+    doc_ids = roles_of(SAMPLES[name])
+    torch.manual_seed(0)
+    mixer = msa.Mixer(msa.Config(**SMALL), Dims(32, 4, 2, 16), 0)
+    x = torch.randn(1, doc_ids.shape[1], 32)
+    with torch.no_grad():
+        reference = mixer(x, None, context(doc_ids)).y_BTD
+        mixer.dims = Dims(32, 4, 2, 16, attn_implementation="flex_attention")
+        assert_close("y", reference, mixer(x, None, context(doc_ids)).y_BTD, 1e-5)
+    mixer.dims = Dims(32, 4, 2, 16, attn_implementation="flash_attention_2")
+    with pytest.raises(ValueError, match="use 'sdpa' or 'flex_attention'"):
+        mixer(x, None, context(doc_ids))
+
+
+def test_autocast_routes_in_fp32():
+    model, doc_ids = model_of().float(), roles_of(SAMPLES["usual"])
+    ids, cache = ids_like(doc_ids), MemoryCache()
+    options = dict(doc_ids=doc_ids, positives=doc_ids == 2, labels=ids)
+    expected = model(ids, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model(ids, **options, past_key_values=cache)
+    got.loss.backward()
+    assert_close("logits", expected.logits, got.logits.float(), 5e-2)
+    assert cache.states[0]["bank.k"].dtype == torch.float32
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_documents_are_kept_as_chunks():
+    model = model_of(chunk_size=16)
+    doc_ids = roles_of([(n + 1, 100) for n in range(10)] + [(0, 10)])
+    cache = MemoryCache()
+    with torch.no_grad():
+        model(ids_like(doc_ids), doc_ids=doc_ids, past_key_values=cache)
+        state = cache.states[0]
+        assert state["bank.k"].shape[1] <= 1000 // 16 + 2 * 10 and state["k"].shape[1] == 10
+        assert state["open.k"].shape[1] <= 100
+        model(ids_like(doc_ids[:, :1]), past_key_values=cache)
+    assert cache.states[0]["open.k"].shape[1] == 0
+    assert state["chunks"].item() == 70 and state["documents"].item() == 10
+
+
+class Watch(TorchDispatchMode):
+    """Sizes of what is computed, and whether the device was asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest, self.asked = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "_unique2", "masked_select"):
+            self.asked.append(func)
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            self.largest = max(self.largest, x.numel() if isinstance(x, torch.Tensor) else 0)
+        return out
+
+
+def test_the_device_is_not_asked_and_cost_is_linear_in_documents():
+    mixer, sizes = mixer_of(), []
+    mixer.dims = Dims(24, 4, 2, 6, attn_implementation="eager")
+    for count in (16, 32):
+        doc_ids = roles_of([(n + 1, 37) for n in range(count)] + [(0, 5), (-1, 5)])
+        x, ctx = inputs(doc_ids.shape[1]), context(doc_ids, found=doc_ids == 2)
+        with Watch() as watch:
+            out = mixer(x, None, ctx)
+            mixer(x[:, :1], out.state)
+        assert not watch.asked
+        sizes.append(watch.largest)
+    assert sizes[1] <= 2.2 * sizes[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_low_precision_keeps_banks_and_scores_in_fp32(dtype):
+    low = model_of(top_k=9).to(dtype)
+    doc_ids = roles_of(SAMPLES["usual"])
+    ids, cache = ids_like(doc_ids), MemoryCache()
+    with torch.no_grad():
+        # All documents chosen: rounding may turn a close choice, which is another question.
+        got = low(ids, doc_ids=doc_ids, past_key_values=cache).logits
+        exact = copy.deepcopy(low).double()(ids, doc_ids=doc_ids).logits
+    assert_close("logits", exact, got.double(), 1e-5 if dtype == torch.float32 else 2e-2)
+    assert all(cache.states[0][f"bank.{name}"].dtype == torch.float32 for name in ("k", "v", "router_k", "score"))
+
+
+def test_gradient_checkpointing_with_documents_changes_nothing():
+    model, doc_ids = model_of().train(), roles_of(SAMPLES["usual"])
+    ids = ids_like(doc_ids)
+    gradients = []
+    for _ in range(2):
+        model.zero_grad()
+        model(ids, doc_ids=doc_ids, positives=doc_ids == 2, labels=ids).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    for a, b in zip(*gradients, strict=True):
+        assert_close("gradient", a, b, EXACT)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"chunk_size": 0}, "chunk_size=0 must be at least 1"),
+        ({"top_k": 0}, "top_k=0 must be at least 1"),
+        ({"routing": "all"}, "routing='all' must be one of causal, query"),
+        ({"similarity": "angle"}, "similarity='angle' must be one of cosine, dot"),
+        ({"chunk_reduce": "sum"}, "chunk_reduce='sum' must be one of mean, max"),
+        ({"router_loss": "hinge"}, "router_loss='hinge' must be one of infonce_decouple"),
+        ({"injection": "none"}, "injection='none' must be one of causal, bidirectional"),
+        ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
+        ({"loss_weight": -1.0}, "loss_weight=-1.0 must not be negative"),
+    ],
+)
+def test_bad_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        msa.Config(**settings)
+
+
+def test_bad_roles_are_named():
+    model, ids = model_of(), torch.zeros(1, 5, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"doc_ids \[1, 4\] must be \[batch, tokens\] = \[1, 5\]"):
+        model(ids, doc_ids=ids[:, :4])
+    with pytest.raises(ValueError, match="give doc_ids too"):
+        model(ids, positives=ids)

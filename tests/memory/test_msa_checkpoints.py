@@ -1,0 +1,283 @@
+"""Memory Sparse Attention against what its released code computes, and checkpoints in other formats."""
+
+import copy
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from memlm import MemLMForCausalLM, MemoryCache
+from memlm.hub import load_model, msa
+from memlm_kernels.testing import assert_close, relative_error
+from tests.conftest import ROOT
+
+FOLDER = ROOT / "tests" / "reference" / "msa_tiny"
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+# Ours in fp64 too: what remains is the rounding of theirs, which is fp32.
+FORWARD, GRADIENT = 1e-5, 1e-4
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return torch.load(FOLDER / "reference.pt", weights_only=True)
+
+
+def released():
+    theirs, weights = json.loads((FOLDER / "config.json").read_text()), load_file(FOLDER / "model.safetensors")
+    return theirs, weights, msa.config_from_msa(theirs, weights)
+
+
+def model_of(dtype, **settings) -> MemLMForCausalLM:
+    _, weights, config = released()
+    model = MemLMForCausalLM(config)
+    missing, unexpected = model.load_state_dict(msa.weights_from_msa(weights, config), strict=False)
+    assert missing == ["lm_head.weight"] and not unexpected
+    model.tie_weights()
+    for layer in model.model.layers:
+        layer.mixer.msa = dataclasses.replace(layer.mixer.msa, **settings)
+    return model.to(dtype).eval()
+
+
+def labels_loss(logits, labels):
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+@DTYPES
+def test_parity_in_training(golden, dtype):
+    golden, inputs = golden["train"], golden["train"]["inputs"]
+    model, doc_ids, real = model_of(dtype).train(), inputs["doc_ids"], inputs["attention_mask"].bool()
+    positives = torch.zeros_like(doc_ids)
+    for row, labels in enumerate(inputs["batch_aux_labels"]):
+        positives[row] = torch.tensor([0, *labels])[doc_ids[row].clamp(min=0)]
+    seen: dict = {}
+    for i, layer in enumerate(model.model.layers):
+        layer.mixer.register_forward_hook(lambda _, x, out, i=i: seen.update({i: (x[0], out.y_BTD, out.state)}))
+    out = model(
+        inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        doc_ids=doc_ids,
+        positives=positives,
+        labels=inputs["labels"],
+        output_hidden_states=True,
+        use_cache=False,
+    )
+    assert_close("logits", golden["logits"][real], out.logits[real], FORWARD)
+    for i, (expected, got) in enumerate(zip(golden["hidden_states"], out.hidden_states, strict=True)):
+        assert_close(f"hidden state {i}", expected[real], got[real], FORWARD)
+    for i, (x, y, _) in seen.items():
+        assert_close(f"attention {i}, in", golden["layers"][i]["attn_in"][real], x[real], FORWARD)
+        assert_close(f"attention {i}, out", golden["layers"][i]["attn_out"][real], y[real], FORWARD)
+    for i, expected in golden["doc_scores"].items():
+        state = seen[i][2]
+        scores = torch.full((2, 7), -torch.inf, dtype=state["bank.score"].dtype)
+        used = torch.arange(state["bank.score"].shape[1]) < state["chunks"][:, None]
+        owner = torch.where(used, state["bank.document"] + 1, 6)
+        scores = scores.scatter_reduce(1, owner, state["bank.score"].masked_fill(~used, -torch.inf), "amax")[:, :6]
+        assert torch.equal(scores.isfinite(), expected.isfinite())
+        assert_close(f"scores {i}", expected[expected.isfinite()], scores[expected.isfinite()], FORWARD)
+
+    aux = sum(out.aux_losses.values())
+    lm, qa = labels_loss(out.logits, inputs["labels"]), inputs["train_qa_samples"].bool()
+    answer = labels_loss(out.logits[qa], inputs["batch_answer_labels"][qa])
+    for name, got in (("lm_loss", lm), ("aux_loss", aux / 0.1), ("answer_loss", answer), ("loss", out.loss + answer)):
+        assert_close(name, golden[name], got, FORWARD)
+    (lm + answer).backward(retain_graph=True)
+    assert all(p.grad is None for name, p in model.named_parameters() if "router" in name)
+    assert all(x is None for x in golden["router_grad_from_lm_loss_only"].values())
+    aux.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    for name, expected in msa.weights_from_msa(golden["grads"], model.config).items():
+        assert_close(f"gradient of {name}", expected, gradients[name], GRADIENT)
+
+
+@DTYPES
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_parity_in_inference(golden, similarity, dtype):
+    """Banks, prefill, decoding, and a segment put in, which theirs attends to in both directions."""
+    golden = golden["infer"][similarity]
+    model, memory, cache = model_of(dtype, similarity=similarity), golden["memory"], MemoryCache()
+    ids = torch.cat([memory["head_ids"], *memory["docs"]])[None]
+    pieces = [(-2, 3), *((n + 1, len(document)) for n, document in enumerate(memory["docs"]))]
+    doc_ids = torch.cat([torch.full((n,), role) for role, n in pieces])[None]
+    with torch.no_grad():
+        hidden = model.model(ids, doc_ids=doc_ids, past_key_values=cache).last_hidden_state
+    first, second = (stage["last_hidden_state"][0] for stage in memory["stage1"])
+    assert_close("documents", torch.cat([first, second[3:]]), hidden[0], FORWARD)
+    for i, state in enumerate(cache.states):
+        for expected, name in zip(memory["template_kv"][i], ("k", "v"), strict=True):
+            assert_close(f"template {name} {i}", expected, state[name].transpose(1, 2), FORWARD)
+    for i, bank in memory["bank"].items():
+        state, chunks = cache.states[i], len(memory["pool_doc_ids"])
+        assert cache.states[i]["chunks"].item() == chunks
+        assert torch.equal(state["bank.document"][0, :chunks] + 1, memory["pool_doc_ids"])
+        for expected, name in ((bank["k"], "k"), (bank["v"], "v"), (bank["rk"], "router_k")):
+            got = state[f"bank.{name}"][:, :chunks].transpose(1, 2)
+            # For cosines theirs keeps router keys normalised.
+            got = F.normalize(got, dim=-1) if name == "router_k" and similarity == "cosine" else got
+            assert_close(f"bank {name} {i}", expected, got, FORWARD)
+
+    cache.batch_repeat_interleave(2)
+    inputs, real = golden["inputs"], golden["inputs"]["attention_mask"].bool()
+    taken: dict = {}
+    hooks = [
+        layer.mixer.register_forward_hook(lambda _, x, out, i=i: taken.update({i: (x[0], out.y_BTD)}))
+        for i, layer in enumerate(model.model.layers)
+    ]
+    with torch.no_grad():
+        prefill = model(
+            inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            doc_ids=inputs["doc_ids"],
+            past_key_values=cache,
+        ).logits
+    assert_close("prefill", golden["prefill_logits"][real], prefill[real], FORWARD)
+    order = (~real).long().argsort(dim=1, stable=True).argsort(dim=1)[..., None]
+    for i, parts in taken.items():
+        for name, got in zip(("attn_in", "attn_out"), parts, strict=True):
+            got = got.gather(1, order.expand_as(got))
+            assert_close(f"{name} {i}", golden["layers"][i][name][real], got[real], FORWARD)
+    for hook in hooks:
+        hook.remove()
+    for i, routed in golden["routing"].items():
+        scores = cache.states[i]["bank.score"][:, :13]
+        of_documents = torch.stack([scores[:, memory["pool_doc_ids"] == n + 1].amax(1) for n in range(6)], 1)
+        best = of_documents.sort(dim=1, descending=True)
+        assert torch.equal(best.indices[:, :2], routed["doc_ids"])
+        assert_close(f"routing {i}", routed["scores"], best.values[:, :2], FORWARD)
+
+    tokens = golden["decode_tokens"]
+    assert torch.equal(prefill[:, -1].argmax(-1), tokens[:, 0])
+    with torch.no_grad():
+        steps = torch.cat([model(t, past_key_values=cache).logits for t in tokens.split(1, 1)], 1)
+        assert_close("decoding", golden["decode_logits"], steps, FORWARD)
+        assert torch.equal(steps[:, :-1].argmax(-1), tokens[:, 1:])
+        injected = golden["inject"]["input_ids"]
+        causal = model(injected, past_key_values=cache.fork()).logits
+        for layer in model.model.layers:
+            layer.mixer.msa = dataclasses.replace(layer.mixer.msa, injection="bidirectional")
+        assert_close("put in", golden["inject"]["logits"], model(injected, past_key_values=cache).logits, FORWARD)
+    assert relative_error(golden["inject"]["logits"], causal) > 1e-3
+
+
+def convert(*arguments):
+    script = ROOT / "scripts" / "convert_checkpoint.py"
+    done = subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_released_format_goes_there_and_back(tmp_path):
+    code, said = convert("--from-format", "msa", "--source", FOLDER, "--target", tmp_path / "ours")
+    assert code == 0, said
+    code, said = convert("--to-format", "msa", "--source", tmp_path / "ours", "--target", tmp_path / "theirs")
+    assert code == 0, said
+    weights, back = (load_file(folder / "model.safetensors") for folder in (FOLDER, tmp_path / "theirs"))
+    assert weights.keys() == back.keys() and all(torch.equal(back[name], w) for name, w in weights.items())
+    theirs, written = (json.loads((folder / "config.json").read_text()) for folder in (FOLDER, tmp_path / "theirs"))
+    for found in (theirs, written):
+        found |= {f"msa_config.{name}": value for name, value in found.pop("msa_config").items()}
+    missing = theirs.keys() - written.keys()
+    assert missing == {"torch_dtype", "transformers_version", "max_window_layers"}
+    changed = {name for name in theirs.keys() - missing if theirs[name] != written[name]}
+    # Trained for 4,096 tokens; and the temperature as fp32 has it.
+    assert changed == {"max_position_embeddings", "msa_config.infonce_loss_temp"}
+    assert load_model(tmp_path / "ours").config.mixer_pattern == ["documents", "documents", "memory", "memory"]
+
+
+def qwen3(tied=True):
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=131,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        tie_word_embeddings=tied,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e6},
+    )
+    model = Qwen3ForCausalLM(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_it_starts_from_a_qwen3_backbone(tmp_path, tied):
+    """Plain text is what Qwen3 makes of it; routers are fresh, and routes stand in the upper half of the layers."""
+    theirs = qwen3(tied)
+    theirs.save_pretrained(tmp_path / "qwen3")
+    code, said = convert("--from-format", "qwen3", "--source", tmp_path / "qwen3", "--target", tmp_path / "ours")
+    assert code == 0, said
+    ours, ids = load_model(tmp_path / "ours").eval(), torch.randint(131, (2, 33))
+    with torch.no_grad():
+        assert_close("logits", theirs(ids).logits, ours(ids).logits, 1e-5)
+        doc_ids = torch.tensor([1] * 12 + [2] * 9 + [0] * 4 + [-1] * 8).expand(2, -1)
+        assert torch.isfinite(ours(ids, doc_ids=doc_ids).logits).all()
+    assert ours.config.mixer_pattern == ["documents", "documents", "memory", "memory"]
+    routers = [p for name, p in ours.named_parameters() if "router" in name]
+    assert len(routers) == 4 and all(0.015 < p.std() < 0.025 for p in routers)
+
+
+def test_the_loss_bce_has_a_bias_in_place_of_a_temperature():
+    theirs, weights, _ = released()
+    theirs["msa_config"]["aux_loss_method"] = "BCE"
+    weights["b"] = torch.tensor(-20.5)
+    del weights["temperature"]
+    config = msa.config_from_msa(theirs, weights)
+    assert config.mixers["memory"]["similarity"] == "dot"
+    ours = msa.weights_from_msa(weights, config)
+    back = msa.weights_to_msa(ours, config)
+    assert back.keys() == weights.keys() and all(torch.equal(back[name], w) for name, w in weights.items())
+    assert msa.config_to_msa(config)["msa_config"]["aux_loss_method"] == "BCE"
+    ours["model.layers.3.mixer.router_bias"] += 1
+    with pytest.raises(ValueError, match="router_bias differs between layers"):
+        msa.weights_to_msa(ours, config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mom"}, "model_type='mom'; only 'msa' can be converted"),
+        ({"attention_bias": True}, "attention_bias=True; only False can be converted"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling="),
+        ({"msa_config": {"decouple_router": False}}, "msa_config.decouple_router=False; only True"),
+        ({"msa_config": {"query_reduce_method": "last"}}, "query_reduce='last' must be one of mean, max"),
+        ({"msa_config": {"pooling_kernel_size": 0}}, "chunk_size=0"),
+    ],
+)
+def test_configurations_that_ours_cannot_be_are_refused(change, message):
+    theirs, weights, _ = released()
+    rules = {**theirs["msa_config"], **change.pop("msa_config", {})}
+    with pytest.raises(ValueError, match=message):
+        msa.config_from_msa({**theirs, **change, "msa_config": rules}, weights)
+
+
+def test_weights_of_another_model_are_refused():
+    theirs, weights, config = released()
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.router_q_proj\.0\.weight is missing"):
+        rules = {**theirs["msa_config"], "router_layer_idx": "1,2,3"}
+        msa.weights_from_msa(weights, msa.config_from_msa({**theirs, "msa_config": rules}, weights))
+    with pytest.raises(ValueError, match="extra is not a weight of this configuration"):
+        msa.weights_from_msa({**weights, "extra": torch.zeros(1)}, config)
+
+
+def test_models_that_theirs_cannot_be_are_refused():
+    _, _, config = released()
+    for mixer, message in (
+        ({"chunk_size": 16}, "chunk_size is 8 and 16"),
+        ({"similarity": "dot"}, "similarity='dot'; the release trains router_loss='infonce_decouple' with 'cosine'"),
+        ({"qk_norm": False}, "qk_norm must be True in every layer"),
+        ({"routes": False}, "routes is false in every layer"),
+    ):
+        other = copy.deepcopy(config)
+        other.mixers["memory"] |= mixer
+        with pytest.raises(ValueError, match=message):
+            msa.config_to_msa(other)

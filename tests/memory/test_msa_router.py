@@ -1,0 +1,86 @@
+"""How the router of Memory Sparse Attention is taught and measured."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from memlm.memory import retrieval
+from memlm_kernels.testing import assert_close
+from tests.memory.test_msa import EXACT, SAMPLES, context, ids_like, inputs, mixer_of, model_of, packed, roles_of
+
+
+def naive_loss(kind, scores, found, temperature, bias):
+    s = [x / temperature for x in scores]
+    wanted, others = ([x for x, f in zip(s, found, strict=True) if f == which] for which in (True, False))
+    if kind == "bce":
+        signs = [1 if f else -1 for f in found]
+        return sum(math.log1p(math.exp(-(x + bias) * sign)) for x, sign in zip(scores, signs, strict=True)) / len(s)
+    nats = 0.0
+    for x in wanted:
+        below = [x, *others] if "decouple" in kind else s
+        p = math.exp(x) / sum(map(math.exp, below))
+        nats -= math.log(p) * ((1 - p) ** 2 if "focal" in kind else 1)
+    return nats / max(1, len(wanted))
+
+
+@pytest.mark.parametrize("kind", retrieval.LOSSES)
+def test_losses_are_the_formulas(kind):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(3, 2, 7, generator=generator, dtype=torch.float64)
+    known = torch.rand(3, 2, 7, generator=generator) < 0.7
+    found = (torch.rand(3, 2, 7, generator=generator) < 0.4) & known
+    known[2, 0], found[2, 0], found[1, 1] = True, True, False
+    known[2, 1] = found[2, 1] = False
+    scores = scores.masked_fill(~known, -math.inf).requires_grad_()
+    bias = torch.tensor(-1.5, dtype=torch.float64)
+    got = retrieval.router_loss(kind, scores, found, known, 0.7, bias)
+    got.sum().backward()
+    assert torch.isfinite(scores.grad).all() and not scores.grad[~known].any()
+    for b, s in itertools.product(range(3), range(2)):
+        row = scores[b, s][known[b, s]].tolist()
+        if row:
+            expected = naive_loss(kind, row, found[b, s][known[b, s]].tolist(), 0.7, -1.5)
+            assert got[b, s].item() == pytest.approx(expected, abs=1e-12)
+        else:
+            assert got[b, s] == 0
+    huge = retrieval.router_loss(kind, 1e4 * scores.detach(), found, known, 0.01, bias)
+    assert torch.isfinite(huge).all()
+
+
+@pytest.mark.parametrize("kind", retrieval.LOSSES)
+def test_only_the_routers_loss_reaches_the_router(kind):
+    model, doc_ids = model_of(router_loss=kind, loss_weight=0.5).train(), roles_of(SAMPLES["usual"])
+    ids, positives = ids_like(doc_ids), (doc_ids == 4) | (doc_ids == 2)
+    routers = {name: p for name, p in model.named_parameters() if "router" in name}
+    assert len(routers) == (6 if kind == "bce" else 4)
+    model(ids, doc_ids=doc_ids, labels=ids).loss.backward()
+    assert all(p.grad is None for p in routers.values())
+    out = model(ids, doc_ids=doc_ids, labels=ids, positives=positives)
+    out.loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in routers.values())
+    assert set(out.aux_losses) == {"layer0/router", "layer1/router"}
+
+
+def test_loss_and_metrics_of_packed_samples_are_means_over_samples():
+    mixer = mixer_of(loss_weight=0.3)
+    alone, doc_ids, positions = packed(["usual", "no documents", "no template", "no query"])
+    found = torch.cat([r == number for r, number in zip(alone, (3, 1, 2, 1), strict=True)], 1)
+    x = inputs(doc_ids.shape[1])
+    got = mixer(x, None, context(doc_ids, positions, found=found, samples=4))
+    pieces = zip(x.split([r.shape[1] for r in alone], 1), alone, (3, 1, 2, 1), strict=True)
+    each = [mixer(piece, None, context(r, found=r == number)) for piece, r, number in pieces]
+    taught = [each[0], each[2]]
+    expected = sum(out.aux_losses["router"] for out in taught) / 2
+    assert_close("loss", expected, got.aux_losses["router"], EXACT)
+    for name in got.metrics:
+        assert_close(name, sum(out.metrics[name] for out in taught) / 2, got.metrics[name], EXACT)
+    assert each[3].aux_losses["router"] == 0
+
+
+def test_metrics_count():
+    scores = torch.tensor([[[0.9, 0.1, 0.5, 0.4]], [[0.1, 0.2, 0.3, 0.9]], [[0.4, 0.1, 0.2, 0.3]]])
+    found = torch.tensor([[[1, 1, 0, 0]], [[1, 0, 0, 0]], [[0, 0, 0, 0]]]).bool()
+    metrics = retrieval.router_metrics(scores, found, torch.ones_like(found), 2)
+    assert {name: x.item() for name, x in metrics.items()} == {"hit@2": 0.5, "recall@2": 0.25, "precision": 0.25}
