@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Large: decay shrinks a function that its norm scales up again, and with less of a floor the gradient through thousands
-# of writes explodes. So a memory that has decayed says nothing.
+# Large: decay shrinks a function that its norm scales up again, and with less of a floor the gradient through
+# thousands of writes explodes. So a memory that has decayed says nothing.
 _EPS = 0.1
 
 InnerLoss = Callable[[Tensor, Tensor], Tensor]
