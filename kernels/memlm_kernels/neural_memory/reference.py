@@ -18,6 +18,7 @@ A slot that holds no token has lr 0, momentum 1, decay 0 and ``write`` 0, and ch
 ``write`` multiplies the S that enters M, for momentum would go on moving M otherwise.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -40,8 +41,11 @@ from memlm_kernels.neural_memory.scan import Scan
 
 _TINY = 1e-30
 
+# What ``Scan.apply`` is.
+LoopOverChunks = Callable[..., tuple[Tensor, ...]]
+
 # A compiler would unroll the loop over chunks: minutes of work for a graph that runs no faster.
-_scan = torch.compiler.disable(Scan.apply)
+_scan: LoopOverChunks = torch.compiler.disable(Scan.apply)
 
 
 class NeuralMemoryState(NamedTuple):
@@ -83,14 +87,19 @@ def neural_memory_reference(
     lengths: Tensor | None,
     max_documents: int,
     aligned: bool,
+    scan: LoopOverChunks | None = None,
 ) -> tuple[Tensor, NeuralMemoryState, Tensor]:
-    """Returns o, the new state, and the norm of each token's gradient [B, T, H]; see ``neural_memory``."""
+    """Returns o, the new state, and the norm of each token's gradient [B, T, H]; see ``neural_memory``.
+
+    scan: takes the place of the loop over chunks in PyTorch, and the tokens in their own type
+    """
     q, v = tokens.q, tokens.v
     batch, length, heads, _ = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     aligned = aligned or (state is None and positions is None and lengths is None)
     with torch.autocast(q.device.type, enabled=False):
-        tokens = Tokens._make(None if x is None else x.to(dtype) for x in tokens)
+        gates = (None if x is None else x.to(dtype) for x in tokens[3:])
+        tokens = Tokens(*(x.to(dtype) if scan is None else x for x in tokens[:3]), *gates)
         initial = tuple(w.to(dtype).expand(batch, *w.shape) for w in weights)
         if state is None:
             state = _fresh(tokens, initial, window)
@@ -104,16 +113,16 @@ def neural_memory_reference(
         else:
             grid = ragged_grid(positions, lengths, width, max_documents, chunk_size)
         sources, U, recent = _sources(tokens, grid, positions, lengths, window, state)
-        gates = scalar_recurrences(tokens, grid, U)
+        scalars = scalar_recurrences(tokens, grid, U)
         q_grid = to_rows(grid.lay(tokens.q))
         tail = None if norm is None else Tail(*(n.to(dtype).repeat(batch, 1)[:, None] for n in norm))
-        out, surprise, *memory = _scan(
+        out, surprise, *memory = (scan or _scan)(
             Plan(len(weights), chunk_size // width, ACTIVATIONS[activation], loss),
             q_grid,
             *sources,
-            gates.C,
-            gates.beta,
-            *(gates.momentum or (None, None, None)),
+            scalars.C,
+            scalars.beta,
+            *(scalars.momentum or (None, None, None)),
             *(tail or (None, None)),
             *(None if x is None else row_flags(x, heads) for x in (grid.opens_document, grid.opens_chunk)),
             *(x.to(dtype).flatten(0, 1) for part in (state.weights, state.momentum) for x in part),

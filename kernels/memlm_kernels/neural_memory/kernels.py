@@ -1,0 +1,324 @@
+"""The loop over chunks in Triton for a memory of one layer that descends on the squared error; see ``reference``.
+
+N chunks, G rows and heads, C slots of a chunk, K key dim, V value dim. A program carries some columns of a row's memory
+W, momentum S and anchor A through all its chunks: the columns of a linear memory learn independently. With x the
+inputs and c, p the last rows of C and P,
+
+    e = k A - v        o = beta (q W) + f (q S) - (C * q k^T) e
+    W' = beta W + f S - k^T (c e)                  S' = m S - k^T (p e)
+
+Backward makes W and S of a group of chunks again from those that the group starts with, into a scratch memory, and
+then goes through the group from its end.
+"""
+
+import triton
+import triton.language as tl
+
+from memlm_kernels.launch import load_tile, store_tile, tiled
+
+_SIZES = ["N", "G"]
+
+
+@triton.jit
+def enter(
+    b_W,
+    b_S,
+    b_A,
+    opens_document,
+    opens_chunk,
+    initial,
+    n,
+    g,
+    G,
+    i_k,
+    i_v,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """The memory that chunk n sees: a document starts afresh, and a new chunk sets the anchor."""
+    if opens_document is not None:
+        new = tl.load(opens_document + n * G + g) != 0
+        opened = tl.load(opens_chunk + n * G + g) != 0
+        b_initial = load_tile(initial, g * K + i_k, i_v, i_k < tl.where(new, K, 0), V)
+        b_W = tl.where(new, b_initial, b_W)
+        b_S = tl.where(new, 0.0, b_S)
+        b_A = tl.where(opened, b_W, b_A)
+    elif BLOCKS == 1:
+        b_A = b_W
+    else:
+        b_A = tl.where(n % BLOCKS == 0, b_W, b_A)
+    return b_W, b_S, b_A
+
+
+@triton.jit
+def leave(
+    b_W, b_S, b_k, b_e, C, beta, f, P, m, at, i_c, W_C: tl.constexpr, PRECISION: tl.constexpr
+):
+    """The memory after chunk ``at`` = n G + g, of W_C slots; b_e in fp32."""
+    b_c = tl.load(C + (at * W_C + W_C - 1) * W_C + i_c, mask=i_c < W_C, other=0.0)
+    b_written = tl.dot(tl.trans(b_k), (b_e * b_c[:, None]).to(b_k.dtype), input_precision=PRECISION)
+    b_next = b_W * tl.load(beta + at * W_C + W_C - 1) - b_written
+    if f is not None:
+        b_p = tl.load(P + at * W_C + i_c, mask=i_c < W_C, other=0.0)
+        b_next += b_S * tl.load(f + at * W_C + W_C - 1)
+        b_written = tl.dot(tl.trans(b_k), (b_e * b_p[:, None]).to(b_k.dtype), input_precision=PRECISION)
+        b_S = b_S * tl.load(m + at) - b_written
+    return b_next, b_S
+
+
+@tiled([{"num_warps": 4, "num_stages": 1}, {"num_warps": 8, "num_stages": 1}])
+@triton.jit(do_not_specialize=_SIZES)
+def memory_forward(
+    q,
+    k,
+    v,
+    C,
+    beta,
+    f,
+    P,
+    m,
+    opens_document,
+    opens_chunk,
+    W,
+    S,
+    anchor,
+    initial,
+    out,
+    errors,
+    squares,
+    last_W,
+    last_S,
+    last_anchor,
+    kept_W,
+    kept_S,
+    kept_anchor,
+    N,
+    G,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    W_C: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """out, errors: [N, G, C, V]; squares: [tiles of V, N, G, C]; kept_*: [N / GROUP, G, K, V] or None."""
+    program = tl.program_id(0).to(tl.int64)
+    tiles: tl.constexpr = (V + BV - 1) // BV
+    tile, g = program % tiles, program // tiles
+    i_c, i_k, i_v = tl.arange(0, BT), tl.arange(0, BK), tile * BV + tl.arange(0, BV)
+    real = i_c < W_C
+    b_W = load_tile(W, g * K + i_k, i_v, i_k < K, V)
+    b_S = b_W * 0.0
+    b_A = b_W
+    if S is not None:
+        b_S += load_tile(S, g * K + i_k, i_v, i_k < K, V)
+    if anchor is not None:
+        b_A = load_tile(anchor, g * K + i_k, i_v, i_k < K, V)
+    for n in range(N):
+        at = n * G + g
+        if kept_W is not None:
+            if n % GROUP == 0:
+                kept_rows = (n // GROUP * G + g) * K + i_k
+                store_tile(kept_W, b_W, kept_rows, i_v, i_k < K, V)
+                store_tile(kept_anchor, b_A, kept_rows, i_v, i_k < K, V)
+                if S is not None:
+                    store_tile(kept_S, b_S, kept_rows, i_v, i_k < K, V)
+        b_W, b_S, b_A = enter(
+            b_W, b_S, b_A, opens_document, opens_chunk, initial, n, g, G, i_k, i_v, K, V, BLOCKS
+        )
+        b_q = load_tile(q, at * W_C + i_c, i_k, real, K)
+        b_k = load_tile(k, at * W_C + i_c, i_k, real, K)
+        b_e = tl.dot(b_k, b_A.to(b_k.dtype), input_precision=PRECISION)
+        b_e -= load_tile(v, at * W_C + i_c, i_v, real, V).to(tl.float32)
+        store_tile(errors, b_e, at * W_C + i_c, i_v, real, V)
+        tl.store(squares + (tile * N * G + at) * W_C + i_c, tl.sum(b_e * b_e, 1), mask=real)
+        b_C = load_tile(C, at * W_C + i_c, i_c, real, W_C)
+        b_R = b_C * tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_beta = tl.load(beta + at * W_C + i_c, mask=real, other=0.0)
+        b_o = tl.dot(b_q, b_W.to(b_q.dtype), input_precision=PRECISION) * b_beta[:, None]
+        b_o -= tl.dot(b_R.to(b_k.dtype), b_e.to(b_k.dtype), input_precision=PRECISION)
+        if f is not None:
+            b_f = tl.load(f + at * W_C + i_c, mask=real, other=0.0)
+            b_o += tl.dot(b_q, b_S.to(b_q.dtype), input_precision=PRECISION) * b_f[:, None]
+        store_tile(out, b_o, at * W_C + i_c, i_v, real, V)
+        b_W, b_S = leave(b_W, b_S, b_k, b_e, C, beta, f, P, m, at, i_c, W_C, PRECISION)
+    store_tile(last_W, b_W, g * K + i_k, i_v, i_k < K, V)
+    if S is not None:
+        store_tile(last_S, b_S, g * K + i_k, i_v, i_k < K, V)
+    store_tile(last_anchor, b_A, g * K + i_k, i_v, i_k < K, V)
+
+
+@tiled([{"num_warps": 8, "num_stages": 1}, {"num_warps": 4, "num_stages": 1}])
+@triton.jit(do_not_specialize=_SIZES)
+def memory_backward(
+    q,
+    k,
+    C,
+    beta,
+    f,
+    P,
+    m,
+    opens_document,
+    opens_chunk,
+    initial,
+    errors,
+    kept_W,
+    kept_S,
+    kept_anchor,
+    d_out,
+    d_last_W,
+    d_last_S,
+    d_last_anchor,
+    scratch_W,
+    scratch_S,
+    scratch_anchor,
+    d_q,
+    d_k,
+    d_v,
+    d_C,
+    d_beta,
+    d_f,
+    d_P,
+    d_m,
+    d_W,
+    d_S,
+    d_anchor,
+    d_initial,
+    N,
+    G,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    W_C: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """scratch_*: [GROUP, G, K, V]; the gradients of what all columns share, [tiles of V, ...], are to be summed."""
+    program = tl.program_id(0).to(tl.int64)
+    tiles: tl.constexpr = (V + BV - 1) // BV
+    tile, g = program % tiles, program // tiles
+    i_c, i_k, i_v = tl.arange(0, BT), tl.arange(0, BK), tile * BV + tl.arange(0, BV)
+    real, keys, last = i_c < W_C, i_k < K, i_c == W_C - 1
+    of_row = g * K + i_k
+    shared = tile * N * G
+    b_dW = load_tile(d_last_W, of_row, i_v, keys, V)
+    b_dA = load_tile(d_last_anchor, of_row, i_v, keys, V)
+    b_dS = b_dW * 0.0
+    b_dinitial = b_dW * 0.0
+    if f is not None:
+        b_dS += load_tile(d_last_S, of_row, i_v, keys, V)
+    groups = tl.cdiv(N, GROUP)
+    for group_back in range(groups):
+        group = groups - 1 - group_back
+        begin = group * GROUP
+        size = tl.minimum(GROUP, N - begin)
+        kept_rows = (group * G + g) * K + i_k
+        b_W = load_tile(kept_W, kept_rows, i_v, keys, V)
+        b_A = load_tile(kept_anchor, kept_rows, i_v, keys, V)
+        b_S = b_W * 0.0
+        if f is not None:
+            b_S += load_tile(kept_S, kept_rows, i_v, keys, V)
+        for i in range(size):
+            n = begin + i
+            at = n * G + g
+            b_W, b_S, b_A = enter(
+                b_W, b_S, b_A, opens_document, opens_chunk, initial, n, g, G, i_k, i_v, K, V, BLOCKS
+            )
+            rows = (i * G + g) * K + i_k
+            store_tile(scratch_W, b_W, rows, i_v, keys, V)
+            store_tile(scratch_anchor, b_A, rows, i_v, keys, V)
+            if f is not None:
+                store_tile(scratch_S, b_S, rows, i_v, keys, V)
+            b_k = load_tile(k, at * W_C + i_c, i_k, real, K)
+            b_e = load_tile(errors, at * W_C + i_c, i_v, real, V).to(tl.float32)
+            b_W, b_S = leave(b_W, b_S, b_k, b_e, C, beta, f, P, m, at, i_c, W_C, PRECISION)
+        tl.debug_barrier()
+        for back in range(size):
+            i = size - 1 - back
+            n = begin + i
+            at = n * G + g
+            rows = (i * G + g) * K + i_k
+            b_q = load_tile(q, at * W_C + i_c, i_k, real, K)
+            b_k = load_tile(k, at * W_C + i_c, i_k, real, K)
+            b_o = load_tile(d_out, at * W_C + i_c, i_v, real, V)
+            b_e = load_tile(errors, at * W_C + i_c, i_v, real, V)
+            b_C = load_tile(C, at * W_C + i_c, i_c, real, W_C)
+            b_beta = tl.load(beta + at * W_C + i_c, mask=real, other=0.0)
+            b_c = tl.load(C + (at * W_C + W_C - 1) * W_C + i_c, mask=real, other=0.0)
+            keep = tl.load(beta + at * W_C + W_C - 1)
+
+            b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+            b_pairs = tl.dot(b_o.to(b_k.dtype), tl.trans(b_e.to(b_k.dtype)), input_precision=PRECISION)
+            b_R = tl.trans(b_C * b_scores).to(b_k.dtype)
+            b_de = -tl.dot(b_R, b_o.to(b_k.dtype), input_precision=PRECISION)
+            b_ds = (-b_C * b_pairs).to(b_k.dtype)
+            b_dq = tl.dot(b_ds, b_k, input_precision=PRECISION)
+            b_dk = tl.dot(tl.trans(b_ds), b_q, input_precision=PRECISION)
+
+            # Through W' = keep W + enters S - k^T (c e), and the reads of W.
+            b_W = load_tile(scratch_W, rows, i_v, keys, V)
+            b_of_k = tl.dot(b_k, b_dW.to(b_k.dtype), input_precision=PRECISION)
+            b_de -= b_of_k * b_c[:, None]
+            b_dc = -tl.sum(b_of_k * b_e, 1)
+            b_dC = tl.where(last[:, None], b_dc[None, :], 0.0) - b_scores * b_pairs
+            store_tile(d_C, b_dC, (shared + at) * W_C + i_c, i_c, real, W_C)
+            b_dk -= tl.dot((b_e * b_c[:, None]).to(b_k.dtype), tl.trans(b_dW.to(b_k.dtype)), input_precision=PRECISION)
+            b_read = tl.dot(b_q, b_W.to(b_q.dtype), input_precision=PRECISION)
+            b_dbeta = tl.sum(b_o * b_read, 1) + tl.where(last, tl.sum(b_dW * b_W), 0.0)
+            tl.store(d_beta + (shared + at) * W_C + i_c, b_dbeta, mask=real)
+            b_scaled = (b_o * b_beta[:, None]).to(b_q.dtype)
+            b_dq += tl.dot(b_scaled, tl.trans(b_W.to(b_q.dtype)), input_precision=PRECISION)
+            b_dW_before = b_dW * keep + tl.dot(tl.trans(b_q), b_scaled, input_precision=PRECISION)
+            if f is not None:
+                # Through S' = m S - k^T (p e), and the reads of S.
+                b_S = load_tile(scratch_S, rows, i_v, keys, V)
+                b_f = tl.load(f + at * W_C + i_c, mask=real, other=0.0)
+                b_p = tl.load(P + at * W_C + i_c, mask=real, other=0.0)
+                enters = tl.load(f + at * W_C + W_C - 1)
+                b_of_k = tl.dot(b_k, b_dS.to(b_k.dtype), input_precision=PRECISION)
+                b_de -= b_of_k * b_p[:, None]
+                tl.store(d_P + (shared + at) * W_C + i_c, -tl.sum(b_of_k * b_e, 1), mask=real)
+                b_scaled = (b_e * b_p[:, None]).to(b_k.dtype)
+                b_dk -= tl.dot(b_scaled, tl.trans(b_dS.to(b_k.dtype)), input_precision=PRECISION)
+                b_read = tl.dot(b_q, b_S.to(b_q.dtype), input_precision=PRECISION)
+                b_df = tl.sum(b_o * b_read, 1) + tl.where(last, tl.sum(b_dW * b_S), 0.0)
+                tl.store(d_f + (shared + at) * W_C + i_c, b_df, mask=real)
+                tl.store(d_m + shared + at, tl.sum(b_dS * b_S))
+                b_scaled = (b_o * b_f[:, None]).to(b_q.dtype)
+                b_dq += tl.dot(b_scaled, tl.trans(b_S.to(b_q.dtype)), input_precision=PRECISION)
+                b_dS = b_dS * tl.load(m + at) + b_dW * enters
+                b_dS += tl.dot(tl.trans(b_q), b_scaled, input_precision=PRECISION)
+            b_dW = b_dW_before
+
+            # Through e = k A - v.
+            b_A = load_tile(scratch_anchor, rows, i_v, keys, V)
+            b_dk += tl.dot(b_de.to(b_k.dtype), tl.trans(b_A.to(b_k.dtype)), input_precision=PRECISION)
+            b_dA += tl.dot(tl.trans(b_k), b_de.to(b_k.dtype), input_precision=PRECISION)
+            store_tile(d_v, -b_de, at * W_C + i_c, i_v, real, V)
+            store_tile(d_q, b_dq, (shared + at) * W_C + i_c, i_k, real, K)
+            store_tile(d_k, b_dk, (shared + at) * W_C + i_c, i_k, real, K)
+            if opens_document is not None:
+                new = tl.load(opens_document + n * G + g) != 0
+                opened = tl.load(opens_chunk + n * G + g) != 0
+                b_dW += tl.where(opened, b_dA, 0.0)
+                b_dA = tl.where(opened, 0.0, b_dA)
+                b_dinitial += tl.where(new, b_dW, 0.0)
+                b_dW = tl.where(new, 0.0, b_dW)
+                b_dS = tl.where(new, 0.0, b_dS)
+            elif n % BLOCKS == 0:
+                b_dW += b_dA
+                b_dA = b_dA * 0.0
+        tl.debug_barrier()
+    store_tile(d_W, b_dW, of_row, i_v, keys, V)
+    if f is not None:
+        store_tile(d_S, b_dS, of_row, i_v, keys, V)
+    if opens_document is not None:
+        store_tile(d_anchor, b_dA, of_row, i_v, keys, V)
+        store_tile(d_initial, b_dinitial, of_row, i_v, keys, V)
