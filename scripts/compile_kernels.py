@@ -29,7 +29,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from memlm_kernels import launch  # noqa: E402
+from memlm_kernels.delta_rule.triton import delta_rule_triton  # noqa: E402
 from memlm_kernels.launch import Kernel  # noqa: E402
+from memlm_kernels.linear_attention.triton import linear_attention_triton  # noqa: E402
+from memlm_kernels.neural_memory import squared_error  # noqa: E402
+from memlm_kernels.neural_memory.reference import Tokens, neural_memory_reference  # noqa: E402
+from memlm_kernels.neural_memory.triton import scan_triton  # noqa: E402
 
 # Each with the shared memory that a block may have, in bytes.
 TARGETS = {
@@ -49,6 +54,7 @@ POINTERS = {
     torch.bool: "*i1",
 }
 INSTRUCTIONS = {"cuda": r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", "hip": r"v_mfma"}
+SIZES = [("bfloat16", 64), ("bfloat16", 128), ("bfloat16", 256), ("float16", 128), ("float32", 64), ("float32", 128)]
 OPTIONS = ("num_warps", "num_stages", "waves_per_eu")
 
 
@@ -71,22 +77,29 @@ class Compiled(NamedTuple):
 
 def cases(sample: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Calls of the ops that between them launch every kernel in every way that changes its code."""
-    from memlm_kernels.linear_attention.triton import linear_attention_triton
+    for dtype, size in [("bfloat16", 64)] if sample else SIZES:
+        name, kind = f"{dtype} {size}", getattr(torch, dtype)
+        q, k, v = (torch.empty(2, 1024, 2, size, dtype=kind, requires_grad=True) for _ in "qkv")
+        gate, channel = (torch.empty(shape, requires_grad=True) for shape in (q.shape[:3], q.shape))
+        cu, state = torch.tensor([[0, 500, 1024]] * 2), torch.zeros(2, 2, 2, size, size)
+        yield f"{name} linear", both(linear_attention_triton, q, k, v, None, None, None)
+        yield f"{name} scalar", both(linear_attention_triton, q, k, v, gate, cu, state)
+        yield f"{name} channel", both(linear_attention_triton, q, k, v, channel, None, None)
+        yield f"{name} delta", both(delta_rule_triton, q, k, v, gate, None, None, None)
+        yield f"{name} delta, decay", both(delta_rule_triton, q, k, v, gate, gate, cu, state)
+        if size <= 128:
+            for chunk_size in (16, 64):
+                yield f"{name} memory, chunk {chunk_size}", both(memory, q, k, v, gate, chunk_size)
 
-    types = [torch.bfloat16] if sample else [torch.bfloat16, torch.float16, torch.float32]
-    sizes = [64] if sample else [64, 128, 256]
-    for size in sizes:
-        for dtype in types:
-            name = f"{str(dtype).removeprefix('torch.')} {size}"
-            if dtype == torch.float16 and size != 64:
-                continue
-            q, k, v = (torch.empty(2, 1024, 2, size, dtype=dtype, requires_grad=True) for _ in "qkv")
-            scalar = torch.empty(2, 1024, 2, requires_grad=True)
-            channel = torch.empty(2, 1024, 2, size, requires_grad=True)
-            cu, state = torch.tensor([[0, 500, 1024]] * 2), torch.zeros(2, 2, 2, size, size)
-            yield f"{name} linear", both(linear_attention_triton, q, k, v, None, None, None)
-            yield f"{name} scalar", both(linear_attention_triton, q, k, v, scalar, cu, state)
-            yield f"{name} channel", both(linear_attention_triton, q, k, v, channel, None, None)
+
+def memory(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, chunk_size: int) -> tuple[Tensor, ...]:
+    """The linear memory over documents, with momentum and decay."""
+    tokens = Tokens(q, k, v, gate, gate, gate, None)
+    weights = (torch.zeros(q.shape[2], q.shape[3], v.shape[3], requires_grad=True),)
+    positions = torch.arange(q.shape[1]).expand(len(q), -1)
+    rest = (None, squared_error, 1, None, positions, None, 2, False)
+    o, state, _ = neural_memory_reference(tokens, weights, chunk_size, "gelu", *rest, scan_triton)
+    return o, *state.weights
 
 
 def both(op: Callable, *arguments: Any) -> Callable[[], None]:
@@ -130,11 +143,9 @@ def signature(kernel: Kernel, arguments: dict[str, Any]) -> dict[str, str]:
 def compile_one(one: Launch, tiles: dict[str, int], target: GPUTarget, most_shared: int) -> Compiled:
     function = one.kernel.function
     arguments = one.arguments | {n: x for n, x in tiles.items() if n not in OPTIONS}
-    if arguments.get("PRECISION") is not None:
-        exact = target.backend == "hip" or not any(
-            isinstance(x, Tensor) and x.dtype == torch.float32 for x in one.arguments.values()
-        )
-        arguments["PRECISION"] = "ieee" if exact else "tf32"
+    for name in {"PRECISION", "INVERSE"} & arguments.keys():
+        # What a training run asks for: the matrix units, which on CUDA take no fp32 as it is.
+        arguments[name] = "tf32" if target.backend == "cuda" else "ieee"
     types = signature(one.kernel, arguments)
     constants = {name: arguments.get(name) for name, kind in types.items() if kind == "constexpr"}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind.startswith("*")}

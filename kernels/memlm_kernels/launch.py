@@ -122,16 +122,20 @@ def segment_span(cu, first, row, s, S, T):
 
 
 @triton.jit
-def load_tile(x, rows, columns, mask, width: tl.constexpr):
-    """[rows, columns] of a matrix of ``width``, in its own type; 0 where ``mask`` (of rows) or the width ends."""
+def load_tile(x, base, rows, columns, mask, width: tl.constexpr):
+    """Rows base + ``rows`` of a matrix of ``width``, in its own type; 0 where ``mask`` (of rows) or the width ends.
+
+    base is int64 and one for all; what differs between elements is int32, for pointers take many registers.
+    """
     inside = mask[:, None] & (columns < width)[None, :]
-    return tl.load(x + rows[:, None] * width + columns[None, :], mask=inside, other=0.0)
+    return tl.load(x + base * width + (rows[:, None] * width + columns[None, :]), mask=inside, other=0.0)
 
 
 @triton.jit
-def store_tile(x, value, rows, columns, mask, width: tl.constexpr):
+def store_tile(x, value, base, rows, columns, mask, width: tl.constexpr):
     inside = mask[:, None] & (columns < width)[None, :]
-    tl.store(x + rows[:, None] * width + columns[None, :], value.to(x.dtype.element_ty), mask=inside)
+    place = x + base * width + (rows[:, None] * width + columns[None, :])
+    tl.store(place, value.to(x.dtype.element_ty), mask=inside)
 
 
 @triton.jit

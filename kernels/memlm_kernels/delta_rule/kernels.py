@@ -11,11 +11,10 @@ import triton.language as tl
 from memlm_kernels.launch import chunk_span, decay_between, load_tile, segment_span, store_tile, tiled
 
 _SIZES = ["T", "N", "S"]
-_SQUARE = [
-    {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
-    {"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 2},
+_NARROW = [
+    {"BK": 32, "BV": 32, "num_warps": 8, "num_stages": 1},
+    {"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1},
 ]
-_SQUARE_HIP = [{"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1}]
 
 
 @triton.jit
@@ -73,20 +72,20 @@ def inverses(
         return
     i_t = tl.arange(0, BT)
     inside = start + i_t < end
-    rows = (row * T + start + i_t) * H + h
+    base, rows = (row * T + start) * H + h, i_t * H
     b_A = tl.zeros([BT, BT], tl.float32)
     for i in range((K + BK - 1) // BK):
-        b_k = load_tile(k, rows, i * BK + tl.arange(0, BK), inside, K)
+        b_k = load_tile(k, base, rows, i * BK + tl.arange(0, BK), inside, K)
         b_A += tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
-    b_A *= tl.load(beta + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
+    b_A *= tl.load(beta + base + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
     if log_decay is not None:
-        b_A *= decay_between(tl.load(log_decay + rows, mask=inside, other=0.0).to(tl.float32), BT)
+        b_A *= decay_between(tl.load(log_decay + base + rows, mask=inside, other=0.0).to(tl.float32), BT)
     b_A = tl.where(i_t[:, None] > i_t[None, :], b_A, 0.0)
-    store_tile(Y, invert(b_A, BT, INVERSE), program * BT + i_t, i_t, i_t < BT, BT)
+    store_tile(Y, invert(b_A, BT, INVERSE), program * BT, i_t, i_t, i_t < BT, BT)
 
 
 @tiled(
-    [{"BX": 64, "num_warps": 4, "num_stages": 2}, {"BX": 32, "num_warps": 2, "num_stages": 2}],
+    [{"BX": 64, "num_warps": 4, "num_stages": 1}, {"BX": 64, "num_warps": 8, "num_stages": 1}],
     [{"BX": 64, "num_warps": 4, "num_stages": 1}],
 )
 @triton.jit(do_not_specialize=_SIZES)
@@ -114,18 +113,18 @@ def solutions(
         return
     i_t, i_x = tl.arange(0, BT), tile * BX + tl.arange(0, BX)
     inside = start + i_t < end
-    rows = (row * T + start + i_t) * H + h
-    b_weight = tl.load(beta + rows, mask=inside, other=0.0).to(tl.float32)
+    base, rows = (row * T + start) * H + h, i_t * H
+    b_weight = tl.load(beta + base + rows, mask=inside, other=0.0).to(tl.float32)
     if log_decay is not None:
-        b_weight *= tl.exp(tl.cumsum(tl.load(log_decay + rows, mask=inside, other=0.0).to(tl.float32), 0))
-    b_x = load_tile(x, rows, i_x, inside, X)
+        b_weight *= tl.exp(tl.cumsum(tl.load(log_decay + base + rows, mask=inside, other=0.0).to(tl.float32), 0))
+    b_x = load_tile(x, base, rows, i_x, inside, X)
     b_x = (b_x * b_weight[:, None]).to(b_x.dtype)
-    b_Y = load_tile(Y, ((row * N + n) * H + h) * BT + i_t, i_t, i_t < BT, BT)
-    store_tile(out, tl.dot(b_Y, b_x, input_precision=PRECISION), rows, i_x, inside, X)
+    b_Y = load_tile(Y, ((row * N + n) * H + h) * BT, i_t, i_t, i_t < BT, BT)
+    store_tile(out, tl.dot(b_Y, b_x, input_precision=PRECISION), base, rows, i_x, inside, X)
 
 
 @tiled(
-    [{"BV": 32, "num_warps": 4, "num_stages": 2}, {"BV": 64, "num_warps": 8, "num_stages": 1}],
+    [{"BV": 32, "num_warps": 8, "num_stages": 1}, {"BV": 16, "num_warps": 4, "num_stages": 1}],
     [{"BV": 32, "num_warps": 4, "num_stages": 1}, {"BV": 16, "num_warps": 4, "num_stages": 1}],
 )
 @triton.jit(do_not_specialize=_SIZES)
@@ -161,29 +160,29 @@ def delta_states_forward(
     at = (row * S + s) * H + h
     b_state = tl.zeros([BK, BV], tl.float32)
     if initial is not None:
-        b_state += load_tile(initial, at * K + i_k, i_v, i_k < K, V)
+        b_state += load_tile(initial, at * K, i_k, i_v, i_k < K, V)
     for i in range(tl.cdiv(end - begin, BT)):
         t = begin + i * BT + tl.arange(0, BT)
         inside = t < end
-        rows = (row * T + t) * H + h
-        store_tile(states, b_state, ((row * N + n + i) * H + h) * K + i_k, i_v, i_k < K, V)
-        b_W = load_tile(W, rows, i_k, inside, K)
-        b_k = load_tile(k, rows, i_k, inside, K)
-        b_d = load_tile(U, rows, i_v, inside, V).to(tl.float32)
+        base, rows = (row * T + begin + i * BT) * H + h, tl.arange(0, BT) * H
+        store_tile(states, b_state, ((row * N + n + i) * H + h) * K, i_k, i_v, i_k < K, V)
+        b_W = load_tile(W, base, rows, i_k, inside, K)
+        b_k = load_tile(k, base, rows, i_k, inside, K)
+        b_d = load_tile(U, base, rows, i_v, inside, V).to(tl.float32)
         b_d -= tl.dot(b_W, b_state.to(b_W.dtype), input_precision=PRECISION)
-        store_tile(d, b_d, rows, i_v, inside, V)
+        store_tile(d, b_d, base, rows, i_v, inside, V)
         if log_decay is not None:
             behind = (tl.arange(0, BT) + 1 < BT) & (t + 1 < end)
-            b_after = tl.load(log_decay + rows + H, mask=behind, other=0.0).to(tl.float32)
-            b_keep = tl.load(log_decay + rows, mask=inside, other=0.0).to(tl.float32)
+            b_after = tl.load(log_decay + base + H + rows, mask=behind, other=0.0).to(tl.float32)
+            b_keep = tl.load(log_decay + base + rows, mask=inside, other=0.0).to(tl.float32)
             b_d *= tl.exp(tl.cumsum(b_after, 0, reverse=True))[:, None]
             b_state *= tl.exp(tl.sum(b_keep))
         b_state += tl.dot(tl.trans(b_k), b_d.to(b_k.dtype), input_precision=PRECISION)
-    store_tile(final, b_state, at * K + i_k, i_v, i_k < K, V)
+    store_tile(final, b_state, at * K, i_k, i_v, i_k < K, V)
 
 
 @tiled(
-    [{"BV": 32, "num_warps": 4, "num_stages": 2}, {"BV": 64, "num_warps": 8, "num_stages": 1}],
+    [{"BV": 32, "num_warps": 8, "num_stages": 1}, {"BV": 16, "num_warps": 4, "num_stages": 1}],
     [{"BV": 32, "num_warps": 4, "num_stages": 1}, {"BV": 16, "num_warps": 4, "num_stages": 1}],
 )
 @triton.jit(do_not_specialize=_SIZES)
@@ -224,34 +223,34 @@ def delta_states_backward(
     at = (row * S + s) * H + h
     b_state = tl.zeros([BK, BV], tl.float32)
     if d_final is not None:
-        b_state += load_tile(d_final, at * K + i_k, i_v, i_k < K, V)
+        b_state += load_tile(d_final, at * K, i_k, i_v, i_k < K, V)
     count = tl.cdiv(end - begin, BT)
     for back in range(count):
         i = count - 1 - back
         t = begin + i * BT + tl.arange(0, BT)
         inside = t < end
-        rows = (row * T + t) * H + h
-        store_tile(d_states, b_state, ((row * N + n + i) * H + h) * K + i_k, i_v, i_k < K, V)
-        b_k = load_tile(k, rows, i_k, inside, K)
-        b_q = load_tile(q, rows, i_k, inside, K)
-        b_W = load_tile(W, rows, i_k, inside, K)
-        b_o = load_tile(d_o, rows, i_v, inside, V)
+        base, rows = (row * T + begin + i * BT) * H + h, tl.arange(0, BT) * H
+        store_tile(d_states, b_state, ((row * N + n + i) * H + h) * K, i_k, i_v, i_k < K, V)
+        b_k = load_tile(k, base, rows, i_k, inside, K)
+        b_q = load_tile(q, base, rows, i_k, inside, K)
+        b_W = load_tile(W, base, rows, i_k, inside, K)
+        b_o = load_tile(d_o, base, rows, i_v, inside, V)
         b_d = tl.dot(b_k, b_state.to(b_k.dtype), input_precision=PRECISION)
         if log_decay is not None:
             behind = (tl.arange(0, BT) + 1 < BT) & (t + 1 < end)
-            b_after = tl.load(log_decay + rows + H, mask=behind, other=0.0).to(tl.float32)
-            b_g = tl.load(log_decay + rows, mask=inside, other=0.0).to(tl.float32)
+            b_after = tl.load(log_decay + base + H + rows, mask=behind, other=0.0).to(tl.float32)
+            b_g = tl.load(log_decay + base + rows, mask=inside, other=0.0).to(tl.float32)
             b_d *= tl.exp(tl.cumsum(b_after, 0, reverse=True))[:, None]
             b_state *= tl.exp(tl.sum(b_g))
             b_o = (b_o * tl.exp(tl.cumsum(b_g, 0))[:, None]).to(b_q.dtype)
-        b_d += load_tile(d_local, rows, i_v, inside, V)
-        store_tile(d_d, b_d, rows, i_v, inside, V)
+        b_d += load_tile(d_local, base, rows, i_v, inside, V)
+        store_tile(d_d, b_d, base, rows, i_v, inside, V)
         b_state += tl.dot(tl.trans(b_q), b_o, input_precision=PRECISION)
         b_state -= tl.dot(tl.trans(b_W), b_d.to(b_W.dtype), input_precision=PRECISION)
-    store_tile(d_initial, b_state, at * K + i_k, i_v, i_k < K, V)
+    store_tile(d_initial, b_state, at * K, i_k, i_v, i_k < K, V)
 
 
-@tiled(_SQUARE, _SQUARE_HIP)
+@tiled(_NARROW)
 @triton.jit(do_not_specialize=_SIZES)
 def solutions_backward(
     k,
@@ -290,52 +289,52 @@ def solutions_backward(
         return
     i_t = tl.arange(0, BT)
     inside = start + i_t < end
-    rows = (row * T + start + i_t) * H + h
-    b_beta = tl.load(beta + rows, mask=inside, other=0.0).to(tl.float32)
+    base, rows = (row * T + start) * H + h, i_t * H
+    b_beta = tl.load(beta + base + rows, mask=inside, other=0.0).to(tl.float32)
     b_weight = b_beta
     if log_decay is not None:
-        b_g = tl.load(log_decay + rows, mask=inside, other=0.0).to(tl.float32)
+        b_g = tl.load(log_decay + base + rows, mask=inside, other=0.0).to(tl.float32)
         b_weight *= tl.exp(tl.cumsum(b_g, 0))
-    b_Yt = tl.trans(load_tile(Y, program * BT + i_t, i_t, i_t < BT, BT))
+    b_Yt = tl.trans(load_tile(Y, program * BT, i_t, i_t, i_t < BT, BT))
     b_dA = tl.zeros([BT, BT], tl.float32)
     b_pairs = tl.zeros([BT, BT], tl.float32)
     b_of_v = tl.zeros([BT], tl.float32)
     b_of_k = tl.zeros([BT], tl.float32)
     for i in range((V + BV - 1) // BV):
         i_v = i * BV + tl.arange(0, BV)
-        b_P = tl.dot(b_Yt, load_tile(d_d, rows, i_v, inside, V), input_precision=PRECISION)
-        b_U = load_tile(U, rows, i_v, inside, V)
+        b_P = tl.dot(b_Yt, load_tile(d_d, base, rows, i_v, inside, V), input_precision=PRECISION)
+        b_U = load_tile(U, base, rows, i_v, inside, V)
         b_dA -= tl.dot(b_P.to(b_U.dtype), tl.trans(b_U), input_precision=PRECISION)
-        b_of_v += tl.sum(b_P * load_tile(v, rows, i_v, inside, V), 1)
-        store_tile(d_v, b_P * b_beta[:, None], rows, i_v, inside, V)
+        b_of_v += tl.sum(b_P * load_tile(v, base, rows, i_v, inside, V), 1)
+        store_tile(d_v, b_P * b_beta[:, None], base, rows, i_v, inside, V)
     for j in range((K + BK - 1) // BK):
         i_k = j * BK + tl.arange(0, BK)
-        b_k = load_tile(k, rows, i_k, inside, K)
+        b_k = load_tile(k, base, rows, i_k, inside, K)
         b_dW = tl.zeros([BT, BK], tl.float32)
         for i in range((V + BV - 1) // BV):
             i_v = i * BV + tl.arange(0, BV)
-            b_state = load_tile(states, program * K + i_k, i_v, i_k < K, V)
-            b_dW -= tl.dot(load_tile(d_d, rows, i_v, inside, V), tl.trans(b_state), input_precision=PRECISION)
+            b_state = load_tile(states, program * K, i_k, i_v, i_k < K, V)
+            b_dW -= tl.dot(load_tile(d_d, base, rows, i_v, inside, V), tl.trans(b_state), input_precision=PRECISION)
         b_P = tl.dot(b_Yt, b_dW.to(b_k.dtype), input_precision=PRECISION)
-        b_W = load_tile(W, rows, i_k, inside, K)
+        b_W = load_tile(W, base, rows, i_k, inside, K)
         b_dA -= tl.dot(b_P.to(b_W.dtype), tl.trans(b_W), input_precision=PRECISION)
         b_of_k += tl.sum(b_P * b_k, 1)
         b_pairs += tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
-        store_tile(d_k, b_P * b_weight[:, None], rows, i_k, inside, K)
+        store_tile(d_k, b_P * b_weight[:, None], base, rows, i_k, inside, K)
     b_dA = tl.where(i_t[:, None] > i_t[None, :], b_dA, 0.0)
     if log_decay is not None:
         b_dA *= decay_between(b_g, BT)
     b_of_A = tl.sum(b_dA * b_pairs, 1)
     if log_decay is not None:
         b_up_to = b_of_A * b_beta - tl.sum(b_dA * b_pairs * b_beta[:, None], 0) + b_of_k * b_weight
-        tl.store(d_decay + rows, tl.cumsum(b_up_to, 0, reverse=True), mask=inside)
+        tl.store(d_decay + base + rows, tl.cumsum(b_up_to, 0, reverse=True), mask=inside)
         b_of_k *= tl.exp(tl.cumsum(b_g, 0))
-    tl.store(d_beta + rows, b_of_v + b_of_k + b_of_A, mask=inside)
-    store_tile(d_pairs, b_dA * b_beta[:, None], program * BT + i_t, i_t, i_t < BT, BT)
+    tl.store(d_beta + base + rows, b_of_v + b_of_k + b_of_A, mask=inside)
+    store_tile(d_pairs, b_dA * b_beta[:, None], program * BT, i_t, i_t, i_t < BT, BT)
 
 
 @tiled(
-    [{"BK": 64, "num_warps": 4, "num_stages": 2}, {"BK": 32, "num_warps": 2, "num_stages": 2}],
+    [{"BK": 64, "num_warps": 4, "num_stages": 1}, {"BK": 64, "num_warps": 8, "num_stages": 1}],
     [{"BK": 64, "num_warps": 4, "num_stages": 1}],
 )
 @triton.jit(do_not_specialize=_SIZES)
@@ -363,10 +362,10 @@ def pairs_backward(
         return
     i_t, i_k = tl.arange(0, BT), tile * BK + tl.arange(0, BK)
     inside = start + i_t < end
-    rows = (row * T + start + i_t) * H + h
-    b_k = load_tile(k, rows, i_k, inside, K)
-    b_pairs = load_tile(d_pairs, ((row * N + n) * H + h) * BT + i_t, i_t, i_t < BT, BT)
+    base, rows = (row * T + start) * H + h, i_t * H
+    b_k = load_tile(k, base, rows, i_k, inside, K)
+    b_pairs = load_tile(d_pairs, ((row * N + n) * H + h) * BT, i_t, i_t, i_t < BT, BT)
     b_pairs = (b_pairs + tl.trans(b_pairs)).to(b_k.dtype)
     b_dk = tl.dot(b_pairs, b_k, input_precision=PRECISION)
-    b_dk += load_tile(of_reads, rows, i_k, inside, K) + load_tile(of_solutions, rows, i_k, inside, K)
-    store_tile(d_k, b_dk, rows, i_k, inside, K)
+    b_dk += load_tile(of_reads, base, rows, i_k, inside, K) + load_tile(of_solutions, base, rows, i_k, inside, K)
+    store_tile(d_k, b_dk, base, rows, i_k, inside, K)

@@ -12,18 +12,23 @@ import triton.language as tl
 from memlm_kernels.launch import chunk_span, decay_between, load_tile, lower, segment_span, store_tile, tiled
 
 _SIZES = ["T", "N", "S"]
-_SQUARE = [
-    {"BK": 64, "BV": 64, "num_warps": 4, "num_stages": 2},
-    {"BK": 32, "BV": 64, "num_warps": 4, "num_stages": 2},
-    {"BK": 64, "BV": 32, "num_warps": 2, "num_stages": 2},
+_WIDE = [
+    {"BK": 64, "BV": 64, "num_warps": 8, "num_stages": 2},
+    {"BK": 64, "BV": 32, "num_warps": 8, "num_stages": 2},
+    {"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 2},
 ]
-_SQUARE_HIP = [
+_WIDE_HIP = [
     {"BK": 32, "BV": 64, "num_warps": 4, "num_stages": 1},
     {"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1},
 ]
+# Sixteen tiles are alive at once: more of them than these would spill.
+_NARROW = [
+    {"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1},
+    {"BK": 32, "BV": 32, "num_warps": 8, "num_stages": 2},
+]
 
 
-@tiled(_SQUARE, _SQUARE_HIP)
+@tiled(_WIDE, _WIDE_HIP)
 @triton.jit(do_not_specialize=_SIZES)
 def states_forward(
     k,
@@ -57,32 +62,32 @@ def states_forward(
     at = (row * S + s) * H + h
     b_state = tl.zeros([BK, BV], tl.float32)
     if initial is not None:
-        b_state += load_tile(initial, at * K + i_k, i_v, i_k < K, V)
+        b_state += load_tile(initial, at * K, i_k, i_v, i_k < K, V)
     for i in range(tl.cdiv(end - begin, BT)):
         t = begin + i * BT + tl.arange(0, BT)
         inside = t < end
-        rows = (row * T + t) * H + h
-        store_tile(states, b_state, ((row * N + n + i) * H + h) * K + i_k, i_v, i_k < K, V)
-        b_k = load_tile(k, rows, i_k, inside, K)
-        b_v = load_tile(v, rows, i_v, inside, V)
+        base, rows = (row * T + begin + i * BT) * H + h, tl.arange(0, BT) * H
+        store_tile(states, b_state, ((row * N + n + i) * H + h) * K, i_k, i_v, i_k < K, V)
+        b_k = load_tile(k, base, rows, i_k, inside, K)
+        b_v = load_tile(v, base, rows, i_v, inside, V)
         if log_decay is not None:
             # What follows a token in its chunk.
             behind = (tl.arange(0, BT) + 1 < BT) & (t + 1 < end)
             if CHANNELS:
-                b_after = tl.cumsum(load_tile(log_decay, rows + H, i_k, behind, K).to(tl.float32), 0, reverse=True)
-                b_keep = tl.sum(load_tile(log_decay, rows, i_k, inside, K).to(tl.float32), 0)
+                b_after = tl.cumsum(load_tile(log_decay, base + H, rows, i_k, behind, K).to(tl.float32), 0, reverse=True)
+                b_keep = tl.sum(load_tile(log_decay, base, rows, i_k, inside, K).to(tl.float32), 0)
                 b_k = (b_k * tl.exp(b_after)).to(b_v.dtype)
                 b_state *= tl.exp(b_keep)[:, None]
             else:
-                b_after = tl.load(log_decay + rows + H, mask=behind, other=0.0).to(tl.float32)
-                b_keep = tl.load(log_decay + rows, mask=inside, other=0.0).to(tl.float32)
+                b_after = tl.load(log_decay + base + H + rows, mask=behind, other=0.0).to(tl.float32)
+                b_keep = tl.load(log_decay + base + rows, mask=inside, other=0.0).to(tl.float32)
                 b_k = (b_k * tl.exp(tl.cumsum(b_after, 0, reverse=True))[:, None]).to(b_v.dtype)
                 b_state *= tl.exp(tl.sum(b_keep))
         b_state += tl.dot(tl.trans(b_k), b_v, input_precision=PRECISION)
-    store_tile(final, b_state, at * K + i_k, i_v, i_k < K, V)
+    store_tile(final, b_state, at * K, i_k, i_v, i_k < K, V)
 
 
-@tiled(_SQUARE, _SQUARE_HIP)
+@tiled(_WIDE, _WIDE_HIP)
 @triton.jit(do_not_specialize=_SIZES)
 def outputs_forward(
     q,
@@ -113,36 +118,36 @@ def outputs_forward(
         return
     t = start + tl.arange(0, BT)
     inside = t < end
-    rows = (row * T + t) * H + h
+    base, rows = (row * T + start) * H + h, tl.arange(0, BT) * H
     at = (row * N + n) * H + h
     b_o = tl.zeros([BT, BV], tl.float32)
     b_scores = tl.zeros([BT, BT], tl.float32)
     for i in range((K + BK - 1) // BK):
         i_k = i * BK + tl.arange(0, BK)
-        b_q = load_tile(q, rows, i_k, inside, K)
+        b_q = load_tile(q, base, rows, i_k, inside, K)
         if scores is not None:
-            b_g = load_tile(log_decay, rows, i_k, inside, K).to(tl.float32)
+            b_g = load_tile(log_decay, base, rows, i_k, inside, K).to(tl.float32)
             b_q = (b_q * tl.exp(tl.cumsum(b_g, 0))).to(b_q.dtype)
         else:
-            b_k = load_tile(k, rows, i_k, inside, K)
+            b_k = load_tile(k, base, rows, i_k, inside, K)
             b_scores += tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        b_state = load_tile(states, at * K + i_k, i_v, i_k < K, V)
+        b_state = load_tile(states, at * K, i_k, i_v, i_k < K, V)
         b_o += tl.dot(b_q, b_state, input_precision=PRECISION)
     if scores is not None:
         i_t = tl.arange(0, BT)
-        b_scores += load_tile(scores, at * BT + i_t, i_t, i_t < BT, BT)
+        b_scores += load_tile(scores, at * BT, i_t, i_t, i_t < BT, BT)
     elif log_decay is not None:
-        b_g = tl.load(log_decay + rows, mask=inside, other=0.0).to(tl.float32)
+        b_g = tl.load(log_decay + base + rows, mask=inside, other=0.0).to(tl.float32)
         b_o *= tl.exp(tl.cumsum(b_g, 0))[:, None]
         b_scores *= decay_between(b_g, BT)
     else:
         b_scores *= lower(BT)
-    b_v = load_tile(v, rows, i_v, inside, V)
+    b_v = load_tile(v, base, rows, i_v, inside, V)
     b_o += tl.dot(b_scores.to(b_v.dtype), b_v, input_precision=PRECISION)
-    store_tile(o, b_o, rows, i_v, inside, V)
+    store_tile(o, b_o, base, rows, i_v, inside, V)
 
 
-@tiled(_SQUARE, _SQUARE_HIP)
+@tiled(_WIDE, _WIDE_HIP)
 @triton.jit(do_not_specialize=_SIZES)
 def states_backward(
     q,
@@ -176,30 +181,30 @@ def states_backward(
     at = (row * S + s) * H + h
     b_state = tl.zeros([BK, BV], tl.float32)
     if d_final is not None:
-        b_state += load_tile(d_final, at * K + i_k, i_v, i_k < K, V)
+        b_state += load_tile(d_final, at * K, i_k, i_v, i_k < K, V)
     count = tl.cdiv(end - begin, BT)
     for back in range(count):
         i = count - 1 - back
         t = begin + i * BT + tl.arange(0, BT)
         inside = t < end
-        rows = (row * T + t) * H + h
-        store_tile(d_states, b_state, ((row * N + n + i) * H + h) * K + i_k, i_v, i_k < K, V)
-        b_q = load_tile(q, rows, i_k, inside, K)
-        b_o = load_tile(d_o, rows, i_v, inside, V)
+        base, rows = (row * T + begin + i * BT) * H + h, tl.arange(0, BT) * H
+        store_tile(d_states, b_state, ((row * N + n + i) * H + h) * K, i_k, i_v, i_k < K, V)
+        b_q = load_tile(q, base, rows, i_k, inside, K)
+        b_o = load_tile(d_o, base, rows, i_v, inside, V)
         if log_decay is not None:
             if CHANNELS:
-                b_g = load_tile(log_decay, rows, i_k, inside, K).to(tl.float32)
+                b_g = load_tile(log_decay, base, rows, i_k, inside, K).to(tl.float32)
                 b_q = (b_q * tl.exp(tl.cumsum(b_g, 0))).to(b_o.dtype)
                 b_state *= tl.exp(tl.sum(b_g, 0))[:, None]
             else:
-                b_g = tl.load(log_decay + rows, mask=inside, other=0.0).to(tl.float32)
+                b_g = tl.load(log_decay + base + rows, mask=inside, other=0.0).to(tl.float32)
                 b_q = (b_q * tl.exp(tl.cumsum(b_g, 0))[:, None]).to(b_o.dtype)
                 b_state *= tl.exp(tl.sum(b_g))
         b_state += tl.dot(tl.trans(b_q), b_o, input_precision=PRECISION)
-    store_tile(d_initial, b_state, at * K + i_k, i_v, i_k < K, V)
+    store_tile(d_initial, b_state, at * K, i_k, i_v, i_k < K, V)
 
 
-@tiled(_SQUARE, _SQUARE_HIP)
+@tiled(_WIDE, _WIDE_HIP)
 @triton.jit(do_not_specialize=_SIZES)
 def values_backward(
     q,
@@ -231,38 +236,38 @@ def values_backward(
     t = start + tl.arange(0, BT)
     inside = t < end
     behind = (tl.arange(0, BT) + 1 < BT) & (t + 1 < end)
-    rows = (row * T + t) * H + h
+    base, rows = (row * T + start) * H + h, tl.arange(0, BT) * H
     at = (row * N + n) * H + h
     b_v = tl.zeros([BT, BV], tl.float32)
     b_scores = tl.zeros([BT, BT], tl.float32)
     for i in range((K + BK - 1) // BK):
         i_k = i * BK + tl.arange(0, BK)
-        b_k = load_tile(k, rows, i_k, inside, K)
+        b_k = load_tile(k, base, rows, i_k, inside, K)
         if scores is None:
-            b_q = load_tile(q, rows, i_k, inside, K)
+            b_q = load_tile(q, base, rows, i_k, inside, K)
             b_scores += tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         else:
-            b_after = load_tile(log_decay, rows + H, i_k, behind, K).to(tl.float32)
+            b_after = load_tile(log_decay, base + H, rows, i_k, behind, K).to(tl.float32)
             b_k = (b_k * tl.exp(tl.cumsum(b_after, 0, reverse=True))).to(b_k.dtype)
         if d_states is not None:
-            b_state = load_tile(d_states, at * K + i_k, i_v, i_k < K, V)
+            b_state = load_tile(d_states, at * K, i_k, i_v, i_k < K, V)
             b_v += tl.dot(b_k, b_state, input_precision=PRECISION)
     if scores is not None:
         i_t = tl.arange(0, BT)
-        b_scores += load_tile(scores, at * BT + i_t, i_t, i_t < BT, BT)
+        b_scores += load_tile(scores, at * BT, i_t, i_t, i_t < BT, BT)
     elif log_decay is not None:
-        b_g = tl.load(log_decay + rows, mask=inside, other=0.0).to(tl.float32)
+        b_g = tl.load(log_decay + base + rows, mask=inside, other=0.0).to(tl.float32)
         b_scores *= decay_between(b_g, BT)
-        b_after = tl.load(log_decay + rows + H, mask=behind, other=0.0).to(tl.float32)
+        b_after = tl.load(log_decay + base + H + rows, mask=behind, other=0.0).to(tl.float32)
         b_v *= tl.exp(tl.cumsum(b_after, 0, reverse=True))[:, None]
     else:
         b_scores *= lower(BT)
-    b_o = load_tile(d_o, rows, i_v, inside, V)
+    b_o = load_tile(d_o, base, rows, i_v, inside, V)
     b_v += tl.dot(tl.trans(b_scores).to(b_o.dtype), b_o, input_precision=PRECISION)
-    store_tile(d_v, b_v, rows, i_v, inside, V)
+    store_tile(d_v, b_v, base, rows, i_v, inside, V)
 
 
-@tiled(_SQUARE, _SQUARE_HIP)
+@tiled(_NARROW, _NARROW[:1])
 @triton.jit(do_not_specialize=_SIZES)
 def keys_backward(
     q,
@@ -300,7 +305,7 @@ def keys_backward(
         return
     t = start + tl.arange(0, BT)
     inside = t < end
-    rows = (row * T + t) * H + h
+    base, rows = (row * T + start) * H + h, tl.arange(0, BT) * H
     at = (row * N + n) * H + h
     b_dq = tl.zeros([BT, BK], tl.float32)
     b_dk = tl.zeros([BT, BK], tl.float32)
@@ -308,21 +313,21 @@ def keys_backward(
     b_kept = tl.zeros([BK], tl.float32)
     for i in range((V + BV - 1) // BV):
         i_v = i * BV + tl.arange(0, BV)
-        b_v = load_tile(v, rows, i_v, inside, V)
-        b_o = load_tile(d_o, rows, i_v, inside, V)
-        b_state = load_tile(states, at * K + i_k, i_v, i_k < K, V)
-        b_dstate = load_tile(d_states, at * K + i_k, i_v, i_k < K, V)
+        b_v = load_tile(v, base, rows, i_v, inside, V)
+        b_o = load_tile(d_o, base, rows, i_v, inside, V)
+        b_state = load_tile(states, at * K, i_k, i_v, i_k < K, V)
+        b_dstate = load_tile(d_states, at * K, i_k, i_v, i_k < K, V)
         b_scores += tl.dot(b_o, tl.trans(b_v), input_precision=PRECISION)
         b_dq += tl.dot(b_o, tl.trans(b_state), input_precision=PRECISION)
         b_dk += tl.dot(b_v, tl.trans(b_dstate), input_precision=PRECISION)
         if log_decay is not None:
             b_kept += tl.sum(b_state.to(tl.float32) * b_dstate.to(tl.float32), 1)
-    b_q = load_tile(q, rows, i_k, inside, K)
-    b_k = load_tile(k, rows, i_k, inside, K)
+    b_q = load_tile(q, base, rows, i_k, inside, K)
+    b_k = load_tile(k, base, rows, i_k, inside, K)
     if log_decay is not None:
         behind = (tl.arange(0, BT) + 1 < BT) & (t + 1 < end)
-        b_g = tl.load(log_decay + rows, mask=inside, other=0.0).to(tl.float32)
-        b_after = tl.load(log_decay + rows + H, mask=behind, other=0.0).to(tl.float32)
+        b_g = tl.load(log_decay + base + rows, mask=inside, other=0.0).to(tl.float32)
+        b_after = tl.load(log_decay + base + H + rows, mask=behind, other=0.0).to(tl.float32)
         b_scores *= decay_between(b_g, BT)
         b_dq *= tl.exp(tl.cumsum(b_g, 0))[:, None]
         b_dk *= tl.exp(tl.cumsum(b_after, 0, reverse=True))[:, None]
@@ -334,11 +339,11 @@ def keys_backward(
         b_g = tl.cumsum(b_up_to, 0, reverse=True) + tl.cumsum(b_behind, 0) - b_behind + (
             tl.sum(b_kept) * tl.exp(tl.sum(b_g))
         )
-        tl.store(d_decay + tile * B * T * H + rows, b_g, mask=inside)
+        tl.store(d_decay + tile * B * T * H + base + rows, b_g, mask=inside)
     else:
         b_scores *= lower(BT)
     b_scores = b_scores.to(b_k.dtype)
     b_dq += tl.dot(b_scores, b_k, input_precision=PRECISION)
     b_dk += tl.dot(tl.trans(b_scores), b_q, input_precision=PRECISION)
-    store_tile(d_q, b_dq, rows, i_k, inside, K)
-    store_tile(d_k, b_dk, rows, i_k, inside, K)
+    store_tile(d_q, b_dq, base, rows, i_k, inside, K)
+    store_tile(d_k, b_dk, base, rows, i_k, inside, K)

@@ -40,7 +40,7 @@ def enter(
     if opens_document is not None:
         new = tl.load(opens_document + n * G + g) != 0
         opened = tl.load(opens_chunk + n * G + g) != 0
-        b_initial = load_tile(initial, g * K + i_k, i_v, i_k < tl.where(new, K, 0), V)
+        b_initial = load_tile(initial, g * K, i_k, i_v, i_k < tl.where(new, K, 0), V)
         b_W = tl.where(new, b_initial, b_W)
         b_S = tl.where(new, 0.0, b_S)
         b_A = tl.where(opened, b_W, b_A)
@@ -111,32 +111,32 @@ def memory_forward(
     tile, g = program % tiles, program // tiles
     i_c, i_k, i_v = tl.arange(0, BT), tl.arange(0, BK), tile * BV + tl.arange(0, BV)
     real = i_c < W_C
-    b_W = load_tile(W, g * K + i_k, i_v, i_k < K, V)
+    b_W = load_tile(W, g * K, i_k, i_v, i_k < K, V)
     b_S = b_W * 0.0
     b_A = b_W
     if S is not None:
-        b_S += load_tile(S, g * K + i_k, i_v, i_k < K, V)
+        b_S += load_tile(S, g * K, i_k, i_v, i_k < K, V)
     if anchor is not None:
-        b_A = load_tile(anchor, g * K + i_k, i_v, i_k < K, V)
+        b_A = load_tile(anchor, g * K, i_k, i_v, i_k < K, V)
     for n in range(N):
         at = n * G + g
         if kept_W is not None:
             if n % GROUP == 0:
-                kept_rows = (n // GROUP * G + g) * K + i_k
-                store_tile(kept_W, b_W, kept_rows, i_v, i_k < K, V)
-                store_tile(kept_anchor, b_A, kept_rows, i_v, i_k < K, V)
+                kept_base = (n // GROUP * G + g) * K
+                store_tile(kept_W, b_W, kept_base, i_k, i_v, i_k < K, V)
+                store_tile(kept_anchor, b_A, kept_base, i_k, i_v, i_k < K, V)
                 if S is not None:
-                    store_tile(kept_S, b_S, kept_rows, i_v, i_k < K, V)
+                    store_tile(kept_S, b_S, kept_base, i_k, i_v, i_k < K, V)
         b_W, b_S, b_A = enter(
             b_W, b_S, b_A, opens_document, opens_chunk, initial, n, g, G, i_k, i_v, K, V, BLOCKS
         )
-        b_q = load_tile(q, at * W_C + i_c, i_k, real, K)
-        b_k = load_tile(k, at * W_C + i_c, i_k, real, K)
+        b_q = load_tile(q, at * W_C, i_c, i_k, real, K)
+        b_k = load_tile(k, at * W_C, i_c, i_k, real, K)
         b_e = tl.dot(b_k, b_A.to(b_k.dtype), input_precision=PRECISION)
-        b_e -= load_tile(v, at * W_C + i_c, i_v, real, V).to(tl.float32)
-        store_tile(errors, b_e, at * W_C + i_c, i_v, real, V)
+        b_e -= load_tile(v, at * W_C, i_c, i_v, real, V).to(tl.float32)
+        store_tile(errors, b_e, at * W_C, i_c, i_v, real, V)
         tl.store(squares + (tile * N * G + at) * W_C + i_c, tl.sum(b_e * b_e, 1), mask=real)
-        b_C = load_tile(C, at * W_C + i_c, i_c, real, W_C)
+        b_C = load_tile(C, at * W_C, i_c, i_c, real, W_C)
         b_R = b_C * tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         b_beta = tl.load(beta + at * W_C + i_c, mask=real, other=0.0)
         b_o = tl.dot(b_q, b_W.to(b_q.dtype), input_precision=PRECISION) * b_beta[:, None]
@@ -144,12 +144,30 @@ def memory_forward(
         if f is not None:
             b_f = tl.load(f + at * W_C + i_c, mask=real, other=0.0)
             b_o += tl.dot(b_q, b_S.to(b_q.dtype), input_precision=PRECISION) * b_f[:, None]
-        store_tile(out, b_o, at * W_C + i_c, i_v, real, V)
+        store_tile(out, b_o, at * W_C, i_c, i_v, real, V)
         b_W, b_S = leave(b_W, b_S, b_k, b_e, C, beta, f, P, m, at, i_c, W_C, PRECISION)
-    store_tile(last_W, b_W, g * K + i_k, i_v, i_k < K, V)
+    store_tile(last_W, b_W, g * K, i_k, i_v, i_k < K, V)
     if S is not None:
-        store_tile(last_S, b_S, g * K + i_k, i_v, i_k < K, V)
-    store_tile(last_anchor, b_A, g * K + i_k, i_v, i_k < K, V)
+        store_tile(last_S, b_S, g * K, i_k, i_v, i_k < K, V)
+    store_tile(last_anchor, b_A, g * K, i_k, i_v, i_k < K, V)
+
+
+@triton.jit
+def _written(b_k, b_e, b_weight, b_dM, b_de, b_dk, PRECISION: tl.constexpr):
+    """Through M' = -k^T (weight e): what it adds to the gradients of e and k, and that of weight."""
+    b_of_k = tl.dot(b_k, b_dM.to(b_k.dtype), input_precision=PRECISION)
+    b_scaled = (b_e * b_weight[:, None]).to(b_k.dtype)
+    b_dk -= tl.dot(b_scaled, tl.trans(b_dM.to(b_k.dtype)), input_precision=PRECISION)
+    return b_de - b_of_k * b_weight[:, None], b_dk, -tl.sum(b_of_k * b_e, 1)
+
+
+@triton.jit
+def _read(b_q, b_o, b_weight, b_M, b_dq, PRECISION: tl.constexpr):
+    """Through o = weight (q M): what it adds to the gradient of q, and those of weight and M."""
+    b_of_o = tl.dot(b_o.to(b_q.dtype), tl.trans(b_M.to(b_q.dtype)), input_precision=PRECISION)
+    b_scaled = (b_o * b_weight[:, None]).to(b_q.dtype)
+    b_dM = tl.dot(tl.trans(b_q), b_scaled, input_precision=PRECISION)
+    return b_dq + b_of_o * b_weight[:, None], tl.sum(b_of_o * b_q, 1), b_dM
 
 
 @tiled([{"num_warps": 8, "num_stages": 1}, {"num_warps": 4, "num_stages": 1}])
@@ -180,6 +198,7 @@ def memory_backward(
     d_k,
     d_v,
     d_C,
+    d_c,
     d_beta,
     d_f,
     d_P,
@@ -206,104 +225,97 @@ def memory_backward(
     tile, g = program % tiles, program // tiles
     i_c, i_k, i_v = tl.arange(0, BT), tl.arange(0, BK), tile * BV + tl.arange(0, BV)
     real, keys, last = i_c < W_C, i_k < K, i_c == W_C - 1
-    of_row = g * K + i_k
     shared = tile * N * G
-    b_dW = load_tile(d_last_W, of_row, i_v, keys, V)
-    b_dA = load_tile(d_last_anchor, of_row, i_v, keys, V)
+    b_dW = load_tile(d_last_W, g * K, i_k, i_v, keys, V)
+    b_dA = load_tile(d_last_anchor, g * K, i_k, i_v, keys, V)
     b_dS = b_dW * 0.0
     b_dinitial = b_dW * 0.0
     if f is not None:
-        b_dS += load_tile(d_last_S, of_row, i_v, keys, V)
+        b_dS += load_tile(d_last_S, g * K, i_k, i_v, keys, V)
     groups = tl.cdiv(N, GROUP)
     for group_back in range(groups):
         group = groups - 1 - group_back
         begin = group * GROUP
         size = tl.minimum(GROUP, N - begin)
-        kept_rows = (group * G + g) * K + i_k
-        b_W = load_tile(kept_W, kept_rows, i_v, keys, V)
-        b_A = load_tile(kept_anchor, kept_rows, i_v, keys, V)
+        kept_base = (group * G + g) * K
+        b_W = load_tile(kept_W, kept_base, i_k, i_v, keys, V)
+        b_A = load_tile(kept_anchor, kept_base, i_k, i_v, keys, V)
         b_S = b_W * 0.0
         if f is not None:
-            b_S += load_tile(kept_S, kept_rows, i_v, keys, V)
+            b_S += load_tile(kept_S, kept_base, i_k, i_v, keys, V)
         for i in range(size):
             n = begin + i
             at = n * G + g
             b_W, b_S, b_A = enter(
                 b_W, b_S, b_A, opens_document, opens_chunk, initial, n, g, G, i_k, i_v, K, V, BLOCKS
             )
-            rows = (i * G + g) * K + i_k
-            store_tile(scratch_W, b_W, rows, i_v, keys, V)
-            store_tile(scratch_anchor, b_A, rows, i_v, keys, V)
+            base = (i * G + g) * K
+            store_tile(scratch_W, b_W, base, i_k, i_v, keys, V)
+            store_tile(scratch_anchor, b_A, base, i_k, i_v, keys, V)
             if f is not None:
-                store_tile(scratch_S, b_S, rows, i_v, keys, V)
-            b_k = load_tile(k, at * W_C + i_c, i_k, real, K)
-            b_e = load_tile(errors, at * W_C + i_c, i_v, real, V).to(tl.float32)
+                store_tile(scratch_S, b_S, base, i_k, i_v, keys, V)
+            b_k = load_tile(k, at * W_C, i_c, i_k, real, K)
+            b_e = load_tile(errors, at * W_C, i_c, i_v, real, V).to(tl.float32)
             b_W, b_S = leave(b_W, b_S, b_k, b_e, C, beta, f, P, m, at, i_c, W_C, PRECISION)
+        # What one thread has written another may read.
         tl.debug_barrier()
         for back in range(size):
             i = size - 1 - back
             n = begin + i
             at = n * G + g
-            rows = (i * G + g) * K + i_k
-            b_q = load_tile(q, at * W_C + i_c, i_k, real, K)
-            b_k = load_tile(k, at * W_C + i_c, i_k, real, K)
-            b_o = load_tile(d_out, at * W_C + i_c, i_v, real, V)
-            b_e = load_tile(errors, at * W_C + i_c, i_v, real, V)
-            b_C = load_tile(C, at * W_C + i_c, i_c, real, W_C)
-            b_beta = tl.load(beta + at * W_C + i_c, mask=real, other=0.0)
-            b_c = tl.load(C + (at * W_C + W_C - 1) * W_C + i_c, mask=real, other=0.0)
-            keep = tl.load(beta + at * W_C + W_C - 1)
-
+            base = (i * G + g) * K
+            b_q = load_tile(q, at * W_C, i_c, i_k, real, K)
+            b_k = load_tile(k, at * W_C, i_c, i_k, real, K)
+            b_o = load_tile(d_out, at * W_C, i_c, i_v, real, V)
+            b_e = load_tile(errors, at * W_C, i_c, i_v, real, V)
+            # o = beta (q W) + f (q S) - (C * q k^T) e, but for what W and S get.
+            b_C = load_tile(C, at * W_C, i_c, i_c, real, W_C)
             b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
             b_pairs = tl.dot(b_o.to(b_k.dtype), tl.trans(b_e.to(b_k.dtype)), input_precision=PRECISION)
+            store_tile(d_C, -b_scores * b_pairs, (shared + at) * W_C, i_c, i_c, real, W_C)
             b_R = tl.trans(b_C * b_scores).to(b_k.dtype)
             b_de = -tl.dot(b_R, b_o.to(b_k.dtype), input_precision=PRECISION)
             b_ds = (-b_C * b_pairs).to(b_k.dtype)
             b_dq = tl.dot(b_ds, b_k, input_precision=PRECISION)
             b_dk = tl.dot(tl.trans(b_ds), b_q, input_precision=PRECISION)
+            tl.debug_barrier()
 
-            # Through W' = keep W + enters S - k^T (c e), and the reads of W.
-            b_W = load_tile(scratch_W, rows, i_v, keys, V)
-            b_of_k = tl.dot(b_k, b_dW.to(b_k.dtype), input_precision=PRECISION)
-            b_de -= b_of_k * b_c[:, None]
-            b_dc = -tl.sum(b_of_k * b_e, 1)
-            b_dC = tl.where(last[:, None], b_dc[None, :], 0.0) - b_scores * b_pairs
-            store_tile(d_C, b_dC, (shared + at) * W_C + i_c, i_c, real, W_C)
-            b_dk -= tl.dot((b_e * b_c[:, None]).to(b_k.dtype), tl.trans(b_dW.to(b_k.dtype)), input_precision=PRECISION)
-            b_read = tl.dot(b_q, b_W.to(b_q.dtype), input_precision=PRECISION)
-            b_dbeta = tl.sum(b_o * b_read, 1) + tl.where(last, tl.sum(b_dW * b_W), 0.0)
+            # W' = keep W + enters S - k^T (c e), and the reads of W.
+            b_c = tl.load(C + (at * W_C + W_C - 1) * W_C + i_c, mask=real, other=0.0)
+            b_beta = tl.load(beta + at * W_C + i_c, mask=real, other=0.0)
+            keep = tl.load(beta + at * W_C + W_C - 1)
+            b_de, b_dk, b_dc = _written(b_k, b_e, b_c, b_dW, b_de, b_dk, PRECISION)
+            tl.store(d_c + (shared + at) * W_C + i_c, b_dc, mask=real)
+            b_W = load_tile(scratch_W, base, i_k, i_v, keys, V)
+            b_dq, b_dbeta, b_from_reads = _read(b_q, b_o, b_beta, b_W, b_dq, PRECISION)
+            b_dbeta += tl.where(last, tl.sum(b_dW * b_W), 0.0)
             tl.store(d_beta + (shared + at) * W_C + i_c, b_dbeta, mask=real)
-            b_scaled = (b_o * b_beta[:, None]).to(b_q.dtype)
-            b_dq += tl.dot(b_scaled, tl.trans(b_W.to(b_q.dtype)), input_precision=PRECISION)
-            b_dW_before = b_dW * keep + tl.dot(tl.trans(b_q), b_scaled, input_precision=PRECISION)
-            if f is not None:
-                # Through S' = m S - k^T (p e), and the reads of S.
-                b_S = load_tile(scratch_S, rows, i_v, keys, V)
-                b_f = tl.load(f + at * W_C + i_c, mask=real, other=0.0)
-                b_p = tl.load(P + at * W_C + i_c, mask=real, other=0.0)
-                enters = tl.load(f + at * W_C + W_C - 1)
-                b_of_k = tl.dot(b_k, b_dS.to(b_k.dtype), input_precision=PRECISION)
-                b_de -= b_of_k * b_p[:, None]
-                tl.store(d_P + (shared + at) * W_C + i_c, -tl.sum(b_of_k * b_e, 1), mask=real)
-                b_scaled = (b_e * b_p[:, None]).to(b_k.dtype)
-                b_dk -= tl.dot(b_scaled, tl.trans(b_dS.to(b_k.dtype)), input_precision=PRECISION)
-                b_read = tl.dot(b_q, b_S.to(b_q.dtype), input_precision=PRECISION)
-                b_df = tl.sum(b_o * b_read, 1) + tl.where(last, tl.sum(b_dW * b_S), 0.0)
-                tl.store(d_f + (shared + at) * W_C + i_c, b_df, mask=real)
-                tl.store(d_m + shared + at, tl.sum(b_dS * b_S))
-                b_scaled = (b_o * b_f[:, None]).to(b_q.dtype)
-                b_dq += tl.dot(b_scaled, tl.trans(b_S.to(b_q.dtype)), input_precision=PRECISION)
-                b_dS = b_dS * tl.load(m + at) + b_dW * enters
-                b_dS += tl.dot(tl.trans(b_q), b_scaled, input_precision=PRECISION)
-            b_dW = b_dW_before
+            b_before = b_dW * keep + b_from_reads
+            tl.debug_barrier()
 
-            # Through e = k A - v.
-            b_A = load_tile(scratch_anchor, rows, i_v, keys, V)
+            if f is not None:
+                # S' = m S - k^T (p e), and the reads of S.
+                b_p = tl.load(P + at * W_C + i_c, mask=real, other=0.0)
+                b_f = tl.load(f + at * W_C + i_c, mask=real, other=0.0)
+                enters = tl.load(f + at * W_C + W_C - 1)
+                b_de, b_dk, b_dp = _written(b_k, b_e, b_p, b_dS, b_de, b_dk, PRECISION)
+                tl.store(d_P + (shared + at) * W_C + i_c, b_dp, mask=real)
+                b_S = load_tile(scratch_S, base, i_k, i_v, keys, V)
+                tl.store(d_m + shared + at, tl.sum(b_dS * b_S))
+                b_dq, b_df, b_from_reads = _read(b_q, b_o, b_f, b_S, b_dq, PRECISION)
+                b_df += tl.where(last, tl.sum(b_dW * b_S), 0.0)
+                tl.store(d_f + (shared + at) * W_C + i_c, b_df, mask=real)
+                b_dS = b_dS * tl.load(m + at) + b_dW * enters + b_from_reads
+                tl.debug_barrier()
+            b_dW = b_before
+            store_tile(d_q, b_dq, (shared + at) * W_C, i_c, i_k, real, K)
+
+            # e = k A - v.
+            store_tile(d_v, -b_de, at * W_C, i_c, i_v, real, V)
+            b_A = load_tile(scratch_anchor, base, i_k, i_v, keys, V)
             b_dk += tl.dot(b_de.to(b_k.dtype), tl.trans(b_A.to(b_k.dtype)), input_precision=PRECISION)
             b_dA += tl.dot(tl.trans(b_k), b_de.to(b_k.dtype), input_precision=PRECISION)
-            store_tile(d_v, -b_de, at * W_C + i_c, i_v, real, V)
-            store_tile(d_q, b_dq, (shared + at) * W_C + i_c, i_k, real, K)
-            store_tile(d_k, b_dk, (shared + at) * W_C + i_c, i_k, real, K)
+            store_tile(d_k, b_dk, (shared + at) * W_C, i_c, i_k, real, K)
             if opens_document is not None:
                 new = tl.load(opens_document + n * G + g) != 0
                 opened = tl.load(opens_chunk + n * G + g) != 0
@@ -316,9 +328,9 @@ def memory_backward(
                 b_dW += b_dA
                 b_dA = b_dA * 0.0
         tl.debug_barrier()
-    store_tile(d_W, b_dW, of_row, i_v, keys, V)
+    store_tile(d_W, b_dW, g * K, i_k, i_v, keys, V)
     if f is not None:
-        store_tile(d_S, b_dS, of_row, i_v, keys, V)
+        store_tile(d_S, b_dS, g * K, i_k, i_v, keys, V)
     if opens_document is not None:
-        store_tile(d_anchor, b_dA, of_row, i_v, keys, V)
-        store_tile(d_initial, b_dinitial, of_row, i_v, keys, V)
+        store_tile(d_anchor, b_dA, g * K, i_k, i_v, keys, V)
+        store_tile(d_initial, b_dinitial, g * K, i_k, i_v, keys, V)

@@ -137,6 +137,7 @@ def backward(
     # Each tile of values has its own share in the gradients of what they have in common.
     shared = [q, k, C, beta, *((f, P, m) if f is not None else ())]
     d_shared = [x.new_empty(tiles, *x.shape, dtype=torch.float32) for x in shared]
+    d_c = beta.new_empty(tiles, *beta.shape)
     d_v, d_W = torch.empty_like(errors), torch.empty_like(kept[0][0])
     d_S = None if f is None else torch.empty_like(d_W)
     d_anchor, d_initial = (None if initial is None else torch.empty_like(d_W) for _ in range(2))
@@ -150,10 +151,13 @@ def backward(
         **_named("scratch_", scratch),
         **_named("d_last_", [x.contiguous() for x in d_last]),
         **_of_shared(d_shared),
+        d_c=d_c,
         **{"d_v": d_v, "d_W": d_W, "d_S": d_S, "d_anchor": d_anchor, "d_initial": d_initial},
         **sizes,
     )
     d_q, d_k, d_C, d_beta, *d_momentum = (d.sum(0).to(x.dtype) for d, x in zip(d_shared, shared, strict=True))
+    # The last row of C writes to the memory too.
+    d_C[:, :, -1] += d_c.sum(0)
     present = [x for x in (d_S, d_anchor, d_initial) if x is not None]
     return [d_q, d_k, d_v, d_C, d_beta, d_W, *d_momentum, *present]
 
