@@ -45,6 +45,7 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 65_536),
     "gfx950": (GPUTarget("hip", "gfx950", 64), 163_840),
 }
+VERSION = importlib.metadata.version("triton")
 POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -98,7 +99,7 @@ def memory(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, chunk_size: int) -> tu
     weights = (torch.zeros(q.shape[2], q.shape[3], v.shape[3], requires_grad=True),)
     positions = torch.arange(q.shape[1]).expand(len(q), -1)
     rest = (None, squared_error, 1, None, positions, None, 2, False)
-    o, state, _ = neural_memory_reference(tokens, weights, chunk_size, "gelu", *rest, scan_triton)
+    o, state, _ = neural_memory_reference(tokens, weights, chunk_size, "gelu", *rest, scan_triton, 32)
     return o, *state.weights
 
 
@@ -124,7 +125,8 @@ def recorded(sample: bool) -> list[Launch]:
 
     Kernel.__call__ = record
     try:
-        for name, call in cases(sample):
+        for case, call in cases(sample):
+            name = case
             call()
     finally:
         Kernel.__call__ = run
@@ -136,7 +138,9 @@ def signature(kernel: Kernel, arguments: dict[str, Any]) -> dict[str, str]:
     types = {}
     for name in kernel.function.arg_names:
         x = arguments.get(name)
-        types[name] = "constexpr" if name in constant or x is None else POINTERS[x.dtype] if hasattr(x, "dtype") else "i32"
+        types[name] = (
+            "constexpr" if name in constant or x is None else POINTERS[x.dtype] if hasattr(x, "dtype") else "i32"
+        )
     return types
 
 
@@ -217,8 +221,8 @@ def table(rows: list[tuple], summary: str) -> str:
     lines = [
         "# What the Triton kernels compile to",
         "",
-        f"By `python scripts/compile_kernels.py --out kernels/compiled.md`, Triton {importlib.metadata.version('triton')}, "
-        f"without a GPU: {summary}. Nothing here was run. Registers are of a thread, shared memory is in bytes.",
+        f"By `python scripts/compile_kernels.py --out kernels/compiled.md` with Triton {VERSION}: {summary}.",
+        "Nothing here was run. Registers are of a thread, shared memory and CUDA's spills are in bytes.",
         "",
         "| kernel | call | target | tiles | registers | spills | shared | matrix instructions | |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -1,6 +1,5 @@
-"""Which implementation of an op runs: ``auto``, ``reference`` (plain PyTorch, any device), ``triton``, or another's."""
+"""Which implementation of an op runs: ``auto``, ``reference`` (plain PyTorch, any device), ``triton``."""
 
-import functools
 import importlib.util
 import logging
 from collections.abc import Mapping
@@ -47,7 +46,7 @@ def with_triton(x: Tensor, limit: str | None) -> tuple[tuple[str, ...], dict[str
     return (("triton", "reference") if x.device.type == "cuda" else ("reference", "triton")), {}
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def missing_triton(device_type: str) -> str | None:
     """Why Triton's kernels cannot run on a kind of device, None if they can."""
     if importlib.util.find_spec("triton") is None:

@@ -61,12 +61,14 @@ def channel_scores(
     for back in range(block):
         j = block - 1 - back
         base_j = (row * T + start + j * BC) * H + h
-        b_k = load_tile(k, base_j, rows, i_k, start + j * BC + i_c < end, K)
-        b_after = load_tile(log_decay, base_j + H, rows, i_k, i_c + 1 < BC, K).to(tl.float32)
+        inside_j = start + j * BC + i_c < end
+        behind_j = (i_c + 1 < BC) & (start + j * BC + i_c + 1 < end)
+        b_k = load_tile(k, base_j, rows, i_k, inside_j, K)
+        b_after = load_tile(log_decay, base_j + H, rows, i_k, behind_j, K).to(tl.float32)
         b_k = (b_k * tl.exp(tl.cumsum(b_after, 0, reverse=True) + b_total[None, :])).to(b_q.dtype)
         b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         store_tile(scores, b_scores, at, i_c, j * BC + i_c, i_c < BC, BT)
-        b_total += tl.sum(load_tile(log_decay, base_j, rows, i_k, start + j * BC + i_c < end, K).to(tl.float32), 0)
+        b_total += tl.sum(load_tile(log_decay, base_j, rows, i_k, inside_j, K).to(tl.float32), 0)
     for j in range(block + 1, blocks):
         store_tile(scores, tl.zeros([BC, BC], tl.float32), at, i_c, j * BC + i_c, i_c < BC, BT)
 
@@ -143,12 +145,14 @@ def channel_scores_backward(
     for back in range(block):
         j = block - 1 - back
         base_j = (row * T + start + j * BC) * H + h
-        b_k = load_tile(k, base_j, rows, i_k, start + j * BC + i_c < end, K)
-        b_after = load_tile(log_decay, base_j + H, rows, i_k, i_c + 1 < BC, K).to(tl.float32)
+        inside_j = start + j * BC + i_c < end
+        behind_j = (i_c + 1 < BC) & (start + j * BC + i_c + 1 < end)
+        b_k = load_tile(k, base_j, rows, i_k, inside_j, K)
+        b_after = load_tile(log_decay, base_j + H, rows, i_k, behind_j, K).to(tl.float32)
         b_k = (b_k * tl.exp(tl.cumsum(b_after, 0, reverse=True) + b_total[None, :])).to(b_k.dtype)
         b_ds = load_tile(d_scores, at + block * BC, i_c, j * BC + i_c, i_c < BC, BT)
         b_dq += tl.dot(b_ds.to(b_k.dtype), b_k, input_precision=PRECISION)
-        b_total += tl.sum(load_tile(log_decay, base_j, rows, i_k, start + j * BC + i_c < end, K).to(tl.float32), 0)
+        b_total += tl.sum(load_tile(log_decay, base_j, rows, i_k, inside_j, K).to(tl.float32), 0)
     b_dq *= tl.exp(b_up_to)
     b_between = tl.zeros([BC, BK], tl.float32)
     for back in range(BC):

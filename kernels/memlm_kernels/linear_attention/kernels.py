@@ -74,7 +74,9 @@ def states_forward(
             # What follows a token in its chunk.
             behind = (tl.arange(0, BT) + 1 < BT) & (t + 1 < end)
             if CHANNELS:
-                b_after = tl.cumsum(load_tile(log_decay, base + H, rows, i_k, behind, K).to(tl.float32), 0, reverse=True)
+                b_after = tl.cumsum(
+                    load_tile(log_decay, base + H, rows, i_k, behind, K).to(tl.float32), 0, reverse=True
+                )
                 b_keep = tl.sum(load_tile(log_decay, base, rows, i_k, inside, K).to(tl.float32), 0)
                 b_k = (b_k * tl.exp(b_after)).to(b_v.dtype)
                 b_state *= tl.exp(b_keep)[:, None]
@@ -336,8 +338,11 @@ def keys_backward(
         b_pairs = b_scores * tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         b_up_to = tl.sum(b_pairs, 1) - tl.sum(b_pairs, 0) + tl.sum(b_dq * b_q, 1)
         b_behind = tl.sum(b_dk * b_k, 1)
-        b_g = tl.cumsum(b_up_to, 0, reverse=True) + tl.cumsum(b_behind, 0) - b_behind + (
-            tl.sum(b_kept) * tl.exp(tl.sum(b_g))
+        b_g = (
+            tl.cumsum(b_up_to, 0, reverse=True)
+            + tl.cumsum(b_behind, 0)
+            - b_behind
+            + (tl.sum(b_kept) * tl.exp(tl.sum(b_g)))
         )
         tl.store(d_decay + tile * B * T * H + base + rows, b_g, mask=inside)
     else:

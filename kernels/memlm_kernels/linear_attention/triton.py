@@ -162,15 +162,11 @@ def decay_gradient(
     q = given["q"]
     tiles = cdiv(call.keys, min(32, call.limits["BK"]))
     parts = q.new_zeros(0 if log_decay is None else tiles, *q.shape[:3], dtype=torch.float32)
-    keys_backward(
-        call.at_once(call.keys, "BK"), call.limits, **given, **out, d_decay=parts, B=call.batch, **sizes
-    )
+    keys_backward(call.at_once(call.keys, "BK"), call.limits, **given, **out, d_decay=parts, B=call.batch, **sizes)
     return q.new_empty(0) if log_decay is None else parts.sum(0).to(log_decay.dtype)
 
 
-def _channel_keys_backward(
-    call: Call, given: dict[str, Any], sizes: dict[str, Any], out: dict[str, Tensor]
-) -> None:
+def _channel_keys_backward(call: Call, given: dict[str, Any], sizes: dict[str, Any], out: dict[str, Tensor]) -> None:
     q, k, v, log_decay, chunks, d_o = (given[name] for name in ("q", "k", "v", "log_decay", "chunks", "d_o"))
     d_scores = q.new_empty(call.batch, call.count, call.heads, call.width, call.width, dtype=torch.float32)
     scores_backward(

@@ -27,6 +27,10 @@ __all__ = [
 ]
 
 
+# More would not fit into registers, next to the memory.
+_WIDEST_FOR_TRITON = 32
+
+
 class NeuralMemoryOutput(NamedTuple):
     """o: [B, T, H, V]; state: after each row's last real token; surprise: [B, T, H], norm of each token's gradient."""
 
@@ -97,9 +101,11 @@ def neural_memory(
     if aligned and (positions is not None or lengths is not None):
         raise ValueError("aligned=True leaves no room for positions or lengths; leave them out")
     limit = _limit(q, weights, norm, loss, window, chunk_size)
-    scan = None
+    scan, widest = None, 64
     if choose("neural_memory", backend, *with_triton(q, limit)) == "triton":
         from memlm_kernels.neural_memory.triton import scan_triton as scan
+
+        widest = _WIDEST_FOR_TRITON
     tokens = Tokens(q, k, v, lr, momentum, decay, weight)
     return NeuralMemoryOutput(
         *neural_memory_reference(
@@ -116,6 +122,7 @@ def neural_memory(
             max_documents,
             aligned,
             scan,
+            widest,
         )
     )
 
@@ -133,8 +140,8 @@ def _limit(
         return "its kernels take one layer, the squared error, no norm and window=1"
     if q.shape[-1] > 128:
         return f"its kernels take keys of at most 128 channels, not K={q.shape[-1]}"
-    if block_size(chunk_size) > 64:
-        return f"its kernels take a chunk_size up to 64 or one that a number from 16 to 64 divides, not {chunk_size}"
+    if block_size(chunk_size, _WIDEST_FOR_TRITON) > _WIDEST_FOR_TRITON:
+        return f"its kernels take a chunk_size up to 32 or one that a number from 16 to 32 divides, not {chunk_size}"
     return None
 
 

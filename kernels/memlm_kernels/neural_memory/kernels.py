@@ -1,14 +1,15 @@
 """The loop over chunks in Triton for a memory of one layer that descends on the squared error; see ``reference``.
 
-N chunks, G rows and heads, C slots of a chunk, K key dim, V value dim. A program carries some columns of a row's memory
-W, momentum S and anchor A through all its chunks: the columns of a linear memory learn independently. With x the
-inputs and c, p the last rows of C and P,
+N chunks, G rows and heads, C slots of a chunk, K key dim, V value dim. A program carries some columns of a row's
+memory W, momentum S and anchor A through all its chunks: the columns of a linear memory learn independently. With c, p
+the last rows of C and P,
 
     e = k A - v        o = beta (q W) + f (q S) - (C * q k^T) e
     W' = beta W + f S - k^T (c e)                  S' = m S - k^T (p e)
 
-Backward makes W and S of a group of chunks again from those that the group starts with, into a scratch memory, and
-then goes through the group from its end.
+Backward goes through the chunks from the last, for gradients of memories and errors, and then through groups of them
+at once, each from the memory it starts with, for those of tokens; a span of chunks at a time, for the gradient of each
+chunk's memory waits in between.
 """
 
 import triton
@@ -52,10 +53,8 @@ def enter(
 
 
 @triton.jit
-def leave(
-    b_W, b_S, b_k, b_e, C, beta, f, P, m, at, i_c, W_C: tl.constexpr, PRECISION: tl.constexpr
-):
-    """The memory after chunk ``at`` = n G + g, of W_C slots; b_e in fp32."""
+def leave(b_W, b_S, b_k, b_e, C, beta, f, P, m, at, i_c, W_C: tl.constexpr, PRECISION: tl.constexpr):
+    """The memory after chunk ``at`` = n G + g, of W_C slots."""
     b_c = tl.load(C + (at * W_C + W_C - 1) * W_C + i_c, mask=i_c < W_C, other=0.0)
     b_written = tl.dot(tl.trans(b_k), (b_e * b_c[:, None]).to(b_k.dtype), input_precision=PRECISION)
     b_next = b_W * tl.load(beta + at * W_C + W_C - 1) - b_written
@@ -120,16 +119,15 @@ def memory_forward(
         b_A = load_tile(anchor, g * K, i_k, i_v, i_k < K, V)
     for n in range(N):
         at = n * G + g
-        if kept_W is not None:
+        # Not one condition: what is None is known when this is compiled.
+        if kept_W is not None:  # noqa: SIM102
             if n % GROUP == 0:
                 kept_base = (n // GROUP * G + g) * K
                 store_tile(kept_W, b_W, kept_base, i_k, i_v, i_k < K, V)
                 store_tile(kept_anchor, b_A, kept_base, i_k, i_v, i_k < K, V)
                 if S is not None:
                     store_tile(kept_S, b_S, kept_base, i_k, i_v, i_k < K, V)
-        b_W, b_S, b_A = enter(
-            b_W, b_S, b_A, opens_document, opens_chunk, initial, n, g, G, i_k, i_v, K, V, BLOCKS
-        )
+        b_W, b_S, b_A = enter(b_W, b_S, b_A, opens_document, opens_chunk, initial, n, g, G, i_k, i_v, K, V, BLOCKS)
         b_q = load_tile(q, at * W_C, i_c, i_k, real, K)
         b_k = load_tile(k, at * W_C, i_c, i_k, real, K)
         b_e = tl.dot(b_k, b_A.to(b_k.dtype), input_precision=PRECISION)
@@ -152,27 +150,108 @@ def memory_forward(
     store_tile(last_anchor, b_A, g * K, i_k, i_v, i_k < K, V)
 
 
-@triton.jit
-def _written(b_k, b_e, b_weight, b_dM, b_de, b_dk, PRECISION: tl.constexpr):
-    """Through M' = -k^T (weight e): what it adds to the gradients of e and k, and that of weight."""
-    b_of_k = tl.dot(b_k, b_dM.to(b_k.dtype), input_precision=PRECISION)
-    b_scaled = (b_e * b_weight[:, None]).to(b_k.dtype)
-    b_dk -= tl.dot(b_scaled, tl.trans(b_dM.to(b_k.dtype)), input_precision=PRECISION)
-    return b_de - b_of_k * b_weight[:, None], b_dk, -tl.sum(b_of_k * b_e, 1)
-
-
-@triton.jit
-def _read(b_q, b_o, b_weight, b_M, b_dq, PRECISION: tl.constexpr):
-    """Through o = weight (q M): what it adds to the gradient of q, and those of weight and M."""
-    b_of_o = tl.dot(b_o.to(b_q.dtype), tl.trans(b_M.to(b_q.dtype)), input_precision=PRECISION)
-    b_scaled = (b_o * b_weight[:, None]).to(b_q.dtype)
-    b_dM = tl.dot(tl.trans(b_q), b_scaled, input_precision=PRECISION)
-    return b_dq + b_of_o * b_weight[:, None], tl.sum(b_of_o * b_q, 1), b_dM
-
-
-@tiled([{"num_warps": 8, "num_stages": 1}, {"num_warps": 4, "num_stages": 1}])
-@triton.jit(do_not_specialize=_SIZES)
+@tiled([{"num_warps": 4, "num_stages": 1}, {"num_warps": 8, "num_stages": 1}])
+@triton.jit(do_not_specialize=[*_SIZES, "begin", "end"])
 def memory_backward(
+    q,
+    k,
+    C,
+    beta,
+    f,
+    P,
+    m,
+    opens_document,
+    opens_chunk,
+    d_out,
+    d_last_W,
+    d_last_S,
+    d_last_anchor,
+    d_last_initial,
+    d_errors,
+    d_next_W,
+    d_next_S,
+    d_W,
+    d_S,
+    d_anchor,
+    d_initial,
+    begin,
+    end,
+    N,
+    G,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    W_C: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """From the last chunk before ``end`` to ``begin``: gradients of W, S, the anchor, and each token's error.
+
+    d_next_W, d_next_S: [end - begin, G, K, V], of the memory that follows each chunk; d_last_*: of what follows the
+    last; d_W, d_S, d_anchor, d_initial: of what the first starts with
+    """
+    program = tl.program_id(0).to(tl.int64)
+    tiles: tl.constexpr = (V + BV - 1) // BV
+    tile, g = program % tiles, program // tiles
+    i_c, i_k, i_v = tl.arange(0, BT), tl.arange(0, BK), tile * BV + tl.arange(0, BV)
+    real, keys = i_c < W_C, i_k < K
+    b_dW = load_tile(d_last_W, g * K, i_k, i_v, keys, V)
+    b_dA = load_tile(d_last_anchor, g * K, i_k, i_v, keys, V)
+    b_dS = b_dW * 0.0
+    b_dinitial = b_dW * 0.0
+    if f is not None:
+        b_dS += load_tile(d_last_S, g * K, i_k, i_v, keys, V)
+    if opens_document is not None:
+        b_dinitial += load_tile(d_last_initial, g * K, i_k, i_v, keys, V)
+    for back in range(end - begin):
+        i = end - begin - 1 - back
+        n = begin + i
+        at = n * G + g
+        store_tile(d_next_W, b_dW, (i * G + g) * K, i_k, i_v, keys, V)
+        b_q = load_tile(q, at * W_C, i_c, i_k, real, K)
+        b_k = load_tile(k, at * W_C, i_c, i_k, real, K)
+        b_o = load_tile(d_out, at * W_C, i_c, i_v, real, V)
+        b_C = load_tile(C, at * W_C, i_c, i_c, real, W_C)
+        b_R = tl.trans(b_C * tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)).to(b_k.dtype)
+        b_de = -tl.dot(b_R, b_o.to(b_k.dtype), input_precision=PRECISION)
+        b_c = tl.load(C + (at * W_C + W_C - 1) * W_C + i_c, mask=real, other=0.0)
+        b_de -= tl.dot(b_k, b_dW.to(b_k.dtype), input_precision=PRECISION) * b_c[:, None]
+        if f is not None:
+            store_tile(d_next_S, b_dS, (i * G + g) * K, i_k, i_v, keys, V)
+            b_p = tl.load(P + at * W_C + i_c, mask=real, other=0.0)
+            b_f = tl.load(f + at * W_C + i_c, mask=real, other=0.0)
+            b_de -= tl.dot(b_k, b_dS.to(b_k.dtype), input_precision=PRECISION) * b_p[:, None]
+            b_dS = b_dS * tl.load(m + at) + b_dW * tl.load(f + at * W_C + W_C - 1)
+            b_dS += tl.dot(tl.trans(b_q), (b_o * b_f[:, None]).to(b_q.dtype), input_precision=PRECISION)
+        b_beta = tl.load(beta + at * W_C + i_c, mask=real, other=0.0)
+        b_dW *= tl.load(beta + at * W_C + W_C - 1)
+        b_dW += tl.dot(tl.trans(b_q), (b_o * b_beta[:, None]).to(b_q.dtype), input_precision=PRECISION)
+        b_dA += tl.dot(tl.trans(b_k), b_de.to(b_k.dtype), input_precision=PRECISION)
+        store_tile(d_errors, b_de, at * W_C, i_c, i_v, real, V)
+        if opens_document is not None:
+            new = tl.load(opens_document + n * G + g) != 0
+            opened = tl.load(opens_chunk + n * G + g) != 0
+            b_dW += tl.where(opened, b_dA, 0.0)
+            b_dA = tl.where(opened, 0.0, b_dA)
+            b_dinitial += tl.where(new, b_dW, 0.0)
+            b_dW = tl.where(new, 0.0, b_dW)
+            b_dS = tl.where(new, 0.0, b_dS)
+        elif n % BLOCKS == 0:
+            b_dW += b_dA
+            b_dA = b_dA * 0.0
+    store_tile(d_W, b_dW, g * K, i_k, i_v, keys, V)
+    store_tile(d_anchor, b_dA, g * K, i_k, i_v, keys, V)
+    if f is not None:
+        store_tile(d_S, b_dS, g * K, i_k, i_v, keys, V)
+    if opens_document is not None:
+        store_tile(d_initial, b_dinitial, g * K, i_k, i_v, keys, V)
+
+
+@tiled([{"num_warps": 4, "num_stages": 1}, {"num_warps": 8, "num_stages": 1}])
+@triton.jit(do_not_specialize=[*_SIZES, "begin", "end"])
+def tokens_backward(
     q,
     k,
     C,
@@ -188,25 +267,19 @@ def memory_backward(
     kept_S,
     kept_anchor,
     d_out,
-    d_last_W,
-    d_last_S,
-    d_last_anchor,
-    scratch_W,
-    scratch_S,
-    scratch_anchor,
+    d_errors,
+    d_next_W,
+    d_next_S,
     d_q,
     d_k,
-    d_v,
     d_C,
     d_c,
     d_beta,
     d_f,
     d_P,
     d_m,
-    d_W,
-    d_S,
-    d_anchor,
-    d_initial,
+    begin,
+    end,
     N,
     G,
     K: tl.constexpr,
@@ -219,118 +292,63 @@ def memory_backward(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """scratch_*: [GROUP, G, K, V]; the gradients of what all columns share, [tiles of V, ...], are to be summed."""
+    """Gradients of a group's tokens and scalars, of each tile of values its share: [tiles of V, ...].
+
+    d_c: [tiles of V, N, G, C], of the last row of C as what writes to W; d_C: as what reads
+    """
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (V + BV - 1) // BV
-    tile, g = program % tiles, program // tiles
+    tile, g, group = program % tiles, program // tiles % G, begin // GROUP + program // tiles // G
     i_c, i_k, i_v = tl.arange(0, BT), tl.arange(0, BK), tile * BV + tl.arange(0, BV)
     real, keys, last = i_c < W_C, i_k < K, i_c == W_C - 1
-    shared = tile * N * G
-    b_dW = load_tile(d_last_W, g * K, i_k, i_v, keys, V)
-    b_dA = load_tile(d_last_anchor, g * K, i_k, i_v, keys, V)
-    b_dS = b_dW * 0.0
-    b_dinitial = b_dW * 0.0
+    b_W = load_tile(kept_W, (group * G + g) * K, i_k, i_v, keys, V)
+    b_A = load_tile(kept_anchor, (group * G + g) * K, i_k, i_v, keys, V)
+    b_S = b_W * 0.0
     if f is not None:
-        b_dS += load_tile(d_last_S, g * K, i_k, i_v, keys, V)
-    groups = tl.cdiv(N, GROUP)
-    for group_back in range(groups):
-        group = groups - 1 - group_back
-        begin = group * GROUP
-        size = tl.minimum(GROUP, N - begin)
-        kept_base = (group * G + g) * K
-        b_W = load_tile(kept_W, kept_base, i_k, i_v, keys, V)
-        b_A = load_tile(kept_anchor, kept_base, i_k, i_v, keys, V)
-        b_S = b_W * 0.0
+        b_S += load_tile(kept_S, (group * G + g) * K, i_k, i_v, keys, V)
+    for n in range(group * GROUP, tl.minimum(group * GROUP + GROUP, end)):
+        at = n * G + g
+        place = tile * N * G + at
+        b_W, b_S, b_A = enter(b_W, b_S, b_A, opens_document, opens_chunk, initial, n, g, G, i_k, i_v, K, V, BLOCKS)
+        b_q = load_tile(q, at * W_C, i_c, i_k, real, K)
+        b_k = load_tile(k, at * W_C, i_c, i_k, real, K)
+        b_o = load_tile(d_out, at * W_C, i_c, i_v, real, V).to(b_k.dtype)
+        b_e = load_tile(errors, at * W_C, i_c, i_v, real, V).to(b_k.dtype)
+
+        b_C = load_tile(C, at * W_C, i_c, i_c, real, W_C)
+        b_pairs = -tl.dot(b_o, tl.trans(b_e), input_precision=PRECISION)
+        b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        store_tile(d_C, b_scores * b_pairs, place * W_C, i_c, i_c, real, W_C)
+        b_ds = (b_C * b_pairs).to(b_k.dtype)
+
+        b_dq = tl.dot(b_ds, b_k, input_precision=PRECISION)
+        b_beta = tl.load(beta + at * W_C + i_c, mask=real, other=0.0)
+        b_dW = load_tile(d_next_W, ((n - begin) * G + g) * K, i_k, i_v, keys, V)
+        b_of_o = tl.dot(b_o, tl.trans(b_W.to(b_k.dtype)), input_precision=PRECISION)
+        b_dbeta = tl.sum(b_of_o * b_q, 1) + tl.where(last, tl.sum(b_dW * b_W), 0.0)
+        tl.store(d_beta + place * W_C + i_c, b_dbeta, mask=real)
+        b_dq += b_of_o * b_beta[:, None]
         if f is not None:
-            b_S += load_tile(kept_S, kept_base, i_k, i_v, keys, V)
-        for i in range(size):
-            n = begin + i
-            at = n * G + g
-            b_W, b_S, b_A = enter(
-                b_W, b_S, b_A, opens_document, opens_chunk, initial, n, g, G, i_k, i_v, K, V, BLOCKS
-            )
-            base = (i * G + g) * K
-            store_tile(scratch_W, b_W, base, i_k, i_v, keys, V)
-            store_tile(scratch_anchor, b_A, base, i_k, i_v, keys, V)
-            if f is not None:
-                store_tile(scratch_S, b_S, base, i_k, i_v, keys, V)
-            b_k = load_tile(k, at * W_C, i_c, i_k, real, K)
-            b_e = load_tile(errors, at * W_C, i_c, i_v, real, V).to(tl.float32)
-            b_W, b_S = leave(b_W, b_S, b_k, b_e, C, beta, f, P, m, at, i_c, W_C, PRECISION)
-        # What one thread has written another may read.
-        tl.debug_barrier()
-        for back in range(size):
-            i = size - 1 - back
-            n = begin + i
-            at = n * G + g
-            base = (i * G + g) * K
-            b_q = load_tile(q, at * W_C, i_c, i_k, real, K)
-            b_k = load_tile(k, at * W_C, i_c, i_k, real, K)
-            b_o = load_tile(d_out, at * W_C, i_c, i_v, real, V)
-            b_e = load_tile(errors, at * W_C, i_c, i_v, real, V)
-            # o = beta (q W) + f (q S) - (C * q k^T) e, but for what W and S get.
-            b_C = load_tile(C, at * W_C, i_c, i_c, real, W_C)
-            b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-            b_pairs = tl.dot(b_o.to(b_k.dtype), tl.trans(b_e.to(b_k.dtype)), input_precision=PRECISION)
-            store_tile(d_C, -b_scores * b_pairs, (shared + at) * W_C, i_c, i_c, real, W_C)
-            b_R = tl.trans(b_C * b_scores).to(b_k.dtype)
-            b_de = -tl.dot(b_R, b_o.to(b_k.dtype), input_precision=PRECISION)
-            b_ds = (-b_C * b_pairs).to(b_k.dtype)
-            b_dq = tl.dot(b_ds, b_k, input_precision=PRECISION)
-            b_dk = tl.dot(tl.trans(b_ds), b_q, input_precision=PRECISION)
-            tl.debug_barrier()
+            b_f = tl.load(f + at * W_C + i_c, mask=real, other=0.0)
+            b_of_o = tl.dot(b_o, tl.trans(b_S.to(b_k.dtype)), input_precision=PRECISION)
+            b_df = tl.sum(b_of_o * b_q, 1) + tl.where(last, tl.sum(b_dW * b_S), 0.0)
+            tl.store(d_f + place * W_C + i_c, b_df, mask=real)
+            b_dq += b_of_o * b_f[:, None]
+        store_tile(d_q, b_dq, place * W_C, i_c, i_k, real, K)
 
-            # W' = keep W + enters S - k^T (c e), and the reads of W.
-            b_c = tl.load(C + (at * W_C + W_C - 1) * W_C + i_c, mask=real, other=0.0)
-            b_beta = tl.load(beta + at * W_C + i_c, mask=real, other=0.0)
-            keep = tl.load(beta + at * W_C + W_C - 1)
-            b_de, b_dk, b_dc = _written(b_k, b_e, b_c, b_dW, b_de, b_dk, PRECISION)
-            tl.store(d_c + (shared + at) * W_C + i_c, b_dc, mask=real)
-            b_W = load_tile(scratch_W, base, i_k, i_v, keys, V)
-            b_dq, b_dbeta, b_from_reads = _read(b_q, b_o, b_beta, b_W, b_dq, PRECISION)
-            b_dbeta += tl.where(last, tl.sum(b_dW * b_W), 0.0)
-            tl.store(d_beta + (shared + at) * W_C + i_c, b_dbeta, mask=real)
-            b_before = b_dW * keep + b_from_reads
-            tl.debug_barrier()
-
-            if f is not None:
-                # S' = m S - k^T (p e), and the reads of S.
-                b_p = tl.load(P + at * W_C + i_c, mask=real, other=0.0)
-                b_f = tl.load(f + at * W_C + i_c, mask=real, other=0.0)
-                enters = tl.load(f + at * W_C + W_C - 1)
-                b_de, b_dk, b_dp = _written(b_k, b_e, b_p, b_dS, b_de, b_dk, PRECISION)
-                tl.store(d_P + (shared + at) * W_C + i_c, b_dp, mask=real)
-                b_S = load_tile(scratch_S, base, i_k, i_v, keys, V)
-                tl.store(d_m + shared + at, tl.sum(b_dS * b_S))
-                b_dq, b_df, b_from_reads = _read(b_q, b_o, b_f, b_S, b_dq, PRECISION)
-                b_df += tl.where(last, tl.sum(b_dW * b_S), 0.0)
-                tl.store(d_f + (shared + at) * W_C + i_c, b_df, mask=real)
-                b_dS = b_dS * tl.load(m + at) + b_dW * enters + b_from_reads
-                tl.debug_barrier()
-            b_dW = b_before
-            store_tile(d_q, b_dq, (shared + at) * W_C, i_c, i_k, real, K)
-
-            # e = k A - v.
-            store_tile(d_v, -b_de, at * W_C, i_c, i_v, real, V)
-            b_A = load_tile(scratch_anchor, base, i_k, i_v, keys, V)
-            b_dk += tl.dot(b_de.to(b_k.dtype), tl.trans(b_A.to(b_k.dtype)), input_precision=PRECISION)
-            b_dA += tl.dot(tl.trans(b_k), b_de.to(b_k.dtype), input_precision=PRECISION)
-            store_tile(d_k, b_dk, (shared + at) * W_C, i_c, i_k, real, K)
-            if opens_document is not None:
-                new = tl.load(opens_document + n * G + g) != 0
-                opened = tl.load(opens_chunk + n * G + g) != 0
-                b_dW += tl.where(opened, b_dA, 0.0)
-                b_dA = tl.where(opened, 0.0, b_dA)
-                b_dinitial += tl.where(new, b_dW, 0.0)
-                b_dW = tl.where(new, 0.0, b_dW)
-                b_dS = tl.where(new, 0.0, b_dS)
-            elif n % BLOCKS == 0:
-                b_dW += b_dA
-                b_dA = b_dA * 0.0
-        tl.debug_barrier()
-    store_tile(d_W, b_dW, g * K, i_k, i_v, keys, V)
-    if f is not None:
-        store_tile(d_S, b_dS, g * K, i_k, i_v, keys, V)
-    if opens_document is not None:
-        store_tile(d_anchor, b_dA, g * K, i_k, i_v, keys, V)
-        store_tile(d_initial, b_dinitial, g * K, i_k, i_v, keys, V)
+        b_dk = tl.dot(tl.trans(b_ds), b_q, input_precision=PRECISION)
+        b_de = load_tile(d_errors, at * W_C, i_c, i_v, real, V).to(b_k.dtype)
+        b_dk += tl.dot(b_de, tl.trans(b_A.to(b_k.dtype)), input_precision=PRECISION)
+        b_c = tl.load(C + (at * W_C + W_C - 1) * W_C + i_c, mask=real, other=0.0)
+        b_of_e = tl.dot(b_e, tl.trans(b_dW.to(b_k.dtype)), input_precision=PRECISION)
+        tl.store(d_c + place * W_C + i_c, -tl.sum(b_of_e * b_k, 1), mask=real)
+        b_dk -= b_of_e * b_c[:, None]
+        if f is not None:
+            b_p = tl.load(P + at * W_C + i_c, mask=real, other=0.0)
+            b_dS = load_tile(d_next_S, ((n - begin) * G + g) * K, i_k, i_v, keys, V)
+            tl.store(d_m + place, tl.sum(b_dS * b_S))
+            b_of_e = tl.dot(b_e, tl.trans(b_dS.to(b_k.dtype)), input_precision=PRECISION)
+            tl.store(d_P + place * W_C + i_c, -tl.sum(b_of_e * b_k, 1), mask=real)
+            b_dk -= b_of_e * b_p[:, None]
+        store_tile(d_k, b_dk, place * W_C, i_c, i_k, real, K)
+        b_W, b_S = leave(b_W, b_S, b_k, b_e, C, beta, f, P, m, at, i_c, W_C, PRECISION)

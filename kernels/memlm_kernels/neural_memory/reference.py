@@ -88,10 +88,12 @@ def neural_memory_reference(
     max_documents: int,
     aligned: bool,
     scan: LoopOverChunks | None = None,
+    widest: int = 64,
 ) -> tuple[Tensor, NeuralMemoryState, Tensor]:
     """Returns o, the new state, and the norm of each token's gradient [B, T, H]; see ``neural_memory``.
 
-    scan: takes the place of the loop over chunks in PyTorch, and the tokens in their own type
+    scan: takes the place of the loop over chunks in PyTorch, and the tokens in their own type; widest: the most slots
+    that it takes at once
     """
     q, v = tokens.q, tokens.v
     batch, length, heads, _ = q.shape
@@ -107,7 +109,7 @@ def neural_memory_reference(
             return torch.zeros_like(v), state, torch.zeros_like(tokens.lr)
         if positions is None:
             positions = state.position[:, None] + torch.arange(length, device=q.device)
-        width = block_size(chunk_size)
+        width = block_size(chunk_size, widest)
         if aligned:
             grid = aligned_grid(length, width)
         else:
@@ -138,10 +140,10 @@ def neural_memory_reference(
     return out.to(v.dtype), NeuralMemoryState(parts[0], momentum, parts[-1], position, recent), surprise
 
 
-def block_size(chunk_size: int) -> int:
+def block_size(chunk_size: int, most: int = 64) -> int:
     """Slots of the grid: masked products cost their square, so a long chunk is several blocks with one anchor."""
-    divisors = [size for size in range(16, 65) if chunk_size % size == 0]
-    return max(divisors) if chunk_size > 64 and divisors else chunk_size
+    divisors = [size for size in range(16, most + 1) if chunk_size % size == 0]
+    return max(divisors) if chunk_size > most and divisors else chunk_size
 
 
 def _split(tensors: list[Tensor], size: int) -> list[list[Tensor]]:

@@ -8,12 +8,13 @@ from torch.utils.flop_counter import register_flop_formula
 
 from memlm_kernels.launch import Tiles, at_least_16, cdiv, precision
 from memlm_kernels.neural_memory.chunk import Plan
-from memlm_kernels.neural_memory.kernels import memory_backward, memory_forward
+from memlm_kernels.neural_memory.kernels import memory_backward, memory_forward, tokens_backward
 
-# Columns of the memory that a program carries: two matrices forward and six backward, in registers.
+# Columns of the memory that a program carries, three matrices of them, in registers.
 COLUMNS = 32
-# Chunks between memories that are kept for backward.
-GROUP = 16
+# Chunks between memories that are kept for backward; and chunks whose memories' gradients are kept during backward.
+GROUP, SPAN = 16, 64
+_SHARED = ("d_q", "d_k", "d_C", "d_beta", "d_f", "d_P", "d_m")
 
 
 def _sizes(q: Tensor, v: Tensor, blocks: int) -> dict[str, Any]:
@@ -24,9 +25,9 @@ def _sizes(q: Tensor, v: Tensor, blocks: int) -> dict[str, Any]:
     return {**sizes, **tiles, "PRECISION": precision(q)}
 
 
-def _programs(sizes: dict[str, Any]) -> Any:
+def _programs(sizes: dict[str, Any], groups: int = 1) -> Any:
     def programs(_: Tiles) -> int:
-        return sizes["G"] * cdiv(sizes["V"], sizes["BV"])
+        return groups * sizes["G"] * cdiv(sizes["V"], sizes["BV"])
 
     return programs
 
@@ -50,8 +51,8 @@ def forward(
     blocks: int,
     keep: bool,
 ) -> list[Tensor]:
-    """out [N, G, C, V], squares of the errors' norms [N, G, C], W, anchor, then S if there is one; then the errors, and
-    with ``keep`` what backward starts from: W, anchor and S before every ``GROUP``-th chunk.
+    """out [N, G, C, V], squares of the errors' norms [N, G, C], W, anchor, then S if there is one; then the errors,
+    and with ``keep`` what backward starts from: W, anchor and S before every ``GROUP``-th chunk.
     """
     given = (q, k, v, C, beta, f, P, m, opens_document, opens_chunk, W, S, anchor, initial)
     q, k, v, C, beta, f, P, m, opens_document, opens_chunk, W, S, anchor, initial = _laid(given)
@@ -138,38 +139,50 @@ def backward(
     shared = [q, k, C, beta, *((f, P, m) if f is not None else ())]
     d_shared = [x.new_empty(tiles, *x.shape, dtype=torch.float32) for x in shared]
     d_c = beta.new_empty(tiles, *beta.shape)
-    d_v, d_W = torch.empty_like(errors), torch.empty_like(kept[0][0])
-    d_S = None if f is None else torch.empty_like(d_W)
-    d_anchor, d_initial = (None if initial is None else torch.empty_like(d_W) for _ in range(2))
-    scratch = [d_W.new_empty(GROUP, *d_W.shape) for _ in kept]
-    memory_backward(
-        _programs(sizes),
-        {},
-        **{"q": q, "k": k, "C": C, "beta": beta, "f": f, "P": P, "m": m, "errors": errors, "d_out": d_out},
-        **{"opens_document": opens_document, "opens_chunk": opens_chunk, "initial": initial},
-        **_named("kept_", kept),
-        **_named("scratch_", scratch),
-        **_named("d_last_", [x.contiguous() for x in d_last]),
-        **_of_shared(d_shared),
-        d_c=d_c,
-        **{"d_v": d_v, "d_W": d_W, "d_S": d_S, "d_anchor": d_anchor, "d_initial": d_initial},
-        **sizes,
-    )
+    d_errors, state = torch.empty_like(errors), kept[0][0]
+    names = ["W", "anchor", *(["S"] if f is not None else []), *(["initial"] if initial is not None else [])]
+    carried = dict(zip(names, [x.contiguous() for x in d_last], strict=False))
+    if initial is not None:
+        carried["initial"] = torch.zeros_like(state)
+    count = sizes["N"]
+    d_next = [state.new_empty(min(SPAN, count), *state.shape) for _ in range(1 if f is None else 2)]
+    given = {"q": q, "k": k, "C": C, "beta": beta, "f": f, "P": P, "m": m, "d_out": d_out, "d_errors": d_errors}
+    given |= {"opens_document": opens_document, "opens_chunk": opens_chunk}
+    given |= dict.fromkeys(("d_next_W", "d_next_S")) | dict(zip(("d_next_W", "d_next_S"), d_next, strict=False))
+    for begin in reversed(range(0, count, SPAN)):
+        span = {"begin": begin, "end": min(begin + SPAN, count)}
+        before = {name: torch.empty_like(state) for name in names}
+        without_group = {name: x for name, x in sizes.items() if name != "GROUP"}
+        memory_backward(
+            _programs(sizes),
+            {},
+            **given,
+            **{f"d_last_{name}": carried.get(name) for name in ("W", "S", "anchor", "initial")},
+            **{f"d_{name}": before.get(name) for name in ("W", "S", "anchor", "initial")},
+            **span,
+            **without_group,
+        )
+        groups = cdiv(span["end"] - begin, GROUP)
+        tokens_backward(
+            _programs(sizes, groups),
+            {},
+            **given,
+            **{"errors": errors, "initial": initial, "d_c": d_c},
+            **dict.fromkeys(_SHARED) | dict(zip(_SHARED, d_shared, strict=False)),
+            **{"kept_W": kept[0], "kept_anchor": kept[1], "kept_S": kept[2] if f is not None else None},
+            **span,
+            **sizes,
+        )
+        carried = before
     d_q, d_k, d_C, d_beta, *d_momentum = (d.sum(0).to(x.dtype) for d, x in zip(d_shared, shared, strict=True))
     # The last row of C writes to the memory too.
     d_C[:, :, -1] += d_c.sum(0)
-    present = [x for x in (d_S, d_anchor, d_initial) if x is not None]
-    return [d_q, d_k, d_v, d_C, d_beta, d_W, *d_momentum, *present]
-
-
-def _named(prefix: str, tensors: list[Tensor]) -> dict[str, Tensor | None]:
-    W, anchor, *S = tensors
-    return {f"{prefix}W": W, f"{prefix}anchor": anchor, f"{prefix}S": S[0] if S else None}
-
-
-def _of_shared(d_shared: list[Tensor]) -> dict[str, Tensor | None]:
-    names = ("d_q", "d_k", "d_C", "d_beta", "d_f", "d_P", "d_m")
-    return dict.fromkeys(names) | dict(zip(names, d_shared, strict=False))
+    present = [
+        carried[name]
+        for name in ("S", "anchor", "initial")
+        if name in names and (name != "anchor" or initial is not None)
+    ]
+    return [d_q, d_k, -d_errors, d_C, d_beta, carried["W"], *d_momentum, *present]
 
 
 @backward.register_fake
@@ -196,7 +209,7 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    q, k, _, *gates, W, S, anchor, initial, ctx.blocks, ctx.keep = inputs
+    q, k, _, *gates, W, S, _anchor, initial, ctx.blocks, _keep = inputs
     ctx.set_materialize_grads(False)
     ctx.last = 2 if S is None else 3
     ctx.state = W.shape
