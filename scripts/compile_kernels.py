@@ -55,7 +55,7 @@ POINTERS = {
     torch.bool: "*i1",
 }
 INSTRUCTIONS = {"cuda": r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", "hip": r"v_mfma"}
-SIZES = [("bfloat16", 64), ("bfloat16", 128), ("bfloat16", 256), ("float16", 128), ("float32", 64), ("float32", 128)]
+SIZES = [("bfloat16", 128), ("float32", 128), ("bfloat16", 64)]
 OPTIONS = ("num_warps", "num_stages", "waves_per_eu")
 
 
@@ -83,14 +83,15 @@ def cases(sample: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
         q, k, v = (torch.empty(2, 1024, 2, size, dtype=kind, requires_grad=True) for _ in "qkv")
         gate, channel = (torch.empty(shape, requires_grad=True) for shape in (q.shape[:3], q.shape))
         cu, state = torch.tensor([[0, 500, 1024]] * 2), torch.zeros(2, 2, 2, size, size)
-        yield f"{name} linear", both(linear_attention_triton, q, k, v, None, None, None)
         yield f"{name} scalar", both(linear_attention_triton, q, k, v, gate, cu, state)
         yield f"{name} channel", both(linear_attention_triton, q, k, v, channel, None, None)
-        yield f"{name} delta", both(delta_rule_triton, q, k, v, gate, None, None, None)
         yield f"{name} delta, decay", both(delta_rule_triton, q, k, v, gate, gate, cu, state)
-        if size <= 128:
-            for chunk_size in (16, 64):
-                yield f"{name} memory, chunk {chunk_size}", both(memory, q, k, v, gate, chunk_size)
+        if not sample:
+            yield f"{name} linear", both(linear_attention_triton, q, k, v, None, None, None)
+            yield f"{name} delta", both(delta_rule_triton, q, k, v, gate, None, None, None)
+        # In chunks that are whole, and in blocks of them.
+        for chunk_size in (16,) if sample else (16, 64):
+            yield f"{name} memory, chunk {chunk_size}", both(memory, q, k, v, gate, chunk_size)
 
 
 def memory(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, chunk_size: int) -> tuple[Tensor, ...]:
@@ -99,7 +100,9 @@ def memory(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, chunk_size: int) -> tu
     weights = (torch.zeros(q.shape[2], q.shape[3], v.shape[3], requires_grad=True),)
     positions = torch.arange(q.shape[1]).expand(len(q), -1)
     rest = (None, squared_error, 1, None, positions, None, 2, False)
-    o, state, _ = neural_memory_reference(tokens, weights, chunk_size, "gelu", *rest, scan_triton, 32)
+    o, state, _ = neural_memory_reference(
+        tokens, weights, chunk_size, "gelu", *rest, scan_triton, 32 if q.shape[-1] <= 64 else 16
+    )
     return o, *state.weights
 
 
@@ -187,7 +190,8 @@ def resources_cuda(asm: dict[str, Any]) -> tuple[int, int]:
 
 def resources_hip(asm: dict[str, Any]) -> tuple[int, int]:
     use = {name: int(value) for name, value in re.findall(r"\.(\w+_count):\s+(\d+)", asm["amdgcn"])}
-    return use["vgpr_count"], use["vgpr_spill_count"] + use["sgpr_spill_count"]
+    # Scalar registers are spilled to lanes of vector registers, not to memory.
+    return use["vgpr_count"], use["vgpr_spill_count"]
 
 
 def main(args: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-Tiles = Mapping[str, int]
+Tiles = dict[str, int]
 
 # The same on a Hopper GPU and in the interpreter; spelled out, for its default is about to change.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -76,6 +76,11 @@ def cdiv(x: int, y: int) -> int:
 def at_least_16(size: int) -> int:
     """The smallest power of two that holds ``size`` and that a product can take."""
     return max(16, triton.next_power_of_2(size))
+
+
+def laid(*tensors: Tensor | None) -> list[Any]:
+    """Contiguous; None stays None."""
+    return [None if x is None else x.contiguous() for x in tensors]
 
 
 def spans(cu_seqlens: Tensor | None, length: int, width: int) -> tuple[int, Tensor | None, Tensor | None]:

@@ -14,7 +14,7 @@ from memlm_kernels.delta_rule.kernels import (
     solutions,
     solutions_backward,
 )
-from memlm_kernels.launch import precision, target
+from memlm_kernels.launch import laid, precision, target
 from memlm_kernels.linear_attention.kernels import outputs_forward, values_backward
 from memlm_kernels.linear_attention.triton import WIDTH, Call, cdiv, decay_gradient, flops
 
@@ -42,8 +42,7 @@ def forward(
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, the state after each segment, and for backward: the states that chunks start with [B, N, H, K, V], d, Y."""
-    given = (q, k, v, beta, log_decay, state)
-    q, k, v, beta, log_decay, state = (None if x is None else x.contiguous() for x in given)
+    q, k, v, beta, log_decay, state = laid(q, k, v, beta, log_decay, state)
     call = Call(q, v, cu_seqlens)
     sizes = {**call.sizes, "K": call.keys, "V": call.values}
     Y = q.new_empty(call.batch, call.count, call.heads, call.width, call.width)
@@ -104,9 +103,7 @@ def backward(
     d_final: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, beta, log_decay (of no size without one) and the state before each segment."""
-    given = (q, k, v, beta, log_decay, d_final)
-    q, k, v, beta, log_decay, d_final = (None if x is None else x.contiguous() for x in given)
-    d_o = d_o.contiguous()
+    q, k, v, beta, log_decay, d_o, d_final = laid(q, k, v, beta, log_decay, d_o, d_final)
     call = Call(q, v, cu_seqlens)
     sizes = {**call.sizes, "K": call.keys, "V": call.values}
     W, U = _solve(call, k, beta, log_decay, Y), _solve(call, v, beta, None, Y)
@@ -168,7 +165,8 @@ def _(
     segments = 1 if cu_seqlens is None else cu_seqlens.shape[1] - 1
     d_initial = q.new_empty(len(q), segments, *q.shape[2:], v.shape[-1], dtype=torch.float32)
     d_decay = q.new_empty(0) if log_decay is None else log_decay.new_empty(log_decay.shape)
-    return *(x.new_empty(x.shape) for x in (q, k, v, beta)), d_decay, d_initial
+    d_q, d_k, d_v, d_beta = (x.new_empty(x.shape) for x in (q, k, v, beta))
+    return d_q, d_k, d_v, d_beta, d_decay, d_initial
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

@@ -15,7 +15,7 @@ _SIZES = ["T", "N", "S"]
 _WIDE = [
     {"BK": 64, "BV": 64, "num_warps": 8, "num_stages": 2},
     {"BK": 64, "BV": 32, "num_warps": 8, "num_stages": 2},
-    {"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 2},
+    {"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1},
 ]
 _WIDE_HIP = [
     {"BK": 32, "BV": 64, "num_warps": 4, "num_stages": 1},
@@ -23,9 +23,10 @@ _WIDE_HIP = [
 ]
 # Sixteen tiles are alive at once: more of them than these would spill.
 _NARROW = [
-    {"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1},
     {"BK": 32, "BV": 32, "num_warps": 8, "num_stages": 2},
+    {"BK": 32, "BV": 32, "num_warps": 8, "num_stages": 1},
 ]
+_NARROW_HIP = [{"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1}]
 
 
 @tiled(_WIDE, _WIDE_HIP)
@@ -269,7 +270,7 @@ def values_backward(
     store_tile(d_v, b_v, base, rows, i_v, inside, V)
 
 
-@tiled(_NARROW, _NARROW[:1])
+@tiled(_NARROW, _NARROW_HIP)
 @triton.jit(do_not_specialize=_SIZES)
 def keys_backward(
     q,

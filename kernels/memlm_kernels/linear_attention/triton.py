@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from memlm_kernels.launch import Tiles, at_least_16, cdiv, precision, spans
+from memlm_kernels.launch import Tiles, at_least_16, cdiv, laid, precision, spans
 from memlm_kernels.linear_attention.channel_kernels import (
     channel_keys_backward,
     channel_scores,
@@ -38,7 +38,9 @@ class Call:
         self.segments = 1 if cu_seqlens is None else cu_seqlens.shape[1] - 1
         self.cu = cu_seqlens if cu_seqlens is None else cu_seqlens.contiguous()
         self.count, self.chunks, self.first = spans(cu_seqlens, self.length, self.width)
-        self.limits = {"BK": at_least_16(self.keys), "BV": at_least_16(self.values)}
+        # fp32 takes twice the registers.
+        most = 32 if q.dtype == torch.float32 else 64
+        self.limits = {"BK": at_least_16(self.keys), "BV": min(most, at_least_16(self.values))}
         self.sizes = {"T": self.length, "N": self.count, "H": self.heads, "BT": self.width, "PRECISION": precision(q)}
 
     @property
@@ -70,7 +72,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, state: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, the state after each segment, and those that chunks start with, [B, N, H, K, V]."""
-    q, k, v, log_decay, state = (None if x is None else x.contiguous() for x in (q, k, v, log_decay, state))
+    q, k, v, log_decay, state = laid(q, k, v, log_decay, state)
     call = Call(q, v, cu_seqlens)
     channels = log_decay is not None and log_decay.ndim == 4
     sizes = {**call.sizes, "K": call.keys, "V": call.values}
@@ -125,8 +127,7 @@ def backward(
     d_final: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_decay (of no size without one) and the state before each segment."""
-    q, k, v, log_decay, d_final = (None if x is None else x.contiguous() for x in (q, k, v, log_decay, d_final))
-    d_o = d_o.contiguous()
+    q, k, v, log_decay, d_o, d_final = laid(q, k, v, log_decay, d_o, d_final)
     call = Call(q, v, cu_seqlens)
     channels = log_decay is not None and log_decay.ndim == 4
     sizes = {**call.sizes, "K": call.keys, "V": call.values}

@@ -11,7 +11,13 @@ from memlm_kernels.backend import choose, with_triton
 from memlm_kernels.grid import check_places
 from memlm_kernels.neural_memory.losses import dot_product, huber, lp, squared_error
 from memlm_kernels.neural_memory.network import ACTIVATIONS, InnerLoss, Tail
-from memlm_kernels.neural_memory.reference import NeuralMemoryState, Tokens, block_size, neural_memory_reference
+from memlm_kernels.neural_memory.reference import (
+    LoopOverChunks,
+    NeuralMemoryState,
+    Tokens,
+    block_size,
+    neural_memory_reference,
+)
 
 __all__ = [
     "ACTIVATIONS",
@@ -25,10 +31,6 @@ __all__ = [
     "read_memory",
     "squared_error",
 ]
-
-
-# More would not fit into registers, next to the memory.
-_WIDEST_FOR_TRITON = 32
 
 
 class NeuralMemoryOutput(NamedTuple):
@@ -101,11 +103,12 @@ def neural_memory(
     if aligned and (positions is not None or lengths is not None):
         raise ValueError("aligned=True leaves no room for positions or lengths; leave them out")
     limit = _limit(q, weights, norm, loss, window, chunk_size)
-    scan, widest = None, 64
+    scan: LoopOverChunks | None = None
+    widest = 64
     if choose("neural_memory", backend, *with_triton(q, limit)) == "triton":
-        from memlm_kernels.neural_memory.triton import scan_triton as scan
+        from memlm_kernels.neural_memory.triton import scan_triton
 
-        widest = _WIDEST_FOR_TRITON
+        scan, widest = scan_triton, _widest(q)
     tokens = Tokens(q, k, v, lr, momentum, decay, weight)
     return NeuralMemoryOutput(
         *neural_memory_reference(
@@ -140,9 +143,16 @@ def _limit(
         return "its kernels take one layer, the squared error, no norm and window=1"
     if q.shape[-1] > 128:
         return f"its kernels take keys of at most 128 channels, not K={q.shape[-1]}"
-    if block_size(chunk_size, _WIDEST_FOR_TRITON) > _WIDEST_FOR_TRITON:
-        return f"its kernels take a chunk_size up to 32 or one that a number from 16 to 32 divides, not {chunk_size}"
+    widest = _widest(q)
+    if block_size(chunk_size, widest) > widest:
+        divisor = "16" if widest == 16 else f"a number from 16 to {widest}"
+        return f"its kernels take a chunk_size up to {widest} or one that {divisor} divides, not {chunk_size}"
     return None
+
+
+def _widest(q: Tensor) -> int:
+    """The slots that Triton's kernels take at once: more would not fit into registers, next to the memory."""
+    return 32 if q.shape[-1] <= 64 else 16
 
 
 def read_memory(

@@ -18,6 +18,7 @@ import triton.language as tl
 from memlm_kernels.launch import load_tile, store_tile, tiled
 
 _SIZES = ["N", "G"]
+_TILES, _TILES_HIP = [{"num_warps": 8, "num_stages": 1}], [{"num_warps": 4, "num_stages": 1}]
 
 
 @triton.jit
@@ -66,7 +67,7 @@ def leave(b_W, b_S, b_k, b_e, C, beta, f, P, m, at, i_c, W_C: tl.constexpr, PREC
     return b_next, b_S
 
 
-@tiled([{"num_warps": 4, "num_stages": 1}, {"num_warps": 8, "num_stages": 1}])
+@tiled(_TILES, _TILES_HIP)
 @triton.jit(do_not_specialize=_SIZES)
 def memory_forward(
     q,
@@ -150,7 +151,7 @@ def memory_forward(
     store_tile(last_anchor, b_A, g * K, i_k, i_v, i_k < K, V)
 
 
-@tiled([{"num_warps": 4, "num_stages": 1}, {"num_warps": 8, "num_stages": 1}])
+@tiled(_TILES, _TILES_HIP)
 @triton.jit(do_not_specialize=[*_SIZES, "begin", "end"])
 def memory_backward(
     q,
@@ -249,7 +250,7 @@ def memory_backward(
         store_tile(d_initial, b_dinitial, g * K, i_k, i_v, keys, V)
 
 
-@tiled([{"num_warps": 4, "num_stages": 1}, {"num_warps": 8, "num_stages": 1}])
+@tiled(_TILES, _TILES_HIP)
 @triton.jit(do_not_specialize=[*_SIZES, "begin", "end"])
 def tokens_backward(
     q,

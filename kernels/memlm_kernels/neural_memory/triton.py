@@ -6,12 +6,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from memlm_kernels.launch import Tiles, at_least_16, cdiv, precision
+from memlm_kernels.launch import Tiles, at_least_16, cdiv, laid, precision
 from memlm_kernels.neural_memory.chunk import Plan
 from memlm_kernels.neural_memory.kernels import memory_backward, memory_forward, tokens_backward
 
-# Columns of the memory that a program carries, three matrices of them, in registers.
-COLUMNS = 32
 # Chunks between memories that are kept for backward; and chunks whose memories' gradients are kept during backward.
 GROUP, SPAN = 16, 64
 _SHARED = ("d_q", "d_k", "d_C", "d_beta", "d_f", "d_P", "d_m")
@@ -20,7 +18,9 @@ _SHARED = ("d_q", "d_k", "d_C", "d_beta", "d_f", "d_P", "d_m")
 def _sizes(q: Tensor, v: Tensor, blocks: int) -> dict[str, Any]:
     count, rows, width, keys = q.shape
     values = v.shape[-1]
-    tiles = {"BT": at_least_16(width), "BK": at_least_16(keys), "BV": min(COLUMNS, at_least_16(values))}
+    # Columns that a program carries: three matrices of them stay in registers.
+    columns = 32 if keys <= 64 else 16
+    tiles = {"BT": at_least_16(width), "BK": at_least_16(keys), "BV": min(columns, at_least_16(values))}
     sizes = {"N": count, "G": rows, "K": keys, "V": values, "W_C": width, "BLOCKS": blocks, "GROUP": GROUP}
     return {**sizes, **tiles, "PRECISION": precision(q)}
 
@@ -54,8 +54,8 @@ def forward(
     """out [N, G, C, V], squares of the errors' norms [N, G, C], W, anchor, then S if there is one; then the errors,
     and with ``keep`` what backward starts from: W, anchor and S before every ``GROUP``-th chunk.
     """
-    given = (q, k, v, C, beta, f, P, m, opens_document, opens_chunk, W, S, anchor, initial)
-    q, k, v, C, beta, f, P, m, opens_document, opens_chunk, W, S, anchor, initial = _laid(given)
+    q, k, v, C, beta, f, P, m = laid(q, k, v, C, beta, f, P, m)
+    opens_document, opens_chunk, W, S, anchor, initial = laid(opens_document, opens_chunk, W, S, anchor, initial)
     sizes = _sizes(q, v, blocks)
     out, squares, last, errors, kept = _room(q, v, W, S, keep, sizes)
     memory_forward(
@@ -70,10 +70,6 @@ def forward(
     )
     present = [x for x in (*last, errors, *kept) if x is not None]
     return [out, squares.sum(0), *present]
-
-
-def _laid(given: tuple[Tensor | None, ...]) -> list[Any]:
-    return [None if x is None else x.contiguous() for x in given]
 
 
 def _room(q: Tensor, v: Tensor, W: Tensor, S: Tensor | None, keep: bool, sizes: dict[str, Any]) -> tuple[Any, ...]:
@@ -131,8 +127,8 @@ def backward(
     blocks: int,
 ) -> list[Tensor]:
     """Gradients of q, k, v, C, beta, W; with momentum of f, P, m, S; with documents of anchor, initial."""
-    given = (q, k, C, beta, f, P, m, opens_document, opens_chunk, initial, d_out)
-    q, k, C, beta, f, P, m, opens_document, opens_chunk, initial, d_out = _laid(given)
+    q, k, C, beta, f, P, m = laid(q, k, C, beta, f, P, m)
+    opens_document, opens_chunk, initial, d_out = laid(opens_document, opens_chunk, initial, d_out)
     sizes = _sizes(q, errors, blocks)
     tiles = cdiv(sizes["V"], sizes["BV"])
     # Each tile of values has its own share in the gradients of what they have in common.
@@ -146,7 +142,17 @@ def backward(
         carried["initial"] = torch.zeros_like(state)
     count = sizes["N"]
     d_next = [state.new_empty(min(SPAN, count), *state.shape) for _ in range(1 if f is None else 2)]
-    given = {"q": q, "k": k, "C": C, "beta": beta, "f": f, "P": P, "m": m, "d_out": d_out, "d_errors": d_errors}
+    given: dict[str, Any] = {
+        "q": q,
+        "k": k,
+        "C": C,
+        "beta": beta,
+        "f": f,
+        "P": P,
+        "m": m,
+        "d_out": d_out,
+        "d_errors": d_errors,
+    }
     given |= {"opens_document": opens_document, "opens_chunk": opens_chunk}
     given |= dict.fromkeys(("d_next_W", "d_next_S")) | dict(zip(("d_next_W", "d_next_S"), d_next, strict=False))
     for begin in reversed(range(0, count, SPAN)):
