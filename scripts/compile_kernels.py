@@ -86,12 +86,19 @@ def cases(sample: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"{name} scalar", both(linear_attention_triton, q, k, v, gate, cu, state)
         yield f"{name} channel", both(linear_attention_triton, q, k, v, channel, None, None)
         yield f"{name} delta, decay", both(delta_rule_triton, q, k, v, gate, gate, cu, state)
+        yield f"{name} delta, decay, step", once(delta_rule_triton, *first(q, k, v, gate, gate), None, None)
         if not sample:
+            yield f"{name} channel, step", once(linear_attention_triton, *first(q, k, v, channel), cu, state)
             yield f"{name} linear", both(linear_attention_triton, q, k, v, None, None, None)
             yield f"{name} delta", both(delta_rule_triton, q, k, v, gate, None, None, None)
         # In chunks that are whole, and in blocks of them.
         for chunk_size in (16,) if sample else (16, 64):
             yield f"{name} memory, chunk {chunk_size}", both(memory, q, k, v, gate, chunk_size)
+
+
+def first(*tensors: Tensor) -> list[Tensor]:
+    """The first token of each."""
+    return [x[:, :1].detach() for x in tensors]
 
 
 def memory(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, chunk_size: int) -> tuple[Tensor, ...]:
@@ -104,6 +111,10 @@ def memory(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, chunk_size: int) -> tu
         tokens, weights, chunk_size, "gelu", *rest, scan_triton, 32 if q.shape[-1] <= 64 else 16
     )
     return o, *state.weights
+
+
+def once(op: Callable, *arguments: Any) -> Callable[[], Any]:
+    return lambda: op(*arguments)
 
 
 def both(op: Callable, *arguments: Any) -> Callable[[], None]:

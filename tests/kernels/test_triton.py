@@ -94,6 +94,18 @@ def test_keys_that_are_all_alike_do_not_blow_up_the_inverse():
     compare(recurrence("delta"), [q, k, v, beta, torch.zeros(1, 1, 1, 6, 5)], torch.float32)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("op", OPS)
+def test_a_few_tokens_without_gradients(op):
+    tensors = [x[:2, :11].float().to(DEVICE) for x in inputs(op, 11, heads=1, keys=20)]
+    cu = torch.tensor([[0, 0, 1], [0, 10, 11]], device=DEVICE)
+    for cu_seqlens, segments in ((None, 1), (cu, 2)):
+        options = {"cu_seqlens": cu_seqlens, "state": torch.randn(2, segments, 1, 20, 5, device=DEVICE)}
+        outputs = (run(op, tensors, **options, backend=backend) for backend in ("reference", "triton"))
+        for expected, got in zip(*outputs, strict=True):
+            assert_close("o or state", expected, got, 1e-6)
+
+
 # length, keys, values, chunk_size; documents: positions of two, the first going on; without momentum.
 MEMORIES = {
     "one_token": (1, 20, 20, 16, {}),

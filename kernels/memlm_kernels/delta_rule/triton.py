@@ -16,6 +16,7 @@ from memlm_kernels.delta_rule.kernels import (
 )
 from memlm_kernels.launch import laid, precision, target
 from memlm_kernels.linear_attention.kernels import outputs_forward, values_backward
+from memlm_kernels.linear_attention.step import is_step, step
 from memlm_kernels.linear_attention.triton import WIDTH, Call, cdiv, decay_gradient, flops
 
 
@@ -212,5 +213,9 @@ def delta_rule_triton(
 ) -> tuple[Tensor, Tensor]:
     # One type for what is multiplied; sums are fp32 in any case.
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    o, final, *_ = forward(*(x.to(dtype) for x in (q, k, v)), beta, log_decay, cu_seqlens, state)
+    tokens = [x.to(dtype) for x in (q, k, v)]
+    if is_step(*tokens, beta, log_decay, state):
+        o, final = step(*tokens, beta, log_decay, cu_seqlens, state)
+    else:
+        o, final, *_ = forward(*tokens, beta, log_decay, cu_seqlens, state)
     return o.to(v.dtype), final

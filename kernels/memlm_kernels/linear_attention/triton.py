@@ -20,6 +20,7 @@ from memlm_kernels.linear_attention.kernels import (
     states_forward,
     values_backward,
 )
+from memlm_kernels.linear_attention.step import is_step, step
 from memlm_kernels.segments import chunk_width
 
 WIDTH, BLOCK = 64, 16
@@ -243,5 +244,9 @@ def linear_attention_triton(
 ) -> tuple[Tensor, Tensor]:
     # One type for what is multiplied; sums are fp32 in any case.
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    o, final, _ = forward(*(x.to(dtype) for x in (q, k, v)), log_decay, cu_seqlens, state)
+    tokens = [x.to(dtype) for x in (q, k, v)]
+    if is_step(*tokens, log_decay, state):
+        o, final = step(*tokens, None, log_decay, cu_seqlens, state)
+    else:
+        o, final, _ = forward(*tokens, log_decay, cu_seqlens, state)
     return o.to(v.dtype), final
