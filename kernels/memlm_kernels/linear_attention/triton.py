@@ -42,6 +42,8 @@ class Call:
         # fp32 takes twice the registers.
         most = 32 if q.dtype == torch.float32 else 64
         self.limits = {"BK": at_least_16(self.keys), "BV": min(most, at_least_16(self.values))}
+        # So do decays of their own for all channels.
+        self.limits_with_channels = {**self.limits, "BV": min(32, self.limits["BV"])}
         self.sizes = {"T": self.length, "N": self.count, "H": self.heads, "BT": self.width, "PRECISION": precision(q)}
 
     @property
@@ -81,7 +83,7 @@ def forward(
     scores, o = None, call.room(v)
     states_forward(
         call.along,
-        call.limits,
+        call.limits_with_channels if channels else call.limits,
         **{"k": k, "v": v, "log_decay": log_decay, "cu": call.cu, "first": call.first, "initial": state},
         **{"states": states, "final": final, "S": call.segments, "CHANNELS": channels, **sizes},
     )
@@ -136,7 +138,7 @@ def backward(
     d_states, d_initial = torch.empty_like(states), q.new_empty(call.state_shape, dtype=torch.float32)
     states_backward(
         call.along,
-        call.limits,
+        call.limits_with_channels if channels else call.limits,
         **{"q": q, "d_o": d_o, "log_decay": log_decay, "cu": call.cu, "first": call.first, "d_final": d_final},
         **{"d_states": d_states, "d_initial": d_initial, "S": call.segments, "CHANNELS": channels, **sizes},
     )
