@@ -15,7 +15,7 @@ from torch import Tensor
 
 Tiles = dict[str, int]
 
-# The same on a Hopper GPU and in the interpreter; spelled out, for its default is about to change.
+# Triton warns where it is not set, for its default is about to change.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
