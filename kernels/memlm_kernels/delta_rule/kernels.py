@@ -111,7 +111,7 @@ def solutions(
     start, end = chunk_span(chunks, row, n, N, T, BT)
     if start >= end:
         return
-    i_t, i_x = tl.arange(0, BT), tile * BX + tl.arange(0, BX)
+    i_t, i_x = tl.arange(0, BT), (tile * BX).to(tl.int32) + tl.arange(0, BX)
     inside = start + i_t < end
     base, rows = (row * T + start) * H + h, i_t * H
     b_weight = tl.load(beta + base + rows, mask=inside, other=0.0).to(tl.float32)
@@ -155,7 +155,7 @@ def delta_states_forward(
     tiles: tl.constexpr = (V + BV - 1) // BV
     tile, h = program % tiles, program // tiles % H
     row, s = program // tiles // H // S, program // tiles // H % S
-    i_k, i_v = tl.arange(0, BK), tile * BV + tl.arange(0, BV)
+    i_k, i_v = tl.arange(0, BK), (tile * BV).to(tl.int32) + tl.arange(0, BV)
     begin, end, n = segment_span(cu, first, row, s, S, T)
     at = (row * S + s) * H + h
     b_state = tl.zeros([BK, BV], tl.float32)
@@ -218,7 +218,7 @@ def delta_states_backward(
     tiles: tl.constexpr = (V + BV - 1) // BV
     tile, h = program % tiles, program // tiles % H
     row, s = program // tiles // H // S, program // tiles // H % S
-    i_k, i_v = tl.arange(0, BK), tile * BV + tl.arange(0, BV)
+    i_k, i_v = tl.arange(0, BK), (tile * BV).to(tl.int32) + tl.arange(0, BV)
     begin, end, n = segment_span(cu, first, row, s, S, T)
     at = (row * S + s) * H + h
     b_state = tl.zeros([BK, BV], tl.float32)
@@ -360,7 +360,7 @@ def pairs_backward(
     start, end = chunk_span(chunks, row, n, N, T, BT)
     if start >= end:
         return
-    i_t, i_k = tl.arange(0, BT), tile * BK + tl.arange(0, BK)
+    i_t, i_k = tl.arange(0, BT), (tile * BK).to(tl.int32) + tl.arange(0, BK)
     inside = start + i_t < end
     base, rows = (row * T + start) * H + h, i_t * H
     b_k = load_tile(k, base, rows, i_k, inside, K)

@@ -223,7 +223,7 @@ def channel_keys_backward(
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (K + BK - 1) // BK
     tile, h, n, row = program % tiles, program // tiles % H, program // tiles // H % N, program // tiles // H // N
-    i_k = tile * BK + tl.arange(0, BK)
+    i_k = (tile * BK).to(tl.int32) + tl.arange(0, BK)
     start, end = chunk_span(chunks, row, n, N, T, BT)
     if start >= end:
         return

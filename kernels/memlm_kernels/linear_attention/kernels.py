@@ -58,7 +58,10 @@ def states_forward(
     tiles: tl.constexpr = (K + BK - 1) // BK * across
     tile, h = program % tiles, program // tiles % H
     row, s = program // tiles // H // S, program // tiles // H % S
-    i_k, i_v = tile // across * BK + tl.arange(0, BK), tile % across * BV + tl.arange(0, BV)
+    i_k, i_v = (
+        (tile // across * BK).to(tl.int32) + tl.arange(0, BK),
+        (tile % across * BV).to(tl.int32) + tl.arange(0, BV),
+    )
     begin, end, n = segment_span(cu, first, row, s, S, T)
     at = (row * S + s) * H + h
     b_state = tl.zeros([BK, BV], tl.float32)
@@ -115,7 +118,7 @@ def outputs_forward(
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (V + BV - 1) // BV
     tile, h, n, row = program % tiles, program // tiles % H, program // tiles // H % N, program // tiles // H // N
-    i_v = tile * BV + tl.arange(0, BV)
+    i_v = (tile * BV).to(tl.int32) + tl.arange(0, BV)
     start, end = chunk_span(chunks, row, n, N, T, BT)
     if start >= end:
         return
@@ -179,7 +182,10 @@ def states_backward(
     tiles: tl.constexpr = (K + BK - 1) // BK * across
     tile, h = program % tiles, program // tiles % H
     row, s = program // tiles // H // S, program // tiles // H % S
-    i_k, i_v = tile // across * BK + tl.arange(0, BK), tile % across * BV + tl.arange(0, BV)
+    i_k, i_v = (
+        (tile // across * BK).to(tl.int32) + tl.arange(0, BK),
+        (tile % across * BV).to(tl.int32) + tl.arange(0, BV),
+    )
     begin, end, n = segment_span(cu, first, row, s, S, T)
     at = (row * S + s) * H + h
     b_state = tl.zeros([BK, BV], tl.float32)
@@ -232,7 +238,7 @@ def values_backward(
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (V + BV - 1) // BV
     tile, h, n, row = program % tiles, program // tiles % H, program // tiles // H % N, program // tiles // H // N
-    i_v = tile * BV + tl.arange(0, BV)
+    i_v = (tile * BV).to(tl.int32) + tl.arange(0, BV)
     start, end = chunk_span(chunks, row, n, N, T, BT)
     if start >= end:
         return
@@ -302,7 +308,7 @@ def keys_backward(
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (K + BK - 1) // BK
     tile, h, n, row = program % tiles, program // tiles % H, program // tiles // H % N, program // tiles // H // N
-    i_k = tile * BK + tl.arange(0, BK)
+    i_k = (tile * BK).to(tl.int32) + tl.arange(0, BK)
     start, end = chunk_span(chunks, row, n, N, T, BT)
     if start >= end:
         return

@@ -40,7 +40,7 @@ def tokens_forward(
     tiles: tl.constexpr = (V + BV - 1) // BV
     tile, h = program % tiles, program // tiles % H
     row, s = program // tiles // H // S, program // tiles // H % S
-    i_k, i_v = tl.arange(0, BK), tile * BV + tl.arange(0, BV)
+    i_k, i_v = tl.arange(0, BK), (tile * BV).to(tl.int32) + tl.arange(0, BV)
     if cu is None:
         begin = s * 0
         end = s * 0 + T

@@ -152,7 +152,7 @@ def _limit(
 
 def _widest(q: Tensor) -> int:
     """The slots that Triton's kernels take at once: more would not fit into registers, next to the memory."""
-    return 32 if q.shape[-1] <= 64 else 16
+    return 32 if q.shape[-1] * q.element_size() <= 128 else 16
 
 
 def read_memory(

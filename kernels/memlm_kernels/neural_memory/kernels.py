@@ -109,7 +109,7 @@ def memory_forward(
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (V + BV - 1) // BV
     tile, g = program % tiles, program // tiles
-    i_c, i_k, i_v = tl.arange(0, BT), tl.arange(0, BK), tile * BV + tl.arange(0, BV)
+    i_c, i_k, i_v = tl.arange(0, BT), tl.arange(0, BK), (tile * BV).to(tl.int32) + tl.arange(0, BV)
     real = i_c < W_C
     b_W = load_tile(W, g * K, i_k, i_v, i_k < K, V)
     b_S = b_W * 0.0
@@ -196,7 +196,7 @@ def memory_backward(
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (V + BV - 1) // BV
     tile, g = program % tiles, program // tiles
-    i_c, i_k, i_v = tl.arange(0, BT), tl.arange(0, BK), tile * BV + tl.arange(0, BV)
+    i_c, i_k, i_v = tl.arange(0, BT), tl.arange(0, BK), (tile * BV).to(tl.int32) + tl.arange(0, BV)
     real, keys = i_c < W_C, i_k < K
     b_dW = load_tile(d_last_W, g * K, i_k, i_v, keys, V)
     b_dA = load_tile(d_last_anchor, g * K, i_k, i_v, keys, V)
@@ -234,11 +234,13 @@ def memory_backward(
         if opens_document is not None:
             new = tl.load(opens_document + n * G + g) != 0
             opened = tl.load(opens_chunk + n * G + g) != 0
-            b_dW += tl.where(opened, b_dA, 0.0)
-            b_dA = tl.where(opened, 0.0, b_dA)
-            b_dinitial += tl.where(new, b_dW, 0.0)
-            b_dW = tl.where(new, 0.0, b_dW)
-            b_dS = tl.where(new, 0.0, b_dS)
+            # Products, for Triton 3.9 fails on choices between what tensor memory holds (sm_100).
+            is_open, is_new = opened.to(tl.float32), new.to(tl.float32)
+            b_dW += b_dA * is_open
+            b_dA *= 1.0 - is_open
+            b_dinitial += b_dW * is_new
+            b_dW *= 1.0 - is_new
+            b_dS *= 1.0 - is_new
         elif n % BLOCKS == 0:
             b_dW += b_dA
             b_dA = b_dA * 0.0
@@ -300,7 +302,7 @@ def tokens_backward(
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (V + BV - 1) // BV
     tile, g, group = program % tiles, program // tiles % G, begin // GROUP + program // tiles // G
-    i_c, i_k, i_v = tl.arange(0, BT), tl.arange(0, BK), tile * BV + tl.arange(0, BV)
+    i_c, i_k, i_v = tl.arange(0, BT), tl.arange(0, BK), (tile * BV).to(tl.int32) + tl.arange(0, BV)
     real, keys, last = i_c < W_C, i_k < K, i_c == W_C - 1
     b_W = load_tile(kept_W, (group * G + g) * K, i_k, i_v, keys, V)
     b_A = load_tile(kept_anchor, (group * G + g) * K, i_k, i_v, keys, V)
