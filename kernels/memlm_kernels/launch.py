@@ -4,6 +4,7 @@ B batch, T tokens of a row, S segments of a row, N chunks of a row, BT tokens of
 dim. A segment is the tokens cu[b, s] to cu[b, s + 1] of row b; without cu a row is one segment.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -39,11 +40,17 @@ class Kernel:
             if key not in self.best:
                 self.best[key] = min(choices, key=lambda tiles: self._seconds(programs, tiles, arguments))
             tiles = self.best[key]
-        self.function[(programs(tiles),)](**arguments, **tiles)
+        self._launch(programs, tiles, arguments)
+
+    def _launch(self, programs: Callable[[Tiles], int], tiles: Tiles, arguments: Mapping[str, Any]) -> None:
+        device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
+        # Triton launches on the current device, wherever the tensors are.
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self.function[(programs(tiles),)](**arguments, **tiles)
 
     def _seconds(self, programs: Callable[[Tiles], int], tiles: Tiles, arguments: Mapping[str, Any]) -> float:
         try:
-            return triton.testing.do_bench(lambda: self.function[(programs(tiles),)](**arguments, **tiles))
+            return triton.testing.do_bench(lambda: self._launch(programs, tiles, arguments))
         except triton.runtime.OutOfResources:
             return float("inf")
 

@@ -217,6 +217,20 @@ def test_ops_keep_the_rules_of_torch(op):
     assert_close("o", run(op, tensors, backend="reference")[0], compiled(*tensors), 1e-6)
 
 
+def test_the_memory_keeps_the_rules_of_torch():
+    import memlm_kernels.neural_memory.triton  # noqa: F401
+
+    shapes = [(3, 2, 4, 6), (3, 2, 4, 6), (3, 2, 4, 5), (3, 2, 4, 4), *[(3, 2, 4)] * 3, (3, 2)]
+    tensors = [torch.rand(shape, device=DEVICE, requires_grad=True) for shape in shapes]
+    state = [torch.rand(2, 6, 5, device=DEVICE, requires_grad=True) for _ in "WS"]
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    arguments = (*tensors, None, None, *state, None, None, 1, True)
+    torch.library.opcheck(torch.ops.memlm.neural_memory, arguments, test_utils=tests)
+    inputs = on_device(x for x in memory_inputs(20, 6, 5)[:7])
+    compiled = torch.compile(lambda *x: memory(4)(x, "triton")[0], fullgraph=True, backend="aot_eager")
+    assert_close("o", memory(4)(inputs, "reference")[0], compiled(*inputs), 1e-6)
+
+
 def test_floating_point_work_is_counted():
     q, k, v = (torch.randn(1, 64, 1, 16, device=DEVICE, requires_grad=True) for _ in "qkv")
     with FlopCounterMode(display=False) as counter:

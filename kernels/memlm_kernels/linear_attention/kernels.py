@@ -15,7 +15,7 @@ _SIZES = ["T", "N", "S"]
 _WIDE = [
     {"BK": 64, "BV": 64, "num_warps": 8, "num_stages": 2},
     {"BK": 64, "BV": 32, "num_warps": 8, "num_stages": 2},
-    {"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1},
+    {"BK": 32, "BV": 32, "num_warps": 8, "num_stages": 1},
 ]
 _WIDE_HIP = [
     {"BK": 32, "BV": 64, "num_warps": 4, "num_stages": 1},
