@@ -110,9 +110,7 @@ def memory(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, chunk_size: int, width
     weights = (torch.zeros(q.shape[2], q.shape[3], v.shape[3], requires_grad=True),)
     positions = torch.arange(q.shape[1]).expand(len(q), -1)
     rest = (None, squared_error, 1, None, positions, None, 2, False)
-    o, state, _ = neural_memory_reference(
-        tokens, weights, chunk_size, "gelu", *rest, scan_triton, 32 if q.shape[-1] <= 64 else 16
-    )
+    o, state, _ = neural_memory_reference(tokens, weights, chunk_size, "gelu", *rest, scan_triton, width)
     return o, *state.weights
 
 

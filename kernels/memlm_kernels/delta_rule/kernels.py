@@ -250,7 +250,7 @@ def delta_states_backward(
     store_tile(d_initial, b_state, at * K, i_k, i_v, i_k < K, V)
 
 
-@tiled(_NARROW)
+@tiled(_NARROW[:1], _NARROW[1:])
 @triton.jit(do_not_specialize=_SIZES)
 def solutions_backward(
     k,
