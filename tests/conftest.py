@@ -3,10 +3,16 @@
 import copy
 import functools
 import importlib
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+# Before anything imports Triton: where no GPU can run its kernels they are interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 

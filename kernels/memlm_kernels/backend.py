@@ -1,16 +1,22 @@
-"""Which implementation of an op runs: ``auto``, ``reference`` (plain PyTorch, any device) or ``triton``."""
+"""Which implementation of an op runs: ``auto``, ``reference`` (plain PyTorch, any device), ``triton``."""
 
+import importlib.util
 import logging
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 _announced: set[tuple[str, str]] = set()
 
 
-def choose(op: str, backend: str, available: tuple[str, ...]) -> str:
-    """Resolve ``backend`` for ``op``; ``available`` lists what can run here, fastest first.
+def choose(op: str, backend: str, available: tuple[str, ...], refused: Mapping[str, str] | None = None) -> str:
+    """Resolve ``backend`` for ``op``; ``available`` lists what can run here, the one for ``auto`` first, and
+    ``refused`` says why others cannot.
 
-    ``auto`` takes the first of ``available`` and logs its choice once for each op.
-    Raises ValueError for a backend that cannot run: there is no silent fallback.
+    ``auto`` logs its choice once for each op. Raises ValueError for a backend that cannot run: there is no silent
+    fallback.
     """
     if backend == "auto":
         backend = available[0]
@@ -18,5 +24,37 @@ def choose(op: str, backend: str, available: tuple[str, ...]) -> str:
             _announced.add((op, backend))
             logger.info("%s: backend %s", op, backend)
     elif backend not in available:
-        raise ValueError(f"{op}: backend={backend!r} cannot run here; use one of auto, {', '.join(available)}")
+        reason = (refused or {}).get(backend)
+        because = f": {reason}" if reason else ""
+        raise ValueError(
+            f"{op}: backend={backend!r} cannot run here{because}; use one of auto, {', '.join(available)}"
+        )
     return backend
+
+
+def with_triton(x: Tensor, limit: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
+    """What ``choose`` takes, for an op that has the backends ``reference`` and ``triton``.
+
+    limit: what of the call Triton's kernels do not take, None if they take it. On a CPU they run in Triton's
+    interpreter, which is for tests: only when asked for.
+    """
+    reason = missing_triton(x.device.type) or limit
+    if x.dtype == torch.float64:
+        reason = reason or "its kernels take float32, float16 and bfloat16, not float64"
+    if reason:
+        return ("reference",), {"triton": reason}
+    return (("triton", "reference") if x.device.type == "cuda" else ("reference", "triton")), {}
+
+
+@torch.compiler.assume_constant_result
+def missing_triton(device_type: str) -> str | None:
+    """Why Triton's kernels cannot run on a kind of device, None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install 'memlm[cpu-kernels]', or a torch that brings it)"
+    from triton import knobs
+
+    if knobs.runtime.interpret:
+        return None
+    if device_type == "cuda":
+        return None
+    return f"Triton compiles nothing for {device_type}; for tests TRITON_INTERPRET=1 interprets its kernels"

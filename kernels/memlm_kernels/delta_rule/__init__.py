@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from memlm_kernels.backend import choose
+from memlm_kernels.backend import choose, with_triton
 from memlm_kernels.delta_rule.reference import delta_rule_reference
 from memlm_kernels.segments import check_recurrence
 
@@ -40,5 +40,9 @@ def delta_rule(
     for name, gate in (("beta", beta), ("log_decay", log_decay)):
         if gate is not None and gate.shape != q.shape[:3]:
             raise ValueError(f"{name} {list(gate.shape)} must be [B, T, H] = {list(q.shape[:3])}")
-    choose("delta_rule", backend, ("reference",))
-    return delta_rule_reference(q, k, v, beta, log_decay, cu_seqlens, state)
+    limit = None if q.shape[-1] <= 256 else f"its kernels take keys of at most 256 channels, not K={q.shape[-1]}"
+    if choose("delta_rule", backend, *with_triton(q, limit)) == "reference" or q.shape[1] == 0:
+        return delta_rule_reference(q, k, v, beta, log_decay, cu_seqlens, state)
+    from memlm_kernels.delta_rule.triton import delta_rule_triton
+
+    return delta_rule_triton(q, k, v, beta, log_decay, cu_seqlens, state)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from memlm_kernels.backend import choose
+from memlm_kernels.backend import choose, with_triton
 from memlm_kernels.linear_attention.reference import linear_attention_reference
 from memlm_kernels.segments import check_recurrence
 
@@ -38,5 +38,15 @@ def linear_attention(
     check_recurrence(q, k, v, cu_seqlens, state)
     if log_decay is not None and log_decay.shape not in (q.shape, q.shape[:3]):
         raise ValueError(f"log_decay {list(log_decay.shape)} must be [B, T, H] or [B, T, H, K] of q {list(q.shape)}")
-    choose("linear_attention", backend, ("reference",))
-    return linear_attention_reference(q, k, v, log_decay, cu_seqlens, state)
+    available = with_triton(q, _limit(q, log_decay))
+    if choose("linear_attention", backend, *available) == "reference" or q.shape[1] == 0:
+        return linear_attention_reference(q, k, v, log_decay, cu_seqlens, state)
+    from memlm_kernels.linear_attention.triton import linear_attention_triton
+
+    return linear_attention_triton(q, k, v, log_decay, cu_seqlens, state)
+
+
+def _limit(q: Tensor, log_decay: Tensor | None) -> str | None:
+    if log_decay is not None and log_decay.ndim == 4 and q.shape[-1] > 256:
+        return f"its kernels take a decay for each of at most 256 channels, not K={q.shape[-1]}"
+    return None

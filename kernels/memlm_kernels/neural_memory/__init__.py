@@ -7,11 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memlm_kernels.backend import choose
+from memlm_kernels.backend import choose, with_triton
 from memlm_kernels.grid import check_places
 from memlm_kernels.neural_memory.losses import dot_product, huber, lp, squared_error
 from memlm_kernels.neural_memory.network import ACTIVATIONS, InnerLoss, Tail
-from memlm_kernels.neural_memory.reference import NeuralMemoryState, Tokens, neural_memory_reference
+from memlm_kernels.neural_memory.reference import (
+    LoopOverChunks,
+    NeuralMemoryState,
+    Tokens,
+    block_size,
+    neural_memory_reference,
+)
 
 __all__ = [
     "ACTIVATIONS",
@@ -96,7 +102,13 @@ def neural_memory(
         _check_state(state, len(q), weights, momentum, window)
     if aligned and (positions is not None or lengths is not None):
         raise ValueError("aligned=True leaves no room for positions or lengths; leave them out")
-    choose("neural_memory", backend, ("reference",))
+    limit = _limit(q, weights, norm, loss, window, chunk_size)
+    scan: LoopOverChunks | None = None
+    widest = 64
+    if choose("neural_memory", backend, *with_triton(q, limit)) == "triton":
+        from memlm_kernels.neural_memory.triton import scan_triton
+
+        scan, widest = scan_triton, _widest(q)
     tokens = Tokens(q, k, v, lr, momentum, decay, weight)
     return NeuralMemoryOutput(
         *neural_memory_reference(
@@ -112,8 +124,35 @@ def neural_memory(
             lengths,
             max_documents,
             aligned,
+            scan,
+            widest,
         )
     )
+
+
+def _limit(
+    q: Tensor,
+    weights: Sequence[Tensor],
+    norm: tuple[Tensor, Tensor] | None,
+    loss: InnerLoss,
+    window: int,
+    chunk_size: int,
+) -> str | None:
+    """What of a memory Triton's kernels do not take."""
+    if len(weights) > 1 or norm is not None or loss is not squared_error or window > 1:
+        return "its kernels take one layer, the squared error, no norm and window=1"
+    if q.shape[-1] > 128:
+        return f"its kernels take keys of at most 128 channels, not K={q.shape[-1]}"
+    widest = _widest(q)
+    if block_size(chunk_size, widest) > widest:
+        divisor = "16" if widest == 16 else f"a number from 16 to {widest}"
+        return f"its kernels take a chunk_size up to {widest} or one that {divisor} divides, not {chunk_size}"
+    return None
+
+
+def _widest(q: Tensor) -> int:
+    """The slots that Triton's kernels take at once: more would not fit into registers, next to the memory."""
+    return 32 if q.shape[-1] * q.element_size() <= 128 else 16
 
 
 def read_memory(

@@ -18,6 +18,7 @@ A slot that holds no token has lr 0, momentum 1, decay 0 and ``write`` 0, and ch
 ``write`` multiplies the S that enters M, for momentum would go on moving M otherwise.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -40,8 +41,11 @@ from memlm_kernels.neural_memory.scan import Scan
 
 _TINY = 1e-30
 
+# What ``Scan.apply`` is.
+LoopOverChunks = Callable[..., tuple[Tensor, ...]]
+
 # A compiler would unroll the loop over chunks: minutes of work for a graph that runs no faster.
-_scan = torch.compiler.disable(Scan.apply)
+_scan: LoopOverChunks = torch.compiler.disable(Scan.apply)
 
 
 class NeuralMemoryState(NamedTuple):
@@ -83,14 +87,21 @@ def neural_memory_reference(
     lengths: Tensor | None,
     max_documents: int,
     aligned: bool,
+    scan: LoopOverChunks | None = None,
+    widest: int = 64,
 ) -> tuple[Tensor, NeuralMemoryState, Tensor]:
-    """Returns o, the new state, and the norm of each token's gradient [B, T, H]; see ``neural_memory``."""
+    """Returns o, the new state, and the norm of each token's gradient [B, T, H]; see ``neural_memory``.
+
+    scan: takes the place of the loop over chunks in PyTorch, and the tokens in their own type; widest: the most slots
+    that it takes at once
+    """
     q, v = tokens.q, tokens.v
     batch, length, heads, _ = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     aligned = aligned or (state is None and positions is None and lengths is None)
     with torch.autocast(q.device.type, enabled=False):
-        tokens = Tokens._make(None if x is None else x.to(dtype) for x in tokens)
+        gates = (None if x is None else x.to(dtype) for x in tokens[3:])
+        tokens = Tokens(*(x.to(dtype) if scan is None else x for x in tokens[:3]), *gates)
         initial = tuple(w.to(dtype).expand(batch, *w.shape) for w in weights)
         if state is None:
             state = _fresh(tokens, initial, window)
@@ -98,22 +109,22 @@ def neural_memory_reference(
             return torch.zeros_like(v), state, torch.zeros_like(tokens.lr)
         if positions is None:
             positions = state.position[:, None] + torch.arange(length, device=q.device)
-        width = block_size(chunk_size)
+        width = block_size(chunk_size, widest)
         if aligned:
             grid = aligned_grid(length, width)
         else:
             grid = ragged_grid(positions, lengths, width, max_documents, chunk_size)
         sources, U, recent = _sources(tokens, grid, positions, lengths, window, state)
-        gates = scalar_recurrences(tokens, grid, U)
+        scalars = scalar_recurrences(tokens, grid, U)
         q_grid = to_rows(grid.lay(tokens.q))
         tail = None if norm is None else Tail(*(n.to(dtype).repeat(batch, 1)[:, None] for n in norm))
-        out, surprise, *memory = _scan(
+        out, surprise, *memory = (scan or _scan)(
             Plan(len(weights), chunk_size // width, ACTIVATIONS[activation], loss),
             q_grid,
             *sources,
-            gates.C,
-            gates.beta,
-            *(gates.momentum or (None, None, None)),
+            scalars.C,
+            scalars.beta,
+            *(scalars.momentum or (None, None, None)),
             *(tail or (None, None)),
             *(None if x is None else row_flags(x, heads) for x in (grid.opens_document, grid.opens_chunk)),
             *(x.to(dtype).flatten(0, 1) for part in (state.weights, state.momentum) for x in part),
@@ -129,10 +140,10 @@ def neural_memory_reference(
     return out.to(v.dtype), NeuralMemoryState(parts[0], momentum, parts[-1], position, recent), surprise
 
 
-def block_size(chunk_size: int) -> int:
+def block_size(chunk_size: int, most: int = 64) -> int:
     """Slots of the grid: masked products cost their square, so a long chunk is several blocks with one anchor."""
-    divisors = [size for size in range(16, 65) if chunk_size % size == 0]
-    return max(divisors) if chunk_size > 64 and divisors else chunk_size
+    divisors = [size for size in range(16, most + 1) if chunk_size % size == 0]
+    return max(divisors) if chunk_size > most and divisors else chunk_size
 
 
 def _split(tensors: list[Tensor], size: int) -> list[list[Tensor]]:

@@ -1,0 +1,221 @@
+"""The delta rule by Triton kernels, as an op of torch; see ``linear_attention.triton``, whose kernels it shares."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from memlm_kernels.delta_rule.kernels import (
+    delta_states_backward,
+    delta_states_forward,
+    inverses,
+    pairs_backward,
+    solutions,
+    solutions_backward,
+)
+from memlm_kernels.launch import laid, precision, target
+from memlm_kernels.linear_attention.kernels import outputs_forward, values_backward
+from memlm_kernels.linear_attention.step import is_step, step
+from memlm_kernels.linear_attention.triton import WIDTH, Call, cdiv, decay_gradient, flops
+
+
+def _solve(call: Call, x: Tensor, beta: Tensor, log_decay: Tensor | None, Y: Tensor) -> Tensor:
+    """Y (beta exp(g) x)"""
+    out, size = call.room(x), x.shape[-1]
+    solutions(
+        call.at_once(size, "BX"),
+        {"BX": call.limits["BK" if size == call.keys else "BV"]},
+        **{"x": x, "beta": beta, "log_decay": log_decay, "chunks": call.chunks, "Y": Y, "out": out, "X": size},
+        **call.sizes,
+    )
+    return out
+
+
+@torch.library.custom_op("memlm::delta_rule", mutates_args=())
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o, the state after each segment, and for backward: the states that chunks start with [B, N, H, K, V], d, Y."""
+    q, k, v, beta, log_decay, state = laid(q, k, v, beta, log_decay, state)
+    call = Call(q, v, cu_seqlens)
+    sizes = {**call.sizes, "K": call.keys, "V": call.values}
+    Y = q.new_empty(call.batch, call.count, call.heads, call.width, call.width)
+    # What 16 bits will hold needs no more than tf32 has.
+    inverse = "tf32" if target() == "cuda" and q.dtype != torch.float32 else precision(q)
+    inverses(
+        call.at_once(1),
+        {"BK": call.limits["BK"]},
+        **{"k": k, "beta": beta, "log_decay": log_decay, "chunks": call.chunks, "Y": Y, "K": call.keys},
+        **{"INVERSE": inverse, **call.sizes},
+    )
+    W, U = _solve(call, k, beta, log_decay, Y), _solve(call, v, beta, None, Y)
+    states, final = q.new_empty(call.states_shape), q.new_empty(call.state_shape, dtype=torch.float32)
+    d, o = call.room(v), call.room(v)
+    delta_states_forward(
+        lambda tiles: call.batch * call.segments * call.heads * cdiv(call.values, tiles["BV"]),
+        {"BV": call.limits["BV"]},
+        **{"k": k, "W": W, "U": U, "log_decay": log_decay, "cu": call.cu, "first": call.first, "initial": state},
+        **{"states": states, "final": final, "d": d, "S": call.segments, "BK": call.limits["BK"], **sizes},
+    )
+    outputs_forward(
+        call.at_once(call.values, "BV"),
+        call.limits,
+        **{"q": q, "k": k, "v": d, "log_decay": log_decay, "scores": None, "chunks": call.chunks},
+        **{"states": states, "o": o, **sizes},
+    )
+    return o, final, states, d, Y
+
+
+@forward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    call = Call(q, v, cu_seqlens)
+    final, states = q.new_empty(call.state_shape, dtype=torch.float32), q.new_empty(call.states_shape)
+    Y = q.new_empty(call.batch, call.count, call.heads, call.width, call.width)
+    return v.new_empty(v.shape), final, states, v.new_empty(v.shape), Y
+
+
+@torch.library.custom_op("memlm::delta_rule_backward", mutates_args=())
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    cu_seqlens: Tensor | None,
+    states: Tensor,
+    d: Tensor,
+    Y: Tensor,
+    d_o: Tensor,
+    d_final: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, beta, log_decay (of no size without one) and the state before each segment."""
+    q, k, v, beta, log_decay, d_o, d_final = laid(q, k, v, beta, log_decay, d_o, d_final)
+    call = Call(q, v, cu_seqlens)
+    sizes = {**call.sizes, "K": call.keys, "V": call.values}
+    W, U = _solve(call, k, beta, log_decay, Y), _solve(call, v, beta, None, Y)
+    d_local, d_d = call.room(v), call.room(v)
+    values_backward(
+        call.at_once(call.values, "BV"),
+        call.limits,
+        **{"q": q, "k": k, "log_decay": log_decay, "scores": None, "chunks": call.chunks},
+        **{"d_o": d_o, "d_states": None, "d_v": d_local, **sizes},
+    )
+    d_states, d_initial = torch.empty_like(states), q.new_empty(call.state_shape, dtype=torch.float32)
+    delta_states_backward(
+        lambda tiles: call.batch * call.segments * call.heads * cdiv(call.values, tiles["BV"]),
+        {"BV": call.limits["BV"]},
+        **{"q": q, "k": k, "W": W, "log_decay": log_decay, "cu": call.cu, "first": call.first, "d_o": d_o},
+        **{"d_final": d_final, "d_states": d_states, "d_initial": d_initial, "d_local": d_local, "d_d": d_d},
+        **{"S": call.segments, "BK": call.limits["BK"], **sizes},
+    )
+    d_q, d_k, d_v = (call.room(x) for x in (q, k, v))
+    of_reads, of_solutions = (torch.empty_like(k, dtype=torch.float32) for _ in range(2))
+    given = {"q": q, "k": k, "v": d, "log_decay": log_decay, "chunks": call.chunks, "states": states}
+    given |= {"d_o": d_o, "d_states": d_states}
+    d_decay = decay_gradient(call, log_decay, given, sizes, {"d_q": d_q, "d_k": of_reads})
+    d_beta = call.room(beta)
+    through_solutions = None if log_decay is None else call.room(log_decay)
+    d_pairs = torch.empty_like(Y, dtype=torch.float32)
+    solutions_backward(
+        call.at_once(1),
+        call.limits,
+        **{"k": k, "v": v, "beta": beta, "log_decay": log_decay, "chunks": call.chunks, "Y": Y, "W": W, "U": U},
+        **{"states": states, "d_d": d_d, "d_k": of_solutions, "d_v": d_v, "d_beta": d_beta},
+        **{"d_decay": through_solutions, "d_pairs": d_pairs, **sizes},
+    )
+    pairs_backward(
+        call.at_once(call.keys, "BK"),
+        {"BK": call.limits["BK"]},
+        **{"k": k, "chunks": call.chunks, "d_pairs": d_pairs, "of_reads": of_reads, "of_solutions": of_solutions},
+        **{"d_k": d_k, "K": call.keys, **call.sizes},
+    )
+    if through_solutions is not None:
+        d_decay = d_decay + through_solutions
+    return d_q, d_k, d_v, d_beta, d_decay, d_initial
+
+
+@backward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    cu_seqlens: Tensor | None,
+    states: Tensor,
+    d: Tensor,
+    Y: Tensor,
+    d_o: Tensor,
+    d_final: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    segments = 1 if cu_seqlens is None else cu_seqlens.shape[1] - 1
+    d_initial = q.new_empty(len(q), segments, *q.shape[2:], v.shape[-1], dtype=torch.float32)
+    d_decay = q.new_empty(0) if log_decay is None else log_decay.new_empty(log_decay.shape)
+    d_q, d_k, d_v, d_beta = (x.new_empty(x.shape) for x in (q, k, v, beta))
+    return d_q, d_k, d_v, d_beta, d_decay, d_initial
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    *tensors, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output[2:])
+
+
+def _backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, beta, log_decay, cu_seqlens, *kept = ctx.saved_tensors
+    d_o = torch.zeros_like(v) if d_o is None else d_o
+    *gradients, d_decay, d_initial = backward(q, k, v, beta, log_decay, cu_seqlens, *kept, d_o, d_final)
+    needs_state = ctx.needs_input_grad[6]
+    return *gradients, None if log_decay is None else d_decay, None, d_initial if needs_state else None
+
+
+forward.register_autograd(_backward, setup_context=_setup)
+
+
+def _inside(q: tuple[int, ...], v: tuple[int, ...]) -> int:
+    """Floating-point work of the products with a chunk's inverse."""
+    return 2 * q[0] * q[1] * q[2] * min(WIDTH, q[1]) * (q[3] + v[-1])
+
+
+@register_flop_formula(torch.ops.memlm.delta_rule)
+def _forward_flops(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: Any, **__: Any) -> int:
+    return flops(q, v, 3) + _inside(q, v)
+
+
+@register_flop_formula(torch.ops.memlm.delta_rule_backward)
+def _backward_flops(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: Any, **__: Any) -> int:
+    return flops(q, v, 7) + 3 * _inside(q, v)
+
+
+def delta_rule_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    # One type for what is multiplied; sums are fp32 in any case.
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    tokens = [x.to(dtype) for x in (q, k, v)]
+    if is_step(*tokens, beta, log_decay, state):
+        o, final = step(*tokens, beta, log_decay, cu_seqlens, state)
+    else:
+        o, final, *_ = forward(*tokens, beta, log_decay, cu_seqlens, state)
+    return o.to(v.dtype), final

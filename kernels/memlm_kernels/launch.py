@@ -1,0 +1,165 @@
+"""Launching Triton kernels: the tiles of each target, and what all kernels share.
+
+B batch, T tokens of a row, S segments of a row, N chunks of a row, BT tokens of a chunk, H heads, K key dim, V value
+dim. A segment is the tokens cu[b, s] to cu[b, s + 1] of row b; without cu a row is one segment.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+Tiles = dict[str, int]
+
+# Triton warns where it is not set, for its default is about to change.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+
+class Kernel:
+    """A Triton function with the tiles it may be launched with, the best guess first.
+
+    ``MEMLM_AUTOTUNE=1`` times them all, once for each kind of argument; else the first is taken.
+    """
+
+    def __init__(self, function: Any, tiles: Mapping[str, list[Tiles]]) -> None:
+        self.function, self.tiles = function, tiles
+        self.best: dict[tuple, Tiles] = {}
+
+    def __call__(self, programs: Callable[[Tiles], int], limits: Tiles, **arguments: Any) -> None:
+        """programs: how many programs a choice of tiles needs; limits: of each tile, from the sizes of the call."""
+        choices = fitting(self.tiles[target()], limits)
+        tiles = choices[0]
+        if len(choices) > 1 and os.environ.get("MEMLM_AUTOTUNE") == "1":
+            kinds = (x.dtype if isinstance(x, Tensor) else x is None for x in arguments.values())
+            key = (*kinds, *limits.items(), arguments["H"], torch.cuda.get_device_name())
+            if key not in self.best:
+                self.best[key] = min(choices, key=lambda tiles: self._seconds(programs, tiles, arguments))
+            tiles = self.best[key]
+        self._launch(programs, tiles, arguments)
+
+    def _launch(self, programs: Callable[[Tiles], int], tiles: Tiles, arguments: Mapping[str, Any]) -> None:
+        device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
+        # Triton launches on the current device, wherever the tensors are.
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self.function[(programs(tiles),)](**arguments, **tiles)
+
+    def _seconds(self, programs: Callable[[Tiles], int], tiles: Tiles, arguments: Mapping[str, Any]) -> float:
+        try:
+            return triton.testing.do_bench(lambda: self._launch(programs, tiles, arguments))
+        except triton.runtime.OutOfResources:
+            return float("inf")
+
+
+def tiled(cuda: list[Tiles], hip: list[Tiles] | None = None) -> Callable[[Any], Kernel]:
+    """Decorates a Triton function with its tiles on CUDA and on HIP (None: the same)."""
+    return lambda function: Kernel(function, {"cuda": cuda, "hip": cuda if hip is None else hip})
+
+
+def fitting(choices: list[Tiles], limits: Tiles) -> list[Tiles]:
+    """The choices with each tile cut to its limit, without repetition."""
+    cut = [{name: min(size, limits.get(name, size)) for name, size in tiles.items()} for tiles in choices]
+    return [tiles for i, tiles in enumerate(cut) if tiles not in cut[:i]]
+
+
+def target() -> str:
+    return "hip" if torch.version.hip else "cuda"
+
+
+def precision(x: Tensor) -> str:
+    """Of products of fp32 tiles: what torch's own products have. AMD's matrix instructions take fp32 as it is."""
+    exact = torch.get_float32_matmul_precision() == "highest" or target() == "hip"
+    return "ieee" if x.dtype != torch.float32 or exact else "tf32"
+
+
+def cdiv(x: int, y: int) -> int:
+    return -(-x // y)
+
+
+def at_least_16(size: int) -> int:
+    """The smallest power of two that holds ``size`` and that a product can take."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def laid(*tensors: Tensor | None) -> list[Any]:
+    """Contiguous; None stays None."""
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
+def spans(cu_seqlens: Tensor | None, length: int, width: int) -> tuple[int, Tensor | None, Tensor | None]:
+    """N; [B, N, 2], each chunk's first token and its segment's end, no token between them where a chunk is not used;
+    and [B, S], the first chunk of each segment. None where each row is one segment.
+    """
+    if cu_seqlens is None:
+        return cdiv(length, width), None, None
+    cu = cu_seqlens.long()
+    segments = cu.shape[1] - 1
+    count = min(length, (length + min(segments, length) * (width - 1)) // width)
+    ends = ((cu.diff(dim=1) + width - 1) // width).cumsum(1)
+    first = torch.cat([torch.zeros_like(ends[:, :1]), ends[:, :-1]], 1)
+    chunk = torch.arange(count, device=cu.device).expand(len(cu), -1).contiguous()
+    owner = torch.searchsorted(ends, chunk, right=True).clamp(max=segments - 1)
+    start = cu.gather(1, owner) + (chunk - first.gather(1, owner)) * width
+    return count, torch.stack([start, cu.gather(1, owner + 1)], -1), first
+
+
+@triton.jit
+def chunk_span(chunks, row, n, N, T, BT: tl.constexpr):
+    """First token of chunk n of a row, and the end of its segment."""
+    if chunks is None:
+        start = n * BT
+        end = start * 0 + T
+    else:
+        start = tl.load(chunks + (row * N + n) * 2)
+        end = tl.load(chunks + (row * N + n) * 2 + 1)
+    return start, end
+
+
+@triton.jit
+def segment_span(cu, first, row, s, S, T):
+    """First token of segment s of a row, its end, and its first chunk."""
+    if cu is None:
+        begin = s * 0
+        end = s * 0 + T
+        n = s * 0
+    else:
+        begin = tl.load(cu + row * (S + 1) + s)
+        end = tl.load(cu + row * (S + 1) + s + 1)
+        n = tl.load(first + row * S + s)
+    return begin, end, n
+
+
+@triton.jit
+def load_tile(x, base, rows, columns, mask, width: tl.constexpr):
+    """Rows base + ``rows`` of a matrix of ``width``, in its own type; 0 where ``mask`` (of rows) or the width ends.
+
+    base is int64 and one for all; what differs between elements is int32, for pointers take many registers.
+    """
+    inside = mask[:, None] & (columns < width)[None, :]
+    return tl.load(x + base * width + (rows[:, None] * width + columns[None, :]), mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(x, value, base, rows, columns, mask, width: tl.constexpr):
+    inside = mask[:, None] & (columns < width)[None, :]
+    place = x + base * width + (rows[:, None] * width + columns[None, :])
+    tl.store(place, value.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def decay_between(b_g, BT: tl.constexpr):
+    """[BT] -> [BT, BT]: exp of the sum of b_g over j < l <= i, 0 above the diagonal. Nothing cancels."""
+    i = tl.arange(0, BT)
+    sums = tl.cumsum(tl.where(i[:, None] > i[None, :], b_g[:, None], 0.0), 0)
+    return tl.where(i[:, None] >= i[None, :], tl.exp(sums), 0.0)
+
+
+@triton.jit
+def lower(BT: tl.constexpr):
+    """[BT, BT]: 1 on and below the diagonal."""
+    i = tl.arange(0, BT)
+    return tl.where(i[:, None] >= i[None, :], 1.0, 0.0)

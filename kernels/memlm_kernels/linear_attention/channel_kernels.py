@@ -1,0 +1,260 @@
+"""What a decay for each channel needs: pairs of tokens have a factor for each channel.
+
+A chunk is cut into blocks of BC tokens. Inside a block pairs are taken one by one; between blocks the factor is split
+at the start of the query's block, so that both parts are sums of what lies on one side of it and nothing overflows.
+"""
+
+import triton
+import triton.language as tl
+
+from memlm_kernels.launch import chunk_span, load_tile, lower, store_tile, tiled
+
+_SIZES = ["B", "T", "N"]
+_WHOLE_K = [{"num_warps": 4, "num_stages": 1}]
+
+
+@tiled(_WHOLE_K)
+@triton.jit(do_not_specialize=_SIZES)
+def channel_scores(
+    q,
+    k,
+    log_decay,
+    chunks,
+    scores,
+    T,
+    N,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """scores: [B, N, H, BT, BT], the sum over K of q_i k_j exp(g_{j+1} + ... + g_i), 0 above the diagonal."""
+    program = tl.program_id(0).to(tl.int64)
+    blocks: tl.constexpr = BT // BC
+    block, h, n, row = program % blocks, program // blocks % H, program // blocks // H % N, program // blocks // H // N
+    start, end = chunk_span(chunks, row, n, N, T, BT)
+    if start >= end:
+        return
+    i_c, i_k = tl.arange(0, BC), tl.arange(0, BK)
+    at = ((row * N + n) * H + h) * BT + block * BC
+    first = start + block * BC
+    inside = first + i_c < end
+    base, rows = (row * T + first) * H + h, i_c * H
+    b_q = load_tile(q, base, rows, i_k, inside, K)
+    b_g = load_tile(log_decay, base, rows, i_k, inside, K).to(tl.float32)
+    b_diagonal = tl.zeros([BC, BC], tl.float32)
+    b_between = tl.zeros([BC, BK], tl.float32)
+    for back in range(BC):
+        j = BC - 1 - back
+        of_j = i_k < tl.where(first + j < end, K, 0)
+        row_j = ((row * T + first + j) * H + h) * K + i_k
+        b_k = tl.load(k + row_j, mask=of_j, other=0.0).to(tl.float32)
+        b_column = tl.sum(b_q * b_k[None, :] * tl.exp(b_between), 1)
+        b_diagonal = tl.where((i_c[:, None] >= j) & (i_c[None, :] == j), b_column[:, None], b_diagonal)
+        b_step = tl.load(log_decay + row_j, mask=of_j, other=0.0).to(tl.float32)
+        b_between = tl.where(i_c[:, None] >= j, b_between + b_step[None, :], 0.0)
+    store_tile(scores, b_diagonal, at, i_c, block * BC + i_c, i_c < BC, BT)
+    b_q = (b_q * tl.exp(tl.cumsum(b_g, 0))).to(b_q.dtype)
+    b_total = tl.zeros([BK], tl.float32)
+    for back in range(block):
+        j = block - 1 - back
+        base_j = (row * T + start + j * BC) * H + h
+        inside_j = start + j * BC + i_c < end
+        behind_j = (i_c + 1 < BC) & (start + j * BC + i_c + 1 < end)
+        b_k = load_tile(k, base_j, rows, i_k, inside_j, K)
+        b_after = load_tile(log_decay, base_j + H, rows, i_k, behind_j, K).to(tl.float32)
+        b_k = (b_k * tl.exp(tl.cumsum(b_after, 0, reverse=True) + b_total[None, :])).to(b_q.dtype)
+        b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        store_tile(scores, b_scores, at, i_c, j * BC + i_c, i_c < BC, BT)
+        b_total += tl.sum(load_tile(log_decay, base_j, rows, i_k, inside_j, K).to(tl.float32), 0)
+    for j in range(block + 1, blocks):
+        store_tile(scores, tl.zeros([BC, BC], tl.float32), at, i_c, j * BC + i_c, i_c < BC, BT)
+
+
+@tiled([{"BV": 64, "num_warps": 4, "num_stages": 2}], [{"BV": 32, "num_warps": 4, "num_stages": 1}])
+@triton.jit(do_not_specialize=_SIZES)
+def scores_backward(
+    v,
+    chunks,
+    d_o,
+    d_scores,
+    T,
+    N,
+    H: tl.constexpr,
+    V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """d_scores: [B, N, H, BT, BT], products of d_o and v, 0 above the diagonal."""
+    program = tl.program_id(0).to(tl.int64)
+    h, n, row = program % H, program // H % N, program // H // N
+    start, end = chunk_span(chunks, row, n, N, T, BT)
+    if start >= end:
+        return
+    i_t = tl.arange(0, BT)
+    inside = start + i_t < end
+    base, rows = (row * T + start) * H + h, i_t * H
+    b_scores = tl.zeros([BT, BT], tl.float32)
+    for i in range((V + BV - 1) // BV):
+        i_v = i * BV + tl.arange(0, BV)
+        b_o, b_v = load_tile(d_o, base, rows, i_v, inside, V), load_tile(v, base, rows, i_v, inside, V)
+        b_scores += tl.dot(b_o, tl.trans(b_v), input_precision=PRECISION)
+    store_tile(d_scores, b_scores * lower(BT), program * BT, i_t, i_t, i_t < BT, BT)
+
+
+@tiled(_WHOLE_K)
+@triton.jit(do_not_specialize=_SIZES)
+def channel_scores_backward(
+    q,
+    k,
+    log_decay,
+    chunks,
+    d_scores,
+    d_q,
+    d_k,
+    T,
+    N,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Gradients of q and k through the scores alone, in fp32."""
+    program = tl.program_id(0).to(tl.int64)
+    blocks: tl.constexpr = BT // BC
+    block, h, n, row = program % blocks, program // blocks % H, program // blocks // H % N, program // blocks // H // N
+    start, end = chunk_span(chunks, row, n, N, T, BT)
+    first = start + block * BC
+    if first >= end:
+        return
+    i_c, i_k = tl.arange(0, BC), tl.arange(0, BK)
+    at = ((row * N + n) * H + h) * BT
+    inside = first + i_c < end
+    base, rows = (row * T + first) * H + h, i_c * H
+    behind = (i_c + 1 < BC) & (first + i_c + 1 < end)
+    b_up_to = tl.cumsum(load_tile(log_decay, base, rows, i_k, inside, K).to(tl.float32), 0)
+    b_behind = tl.cumsum(load_tile(log_decay, base + H, rows, i_k, behind, K).to(tl.float32), 0, reverse=True)
+
+    b_dq = tl.zeros([BC, BK], tl.float32)
+    b_total = tl.zeros([BK], tl.float32)
+    for back in range(block):
+        j = block - 1 - back
+        base_j = (row * T + start + j * BC) * H + h
+        inside_j = start + j * BC + i_c < end
+        behind_j = (i_c + 1 < BC) & (start + j * BC + i_c + 1 < end)
+        b_k = load_tile(k, base_j, rows, i_k, inside_j, K)
+        b_after = load_tile(log_decay, base_j + H, rows, i_k, behind_j, K).to(tl.float32)
+        b_k = (b_k * tl.exp(tl.cumsum(b_after, 0, reverse=True) + b_total[None, :])).to(b_k.dtype)
+        b_ds = load_tile(d_scores, at + block * BC, i_c, j * BC + i_c, i_c < BC, BT)
+        b_dq += tl.dot(b_ds.to(b_k.dtype), b_k, input_precision=PRECISION)
+        b_total += tl.sum(load_tile(log_decay, base_j, rows, i_k, inside_j, K).to(tl.float32), 0)
+    b_dq *= tl.exp(b_up_to)
+    b_between = tl.zeros([BC, BK], tl.float32)
+    for back in range(BC):
+        j = BC - 1 - back
+        of_j = i_k < tl.where(first + j < end, K, 0)
+        row_j = ((row * T + first + j) * H + h) * K + i_k
+        b_k = tl.load(k + row_j, mask=of_j, other=0.0).to(tl.float32)
+        b_ds = tl.load(d_scores + (at + block * BC + i_c) * BT + block * BC + j, mask=i_c >= j, other=0.0)
+        b_dq += b_ds[:, None] * b_k[None, :] * tl.exp(b_between)
+        b_step = tl.load(log_decay + row_j, mask=of_j, other=0.0).to(tl.float32)
+        b_between = tl.where(i_c[:, None] >= j, b_between + b_step[None, :], 0.0)
+    store_tile(d_q, b_dq, base, rows, i_k, inside, K)
+
+    b_dk = tl.zeros([BC, BK], tl.float32)
+    b_total = tl.zeros([BK], tl.float32)
+    for i in range(block + 1, blocks):
+        base_i = (row * T + start + i * BC) * H + h
+        inside_i = start + i * BC + i_c < end
+        b_q = load_tile(q, base_i, rows, i_k, inside_i, K)
+        b_g = load_tile(log_decay, base_i, rows, i_k, inside_i, K).to(tl.float32)
+        b_q = (b_q * tl.exp(tl.cumsum(b_g, 0) + b_total[None, :])).to(b_q.dtype)
+        b_ds = load_tile(d_scores, at + i * BC, i_c, block * BC + i_c, i_c < BC, BT)
+        b_dk += tl.dot(tl.trans(b_ds.to(b_q.dtype)), b_q, input_precision=PRECISION)
+        b_total += tl.sum(b_g, 0)
+    b_dk *= tl.exp(b_behind)
+    b_between = tl.zeros([BC, BK], tl.float32)
+    for i in range(BC):
+        of_i = i_k < tl.where(first + i < end, K, 0)
+        row_i = ((row * T + first + i) * H + h) * K + i_k
+        b_step = tl.load(log_decay + row_i, mask=of_i, other=0.0).to(tl.float32)
+        b_between = tl.where(i_c[:, None] < i, b_between + b_step[None, :], 0.0)
+        b_q = tl.load(q + row_i, mask=of_i, other=0.0).to(tl.float32)
+        b_ds = tl.load(d_scores + (at + block * BC + i) * BT + block * BC + i_c, mask=i_c <= i, other=0.0)
+        b_dk += b_ds[:, None] * b_q[None, :] * tl.exp(b_between)
+    store_tile(d_k, b_dk, base, rows, i_k, inside, K)
+
+
+@tiled(
+    [{"BK": 32, "BV": 32, "num_warps": 8, "num_stages": 2}, {"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 2}],
+    [{"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1}],
+)
+@triton.jit(do_not_specialize=_SIZES)
+def channel_keys_backward(
+    q,
+    k,
+    v,
+    log_decay,
+    chunks,
+    states,
+    d_o,
+    d_states,
+    inner_q,
+    inner_k,
+    d_q,
+    d_k,
+    d_decay,
+    T,
+    N,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """Gradients of some channels of a chunk's q, k and decay; inner_q, inner_k: what came through the scores."""
+    program = tl.program_id(0).to(tl.int64)
+    tiles: tl.constexpr = (K + BK - 1) // BK
+    tile, h, n, row = program % tiles, program // tiles % H, program // tiles // H % N, program // tiles // H // N
+    i_k = (tile * BK).to(tl.int32) + tl.arange(0, BK)
+    start, end = chunk_span(chunks, row, n, N, T, BT)
+    if start >= end:
+        return
+    t = start + tl.arange(0, BT)
+    inside = t < end
+    base, rows = (row * T + start) * H + h, tl.arange(0, BT) * H
+    at = (row * N + n) * H + h
+    b_dq = tl.zeros([BT, BK], tl.float32)
+    b_dk = tl.zeros([BT, BK], tl.float32)
+    b_kept = tl.zeros([BK], tl.float32)
+    for i in range((V + BV - 1) // BV):
+        i_v = i * BV + tl.arange(0, BV)
+        b_v = load_tile(v, base, rows, i_v, inside, V)
+        b_o = load_tile(d_o, base, rows, i_v, inside, V)
+        b_state = load_tile(states, at * K, i_k, i_v, i_k < K, V)
+        b_dstate = load_tile(d_states, at * K, i_k, i_v, i_k < K, V)
+        b_dq += tl.dot(b_o, tl.trans(b_state), input_precision=PRECISION)
+        b_dk += tl.dot(b_v, tl.trans(b_dstate), input_precision=PRECISION)
+        b_kept += tl.sum(b_state.to(tl.float32) * b_dstate.to(tl.float32), 1)
+    behind = (tl.arange(0, BT) + 1 < BT) & (t + 1 < end)
+    b_g = load_tile(log_decay, base, rows, i_k, inside, K).to(tl.float32)
+    b_after = load_tile(log_decay, base + H, rows, i_k, behind, K).to(tl.float32)
+    b_q, b_k = load_tile(q, base, rows, i_k, inside, K), load_tile(k, base, rows, i_k, inside, K)
+    b_inner = load_tile(inner_k, base, rows, i_k, inside, K)
+    b_dq = b_dq * tl.exp(tl.cumsum(b_g, 0)) + load_tile(inner_q, base, rows, i_k, inside, K)
+    b_dk *= tl.exp(tl.cumsum(b_after, 0, reverse=True))
+    # As in ``keys_backward``, channel by channel.
+    b_behind = b_dk * b_k
+    b_up_to = b_dq * b_q - b_inner * b_k
+    b_dg = tl.cumsum(b_up_to, 0, reverse=True) + tl.cumsum(b_behind, 0) - b_behind
+    b_dg += (b_kept * tl.exp(tl.sum(b_g, 0)))[None, :]
+    store_tile(d_q, b_dq, base, rows, i_k, inside, K)
+    store_tile(d_k, b_dk + b_inner, base, rows, i_k, inside, K)
+    store_tile(d_decay, b_dg, base, rows, i_k, inside, K)

@@ -1,0 +1,254 @@
+"""Linear attention by Triton kernels, as an op of torch: it compiles whole, and its floating-point work is counted."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from memlm_kernels.launch import Tiles, at_least_16, cdiv, laid, precision, spans
+from memlm_kernels.linear_attention.channel_kernels import (
+    channel_keys_backward,
+    channel_scores,
+    channel_scores_backward,
+    scores_backward,
+)
+from memlm_kernels.linear_attention.kernels import (
+    keys_backward,
+    outputs_forward,
+    states_backward,
+    states_forward,
+    values_backward,
+)
+from memlm_kernels.linear_attention.step import is_step, step
+from memlm_kernels.segments import chunk_width
+
+WIDTH, BLOCK = 64, 16
+
+
+class Call:
+    """Sizes of a call, how its rows are cut into chunks, and how many programs a kernel needs.
+
+    Rows of q are [B, T, H, K]; see ``launch`` for the rest.
+    """
+
+    def __init__(self, q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
+        self.batch, self.length, self.heads, self.keys = q.shape
+        self.values = v.shape[-1]
+        self.width = max(16, chunk_width(self.length, cu_seqlens, WIDTH))
+        self.segments = 1 if cu_seqlens is None else cu_seqlens.shape[1] - 1
+        self.cu = cu_seqlens if cu_seqlens is None else cu_seqlens.contiguous()
+        self.count, self.chunks, self.first = spans(cu_seqlens, self.length, self.width)
+        # fp32 takes twice the registers.
+        most = 32 if q.dtype == torch.float32 else 64
+        self.limits = {"BK": at_least_16(self.keys), "BV": min(most, at_least_16(self.values))}
+        # So do decays of their own for all channels.
+        self.limits_with_channels = {**self.limits, "BV": min(32, self.limits["BV"])}
+        self.sizes = {"T": self.length, "N": self.count, "H": self.heads, "BT": self.width, "PRECISION": precision(q)}
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return self.batch, self.segments, self.heads, self.keys, self.values
+
+    @property
+    def states_shape(self) -> tuple[int, ...]:
+        return self.batch, self.count, self.heads, self.keys, self.values
+
+    def along(self, tiles: Tiles) -> int:
+        """Programs of a pass along segments, one for each tile of a state."""
+        tiles_of_state = cdiv(self.keys, tiles["BK"]) * cdiv(self.values, tiles["BV"])
+        return self.batch * self.segments * self.heads * tiles_of_state
+
+    def at_once(self, size: int, tile: str | None = None) -> Any:
+        """Programs of a pass over all chunks, one for each ``tile`` of ``size``."""
+        chunks = self.batch * self.count * self.heads
+        return lambda tiles: chunks * (size if tile is None else cdiv(size, tiles[tile]))
+
+    def room(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Like x; zeros if there may be padding, which no chunk holds."""
+        make = torch.empty_like if self.cu is None else torch.zeros_like
+        return make(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("memlm::linear_attention", mutates_args=())
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, state: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o, the state after each segment, and those that chunks start with, [B, N, H, K, V]."""
+    q, k, v, log_decay, state = laid(q, k, v, log_decay, state)
+    call = Call(q, v, cu_seqlens)
+    channels = log_decay is not None and log_decay.ndim == 4
+    sizes = {**call.sizes, "K": call.keys, "V": call.values}
+    states, final = q.new_empty(call.states_shape), q.new_empty(call.state_shape, dtype=torch.float32)
+    scores, o = None, call.room(v)
+    states_forward(
+        call.along,
+        call.limits_with_channels if channels else call.limits,
+        **{"k": k, "v": v, "log_decay": log_decay, "cu": call.cu, "first": call.first, "initial": state},
+        **{"states": states, "final": final, "S": call.segments, "CHANNELS": channels, **sizes},
+    )
+    if channels:
+        scores = _scores(call, q, k, log_decay)
+    outputs_forward(
+        call.at_once(call.values, "BV"),
+        call.limits,
+        **{"q": q, "k": k, "v": v, "log_decay": log_decay, "scores": scores, "chunks": call.chunks},
+        **{"states": states, "o": o, **sizes},
+    )
+    return o, final, states
+
+
+def _scores(call: Call, q: Tensor, k: Tensor, log_decay: Tensor) -> Tensor:
+    scores = q.new_empty(call.batch, call.count, call.heads, call.width, call.width, dtype=torch.float32)
+    channel_scores(
+        call.at_once(call.width // BLOCK),
+        {},
+        **{"q": q, "k": k, "log_decay": log_decay, "chunks": call.chunks, "scores": scores},
+        **{"K": call.keys, "BC": BLOCK, "BK": call.limits["BK"], **call.sizes},
+    )
+    return scores
+
+
+@forward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, state: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    call = Call(q, v, cu_seqlens)
+    final, states = q.new_empty(call.state_shape, dtype=torch.float32), q.new_empty(call.states_shape)
+    return v.new_empty(v.shape), final, states
+
+
+@torch.library.custom_op("memlm::linear_attention_backward", mutates_args=())
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    cu_seqlens: Tensor | None,
+    states: Tensor,
+    d_o: Tensor,
+    d_final: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, log_decay (of no size without one) and the state before each segment."""
+    q, k, v, log_decay, d_o, d_final = laid(q, k, v, log_decay, d_o, d_final)
+    call = Call(q, v, cu_seqlens)
+    channels = log_decay is not None and log_decay.ndim == 4
+    sizes = {**call.sizes, "K": call.keys, "V": call.values}
+    scores = _scores(call, q, k, log_decay) if channels else None
+    d_states, d_initial = torch.empty_like(states), q.new_empty(call.state_shape, dtype=torch.float32)
+    states_backward(
+        call.along,
+        call.limits_with_channels if channels else call.limits,
+        **{"q": q, "d_o": d_o, "log_decay": log_decay, "cu": call.cu, "first": call.first, "d_final": d_final},
+        **{"d_states": d_states, "d_initial": d_initial, "S": call.segments, "CHANNELS": channels, **sizes},
+    )
+    d_q, d_k, d_v = (call.room(x) for x in (q, k, v))
+    values_backward(
+        call.at_once(call.values, "BV"),
+        call.limits,
+        **{"q": q, "k": k, "log_decay": log_decay, "scores": scores, "chunks": call.chunks},
+        **{"d_o": d_o, "d_states": d_states, "d_v": d_v, **sizes},
+    )
+    given = {"q": q, "k": k, "v": v, "log_decay": log_decay, "chunks": call.chunks, "states": states}
+    given |= {"d_o": d_o, "d_states": d_states}
+    if channels:
+        d_decay = call.room(log_decay)
+        _channel_keys_backward(call, given, sizes, {"d_q": d_q, "d_k": d_k, "d_decay": d_decay})
+    else:
+        d_decay = decay_gradient(call, log_decay, given, sizes, {"d_q": d_q, "d_k": d_k})
+    return d_q, d_k, d_v, d_decay, d_initial
+
+
+def decay_gradient(
+    call: Call, log_decay: Tensor | None, given: dict[str, Any], sizes: dict[str, Any], out: dict[str, Tensor]
+) -> Tensor:
+    """Fills ``out`` by ``keys_backward``, and returns the gradient of a decay for each head, [B, T, H]."""
+    q = given["q"]
+    tiles = cdiv(call.keys, min(32, call.limits["BK"]))
+    parts = q.new_zeros(0 if log_decay is None else tiles, *q.shape[:3], dtype=torch.float32)
+    keys_backward(call.at_once(call.keys, "BK"), call.limits, **given, **out, d_decay=parts, B=call.batch, **sizes)
+    return q.new_empty(0) if log_decay is None else parts.sum(0).to(log_decay.dtype)
+
+
+def _channel_keys_backward(call: Call, given: dict[str, Any], sizes: dict[str, Any], out: dict[str, Tensor]) -> None:
+    q, k, v, log_decay, chunks, d_o = (given[name] for name in ("q", "k", "v", "log_decay", "chunks", "d_o"))
+    d_scores = q.new_empty(call.batch, call.count, call.heads, call.width, call.width, dtype=torch.float32)
+    scores_backward(
+        call.at_once(1),
+        {"BV": call.limits["BV"]},
+        **{"v": v, "chunks": chunks, "d_o": d_o, "d_scores": d_scores, "V": call.values, **call.sizes},
+    )
+    inner_q, inner_k = (q.new_empty(q.shape, dtype=torch.float32) for _ in "qk")
+    channel_scores_backward(
+        call.at_once(call.width // BLOCK),
+        {},
+        **{"q": q, "k": k, "log_decay": log_decay, "chunks": chunks, "d_scores": d_scores},
+        **{"d_q": inner_q, "d_k": inner_k, "K": call.keys, "BC": BLOCK, "BK": call.limits["BK"], **call.sizes},
+    )
+    channel_keys_backward(
+        call.at_once(call.keys, "BK"), call.limits, **given, inner_q=inner_q, inner_k=inner_k, **out, **sizes
+    )
+
+
+@backward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    cu_seqlens: Tensor | None,
+    states: Tensor,
+    d_o: Tensor,
+    d_final: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    segments = 1 if cu_seqlens is None else cu_seqlens.shape[1] - 1
+    d_initial = q.new_empty(len(q), segments, *q.shape[2:], v.shape[-1], dtype=torch.float32)
+    d_decay = q.new_empty(0) if log_decay is None else log_decay.new_empty(log_decay.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_decay, d_initial
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    q, k, v, log_decay, cu_seqlens, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, log_decay, cu_seqlens, output[2])
+
+
+def _backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, log_decay, cu_seqlens, states = ctx.saved_tensors
+    d_o = torch.zeros_like(v) if d_o is None else d_o
+    d_q, d_k, d_v, d_decay, d_initial = backward(q, k, v, log_decay, cu_seqlens, states, d_o, d_final)
+    needs_state = ctx.needs_input_grad[5]
+    return d_q, d_k, d_v, None if log_decay is None else d_decay, None, d_initial if needs_state else None
+
+
+forward.register_autograd(_backward, setup_context=_setup)
+
+
+def flops(q: tuple[int, ...], v: tuple[int, ...], reads: int) -> int:
+    """Of ``reads`` products of each token with a state, and as many masked ones in chunks."""
+    batch, length, heads, keys = q
+    values = v[-1]
+    return 2 * batch * length * heads * reads * (keys * values + min(WIDTH, length) * (keys + values) // 2)
+
+
+@register_flop_formula(torch.ops.memlm.linear_attention)
+def _forward_flops(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: Any, **__: Any) -> int:
+    return flops(q, v, 2)
+
+
+@register_flop_formula(torch.ops.memlm.linear_attention_backward)
+def _backward_flops(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: Any, **__: Any) -> int:
+    return flops(q, v, 4)
+
+
+def linear_attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    # One type for what is multiplied; sums are fp32 in any case.
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    tokens = [x.to(dtype) for x in (q, k, v)]
+    if is_step(*tokens, log_decay, state):
+        o, final = step(*tokens, None, log_decay, cu_seqlens, state)
+    else:
+        o, final, _ = forward(*tokens, log_decay, cu_seqlens, state)
+    return o.to(v.dtype), final

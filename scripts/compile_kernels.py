@@ -1,0 +1,263 @@
+"""Compile every Triton kernel, with all its tiles, for GPUs that need not be there, and say what came out.
+
+    python scripts/compile_kernels.py --out kernels/compiled.md      all of it, many minutes
+    python scripts/compile_kernels.py --sample                       a launch of each kernel, for two targets
+
+The ops are called on the CPU, and what they would launch is compiled instead. Fails on a spill, on more shared memory
+than a target has, on more than 1,024 threads, and on a product that no matrix instruction computes.
+"""
+
+import argparse
+import collections
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from memlm_kernels import launch  # noqa: E402
+from memlm_kernels.delta_rule.triton import delta_rule_triton  # noqa: E402
+from memlm_kernels.launch import Kernel  # noqa: E402
+from memlm_kernels.linear_attention.triton import linear_attention_triton  # noqa: E402
+from memlm_kernels.neural_memory import squared_error  # noqa: E402
+from memlm_kernels.neural_memory.reference import Tokens, neural_memory_reference  # noqa: E402
+from memlm_kernels.neural_memory.triton import scan_triton  # noqa: E402
+
+# Each with the shared memory that a block may have, in bytes.
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 166_912),
+    "sm_90": (GPUTarget("cuda", 90, 32), 232_448),
+    "sm_100": (GPUTarget("cuda", 100, 32), 232_448),
+    "gfx90a": (GPUTarget("hip", "gfx90a", 64), 65_536),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 65_536),
+    "gfx950": (GPUTarget("hip", "gfx950", 64), 163_840),
+}
+VERSION = importlib.metadata.version("triton")
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.bool: "*i1",
+}
+INSTRUCTIONS = {"cuda": r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", "hip": r"v_mfma"}
+SIZES = [("bfloat16", 128), ("float32", 64)]
+OPTIONS = ("num_warps", "num_stages", "waves_per_eu")
+
+
+class Launch(NamedTuple):
+    case: str
+    kernel: Kernel
+    limits: dict[str, int]
+    arguments: dict[str, Any]
+
+
+class Compiled(NamedTuple):
+    """registers: of a thread; shared: bytes; spills: bytes on CUDA, registers on HIP; problems: why it fails."""
+
+    registers: int
+    spills: int
+    shared: int
+    instructions: str
+    problems: list[str]
+
+
+def cases(sample: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Calls of the ops that between them launch every kernel in every way that changes its code."""
+    for dtype, size in [("bfloat16", 64)] if sample else SIZES:
+        name, kind = f"{dtype} {size}", getattr(torch, dtype)
+        q, k, v = (torch.empty(2, 1024, 2, size, dtype=kind, requires_grad=True) for _ in "qkv")
+        gate, channel = (torch.empty(shape, requires_grad=True) for shape in (q.shape[:3], q.shape))
+        cu, state = torch.tensor([[0, 500, 1024]] * 2), torch.zeros(2, 2, 2, size, size)
+        yield f"{name} scalar", both(linear_attention_triton, q, k, v, gate, cu, state)
+        yield f"{name} channel", both(linear_attention_triton, q, k, v, channel, None, None)
+        yield f"{name} delta, decay", both(delta_rule_triton, q, k, v, gate, gate, cu, state)
+        yield f"{name} delta, decay, step", once(delta_rule_triton, *first(q, k, v, gate, gate), None, None)
+        if not sample:
+            yield f"{name} channel, step", once(linear_attention_triton, *first(q, k, v, channel), cu, state)
+            yield f"{name} linear", both(linear_attention_triton, q, k, v, None, None, None)
+            yield f"{name} delta", both(delta_rule_triton, q, k, v, gate, None, None, None)
+        yield f"{name} memory", both(memory, q, k, v, gate, 16, 16)
+        if not sample:
+            yield f"{name} memory, blocks", both(memory, q, k, v, gate, 64, 16)
+            if dtype == "bfloat16":
+                narrow = [x[..., :64].detach().requires_grad_() for x in (q, k, v)]
+                yield "bfloat16 64 memory, blocks of 32", both(memory, *narrow, gate, 64, 32)
+
+
+def first(*tensors: Tensor) -> list[Tensor]:
+    """The first token of each."""
+    return [x[:, :1].detach() for x in tensors]
+
+
+def memory(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, chunk_size: int, width: int) -> tuple[Tensor, ...]:
+    """The linear memory over documents, with momentum and decay."""
+    tokens = Tokens(q, k, v, gate, gate, gate, None)
+    weights = (torch.zeros(q.shape[2], q.shape[3], v.shape[3], requires_grad=True),)
+    positions = torch.arange(q.shape[1]).expand(len(q), -1)
+    rest = (None, squared_error, 1, None, positions, None, 2, False)
+    o, state, _ = neural_memory_reference(tokens, weights, chunk_size, "gelu", *rest, scan_triton, width)
+    return o, *state.weights
+
+
+def once(op: Callable, *arguments: Any) -> Callable[[], Any]:
+    return lambda: op(*arguments)
+
+
+def both(op: Callable, *arguments: Any) -> Callable[[], None]:
+    """Forward and backward."""
+
+    def call() -> None:
+        out = op(*arguments)
+        sum(x.sum() for x in out if isinstance(x, Tensor) and x.requires_grad).backward()
+
+    return call
+
+
+def recorded(sample: bool) -> list[Launch]:
+    """What the ops would launch."""
+    launches: dict[tuple, Launch] = {}
+    run = Kernel.__call__
+
+    def record(kernel: Kernel, programs: Any, limits: dict[str, int], **arguments: Any) -> None:
+        key = (kernel.function.__name__, *signature(kernel, arguments).items(), *sorted(limits.items()))
+        key += tuple((n, x) for n, x in arguments.items() if signature(kernel, arguments)[n] == "constexpr")
+        launches.setdefault(key, Launch(name, kernel, limits, arguments))
+
+    Kernel.__call__ = record
+    try:
+        for case, call in cases(sample):
+            name = case
+            call()
+    finally:
+        Kernel.__call__ = run
+    return list(launches.values())
+
+
+def signature(kernel: Kernel, arguments: dict[str, Any]) -> dict[str, str]:
+    constant = {p.name for p in kernel.function.params if p.is_constexpr}
+    types = {}
+    for name in kernel.function.arg_names:
+        x = arguments.get(name)
+        types[name] = (
+            "constexpr" if name in constant or x is None else POINTERS[x.dtype] if hasattr(x, "dtype") else "i32"
+        )
+    return types
+
+
+def compile_one(one: Launch, tiles: dict[str, int], target: GPUTarget, most_shared: int) -> Compiled:
+    function = one.kernel.function
+    arguments = one.arguments | {n: x for n, x in tiles.items() if n not in OPTIONS}
+    for name in {"PRECISION", "INVERSE"} & arguments.keys():
+        # What a training run asks for: the matrix units, which on CUDA take no fp32 as it is.
+        arguments[name] = "tf32" if target.backend == "cuda" else "ieee"
+    types = signature(one.kernel, arguments)
+    constants = {name: arguments.get(name) for name, kind in types.items() if kind == "constexpr"}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind.startswith("*")}
+    source = ASTSource(function, types, constants, aligned)
+    options = {name: tiles[name] for name in OPTIONS if name in tiles}
+    compiled = triton.compile(source, target=target, options=options)
+    text = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
+    found = collections.Counter(re.findall(INSTRUCTIONS[target.backend], text))
+    registers, spills = (resources_cuda if target.backend == "cuda" else resources_hip)(compiled.asm)
+    shared = compiled.metadata.shared
+    problems = []
+    if spills:
+        problems.append(f"spills {spills}")
+    if shared > most_shared:
+        problems.append(f"shared memory {shared} > {most_shared}")
+    if tiles["num_warps"] * target.warp_size > 1024:
+        problems.append(f"{tiles['num_warps']} warps")
+    if re.search(r"tt\.dot .*-> tensor<[^#]*#blocked", compiled.asm["ttgir"]) or (
+        "tt.dot " in compiled.asm["ttir"] and not found
+    ):
+        problems.append("a product without matrix instructions")
+    return Compiled(registers, spills, shared, ", ".join(f"{n} {x}" for x, n in found.items()), problems)
+
+
+def resources_cuda(asm: dict[str, Any]) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    use = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    return use["REG"], use["STACK"] + use["LOCAL"]
+
+
+def resources_hip(asm: dict[str, Any]) -> tuple[int, int]:
+    use = {name: int(value) for name, value in re.findall(r"\.(\w+_count):\s+(\d+)", asm["amdgcn"])}
+    # Scalar registers are spilled to lanes of vector registers, not to memory.
+    return use["vgpr_count"], use["vgpr_spill_count"]
+
+
+def main(args: argparse.Namespace) -> int:
+    launches = recorded(args.sample)
+    names = args.targets or (["sm_90", "gfx942"] if args.sample else list(TARGETS))
+    rows, failures, begin = [], 0, time.perf_counter()
+    for one in launches:
+        name = one.kernel.function.__name__
+        if args.kernel and args.kernel not in name:
+            continue
+        for target_name in names:
+            target, most_shared = TARGETS[target_name]
+            choices = launch.fitting(one.kernel.tiles[target.backend], one.limits)
+            for tiles in choices[: 1 if args.sample else None]:
+                try:
+                    done = compile_one(one, tiles, target, most_shared)
+                # The compiler's own failures are of many kinds, and the other kernels are still wanted.
+                except Exception as error:
+                    done = Compiled(0, 0, 0, "", [f"{type(error).__name__} in the compiler"])
+                cells = " ".join(f"{n}={x}" for n, x in tiles.items())
+                status = "; ".join(done.problems) or "ok"
+                failures += bool(done.problems)
+                rows.append((name, one.case, target_name, cells, done, status))
+                if done.problems or args.verbose:
+                    print(f"{name}, {one.case}, {target_name}, {cells}: {done}", flush=True)
+    seconds = time.perf_counter() - begin
+    summary = f"{len(rows)} compilations of {len({r[0] for r in rows})} kernels, {failures} that fail"
+    print(f"{summary}, {seconds:.0f} s")
+    if args.out:
+        args.out.write_text(table(rows, summary))
+    return int(failures > 0)
+
+
+def table(rows: list[tuple], summary: str) -> str:
+    lines = [
+        "# What the Triton kernels compile to",
+        "",
+        f"By `python scripts/compile_kernels.py --out kernels/compiled.md` with Triton {VERSION}: {summary}.",
+        "Nothing here was run. Registers are of a thread, shared memory and CUDA's spills are in bytes.",
+        "",
+        "| kernel | call | target | tiles | registers | spills | shared | matrix instructions | |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, case, target, tiles, done, status in sorted(rows, key=lambda row: row[:4]):
+        cells = (f"`{name}`", case, target, tiles, done.registers, done.spills, done.shared, done.instructions, status)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sample", action="store_true", help="bf16, head size 64, the first tiles, two targets")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS)
+    parser.add_argument("--kernel", help="only kernels whose name contains this")
+    parser.add_argument("--verbose", action="store_true", help="print every compilation, not only those that fail")
+    parser.add_argument("--out", type=Path, help="where to write the table, as Markdown")
+    sys.exit(main(parser.parse_args()))
