@@ -12,7 +12,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent / "kernels")]
 
-from memlm_kernels.backend import with_triton  # noqa: E402
+from memlm_kernels.backend import architecture, with_triton  # noqa: E402
 from memlm_kernels.grouped_linear.reference import takes_grouped_mm  # noqa: E402
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "flash-attn", "flash-linear-attention")
@@ -29,7 +29,7 @@ def device() -> str:
     if not torch.cuda.is_available():
         return "no GPU that torch can use"
     found = torch.cuda.get_device_properties(0)
-    arch = found.gcnArchName if torch.version.hip else f"sm_{found.major}{found.minor}"
+    arch = architecture(torch.device("cuda", 0))
     return f"{torch.cuda.device_count()} x {found.name}, {arch}, {found.total_memory / 2**30:.0f} GiB"
 
 

@@ -7,6 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+# Compute capabilities and gfx names on which tests/kernels/test_triton.py has passed. Elsewhere Triton's kernels run
+# when asked for, and ``auto`` takes the reference: what never ran may be wrong without a word.
+PROVEN: frozenset[str] = frozenset()
+
 logger = logging.getLogger(__name__)
 _announced: set[tuple[str, str]] = set()
 
@@ -35,15 +39,23 @@ def choose(op: str, backend: str, available: tuple[str, ...], refused: Mapping[s
 def with_triton(x: Tensor, limit: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
     """What ``choose`` takes, for an op that has the backends ``reference`` and ``triton``.
 
-    limit: what of the call Triton's kernels do not take, None if they take it. On a CPU they run in Triton's
-    interpreter, which is for tests: only when asked for.
+    limit: what of the call Triton's kernels do not take, None if they take it. ``auto`` takes them on a GPU where they
+    are ``PROVEN``. On a CPU they run in Triton's interpreter, which is for tests.
     """
     reason = missing_triton(x.device.type) or limit
     if x.dtype == torch.float64:
         reason = reason or "its kernels take float32, float16 and bfloat16, not float64"
     if reason:
         return ("reference",), {"triton": reason}
-    return (("triton", "reference") if x.device.type == "cuda" else ("reference", "triton")), {}
+    proven = x.device.type == "cuda" and architecture(x.device) in PROVEN
+    return (("triton", "reference") if proven else ("reference", "triton")), {}
+
+
+@torch.compiler.assume_constant_result
+def architecture(device: torch.device) -> str:
+    """Of a GPU: sm_90, gfx942."""
+    found = torch.cuda.get_device_properties(device)
+    return found.gcnArchName.partition(":")[0] if torch.version.hip else f"sm_{found.major}{found.minor}"
 
 
 @torch.compiler.assume_constant_result
