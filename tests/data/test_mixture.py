@@ -201,7 +201,7 @@ def test_to_device():
         ("seq_len", "128", "data.seq_len='128' is not a whole number"),
         ("seq_len", 1, "data.seq_len=1 is too short"),
         ("seq_len", 64, "data.sources.mqar: length=64 is too short for MQAR"),
-        ("seq_len", 10**7, "data.sources.text: the validation split has"),
+        ("seq_len", 5 * 10**6, "data.sources.text: the validation split has"),
         ("sources", {}, "data.sources is empty"),
         ("sources.mqar.numpairs", 8, "data.sources.mqar.numpairs is unknown; did you mean num_pairs?"),
         ("sources.mqar.num_pairs", 8.5, "data.sources.mqar.num_pairs=8.5 is not a whole number"),

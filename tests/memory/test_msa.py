@@ -371,6 +371,8 @@ def test_memory_off_is_a_model_that_does_not_route():
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch compiles flex attention with a C++ compiler")
 @pytest.mark.parametrize("name", ["documents between queries"])
 def test_flex_attention_forward(name):
+    # Where other shapes have been compiled before, Inductor's C++ for any shape is not valid C++.
+    torch.compiler.reset()
     doc_ids = roles_of(SAMPLES[name])
     torch.manual_seed(0)
     mixer = msa.Mixer(msa.Config(**SMALL), Dims(32, 4, 2, 16), 0)
