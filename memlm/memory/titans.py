@@ -47,7 +47,7 @@ class NeuralMemoryConfig:
     chunk_size: tokens whose gradients are taken at the same weights; quality is best at the size trained on.
     conv_size: width of the causal convolution with SiLU on q, k, v; 1 for none.
     max_lr, max_momentum, max_decay: what the gates cannot exceed; initial_lr, initial_momentum, initial_decay: where
-        they start. Momentum and decay null: none; lr null: 0.047, for memories of more layers 0.02 / memory_depth,
+        they start. Momentum and decay null: none; lr null: 0.047, for memories of more layers 0.02,
         and 16 / chunk_size of that for chunks of more than 16: chunk_size * lr / (1 - momentum) stays below 1,
         beyond 2 a repeated key would make the inner loop diverge.
     inner_loss: what a write descends on; huber_delta, lp_power: its parameter (MIRAS).
@@ -90,7 +90,7 @@ class NeuralMemoryConfig:
             object.__setattr__(self, "memory_norm", deep and self.polynomial_degree == 1)
         if self.initial_lr is None:
             of_tokens = min(1.0, 16 / self.chunk_size)
-            object.__setattr__(self, "initial_lr", of_tokens * (0.02 / self.memory_depth if deep else 0.047))
+            object.__setattr__(self, "initial_lr", of_tokens * (0.02 if deep else 0.047))
         for gate in ("lr", "momentum", "decay"):
             cap, start = getattr(self, f"max_{gate}"), getattr(self, f"initial_{gate}")
             require(0 < cap <= 1, f"max_{gate}={cap} must lie above 0, and 1 at most")
