@@ -406,7 +406,7 @@ def test_nominations_hold_every_choice(running, reduce):
         RouterShard(k[a:b], torch.where(document[a:b] < 0, -1, document[a:b] - first), first, end - first)
         for a, b, first, end in zip(ends[:-1], ends[1:], starts[:-1], starts[1:], strict=True)
     ]
-    got = nominate_documents(q, shards, top_k=4, asks=asks, running=running, tile=32, **settings)
+    got = nominate_documents(q, shards, top_k=4, asks=asks, running=running, held=32 * 21, **settings)
     for numbers, row in zip(got, expected, strict=True):
         wanted = set(row.flatten().tolist()) - {-1}
         assert wanted <= set(numbers.tolist()) and len(numbers) <= 4 * (7 if running else 1)

@@ -55,11 +55,12 @@ def nominate_documents(
     head_reduce: str = "mean",
     query_reduce: str = "max",
     chunk_reduce: str = "max",
-    tile: int = 8192,
+    held: int = 1 << 21,
 ) -> list[Tensor]:
     """Of a whole bank, a few documents that hold all that ``route_documents`` would choose at some token.
 
     q: [B, M, H, K]   asks: [B, M], tokens that route (None: all)   the settings: as of ``route_documents``
+    held: scores at a time, about
     Returns the documents' numbers of each row, ascending; none for a row where no token asks. Asks the device.
     """
     batch, tokens = q.shape[:2]
@@ -68,7 +69,9 @@ def nominate_documents(
         return [torch.zeros(0, dtype=torch.int64, device=q.device)] * batch
     # In place of a token that does not ask, one that does.
     place = torch.where(asks, torch.arange(tokens, device=q.device), asks.long().argmax(1, keepdim=True))
-    rule = Rule(similarity, head_reduce, query_reduce, chunk_reduce, top_k, 0, running, tile)
+    rule = Rule(
+        similarity, head_reduce, query_reduce, chunk_reduce, top_k, 0, running, max(1, held // q[..., 0, 0].numel())
+    )
     q = _prepared(rule, q).gather(1, place[..., None, None].expand(q.shape))
     if query_reduce == chunk_reduce == "max":
         idle = ~asks.any(1).repeat_interleave(tokens if running else 1)
@@ -85,9 +88,13 @@ def _best(rule: Rule, q: Tensor, shards: Sequence[RouterShard], idle: Tensor) ->
         folded = _folded(rule, q, shards[0].k.shape[1]).flatten(0, 1)
     none = torch.full((len(idle), 0), -1, device=q.device)
     index, score = best_of(none, none.to(q.dtype), rule.top_k)
+    size = min(16 * rule.top_k, rule.tile)
     for shard in shards:
-        for start in range(0, len(shard.k), rule.tile):
-            k = shard.k[start : start + rule.tile]
+        start = 0
+        while start < len(shard.k):
+            # Of the first few all are among the best.
+            tile, size = slice(start, start + size), min(2 * size, rule.tile)
+            start, k = tile.stop, shard.k[tile]
             if folded is not None:
                 scores = folded @ k.flatten(1).mT
             else:
@@ -95,10 +102,10 @@ def _best(rule: Rule, q: Tensor, shards: Sequence[RouterShard], idle: Tensor) ->
             if not rule.running:
                 scores = scores.unflatten(0, q.shape[:2]).amax(1)
             worst = score[:, -1:].masked_fill(idle[:, None], float("inf"))
-            beats = ((scores - worst).amax(0) > 0) & (shard.document[start : start + rule.tile] >= 0)
+            beats = ((scores - worst).amax(0) > 0) & (shard.document[tile] >= 0)
             column = beats.nonzero()[:, 0]
             if len(column):
-                number = shard.document[start + column] + shard.first
+                number = shard.document[tile][column] + shard.first
                 index, score = _entered(rule, index, score, number, scores[:, column])
     return index.masked_fill(idle[:, None], -1)
 
