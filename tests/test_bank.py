@@ -214,6 +214,16 @@ def test_adding_reads_and_writes_what_is_new(tmp_path):
     assert again.stats()["host_bytes"] == 0 and again.stats()["dead_chunks"] == 10
 
 
+def test_banks_that_share_a_folder_do_not_break_each_other(tmp_path):
+    model = model_of()
+    bank_of(model, library()).save(tmp_path)
+    one, other = (MemoryBank.load(tmp_path, model) for _ in range(2))
+    one.delete([f"d{i}" for i in range(9)])
+    one.save(tmp_path)
+    other.save(tmp_path)
+    assert MemoryBank.load(tmp_path, model).documents() == other.documents() == list(library())
+
+
 KILLED = """
 import os, signal, sys
 import torch
@@ -374,6 +384,32 @@ def test_bad_requests_are_named():
         bank_of(build("titans_mag"), {})
     with pytest.raises(ValueError, match="a bank needs one that routes"):
         bank_of(model_of(routes=False), {})
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@torch.no_grad()
+def test_low_precision(autocast):
+    # All documents chosen: rounding may turn a close choice, which is another question.
+    model, documents = model_of(top_k=12), library()
+    expected = in_context(model, documents, QUESTION)
+    low = model.float() if autocast else model.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        bank = bank_of(low, documents)
+        got = asked(low, bank, QUESTION)
+    assert bank.shards[0].router_LCGK.dtype == bank.shards[0].content_LC2GK.dtype == torch.float32
+    assert_close("logits", expected, got.double(), 2e-2)
+
+
+@torch.no_grad()
+def test_a_memory_asks_once():
+    model, memory = model_of(), MemoryCache()
+    bank, question = bank_of(model, library()), tokens(4, 1)[None]
+    model(question, doc_ids=torch.full_like(question, -2), past_key_values=memory)
+    asked_once = memory.fork()
+    model(question, memory_bank=bank, past_key_values=asked_once)
+    model(question, memory_bank=bank, past_key_values=memory)
+    with pytest.raises(ValueError, match="this memory holds documents already, read or chosen by an earlier"):
+        model(question, memory_bank=bank, past_key_values=asked_once)
 
 
 @torch.no_grad()

@@ -107,8 +107,8 @@ class MemoryBank:
             self._append(shard)
 
     def update(self, documents: Documents) -> None:
-        """Read changed documents again, all or none; what has not changed costs nothing. Raises ValueError for a name
-        that is not there.
+        """Read changed documents again, all or none; they then stand last. What has not changed costs nothing. Raises
+        ValueError for a name that is not there.
         """
         self.check(self.model)
         changed = {}
@@ -199,14 +199,15 @@ class MemoryBank:
         for shard in self.shards:
             parts.append(RouterShard(shard.router_LCGK[layer], shard.document_C, first, len(shard)))
             first += len(shard)
-        chosen = nominate_documents(
-            q_BAHK,
-            parts,
-            top_k=config["top_k"],
-            asks=asks_BA,
-            running=config["routing"] == "causal",
-            **{name: config[name] for name in ("similarity", "head_reduce", "query_reduce", "chunk_reduce")},
-        )
+        with torch.autocast(q_BAHK.device.type, enabled=False):
+            chosen = nominate_documents(
+                q_BAHK,
+                parts,
+                top_k=config["top_k"],
+                asks=asks_BA,
+                running=config["routing"] == "causal",
+                **{name: config[name] for name in ("similarity", "head_reduce", "query_reduce", "chunk_reduce")},
+            )
         rows = [self._fetched(layer, numbers.cpu(), q_BAHK) for numbers in chosen]
         width = max(len(row["size"]) for row in rows)
         return {name: torch.stack([_padded(row[name], width) for row in rows]) for name in rows[0]}
@@ -276,7 +277,7 @@ class MemoryBank:
     def _checked(self, name: str, tokens: Sequence[int]) -> Tensor:
         if isinstance(tokens, str) or not isinstance(name, str):
             raise ValueError(f"documents[{name!r}]={tokens!r:.40} must be token ids under a name; use a tokenizer")
-        ids = torch.as_tensor(tokens)
+        ids = tokens if isinstance(tokens, Tensor) else torch.tensor(tokens)
         if ids.ndim != 1 or ids.is_floating_point() or not len(ids):
             raise ValueError(f"documents[{name!r}] of shape {list(ids.shape)} must be token ids [T], at least one")
         low, high = (int(x) for x in ids.aminmax())
@@ -296,12 +297,14 @@ class MemoryBank:
     def _read(self, documents: Iterable[tuple[str, Tensor]], progress: bool) -> Iterator[Shard]:
         """A shard of each batch."""
         batch: list[tuple[str, Tensor]] = []
+        size = 0
         with _progress(progress) as advance:
             for name, tokens in documents:
-                if batch and sum(len(ids) for _, ids in batch) + len(tokens) > self.tokens_per_batch:
+                if batch and size + len(tokens) > self.tokens_per_batch:
                     yield self._read_batch(batch)
-                    batch = []
+                    batch, size = [], 0
                 batch.append((name, tokens))
+                size += len(tokens)
                 advance(len(tokens))
             if batch:
                 yield self._read_batch(batch)
@@ -317,7 +320,7 @@ class MemoryBank:
         training = self.model.training
         self.model.eval()
         for ids, doc_ids in zip(*(x.split(self.tokens_per_batch, 1) for x in (ids_BT, doc_ids_BT)), strict=True):
-            self.model.base_model(ids, doc_ids=doc_ids, past_key_values=cache, use_cache=True)
+            self.model.base_model(ids, doc_ids=doc_ids, past_key_values=cache)
         self.model.train(training)
         states = [cache.states[i] for i in self.layers]
         chunks = int(states[0]["chunks"])
@@ -333,11 +336,13 @@ class MemoryBank:
 
     def _save(self, directory: Path, complete: bool) -> None:
         directory.mkdir(parents=True, exist_ok=True)
+        directory = directory.resolve()
         if (directory / _INDEX).exists():
             self._same_model(directory, _read_index(directory))
         entries = []
         for i, shard in enumerate(self.shards):
-            if shard.file is None or shard.file.parent != directory:
+            # Another bank that was saved there may have dropped what this one maps.
+            if shard.file is None or shard.file.parent != directory or not shard.file.exists():
                 path = shard.write(directory)
                 deleted = (~shard.alive_N).nonzero()[:, 0].tolist()
                 # Mapped from now on: what is saved needs no memory.
@@ -362,7 +367,7 @@ class MemoryBank:
         index = _read_index(directory)
         self._same_model(directory, index)
         for entry in index["shards"]:
-            path = directory / entry["file"]
+            path = directory.resolve() / entry["file"]
             shard = read_shard(path, entry["digest"], entry["deleted"], self.chunk_size, self.model.device)
             self.shards.append(shard)
             self._home |= dict.fromkeys(shard.living(), shard)

@@ -307,6 +307,11 @@ class Mixer(attention.Mixer):
         """State and layout as if the documents that may be chosen had been read behind the template."""
         assert ctx.library is not None
         assert layout.outside is not None and layout.asks_BA is not None and layout.within is None
+        require(
+            before["bank.k"].shape[1] == 0,
+            "past_key_values: this memory holds documents already, read or chosen by an earlier question; ask with a "
+            "fork of it from before them",
+        )
         q_BAHK = self.router_q_proj(layout.outside.take(x_BTD)).unflatten(-1, (-1, self.dims.head_dim))
         before = with_documents(before, ctx.library.candidates(self.layer_idx, q_BAHK, layout.asks_BA))
         known = {name: before[name] for name in ("documents", "chunks")}
