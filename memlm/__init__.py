@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from memlm.bank import MemoryBank
 from memlm.cache import MemoryCache
 from memlm.configuration import MemLMConfig
 from memlm.modeling import MemLMForCausalLM, MemLMModel
@@ -20,4 +21,4 @@ AutoConfig.register("memlm", MemLMConfig)
 AutoModel.register(MemLMConfig, MemLMModel)
 AutoModelForCausalLM.register(MemLMConfig, MemLMForCausalLM)
 
-__all__ = ["MemLMConfig", "MemLMForCausalLM", "MemLMModel", "MemoryCache"]
+__all__ = ["MemLMConfig", "MemLMForCausalLM", "MemLMModel", "MemoryBank", "MemoryCache"]

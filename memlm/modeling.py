@@ -4,6 +4,7 @@ B batch, T tokens, D hidden, V vocabulary.
 """
 
 import copy
+import dataclasses
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -129,6 +130,7 @@ class MemLMModel(MemLMPreTrainedModel):
         max_documents: int | None = None,
         doc_ids: Tensor | None = None,
         positives: Tensor | None = None,
+        memory_bank: Any = None,
         write: bool = True,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -142,6 +144,8 @@ class MemLMModel(MemLMPreTrainedModel):
         doc_ids: [B, T], for memories of documents, what each token is: above 0 the number of its document, 0 of a
             query, -1 of a response, -2 of a template (see ``Roles``); None: all are a response
         positives: [B, T], 1 for tokens of the documents that the query should find, to train its choice by
+        memory_bank: a ``MemoryBank`` of this model, asked by the query of this call, all of whose tokens are it if
+            doc_ids are not given; its documents stand behind the template. What may be chosen goes into the memory.
         write: False for a pure query: ``past_key_values`` is read and left as it was
 
         Raises ValueError for inputs that contradict each other or the memory.
@@ -161,9 +165,20 @@ class MemLMModel(MemLMPreTrainedModel):
         if output_attentions:
             raise ValueError("output_attentions=True: no attention maps are kept; read the mixers' metrics instead")
 
+        if memory_bank is not None:
+            memory_bank.check(self)
+            if position_ids is not None:
+                raise ValueError("position_ids: packed rows cannot ask a memory_bank; give one row to each question")
+            if doc_ids is None:
+                doc_ids = torch.zeros(batch, length, dtype=torch.int64, device=x_BTD.device)
         x_BTD, ctx, order_BT = self._context(
             x_BTD, attention_mask, position_ids, max_documents, doc_ids, positives, memory
         )
+        if memory_bank is not None:
+            assert ctx is not None and ctx.roles is not None
+            if ctx.roles.within:
+                raise ValueError("doc_ids: documents in the input cannot stand beside a memory_bank; add them to it")
+            ctx = dataclasses.replace(ctx, library=memory_bank)
         hidden_states, states, aux_losses, metrics = [], [], {}, {}
         for i, layer in enumerate(self.layers):
             if output_hidden_states:
@@ -296,7 +311,8 @@ class MemLMForCausalLM(MemLMPreTrainedModel, GenerationMixin):
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """transformers' ``generate``; with a filled ``past_key_values``, ``inputs`` are what follows the memory.
 
-        An ``attention_mask`` is then of the inputs alone. Returns the inputs and what was generated.
+        An ``attention_mask`` is then of the inputs alone. With a ``memory_bank`` the inputs are a query to it, unless
+        ``doc_ids`` say otherwise. Returns the inputs and what was generated.
         """
         memory = kwargs.get("past_key_values")
         ids = inputs if inputs is not None else kwargs.get("input_ids")
@@ -305,6 +321,8 @@ class MemLMForCausalLM(MemLMPreTrainedModel, GenerationMixin):
             mask = torch.ones_like(ids) if mask is None else mask
             # transformers tells new tokens from old ones by the width of the mask.
             kwargs["attention_mask"] = torch.cat([mask.new_ones(len(ids), memory.get_seq_length()), mask], 1)
+        if kwargs.get("memory_bank") is not None and kwargs.get("doc_ids") is None and ids is not None:
+            kwargs["doc_ids"] = torch.zeros_like(ids)
         return super().generate(inputs, **kwargs)
 
     def prepare_inputs_for_generation(
@@ -312,6 +330,7 @@ class MemLMForCausalLM(MemLMPreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         doc_ids: Tensor | None = None,
+        memory_bank: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
@@ -324,6 +343,8 @@ class MemLMForCausalLM(MemLMPreTrainedModel, GenerationMixin):
         if doc_ids is not None and new is not None and input_ids.shape[1] - new < doc_ids.shape[1]:
             # What is generated is a response.
             inputs["doc_ids"] = F.pad(doc_ids, (0, input_ids.shape[1] - doc_ids.shape[1]), value=-1)[:, -new:]
+            # Asked once: the memory then holds what was chosen.
+            inputs["memory_bank"] = memory_bank
         return inputs
 
 

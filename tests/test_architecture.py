@@ -18,7 +18,8 @@ ROOMS = {
     "memlm.configuration": {"memlm.memory"},
     "memlm.cache": {"memlm.memory"},
     "memlm.modeling": {"memlm.layers", "memlm.memory", "memlm.configuration", "memlm.cache"},
-    "memlm": {"memlm.configuration", "memlm.cache", "memlm.modeling"},
+    "memlm.bank": {"memlm_kernels", "memlm.memory", "memlm.cache", "memlm.modeling"},
+    "memlm": {"memlm.bank", "memlm.configuration", "memlm.cache", "memlm.modeling"},
 }
 OUTER = {"memlm.hub", "memlm.training", "memlm.evaluation", "memlm.cli"}
 OUTSIDE = {

@@ -1,4 +1,4 @@
-"""The benchmark script, run as its users run it, on a memory too small to say anything."""
+"""The benchmark scripts, run as their users run them, on memories too small to say anything."""
 
 import json
 import subprocess
@@ -6,11 +6,10 @@ import sys
 
 from tests.conftest import ROOT
 
-SCRIPT = ROOT / "scripts" / "benchmark_memory.py"
 
-
-def run(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
+def run(*arguments: str, script: str = "benchmark_memory.py") -> str:
+    command = [sys.executable, str(ROOT / "scripts" / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -28,3 +27,15 @@ def test_benchmark_writes_a_line_for_each_measurement(tmp_path):
         assert record["peak_rss_mb"] >= record["base_rss_mb"] > 0
         assert all(record[name] for name in ("hardware", "torch", "commit", "date", "command", "version", "dtype"))
     assert len(run("--table", "--out", str(out)).strip().splitlines()) == 6
+
+
+def test_benchmark_of_the_bank(tmp_path):
+    out = tmp_path / "bank.jsonl"
+    run("--tokens", "4e4", "--repeats", "2", "--out", str(out), script="benchmark_bank.py")
+    (record,) = map(json.loads, out.read_text().splitlines())
+    # Two were added and two deleted.
+    assert (record["documents"], record["chunks"], record["bank_mb"]) == (78, 624, 1)
+    for name in ("load", "route", "route_query", "ask", "decode", "add", "delete", "save"):
+        assert record[f"{name}_s"]["median"] >= record[f"{name}_s"]["best"] >= 0
+    assert record["peak_rss_mb"] >= record["base_rss_mb"] > 0
+    assert all(record[name] for name in ("hardware", "torch", "commit", "date", "command"))

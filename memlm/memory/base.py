@@ -11,7 +11,7 @@ import pkgutil
 import types
 import typing
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +79,15 @@ class Roles:
         return Roles(doc_ids_BT, found_BT, documents, longest, within, outside, bool(one))
 
 
+class Library(Protocol):
+    """Documents kept elsewhere than in a state."""
+
+    def candidates(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor) -> State:
+        """A few documents that hold all that a layer's router can choose with these queries, as ``with_documents`` of
+        ``memlm.memory.msa`` takes them. Asks the device.
+        """
+
+
 @dataclass(frozen=True)
 class MixerContext:
     """Where the tokens of this call stand. Without a context every row goes on from its state, all tokens real.
@@ -89,6 +98,7 @@ class MixerContext:
     aligned: every row goes on from where a chunk of the memory ends, all tokens real, in the same document
     roles: for memories of documents, which are then parts of what is called a document here; None: all tokens
         are a response
+    library: documents that stand, in the order of a sample, behind its leading template; None: no others
     """
 
     positions_BT: Tensor | None = None
@@ -96,6 +106,7 @@ class MixerContext:
     max_documents: int = 1
     aligned: bool = False
     roles: Roles | None = None
+    library: Library | None = None
 
 
 class MixerOutput(NamedTuple):

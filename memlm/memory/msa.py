@@ -162,6 +162,8 @@ class Mixer(attention.Mixer):
         ctx = ctx or MixerContext()
         before = self.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype) if state is None else state
         layout = Layout.of(x_BTD, before, ctx, config.chunk_size, config.top_k)
+        if config.routes and ctx.library is not None and layout.outside is not None:
+            before, layout = self._of_library(x_BTD, before, layout, ctx)
         q_BTHK, k_BTGK, v_BTGK = (
             proj(x_BTD).unflatten(-1, (-1, self.dims.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
@@ -301,6 +303,24 @@ class Mixer(attention.Mixer):
             merged[name] = torch.where(written_BC, new[name].gather(1, source_BC), old[name])
         return merged
 
+    def _of_library(self, x_BTD: Tensor, before: State, layout: Layout, ctx: MixerContext) -> tuple[State, Layout]:
+        """State and layout as if the documents that may be chosen had been read behind the template."""
+        assert ctx.library is not None
+        assert layout.outside is not None and layout.asks_BA is not None and layout.within is None
+        require(
+            before["bank.k"].shape[1] == 0,
+            "past_key_values: this memory holds documents already, read or chosen by an earlier question; ask with a "
+            "fork of it from before them",
+        )
+        q_BAHK = self.router_q_proj(layout.outside.take(x_BTD)).unflatten(-1, (-1, self.dims.head_dim))
+        before = with_documents(before, ctx.library.candidates(self.layer_idx, q_BAHK, layout.asks_BA))
+        known = {name: before[name] for name in ("documents", "chunks")}
+        # Behind the template rotary positions skip some.
+        behind_BA = layout.rotary_BT > layout.outside.place_BA
+        end_BA = torch.where(behind_BA, known["documents"][:, None], 0)
+        after = layout.after | known | {"first": torch.zeros_like(known["documents"])}
+        return before, layout._replace(first_BA=torch.zeros_like(end_BA), end_BA=end_BA, after=after)
+
     def _route(self, x_BTD: Tensor, layout: Layout, bank: State, roles: Roles | None) -> tuple[Routes, Tensor]:
         """The choices of tokens outside documents, and the document of each chunk, C where there is none."""
         assert layout.outside is not None
@@ -361,8 +381,8 @@ def with_documents(state: State, bank: State) -> State:
     """A state that knows of documents kept elsewhere too.
 
     state: of a layer that routes, without documents of its own
-    bank: k, v, router_k [B or 1, C, G, K], means of chunks; size and document [B or 1, C], tokens of each, and numbers
-        that ascend from 0; asked and score [B or 1, C], where they are chosen already
+    bank: k, v, router_k [B or 1, C, G, K], means of chunks; size and document [B or 1, C], tokens of each (0 behind
+        the last of a row), and numbers that ascend from 0; asked and score [B or 1, C], where they are chosen already
     Raises ValueError if the state holds documents.
     """
     kept = state["bank.k"].shape[1]
@@ -371,8 +391,9 @@ def with_documents(state: State, bank: State) -> State:
     zeros = torch.zeros_like(bank["size"])
     bank = {"asked": zeros, "score": zeros.to(bank["k"].dtype), "found": zeros.bool(), **bank}
     new = {f"bank.{name}": x.expand(rows, *x.shape[1:]) for name, x in bank.items()}
-    documents_B = new["bank.document"][:, -1] + 1 if chunks else state["documents"]
-    return {**state, **new, "chunks": torch.full_like(state["chunks"], chunks), "documents": documents_B}
+    real_BC = new["bank.size"] > 0
+    documents_B = (new["bank.document"] + 1).where(real_BC, 0).amax(1) if chunks else state["documents"]
+    return {**state, **new, "chunks": real_BC.sum(1), "documents": documents_B}
 
 
 def _samples(layout: Layout, ctx: MixerContext) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from memlm_kernels.backend import choose
+from memlm_kernels.route_documents.bank import RouterShard, bank_keys, nominate_documents
 from memlm_kernels.route_documents.reference import Routes, Rule, Scored, best_of, route_documents_reference
 
-__all__ = ["Routes", "Scored", "merge_topk", "route_documents"]
+__all__ = ["RouterShard", "Routes", "Scored", "bank_keys", "merge_topk", "nominate_documents", "route_documents"]
 
 SIMILARITIES = ("cosine", "dot")
 REDUCTIONS = ("mean", "max")

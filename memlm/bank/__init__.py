@@ -1,0 +1,435 @@
+"""A library of documents that a model has read, as a user's object: keep it, grow it, prune it, ask it.
+
+For models of Memory Sparse Attention (arXiv:2603.23516), where what is kept of a document depends on it alone. A bank
+is a list of shards of whole documents. Deletion marks; shards are written anew without their dead once these are the
+half, and two neighbours become one while they are small and the later one is not much the smaller, so that their
+number stays low and adding costs, over time, the documents added and a logarithm.
+
+On disk a shard is a file that never changes, and ``index.json`` says which of them are the bank, and who in them is
+deleted: it is replaced last and at once, so that whoever is killed leaves the bank as it was.
+
+B rows, A tokens, C chunks, G groups of H heads, K head dim, L layers that route.
+"""
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memlm.bank.shard import Shard, digest_of, merged, read_shard, sync
+from memlm.cache import MemoryCache
+from memlm.memory.base import State
+from memlm.modeling import MemLMForCausalLM, MemLMModel
+from memlm_kernels.route_documents import RouterShard, bank_keys, nominate_documents
+
+_INDEX = "index.json"
+# Merging stops here: what adding or deleting one document may cost at most.
+SHARD_BYTES = 1 << 26
+# Of a build, what a kill may cost.
+COMMIT_SECONDS = 30.0
+
+Documents = Mapping[str, Sequence[int]] | Iterable[tuple[str, Sequence[int]]]
+
+
+class MemoryBank:
+    """Documents by name, for one model; ``model.generate(question, memory_bank=bank)`` asks it.
+
+    Keys of the routers are kept on the model's device; what attention sees, on the host or mapped from disk, and is
+    fetched for those documents only that a query may choose. A document costs 1 / chunk_size of its tokens.
+    Raises ValueError for a model that has no routers or another kind of layer.
+    """
+
+    def __init__(self, model: MemLMForCausalLM, tokens_per_batch: int = 4096) -> None:
+        if tokens_per_batch < 1:
+            raise ValueError(f"tokens_per_batch={tokens_per_batch} must be at least 1")
+        self.model, self.tokens_per_batch = model, tokens_per_batch
+        config = model.config
+        settings = [config.mixers[name] for name in config.layer_mixers()]
+        for mixer in settings:
+            if mixer["kind"] != "msa":
+                raise ValueError(
+                    f"model.mixers.*.kind={mixer['kind']!r}: a bank needs 'msa' in every layer, where what is kept "
+                    "of a document depends on it alone"
+                )
+        self.layers = [i for i, mixer in enumerate(settings) if mixer["routes"]]
+        if not self.layers:
+            raise ValueError("model.mixers.*.routes is false in every layer; a bank needs one that routes")
+        self.settings = [settings[i] for i in self.layers]
+        sizes = sorted({mixer["chunk_size"] for mixer in self.settings})
+        if len(sizes) > 1:
+            raise ValueError(f"model.mixers.*.chunk_size is {sizes[0]} and {sizes[1]}; a bank needs one")
+        self.chunk_size: int = sizes[0]
+        self.fingerprint = fingerprint(model.base_model)
+        self.shards: list[Shard] = []
+        self._home: dict[str, Shard] = {}
+
+    @classmethod
+    def build(
+        cls,
+        model: MemLMForCausalLM,
+        documents: Documents,
+        directory: str | Path | None = None,
+        tokens_per_batch: int = 4096,
+        progress: bool = True,
+    ) -> "MemoryBank":
+        """Read documents, name -> token ids (or pairs), one batch of tokens_per_batch at a time.
+
+        directory: where the bank is saved as it grows; a build that was killed goes on there, with the documents that
+        it had not read. Raises ValueError if a finished bank, or another model's, lies there.
+        """
+        bank = cls(model, tokens_per_batch)
+        if directory is not None and (Path(directory) / _INDEX).exists():
+            if _read_index(Path(directory))["complete"]:
+                raise ValueError(f"directory={directory} holds a finished bank; load it and add, or name another")
+            bank._open(Path(directory))
+        given: set[str] = set()
+        committed = time.monotonic()
+        for shard in bank._read(bank._not_read(documents, given), progress):
+            bank._append(shard)
+            if directory is not None and time.monotonic() - committed >= COMMIT_SECONDS:
+                bank._save(Path(directory), complete=False)
+                committed = time.monotonic()
+        bank.delete([name for name in bank.documents() if name not in given])
+        if directory is not None:
+            bank.save(directory)
+        return bank
+
+    def add(self, documents: Documents) -> None:
+        """Read more documents, all or none. Raises ValueError for a name that is there."""
+        self.check(self.model)
+        for shard in list(self._read(self._new(documents), progress=False)):
+            self._append(shard)
+
+    def update(self, documents: Documents) -> None:
+        """Read changed documents again, all or none; they then stand last. What has not changed costs nothing. Raises
+        ValueError for a name that is not there.
+        """
+        self.check(self.model)
+        changed = {}
+        for name, tokens in _pairs(documents):
+            self._known(name)
+            tokens = self._checked(name, tokens)
+            if not self._holds(name, tokens):
+                changed[name] = tokens
+        new = list(self._read(changed.items(), progress=False))
+        self.delete(changed)
+        for shard in new:
+            self._append(shard)
+
+    def delete(self, names: str | Iterable[str]) -> None:
+        """Forget documents, all or none. Raises ValueError for a name that is not there."""
+        names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+        for name in names:
+            self._known(name)
+        touched = {}
+        for name in names:
+            shard = self._home.pop(name)
+            shard.delete(name)
+            touched[id(shard)] = shard
+        for shard in touched.values():
+            if shard.live_chunks * 2 <= shard.chunks:
+                at = next(i for i, other in enumerate(self.shards) if other is shard)
+                self._replace(at, at + 1)
+
+    def documents(self) -> list[str]:
+        """Names, in the order of reading."""
+        return [name for shard in self.shards for name in shard.living()]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._home
+
+    def __len__(self) -> int:
+        return len(self._home)
+
+    def stats(self) -> dict[str, int]:
+        """Documents, their tokens and chunks; dead_chunks: of deleted ones, still kept; bytes: of routers' keys on the
+        device, and of attention's keys and values in host memory and mapped from disk.
+        """
+        mapped = [shard for shard in self.shards if shard.file is not None]
+        content, live = sum(s.content_LC2GK.nbytes for s in self.shards), sum(s.live_chunks for s in self.shards)
+        on_disk = sum(s.content_LC2GK.nbytes for s in mapped)
+        return {
+            "documents": len(self),
+            "tokens": sum(int(s.tokens_N[s.alive_N].sum()) for s in self.shards),
+            "chunks": live,
+            "dead_chunks": sum(s.chunks for s in self.shards) - live,
+            "shards": len(self.shards),
+            "device_bytes": sum(s.router_LCGK.nbytes for s in self.shards),
+            "host_bytes": content - on_disk,
+            "disk_bytes": on_disk,
+        }
+
+    def save(self, directory: str | Path) -> None:
+        """Write what the folder has not yet, and then, at once, its index. Raises ValueError if another model's bank
+        lies there.
+        """
+        self._save(Path(directory), complete=True)
+
+    @classmethod
+    def load(cls, directory: str | Path, model: MemLMForCausalLM) -> "MemoryBank":
+        """What ``save`` wrote, mapped from disk. Raises ValueError if the bank is of another model or not finished,
+        or if a file is torn.
+        """
+        directory, bank = Path(directory), cls(model)
+        if not _read_index(directory)["complete"]:
+            raise ValueError(f"{directory}: the build was not finished; run it again, it goes on where it was")
+        bank._open(directory)
+        return bank
+
+    def check(self, model: MemLMForCausalLM | MemLMModel) -> None:
+        """Raise ValueError unless the bank is of this model, with these weights."""
+        found = fingerprint(model.base_model)
+        if found != self.fingerprint:
+            raise ValueError(
+                f"memory_bank: made by a model of fingerprint {self.fingerprint}, not {found}; use that model, or "
+                "build the bank with this one"
+            )
+
+    def candidates(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor) -> State:
+        """See ``memlm.memory.base.Library``."""
+        layer = self.layers.index(layer_idx)
+        config = self.settings[layer]
+        parts, first = [], 0
+        for shard in self.shards:
+            parts.append(RouterShard(shard.router_LCGK[layer], shard.document_C, first, len(shard)))
+            first += len(shard)
+        with torch.autocast(q_BAHK.device.type, enabled=False):
+            chosen = nominate_documents(
+                q_BAHK,
+                parts,
+                top_k=config["top_k"],
+                asks=asks_BA,
+                running=config["routing"] == "causal",
+                **{name: config[name] for name in ("similarity", "head_reduce", "query_reduce", "chunk_reduce")},
+            )
+        rows = [self._fetched(layer, numbers.cpu(), q_BAHK) for numbers in chosen]
+        width = max(len(row["size"]) for row in rows)
+        return {name: torch.stack([_padded(row[name], width) for row in rows]) for name in rows[0]}
+
+    def _fetched(self, layer: int, numbers_N: Tensor, like: Tensor) -> State:
+        """Chunks of documents, as they are numbered over all shards; like: where they are to go."""
+        config = self.model.config
+        shape = (0, config.num_key_value_heads, config.head_dim)
+        kept = torch.promote_types(like.dtype, torch.float32)
+        empty = torch.zeros(shape, device=like.device, dtype=kept)
+        none = torch.zeros(0, dtype=torch.int64)
+        ks, vs, routers, sizes, owners = [empty], [empty], [empty], [none], [none]
+        first = 0
+        for shard in self.shards:
+            inside = (numbers_N >= first) & (numbers_N < first + len(shard))
+            local_N = numbers_N[inside] - first
+            first += len(shard)
+            if not len(local_N):
+                continue
+            chunks, count_N = shard.chunks_of(local_N), shard.count_N[local_N]
+            content = shard.content_LC2GK[layer][chunks].to(like.device)
+            ks.append(content[:, 0])
+            vs.append(content[:, 1])
+            routers.append(shard.router_LCGK[layer][chunks.to(like.device)])
+            before = (chunks - shard.first_N[local_N].repeat_interleave(count_N)) * self.chunk_size
+            sizes.append((shard.tokens_N[local_N].repeat_interleave(count_N) - before).clamp(max=self.chunk_size))
+            owners.append(inside.nonzero()[:, 0].repeat_interleave(count_N))
+        values = {"k": ks, "v": vs, "router_k": routers, "size": sizes, "document": owners}
+        return {name: torch.cat(parts).to(like.device) for name, parts in values.items()}
+
+    def _append(self, shard: Shard) -> None:
+        self.shards.append(shard)
+        self._home |= dict.fromkeys(shard.living(), shard)
+        while len(self.shards) > 1:
+            a, b = self.shards[-2:]
+            if b.chunks * 2 < a.chunks or a.nbytes + b.nbytes > SHARD_BYTES:
+                return
+            self._replace(len(self.shards) - 2, len(self.shards))
+
+    def _replace(self, start: int, end: int) -> None:
+        """Neighbours by one shard of what lives in them."""
+        new = merged(self.shards[start:end])
+        self.shards[start:end] = [new] if len(new) else []
+        self._home |= dict.fromkeys(new.names, new)
+
+    def _new(self, documents: Documents) -> Iterator[tuple[str, Tensor]]:
+        given = set()
+        for name, tokens in _pairs(documents):
+            if name in self or name in given:
+                raise ValueError(f"documents[{name!r}] is in the bank already; update it, or give it another name")
+            given.add(name)
+            yield name, self._checked(name, tokens)
+
+    def _not_read(self, documents: Documents, given: set[str]) -> Iterator[tuple[str, Tensor]]:
+        """Of a build those that it has not read yet; all names go into ``given``."""
+        for name, tokens in _pairs(documents):
+            if name in given:
+                raise ValueError(f"documents[{name!r}] is given twice; names must differ")
+            given.add(name)
+            tokens = self._checked(name, tokens)
+            if name in self:
+                if self._holds(name, tokens):
+                    continue
+                self.delete(name)
+            yield name, tokens
+
+    def _checked(self, name: str, tokens: Sequence[int]) -> Tensor:
+        if isinstance(tokens, str) or not isinstance(name, str):
+            raise ValueError(f"documents[{name!r}]={tokens!r:.40} must be token ids under a name; use a tokenizer")
+        ids = tokens if isinstance(tokens, Tensor) else torch.tensor(tokens)
+        if ids.ndim != 1 or ids.is_floating_point() or not len(ids):
+            raise ValueError(f"documents[{name!r}] of shape {list(ids.shape)} must be token ids [T], at least one")
+        low, high = (int(x) for x in ids.aminmax())
+        if low < 0 or high >= self.model.config.vocab_size:
+            wrong = low if low < 0 else high
+            raise ValueError(f"documents[{name!r}] holds token {wrong}; the model knows 0 to vocab_size - 1")
+        return ids.to("cpu", torch.int64)
+
+    def _known(self, name: str) -> None:
+        if name not in self:
+            raise ValueError(f"document {name!r} is not in the bank of {len(self)}; see bank.documents()")
+
+    def _holds(self, name: str, tokens: Tensor) -> bool:
+        shard = self._home[name]
+        return shard.hashes[shard.place[name]] == _hash(tokens)
+
+    def _read(self, documents: Iterable[tuple[str, Tensor]], progress: bool) -> Iterator[Shard]:
+        """A shard of each batch."""
+        batch: list[tuple[str, Tensor]] = []
+        size = 0
+        with _progress(progress) as advance:
+            for name, tokens in documents:
+                if batch and size + len(tokens) > self.tokens_per_batch:
+                    yield self._read_batch(batch)
+                    batch, size = [], 0
+                batch.append((name, tokens))
+                size += len(tokens)
+                advance(len(tokens))
+            if batch:
+                yield self._read_batch(batch)
+
+    @torch.no_grad()
+    def _read_batch(self, batch: list[tuple[str, Tensor]]) -> Shard:
+        names, documents = zip(*batch, strict=True)
+        device, cache = self.model.device, MemoryCache()
+        lengths = torch.tensor([len(ids) for ids in documents])
+        ids_BT = torch.cat(documents)[None].to(device)
+        # Documents see nothing of each other, so that they need no rows of their own.
+        doc_ids_BT = torch.arange(1, len(documents) + 1).repeat_interleave(lengths)[None].to(device)
+        training = self.model.training
+        self.model.eval()
+        for ids, doc_ids in zip(*(x.split(self.tokens_per_batch, 1) for x in (ids_BT, doc_ids_BT)), strict=True):
+            self.model.base_model(ids, doc_ids=doc_ids, past_key_values=cache)
+        self.model.train(training)
+        states = [cache.states[i] for i in self.layers]
+        chunks = int(states[0]["chunks"])
+        routers, contents = [], []
+        for state, config in zip(states, self.settings, strict=True):
+            k, v, router_k = (state[f"bank.{name}"][0, :chunks] for name in ("k", "v", "router_k"))
+            routers.append(bank_keys(router_k, config["similarity"]))
+            contents.append(torch.stack([k, v], 1).cpu())
+        content, alive = torch.stack(contents), torch.ones(len(names), dtype=torch.bool)
+        content = content.pin_memory() if device.type == "cuda" else content
+        hashes = [_hash(ids) for ids in documents]
+        return Shard(torch.stack(routers), content, list(names), hashes, lengths.tolist(), self.chunk_size, alive)
+
+    def _save(self, directory: Path, complete: bool) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        directory = directory.resolve()
+        if (directory / _INDEX).exists():
+            self._same_model(directory, _read_index(directory))
+        entries = []
+        for i, shard in enumerate(self.shards):
+            # Another bank that was saved there may have dropped what this one maps.
+            if shard.file is None or shard.file.parent != directory or not shard.file.exists():
+                path = shard.write(directory)
+                deleted = (~shard.alive_N).nonzero()[:, 0].tolist()
+                # Mapped from now on: what is saved needs no memory.
+                shard = read_shard(path, digest_of(path), deleted, self.chunk_size, self.model.device)
+                self.shards[i] = shard
+                self._home |= dict.fromkeys(shard.living(), shard)
+            deleted = (~shard.alive_N).nonzero()[:, 0].tolist()
+            entries.append({"file": shard.file.name, "digest": shard.digest, "deleted": deleted})
+        index = {"fingerprint": self.fingerprint, "complete": complete, "shards": entries}
+        partial = directory / f"{_INDEX}.tmp"
+        partial.write_text(json.dumps(index))
+        sync(partial)
+        sync(directory)
+        partial.replace(directory / _INDEX)
+        sync(directory)
+        kept = {entry["file"] for entry in entries}
+        for path in directory.glob("shard-*.safetensors"):
+            if path.name not in kept:
+                path.unlink()
+
+    def _open(self, directory: Path) -> None:
+        index = _read_index(directory)
+        self._same_model(directory, index)
+        for entry in index["shards"]:
+            path = directory.resolve() / entry["file"]
+            shard = read_shard(path, entry["digest"], entry["deleted"], self.chunk_size, self.model.device)
+            self.shards.append(shard)
+            self._home |= dict.fromkeys(shard.living(), shard)
+
+    def _same_model(self, directory: Path, index: dict[str, Any]) -> None:
+        if index["fingerprint"] != self.fingerprint:
+            raise ValueError(
+                f"{directory}: a bank of the model of fingerprint {index['fingerprint']}, not {self.fingerprint}; "
+                "give that model, or another folder"
+            )
+
+
+def fingerprint(model: MemLMModel) -> str:
+    """Of a decoder's configuration and of values of every weight, spread evenly over it; any device has the same."""
+    digest = hashlib.sha256(model.memory_signature.encode())
+    samples = []
+    for name, weight in model.state_dict().items():
+        digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+        flat = weight.detach().flatten()
+        place = torch.linspace(0, len(flat) - 1, min(len(flat), 256), dtype=torch.float64).long()
+        samples.append(flat[place.to(flat.device)].double())
+    digest.update(torch.cat(samples).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _read_index(directory: Path) -> dict[str, Any]:
+    path = directory / _INDEX
+    if not path.exists():
+        raise ValueError(f"{path}: no such file; a bank is written by MemoryBank.save")
+    try:
+        index = json.loads(path.read_text())
+        for name in ("fingerprint", "complete", "shards"):
+            index[name]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged or not a bank's ({error!r}); build the bank in another folder") from None
+    return index
+
+
+def _pairs(documents: Documents) -> Iterable[tuple[str, Sequence[int]]]:
+    return documents.items() if isinstance(documents, Mapping) else documents
+
+
+def _hash(tokens: Tensor) -> str:
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:32]
+
+
+def _padded(x: Tensor, length: int) -> Tensor:
+    return torch.cat([x, x.new_zeros(length - len(x), *x.shape[1:])])
+
+
+@contextlib.contextmanager
+def _progress(shown: bool) -> Iterator[Any]:
+    """A function that counts tokens read, with a bar if shown."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    text = TextColumn("reading documents: {task.fields[documents]:,} of {task.completed:,} tokens")
+    with Progress(SpinnerColumn(), text, TimeElapsedColumn(), disable=not shown) as bar:
+        task, count = bar.add_task("", total=None, documents=0), 0
+
+        def advance(tokens: int) -> None:
+            nonlocal count
+            count += 1
+            bar.update(task, advance=tokens, documents=count)
+
+        yield advance

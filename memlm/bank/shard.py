@@ -1,0 +1,144 @@
+"""A part of a bank: some documents, whole, as the means of their chunks. Shards never change but for deletions.
+
+L layers that route, C chunks, G groups of heads, K head dim, N documents.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+# Of a file, spread evenly over it, the first and the last among them.
+_PAGES, _PAGE_BYTES = 64, 4096
+
+
+@dataclass
+class Shard:
+    """router_LCGK: keys of the router as ``bank_keys``, on the model's device
+    content_LC2GK: keys and values of attention, on the host, or mapped from ``file``
+    names, hashes, tokens: of each document, in the order of their chunks
+    alive_N: False for the deleted
+    """
+
+    router_LCGK: Tensor
+    content_LC2GK: Tensor
+    names: list[str]
+    hashes: list[str]
+    tokens: list[int]
+    chunk_size: int
+    alive_N: Tensor
+    file: Path | None = None
+    digest: str = ""
+
+    def __post_init__(self) -> None:
+        self.tokens_N = torch.tensor(self.tokens, dtype=torch.int64)
+        self.count_N = (self.tokens_N + self.chunk_size - 1) // self.chunk_size
+        self.first_N = self.count_N.cumsum(0) - self.count_N
+        numbers_N = torch.where(self.alive_N, torch.arange(len(self)), -1)
+        self.document_C = numbers_N.repeat_interleave(self.count_N).to(self.router_LCGK.device)
+        self.place = {name: i for i, name in enumerate(self.names)}
+
+    def __len__(self) -> int:
+        """Documents, deleted ones too."""
+        return len(self.names)
+
+    @property
+    def chunks(self) -> int:
+        return self.content_LC2GK.shape[1]
+
+    @property
+    def live_chunks(self) -> int:
+        return int(self.count_N[self.alive_N].sum())
+
+    @property
+    def nbytes(self) -> int:
+        return self.router_LCGK.nbytes + self.content_LC2GK.nbytes
+
+    def living(self) -> list[str]:
+        return [self.names[i] for i in self.alive_N.nonzero()[:, 0].tolist()]
+
+    def delete(self, name: str) -> None:
+        i = self.place[name]
+        self.alive_N[i] = False
+        self.document_C[self.first_N[i] : self.first_N[i] + self.count_N[i]] = -1
+
+    def chunks_of(self, documents: Tensor) -> Tensor:
+        """Places of the chunks of documents, in their order."""
+        count = self.count_N[documents]
+        start = self.first_N[documents] - (count.cumsum(0) - count)
+        return start.repeat_interleave(count) + torch.arange(int(count.sum()))
+
+    def write(self, directory: Path) -> Path:
+        """A file of a name that no other has, whole once this returns."""
+        path = directory / f"shard-{uuid.uuid4().hex[:16]}.safetensors"
+        documents = json.dumps({"names": self.names, "hashes": self.hashes, "tokens": self.tokens})
+        tensors = {
+            "router": self.router_LCGK.cpu().contiguous(),
+            "content": self.content_LC2GK.contiguous(),
+            "documents": torch.frombuffer(bytearray(documents.encode()), dtype=torch.uint8),
+        }
+        save_file(tensors, path)
+        sync(path)
+        return path
+
+
+def read_shard(path: Path, digest: str, deleted: Sequence[int], chunk_size: int, device: torch.device) -> Shard:
+    """What ``Shard.write`` wrote, mapped. Raises ValueError if the file is not as it was."""
+    advice = "restore the file, or build the bank again in an empty folder"
+    if not path.exists():
+        raise ValueError(f"{path}: a part of the bank is missing; {advice}")
+    if digest_of(path) != digest:
+        raise ValueError(f"{path}: torn or changed since it was saved; {advice}")
+    try:
+        with safe_open(path, "pt") as file:
+            router, content, documents = (file.get_tensor(name) for name in ("router", "content", "documents"))
+            table = json.loads(bytes(documents.numpy()))
+    except Exception as error:
+        raise ValueError(f"{path}: not a part of a bank ({error}); {advice}") from None
+    alive_N = torch.ones(len(table["names"]), dtype=torch.bool)
+    alive_N[list(deleted)] = False
+    return Shard(router.to(device), content, **table, chunk_size=chunk_size, alive_N=alive_N, file=path, digest=digest)
+
+
+def merged(shards: Sequence[Shard]) -> Shard:
+    """One shard of what lives in several, in host memory."""
+    names, hashes, tokens, routers, contents = [], [], [], [], []
+    for shard in shards:
+        living = shard.alive_N.nonzero()[:, 0]
+        chunks = shard.chunks_of(living)
+        routers.append(shard.router_LCGK[:, chunks.to(shard.router_LCGK.device)])
+        contents.append(shard.content_LC2GK[:, chunks])
+        for to, of in ((names, shard.names), (hashes, shard.hashes), (tokens, shard.tokens)):
+            to.extend(of[i] for i in living.tolist())
+    content = torch.cat(contents, 1)
+    content = content.pin_memory() if routers[0].is_cuda else content
+    alive_N = torch.ones(len(names), dtype=torch.bool)
+    return Shard(torch.cat(routers, 1), content, names, hashes, tokens, shards[0].chunk_size, alive_N)
+
+
+def digest_of(path: Path) -> str:
+    """Of a file's size and some of its pages: a file cut, or with a stretch missing, has another."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for i in range(_PAGES):
+            file.seek((size - min(size, _PAGE_BYTES)) * i // (_PAGES - 1))
+            digest.update(file.read(_PAGE_BYTES))
+    return digest.hexdigest()[:32]
+
+
+def sync(path: Path) -> None:
+    """Until a file, or the names in a folder, would outlive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,449 @@
+"""The bank: documents kept elsewhere are documents in the context, whatever was added, deleted, saved or killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import memlm.bank
+from memlm import MemLMForCausalLM, MemoryBank, MemoryCache
+from memlm_kernels.route_documents import RouterShard, bank_keys, nominate_documents, route_documents
+from memlm_kernels.testing import assert_close, relative_error
+from tests.conftest import ROOT, build
+
+EXACT = 1e-10
+LENGTHS = (9, 1, 4, 13, 1, 30, 7, 12, 5, 8)
+
+
+def model_of(seed: int = 0, **settings) -> MemLMForCausalLM:
+    return build("msa", seed=seed, **{"chunk_size": 4, "top_k": 2, **settings})
+
+
+def tokens(length: int, seed: int) -> torch.Tensor:
+    return torch.randint(259, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+def library(lengths=LENGTHS) -> dict[str, torch.Tensor]:
+    return {f"d{i}": tokens(n, i) for i, n in enumerate(lengths)}
+
+
+def bank_of(model, documents, **options) -> MemoryBank:
+    return MemoryBank.build(model, documents, progress=False, **options)
+
+
+def in_context(model, documents, parts, **options):
+    """Logits of ``parts``, (role, ids) each, behind the leading template of which the documents stand."""
+    pieces = list(parts)
+    at = 1 if pieces and pieces[0][0] == -2 else 0
+    pieces[at:at] = [(n + 1, ids) for n, ids in enumerate(documents.values())]
+    ids, doc_ids = joined(pieces)
+    skip = sum(len(x) for x in documents.values())
+    logits = model(ids, doc_ids=doc_ids, **options).logits
+    before = len(parts[0][1]) if at else 0
+    return torch.cat([logits[:, :before], logits[:, before + skip :]], 1)
+
+
+def joined(pieces):
+    ids = torch.cat([x for _, x in pieces])[None]
+    return ids, torch.cat([torch.full((len(x),), role) for role, x in pieces])[None]
+
+
+def asked(model, bank, parts, **options):
+    ids, doc_ids = joined(parts)
+    return model(ids, doc_ids=doc_ids, memory_bank=bank, **options).logits
+
+
+QUESTION = [(-2, tokens(3, 50)), (0, tokens(5, 51)), (-2, tokens(2, 52)), (-1, tokens(6, 53))]
+
+
+@pytest.mark.parametrize("batch", [1, 20, 4096])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"routing": "query"},
+        {"similarity": "dot", "chunk_size": 1, "top_k": 1},
+        {"head_reduce": "max"},
+        {"head_reduce": "max", "query_reduce": "mean", "chunk_reduce": "mean"},
+        {"routing": "query", "query_reduce": "mean"},
+        {"chunk_size": 64, "top_k": 16, "qk_norm": False},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_a_bank_equals_documents_in_the_context(settings, batch):
+    model, documents = model_of(**settings), library()
+    bank = bank_of(model, documents, tokens_per_batch=batch)
+    for parts in (QUESTION, QUESTION[1:], [(0, tokens(1, 7))], [(0, tokens(3, 8)), (-1, tokens(2, 9))]):
+        expected, cache = in_context(model, documents, parts), MemoryCache()
+        assert_close("logits", expected, asked(model, bank, parts), EXACT)
+        # What was chosen is in the memory: the rest needs no bank.
+        ids, doc_ids = joined(parts)
+        cut = int((doc_ids == 0).nonzero()[-1, 1]) + 1
+        got = [model(ids[:, :cut], doc_ids=doc_ids[:, :cut], memory_bank=bank, past_key_values=cache).logits]
+        got += [
+            model(i, doc_ids=d, past_key_values=cache).logits
+            for i, d in zip(ids[:, cut:].split(1, 1), doc_ids[:, cut:].split(1, 1), strict=True)
+            if i.shape[1]
+        ]
+        assert_close("streamed", expected, torch.cat(got, 1), EXACT)
+
+
+@torch.no_grad()
+def test_generation():
+    model, documents = model_of(), library()
+    bank, question = bank_of(model, documents), tokens(5, 3)[None]
+    options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
+    ids, doc_ids = joined([*((n + 1, x) for n, x in enumerate(documents.values())), (0, question[0])])
+    # transformers takes what looks like padding for it, unless a mask says otherwise.
+    mask = torch.ones_like(ids)
+    expected = model.generate(ids, doc_ids=doc_ids, attention_mask=mask, **options)[:, ids.shape[1] :]
+    options["attention_mask"] = torch.ones_like(question)
+    for more in ({}, {"use_cache": False}, {"doc_ids": torch.zeros_like(question)}):
+        got = model.generate(question, memory_bank=bank, **more, **options)
+        assert torch.equal(expected, got[:, question.shape[1] :])
+    options["attention_mask"] = torch.ones(2, 5, dtype=torch.long)
+    beams = model.generate(question.expand(2, -1), memory_bank=bank, num_beams=2, **options)
+    assert torch.equal(beams[0], beams[1])
+
+
+@torch.no_grad()
+def test_rows_ask_for_themselves_and_padding_leaves_no_trace():
+    model, documents = model_of(), library()
+    bank = bank_of(model, documents)
+    rows = [QUESTION, [(0, tokens(2, 60)), (-1, tokens(3, 61))], [(-2, tokens(2, 62)), (-1, tokens(3, 63))]]
+    for left in (True, False):
+        ids, doc_ids, mask = (torch.full((3, 20), fill) for fill in (7, 0, 0))
+        for b, parts in enumerate(rows):
+            row, roles = joined(parts)
+            n = row.shape[1]
+            where = slice(20 - n, 20) if left else slice(0, n)
+            ids[b, where], doc_ids[b, where], mask[b, where] = row[0], roles[0], 1
+        cache = MemoryCache()
+        got = model(ids, attention_mask=mask, doc_ids=doc_ids, memory_bank=bank, past_key_values=cache).logits
+        more = tokens(4, 64).expand(3, -1)
+        after = model(more, past_key_values=cache).logits
+        for b, parts in enumerate(rows):
+            expected = in_context(model, documents, [*parts, (-1, more[b])])[0]
+            assert_close(f"row {b}", expected[:-4], got[b][mask[b].bool()], EXACT)
+            assert_close(f"after row {b}", expected[-4:], after[b], EXACT)
+
+
+@pytest.mark.parametrize(
+    "lengths", [(), (1,), (5,), (1,) * 12, (3, 50)], ids=["empty", "one token", "one", "one token each", "long"]
+)
+@torch.no_grad()
+def test_odd_libraries(lengths, tmp_path):
+    model, documents = model_of(top_k=3), library(lengths)
+    bank = bank_of(model, documents, tokens_per_batch=8)
+    bank.save(tmp_path)
+    for it in (bank, MemoryBank.load(tmp_path, model)):
+        assert_close("logits", in_context(model, documents, QUESTION), asked(model, it, QUESTION), EXACT)
+        assert it.documents() == list(documents) and it.stats()["tokens"] == sum(lengths)
+
+
+@torch.no_grad()
+def test_documents_of_one_text_stand_beside_each_other():
+    model, documents = model_of(top_k=3), library()
+    documents |= {"again": documents["d5"], "and again": documents["d5"], "d3 again": documents["d3"]}
+    bank = bank_of(model, documents, tokens_per_batch=16)
+    assert_close("logits", in_context(model, documents, QUESTION), asked(model, bank, QUESTION), EXACT)
+
+
+@pytest.mark.parametrize("limit", [1 << 26, 2000], ids=["merging", "small shards"])
+@torch.no_grad()
+def test_any_history_equals_a_rebuild(limit, monkeypatch, tmp_path):
+    monkeypatch.setattr(memlm.bank, "SHARD_BYTES", limit)
+    model, documents = model_of(), library()
+    bank = bank_of(model, {}, tokens_per_batch=16)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(40):
+        kind, seed = (int(torch.randint(n, (), generator=generator)) for n in (4, 1000))
+        names = list(documents) if step else []
+        if not step:
+            bank.add(documents)
+        elif kind == 0 and names:
+            bank.delete(names[seed % len(names)])
+            del documents[names[seed % len(names)]]
+        elif kind == 1 and names:
+            name = names[seed % len(names)]
+            del documents[name]
+            documents[name] = tokens(1 + seed % 17, seed)
+            bank.update({name: documents[name]})
+        elif kind == 2:
+            bank.save(tmp_path)
+            bank = MemoryBank.load(tmp_path, model)
+        else:
+            new = {f"{step}a": tokens(1 + seed % 23, seed), f"{step}b": tokens(3, seed)}
+            bank.add(new)
+            documents |= new
+        assert bank.documents() == list(documents)
+        assert_close(f"step {step}", in_context(model, documents, QUESTION), asked(model, bank, QUESTION), EXACT)
+        stats = bank.stats()
+        assert stats["dead_chunks"] <= stats["chunks"] and stats["tokens"] == sum(map(len, documents.values()))
+    rebuilt = bank_of(model, documents)
+    assert_close("rebuilt", asked(model, rebuilt, QUESTION), asked(model, bank, QUESTION), 1e-12)
+
+
+def test_an_update_that_changes_nothing_reads_nothing(monkeypatch):
+    model, documents = model_of(), library()
+    bank = bank_of(model, documents)
+    monkeypatch.setattr(bank, "_read_batch", lambda batch: pytest.fail("read"))
+    bank.update(documents)
+
+
+def test_adding_reads_and_writes_what_is_new(tmp_path):
+    model = model_of()
+    bank = bank_of(model, {f"{i}": tokens(40, i) for i in range(50)})
+    bank.save(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("shard-*")}
+    bank = MemoryBank.load(tmp_path, model)
+    bank.add({"new": tokens(9, 99)})
+    bank.delete("7")
+    bank.save(tmp_path)
+    assert all(path.stat().st_mtime_ns == then for path, then in before.items())
+    (new,) = set(tmp_path.glob("shard-*")) - set(before)
+    assert new.stat().st_size < next(iter(before)).stat().st_size / 10
+    again = MemoryBank.load(tmp_path, model)
+    assert again.documents() == bank.documents() and "7" not in again and "new" in again
+    assert again.stats()["host_bytes"] == 0 and again.stats()["dead_chunks"] == 10
+
+
+def test_banks_that_share_a_folder_do_not_break_each_other(tmp_path):
+    model = model_of()
+    bank_of(model, library()).save(tmp_path)
+    one, other = (MemoryBank.load(tmp_path, model) for _ in range(2))
+    one.delete([f"d{i}" for i in range(9)])
+    one.save(tmp_path)
+    other.save(tmp_path)
+    assert MemoryBank.load(tmp_path, model).documents() == other.documents() == list(library())
+
+
+KILLED = """
+import os, signal, sys
+import torch
+import memlm.bank
+from memlm import MemoryBank
+from tests.test_bank import library, model_of, tokens
+
+memlm.bank.COMMIT_SECONDS = 0
+memlm.bank.SHARD_BYTES = 2000
+what, count, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+sync = memlm.bank.sync
+def fatal(path):
+    global count
+    count -= 1
+    if count < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    sync(path)
+memlm.bank.sync = memlm.bank.shard.sync = fatal
+model = model_of()
+if what == "build":
+    MemoryBank.build(model, library(), folder, tokens_per_batch=16, progress=False)
+else:
+    bank = MemoryBank.load(folder, model)
+    bank.delete(["d1", "d3"])
+    bank.add({"new": tokens(20, 77)})
+    bank.save(folder)
+"""
+
+
+def killed(what, count, folder) -> bool:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    command = [sys.executable, "-c", KILLED, what, str(count), str(folder)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return done.returncode != 0
+
+
+@torch.no_grad()
+def test_a_killed_build_goes_on(tmp_path, monkeypatch):
+    model, documents = model_of(), library()
+    assert killed("build", 9, tmp_path)
+    with pytest.raises(ValueError, match="the build was not finished; run it again"):
+        MemoryBank.load(tmp_path, model)
+    read, batch = [], MemoryBank._read_batch
+    monkeypatch.setattr(MemoryBank, "_read_batch", lambda self, x: read.extend(n for n, _ in x) or batch(self, x))
+    bank = bank_of(model, documents, directory=tmp_path)
+    assert 0 < len(read) < len(documents)
+    assert set(bank.documents()) == set(documents)
+    assert_close("logits", in_context(model, documents, QUESTION), asked(model, bank, QUESTION), EXACT)
+    assert MemoryBank.load(tmp_path, model).documents() == bank.documents()
+    with pytest.raises(ValueError, match="holds a finished bank; load it and add"):
+        bank_of(model, documents, directory=tmp_path)
+
+
+def test_a_build_goes_on_with_other_documents(tmp_path):
+    assert killed("build", 9, tmp_path)
+    model, documents = model_of(), library()
+    del documents["d0"]
+    documents["d1"] = tokens(11, 88)
+    bank = bank_of(model, documents, directory=tmp_path)
+    assert set(bank.documents()) == set(documents) and bank.stats()["tokens"] == sum(map(len, documents.values()))
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+@torch.no_grad()
+def test_a_killed_save_leaves_the_old_bank(tmp_path, count):
+    model, documents = model_of(), library()
+    bank_of(model, documents).save(tmp_path)
+    assert killed("save", count, tmp_path)
+    bank = MemoryBank.load(tmp_path, model)
+    # The last of them comes after the index.
+    assert bank.documents() == list(documents) or count == 3
+    bank.save(tmp_path)
+    named = {entry["file"] for entry in json.loads((tmp_path / "index.json").read_text())["shards"]}
+    assert {path.name for path in tmp_path.glob("shard-*")} == named
+
+
+def torn(path, how):
+    data = path.read_bytes()
+    if how == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    elif how == "hole":
+        path.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "how", "message"),
+    [
+        ("shard-*", "cut", "torn or changed since it was saved; restore the file"),
+        ("shard-*", "hole", "torn or changed since it was saved; restore the file"),
+        ("shard-*", "gone", "a part of the bank is missing; restore the file"),
+        ("index.json", "cut", "damaged or not a bank's"),
+        ("index.json", "gone", "no such file; a bank is written by MemoryBank.save"),
+    ],
+)
+def test_torn_files_are_named(tmp_path, pattern, how, message):
+    model = model_of()
+    bank_of(model, library()).save(tmp_path)
+    (path,) = tmp_path.glob(pattern)
+    torn(path, how)
+    with pytest.raises(ValueError, match=message) as error:
+        MemoryBank.load(tmp_path, model)
+    assert path.name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_another_model_is_refused(tmp_path):
+    model, question = model_of(), tokens(4, 1)[None]
+    bank = bank_of(model, library())
+    bank.save(tmp_path)
+    for other in (model_of(seed=1), model_of(top_k=3), model_of().float()):
+        with pytest.raises(ValueError, match="a bank of the model of fingerprint"):
+            MemoryBank.load(tmp_path, other)
+        with pytest.raises(ValueError, match="memory_bank: made by a model of fingerprint"):
+            other.generate(question, memory_bank=bank, max_new_tokens=2)
+        with pytest.raises(ValueError, match="a bank of the model of fingerprint"):
+            bank_of(other, {}).save(tmp_path)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.01)
+    with pytest.raises(ValueError, match="memory_bank: made by a model of fingerprint"):
+        bank.add({"more": [1, 2]})
+
+
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [
+        ({"a": []}, r"documents\['a'\] of shape \[0\] must be token ids"),
+        ({"a": "text"}, r"documents\['a'\]='?text'? must be token ids under a name; use a tokenizer"),
+        ({"a": [1.5]}, r"documents\['a'\] of shape \[1\] must be token ids"),
+        ({"a": [[1]]}, r"documents\['a'\] of shape \[1, 1\] must be token ids"),
+        ({"a": [3, 259]}, r"documents\['a'\] holds token 259; the model knows 0 to"),
+        ({"a": [-1]}, r"documents\['a'\] holds token -1; the model knows 0 to"),
+        ([("a", [1]), ("a", [2])], r"documents\['a'\]"),
+        ({"d0": [1]}, r"documents\['d0'\] is in the bank already; update it"),
+    ],
+)
+def test_bad_documents_are_named_and_change_nothing(documents, message):
+    bank = bank_of(model_of(), library())
+    with pytest.raises(ValueError, match=message):
+        bank.add([("fine", [1, 2]), *(documents.items() if isinstance(documents, dict) else documents)])
+    assert bank.documents() == list(library())
+
+
+def test_bad_requests_are_named():
+    model = model_of()
+    bank, ids = bank_of(model, library()), torch.zeros(1, 4, dtype=torch.long)
+    for change in (bank.delete, lambda name: bank.update({name: [1]})):
+        with pytest.raises(ValueError, match="document 'x' is not in the bank of 10"):
+            change("x")
+    with pytest.raises(ValueError, match="documents in the input cannot stand beside a memory_bank"):
+        model(ids, doc_ids=ids + 1, memory_bank=bank)
+    with pytest.raises(ValueError, match="packed rows cannot ask a memory_bank"):
+        model(ids, position_ids=torch.arange(4)[None], memory_bank=bank)
+    with pytest.raises(ValueError, match="tokens_per_batch=0 must be at least 1"):
+        bank_of(model, {}, tokens_per_batch=0)
+    with pytest.raises(ValueError, match="a bank needs 'msa' in every layer"):
+        bank_of(build("titans_mag"), {})
+    with pytest.raises(ValueError, match="a bank needs one that routes"):
+        bank_of(model_of(routes=False), {})
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@torch.no_grad()
+def test_low_precision(autocast):
+    # All documents chosen: rounding may turn a close choice, which is another question.
+    model, documents = model_of(top_k=12), library()
+    expected = in_context(model, documents, QUESTION)
+    low = model.float() if autocast else model.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        bank = bank_of(low, documents)
+        got = asked(low, bank, QUESTION)
+    assert bank.shards[0].router_LCGK.dtype == bank.shards[0].content_LC2GK.dtype == torch.float32
+    assert_close("logits", expected, got.double(), 2e-2)
+
+
+@torch.no_grad()
+def test_a_memory_asks_once():
+    model, memory = model_of(), MemoryCache()
+    bank, question = bank_of(model, library()), tokens(4, 1)[None]
+    model(question, doc_ids=torch.full_like(question, -2), past_key_values=memory)
+    asked_once = memory.fork()
+    model(question, memory_bank=bank, past_key_values=asked_once)
+    model(question, memory_bank=bank, past_key_values=memory)
+    with pytest.raises(ValueError, match="this memory holds documents already, read or chosen by an earlier"):
+        model(question, memory_bank=bank, past_key_values=asked_once)
+
+
+@torch.no_grad()
+def test_decoding_sees_few_chunks_of_many():
+    model = model_of()
+    bank, cache = bank_of(model, {f"{i}": tokens(8, i) for i in range(300)}), MemoryCache()
+    model(tokens(5, 1)[None], memory_bank=bank, past_key_values=cache)
+    assert all(state["bank.k"].shape[1] <= 5 * 2 * 2 for state in cache.states)
+    assert relative_error(model(tokens(5, 1)[None]).logits, asked(model, bank, [(0, tokens(5, 1))])) > 1e-3
+
+
+@pytest.mark.parametrize("running", [True, False])
+@pytest.mark.parametrize("reduce", [("mean", "max", "max"), ("max", "max", "max"), ("mean", "mean", "max")], ids=str)
+def test_nominations_hold_every_choice(running, reduce):
+    generator = torch.Generator().manual_seed(0)
+    settings = dict(zip(("head_reduce", "query_reduce", "chunk_reduce"), reduce, strict=True))
+    q = torch.randn(3, 7, 4, 6, generator=generator)
+    asks = torch.rand(3, 7, generator=generator) < 0.6
+    asks[2] = False
+    sizes = torch.randint(1, 60, (90,), generator=generator)
+    document = torch.arange(90).repeat_interleave(sizes)
+    document = torch.where(document % 5 == 3, -1, document)
+    k = bank_keys(torch.randn(len(document), 2, 6, generator=generator), "cosine")
+    expected = route_documents(
+        q, k[None], document[None], top_k=4, num_documents=90, asks=asks, running=running, **settings
+    ).document
+    ends = [0, *F.pad(sizes.cumsum(0), (1, 0))[[20, 21, 60, 90]].tolist()]
+    starts = [0, 20, 21, 60, 90]
+    shards = [
+        RouterShard(k[a:b], torch.where(document[a:b] < 0, -1, document[a:b] - first), first, end - first)
+        for a, b, first, end in zip(ends[:-1], ends[1:], starts[:-1], starts[1:], strict=True)
+    ]
+    got = nominate_documents(q, shards, top_k=4, asks=asks, running=running, held=32 * 21, **settings)
+    for numbers, row in zip(got, expected, strict=True):
+        wanted = set(row.flatten().tolist()) - {-1}
+        assert wanted <= set(numbers.tolist()) and len(numbers) <= 4 * (7 if running else 1)
+        assert numbers.tolist() == sorted(numbers.tolist()) and not any(n % 5 == 3 for n in numbers.tolist())
