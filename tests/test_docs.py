@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from memlm.data import byte_tokenizer
@@ -43,16 +44,22 @@ def test_a_new_memory_is_three_files_and_passes_the_contract(tmp_path):
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 40
 
 
-def test_the_readme_example_runs(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "example, memory, said, written",
+    [
+        (0, "titans_mag", "It was the ", "memories/book/memory.safetensors"),
+        (1, "msa", "?d", "banks/facts/index.json"),
+    ],
+)
+def test_the_readme_examples_run(tmp_path, monkeypatch, capsys, example, memory, said, written):
     checkpoint = tmp_path / "checkpoint"
-    build(dtype=torch.float32).save_pretrained(checkpoint)
+    build(memory, dtype=torch.float32).save_pretrained(checkpoint)
     byte_tokenizer().save_pretrained(checkpoint)
-    (code,) = blocks("README.md", "python")
-    code = re.sub(r'checkpoint = ".*"', f'checkpoint = "{checkpoint}"', code)
+    code = re.sub(r'checkpoint = ".*"', f'checkpoint = "{checkpoint}"', blocks("README.md", "python")[example])
     monkeypatch.chdir(tmp_path)
     exec(code, {})
-    assert capsys.readouterr().out.startswith("It was the ")
-    assert (tmp_path / "memories/book/memory.safetensors").exists()
+    assert said in capsys.readouterr().out
+    assert (tmp_path / written).exists()
 
 
 def test_the_readme_maps_every_file():
