@@ -141,14 +141,16 @@ def test_recall_initialization_ties_queries_to_keys_and_delays_keys():
     assert set(k.argmax(1).tolist()) == {0, 1, 2, 3}
 
 
-def test_defaults_follow_the_depth():
-    """A deep memory diverges where a linear one learns: it has a norm and a smaller lr, unless told otherwise."""
+def test_defaults_follow_depth_and_chunk():
+    """A deep memory diverges where a linear one learns: it has a norm and a smaller lr, unless told otherwise; and a
+    long chunk of one token overshoots."""
     for settings, norm, lr in (
         ({}, False, 0.047),
-        ({"memory_depth": 2}, True, 0.01),
-        ({"memory_depth": 4}, True, 0.005),
-        ({"memory_depth": 2, "polynomial_degree": 2}, False, 0.01),
-        ({"memory_depth": 2, "memory_norm": False, "initial_lr": 0.02}, False, 0.02),
+        ({"chunk_size": 64}, False, 0.047 / 4),
+        ({"memory_depth": 2}, True, 0.02),
+        ({"memory_depth": 4, "chunk_size": 32}, True, 0.01),
+        ({"memory_depth": 2, "polynomial_degree": 2}, False, 0.02),
+        ({"memory_depth": 2, "memory_norm": False, "initial_lr": 0.01}, False, 0.01),
         ({"memory_norm": True, "initial_lr": 0.02}, True, 0.02),
     ):
         config = model_config("titans_lmm", **settings).mixers["memory"]
