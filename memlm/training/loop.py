@@ -54,7 +54,10 @@ def run(cfg: DictConfig) -> None:
 
     Raises ValueError, one line, for what the user can mend.
     """
-    Trainer(cfg).train()
+    trainer = Trainer(cfg)
+    trainer.train()
+    # A rank that exits with its process group alive sometimes aborts: gloo's threads outlive the interpreter.
+    trainer.accelerator.end_training()
 
 
 class Trainer:
