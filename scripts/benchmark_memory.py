@@ -17,7 +17,8 @@ one whenever it is told to, so that the runs of a group alternate and share the 
 and backward, to the input and all parameters; for ``decode`` it is a chunk of one-token calls without gradients. Rates
 are tokens per second of that process's own CPU time (``user`` leaves out the kernel's, which maps memory), of wall
 time, and of CUDA's where there is a GPU. Memory is in MB (2**20 bytes): ``base_rss_mb`` is the highest before the
-first pass, ``peak_rss_mb`` after the last.
+first pass, ``peak_rss_mb`` after the last. glibc gives freed tensors of more than 32 MB back to the kernel, which
+clears their pages again for the next ones; ``--keep-memory`` leaves that work out.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 # The peer keeps whole weights for every chunk: 4096 tokens in chunks of 4 would take it 18 GB. It reads fewer.
 PEER_CHUNKS = 128
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**35), "MALLOC_TRIM_THRESHOLD_": str(2**35)}
 
 WIDE = {"width": 384, "heads": 1, "head_dim": 384, "expansion": 4, "depth": 2, "batch": 1, "dtype": "float32"}
 HEADS = WIDE | {"heads": 6, "head_dim": 64}
@@ -186,13 +188,17 @@ def commit() -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def run_group(group: list[Setting], repeats: int, peer_python: str | None) -> list[dict]:
+def run_group(group: list[Setting], repeats: int, peer_python: str | None, keep_memory: bool = False) -> list[dict]:
     """Start a process for each run, let them take their passes in turn, and return their measurements."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
-    }
+    environment = (
+        os.environ
+        | {
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+        }
+        | (KEEP_MEMORY if keep_memory else {})
+    )
     runs = []
     for s in group:
         python = sys.executable if s["what"] == "memlm" else peer_python
@@ -218,7 +224,7 @@ def run_group(group: list[Setting], repeats: int, peer_python: str | None) -> li
                 "median": round(statistics.median(of), 1),
             }
         memory = {name: round(x, 1) for name, x in (about | taken[-1]).items() if name.endswith("_mb")}
-        records.append(s | about | {"repeats": repeats} | rates | memory)
+        records.append(s | about | {"repeats": repeats, "keep_memory": keep_memory} | rates | memory)
     return records
 
 
@@ -235,15 +241,16 @@ def heard(process: subprocess.Popen) -> dict:
     return json.loads(line)
 
 
-def run_suite(suite: str, repeats: int, peer_python: str | None, out: Path) -> None:
+def run_suite(suite: str, repeats: int, peer_python: str | None, keep_memory: bool, out: Path) -> None:
     command = f"python scripts/benchmark_memory.py --suite {suite} --repeats {repeats}"
+    command += " --keep-memory" if keep_memory else ""
     about = {
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
         "command": f"{command} --peer-python PEER/bin/python" if peer_python else command,
     }
     for group in SUITES[suite]:
-        for record in run_group(group, repeats, peer_python):
+        for record in run_group(group, repeats, peer_python, keep_memory):
             line = json.dumps({"suite": suite} | record | about)
             print(line, flush=True)
             with out.open("a") as file:
@@ -267,10 +274,11 @@ def table(path: Path) -> None:
             "num_memories",
         )
         sizes = [record.get(name) for name in ("tokens", "seen")] if record["what"] == "memlm" else []
-        newest[*(record.get(name) for name in names), *sizes] = record
-    for suite, hardware in dict.fromkeys(key[:2] for key in newest):
-        records = [r for key, r in newest.items() if key[:2] == (suite, hardware)]
-        print(f"\n{suite}, {hardware}\n")
+        kept = record.get("keep_memory", False)
+        newest[kept, *(record.get(name) for name in names), *sizes] = record
+    for kept, suite, hardware in dict.fromkeys(key[:3] for key in newest):
+        records = [r for key, r in newest.items() if key[:3] == (kept, suite, hardware)]
+        print(f"\n{suite}, {hardware}{', memory kept' if kept else ''}\n")
         if suite in ("wide", "heads"):
             peers_table(records)
         else:
@@ -319,6 +327,7 @@ if __name__ == "__main__":
     parser.add_argument("--suite", choices=SUITES, help="what to measure")
     parser.add_argument("--repeats", type=int, default=5, help="passes of each measurement")
     parser.add_argument("--peer-python", help="the interpreter that has titans-pytorch; without it only ours is run")
+    parser.add_argument("--keep-memory", action="store_true", help="tell glibc to keep what is freed")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/memory.jsonl", help="where lines are appended")
     parser.add_argument("--table", action="store_true", help="print what --out holds as Markdown")
     parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
@@ -328,6 +337,6 @@ if __name__ == "__main__":
     elif args.table:
         table(args.out)
     elif args.suite:
-        run_suite(args.suite, args.repeats, args.peer_python, args.out)
+        run_suite(args.suite, args.repeats, args.peer_python, args.keep_memory, args.out)
     else:
         parser.error("one of --suite and --table is needed")

@@ -36,7 +36,7 @@ class Config:
     memory_heads: the memory is so many independent networks, which share out the channels of all attention heads;
         memory_expansion: width of their hidden layers over that of a head.
     initial_lr: where learning rates start; the paper's sum to about 2 over a chunk (2048 of 0.001).
-    initial_momentum: where the share starts that a step keeps of the one before; null for none.
+    initial_momentum: where the share starts that a step keeps of the one before; 0 for none.
     muon_steps: Newton-Schulz steps on each write, 5 in the paper; 0 for none. Every write is then as large as the
         weights, of an lr only its share in the chunk matters, and rounding grows from chunk to chunk.
     """
@@ -46,7 +46,7 @@ class Config:
     memory_heads: int = 1
     memory_expansion: int = 1
     initial_lr: float = 0.06
-    initial_momentum: float | None = 0.5
+    initial_momentum: float = 0.5
     muon_steps: int = 0
 
     def __post_init__(self) -> None:
@@ -59,9 +59,7 @@ class Config:
         )
         require(self.initial_lr > 0, f"initial_lr={self.initial_lr} must be positive")
         start = self.initial_momentum
-        require(
-            start is None or 0 < start < 1, f"initial_momentum={start} must lie between 0 and 1, or be null for none"
-        )
+        require(0 <= start < 1, f"initial_momentum={start} must lie between 0 and 1, or be 0 for none")
         require(0 <= self.muon_steps <= len(MUON), f"muon_steps={self.muon_steps} must be 0 (none) to {len(MUON)}")
 
 
@@ -91,7 +89,7 @@ class FastWeights(nn.Module):
 
     @property
     def _has_momentum(self) -> bool:
-        return self.config.initial_momentum is not None
+        return self.config.initial_momentum > 0
 
     def reset_parameters(self) -> None:
         init.ones_(self.qk_scale)
@@ -101,7 +99,7 @@ class FastWeights(nn.Module):
             init.normal_(w, std=w.shape[1] ** -0.5)
         init.zeros_(self.gates.weight)
         start = [math.log(math.expm1(self.config.initial_lr))] * 3
-        if self.config.initial_momentum is not None:
+        if self._has_momentum:
             start.append(math.log(self.config.initial_momentum / (1 - self.config.initial_momentum)))
         init.copy_(self.gates.bias, torch.tensor(start).repeat(self.config.memory_heads).to(self.gates.bias.dtype))
 

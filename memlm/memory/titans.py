@@ -47,9 +47,9 @@ class NeuralMemoryConfig:
     chunk_size: tokens whose gradients are taken at the same weights; quality is best at the size trained on.
     conv_size: width of the causal convolution with SiLU on q, k, v; 1 for none.
     max_lr, max_momentum, max_decay: what the gates cannot exceed; initial_lr, initial_momentum, initial_decay: where
-        they start. Momentum and decay null: none; lr null: 0.047, for memories of more layers 0.02,
-        and 16 / chunk_size of that for chunks of more than 16: chunk_size * lr / (1 - momentum) stays below 1,
-        beyond 2 a repeated key would make the inner loop diverge.
+        they start. Momentum and decay 0: none. lr null: 0.047, for memories of more layers 0.02, and 16 / chunk_size
+        of that for chunks of more than 16: chunk_size * lr / (1 - momentum) stays below 1, beyond 2 a repeated key
+        would make the inner loop diverge. decay null: 0.001, for memories of more layers 0.0003.
     inner_loss: what a write descends on; huber_delta, lp_power: its parameter (MIRAS).
     omega_window: tokens whose losses each write descends on, weighted by a gate that starts at 1 / omega_window
         (ATLAS); 1 for the token itself.
@@ -71,8 +71,8 @@ class NeuralMemoryConfig:
     max_momentum: float = 1.0
     max_decay: float = 1.0
     initial_lr: float | None = None
-    initial_momentum: float | None = 0.12
-    initial_decay: float | None = 0.001
+    initial_momentum: float = 0.12
+    initial_decay: float | None = None
     inner_loss: str = "squared_error"
     huber_delta: float = 1.0
     lp_power: float = 3.0
@@ -91,11 +91,14 @@ class NeuralMemoryConfig:
         if self.initial_lr is None:
             of_tokens = min(1.0, 16 / self.chunk_size)
             object.__setattr__(self, "initial_lr", of_tokens * (0.02 if deep else 0.047))
+        if self.initial_decay is None:
+            object.__setattr__(self, "initial_decay", 0.0003 if deep else 0.001)
         for gate in ("lr", "momentum", "decay"):
             cap, start = getattr(self, f"max_{gate}"), getattr(self, f"initial_{gate}")
             require(0 < cap <= 1, f"max_{gate}={cap} must lie above 0, and 1 at most")
             require(
-                start is None or 0 < start < cap, f"initial_{gate}={start} must lie between 0 and max_{gate}={cap}"
+                0 < start < cap or (start == 0 and gate != "lr"),
+                f"initial_{gate}={start} must lie between 0 and max_{gate}={cap}",
             )
         for name, known in (
             ("memory_activation", tuple(ACTIVATIONS)),
@@ -119,7 +122,7 @@ class NeuralMemoryConfig:
         gates = {name: (getattr(self, f"initial_{name}"), getattr(self, f"max_{name}")) for name in names}
         if self.omega_window > 1:
             gates["weight"] = (1 / self.omega_window, 1.0)
-        return {name: gate for name, gate in gates.items() if gate[0] is not None}
+        return {name: gate for name, gate in gates.items() if gate[0]}
 
     @property
     def features(self) -> int:

@@ -14,7 +14,7 @@ from tests.memory import test_contract as contract
 
 VARIANTS = [
     ("lact", {"muon_steps": 1, "memory_heads": 1}),
-    ("lact", {"initial_momentum": None, "memory_heads": 1, "memory_expansion": 2}),
+    ("lact", {"initial_momentum": 0, "memory_heads": 1, "memory_expansion": 2}),
     ("lact", {"chunk_size": 1, "window_size": 5, "memory_heads": 4}),
 ]
 # All five steps lift a chunk's small singular values to its large ones, and rounding with them: after 30 chunks bf16
@@ -23,7 +23,7 @@ MUON = ("lact", {"muon_steps": 5})
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize("momentum", [0.5, None])
+@pytest.mark.parametrize("momentum", [0.5, 0])
 def test_the_layer_is_its_equations(kv_heads, momentum):
     """Shared projections, scale and offset, SiLU, unit keys and queries, memory, norm, scale: written once more."""
     torch.manual_seed(0)
@@ -42,7 +42,7 @@ def test_the_layer_is_its_equations(kv_heads, momentum):
     q, k, v = ((z * torch.sigmoid(z)).unflatten(-1, (2, 12)) for z in (q, k, v))
     q, k = (z / z.norm(dim=-1, keepdim=True) for z in (q, k))
     gates = memory.gates(x).unflatten(-1, (2, -1))
-    share = None if momentum is None else torch.sigmoid(gates[..., 3])
+    share = None if momentum == 0 else torch.sigmoid(gates[..., 3])
     o = token_by_token(q, k, v, gates[..., :3].exp().log1p(), share, *memory.memory, chunk_size=6)[0]
     o = o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt() * memory.norm.weight
     scale = memory.scale(x)
@@ -70,7 +70,7 @@ def test_metrics_show_a_memory_that_is_written_and_read():
     for i in range(2):
         assert all(got[f"layer{i}/{name}"] > 0 for name in ("memory_norm", "momentum_norm", "update_norm"))
         assert 0 < got[f"layer{i}/memory_share"] < 1
-    assert not any("momentum" in name for name in metrics(initial_momentum=None))
+    assert not any("momentum" in name for name in metrics(initial_momentum=0))
     unwritten = metrics(chunk_size=41, window_size=41)
     assert unwritten["layer0/update_norm"] == 0
 

@@ -15,8 +15,8 @@ VARIANTS = [
     ("titans_lmm", {"memory_depth": 2, "memory_activation": "silu"}),
     ("titans_lmm", {"inner_loss": "huber", "huber_delta": 0.3, "memory_heads": 2, "memory_head_dim": 16}),
     ("titans_lmm", {"inner_loss": "lp", "memory_depth": 2, "memory_norm": False, "initial_lr": 0.047}),
-    ("titans_lmm", {"inner_loss": "dot_product", "initial_decay": None}),
-    ("titans_lmm", {"omega_window": 5, "chunk_size": 3, "initial_momentum": None}),
+    ("titans_lmm", {"inner_loss": "dot_product", "initial_decay": 0}),
+    ("titans_lmm", {"omega_window": 5, "chunk_size": 3, "initial_momentum": 0}),
 ]
 
 
@@ -77,7 +77,7 @@ def written_out(memory, x, **options):
         ({"memory_depth": 2}, {"norm": True}),
         ({"memory_depth": 2, "memory_norm": False}, {}),
         ({"max_lr": 0.1, "max_momentum": 0.5, "max_decay": 0.01}, {}),
-        ({"inner_loss": "huber", "huber_delta": 0.7, "initial_momentum": None}, {"loss": HUBER}),
+        ({"inner_loss": "huber", "huber_delta": 0.7, "initial_momentum": 0}, {"loss": HUBER}),
         ({"omega_window": 4, "polynomial_degree": 2, "memory_depth": 2}, {"window": 4}),
         ({"memory_norm": True, "memory_activation": "silu"}, {"activation": "silu", "norm": True}),
     ],
@@ -143,18 +143,18 @@ def test_recall_initialization_ties_queries_to_keys_and_delays_keys():
 
 def test_defaults_follow_depth_and_chunk():
     """A deep memory diverges where a linear one learns: it has a norm and a smaller lr, unless told otherwise; and a
-    long chunk of one token overshoots."""
-    for settings, norm, lr in (
-        ({}, False, 0.047),
-        ({"chunk_size": 64}, False, 0.047 / 4),
-        ({"memory_depth": 2}, True, 0.02),
-        ({"memory_depth": 4, "chunk_size": 32}, True, 0.01),
-        ({"memory_depth": 2, "polynomial_degree": 2}, False, 0.02),
-        ({"memory_depth": 2, "memory_norm": False, "initial_lr": 0.01}, False, 0.01),
-        ({"memory_norm": True, "initial_lr": 0.02}, True, 0.02),
+    long chunk of one token overshoots. A deep memory needs to forget less."""
+    for settings, norm, lr, decay in (
+        ({}, False, 0.047, 0.001),
+        ({"chunk_size": 64}, False, 0.047 / 4, 0.001),
+        ({"memory_depth": 2}, True, 0.02, 0.0003),
+        ({"memory_depth": 4, "chunk_size": 32}, True, 0.01, 0.0003),
+        ({"memory_depth": 2, "polynomial_degree": 2}, False, 0.02, 0.0003),
+        ({"memory_depth": 2, "memory_norm": False, "initial_lr": 0.01, "initial_decay": 0}, False, 0.01, 0),
+        ({"memory_norm": True, "initial_lr": 0.02}, True, 0.02, 0.001),
     ):
         config = model_config("titans_lmm", **settings).mixers["memory"]
-        assert (config["memory_norm"], config["initial_lr"]) == (norm, lr)
+        assert (config["memory_norm"], config["initial_lr"], config["initial_decay"]) == (norm, lr, decay)
 
 
 @pytest.mark.parametrize(
