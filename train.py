@@ -6,7 +6,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from memlm.cli import mixer_settings, use_gpu_preset, user_errors
+from memlm.cli import leave_group, mixer_settings, use_gpu_preset, user_errors
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -17,6 +17,7 @@ def main(cfg: DictConfig) -> None:
 
     with user_errors(CONFIGS, "train"):
         run(cfg)
+        leave_group()
 
 
 if __name__ == "__main__":

@@ -42,6 +42,18 @@ def user_errors(config_dir: Path, config: str) -> Iterator[None]:
         sys.exit(2)
 
 
+def leave_group() -> None:
+    """End a process that is one of several, at once.
+
+    A thread of gloo's may still need the interpreter to let go of its last tensors. Taking the process group down
+    waits for that thread with the interpreter held, for ever; the interpreter's end aborts it (torch 2.13).
+    """
+    if torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
 def use_gpu_preset(argv: list[str], preset: str, unless: tuple[str, ...]) -> list[str]:
     """``argv``, with ``preset`` added where there is a GPU and no key of ``unless`` is set by hand."""
     chosen = any(argument.startswith(unless) for argument in argv)

@@ -54,10 +54,7 @@ def run(cfg: DictConfig) -> None:
 
     Raises ValueError, one line, for what the user can mend.
     """
-    trainer = Trainer(cfg)
-    trainer.train()
-    # A rank that exits with its process group alive sometimes aborts: gloo's threads outlive the interpreter.
-    trainer.accelerator.end_training()
+    Trainer(cfg).train()
 
 
 class Trainer:
