@@ -1,8 +1,11 @@
-"""The benchmark scripts, run as their users run them, on memories too small to say anything."""
+"""Scripts, run as their users run them; benchmarks on memories too small to say anything."""
 
 import json
 import subprocess
 import sys
+
+import torch
+from safetensors.torch import load_file
 
 from tests.conftest import ROOT
 
@@ -39,3 +42,24 @@ def test_benchmark_of_the_bank(tmp_path):
         assert record[f"{name}_s"]["median"] >= record[f"{name}_s"]["best"] >= 0
     assert record["peak_rss_mb"] >= record["base_rss_mb"] > 0
     assert all(record[name] for name in ("hardware", "torch", "commit", "date", "command"))
+
+
+def test_conversion_there_and_back_as_a_command(tmp_path):
+    source = ROOT / "tests" / "reference" / "mom_tiny" / "shared"
+    ours, back = tmp_path / "ours", tmp_path / "back"
+    script = "convert_checkpoint.py"
+    run("--from-format", "fla-mom", "--source", str(source), "--target", str(ours), script=script)
+    run("--to-format", "fla-mom", "--source", str(ours), "--target", str(back), script=script)
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, back))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], w) for name, w in after.items())
+    again = [
+        str(ROOT / "scripts" / script),
+        "--from-format",
+        "fla-mom",
+        "--source",
+        str(tmp_path),
+        "--target",
+        str(back),
+    ]
+    refused = subprocess.run([sys.executable, *again], capture_output=True, text=True)
+    assert refused.returncode == 1 and refused.stderr == f"{tmp_path}: no *.safetensors there\n"

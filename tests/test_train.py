@@ -294,9 +294,10 @@ def test_options_train(tmp_path, option):
 # to that; an error comes before it can.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor", "ignore:.*should not be instantiated")
 @pytest.mark.slow
-def test_compiled_training_takes_the_same_step(tmp_path):
-    run(config(tmp_path / "eager", "train.steps=1"))
-    run(config(tmp_path / "compiled", "train.steps=1", "hardware.compile=true"))
+@pytest.mark.parametrize("memory", ["titans_mag", "mom"])
+def test_compiled_training_takes_the_same_step(tmp_path, memory):
+    run(config(tmp_path / "eager", "train.steps=1", f"memory={memory}"))
+    run(config(tmp_path / "compiled", "train.steps=1", f"memory={memory}", "hardware.compile=true"))
     for name in ("loss", "grad_norm", "validation/mqar/loss"):
         assert figures(tmp_path / "compiled", name) == pytest.approx(figures(tmp_path / "eager", name), rel=1e-4)
 
