@@ -84,17 +84,38 @@ class Room(NamedTuple):
         return memory._replace(W=W, S=S)
 
 
-def enter(memory: Memory, plan: Plan, flags: Flags | None, initial: Sequence[Tensor], n: int) -> Memory:
-    """The memory that block n sees: a new document starts afresh, in place, and a new chunk sets the anchor."""
-    if flags is None:
-        return memory if n % plan.blocks else memory._replace(anchor=memory.W)
-    new, opened = flags.opens_document[n], flags.opens_chunk[n]
+def start_documents(memory: Memory, flags: Flags, initial: Sequence[Tensor], n: int) -> None:
+    """In place: where block n opens a document its memory starts afresh."""
+    new = flags.opens_document[n]
     for w, i in zip(memory.W, initial, strict=True):
         w.copy_(torch.where(new, i, w))
     for s in memory.S:
         s.masked_fill_(new, 0.0)
+
+
+def set_anchor(memory: Memory, plan: Plan, flags: Flags | None, n: int) -> Memory:
+    """Where block n opens a chunk the memory is its anchor."""
+    if flags is None:
+        return memory if n % plan.blocks else memory._replace(anchor=memory.W)
+    opened = flags.opens_chunk[n]
     anchor = (torch.where(opened, w, a) for w, a in zip(memory.W, memory.anchor, strict=True))
     return memory._replace(anchor=tuple(anchor))
+
+
+def narrows(a: Tensor, e: Tensor) -> bool:
+    """Whether a layer's input is the narrower side: a scalar for each token is cheaper to apply there."""
+    return a.shape[-1] <= e.shape[-1]
+
+
+def weighed(gate: Tensor, a: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+    """Two vectors of each token, the narrower one multiplied by the token's gate."""
+    return (gate[..., None] * a, e) if narrows(a, e) else (a, gate[..., None] * e)
+
+
+def add_product(out: Tensor, x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
+    """out += scale x y in place, for contiguous ``out`` of any leading dimensions."""
+    out.view(-1, *out.shape[-2:]).baddbmm_(x.flatten(0, -3), y.flatten(0, -3), alpha=scale)
+    return out
 
 
 def leave(
@@ -108,8 +129,10 @@ def leave(
             s, (f, P, m) = memory.S[layer], gates.momentum
             new.addcmul_(s, f[:, -1, None, None])
             torch.mul(s, m[:, None, None], out=S[layer])
-            S[layer].baddbmm_(a.mT, P[..., None] * e, alpha=-1)
-        new.baddbmm_(a.mT, gates.C[:, -1, :, None] * e, alpha=-1)
+            kept, written = weighed(P, a, e)
+            S[layer].baddbmm_(kept.mT, written, alpha=-1)
+        kept, written = weighed(gates.C[:, -1], a, e)
+        new.baddbmm_(kept.mT, written, alpha=-1)
     return memory._replace(W=W, S=S)
 
 
@@ -155,15 +178,25 @@ def inner(
 
 def read(
     plan: Plan, q: Tensor, memories: Room, gates: Gates, inputs: Sequence[Tensor], errors: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
-    """The MLP's output of M_r(q_r) at every slot of n chunks, and what stands before each activation."""
-    x, before = q, []
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The MLP's output of M_r(q_r) at every slot of n chunks; what stands before each activation; and of the layers
+    whose output is the narrower side x W and x S, for the backward pass.
+    """
+    x, before, recalled = q, [], []
     for layer, (a, e) in enumerate(zip(inputs, errors, strict=True)):
-        z = (x @ memories.W[layer]).mul_(gates.beta[..., None])
-        if gates.momentum is not None:
-            z.addcmul_(x @ memories.S[layer], gates.momentum.f[..., None])
-        z -= (gates.C * (x @ a.mT)) @ e
-        before.append(z)
+        W, beta = memories.W[layer], gates.beta[..., None]
+        S, f = (None, None) if gates.momentum is None else (memories.S[layer], gates.momentum.f[..., None])
+        if narrows(a, e):
+            z = (beta * x) @ W
+            if S is not None and f is not None:
+                add_product(z, f * x, S)
+        else:
+            recalled.append(x @ W)
+            z = beta * recalled[-1]
+            if S is not None and f is not None:
+                recalled.append(x @ S)
+                z.addcmul_(recalled[-1], f)
+        before.append(add_product(z, gates.C * (x @ a.mT), e, -1))
         if layer < plan.depth - 1:
             x = plan.activation.value(z)
-    return z, before[:-1]
+    return z, before[:-1], recalled

@@ -13,13 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memlm_kernels.neural_memory.chunk import Gates, Inner, Memory, Momentum, Plan, Room
+from memlm_kernels.neural_memory.chunk import Gates, Inner, Memory, Momentum, Plan, Room, add_product, narrows, weighed
 from memlm_kernels.neural_memory.losses import squared_error
 from memlm_kernels.neural_memory.network import Normalised, Tail
 
 
 class ReadGradients(NamedTuple):
-    """d_W[l] of chunk n is ``x[l][n]^T to_W[l][n]``, d_S likewise: left as factors, for they are large."""
+    """d_W[l] of chunk n is ``to_W[l][0][n]^T to_W[l][1][n]``, d_S likewise: left as factors, for they are large."""
 
     q: Tensor
     C: Tensor
@@ -27,9 +27,8 @@ class ReadGradients(NamedTuple):
     f: Tensor | None
     inputs: list[Tensor]
     errors: list[Tensor]
-    x: list[Tensor]
-    to_W: list[Tensor]
-    to_S: list[Tensor]
+    to_W: list[tuple[Tensor, Tensor]]
+    to_S: list[tuple[Tensor, Tensor]]
 
 
 def read_backward(
@@ -37,38 +36,43 @@ def read_backward(
     d_z: Tensor,
     q: Tensor,
     before: Sequence[Tensor],
+    recalled: Sequence[Tensor],
     memories: Room,
     gates: Gates,
     inputs: Sequence[Tensor],
     errors: Sequence[Tensor],
 ) -> ReadGradients:
-    x = [q, *(plan.activation.value(z) for z in before)]
-    d_C, d_beta = torch.zeros_like(gates.C), torch.zeros_like(gates.beta)
-    d_f = None if gates.momentum is None else torch.zeros_like(gates.momentum.f)
+    x_of, recalled = [q, *(plan.activation.value(z) for z in before)], list(recalled)
+    d_C = torch.zeros_like(gates.C)
+    # Of W and, with momentum, of S: what multiplies them, its gradient, and the factors of theirs.
+    scales = [gates.beta] if gates.momentum is None else [gates.beta, gates.momentum.f]
+    d_scales = [torch.zeros_like(scale) for scale in scales]
+    factors: list[list[tuple[Tensor, Tensor]]] = [[] for _ in scales]
     d_inputs: list[Tensor] = []
     d_errors: list[Tensor] = []
-    to_W: list[Tensor] = []
-    to_S: list[Tensor] = []
     for layer in reversed(range(plan.depth)):
-        a, e = inputs[layer], errors[layer]
-        scores, d_weights = x[layer] @ a.mT, d_z @ e.mT
+        x, a, e = x_of[layer], inputs[layer], errors[layer]
+        scores, d_weights = x @ a.mT, d_z @ e.mT
         d_C -= d_weights * scores
         d_scores = d_weights.mul_(gates.C)
         d_errors.insert(0, ((gates.C * scores).mT @ d_z).neg_())
-        d_inputs.insert(0, (d_scores.mT @ x[layer]).neg_())
-        back = d_z @ memories.W[layer].mT
-        d_beta += (x[layer] * back).sum(-1)
-        d_x = back.mul_(gates.beta[..., None])
-        to_W.insert(0, gates.beta[..., None] * d_z)
-        if gates.momentum is not None and d_f is not None:
-            f = gates.momentum.f[..., None]
-            back = d_z @ memories.S[layer].mT
-            d_f += (x[layer] * back).sum(-1)
-            d_x.addcmul_(back, f)
-            to_S.insert(0, f * d_z)
-        d_x -= d_scores @ a
+        d_inputs.insert(0, (d_scores.mT @ x).neg_())
+        d_x = x.new_zeros(x.shape)
+        of_memories = memories.W[layer], *(memories.S[layer : layer + 1])
+        reads = None if narrows(a, e) else [recalled.pop() for _ in scales][::-1]
+        for i, (scale, M) in enumerate(zip(scales, of_memories, strict=True)):
+            if reads is None:
+                back = d_z @ M.mT
+                d_scales[i] += (x * back).sum(-1)
+                d_x.addcmul_(back, scale[..., None])
+            else:
+                d_scales[i] += (d_z * reads[i]).sum(-1)
+                add_product(d_x, scale[..., None] * d_z, M.mT)
+            factors[i].insert(0, weighed(scale, x, d_z))
+        add_product(d_x, d_scores, a, -1)
         d_z = d_x if layer == 0 else plan.activation.pull_back(d_x, before[layer - 1])
-    return ReadGradients(d_z, d_C, d_beta, d_f, d_inputs, d_errors, x, to_W, to_S)
+    d_beta, d_f = d_scales[0], d_scales[1] if len(scales) > 1 else None
+    return ReadGradients(d_z, d_C, d_beta, d_f, d_inputs, d_errors, factors[0], factors[1] if len(scales) > 1 else [])
 
 
 class LeaveGradients(NamedTuple):
@@ -96,21 +100,30 @@ def leave_backward(
     W, S = [], []
     totals: list[list[Tensor]] = []
     for layer, (a, e, g) in enumerate(zip(inputs, errors, d_W, strict=True)):
-        d_inputs[layer].baddbmm_(c[..., None] * e, g.mT, alpha=-1)
-        moved = a @ g
-        d_errors[layer].addcmul_(moved, c[..., None], value=-1)
-        of_layer = [-(e * moved).sum(-1), _dot(g, memory.W[layer])]
+        d_a, d_e = d_inputs[layer], d_errors[layer]
+        of_layer = [_write_backward(c, a, e, g, d_a, d_e), _dot(g, memory.W[layer])]
         W.append(g * beta[:, None, None])
         if gates.momentum is not None:
             h, s, (f, P, m) = d_S[layer], memory.S[layer], gates.momentum
-            d_inputs[layer].baddbmm_(P[..., None] * e, h.mT, alpha=-1)
-            moved = a @ h
-            d_errors[layer].addcmul_(moved, P[..., None], value=-1)
-            of_layer += [_dot(g, s), -(e * moved).sum(-1), _dot(h, s)]
+            of_layer += [_dot(g, s), _write_backward(P, a, e, h, d_a, d_e), _dot(h, s)]
             S.append((h * m[:, None, None]).addcmul_(g, f[:, -1, None, None]))
         totals.append(of_layer)
     C, last, *momentum = (sum(x[1:], x[0]) for x in zip(*totals, strict=True))
     return LeaveGradients(W, S, C, last, Momentum(*momentum) if momentum else None)
+
+
+def _write_backward(gate: Tensor, a: Tensor, e: Tensor, d_new: Tensor, d_a: Tensor, d_e: Tensor) -> Tensor:
+    """Of -a^T (gate e): adds to d_a and d_e in place, and returns the gate's gradient, [G, J]."""
+    kept, written = weighed(gate, a, e)
+    if narrows(a, e):
+        back = e @ d_new.mT
+        d_a.addcmul_(back, gate[..., None], value=-1)
+        d_e.baddbmm_(kept, d_new, alpha=-1)
+        return -(a * back).sum(-1)
+    back = a @ d_new
+    d_e.addcmul_(back, gate[..., None], value=-1)
+    d_a.baddbmm_(written, d_new.mT, alpha=-1)
+    return -(e * back).sum(-1)
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:

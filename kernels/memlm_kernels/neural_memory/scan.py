@@ -5,6 +5,7 @@ the group's other chunks again with the outer products that made them. A group i
 more than its activations: what is kept grows with the tokens, however large the memory and however short the chunks.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,10 +21,11 @@ from memlm_kernels.neural_memory.chunk import (
     Momentum,
     Plan,
     Room,
-    enter,
     inner,
     leave,
     read,
+    set_anchor,
+    start_documents,
 )
 from memlm_kernels.neural_memory.chunk_backward import inner_backward, leave_backward, read_backward
 from memlm_kernels.neural_memory.network import Tail
@@ -64,28 +66,31 @@ class Scan(torch.autograd.Function):
     def forward(ctx: Any, plan: Plan, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> tuple[Tensor, ...]:
         gates, tail, flags, memory, initial = _sort(plan.depth, rest)
         chunks = len(q)
-        size = _group_size(memory, k, plan.blocks)
+        size, kept_whole = _groups(memory, k, plan.blocks)
         out, surprise, kept = [], [], []
         for start in range(0, chunks, size):
             group = slice(start, start + size)
-            kept.append([*memory.W, *memory.S, *(memory.anchor if flags else ())])
             passed, inputs, errors = [], [], []
             room = Room.of(memory, len(q[group]))
+            W, S = room if kept_whole else memory[:2]
+            kept.append([*W, *S, *(memory.anchor if flags else ())])
             memory = room.move_in(memory)
             of_chunks = gates.of(group)
             for i, (k_n, v_n, gates_n) in enumerate(zip(k[group], v[group], of_chunks.unbind(), strict=True)):
-                memory = enter(memory, plan, flags, initial, start + i)
+                if flags is not None:
+                    start_documents(memory, flags, initial, start + i)
+                memory = set_anchor(memory, plan, flags, start + i)
                 tokens, a, e = inner(plan, k_n, v_n, memory.anchor, tail)
                 passed.append([*tokens.hidden, *tokens.behind, tokens.f])
                 inputs.append(a)
                 errors.append(e)
                 memory = leave(memory, gates_n, a, e, room, i + 1)
             a, e, states = (_stack(x) for x in (inputs, errors, passed))
-            z, before = read(plan, q[group], room, of_chunks, a, e)
+            z, before, recalled = read(plan, q[group], room, of_chunks, a, e)
             out.append(z)
             surprise.append(_gradient_norm(a, e))
-            kept[-1] += [*states, *before]
-        ctx.plan, ctx.size, ctx.present = plan, size, [x is not None for x in rest]
+            kept[-1] += [*states, *before, *recalled]
+        ctx.plan, ctx.size, ctx.kept_whole, ctx.present = plan, size, kept_whole, [x is not None for x in rest]
         ctx.save_for_backward(q, k, v, *[x for x in rest if x is not None], *(x for of in kept for x in of))
         surprises = torch.cat(surprise)
         ctx.mark_non_differentiable(surprises)
@@ -120,26 +125,29 @@ class Scan(torch.autograd.Function):
             inputs, errors, slopes = tokens.gradients(plan, k[group], v[group], tail)
             curvatures = [plan.activation.curvature(h) for h in tokens.hidden]
             size = group.stop - start
-            room = Room.of(current, size)
-            current = room.move_in(current)
+            room = Room(*current[:2]) if ctx.kept_whole else Room.of(current, size)
+            if not ctx.kept_whole:
+                current = room.move_in(current)
             of_chunks = gates.of(group)
             gates_of, a_of, e_of = of_chunks.unbind(), _unstack(inputs, size), _unstack(errors, size)
             entered = []
             for i in range(size):
-                current = enter(current, plan, flags, initial, start + i)
+                if ctx.kept_whole:
+                    current = Memory(*room.at(i), current.anchor)
+                elif flags is not None:
+                    start_documents(current, flags, initial, start + i)
+                current = set_anchor(current, plan, flags, start + i)
                 entered.append(current)
-                if i + 1 < size:
+                if i + 1 < size and not ctx.kept_whole:
                     current = leave(current, gates_of[i], a_of[i], e_of[i], room, i + 1)
-            reads = read_backward(plan, d_out[group], q[group], of_group, room, of_chunks, inputs, errors)
+            before, recalled = of_group[: depth - 1], of_group[depth - 1 :]
+            reads = read_backward(plan, d_out[group], q[group], before, recalled, room, of_chunks, inputs, errors)
             d_q[group], d_C[group], d_beta[group] = reads.q, reads.C, reads.beta
             if d_momentum is not None and reads.f is not None:
                 d_momentum.f[group] = reads.f
-            hidden, behind, slope, curvature, d_a, d_e, x_of, to_W, to_S = (
+            hidden, behind, slope, curvature, d_a, d_e = (
                 _unstack(part, size)
-                for part in (
-                    *(tokens.hidden, tokens.behind, slopes, curvatures),
-                    *(reads.inputs, reads.errors, reads.x, reads.to_W, reads.to_S),
-                )
+                for part in (tokens.hidden, tokens.behind, slopes, curvatures, reads.inputs, reads.errors)
             )
             for i in reversed(range(size)):
                 n = start + i
@@ -150,8 +158,8 @@ class Scan(torch.autograd.Function):
                     d_momentum.f[n, :, -1] += left.momentum.f
                     d_momentum.P[n], d_momentum.m[n] = left.momentum.P, left.momentum.m
                 d_W, d_S = left.W, left.S
-                for d_old, factor, x in zip((*d_W, *d_S), (*to_W[i], *to_S[i]), (*x_of[i], *x_of[i]), strict=False):
-                    d_old.baddbmm_(x.mT, factor)
+                for d_old, (x, d_z) in zip((*d_W, *d_S), (*reads.to_W, *reads.to_S), strict=True):
+                    d_old.baddbmm_(x[i].mT, d_z[i])
                 if at_once:
                     # What follows the call may have asked for the last anchor.
                     for d_old, last in zip(d_W, d_anchor, strict=False):
@@ -186,15 +194,17 @@ class Scan(torch.autograd.Function):
         return None, d_q, d_k, d_v, *of_rest
 
 
-def _group_size(memory: Memory, k: Tensor, blocks: int) -> int:
-    """As many blocks as make the memory kept for a group no larger than the activations kept for its tokens; eight at
-    least, for small products are slow one by one; and whole chunks, so that a group starts with its anchor.
+def _groups(memory: Memory, k: Tensor, blocks: int) -> tuple[int, bool]:
+    """Blocks of a group: as many as make the memory kept for it no larger than the activations kept for its tokens;
+    eight at least, for small products are slow one by one; and whole chunks, so that a group starts with its anchor.
+    And whether the memory is kept for every block: where it is no larger than the block's own activations.
     """
     of_memory = sum(w.numel() for w in (*memory.W, *memory.S))
     hidden = sum(w.shape[-1] for w in memory.W[:-1])
     of_token = 3 * hidden + 2 * k.shape[-1] + 2 * memory.W[-1].shape[-1]
-    size = max(8, -(-of_memory // (of_token * k.shape[1] * k.shape[2])))
-    return -(-size // blocks) * blocks
+    blocks_worth = of_memory / (of_token * k.shape[1] * k.shape[2])
+    size = max(8, math.ceil(blocks_worth))
+    return math.ceil(size / blocks) * blocks, blocks_worth <= 1
 
 
 def _enter_backward(
