@@ -24,11 +24,12 @@ from torch import Tensor
 
 from memlm.bank.shard import Shard, digest_of, merged, read_shard, sync
 from memlm.cache import MemoryCache
-from memlm.memory.base import State
+from memlm.memory.base import State, substate
 from memlm.modeling import MemLMForCausalLM, MemLMModel
-from memlm_kernels.route_documents import RouterShard, bank_keys, nominate_documents
+from memlm_kernels.route_documents import RouterShard, Scored, bank_keys, nominate_documents, route_documents
 
 _INDEX = "index.json"
+_RULE = ("top_k", "similarity", "head_reduce", "query_reduce", "chunk_reduce")
 # Merging stops here: what adding or deleting one document may cost at most.
 SHARD_BYTES = 1 << 26
 # Of a build, what a kill may cost.
@@ -191,8 +192,41 @@ class MemoryBank:
                 "build the bank with this one"
             )
 
+    @torch.no_grad()
+    def search(self, input_ids: Tensor, **inputs: Any) -> dict[int, list[dict[str, float]]]:
+        """Names of the documents that each row's question reads, best first, and their scores, by layer.
+
+        input_ids [B, T], inputs: as the model takes them, which a question asks as it would in ``generate``
+        """
+        memory, watched, found = MemoryCache(), _Watched(self), {}
+        self.model.base_model(input_ids, memory_bank=watched, past_key_values=memory, **inputs)
+        for layer, settings in zip(self.layers, self.settings, strict=True):
+            bank, offered = substate(memory.states[layer], "bank"), watched.offered[layer]
+            chunks = bank["size"].shape[1]
+            # As it is chosen for what follows the question.
+            routes = route_documents(
+                None,
+                bank["router_k"],
+                torch.where(bank["size"] > 0, bank["document"], chunks),
+                num_documents=chunks,
+                scored=Scored(bank["score"], bank["asked"]),
+                **{name: settings[name] for name in _RULE},
+            )
+            best = zip(offered, routes.document[:, 0].tolist(), routes.score[:, 0].tolist(), strict=True)
+            found[layer] = [
+                {self._name(int(numbers[i])): score for i, score in zip(*row, strict=True) if i >= 0}
+                for numbers, *row in best
+            ]
+        return found
+
     def candidates(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor) -> State:
         """See ``memlm.memory.base.Library``."""
+        return self.fetch(layer_idx, self.nominate(layer_idx, q_BAHK, asks_BA), q_BAHK)
+
+    def nominate(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor) -> list[Tensor]:
+        """Of each row the numbers, ascending, of a few documents that hold all that it can choose; they are counted in
+        the order of reading, deleted ones too.
+        """
         layer = self.layers.index(layer_idx)
         config = self.settings[layer]
         parts, first = [], 0
@@ -200,15 +234,18 @@ class MemoryBank:
             parts.append(RouterShard(shard.router_LCGK[layer], shard.document_C, first, len(shard)))
             first += len(shard)
         with torch.autocast(q_BAHK.device.type, enabled=False):
-            chosen = nominate_documents(
+            return nominate_documents(
                 q_BAHK,
                 parts,
-                top_k=config["top_k"],
                 asks=asks_BA,
                 running=config["routing"] == "causal",
-                **{name: config[name] for name in ("similarity", "head_reduce", "query_reduce", "chunk_reduce")},
+                **{name: config[name] for name in _RULE},
             )
-        rows = [self._fetched(layer, numbers.cpu(), q_BAHK) for numbers in chosen]
+
+    def fetch(self, layer_idx: int, numbers: Sequence[Tensor], like: Tensor) -> State:
+        """What ``candidates`` returns of documents that were nominated; like: where it is to go."""
+        layer = self.layers.index(layer_idx)
+        rows = [self._fetched(layer, of_row.cpu(), like) for of_row in numbers]
         width = max(len(row["size"]) for row in rows)
         return {name: torch.stack([_padded(row[name], width) for row in rows]) for name in rows[0]}
 
@@ -285,6 +322,13 @@ class MemoryBank:
             wrong = low if low < 0 else high
             raise ValueError(f"documents[{name!r}] holds token {wrong}; the model knows 0 to vocab_size - 1")
         return ids.to("cpu", torch.int64)
+
+    def _name(self, number: int) -> str:
+        for shard in self.shards:
+            if number < len(shard):
+                return shard.names[number]
+            number -= len(shard)
+        raise AssertionError
 
     def _known(self, name: str) -> None:
         if name not in self:
@@ -378,6 +422,18 @@ class MemoryBank:
                 f"{directory}: a bank of the model of fingerprint {index['fingerprint']}, not {self.fingerprint}; "
                 "give that model, or another folder"
             )
+
+
+class _Watched:
+    """A bank that notes the documents nominated in each layer."""
+
+    def __init__(self, bank: MemoryBank) -> None:
+        self.bank, self.check = bank, bank.check
+        self.offered: dict[int, list[Tensor]] = {}
+
+    def candidates(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor) -> State:
+        self.offered[layer_idx] = self.bank.nominate(layer_idx, q_BAHK, asks_BA)
+        return self.bank.fetch(layer_idx, self.offered[layer_idx], q_BAHK)
 
 
 def fingerprint(model: MemLMModel) -> str:

@@ -168,7 +168,12 @@ def test_what_does_not_fit_is_named(questions):
         load_questions("nowhere.jsonl")
     for settings, message in (
         (dict(length=10), "length=10 is too short"),
-        (dict(num_documents=33), "num_documents=33 must lie between 1 and num_keys=32"),
+        (
+            dict(num_documents=33),
+            "num_documents=33 must lie between 1 and the 32 keys that num_keys=32 and key_length=1",
+        ),
+        (dict(key_length=9), "key_length=9 must lie between 1 and 8"),
+        (dict(num_documents=22, num_keys=8, key_length=2), "must lie between 1 and the 21 keys"),
         (dict(digits=0), "digits=0"),
         (dict(num_values=97), "num_values=97"),
     ):
