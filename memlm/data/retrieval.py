@@ -143,7 +143,9 @@ class Facts(RecallTask):
 
     def library(self, seed: int, split: str, documents: int, questions: int) -> Library:
         """So many documents as long as those of a sample, and questions about as many of them as there are."""
-        many = replace(self, length=-(-self.length * documents // self.num_documents), num_documents=documents)
+        rest = 2 + self.key_length + self.digits
+        length = rest + -(-(self.length - rest) * documents // self.num_documents)
+        many = replace(self, length=length, num_documents=documents)
         rng = np.random.default_rng([seed, split_id(split), documents, questions])
         keys, digits, texts = many._facts(rng, split, 1.0)
         asked = (rng.permutation(documents) for _ in range(-(-questions // documents)))
