@@ -188,6 +188,10 @@ def test_any_history_equals_a_rebuild(limit, monkeypatch, tmp_path):
         assert stats["dead_chunks"] <= stats["chunks"] and stats["tokens"] == sum(map(len, documents.values()))
     rebuilt = bank_of(model, documents)
     assert_close("rebuilt", asked(model, rebuilt, QUESTION), asked(model, bank, QUESTION), 1e-12)
+    for layer, rows in bank.search(tokens(5, 3).repeat(2, 1)).items():
+        again = rebuilt.search(tokens(5, 3)[None])[layer][0]
+        assert all([*row] == [*again] and len(row) == 2 and set(row) <= set(documents) for row in rows)
+        assert [*again.values()] == sorted(again.values(), reverse=True)
 
 
 def test_an_update_that_changes_nothing_reads_nothing(monkeypatch):
