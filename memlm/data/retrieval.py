@@ -92,13 +92,15 @@ class Facts(RecallTask):
     the answer the fact's n digits. Keys are distinct, and those of two symbols and more are other ones in each split;
     digits are any of the values, lengths of documents at random.
 
-    length: tokens of the sample. key_length: symbols of a key. Raises ValueError where the sizes do not fit.
+    length: tokens of the sample. key_length: symbols of a key. alike: of a sample's keys, how many differ from the one
+    asked for in a single symbol. Raises ValueError where the sizes do not fit.
     """
 
     length: int = 128
     num_documents: int = 8
     digits: int = 1
     key_length: int = 1
+    alike: int = 0
     num_keys: int = 32
     num_values: int = 32
 
@@ -114,6 +116,12 @@ class Facts(RecallTask):
             raise ValueError(
                 f"num_documents={self.num_documents} must lie between 1 and the {self.keys_of_a_split} keys that "
                 f"num_keys={self.num_keys} and key_length={self.key_length} give a split"
+            )
+        neighbours = self.key_length * (self.num_keys // self._sharing - 1)
+        if not 0 <= self.alike < self.num_documents or (self.alike and self.num_documents > neighbours):
+            raise ValueError(
+                f"alike={self.alike} must lie between 0 and num_documents - 1, and num_documents={self.num_documents} "
+                f"be at most the {neighbours} keys that differ from one in a symbol"
             )
         least = 2 + self.key_length + self.digits + self.num_documents * (self.key_length + self.digits)
         if self.length < least:
@@ -136,8 +144,12 @@ class Facts(RecallTask):
     def sample(self, seed: int, split: str, index: int, noise: float) -> RetrievalRow:
         """Row `index` of `split`; noise: the probability that a token beside the facts is noise, and not blank."""
         rng = np.random.default_rng([seed, split_id(split), index])
-        keys, digits, documents = self._facts(rng, split, noise)
-        asked = rng.integers(self.num_documents)
+        numbers, asked = self._keys(rng, split), rng.integers(self.num_documents)
+        others = np.setdiff1d(self._neighbours(numbers[asked]), numbers)
+        numbers[np.arange(1, self.alike + 1) + asked - self.num_documents] = rng.choice(
+            others, self.alike, replace=False
+        )
+        keys, digits, documents = self._facts(rng, numbers, noise)
         told = ((ids, number == asked) for number, ids in enumerate(documents))
         return make_sample([MARK], told, [ASK, *keys[asked]], digits[asked])
 
@@ -147,19 +159,28 @@ class Facts(RecallTask):
         length = rest + -(-(self.length - rest) * documents // self.num_documents)
         many = replace(self, length=length, num_documents=documents)
         rng = np.random.default_rng([seed, split_id(split), documents, questions])
-        keys, digits, texts = many._facts(rng, split, 1.0)
+        keys, digits, texts = many._facts(rng, many._keys(rng, split), 1.0)
         asked = (rng.permutation(documents) for _ in range(-(-questions // documents)))
         numbers = np.concatenate([*asked])[:questions]
         found = [Inquiry(np.array([ASK, *keys[n]]), digits[n], frozenset({int(n)})) for n in numbers]
         return Library(np.array([MARK]), texts, found, self.chance**self.digits)
 
+    def _keys(self, rng: np.random.Generator, split: str) -> np.ndarray:
+        """Distinct keys of a split as numbers, whose digits are their symbols, [documents]."""
+        numbers = rng.choice(self.keys_of_a_split, self.num_documents, replace=False)
+        return numbers * self._sharing + split_id(split) % self._sharing
+
+    def _neighbours(self, number: int) -> np.ndarray:
+        """Keys of the same split that differ in one symbol."""
+        places, symbols = self.num_keys ** np.arange(self.key_length), np.arange(self.num_keys)[:, None]
+        others = number + (symbols - number // places % self.num_keys) * places
+        return others[(others != number) & (others % self._sharing == number % self._sharing)]
+
     def _facts(
-        self, rng: np.random.Generator, split: str, noise: float
+        self, rng: np.random.Generator, numbers: np.ndarray, noise: float
     ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
         """Keys [documents, symbols], digits [documents, digits], and the documents that hold them."""
         fact = self.key_length + self.digits
-        numbers = rng.choice(self.keys_of_a_split, self.num_documents, replace=False)
-        numbers = numbers * self._sharing + split_id(split) % self._sharing
         keys = KEYS[numbers[:, None] // self.num_keys ** np.arange(self.key_length) % self.num_keys]
         digits = VALUES[rng.integers(self.num_values, size=(self.num_documents, self.digits))]
         spare = self.length - 2 - fact - self.num_documents * fact

@@ -60,6 +60,7 @@ def key_of(document):
 
 def test_keys_of_several_symbols_are_distinct_and_of_one_split():
     task, keys = Facts(length=60, num_documents=8, key_length=2, num_keys=9), {}
+    alike = Facts(length=60, num_documents=4, key_length=2, num_keys=9, alike=2)
     for split in ("train", "validation", "test"):
         keys[split] = set()
         for index in range(60):
@@ -67,7 +68,21 @@ def test_keys_of_several_symbols_are_distinct_and_of_one_split():
             of_row = {key_of(row.input_ids[row.doc_ids == n]) for n in range(1, 9)}
             assert len(of_row) == 8 and all(len(key) == 2 for key in of_row)
             keys[split] |= of_row
+            row = alike.sample(0, split, index, 1.0)
+            of_row = {key_of(row.input_ids[row.doc_ids == n]) for n in range(1, 5)}
+            assert len(of_row) == 4
+            keys[split] |= of_row
     assert all(len(of_split) == 27 for of_split in keys.values()) and len(set.union(*keys.values())) == 81
+
+
+def test_alike_keys_differ_in_one_symbol():
+    task = Facts(length=80, key_length=4, alike=3)
+    for index in range(30):
+        row = task.sample(0, "test", index, 1.0)
+        keys = [key_of(row.input_ids[row.doc_ids == n]) for n in range(1, 9)]
+        asked = tuple(row.input_ids[row.doc_ids == 0][1:].tolist())
+        differ = sorted(sum(a != b for a, b in zip(asked, key, strict=True)) for key in keys)
+        assert differ[:4] == [0, 1, 1, 1] and differ[4] > 0 and len(set(keys)) == 8
 
 
 def test_a_library_is_of_unseen_keys_and_its_questions_have_one_document_each():
@@ -222,6 +237,8 @@ def test_what_does_not_fit_is_named(questions):
         (dict(key_length=9), "key_length=9 must lie between 1 and 8"),
         (dict(num_documents=22, num_keys=8, key_length=2), "must lie between 1 and the 21 keys"),
         (dict(digits=0), "digits=0"),
+        (dict(key_length=4, alike=8), "alike=8 must lie between 0 and num_documents - 1"),
+        (dict(num_documents=6, num_keys=9, key_length=2, alike=1), "be at most the 4 keys that differ from one"),
         (dict(num_values=97), "num_values=97"),
     ):
         with pytest.raises(ValueError, match=message):
