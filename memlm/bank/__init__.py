@@ -45,9 +45,9 @@ class MemoryBank:
 
     Keys of the routers are kept on the model's device; what attention sees, on the host or mapped from disk, and is
     fetched for those documents only that a query may choose. A document costs 1 / chunk_size of its tokens.
-    group: of torch.distributed, whose processes have the same model. Documents are dealt to them; all of them do the same
-    with the bank, in the same order, and ask it together; the bytes of ``stats`` are a process's own. Folders are such
-    as all of them see.
+    group: of torch.distributed, whose processes have the same model. Documents are dealt to them; all of them do the
+    same with the bank, in the same order, and ask it together, and all see its folder; bytes of ``stats`` are a
+    process's own.
     Raises ValueError for a model that has no routers or another kind of layer.
     """
 

@@ -92,8 +92,8 @@ class Facts(RecallTask):
     the answer the fact's n digits. Keys are distinct, and those of two symbols and more are other ones in each split;
     digits are any of the values, lengths of documents at random.
 
-    length: tokens of the sample. key_length: symbols of a key. alike: of a sample's keys, how many differ from the one
-    asked for in a single symbol. Raises ValueError where the sizes do not fit.
+    length: tokens of the sample. key_length: symbols of a key. alike: of a sample's keys, how many, if there are such,
+    differ from the one asked for in a single symbol. Raises ValueError where the sizes do not fit.
     """
 
     length: int = 128
@@ -117,12 +117,8 @@ class Facts(RecallTask):
                 f"num_documents={self.num_documents} must lie between 1 and the {self.keys_of_a_split} keys that "
                 f"num_keys={self.num_keys} and key_length={self.key_length} give a split"
             )
-        neighbours = self.key_length * (self.num_keys // self._sharing - 1)
-        if not 0 <= self.alike < self.num_documents or (self.alike and self.num_documents > neighbours):
-            raise ValueError(
-                f"alike={self.alike} must lie between 0 and num_documents - 1, and num_documents={self.num_documents} "
-                f"be at most the {neighbours} keys that differ from one in a symbol"
-            )
+        if not 0 <= self.alike < self.num_documents:
+            raise ValueError(f"alike={self.alike} must lie between 0 and num_documents - 1 = {self.num_documents - 1}")
         least = 2 + self.key_length + self.digits + self.num_documents * (self.key_length + self.digits)
         if self.length < least:
             raise ValueError(f"length={self.length} is too short for {self}; make it at least {least}")
@@ -146,9 +142,8 @@ class Facts(RecallTask):
         rng = np.random.default_rng([seed, split_id(split), index])
         numbers, asked = self._keys(rng, split), rng.integers(self.num_documents)
         others = np.setdiff1d(self._neighbours(numbers[asked]), numbers)
-        numbers[np.arange(1, self.alike + 1) + asked - self.num_documents] = rng.choice(
-            others, self.alike, replace=False
-        )
+        others = rng.permutation(others)[: self.alike]
+        numbers[np.arange(1, len(others) + 1) + asked - self.num_documents] = others
         keys, digits, documents = self._facts(rng, numbers, noise)
         told = ((ids, number == asked) for number, ids in enumerate(documents))
         return make_sample([MARK], told, [ASK, *keys[asked]], digits[asked])
@@ -157,7 +152,7 @@ class Facts(RecallTask):
         """So many documents as long as those of a sample, and questions about as many of them as there are."""
         rest = 2 + self.key_length + self.digits
         length = rest + -(-(self.length - rest) * documents // self.num_documents)
-        many = replace(self, length=length, num_documents=documents)
+        many = replace(self, length=length, num_documents=documents, alike=0)
         rng = np.random.default_rng([seed, split_id(split), documents, questions])
         keys, digits, texts = many._facts(rng, many._keys(rng, split), 1.0)
         asked = (rng.permutation(documents) for _ in range(-(-questions // documents)))

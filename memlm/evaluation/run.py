@@ -78,6 +78,9 @@ def run(cfg: DictConfig) -> None:
     results: dict[str, Any] = {"environment": _environment(device), "data": data, "models": {}}
     results["corpora"] = {n: s.corpus.folder.name for n, s in mixture.sources.items() if isinstance(s, TextSource)}
     if cfg.eval.bank_documents:
+        least = min(*cfg.eval.bank_documents, cfg.eval.bank_questions)
+        if least < 1:
+            raise ValueError(f"eval.bank_documents and eval.bank_questions hold {least}; use 1 or more")
         subjects = _with_banks(subjects, mixture, console)
     for subject in subjects:
         if len(tokenizer) > subject.model.config.vocab_size:
