@@ -67,7 +67,9 @@ def fill(tokens: int, folder: Path) -> None:
         content = torch.randn(2, chunks, 2, *shape, generator=generator)
         names = [f"document {i}" for i in range(first, first + n)]
         alive = torch.ones(n, dtype=torch.bool)
-        bank._append(Shard(router, content, names, [f"{i:032x}" for i in range(n)], [LENGTH] * n, CHUNK, alive))
+        bank._append(
+            Shard(router, content, names, [f"{i:032x}" for i in range(n)], [LENGTH] * n, CHUNK, alive, alive.clone())
+        )
         # As a build does: what is saved needs no memory.
         start = time.perf_counter()
         bank.save(folder)

@@ -188,6 +188,10 @@ def test_any_history_equals_a_rebuild(limit, monkeypatch, tmp_path):
         assert stats["dead_chunks"] <= stats["chunks"] and stats["tokens"] == sum(map(len, documents.values()))
     rebuilt = bank_of(model, documents)
     assert_close("rebuilt", asked(model, rebuilt, QUESTION), asked(model, bank, QUESTION), 1e-12)
+    for layer, rows in bank.search(tokens(5, 3).repeat(2, 1)).items():
+        again = rebuilt.search(tokens(5, 3)[None])[layer][0]
+        assert all([*row] == [*again] and len(row) == 2 and set(row) <= set(documents) for row in rows)
+        assert [*again.values()] == sorted(again.values(), reverse=True)
 
 
 def test_an_update_that_changes_nothing_reads_nothing(monkeypatch):
@@ -442,8 +446,9 @@ def test_nominations_hold_every_choice(running, reduce):
         RouterShard(k[a:b], torch.where(document[a:b] < 0, -1, document[a:b] - first), first, end - first)
         for a, b, first, end in zip(ends[:-1], ends[1:], starts[:-1], starts[1:], strict=True)
     ]
-    got = nominate_documents(q, shards, top_k=4, asks=asks, running=running, held=32 * 21, **settings)
+    got, scores = nominate_documents(q, shards, top_k=4, asks=asks, running=running, held=32 * 21, **settings)
+    assert got.shape == scores.shape == (3, 7 if running else 1, 4)
+    assert ((got < 0) == (scores == float("-inf"))).all() and (got[2] < 0).all()
     for numbers, row in zip(got, expected, strict=True):
-        wanted = set(row.flatten().tolist()) - {-1}
-        assert wanted <= set(numbers.tolist()) and len(numbers) <= 4 * (7 if running else 1)
-        assert numbers.tolist() == sorted(numbers.tolist()) and not any(n % 5 == 3 for n in numbers.tolist())
+        wanted, offered = (set(x.flatten().tolist()) - {-1} for x in (row, numbers))
+        assert wanted <= offered and not any(n % 5 == 3 for n in offered)

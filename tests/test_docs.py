@@ -48,7 +48,7 @@ def test_a_new_memory_is_three_files_and_passes_the_contract(tmp_path):
     "example, memory, said, written",
     [
         (0, "titans_mag", "It was the ", "memories/book/memory.safetensors"),
-        (1, "msa", "?d", "banks/facts/index.json"),
+        (1, "msa", "?dwp2", "banks/facts/index.json"),
     ],
 )
 def test_the_readme_examples_run(tmp_path, monkeypatch, capsys, example, memory, said, written):

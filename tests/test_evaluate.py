@@ -10,10 +10,10 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from memlm.data import MQAR, Batch, Passkey, byte_tokenizer, token_bytes
+from memlm.data import MQAR, Batch, Facts, Library, Passkey, byte_tokenizer, token_bytes
 from memlm.evaluation import run as evaluate
 from memlm.evaluation.ablation import memory_off
-from memlm.evaluation.measures import needles, recall, text_by_position
+from memlm.evaluation.measures import bank, needles, recall, text_by_position
 from memlm.training import run as train
 from memlm.training.objective import score
 from tests.conftest import build, composed
@@ -55,6 +55,67 @@ def test_recall_and_needles_on_an_oracle():
     ]
     guessing = recall(build(dtype=torch.float32), "passkey", Passkey(), 0, [1], 64)
     assert guessing[0].accuracy < 0.15
+
+
+def chosen_one_by_one(model, layer, top_k, x_TD, documents_T, asks_T):
+    """Documents by their score, a loop over all there is: of cosines, the mean over heads, the most of any token."""
+    mixer = model.model.layers[layer].mixer
+    x_TD = model.model.layers[layer].input_layernorm(x_TD)
+    q_THK, r_TGK = (p(x_TD).unflatten(-1, (2, -1)) for p in (mixer.router_q_proj, mixer.router_k_proj))
+    scores = {}
+    for n in range(1, int(documents_T.max()) + 1):
+        for chunk in r_TGK[documents_T == n].split(mixer.msa.chunk_size):
+            for q in q_THK[asks_T]:
+                score = torch.cosine_similarity(q, chunk.mean(0), dim=-1).mean().item()
+                scores[n] = max(score, scores.get(n, -2.0))
+    return sorted(scores, key=lambda n: -scores[n])[:top_k]
+
+
+@torch.no_grad()
+def test_a_bank_is_asked_as_documents_in_the_context_are():
+    """Hits are those of a loop; answers those of a forward over all documents, with and without what is asked for."""
+    model, top_k = build("msa", chunk_size=4, top_k=2), 2
+    plain = Facts(key_length=2, digits=2, length=64, num_documents=5).library(3, "test", 17, 11)
+    assert len(plain.documents) == 17 and len(plain.inquiries) == 11 and plain.chance == 1 / 1024
+
+    def forward(inquiry, gone=frozenset()):
+        kept = [(n, ids) for n, ids in enumerate(plain.documents) if n not in gone]
+        parts = [(-2, plain.template), *((i + 1, ids) for i, (_, ids) in enumerate(kept))]
+        parts += [(0, inquiry.question), (-1, inquiry.answer)]
+        ids = torch.from_numpy(np.concatenate([part for _, part in parts]))[None]
+        roles = torch.cat([torch.full((len(part),), role) for role, part in parts])[None]
+        out = model(ids, doc_ids=roles, output_hidden_states=True)
+        return out, roles[0], [n for n, _ in kept]
+
+    inquiries = []
+    for i, inquiry in enumerate(plain.inquiries):
+        # Of different lengths, and every other answer is what the model says.
+        inquiry = inquiry._replace(question=np.append(inquiry.question, np.full(i % 3, 7)))
+        for place in range(2 if i % 2 else 0):
+            said = forward(inquiry)[0].logits[0, -3 + place].argmax().item()
+            inquiry.answer[place] = said
+        # About two documents, every third.
+        inquiries.append(inquiry._replace(found=inquiry.found | ({0} if i % 3 == 0 else set())))
+    library = Library(plain.template, plain.documents, inquiries, plain.chance)
+    gone = frozenset().union(*(inquiry.found for inquiry in inquiries))
+    figures = {0: [], 1: []}
+    exact, deleted = [], []
+    for inquiry in inquiries:
+        out, roles, _ = forward(inquiry)
+        for layer, of in figures.items():
+            best = chosen_one_by_one(model, layer, top_k, out.hidden_states[layer][0], roles, roles == 0)
+            right = [n - 1 in inquiry.found for n in best]
+            of.append((right[0], any(right), sum(right) / len(inquiry.found)))
+        for results, logits in ((exact, out.logits), (deleted, forward(inquiry, gone)[0].logits)):
+            results.append(logits[0, -3:-1].argmax(-1).tolist() == inquiry.answer.tolist())
+    got = bank(model, "facts", library, rows=4)
+    assert (got.documents, got.questions, got.tokens) == (17, 11, sum(map(len, plain.documents)))
+    assert got.exact == pytest.approx(np.mean(exact)) and got.exact_deleted == pytest.approx(np.mean(deleted))
+    assert 0.4 < got.exact < 0.6 and got.exact_deleted < got.exact
+    for routed in got.layers:
+        expected = np.mean(figures[routed.layer], 0)
+        assert (routed.hit_1, routed.hit, routed.recall) == pytest.approx(tuple(expected)) and routed.top_k == 2
+    assert any(0 < routed.hit < 1 for routed in got.layers)
 
 
 def test_text_by_position_equals_one_long_forward():
@@ -169,6 +230,38 @@ def test_an_evaluation_leaves_a_table_results_and_a_report_that_stands_alone(tra
         assert text in page
     pictures = {"needles", "recall", "text", "surprise", "loss", "validation", "gates"}
     assert {p.stem for p in (out / "plots").iterdir()} == pictures
+
+
+def test_an_evaluation_of_banks(tmp_path, capsys):
+    for memory in ("msa", "none"):
+        train(
+            composed(
+                "experiment=facts",
+                f"memory={memory}",
+                f"run_dir={tmp_path}/{memory}-seed0",
+                "train.steps=1",
+                "train.batch_size=2",
+                "model.hidden_size=32",
+            )
+        )
+        AcceleratorState._reset_state(reset_partial_state=True)
+    options = ("eval=bank", "eval.bank_documents=[3,20]", "eval.bank_questions=5")
+    paths = (f"checkpoint={tmp_path}/msa-seed0", f"control={tmp_path}/none-seed0")
+    capsys.readouterr()
+    evaluate(composed(*options, *paths, config="evaluate"))
+    screen = capsys.readouterr().out
+    assert "control (none) has no bank: model.mixers.*.kind='attention'" in screen
+    assert "hit@1" in screen and "deleted" in screen
+    out = tmp_path / "msa-seed0" / "evaluation"
+    models = json.loads((out / "results.json").read_text())["models"]
+    assert [b["documents"] for b in models["msa"]["bank"]] == [3, 20] and [*models] == ["msa"]
+    assert {"hit_1", "hit", "recall"} <= set(models["msa"]["bank"][0]["layers"][0])
+    assert models["msa"]["recall"] == [] and models["msa"]["text"] == {}
+    assert "A bank of documents" in (out / "report.html").read_text() and (out / "plots" / "bank.png").exists()
+    with pytest.raises(ValueError, match="step_000001 has no bank: model"):
+        evaluate(composed(*options, f"checkpoint={tmp_path}/none-seed0", "control=null", config="evaluate"))
+    with pytest.raises(ValueError, match="data has no documents"):
+        evaluate(composed(*options, *paths, "data=recall", config="evaluate"))
 
 
 def test_an_evaluation_without_control_says_how_to_get_one(trained, tmp_path, capsys):

@@ -21,14 +21,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from memlm.bank.shard import Shard, digest_of, merged, read_shard, sync
+from memlm.bank.index import INDEX, fingerprint, read_index
+from memlm.bank.ranks import Ranks
+from memlm.bank.shard import Shard, digest_of, merged, read_shard, sync, whole
 from memlm.cache import MemoryCache
-from memlm.memory.base import State
+from memlm.memory.base import State, substate
 from memlm.modeling import MemLMForCausalLM, MemLMModel
-from memlm_kernels.route_documents import RouterShard, bank_keys, nominate_documents
+from memlm_kernels.route_documents import RouterShard, Scored, bank_keys, nominate_documents, route_documents
 
-_INDEX = "index.json"
+_RULE = ("top_k", "similarity", "head_reduce", "query_reduce", "chunk_reduce")
 # Merging stops here: what adding or deleting one document may cost at most.
 SHARD_BYTES = 1 << 26
 # Of a build, what a kill may cost.
@@ -42,10 +45,15 @@ class MemoryBank:
 
     Keys of the routers are kept on the model's device; what attention sees, on the host or mapped from disk, and is
     fetched for those documents only that a query may choose. A document costs 1 / chunk_size of its tokens.
+    group: of torch.distributed, whose processes have the same model. Documents are dealt to them; all of them do the
+    same with the bank, in the same order, and ask it together, and all see its folder; bytes of ``stats`` are a
+    process's own.
     Raises ValueError for a model that has no routers or another kind of layer.
     """
 
-    def __init__(self, model: MemLMForCausalLM, tokens_per_batch: int = 4096) -> None:
+    def __init__(
+        self, model: MemLMForCausalLM, tokens_per_batch: int = 4096, group: ProcessGroup | None = None
+    ) -> None:
         if tokens_per_batch < 1:
             raise ValueError(f"tokens_per_batch={tokens_per_batch} must be at least 1")
         self.model, self.tokens_per_batch = model, tokens_per_batch
@@ -65,7 +73,9 @@ class MemoryBank:
         if len(sizes) > 1:
             raise ValueError(f"model.mixers.*.chunk_size is {sizes[0]} and {sizes[1]}; a bank needs one")
         self.chunk_size: int = sizes[0]
-        self.fingerprint = fingerprint(model.base_model)
+        self.fingerprint, self.ranks = fingerprint(model.base_model), Ranks(group)
+        if len(said := set(self.ranks.all_say(self.fingerprint))) > 1:
+            raise ValueError(f"group: its processes have models of {len(said)} fingerprints; load one in all of them")
         self.shards: list[Shard] = []
         self._home: dict[str, Shard] = {}
 
@@ -77,22 +87,23 @@ class MemoryBank:
         directory: str | Path | None = None,
         tokens_per_batch: int = 4096,
         progress: bool = True,
+        group: ProcessGroup | None = None,
     ) -> "MemoryBank":
         """Read documents, name -> token ids (or pairs), one batch of tokens_per_batch at a time.
 
         directory: where the bank is saved as it grows; a build that was killed goes on there, with the documents that
         it had not read. Raises ValueError if a finished bank, or another model's, lies there.
         """
-        bank = cls(model, tokens_per_batch)
-        if directory is not None and (Path(directory) / _INDEX).exists():
-            if _read_index(Path(directory))["complete"]:
+        bank = cls(model, tokens_per_batch, group)
+        if directory is not None and (Path(directory) / INDEX).exists():
+            if read_index(Path(directory))["complete"]:
                 raise ValueError(f"directory={directory} holds a finished bank; load it and add, or name another")
             bank._open(Path(directory))
         given: set[str] = set()
         committed = time.monotonic()
         for shard in bank._read(bank._not_read(documents, given), progress):
             bank._append(shard)
-            if directory is not None and time.monotonic() - committed >= COMMIT_SECONDS:
+            if directory is not None and bank.ranks.told(time.monotonic() - committed >= COMMIT_SECONDS):
                 bank._save(Path(directory), complete=False)
                 committed = time.monotonic()
         bank.delete([name for name in bank.documents() if name not in given])
@@ -172,12 +183,12 @@ class MemoryBank:
         self._save(Path(directory), complete=True)
 
     @classmethod
-    def load(cls, directory: str | Path, model: MemLMForCausalLM) -> "MemoryBank":
+    def load(cls, directory: str | Path, model: MemLMForCausalLM, group: ProcessGroup | None = None) -> "MemoryBank":
         """What ``save`` wrote, mapped from disk. Raises ValueError if the bank is of another model or not finished,
         or if a file is torn.
         """
-        directory, bank = Path(directory), cls(model)
-        if not _read_index(directory)["complete"]:
+        directory, bank = Path(directory), cls(model, group=group)
+        if not read_index(directory)["complete"]:
             raise ValueError(f"{directory}: the build was not finished; run it again, it goes on where it was")
         bank._open(directory)
         return bank
@@ -191,8 +202,41 @@ class MemoryBank:
                 "build the bank with this one"
             )
 
+    @torch.no_grad()
+    def search(self, input_ids: Tensor, **inputs: Any) -> dict[int, list[dict[str, float]]]:
+        """Names of the documents that each row's question reads, best first, and their scores, by layer.
+
+        input_ids [B, T], inputs: as the model takes them, which a question asks as it would in ``generate``
+        """
+        memory, watched, found = MemoryCache(), _Watched(self), {}
+        self.model.base_model(input_ids, memory_bank=watched, past_key_values=memory, **inputs)
+        for layer, settings in zip(self.layers, self.settings, strict=True):
+            bank, offered = substate(memory.states[layer], "bank"), watched.offered[layer]
+            chunks = bank["size"].shape[1]
+            # As it is chosen for what follows the question.
+            routes = route_documents(
+                None,
+                bank["router_k"],
+                torch.where(bank["size"] > 0, bank["document"], chunks),
+                num_documents=chunks,
+                scored=Scored(bank["score"], bank["asked"]),
+                **{name: settings[name] for name in _RULE},
+            )
+            best = zip(offered, routes.document[:, 0].tolist(), routes.score[:, 0].tolist(), strict=True)
+            found[layer] = [
+                {self._name(int(numbers[i])): score for i, score in zip(*row, strict=True) if i >= 0}
+                for numbers, *row in best
+            ]
+        return found
+
     def candidates(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor) -> State:
         """See ``memlm.memory.base.Library``."""
+        return self.fetch(layer_idx, self.nominate(layer_idx, q_BAHK, asks_BA), q_BAHK)
+
+    def nominate(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor) -> list[Tensor]:
+        """Of each row the numbers, ascending, of a few documents that hold all that it can choose; they are counted in
+        the order of reading, deleted ones too.
+        """
         layer = self.layers.index(layer_idx)
         config = self.settings[layer]
         parts, first = [], 0
@@ -200,26 +244,34 @@ class MemoryBank:
             parts.append(RouterShard(shard.router_LCGK[layer], shard.document_C, first, len(shard)))
             first += len(shard)
         with torch.autocast(q_BAHK.device.type, enabled=False):
-            chosen = nominate_documents(
+            index, score = nominate_documents(
                 q_BAHK,
                 parts,
-                top_k=config["top_k"],
                 asks=asks_BA,
                 running=config["routing"] == "causal",
-                **{name: config[name] for name in ("similarity", "head_reduce", "query_reduce", "chunk_reduce")},
+                **{name: config[name] for name in _RULE},
             )
-        rows = [self._fetched(layer, numbers.cpu(), q_BAHK) for numbers in chosen]
+        index = self.ranks.best(index, score, config["top_k"])
+        return [numbers[numbers >= 0] for numbers in (row.unique() for row in index)]
+
+    def fetch(self, layer_idx: int, numbers: Sequence[Tensor], like: Tensor) -> State:
+        """What ``candidates`` returns of documents that were nominated; like: where it is to go."""
+        layer = self.layers.index(layer_idx)
+        rows = [self._fetched(layer, of_row.cpu(), like) for of_row in numbers]
         width = max(len(row["size"]) for row in rows)
-        return {name: torch.stack([_padded(row[name], width) for row in rows]) for name in rows[0]}
+        state = {name: torch.stack([_padded(row[name], width) for row in rows]) for name in rows[0]}
+        k, v, router_k = self.ranks.total(state.pop("kept")).unbind(2)
+        return state | {"k": k, "v": v, "router_k": router_k}
 
     def _fetched(self, layer: int, numbers_N: Tensor, like: Tensor) -> State:
-        """Chunks of documents, as they are numbered over all shards; like: where they are to go."""
+        """Of documents, as they are numbered over all shards, the chunks: size and document, and what is kept of this
+        process's, zeros of others'; like: where they are to go.
+        """
         config = self.model.config
-        shape = (0, config.num_key_value_heads, config.head_dim)
-        kept = torch.promote_types(like.dtype, torch.float32)
-        empty = torch.zeros(shape, device=like.device, dtype=kept)
+        shape = (0, 3, config.num_key_value_heads, config.head_dim)
+        empty = torch.zeros(shape, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
         none = torch.zeros(0, dtype=torch.int64)
-        ks, vs, routers, sizes, owners = [empty], [empty], [empty], [none], [none]
+        kept, sizes, owners = [empty], [none], [none]
         first = 0
         for shard in self.shards:
             inside = (numbers_N >= first) & (numbers_N < first + len(shard))
@@ -227,15 +279,18 @@ class MemoryBank:
             first += len(shard)
             if not len(local_N):
                 continue
-            chunks, count_N = shard.chunks_of(local_N), shard.count_N[local_N]
-            content = shard.content_LC2GK[layer][chunks].to(like.device)
-            ks.append(content[:, 0])
-            vs.append(content[:, 1])
-            routers.append(shard.router_LCGK[layer][chunks.to(like.device)])
-            before = (chunks - shard.first_N[local_N].repeat_interleave(count_N)) * self.chunk_size
+            count_N, own_N = shard.count_N[local_N], shard.own_N[local_N]
+            of_router, of_content = shard.chunks_of(local_N[own_N])
+            content = shard.content_LC2GK[layer][of_content].to(like.device)
+            router = shard.router_LCGK[layer][of_router.to(like.device)]
+            total = int(count_N.sum())
+            own_C = own_N.repeat_interleave(count_N).to(like.device)
+            kept.append(empty.new_zeros(total, *shape[1:]))
+            kept[-1][own_C] = torch.cat([content, router[:, None]], 1)
+            before = (torch.arange(total) - (count_N.cumsum(0) - count_N).repeat_interleave(count_N)) * self.chunk_size
             sizes.append((shard.tokens_N[local_N].repeat_interleave(count_N) - before).clamp(max=self.chunk_size))
             owners.append(inside.nonzero()[:, 0].repeat_interleave(count_N))
-        values = {"k": ks, "v": vs, "router_k": routers, "size": sizes, "document": owners}
+        values = {"kept": kept, "size": sizes, "document": owners}
         return {name: torch.cat(parts).to(like.device) for name, parts in values.items()}
 
     def _append(self, shard: Shard) -> None:
@@ -286,6 +341,13 @@ class MemoryBank:
             raise ValueError(f"documents[{name!r}] holds token {wrong}; the model knows 0 to vocab_size - 1")
         return ids.to("cpu", torch.int64)
 
+    def _name(self, number: int) -> str:
+        for shard in self.shards:
+            if number < len(shard):
+                return shard.names[number]
+            number -= len(shard)
+        raise AssertionError
+
     def _known(self, name: str) -> None:
         if name not in self:
             raise ValueError(f"document {name!r} is not in the bank of {len(self)}; see bank.documents()")
@@ -313,10 +375,11 @@ class MemoryBank:
     def _read_batch(self, batch: list[tuple[str, Tensor]]) -> Shard:
         names, documents = zip(*batch, strict=True)
         device, cache = self.model.device, MemoryCache()
-        lengths = torch.tensor([len(ids) for ids in documents])
-        ids_BT = torch.cat(documents)[None].to(device)
+        own_N, lengths_N = self.ranks.own(names), torch.tensor([len(ids) for ids in documents])
+        hashes, alive_N = [_hash(ids) for ids in documents], torch.ones(len(names), dtype=torch.bool)
+        ids_BT = torch.cat(documents)[own_N.repeat_interleave(lengths_N)][None].to(device)
         # Documents see nothing of each other, so that they need no rows of their own.
-        doc_ids_BT = torch.arange(1, len(documents) + 1).repeat_interleave(lengths)[None].to(device)
+        doc_ids_BT = torch.arange(1, int(own_N.sum()) + 1).repeat_interleave(lengths_N[own_N])[None].to(device)
         training = self.model.training
         self.model.eval()
         for ids, doc_ids in zip(*(x.split(self.tokens_per_batch, 1) for x in (ids_BT, doc_ids_BT)), strict=True):
@@ -329,46 +392,40 @@ class MemoryBank:
             k, v, router_k = (state[f"bank.{name}"][0, :chunks] for name in ("k", "v", "router_k"))
             routers.append(bank_keys(router_k, config["similarity"]))
             contents.append(torch.stack([k, v], 1).cpu())
-        content, alive = torch.stack(contents), torch.ones(len(names), dtype=torch.bool)
+        content = torch.stack(contents)
         content = content.pin_memory() if device.type == "cuda" else content
-        hashes = [_hash(ids) for ids in documents]
-        return Shard(torch.stack(routers), content, list(names), hashes, lengths.tolist(), self.chunk_size, alive)
+        router = torch.stack(routers)
+        return Shard(router, content, list(names), hashes, lengths_N.tolist(), self.chunk_size, alive_N, own_N)
 
     def _save(self, directory: Path, complete: bool) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         directory = directory.resolve()
-        if (directory / _INDEX).exists():
-            self._same_model(directory, _read_index(directory))
+        self.ranks.wait()
+        if (directory / INDEX).exists():
+            self._same_model(directory, read_index(directory))
         entries = []
         for i, shard in enumerate(self.shards):
             # Another bank that was saved there may have dropped what this one maps.
             if shard.file is None or shard.file.parent != directory or not shard.file.exists():
-                path = shard.write(directory)
+                full = whole(shard, self.model.device, self.ranks)
+                path = self.ranks.told(full.write(directory) if self.ranks.rank == 0 else None)
                 deleted = (~shard.alive_N).nonzero()[:, 0].tolist()
                 # Mapped from now on: what is saved needs no memory.
-                shard = read_shard(path, digest_of(path), deleted, self.chunk_size, self.model.device)
+                shard = read_shard(path, digest_of(path), deleted, self.chunk_size, self.model.device, self.ranks)
                 self.shards[i] = shard
                 self._home |= dict.fromkeys(shard.living(), shard)
             deleted = (~shard.alive_N).nonzero()[:, 0].tolist()
             entries.append({"file": shard.file.name, "digest": shard.digest, "deleted": deleted})
-        index = {"fingerprint": self.fingerprint, "complete": complete, "shards": entries}
-        partial = directory / f"{_INDEX}.tmp"
-        partial.write_text(json.dumps(index))
-        sync(partial)
-        sync(directory)
-        partial.replace(directory / _INDEX)
-        sync(directory)
-        kept = {entry["file"] for entry in entries}
-        for path in directory.glob("shard-*.safetensors"):
-            if path.name not in kept:
-                path.unlink()
+        if self.ranks.rank == 0:
+            _write_index(directory, {"fingerprint": self.fingerprint, "complete": complete, "shards": entries})
+        self.ranks.wait()
 
     def _open(self, directory: Path) -> None:
-        index = _read_index(directory)
+        index = read_index(directory)
         self._same_model(directory, index)
         for entry in index["shards"]:
             path = directory.resolve() / entry["file"]
-            shard = read_shard(path, entry["digest"], entry["deleted"], self.chunk_size, self.model.device)
+            shard = read_shard(path, entry["digest"], entry["deleted"], self.chunk_size, self.model.device, self.ranks)
             self.shards.append(shard)
             self._home |= dict.fromkeys(shard.living(), shard)
 
@@ -380,30 +437,30 @@ class MemoryBank:
             )
 
 
-def fingerprint(model: MemLMModel) -> str:
-    """Of a decoder's configuration and of values of every weight, spread evenly over it; any device has the same."""
-    digest = hashlib.sha256(model.memory_signature.encode())
-    samples = []
-    for name, weight in model.state_dict().items():
-        digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
-        flat = weight.detach().flatten()
-        place = torch.linspace(0, len(flat) - 1, min(len(flat), 256), dtype=torch.float64).long()
-        samples.append(flat[place.to(flat.device)].double())
-    digest.update(torch.cat(samples).cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+class _Watched:
+    """A bank that notes the documents nominated in each layer."""
+
+    def __init__(self, bank: MemoryBank) -> None:
+        self.bank, self.check = bank, bank.check
+        self.offered: dict[int, list[Tensor]] = {}
+
+    def candidates(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor) -> State:
+        self.offered[layer_idx] = self.bank.nominate(layer_idx, q_BAHK, asks_BA)
+        return self.bank.fetch(layer_idx, self.offered[layer_idx], q_BAHK)
 
 
-def _read_index(directory: Path) -> dict[str, Any]:
-    path = directory / _INDEX
-    if not path.exists():
-        raise ValueError(f"{path}: no such file; a bank is written by MemoryBank.save")
-    try:
-        index = json.loads(path.read_text())
-        for name in ("fingerprint", "complete", "shards"):
-            index[name]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged or not a bank's ({error!r}); build the bank in another folder") from None
-    return index
+def _write_index(directory: Path, index: dict[str, Any]) -> None:
+    """Replaced at once; what it does not name goes."""
+    partial = directory / f"{INDEX}.tmp"
+    partial.write_text(json.dumps(index))
+    sync(partial)
+    sync(directory)
+    partial.replace(directory / INDEX)
+    sync(directory)
+    kept = {entry["file"] for entry in index["shards"]}
+    for path in directory.glob("shard-*.safetensors"):
+        if path.name not in kept:
+            path.unlink()
 
 
 def _pairs(documents: Documents) -> Iterable[tuple[str, Sequence[int]]]:

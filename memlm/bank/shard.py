@@ -1,8 +1,11 @@
 """A part of a bank: some documents, whole, as the means of their chunks. Shards never change but for deletions.
 
+Where several processes share a bank, each has every shard's table of documents, and the keys of its own documents.
+
 L layers that route, C chunks, G groups of heads, K head dim, N documents.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -16,16 +19,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from memlm.bank.ranks import Ranks
+
 # Of a file, spread evenly over it, the first and the last among them.
 _PAGES, _PAGE_BYTES = 64, 4096
 
 
 @dataclass
 class Shard:
-    """router_LCGK: keys of the router as ``bank_keys``, on the model's device
-    content_LC2GK: keys and values of attention, on the host, or mapped from ``file``
+    """router_LCGK: keys of the router as ``bank_keys``, on the model's device, of this process's documents
+    content_LC2GK: keys and values of attention, on the host; or, of all processes' documents, mapped from ``file``
     names, hashes, tokens: of each document, in the order of their chunks
-    alive_N: False for the deleted
+    alive_N: False for the deleted; own_N: False for other processes'
     """
 
     router_LCGK: Tensor
@@ -35,15 +40,18 @@ class Shard:
     tokens: list[int]
     chunk_size: int
     alive_N: Tensor
+    own_N: Tensor
     file: Path | None = None
     digest: str = ""
 
     def __post_init__(self) -> None:
         self.tokens_N = torch.tensor(self.tokens, dtype=torch.int64)
         self.count_N = (self.tokens_N + self.chunk_size - 1) // self.chunk_size
-        self.first_N = self.count_N.cumsum(0) - self.count_N
+        own_count_N = self.count_N * self.own_N
+        self.first_N = own_count_N.cumsum(0) - own_count_N
+        self.content_first_N = self.first_N if self.file is None else self.count_N.cumsum(0) - self.count_N
         numbers_N = torch.where(self.alive_N, torch.arange(len(self)), -1)
-        self.document_C = numbers_N.repeat_interleave(self.count_N).to(self.router_LCGK.device)
+        self.document_C = numbers_N.repeat_interleave(own_count_N).to(self.router_LCGK.device)
         self.place = {name: i for i, name in enumerate(self.names)}
 
     def __len__(self) -> int:
@@ -52,7 +60,8 @@ class Shard:
 
     @property
     def chunks(self) -> int:
-        return self.content_LC2GK.shape[1]
+        """Of all processes."""
+        return int(self.count_N.sum())
 
     @property
     def live_chunks(self) -> int:
@@ -60,7 +69,10 @@ class Shard:
 
     @property
     def nbytes(self) -> int:
-        return self.router_LCGK.nbytes + self.content_LC2GK.nbytes
+        """Of all processes."""
+        layers, _, groups, width = self.router_LCGK.shape
+        kept = self.router_LCGK.element_size() + 2 * self.content_LC2GK.element_size()
+        return self.chunks * layers * groups * width * kept
 
     def living(self) -> list[str]:
         return [self.names[i] for i in self.alive_N.nonzero()[:, 0].tolist()]
@@ -68,13 +80,18 @@ class Shard:
     def delete(self, name: str) -> None:
         i = self.place[name]
         self.alive_N[i] = False
-        self.document_C[self.first_N[i] : self.first_N[i] + self.count_N[i]] = -1
+        if self.own_N[i]:
+            self.document_C[self.first_N[i] : self.first_N[i] + self.count_N[i]] = -1
 
-    def chunks_of(self, documents: Tensor) -> Tensor:
-        """Places of the chunks of documents, in their order."""
+    def chunks_of(self, documents: Tensor) -> tuple[Tensor, Tensor]:
+        """Places of the chunks of documents of this process, in their order: in router and in content."""
         count = self.count_N[documents]
-        start = self.first_N[documents] - (count.cumsum(0) - count)
-        return start.repeat_interleave(count) + torch.arange(int(count.sum()))
+        within = torch.arange(int(count.sum())) - (count.cumsum(0) - count).repeat_interleave(count)
+        first = (
+            self.first_N[documents].repeat_interleave(count),
+            self.content_first_N[documents].repeat_interleave(count),
+        )
+        return first[0] + within, first[1] + within
 
     def write(self, directory: Path) -> Path:
         """A file of a name that no other has, whole once this returns."""
@@ -90,7 +107,9 @@ class Shard:
         return path
 
 
-def read_shard(path: Path, digest: str, deleted: Sequence[int], chunk_size: int, device: torch.device) -> Shard:
+def read_shard(
+    path: Path, digest: str, deleted: Sequence[int], chunk_size: int, device: torch.device, ranks: Ranks
+) -> Shard:
     """What ``Shard.write`` wrote, mapped. Raises ValueError if the file is not as it was."""
     advice = "restore the file, or build the bank again in an empty folder"
     if not path.exists():
@@ -103,25 +122,54 @@ def read_shard(path: Path, digest: str, deleted: Sequence[int], chunk_size: int,
             table = json.loads(bytes(documents.numpy()))
     except Exception as error:
         raise ValueError(f"{path}: not a part of a bank ({error}); {advice}") from None
-    alive_N = torch.ones(len(table["names"]), dtype=torch.bool)
+    alive_N, own_N = torch.ones(len(table["names"]), dtype=torch.bool), ranks.own(table["names"])
     alive_N[list(deleted)] = False
-    return Shard(router.to(device), content, **table, chunk_size=chunk_size, alive_N=alive_N, file=path, digest=digest)
+    if not own_N.all():
+        count_N = (torch.tensor(table["tokens"]) + chunk_size - 1) // chunk_size
+        router = router[:, own_N.repeat_interleave(count_N)]
+    return Shard(
+        router.to(device),
+        content,
+        **table,
+        chunk_size=chunk_size,
+        alive_N=alive_N,
+        own_N=own_N,
+        file=path,
+        digest=digest,
+    )
 
 
 def merged(shards: Sequence[Shard]) -> Shard:
     """One shard of what lives in several, in host memory."""
-    names, hashes, tokens, routers, contents = [], [], [], [], []
+    names, hashes, tokens, routers, contents, own = [], [], [], [], [], []
     for shard in shards:
         living = shard.alive_N.nonzero()[:, 0]
-        chunks = shard.chunks_of(living)
-        routers.append(shard.router_LCGK[:, chunks.to(shard.router_LCGK.device)])
-        contents.append(shard.content_LC2GK[:, chunks])
+        own.append(shard.own_N[living])
+        of_router, of_content = shard.chunks_of(living[own[-1]])
+        routers.append(shard.router_LCGK[:, of_router.to(shard.router_LCGK.device)])
+        contents.append(shard.content_LC2GK[:, of_content])
         for to, of in ((names, shard.names), (hashes, shard.hashes), (tokens, shard.tokens)):
             to.extend(of[i] for i in living.tolist())
     content = torch.cat(contents, 1)
     content = content.pin_memory() if routers[0].is_cuda else content
     alive_N = torch.ones(len(names), dtype=torch.bool)
-    return Shard(torch.cat(routers, 1), content, names, hashes, tokens, shards[0].chunk_size, alive_N)
+    return Shard(torch.cat(routers, 1), content, names, hashes, tokens, shards[0].chunk_size, alive_N, torch.cat(own))
+
+
+def whole(shard: Shard, device: torch.device, ranks: Ranks) -> Shard:
+    """The same with what all processes have of it. Every one must call it."""
+    if ranks.size == 1:
+        return shard
+    own_C = shard.own_N.repeat_interleave(shard.count_N)
+
+    def of_all(x: Tensor) -> Tensor:
+        full = torch.zeros(len(x), shard.chunks, *x.shape[2:], dtype=x.dtype, device=device)
+        full[:, own_C.to(device)] = x.to(device)
+        return ranks.total(full).cpu()
+
+    content = shard.content_LC2GK if shard.file is not None else of_all(shard.content_LC2GK)
+    own_N = torch.ones_like(shard.own_N)
+    return dataclasses.replace(shard, router_LCGK=of_all(shard.router_LCGK), content_LC2GK=content, own_N=own_N)
 
 
 def digest_of(path: Path) -> str:

@@ -4,18 +4,31 @@ from .build import build_data
 from .documents import Documents
 from .mixture import Batch, Mixture
 from .recall import MQAR, Passkey, RecallSource, RecallTask, ramp
-from .retrieval import Facts, Question, QuestionSource, RetrievalRow, load_questions
+from .retrieval import (
+    ANSWER,
+    Facts,
+    Inquiry,
+    Library,
+    Question,
+    QuestionSource,
+    RetrievalRow,
+    load_questions,
+    make_sample,
+)
 from .row import IGNORE_INDEX, SPLITS, Row, Source
 from .text import TextCorpus, TextSource
 from .tokenizer import byte_tokenizer, load_tokenizer, token_bytes
 
 __all__ = [
+    "ANSWER",
     "IGNORE_INDEX",
     "MQAR",
     "SPLITS",
     "Batch",
     "Documents",
     "Facts",
+    "Inquiry",
+    "Library",
     "Mixture",
     "Passkey",
     "Question",
@@ -31,6 +44,7 @@ __all__ = [
     "byte_tokenizer",
     "load_questions",
     "load_tokenizer",
+    "make_sample",
     "ramp",
     "token_bytes",
 ]

@@ -21,7 +21,7 @@ _OPTIONS = {
     "text": ("paths",),
     "mqar": ("num_pairs", *_SIZES),
     "passkey": ("digits", *_SIZES),
-    "facts": ("num_documents", "digits", "num_keys", "num_values"),
+    "facts": ("num_documents", "digits", "key_length", "alike", "num_keys", "num_values"),
     "questions": ("paths", "num_documents", "document_length"),
 }
 

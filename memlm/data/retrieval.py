@@ -66,17 +66,41 @@ def pack(samples: Sequence[RetrievalRow], length: int, pad_id: int) -> Retrieval
     return RetrievalRow(*(np.concatenate(parts) for parts in zip(*samples, padding, strict=True)))
 
 
+class Inquiry(NamedTuple):
+    """Token ids of a question and its answer, and the numbers of the documents that it is about."""
+
+    question: np.ndarray
+    answer: np.ndarray
+    found: frozenset[int]
+
+
+class Library(NamedTuple):
+    """Token ids of documents, what questions about them begin with, and the questions.
+
+    chance: of a right answer, of who has read nothing
+    """
+
+    template: np.ndarray
+    documents: list[np.ndarray]
+    inquiries: list[Inquiry]
+    chance: float
+
+
 @dataclass(frozen=True)
 class Facts(RecallTask):
-    """`num_documents` documents of noise, in each somewhere a fact, `key d1..dn`; the question is `ASK key`, the
-    answer the fact's n digits. Keys are distinct, digits any of the values, lengths of documents at random.
+    """`num_documents` documents of noise, in each somewhere a fact, `k1..km d1..dn`; the question is `ASK k1..km`,
+    the answer the fact's n digits. Keys are distinct, and those of two symbols and more are other ones in each split;
+    digits are any of the values, lengths of documents at random.
 
-    length: tokens of the sample. Raises ValueError where the sizes do not fit.
+    length: tokens of the sample. key_length: symbols of a key. alike: of a sample's keys, how many, if there are such,
+    differ from the one asked for in a single symbol. Raises ValueError where the sizes do not fit.
     """
 
     length: int = 128
     num_documents: int = 8
     digits: int = 1
+    key_length: int = 1
+    alike: int = 0
     num_keys: int = 32
     num_values: int = 32
 
@@ -84,36 +108,86 @@ class Facts(RecallTask):
         for name, known in (("num_keys", KEYS), ("num_values", VALUES)):
             if not 1 <= getattr(self, name) <= len(known):
                 raise ValueError(f"{name}={getattr(self, name)} must lie between 1 and {len(known)}")
-        if not 1 <= self.num_documents <= self.num_keys:
-            raise ValueError(f"num_documents={self.num_documents} must lie between 1 and num_keys={self.num_keys}")
         if self.digits < 1:
             raise ValueError(f"digits={self.digits} must be at least 1")
-        least = 3 + self.digits + self.num_documents * (1 + self.digits)
+        if not 1 <= self.key_length <= 8:
+            raise ValueError(f"key_length={self.key_length} must lie between 1 and 8")
+        if not 1 <= self.num_documents <= self.keys_of_a_split:
+            raise ValueError(
+                f"num_documents={self.num_documents} must lie between 1 and the {self.keys_of_a_split} keys that "
+                f"num_keys={self.num_keys} and key_length={self.key_length} give a split"
+            )
+        if not 0 <= self.alike < self.num_documents:
+            raise ValueError(f"alike={self.alike} must lie between 0 and num_documents - 1 = {self.num_documents - 1}")
+        least = 2 + self.key_length + self.digits + self.num_documents * (self.key_length + self.digits)
         if self.length < least:
             raise ValueError(f"length={self.length} is too short for {self}; make it at least {least}")
 
+    @property
+    def keys_of_a_split(self) -> int:
+        return self.num_keys**self.key_length // self._sharing
+
+    @property
+    def _sharing(self) -> int:
+        """How many splits the keys are dealt to."""
+        return len(SPLITS) if self.key_length > 1 else 1
+
     def scaled(self, factor: float) -> Self:
         """The same task at `factor` times the length and the documents, as far as there are keys."""
-        documents = min(round(self.num_documents * factor), self.num_keys)
+        documents = min(round(self.num_documents * factor), self.keys_of_a_split)
         return replace(self, length=round(self.length * factor), num_documents=documents)
 
     def sample(self, seed: int, split: str, index: int, noise: float) -> RetrievalRow:
         """Row `index` of `split`; noise: the probability that a token beside the facts is noise, and not blank."""
         rng = np.random.default_rng([seed, split_id(split), index])
-        fact = 1 + self.digits
-        keys = rng.permutation(KEYS[: self.num_keys])[: self.num_documents]
+        numbers, asked = self._keys(rng, split), rng.integers(self.num_documents)
+        others = np.setdiff1d(self._neighbours(numbers[asked]), numbers)
+        others = rng.permutation(others)[: self.alike]
+        numbers[np.arange(1, len(others) + 1) + asked - self.num_documents] = others
+        keys, digits, documents = self._facts(rng, numbers, noise)
+        told = ((ids, number == asked) for number, ids in enumerate(documents))
+        return make_sample([MARK], told, [ASK, *keys[asked]], digits[asked])
+
+    def library(self, seed: int, split: str, documents: int, questions: int) -> Library:
+        """So many documents as long as those of a sample, and questions about as many of them as there are."""
+        rest = 2 + self.key_length + self.digits
+        length = rest + -(-(self.length - rest) * documents // self.num_documents)
+        many = replace(self, length=length, num_documents=documents, alike=0)
+        rng = np.random.default_rng([seed, split_id(split), documents, questions])
+        keys, digits, texts = many._facts(rng, many._keys(rng, split), 1.0)
+        asked = (rng.permutation(documents) for _ in range(-(-questions // documents)))
+        numbers = np.concatenate([*asked])[:questions]
+        found = [Inquiry(np.array([ASK, *keys[n]]), digits[n], frozenset({int(n)})) for n in numbers]
+        return Library(np.array([MARK]), texts, found, self.chance**self.digits)
+
+    def _keys(self, rng: np.random.Generator, split: str) -> np.ndarray:
+        """Distinct keys of a split as numbers, whose digits are their symbols, [documents]."""
+        numbers = rng.choice(self.keys_of_a_split, self.num_documents, replace=False)
+        return numbers * self._sharing + split_id(split) % self._sharing
+
+    def _neighbours(self, number: int) -> np.ndarray:
+        """Keys of the same split that differ in one symbol."""
+        places, symbols = self.num_keys ** np.arange(self.key_length), np.arange(self.num_keys)[:, None]
+        others = number + (symbols - number // places % self.num_keys) * places
+        return others[(others != number) & (others % self._sharing == number % self._sharing)]
+
+    def _facts(
+        self, rng: np.random.Generator, numbers: np.ndarray, noise: float
+    ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+        """Keys [documents, symbols], digits [documents, digits], and the documents that hold them."""
+        fact = self.key_length + self.digits
+        keys = KEYS[numbers[:, None] // self.num_keys ** np.arange(self.key_length) % self.num_keys]
         digits = VALUES[rng.integers(self.num_values, size=(self.num_documents, self.digits))]
-        spare = self.length - 3 - self.digits - self.num_documents * fact
+        spare = self.length - 2 - fact - self.num_documents * fact
         cuts = np.sort(rng.integers(spare + 1, size=self.num_documents - 1))
-        extra = np.diff(np.concatenate([[0], cuts, [spare]]))
-        asked, documents = rng.integers(self.num_documents), []
-        for number in range(self.num_documents):
-            size = extra[number] + fact
+        documents = []
+        for number, extra in enumerate(np.diff(np.concatenate([[0], cuts, [spare]]))):
+            size = extra + fact
             ids = np.where(rng.random(size) < noise, NOISE[rng.integers(len(NOISE), size=size)], FILLER)
-            place = rng.integers(extra[number] + 1)
-            ids[place : place + fact] = [keys[number], *digits[number]]
-            documents.append((ids, number == asked))
-        return make_sample([MARK], documents, [ASK, keys[asked]], digits[asked])
+            place = rng.integers(extra + 1)
+            ids[place : place + fact] = [*keys[number], *digits[number]]
+            documents.append(ids)
+        return keys, digits, documents
 
 
 class Question(NamedTuple):
@@ -204,6 +278,25 @@ class QuestionSource:
             samples.append(sample)
             room -= len(sample.input_ids)
         return pack(samples, self.seq_len, self._end)
+
+    def library(self, split: str, documents: int, questions: int) -> Library:
+        """At most so many questions of a split; what they are about, and others' documents until there are enough."""
+        rng = np.random.default_rng([self.seed, split_id(split), documents, questions])
+        members = [self._questions[choice] for choice in rng.permutation(self._of_split[split_id(split)])]
+        asked, numbers = members[:questions], {}
+        for question in asked:
+            for i in sorted(question.positives):
+                numbers.setdefault(question.documents[i], len(numbers))
+        for text in (text for question in members for text in question.documents):
+            if len(numbers) >= documents:
+                break
+            numbers.setdefault(text, len(numbers))
+        inquiries = [
+            Inquiry(self._asked(q), self._answered(q), frozenset(numbers[q.documents[i]] for i in q.positives))
+            for q in asked
+        ]
+        texts = [self._encode(text)[: self.document_length] for text in numbers]
+        return Library(np.zeros(0, np.int64), texts, inquiries, 0.0)
 
     def _sample(self, question: Question, members: np.ndarray, rng: np.random.Generator, room: int) -> RetrievalRow:
         asked, answered = self._asked(question), self._answered(question)

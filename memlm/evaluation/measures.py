@@ -1,4 +1,5 @@
-"""What is measured of a trained model: recall over length, needles over length and depth, text over position.
+"""What is measured of a trained model: recall over length, needles over length and depth, a bank over the number of
+its documents, text over position.
 
 B rows, T tokens of a segment, V vocabulary.
 """
@@ -11,9 +12,11 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from memlm.bank import MemoryBank
 from memlm.cache import MemoryCache
-from memlm.data import Batch, Passkey, RecallTask
+from memlm.data import ANSWER, IGNORE_INDEX, Batch, Inquiry, Library, Passkey, RecallTask, make_sample
 from memlm.modeling import MemLMForCausalLM
 from memlm.training.objective import Score, score, token_losses
 
@@ -84,6 +87,71 @@ def _score_task(model: MemLMForCausalLM, task: RecallTask, seed: int, rows: int)
         for start in range(0, rows, size)
     )
     return score(model, batches, ["task"], torch.ones(model.config.vocab_size, dtype=torch.long), model.device)["task"]
+
+
+@dataclass(frozen=True)
+class Routed:
+    """How one layer chose at the end of the questions, over all of them: whether its best document is one that the
+    question is about (hit_1), whether one of its ``top_k`` is (hit), and the share of those to be found among them.
+    """
+
+    layer: int
+    top_k: int
+    hit_1: float
+    hit: float
+    recall: float
+
+
+@dataclass(frozen=True)
+class Banked:
+    """Questions to a bank: the share answered exactly, every token (what greedy decoding says), and that share once
+    all documents asked about are deleted; chance: of a right answer, of who has read nothing.
+    """
+
+    source: str
+    documents: int
+    tokens: int
+    questions: int
+    chance: float
+    exact: float
+    exact_deleted: float
+    layers: list[Routed]
+
+
+@torch.no_grad()
+def bank(model: MemLMForCausalLM, source: str, library: Library, rows: int = 32) -> Banked:
+    """Read a library into a bank, and ask it. Raises ValueError for a model that has no bank."""
+    held = MemoryBank.build(model, {str(i): ids for i, ids in enumerate(library.documents)}, progress=False)
+    stats, asked = held.stats(), library.inquiries
+    batches = [_asked(library, asked[at : at + rows], model.device) for at in range(0, len(asked), rows)]
+    exact = torch.cat([_exact(held, *batch) for batch in batches]).double().mean().item()
+    layers = []
+    searches = [held.search(**inputs) for inputs, _ in batches]
+    for layer, settings in zip(held.layers, held.settings, strict=True):
+        best = [[int(name) for name in names] for search in searches for names in search[layer]]
+        right = [[n in inquiry.found for n in numbers] for inquiry, numbers in zip(asked, best, strict=True)]
+        recall = [sum(of) / len(inquiry.found) for inquiry, of in zip(asked, right, strict=True)]
+        figures = [any(of[:1]) for of in right], [any(of) for of in right], recall
+        layers.append(Routed(layer, settings["top_k"], *(float(np.mean(figure)) for figure in figures)))
+    held.delete({str(i) for inquiry in asked for i in inquiry.found})
+    deleted = torch.cat([_exact(held, *batch) for batch in batches]).double().mean().item()
+    return Banked(source, stats["documents"], stats["tokens"], len(asked), library.chance, exact, deleted, layers)
+
+
+def _asked(library: Library, inquiries: Sequence[Inquiry], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+    """Questions and their answers, without any document, as inputs of a model, and labels, [B, T]."""
+    samples = [make_sample(library.template, [], inquiry.question, inquiry.answer) for inquiry in inquiries]
+    ids_BT, labels_BT, place_BT, roles_BT = (
+        pad_sequence([torch.from_numpy(getattr(sample, name)) for sample in samples], True, fill).to(device)
+        for name, fill in (("input_ids", 0), ("labels", IGNORE_INDEX), ("position_ids", -1), ("doc_ids", ANSWER))
+    )
+    return {"input_ids": ids_BT, "attention_mask": (place_BT >= 0).long(), "doc_ids": roles_BT}, labels_BT
+
+
+def _exact(held: MemoryBank, inputs: dict[str, Tensor], labels_BT: Tensor) -> Tensor:
+    """Whether every token of each answer is the likeliest, [B]."""
+    logits = held.model(**inputs, memory_bank=held, use_cache=False).logits
+    return ((logits[:, :-1].argmax(-1) == labels_BT[:, 1:]) | (labels_BT[:, 1:] == IGNORE_INDEX)).all(1)
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,35 @@ def accuracy_by_length(results: dict[str, list[dict]]) -> Figure:
     return figure
 
 
+def by_documents(results: dict[str, list[dict]]) -> Figure:
+    """What a bank finds and answers against the number of its documents: one panel a model and source."""
+    panels = {(name, b["source"]): [] for name, banks in results.items() for b in banks}
+    for name, banks in results.items():
+        for b in banks:
+            panels[name, b["source"]].append(b)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.2 * len(panels), 3.2), layout="constrained", squeeze=False, sharey=True
+    )
+    for axis, ((name, source), banks) in zip(axes[0], panels.items(), strict=True):
+        documents = [b["documents"] for b in banks]
+        for place, layer in enumerate(banks[0]["layers"]):
+            hits = [b["layers"][place]["hit_1"] for b in banks]
+            axis.plot(documents, hits, "x:", color=_COLOURS[2 + place % 2], label=f"hit@1, layer {layer['layer']}")
+        for key, label, colour in (("exact", "answers", 0), ("exact_deleted", "asked about deleted", 1)):
+            axis.plot(documents, [b[key] for b in banks], "o-", color=_COLOURS[colour], label=label)
+        axis.axhline(banks[0]["chance"], color="black", linestyle=":", label=f"chance {banks[0]['chance']:.3f}")
+        axis.set_xscale("log")
+        axis.set_xticks(documents, [f"{n:,}" for n in documents])
+        axis.minorticks_off()
+        axis.set_ylim(-0.03, 1.03)
+        axis.set_title(f"{name}, {source}", fontsize=10)
+        axis.set_xlabel("documents of the bank", fontsize=8)
+        axis.grid(alpha=0.25)
+    axes[0][0].set_ylabel("share of questions", fontsize=9)
+    axes[0][0].legend(fontsize=8)
+    return figure
+
+
 def by_position(lines: dict[str, Sequence[float]], edges: Sequence[int], label: str, legend: str = "") -> Figure:
     """A figure by distance from the document's start: one line a name, one value a bucket."""
     figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")

@@ -18,10 +18,22 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 import memlm
-from memlm.data import Mixture, Passkey, RecallSource, TextSource, build_data, token_bytes
+from memlm.bank import MemoryBank
+from memlm.data import (
+    Facts,
+    Library,
+    Mixture,
+    Passkey,
+    QuestionSource,
+    RecallSource,
+    Source,
+    TextSource,
+    build_data,
+    token_bytes,
+)
 from memlm.evaluation import plots
 from memlm.evaluation.ablation import memory_off
-from memlm.evaluation.measures import needles, plain, recall, text_by_position
+from memlm.evaluation.measures import bank, needles, plain, recall, text_by_position
 from memlm.evaluation.report import Report
 from memlm.hub import load_model, load_tokenizer
 from memlm.memory.base import check_type
@@ -65,6 +77,11 @@ def run(cfg: DictConfig) -> None:
     tokenizer, mixture = build_data(data, seed=cfg.seed, batch_size=max(1, 2 * len(data["sources"])))
     results: dict[str, Any] = {"environment": _environment(device), "data": data, "models": {}}
     results["corpora"] = {n: s.corpus.folder.name for n, s in mixture.sources.items() if isinstance(s, TextSource)}
+    if cfg.eval.bank_documents:
+        least = min(*cfg.eval.bank_documents, cfg.eval.bank_questions)
+        if least < 1:
+            raise ValueError(f"eval.bank_documents and eval.bank_questions hold {least}; use 1 or more")
+        subjects = _with_banks(subjects, mixture, console)
     for subject in subjects:
         if len(tokenizer) > subject.model.config.vocab_size:
             raise ValueError(
@@ -85,7 +102,7 @@ def run(cfg: DictConfig) -> None:
     partial.write_text(json.dumps(results, indent=1))
     partial.replace(out / "results.json")
     page = _report(subjects, results, data["seq_len"]).write(out)
-    for header, rows in _tables(results):
+    for header, rows in _tables(results).values():
         table = Table(*header)
         for row in rows:
             table.add_row(*row)
@@ -101,9 +118,14 @@ def _measure(options: DictConfig, subject: Subject, mixture: Mixture, sizes: tor
         "kinds": sorted({m["kind"] for m in model.config.mixers.values()}),
         "recall": [],
         "needles": [],
+        "bank": [],
         "text": {},
     }
     for name, source in mixture.sources.items():
+        for documents in options.bank_documents:
+            library = _library(source, documents, options.bank_questions)
+            if library is not None:
+                measured["bank"] += plain([bank(model, name, library)])
         if isinstance(source, RecallSource):
             task = source.task
             measured["recall"] += plain(recall(model, name, task, source.seed, options.factors, options.recall_rows))
@@ -111,13 +133,36 @@ def _measure(options: DictConfig, subject: Subject, mixture: Mixture, sizes: tor
                 lengths = [task.length * f for f in options.factors]
                 cells = needles(model, task, source.seed, lengths, options.depths, options.needle_rows)
                 measured["needles"] = plain(cells)
-        elif isinstance(source, TextSource):
+        elif isinstance(source, TextSource) and options.text_documents:
             documents = [tokens for _, tokens in islice(source.corpus.documents("test"), options.text_documents)]
             for carried in (True, False):
                 measured["text"]["carried" if carried else "reset"] = asdict(
                     text_by_position(model, documents, sizes, source.seq_len, carried, options.text_length)
                 )
     return measured
+
+
+def _library(source: Source, documents: int, questions: int) -> Library | None:
+    """Test documents of a source that has such, and questions about them."""
+    if isinstance(source, RecallSource) and isinstance(source.task, Facts):
+        return source.task.library(source.seed, "test", documents, questions)
+    return source.library("test", documents, questions) if isinstance(source, QuestionSource) else None
+
+
+def _with_banks(subjects: list[Subject], mixture: Mixture, console: Console) -> list[Subject]:
+    """Of the subjects those that can keep documents; raises ValueError if the first cannot, or there are none."""
+    if not any(_library(source, 1, 1) for source in mixture.sources.values()):
+        raise ValueError("eval.bank_documents: the data has no documents; use data=facts, or a source of questions")
+    able = []
+    for subject in subjects:
+        try:
+            MemoryBank(subject.model)
+            able.append(subject)
+        except ValueError as error:
+            if subject is subjects[0]:
+                raise ValueError(f"{subject.folder} has no bank: {error}") from None
+            console.print(f"{subject.name} has no bank: {error}", markup=False)
+    return able
 
 
 def _load(source: str, device: torch.device) -> Subject:
@@ -168,9 +213,9 @@ def _environment(device: torch.device) -> dict[str, str]:
     }
 
 
-def _tables(results: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
-    """Header and rows of each table, for the screen and the page alike."""
-    tables = []
+def _tables(results: dict[str, Any]) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """Header and rows of each table by what it tells, for the screen and the page alike."""
+    tables = {}
     models = results["models"]
     first = next(iter(models.values()))
     if first["recall"]:
@@ -184,7 +229,25 @@ def _tables(results: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
                 rows.append([f"{name}, {task}", *cells])
         for task, chance in {r["task"]: r["chance"] for r in first["recall"]}.items():
             rows.append([f"chance, {task}", *[f"{chance:.3f}"] * (len(header) - 1)])
-        tables.append((header, rows))
+        tables["recall"] = header, rows
+    if first["bank"]:
+        header = ["a bank's documents", "layer", "hit@1", "hit@k, k", "recall@k", "answers", "chance", "deleted"]
+        rows = []
+        for name, measured in models.items():
+            for b in measured["bank"]:
+                answers = [f"{b[key]:.3f}" for key in ("exact", "chance", "exact_deleted")]
+                rows += [
+                    [
+                        f"{name}, {b['documents']:,} of {b['source']}",
+                        str(layer["layer"]),
+                        f"{layer['hit_1']:.3f}",
+                        f"{layer['hit']:.3f}, {layer['top_k']}",
+                        f"{layer['recall']:.3f}",
+                        *answers,
+                    ]
+                    for layer in b["layers"]
+                ]
+        tables["bank"] = header, rows
     if first["text"]:
         rows = [
             [
@@ -194,7 +257,7 @@ def _tables(results: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
             ]
             for name, m in models.items()
         ]
-        tables.append((["bits per byte of text", "memory carried", "reset each segment"], rows))
+        tables["text"] = ["bits per byte of text", "memory carried", "reset each segment"], rows
     return tables
 
 
@@ -220,16 +283,26 @@ def _report(subjects: list[Subject], results: dict[str, Any], training_length: i
         )
     if models[subjects[0].name]["recall"]:
         report.heading("Recall at the trained length and beyond")
-        report.table(*tables[0])
+        report.table(*tables["recall"])
         recalls = {name: m["recall"] for name, m in models.items()}
         report.picture("recall", plots.accuracy_by_length(recalls), "recall accuracy by length")
         rows = models[subjects[0].name]["recall"][0]["rows"]
         report.note(f"{rows} test rows a point; by row: every answer of the row right.")
+    if "bank" in tables:
+        report.heading("A bank of documents that training never saw")
+        report.table(*tables["bank"])
+        banks = {name: m["bank"] for name, m in models.items() if m["bank"]}
+        report.picture("bank", plots.by_documents(banks), "hits and answers by documents of a bank")
+        report.note(
+            f"{next(iter(banks.values()))[0]['questions']} questions, each about one document or a few. hit@1: the "
+            "best document is one of these; hit@k: one of those read is; answers: every token right; deleted: the "
+            "same with every document asked about deleted from the bank."
+        )
     texts = {f"{n}, {how}": t for n, m in models.items() for how, t in m["text"].items()}
     if texts:
         first = next(iter(texts.values()))
         report.heading("Held-out text by position")
-        report.table(*tables[-1])
+        report.table(*tables["text"])
         bits = {f"{name}: {t['bits_per_byte']:.3f}": t["by_position"] for name, t in texts.items()}
         picture = plots.by_position(bits, first["edges"], "bits per byte", "over all positions")
         report.picture("text", picture, "bits per byte by position")

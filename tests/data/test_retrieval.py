@@ -18,6 +18,7 @@ TASKS = [
     Facts(length=63, num_documents=3, digits=4),
     Facts(length=6, num_documents=1),
     Facts(num_documents=32),
+    Facts(length=80, key_length=4, digits=2),
 ]
 
 
@@ -32,15 +33,15 @@ def test_facts_can_be_answered_from_one_document(task):
         assert np.array_equal(np.unique(numbers), np.arange(1, task.num_documents + 1))
         assert (np.diff(numbers) >= 0).all()
         question = row.input_ids[row.doc_ids == 0]
-        assert question[0] == ASK and len(question) == 2
+        assert question[0] == ASK and len(question) == 1 + task.key_length
         (scored,) = np.nonzero(row.labels != -100)
         assert np.array_equal(scored, np.arange(task.length - task.digits, task.length))
         found = np.unique(row.doc_ids[row.positives == 1])
         assert len(found) == 1
         document = row.input_ids[row.doc_ids == found[0]].tolist()
-        place = document.index(question[1])
-        assert document[place + 1 : place + 1 + task.digits] == row.labels[scored].tolist()
-        others = np.delete(document, slice(place, place + 1 + task.digits))
+        fact = [*question[1:].tolist(), *row.labels[scored].tolist()]
+        place = next(i for i in range(len(document)) if document[i : i + len(fact)] == fact)
+        others = np.delete(document, slice(place, place + len(fact)))
         assert np.isin(others, NOISE).all()
         assert np.isin(row.input_ids[row.doc_ids > 0], np.concatenate([KEYS, VALUES, NOISE])).all()
         asked.append(found[0])
@@ -51,6 +52,67 @@ def test_facts_among_blanks_and_more_of_them():
     row = Facts().sample(0, "train", 0, 0.0)
     assert not np.isin(row.input_ids, NOISE).any() and (row.input_ids == FILLER).sum() == 128 - 2 - 1 - 1 - 16
     assert Facts().scaled(4) == Facts(length=512, num_documents=32) and Facts().scaled(8).num_documents == 32
+
+
+def key_of(document):
+    return tuple(document[np.isin(document, KEYS)].tolist())
+
+
+def test_keys_of_several_symbols_are_distinct_and_of_one_split():
+    task, keys = Facts(length=60, num_documents=8, key_length=2, num_keys=9), {}
+    alike = Facts(length=60, num_documents=4, key_length=2, num_keys=9, alike=2)
+    for split in ("train", "validation", "test"):
+        keys[split] = set()
+        for index in range(60):
+            row = task.sample(0, split, index, 1.0)
+            of_row = {key_of(row.input_ids[row.doc_ids == n]) for n in range(1, 9)}
+            assert len(of_row) == 8 and all(len(key) == 2 for key in of_row)
+            keys[split] |= of_row
+            row = alike.sample(0, split, index, 1.0)
+            of_row = {key_of(row.input_ids[row.doc_ids == n]) for n in range(1, 5)}
+            assert len(of_row) == 4
+            keys[split] |= of_row
+    assert all(len(of_split) == 27 for of_split in keys.values()) and len(set.union(*keys.values())) == 81
+
+
+def test_alike_keys_differ_in_one_symbol():
+    task = Facts(length=80, key_length=4, alike=3)
+    for index in range(30):
+        row = task.sample(0, "test", index, 1.0)
+        keys = [key_of(row.input_ids[row.doc_ids == n]) for n in range(1, 9)]
+        asked = tuple(row.input_ids[row.doc_ids == 0][1:].tolist())
+        differ = sorted(sum(a != b for a, b in zip(asked, key, strict=True)) for key in keys)
+        assert differ[:4] == [0, 1, 1, 1] and differ[4] > 0 and len(set(keys)) == 8
+
+
+def test_a_library_is_of_unseen_keys_and_its_questions_have_one_document_each():
+    task = Facts(length=100, key_length=3, digits=2, alike=5)
+    library = task.library(5, "test", 700, 900)
+    assert (len(library.documents), len(library.inquiries), library.chance) == (700, 900, 1 / 1024)
+    keys = [key_of(document) for document in library.documents]
+    assert len(set(keys)) == 700
+    assert abs(np.mean([len(d) for d in library.documents]) - (100 - 7) / 8) < 0.1
+    for inquiry in library.inquiries:
+        (number,) = inquiry.found
+        assert tuple(inquiry.question.tolist()) == (ASK, *keys[number])
+        assert (
+            library.documents[number][np.isin(library.documents[number], VALUES)].tolist() == inquiry.answer.tolist()
+        )
+    assert len({inquiry.found for inquiry in library.inquiries}) == 700
+    again = task.library(5, "test", 700, 900)
+    assert all(np.array_equal(a, b) for a, b in zip(library.documents, again.documents, strict=True))
+    with pytest.raises(ValueError, match="num_documents=20000 must lie between 1 and the 10922 keys"):
+        task.library(5, "test", 20000, 1)
+
+
+def test_a_library_of_questions(questions):
+    library = QuestionSource(questions, byte_tokenizer(), 512, 0, document_length=20).library("validation", 5, 9)
+    assert len(library.documents) == 5 and len(library.inquiries) == 2 and library.chance == 0.0
+    for inquiry in library.inquiries:
+        number = text(inquiry.question).strip().split()[-1].rstrip("?")
+        (found,) = inquiry.found
+        assert text(library.documents[found]) == f"The number of {number} is {int(number) ** 2}."[:20]
+        assert text(inquiry.answer[:-1]) == str(int(number) ** 2)
 
 
 def test_rows_are_pure_functions_of_their_number():
@@ -168,8 +230,14 @@ def test_what_does_not_fit_is_named(questions):
         load_questions("nowhere.jsonl")
     for settings, message in (
         (dict(length=10), "length=10 is too short"),
-        (dict(num_documents=33), "num_documents=33 must lie between 1 and num_keys=32"),
+        (
+            dict(num_documents=33),
+            "num_documents=33 must lie between 1 and the 32 keys that num_keys=32 and key_length=1",
+        ),
+        (dict(key_length=9), "key_length=9 must lie between 1 and 8"),
+        (dict(num_documents=22, num_keys=8, key_length=2), "must lie between 1 and the 21 keys"),
         (dict(digits=0), "digits=0"),
+        (dict(key_length=4, alike=8), "alike=8 must lie between 0 and num_documents - 1 = 7"),
         (dict(num_values=97), "num_values=97"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -22,6 +22,7 @@ from memlm_kernels.route_documents.reference import (
     best_of,
     route_documents_reference,
 )
+from memlm_kernels.segments import exact
 
 _NEVER = float("-inf")
 
@@ -56,17 +57,19 @@ def nominate_documents(
     query_reduce: str = "max",
     chunk_reduce: str = "max",
     held: int = 1 << 21,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Of a whole bank, a few documents that hold all that ``route_documents`` would choose at some token.
 
     q: [B, M, H, K]   asks: [B, M], tokens that route (None: all)   the settings: as of ``route_documents``
     held: scores at a time, about
-    Returns the documents' numbers of each row, ascending; none for a row where no token asks. Asks the device.
+    Returns the documents' numbers [B, R, top_k], of each token if ``running``, else of the row or of each token, and
+    their scores, -1 and -inf where there is none: so in a row where no token asks. Asks the device.
     """
     batch, tokens = q.shape[:2]
     asks = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device) if asks is None else asks
     if tokens == 0 or not shards:
-        return [torch.zeros(0, dtype=torch.int64, device=q.device)] * batch
+        none = torch.full((batch, tokens if running else 1, 0), -1, device=q.device)
+        return best_of(none, exact(q).new_empty(none.shape), top_k)
     # In place of a token that does not ask, one that does.
     place = torch.where(asks, torch.arange(tokens, device=q.device), asks.long().argmax(1, keepdim=True))
     rule = Rule(
@@ -75,14 +78,13 @@ def nominate_documents(
     q = _prepared(rule, q).gather(1, place[..., None, None].expand(q.shape))
     if query_reduce == chunk_reduce == "max":
         idle = ~asks.any(1).repeat_interleave(tokens if running else 1)
-        index = _best(rule, q, shards, idle).unflatten(0, (batch, -1))
-    else:
-        index = _best_of_means(rule, q, asks, shards)
-    return [numbers[numbers >= 0] for numbers in (row.unique() for row in index)]
+        index, score = _best(rule, q, shards, idle)
+        return index.unflatten(0, (batch, -1)), score.unflatten(0, (batch, -1))
+    return _best_of_means(rule, q, asks, shards)
 
 
-def _best(rule: Rule, q: Tensor, shards: Sequence[RouterShard], idle: Tensor) -> Tensor:
-    """The best of each decision, [D, J]; they are the rows', or running the tokens'."""
+def _best(rule: Rule, q: Tensor, shards: Sequence[RouterShard], idle: Tensor) -> tuple[Tensor, Tensor]:
+    """The best of each decision, and their scores, [D, J]; they are the rows', or running the tokens'."""
     folded = None
     if rule.head_reduce == "mean":
         folded = _folded(rule, q, shards[0].k.shape[1]).flatten(0, 1)
@@ -107,7 +109,7 @@ def _best(rule: Rule, q: Tensor, shards: Sequence[RouterShard], idle: Tensor) ->
             if len(column):
                 number = shard.document[tile][column] + shard.first
                 index, score = _entered(rule, index, score, number, scores[:, column])
-    return index.masked_fill(idle[:, None], -1)
+    return index.masked_fill(idle[:, None], -1), score.masked_fill(idle[:, None], _NEVER)
 
 
 def _entered(rule: Rule, index: Tensor, score: Tensor, number: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,7 +124,7 @@ def _entered(rule: Rule, index: Tensor, score: Tensor, number: Tensor, scores: T
     return best_of(torch.cat([index, name.expand(value.shape)], 1), torch.cat([score, value], 1), rule.top_k)
 
 
-def _best_of_means(rule: Rule, q: Tensor, asks: Tensor, shards: Sequence[RouterShard]) -> Tensor:
+def _best_of_means(rule: Rule, q: Tensor, asks: Tensor, shards: Sequence[RouterShard]) -> tuple[Tensor, Tensor]:
     """[B, D, J] where a mean needs every score."""
     none = torch.full((len(q), 1, 0), -1, device=q.device)
     best = best_of(none, none.to(q.dtype), rule.top_k)
@@ -132,4 +134,4 @@ def _best_of_means(rule: Rule, q: Tensor, asks: Tensor, shards: Sequence[RouterS
         number = torch.where(routes.document < 0, -1, routes.document + shard.first)
         old = [x.expand(-1, number.shape[1], -1) for x in best]
         best = best_of(torch.cat([old[0], number], -1), torch.cat([old[1], routes.score], -1), rule.top_k)
-    return best[0]
+    return best

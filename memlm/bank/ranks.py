@@ -1,0 +1,62 @@
+"""The processes that share a bank: whose each document is, and the few words between them."""
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from memlm_kernels.route_documents import merge_topk
+
+
+class Ranks:
+    """group: of torch.distributed; None: this process alone. Every method but ``own`` must be called by all of them.
+
+    A document is of the process that its name says, so that adding and deleting moves nothing.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group) if group is not None else 0
+        self.size = dist.get_world_size(group) if group is not None else 1
+
+    def own(self, names: Sequence[str]) -> Tensor:
+        """Which documents are this process's, [N]."""
+        if self.size == 1:
+            return torch.ones(len(names), dtype=torch.bool)
+        return torch.tensor([zlib.crc32(name.encode()) % self.size == self.rank for name in names], dtype=torch.bool)
+
+    def best(self, index: Tensor, score: Tensor, top_k: int) -> Tensor:
+        """Of every process's best documents and scores [..., top_k] the best of all, of equals the lowest number."""
+        if self.size == 1:
+            return index
+        # One tensor, one collective; a float64 holds every number below 2 ** 53.
+        mine = torch.stack([index.double(), score.double()])
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(parts, mine, group=self.group)
+        return merge_topk([(part[0].long(), part[1]) for part in parts], top_k)[0]
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over processes; x may be overwritten."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def told(self, x: Any) -> Any:
+        """What the first process says."""
+        said = [x]
+        if self.size > 1:
+            dist.broadcast_object_list(said, group=self.group, group_src=0)
+        return said[0]
+
+    def all_say(self, x: Any) -> list[Any]:
+        said = [x] * self.size
+        if self.size > 1:
+            dist.all_gather_object(said, x, group=self.group)
+        return said
+
+    def wait(self) -> None:
+        if self.size > 1:
+            dist.barrier(self.group)

@@ -1,0 +1,129 @@
+"""A bank dealt to several processes is the bank of one: routes, contents, tokens, folders."""
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from memlm import MemoryBank
+from memlm.bank.ranks import Ranks
+from memlm_kernels.testing import assert_close
+from tests.test_bank import EXACT, LENGTHS, QUESTION, asked, joined, library, model_of, tokens
+
+SIZES = (1, 2, 4)
+SETTINGS = [
+    {},
+    {"similarity": "dot", "routing": "query", "top_k": 3},
+    {"head_reduce": "max", "query_reduce": "mean", "chunk_reduce": "mean"},
+]
+
+
+def told(bank):
+    """What a user can see of a bank."""
+    ids, doc_ids = joined(QUESTION[:-1])
+    rows = [tokens(5, 3), tokens(5, 4)]
+    found = bank.search(torch.stack(rows))
+    options = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(ids))
+    return {
+        "names": [bank.documents(), *([list(row) for row in found[layer]] for layer in bank.layers)],
+        "counts": {k: n for k, n in bank.stats().items() if not k.endswith("bytes")},
+        "scores": torch.tensor([s for layer in bank.layers for row in found[layer] for s in row.values()]),
+        "logits": asked(bank.model, bank, QUESTION),
+        "generated": bank.model.generate(ids, doc_ids=doc_ids, memory_bank=bank, **options),
+    }
+
+
+@torch.no_grad()
+def story(group, folder):
+    """Banks are built, changed, saved, and loaded, among them one that a single process saved."""
+    said = []
+    for i, settings in enumerate(SETTINGS):
+        model, where = model_of(**settings), folder / f"{i}"
+        bank = MemoryBank.build(model, library(), where, tokens_per_batch=16, progress=False, group=group)
+        said.append(told(bank))
+        bank.delete(["d1", "d5"])
+        bank.update({"d2": tokens(6, 71)})
+        bank.add({"new": tokens(9, 72), "d5": tokens(5, 73)})
+        said.append(told(bank))
+        bank.save(where)
+        said.append(told(bank))
+        said.append(told(MemoryBank.load(where, model, group)))
+    model = model_of(top_k=3)
+    for lengths in ((), (1,), (5, 9)):
+        bank = MemoryBank.build(model, library(lengths), progress=False, group=group)
+        said.append(told(bank))
+        bank.add({"more": tokens(7, 1)})
+        said.append(told(bank))
+        bank.delete(bank.documents())
+        said.append(told(bank))
+    return said
+
+
+def work(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=max(SIZES))
+    groups = {size: dist.new_group(range(size)) for size in SIZES}
+    for size, group in groups.items():
+        if rank < size:
+            said = {"story": story(group, folder / f"of {size}")}
+            said["loaded"] = told(MemoryBank.load(folder / "of one" / "0", model_of(), group))
+            said |= alone(rank, group)
+            torch.save(said, folder / f"{size}-{rank}.pt")
+    dist.barrier()
+    # A process that exits with a group alive may abort.
+    dist.destroy_process_group()
+
+
+def alone(rank, group):
+    """What each process keeps, ties, models that differ, and how many collectives a layer costs."""
+    bank = MemoryBank.build(model_of(), library(), progress=False, group=group)
+    ranks, said = Ranks(group), {"kept": sum(shard.router_LCGK.shape[1] for shard in bank.shards)}
+    mine = torch.tensor([[9 - rank, 20 + rank, -1]]), torch.tensor([[0.5, 0.25, float("-inf")]])
+    said["ties"] = ranks.best(*mine, 3)
+    try:
+        MemoryBank(model_of(seed=rank), group=group)
+        said["refused"] = ""
+    except ValueError as error:
+        said["refused"] = str(error)
+    counts = {}
+    originals = dist.all_gather, dist.all_reduce
+
+    def counted(op):
+        def call(*args, **kwargs):
+            counts[op.__name__] = counts.get(op.__name__, 0) + 1
+            return op(*args, **kwargs)
+
+        return call
+
+    dist.all_gather, dist.all_reduce = map(counted, originals)
+    asked(bank.model, bank, QUESTION)
+    dist.all_gather, dist.all_reduce = originals
+    return said | {"collectives": counts}
+
+
+def same(expected, got, where):
+    assert got["names"] == expected["names"] and got["counts"] == expected["counts"], where
+    assert torch.equal(got["generated"], expected["generated"]), where
+    for name in ("logits", "scores"):
+        if expected[name].numel():
+            assert_close(f"{where} {name}", expected[name], got[name], EXACT)
+
+
+def test_any_number_of_processes_is_one(tmp_path):
+    expected = story(None, tmp_path / "of one")
+    loaded = told(MemoryBank.load(tmp_path / "of one" / "0", model_of()))
+    mp.spawn(work, (tmp_path,), nprocs=max(SIZES))
+    for size in SIZES:
+        said = [torch.load(tmp_path / f"{size}-{rank}.pt") for rank in range(size)]
+        for rank, of_rank in enumerate(said):
+            for step, (a, b) in enumerate(zip(expected, of_rank["story"], strict=True)):
+                same(a, b, f"rank {rank} of {size}, step {step}")
+            same(loaded, of_rank["loaded"], f"rank {rank} of {size}, loaded")
+            assert of_rank["collectives"] == ({"all_gather": 2, "all_reduce": 2} if size > 1 else {})
+            assert of_rank["ties"].tolist() == {1: [[9, 20, -1]], 2: [[8, 9, 20]], 4: [[6, 7, 8]]}[size]
+            assert ("models of" in of_rank["refused"]) == (size > 1)
+        kept = [of_rank["kept"] for of_rank in said]
+        assert (sum(kept) == sum(-(-n // 4) for n in LENGTHS) and max(kept) < sum(kept)) or size == 1
+        # One process reads what several saved.
+        one = MemoryBank.load(tmp_path / f"of {size}" / "0", model_of())
+        with torch.no_grad():
+            same(expected[3], told(one), f"saved by {size}")
