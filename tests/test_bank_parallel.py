@@ -6,6 +6,7 @@ import torch.multiprocessing as mp
 
 from memlm import MemoryBank
 from memlm.bank.ranks import Ranks
+from memlm.cli import leave_group
 from memlm_kernels.testing import assert_close
 from tests.test_bank import EXACT, LENGTHS, QUESTION, asked, joined, library, model_of, tokens
 
@@ -69,8 +70,7 @@ def work(rank, folder):
             said |= alone(rank, group)
             torch.save(said, folder / f"{size}-{rank}.pt")
     dist.barrier()
-    # A process that exits with a group alive may abort.
-    dist.destroy_process_group()
+    leave_group()
 
 
 def alone(rank, group):
