@@ -84,7 +84,7 @@ def chunk_sparse_attention(
     places: Tensor | None = None,
     far: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
-    tile: int = 128,
+    tile: int = 32,
     backend: str = "auto",
 ) -> Attended:
     """softmax(q k^T) v of each token over its window and the chunks that it chose, a key that is in both once.

@@ -100,9 +100,12 @@ class _Attend(torch.autograd.Function):
         lse = exact(q.new_empty(q.shape[:3]))
         for part in _tiles(q.shape[1], tile):
             looks = plan.looks(keys, part)
-            scores = [_scores(x, look, part, scale) for x, look in zip(keys, looks, strict=True)]
+            scores = [_scores(x, _take(x.k, look), look, part, scale) for x, look in zip(keys, looks, strict=True)]
             total = torch.cat(scores, -1).logsumexp(-1)
-            reads = [_read(s, total, x, look) for s, x, look in zip(scores, keys, looks, strict=True)]
+            reads = [
+                _sum(_weights(s, total), _take(x.v, look), look)
+                for s, x, look in zip(scores, keys, looks, strict=True)
+            ]
             output[:, part], lse[:, part] = torch.stack(reads).sum(0).flatten(2, 3), total.flatten(2)
         ctx.save_for_backward(output, lse, *tensors)
         ctx.plan, ctx.scale, ctx.tile = plan, scale, tile
@@ -114,14 +117,15 @@ class _Attend(torch.autograd.Function):
         output, lse, *tensors = ctx.saved_tensors
         keys = _of(tensors)
         groups = keys[0].k.shape[2]
-        d_keys = [Keys(*(exact(torch.zeros_like(x)) for x in each)) for each in keys]
+        d_keys = [Keys(*(exact(x.new_zeros(x.shape)) for x in each)) for each in keys]
         for part in _tiles(output.shape[1], ctx.tile):
             o, total, d_o, d_total = (_grouped(x, part, groups) for x in (output, lse, d_output, d_lse))
             delta = (d_o * o).sum(-1) - d_total
             for x, d_x, look in zip(keys, d_keys, ctx.plan.looks(keys, part), strict=True):
-                weights = _weights(_scores(x, look, part, ctx.scale), total)
+                k = _take(x.k, look)
+                weights = _weights(_scores(x, k, look, part, ctx.scale), total)
                 d_scores = weights * (_product(d_o, _take(x.v, look), look) - delta[..., None]) * ctx.scale
-                d_x.q[:, part] += _sum(d_scores, _take(x.k, look), look).flatten(2, 3)
+                d_x.q[:, part] += _sum(d_scores, k, look).flatten(2, 3)
                 _add(d_x.k, look, _outer(d_scores, _grouped(x.q, part, groups), look))
                 _add(d_x.v, look, _outer(weights, d_o, look))
         gradients = [d.to(x.dtype) for d, x in zip((d for each in d_keys for d in each), tensors, strict=True)]
@@ -141,19 +145,15 @@ def _grouped(x: Tensor, part: slice, groups: int) -> Tensor:
     return exact(x[:, part]).unflatten(2, (groups, -1))
 
 
-def _scores(keys: Keys, look: Look, part: slice, scale: float) -> Tensor:
-    """[B, Q, G, R, S]"""
+def _scores(keys: Keys, k: Tensor, look: Look, part: slice, scale: float) -> Tensor:
+    """[B, Q, G, R, S]; k: as ``_take`` takes them."""
     q = _grouped(keys.q, part, keys.k.shape[2])
-    return (_product(q, _take(keys.k, look), look) * scale).masked_fill(~look.seen, _NEVER)
+    return (_product(q, k, look) * scale).masked_fill(~look.seen, _NEVER)
 
 
 def _weights(scores: Tensor, total: Tensor) -> Tensor:
     # Where nothing is seen, zeros.
     return (scores - total.clamp(min=torch.finfo(total.dtype).min)[..., None]).exp()
-
-
-def _read(scores: Tensor, total: Tensor, keys: Keys, look: Look) -> Tensor:
-    return _sum(_weights(scores, total), _take(keys.v, look), look)
 
 
 def _take(x: Tensor, look: Look) -> Tensor:
