@@ -35,7 +35,7 @@ def chunk_topk(
     *,
     top_k: int,
     spans: tuple[Tensor, Tensor] | None = None,
-    tile: int = 1024,
+    tile: int = 256,
     backend: str = "auto",
 ) -> Tensor:
     """The chunks that each token reads, for each group of heads that share keys (NSA, arXiv:2502.11089; MoBA,
