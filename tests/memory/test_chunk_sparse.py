@@ -208,7 +208,7 @@ def test_the_state_keeps_one_mean_a_chunk():
                 model(piece, past_key_values=cache)
         shapes.append({name: x.shape for name, x in cache.states[1].items()})
     assert shapes[0] == shapes[1]
-    assert shapes[0]["pooled.k"][1] == 83 // 8 and shapes[0]["k"][1] == 83
+    assert shapes[0]["pooled.k"][1] == 83 // 4 and shapes[0]["k"][1] == 83
 
 
 def test_no_tensor_of_all_tokens_with_all_tokens_or_chunks():

@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 from memlm_kernels.segments import exact
 
 _NEVER = float("-inf")
+# Up to so many times the keys that a token sees of chunks, it scores all and gathers none.
+_DENSE = 4
 
 
 class Keys(NamedTuple):
@@ -81,8 +83,13 @@ class Chosen(NamedTuple):
         key = first[..., None] + torch.arange(self.chunk_size, device=choice.device)
         distance = (far.k.shape[1] - far.q.shape[1] + tokens)[:, None, None, None] - key
         known = (choice >= 0)[..., None] & (distance >= self.window) & (key >= 0)
-        chunks = Look(key.clamp(0, far.k.shape[1] - 1).flatten(3), known.flatten(3)[:, :, :, None])
-        return [window, chunks]
+        key, known, last = key.flatten(3), known.flatten(3), far.k.shape[1] - 1
+        if far.k.shape[1] > _DENSE * key.shape[3]:
+            return [window, Look(key.clamp(0, last), known[:, :, :, None])]
+        # Few keys are scored sooner than gathered. One more takes those that are not known.
+        seen = torch.zeros(*known.shape[:3], last + 2, device=key.device, dtype=torch.bool)
+        seen = seen.scatter(3, torch.where(known, key, last + 1), True)[..., :-1]
+        return [window, Look(slice(None), seen[:, :, :, None])]
 
 
 def attend(plan: Plan, keys: list[Keys], scale: float | None, tile: int) -> tuple[Tensor, Tensor]:
