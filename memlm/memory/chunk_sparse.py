@@ -6,7 +6,8 @@ Memory Sparse Attention inside one stream; NSA, arXiv:2502.11089, MoBA, arXiv:25
 
 Every chunk_size tokens of a document are a chunk. A token chooses, for each group of heads that share keys, among
 those that begin before its window; of them it sees what its window does not. With top_k at least as many as there
-are this is full causal attention, with the weights of the kind ``attention``.
+are, and far_positions, this is full causal attention, with the weights of the kind ``attention``. Attention is the
+op's: ``attn_implementation`` has no say.
 
 The choice is hard: as such it has no gradient, and keys that are found well when they are seen need not be found by
 their mean. Two ways to teach it (``learning``):

@@ -101,8 +101,8 @@ def chunk_sparse_attention(
         otherwise; k may then be shorter than v: its last keys (None: q and k)
     scale: of the scores; None for 1 / sqrt(K)
 
-    Work and memory are those of T (window + tile + J chunk_size) scores, memory of ``tile`` tokens' at a time, in the
-    backward too. Accumulates in fp32. Raises ValueError if shapes disagree, chunk_size, window or tile < 1, or the
+    Work is that of T (window + tile + at most 4 J chunk_size) scores, memory that of ``tile`` tokens', in the backward
+    too. Accumulates in fp32. Raises ValueError if shapes disagree, chunk_size, window or tile < 1, or the
     backend cannot run.
     """
     for name, value in (("chunk_size", chunk_size), ("window", window), ("tile", tile)):
