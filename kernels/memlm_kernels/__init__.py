@@ -4,6 +4,12 @@ Imports torch, and Triton lazily, and nothing else.
 """
 
 from memlm_kernels.backend import choose
+from memlm_kernels.chunk_sparse_attention import (
+    chunk_mean_attention,
+    chunk_sparse_attention,
+    chunk_topk,
+    invert_chunks,
+)
 from memlm_kernels.delta_rule import delta_rule
 from memlm_kernels.grouped_linear import grouped_linear
 from memlm_kernels.large_chunk_memory import LargeChunkMemoryState, large_chunk_memory
@@ -18,8 +24,12 @@ __all__ = [
     "NeuralMemoryState",
     "SegmentedMemoryState",
     "choose",
+    "chunk_mean_attention",
+    "chunk_sparse_attention",
+    "chunk_topk",
     "delta_rule",
     "grouped_linear",
+    "invert_chunks",
     "large_chunk_memory",
     "linear_attention",
     "merge_topk",

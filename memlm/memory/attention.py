@@ -108,12 +108,8 @@ class Mixer(SequenceMixer):
         positions_BT = token_positions(x_BTD, state, ctx)
         new_state = {"position": next_position(positions_BT, state, ctx)}
 
-        projected = [proj(x_BTD) for proj in (self.q_proj, self.k_proj, self.v_proj)]
-        if self.config.conv_size:
-            places_BT = None if fresh else positions_BT
-            qkv, new_state["conv"] = self.conv(torch.cat(projected, -1), state["conv"], places_BT, ctx.lengths_B)
-            projected = list(F.silu(qkv).split(self.sizes, -1))
-        q_BTHK, k_BTGK, v_BTGK = (x.unflatten(-1, (-1, self.dims.head_dim)) for x in projected)
+        (q_BTHK, k_BTGK, v_BTGK), history = self.project(x_BTD, state, None if fresh else positions_BT, ctx.lengths_B)
+        new_state |= history
 
         angles = rotary_angles(positions_BT, self.dims.head_dim, self.dims.rope_theta)
         seen = {"k": rotary(k_BTGK, angles), "v": v_BTGK}
@@ -136,6 +132,17 @@ class Mixer(SequenceMixer):
         else:
             y_BTHK = self._attend(rotated_BTHK, seen["k"], seen["v"], None, positions_BT, fresh, window)
         return y_BTHK, (q_BTHK, k_BTGK, v_BTGK), new_state
+
+    def project(
+        self, x_BTD: Tensor, state: State, positions_BT: Tensor | None, lengths_B: Tensor | None
+    ) -> tuple[list[Tensor], State]:
+        """q, k, v before any rotation, and what their convolution keeps; positions as ``ShortConv`` takes them."""
+        history = {}
+        projected = [proj(x_BTD) for proj in (self.q_proj, self.k_proj, self.v_proj)]
+        if self.config.conv_size:
+            qkv, history["conv"] = self.conv(torch.cat(projected, -1), state["conv"], positions_BT, lengths_B)
+            projected = list(F.silu(qkv).split(self.sizes, -1))
+        return [x.unflatten(-1, (-1, self.dims.head_dim)) for x in projected], history
 
     def _prefix(self) -> tuple[Tensor, Tensor]:
         """Keys (in the unrotated half) and values of the persistent tokens, [1, P, G, 2K]."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from memlm import MemLMForCausalLM, MemoryCache
-from memlm.memory import parts
+from memlm.memory import chunk_sparse, parts
 from memlm.memory.base import SequenceMixer
 from memlm_kernels.testing import assert_close, relative_error
 from tests.conftest import build, variants
@@ -276,14 +276,17 @@ def test_finite_at_initialisation(variant, length, dtype, repeated):
 
 
 def test_low_precision_models_accumulate_in_fp32(variant, monkeypatch):
-    """With the same choices of memories: rounding may turn a close one, which is another question."""
+    """With the same choices of memories and chunks: rounding may turn a close one, which is another question."""
     low = model_of(variant, dtype=torch.bfloat16)
     ids = tokens(1, 500)
-    choose, chosen = parts.top_choices, []
+    chosen = []
     with torch.no_grad():
-        monkeypatch.setattr(parts, "top_choices", lambda *x: chosen.append(choose(*x)) or chosen[-1])
+        for module, name in ((parts, "top_choices"), (chunk_sparse, "chunk_topk")):
+            choose = getattr(module, name)
+            monkeypatch.setattr(module, name, lambda *x, c=choose, **kw: chosen.append(c(*x, **kw)) or chosen[-1])
         reference = copy.deepcopy(low).float()(ids).logits
-        monkeypatch.setattr(parts, "top_choices", lambda *x: chosen.pop(0))
+        for module, name in ((parts, "top_choices"), (chunk_sparse, "chunk_topk")):
+            monkeypatch.setattr(module, name, lambda *x, **kw: chosen.pop(0))
         got = low(ids).logits
     assert got.dtype == torch.bfloat16
     assert_close("bf16", reference, got.float(), 2e-2)
@@ -347,5 +350,5 @@ def test_state_is_bounded_or_says_so(variant):
     _, long = stream(model, tokens(1, 200), [200])
     held = sum(x.untyped_storage().nbytes() for state in long.states for x in state.values())
     assert held == long.nbytes(), "a state is a view that keeps a longer tensor alive"
-    grows = variant[0] in ("attention", "msa")
+    grows = variant[0] in ("attention", "chunk_sparse", "msa")
     assert (long.nbytes() > short.nbytes()) == grows

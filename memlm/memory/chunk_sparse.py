@@ -1,0 +1,283 @@
+"""Attention to a window and to a few chunks of the past, which each token chooses by their pooled keys (the idea of
+Memory Sparse Attention inside one stream; NSA, arXiv:2502.11089, MoBA, arXiv:2502.13189, InfLLM, arXiv:2402.04617).
+
+    score[t, n] = sum over the heads h of a group of q[t, h] . mean of the keys k of chunk n, none of them rotated
+    y[t] = softmax over the window and the tokens of the top_k chunks, in one
+
+Every chunk_size tokens of a document are a chunk. A token chooses, for each group of heads that share keys, among
+those that begin before its window; of them it sees what its window does not. With top_k at least as many as there
+are, and far_positions, this is full causal attention, with the weights of the kind ``attention``. Attention is the
+op's: ``attn_implementation`` has no say.
+
+The choice is hard: as such it has no gradient, and keys that are found well when they are seen need not be found by
+their mean. Two ways to teach it (``learning``):
+
+- "compressed", as NSA: the token also attends to the means of keys and values of all the chunks that it may choose,
+  y[t] += gate[t] * softmax(q . mean k) mean v, and what makes this read better makes the choice better.
+- "distilled", as DeepSeek's DSA (arXiv:2512.02556): a loss, the cross-entropy of softmax(q . mean k) from the share of
+  attention that each chunk would get if all of them were seen; training then costs as much as full attention does,
+  and a trained backbone's outputs are as they were.
+
+B batch, T tokens, S keys kept from earlier calls, L = S + T, D hidden, H query heads in G groups, K head dim,
+N chunks of the row, E of them new, C chunk_size.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from memlm.layers import rotary, rotary_angles
+from memlm.memory import attention
+from memlm.memory.base import Dims, MixerContext, MixerOutput, State, next_position, require, token_positions
+from memlm.memory.parts import memory_share, start_delayed
+from memlm_kernels import chunk_mean_attention, chunk_sparse_attention, chunk_topk
+from memlm_kernels.grid import keep_last, pick, place
+from memlm_kernels.segments import exact
+
+LEARNING = ("compressed", "distilled")
+INITIALIZATIONS = ("default", "recall")
+
+
+@dataclass(frozen=True)
+class Config:
+    """chunk_size: tokens that are chosen together; window_size: last tokens that are seen in any case, at least as
+        many; top_k: chunks that a token chooses.
+    learning: how the choice learns, "compressed" or "distilled"; loss_weight: of the latter's loss, in each layer.
+    far_positions: whether rotary positions tell how far chosen tokens lie, as full attention has it; without them
+        what is far is as in training, however long the document.
+    conv_size: width of a causal convolution with SiLU on q, k, v; 0 for none.
+    initialization: "default", or "recall": an engineered prior for associative recall. Queries start equal to keys,
+        and the convolution delays each channel of the keys by 0 to conv_size - 1 tokens.
+    """
+
+    chunk_size: int = 64
+    window_size: int = 512
+    top_k: int = 16
+    learning: str = "compressed"
+    loss_weight: float = 0.1
+    far_positions: bool = True
+    conv_size: int = 0
+    initialization: str = "default"
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_size", "top_k"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        require(
+            self.window_size >= self.chunk_size,
+            f"window_size={self.window_size} must be chunk_size={self.chunk_size} at least, "
+            "for nothing else sees the open chunk; raise it, or lower chunk_size",
+        )
+        require(self.loss_weight >= 0, f"loss_weight={self.loss_weight} must not be negative")
+        require(self.conv_size >= 0, f"conv_size={self.conv_size} must be 0 (none) or more")
+        for name, known in (("learning", LEARNING), ("initialization", INITIALIZATIONS)):
+            value = getattr(self, name)
+            require(value in known, f"{name}={value!r} must be one of {', '.join(known)}")
+        require(
+            self.initialization == "default" or self.conv_size > 0,
+            f"initialization={self.initialization!r} delays keys by a convolution; set conv_size, to 4 say",
+        )
+
+
+class Choice(nn.Module):
+    """The way of chosen chunks into a layer: their numbers counted from 1, so that zeros are none."""
+
+    long_term = True
+
+    def forward(self, index_BTGJ: Tensor) -> Tensor:
+        return index_BTGJ + 1
+
+
+class Gate(nn.Linear):
+    """The share of each head's read of means that is added, 1/2 at first."""
+
+    long_term = True
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return torch.sigmoid(super().forward(x_BTD))
+
+
+class Chunks(NamedTuple):
+    """The chunks of a row: those kept, of the document that stands open, the last one last; then those that end in
+    this call, as many as could, in their order. All places are among the row's L keys.
+
+    starts_BN: where each one starts; new_BE: the token of the call that each new one ends with; count_B: new ones
+    first_BT, end_BT: a token may choose first to end - 1, which begin before its window
+    document_BT: where each token's document starts
+    """
+
+    starts_BN: Tensor
+    new_BE: Tensor
+    count_B: Tensor
+    first_BT: Tensor
+    end_BT: Tensor
+    document_BT: Tensor
+
+    @staticmethod
+    def of(positions_BT: Tensor, state: State, ctx: MixerContext, config: Config) -> "Chunks":
+        size, length, past = config.chunk_size, positions_BT.shape[1], state["v"].shape[1]
+        token_T = torch.arange(length, device=positions_BT.device)
+        ends_BT = (positions_BT + 1) % size == 0
+        if ctx.lengths_B is not None:
+            ends_BT = ends_BT & (token_T < ctx.lengths_B[:, None])
+        so_far_BT = ends_BT.long().cumsum(1)
+        kept, most = state["pooled.k"].shape[1], (length + size - 1) // size
+        # One more takes the tokens that end none.
+        slot_BT = torch.where(ends_BT, so_far_BT - 1, most)
+        new_BE = place(token_T.expand(len(ends_BT), -1)[..., None], slot_BT, most + 1)[:, :-1, 0]
+        back_N = torch.arange(kept, 0, -1, device=positions_BT.device) * size
+        old_BN = past - (state["position"] % size)[:, None] - back_N
+        first_BT = kept + so_far_BT - (positions_BT + 1) // size
+        known_BT = (positions_BT - config.window_size + size).clamp(min=0) // size
+        return Chunks(
+            starts_BN=torch.cat([old_BN, past + new_BE - size + 1], 1),
+            new_BE=new_BE,
+            count_B=so_far_BT[:, -1],
+            first_BT=first_BT,
+            end_BT=first_BT + known_BT,
+            document_BT=past + token_T - positions_BT,
+        )
+
+
+class Mixer(attention.Mixer):
+    def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
+        super().__init__(attention.Config(conv_size=config.conv_size), dims, layer_idx)
+        self.chunked = config
+        self.choice = Choice()
+        if config.learning == "compressed":
+            self.gate = Gate(dims.hidden_size, dims.num_attention_heads)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.chunked.learning == "compressed":
+            init.zeros_(self.gate.weight)
+            init.zeros_(self.gate.bias)
+        if self.chunked.initialization == "recall":
+            groups, head_dim = self.dims.num_key_value_heads, self.dims.head_dim
+            keys = self.k_proj.weight.unflatten(0, (groups, head_dim))
+            init.copy_(self.q_proj.weight, keys.repeat_interleave(self.num_key_value_groups, 0).flatten(0, 1))
+            start_delayed(self.conv, self.sizes[0], self.sizes[1])
+
+    def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
+        state = super().init_state(batch_size, device, dtype)
+        means = ("k", "v") if self.chunked.learning == "compressed" else ("k",)
+        return state | {f"pooled.{name}": exact(state[name]) for name in means}
+
+    def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
+        config, length = self.chunked, x_BTD.shape[1]
+        state = self.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype) if state is None else state
+        ctx = ctx or MixerContext()
+        positions_BT = token_positions(x_BTD, state, ctx)
+        (q_BTHK, k_BTGK, v_BTGK), after = self.project(x_BTD, state, positions_BT, ctx.lengths_B)
+        if length == 0:
+            return MixerOutput(self.o_proj(q_BTHK.flatten(2)), state, {}, {})
+        after["position"] = next_position(positions_BT, state, ctx)
+
+        chunks = Chunks.of(positions_BT, state, ctx, config)
+        turned_BTHK = self._turned(q_BTHK, positions_BT)
+        turned_BTGK = self._turned(k_BTGK, positions_BT)
+        # The past is kept rotated or not, and what needs it the other way is near: the window, and the open chunk.
+        near = min(state["k"].shape[1], config.window_size - 1)
+        recent_BSGK = state["k"][:, state["k"].shape[1] - near :]
+        places_BS = positions_BT[:, :1] - torch.arange(near, 0, -1, device=x_BTD.device)
+        if config.far_positions:
+            far, seen_BLGK = None, _join(state["k"], turned_BTGK)
+            plain_BLGK = _join(self._turned(recent_BSGK, -places_BS), k_BTGK)
+            kept_BLGK = seen_BLGK
+        else:
+            kept_BLGK = plain_BLGK = _join(state["k"], k_BTGK)
+            far, seen_BLGK = (q_BTHK, kept_BLGK), _join(self._turned(recent_BSGK, places_BS), turned_BTGK)
+        v_BLGK = _join(state["v"], v_BTGK)
+        pooled_BNGK = self._pooled(plain_BLGK, chunks, "k", state, after)
+        spans = (chunks.first_BT, chunks.end_BT)
+        for name, x in (("k", kept_BLGK), ("v", v_BLGK)):
+            after[name] = keep_last(x, x.shape[1], length, ctx.lengths_B)
+
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            chosen_BTGJ = chunk_topk(q_BTHK, pooled_BNGK, top_k=config.top_k, spans=spans)
+            seen_BTHK = chunk_sparse_attention(
+                turned_BTHK,
+                seen_BLGK,
+                v_BLGK,
+                self.choice(chosen_BTGJ) - 1,
+                chunks.starts_BN,
+                chunk_size=config.chunk_size,
+                window=config.window_size,
+                places=positions_BT,
+                far=far,
+            ).output
+        aux_losses: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
+        if config.learning == "compressed":
+            pooled_v_BNGK = self._pooled(v_BLGK, chunks, "v", state, after)
+            with torch.autocast(x_BTD.device.type, enabled=False):
+                means_BTHK = chunk_mean_attention(q_BTHK, pooled_BNGK, pooled_v_BNGK, spans=spans).output
+            gate_BTH = self.gate(x_BTD)
+            means_BTHK = gate_BTH[..., None] * means_BTHK
+            metrics = {"gate": gate_BTH.detach().mean(), "memory_share": memory_share(means_BTHK, seen_BTHK)}
+            seen_BTHK = seen_BTHK + means_BTHK
+        elif self.training:
+            dense = far or (turned_BTHK, seen_BLGK)
+            aux_losses["router"] = config.loss_weight * self._unlike_dense(
+                q_BTHK, pooled_BNGK, dense, chunks, positions_BT, state, ctx
+            )
+            metrics["router"] = aux_losses["router"].detach()
+        return MixerOutput(self.o_proj(seen_BTHK.flatten(2)), after, aux_losses, metrics)
+
+    def _turned(self, x_BTHK: Tensor, positions_BT: Tensor) -> Tensor:
+        return rotary(x_BTHK, rotary_angles(positions_BT, self.dims.head_dim, self.dims.rope_theta))
+
+    def _pooled(self, x_BLGK: Tensor, chunks: Chunks, name: str, state: State, after: State) -> Tensor:
+        """Means of each chunk's x, [B, N, G, K]; x ends with the call's tokens."""
+        size, length = self.chunked.chunk_size, chunks.first_BT.shape[1]
+        token_C = torch.arange(x_BLGK.shape[1] - length - size + 1, x_BLGK.shape[1] - length + 1, device=x_BLGK.device)
+        # Of chunks that are not there any.
+        index_BEC = (chunks.new_BE[..., None] + token_C).clamp(min=0)
+        new_BEGK = exact(pick(x_BLGK, index_BEC.flatten(1))).unflatten(1, index_BEC.shape[1:]).mean(2)
+        pooled_BNGK = torch.cat([state[f"pooled.{name}"].to(new_BEGK.dtype), new_BEGK], 1)
+        most = (state["v"].shape[1] + length) // size
+        after[f"pooled.{name}"] = keep_last(pooled_BNGK, most, new_BEGK.shape[1], chunks.count_B)
+        return pooled_BNGK
+
+    def _unlike_dense(
+        self,
+        q_BTHK: Tensor,
+        pooled_BNGK: Tensor,
+        dense: tuple[Tensor, Tensor],
+        chunks: Chunks,
+        positions_BT: Tensor,
+        state: State,
+        ctx: MixerContext,
+    ) -> Tensor:
+        """The cross-entropy, in nats a token and head, of softmax(q . mean k) from the shares of dense attention.
+
+        It is lse - sum_n share[n] q . mean k[n], and the sum over chunks one over keys: dense attention whose values
+        are the means of their chunks. So nothing larger than for attention is held.
+        """
+        config, past, length = self.chunked, state["v"].shape[1], positions_BT.shape[1]
+        chunks_of_row = pooled_BNGK.shape[1]
+        boundary_B = past - state["position"] % config.chunk_size
+        old_BS = (torch.arange(past, device=q_BTHK.device) - boundary_B[:, None]).div(
+            config.chunk_size, rounding_mode="floor"
+        )
+        new_BT = chunks.first_BT + positions_BT // config.chunk_size
+        owner_BL = torch.cat([old_BS + state["pooled.k"].shape[1], new_BT], 1).clamp(0, chunks_of_row - 1)
+        before_T = past + torch.arange(length, device=q_BTHK.device) - config.window_size + 1
+        spans = (chunks.document_BT, before_T.expand_as(chunks.document_BT))
+        with torch.autocast(q_BTHK.device.type, enabled=False):
+            q, k = (x.detach() for x in dense)
+            wanted_BTHK = exact(chunk_mean_attention(exact(q), k, pick(pooled_BNGK, owner_BL), spans=spans).output)
+            known = chunk_mean_attention(q_BTHK, pooled_BNGK, pooled_BNGK, spans=(chunks.first_BT, chunks.end_BT))
+            score_BTH = (exact(q_BTHK) * wanted_BTHK).sum(-1) * self.dims.head_dim**-0.5
+        taught_BT = chunks.end_BT > chunks.first_BT
+        if ctx.lengths_B is not None:
+            taught_BT = taught_BT & (torch.arange(length, device=q_BTHK.device) < ctx.lengths_B[:, None])
+        nats_BT = (known.lse - score_BTH).mean(-1).masked_fill(~taught_BT, 0.0)
+        return nats_BT.sum() / taught_BT.sum().clamp(min=1)
+
+
+def _join(past: Tensor, new: Tensor) -> Tensor:
+    # A copy in any case: what is kept must not be a view of all that was projected.
+    return torch.cat([past.to(new.dtype), new], 1)

@@ -1,0 +1,308 @@
+"""Choice of chunks and attention to them against loops over rows, tokens, heads and keys in fp64."""
+
+import math
+
+import pytest
+import torch
+
+from memlm_kernels import chunk_mean_attention, chunk_sparse_attention, chunk_topk, invert_chunks
+from memlm_kernels.testing import assert_close, grads_of
+
+NEVER = float("-inf")
+GROUPED = [(2, 2), (4, 2), (6, 1)]
+
+
+def heads_of(batch, tokens, keys, heads=4, groups=2, dim=6, value_dim=5, seed=0, dtype=torch.float64):
+    torch.manual_seed(seed)
+    q = torch.randn(batch, tokens, heads, dim, dtype=dtype)
+    k = torch.randn(batch, keys, groups, dim, dtype=dtype)
+    return q, k, torch.randn(batch, keys, groups, value_dim, dtype=dtype)
+
+
+def spans_of(batch, tokens, chunks, seed=0):
+    """Of any length, none too."""
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(chunks + 1, (batch, tokens), generator=generator)
+    return first, first + torch.randint(chunks + 2, (batch, tokens), generator=generator) - 1
+
+
+def softmax_read(pairs):
+    """Output and lse of (score, value) pairs."""
+    scores = torch.stack([score for score, _ in pairs])
+    weights = (scores - scores.max()).exp()
+    output = sum(w * value for w, (_, value) in zip(weights, pairs, strict=True)) / weights.sum()
+    return output, weights.sum().log() + scores.max()
+
+
+def stacked(function, batch, tokens, heads):
+    """[B, T, H, ...] of what ``function(b, t, h)`` returns, a tensor or several."""
+    rows = [[[function(b, t, h) for h in range(heads)] for t in range(tokens)] for b in range(batch)]
+    return torch.stack([torch.stack([torch.stack(t) for t in row]) for row in rows])
+
+
+def topk_oracle(q, k, top_k, spans):
+    batch, tokens, heads, _ = q.shape
+    chunks, groups = k.shape[1:3]
+    out = torch.full((batch, tokens, groups, top_k), -1)
+    for b in range(batch):
+        for t in range(tokens):
+            for g in range(groups):
+                known = range(chunks) if spans is None else range(max(0, spans[0][b, t]), min(chunks, spans[1][b, t]))
+                of_group = range(g * heads // groups, (g + 1) * heads // groups)
+                score = {n: sum((q[b, t, h] @ k[b, n, g]).item() for h in of_group) for n in known}
+                order = sorted(score, key=lambda n: (-score[n], n))[:top_k]
+                out[b, t, g, : len(order)] = torch.tensor(order, dtype=torch.int64)
+    return out
+
+
+@pytest.mark.parametrize(("heads", "groups"), GROUPED)
+@pytest.mark.parametrize("tile", [1, 3, 1024])
+@pytest.mark.parametrize("spanned", [True, False])
+def test_topk_equals_a_loop(heads, groups, tile, spanned):
+    q, k, _ = heads_of(2, 11, 10, heads, groups)
+    spans = spans_of(2, 11, 10) if spanned else None
+    for top_k in (1, 3, 12):
+        got = chunk_topk(q, k, top_k=top_k, spans=spans, tile=tile)
+        assert torch.equal(topk_oracle(q, k, top_k, spans), got), top_k
+
+
+@pytest.mark.parametrize("tile", [1, 2, 4, 1024])
+def test_equal_scores_take_the_lowest_chunk(tile):
+    q, k, _ = heads_of(1, 3, 9)
+    k[:, 3:] = k[:, :1]
+    k[:, 1:3] = -k[:, :1]
+    q = k[:, :1].repeat_interleave(2, 2).expand(-1, 3, -1, -1)
+    got = chunk_topk(q, k, top_k=4, tile=tile)
+    assert torch.equal(got, torch.tensor([0, 3, 4, 5]).expand(1, 3, 2, 4))
+    zeros = torch.zeros_like(q)
+    assert torch.equal(chunk_topk(zeros, k, top_k=9, tile=tile), torch.arange(9).expand(1, 3, 2, 9))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_topk_scores_in_fp32(dtype):
+    """No chunk that was left has a score above one that was taken, by more than fp32 rounds."""
+    q, k, _ = heads_of(2, 20, 50, dim=64, dtype=torch.float32)
+    q, k = q.to(dtype), k.to(dtype)
+    got = chunk_topk(q, k, top_k=5, tile=16)
+    folded = q.double().unflatten(2, (2, 2)).sum(3)
+    score = torch.einsum("btgk,bngk->btgn", folded, k.double())
+    taken = torch.zeros_like(score, dtype=torch.bool).scatter(3, got, True)
+    assert (taken.sum(-1) == 5).all()
+    slack = score.masked_fill(~taken, math.inf).amin(-1) - score.masked_fill(taken, NEVER).amax(-1)
+    assert slack.min() > -1e-4
+
+
+def test_no_tensor_holds_more_scores_than_a_tile():
+    q, k, v = heads_of(1, 64, 64, 2, 2, dim=2, value_dim=2)
+    index, starts = torch.full((1, 64, 2, 1), 3), torch.arange(0, 64, 4)[None]
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple | list) else [out]:
+                largest = max(largest, x.numel() if isinstance(x, torch.Tensor) else 0)
+            return out
+
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    with Watch():
+        chunk_topk(q, k, top_k=2, tile=8)
+        chunk_mean_attention(*leaves, tile=8).output.sum().backward()
+        chunk_sparse_attention(*leaves, index, starts, chunk_size=4, window=4, tile=8).output.sum().backward()
+    assert largest < 64 * 64
+
+
+def test_inverted_index():
+    generator = torch.Generator().manual_seed(0)
+    index = torch.stack([torch.randperm(7, generator=generator)[:3] for _ in range(2 * 9 * 2)]).view(2, 9, 2, 3)
+    index = torch.where(torch.rand(index.shape, generator=generator) < 0.3, -1, index)
+    readers = invert_chunks(index, 8)
+    for b in range(2):
+        for g in range(2):
+            for n in range(8):
+                expected = [t for t in range(9) if n in index[b, t, g]]
+                start, end = readers.offsets[b, g, n : n + 2].tolist()
+                assert readers.token[b, g, start:end].tolist() == expected
+    assert readers.offsets[..., -1].tolist() == (index >= 0).sum((1, 3)).tolist()
+    assert invert_chunks(index[:, :0], 8).offsets.sum() == 0 and invert_chunks(index[..., :0], 0).offsets.shape[2] == 1
+
+
+def sparse_oracle(q, k, v, index, starts, chunk_size, window, places=None, far=None):
+    """Output and lse side by side, [B, T, H, V + 1]; k as long as v."""
+    batch, tokens, heads, dim = q.shape
+    far_q, far_k = far or (q, k)
+    past = v.shape[1] - tokens
+
+    def of(b, t, h):
+        g, here = h * k.shape[2] // heads, past + t
+        reach = here if places is None else places[b, t].item()
+        pairs = []
+        for j in range(v.shape[1]):
+            chosen = any(n >= 0 and 0 <= j - starts[b, n] < chunk_size for n in index[b, t, g].tolist())
+            if 0 <= here - j < window and here - j <= reach:
+                pairs.append((q[b, t, h] @ k[b, j, g] / dim**0.5, v[b, j, g]))
+            elif here - j >= window and chosen:
+                pairs.append((far_q[b, t, h] @ far_k[b, j, g] / dim**0.5, v[b, j, g]))
+        output, lse = softmax_read(pairs)
+        return torch.cat([output, lse[None]])
+
+    return stacked(of, batch, tokens, heads)
+
+
+def choices(batch, tokens, groups, chunks, count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.rand(batch, tokens, groups, chunks, generator=generator).argsort(-1)[..., :count]
+    return torch.where(torch.rand(index.shape, generator=generator) < 0.2, -1, index)
+
+
+def side_by_side(attended):
+    return torch.cat([attended.output, attended.lse[..., None]], -1)
+
+
+# Keys, tokens, chunk size, window: the first chunk may start before the first key, a token may choose what lies ahead.
+# More than twelve times the chunk's size are gathered, fewer scored one and all.
+SIZES = [(23, 23, 4, 5), (30, 9, 2, 7), (12, 1, 3, 4), (41, 3, 3, 4), (15, 15, 1, 1), (8, 8, 4, 20)]
+
+
+@pytest.mark.parametrize(("heads", "groups"), GROUPED)
+@pytest.mark.parametrize(("keys", "tokens", "chunk_size", "window"), SIZES)
+def test_attention_equals_a_loop_and_so_do_its_gradients(heads, groups, keys, tokens, chunk_size, window):
+    q, k, v = heads_of(2, tokens, keys, heads, groups)
+    chunks = keys // chunk_size
+    index = choices(2, tokens, groups, chunks, 3)
+    starts = torch.stack([torch.arange(chunks) * chunk_size + shift for shift in (0, -1)])
+
+    def expected(q, k, v):
+        return sparse_oracle(q, k, v, index, starts, chunk_size, window)
+
+    options = dict(chunk_size=chunk_size, window=window)
+    reads, gradients = expected(q, k, v), grads_of(expected, [q, k, v])
+    for tile in (1, 4, 128):
+
+        def got(q, k, v, tile=tile):
+            return side_by_side(chunk_sparse_attention(q, k, v, index, starts, tile=tile, **options))
+
+        assert_close("output and lse", reads, got(q, k, v), 1e-12)
+        for name, a, b in zip("qkv", gradients, grads_of(got, [q, k, v]), strict=True):
+            assert_close(f"gradient of {name}", a, b, 1e-11)
+
+
+def test_documents_and_far_positions():
+    """A window ends where its document does; chunks are scored by other queries and keys; k is the last keys only."""
+    q, k, v = heads_of(2, 14, 21)
+    far_q, far_k, _ = heads_of(2, 14, 21, seed=1)
+    places = torch.tensor([[7, 8, 9, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [20 - i for i in range(13, -1, -1)]])
+    index, starts = choices(2, 14, 2, 4, 2), torch.tensor([[0, 4, 11, 15], [0, 5, 10, 15]])
+    options = dict(chunk_size=4, window=6, places=places)
+
+    def expected(q, k, v, far_q, far_k):
+        return sparse_oracle(q, k, v, index, starts, 4, 6, places, (far_q, far_k))
+
+    def got(q, k, v, far_q, far_k, kept=21):
+        near = k[:, 21 - kept :]
+        return side_by_side(chunk_sparse_attention(q, near, v, index, starts, far=(far_q, far_k), tile=5, **options))
+
+    inputs = [q, k, v, far_q, far_k]
+    assert_close("output and lse", expected(*inputs), got(*inputs), 1e-12)
+    assert_close("last keys only", expected(*inputs), got(*inputs, kept=19), 1e-12)
+    for i, (a, b) in enumerate(zip(grads_of(expected, inputs), grads_of(got, inputs), strict=True)):
+        assert_close(f"gradient {i}", a, b, 1e-11)
+
+
+def test_all_chunks_are_full_attention():
+    q, k, v = heads_of(2, 33, 33)
+    starts = torch.arange(0, 32, 4).expand(2, -1)
+    index = torch.arange(8).expand(2, 33, 2, -1)
+    got = chunk_sparse_attention(q, k, v, index, starts, chunk_size=4, window=5, tile=8).output
+    k, v = (x.repeat_interleave(2, 2).transpose(1, 2) for x in (k, v))
+    full = torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True)
+    assert_close("output", full.transpose(1, 2), got, 1e-12)
+
+
+@pytest.mark.parametrize(("heads", "groups"), GROUPED)
+@pytest.mark.parametrize("tile", [1, 4, 128])
+def test_attention_to_means_equals_a_loop_and_so_do_its_gradients(heads, groups, tile):
+    q, k, v = heads_of(2, 11, 6, heads, groups)
+    first, end = spans = spans_of(2, 11, 6)
+
+    def expected(q, k, v):
+        def of(b, t, h):
+            g = h * groups // heads
+            known = range(max(0, first[b, t]), min(6, end[b, t]))
+            if not known:
+                # The second is what the test makes of -inf.
+                return torch.zeros(6, dtype=q.dtype)
+            output, lse = softmax_read([(q[b, t, h] @ k[b, n, g] / 6**0.5, v[b, n, g]) for n in known])
+            return torch.cat([output, lse[None]])
+
+        return stacked(of, 2, 11, heads)
+
+    def got(q, k, v):
+        attended = chunk_mean_attention(q, k, v, spans=spans, tile=tile)
+        assert ((attended.lse == NEVER) == (first >= end.clamp(max=6))[..., None]).all()
+        return side_by_side(attended._replace(lse=attended.lse.masked_fill(attended.lse == NEVER, 0.0)))
+
+    assert (first >= end.clamp(max=6)).any()
+    assert_close("output and lse", expected(q, k, v), got(q, k, v), 1e-12)
+    for name, a, b in zip("qkv", grads_of(expected, [q, k, v]), grads_of(got, [q, k, v]), strict=True):
+        assert_close(f"gradient of {name}", a, b, 1e-11)
+    whole = chunk_mean_attention(q, k, v, tile=tile).output
+    everything = chunk_mean_attention(q, k, v, spans=(first * 0, end * 0 + 6)).output
+    assert_close("without spans", everything, whole, 1e-14)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
+def test_low_precision_accumulates_in_fp32(dtype, tolerance):
+    q, k, v = (x.to(dtype) for x in heads_of(1, 40, 40, dim=64, value_dim=64))
+    index, starts = choices(1, 40, 2, 10, 3), torch.arange(0, 40, 4)[None]
+    options = dict(chunk_size=4, window=6)
+    got = chunk_sparse_attention(q, k, v, index, starts, **options)
+    exact = chunk_sparse_attention(q.double(), k.double(), v.double(), index, starts, **options)
+    assert got.output.dtype == dtype and got.lse.dtype == torch.float32
+    assert_close("output", exact.output, got.output, tolerance)
+    assert_close("lse", exact.lse, got.lse, 1e-6)
+
+
+def test_nothing_to_attend_to():
+    q, k, v = heads_of(2, 5, 5)
+    none = torch.zeros(2, 5, 2, 0, dtype=torch.int64)
+    starts = torch.zeros(2, 0, dtype=torch.int64)
+    window = chunk_sparse_attention(q, k, v, none, starts, chunk_size=4, window=3).output
+    absent = chunk_sparse_attention(q, k, v, none.new_full((2, 5, 2, 3), -1), starts, chunk_size=4, window=3).output
+    assert torch.equal(window, absent)
+    assert (chunk_topk(q, k[:, :0], top_k=2) == -1).all()
+    assert (chunk_mean_attention(q, k[:, :0], v[:, :0]).output == 0).all()
+    empty = chunk_sparse_attention(q[:, :0], k, v, none[:, :0], starts, chunk_size=4, window=3)
+    assert empty.output.shape == (2, 0, 4, 5) and empty.lse.shape == (2, 0, 4)
+    assert chunk_topk(q[:, :0], k, top_k=2).shape == (2, 0, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(window=0), "window=0 must be at least 1"),
+        (dict(chunk_size=0), "chunk_size=0 must be at least 1"),
+        (dict(backend="triton"), "cannot run here"),
+        (dict(index=torch.zeros(1, 5, 2, 1)), r"must be integers \[B, T, G, J\]"),
+        (dict(starts=torch.zeros(2, 3, dtype=torch.int64)), r"starts \[2, 3\] must be integers \[B, N\] with B=1"),
+        (dict(places=torch.zeros(1, 4, dtype=torch.int64)), r"places \[1, 4\] must be integers"),
+        (dict(k=torch.zeros(1, 4, 2, 6, dtype=torch.float64)), "L at least T=5"),
+        (dict(v=torch.zeros(1, 6, 2, 5, dtype=torch.float64)), r"keys \[1, 5, 2, 6\] of chunks"),
+        (dict(q=torch.zeros(1, 5, 3, 6, dtype=torch.float64)), "3 heads, which do not divide by the 2"),
+    ],
+)
+def test_bad_inputs_are_named(settings, message):
+    q, k, v = heads_of(1, 5, 5)
+    index, starts = torch.zeros(1, 5, 2, 1, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64)
+    given = {"q": q, "k": k, "v": v, "index": index, "starts": starts, "chunk_size": 2, "window": 3, **settings}
+    with pytest.raises(ValueError, match=message):
+        chunk_sparse_attention(**given)
+    with pytest.raises(ValueError, match="top_k=0"):
+        chunk_topk(q, k, top_k=0)
+    with pytest.raises(ValueError, match=r"spans \[1, 4\]"):
+        chunk_topk(q, k, top_k=1, spans=(index[:, :4, 0, 0], index[:, :4, 0, 0]))
+    with pytest.raises(ValueError, match=r"v \[1, 4, 2, 5\] must be"):
+        chunk_mean_attention(q, k, v[:, 1:])
+    with pytest.raises(ValueError, match="num_chunks=-1"):
+        invert_chunks(index, -1)

@@ -1,0 +1,255 @@
+"""What the contract cannot know: the layer is its equations, all chunks are full attention, the choice is taught."""
+
+import copy
+
+import pytest
+import torch
+
+from memlm import MemLMForCausalLM, MemoryCache
+from memlm.evaluation.ablation import memory_off
+from memlm.layers import rotary, rotary_angles
+from memlm.memory import attention, chunk_sparse
+from memlm.memory.base import Dims, MixerContext
+from memlm_kernels.testing import assert_close, relative_error
+from tests.conftest import build, model_config
+
+VARIANTS = [
+    ("chunk_sparse", {"far_positions": True}),
+    ("chunk_sparse", {"learning": "distilled"}),
+    (
+        "chunk_sparse",
+        {
+            "chunk_size": 3,
+            "window_size": 3,
+            "top_k": 1,
+            "learning": "distilled",
+            "far_positions": True,
+            "conv_size": 0,
+            "initialization": "default",
+        },
+    ),
+    ("chunk_sparse", {"chunk_size": 1, "window_size": 5}),
+    ("chunk_sparse", {"chunk_size": 50, "window_size": 64}),
+]
+EXACT = 1e-10
+SMALL = dict(chunk_size=4, window_size=6, top_k=2)
+DIMS = Dims(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+
+
+def mixer_of(dims=DIMS, **settings):
+    torch.manual_seed(0)
+    mixer = chunk_sparse.Mixer(chunk_sparse.Config(**{**SMALL, **settings}), dims, 0).double()
+    with torch.no_grad():
+        for p in mixer.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return mixer
+
+
+def inputs(length, batch=1, seed=0):
+    return torch.randn(batch, length, 32, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def loop(mixer, x):
+    """One row, token by token: the output, and what the distilling loss is before its weight."""
+    config = mixer.chunked
+    size, window = config.chunk_size, config.window_size
+    positions = torch.arange(len(x))[None]
+    plain = [proj(x)[None].unflatten(-1, (-1, 8)) for proj in (mixer.q_proj, mixer.k_proj, mixer.v_proj)]
+    turned = [rotary(z, rotary_angles(positions, 8, 10000.0))[0] for z in plain[:2]]
+    (q, k, v), (turned_q, turned_k) = (z[0] for z in plain), turned
+    far_q, far_k = (turned_q, turned_k) if config.far_positions else (q, k)
+    rows, nats = [], []
+    for t in range(len(x)):
+        heads, chunks = [], [n for n in range(len(x) // size) if n * size <= t - window]
+        for h in range(4):
+            g = h // 2
+            means = [
+                (k[n * size : (n + 1) * size, g].mean(0), v[n * size : (n + 1) * size, g].mean(0)) for n in chunks
+            ]
+            of_group = q[t, 2 * g : 2 * g + 2].sum(0)
+            best = sorted(range(len(chunks)), key=lambda n: (-(of_group @ means[n][0]).item(), n))[: config.top_k]
+            scores, values = [], []
+            for j in range(t + 1):
+                if t - j < window:
+                    scores.append(turned_q[t, h] @ turned_k[j, g])
+                elif j // size in best:
+                    scores.append(far_q[t, h] @ far_k[j, g])
+                else:
+                    continue
+                values.append(v[j, g])
+            y = (torch.stack(scores) / 8**0.5).softmax(0) @ torch.stack(values)
+            if chunks:
+                routed = torch.stack([q[t, h] @ key for key, _ in means]) / 8**0.5
+                if config.learning == "compressed":
+                    share = torch.sigmoid(mixer.gate.weight[h] @ x[t] + mixer.gate.bias[h])
+                    y = y + share * (routed.softmax(0) @ torch.stack([value for _, value in means]))
+                else:
+                    far = torch.stack([far_q[t, h] @ far_k[j, g] for j in range(t - window + 1)]) / 8**0.5
+                    share = torch.zeros(len(chunks), dtype=x.dtype)
+                    share = share.index_add(0, torch.arange(len(far)) // size, far.detach().softmax(0))
+                    nats.append(-(share * routed.log_softmax(0)).sum())
+            heads.append(y)
+        rows.append(torch.cat(heads))
+    return mixer.o_proj(torch.stack(rows)), torch.stack(nats).mean() if nats else None
+
+
+@pytest.mark.parametrize("far_positions", [True, False])
+@pytest.mark.parametrize("learning", chunk_sparse.LEARNING)
+def test_the_layer_is_its_equations(learning, far_positions):
+    mixer, x = mixer_of(learning=learning, far_positions=far_positions, loss_weight=0.5), inputs(31)
+    gradients = []
+    for run in (loop, lambda m, x: (m(x[None]).y_BTD[0], sum(m(x[None]).aux_losses.values()) / 0.5)):
+        copied = copy.deepcopy(mixer)
+        y, loss = run(copied, x[0])
+        total = (y * inputs(31, seed=1)[0]).sum()
+        if learning == "distilled":
+            total = total + 3.0 * loss
+        total.backward()
+        gradients.append((y, loss, {name: p.grad for name, p in copied.named_parameters()}))
+    (y, loss, expected), (got_y, got_loss, got) = gradients
+    assert_close("y", y, got_y, EXACT)
+    if learning == "distilled":
+        assert_close("loss", loss, got_loss, EXACT)
+    for name, grad in expected.items():
+        assert_close(name, grad, got[name], EXACT)
+
+
+@pytest.mark.parametrize("conv_size", [0, 4])
+def test_all_chunks_are_full_attention_with_its_weights(conv_size):
+    """What makes it fit a trained backbone: every weight of the kind ``attention``, and with all chunks its output."""
+    torch.manual_seed(0)
+    dense = attention.Mixer(attention.Config(conv_size=conv_size), DIMS, 0).double()
+    settings = dict(top_k=20, far_positions=True, conv_size=conv_size)
+    distilled = mixer_of(learning="distilled", **settings)
+    distilled.load_state_dict(dense.state_dict())
+    compressed = mixer_of(learning="compressed", **settings)
+    missing = compressed.load_state_dict(dense.state_dict(), strict=False)
+    assert missing.missing_keys == ["gate.weight", "gate.bias"] and not missing.unexpected_keys
+    with torch.no_grad():
+        # Closed.
+        compressed.gate.weight.zero_()
+        compressed.gate.bias.fill_(-1e9)
+    x = inputs(75, batch=2)
+    expected = dense(x).y_BTD
+    for mixer in (distilled, compressed):
+        assert_close("y", expected, mixer(x).y_BTD, 1e-12)
+    sparse = mixer_of(learning="distilled", **settings | {"top_k": 3})
+    sparse.load_state_dict(dense.state_dict())
+    assert relative_error(expected, sparse(x).y_BTD) > 1e-3
+
+
+def test_queries_and_keys_start_tied_for_each_group():
+    mixer = mixer_of(conv_size=4, initialization="recall")
+    mixer.reset_parameters()
+    q, k = mixer.q_proj.weight.unflatten(0, (2, 2, 8)), mixer.k_proj.weight.unflatten(0, (2, 1, 8))
+    assert torch.equal(q, k.expand_as(q))
+
+
+def test_the_distilling_loss_knows_documents_padding_and_pieces():
+    """It is the mean over real tokens that have a choice, in whichever calls and rows they stand."""
+    mixer, lengths = mixer_of(learning="distilled"), [31, 9, 22, 3]
+    pieces = [inputs(n, seed=n) for n in lengths]
+
+    def total(x, state=None, ctx=None):
+        out = mixer(x, state, ctx)
+        return out.aux_losses["router"].item(), out.state
+
+    # Tokens that may choose are those from place window_size on.
+    taught = [max(0, n - SMALL["window_size"]) for n in lengths]
+    alone = sum(total(x)[0] * n for x, n in zip(pieces, taught, strict=True)) / sum(taught)
+    x = torch.cat([*pieces, torch.full((1, 5, 32), 3.0, dtype=torch.float64)], 1)
+    positions = torch.cat([*(torch.arange(n) for n in lengths), torch.full((5,), 9)])[None]
+    packed, _ = total(x, None, MixerContext(positions, torch.tensor([sum(lengths)]), max_documents=4))
+    assert packed == pytest.approx(alone, rel=1e-10)
+    state, loss = None, 0.0
+    for piece, places in zip(
+        x[:, :-5].split([3, 26, 5, 31], 1), positions[:, :-5].split([3, 26, 5, 31], 1), strict=True
+    ):
+        part, state = total(piece, state, MixerContext(places, max_documents=3))
+        loss += part * (places >= SMALL["window_size"]).sum().item()
+    assert loss / sum(taught) == pytest.approx(alone, rel=1e-10)
+
+
+def test_only_training_pays_for_dense_attention():
+    assert not mixer_of(learning="distilled").eval()(inputs(31)).aux_losses
+
+
+def test_choosing_reaches_where_the_windows_do_not():
+    """Two layers with windows of 16 and a convolution of 4 see 36 tokens back; memory off, no further."""
+    model, ids = build("chunk_sparse"), torch.arange(60)[None]
+    other = ids.clone()
+    other[0, 0] += 100
+    with torch.no_grad():
+        assert relative_error(model(ids).logits[0, -10:], model(other).logits[0, -10:]) > 1e-9
+        with memory_off(model):
+            before, after = model(ids).logits, model(other).logits
+            assert torch.equal(before[0, 37:], after[0, 37:])
+            assert relative_error(before[0, :37], after[0, :37]) > 1e-6
+
+
+@pytest.mark.parametrize("learning", chunk_sparse.LEARNING)
+def test_memory_off_is_the_window_alone(learning):
+    mixer = mixer_of(learning=learning).eval()
+    window = attention.Mixer(attention.Config(SMALL["window_size"]), DIMS, 0).double()
+    window.load_state_dict({name: w for name, w in mixer.state_dict().items() if "gate" not in name})
+    with memory_off(mixer):
+        assert_close("y", window(inputs(31)).y_BTD, mixer(inputs(31)).y_BTD, 1e-12)
+
+
+def test_the_state_keeps_one_mean_a_chunk():
+    """However it was read: by tokens, too, for which only the device knows when a chunk ends."""
+    torch.manual_seed(0)
+    model = MemLMForCausalLM(model_config("chunk_sparse")).eval()
+    shapes = []
+    for cuts in ([83], [1] * 83):
+        cache = MemoryCache()
+        with torch.no_grad():
+            for piece in torch.arange(83)[None].split(cuts, 1):
+                model(piece, past_key_values=cache)
+        shapes.append({name: x.shape for name, x in cache.states[1].items()})
+    assert shapes[0] == shapes[1]
+    assert shapes[0]["pooled.k"][1] == 83 // 4 and shapes[0]["k"][1] == 83
+
+
+def test_no_tensor_of_all_tokens_with_all_tokens_or_chunks():
+    largest, length, size = 0, 2048, 16
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple | list) else [out]:
+                largest = max(largest, x.numel() if isinstance(x, torch.Tensor) else 0)
+            return out
+
+    with Watch():
+        mixer_of(chunk_size=size, window_size=size)(inputs(length)).y_BTD.sum().backward()
+    assert largest < length * length // size
+
+
+def test_autocast_chooses_in_fp32():
+    model = build("chunk_sparse", dtype=torch.float32).train()
+    ids = torch.arange(75)[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(ids, labels=ids, use_cache=True)
+    out.loss.backward()
+    assert out.past_key_values.states[0]["pooled.k"].dtype == torch.float32
+    assert_close("logits", model(ids).logits, out.logits.float(), 5e-2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(window_size=3), "window_size=3 must be chunk_size=4 at least"),
+        (dict(chunk_size=0), "chunk_size=0 must be at least 1"),
+        (dict(top_k=0), "top_k=0 must be at least 1"),
+        (dict(learning="no"), "learning='no' must be one of compressed, distilled"),
+        (dict(loss_weight=-1.0), "loss_weight=-1.0 must not be negative"),
+        (dict(conv_size=-1), "conv_size=-1 must be 0"),
+        (dict(initialization="recall"), "set conv_size"),
+        (dict(initialization="best"), "initialization='best' must be one of default, recall"),
+    ],
+)
+def test_bad_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        chunk_sparse.Config(**{**SMALL, **settings})
