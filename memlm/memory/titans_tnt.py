@@ -5,8 +5,8 @@ afresh in every shard, so that shards are independent of each other.
 
 The query of a local memory is projected on the keys that its shard has written. Those are unit vectors; the length of
 the projection, which would grow with the shard, is cut to 1. The projection is itself a linear memory, Hebbian, of its
-own keys. All levels start at the same lr: larger steps of a local memory would drown the global one's voice. A second
-stage may go on with smaller ``local_chunk_sizes``, for no weight depends on them:
+own keys. Local memories start with smaller steps: what they read of other shards is noise, and drowns the global one's
+voice. A second stage may go on with smaller ``local_chunk_sizes``, for no weight depends on them:
 
     python train.py memory=titans_tnt train.init_from=<run> model.mixers.memory.local_chunk_sizes=[4]
 """
@@ -34,15 +34,25 @@ from memlm_kernels.neural_memory import dot_product
 @dataclass(frozen=True)
 class Config(titans.NeuralMemoryConfig):
     """chunk_size: of the global memory; local_chunk_sizes: of each local one; shard_size: tokens after which local
-    memories start afresh, counted from the document's start.
+        memories start afresh, counted from the document's start.
+    initial_local_lr: where the lr of local memories starts; null for a quarter of initial_lr.
     """
 
     chunk_size: int = 64
     local_chunk_sizes: list[int] = field(default_factory=lambda: [8])
     shard_size: int = 64
+    initial_local_lr: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        assert self.initial_lr is not None  # It is by depth and chunk_size now.
+        if self.initial_local_lr is None:
+            object.__setattr__(self, "initial_local_lr", self.initial_lr / 4)
+        lr = self.initial_local_lr
+        require(
+            lr is not None and 0 < lr < self.max_lr,
+            f"initial_local_lr={lr} must lie between 0 and max_lr={self.max_lr}",
+        )
         require(self.shard_size >= 1, f"shard_size={self.shard_size} must be at least 1")
         require(bool(self.local_chunk_sizes), "local_chunk_sizes=[] must name one chunk size at least")
         for size in self.local_chunk_sizes:
@@ -59,7 +69,9 @@ class Mixer(titans.NeuralMemory):
     def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
         super().__init__(config, dims)
         self.shard_size = config.shard_size
-        levels = [replace(config, chunk_size=size) for size in config.local_chunk_sizes]
+        levels = [
+            replace(config, chunk_size=size, initial_lr=config.initial_local_lr) for size in config.local_chunk_sizes
+        ]
         self.local_stores = nn.ModuleList([titans.Store(level, dims) for level in levels])
         self.reset_parameters()
 

@@ -5,7 +5,7 @@ import torch
 
 from memlm import MemLMConfig, MemLMForCausalLM
 from memlm.memory import titans_tnt
-from memlm.memory.base import MixerContext
+from memlm.memory.base import Dims, MixerContext
 from memlm_kernels.testing import assert_close
 from tests.conftest import build, model_config
 
@@ -66,6 +66,13 @@ def test_a_second_stage_goes_on_with_smaller_chunks(tmp_path):
     assert (first(ids).logits - second(ids).logits).abs().max() > 1e-6
 
 
+def test_local_memories_start_with_smaller_steps():
+    config = titans_tnt.Config(chunk_size=32, local_chunk_sizes=[8, 16])
+    mixer = titans_tnt.Mixer(config, Dims(24, 2, 2, 12), 0)
+    starts = [store.gates.bias[0].sigmoid().item() for store in (mixer.store, *mixer.local_stores)]
+    assert starts == pytest.approx([0.0235, 0.0235 / 4, 0.0235 / 4])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -73,6 +80,7 @@ def test_a_second_stage_goes_on_with_smaller_chunks(tmp_path):
         ({"local_chunk_sizes": []}, r"local_chunk_sizes=\[\] must name one chunk size"),
         ({"local_chunk_sizes": [128]}, r"local_chunk_sizes=\[128\] must lie between 1 and shard_size=64"),
         ({"omega_window": 4}, "omega_window=4 must be 1"),
+        ({"initial_local_lr": 1.0}, "initial_local_lr=1.0 must lie between 0 and max_lr=1.0"),
     ],
 )
 def test_bad_settings_are_named(settings, message):
