@@ -125,7 +125,7 @@ def keep_last(x: Tensor, size: int, new: int, lengths: Tensor | None) -> Tensor:
     total = x.shape[1]
     if lengths is None:
         # A copy: a view would keep all of a long call alive.
-        return x if size == total else x[:, total - size :].clone()
+        return x.contiguous() if size == total else x[:, total - size :].clone()
     index = torch.arange(total - size, total, device=x.device) - new + lengths[:, None]
     return pick(x, index.clamp(min=0))
 

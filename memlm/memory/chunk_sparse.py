@@ -279,5 +279,4 @@ class Mixer(attention.Mixer):
 
 
 def _join(past: Tensor, new: Tensor) -> Tensor:
-    # A copy in any case: what is kept must not be a view of all that was projected.
     return torch.cat([past.to(new.dtype), new], 1)

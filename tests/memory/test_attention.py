@@ -129,3 +129,9 @@ def test_flash_attention_says_what_it_cannot_do():
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         Config(**settings)
+
+
+def test_full_attention_keeps_no_more_than_its_keys_and_values():
+    state = mixer(conv_size=4)(torch.randn(2, 10, 24).double(), None, MixerContext()).state
+    for name in ("k", "v"):
+        assert state[name].untyped_storage().nbytes() == state[name].nbytes, name
