@@ -1,9 +1,11 @@
-"""What kernel tests share: one comparison and one way to get gradients."""
+"""What tests share: one comparison, one way to get gradients, one look at what is computed."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def relative_error(reference: Tensor, got: Tensor) -> float:
@@ -29,3 +31,20 @@ def grads_of(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     (out * weights.to(out)).sum().backward()
     return [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
+
+
+class Watch(TorchDispatchMode):
+    """``with Watch() as watch``: elements of the largest tensor computed, and what asked the device for a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest, self.asked = 0, list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "_unique2", "masked_select"):
+            self.asked.append(name)
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            self.largest = max(self.largest, x.numel() if isinstance(x, Tensor) else 0)
+        return out

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memlm_kernels import chunk_mean_attention, chunk_sparse_attention, chunk_topk, invert_chunks
-from memlm_kernels.testing import assert_close, grads_of
+from memlm_kernels.testing import Watch, assert_close, grads_of
 
 NEVER = float("-inf")
 GROUPED = [(2, 2), (4, 2), (6, 1)]
@@ -95,22 +95,12 @@ def test_topk_scores_in_fp32(dtype):
 def test_no_tensor_holds_more_scores_than_a_tile():
     q, k, v = heads_of(1, 64, 64, 2, 2, dim=2, value_dim=2)
     index, starts = torch.full((1, 64, 2, 1), 3), torch.arange(0, 64, 4)[None]
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for x in out if isinstance(out, tuple | list) else [out]:
-                largest = max(largest, x.numel() if isinstance(x, torch.Tensor) else 0)
-            return out
-
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    with Watch():
+    with Watch() as watch:
         chunk_topk(q, k, top_k=2, tile=8)
         chunk_mean_attention(*leaves, tile=8).output.sum().backward()
         chunk_sparse_attention(*leaves, index, starts, chunk_size=4, window=4, tile=8).output.sum().backward()
-    assert largest < 64 * 64
+    assert watch.largest < 64 * 64
 
 
 def test_inverted_index():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memlm_kernels import merge_topk, route_documents
-from memlm_kernels.testing import assert_close, grads_of
+from memlm_kernels.testing import Watch, assert_close, grads_of
 
 NEVER = float("-inf")
 REDUCE = {"mean": lambda x: sum(x) / len(x), "max": max}
@@ -212,19 +212,9 @@ def test_single_precision():
 
 def test_no_tensor_holds_more_scores_than_a_tile():
     q, k, document = inputs([1] * 64, tokens=16, batch=1, heads=2, dim=2)
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for x in out if isinstance(out, tuple | list) else [out]:
-                largest = max(largest, x.numel() if isinstance(x, torch.Tensor) else 0)
-            return out
-
-    with Watch():
+    with Watch() as watch:
         route_documents(q, k, document, top_k=2, num_documents=64, running=True, return_scores=True, tile=8)
-    assert largest < 16 * 64
+    assert watch.largest < 16 * 64
 
 
 @pytest.mark.parametrize(

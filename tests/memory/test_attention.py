@@ -9,7 +9,7 @@ import torch
 
 from memlm.memory.attention import Config, Mixer
 from memlm.memory.base import Dims, MixerContext
-from memlm_kernels.testing import assert_close
+from memlm_kernels.testing import Watch, assert_close
 
 VARIANTS = [
     ("none", {"window_size": 1}),
@@ -79,22 +79,11 @@ def test_low_precision_far_into_a_stream():
 def test_window_cost_is_linear():
     """No tensor of the windowed form grows with the square of the length."""
     module = mixer("eager", window_size=16)
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                largest = max(largest, out.numel())
-            return out
-
     sizes = []
     for length in (512, 1024):
-        largest = 0
-        with Watch():
+        with Watch() as watch:
             module(torch.randn(1, length, 24, dtype=torch.float64))
-        sizes.append(largest)
+        sizes.append(watch.largest)
     assert sizes[1] <= 2.2 * sizes[0]
 
 

@@ -10,7 +10,7 @@ from memlm.evaluation.ablation import memory_off
 from memlm.layers import rotary, rotary_angles
 from memlm.memory import attention, chunk_sparse
 from memlm.memory.base import Dims, MixerContext
-from memlm_kernels.testing import assert_close, relative_error
+from memlm_kernels.testing import Watch, assert_close, relative_error
 from tests.conftest import build, model_config
 
 VARIANTS = [
@@ -212,19 +212,10 @@ def test_the_state_keeps_one_mean_a_chunk():
 
 
 def test_no_tensor_of_all_tokens_with_all_tokens_or_chunks():
-    largest, length, size = 0, 2048, 16
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for x in out if isinstance(out, tuple | list) else [out]:
-                largest = max(largest, x.numel() if isinstance(x, torch.Tensor) else 0)
-            return out
-
-    with Watch():
+    length, size = 2048, 16
+    with Watch() as watch:
         mixer_of(chunk_size=size, window_size=size)(inputs(length)).y_BTD.sum().backward()
-    assert largest < length * length // size
+    assert watch.largest < length * length // size
 
 
 def test_autocast_chooses_in_fp32():

@@ -6,13 +6,12 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from memlm import MemLMForCausalLM, MemoryCache
 from memlm.evaluation.ablation import memory_off
 from memlm.memory import msa
 from memlm.memory.base import Dims, MixerContext, Roles
-from memlm_kernels.testing import assert_close, relative_error
+from memlm_kernels.testing import Watch, assert_close, relative_error
 from tests.conftest import build
 
 VARIANTS = [
@@ -411,22 +410,6 @@ def test_documents_are_kept_as_chunks():
         model(ids_like(doc_ids[:, :1]), past_key_values=cache)
     assert cache.states[0]["open.k"].shape[1] == 0
     assert state["chunks"].item() == 70 and state["documents"].item() == 10
-
-
-class Watch(TorchDispatchMode):
-    """Sizes of what is computed, and whether the device was asked."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest, self.asked = 0, []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "_unique2", "masked_select"):
-            self.asked.append(func)
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple | list) else [out]:
-            self.largest = max(self.largest, x.numel() if isinstance(x, torch.Tensor) else 0)
-        return out
 
 
 def test_the_device_is_not_asked_and_cost_is_linear_in_documents():
