@@ -10,7 +10,7 @@ are one number for each token and head.
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -42,12 +42,13 @@ LOSSES = ("squared_error", "huber", "lp", "dot_product")
 class NeuralMemoryConfig:
     """memory_heads, memory_head_dim: the memory is ``memory_heads`` independent MLPs on vectors of that size.
     memory_depth: layers of each MLP, 1 to 4; memory_expansion: width of its hidden layers over memory_head_dim.
-    memory_activation: between its layers; memory_norm: M(x) = x + LayerNorm(MLP(x)) instead of MLP(x) (TTT); null:
-        for memories deeper than one layer, which diverge without it, unless polynomial_degree is 2.
+    memory_activation: between its layers; memory_norm: M(x) = x + LayerNorm(MLP(x)) instead of MLP(x) (TTT), with
+        values of root mean square 1; null: for memories deeper than one layer, which diverge without it, unless
+        polynomial_degree is 2.
     chunk_size: tokens whose gradients are taken at the same weights; quality is best at the size trained on.
     conv_size: width of the causal convolution with SiLU on q, k, v; 1 for none.
     max_lr, max_momentum, max_decay: what the gates cannot exceed; initial_lr, initial_momentum, initial_decay: where
-        they start. Momentum and decay 0: none. lr null: 0.047, for memories of more layers 0.02, and 16 / chunk_size
+        they start. Momentum and decay 0: none. lr null: 0.047, for memories of more layers 0.01, and 16 / chunk_size
         of that for chunks of more than 16: chunk_size * lr / (1 - momentum) stays below 1, beyond 2 a repeated key
         would make the inner loop diverge. decay null: 0.001, for memories of more layers 0.0003.
     inner_loss: what a write descends on; huber_delta, lp_power: its parameter (MIRAS).
@@ -58,6 +59,8 @@ class NeuralMemoryConfig:
         to keys, and each key channel looks a random 0 to conv_size - 1 tokens back, so that a value can
         be stored under the token before it from the first step.
     """
+
+    linear_lr: ClassVar[float] = 0.047
 
     memory_heads: int = 1
     memory_head_dim: int = 64
@@ -90,7 +93,7 @@ class NeuralMemoryConfig:
             object.__setattr__(self, "memory_norm", deep and self.polynomial_degree == 1)
         if self.initial_lr is None:
             of_tokens = min(1.0, 16 / self.chunk_size)
-            object.__setattr__(self, "initial_lr", of_tokens * (0.02 if deep else 0.047))
+            object.__setattr__(self, "initial_lr", of_tokens * (0.01 if deep else self.linear_lr))
         if self.initial_decay is None:
             object.__setattr__(self, "initial_decay", 0.0003 if deep else 0.001)
         for gate in ("lr", "momentum", "decay"):
@@ -176,9 +179,7 @@ class Store(nn.Module):
         if config.memory_norm:
             init.ones_(self.memory_norm[0])
             init.zeros_(self.memory_norm[1])
-        else:
-            # LayerNorm would blow a zero up; without it an empty memory says nothing.
-            init.zeros_(self.memory[-1])
+        init.zeros_(self.memory[-1])  # An empty memory says nothing.
 
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         # Filled from M_0 at position 0, so what stands here before is never read.
@@ -291,7 +292,11 @@ class NeuralMemory(SequenceMixer):
         )
         q_BTHK, k_BTHK, v_BTHK = (self._heads(x) for x in F.silu(qkv).chunk(3, -1))
         # In the precision of q and k: what is read is rounded once, at the end.
-        return self._features(q_BTHK), self._features(k_BTHK), exact(v_BTHK), conv
+        v_BTHK = exact(v_BTHK)
+        if self.config.memory_norm:
+            # The size of what LayerNorm says: smaller values drown in the x of x + LayerNorm(MLP(x)).
+            v_BTHK = F.rms_norm(v_BTHK, v_BTHK.shape[-1:], eps=self.norm.eps)
+        return self._features(q_BTHK), self._features(k_BTHK), v_BTHK, conv
 
     def read(
         self, x_BTD: Tensor, weights: tuple[Tensor, ...], history_BWC: Tensor, ctx: MixerContext

@@ -33,6 +33,8 @@ def written_out(memory, x, **options):
         streams.append((y * torch.sigmoid(y)).unflatten(-1, (config.memory_heads, -1)))
     q, k, v = streams
     q, k = (z / z.norm(dim=-1, keepdim=True) for z in (q, k))
+    if config.memory_norm:
+        v = v / (v.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     if config.polynomial_degree == 2:
         first, second = memory.feature_scales
         size = q.shape[-1]
@@ -147,14 +149,15 @@ def test_defaults_follow_depth_and_chunk():
     for settings, norm, lr, decay in (
         ({}, False, 0.047, 0.001),
         ({"chunk_size": 64}, False, 0.047 / 4, 0.001),
-        ({"memory_depth": 2}, True, 0.02, 0.0003),
-        ({"memory_depth": 4, "chunk_size": 32}, True, 0.01, 0.0003),
-        ({"memory_depth": 2, "polynomial_degree": 2}, False, 0.02, 0.0003),
+        ({"memory_depth": 2}, True, 0.01, 0.0003),
+        ({"memory_depth": 4, "chunk_size": 32}, True, 0.005, 0.0003),
+        ({"memory_depth": 2, "polynomial_degree": 2}, False, 0.01, 0.0003),
         ({"memory_depth": 2, "memory_norm": False, "initial_lr": 0.01, "initial_decay": 0}, False, 0.01, 0),
         ({"memory_norm": True, "initial_lr": 0.02}, True, 0.02, 0.001),
     ):
         config = model_config("titans_lmm", **settings).mixers["memory"]
         assert (config["memory_norm"], config["initial_lr"], config["initial_decay"]) == (norm, lr, decay)
+    assert model_config("titans_mac").mixers["memory"]["initial_lr"] == 0.025
 
 
 @pytest.mark.parametrize(
