@@ -149,8 +149,8 @@ def test_defaults_follow_depth_and_chunk():
     for settings, norm, lr, decay in (
         ({}, False, 0.047, 0.001),
         ({"chunk_size": 64}, False, 0.047 / 4, 0.001),
-        ({"memory_depth": 2}, True, 0.01, 0.0003),
-        ({"memory_depth": 4, "chunk_size": 32}, True, 0.005, 0.0003),
+        ({"memory_depth": 2, "chunk_size": 32}, True, 0.01, 0.0003),
+        ({"memory_depth": 4, "chunk_size": 64}, True, 0.005, 0.0003),
         ({"memory_depth": 2, "polynomial_degree": 2}, False, 0.01, 0.0003),
         ({"memory_depth": 2, "memory_norm": False, "initial_lr": 0.01, "initial_decay": 0}, False, 0.01, 0),
         ({"memory_norm": True, "initial_lr": 0.02}, True, 0.02, 0.001),
