@@ -48,9 +48,9 @@ class NeuralMemoryConfig:
     chunk_size: tokens whose gradients are taken at the same weights; quality is best at the size trained on.
     conv_size: width of the causal convolution with SiLU on q, k, v; 1 for none.
     max_lr, max_momentum, max_decay: what the gates cannot exceed; initial_lr, initial_momentum, initial_decay: where
-        they start. Momentum and decay 0: none. lr null: 0.047 for chunks of up to 16 tokens, for memories of more layers
-        0.01 for up to 32, and in proportion less for longer ones: chunk_size * lr / (1 - momentum) stays below 1,
-        beyond 2 a repeated key would make the inner loop diverge. decay null: 0.001, for more layers 0.0003.
+        they start. Momentum and decay 0: none. lr null: 0.047 for chunks of up to 16 tokens, for memories of more
+        layers 0.01 for up to 32, and in proportion less for longer ones: chunk_size * lr / (1 - momentum) stays below
+        1, beyond 2 a repeated key would make the inner loop diverge. decay null: 0.001, for more layers 0.0003.
     inner_loss: what a write descends on; huber_delta, lp_power: its parameter (MIRAS).
     omega_window: tokens whose losses each write descends on, weighted by a gate that starts at 1 / omega_window
         (ATLAS); 1 for the token itself.
