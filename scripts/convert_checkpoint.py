@@ -87,7 +87,7 @@ def _empty(target: Path) -> None:
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
-    for file in sorted(source.glob("*token*")):
+    for file in sorted([*source.glob("*token*"), *source.glob("chat_template*")]):
         shutil.copy(file, target)
 
 

@@ -197,7 +197,7 @@ def test_any_history_equals_a_rebuild(limit, monkeypatch, tmp_path):
 def test_an_update_that_changes_nothing_reads_nothing(monkeypatch):
     model, documents = model_of(), library()
     bank = bank_of(model, documents)
-    monkeypatch.setattr(bank, "_read_batch", lambda batch: pytest.fail("read"))
+    monkeypatch.setattr(bank, "_shard", lambda pairs: pytest.fail("read"))
     bank.update(documents)
 
 
@@ -235,17 +235,18 @@ import memlm.bank
 from memlm import MemoryBank
 from tests.test_bank import library, model_of, tokens
 
+memlm.bank.AHEAD = 1
 memlm.bank.COMMIT_SECONDS = 0
 memlm.bank.SHARD_BYTES = 2000
 what, count, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-sync = memlm.bank.sync
+sync = memlm.bank.shard.sync
 def fatal(path):
     global count
     count -= 1
     if count < 0:
         os.kill(os.getpid(), signal.SIGKILL)
     sync(path)
-memlm.bank.sync = memlm.bank.shard.sync = fatal
+memlm.bank.index.sync = memlm.bank.shard.sync = fatal
 model = model_of()
 if what == "build":
     MemoryBank.build(model, library(), folder, tokens_per_batch=16, progress=False)
@@ -271,8 +272,8 @@ def test_a_killed_build_goes_on(tmp_path, monkeypatch):
     assert killed("build", 9, tmp_path)
     with pytest.raises(ValueError, match="the build was not finished; run it again"):
         MemoryBank.load(tmp_path, model)
-    read, batch = [], MemoryBank._read_batch
-    monkeypatch.setattr(MemoryBank, "_read_batch", lambda self, x: read.extend(n for n, _ in x) or batch(self, x))
+    read, shard = [], MemoryBank._shard
+    monkeypatch.setattr(MemoryBank, "_shard", lambda self, x: read.extend(n for n, _ in x) or shard(self, x))
     bank = bank_of(model, documents, directory=tmp_path)
     assert 0 < len(read) < len(documents)
     assert set(bank.documents()) == set(documents)

@@ -52,11 +52,12 @@ def test_a_new_memory_is_three_files_and_passes_the_contract(tmp_path):
     ],
 )
 def test_the_readme_examples_run(tmp_path, monkeypatch, capsys, example, memory, said, written):
-    checkpoint = tmp_path / "checkpoint"
+    """To the letter, on a model that has learnt nothing."""
+    code = blocks("README.md", "python")[example]
+    monkeypatch.chdir(tmp_path)
+    checkpoint = re.search(r'checkpoint = "(.*)"', code)[1]
     build(memory, dtype=torch.float32).save_pretrained(checkpoint)
     byte_tokenizer().save_pretrained(checkpoint)
-    code = re.sub(r'checkpoint = ".*"', f'checkpoint = "{checkpoint}"', blocks("README.md", "python")[example])
-    monkeypatch.chdir(tmp_path)
     exec(code, {})
     assert said in capsys.readouterr().out
     assert (tmp_path / written).exists()

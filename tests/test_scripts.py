@@ -44,6 +44,17 @@ def test_benchmark_of_the_bank(tmp_path):
     assert all(record[name] for name in ("hardware", "torch", "commit", "date", "command"))
 
 
+def test_benchmark_of_reading(tmp_path):
+    out = tmp_path / "bank.jsonl"
+    run("--encode", "64", "--repeats", "1", "--out", str(out), script="benchmark_bank.py")
+    (record,) = map(json.loads, out.read_text().splitlines())
+    rates, ratios = record["tokens_per_cpu_second"], record["ratio"]
+    assert record["encode"] == 64 and all(rate["best"] == rate["median"] > 0 for rate in rates.values())
+    for name in ("512", "128-896", "16-128"):
+        assert abs(ratios[name] - rates[name]["best"] / rates["plain"]["best"]) < 0.01
+    assert all(record[name] for name in ("hardware", "torch", "commit", "date", "command"))
+
+
 def test_conversion_there_and_back_as_a_command(tmp_path):
     source = ROOT / "tests" / "reference" / "mom_tiny" / "shared"
     ours, back = tmp_path / "ours", tmp_path / "back"

@@ -10,19 +10,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from omegaconf import OmegaConf
 
-from memlm.data import Batch
+from memlm.data import Batch, Row
 from memlm.hub import load_model
 from memlm.training import checkpoint, loop, run
-from memlm.training.objective import Objective
+from memlm.training.objective import Objective, model_inputs, score
 from memlm.training.optim import Muon, build_optimizers, lr_factor, parameter_groups
 from memlm.training.settings import OptimSettings
-from memlm_kernels.testing import relative_error
+from memlm_kernels.testing import assert_close, relative_error
 from tests.conftest import ROOT, build, composed
 
 SMALL = (
@@ -132,6 +133,7 @@ def test_a_run_starts_with_the_weights_of_another(tmp_path, capsys):
         ("model.num_hidden_layers=1", r"layers\.1\.input_layernorm\.weight is \[32\] there and missing here"),
         ("model.num_hidden_layers=3", r"layers\.2\.input_layernorm\.weight is missing there and \[32\] here"),
         ("+model.tie_word_embeddings=true", r"lm_head\.weight is \[259, 32\] there and missing here; set model"),
+        ("+model.rope_theta=5.0e5", r"its rope_theta is 10000\.0, not 500000\.0; set model\.rope_theta=10000\.0"),
         ("data.tokenizer={bpe: 300}", r"its tokens are others .* set data\.tokenizer=\S+step_000001"),
     ],
 )
@@ -242,6 +244,7 @@ def test_accumulated_parts_are_one_batch(tmp_path):
         ("optim.warmup_steps=-1", "optim.warmup_steps=-1"),
         ("train.steps=true", "train.steps=True must be int"),
         ("train.gradient_checkpointing=maybe", "train.gradient_checkpointing='maybe' must be bool"),
+        ("train.lm_weight=-0.1", r"train\.lm_weight=-0\.1 must not be negative"),
         ("train.validation_batches=0", "train.validation_batches=0"),
         ("train.init_from=runs/nowhere", "train.init_from=runs/nowhere: there is no run and no checkpoint there"),
         ("train.init_from=3", "train.init_from=3 must be str or null"),
@@ -354,6 +357,29 @@ def test_the_loss_weighs_rows_not_tokens():
     assert loss.item() == pytest.approx(rows.mean().item(), rel=1e-6)
     alone, _, _ = model(ids[1:], labels[1:], None, 1)
     assert alone.item() == pytest.approx(rows[1].item(), rel=1e-5)
+
+
+def test_logits_of_scored_tokens_are_all_that_is_needed():
+    """Rows that are scored here and there, and one that is not at all."""
+    labels = torch.full((3, 40), -100)
+    labels[0, [5, 39]], labels[1, 17] = torch.tensor([3, 4]), 0
+    rows = [Row(torch.arange(40).numpy(), row.numpy(), torch.arange(40).numpy()) for row in labels]
+    batch = Batch.from_rows(rows, [0, 0, 0])
+    assert batch.places.tolist() == [4, 16, 38]
+    model = Objective(build())
+    inputs = model_inputs(batch)
+    few, everywhere = model(**inputs), model(**inputs | {"places": None})
+    assert_close("loss", everywhere[0], few[0], 1e-12)
+    assert_close("rows", everywhere[1], few[1], 1e-12)
+    scores = [
+        score(model.model, [b], ["x"], torch.ones(259), "cpu")["x"] for b in (batch, replace(batch, places=None))
+    ]
+    assert vars(scores[0]) == pytest.approx(vars(scores[1])) and scores[0].tokens == 3
+    labels[:, ::2] = 1
+    assert (
+        Batch.from_rows([r._replace(labels=x.numpy()) for r, x in zip(rows, labels, strict=True)], [0] * 3).places
+        is None
+    )
 
 
 def test_two_processes_train_as_one(tmp_path):

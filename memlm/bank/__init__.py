@@ -13,7 +13,6 @@ B rows, A tokens, C chunks, G groups of H heads, K head dim, L layers that route
 
 import contextlib
 import hashlib
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from memlm.bank.index import INDEX, fingerprint, read_index
+from memlm.bank.index import INDEX, fingerprint, read_index, write_index
 from memlm.bank.ranks import Ranks
-from memlm.bank.shard import Shard, digest_of, merged, read_shard, sync, whole
+from memlm.bank.shard import Shard, digest_of, merged, read_shard, whole
 from memlm.cache import MemoryCache
 from memlm.memory.base import State, substate
 from memlm.modeling import MemLMForCausalLM, MemLMModel
@@ -34,6 +33,8 @@ from memlm_kernels.route_documents import RouterShard, Scored, bank_keys, nomina
 _RULE = ("top_k", "similarity", "head_reduce", "query_reduce", "chunk_reduce")
 # Merging stops here: what adding or deleting one document may cost at most.
 SHARD_BYTES = 1 << 26
+# Documents of like length share a batch, as far ahead as so many batches: their attention is then hardly padded.
+AHEAD = 4
 # Of a build, what a kill may cost.
 COMMIT_SECONDS = 30.0
 
@@ -89,7 +90,7 @@ class MemoryBank:
         progress: bool = True,
         group: ProcessGroup | None = None,
     ) -> "MemoryBank":
-        """Read documents, name -> token ids (or pairs), one batch of tokens_per_batch at a time.
+        """Read documents, name -> token ids (or pairs), batches of tokens_per_batch at a time.
 
         directory: where the bank is saved as it grows; a build that was killed goes on there, with the documents that
         it had not read. Raises ValueError if a finished bank, or another model's, lies there.
@@ -357,29 +358,46 @@ class MemoryBank:
         return shard.hashes[shard.place[name]] == _hash(tokens)
 
     def _read(self, documents: Iterable[tuple[str, Tensor]], progress: bool) -> Iterator[Shard]:
-        """A shard of each batch."""
-        batch: list[tuple[str, Tensor]] = []
+        """A shard of every few batches."""
+        ahead: list[tuple[str, Tensor]] = []
         size = 0
         with _progress(progress) as advance:
             for name, tokens in documents:
-                if batch and size + len(tokens) > self.tokens_per_batch:
-                    yield self._read_batch(batch)
-                    batch, size = [], 0
-                batch.append((name, tokens))
+                if ahead and size + len(tokens) > AHEAD * self.tokens_per_batch:
+                    yield self._shard(ahead)
+                    ahead, size = [], 0
+                ahead.append((name, tokens))
                 size += len(tokens)
                 advance(len(tokens))
-            if batch:
-                yield self._read_batch(batch)
+            if ahead:
+                yield self._shard(ahead)
 
-    @torch.no_grad()
-    def _read_batch(self, batch: list[tuple[str, Tensor]]) -> Shard:
-        names, documents = zip(*batch, strict=True)
-        device, cache = self.model.device, MemoryCache()
+    def _shard(self, pairs: list[tuple[str, Tensor]]) -> Shard:
+        names, documents = zip(*pairs, strict=True)
         own_N, lengths_N = self.ranks.own(names), torch.tensor([len(ids) for ids in documents])
         hashes, alive_N = [_hash(ids) for ids in documents], torch.ones(len(names), dtype=torch.bool)
-        ids_BT = torch.cat(documents)[own_N.repeat_interleave(lengths_N)][None].to(device)
+        order_N = lengths_N.where(own_N, -1).argsort(stable=True)[int((~own_N).sum()) :]
+        batches: list[list[Tensor]] = [[]]
+        for i in order_N.tolist():
+            if batches[-1] and sum(map(len, batches[-1])) + len(documents[i]) > self.tokens_per_batch:
+                batches.append([])
+            batches[-1].append(documents[i])
+        router, content = (torch.cat(parts, 1) for parts in zip(*map(self._read_batch, batches), strict=True))
+        # From the order of lengths to the order given.
+        count_N = (lengths_N[order_N] + self.chunk_size - 1) // self.chunk_size
+        back_C = order_N.repeat_interleave(count_N).argsort(stable=True)
+        router, content = router[:, back_C.to(router.device)], content[:, back_C]
+        content = content.pin_memory() if router.is_cuda else content
+        return Shard(router, content, list(names), hashes, lengths_N.tolist(), self.chunk_size, alive_N, own_N)
+
+    @torch.no_grad()
+    def _read_batch(self, documents: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """router_LCGK and content_LC2GK, as ``Shard`` has them, of documents of this process."""
+        device, cache = self.model.device, MemoryCache()
         # Documents see nothing of each other, so that they need no rows of their own.
-        doc_ids_BT = torch.arange(1, int(own_N.sum()) + 1).repeat_interleave(lengths_N[own_N])[None].to(device)
+        ids_BT = torch.cat([torch.zeros(0, dtype=torch.int64), *documents])[None].to(device)
+        lengths_N = torch.tensor([len(ids) for ids in documents], dtype=torch.int64)
+        doc_ids_BT = torch.arange(1, len(documents) + 1).repeat_interleave(lengths_N)[None].to(device)
         training = self.model.training
         self.model.eval()
         for ids, doc_ids in zip(*(x.split(self.tokens_per_batch, 1) for x in (ids_BT, doc_ids_BT)), strict=True):
@@ -392,10 +410,7 @@ class MemoryBank:
             k, v, router_k = (state[f"bank.{name}"][0, :chunks] for name in ("k", "v", "router_k"))
             routers.append(bank_keys(router_k, config["similarity"]))
             contents.append(torch.stack([k, v], 1).cpu())
-        content = torch.stack(contents)
-        content = content.pin_memory() if device.type == "cuda" else content
-        router = torch.stack(routers)
-        return Shard(router, content, list(names), hashes, lengths_N.tolist(), self.chunk_size, alive_N, own_N)
+        return torch.stack(routers), torch.stack(contents)
 
     def _save(self, directory: Path, complete: bool) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -417,7 +432,7 @@ class MemoryBank:
             deleted = (~shard.alive_N).nonzero()[:, 0].tolist()
             entries.append({"file": shard.file.name, "digest": shard.digest, "deleted": deleted})
         if self.ranks.rank == 0:
-            _write_index(directory, {"fingerprint": self.fingerprint, "complete": complete, "shards": entries})
+            write_index(directory, {"fingerprint": self.fingerprint, "complete": complete, "shards": entries})
         self.ranks.wait()
 
     def _open(self, directory: Path) -> None:
@@ -447,20 +462,6 @@ class _Watched:
     def candidates(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor) -> State:
         self.offered[layer_idx] = self.bank.nominate(layer_idx, q_BAHK, asks_BA)
         return self.bank.fetch(layer_idx, self.offered[layer_idx], q_BAHK)
-
-
-def _write_index(directory: Path, index: dict[str, Any]) -> None:
-    """Replaced at once; what it does not name goes."""
-    partial = directory / f"{INDEX}.tmp"
-    partial.write_text(json.dumps(index))
-    sync(partial)
-    sync(directory)
-    partial.replace(directory / INDEX)
-    sync(directory)
-    kept = {entry["file"] for entry in index["shards"]}
-    for path in directory.glob("shard-*.safetensors"):
-        if path.name not in kept:
-            path.unlink()
 
 
 def _pairs(documents: Documents) -> Iterable[tuple[str, Sequence[int]]]:

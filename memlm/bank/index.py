@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from memlm.bank.shard import sync
 from memlm.modeling import MemLMModel
 
 INDEX = "index.json"
@@ -36,3 +37,17 @@ def read_index(directory: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged or not a bank's ({error!r}); build the bank in another folder") from None
     return index
+
+
+def write_index(directory: Path, index: dict[str, Any]) -> None:
+    """Replaced at once; what it does not name goes."""
+    partial = directory / f"{INDEX}.tmp"
+    partial.write_text(json.dumps(index))
+    sync(partial)
+    sync(directory)
+    partial.replace(directory / INDEX)
+    sync(directory)
+    kept = {entry["file"] for entry in index["shards"]}
+    for path in directory.glob("shard-*.safetensors"):
+        if path.name not in kept:
+            path.unlink()

@@ -1,6 +1,7 @@
 """Training data: text corpora, synthetic recall tasks, and their mixture into batches."""
 
 from .build import build_data
+from .chat import Chat
 from .documents import Documents
 from .mixture import Batch, Mixture
 from .recall import MQAR, Passkey, RecallSource, RecallTask, ramp
@@ -25,6 +26,7 @@ __all__ = [
     "MQAR",
     "SPLITS",
     "Batch",
+    "Chat",
     "Documents",
     "Facts",
     "Inquiry",

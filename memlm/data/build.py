@@ -22,7 +22,7 @@ _OPTIONS = {
     "mqar": ("num_pairs", *_SIZES),
     "passkey": ("digits", *_SIZES),
     "facts": ("num_documents", "digits", "key_length", "alike", "num_keys", "num_values"),
-    "questions": ("paths", "num_documents", "document_length"),
+    "questions": ("paths", "num_documents", "document_length", "chat"),
 }
 
 
@@ -80,7 +80,9 @@ def _check_source(options: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where}.weight={options['weight']!r} is not a number")
     if kind == "questions" and not options.get("paths"):
         raise ValueError(f"{where}.paths is missing; name JSONL files of questions")
-    _check_whole(options, where, (set(_OPTIONS[kind]) - {"paths"}) & options.keys())
+    if type(options.get("chat", False)) is not bool:
+        raise ValueError(f"{where}.chat={options['chat']!r} must be true or false")
+    _check_whole(options, where, (set(_OPTIONS[kind]) - {"paths", "chat"}) & options.keys())
 
 
 def _read_ramp(cfg: Mapping[str, Any]) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .retrieval import ANSWER, RetrievalRow
-from .row import Row, Source
+from .row import IGNORE_INDEX, Row, Source
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Batch:
     # int64 [B, T], see RetrievalRow; None where no row has documents
     doc_ids: Tensor | None = None
     positives: Tensor | None = None
+    # int64 [S], ascending: where a token is scored next in some row, if these are few; None: anywhere
+    places: Tensor | None = None
 
     @classmethod
     def from_rows(cls, rows: Sequence[Row | RetrievalRow], source_ids: Sequence[int]) -> Self:
@@ -40,6 +42,8 @@ class Batch:
             plain = np.full_like(input_ids[0], ANSWER), np.zeros_like(input_ids[0])
             parts = (row[3:] if isinstance(row, RetrievalRow) else plain for row in rows)
             roles = [torch.from_numpy(np.stack(part)) for part in zip(*parts, strict=True)]
+        (places,) = np.nonzero((labels[:, 1:] != IGNORE_INDEX).any(0))
+        few = 2 * len(places) < labels.shape[1]
         return cls(
             torch.from_numpy(input_ids),
             torch.from_numpy(labels),
@@ -47,6 +51,7 @@ class Batch:
             int((position_ids == 0).sum(1).max()),
             torch.tensor(source_ids),
             *roles,
+            torch.from_numpy(places) if few else None,
         )
 
     def to(self, device: torch.device | str) -> Self:

@@ -1,8 +1,8 @@
 """Samples of documents and a question, to teach a memory which documents to read and what to take from them.
 
-A sample is ``[template | document 1 | ... | document N | question | answer]``; ``doc_ids`` say what each token is of,
-as models take them: above 0, the number of its document, 0 the question, -1 the answer, -2 the template. Answers are
-scored.
+A sample is ``[template | document 1 | ... | document N | question | template | answer]``; ``doc_ids`` say what each
+token is of, as models take them: above 0, the number of its document, 0 the question, -1 the answer, -2 the template.
+Answers are scored.
 
 Legend: T tokens of a row or a sample.
 """
@@ -16,6 +16,7 @@ from typing import NamedTuple, Self
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from .chat import Chat
 from .documents import assign_splits
 from .recall import ASK, FILLER, KEYS, MARK, NOISE, VALUES, RecallTask
 from .row import IGNORE_INDEX, SPLITS, split_id
@@ -41,12 +42,16 @@ def make_sample(
     documents: Iterable[tuple[Sequence[int], bool]],
     question: Sequence[int],
     answer: Sequence[int],
+    tail: Sequence[int] = (),
+    opening: Sequence[int] = (),
 ) -> RetrievalRow:
-    """Token ids of each part, and whether the question is about each document."""
+    """Token ids of each part, and whether the question is about each document; tail: of the template, behind the
+    question; opening: what a response begins with, and nobody scores.
+    """
     documents = [*documents]
     parts = [(template, TEMPLATE, 0)]
     parts += [(ids, number, int(found)) for number, (ids, found) in enumerate(documents, 1)]
-    parts += [(question, QUESTION, 0), (answer, ANSWER, 0)]
+    parts += [(question, QUESTION, 0), (tail, TEMPLATE, 0), (opening, ANSWER, 0), (answer, ANSWER, 0)]
     input_ids = np.concatenate([np.asarray(ids, np.int64) for ids, _, _ in parts])
     sizes = [len(ids) for ids, _, _ in parts]
     doc_ids, positives = (np.repeat([part[i] for part in parts], sizes).astype(np.int64) for i in (1, 2))
@@ -77,13 +82,15 @@ class Inquiry(NamedTuple):
 class Library(NamedTuple):
     """Token ids of documents, what questions about them begin with, and the questions.
 
-    chance: of a right answer, of who has read nothing
+    chance: of a right answer, of who has read nothing; tail, opening: as ``make_sample`` takes them
     """
 
     template: np.ndarray
     documents: list[np.ndarray]
     inquiries: list[Inquiry]
     chance: float
+    tail: Sequence[int] = ()
+    opening: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -202,44 +209,57 @@ class Question(NamedTuple):
 def load_questions(paths: str | Sequence[str]) -> list[Question]:
     """Of JSONL files, {"query": ..., "documents": [...], "positives": [indices], "answer": ...} in each line.
 
-    Raises ValueError, naming file and line, for what is not of this form.
+    Raises ValueError, naming file, line and key, for what is not of this form.
     """
     questions = []
     for path in [paths] if isinstance(paths, str) else paths:
         file = Path(path).expanduser()
         if not file.is_file():
             raise ValueError(f"paths: {file} is not a file; name JSONL files")
-        for number, line in enumerate(file.read_text().splitlines(), 1):
-            if line.strip():
-                questions.append(_read(line, f"{file}:{number}"))
+        with file.open("rb") as lines:
+            questions += [_read(line, f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     return questions
 
 
-def _read(line: str, where: str) -> Question:
+def _read(line: bytes, where: str) -> Question:
     try:
         record = json.loads(line)
-        question = Question(
-            record["query"], tuple(record["documents"]), frozenset(record["positives"]), record["answer"]
-        )
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{where}: {error!r}; give query, documents, positives (their indices) and answer") from None
-    texts = [question.query, question.answer, *question.documents]
-    if not all(isinstance(text, str) and text for text in texts):
-        raise ValueError(f"{where}: query, answer and documents must be texts that are not empty")
-    if not question.positives <= set(range(len(question.documents))) or not question.positives:
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON in UTF-8 ({error}); correct or remove the line") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: not an object; give {', '.join(Question._fields)}")
+    for key in Question._fields:
+        if key not in record:
+            raise ValueError(f"{where}: {key} is missing; give {', '.join(Question._fields)}")
+    for key in ("query", "answer"):
+        if not _is_text(record[key]):
+            raise ValueError(f"{where}: {key}={record[key]!r:.60} must be a text that is not empty")
+    documents, positives = record["documents"], record["positives"]
+    if not isinstance(documents, list) or not documents:
+        raise ValueError(f"{where}: documents={documents!r:.60} must be a list of texts")
+    for i, text in enumerate(documents):
+        if not _is_text(text):
+            raise ValueError(f"{where}: documents[{i}]={text!r:.60} must be a text that is not empty")
+    of_documents = isinstance(positives, list) and all(type(i) is int and 0 <= i < len(documents) for i in positives)
+    if not of_documents or not positives:
         raise ValueError(
-            f"{where}: positives={sorted(question.positives)} must name at least one of {len(question.documents)} "
+            f"{where}: positives={positives!r:.60} must be a list that names at least one of {len(documents)} "
             "documents, counted from 0"
         )
-    return question
+    return Question(record["query"], tuple(documents), frozenset(positives), record["answer"])
+
+
+def _is_text(value: object) -> bool:
+    # JSON may spell half of a surrogate pair, which no UTF-8 text holds.
+    return isinstance(value, str) and bool(value) and not any("\ud800" <= sign <= "\udfff" for sign in value)
 
 
 class QuestionSource:
     """Endless rows of `seq_len` tokens: questions, each with its documents, and others' of the same split until there
     are `num_documents`, in random order. A document is cut to `document_length` tokens; a row takes the next
-    questions as long as they fit, documents not asked for giving way first.
+    questions as long as they fit, documents not asked for giving way first. chat: in the tokenizer's chat template.
 
-    Raises ValueError where a split has no question, or a question is longer than a row.
+    Raises ValueError where a split has no question, a question is longer than a row, or there is no such template.
     """
 
     def __init__(
@@ -250,11 +270,13 @@ class QuestionSource:
         seed: int,
         num_documents: int = 16,
         document_length: int = 512,
+        chat: bool = False,
     ):
         self.seq_len, self.seed = seq_len, seed
         self.num_documents, self.document_length = num_documents, document_length
         self._encode: Callable[[str], np.ndarray] = encoder(tokenizer)
         self._end = tokenizer.eos_token_id
+        self.chat = Chat.of(tokenizer) if chat else Chat.none(tokenizer)
         self._questions = questions
         splits = assign_splits([question.query for question in questions])
         self._of_split = [np.flatnonzero(splits == split) for split in range(len(SPLITS))]
@@ -264,9 +286,12 @@ class QuestionSource:
                     f"paths: no question of {len(questions)} is left for the {split} split; give 3 or more"
                 )
         for question in questions:
-            least = len(self._asked(question)) + len(self._answered(question)) + len(question.positives)
+            least = self._fixed(question) + len(question.positives)
             if least > seq_len:
-                raise ValueError(f"seq_len={seq_len} is too short for the question {question.query[:40]!r}")
+                raise ValueError(
+                    f"seq_len={seq_len} is too short for the question {question.query[:40]!r}; raise data.seq_len to "
+                    f"{least} or more"
+                )
 
     def row(self, index: int, split: str, step: int) -> RetrievalRow:
         rng = np.random.default_rng([self.seed, split_id(split), index])
@@ -296,11 +321,10 @@ class QuestionSource:
             for q in asked
         ]
         texts = [self._encode(text)[: self.document_length] for text in numbers]
-        return Library(np.zeros(0, np.int64), texts, inquiries, 0.0)
+        return Library(self.chat.head, texts, inquiries, 0.0, self.chat.tail, self.chat.opening)
 
     def _sample(self, question: Question, members: np.ndarray, rng: np.random.Generator, room: int) -> RetrievalRow:
-        asked, answered = self._asked(question), self._answered(question)
-        room -= len(asked) + len(answered)
+        room -= self._fixed(question)
         limit = min(self.document_length, room // len(question.positives))
         chosen = [(self._encode(question.documents[i])[:limit], True) for i in sorted(question.positives)]
         room -= sum(len(ids) for ids, _ in chosen)
@@ -310,18 +334,29 @@ class QuestionSource:
                 break
             chosen.append((ids, False))
             room -= len(ids)
-        return make_sample([], (chosen[i] for i in rng.permutation(len(chosen))), asked, answered)
+        told = (chosen[i] for i in rng.permutation(len(chosen)))
+        asked, answered = self._asked(question), self._answered(question)
+        return make_sample(self.chat.head, told, asked, answered, self.chat.tail, self.chat.opening)
 
     def _others(self, question: Question, members: np.ndarray, rng: np.random.Generator) -> Iterable[str]:
         """Documents that the question is not about: its own first, for they are the harder."""
-        own = [text for i, text in enumerate(question.documents) if i not in question.positives]
+        given = {question.documents[i] for i in question.positives}
+        own = [text for text in dict.fromkeys(question.documents) if text not in given]
         yield from (own[i] for i in rng.permutation(len(own)))
+        given |= {*own}
         for choice in rng.permutation(members):
-            other = self._questions[choice]
-            yield from (text for text in other.documents if text not in question.documents)
+            for text in self._questions[choice].documents:
+                if text not in given:
+                    given.add(text)
+                    yield text
+
+    def _fixed(self, question: Question) -> int:
+        """Tokens of a sample beside its documents."""
+        head, tail, opening, _ = map(len, self.chat)
+        return head + len(self._asked(question)) + tail + opening + len(self._answered(question))
 
     def _asked(self, question: Question) -> np.ndarray:
         return self._encode(f"\n{question.query}\n")
 
     def _answered(self, question: Question) -> np.ndarray:
-        return np.append(self._encode(question.answer).astype(np.int64), self._end)
+        return np.concatenate([self._encode(question.answer).astype(np.int64), self.chat.closing])

@@ -61,12 +61,12 @@ def is_byte_tokenizer(tokenizer: PreTrainedTokenizerFast) -> bool:
     return fingerprint(tokenizer) == fingerprint(byte_tokenizer())
 
 
-def encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], np.ndarray]:
-    """text -> its token ids [T]; names of special tokens in the text are text, and none is added."""
+def encoder(tokenizer: PreTrainedTokenizerFast, special: bool = False) -> Callable[[str], np.ndarray]:
+    """text -> its token ids [T]; names of special tokens in the text are text unless special, and none is added."""
     if is_byte_tokenizer(tokenizer):
         return lambda text: np.frombuffer(text.encode(), np.uint8)
     backend = _plain_backend(tokenizer)
-    backend.encode_special_tokens = True
+    backend.encode_special_tokens = not special
     return lambda text: np.array(backend.encode(text, add_special_tokens=False).ids, np.uint32)
 
 

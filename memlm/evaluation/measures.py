@@ -140,7 +140,10 @@ def bank(model: MemLMForCausalLM, source: str, library: Library, rows: int = 32)
 
 def _asked(library: Library, inquiries: Sequence[Inquiry], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
     """Questions and their answers, without any document, as inputs of a model, and labels, [B, T]."""
-    samples = [make_sample(library.template, [], inquiry.question, inquiry.answer) for inquiry in inquiries]
+    samples = [
+        make_sample(library.template, [], inquiry.question, inquiry.answer, library.tail, library.opening)
+        for inquiry in inquiries
+    ]
     ids_BT, labels_BT, place_BT, roles_BT = (
         pad_sequence([torch.from_numpy(getattr(sample, name)) for sample in samples], True, fill).to(device)
         for name, fill in (("input_ids", 0), ("labels", IGNORE_INDEX), ("position_ids", -1), ("doc_ids", ANSWER))
@@ -212,7 +215,7 @@ def text_by_position(
                 if x.ndim:
                     sums = told.setdefault(name, torch.zeros_like(read))
                     sums[here] += x.double().masked_fill(mask == 0, 0.0).sum(0).cpu()
-            piece_nats, scored = token_losses(out.logits, piece.masked_fill(mask == 0, -100))
+            piece_nats, scored = token_losses(out.logits[:, :-1], piece.masked_fill(mask == 0, -100)[:, 1:])
             sizes = token_bytes.to(model.device)[piece[:, 1:]] * scored
             # Tokens that stand for no text, such as the end of a document, are not text.
             piece_nats = piece_nats * (sizes > 0)

@@ -44,7 +44,8 @@ class Documents(NamedTuple):
 
     chunk_BN, number_BN: which chunk and which document of the row each token is of
     first_chunk_B: the first chunk that gets a token
-    chunks, longest: at most, chunks that get one, and tokens of a document in this call; whole: see ``Roles``
+    chunks, total, longest: at most, chunks and documents that get one, and tokens of a document in this call
+    whole: see ``Roles``
     """
 
     stream: Stream
@@ -52,6 +53,7 @@ class Documents(NamedTuple):
     number_BN: Tensor
     first_chunk_B: Tensor
     chunks: int
+    total: int
     longest: int
     whole: bool
 
@@ -150,8 +152,9 @@ def _with_documents(
         chunk_BN = stream.take(chunks_BT) - 1
         # Of each document the last chunk may be short, and of the first the first, which an earlier call began.
         most = min(roles.within, (roles.within + (roles.documents + 1) * (chunk_size - 1)) // chunk_size)
+        number_BN = stream.take(documents_BT) - 1
         documents = Documents(
-            stream, chunk_BN, stream.take(documents_BT) - 1, chunk_BN[:, 0], most, roles.longest, roles.whole
+            stream, chunk_BN, number_BN, chunk_BN[:, 0], most, roles.documents, roles.longest, roles.whole
         )
     if roles.outside and roles.within:
         ranks = [x.long().cumsum(1) - 1 for x in (outside_BT, within_BT)]

@@ -37,7 +37,7 @@ from memlm.memory import attention, retrieval
 from memlm.memory.base import Dims, MixerContext, MixerOutput, Roles, State, require, substate
 from memlm.memory.documents import COUNTERS, Documents, Layout, Stream, boundaries, sizes_of
 from memlm_kernels import route_documents, segment_mean_pool
-from memlm_kernels.grid import keep_last, pick
+from memlm_kernels.grid import Grid, keep_last, pick
 from memlm_kernels.route_documents import REDUCTIONS, SIMILARITIES, Routes, Scored
 from memlm_kernels.segments import exact
 
@@ -209,12 +209,30 @@ class Mixer(attention.Mixer):
 
     def _within(self, documents: Documents, heads: Heads, before: State) -> tuple[Tensor, State]:
         """Each document for itself; what is kept is the one that stands open."""
+        self._check_backend()
         stream, new, past = documents.stream, heads.q.shape[1], before["open.k"].shape[1]
         k, v = _join(before["open.k"], heads.k), _join(before["open.v"], heads.v)
-        y = self._attend(heads.q, k, v, None, stream.place_BA, False, past + documents.longest)
+        # Blocks of queries that see a window hold keys twice, too.
+        if past == 0 and documents.total * documents.longest <= 2 * new:
+            y = self._in_rows(documents, heads)
+        else:
+            y = self._attend(heads.q, k, v, None, stream.place_BA, False, past + documents.longest)
         kept = min(past + new, documents.longest + (past if documents.whole else 0))
         open_k, open_v = (keep_last(x, kept, new, stream.lengths_B) for x in (k, v))
         return y, {"open.k": open_k, "open.v": open_v}
+
+    def _in_rows(self, documents: Documents, heads: Heads) -> Tensor:
+        """Of documents that begin in this call, each laid on a row of its own, where attention is plainly causal."""
+        stream, new, (count, width) = documents.stream, heads.q.shape[1], (documents.total, documents.longest)
+        slots_BN = (documents.number_BN - documents.number_BN[:, :1]) * width + stream.place_BA
+        if stream.lengths_B is not None:
+            real_BN = torch.arange(new, device=slots_BN.device) < stream.lengths_B[:, None]
+            slots_BN = torch.where(real_BN, slots_BN, count * width)
+        grid = Grid(new, count, width, slots_BN)
+        q, k, v = (grid.lay(x).flatten(0, 1) for x in heads)
+        place_W = torch.arange(width, device=q.device)
+        y = self._attend(q, k, v, None, place_W[None], True, None)
+        return grid.take(y.unflatten(0, (-1, count)))
 
     def _outside(
         self,
@@ -245,12 +263,9 @@ class Mixer(attention.Mixer):
         return self._masked(q, k, v, seen_BAL), kept
 
     def _masked(self, q: Tensor, k: Tensor, v: Tensor, seen_BAL: Tensor) -> Tensor:
+        self._check_backend()
         backend = self.dims.attn_implementation
         mask: Any = seen_BAL[:, None]
-        require(
-            "flash" not in backend,
-            f"attn_implementation={backend!r} has no masks, which documents need; use 'sdpa' or 'flex_attention'",
-        )
         if backend == "flex_attention":
             from torch.nn.attention.flex_attention import create_block_mask
 
@@ -259,6 +274,13 @@ class Mixer(attention.Mixer):
 
             mask = create_block_mask(sees, len(q), None, q.shape[1], k.shape[1], device=q.device)
         return self._call(backend, q, k, v, mask)
+
+    def _check_backend(self) -> None:
+        require(
+            "flash" not in self.dims.attn_implementation,
+            f"attn_implementation={self.dims.attn_implementation!r} has no masks, which documents need; use 'sdpa' or "
+            "'flex_attention'",
+        )
 
     def _pooled(
         self,

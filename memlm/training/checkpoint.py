@@ -78,8 +78,8 @@ def load_trainer(folder: Path) -> dict[str, Any]:
 def copy_weights(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
     """Give ``model`` the weights of ``source``, a run directory or a checkpoint's folder; returns that folder.
 
-    Raises ValueError unless every parameter is there with the same shape, none is left over, and the tokens
-    are the same.
+    Raises ValueError unless every parameter is there with the same shape, none is left over, and the tokens and what
+    else the weights were made for are the same; mixers may have other settings.
     """
     folder = latest(Path(source)) or Path(source)
     key = f"train.init_from={source}"
@@ -87,7 +87,8 @@ def copy_weights(source: str, model: PreTrainedModel, tokenizer: PreTrainedToken
         raise ValueError(f"{key}: there is no run and no checkpoint there; name one, or null for a fresh start")
     if load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"{key}: its tokens are others than this run's; set data.tokenizer={folder}")
-    theirs, ours = (dict(m.named_parameters()) for m in (load_model(folder), model))
+    source_model = load_model(folder)
+    theirs, ours = (dict(m.named_parameters()) for m in (source_model, model))
     shapes = [{name: list(p.shape) for name, p in parameters.items()} for parameters in (theirs, ours)]
     if wrong := [name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name)]:
         there, here = (shape.get(wrong[0], "missing") for shape in shapes)
@@ -95,6 +96,10 @@ def copy_weights(source: str, model: PreTrainedModel, tokenizer: PreTrainedToken
         raise ValueError(
             f"{key}: {wrong[0]} is {there} there and {here} here{others}; set model.* as in {folder / 'config.json'}"
         )
+    for name in ("num_attention_heads", "rope_theta", "rms_norm_eps"):
+        there, here = (getattr(m.config, name) for m in (source_model, model))
+        if there != here:
+            raise ValueError(f"{key}: its {name} is {there}, not {here}; set model.{name}={there}")
     for name, parameter in ours.items():
         parameter.copy_(theirs[name])
     return folder

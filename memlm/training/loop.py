@@ -93,7 +93,7 @@ class Trainer:
         if any(getattr(module, "without_gradient", None) for module in self.model.modules()):
             # Ranks would wait for gradients that may not come.
             self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-        objective = Objective(self.model)
+        objective = Objective(self.model, self.settings.lm_weight)
         if cfg.hardware.compile:
             objective.compile()
         self.objective, *self.optimizers = self.accelerator.prepare(objective, *self.optimizers)

@@ -1,4 +1,4 @@
-"""What is minimised, and how a batch is scored. B rows, T tokens, V vocabulary, N sources."""
+"""What is minimised, and how a batch is scored. B rows, T tokens, S places that predict, V vocabulary, N sources."""
 
 import math
 from collections.abc import Iterable
@@ -11,25 +11,28 @@ from torch import Tensor, nn
 from memlm.data import IGNORE_INDEX, Batch
 
 
-def token_losses(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Nats of labels[:, 1:] predicted from the position before, 0 where not scored; and which are. [B, T-1]"""
-    targets = labels_BT[:, 1:]
-    nats = F.cross_entropy(
-        logits_BTV[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORE_INDEX, reduction="none"
-    )
-    return nats, targets != IGNORE_INDEX
+def token_losses(logits_BSV: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Nats of each target, 0 where it is not scored; and which are. [B, S]"""
+    nats = F.cross_entropy(logits_BSV.float().transpose(1, 2), targets_BS, ignore_index=IGNORE_INDEX, reduction="none")
+    return nats, targets_BS != IGNORE_INDEX
+
+
+def predictions(logits: Tensor, labels_BT: Tensor, places_S: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Logits [B, S, V] and their targets [B, S]: all logits are of these places, or but for the last of all tokens."""
+    return (logits[:, :-1], labels_BT[:, 1:]) if places_S is None else (logits, labels_BT[:, places_S + 1])
 
 
 class Objective(nn.Module):
     """The training loss around a model, so that only small things leave a wrapped or compiled forward.
 
     A row's loss is the mean over its scored tokens, the batch's the mean over its rows: a source's
-    weight is its share of the loss, however few of its tokens are scored.
+    weight is its share of the loss, however few of its tokens are scored. lm_weight multiplies it; the mixers' own
+    losses bring weights of theirs.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, lm_weight: float = 1.0) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.lm_weight = model, lm_weight
 
     def forward(
         self,
@@ -39,6 +42,7 @@ class Objective(nn.Module):
         max_documents: int,
         doc_ids: Tensor | None = None,
         positives: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Returns the loss with auxiliary losses added, each row's own loss [B], and the mixers' metrics, scalars."""
         out = self.model(
@@ -48,10 +52,11 @@ class Objective(nn.Module):
             doc_ids=doc_ids,
             positives=positives,
             use_cache=False,
+            logits_to_keep=0 if places is None else places,
         )
-        nats, scored = token_losses(out.logits, labels)
+        nats, scored = token_losses(*predictions(out.logits, labels, places))
         rows = nats.sum(1) / scored.sum(1).clamp(min=1)
-        loss = rows.mean() + sum(out.aux_losses.values())
+        loss = self.lm_weight * rows.mean() + sum(out.aux_losses.values())
         metrics = {name: x.mean() for name, x in out.metrics.items()}
         return loss, rows.detach(), metrics | {name: x.detach() for name, x in out.aux_losses.items()}
 
@@ -66,6 +71,7 @@ def model_inputs(batch: Batch) -> dict:
         "max_documents": batch.max_documents,
         "doc_ids": batch.doc_ids,
         "positives": batch.positives,
+        "places": batch.places,
     }
 
 
@@ -110,11 +116,11 @@ def score(
     for batch in batches:
         batch = batch.to(device)
         inputs = model_inputs(batch)
-        labels = inputs.pop("labels")
-        logits = model(**inputs, use_cache=False).logits
-        nats, scored = token_losses(logits, labels)
-        targets = labels[:, 1:]
-        right = (logits[:, :-1].argmax(-1) == targets) & scored
+        labels, places = inputs.pop("labels"), inputs.pop("places")
+        out = model(**inputs, use_cache=False, logits_to_keep=0 if places is None else places)
+        logits, targets = predictions(out.logits, labels, places)
+        nats, scored = token_losses(logits, targets)
+        right = (logits.argmax(-1) == targets) & scored
         counted = token_bytes[targets.clamp(min=0)] * scored
         whole = (right | ~scored).all(1)
         per_row = [nats.sum(1), right.sum(1), scored.sum(1), counted.sum(1), torch.ones_like(whole), whole]

@@ -32,15 +32,16 @@ class OptimSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """steps: optimiser steps; batch_size: rows of one forward of one process; *_every: in steps;
-    validation_batches: batches of each validation; keep: checkpoints that stay; init_from: the run, or the
-    checkpoint's folder, whose weights a new run starts with.
+    """steps: optimiser steps; batch_size: rows of one forward of one process; lm_weight: of the language model's loss,
+    beside the mixers' own; *_every: in steps; validation_batches: batches of each validation; keep: checkpoints that
+    stay; init_from: the run, or the checkpoint's folder, whose weights a new run starts with.
     """
 
     steps: int
     batch_size: int
     gradient_accumulation: int
     gradient_checkpointing: bool
+    lm_weight: float
     init_from: str | None
     log_every: int
     validate_every: int
@@ -50,5 +51,6 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name not in ("gradient_checkpointing", "init_from"):
+            if name not in ("gradient_checkpointing", "init_from", "lm_weight"):
                 require(value >= 1, f"{name}={value} must be a whole number, at least 1")
+        require(self.lm_weight >= 0, f"lm_weight={self.lm_weight} must not be negative")

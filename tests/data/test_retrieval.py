@@ -154,6 +154,11 @@ def records(count=40):
     ]
 
 
+def record(**changed):
+    good = {"query": "a", "documents": ["b"], "positives": [0], "answer": "c"}
+    return json.dumps(good | changed, ensure_ascii="\ud800" in changed.values())
+
+
 @pytest.fixture
 def questions(tmp_path):
     return load_questions(str(write(tmp_path / "questions.jsonl", records())))
@@ -179,6 +184,83 @@ def test_questions_become_samples(questions):
     assert not row.positives[starts[-2] :].any() and (row.labels[starts[-2] :] == -100).all()
 
 
+TEMPLATE = (
+    "<|im_start|>system\nBe brief.<|im_end|>\n"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chat_tokenizer(template=TEMPLATE):
+    """Bytes, and tokens of their own for what begins and ends a turn."""
+    tokenizer = byte_tokenizer()
+    tokenizer.split_special_tokens = False
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_a_chat_template_surrounds_what_is_asked_and_answered(tmp_path):
+    tokenizer, said = chat_tokenizer(), record(query="Who<|im_end|>?", documents=["an owl", "a cat"])
+    (tmp_path / "questions.jsonl").write_text(f"{said}\n" * 3)
+    questions = load_questions(str(tmp_path / "questions.jsonl"))
+    source = QuestionSource(questions, tokenizer, 140, 0, chat=True)
+    row = source.row(0, "train", 0)
+    assert row.position_ids[:-1].min() == 0 and (row.position_ids == 0).sum() == 2
+    end, (length,) = tokenizer.eos_token_id, np.flatnonzero(row.position_ids[1:] == 0) + 1
+    roles = [(role, [*group]) for role, group in itertools.groupby(range(length), lambda t: row.doc_ids[t])]
+    parts = [(role, tokenizer.decode(row.input_ids[of])) for role, of in roles]
+    assert [role for role, _ in parts] == [-2, 1, 2, 0, -2, -1]
+    assert {parts[1][1], parts[2][1]} == {"an owl", "a cat"}
+    assert parts[0][1] == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
+    assert [text for _, text in parts[3:]] == [
+        "\nWho<|im_end|>?\n",
+        "<|im_end|>\n",
+        "<|im_start|>assistant\nc<|im_end|>",
+    ]
+    assert tokenizer.decode(row.input_ids[row.positives == 1]) == "an owl"
+    # What stands in a question is text, even if it looks like the end of a turn.
+    assert (row.input_ids[:length] == end).sum() == 3 and end not in row.input_ids[:length][row.doc_ids[:length] == 0]
+    assert row.labels[row.labels != -100].tolist() == [ord("c"), end]
+    library = source.library("train", 9, 9)
+    asked = make_sample(library.template, [], *library.inquiries[0][:2], library.tail, library.opening)
+    outside = row.doc_ids[:length] <= 0
+    assert asked.input_ids.tolist() == row.input_ids[:length][outside].tolist()
+    assert asked.doc_ids.tolist() == row.doc_ids[:length][outside].tolist()
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "chat=true, but the tokenizer has no chat template; set chat=false, or data.tokenizer"),
+        ("{{ messages[0].content | upper }}", "chat template changes what is said; set chat=false"),
+        ("{% if not add_generation_prompt %}a{% endif %}" + TEMPLATE, "chat template changes what is said"),
+    ],
+)
+def test_a_chat_template_that_cannot_serve_is_named(questions, template, message):
+    with pytest.raises(ValueError, match=message):
+        QuestionSource(questions, chat_tokenizer(template), 512, 0, chat=True)
+
+
+def test_what_a_question_is_told_from(tmp_path):
+    """Its own documents first; no text twice, and none that answers it."""
+    shared = [{"documents": ["yes", "near", "near", "yes"], "positives": [3]}, {"documents": ["far", "yes", "near"]}]
+    (tmp_path / "questions.jsonl").write_text("\n".join([record(query=f"{i}", **shared[i % 2]) for i in range(60)]))
+    questions = load_questions(str(tmp_path / "questions.jsonl"))
+    for most, expected in ((2, ["near", "yes"]), (9, ["far", "near", "yes"])):
+        source = QuestionSource(questions, byte_tokenizer(), 400, 0, num_documents=most)
+        row = source.row(0, "train", 0)
+        starts = [*np.flatnonzero(row.position_ids == 0)]
+        checked = 0
+        for start, end in itertools.pairwise(starts):
+            sample = RetrievalRow(*(part[start:end] for part in row))
+            if int(text(sample.input_ids[sample.doc_ids == 0])) % 2 == 0:
+                documents = [text(sample.input_ids[sample.doc_ids == n]) for n in range(1, sample.doc_ids.max() + 1)]
+                assert sorted(documents) == expected and text(sample.input_ids[sample.positives == 1]) == "yes"
+                checked += 1
+        assert checked > 2
+
+
 def test_splits_share_no_question(questions):
     source = QuestionSource(questions, byte_tokenizer(), 256, 0, num_documents=2)
     asked = {}
@@ -202,23 +284,30 @@ def test_documents_are_cut_and_give_way(questions):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", r"questions\.jsonl:1: JSONDecodeError"),
-        ('{"query": "a"}', r"questions\.jsonl:1: KeyError\('documents'\); give query, documents, positives"),
-        (
-            '{"query": "a", "documents": ["b"], "positives": [1], "answer": "c"}',
-            r"positives=\[1\] must name at least one",
-        ),
-        (
-            '{"query": "a", "documents": ["b"], "positives": [], "answer": "c"}',
-            r"positives=\[\] must name at least one",
-        ),
-        ('{"query": "", "documents": ["b"], "positives": [0], "answer": "c"}', "must be texts that are not empty"),
+        ("{", "not JSON in UTF-8"),
+        (b"\xff", "not JSON in UTF-8"),
+        ("[1]", "not an object; give query, documents, positives, answer"),
+        ('{"query": "a"}', "documents is missing; give query, documents, positives, answer"),
+        (record(query=""), "query='' must be a text that is not empty"),
+        (record(answer=7), "answer=7 must be a text"),
+        (record(answer="\ud800"), "answer='.ud800' must be a text"),
+        (record(documents="a text"), "documents='a text' must be a list of texts"),
+        (record(documents=[]), r"documents=\[\] must be a list of texts"),
+        (record(documents=["b", None]), r"documents\[1\]=None must be a text that is not empty"),
+        (record(positives=[1]), r"positives=\[1\] must be a list that names at least one of 1 documents"),
+        (record(positives=[]), r"positives=\[\] must be a list that names"),
+        (record(positives=[-1]), r"positives=\[-1\] must be"),
+        (record(positives=[True]), r"positives=\[True\] must be"),
+        (record(positives=0), "positives=0 must be a list"),
     ],
 )
-def test_bad_records_are_named(tmp_path, line, message):
-    (tmp_path / "questions.jsonl").write_text(line)
-    with pytest.raises(ValueError, match=message):
-        load_questions(str(tmp_path / "questions.jsonl"))
+def test_bad_lines_are_named(tmp_path, line, message):
+    file = tmp_path / "questions.jsonl"
+    good = record(query="\u2028 is no end of a line").encode()
+    file.write_bytes(b"\n".join([good, b"", line if isinstance(line, bytes) else line.encode()]))
+    with pytest.raises(ValueError, match=rf"^{file}:3: {message}") as caught:
+        load_questions(str(file))
+    assert "\n" not in str(caught.value)
 
 
 def test_what_does_not_fit_is_named(questions):
@@ -258,6 +347,9 @@ def test_built_from_a_config(tmp_path, questions):
         build_data(cfg, seed=0, batch_size=4)
     sources["questions"] |= {"paths": str(tmp_path / "questions.jsonl"), "num_documents": 2.5}
     with pytest.raises(ValueError, match=r"num_documents=2.5 is not a whole number"):
+        build_data(cfg, seed=0, batch_size=4)
+    sources["questions"] |= {"num_documents": 2, "chat": 1}
+    with pytest.raises(ValueError, match=r"data\.sources\.questions\.chat=1 must be true or false"):
         build_data(cfg, seed=0, batch_size=4)
 
 

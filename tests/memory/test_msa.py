@@ -29,6 +29,7 @@ SAMPLES = {
     "no query": [(-2, 2), (1, 6), (2, 3), (-1, 5)],
     "documents between queries": [(1, 5), (0, 2), (2, 6), (3, 2), (0, 1), (-1, 2), (4, 9), (0, 2), (-1, 3)],
     "documents last": [(-2, 1), (0, 2), (1, 10)],
+    "one long document": [(1, 2), (2, 1), (3, 25), (4, 2), (0, 3), (-1, 2)],
     "response before the query": [(1, 3), (2, 4), (-1, 3), (0, 2), (-1, 2)],
 }
 
@@ -142,7 +143,16 @@ def test_equals_a_loop_over_tokens(name, settings):
     assert_close("y", loop(mixer, x[0], doc_ids[0].tolist()), mixer(x, None, context(doc_ids)).y_BTD[0], EXACT)
 
 
-@pytest.mark.parametrize("name", ["usual", "documents between queries"])
+@pytest.mark.parametrize(("name", "rows"), [("usual", True), ("one long document", False)])
+def test_documents_of_like_length_are_laid_on_rows(name, rows, monkeypatch):
+    """Else the long one would make padding of the others."""
+    laid, doc_ids, lay = [], roles_of(SAMPLES[name]), msa.Mixer._in_rows
+    monkeypatch.setattr(msa.Mixer, "_in_rows", lambda *given: laid.append(True) or lay(*given))
+    mixer_of()(inputs(doc_ids.shape[1]), None, context(doc_ids))
+    assert laid == [True] * rows
+
+
+@pytest.mark.parametrize("name", ["usual", "documents between queries", "one long document"])
 def test_gradients_equal_those_of_the_loop(name):
     doc_ids, gradients = roles_of(SAMPLES[name]), []
     for run in (

@@ -79,6 +79,28 @@ def test_loss_and_metrics_of_packed_samples_are_means_over_samples():
     assert each[3].aux_losses["router"] == 0
 
 
+@pytest.mark.parametrize("top_k", [1, 3, 9])
+def test_metrics_equal_a_naive_count(top_k):
+    """Ties, documents that a sample does not know of, samples with nothing to find, fewer documents than top_k."""
+    generator = torch.Generator().manual_seed(top_k)
+    scores = torch.randint(4, (5, 3, 7), generator=generator) / 4
+    known = torch.rand(5, 3, 7, generator=generator) < 0.6
+    found = (torch.rand(5, 3, 7, generator=generator) < 0.4) & known
+    found[:2, 0] = False
+    counts = []
+    for b, s in itertools.product(range(5), range(3)):
+        wanted = {n for n in range(7) if found[b, s, n]}
+        best = sorted((n for n in range(7) if known[b, s, n]), key=lambda n: (-scores[b, s, n].item(), n))[:top_k]
+        right = len(wanted.intersection(best))
+        if wanted:
+            counts.append((right > 0, right / len(wanted), right / len(best)))
+    assert 5 < len(counts) <= 13
+    got = retrieval.router_metrics(scores, found, known, top_k)
+    expected = [sum(column) / len(counts) for column in zip(*counts, strict=True)]
+    assert list(got) == [f"hit@{top_k}", f"recall@{top_k}", "precision"]
+    assert [x.item() for x in got.values()] == pytest.approx(expected, abs=1e-6)
+
+
 def test_metrics_count():
     scores = torch.tensor([[[0.9, 0.1, 0.5, 0.4]], [[0.1, 0.2, 0.3, 0.9]], [[0.4, 0.1, 0.2, 0.3]]])
     found = torch.tensor([[[1, 1, 0, 0]], [[1, 0, 0, 0]], [[0, 0, 0, 0]]]).bool()
