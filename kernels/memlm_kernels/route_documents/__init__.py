@@ -1,5 +1,6 @@
 """Which documents a query reads: scores of pooled chunks, reduced to documents, of which the best are kept."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -77,9 +78,17 @@ def route_documents(
         raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} must be [B, M, H, K] and [B or 1, C, G, K]")
     if q is not None and q.shape[2] % k.shape[2]:
         raise ValueError(f"q has {q.shape[2]} heads, which do not divide by the {k.shape[2]} of k")
-    choose("route_documents", backend, ("reference",))
     rule = Rule(similarity, head_reduce, query_reduce, chunk_reduce, top_k, num_documents, running, tile)
-    return route_documents_reference(rule, q, k, document, asks, spans, scored, return_scores)
+    limit = _too_many(top_k)
+    if chunk_reduce == "mean":
+        limit = "its kernels take chunk_reduce='max', not 'mean'"
+    available = with_triton(k if q is None or k.dtype == torch.float64 else q, limit)
+    chosen = None
+    if choose("route_documents", backend, *available) == "triton":
+        from memlm_kernels.route_documents.triton import choose_triton
+
+        chosen = functools.partial(choose_triton, dtype=k.dtype if q is None else q.dtype)
+    return route_documents_reference(rule, q, k, document, asks, spans, scored, return_scores, chosen)
 
 
 def merge_topk(parts: Sequence[tuple[Tensor, Tensor]], top_k: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
