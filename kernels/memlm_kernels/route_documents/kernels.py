@@ -20,8 +20,8 @@ _LAST: tl.constexpr = tl.constexpr(2**31 - 1)
 _NEVER: tl.constexpr = tl.constexpr(float("-inf"))
 _SIZES = ["M", "C", "N", "R", "SPLIT", "SPLITS"]
 _PRODUCTS = [
-    {"BC": 64, "BK": 64, "num_warps": 4, "num_stages": 2},
-    {"BC": 128, "BK": 64, "num_warps": 8, "num_stages": 2},
+    {"BC": 64, "BK": 64, "num_warps": 8, "num_stages": 2},
+    {"BC": 64, "BK": 32, "num_warps": 8, "num_stages": 2},
 ]
 _PRODUCTS_HIP = [{"BC": 64, "BK": 64, "num_warps": 4, "num_stages": 1}]
 
@@ -75,8 +75,8 @@ def knows(b_document, asks, first, end, at, inside):
     """[BM, BC], which tokens, from ``at`` on, know of which documents; and which of them ask."""
     sees = inside[:, None] & (b_document >= 0)[None, :]
     if first is not None:
-        b_first = tl.load(first + at, mask=inside, other=0)
-        b_end = tl.load(end + at, mask=inside, other=0)
+        b_first = tl.load(first + at, mask=inside, other=0).to(tl.int32)
+        b_end = tl.load(end + at, mask=inside, other=0).to(tl.int32)
         sees = sees & (b_document[None, :] >= b_first[:, None]) & (b_document[None, :] < b_end[:, None])
     asking = inside
     if asks is not None:
@@ -121,7 +121,7 @@ def score_chunks(
     row_k = row * (1 - SHARED)
     i_c = tl.arange(0, BC)
     inside_c = c + i_c < C
-    b_document = tl.load(document + row_k * C + c + i_c, mask=inside_c, other=-1)
+    b_document = tl.load(document + row_k * C + c + i_c, mask=inside_c, other=-1).to(tl.int32)
     b_score = tl.load(before_score + row * C + c + i_c, mask=inside_c, other=0.0)
     b_asked = tl.load(before_asked + row * C + c + i_c, mask=inside_c, other=0)
     if not SUM:
@@ -185,7 +185,7 @@ def candidate(b_values, b_names, b_best, b_best_name):
 
 @triton.jit
 def keep_best(b_values, b_names, b_best, b_best_name):
-    """The best of a set and of values [D, n] with names [D or 1, n]; of equal values the lowest name counts as best."""
+    """The best of a set and of values [D, n] with names [D or 1, n]; of equal values the lowest name wins."""
     b_value, b_name, b_worst, better = candidate(b_values, b_names, b_best, b_best_name)
     while tl.max(better.to(tl.int32), 0) > 0:
         same = b_best_name == b_name[:, None]
@@ -261,7 +261,7 @@ def choose_running(
     for i in range((tl.minimum(SPLIT, C - split * SPLIT) + BC - 1) // BC):
         c = split * SPLIT + i * BC
         inside_c = c + i_c < C
-        b_document = tl.load(document + row_k * C + c + i_c, mask=inside_c, other=-1)
+        b_document = tl.load(document + row_k * C + c + i_c, mask=inside_c, other=-1).to(tl.int32)
         b_s = similarities(
             query,
             k,
@@ -294,7 +294,7 @@ def choose_running(
             b_s = tl.associative_scan(tl.where(known, b_s, _NEVER), 0, larger)
             b_s = tl.maximum(b_s, b_score[None, :])
         b_s = tl.where(sees & (b_document < N)[None, :], b_s, _NEVER)
-        b_best, b_best_name = keep_best(b_s, b_document.to(tl.int32)[None, :], b_best, b_best_name)
+        b_best, b_best_name = keep_best(b_s, b_document[None, :], b_best, b_best_name)
     store_best(best, best_name, b_best, b_best_name, (m + i_m) * SPLITS + split, inside, J)
 
 
@@ -323,7 +323,7 @@ def choose_best(
     BD: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """best: [B, R, SPLITS, J], of each decision among SPLIT of the values [B, C], which their names [B or 1, C] order."""
+    """best: [B, R, SPLITS, J], of each decision among SPLIT of the values [B, C], whose names are [B or 1, C]."""
     program = tl.program_id(0).to(tl.int64)
     tiles_d = (R + BD - 1) // BD
     split, tile, row = program % SPLITS, program // SPLITS % tiles_d, program // SPLITS // tiles_d
@@ -334,9 +334,9 @@ def choose_best(
     for i in range((tl.minimum(SPLIT, C - split * SPLIT) + BC - 1) // BC):
         c = split * SPLIT + i * BC
         inside_c = c + i_c < C
-        b_names = tl.load(names + row * (1 - SHARED) * C + c + i_c, mask=inside_c, other=-1)
+        b_names = tl.load(names + row * (1 - SHARED) * C + c + i_c, mask=inside_c, other=-1).to(tl.int32)
         b_values = tl.load(values + row * C + c + i_c, mask=inside_c, other=_NEVER)
         sees, _ = knows(b_names, None, first, end, d + i_d, inside)
         b_values = tl.where(sees & (b_names < N)[None, :], b_values[None, :], _NEVER)
-        b_best, b_best_name = keep_best(b_values, b_names.to(tl.int32)[None, :], b_best, b_best_name)
+        b_best, b_best_name = keep_best(b_values, b_names[None, :], b_best, b_best_name)
     store_best(best, best_name, b_best, b_best_name, (d + i_d) * SPLITS + split, inside, J)

@@ -28,7 +28,7 @@ def _best(
     """Of values [B, C] and names [B or 1, C] below ``known``: names and values [B, R, J]."""
     batch, size = values.shape
     set_size = triton.next_power_of_2(top_k)
-    tile = min(64, triton.next_power_of_2(decisions), _PLACES // set_size)
+    tile = min(32, triton.next_power_of_2(decisions), _PLACES // set_size)
     rows = batch * cdiv(decisions, tile)
     each, parts = _split(size, rows, 2048)
     best = values.new_empty(batch, decisions, parts * top_k)
@@ -47,8 +47,7 @@ def _merged(best_name: Tensor, best: Tensor, parts: int, top_k: int) -> tuple[Te
     """[B, R, parts * J] -> [B, R, J]"""
     if parts == 1:
         return best_name, best
-    lists = [x.flatten(0, 1) for x in (best, best_name)]
-    name, value = _best(*lists, (None, None), 1, top_k, 2**31 - 1)
+    name, value = _best(best.flatten(0, 1), best_name.flatten(0, 1), (None, None), 1, top_k, 2**31 - 1)
     return name.view(*best.shape[:2], top_k), value.view(*best.shape[:2], top_k)
 
 
@@ -81,7 +80,9 @@ def forward(
         given = {"query": query, "k": k, "document": document, "asks": asks, "first": first, "end": end}
         sizes = {"M": length, "C": chunks, "G": groups, "P": heads, "K": keys, "SHARED": len(k) == 1}
         sizes |= {"MEAN": mean_heads, "SUM": mean_tokens, "COSINE": cosine, "PRECISION": precision(query), "BM": tile}
-        limits = {"BC": at_least_16(chunks), "BK": at_least_16(keys)}
+        # fp32 takes twice the registers.
+        most = 32 if query.dtype == torch.float32 else 64
+        limits = {"BC": at_least_16(chunks), "BK": min(most, at_least_16(keys))}
         so_far: list[Tensor | None] = [None, None]
         if running:
             so_far = [x.new_empty(batch, tiles, chunks) for x in (score, asked)]
