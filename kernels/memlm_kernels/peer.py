@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlm_kernels.backend import architecture, missing_triton
+from memlm_kernels.backend import DTYPES, architecture, missing_triton
 
 
 def with_fla(
@@ -28,8 +28,9 @@ def with_fla(
     """
     available, refused = known
     reason = _missing(q.device.type) or limit
-    if q.dtype == torch.float64:
-        reason = reason or "flash-linear-attention takes float32, float16 and bfloat16, not float64"
+    if q.dtype not in DTYPES:
+        dtype = str(q.dtype).removeprefix("torch.")
+        reason = reason or f"flash-linear-attention takes float32, float16 and bfloat16, not {dtype}"
     return (available, refused | {"fla": reason}) if reason else ((*available, "fla"), refused)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from memlm_kernels.backend import choose, with_triton
+from memlm_kernels.backend import DTYPES, choose, with_triton
 from memlm_kernels.route_documents.bank import RouterShard, bank_keys, nominate_documents
 from memlm_kernels.route_documents.reference import (
     Routes,
@@ -82,7 +82,7 @@ def route_documents(
     limit = _too_many(top_k)
     if chunk_reduce == "mean":
         limit = "its kernels take chunk_reduce='max', not 'mean'"
-    available = with_triton(k if q is None or k.dtype == torch.float64 else q, limit)
+    available = with_triton(k if q is None or q.dtype in DTYPES else q, limit)
     chosen = None
     if choose("route_documents", backend, *available) == "triton":
         from memlm_kernels.route_documents.triton import choose_triton
