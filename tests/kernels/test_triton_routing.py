@@ -118,6 +118,34 @@ def test_means_of_segments(cu, features, dtype):
 
 
 @torch.no_grad()
+def test_views_of_other_tensors():
+    q, k, document = (x.to(DEVICE) for x in bank([2, 1, 4], dim=10))
+    q, k = q.float()[..., ::2], k.float().transpose(1, 2).contiguous().transpose(1, 2)[..., ::2]
+    settings = dict(top_k=2, num_documents=3, running=True)
+    expected, got = (route_documents(q, k, document, **settings, backend=x) for x in ("reference", "triton"))
+    assert torch.equal(expected.document, got.document)
+    cu = torch.tensor([[0, 3, 7]] * 4, device=DEVICE)[::2]
+    expected, got = (segment_mean_pool(k, cu, longest=4, backend=x) for x in ("reference", "triton"))
+    assert_close("means", expected, got, 1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="8 GB, which the interpreter would walk through")
+@torch.no_grad()
+def test_more_elements_than_32_bits_count():
+    x = torch.ones(1, (1 << 21) + 128, 1024, device=DEVICE, dtype=torch.float16)
+    x[:, -64:] = 3
+    cu = torch.arange(0, x.shape[1] + 1, 64, device=DEVICE)[None]
+    means = segment_mean_pool(x, cu, longest=64, backend="triton")
+    assert (means[:, -1] == 3).all() and (means[:, :-1] == 1).all()
+    k, document = x[..., :1024].unflatten(2, (8, 128)), torch.arange(x.shape[1], device=DEVICE)[None] // 64
+    q = torch.ones(1, 3, 8, 128, device=DEVICE, dtype=torch.float16)
+    for running in (False, True):
+        settings = dict(similarity="dot", running=running, top_k=1, num_documents=cu.shape[1] - 1)
+        assert (route_documents(q, k, document, **settings, backend="triton").document == cu.shape[1] - 2).all()
+
+
+@torch.no_grad()
 def test_no_tokens_and_no_segments():
     for shape, ends in (((2, 0, 3), 4), ((2, 5, 3), 1)):
         x, cu = torch.zeros(shape, device=DEVICE), torch.zeros(2, ends, dtype=torch.long, device=DEVICE)
