@@ -7,6 +7,7 @@ other, and what is padding becomes a last segment of its row. Then it asks the d
 B rows, T tokens of a row, S segments of a row, H heads, K key dim, V value dim.
 """
 
+import functools
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
@@ -36,12 +37,16 @@ def with_fla(
 
 @torch.compiler.assume_constant_result
 def _missing(device_type: str) -> str | None:
+    return _unusable() or missing_triton(device_type)
+
+
+@functools.cache
+def _unusable() -> str | None:
+    # Looking for what is not there takes as long as a small op.
     if importlib.util.find_spec("fla") is None:
         return "flash-linear-attention is not installed (pip install 'memlm[fla]')"
     found = importlib.metadata.version("fla-core")
-    if not found.startswith("0.6."):
-        return f"flash-linear-attention {found} has other signatures; use 0.6"
-    return missing_triton(device_type)
+    return None if found.startswith("0.6.") else f"flash-linear-attention {found} has other signatures; use 0.6"
 
 
 def limit_of(q: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None) -> str | None:
@@ -53,13 +58,14 @@ def limit_of(q: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None
         return f"flash-linear-attention's delta rule takes keys of at most 256 channels, not K={keys}"
     if beta is not None and log_decay is None and q.dtype == torch.float32:
         return "flash-linear-attention's delta rule takes float16 and bfloat16, not float32"
-    if log_decay is not None and log_decay.ndim == 3 and torch.is_grad_enabled() and _wrong_on_hopper(q):
+    if log_decay is not None and log_decay.ndim == 3 and torch.is_grad_enabled() and _wrong_on(q.device):
         return "with Triton 3.4 to 3.7.0 flash-linear-attention's gradients through a decay are wrong on Hopper"
     return None
 
 
-def _wrong_on_hopper(q: Tensor) -> bool:
-    if q.device.type != "cuda" or architecture(q.device) != "sm_90":
+@torch.compiler.assume_constant_result
+def _wrong_on(device: torch.device) -> bool:
+    if device.type != "cuda" or architecture(device) != "sm_90":
         return False
     import triton
 
