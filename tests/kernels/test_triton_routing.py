@@ -71,7 +71,7 @@ def test_of_equal_scores_the_lowest_number(running):
     q, k, document = bank([1, 2] + [1] * 70, heads=4, dim=4)
     q, k = q.round(), k.round()
     k[:, 3:] = k[:, 3:4]
-    settings = dict(similarity="dot", running=running, top_k=20, num_documents=72)
+    settings = dict(similarity="dot", running=running, top_k=6, num_documents=72)
     agree(q, k, document, **settings)
 
 
@@ -83,7 +83,7 @@ def test_routing_without_tokens_chunks_or_documents():
     scored = route_documents(q, k, document, top_k=1, num_documents=2).scored
     for changed in (
         dict(q=None, spans=spans, scored=scored),
-        dict(q=None, scored=scored, top_k=128),
+        dict(q=None, scored=scored),
         dict(q=q[:, :0], running=True),
         dict(k=k[:, :0], document=document[:, :0], num_documents=0),
         dict(asks=torch.zeros(2, 7, device=DEVICE).bool(), running=True),
@@ -98,14 +98,14 @@ def test_routing_without_tokens_chunks_or_documents():
 def test_merged_lists():
     """A number that stands in several lists, equal scores, and places without any."""
     g = torch.Generator().manual_seed(0)
-    index = torch.stack([torch.randperm(40, generator=g)[:9] for _ in range(15)]).view(5, 3, 9).to(DEVICE)
-    score = torch.randint(4, (5, 3, 9), generator=g).float().to(DEVICE)
+    index = torch.stack([torch.randperm(20, generator=g)[:9] for _ in range(10)]).view(5, 2, 9).to(DEVICE)
+    score = torch.randint(4, (5, 2, 9), generator=g).float().to(DEVICE)
     index[0, 0, 4:], score[0, 0, 4:] = -1, float("-inf")
     parts = [(x.squeeze(0), y.squeeze(0)) for x, y in zip(index.split(1), score.split(1), strict=True)]
-    for top_k in (1, 6, 50):
+    for top_k in (6, 50):
         expected, got = (merge_topk(parts, top_k, backend=backend) for backend in ("reference", "triton"))
         assert torch.equal(expected[0], got[0]) and torch.equal(expected[1], got[1])
-        assert expected[0].dtype == got[0].dtype and expected[0].shape == (3, top_k)
+        assert expected[0].dtype == got[0].dtype and expected[0].shape == (2, top_k)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BFLOAT16])
