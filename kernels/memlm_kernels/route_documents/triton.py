@@ -28,7 +28,7 @@ def _best(
     """Of values [B, C] and names [B or 1, C] below ``known``: names and values [B, R, J]."""
     batch, size = values.shape
     set_size = triton.next_power_of_2(top_k)
-    tile = min(32, triton.next_power_of_2(decisions), _PLACES // set_size)
+    tile = min(16, triton.next_power_of_2(decisions), _PLACES // set_size)
     rows = batch * cdiv(decisions, tile)
     each, parts = _split(size, rows, 2048)
     best = values.new_empty(batch, decisions, parts * top_k)
