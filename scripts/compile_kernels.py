@@ -35,6 +35,9 @@ from memlm_kernels.linear_attention.triton import linear_attention_triton  # noq
 from memlm_kernels.neural_memory import squared_error  # noqa: E402
 from memlm_kernels.neural_memory.reference import Tokens, neural_memory_reference  # noqa: E402
 from memlm_kernels.neural_memory.triton import scan_triton  # noqa: E402
+from memlm_kernels.route_documents.reference import Asked, Rule, Scored  # noqa: E402
+from memlm_kernels.route_documents.triton import choose_triton, merge_topk_triton  # noqa: E402
+from memlm_kernels.segment_mean_pool.triton import segment_mean_pool_triton  # noqa: E402
 
 # Each with the shared memory that a block may have, in bytes.
 TARGETS = {
@@ -97,6 +100,14 @@ def cases(sample: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
             if dtype == "bfloat16":
                 narrow = [x[..., :64].detach().requires_grad_() for x in (q, k, v)]
                 yield "bfloat16 64 memory, blocks of 32", both(memory, *narrow, gate, 64, 32)
+        yield f"{name} means", both(segment_mean_pool_triton, k.flatten(2), cu, 1024)
+        yield f"{name} routing", once(route, q, k, ("cosine", "mean", "max"), True, 16)
+        yield f"{name} routing, row", once(route, q, k, ("cosine", "mean", "max"), False, 16)
+        if not sample:
+            yield f"{name} routing, 128 of", once(route, q, k, ("dot", "max", "mean"), True, 128)
+            yield f"{name} routing, row, 128 of", once(route, q, k, ("dot", "max", "mean"), False, 128)
+            if dtype == "bfloat16":
+                yield f"{name} routing, exact query", once(route, q.float(), k, ("cosine", "mean", "max"), True, 16)
 
 
 def first(*tensors: Tensor) -> list[Tensor]:
@@ -112,6 +123,20 @@ def memory(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, chunk_size: int, width
     rest = (None, squared_error, 1, None, positions, None, 2, False)
     o, state, _ = neural_memory_reference(tokens, weights, chunk_size, "gelu", *rest, scan_triton, width)
     return o, *state.weights
+
+
+def route(q: Tensor, k: Tensor, reductions: tuple[str, str, str], running: bool, top_k: int) -> tuple[Any, ...]:
+    """Of documents of eight chunks; what no token asks too, in 64 lists."""
+    document = torch.arange(k.shape[1]).expand(len(k), -1) // 8
+    rule = Rule(*reductions, "max", top_k, 128, running, 1)
+    asks, spans = torch.ones(q.shape[:2], dtype=torch.bool), (torch.zeros(q.shape[:2]), torch.ones(q.shape[:2]))
+    before = Scored(torch.zeros(document.shape), torch.zeros(document.shape, dtype=torch.int64))
+    lists = torch.zeros(len(q), q.shape[1], 64 * top_k)
+    return (
+        choose_triton(rule, Asked(q.detach(), k, document, asks, spans if running else None, before), q.dtype),
+        choose_triton(rule, Asked(None, k, document, None, spans, before), q.dtype),
+        merge_topk_triton(lists.long(), lists, top_k),
+    )
 
 
 def once(op: Callable, *arguments: Any) -> Callable[[], Any]:

@@ -6,6 +6,7 @@ python scripts/doctor.py
 import importlib.metadata
 import platform
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -14,8 +15,29 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent / "kernels")]
 
 from memlm_kernels.backend import architecture, with_triton  # noqa: E402
 from memlm_kernels.grouped_linear.reference import takes_grouped_mm  # noqa: E402
+from memlm_kernels.peer import with_fla  # noqa: E402
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "flash-attn", "flash-linear-attention")
+# What Triton's kernels take of an op.
+TRITON = {
+    "linear_attention": "all, a decay by channel for keys up to 256",
+    "delta_rule": "keys up to 256",
+    "neural_memory": "one layer, the squared error, no norm, window 1, keys up to 128",
+    "route_documents": "chunk_reduce='max', top_k up to 128",
+    "merge_topk": "top_k up to 128",
+    "segment_mean_pool": "all",
+}
+FLA = ("linear_attention", "delta_rule")
+REFERENCE = (
+    "large_chunk_memory",
+    "segmented_neural_memory",
+    "read_memory",
+    "chunk_topk",
+    "invert_chunks",
+    "chunk_sparse_attention",
+    "chunk_mean_attention",
+    "nominate_documents",
+)
 
 
 def version(package: str) -> str:
@@ -34,27 +56,33 @@ def device() -> str:
 
 
 def main() -> None:
-    print(f"{'python':24}{platform.python_version()}, {platform.platform()}")
+    # Where a GPU is but its driver is not, torch says so by a warning.
+    warnings.simplefilter("ignore")
+    say("python", f"{platform.python_version()}, {platform.platform()}")
     for package in PACKAGES:
-        print(f"{package:24}{version(package)}")
-    print(f"{'CUDA or ROCm':24}{torch.version.cuda or torch.version.hip or 'none: torch is built for CPUs'}")
-    print(f"{'device':24}{device()}")
+        say(package, version(package))
+    say("CUDA or ROCm", torch.version.cuda or torch.version.hip or "none: torch is built for CPUs")
+    say("device", device())
     x = torch.empty(1, 1, device="cuda" if torch.cuda.is_available() else "cpu")
-    available, refused = with_triton(x, None)
-    reason = f"triton cannot: {refused['triton']}" if refused else f"can run: {', '.join(available)}"
-    for op in ("linear_attention", "delta_rule"):
-        print(f"{op:24}{available[0]}; {reason}")
-    some = "" if available[0] == "reference" else " for one layer with the squared error, else reference"
-    print(f"{'neural_memory':24}{available[0]}{some}; {reason}")
-    for op in ("large_chunk_memory", "segmented_neural_memory"):
-        print(f"{op:24}reference, its only one")
+    for op, takes in TRITON.items():
+        available, refused = with_triton(x, None)
+        if op in FLA:
+            available, refused = with_fla((available, refused), x, None)
+        others = [f"{name} can run when asked for" for name in available[1:] if name != "reference"]
+        cannot = [f"{name} cannot: {reason}" for name, reason in refused.items()]
+        limits = [] if "triton" in refused else [f"triton takes {takes}"]
+        say(op, "; ".join([available[0], *others, *limits, *cannot]))
+    for op in REFERENCE:
+        say(op, "reference, its only one")
     rows = torch.empty(16, 16, device=x.device, dtype=torch.bfloat16)
-    fast = "by_group" if x.device.type == "cpu" else "grouped_mm for bfloat16" if fits(rows) else "reference"
-    print(f"{'grouped_linear':24}{fast}")
+    fast = "by_group"
+    if x.device.type != "cpu":
+        fast = "grouped_mm for bfloat16" if takes_grouped_mm(rows, rows[None]) else "reference"
+    say("grouped_linear", fast)
 
 
-def fits(rows: torch.Tensor) -> bool:
-    return takes_grouped_mm(rows, rows[None])
+def say(name: str, what: str) -> None:
+    print(f"{name:24}{what}")
 
 
 if __name__ == "__main__":

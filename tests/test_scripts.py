@@ -7,6 +7,7 @@ import sys
 import torch
 from safetensors.torch import load_file
 
+import memlm_kernels
 from tests.conftest import ROOT
 
 
@@ -74,3 +75,28 @@ def test_conversion_there_and_back_as_a_command(tmp_path):
     ]
     refused = subprocess.run([sys.executable, *again], capture_output=True, text=True)
     assert refused.returncode == 1 and refused.stderr == f"{tmp_path}: no *.safetensors there\n"
+
+
+def test_the_doctor_knows_every_op():
+    said = {line.split()[0] for line in run(script="doctor.py").splitlines()}
+    ops = {name for name in memlm_kernels.__all__ if name.islower() and name != "choose"}
+    assert ops | {"torch", "triton", "device", "nominate_documents"} <= said
+
+
+def test_benchmark_of_the_kernels(tmp_path):
+    """Every op and every backend that runs without a GPU; what does not says why."""
+    out = tmp_path / "kernels.jsonl"
+    sizes = ("--rows", "1", "--tokens", "32", "--heads", "1", "--chunks", "20", "--dtypes", "float32")
+    run(*sizes, "--out", str(out), script="benchmark_kernels.py")
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    errors = {
+        record["error"] for record in records if "error" in record and record["backend"] in ("reference", "flash")
+    }
+    assert not errors and all(record["ms"] > 0 for record in records if "error" not in record)
+    assert {record["op"] for record in records if record["backend"] == "reference" and "ms" in record} >= {
+        "neural_memory",
+        "route_documents, running",
+        "merge_topk",
+        "segment_mean_pool",
+    }
+    assert all(record[name] for record in records for name in ("hardware", "torch", "triton", "commit", "date"))

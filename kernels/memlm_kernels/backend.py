@@ -1,4 +1,6 @@
-"""Which implementation of an op runs: ``auto``, ``reference`` (plain PyTorch, any device), ``triton``."""
+"""Which implementation of an op runs: ``auto``, ``reference`` (plain PyTorch, any device), ``triton``; ``fla``, see
+``peer``.
+"""
 
 import importlib.util
 import logging
@@ -7,9 +9,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-# Compute capabilities and gfx names on which tests/kernels/test_triton.py has passed. Elsewhere Triton's kernels run
+# Compute capabilities and gfx names on which tests/kernels/test_triton*.py have passed. Elsewhere Triton's kernels run
 # when asked for, and ``auto`` takes the reference: what never ran may be wrong without a word.
 PROVEN: frozenset[str] = frozenset()
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 logger = logging.getLogger(__name__)
 _announced: set[tuple[str, str]] = set()
@@ -43,8 +47,8 @@ def with_triton(x: Tensor, limit: str | None) -> tuple[tuple[str, ...], dict[str
     are ``PROVEN``. On a CPU they run in Triton's interpreter, which is for tests.
     """
     reason = missing_triton(x.device.type) or limit
-    if x.dtype == torch.float64:
-        reason = reason or "its kernels take float32, float16 and bfloat16, not float64"
+    if x.dtype not in DTYPES:
+        reason = reason or f"its kernels take float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
     if reason:
         return ("reference",), {"triton": reason}
     proven = x.device.type == "cuda" and architecture(x.device) in PROVEN

@@ -36,7 +36,8 @@ class Kernel:
         tiles = choices[0]
         if len(choices) > 1 and os.environ.get("MEMLM_AUTOTUNE") == "1":
             kinds = (x.dtype if isinstance(x, Tensor) else x is None for x in arguments.values())
-            key = (*kinds, *limits.items(), arguments["H"], torch.cuda.get_device_name())
+            constants = (arguments.get(p.name) for p in self.function.params if p.is_constexpr)
+            key = (*kinds, *limits.items(), *constants, torch.cuda.get_device_name())
             if key not in self.best:
                 self.best[key] = min(choices, key=lambda tiles: self._seconds(programs, tiles, arguments))
             tiles = self.best[key]

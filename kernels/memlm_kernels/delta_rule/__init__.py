@@ -4,6 +4,7 @@ from torch import Tensor
 
 from memlm_kernels.backend import choose, with_triton
 from memlm_kernels.delta_rule.reference import delta_rule_reference
+from memlm_kernels.peer import limit_of, recurrence, with_fla
 from memlm_kernels.segments import check_recurrence
 
 __all__ = ["delta_rule"]
@@ -41,8 +42,12 @@ def delta_rule(
         if gate is not None and gate.shape != q.shape[:3]:
             raise ValueError(f"{name} {list(gate.shape)} must be [B, T, H] = {list(q.shape[:3])}")
     limit = None if q.shape[-1] <= 256 else f"its kernels take keys of at most 256 channels, not K={q.shape[-1]}"
-    if choose("delta_rule", backend, *with_triton(q, limit)) == "reference" or q.shape[1] == 0:
+    available = with_fla(with_triton(q, limit), q, limit_of(q, v, log_decay, beta))
+    chosen = choose("delta_rule", backend, *available)
+    if chosen == "reference" or q.shape[1] == 0:
         return delta_rule_reference(q, k, v, beta, log_decay, cu_seqlens, state)
+    if chosen == "fla":
+        return recurrence(q, k, v, beta, log_decay, cu_seqlens, state)
     from memlm_kernels.delta_rule.triton import delta_rule_triton
 
     return delta_rule_triton(q, k, v, beta, log_decay, cu_seqlens, state)

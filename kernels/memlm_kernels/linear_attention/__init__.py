@@ -4,6 +4,7 @@ from torch import Tensor
 
 from memlm_kernels.backend import choose, with_triton
 from memlm_kernels.linear_attention.reference import linear_attention_reference
+from memlm_kernels.peer import limit_of, recurrence, with_fla
 from memlm_kernels.segments import check_recurrence
 
 __all__ = ["linear_attention"]
@@ -38,9 +39,12 @@ def linear_attention(
     check_recurrence(q, k, v, cu_seqlens, state)
     if log_decay is not None and log_decay.shape not in (q.shape, q.shape[:3]):
         raise ValueError(f"log_decay {list(log_decay.shape)} must be [B, T, H] or [B, T, H, K] of q {list(q.shape)}")
-    available = with_triton(q, _limit(q, log_decay))
-    if choose("linear_attention", backend, *available) == "reference" or q.shape[1] == 0:
+    available = with_fla(with_triton(q, _limit(q, log_decay)), q, limit_of(q, v, log_decay, None))
+    chosen = choose("linear_attention", backend, *available)
+    if chosen == "reference" or q.shape[1] == 0:
         return linear_attention_reference(q, k, v, log_decay, cu_seqlens, state)
+    if chosen == "fla":
+        return recurrence(q, k, v, None, log_decay, cu_seqlens, state)
     from memlm_kernels.linear_attention.triton import linear_attention_triton
 
     return linear_attention_triton(q, k, v, log_decay, cu_seqlens, state)

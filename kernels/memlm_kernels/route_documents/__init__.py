@@ -1,13 +1,20 @@
 """Which documents a query reads: scores of pooled chunks, reduced to documents, of which the best are kept."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from memlm_kernels.backend import choose
+from memlm_kernels.backend import DTYPES, choose, with_triton
 from memlm_kernels.route_documents.bank import RouterShard, bank_keys, nominate_documents
-from memlm_kernels.route_documents.reference import Routes, Rule, Scored, best_of, route_documents_reference
+from memlm_kernels.route_documents.reference import (
+    Routes,
+    Rule,
+    Scored,
+    merge_topk_reference,
+    route_documents_reference,
+)
 
 __all__ = ["RouterShard", "Routes", "Scored", "bank_keys", "merge_topk", "nominate_documents", "route_documents"]
 
@@ -52,7 +59,7 @@ def route_documents(
 
     Returns the documents [B, R, top_k], -1 where there are fewer, and their scores, best first and of equals the
     lowest number; R = M if ``running`` or ``spans``, else 1. Only ``scores`` has a gradient. At no time is more held
-    than the scores of ``tile`` chunks, unless return_scores meets query_reduce="mean". Accumulates in fp32.
+    than the scores of ``tile`` chunks. Accumulates in fp32.
     Raises ValueError if a setting is unknown, shapes disagree, or the backend cannot run.
     """
     for name, value, known in (
@@ -71,17 +78,33 @@ def route_documents(
         raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} must be [B, M, H, K] and [B or 1, C, G, K]")
     if q is not None and q.shape[2] % k.shape[2]:
         raise ValueError(f"q has {q.shape[2]} heads, which do not divide by the {k.shape[2]} of k")
-    choose("route_documents", backend, ("reference",))
     rule = Rule(similarity, head_reduce, query_reduce, chunk_reduce, top_k, num_documents, running, tile)
-    return route_documents_reference(rule, q, k, document, asks, spans, scored, return_scores)
+    limit = _too_many(top_k)
+    if chunk_reduce == "mean":
+        limit = "its kernels take chunk_reduce='max', not 'mean'"
+    available = with_triton(k if q is None or q.dtype in DTYPES else q, limit)
+    chosen = None
+    if choose("route_documents", backend, *available) == "triton":
+        from memlm_kernels.route_documents.triton import choose_triton
+
+        chosen = functools.partial(choose_triton, dtype=k.dtype if q is None else q.dtype)
+    return route_documents_reference(rule, q, k, document, asks, spans, scored, return_scores, chosen)
 
 
-def merge_topk(parts: Sequence[tuple[Tensor, Tensor]], top_k: int) -> tuple[Tensor, Tensor]:
-    """The best of several banks' best.
+def merge_topk(parts: Sequence[tuple[Tensor, Tensor]], top_k: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """The best of several banks' best; of an index that several hold, the best score.
 
     parts: index and score [..., any] of each, -1 and -inf where there is none; indices are of one numbering
-    Returns index and score [..., top_k], best first, of equals the lowest index.
+    Returns index and score [..., top_k], best first, of equals the lowest index. Raises ValueError if the backend
+    cannot run.
     """
     index, score = (torch.cat(tensors, -1) for tensors in zip(*parts, strict=True))
-    index, order = index.sort(dim=-1, stable=True)
-    return best_of(index, score.gather(-1, order), top_k)
+    if choose("merge_topk", backend, *with_triton(score, _too_many(top_k))) == "reference" or index.numel() == 0:
+        return merge_topk_reference(index, score, top_k)
+    from memlm_kernels.route_documents.triton import merge_topk_triton
+
+    return merge_topk_triton(index, score, top_k)
+
+
+def _too_many(top_k: int) -> str | None:
+    return None if top_k <= 128 else f"its kernels keep at most 128 documents, not top_k={top_k}"

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from memlm_kernels.route_documents.reference import (
     Rule,
-    _folded,
     _prepared,
     _similarities,
     best_of,
+    query_of,
     route_documents_reference,
 )
 from memlm_kernels.segments import exact
@@ -85,9 +85,7 @@ def nominate_documents(
 
 def _best(rule: Rule, q: Tensor, shards: Sequence[RouterShard], idle: Tensor) -> tuple[Tensor, Tensor]:
     """The best of each decision, and their scores, [D, J]; they are the rows', or running the tokens'."""
-    folded = None
-    if rule.head_reduce == "mean":
-        folded = _folded(rule, q, shards[0].k.shape[1]).flatten(0, 1)
+    query = query_of(rule, q, shards[0].k.shape[1])
     none = torch.full((len(idle), 0), -1, device=q.device)
     index, score = best_of(none, none.to(q.dtype), rule.top_k)
     size = min(16 * rule.top_k, rule.tile)
@@ -97,10 +95,10 @@ def _best(rule: Rule, q: Tensor, shards: Sequence[RouterShard], idle: Tensor) ->
             # Of the first few all are among the best.
             tile, size = slice(start, start + size), min(2 * size, rule.tile)
             start, k = tile.stop, shard.k[tile]
-            if folded is not None:
-                scores = folded @ k.flatten(1).mT
+            if rule.head_reduce == "mean":
+                scores = query.flatten(2).flatten(0, 1) @ k.flatten(1).mT
             else:
-                scores = _similarities(rule, q, None, k[None].expand(len(q), -1, -1, -1)).flatten(0, 1)
+                scores = _similarities(rule, query, k[None].expand(len(q), -1, -1, -1)).flatten(0, 1)
             if not rule.running:
                 scores = scores.unflatten(0, q.shape[:2]).amax(1)
             worst = score[:, -1:].masked_fill(idle[:, None], float("inf"))

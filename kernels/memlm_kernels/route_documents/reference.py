@@ -6,18 +6,19 @@ one product of depth G * K for each token and chunk. A document may lie across t
 so far is carried into the next.
 
 Gradients do not need the scores: with maxima each document's depends on one token and one chunk, whose places are
-kept, and the score is made again from these two.
+kept, and the score is made again from these two. A mean over tokens makes a tile of scores again at a time.
 
 B rows, M tokens, C chunks, N documents, H query heads in G groups, K key dim, R decisions of a row, J = top_k.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from memlm_kernels.grid import pick
 from memlm_kernels.segments import exact
 
 # Inside the square root, so that a vector of zeros has a gradient.
@@ -64,24 +65,39 @@ def route_documents_reference(
     spans: tuple[Tensor, Tensor] | None,
     scored: Scored | None,
     return_scores: bool,
+    choose: Callable[[Rule, "Asked"], "Chosen"] | None = None,
 ) -> Routes:
+    """choose: what chooses in place of ``walk``"""
     batch = len(q) if q is not None else len(spans[0]) if spans else len(k)
     # A call may have no tokens.
     q = _prepared(rule, q) if q is not None and q.shape[1] else None
     if scored is None:
         zeros = exact(torch.zeros(batch, k.shape[1], device=k.device, dtype=k.dtype))
         scored = Scored(zeros, torch.zeros_like(zeros, dtype=torch.int64))
-    asked = _Asked(q, k, document.expand(batch, -1), asks, spans, scored)
+    asked = Asked(q, k, document.expand(batch, -1), asks, spans, scored)
     with torch.no_grad():
-        walk = _Walk(rule, asked)
-        for start in range(0, k.shape[1], rule.tile):
-            walk.visit(slice(start, start + rule.tile))
-        index, score, after, token = walk.finish()
+        document, score, after, token = (choose or walk)(rule, asked)
     scores = _document_scores(rule, asked, after, token) if return_scores else None
-    return Routes(index, score, after, scores)
+    return Routes(document, score, after, scores)
 
 
-class _Asked(NamedTuple):
+def walk(rule: Rule, asked: "Asked") -> "Chosen":
+    walk = _Walk(rule, asked)
+    for start in range(0, asked.k.shape[1], rule.tile):
+        walk.visit(slice(start, start + rule.tile))
+    return walk.finish()
+
+
+class Chosen(NamedTuple):
+    """document, score: [B, R, J]; after: the chunks' scores; token: [B, C], which gave each its maximum, if any did"""
+
+    document: Tensor
+    score: Tensor
+    after: Scored
+    token: Tensor
+
+
+class Asked(NamedTuple):
     """The inputs of ``route_documents``; q as ``_prepared``, k not; before: ``scored``."""
 
     q: Tensor | None
@@ -90,6 +106,10 @@ class _Asked(NamedTuple):
     asks: Tensor | None
     spans: tuple[Tensor, Tensor] | None
     before: Scored
+
+    def decisions(self, rule: Rule) -> int:
+        # Where all tokens count, tokens decide differently only if they know of different documents.
+        return self.tokens() if rule.running or self.spans is not None else 1
 
     def tokens(self) -> int:
         return self.q.shape[1] if self.q is not None else self.spans[0].shape[1] if self.spans else 1
@@ -110,16 +130,12 @@ class _Walk:
     of the document that the last tile ends in; parts: of each tile, what ``finish`` returns of chunks.
     """
 
-    def __init__(self, rule: Rule, asked: _Asked) -> None:
+    def __init__(self, rule: Rule, asked: Asked) -> None:
         self.rule, self.asked = rule, asked
         batch, device, dtype = len(asked.document), asked.k.device, asked.before.score.dtype
-        self.folded = None
-        if asked.q is not None and rule.head_reduce == "mean":
-            self.folded = _folded(rule, asked.q, asked.k.shape[2])
-        # Where all tokens count, tokens decide differently only if they know of different documents.
+        self.query = None if asked.q is None else query_of(rule, asked.q, asked.k.shape[2])
         self.values = asked.tokens() if rule.running else 1
-        decisions = asked.tokens() if rule.running or asked.spans is not None else 1
-        index = torch.full((batch, decisions, 0), -1, device=device, dtype=torch.int64)
+        index = torch.full((batch, asked.decisions(rule), 0), -1, device=device, dtype=torch.int64)
         self.best = best_of(index, index.to(dtype), rule.top_k)
         none = torch.full((batch, 1), -1, device=device, dtype=torch.int64)
         nothing = torch.full((batch, self.values, 1), _NEVER, device=device, dtype=dtype)
@@ -135,13 +151,13 @@ class _Walk:
 
     def _over_tokens(self, tile: slice) -> tuple[Tensor, Tensor]:
         """Scores of the tile's chunks and how many tokens gave them, after each token, [B, M, n]."""
-        q, document = self.asked.q, self.asked.document[:, tile]
+        document = self.asked.document[:, tile]
         before, token = Scored(*(x[:, tile] for x in self.asked.before)), torch.zeros_like(document)
-        if q is None:
+        if self.query is None:
             self.parts.append((*before, token))
             score, count = (x[:, None].expand(-1, self.values, -1) for x in before)
             return score, count
-        scores = _similarities(self.rule, q, self.folded, _prepared(self.rule, self.asked.k[:, tile]))
+        scores = _similarities(self.rule, self.query, _prepared(self.rule, self.asked.k[:, tile]))
         known = self.asked.knows(document)
         count = before.asked[:, None] + known.long().cumsum(1)
         if self.rule.query_reduce == "mean":
@@ -194,11 +210,10 @@ class _Walk:
         index, value = (torch.cat([a, b], -1) for a, b in zip(self.best, (index, value), strict=True))
         self.best = best_of(index, value, self.rule.top_k)
 
-    def finish(self) -> tuple[Tensor, Tensor, Scored, Tensor]:
-        """index and score [B, R, J], the chunks' scores, and which token gave each its maximum, [B, C]."""
+    def finish(self) -> Chosen:
         self._enter(*self.open)
         score, count, token = (torch.cat(x, 1) for x in zip(*self.parts, strict=True))
-        return *self.best, Scored(score, count), token
+        return Chosen(*self.best, Scored(score, count), token)
 
 
 def best_of(index: Tensor, score: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -210,16 +225,24 @@ def best_of(index: Tensor, score: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return index.gather(-1, order[..., :top_k]).masked_fill(score == _NEVER, -1), score
 
 
-def _similarities(rule: Rule, q: Tensor, folded: Tensor | None, k: Tensor) -> Tensor:
-    """[B, M, n], reduced over heads."""
-    if folded is not None:
-        return folded @ k.flatten(2).mT
-    grouped = q.unflatten(2, (k.shape[2], -1)).permute(0, 2, 1, 3, 4)
-    scores = (grouped.flatten(2, 3) @ k.permute(0, 2, 3, 1)).unflatten(2, grouped.shape[2:4])
-    return scores.amax((1, 3)) * _scale(rule, q)
+def merge_topk_reference(index: Tensor, score: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    # Each index in a row, its best score first.
+    score, order = score.sort(dim=-1, descending=True, stable=True)
+    index, again = index.gather(-1, order).sort(dim=-1, stable=True)
+    repeated = F.pad(index[..., 1:] == index[..., :-1], (1, 0))
+    return best_of(index, score.gather(-1, again).masked_fill(repeated, _NEVER), top_k)
 
 
-def _document_scores(rule: Rule, asked: _Asked, after: Scored, token: Tensor) -> Tensor:
+def _similarities(rule: Rule, query: Tensor, k: Tensor) -> Tensor:
+    """Of what ``query_of`` gives and keys as ``_prepared``, reduced over heads, [B, M, n]."""
+    if rule.head_reduce == "mean":
+        return query.flatten(2) @ k.flatten(2).mT
+    grouped = query.permute(0, 2, 1, 3, 4)
+    scores = grouped.flatten(2, 3) @ k.permute(0, 2, 3, 1)
+    return scores.unflatten(2, grouped.shape[2:4]).amax((1, 3))
+
+
+def _document_scores(rule: Rule, asked: Asked, after: Scored, token: Tensor) -> Tensor:
     """[B, N], made again from the few products that they depend on, with a gradient."""
     q, k, before = asked.q, asked.k, asked.before
     size, chunks = rule.num_documents, k.shape[1]
@@ -227,10 +250,9 @@ def _document_scores(rule: Rule, asked: _Asked, after: Scored, token: Tensor) ->
     name = torch.where(asked.document < 0, size, name).clamp(max=size)
     known = after.score.masked_fill(after.asked == 0, _NEVER)
     if rule.query_reduce == "mean":
-        total = before.score
-        if q is not None:
-            folded = _folded(rule, q, k.shape[2]) if rule.head_reduce == "mean" else None
-            total = total + (_similarities(rule, q, folded, _prepared(rule, k)) * asked.knows(asked.document)).sum(1)
+        total = after.score
+        if q is not None and chunks:
+            total = _Sum.apply(rule, asked, query_of(rule, q, k.shape[2]), k, total)
         value = (total / after.asked.clamp(min=1)).masked_fill(after.asked == 0, _NEVER)
         return _of_documents(rule, value, name)
     if q is None or chunks == 0:
@@ -244,14 +266,46 @@ def _document_scores(rule: Rule, asked: _Asked, after: Scored, token: Tensor) ->
         chunk = chunk[:, :size].clamp(max=chunks - 1)
         known = best[:, :size]
         token, before = token.gather(1, chunk), Scored(*(x.gather(1, chunk) for x in before))
-    of_q = pick(q, token).unflatten(2, (k.shape[2], -1))
-    of_k = _prepared(rule, pick(k.expand(len(q), -1, -1, -1), chunk))
+    of_q, of_k = _at(query_of(rule, q, k.shape[2]), token), _prepared(rule, _at(k, chunk))
     again = (of_q * of_k[:, :, :, None]).sum(-1).flatten(2)
-    again = (again.mean(-1) if rule.head_reduce == "mean" else again.amax(-1)) * _scale(rule, q)
+    again = again.sum(-1) if rule.head_reduce == "mean" else again.amax(-1)
     # What an earlier call gave has no gradient here.
     new = (known > _NEVER) & ((before.asked == 0) | (before.score < known))
     value = torch.where(new, again, known)
     return value if rule.chunk_reduce == "max" else _of_documents(rule, value, name)
+
+
+def _at(x: Tensor, index: Tensor) -> Tensor:
+    """[B or 1, T, ...], [B, S] -> [B, S, ...]. Unlike those of ``pick``, gradients of an entry that is taken more than
+    once add up in one order on a GPU too.
+    """
+    return x[torch.arange(len(x), device=x.device)[:, None], index]
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over tokens of each chunk's scores, [B, C], which is known: only backward makes the scores, in tiles."""
+
+    @staticmethod
+    def forward(ctx: Any, rule: Rule, asked: Asked, query: Tensor, k: Tensor, total: Tensor) -> Tensor:
+        ctx.rule, ctx.asked = rule, asked._replace(q=None)
+        ctx.save_for_backward(query, k)
+        return total.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
+        query, k = (x.detach() for x in ctx.saved_tensors)
+        d_query, d_k = torch.zeros_like(query), []
+        for start in range(0, k.shape[1], ctx.rule.tile):
+            tile = slice(start, start + ctx.rule.tile)
+            leaves = query.requires_grad_(), k[:, tile].requires_grad_()
+            with torch.enable_grad():
+                scores = _similarities(ctx.rule, leaves[0], _prepared(ctx.rule, leaves[1]))
+                total = (scores * ctx.asked.knows(ctx.asked.document[:, tile])).sum(1)
+            of_query, of_k = torch.autograd.grad(total, leaves, d_total[:, tile])
+            d_query += of_query
+            d_k.append(of_k)
+        return None, None, d_query, torch.cat(d_k, 1), None
 
 
 def _of_documents(rule: Rule, value: Tensor, name: Tensor) -> Tensor:
@@ -274,13 +328,11 @@ def _join(rule: Rule, a: Tensor, b: Tensor) -> Tensor:
     return torch.maximum(a, b) if rule.chunk_reduce == "max" else a + b
 
 
-def _folded(rule: Rule, q: Tensor, groups: int) -> Tensor:
-    """[B, M, G * K]"""
-    return q.unflatten(2, (groups, -1)).sum(3).flatten(2) * (_scale(rule, q) / q.shape[2])
-
-
-def _scale(rule: Rule, q: Tensor) -> float:
-    return 1.0 if rule.similarity == "cosine" else q.shape[3] ** -0.5
+def query_of(rule: Rule, q: Tensor, groups: int) -> Tensor:
+    """q as ``_prepared``, scaled, by groups of heads [B, M, G, P, K]; for a mean over heads folded, P = 1."""
+    scale = 1.0 if rule.similarity == "cosine" else q.shape[3] ** -0.5
+    grouped = q.unflatten(2, (groups, -1))
+    return grouped.sum(3, keepdim=True) * (scale / q.shape[2]) if rule.head_reduce == "mean" else grouped * scale
 
 
 def _prepared(rule: Rule, x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from memlm_kernels.backend import choose
+from memlm_kernels.backend import choose, with_triton
 from memlm_kernels.segment_mean_pool.reference import segment_mean_pool_reference
 
 __all__ = ["segment_mean_pool"]
@@ -23,5 +23,9 @@ def segment_mean_pool(x: Tensor, cu_segments: Tensor, *, longest: int, backend: 
         raise ValueError(f"cu_segments are {cu_segments.dtype}; give integers")
     if longest < 1:
         raise ValueError(f"longest={longest} must be at least 1")
-    choose("segment_mean_pool", backend, ("reference",))
-    return segment_mean_pool_reference(x, cu_segments, longest)
+    chosen = choose("segment_mean_pool", backend, *with_triton(x, None))
+    if chosen == "reference" or x.numel() == 0 or cu_segments.shape[1] == 1:
+        return segment_mean_pool_reference(x, cu_segments, longest)
+    from memlm_kernels.segment_mean_pool.triton import segment_mean_pool_triton
+
+    return segment_mean_pool_triton(x, cu_segments, longest)

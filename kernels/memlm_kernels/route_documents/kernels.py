@@ -1,0 +1,345 @@
+"""Routing in Triton; see ``reference`` for the mathematics.
+
+``score_chunks`` reduces each chunk's scores over tokens, a tile of chunks a program. Where decisions differ from token
+to token by more than what each knows of, ``choose_running`` makes the scores again, a tile of tokens a program, from
+what ``score_chunks`` kept at the start of that tile. ``choose_best`` chooses among values that are there.
+
+The best are kept as a set without an order; a tile's best candidate takes the place of the worst until none is better,
+which costs next to nothing once the set is good. A document that is in the set has its place there, so that it may lie
+across tiles.
+
+B rows, M tokens, C chunks, N documents, G groups of P heads, K key dim, R decisions of a row, J documents of each.
+"""
+
+import triton
+import triton.language as tl
+
+from memlm_kernels.launch import load_tile, tiled
+
+_LAST: tl.constexpr = tl.constexpr(2**31 - 1)
+_NEVER: tl.constexpr = tl.constexpr(float("-inf"))
+_SIZES = ["M", "C", "N", "R", "SPLIT", "SPLITS"]
+_PRODUCTS = [
+    {"BC": 64, "BK": 64, "num_warps": 8, "num_stages": 2},
+    {"BC": 64, "BK": 32, "num_warps": 8, "num_stages": 2},
+]
+_PRODUCTS_HIP = [{"BC": 64, "BK": 64, "num_warps": 4, "num_stages": 1}]
+
+
+@triton.jit
+def similarities(
+    query,
+    k,
+    of_query,
+    of_k,
+    i_m,
+    i_c,
+    inside_m,
+    inside_c,
+    G: tl.constexpr,
+    P: tl.constexpr,
+    K: tl.constexpr,
+    MEAN: tl.constexpr,
+    COSINE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """[BM, BC], added up over heads or their maximum; of_query, of_k: the first token and the first chunk."""
+    b_scores = tl.zeros([BM, BC], tl.float32)
+    if not MEAN:
+        b_scores += _NEVER
+    for h in range(G * P):
+        b_head = tl.zeros([BM, BC], tl.float32)
+        b_square = tl.zeros([BC], tl.float32)
+        for i in range((K + BK - 1) // BK):
+            i_k = i * BK + tl.arange(0, BK)
+            b_q = load_tile(query, of_query * (G * P) + h, i_m * (G * P), i_k, inside_m, K)
+            b_k = load_tile(k, of_k * G + h // P, i_c * G, i_k, inside_c, K)
+            if COSINE:
+                b_exact = b_k.to(tl.float32)
+                b_square += tl.sum(b_exact * b_exact, 1)
+            b_head += tl.dot(b_q, tl.trans(b_k.to(b_q.dtype)), input_precision=PRECISION)
+        if COSINE:
+            b_head *= tl.rsqrt(b_square + 1e-12)[None, :]
+        if MEAN:
+            b_scores += b_head
+        else:
+            b_scores = tl.maximum(b_scores, b_head)
+    return b_scores
+
+
+@triton.jit
+def knows(b_document, asks, first, end, at, inside):
+    """[BM, BC], which tokens, from ``at`` on, know of which documents; and which of them ask."""
+    sees = inside[:, None] & (b_document >= 0)[None, :]
+    if first is not None:
+        b_first = tl.load(first + at, mask=inside, other=0).to(tl.int32)
+        b_end = tl.load(end + at, mask=inside, other=0).to(tl.int32)
+        sees = sees & (b_document[None, :] >= b_first[:, None]) & (b_document[None, :] < b_end[:, None])
+    asking = inside
+    if asks is not None:
+        asking = inside & (tl.load(asks + at, mask=inside, other=0) != 0)
+    return sees, asking
+
+
+@tiled(_PRODUCTS, _PRODUCTS_HIP)
+@triton.jit(do_not_specialize=_SIZES)
+def score_chunks(
+    query,
+    k,
+    document,
+    asks,
+    first,
+    end,
+    before_score,
+    before_asked,
+    score,
+    asked,
+    token,
+    so_far_score,
+    so_far_asked,
+    M,
+    C,
+    G: tl.constexpr,
+    P: tl.constexpr,
+    K: tl.constexpr,
+    SHARED: tl.constexpr,
+    MEAN: tl.constexpr,
+    SUM: tl.constexpr,
+    COSINE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """score: the maximum over tokens, or with SUM the sum; so_far: [B, tiles of tokens, C], before each tile."""
+    program = tl.program_id(0).to(tl.int64)
+    tiles_c, tiles_m = (C + BC - 1) // BC, (M + BM - 1) // BM
+    row, c = program // tiles_c, program % tiles_c * BC
+    row_k = row * (1 - SHARED)
+    i_c = tl.arange(0, BC)
+    inside_c = c + i_c < C
+    b_document = tl.load(document + row_k * C + c + i_c, mask=inside_c, other=-1).to(tl.int32)
+    b_score = tl.load(before_score + row * C + c + i_c, mask=inside_c, other=0.0)
+    b_asked = tl.load(before_asked + row * C + c + i_c, mask=inside_c, other=0)
+    if not SUM:
+        b_score = tl.where(b_asked > 0, b_score, _NEVER)
+    b_best = tl.zeros([BC], tl.float32) + _NEVER
+    b_token = tl.zeros([BC], tl.int32)
+    for tile in range(tiles_m):
+        if so_far_score is not None:
+            at = (row * tiles_m + tile) * C + c + i_c
+            tl.store(so_far_score + at, b_score, mask=inside_c)
+            tl.store(so_far_asked + at, b_asked, mask=inside_c)
+        i_m = tl.arange(0, BM)
+        inside = tile * BM + i_m < M
+        b_s = similarities(
+            query,
+            k,
+            row * M + tile * BM,
+            row_k * C + c,
+            i_m,
+            i_c,
+            inside,
+            inside_c,
+            G,
+            P,
+            K,
+            MEAN,
+            COSINE,
+            PRECISION,
+            BM,
+            BC,
+            BK,
+        )
+        sees, asking = knows(b_document, asks, first, end, row * M + tile * BM + i_m, inside)
+        known = sees & asking[:, None]
+        b_asked += tl.sum(known.to(tl.int32), 0)
+        if SUM:
+            b_score += tl.sum(tl.where(known, b_s, 0.0), 0)
+        else:
+            b_s = tl.where(known, b_s, _NEVER)
+            b_max = tl.max(b_s, 0)
+            b_first = tl.min(tl.where(b_s == b_max[None, :], tile * BM + i_m[:, None], _LAST), 0)
+            b_token = tl.where(b_max > b_best, b_first, b_token)
+            b_best = tl.maximum(b_best, b_max)
+            b_score = tl.maximum(b_score, b_max)
+    at = row * C + c + i_c
+    tl.store(score + at, tl.where(b_asked > 0, b_score, 0.0), mask=inside_c)
+    tl.store(asked + at, b_asked, mask=inside_c)
+    tl.store(token + at, b_token, mask=inside_c)
+
+
+@triton.jit
+def candidate(b_values, b_names, b_best, b_best_name):
+    """Of each row the best value and its name, the worst name of the set, and whether that must give way."""
+    b_value = tl.max(b_values, 1)
+    b_name = tl.min(tl.where(b_values == b_value[:, None], b_names, _LAST), 1)
+    b_least = tl.min(b_best, 1)
+    b_worst = tl.max(tl.where(b_best == b_least[:, None], b_best_name, -1), 1)
+    better = (b_value > b_least) | ((b_value == b_least) & (b_value > _NEVER) & (b_name < b_worst))
+    return b_value, b_name, b_worst, better
+
+
+@triton.jit
+def keep_best(b_values, b_names, b_best, b_best_name):
+    """The best of a set and of values [D, n] with names [D or 1, n]; of equal values the lowest name wins."""
+    b_value, b_name, b_worst, better = candidate(b_values, b_names, b_best, b_best_name)
+    while tl.max(better.to(tl.int32), 0) > 0:
+        same = b_best_name == b_name[:, None]
+        has = tl.max(same.to(tl.int32), 1) > 0
+        place = tl.where(has[:, None], same & (b_best < b_value[:, None]), b_best_name == b_worst[:, None])
+        place = place & better[:, None]
+        b_best = tl.where(place, b_value[:, None], b_best)
+        b_best_name = tl.where(place, b_name[:, None], b_best_name)
+        b_values = tl.where(b_names == b_name[:, None], _NEVER, b_values)
+        b_value, b_name, b_worst, better = candidate(b_values, b_names, b_best, b_best_name)
+    return b_best, b_best_name
+
+
+@triton.jit
+def empty_set(BD: tl.constexpr, BJ: tl.constexpr):
+    """No two places have the same name."""
+    b_name = tl.zeros([BD, BJ], tl.int32) - tl.arange(0, BJ)[None, :] + (_LAST - 1)
+    return tl.zeros([BD, BJ], tl.float32) + _NEVER, b_name
+
+
+@triton.jit
+def store_best(best, best_name, b_best, b_best_name, at, inside, J):
+    """In their order, J of them for each row from ``at`` on."""
+    for j in range(J):
+        b_value = tl.max(b_best, 1)
+        b_name = tl.min(tl.where(b_best == b_value[:, None], b_best_name, _LAST), 1)
+        tl.store(best + at * J + j, b_value, mask=inside)
+        tl.store(best_name + at * J + j, tl.where(b_value > _NEVER, b_name, -1), mask=inside)
+        b_best = tl.where(b_best_name == b_name[:, None], _NEVER, b_best)
+
+
+@tiled(_PRODUCTS, _PRODUCTS_HIP)
+@triton.jit(do_not_specialize=_SIZES)
+def choose_running(
+    query,
+    k,
+    document,
+    asks,
+    first,
+    end,
+    so_far_score,
+    so_far_asked,
+    best,
+    best_name,
+    M,
+    C,
+    N,
+    SPLIT,
+    SPLITS,
+    G: tl.constexpr,
+    P: tl.constexpr,
+    K: tl.constexpr,
+    SHARED: tl.constexpr,
+    MEAN: tl.constexpr,
+    SUM: tl.constexpr,
+    COSINE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    J: tl.constexpr,
+    BJ: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """best: [B, M, SPLITS, J], of each token among SPLIT chunks, by the tokens up to it."""
+    program = tl.program_id(0).to(tl.int64)
+    tiles_m = (M + BM - 1) // BM
+    split, tile, row = program % SPLITS, program // SPLITS % tiles_m, program // SPLITS // tiles_m
+    row_k = row * (1 - SHARED)
+    i_m, i_c = tl.arange(0, BM), tl.arange(0, BC)
+    m = row * M + tile * BM
+    inside = tile * BM + i_m < M
+    b_best, b_best_name = empty_set(BM, BJ)
+    for i in range((tl.minimum(SPLIT, C - split * SPLIT) + BC - 1) // BC):
+        c = split * SPLIT + i * BC
+        inside_c = c + i_c < C
+        b_document = tl.load(document + row_k * C + c + i_c, mask=inside_c, other=-1).to(tl.int32)
+        b_s = similarities(
+            query,
+            k,
+            m,
+            row_k * C + c,
+            i_m,
+            i_c,
+            inside,
+            inside_c,
+            G,
+            P,
+            K,
+            MEAN,
+            COSINE,
+            PRECISION,
+            BM,
+            BC,
+            BK,
+        )
+        sees, asking = knows(b_document, asks, first, end, m + i_m, inside)
+        known = sees & asking[:, None]
+        at = (row * tiles_m + tile) * C + c + i_c
+        b_score = tl.load(so_far_score + at, mask=inside_c, other=_NEVER)
+        if SUM:
+            b_asked = tl.load(so_far_asked + at, mask=inside_c, other=0).to(tl.float32)
+            b_count = tl.cumsum(known.to(tl.float32), 0) + b_asked[None, :]
+            b_s = tl.cumsum(tl.where(known, b_s, 0.0), 0) + b_score[None, :]
+            b_s = tl.where(b_count > 0, b_s / tl.maximum(b_count, 1.0), _NEVER)
+        else:
+            b_s = tl.associative_scan(tl.where(known, b_s, _NEVER), 0, larger)
+            b_s = tl.maximum(b_s, b_score[None, :])
+        b_s = tl.where(sees & (b_document < N)[None, :], b_s, _NEVER)
+        b_best, b_best_name = keep_best(b_s, b_document[None, :], b_best, b_best_name)
+    store_best(best, best_name, b_best, b_best_name, (m + i_m) * SPLITS + split, inside, J)
+
+
+@triton.jit
+def larger(a, b):
+    return tl.maximum(a, b)
+
+
+@tiled(
+    [{"BC": 256, "num_warps": 8, "num_stages": 1}],
+    [{"BC": 128, "num_warps": 4, "num_stages": 1}, {"BC": 256, "num_warps": 8, "num_stages": 1}],
+)
+@triton.jit(do_not_specialize=_SIZES)
+def choose_best(
+    values,
+    names,
+    first,
+    end,
+    best,
+    best_name,
+    C,
+    N,
+    R,
+    SPLIT,
+    SPLITS,
+    SHARED: tl.constexpr,
+    J: tl.constexpr,
+    BJ: tl.constexpr,
+    BD: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """best: [B, R, SPLITS, J], of each decision among SPLIT of the values [B, C], whose names are [B or 1, C]."""
+    program = tl.program_id(0).to(tl.int64)
+    tiles_d = (R + BD - 1) // BD
+    split, tile, row = program % SPLITS, program // SPLITS % tiles_d, program // SPLITS // tiles_d
+    i_d, i_c = tl.arange(0, BD), tl.arange(0, BC)
+    d = row * R + tile * BD
+    inside = tile * BD + i_d < R
+    b_best, b_best_name = empty_set(BD, BJ)
+    for i in range((tl.minimum(SPLIT, C - split * SPLIT) + BC - 1) // BC):
+        c = split * SPLIT + i * BC
+        inside_c = c + i_c < C
+        b_names = tl.load(names + row * (1 - SHARED) * C + c + i_c, mask=inside_c, other=-1).to(tl.int32)
+        b_values = tl.load(values + row * C + c + i_c, mask=inside_c, other=_NEVER)
+        sees, _ = knows(b_names, None, first, end, d + i_d, inside)
+        b_values = tl.where(sees & (b_names < N)[None, :], b_values[None, :], _NEVER)
+        b_best, b_best_name = keep_best(b_values, b_names[None, :], b_best, b_best_name)
+    store_best(best, best_name, b_best, b_best_name, (d + i_d) * SPLITS + split, inside, J)

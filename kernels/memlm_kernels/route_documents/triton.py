@@ -1,0 +1,190 @@
+"""Choosing documents by Triton kernels, as ops of torch; takes the place of ``reference.walk``."""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from memlm_kernels.launch import at_least_16, cdiv, laid, precision
+from memlm_kernels.route_documents.kernels import choose_best, choose_running, score_chunks
+from memlm_kernels.route_documents.reference import Asked, Chosen, Rule, Scored, query_of, walk
+
+# Places of a set of the best, at most, for the tokens of a program together.
+_PLACES = 4096
+
+
+def _split(size: int, programs: int, least: int) -> tuple[int, int]:
+    """Of how many chunks a program sees, and how many such parts there are, enough to keep a GPU busy."""
+    parts = max(1, 1024 // max(1, programs))
+    each = cdiv(max(least, cdiv(size, parts)), 256) * 256
+    return each, cdiv(size, each)
+
+
+def _best(
+    values: Tensor, names: Tensor, spans: tuple[Tensor | None, Tensor | None], decisions: int, top_k: int, known: int
+) -> tuple[Tensor, Tensor]:
+    """Of values [B, C] and names [B or 1, C] below ``known``: names and values [B, R, J]."""
+    batch, size = values.shape
+    set_size = triton.next_power_of_2(top_k)
+    tile = min(16, triton.next_power_of_2(decisions), _PLACES // set_size)
+    rows = batch * cdiv(decisions, tile)
+    each, parts = _split(size, rows, 2048)
+    best = values.new_empty(batch, decisions, parts * top_k)
+    best_name = names.new_empty(best.shape)
+    choose_best(
+        lambda _: rows * parts,
+        {"BC": at_least_16(size)},
+        **{"values": values, "names": names, "first": spans[0], "end": spans[1], "best": best, "best_name": best_name},
+        **{"C": size, "N": known, "R": decisions, "SPLIT": each, "SPLITS": parts, "SHARED": len(names) == 1},
+        **{"J": top_k, "BJ": set_size, "BD": tile},
+    )
+    return _merged(best_name, best, parts, top_k)
+
+
+def _merged(best_name: Tensor, best: Tensor, parts: int, top_k: int) -> tuple[Tensor, Tensor]:
+    """[B, R, parts * J] -> [B, R, J]"""
+    if parts == 1:
+        return best_name, best
+    name, value = _best(best.flatten(0, 1), best_name.flatten(0, 1), (None, None), 1, top_k, 2**31 - 1)
+    return name.view(*best.shape[:2], top_k), value.view(*best.shape[:2], top_k)
+
+
+@torch.library.custom_op("memlm::route_documents", mutates_args=())
+def forward(
+    query: Tensor | None,
+    k: Tensor,
+    document: Tensor,
+    asks: Tensor | None,
+    first: Tensor | None,
+    end: Tensor | None,
+    before_score: Tensor,
+    before_asked: Tensor,
+    decisions: int,
+    top_k: int,
+    num_documents: int,
+    running: bool,
+    mean_heads: bool,
+    mean_tokens: bool,
+    cosine: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What ``Chosen`` has. query: [B, M, G, P, K]; without it the choice is by what was asked before."""
+    query, k, document, asks = laid(query, k, document, asks)
+    first, end, before_score, before_asked = laid(first, end, before_score, before_asked)
+    score, asked, token = before_score.clone(), before_asked.clone(), torch.zeros_like(before_asked)
+    if query is not None:
+        batch, length, groups, heads, keys = query.shape
+        tile = min(64, at_least_16(length), _PLACES // triton.next_power_of_2(top_k))
+        tiles, chunks = cdiv(length, tile), k.shape[1]
+        given = {"query": query, "k": k, "document": document, "asks": asks, "first": first, "end": end}
+        sizes = {"M": length, "C": chunks, "G": groups, "P": heads, "K": keys, "SHARED": len(k) == 1}
+        sizes |= {"MEAN": mean_heads, "SUM": mean_tokens, "COSINE": cosine, "PRECISION": precision(query), "BM": tile}
+        # fp32 takes twice the registers.
+        most = 32 if query.dtype == torch.float32 else 64
+        limits = {"BC": at_least_16(chunks), "BK": min(most, at_least_16(keys))}
+        so_far: list[Tensor | None] = [None, None]
+        if running:
+            so_far = [x.new_empty(batch, tiles, chunks) for x in (score, asked)]
+        score_chunks(
+            lambda tiles: batch * cdiv(chunks, tiles["BC"]),
+            limits,
+            **given,
+            **{"before_score": before_score, "before_asked": before_asked, "score": score, "asked": asked},
+            **{"token": token, "so_far_score": so_far[0], "so_far_asked": so_far[1], **sizes},
+        )
+        if running:
+            each, parts = _split(chunks, batch * tiles, 256)
+            best = score.new_empty(batch, length, parts * top_k)
+            best_name = document.new_empty(best.shape)
+            choose_running(
+                lambda _: batch * tiles * parts,
+                limits,
+                **given,
+                **{"so_far_score": so_far[0], "so_far_asked": so_far[1], "best": best, "best_name": best_name},
+                **{"N": num_documents, "SPLIT": each, "SPLITS": parts, "J": top_k},
+                **{"BJ": triton.next_power_of_2(top_k), **sizes},
+            )
+            return *_merged(best_name, best, parts, top_k), score, asked, token
+    values = score / asked.clamp(min=1) if mean_tokens else score
+    values = values.masked_fill(asked == 0, float("-inf"))
+    return *_best(values, document, (first, end), decisions, top_k, num_documents), score, asked, token
+
+
+@forward.register_fake
+def _(
+    query: Tensor | None,
+    k: Tensor,
+    document: Tensor,
+    asks: Tensor | None,
+    first: Tensor | None,
+    end: Tensor | None,
+    before_score: Tensor,
+    before_asked: Tensor,
+    decisions: int,
+    top_k: int,
+    num_documents: int,
+    running: bool,
+    mean_heads: bool,
+    mean_tokens: bool,
+    cosine: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    shape, of_chunks = (len(before_score), decisions, top_k), before_score.shape
+    new, score = document.new_empty(shape), before_score.new_empty(shape)
+    return new, score, before_score.new_empty(of_chunks), before_asked.new_empty(of_chunks), new.new_empty(of_chunks)
+
+
+@register_flop_formula(torch.ops.memlm.route_documents)
+def _flops(query: tuple[int, ...] | None, k: tuple[int, ...], *rest: Any, **_: Any) -> int:
+    """A decision at each token makes the scores twice."""
+    if query is None:
+        return 0
+    batch, length, groups, heads, keys = query
+    return 2 * batch * length * groups * heads * keys * k[1] * (2 if rest[9] else 1)
+
+
+@torch.library.custom_op("memlm::merge_topk", mutates_args=())
+def merge(index: Tensor, score: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """[D, n] -> [D, J]"""
+    index, score = laid(index, score)
+    name, value = _best(score, index, (None, None), 1, top_k, 2**31 - 1)
+    return name[:, 0].clone(), value[:, 0].clone()
+
+
+@merge.register_fake
+def _(index: Tensor, score: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    return index.new_empty(len(index), top_k), score.new_empty(len(index), top_k)
+
+
+def merge_topk_triton(index: Tensor, score: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    shape = *index.shape[:-1], top_k
+    name, value = merge(index.long().flatten(0, -2), score.float().flatten(0, -2), top_k)
+    return name.view(shape).to(index.dtype), value.view(shape).to(score.dtype)
+
+
+def choose_triton(rule: Rule, asked: Asked, dtype: torch.dtype) -> Chosen:
+    """dtype: of q; it and k's are multiplied in the wider of the two."""
+    before, query = asked.before, None
+    decisions = asked.decisions(rule)
+    if not (len(asked.document) and asked.k.shape[1] and decisions):
+        return walk(rule, asked)
+    if asked.q is not None:
+        query = query_of(rule, asked.q, asked.k.shape[2]).to(torch.promote_types(dtype, asked.k.dtype))
+    first, end = (None, None) if asked.spans is None else (x.long() for x in asked.spans)
+    document = asked.document[: len(asked.k)].long()
+    settings = (rule.running, rule.head_reduce == "mean", rule.query_reduce == "mean", rule.similarity == "cosine")
+    index, score, *after, token = forward(
+        query,
+        asked.k.detach(),
+        document,
+        asked.asks,
+        first,
+        end,
+        before.score.float(),
+        before.asked.long(),
+        decisions,
+        rule.top_k,
+        rule.num_documents,
+        *settings,
+    )
+    return Chosen(index, score, Scored(*after), token)
