@@ -1,6 +1,7 @@
 """Training data: text corpora, synthetic recall tasks, and their mixture into batches."""
 
 from .build import build_data
+from .chains import TEMPLATES, Chain, Chains, Linked
 from .documents import Documents
 from .mixture import Batch, Mixture
 from .recall import MQAR, Passkey, RecallSource, RecallTask, ramp
@@ -24,11 +25,15 @@ __all__ = [
     "IGNORE_INDEX",
     "MQAR",
     "SPLITS",
+    "TEMPLATES",
     "Batch",
+    "Chain",
+    "Chains",
     "Documents",
     "Facts",
     "Inquiry",
     "Library",
+    "Linked",
     "Mixture",
     "Passkey",
     "Question",
