@@ -1,9 +1,13 @@
 """Asking a bank again and again on one memory, and reading on until a question is answered."""
 
+import itertools
+
 import pytest
 import torch
 
-from memlm import MemoryBank, MemoryCache
+import memlm.interleave
+from memlm import Interleave, MemoryBank, MemoryCache
+from memlm.data import TEMPLATES, byte_tokenizer
 from memlm_kernels.testing import assert_close, relative_error
 from tests.test_bank import EXACT, bank_of, in_context, joined, library, model_of, tokens
 
@@ -161,3 +165,120 @@ def test_memories_of_other_documents_are_refused():
         _, cache = talked(model, bank, TALK[:2], [3, 5])
         with pytest.raises(ValueError, match="let a memory ask a memory_bank once: a mean needs the scores of all"):
             model(**question, memory_bank=bank, past_key_values=cache)
+
+
+class Script:
+    """Writes for the model, question by question, and keeps what the model would have said."""
+
+    def __init__(self, monkeypatch, written: dict[str, str]) -> None:
+        end = byte_tokenizer().eos_token_id
+        self.written = {q: [end if sign == "~" else ord(sign) for sign in text] for q, text in written.items()}
+        self.logits, self.places = ({question: [] for question in written} for _ in range(2))
+        monkeypatch.setattr(memlm.interleave, "_likeliest", self)
+
+    def __call__(self, logits_BV, readings):
+        tokens = []
+        for logits_V, reading in zip(logits_BV, readings, strict=True):
+            place = reading.config.max_new_tokens - reading.left
+            tokens.append(self.written[reading.question][place] if reading.writing else 0)
+            if reading.writing:
+                self.logits[reading.question].append(logits_V)
+                self.places[reading.question].append(len(reading.ids) - 1)
+        return tokens
+
+
+TEXTS = {"a": "one", "b": "some two", "c7": "{name}, or three", "d": "4", "e": "{5}"}
+SHORT = Interleave(**TEMPLATES, max_rounds=3, max_new_tokens=30)
+# Of each question: what is written (~: the end of text), and what comes of it.
+WRITTEN = {
+    "at once": ("42~", ("42", [], [], True)),
+    "one round": ("[b]|=yes~", ("yes", [["b"]], [], True)),
+    "two at once, then one": ("[a][c7]|[e]| and =it~", ("it", [["a", "c7"], ["e"]], [], True)),
+    "the same again": ("[a]|[a]|so~", ("so", [["a"]], [], True)),
+    "some unknown": ("[x][b][y]|=no~", ("no", [["b"]], ["x", "y"], True)),
+    "only unknown": ("[x]|well~", ("well", [], ["x"], True)),
+    "names nothing": ("hm|7~", ("7", [], [], True)),
+    "malformed": ("[a b|[d]hm~", ("[d]hm", [], [], True)),
+    "too many rounds": ("[a]|[b]|[d]|[e]|all~", ("all", [["a"], ["b"], ["d"]], [], True)),
+    "no end": ("[a]|" + "." * 26, ("." * 26, [["a"]], [], False)),
+    "no end of an answer": ("=" + "|" * 29, ("|" * 29, [], [], False)),
+}
+
+
+def checked(model, bank, templates, script, answers):
+    """A transcript in one call, beside the bank and with its documents in the context, says the same everywhere."""
+    texts = {name: TEXTS[name] for name in bank.documents()}
+    documents = {name: torch.tensor(ids) for name, ids in templates.documents(texts, byte_tokenizer())}
+    for question, answer in zip(script.written, answers, strict=True):
+        ids, roles = torch.tensor(answer.input_ids), torch.tensor(answer.doc_ids)
+        cuts = [0, *((roles[1:] != roles[:-1]).nonzero()[:, 0] + 1).tolist(), len(roles)]
+        parts = [(int(roles[a]), ids[a:b]) for a, b in itertools.pairwise(cuts)]
+        logits, places = torch.stack(script.logits[question]), script.places[question]
+        again = model(ids[None], doc_ids=roles[None], memory_bank=bank).logits[0]
+        assert_close(f"{question}, read again", again[places], logits, EXACT)
+        in_one = in_context(model, documents, parts)[0]
+        assert_close(f"{question}, in the context", in_one[places], logits, EXACT)
+
+
+@torch.no_grad()
+def test_reading_on_equals_reading_all_at_once(monkeypatch):
+    model, tokenizer = model_of(), byte_tokenizer()
+    bank = bank_of(model, SHORT.documents(TEXTS, tokenizer))
+    script = Script(monkeypatch, {question: text for question, (text, _) in WRITTEN.items()})
+    answers = SHORT.answers(list(WRITTEN), bank, TEXTS, tokenizer)
+    for answer, (question, (_, expected)) in zip(answers, WRITTEN.items(), strict=True):
+        assert answer[:4] == expected, question
+    assert tokenizer.decode(answers[2].input_ids) == (
+        "#?two at once, then one[a][c7]|[a]one[c7]{name}, or three|[e]|[e]{5}| and =it<eos>"
+    )
+    assert tokenizer.decode(answers[3].input_ids) == "#?the same again[a]|[a]one|[a]|=so<eos>"
+    checked(model, bank, SHORT, script, answers)
+
+
+@torch.no_grad()
+def test_the_released_texts_and_an_empty_bank(monkeypatch):
+    model, tokenizer, released = model_of(), byte_tokenizer(), Interleave()
+    end = "<|object_ref_end|>"
+    written = {
+        "Who?": f"[a][d]{end}[b]{end}<End-of-Retrieve>The answer to the question is: 7.~",
+        "And who?": f"[q]{end}Nobody.~",
+        "Why?": "The answer to the question is: 8~",
+    }
+    for texts, read in ((TEXTS, [["a", "d"], ["b"]]), ({}, [])):
+        bank = bank_of(model, released.documents(texts, tokenizer))
+        if not texts:
+            written["Who?"] = written["Who?"].replace(f"[b]{end}<End-of-Retrieve>", "")
+        script = Script(monkeypatch, written)
+        answers = released.answers(list(written), bank, texts, tokenizer)
+        assert [(answer.text, answer.read) for answer in answers] == [("7.", read), ("Nobody.", []), ("8", [])]
+        assert answers[0].unknown == ([] if texts else ["a", "d"]) and answers[1].unknown == ["q"]
+        checked(model, bank, released, script, answers)
+    text = tokenizer.decode(answers[1].input_ids)
+    assert text.startswith("<|im_start|>user\n\nPlease answer the question") and "\nAnd who?\n" in text
+    assert text.endswith(
+        f"<|im_end|>\n<|im_start|>[q]{end}<End-of-Retrieve><|im_start|>The user's question is: And who?\n{end}"
+        "Nobody.<eos>"
+    )
+
+
+def test_texts_that_cannot_be_are_named(monkeypatch):
+    for settings, message in (
+        ({"document": "[{name}]"}, r"document='\[\{name\}\]' must hold \{text\}"),
+        ({"head": "{name}"}, r"head='\{name\}' holds \{name\}, which it is not given"),
+        ({"name": "doc {name}"}, "must hold something behind"),
+        ({"end_of_names": ""}, "end_of_names='' and end_of_retrieval='<End-of-Retrieve>' must be texts"),
+        ({"end_of_names": "Retrieve"}, "and none stand in the other"),
+        ({"max_rounds": -1}, "max_rounds=-1 must not be negative"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Interleave(**settings)
+    model, tokenizer = model_of(), byte_tokenizer()
+    bank = bank_of(model, SHORT.documents(TEXTS, tokenizer))
+    Script(monkeypatch, {"?": "[a]|"})
+    with pytest.raises(ValueError, match="texts: 'a' is in the bank, and has no text; give it"):
+        SHORT.answers(["?"], bank, {}, tokenizer)
+    assert SHORT.answers([], bank, TEXTS, tokenizer) == []
+    bare = Interleave(**TEMPLATES | {"question": "{question}"})
+    with pytest.raises(ValueError, match="questions: '' has no tokens; ask something"):
+        bare.answers([""], bank, TEXTS, tokenizer)
