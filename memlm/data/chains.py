@@ -84,8 +84,8 @@ class Chains(KeyedTask):
             raise ValueError(f"document_length={self.document_length} must be at least {self._least}, a fact")
         if not 1 <= self.name_length <= 4 or self.num_values**self.name_length < self.num_documents:
             raise ValueError(
-                f"name_length={self.name_length} must lie between 1 and 4, and num_values={self.num_values} symbols "
-                f"of it name num_documents={self.num_documents}"
+                f"name_length={self.name_length} must lie between 1 and 4, and be enough for the names of "
+                f"num_documents={self.num_documents} of num_values={self.num_values} symbols"
             )
         named = 2 + self.name_length
         read = self.hops * (2 * named + 2 + self.document_length)

@@ -1,5 +1,5 @@
 """What is measured of a trained model: recall over length, needles over length and depth, a bank over the number of
-its documents, text over position.
+its documents, and reading on in it, text over position.
 
 B rows, T tokens of a segment, V vocabulary.
 """
@@ -13,10 +13,23 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from memlm.bank import MemoryBank
 from memlm.cache import MemoryCache
-from memlm.data import ANSWER, IGNORE_INDEX, Batch, Inquiry, Library, Passkey, RecallTask, make_sample
+from memlm.data import (
+    ANSWER,
+    IGNORE_INDEX,
+    TEMPLATES,
+    Batch,
+    Chains,
+    Inquiry,
+    Library,
+    Passkey,
+    RecallTask,
+    make_sample,
+)
+from memlm.interleave import Answer, Interleave
 from memlm.modeling import MemLMForCausalLM
 from memlm.training.objective import Score, score, token_losses
 
@@ -132,7 +145,7 @@ def bank(model: MemLMForCausalLM, source: str, library: Library, rows: int = 32)
         right = [[n in inquiry.found for n in numbers] for inquiry, numbers in zip(asked, best, strict=True)]
         recall = [sum(of) / len(inquiry.found) for inquiry, of in zip(asked, right, strict=True)]
         figures = [any(of[:1]) for of in right], [any(of) for of in right], recall
-        layers.append(Routed(layer, settings["top_k"], *(float(np.mean(figure)) for figure in figures)))
+        layers.append(Routed(layer, settings["top_k"], *map(_share, figures)))
     held.delete({str(i) for inquiry in asked for i in inquiry.found})
     deleted = torch.cat([_exact(held, *batch) for batch in batches]).double().mean().item()
     return Banked(source, stats["documents"], stats["tokens"], len(asked), library.chance, exact, deleted, layers)
@@ -152,6 +165,58 @@ def _exact(held: MemoryBank, inputs: dict[str, Tensor], labels_BT: Tensor) -> Te
     """Whether every token of each answer is the likeliest, [B]."""
     logits = held.model(**inputs, memory_bank=held, use_cache=False).logits
     return ((logits[:, :-1].argmax(-1) == labels_BT[:, 1:]) | (labels_BT[:, 1:] == IGNORE_INDEX)).all(1)
+
+
+@dataclass(frozen=True)
+class Interleaved:
+    """Questions that a model answers by reading on in a bank: the share answered exactly, and that share once the last
+    document of every chain is deleted; hops: the share that had read right so far, one document a round; chance: of a
+    right answer, of who has read nothing.
+    """
+
+    source: str
+    documents: int
+    questions: int
+    chance: float
+    hops: list[float]
+    exact: float
+    exact_deleted: float
+
+
+def interleaved(
+    model: MemLMForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    task: Chains,
+    seed: int,
+    documents: int,
+    questions: int,
+    rows: int = 32,
+) -> Interleaved:
+    """Test documents in a bank, and questions about chains of them. Raises ValueError for a model that has no bank."""
+    linked = task.linked(seed, "test", documents, questions)
+    way = Interleave(**TEMPLATES, max_rounds=task.hops, max_new_tokens=task.length)
+    held = MemoryBank.build(model, way.documents(linked.texts, tokenizer), progress=False)
+
+    def answers() -> list[Answer]:
+        asked = [chain.question for chain in linked.chains]
+        batches = (asked[at : at + rows] for at in range(0, len(asked), rows))
+        return [answer for batch in batches for answer in way.answers(batch, held, linked.texts, tokenizer)]
+
+    first = answers()
+    hops = [
+        _share(a.read[:n] == [[name] for name in c.documents[:n]] for a, c in zip(first, linked.chains, strict=True))
+        for n in range(1, task.hops + 1)
+    ]
+    held.delete({chain.documents[-1] for chain in linked.chains})
+    exact, deleted = (
+        _share(a.text == c.answer for a, c in zip(given, linked.chains, strict=True)) for given in (first, answers())
+    )
+    return Interleaved(source, len(linked.texts), len(linked.chains), linked.chance, hops, exact, deleted)
+
+
+def _share(flags: Iterable[bool]) -> float:
+    return float(np.mean([*flags]))
 
 
 @dataclass(frozen=True)
