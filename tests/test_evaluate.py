@@ -120,18 +120,20 @@ def test_a_bank_is_asked_as_documents_in_the_context_are():
 
 
 def test_reading_on_is_measured_by_what_is_read_and_said(monkeypatch):
-    model, task = build("msa", chunk_size=4, top_k=2), Chains(length=105, num_documents=6)
-    chains, written = task.linked(3, "test", 12, 6).chains, {}
-    for i, (question, answer, (first, second)) in enumerate(chains):
-        other = chains[i - 1].documents[0]
-        says = f"[{first}]|[{second}]|={answer}~", f"[{first}]|[{other}]|={answer}~", f"[{second}]|=-~"
-        written[question] = says[i % 3]
+    model, task, written = build("msa", chunk_size=4, top_k=2), Chains(length=105, num_documents=6), {}
+    # Of six chains each; of the second library four are asked.
+    for chains in (task.linked(3, "test", index, 12).chains for index in (0, 1)):
+        for i, (question, answer, (first, second)) in enumerate(chains):
+            other = chains[i - 1].documents[0]
+            says = f"[{first}]|[{second}]|={answer}~", f"[{first}]|[{other}]|={answer}~", f"[{second}]|=-~"
+            written[question] = says[i % 3]
+    assert len(written) == 12
     Script(monkeypatch, written)
-    got = interleaved(model, byte_tokenizer(), "chains", task, 3, 12, 6, rows=4)
-    assert (got.documents, got.questions, got.chance) == (12, 6, 1 / 32)
-    assert got.hops == pytest.approx([4 / 6, 2 / 6])
+    got = interleaved(model, byte_tokenizer(), "chains", task, 3, 12, 10, rows=4)
+    assert (got.documents, got.questions, got.chance) == (12, 10, 1 / 32)
+    assert got.hops == pytest.approx([0.7, 0.4])
     # Who was right without the last document is so once it is deleted.
-    assert got.exact == pytest.approx(4 / 6) and got.exact_deleted == pytest.approx(2 / 6)
+    assert got.exact == pytest.approx(0.7) and got.exact_deleted == pytest.approx(0.3)
 
 
 def test_text_by_position_equals_one_long_forward():
@@ -289,7 +291,7 @@ def test_an_evaluation_of_reading_on(tmp_path, capsys):
     evaluate(composed(*options, f"checkpoint={path}", config="evaluate"))
     assert "hop 2" in capsys.readouterr().out
     measured = json.loads((tmp_path / "msa-seed0/evaluation/results.json").read_text())["models"]["msa"]
-    assert [(i["documents"], i["questions"]) for i in measured["interleaved"]] == [(4, 2), (8, 3)]
+    assert [(i["documents"], i["questions"]) for i in measured["interleaved"]] == [(4, 3), (8, 3)]
     assert measured["bank"] == [] and len(measured["interleaved"][0]["hops"]) == 2
     assert "Questions answered by reading on" in (tmp_path / "msa-seed0/evaluation/report.html").read_text()
 

@@ -127,13 +127,12 @@ class Chains(KeyedTask):
             parts += [Part([*answer.encode(), _END], ANSWER, scored=True)]
         return pack([joined(parts)], self.length, _END)
 
-    def linked(self, seed: int, split: str, documents: int, questions: int) -> Linked:
-        """So many documents, less what makes no whole chain, and at most so many questions."""
-        rng = np.random.default_rng([seed, split_id(split), documents, questions])
+    def linked(self, seed: int, split: str, index: int, documents: int) -> Linked:
+        """Library `index` of `split`, of so many documents, less what makes no whole chain."""
+        rng = np.random.default_rng([seed, split_id(split), index, documents])
         length = self.length + (documents - self.num_documents) * (2 + self.name_length + self.document_length)
         many = replace(self, length=length, num_documents=documents, min_documents=None)
-        linked = many._linked(rng, split, documents, 1.0)
-        return linked._replace(chains=linked.chains[:questions])
+        return many._linked(rng, split, documents, 1.0)
 
     def _linked(self, rng: np.random.Generator, split: str, documents: int, noise: float) -> Linked:
         """Documents in random order, chains too."""

@@ -22,9 +22,11 @@ from memlm.data import (
     IGNORE_INDEX,
     TEMPLATES,
     Batch,
+    Chain,
     Chains,
     Inquiry,
     Library,
+    Linked,
     Passkey,
     RecallTask,
     make_sample,
@@ -193,26 +195,41 @@ def interleaved(
     questions: int,
     rows: int = 32,
 ) -> Interleaved:
-    """Test documents in a bank, and questions about chains of them. Raises ValueError for a model that has no bank."""
-    linked = task.linked(seed, "test", documents, questions)
+    """Banks of so many test documents, and questions about all chains of each until there are enough.
+
+    Raises ValueError for a model that has no bank.
+    """
     way = Interleave(**TEMPLATES, max_rounds=task.hops, max_new_tokens=task.length)
-    held = MemoryBank.build(model, way.documents(linked.texts, tokenizer), progress=False)
-
-    def answers() -> list[Answer]:
-        asked = [chain.question for chain in linked.chains]
-        batches = (asked[at : at + rows] for at in range(0, len(asked), rows))
-        return [answer for batch in batches for answer in way.answers(batch, held, linked.texts, tokenizer)]
-
-    first = answers()
+    of_chains: list[tuple[Chain, Answer, Answer]] = []
+    for index in itertools.count():
+        linked = task.linked(seed, "test", index, documents)
+        chains = linked.chains[: questions - len(of_chains)]
+        held = MemoryBank.build(model, way.documents(linked.texts, tokenizer), progress=False)
+        first = _answers(way, held, linked, chains, tokenizer, rows)
+        held.delete({chain.documents[-1] for chain in chains})
+        second = _answers(way, held, linked, chains, tokenizer, rows)
+        of_chains += zip(chains, first, second, strict=True)
+        if len(of_chains) == questions:
+            break
     hops = [
-        _share(a.read[:n] == [[name] for name in c.documents[:n]] for a, c in zip(first, linked.chains, strict=True))
+        _share(answer.read[:n] == [[name] for name in chain.documents[:n]] for chain, answer, _ in of_chains)
         for n in range(1, task.hops + 1)
     ]
-    held.delete({chain.documents[-1] for chain in linked.chains})
-    exact, deleted = (
-        _share(a.text == c.answer for a, c in zip(given, linked.chains, strict=True)) for given in (first, answers())
-    )
-    return Interleaved(source, len(linked.texts), len(linked.chains), linked.chance, hops, exact, deleted)
+    exact, deleted = (_share(given[i].text == chain.answer for chain, *given in of_chains) for i in (0, 1))
+    return Interleaved(source, len(linked.texts), questions, linked.chance, hops, exact, deleted)
+
+
+def _answers(
+    way: Interleave,
+    held: MemoryBank,
+    linked: Linked,
+    chains: Sequence[Chain],
+    tokenizer: PreTrainedTokenizerBase,
+    rows: int,
+) -> list[Answer]:
+    asked = [chain.question for chain in chains]
+    batches = (asked[at : at + rows] for at in range(0, len(asked), rows))
+    return [answer for batch in batches for answer in way.answers(batch, held, linked.texts, tokenizer)]
 
 
 def _share(flags: Iterable[bool]) -> float:

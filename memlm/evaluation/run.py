@@ -316,12 +316,11 @@ def _report(subjects: list[Subject], results: dict[str, Any], training_length: i
     if "interleaved" in tables:
         report.heading("Questions answered by reading on")
         report.table(*tables["interleaved"])
-        asked = ", ".join(
-            f"{i['questions']} of {i['documents']:,} documents" for i in models[subjects[0].name]["interleaved"]
-        )
+        questions = models[subjects[0].name]["interleaved"][0]["questions"]
         report.note(
-            f"Questions: {asked}. hop: read right so far, one document a round, each named by the model; answers: "
-            "exact, as written; deleted: the same without the document that holds the answer."
+            f"{questions} questions, to as many banks as these take. hop: read right so far, one document a round, "
+            "each named by the model; answers: exact, as written; deleted: the same without the document that holds "
+            "the answer."
         )
     texts = {f"{n}, {how}": t for n, m in models.items() for how, t in m["text"].items()}
     if texts:

@@ -77,15 +77,16 @@ def test_a_sample_is_written_as_a_reader_of_the_documents_would(task):
 
 @pytest.mark.parametrize("task", [TASKS[0], TASKS[2]], ids=str)
 def test_chains_through_a_library(task):
-    linked = task.linked(5, "test", 31, 4)
-    assert len(linked.chains) == 4 and len(linked.texts) == 31 // task.hops * task.hops and linked.chance == 1 / 32
+    linked = task.linked(5, "test", 4, 31)
+    assert len(linked.chains) == 31 // task.hops and len(linked.texts) == 31 // task.hops * task.hops
+    assert linked.chance == 1 / 32 and task.linked(5, "test", 3, 31).texts != linked.texts
     for question, answer, way in linked.chains:
         for name in way:
             _, key, question_or_answer = fact(f"[{name}]{linked.texts[name]}")
             assert key == question
             question = question_or_answer
         assert question == answer
-    keys = {fact(f"[]{x}")[1] for x in task.linked(5, "train", 30, 1).texts.values()}
+    keys = {fact(f"[]{x}")[1] for x in task.linked(5, "train", 4, 30).texts.values()}
     assert not keys & {fact(f"[]{x}")[1] for x in linked.texts.values()}
     assert dict(Interleave(**TEMPLATES).documents({"a": "x"}, lambda t, **_: type("", (), {"input_ids": t}))) == {
         "a": "[a]x"
