@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from memlm.bank import MemoryBank
 from memlm.cache import MemoryCache
 from memlm.configuration import MemLMConfig
+from memlm.interleave import Interleave
 from memlm.modeling import MemLMForCausalLM, MemLMModel
 
 try:
@@ -21,4 +22,4 @@ AutoConfig.register("memlm", MemLMConfig)
 AutoModel.register(MemLMConfig, MemLMModel)
 AutoModelForCausalLM.register(MemLMConfig, MemLMForCausalLM)
 
-__all__ = ["MemLMConfig", "MemLMForCausalLM", "MemLMModel", "MemoryBank", "MemoryCache"]
+__all__ = ["Interleave", "MemLMConfig", "MemLMForCausalLM", "MemLMModel", "MemoryBank", "MemoryCache"]

@@ -98,11 +98,11 @@ def use(folder: Path, repeats: int) -> None:
     record |= stats
     record["bank_mb"] = round((stats["device_bytes"] + stats["host_bytes"] + stats["disk_bytes"]) / 2**20)
     q = torch.randn(1, QUERY, 4, 32, generator=torch.Generator().manual_seed(2))
-    asks = torch.ones(1, QUERY, dtype=torch.bool)
+    asks, held = torch.ones(1, QUERY, dtype=torch.bool), torch.full((1, 0), -1)
 
     def route() -> None:
         for layer in bank.layers:
-            bank.candidates(layer, q, asks)
+            bank.candidates(layer, q, asks, held)
 
     _, record["route_s"] = timed(route, repeats)
     for settings in bank.settings:

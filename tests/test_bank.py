@@ -406,18 +406,6 @@ def test_low_precision(autocast):
 
 
 @torch.no_grad()
-def test_a_memory_asks_once():
-    model, memory = model_of(), MemoryCache()
-    bank, question = bank_of(model, library()), tokens(4, 1)[None]
-    model(question, doc_ids=torch.full_like(question, -2), past_key_values=memory)
-    asked_once = memory.fork()
-    model(question, memory_bank=bank, past_key_values=asked_once)
-    model(question, memory_bank=bank, past_key_values=memory)
-    with pytest.raises(ValueError, match="this memory holds documents already, read or chosen by an earlier"):
-        model(question, memory_bank=bank, past_key_values=asked_once)
-
-
-@torch.no_grad()
 def test_decoding_sees_few_chunks_of_many():
     model = model_of()
     bank, cache = bank_of(model, {f"{i}": tokens(8, i) for i in range(300)}), MemoryCache()

@@ -10,13 +10,14 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from memlm.data import MQAR, Batch, Facts, Library, Passkey, byte_tokenizer, token_bytes
+from memlm.data import MQAR, Batch, Chains, Facts, Library, Passkey, byte_tokenizer, token_bytes
 from memlm.evaluation import run as evaluate
 from memlm.evaluation.ablation import memory_off
-from memlm.evaluation.measures import bank, needles, recall, text_by_position
+from memlm.evaluation.measures import bank, interleaved, needles, recall, text_by_position
 from memlm.training import run as train
 from memlm.training.objective import score
 from tests.conftest import build, composed
+from tests.test_interleave import Script
 
 SIZES = torch.from_numpy(token_bytes(byte_tokenizer()))
 
@@ -117,6 +118,23 @@ def test_a_bank_is_asked_as_documents_in_the_context_are():
         expected = np.mean(figures[routed.layer], 0)
         assert (routed.hit_1, routed.hit, routed.recall) == pytest.approx(tuple(expected)) and routed.top_k == 2
     assert any(0 < routed.hit < 1 for routed in got.layers)
+
+
+def test_reading_on_is_measured_by_what_is_read_and_said(monkeypatch):
+    model, task, written = build("msa", chunk_size=4, top_k=2), Chains(length=105, num_documents=6), {}
+    # Of six chains each; of the second library four are asked.
+    for chains in (task.linked(3, "test", index, 12).chains for index in (0, 1)):
+        for i, (question, answer, (first, second)) in enumerate(chains):
+            other = chains[i - 1].documents[0]
+            says = f"[{first}]|[{second}]|={answer}~", f"[{first}]|[{other}]|={answer}~", f"[{second}]|=-~"
+            written[question] = says[i % 3]
+    assert len(written) == 12
+    Script(monkeypatch, written)
+    got = interleaved(model, byte_tokenizer(), "chains", task, 3, 12, 10, rows=4)
+    assert (got.documents, got.questions, got.chance) == (12, 10, 1 / 32)
+    assert got.hops == pytest.approx([0.7, 0.4])
+    # Who was right without the last document is so once it is deleted.
+    assert got.exact == pytest.approx(0.7) and got.exact_deleted == pytest.approx(0.3)
 
 
 def test_text_by_position_equals_one_long_forward():
@@ -263,6 +281,20 @@ def test_an_evaluation_of_banks(tmp_path, capsys):
         evaluate(composed(*options, f"checkpoint={tmp_path}/none-seed0", "control=null", config="evaluate"))
     with pytest.raises(ValueError, match="data has no documents"):
         evaluate(composed(*options, *paths, "data=recall", config="evaluate"))
+
+
+def test_an_evaluation_of_reading_on(tmp_path, capsys):
+    path = f"{tmp_path}/msa-seed0"
+    small = ("train.steps=1", "train.batch_size=2", "model.hidden_size=32")
+    train(composed("experiment=chains", f"run_dir={path}", *small))
+    capsys.readouterr()
+    options = ("eval=bank", "eval.bank_documents=[4,9]", "eval.bank_questions=3", "control=null")
+    evaluate(composed(*options, f"checkpoint={path}", config="evaluate"))
+    assert "hop 2" in capsys.readouterr().out
+    measured = json.loads((tmp_path / "msa-seed0/evaluation/results.json").read_text())["models"]["msa"]
+    assert [(i["documents"], i["questions"]) for i in measured["interleaved"]] == [(4, 3), (8, 3)]
+    assert measured["bank"] == [] and len(measured["interleaved"][0]["hops"]) == 2
+    assert "Questions answered by reading on" in (tmp_path / "msa-seed0/evaluation/report.html").read_text()
 
 
 def test_an_evaluation_without_control_says_how_to_get_one(trained, tmp_path, capsys):

@@ -230,13 +230,13 @@ class MemoryBank:
             ]
         return found
 
-    def candidates(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor) -> State:
+    def candidates(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor, held_BC: Tensor) -> State:
         """See ``memlm.memory.base.Library``."""
-        return self.fetch(layer_idx, self.nominate(layer_idx, q_BAHK, asks_BA), q_BAHK)
+        return self.fetch(layer_idx, self.nominate(layer_idx, q_BAHK, asks_BA, held_BC), q_BAHK)
 
-    def nominate(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor) -> list[Tensor]:
-        """Of each row the numbers, ascending, of a few documents that hold all that it can choose; they are counted in
-        the order of reading, deleted ones too.
+    def nominate(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor, held_BC: Tensor) -> list[Tensor]:
+        """Of each row the numbers, ascending, of a few documents that hold all that it can choose, and of those held;
+        they are counted in the order of reading, deleted ones too.
         """
         layer = self.layers.index(layer_idx)
         config = self.settings[layer]
@@ -253,7 +253,8 @@ class MemoryBank:
                 **{name: config[name] for name in _RULE},
             )
         index = self.ranks.best(index, score, config["top_k"])
-        return [numbers[numbers >= 0] for numbers in (row.unique() for row in index)]
+        numbers = torch.cat([index.flatten(1), held_BC], 1)
+        return [of_row[of_row >= 0] for of_row in (row.unique() for row in numbers)]
 
     def fetch(self, layer_idx: int, numbers: Sequence[Tensor], like: Tensor) -> State:
         """What ``candidates`` returns of documents that were nominated; like: where it is to go."""
@@ -265,8 +266,8 @@ class MemoryBank:
         return state | {"k": k, "v": v, "router_k": router_k}
 
     def _fetched(self, layer: int, numbers_N: Tensor, like: Tensor) -> State:
-        """Of documents, as they are numbered over all shards, the chunks: size and document, and what is kept of this
-        process's, zeros of others'; like: where they are to go.
+        """Of documents, as they are numbered over all shards, the chunks: size, document and number, and what is kept
+        of this process's, zeros of others'; like: where they are to go.
         """
         config = self.model.config
         shape = (0, 3, config.num_key_value_heads, config.head_dim)
@@ -291,8 +292,9 @@ class MemoryBank:
             before = (torch.arange(total) - (count_N.cumsum(0) - count_N).repeat_interleave(count_N)) * self.chunk_size
             sizes.append((shard.tokens_N[local_N].repeat_interleave(count_N) - before).clamp(max=self.chunk_size))
             owners.append(inside.nonzero()[:, 0].repeat_interleave(count_N))
-        values = {"kept": kept, "size": sizes, "document": owners}
-        return {name: torch.cat(parts).to(like.device) for name, parts in values.items()}
+        owner = torch.cat(owners)
+        values = {"kept": torch.cat(kept), "size": torch.cat(sizes), "document": owner, "number": numbers_N[owner]}
+        return {name: x.to(like.device) for name, x in values.items()}
 
     def _append(self, shard: Shard) -> None:
         self.shards.append(shard)
@@ -459,8 +461,8 @@ class _Watched:
         self.bank, self.check = bank, bank.check
         self.offered: dict[int, list[Tensor]] = {}
 
-    def candidates(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor) -> State:
-        self.offered[layer_idx] = self.bank.nominate(layer_idx, q_BAHK, asks_BA)
+    def candidates(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor, held_BC: Tensor) -> State:
+        self.offered[layer_idx] = self.bank.nominate(layer_idx, q_BAHK, asks_BA, held_BC)
         return self.bank.fetch(layer_idx, self.offered[layer_idx], q_BAHK)
 
 

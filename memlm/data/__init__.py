@@ -1,6 +1,7 @@
 """Training data: text corpora, synthetic recall tasks, and their mixture into batches."""
 
 from .build import build_data
+from .chains import TEMPLATES, Chain, Chains, Linked
 from .chat import Chat
 from .documents import Documents
 from .mixture import Batch, Mixture
@@ -25,12 +26,16 @@ __all__ = [
     "IGNORE_INDEX",
     "MQAR",
     "SPLITS",
+    "TEMPLATES",
     "Batch",
+    "Chain",
+    "Chains",
     "Chat",
     "Documents",
     "Facts",
     "Inquiry",
     "Library",
+    "Linked",
     "Mixture",
     "Passkey",
     "Question",

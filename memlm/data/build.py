@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from .chains import Chains
 from .documents import Documents
 from .mixture import Mixture
 from .recall import MQAR, Passkey, RecallSource
@@ -15,13 +16,14 @@ from .row import Source
 from .text import TextCorpus, TextSource
 from .tokenizer import is_byte_tokenizer, load_tokenizer
 
-_TASKS = {"mqar": MQAR, "passkey": Passkey, "facts": Facts}
+_TASKS = {"mqar": MQAR, "passkey": Passkey, "facts": Facts, "chains": Chains}
 _SIZES = ("gap", "num_keys", "num_values")
 _OPTIONS = {
     "text": ("paths",),
     "mqar": ("num_pairs", *_SIZES),
     "passkey": ("digits", *_SIZES),
-    "facts": ("num_documents", "digits", "key_length", "alike", "num_keys", "num_values"),
+    "facts": ("num_documents", "min_documents", "digits", "key_length", "alike", "num_keys", "num_values"),
+    "chains": ("num_documents", "min_documents", "hops", "document_length", "key_length", "name_length", *_SIZES[1:]),
     "questions": ("paths", "num_documents", "document_length", "chat"),
 }
 

@@ -37,6 +37,24 @@ class RetrievalRow(NamedTuple):
     positives: np.ndarray
 
 
+class Part(NamedTuple):
+    """Token ids that are of one thing; role as in ``doc_ids``, found as in ``positives``."""
+
+    ids: Sequence[int]
+    role: int
+    found: bool = False
+    scored: bool = False
+
+
+def joined(parts: Sequence[Part]) -> RetrievalRow:
+    """A sample of parts in their order."""
+    input_ids = np.concatenate([np.asarray(part.ids, np.int64) for part in parts])
+    sizes = [len(part.ids) for part in parts]
+    doc_ids, positives, scored = (np.repeat([int(p[i]) for p in parts], sizes).astype(np.int64) for i in (1, 2, 3))
+    labels = np.where(scored, input_ids, IGNORE_INDEX)
+    return RetrievalRow(input_ids, labels, np.arange(len(input_ids)), doc_ids, positives)
+
+
 def make_sample(
     template: Sequence[int],
     documents: Iterable[tuple[Sequence[int], bool]],
@@ -48,15 +66,10 @@ def make_sample(
     """Token ids of each part, and whether the question is about each document; tail: of the template, behind the
     question; opening: what a response begins with, and nobody scores.
     """
-    documents = [*documents]
-    parts = [(template, TEMPLATE, 0)]
-    parts += [(ids, number, int(found)) for number, (ids, found) in enumerate(documents, 1)]
-    parts += [(question, QUESTION, 0), (tail, TEMPLATE, 0), (opening, ANSWER, 0), (answer, ANSWER, 0)]
-    input_ids = np.concatenate([np.asarray(ids, np.int64) for ids, _, _ in parts])
-    sizes = [len(ids) for ids, _, _ in parts]
-    doc_ids, positives = (np.repeat([part[i] for part in parts], sizes).astype(np.int64) for i in (1, 2))
-    labels = np.where(np.arange(len(input_ids)) < len(input_ids) - len(answer), IGNORE_INDEX, input_ids)
-    return RetrievalRow(input_ids, labels, np.arange(len(input_ids)), doc_ids, positives)
+    parts = [Part(template, TEMPLATE)]
+    parts += [Part(ids, number, found=found) for number, (ids, found) in enumerate(documents, 1)]
+    parts += [Part(question, QUESTION), Part(tail, TEMPLATE), Part(opening, ANSWER), Part(answer, ANSWER, scored=True)]
+    return joined(parts)
 
 
 def pack(samples: Sequence[RetrievalRow], length: int, pad_id: int) -> RetrievalRow:
@@ -93,42 +106,16 @@ class Library(NamedTuple):
     opening: Sequence[int] = ()
 
 
-@dataclass(frozen=True)
-class Facts(RecallTask):
-    """`num_documents` documents of noise, in each somewhere a fact, `k1..km d1..dn`; the question is `ASK k1..km`,
-    the answer the fact's n digits. Keys are distinct, and those of two symbols and more are other ones in each split;
-    digits are any of the values, lengths of documents at random.
-
-    length: tokens of the sample. key_length: symbols of a key. alike: of a sample's keys, how many, if there are such,
-    differ from the one asked for in a single symbol. Raises ValueError where the sizes do not fit.
+class KeyedTask(RecallTask):
+    """A task of documents that hold keys of `key_length` symbols, each one of `num_keys`; from two symbols on splits
+    share no key. Samples have `num_documents` documents, or with `min_documents` any number between the two.
     """
 
-    length: int = 128
-    num_documents: int = 8
-    digits: int = 1
-    key_length: int = 1
-    alike: int = 0
-    num_keys: int = 32
-    num_values: int = 32
-
-    def __post_init__(self):
-        for name, known in (("num_keys", KEYS), ("num_values", VALUES)):
-            if not 1 <= getattr(self, name) <= len(known):
-                raise ValueError(f"{name}={getattr(self, name)} must lie between 1 and {len(known)}")
-        if self.digits < 1:
-            raise ValueError(f"digits={self.digits} must be at least 1")
-        if not 1 <= self.key_length <= 8:
-            raise ValueError(f"key_length={self.key_length} must lie between 1 and 8")
-        if not 1 <= self.num_documents <= self.keys_of_a_split:
-            raise ValueError(
-                f"num_documents={self.num_documents} must lie between 1 and the {self.keys_of_a_split} keys that "
-                f"num_keys={self.num_keys} and key_length={self.key_length} give a split"
-            )
-        if not 0 <= self.alike < self.num_documents:
-            raise ValueError(f"alike={self.alike} must lie between 0 and num_documents - 1 = {self.num_documents - 1}")
-        least = 2 + self.key_length + self.digits + self.num_documents * (self.key_length + self.digits)
-        if self.length < least:
-            raise ValueError(f"length={self.length} is too short for {self}; make it at least {least}")
+    num_documents: int
+    min_documents: int | None
+    key_length: int
+    num_keys: int
+    num_values: int
 
     @property
     def keys_of_a_split(self) -> int:
@@ -139,18 +126,88 @@ class Facts(RecallTask):
         """How many splits the keys are dealt to."""
         return len(SPLITS) if self.key_length > 1 else 1
 
+    def _check_keys(self, symbols: int) -> None:
+        """symbols: how many keys and values may be made of."""
+        for name, known in (("num_keys", KEYS), ("num_values", VALUES)):
+            most = min(symbols, len(known))
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name}={getattr(self, name)} must lie between 1 and {most}")
+        if not 1 <= self.key_length <= 8:
+            raise ValueError(f"key_length={self.key_length} must lie between 1 and 8")
+        if not 1 <= self.num_documents <= self.keys_of_a_split:
+            raise ValueError(
+                f"num_documents={self.num_documents} must lie between 1 and the {self.keys_of_a_split} keys that "
+                f"num_keys={self.num_keys} and key_length={self.key_length} give a split"
+            )
+        if not 1 <= self._fewest <= self.num_documents:
+            raise ValueError(
+                f"min_documents={self.min_documents} must lie between 1 and num_documents={self.num_documents}"
+            )
+
+    @property
+    def _fewest(self) -> int:
+        return self.num_documents if self.min_documents is None else self.min_documents
+
+    def _count(self, rng: np.random.Generator) -> int:
+        """Documents of a sample."""
+        most = self.num_documents
+        return most if self.min_documents is None else int(rng.integers(self.min_documents, most, endpoint=True))
+
+    def _keys(self, rng: np.random.Generator, split: str, count: int) -> np.ndarray:
+        """Distinct keys of a split as numbers, whose digits are their symbols, [count]."""
+        numbers = rng.choice(self.keys_of_a_split, count, replace=False)
+        return numbers * self._sharing + split_id(split) % self._sharing
+
+    def _symbols(self, numbers: np.ndarray) -> np.ndarray:
+        """[count] -> [count, symbols]"""
+        return KEYS[numbers[:, None] // self.num_keys ** np.arange(self.key_length) % self.num_keys]
+
+
+@dataclass(frozen=True)
+class Facts(KeyedTask):
+    """`num_documents` documents of noise, in each somewhere a fact, `k1..km d1..dn`; the question is `ASK k1..km`,
+    the answer the fact's n digits. Keys are distinct, and those of two symbols and more are other ones in each split;
+    digits are any of the values, lengths of documents at random.
+
+    length: tokens of the sample. key_length: symbols of a key. alike: of a sample's keys, how many, if there are such,
+    differ from the one asked for in a single symbol. Raises ValueError where the sizes do not fit.
+    """
+
+    length: int = 128
+    num_documents: int = 8
+    min_documents: int | None = None
+    digits: int = 1
+    key_length: int = 1
+    alike: int = 0
+    num_keys: int = 32
+    num_values: int = 32
+
+    def __post_init__(self):
+        self._check_keys(len(KEYS))
+        if self.digits < 1:
+            raise ValueError(f"digits={self.digits} must be at least 1")
+        if not 0 <= self.alike < self._fewest:
+            name = "num_documents" if self.min_documents is None else "min_documents"
+            raise ValueError(f"alike={self.alike} must lie between 0 and {name} - 1 = {self._fewest - 1}")
+        least = 2 + self.key_length + self.digits + self.num_documents * (self.key_length + self.digits)
+        if self.length < least:
+            raise ValueError(f"length={self.length} is too short for {self}; make it at least {least}")
+
     def scaled(self, factor: float) -> Self:
         """The same task at `factor` times the length and the documents, as far as there are keys."""
         documents = min(round(self.num_documents * factor), self.keys_of_a_split)
-        return replace(self, length=round(self.length * factor), num_documents=documents)
+        fewest = self.min_documents and min(round(self.min_documents * factor), documents)
+        length = round(self.length * factor)
+        return replace(self, length=length, num_documents=documents, min_documents=fewest)
 
     def sample(self, seed: int, split: str, index: int, noise: float) -> RetrievalRow:
         """Row `index` of `split`; noise: the probability that a token beside the facts is noise, and not blank."""
         rng = np.random.default_rng([seed, split_id(split), index])
-        numbers, asked = self._keys(rng, split), rng.integers(self.num_documents)
+        count = self._count(rng)
+        numbers, asked = self._keys(rng, split, count), rng.integers(count)
         others = np.setdiff1d(self._neighbours(numbers[asked]), numbers)
         others = rng.permutation(others)[: self.alike]
-        numbers[np.arange(1, len(others) + 1) + asked - self.num_documents] = others
+        numbers[np.arange(1, len(others) + 1) + asked - count] = others
         keys, digits, documents = self._facts(rng, numbers, noise)
         told = ((ids, number == asked) for number, ids in enumerate(documents))
         return make_sample([MARK], told, [ASK, *keys[asked]], digits[asked])
@@ -159,18 +216,13 @@ class Facts(RecallTask):
         """So many documents as long as those of a sample, and questions about as many of them as there are."""
         rest = 2 + self.key_length + self.digits
         length = rest + -(-(self.length - rest) * documents // self.num_documents)
-        many = replace(self, length=length, num_documents=documents, alike=0)
+        many = replace(self, length=length, num_documents=documents, min_documents=None, alike=0)
         rng = np.random.default_rng([seed, split_id(split), documents, questions])
-        keys, digits, texts = many._facts(rng, many._keys(rng, split), 1.0)
+        keys, digits, texts = many._facts(rng, many._keys(rng, split, documents), 1.0)
         asked = (rng.permutation(documents) for _ in range(-(-questions // documents)))
         numbers = np.concatenate([*asked])[:questions]
         found = [Inquiry(np.array([ASK, *keys[n]]), digits[n], frozenset({int(n)})) for n in numbers]
         return Library(np.array([MARK]), texts, found, self.chance**self.digits)
-
-    def _keys(self, rng: np.random.Generator, split: str) -> np.ndarray:
-        """Distinct keys of a split as numbers, whose digits are their symbols, [documents]."""
-        numbers = rng.choice(self.keys_of_a_split, self.num_documents, replace=False)
-        return numbers * self._sharing + split_id(split) % self._sharing
 
     def _neighbours(self, number: int) -> np.ndarray:
         """Keys of the same split that differ in one symbol."""
@@ -183,10 +235,10 @@ class Facts(RecallTask):
     ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
         """Keys [documents, symbols], digits [documents, digits], and the documents that hold them."""
         fact = self.key_length + self.digits
-        keys = KEYS[numbers[:, None] // self.num_keys ** np.arange(self.key_length) % self.num_keys]
-        digits = VALUES[rng.integers(self.num_values, size=(self.num_documents, self.digits))]
-        spare = self.length - 2 - fact - self.num_documents * fact
-        cuts = np.sort(rng.integers(spare + 1, size=self.num_documents - 1))
+        keys = self._symbols(numbers)
+        digits = VALUES[rng.integers(self.num_values, size=(len(numbers), self.digits))]
+        spare = self.length - 2 - fact - len(numbers) * fact
+        cuts = np.sort(rng.integers(spare + 1, size=len(numbers) - 1))
         documents = []
         for number, extra in enumerate(np.diff(np.concatenate([[0], cuts, [spare]]))):
             size = extra + fact

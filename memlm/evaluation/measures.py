@@ -1,5 +1,5 @@
 """What is measured of a trained model: recall over length, needles over length and depth, a bank over the number of
-its documents, text over position.
+its documents, and reading on in it, text over position.
 
 B rows, T tokens of a segment, V vocabulary.
 """
@@ -13,10 +13,25 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from memlm.bank import MemoryBank
 from memlm.cache import MemoryCache
-from memlm.data import ANSWER, IGNORE_INDEX, Batch, Inquiry, Library, Passkey, RecallTask, make_sample
+from memlm.data import (
+    ANSWER,
+    IGNORE_INDEX,
+    TEMPLATES,
+    Batch,
+    Chain,
+    Chains,
+    Inquiry,
+    Library,
+    Linked,
+    Passkey,
+    RecallTask,
+    make_sample,
+)
+from memlm.interleave import Answer, Interleave
 from memlm.modeling import MemLMForCausalLM
 from memlm.training.objective import Score, score, token_losses
 
@@ -132,7 +147,7 @@ def bank(model: MemLMForCausalLM, source: str, library: Library, rows: int = 32)
         right = [[n in inquiry.found for n in numbers] for inquiry, numbers in zip(asked, best, strict=True)]
         recall = [sum(of) / len(inquiry.found) for inquiry, of in zip(asked, right, strict=True)]
         figures = [any(of[:1]) for of in right], [any(of) for of in right], recall
-        layers.append(Routed(layer, settings["top_k"], *(float(np.mean(figure)) for figure in figures)))
+        layers.append(Routed(layer, settings["top_k"], *map(_share, figures)))
     held.delete({str(i) for inquiry in asked for i in inquiry.found})
     deleted = torch.cat([_exact(held, *batch) for batch in batches]).double().mean().item()
     return Banked(source, stats["documents"], stats["tokens"], len(asked), library.chance, exact, deleted, layers)
@@ -155,6 +170,73 @@ def _exact(held: MemoryBank, inputs: dict[str, Tensor], labels_BT: Tensor) -> Te
     """Whether every token of each answer is the likeliest, [B]."""
     logits = held.model(**inputs, memory_bank=held, use_cache=False).logits
     return ((logits[:, :-1].argmax(-1) == labels_BT[:, 1:]) | (labels_BT[:, 1:] == IGNORE_INDEX)).all(1)
+
+
+@dataclass(frozen=True)
+class Interleaved:
+    """Questions that a model answers by reading on in a bank: the share answered exactly, and that share once the last
+    document of every chain is deleted; hops: the share that had read right so far, one document a round; chance: of a
+    right answer, of who has read nothing.
+    """
+
+    source: str
+    documents: int
+    questions: int
+    chance: float
+    hops: list[float]
+    exact: float
+    exact_deleted: float
+
+
+def interleaved(
+    model: MemLMForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    task: Chains,
+    seed: int,
+    documents: int,
+    questions: int,
+    rows: int = 32,
+) -> Interleaved:
+    """Banks of so many test documents, and questions about all chains of each until there are enough.
+
+    Raises ValueError for a model that has no bank.
+    """
+    way = Interleave(**TEMPLATES, max_rounds=task.hops, max_new_tokens=task.length)
+    of_chains: list[tuple[Chain, Answer, Answer]] = []
+    for index in itertools.count():
+        linked = task.linked(seed, "test", index, documents)
+        chains = linked.chains[: questions - len(of_chains)]
+        held = MemoryBank.build(model, way.documents(linked.texts, tokenizer), progress=False)
+        first = _answers(way, held, linked, chains, tokenizer, rows)
+        held.delete({chain.documents[-1] for chain in chains})
+        second = _answers(way, held, linked, chains, tokenizer, rows)
+        of_chains += zip(chains, first, second, strict=True)
+        if len(of_chains) == questions:
+            break
+    hops = [
+        _share(answer.read[:n] == [[name] for name in chain.documents[:n]] for chain, answer, _ in of_chains)
+        for n in range(1, task.hops + 1)
+    ]
+    exact, deleted = (_share(given[i].text == chain.answer for chain, *given in of_chains) for i in (0, 1))
+    return Interleaved(source, len(linked.texts), questions, linked.chance, hops, exact, deleted)
+
+
+def _answers(
+    way: Interleave,
+    held: MemoryBank,
+    linked: Linked,
+    chains: Sequence[Chain],
+    tokenizer: PreTrainedTokenizerBase,
+    rows: int,
+) -> list[Answer]:
+    asked = [chain.question for chain in chains]
+    batches = (asked[at : at + rows] for at in range(0, len(asked), rows))
+    return [answer for batch in batches for answer in way.answers(batch, held, linked.texts, tokenizer)]
+
+
+def _share(flags: Iterable[bool]) -> float:
+    return float(np.mean([*flags]))
 
 
 @dataclass(frozen=True)

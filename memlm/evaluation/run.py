@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 import memlm
 from memlm.bank import MemoryBank
 from memlm.data import (
+    Chains,
     Facts,
     Library,
     Mixture,
@@ -33,7 +34,7 @@ from memlm.data import (
 )
 from memlm.evaluation import plots
 from memlm.evaluation.ablation import memory_off
-from memlm.evaluation.measures import bank, needles, plain, recall, text_by_position
+from memlm.evaluation.measures import bank, interleaved, needles, plain, recall, text_by_position
 from memlm.evaluation.report import Report
 from memlm.hub import load_model, load_tokenizer
 from memlm.memory.base import check_type
@@ -119,12 +120,15 @@ def _measure(options: DictConfig, subject: Subject, mixture: Mixture, sizes: tor
         "recall": [],
         "needles": [],
         "bank": [],
+        "interleaved": [],
         "text": {},
     }
     for name, source in mixture.sources.items():
         for documents in options.bank_documents:
-            library = _library(source, documents, options.bank_questions)
-            if library is not None:
+            if isinstance(source, RecallSource) and isinstance(source.task, Chains):
+                asked = (source.task, source.seed, documents, options.bank_questions)
+                measured["interleaved"] += plain([interleaved(model, subject.tokenizer, name, *asked)])
+            elif (library := _library(source, documents, options.bank_questions)) is not None:
                 measured["bank"] += plain([bank(model, name, library)])
         if isinstance(source, RecallSource):
             task = source.task
@@ -151,7 +155,8 @@ def _library(source: Source, documents: int, questions: int) -> Library | None:
 
 def _with_banks(subjects: list[Subject], mixture: Mixture, console: Console) -> list[Subject]:
     """Of the subjects those that can keep documents; raises ValueError if the first cannot, or there are none."""
-    if not any(_library(source, 1, 1) for source in mixture.sources.values()):
+    tasks = [source.task if isinstance(source, RecallSource) else source for source in mixture.sources.values()]
+    if not any(isinstance(task, Facts | Chains | QuestionSource) for task in tasks):
         raise ValueError("eval.bank_documents: the data has no documents; use data=facts, or a source of questions")
     able = []
     for subject in subjects:
@@ -248,6 +253,16 @@ def _tables(results: dict[str, Any]) -> dict[str, tuple[list[str], list[list[str
                     for layer in b["layers"]
                 ]
         tables["bank"] = header, rows
+    if first["interleaved"]:
+        hops = range(max(len(i["hops"]) for i in first["interleaved"]))
+        header = ["read on in a bank's documents", *(f"hop {hop + 1}" for hop in hops), "answers", "chance", "deleted"]
+        rows = []
+        for name, measured in models.items():
+            for i in measured["interleaved"]:
+                cells = [f"{share:.3f}" for share in i["hops"]] + [""] * (len(hops) - len(i["hops"]))
+                cells += [f"{i[key]:.3f}" for key in ("exact", "chance", "exact_deleted")]
+                rows.append([f"{name}, {i['documents']:,} of {i['source']}", *cells])
+        tables["interleaved"] = header, rows
     if first["text"]:
         rows = [
             [
@@ -297,6 +312,15 @@ def _report(subjects: list[Subject], results: dict[str, Any], training_length: i
             f"{next(iter(banks.values()))[0]['questions']} questions, each about one document or a few. hit@1: the "
             "best document is one of these; hit@k: one of those read is; answers: every token right; deleted: the "
             "same with every document asked about deleted from the bank."
+        )
+    if "interleaved" in tables:
+        report.heading("Questions answered by reading on")
+        report.table(*tables["interleaved"])
+        questions = models[subjects[0].name]["interleaved"][0]["questions"]
+        report.note(
+            f"{questions} questions, to as many banks as these take. hop: read right so far, one document a round, "
+            "each named by the model; answers: exact, as written; deleted: the same without the document that holds "
+            "the answer."
         )
     texts = {f"{n}, {how}": t for n, m in models.items() for how, t in m["text"].items()}
     if texts:

@@ -82,9 +82,9 @@ class Roles:
 class Library(Protocol):
     """Documents kept elsewhere than in a state."""
 
-    def candidates(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor) -> State:
-        """A few documents that hold all that a layer's router can choose with these queries, as ``with_documents`` of
-        ``memlm.memory.msa`` takes them. Asks the device.
+    def candidates(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor, held_BC: Tensor) -> State:
+        """A few documents that hold all that a layer's router can choose with these queries, and those of the numbers
+        held (-1: none), as ``with_documents`` of ``memlm.memory.msa`` takes them. Asks the device.
         """
 
 

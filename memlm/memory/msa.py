@@ -153,7 +153,7 @@ class Mixer(attention.Mixer):
         if self.msa.routes:
             none = torch.zeros(batch_size, 0, dtype=torch.int64, device=device)
             state |= {f"bank.{name}": exact(zeros) for name in ("k", "v", "router_k")}
-            state |= {f"bank.{name}": none for name in ("size", "document", "asked")}
+            state |= {f"bank.{name}": none for name in ("size", "document", "number", "asked")}
             state |= {"bank.score": exact(zeros[:, :, 0, 0]), "bank.found": none.bool()}
         return state
 
@@ -323,19 +323,26 @@ class Mixer(attention.Mixer):
             merged[name] = torch.lerp(old[name], pick(new[name], source_BC), share_BC[..., None, None])
         for name in ("document", "found"):
             merged[name] = torch.where(written_BC, new[name].gather(1, source_BC), old[name])
+        # Of no library.
+        merged["number"] = old["number"].masked_fill(written_BC, -1)
         return merged
 
     def _of_library(self, x_BTD: Tensor, before: State, layout: Layout, ctx: MixerContext) -> tuple[State, Layout]:
-        """State and layout as if the documents that may be chosen had been read behind the template."""
+        """State and layout as if the documents that may be chosen had been read behind the template.
+
+        What an earlier question could choose stays, with its scores. Of a document that it could not only the new
+        scores are known, which are all that can bring it among the best: by the old ones top_k others are better.
+        """
         assert ctx.library is not None
         assert layout.outside is not None and layout.asks_BA is not None and layout.within is None
+        config, held_BC = self.msa, before["bank.number"].masked_fill(before["bank.size"] == 0, -1)
         require(
-            before["bank.k"].shape[1] == 0,
-            "past_key_values: this memory holds documents already, read or chosen by an earlier question; ask with a "
-            "fork of it from before them",
+            held_BC.shape[1] == 0 or config.query_reduce == config.chunk_reduce == "max",
+            f"query_reduce={config.query_reduce!r} and chunk_reduce={config.chunk_reduce!r} let a memory ask a "
+            "memory_bank once: a mean needs the scores of all documents; ask with a fork of it from before",
         )
         q_BAHK = self.router_q_proj(layout.outside.take(x_BTD)).unflatten(-1, (-1, self.dims.head_dim))
-        before = with_documents(before, ctx.library.candidates(self.layer_idx, q_BAHK, layout.asks_BA))
+        before = with_documents(before, ctx.library.candidates(self.layer_idx, q_BAHK, layout.asks_BA, held_BC))
         known = {name: before[name] for name in ("documents", "chunks")}
         # Behind the template rotary positions skip some.
         behind_BA = layout.rotary_BT > layout.outside.place_BA
@@ -402,20 +409,57 @@ class Mixer(attention.Mixer):
 def with_documents(state: State, bank: State) -> State:
     """A state that knows of documents kept elsewhere too.
 
-    state: of a layer that routes, without documents of its own
+    state: of a layer that routes, without documents but such of the bank
     bank: k, v, router_k [B or 1, C, G, K], means of chunks; size and document [B or 1, C], tokens of each (0 behind
-        the last of a row), and numbers that ascend from 0; asked and score [B or 1, C], where they are chosen already
-    Raises ValueError if the state holds documents.
+        the last of a row), and numbers that ascend from 0; number [B or 1, C], where the bank keeps them under others
+        that ascend; asked and score [B or 1, C], where they are chosen already
+    Raises ValueError if the state holds documents that are not of the bank, or were other ones there.
     """
-    kept = state["bank.k"].shape[1]
-    require(kept == 0, f"the state has room for {kept} chunks of its own; give one that has read no documents")
     rows, chunks = len(state["position"]), bank["size"].shape[1]
     zeros = torch.zeros_like(bank["size"])
-    bank = {"asked": zeros, "score": zeros.to(bank["k"].dtype), "found": zeros.bool(), **bank}
-    new = {f"bank.{name}": x.expand(rows, *x.shape[1:]) for name, x in bank.items()}
-    real_BC = new["bank.size"] > 0
-    documents_B = (new["bank.document"] + 1).where(real_BC, 0).amax(1) if chunks else state["documents"]
-    return {**state, **new, "chunks": real_BC.sum(1), "documents": documents_B}
+    bank = {
+        "number": bank["document"],
+        "asked": zeros,
+        "score": zeros.to(bank["k"].dtype),
+        "found": zeros.bool(),
+        **bank,
+    }
+    bank = {name: x.expand(rows, *x.shape[1:]) for name, x in bank.items()}
+    old = substate(state, "bank")
+    if old["size"].shape[1]:
+        bank |= _carried(old, bank)
+    real_BC = bank["size"] > 0
+    documents_B = (bank["document"] + 1).where(real_BC, 0).amax(1) if chunks else torch.zeros_like(state["documents"])
+    return {
+        **state,
+        **{f"bank.{name}": x for name, x in bank.items()},
+        "chunks": real_BC.sum(1),
+        "documents": documents_B,
+    }
+
+
+def _carried(old: State, new: State) -> State:
+    """The scores of documents that an earlier question could choose, at their places among the new."""
+    last = torch.iinfo(torch.int64).max
+    old_BC, new_BC = (bank["number"].masked_fill(bank["size"] == 0, last) for bank in (old, new))
+    # Of each chunk the first of its document, here and there.
+    first_BC, there_BC = (torch.searchsorted(numbers, old_BC) for numbers in (old_BC, new_BC))
+    slot_C = torch.arange(old_BC.shape[1], device=old_BC.device)
+    # A place more, for what is none.
+    place_BC = (there_BC + slot_C - first_BC).where(old["size"] > 0, new_BC.shape[1]).clamp(max=new_BC.shape[1])
+    padded = {
+        name: torch.cat([x, x.new_zeros(len(x), 1, *x.shape[2:])], 1)
+        for name, x in (("number", new_BC), *((name, new[name]) for name in ("size", "router_k", "score", "asked")))
+    }
+    same_BC = (padded["number"].gather(1, place_BC) == old_BC) & (padded["size"].gather(1, place_BC) == old["size"])
+    same_BC &= (pick(padded["router_k"], place_BC) == old["router_k"]).flatten(2).all(-1)
+    require(
+        bool((same_BC | (old["size"] == 0)).all()),
+        "past_key_values: this memory holds documents that were read in it, or that the memory_bank has no more or "
+        "under other numbers since it was tidied; ask with a fork of it from before them",
+    )
+    scored = {name: padded[name].scatter(1, place_BC, old[name].to(new[name].dtype)) for name in ("score", "asked")}
+    return {name: x[:, :-1] for name, x in scored.items()}
 
 
 def _samples(layout: Layout, ctx: MixerContext) -> tuple[Tensor, Tensor]:

@@ -349,8 +349,8 @@ def test_a_bank_from_elsewhere():
             y, after, *_ = mixer(piece, after, context(roles.expand(2, -1)))
             got.append(y)
         assert_close("y", whole[:, 30:], torch.cat(got, 1), EXACT)
-    with pytest.raises(ValueError, match="room for 9 chunks of its own"):
-        msa.with_documents(state, bank)
+    with pytest.raises(ValueError, match="documents that were read in it"):
+        msa.with_documents(mixer(x[:, :12], None, context(doc_ids[:, :12].expand(2, -1))).state, bank)
 
 
 def test_documents_chosen_elsewhere_are_seen_without_a_query():

@@ -1,0 +1,284 @@
+"""Asking a bank again and again on one memory, and reading on until a question is answered."""
+
+import itertools
+
+import pytest
+import torch
+
+import memlm.interleave
+from memlm import Interleave, MemoryBank, MemoryCache
+from memlm.data import TEMPLATES, byte_tokenizer
+from memlm_kernels.testing import assert_close, relative_error
+from tests.test_bank import EXACT, bank_of, in_context, joined, library, model_of, tokens
+
+# A template, then three questions with what was said between them.
+TALK = [(-2, tokens(3, 50)), *((role, tokens(n, 60 + i)) for i, (role, n) in enumerate([(0, 5), (-1, 3)] * 3))]
+CUTS = {"each part": [3, 5, 3, 5, 3, 5, 3], "together": [11, 8, 8], "tokens": [3, *[1] * 24], "odd": [5, 4, 9, 2, 7]}
+
+
+def talked(model, bank, parts, cuts, **options):
+    """Logits of calls on one memory, each of which may ask the bank, and the memory."""
+    cache, logits = MemoryCache(), []
+    for ids, doc_ids in zip(*(x.split(cuts, 1) for x in joined(parts)), strict=True):
+        asks = {"memory_bank": bank} if (doc_ids == 0).any() else {}
+        logits.append(model(ids, doc_ids=doc_ids, past_key_values=cache, **asks, **options).logits)
+    return torch.cat(logits, 1), cache
+
+
+def twice() -> dict[str, torch.Tensor]:
+    """Some documents stand in the bank again, so that scores are equal."""
+    documents = library()
+    return documents | {f"{name} again": documents[name] for name in ("d5", "d0", "d8")}
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"similarity": "dot", "chunk_size": 1, "top_k": 1},
+        {"head_reduce": "max", "top_k": 3},
+        {"chunk_size": 64, "top_k": 16, "qk_norm": False},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_asked_again_a_bank_equals_documents_in_the_context(settings, cuts):
+    model = model_of(**settings)
+    for documents in (library(), twice()):
+        bank = bank_of(model, documents, tokens_per_batch=20)
+        assert_close("logits", in_context(model, documents, TALK), talked(model, bank, TALK, CUTS[cuts])[0], EXACT)
+
+
+@torch.no_grad()
+def test_choosing_by_all_of_a_call_is_asked_again_too():
+    model, documents = model_of(routing="query"), library()
+    cuts, cache, logits = CUTS["each part"], MemoryCache(), []
+    pieces = [*((n + 1, ids) for n, ids in enumerate(documents.values())), *TALK[1:]]
+    skip = sum(map(len, documents.values()))
+    ids, doc_ids = joined([TALK[0], *pieces])
+    for i, d in zip(*(x.split([3 + skip, *cuts[1:]], 1) for x in (ids, doc_ids)), strict=True):
+        logits.append(model(i, doc_ids=d, past_key_values=cache).logits)
+    expected = torch.cat(logits, 1)[:, 3 + skip :]
+    assert_close("logits", expected, talked(model, bank_of(model, documents), TALK, cuts)[0][:, 3:], EXACT)
+
+
+@torch.no_grad()
+def test_rows_ask_when_they_will():
+    """A row waits, goes on, or asks while others do: each is as alone."""
+    model, documents = model_of(), twice()
+    bank, cache = bank_of(model, documents), MemoryCache()
+    # Of each call, a row's role and tokens.
+    calls = [
+        [(0, 4), (0, 2), (-1, 3)],
+        [(-1, 2), None, (0, 3)],
+        [(0, 3), (-1, 4), None],
+        [None, (0, 2), (-1, 1)],
+        [(0, 1), (0, 1), (0, 5)],
+        [(-1, 2), (-1, 1), (-1, 2)],
+    ]
+    rows, got = [[], [], []], [[], [], []]
+    for c, call in enumerate(calls):
+        parts = [part and (part[0], tokens(part[1], 100 + 10 * c + b)) for b, part in enumerate(call)]
+        width = max(len(ids) for _, ids in filter(None, parts))
+        ids, doc_ids, mask = (torch.full((3, width), fill) for fill in (7, 0, 0))
+        for b, part in enumerate(parts):
+            if part:
+                where = slice(width - len(part[1]), width) if c % 2 else slice(len(part[1]))
+                ids[b, where], doc_ids[b, where], mask[b, where] = part[1], part[0], 1
+                rows[b].append(part)
+        asks = {"memory_bank": bank} if c < 5 else {}
+        logits = model(ids, doc_ids=doc_ids, attention_mask=mask, past_key_values=cache, **asks).logits
+        for b in range(3):
+            got[b].append(logits[b][mask[b].bool()])
+        if c == 2:
+            order = torch.tensor([1, 2, 0])
+            cache.reorder_cache(order)
+            rows, got = ([x[i] for i in order] for x in (rows, got))
+            calls[3:] = [[call[i] for i in order] for call in calls[3:]]
+    for b in range(3):
+        assert_close(f"row {b}", in_context(model, documents, rows[b])[0], torch.cat(got[b]), EXACT)
+
+
+@torch.no_grad()
+def test_a_bank_may_grow_between_questions_and_a_memory_be_saved(tmp_path):
+    """What is added stands behind the first question; what is deleted stays where it was chosen."""
+    model, old, new = model_of(), library(), {"new": tokens(9, 77), "newer": tokens(5, 78)}
+    bank = bank_of(model, old)
+    first, second = TALK[:3], TALK[3:5]
+    _, cache = talked(model, bank, first, [3, 5, 3])
+    pieces = [(n + 1, ids) for n, ids in enumerate(old.values())]
+    ids, doc_ids = joined([first[0], *pieces, *first[1:], *((20 + n, x) for n, x in enumerate(new.values())), *second])
+    expected = model(ids, doc_ids=doc_ids).logits[:, -8:]
+    bank.add(new)
+    cache.save(tmp_path / "memory")
+    bank.save(tmp_path / "bank")
+    for it, memory in (
+        (bank, cache.fork()),
+        (MemoryBank.load(tmp_path / "bank", model), MemoryCache.load(tmp_path / "memory")),
+    ):
+        ids, doc_ids = joined(second)
+        got = model(ids, doc_ids=doc_ids, memory_bank=it, past_key_values=memory, write=False).logits
+        assert_close("grown", expected, got, EXACT)
+        held = set(memory.states[0]["bank.number"][0].tolist())
+        it.delete(f"d{min(held)}")
+        again = model(ids, doc_ids=doc_ids, memory_bank=it, past_key_values=memory).logits
+        assert_close("deleted", expected, again, EXACT)
+
+
+@torch.no_grad()
+def test_generation_goes_on_from_an_answer():
+    model, documents = model_of(), library()
+    bank, (first, second) = bank_of(model, documents), (tokens(5, 3), tokens(4, 4))
+    options = dict(max_new_tokens=4, do_sample=False, pad_token_id=0)
+    cache = MemoryCache()
+    said = model.generate(
+        first[None], memory_bank=bank, past_key_values=cache, attention_mask=torch.ones(1, 5), **options
+    )
+    # What was generated last is not in the memory yet.
+    question = torch.cat([said[0, -1:], second])
+    doc_ids = torch.tensor([[-1, 0, 0, 0, 0]])
+    options["attention_mask"] = torch.ones(1, 5)
+    got = model.generate(question[None], doc_ids=doc_ids, memory_bank=bank, past_key_values=cache, **options)[0, -4:]
+    parts = [(0, first), (-1, said[0, 5:]), (0, second), (-1, got)]
+    assert torch.equal(in_context(model, documents, parts)[0, -5:-1].argmax(-1), got)
+    assert relative_error(model(question[None]).logits, in_context(model, documents, parts)[:, 8:13]) > 1e-3
+
+
+@torch.no_grad()
+def test_memories_of_other_documents_are_refused():
+    model, ids = model_of(), tokens(4, 1)[None]
+    bank, question = bank_of(model, library()), dict(input_ids=ids, doc_ids=torch.zeros_like(ids))
+    _, cache = talked(model, bank, TALK[:2], [3, 5])
+    others = [bank_of(model, {}), bank_of(model, {"d0": tokens(9, 99)})]
+    read = MemoryCache()
+    model(ids, doc_ids=torch.ones_like(ids), past_key_values=read)
+    for memory, it in ((cache, others[0]), (cache, others[1]), (read, bank), (read, others[0])):
+        with pytest.raises(ValueError, match="documents that were read in it, or that the memory_bank has no more"):
+            model(**question, memory_bank=it, past_key_values=memory)
+    bank.delete([f"d{i}" for i in range(9)])
+    with pytest.raises(ValueError, match="or under other numbers since it was tidied"):
+        model(**question, memory_bank=bank, past_key_values=cache)
+    for settings in ({"query_reduce": "mean"}, {"chunk_reduce": "mean"}):
+        model = model_of(**settings)
+        bank = bank_of(model, library())
+        _, cache = talked(model, bank, TALK[:2], [3, 5])
+        with pytest.raises(ValueError, match="let a memory ask a memory_bank once: a mean needs the scores of all"):
+            model(**question, memory_bank=bank, past_key_values=cache)
+
+
+class Script:
+    """Writes for the model, question by question, and keeps what the model would have said."""
+
+    def __init__(self, monkeypatch, written: dict[str, str]) -> None:
+        end = byte_tokenizer().eos_token_id
+        self.written = {q: [end if sign == "~" else ord(sign) for sign in text] for q, text in written.items()}
+        self.logits, self.places = ({question: [] for question in written} for _ in range(2))
+        monkeypatch.setattr(memlm.interleave, "_likeliest", self)
+
+    def __call__(self, logits_BV, readings):
+        tokens = []
+        for logits_V, reading in zip(logits_BV, readings, strict=True):
+            place = reading.config.max_new_tokens - reading.left
+            tokens.append(self.written[reading.question][place] if reading.writing else 0)
+            if reading.writing:
+                self.logits[reading.question].append(logits_V)
+                self.places[reading.question].append(len(reading.ids) - 1)
+        return tokens
+
+
+TEXTS = {"a": "one", "b": "some two", "c7": "{name}, or three", "d": "4", "e": "{5}"}
+SHORT = Interleave(**TEMPLATES, max_rounds=3, max_new_tokens=30)
+# Of each question: what is written (~: the end of text), and what comes of it.
+WRITTEN = {
+    "at once": ("42~", ("42", [], [], True)),
+    "one round": ("[b]|=yes~", ("yes", [["b"]], [], True)),
+    "two at once, then one": ("[a][c7]|[e]| and =it~", ("it", [["a", "c7"], ["e"]], [], True)),
+    "the same again": ("[a]|[a]|so~", ("so", [["a"]], [], True)),
+    "some unknown": ("[x][b][y]|=no~", ("no", [["b"]], ["x", "y"], True)),
+    "only unknown": ("[x]|well~", ("well", [], ["x"], True)),
+    "names nothing": ("hm|7~", ("7", [], [], True)),
+    "malformed": ("[a b|[d]hm~", ("[d]hm", [], [], True)),
+    "too many rounds": ("[a]|[b]|[d]|[e]|all~", ("all", [["a"], ["b"], ["d"]], [], True)),
+    "no end": ("[a]|" + "." * 26, ("." * 26, [["a"]], [], False)),
+    "no end of an answer": ("=" + "|" * 29, ("|" * 29, [], [], False)),
+}
+
+
+def checked(model, bank, templates, script, answers):
+    """A transcript in one call, beside the bank and with its documents in the context, says the same everywhere."""
+    texts = {name: TEXTS[name] for name in bank.documents()}
+    documents = {name: torch.tensor(ids) for name, ids in templates.documents(texts, byte_tokenizer())}
+    for question, answer in zip(script.written, answers, strict=True):
+        ids, roles = torch.tensor(answer.input_ids), torch.tensor(answer.doc_ids)
+        cuts = [0, *((roles[1:] != roles[:-1]).nonzero()[:, 0] + 1).tolist(), len(roles)]
+        parts = [(int(roles[a]), ids[a:b]) for a, b in itertools.pairwise(cuts)]
+        logits, places = torch.stack(script.logits[question]), script.places[question]
+        again = model(ids[None], doc_ids=roles[None], memory_bank=bank).logits[0]
+        assert_close(f"{question}, read again", again[places], logits, EXACT)
+        in_one = in_context(model, documents, parts)[0]
+        assert_close(f"{question}, in the context", in_one[places], logits, EXACT)
+
+
+@torch.no_grad()
+def test_reading_on_equals_reading_all_at_once(monkeypatch):
+    model, tokenizer = model_of(), byte_tokenizer()
+    bank = bank_of(model, SHORT.documents(TEXTS, tokenizer))
+    script = Script(monkeypatch, {question: text for question, (text, _) in WRITTEN.items()})
+    answers = SHORT.answers(list(WRITTEN), bank, TEXTS, tokenizer)
+    for answer, (question, (_, expected)) in zip(answers, WRITTEN.items(), strict=True):
+        assert answer[:4] == expected, question
+    assert tokenizer.decode(answers[2].input_ids) == (
+        "#?two at once, then one[a][c7]|[a]one[c7]{name}, or three|[e]|[e]{5}| and =it<eos>"
+    )
+    assert tokenizer.decode(answers[3].input_ids) == "#?the same again[a]|[a]one|[a]|=so<eos>"
+    checked(model, bank, SHORT, script, answers)
+
+
+@torch.no_grad()
+def test_the_released_texts_and_an_empty_bank(monkeypatch):
+    model, tokenizer, released = model_of(), byte_tokenizer(), Interleave()
+    end = "<|object_ref_end|>"
+    written = {
+        "Who?": f"[a][d]{end}[b]{end}<End-of-Retrieve>The answer to the question is: 7.~",
+        "And who?": f"[q]{end}Nobody.~",
+        "Why?": "The answer to the question is: 8~",
+    }
+    for texts, read in ((TEXTS, [["a", "d"], ["b"]]), ({}, [])):
+        bank = bank_of(model, released.documents(texts, tokenizer))
+        if not texts:
+            written["Who?"] = written["Who?"].replace(f"[b]{end}<End-of-Retrieve>", "")
+        script = Script(monkeypatch, written)
+        answers = released.answers(list(written), bank, texts, tokenizer)
+        assert [(answer.text, answer.read) for answer in answers] == [("7.", read), ("Nobody.", []), ("8", [])]
+        assert answers[0].unknown == ([] if texts else ["a", "d"]) and answers[1].unknown == ["q"]
+        checked(model, bank, released, script, answers)
+    text = tokenizer.decode(answers[1].input_ids)
+    assert text.startswith("<|im_start|>user\n\nPlease answer the question") and "\nAnd who?\n" in text
+    assert text.endswith(
+        f"<|im_end|>\n<|im_start|>[q]{end}<End-of-Retrieve><|im_start|>The user's question is: And who?\n{end}"
+        "Nobody.<eos>"
+    )
+
+
+def test_texts_that_cannot_be_are_named(monkeypatch):
+    for settings, message in (
+        ({"document": "[{name}]"}, r"document='\[\{name\}\]' must hold \{text\}"),
+        ({"head": "{name}"}, r"head='\{name\}' holds \{name\}, which it is not given"),
+        ({"name": "doc {name}"}, "must hold something behind"),
+        ({"end_of_names": ""}, "end_of_names='' and end_of_retrieval='<End-of-Retrieve>' must be texts"),
+        ({"end_of_names": "Retrieve"}, "and none stand in the other"),
+        ({"max_rounds": -1}, "max_rounds=-1 must not be negative"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Interleave(**settings)
+    model, tokenizer = model_of(), byte_tokenizer()
+    bank = bank_of(model, SHORT.documents(TEXTS, tokenizer))
+    Script(monkeypatch, {"?": "[a]|"})
+    with pytest.raises(ValueError, match="texts: 'a' is in the bank, and has no text; give it"):
+        SHORT.answers(["?"], bank, {}, tokenizer)
+    assert SHORT.answers([], bank, TEXTS, tokenizer) == []
+    bare = Interleave(**TEMPLATES | {"question": "{question}"})
+    with pytest.raises(ValueError, match="questions: '' has no tokens; ask something"):
+        bare.answers([""], bank, TEXTS, tokenizer)
