@@ -24,7 +24,7 @@ ROOMS = {
 }
 OUTER = {"memlm.hub", "memlm.training", "memlm.evaluation", "memlm.cli"}
 OUTSIDE = {
-    "memlm_kernels": {"torch", "triton"},
+    "memlm_kernels": {"torch", "triton", "fla"},
     "memlm.data": {"torch", "numpy", "transformers", "tokenizers", "pyarrow"},
     "memlm.memory": {"torch", "transformers", "einops"},
 }
