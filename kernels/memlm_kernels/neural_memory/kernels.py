@@ -297,6 +297,8 @@ def tokens_backward(
 ):
     """Gradients of a group's tokens and scalars, of each tile of values its share: [tiles of V, ...].
 
+    Tokens are columns, for the warps of a product divide its rows among them, and a chunk has few tokens.
+
     d_c: [tiles of V, N, G, C], of the last row of C as what writes to W; d_C: as what reads
     """
     program = tl.program_id(0).to(tl.int64)
@@ -313,45 +315,45 @@ def tokens_backward(
         at = n * G + g
         place = tile * N * G + at
         b_W, b_S, b_A = enter(b_W, b_S, b_A, opens_document, opens_chunk, initial, n, g, G, i_k, i_v, K, V, BLOCKS)
-        b_q = load_tile(q, at * W_C, i_c, i_k, real, K)
-        b_k = load_tile(k, at * W_C, i_c, i_k, real, K)
-        b_o = load_tile(d_out, at * W_C, i_c, i_v, real, V).to(b_k.dtype)
-        b_e = load_tile(errors, at * W_C, i_c, i_v, real, V).to(b_k.dtype)
+        b_q = tl.trans(load_tile(q, at * W_C, i_c, i_k, real, K))
+        b_k = tl.trans(load_tile(k, at * W_C, i_c, i_k, real, K))
+        b_o = tl.trans(load_tile(d_out, at * W_C, i_c, i_v, real, V)).to(b_k.dtype)
+        b_e = tl.trans(load_tile(errors, at * W_C, i_c, i_v, real, V)).to(b_k.dtype)
 
         b_C = load_tile(C, at * W_C, i_c, i_c, real, W_C)
-        b_pairs = -tl.dot(b_o, tl.trans(b_e), input_precision=PRECISION)
-        b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_pairs = -tl.dot(tl.trans(b_o), b_e, input_precision=PRECISION)
+        b_scores = tl.dot(tl.trans(b_q), b_k, input_precision=PRECISION)
         store_tile(d_C, b_scores * b_pairs, place * W_C, i_c, i_c, real, W_C)
         b_ds = (b_C * b_pairs).to(b_k.dtype)
 
-        b_dq = tl.dot(b_ds, b_k, input_precision=PRECISION)
-        b_beta = tl.load(beta + at * W_C + i_c, mask=real, other=0.0)
         b_dW = load_tile(d_next_W, ((n - begin) * G + g) * K, i_k, i_v, keys, V)
-        b_of_o = tl.dot(b_o, tl.trans(b_W.to(b_k.dtype)), input_precision=PRECISION)
-        b_dbeta = tl.sum(b_of_o * b_q, 1) + tl.where(last, tl.sum(b_dW * b_W), 0.0)
+        b_beta = tl.load(beta + at * W_C + i_c, mask=real, other=0.0)
+        b_of_o = tl.dot(b_W.to(b_k.dtype), b_o, input_precision=PRECISION)
+        b_dbeta = tl.sum(b_of_o * b_q, 0) + tl.where(last, tl.sum(b_dW * b_W), 0.0)
         tl.store(d_beta + place * W_C + i_c, b_dbeta, mask=real)
-        b_dq += b_of_o * b_beta[:, None]
+        b_dq = b_of_o * b_beta[None, :]
         if f is not None:
             b_f = tl.load(f + at * W_C + i_c, mask=real, other=0.0)
-            b_of_o = tl.dot(b_o, tl.trans(b_S.to(b_k.dtype)), input_precision=PRECISION)
-            b_df = tl.sum(b_of_o * b_q, 1) + tl.where(last, tl.sum(b_dW * b_S), 0.0)
+            b_of_o = tl.dot(b_S.to(b_k.dtype), b_o, input_precision=PRECISION)
+            b_df = tl.sum(b_of_o * b_q, 0) + tl.where(last, tl.sum(b_dW * b_S), 0.0)
             tl.store(d_f + place * W_C + i_c, b_df, mask=real)
-            b_dq += b_of_o * b_f[:, None]
-        store_tile(d_q, b_dq, place * W_C, i_c, i_k, real, K)
+            b_dq += b_of_o * b_f[None, :]
+        b_dq += tl.dot(b_k, tl.trans(b_ds), input_precision=PRECISION)
+        store_tile(d_q, tl.trans(b_dq), place * W_C, i_c, i_k, real, K)
 
-        b_dk = tl.dot(tl.trans(b_ds), b_q, input_precision=PRECISION)
-        b_de = load_tile(d_errors, at * W_C, i_c, i_v, real, V).to(b_k.dtype)
-        b_dk += tl.dot(b_de, tl.trans(b_A.to(b_k.dtype)), input_precision=PRECISION)
         b_c = tl.load(C + (at * W_C + W_C - 1) * W_C + i_c, mask=real, other=0.0)
-        b_of_e = tl.dot(b_e, tl.trans(b_dW.to(b_k.dtype)), input_precision=PRECISION)
-        tl.store(d_c + place * W_C + i_c, -tl.sum(b_of_e * b_k, 1), mask=real)
-        b_dk -= b_of_e * b_c[:, None]
+        b_of_e = tl.dot(b_dW.to(b_k.dtype), b_e, input_precision=PRECISION)
+        tl.store(d_c + place * W_C + i_c, -tl.sum(b_of_e * b_k, 0), mask=real)
+        b_dk = -b_of_e * b_c[None, :]
         if f is not None:
             b_p = tl.load(P + at * W_C + i_c, mask=real, other=0.0)
             b_dS = load_tile(d_next_S, ((n - begin) * G + g) * K, i_k, i_v, keys, V)
             tl.store(d_m + place, tl.sum(b_dS * b_S))
-            b_of_e = tl.dot(b_e, tl.trans(b_dS.to(b_k.dtype)), input_precision=PRECISION)
-            tl.store(d_P + place * W_C + i_c, -tl.sum(b_of_e * b_k, 1), mask=real)
-            b_dk -= b_of_e * b_p[:, None]
-        store_tile(d_k, b_dk, place * W_C, i_c, i_k, real, K)
-        b_W, b_S = leave(b_W, b_S, b_k, b_e, C, beta, f, P, m, at, i_c, W_C, PRECISION)
+            b_of_e = tl.dot(b_dS.to(b_k.dtype), b_e, input_precision=PRECISION)
+            tl.store(d_P + place * W_C + i_c, -tl.sum(b_of_e * b_k, 0), mask=real)
+            b_dk -= b_of_e * b_p[None, :]
+        b_de = tl.trans(load_tile(d_errors, at * W_C, i_c, i_v, real, V)).to(b_k.dtype)
+        b_dk += tl.dot(b_A.to(b_k.dtype), b_de, input_precision=PRECISION)
+        b_dk += tl.dot(b_q, b_ds, input_precision=PRECISION)
+        store_tile(d_k, tl.trans(b_dk), place * W_C, i_c, i_k, real, K)
+        b_W, b_S = leave(b_W, b_S, tl.trans(b_k), tl.trans(b_e), C, beta, f, P, m, at, i_c, W_C, PRECISION)

@@ -130,7 +130,9 @@ def backward(
     q, k, C, beta, f, P, m = laid(q, k, C, beta, f, P, m)
     opens_document, opens_chunk, initial, d_out = laid(opens_document, opens_chunk, initial, d_out)
     sizes = _sizes(q, errors, blocks)
-    tiles = cdiv(sizes["V"], sizes["BV"])
+    # More columns would not fit into registers, next to what they learned from.
+    of_tokens = sizes | {"BV": 16}
+    tiles = cdiv(sizes["V"], of_tokens["BV"])
     # Each tile of values has its own share in the gradients of what they have in common.
     shared = [q, k, C, beta, *((f, P, m) if f is not None else ())]
     d_shared = [x.new_empty(tiles, *x.shape, dtype=torch.float32) for x in shared]
@@ -170,14 +172,14 @@ def backward(
         )
         groups = cdiv(span["end"] - begin, GROUP)
         tokens_backward(
-            _programs(sizes, groups),
+            _programs(of_tokens, groups),
             {},
             **given,
             **{"errors": errors, "initial": initial, "d_c": d_c},
             **dict.fromkeys(_SHARED) | dict(zip(_SHARED, d_shared, strict=False)),
             **{"kept_W": kept[0], "kept_anchor": kept[1], "kept_S": kept[2] if f is not None else None},
             **span,
-            **sizes,
+            **of_tokens,
         )
         carried = before
     d_q, d_k, d_C, d_beta, *d_momentum = (d.sum(0).to(x.dtype) for d, x in zip(d_shared, shared, strict=True))
