@@ -136,11 +136,15 @@ def memory_inputs(length, keys, values, rows=1):
     return [q, k, v, lr, momentum, decay, *weights]
 
 
+def places_of(documents):
+    """Of a row of 75 tokens: two documents, the first going on from its sixth token, and padding."""
+    row = torch.cat([torch.arange(5, 35), torch.arange(45)])
+    places = {"positions": row[None].to(DEVICE), "lengths": torch.tensor([70], device=DEVICE), "max_documents": 2}
+    return places if documents else {}
+
+
 def memory(chunk_size, momentum=True, documents=False):
-    places = {}
-    if documents:
-        row = torch.cat([torch.arange(5, 35), torch.arange(45)])
-        places = {"positions": row[None].to(DEVICE), "lengths": torch.tensor([70], device=DEVICE), "max_documents": 2}
+    places = places_of(documents)
 
     def call(x, backend):
         q, k, v, lr, eta, alpha, start, *state = x
@@ -199,6 +203,54 @@ def test_decoding_continues_the_memory():
             parts.append(o)
     assert_close("o", expected.o, torch.cat(parts, 1), 1e-6)
     assert_close("memory", expected.state.weights[0], state.weights[0], 1e-6)
+
+
+# length, keys, hidden, values, chunk_size; activation; with a norm, documents, without momentum.
+DEEP = {
+    "one_token": (1, 20, 30, 20, 16, {"norm": True}),
+    "more_chunks_than_a_span": (19, 6, 20, 6, 1, {"activation": "silu", "norm": True}),
+    "odd": (63, 20, 70, 33, 16, {}),
+    "long_chunks": (150, 6, 5, 4, 64, {"activation": "silu"}),
+    "no_momentum": (75, 6, 12, 6, 16, {"momentum": False, "norm": True}),
+    "documents": (75, 6, 12, 6, 32, {"documents": True, "norm": True}),
+}
+
+
+def deep_inputs(length, keys, hidden, values, rows=1):
+    """With W, and M, S and anchor of the first document, of two layers each, and gain and bias."""
+    g = torch.Generator().manual_seed(1)
+    rand = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    layers = [0.3 * rand(1, *shape) for _ in range(4) for shape in ((keys, hidden), (hidden, values))]
+    return [*memory_inputs(length, keys, values, rows)[:6], *layers, 1 + 0.3 * rand(1, values), 0.3 * rand(1, values)]
+
+
+def deep(chunk_size, activation="gelu", norm=False, momentum=True, documents=False):
+    places = places_of(documents)
+
+    def call(x, backend):
+        q, k, v, lr, eta, alpha, *state, gain, bias = x
+        settings = {"weights": state[:2], "chunk_size": chunk_size, "activation": activation}
+        settings |= {"norm": (gain, bias) if norm else None}
+        eta, before = (eta if momentum else None), None
+        if documents:
+            before = neural_memory(*(x[:, :5] for x in (q, k, v, lr, eta, alpha)), **settings).state
+            kept = [tuple(w[None] for w in state[i : i + 2]) for i in (2, 4, 6)]
+            before = before._replace(weights=kept[0], momentum=kept[1], anchor=kept[2])
+        out = neural_memory(q, k, v, lr, eta, alpha, **settings, state=before, backend=backend, **places)
+        return out.o, *out.state.weights, *out.state.momentum, *out.state.anchor, out.surprise
+
+    return call
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_memory_of_two_layers(name):
+    *sizes, chunk_size, options = DEEP[name]
+    compare(deep(chunk_size, **options), deep_inputs(*sizes), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, BFLOAT16])
+def test_memory_of_two_layers_in_16_bits(dtype):
+    compare(deep(16, norm=True), deep_inputs(40, 20, 40, 20), dtype)
 
 
 @pytest.mark.parametrize("op", OPS)
