@@ -33,6 +33,7 @@ from memlm_kernels.delta_rule.triton import delta_rule_triton  # noqa: E402
 from memlm_kernels.launch import Kernel  # noqa: E402
 from memlm_kernels.linear_attention.triton import linear_attention_triton  # noqa: E402
 from memlm_kernels.neural_memory import squared_error  # noqa: E402
+from memlm_kernels.neural_memory.deep import scan_deep  # noqa: E402
 from memlm_kernels.neural_memory.reference import Tokens, neural_memory_reference  # noqa: E402
 from memlm_kernels.neural_memory.triton import scan_triton  # noqa: E402
 
@@ -92,6 +93,8 @@ def cases(sample: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
             yield f"{name} linear", both(linear_attention_triton, q, k, v, None, None, None)
             yield f"{name} delta", both(delta_rule_triton, q, k, v, gate, None, None, None)
         yield f"{name} memory", both(memory, q, k, v, gate, 16, 16)
+        yield f"{name} memory of two layers", both(memory, q, k, v, gate, 16, 16, 2)
+        yield f"{name} memory of two layers, step", once(memory, *first(q, k, v, gate), 16, 16, 2)
         if not sample:
             yield f"{name} memory, blocks", both(memory, q, k, v, gate, 64, 16)
             if dtype == "bfloat16":
@@ -104,13 +107,18 @@ def first(*tensors: Tensor) -> list[Tensor]:
     return [x[:, :1].detach() for x in tensors]
 
 
-def memory(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, chunk_size: int, width: int) -> tuple[Tensor, ...]:
-    """The linear memory over documents, with momentum and decay."""
+def memory(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, chunk_size: int, width: int, layers: int = 1
+) -> tuple[Tensor, ...]:
+    """Over documents, with momentum and decay; two layers with a norm."""
     tokens = Tokens(q, k, v, gate, gate, gate, None)
-    weights = (torch.zeros(q.shape[2], q.shape[3], v.shape[3], requires_grad=True),)
+    weights = tuple(
+        torch.zeros(q.shape[2], q.shape[3], v.shape[3], requires_grad=q.requires_grad) for _ in range(layers)
+    )
+    norm = None if layers == 1 else (torch.ones(v.shape[2:]), torch.zeros(v.shape[2:]))
     positions = torch.arange(q.shape[1]).expand(len(q), -1)
-    rest = (None, squared_error, 1, None, positions, None, 2, False)
-    o, state, _ = neural_memory_reference(tokens, weights, chunk_size, "gelu", *rest, scan_triton, width)
+    rest = (squared_error, 1, None, positions, None, 2, False, scan_triton if layers == 1 else scan_deep, width)
+    o, state, _ = neural_memory_reference(tokens, weights, chunk_size, "gelu", norm, *rest)
     return o, *state.weights
 
 

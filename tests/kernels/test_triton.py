@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from memlm_kernels import linear_attention, neural_memory
+from memlm_kernels import SegmentedMemoryState, linear_attention, neural_memory, segmented_neural_memory
 from memlm_kernels.testing import assert_close, grads_of
 from tests.kernels.test_linear_recurrences import OPS, inputs, run
 
@@ -191,10 +191,12 @@ def test_linear_memory_in_16_bits(dtype):
     compare(memory(16), memory_inputs(75, 20, 40), dtype)
 
 
-def test_decoding_continues_the_memory():
-    q, k, v, *gates, start = memory_inputs(40, 20, 20)[:7]
-    tokens = [x.float().to(DEVICE) for x in (q, k, v, *gates)]
-    settings = dict(weights=[start.float().to(DEVICE)], chunk_size=16)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_decoding_continues_the_memory(layers):
+    inputs = [x.float().to(DEVICE) for x in deep_inputs(40, 20, 24 if layers == 2 else 20, 20)]
+    tokens, weights = inputs[:6], inputs[6 : 6 + layers]
+    norm = tuple(inputs[-2:]) if layers == 2 else None
+    settings = dict(weights=weights, chunk_size=16, norm=norm)
     expected = neural_memory(*tokens, **settings, backend="reference")
     parts, state = [], None
     with torch.no_grad():
@@ -202,16 +204,18 @@ def test_decoding_continues_the_memory():
             o, state, _ = neural_memory(*(x[:, here] for x in tokens), **settings, state=state, backend="triton")
             parts.append(o)
     assert_close("o", expected.o, torch.cat(parts, 1), 1e-6)
-    assert_close("memory", expected.state.weights[0], state.weights[0], 1e-6)
+    for kept in ("weights", "momentum", "anchor"):
+        for e, s in zip(getattr(expected.state, kept), getattr(state, kept), strict=True):
+            assert_close(kept, e, s, 1e-6)
 
 
 # length, keys, hidden, values, chunk_size; activation; with a norm, documents, without momentum.
 DEEP = {
     "one_token": (1, 20, 30, 20, 16, {"norm": True}),
-    "more_chunks_than_a_span": (19, 6, 20, 6, 1, {"activation": "silu", "norm": True}),
+    "chunks_of_a_token": (5, 6, 20, 6, 1, {"activation": "silu", "norm": True}),
     "odd": (63, 20, 70, 33, 16, {}),
-    "long_chunks": (150, 6, 5, 4, 64, {"activation": "silu"}),
-    "no_momentum": (75, 6, 12, 6, 16, {"momentum": False, "norm": True}),
+    "long_chunks": (90, 6, 5, 4, 64, {"activation": "silu"}),
+    "no_momentum": (35, 6, 12, 6, 16, {"momentum": False, "norm": True}),
     "documents": (75, 6, 12, 6, 32, {"documents": True, "norm": True}),
 }
 
@@ -243,7 +247,10 @@ def deep(chunk_size, activation="gelu", norm=False, momentum=True, documents=Fal
 
 
 @pytest.mark.parametrize("name", DEEP)
-def test_memory_of_two_layers(name):
+def test_memory_of_two_layers(name, monkeypatch):
+    from memlm_kernels.neural_memory import deep as op
+
+    monkeypatch.setattr(op, "SPAN", 2)
     *sizes, chunk_size, options = DEEP[name]
     compare(deep(chunk_size, **options), deep_inputs(*sizes), torch.float32)
 
@@ -276,11 +283,50 @@ def test_the_memory_keeps_the_rules_of_torch():
     tensors = [torch.rand(shape, device=DEVICE, requires_grad=True) for shape in shapes]
     state = [torch.rand(2, 6, 5, device=DEVICE, requires_grad=True) for _ in "WS"]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    arguments = (*tensors, None, None, *state, None, None, 1, True)
+    arguments = (*tensors, *[None] * 4, *state, None, None, 1, True)
     torch.library.opcheck(torch.ops.memlm.neural_memory, arguments, test_utils=tests)
     inputs = on_device(x for x in memory_inputs(20, 6, 5)[:7])
     compiled = torch.compile(lambda *x: memory(4)(x, "triton")[0], fullgraph=True, backend="aot_eager")
     assert_close("o", memory(4)(inputs, "reference")[0], compiled(*inputs), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BFLOAT16])
+@pytest.mark.parametrize("momentum", [True, False])
+@pytest.mark.parametrize("chunk_size", [3, 64])
+def test_memories_of_segments(chunk_size, momentum, dtype):
+    """Over two calls: the second goes on inside chunks."""
+    tensors = memory_inputs(150, 20, 6, rows=2)[:6]
+    start = 0.3 * torch.randn(2, 4, 3 if momentum else 2, 1, 20, 6, dtype=torch.float64)
+    cu = torch.tensor(SEGMENTS, device=DEVICE)
+
+    def call(x, backend):
+        *tokens, memory = x
+        tokens[4] = tokens[4] if momentum else None
+        state = SegmentedMemoryState(memory, torch.zeros(2, 4, dtype=torch.int64, device=DEVICE))
+        outs = []
+        for piece in (slice(75), slice(75, 150)):
+            here = [None if t is None else t[:, piece] for t in tokens]
+            settings = {"chunk_size": chunk_size, "cu_seqlens": cu, "backend": backend}
+            o, state = segmented_neural_memory(*here, **settings, state=state)
+            outs.append(o)
+        return *outs, state.memory
+
+    compare(call, [*tensors, start], dtype)
+
+
+def test_the_memory_of_two_layers_keeps_the_rules_of_torch():
+    import memlm_kernels.neural_memory.deep  # noqa: F401
+
+    rand = lambda *shape: torch.rand(*shape, device=DEVICE, requires_grad=True)  # noqa: E731
+    tokens = [rand(2, 1, 4, n) for n in (6, 6, 5, 4)] + [rand(2, 1, 4)]
+    momentum, weights = [rand(2, 1, 4), rand(2, 1, 4), rand(2, 1)], [rand(1, 6, 7), rand(1, 7, 5)]
+    memory = [*weights, rand(1, 6, 7), rand(1, 7, 5)]
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    arguments = (tokens, momentum, [], [], memory, [], 1, False, True)
+    torch.library.opcheck(torch.ops.memlm.deep_memory, arguments, test_utils=tests)
+    inputs = on_device(deep_inputs(20, 6, 7, 5))
+    compiled = torch.compile(lambda *x: deep(16)(x, "triton")[0], fullgraph=True, backend="aot_eager")
+    assert_close("o", deep(16)(inputs, "reference")[0], compiled(*inputs), 1e-6)
 
 
 def test_floating_point_work_is_counted():
@@ -321,11 +367,13 @@ def test_kernels_keep_to_what_every_target_has():
     from memlm_kernels.launch import Kernel
     from memlm_kernels.linear_attention import channel_kernels, step
     from memlm_kernels.linear_attention import kernels as of_linear_attention
+    from memlm_kernels.neural_memory import deep_backward_kernels, deep_kernels
     from memlm_kernels.neural_memory import kernels as of_neural_memory
 
     modules = (of_linear_attention, channel_kernels, step, of_delta_rule, of_neural_memory)
+    modules += (deep_kernels, deep_backward_kernels)
     found = [x for module in modules for x in vars(module).values() if isinstance(x, Kernel)]
-    assert len(found) == 19
+    assert len(found) == 24
     for kernel in found:
         for target, choices in kernel.tiles.items():
             for tiles in choices:

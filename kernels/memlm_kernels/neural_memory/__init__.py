@@ -109,7 +109,7 @@ def neural_memory(
         from memlm_kernels.neural_memory.deep import scan_deep
         from memlm_kernels.neural_memory.triton import scan_triton
 
-        scan, widest = (scan_triton if len(weights) == 1 else scan_deep), _widest(q, len(weights))
+        scan, widest = (scan_triton if len(weights) == 1 else scan_deep), most_slots(q, len(weights))
     tokens = Tokens(q, k, v, lr, momentum, decay, weight)
     return NeuralMemoryOutput(
         *neural_memory_reference(
@@ -143,18 +143,23 @@ def _limit(
     taken = len(weights) == 2 or (len(weights) == 1 and norm is None)
     if not taken or loss is not squared_error or window > 1:
         return "its kernels take two layers, or one without a norm, the squared error and window=1"
-    if q.shape[-1] > 128:
-        return f"its kernels take keys of at most 128 channels, not K={q.shape[-1]}"
+    if reason := keys_limit(q):
+        return reason
     if len(weights) == 2 and weights[-1].shape[-1] > 128:
         return f"its kernels of two layers take values of at most 128 channels, not V={weights[-1].shape[-1]}"
-    widest = _widest(q, len(weights))
+    widest = most_slots(q, len(weights))
     if block_size(chunk_size, widest) > widest:
         divisor = "16" if widest == 16 else f"a number from 16 to {widest}"
         return f"its kernels take a chunk_size up to {widest} or one that {divisor} divides, not {chunk_size}"
     return None
 
 
-def _widest(q: Tensor, depth: int) -> int:
+def keys_limit(q: Tensor) -> str | None:
+    keys = q.shape[-1]
+    return f"its kernels take keys of at most 128 channels, not K={keys}" if keys > 128 else None
+
+
+def most_slots(q: Tensor, depth: int) -> int:
     """The slots that Triton's kernels take at once: more would not fit into registers, next to the memory."""
     return 32 if depth == 1 and q.shape[-1] * q.element_size() <= 128 else 16
 
