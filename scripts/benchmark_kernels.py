@@ -31,12 +31,13 @@ OPS = (
     "linear_attention, channels",
     "delta_rule, decay",
     "neural_memory",
+    "neural_memory, two layers",
 )
 
 
 def calls(op: str, dtype: torch.dtype, backend: str, tokens: int) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Forward, and forward with backward; of one token only a decode step."""
-    size = 64 if op == "neural_memory" else 128
+    size = 64 if op.startswith("neural_memory") else 128
     shape = (ROWS, tokens, HEADS)
     q, k, v = (F.normalize(torch.randn(*shape, size, device="cuda"), dim=-1).to(dtype) for _ in "qkv")
     gates = torch.rand(3, *shape, device="cuda") * 0.1
@@ -47,12 +48,14 @@ def calls(op: str, dtype: torch.dtype, backend: str, tokens: int) -> Iterator[tu
         "linear_attention, decay": [q, k, v, -gates[0]],
         "linear_attention, channels": [q, k, v, channels],
         "delta_rule, decay": [q, k, v, gates[0] * 10, -gates[1]],
-        "neural_memory": [q, k, v, gates[0], gates[1], gates[2]],
+        "neural_memory": [q, k, v, *gates],
+        "neural_memory, two layers": [q, k, v, *gates],
     }[op]
+    layers = 2 if op.endswith("two layers") else 1
     function, options = {
         "linear_attention": (linear_attention, {}),
         "delta_rule": (delta_rule, {}),
-        "neural_memory": (neural_memory, {"weights": [start], "chunk_size": 16}),
+        "neural_memory": (neural_memory, {"weights": [start] * layers, "chunk_size": 16}),
     }[op.split(",")[0]]
 
     def run() -> torch.Tensor:

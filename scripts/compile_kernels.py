@@ -35,6 +35,7 @@ from memlm_kernels.linear_attention.triton import linear_attention_triton  # noq
 from memlm_kernels.neural_memory import squared_error  # noqa: E402
 from memlm_kernels.neural_memory.deep import scan_deep  # noqa: E402
 from memlm_kernels.neural_memory.reference import Tokens, neural_memory_reference  # noqa: E402
+from memlm_kernels.neural_memory.segmented import SegmentedMemoryState, segmented_neural_memory  # noqa: E402
 from memlm_kernels.neural_memory.triton import scan_triton  # noqa: E402
 
 # Each with the shared memory that a block may have, in bytes.
@@ -93,6 +94,7 @@ def cases(sample: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
             yield f"{name} linear", both(linear_attention_triton, q, k, v, None, None, None)
             yield f"{name} delta", both(delta_rule_triton, q, k, v, gate, None, None, None)
         yield f"{name} memory", both(memory, q, k, v, gate, 16, 16)
+        yield f"{name} memories of segments", both(segmented, q, k, v, gate, cu, torch.zeros(2, 2, 3, 2, size, size))
         yield f"{name} memory of two layers", both(memory, q, k, v, gate, 16, 16, 2)
         yield f"{name} memory of two layers, step", once(memory, *first(q, k, v, gate), 16, 16, 2)
         if not sample:
@@ -120,6 +122,17 @@ def memory(
     rest = (squared_error, 1, None, positions, None, 2, False, scan_triton if layers == 1 else scan_deep, width)
     o, state, _ = neural_memory_reference(tokens, weights, chunk_size, "gelu", norm, *rest)
     return o, *state.weights
+
+
+def segmented(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, cu: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """Linear memories, one for each segment."""
+    state = SegmentedMemoryState(memory, torch.zeros(memory.shape[:2], dtype=torch.int64))
+    given = {"chunk_size": 16, "state": state, "cu_seqlens": cu, "backend": "triton"}
+    # The op takes tensors on a CPU for the interpreter's sake alone.
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = True
+        o, after = segmented_neural_memory(q, k, v, gate, gate, gate, **given)
+    return o, after.memory
 
 
 def once(op: Callable, *arguments: Any) -> Callable[[], Any]:

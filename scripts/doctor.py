@@ -42,12 +42,11 @@ def main() -> None:
     x = torch.empty(1, 1, device="cuda" if torch.cuda.is_available() else "cpu")
     available, refused = with_triton(x, None)
     reason = f"triton cannot: {refused['triton']}" if refused else f"can run: {', '.join(available)}"
-    for op in ("linear_attention", "delta_rule"):
+    for op in ("linear_attention", "delta_rule", "segmented_neural_memory"):
         print(f"{op:24}{available[0]}; {reason}")
-    some = "" if available[0] == "reference" else " for one layer with the squared error, else reference"
+    some = "" if available[0] == "reference" else " for one or two layers with the squared error, else reference"
     print(f"{'neural_memory':24}{available[0]}{some}; {reason}")
-    for op in ("large_chunk_memory", "segmented_neural_memory"):
-        print(f"{op:24}reference, its only one")
+    print(f"{'large_chunk_memory':24}reference, its only one")
     rows = torch.empty(16, 16, device=x.device, dtype=torch.bfloat16)
     fast = "by_group" if x.device.type == "cpu" else "grouped_mm for bfloat16" if fits(rows) else "reference"
     print(f"{'grouped_linear':24}{fast}")

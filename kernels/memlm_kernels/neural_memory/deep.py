@@ -359,8 +359,8 @@ def _backward_flops(tokens: Sequence[Sequence[int]], *arguments: Any, **__: Any)
     """Those of ``deep_backward_kernels``, and writing once more."""
     count, rows, width, keys = tokens[0]
     _, hidden, values = arguments[3][1]
-    of_layers = hidden * (3 * (keys + values) + values + 2 * keys + 9 * (keys + values) + 3 * values + 2 * keys)
-    return 2 * count * rows * width * (of_layers + width * (3 * keys + 3 * values + 8 * hidden))
+    of_layers = hidden * (15 * keys + 17 * values)
+    return 2 * count * rows * width * (of_layers + width * (3 * keys + 2 * values + 6 * hidden))
 
 
 def scan_deep(plan: Plan, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> tuple[Tensor, ...]:

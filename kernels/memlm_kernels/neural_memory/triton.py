@@ -15,6 +15,7 @@ from memlm_kernels.segments import Segments
 
 # Chunks between memories that are kept for backward; and chunks whose memories' gradients are kept during backward.
 GROUP, SPAN = 16, 64
+_STARTS = ("initial", "initial_anchor", "initial_S")
 _SHARED = ("d_q", "d_k", "d_C", "d_beta", "d_f", "d_P", "d_m")
 
 
@@ -199,8 +200,7 @@ def backward(
             {},
             **given,
             **{"errors": errors, "d_c": d_c},
-            **dict.fromkeys(("initial", "initial_anchor", "initial_S")),
-            **dict(zip(("initial", "initial_anchor", "initial_S"), owned or [initial], strict=False)),
+            **dict.fromkeys(_STARTS) | dict(zip(_STARTS, owned or [initial], strict=False)),
             **dict.fromkeys(_SHARED) | dict(zip(_SHARED, d_shared, strict=False)),
             **{"kept_W": kept[0], "kept_anchor": kept[1], "kept_S": kept[2] if f is not None else None},
             **span,
