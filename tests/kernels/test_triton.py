@@ -291,8 +291,7 @@ def test_the_memory_keeps_the_rules_of_torch():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BFLOAT16])
-@pytest.mark.parametrize("momentum", [True, False])
-@pytest.mark.parametrize("chunk_size", [3, 64])
+@pytest.mark.parametrize(("chunk_size", "momentum"), [(3, False), (64, True)])
 def test_memories_of_segments(chunk_size, momentum, dtype):
     """Over two calls: the second goes on inside chunks."""
     tensors = memory_inputs(150, 20, 6, rows=2)[:6]

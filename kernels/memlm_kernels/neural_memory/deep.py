@@ -137,10 +137,10 @@ class _Span:
         return torch.linalg.vector_norm(torch.stack(norms), dim=0)
 
     def after(self) -> Named:
-        """The memory that its last chunk left."""
-        return {name: room[-1] for name, room in self.rooms.items()} | {
-            name.replace("W", "A"): self._at_anchor(room) for name, room in self.rooms.items() if name[0] == "W"
-        }
+        """The memory that its last chunk left; copied, for a view would keep all rooms."""
+        after = {name: room[-1].clone() for name, room in self.rooms.items()}
+        anchors = {name.replace("W", "A"): self._at_anchor(self.rooms[name]) for name in ("W_1", "W_2")}
+        return after | anchors
 
     def _at_anchor(self, room: Tensor) -> Tensor:
         return room[self.anchors[-1], torch.arange(room.shape[1], device=room.device)]
@@ -172,8 +172,8 @@ class _Span:
             new = self.call.opens_document[self.begin + 1 : self.end + 1, :, None, None]
             for i in ("1", "2"):
                 d[f"initial_{i}"] += (d_rooms[f"W_{i}"][2 : 2 + len(new)] * new).sum(0)
-        before = {name: room[1] for name, room in d_rooms.items()}
-        return before | {name.replace("W", "A"): room[0] for name, room in d_rooms.items() if name[0] == "W"}
+        before = {name: room[1].clone() for name, room in d_rooms.items()}
+        return before | {name.replace("W", "A"): d_rooms[name][0].clone() for name in ("W_1", "W_2")}
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -208,13 +208,14 @@ def forward(
         return _step(call, sizes, out)
     current, kept, surprise = call.memory(), [], []
     for begin in range(0, sizes["N"], SPAN):
-        kept.append(current)
+        if keep:
+            kept.append(current)
         span = _Span(call, sizes, begin, blocks, current)
         surprise.append(span.read(out))
         current = span.after()
     names = call.state()
     starts = [torch.stack([x[name] for x in kept]) for name in names] if keep else []
-    return [out, torch.cat(surprise), *(current[name].clone() for name in names), *starts]
+    return [out, torch.cat(surprise), *(current[name] for name in names), *starts]
 
 
 def _empty_out(call: _Call) -> Tensor:
@@ -268,8 +269,8 @@ def backward(
     call = _Call.of(tokens, momentum, tail, flags, memory, ragged)
     sizes, names = call.sizes(silu), call.state()
     d = {name: torch.empty_like(getattr(call, name), dtype=torch.float32) for name in ("q", "k", "v", "C", "beta")}
-    d |= {name: torch.empty_like(x) for name, x in zip(("f", "P", "m"), momentum, strict=False)}
-    d |= {name: torch.zeros_like(x) for name, x in zip(("gain", "bias"), tail, strict=False)}
+    d |= {name: torch.empty_like(getattr(call, name)) for name in ("f", "P", "m") if momentum}
+    d |= {name: torch.zeros_like(getattr(call, name)) for name in ("gain", "bias") if tail}
     # What the last slot has besides, as the one whose scalars write.
     d |= {"last_c": torch.empty_like(d["beta"]), "last_beta": torch.empty_like(call.beta[..., 0])}
     if momentum:
@@ -293,7 +294,7 @@ def backward(
     given = ["q", "k", "v", "C", "beta", *(["f", "P", "m"] if momentum else []), *(["gain", "bias"] if tail else [])]
     of_memory = [name for name in names if name[0] != "A"]
     of_ragged = ["A_1", "A_2", "initial_1", "initial_2"] if ragged else []
-    d |= {name: x.clone() for name, x in d_memory.items()}
+    d |= d_memory
     return [d[name].to(getattr(call, name).dtype) for name in (*given, *of_memory, *of_ragged)]
 
 
@@ -320,7 +321,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     ctx.counts = [len(x) for x in lists]
     # Whatever has a gradient comes back: out, then W, S and the anchor.
     ctx.returned = 2 + len(lists[4]) + 2
-    ctx.save_for_backward(*(x for part in lists for x in part), *output[ctx.returned :], output[0])
+    ctx.save_for_backward(*(x for part in lists for x in part), *output[ctx.returned :])
 
 
 def _split(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[Tensors]:
@@ -329,11 +330,11 @@ def _split(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[Tensors]:
 
 
 def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
-    *saved, out = ctx.saved_tensors
+    saved = ctx.saved_tensors
     parts = _split(saved, ctx.counts)
     kept = list(saved[sum(ctx.counts) :])
     d_out, _, *d_last = gradients[: ctx.returned]
-    d_out = torch.zeros_like(out) if d_out is None else d_out
+    d_out = torch.zeros_like(saved[2], dtype=torch.float32) if d_out is None else d_out
     d_last = [torch.zeros_like(k[0]) if x is None else x for x, k in zip(d_last, kept, strict=True)]
     counts = [0 if i == 3 else count for i, count in enumerate(ctx.counts)]
     d_tokens, d_momentum, d_tail, _, d_memory, d_ragged = _split(
