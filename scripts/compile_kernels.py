@@ -95,12 +95,12 @@ def cases(sample: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
             yield f"{name} delta", both(delta_rule_triton, q, k, v, gate, None, None, None)
         yield f"{name} memory", both(memory, q, k, v, gate, 16, 16)
         yield f"{name} memories of segments", both(segmented, q, k, v, gate, cu, torch.zeros(2, 2, 3, 2, size, size))
-        yield f"{name} memory of two layers", both(memory, q, k, v, gate, 16, 16, 2)
-        yield f"{name} memory of two layers, step", once(memory, *first(q, k, v, gate), 16, 16, 2)
+        narrow = [x[..., :64].detach().requires_grad_() for x in (q, k, v)]
+        yield f"{dtype} 64 memory of two layers", both(memory, *narrow, gate, 16, 16, 2)
+        yield f"{dtype} 64 memory of two layers, step", once(memory, *first(*narrow, gate), 16, 16, 2)
         if not sample:
             yield f"{name} memory, blocks", both(memory, q, k, v, gate, 64, 16)
             if dtype == "bfloat16":
-                narrow = [x[..., :64].detach().requires_grad_() for x in (q, k, v)]
                 yield "bfloat16 64 memory, blocks of 32", both(memory, *narrow, gate, 64, 32)
 
 

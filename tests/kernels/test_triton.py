@@ -193,15 +193,18 @@ def test_linear_memory_in_16_bits(dtype):
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_decoding_continues_the_memory(layers):
-    inputs = [x.float().to(DEVICE) for x in deep_inputs(40, 20, 24 if layers == 2 else 20, 20)]
-    tokens, weights = inputs[:6], inputs[6 : 6 + layers]
-    norm = tuple(inputs[-2:]) if layers == 2 else None
-    settings = dict(weights=weights, chunk_size=16, norm=norm)
-    expected = neural_memory(*tokens, **settings, backend="reference")
+    inputs = on_device(deep_inputs(40, 20, 24 if layers == 2 else 20, 20))
+
+    def run_on(x, here, **settings):
+        norm = tuple(x[-2:]) if layers == 2 else None
+        tokens = (token[:, here] for token in x[:6])
+        return neural_memory(*tokens, weights=x[6 : 6 + layers], norm=norm, chunk_size=16, **settings)
+
+    expected = run_on([x.double() for x in inputs], slice(None), backend="reference")
     parts, state = [], None
     with torch.no_grad():
         for here in (slice(30), *(slice(t, t + 1) for t in range(30, 40))):
-            o, state, _ = neural_memory(*(x[:, here] for x in tokens), **settings, state=state, backend="triton")
+            o, state, _ = run_on(inputs, here, state=state, backend="triton")
             parts.append(o)
     assert_close("o", expected.o, torch.cat(parts, 1), 1e-6)
     for kept in ("weights", "momentum", "anchor"):
@@ -296,7 +299,7 @@ def test_memories_of_segments(chunk_size, momentum, dtype):
     """Over two calls: the second goes on inside chunks."""
     tensors = memory_inputs(150, 20, 6, rows=2)[:6]
     start = 0.3 * torch.randn(2, 4, 3 if momentum else 2, 1, 20, 6, dtype=torch.float64)
-    cu = torch.tensor(SEGMENTS, device=DEVICE)
+    cu = torch.tensor([SEGMENTS[0], [0, 4, 40, 75, 75]], device=DEVICE)
 
     def call(x, backend):
         *tokens, memory = x

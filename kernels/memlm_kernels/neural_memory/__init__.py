@@ -102,7 +102,7 @@ def neural_memory(
         _check_state(state, len(q), weights, momentum, window)
     if aligned and (positions is not None or lengths is not None):
         raise ValueError("aligned=True leaves no room for positions or lengths; leave them out")
-    limit = _limit(q, weights, norm, loss, window, chunk_size)
+    limit = _limit(q, v, weights, norm, loss, window, chunk_size)
     scan: LoopOverChunks | None = None
     widest = 64
     if choose("neural_memory", backend, *with_triton(q, limit)) == "triton":
@@ -133,6 +133,7 @@ def neural_memory(
 
 def _limit(
     q: Tensor,
+    v: Tensor,
     weights: Sequence[Tensor],
     norm: tuple[Tensor, Tensor] | None,
     loss: InnerLoss,
@@ -145,8 +146,9 @@ def _limit(
         return "its kernels take two layers, or one without a norm, the squared error and window=1"
     if reason := keys_limit(q):
         return reason
-    if len(weights) == 2 and weights[-1].shape[-1] > 128:
-        return f"its kernels of two layers take values of at most 128 channels, not V={weights[-1].shape[-1]}"
+    if len(weights) == 2 and max(q.shape[-1], v.shape[-1]) > 64:
+        sizes = f"K={q.shape[-1]} and V={v.shape[-1]}"
+        return f"its kernels of two layers take keys and values of at most 64 channels, not {sizes}"
     widest = most_slots(q, len(weights))
     if block_size(chunk_size, widest) > widest:
         divisor = "16" if widest == 16 else f"a number from 16 to {widest}"

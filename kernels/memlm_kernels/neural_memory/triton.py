@@ -312,7 +312,9 @@ def segments_triton(
     assert segments.last is not None and segments.empty is not None
     batch, count_of, parts, heads = memory.shape[:4]
     index = torch.arange(segments.grid.count, device=memory.device)
-    closes = (index == segments.last.gather(1, segments.segment)) & ~segments.empty.gather(1, segments.segment)
+    # Chunks that no segment uses may be said to start an empty one.
+    used = ~segments.empty.gather(1, segments.segment)
+    starts, closes = (segments.index == 0) & used, (index == segments.last.gather(1, segments.segment)) & used
 
     def of_rows(x: Tensor) -> Tensor:
         """[B, N] -> [N, B * H]"""
@@ -320,11 +322,10 @@ def segments_triton(
 
     segment = torch.arange(batch, device=memory.device)[:, None] * count_of + segments.segment
     owner = of_rows(segment) * heads + torch.arange(heads, device=memory.device).repeat(batch)
-    flags = [of_rows(x).to(torch.int32) for x in (segments.index == 0, opens)]
+    *flags, ended = (of_rows(x).to(torch.int32) for x in (starts, opens, closes))
     f, P, m = gates.momentum or (None, None, None)
     W, *S, anchor = (x.flatten(0, 2) for x in memory.unbind(2))
     q, k, v = (x.flatten(1, 2) for x in tokens)
-    ended = of_rows(closes).to(torch.int32)
     tensors = (q, k, v, gates.C, gates.beta, f, P, m, *flags, owner, ended, W, S[0] if S else None, anchor, None)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     out, _, last_W, last_anchor, *rest = forward(*tensors, 1, keep)
