@@ -30,8 +30,10 @@ def slope(x, SILU: tl.constexpr):
     """The activation's derivative."""
     if SILU:
         s = tl.sigmoid(x)
-        return s * (1.0 + x * (1.0 - s))
-    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        value = s * (1.0 + x * (1.0 - s))
+    else:
+        value = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    return value
 
 
 @triton.jit
@@ -39,8 +41,10 @@ def curvature(x, SILU: tl.constexpr):
     """Its second derivative."""
     if SILU:
         s = tl.sigmoid(x)
-        return s * (1.0 - s) * (2.0 + x * (1.0 - 2.0 * s))
-    return 0.3989422804014327 * tl.exp(-0.5 * x * x) * (2.0 - x * x)
+        value = s * (1.0 - s) * (2.0 + x * (1.0 - 2.0 * s))
+    else:
+        value = 0.3989422804014327 * tl.exp(-0.5 * x * x) * (2.0 - x * x)
+    return value
 
 
 @triton.jit
@@ -83,29 +87,34 @@ def load_tail(x, g, i_v, V: tl.constexpr):
 def output_error(b_f, b_k, b_v, gain, bias, g, i_v, V: tl.constexpr, EPS: tl.constexpr):
     """Gradient of the squared error in the MLP's output, as ``network.output_error``."""
     if gain is None:
-        return b_f - b_v
-    b_gain = load_tail(gain, g, i_v, V)
-    b_y, b_scale = normalised(b_f, i_v, V, EPS)
-    b_error = b_k + b_y * b_gain + load_tail(bias, g, i_v, V) - b_v
-    return pull_back(b_error * b_gain, b_y, b_scale, i_v, V)
+        b_error = b_f - b_v
+    else:
+        b_gain = load_tail(gain, g, i_v, V)
+        b_y, b_scale = normalised(b_f, i_v, V, EPS)
+        b_loss = b_k + b_y * b_gain + load_tail(bias, g, i_v, V) - b_v
+        b_error = pull_back(b_loss * b_gain, b_y, b_scale, i_v, V)
+    return b_error
 
 
 @triton.jit
 def output_error_backward(b_d, b_f, b_k, b_v, gain, bias, g, i_v, V: tl.constexpr, EPS: tl.constexpr):
     """Gradients of b_f, of the error M(k) - v and, a token's shares, of the gain; as in ``chunk_backward``."""
-    if gain is None:
-        return b_d, b_d, b_d
-    b_gain = load_tail(gain, g, i_v, V)
-    b_y, b_scale = normalised(b_f, i_v, V, EPS)
-    b_loss = b_k + b_y * b_gain + load_tail(bias, g, i_v, V) - b_v
-    b_u = b_loss * b_gain
-    b_du = pull_back(b_d, b_y, b_scale, i_v, V)
-    b_dr = b_du * b_gain
-    b_of_y = b_d * (tl.sum(b_u * b_y, 0) / V)[None, :] + b_u * (tl.sum(b_d * b_y, 0) / V)[None, :]
-    b_dy = b_dr * b_gain - b_of_y * b_scale
-    b_of_scale = tl.sum(b_d * pull_back(b_u, b_y, b_scale, i_v, V), 0) / V
-    b_df = pull_back(b_dy, b_y, b_scale, i_v, V) - b_y * b_scale * b_of_scale[None, :]
-    return b_df, b_dr, b_du * b_loss + b_dr * b_y
+    b_df = b_d
+    b_dr = b_d
+    b_share = b_d
+    if gain is not None:
+        b_gain = load_tail(gain, g, i_v, V)
+        b_y, b_scale = normalised(b_f, i_v, V, EPS)
+        b_loss = b_k + b_y * b_gain + load_tail(bias, g, i_v, V) - b_v
+        b_u = b_loss * b_gain
+        b_du = pull_back(b_d, b_y, b_scale, i_v, V)
+        b_dr = b_du * b_gain
+        b_of_y = b_d * (tl.sum(b_u * b_y, 0) / V)[None, :] + b_u * (tl.sum(b_d * b_y, 0) / V)[None, :]
+        b_dy = b_dr * b_gain - b_of_y * b_scale
+        b_of_scale = tl.sum(b_d * pull_back(b_u, b_y, b_scale, i_v, V), 0) / V
+        b_df = pull_back(b_dy, b_y, b_scale, i_v, V) - b_y * b_scale * b_of_scale[None, :]
+        b_share = b_du * b_loss + b_dr * b_y
+    return b_df, b_dr, b_share
 
 
 @triton.jit
@@ -421,12 +430,13 @@ def deep_step(
 def entered(W, A, initial, new, opened, g, rows, columns, height: tl.constexpr, width: tl.constexpr):
     """Some columns of a layer's memory and anchor, as a token finds them."""
     b_W = load_tile(W, g * height, rows, columns, rows < height, width)
-    if A is None:
-        return b_W, b_W
-    b_initial = load_tile(initial, g * height, rows, columns, rows < tl.where(new, height, 0), width)
-    b_W = tl.where(new, b_initial, b_W)
-    b_A = load_tile(A, g * height, rows, columns, rows < tl.where(opened, 0, height), width)
-    return b_W, tl.where(opened, b_W, b_A)
+    b_A = b_W
+    if A is not None:
+        b_initial = load_tile(initial, g * height, rows, columns, rows < tl.where(new, height, 0), width)
+        b_W = tl.where(new, b_initial, b_W)
+        b_A = load_tile(A, g * height, rows, columns, rows < tl.where(opened, 0, height), width)
+        b_A = tl.where(opened, b_W, b_A)
+    return b_W, b_A
 
 
 @triton.jit

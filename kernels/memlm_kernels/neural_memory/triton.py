@@ -150,6 +150,7 @@ def backward(
     """
     q, k, C, beta, f, P, m = laid(q, k, C, beta, f, P, m)
     opens_document, opens_chunk, initial, d_out = laid(opens_document, opens_chunk, initial, d_out)
+    owned = laid(*owned)
     sizes = _sizes(q, errors, blocks)
     # More columns would not fit into registers, next to what they learned from.
     of_tokens = sizes | {"BV": 16}
@@ -160,7 +161,9 @@ def backward(
     d_c = beta.new_empty(tiles, *beta.shape)
     d_errors, state = torch.empty_like(errors), kept[0][0]
     names = ["W", "anchor", *(["S"] if f is not None else []), *(["initial"] if initial is not None else [])]
-    d_owned = dict(zip(names, [x.clone() for x in d_last], strict=True)) if owned else {}
+    d_owned = {}
+    if owned:
+        d_owned = {name: x.clone(memory_format=torch.contiguous_format) for name, x in zip(names, d_last, strict=True)}
     carried = dict(zip(names, [torch.zeros_like(state) if owned else x.contiguous() for x in d_last], strict=False))
     if initial is not None:
         carried["initial"] = torch.zeros_like(state)
