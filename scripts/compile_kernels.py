@@ -56,6 +56,8 @@ POINTERS = {
     torch.int32: "*i32",
     torch.bool: "*i1",
 }
+# Known to spill on NVIDIA, where they would have to do less at once: the table has how much, and they do not fail.
+SPILLING = {"deep_read_backward", "deep_write_backward"}
 INSTRUCTIONS = {"cuda": r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", "hip": r"v_mfma"}
 SIZES = [("bfloat16", 128), ("float32", 64)]
 OPTIONS = ("num_warps", "num_stages", "waves_per_eu")
@@ -197,7 +199,7 @@ def compile_one(one: Launch, tiles: dict[str, int], target: GPUTarget, most_shar
     registers, spills = (resources_cuda if target.backend == "cuda" else resources_hip)(compiled.asm)
     shared = compiled.metadata.shared
     problems = []
-    if spills:
+    if spills and not (target.backend == "cuda" and function.__name__ in SPILLING):
         problems.append(f"spills {spills}")
     if shared > most_shared:
         problems.append(f"shared memory {shared} > {most_shared}")
