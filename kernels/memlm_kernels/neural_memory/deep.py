@@ -64,8 +64,8 @@ class _Call(NamedTuple):
         count, rows, width, keys = self.q.shape
         hidden, values = self.W_2.shape[1:]
         tiles = {"BT": at_least_16(width), "BK": at_least_16(keys), "BV": at_least_16(values)}
-        # A tile of either layer takes 32 registers of a thread.
-        tiles["BX"] = min(at_least_16(hidden), 64)
+        # A tile of either layer takes 16 registers of a thread.
+        tiles["BX"] = min(at_least_16(hidden), 32)
         # 16-bit tokens lose nothing by tf32, which NVIDIA's matrix units take; AMD's take fp32.
         exact = self.q.dtype == torch.float32 or target() == "hip"
         sizes = {"N": count, "G": rows, "K": keys, "X": hidden, "V": values, "W_C": width}
