@@ -60,7 +60,7 @@ class Case(NamedTuple):
 
 
 def recurrence(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:
-    head_dim, shape = 64 if op == "neural_memory" else 128, size[:3]
+    head_dim, shape = 64 if op.startswith("neural_memory") else 128, size[:3]
     q, k, v = (F.normalize(torch.randn(*shape, head_dim, device=DEVICE), dim=-1).to(dtype) for _ in "qkv")
     gates = torch.rand(3, *shape, device=DEVICE) * 0.1
     inputs = {
@@ -70,11 +70,13 @@ def recurrence(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:
         "delta_rule": [q, k, v, gates[0] * 10],
         "delta_rule, decay": [q, k, v, gates[0] * 10, -gates[1]],
         "neural_memory": [q, k, v, *gates.clone()],
+        "neural_memory, two layers": [q, k, v, *gates.clone()],
     }[op]
     function: Callable[..., Any] = linear_attention if op.startswith("linear") else delta_rule
-    if op == "neural_memory":
+    if op.startswith("neural_memory"):
         start = torch.zeros(size.heads, head_dim, head_dim, device=DEVICE)
-        function = functools.partial(neural_memory, weights=[start], chunk_size=16)
+        layers = 2 if op.endswith("two layers") else 1
+        function = functools.partial(neural_memory, weights=[start] * layers, chunk_size=16)
     return Case(inputs, lambda *x: function(*x, backend=backend)[0])
 
 
@@ -119,6 +121,7 @@ OPS: dict[str, tuple[Callable[..., Case], tuple[str, ...]]] = {
     "linear_attention, decay": (recurrence, ("triton", "fla", "reference")),
     "delta_rule, decay": (recurrence, ("triton", "fla", "reference")),
     "neural_memory": (recurrence, ("triton", "reference")),
+    "neural_memory, two layers": (recurrence, ("triton", "reference")),
     "attention": (attention, ("flash", "cudnn", "flex")),
     "route_documents": (routing, ("triton", "reference")),
     "route_documents, running": (routing, ("triton", "reference")),

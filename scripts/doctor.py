@@ -22,7 +22,8 @@ PACKAGES = ("torch", "triton", "transformers", "accelerate", "flash-attn", "flas
 TRITON = {
     "linear_attention": "all, a decay by channel for keys up to 256",
     "delta_rule": "keys up to 256",
-    "neural_memory": "one layer, the squared error, no norm, window 1, keys up to 128",
+    "neural_memory": "one layer without a norm, or two, the squared error, window 1, keys up to 128, of two layers 64",
+    "segmented_neural_memory": "keys up to 128",
     "route_documents": "chunk_reduce='max', top_k up to 128",
     "merge_topk": "top_k up to 128",
     "segment_mean_pool": "all",
@@ -30,7 +31,6 @@ TRITON = {
 FLA = ("linear_attention", "delta_rule")
 REFERENCE = (
     "large_chunk_memory",
-    "segmented_neural_memory",
     "read_memory",
     "chunk_topk",
     "invert_chunks",

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import memlm_kernels
-from memlm_kernels import linear_attention, neural_memory
+from memlm_kernels import SegmentedMemoryState, linear_attention, neural_memory, segmented_neural_memory
 from memlm_kernels.testing import assert_close, grads_of
 from tests.kernels.test_linear_recurrences import OPS, inputs, run
 
@@ -138,11 +138,15 @@ def memory_inputs(length, keys, values, rows=1):
     return [q, k, v, lr, momentum, decay, *weights]
 
 
+def places_of(documents):
+    """Of a row of 75 tokens: two documents, the first going on from its sixth token, and padding."""
+    row = torch.cat([torch.arange(5, 35), torch.arange(45)])
+    places = {"positions": row[None].to(DEVICE), "lengths": torch.tensor([70], device=DEVICE), "max_documents": 2}
+    return places if documents else {}
+
+
 def memory(chunk_size, momentum=True, documents=False):
-    places = {}
-    if documents:
-        row = torch.cat([torch.arange(5, 35), torch.arange(45)])
-        places = {"positions": row[None].to(DEVICE), "lengths": torch.tensor([70], device=DEVICE), "max_documents": 2}
+    places = places_of(documents)
 
     def call(x, backend):
         q, k, v, lr, eta, alpha, start, *state = x
@@ -189,18 +193,76 @@ def test_linear_memory_in_16_bits(dtype):
     compare(memory(16), memory_inputs(75, 20, 40), dtype)
 
 
-def test_decoding_continues_the_memory():
-    q, k, v, *gates, start = memory_inputs(40, 20, 20)[:7]
-    tokens = [x.float().to(DEVICE) for x in (q, k, v, *gates)]
-    settings = dict(weights=[start.float().to(DEVICE)], chunk_size=16)
-    expected = neural_memory(*tokens, **settings, backend="reference")
+@pytest.mark.parametrize("layers", [1, 2])
+def test_decoding_continues_the_memory(layers):
+    inputs = on_device(deep_inputs(40, 20, 24 if layers == 2 else 20, 20))
+
+    def run_on(x, here, **settings):
+        norm = tuple(x[-2:]) if layers == 2 else None
+        tokens = (token[:, here] for token in x[:6])
+        return neural_memory(*tokens, weights=x[6 : 6 + layers], norm=norm, chunk_size=16, **settings)
+
+    expected = run_on([x.double() for x in inputs], slice(None), backend="reference")
     parts, state = [], None
     with torch.no_grad():
         for here in (slice(30), *(slice(t, t + 1) for t in range(30, 40))):
-            o, state, _ = neural_memory(*(x[:, here] for x in tokens), **settings, state=state, backend="triton")
+            o, state, _ = run_on(inputs, here, state=state, backend="triton")
             parts.append(o)
     assert_close("o", expected.o, torch.cat(parts, 1), 1e-6)
-    assert_close("memory", expected.state.weights[0], state.weights[0], 1e-6)
+    for kept in ("weights", "momentum", "anchor"):
+        for e, s in zip(getattr(expected.state, kept), getattr(state, kept), strict=True):
+            assert_close(kept, e, s, 1e-6)
+
+
+# length, keys, hidden, values, chunk_size; activation; with a norm, documents, without momentum.
+DEEP = {
+    "one_token": (1, 20, 30, 20, 16, {"norm": True}),
+    "chunks_of_a_token": (5, 6, 20, 6, 1, {"activation": "silu", "norm": True}),
+    "odd": (63, 20, 70, 33, 16, {}),
+    "long_chunks": (90, 6, 5, 4, 64, {"activation": "silu"}),
+    "no_momentum": (35, 6, 12, 6, 16, {"momentum": False, "norm": True}),
+    "documents": (75, 6, 12, 6, 32, {"documents": True, "norm": True}),
+}
+
+
+def deep_inputs(length, keys, hidden, values, rows=1):
+    """With W, and M, S and anchor of the first document, of two layers each, and gain and bias."""
+    g = torch.Generator().manual_seed(1)
+    rand = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    layers = [0.3 * rand(1, *shape) for _ in range(4) for shape in ((keys, hidden), (hidden, values))]
+    return [*memory_inputs(length, keys, values, rows)[:6], *layers, 1 + 0.3 * rand(1, values), 0.3 * rand(1, values)]
+
+
+def deep(chunk_size, activation="gelu", norm=False, momentum=True, documents=False):
+    places = places_of(documents)
+
+    def call(x, backend):
+        q, k, v, lr, eta, alpha, *state, gain, bias = x
+        settings = {"weights": state[:2], "chunk_size": chunk_size, "activation": activation}
+        settings |= {"norm": (gain, bias) if norm else None}
+        eta, before = (eta if momentum else None), None
+        if documents:
+            before = neural_memory(*(x[:, :5] for x in (q, k, v, lr, eta, alpha)), **settings).state
+            kept = [tuple(w[None] for w in state[i : i + 2]) for i in (2, 4, 6)]
+            before = before._replace(weights=kept[0], momentum=kept[1], anchor=kept[2])
+        out = neural_memory(q, k, v, lr, eta, alpha, **settings, state=before, backend=backend, **places)
+        return out.o, *out.state.weights, *out.state.momentum, *out.state.anchor, out.surprise
+
+    return call
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_memory_of_two_layers(name, monkeypatch):
+    from memlm_kernels.neural_memory import deep as op
+
+    monkeypatch.setattr(op, "SPAN", 2)
+    *sizes, chunk_size, options = DEEP[name]
+    compare(deep(chunk_size, **options), deep_inputs(*sizes), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, BFLOAT16])
+def test_memory_of_two_layers_in_16_bits(dtype):
+    compare(deep(16, norm=True), deep_inputs(40, 20, 40, 20), dtype)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -226,11 +288,49 @@ def test_the_memory_keeps_the_rules_of_torch():
     tensors = [torch.rand(shape, device=DEVICE, requires_grad=True) for shape in shapes]
     state = [torch.rand(2, 6, 5, device=DEVICE, requires_grad=True) for _ in "WS"]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    arguments = (*tensors, None, None, *state, None, None, 1, True)
+    arguments = (*tensors, *[None] * 4, *state, None, None, 1, True)
     torch.library.opcheck(torch.ops.memlm.neural_memory, arguments, test_utils=tests)
     inputs = on_device(x for x in memory_inputs(20, 6, 5)[:7])
     compiled = torch.compile(lambda *x: memory(4)(x, "triton")[0], fullgraph=True, backend="aot_eager")
     assert_close("o", memory(4)(inputs, "reference")[0], compiled(*inputs), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BFLOAT16])
+@pytest.mark.parametrize(("chunk_size", "momentum"), [(12, False), (64, True)])
+def test_memories_of_segments(chunk_size, momentum, dtype):
+    """Over two calls: the second goes on inside chunks."""
+    tensors = memory_inputs(80, 20, 6, rows=2)[:6]
+    start = 0.3 * torch.randn(2, 4, 3 if momentum else 2, 1, 20, 6, dtype=torch.float64)
+    cu = torch.tensor([[0, 0, 10, 10, 37], [0, 4, 20, 40, 40]], device=DEVICE)
+
+    def call(x, backend):
+        *tokens, memory = x
+        tokens[4] = tokens[4] if momentum else None
+        state = SegmentedMemoryState(memory, torch.zeros(2, 4, dtype=torch.int64, device=DEVICE))
+        outs = []
+        for piece in (slice(40), slice(40, 80)):
+            here = [None if t is None else t[:, piece] for t in tokens]
+            settings = {"chunk_size": chunk_size, "cu_seqlens": cu, "backend": backend}
+            o, state = segmented_neural_memory(*here, **settings, state=state)
+            outs.append(o)
+        return *outs, state.memory
+
+    compare(call, [*tensors, start], dtype)
+
+
+def test_the_memory_of_two_layers_keeps_the_rules_of_torch():
+    import memlm_kernels.neural_memory.deep  # noqa: F401
+
+    rand = lambda *shape: torch.rand(*shape, device=DEVICE, requires_grad=True)  # noqa: E731
+    tokens = [rand(2, 1, 4, n) for n in (6, 6, 5, 4)] + [rand(2, 1, 4)]
+    momentum, weights = [rand(2, 1, 4), rand(2, 1, 4), rand(2, 1)], [rand(1, 6, 7), rand(1, 7, 5)]
+    memory = [*weights, rand(1, 6, 7), rand(1, 7, 5)]
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    arguments = (tokens, momentum, [], [], memory, [], 1, False, True)
+    torch.library.opcheck(torch.ops.memlm.deep_memory, arguments, test_utils=tests)
+    inputs = on_device(deep_inputs(20, 6, 7, 5))
+    compiled = torch.compile(lambda *x: deep(16)(x, "triton")[0], fullgraph=True, backend="aot_eager")
+    assert_close("o", deep(16)(inputs, "reference")[0], compiled(*inputs), 1e-6)
 
 
 def test_floating_point_work_is_counted():

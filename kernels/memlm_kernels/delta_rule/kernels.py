@@ -232,8 +232,6 @@ def delta_states_backward(
         base, rows = (row * T + begin + i * BT) * H + h, tl.arange(0, BT) * H
         store_tile(d_states, b_state, ((row * N + n + i) * H + h) * K, i_k, i_v, i_k < K, V)
         b_k = load_tile(k, base, rows, i_k, inside, K)
-        b_q = load_tile(q, base, rows, i_k, inside, K)
-        b_W = load_tile(W, base, rows, i_k, inside, K)
         b_o = load_tile(d_o, base, rows, i_v, inside, V)
         b_d = tl.dot(b_k, b_state.to(b_k.dtype), input_precision=PRECISION)
         if log_decay is not None:
@@ -242,10 +240,12 @@ def delta_states_backward(
             b_g = tl.load(log_decay + base + rows, mask=inside, other=0.0).to(tl.float32)
             b_d *= tl.exp(tl.cumsum(b_after, 0, reverse=True))[:, None]
             b_state *= tl.exp(tl.sum(b_g))
-            b_o = (b_o * tl.exp(tl.cumsum(b_g, 0))[:, None]).to(b_q.dtype)
+            b_o = (b_o * tl.exp(tl.cumsum(b_g, 0))[:, None]).to(b_k.dtype)
         b_d += load_tile(d_local, base, rows, i_v, inside, V)
         store_tile(d_d, b_d, base, rows, i_v, inside, V)
+        b_q = load_tile(q, base, rows, i_k, inside, K)
         b_state += tl.dot(tl.trans(b_q), b_o, input_precision=PRECISION)
+        b_W = load_tile(W, base, rows, i_k, inside, K)
         b_state -= tl.dot(tl.trans(b_W), b_d.to(b_W.dtype), input_precision=PRECISION)
     store_tile(d_initial, b_state, at * K, i_k, i_v, i_k < K, V)
 
@@ -297,7 +297,6 @@ def solutions_backward(
         b_weight *= tl.exp(tl.cumsum(b_g, 0))
     b_Yt = tl.trans(load_tile(Y, program * BT, i_t, i_t, i_t < BT, BT))
     b_dA = tl.zeros([BT, BT], tl.float32)
-    b_pairs = tl.zeros([BT, BT], tl.float32)
     b_of_v = tl.zeros([BT], tl.float32)
     b_of_k = tl.zeros([BT], tl.float32)
     for i in range((V + BV - 1) // BV):
@@ -319,8 +318,12 @@ def solutions_backward(
         b_W = load_tile(W, base, rows, i_k, inside, K)
         b_dA -= tl.dot(b_P.to(b_W.dtype), tl.trans(b_W), input_precision=PRECISION)
         b_of_k += tl.sum(b_P * b_k, 1)
-        b_pairs += tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
         store_tile(d_k, b_P * b_weight[:, None], base, rows, i_k, inside, K)
+    # Not above, where registers are short.
+    b_pairs = tl.zeros([BT, BT], tl.float32)
+    for j in range((K + BK - 1) // BK):
+        b_k = load_tile(k, base, rows, j * BK + tl.arange(0, BK), inside, K)
+        b_pairs += tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
     b_dA = tl.where(i_t[:, None] > i_t[None, :], b_dA, 0.0)
     if log_decay is not None:
         b_dA *= decay_between(b_g, BT)

@@ -102,13 +102,14 @@ def neural_memory(
         _check_state(state, len(q), weights, momentum, window)
     if aligned and (positions is not None or lengths is not None):
         raise ValueError("aligned=True leaves no room for positions or lengths; leave them out")
-    limit = _limit(q, weights, norm, loss, window, chunk_size)
+    limit = _limit(q, v, weights, norm, loss, window, chunk_size)
     scan: LoopOverChunks | None = None
     widest = 64
     if choose("neural_memory", backend, *with_triton(q, limit)) == "triton":
+        from memlm_kernels.neural_memory.deep import scan_deep
         from memlm_kernels.neural_memory.triton import scan_triton
 
-        scan, widest = scan_triton, _widest(q)
+        scan, widest = (scan_triton if len(weights) == 1 else scan_deep), most_slots(q, len(weights))
     tokens = Tokens(q, k, v, lr, momentum, decay, weight)
     return NeuralMemoryOutput(
         *neural_memory_reference(
@@ -132,6 +133,7 @@ def neural_memory(
 
 def _limit(
     q: Tensor,
+    v: Tensor,
     weights: Sequence[Tensor],
     norm: tuple[Tensor, Tensor] | None,
     loss: InnerLoss,
@@ -139,20 +141,29 @@ def _limit(
     chunk_size: int,
 ) -> str | None:
     """What of a memory Triton's kernels do not take."""
-    if len(weights) > 1 or norm is not None or loss is not squared_error or window > 1:
-        return "its kernels take one layer, the squared error, no norm and window=1"
-    if q.shape[-1] > 128:
-        return f"its kernels take keys of at most 128 channels, not K={q.shape[-1]}"
-    widest = _widest(q)
+    taken = len(weights) == 2 or (len(weights) == 1 and norm is None)
+    if not taken or loss is not squared_error or window > 1:
+        return "its kernels take two layers, or one without a norm, the squared error and window=1"
+    if reason := keys_limit(q):
+        return reason
+    if len(weights) == 2 and max(q.shape[-1], v.shape[-1]) > 64:
+        sizes = f"K={q.shape[-1]} and V={v.shape[-1]}"
+        return f"its kernels of two layers take keys and values of at most 64 channels, not {sizes}"
+    widest = most_slots(q, len(weights))
     if block_size(chunk_size, widest) > widest:
         divisor = "16" if widest == 16 else f"a number from 16 to {widest}"
         return f"its kernels take a chunk_size up to {widest} or one that {divisor} divides, not {chunk_size}"
     return None
 
 
-def _widest(q: Tensor) -> int:
+def keys_limit(q: Tensor) -> str | None:
+    keys = q.shape[-1]
+    return f"its kernels take keys of at most 128 channels, not K={keys}" if keys > 128 else None
+
+
+def most_slots(q: Tensor, depth: int) -> int:
     """The slots that Triton's kernels take at once: more would not fit into registers, next to the memory."""
-    return 32 if q.shape[-1] * q.element_size() <= 128 else 16
+    return 32 if depth == 1 and q.shape[-1] * q.element_size() <= 128 else 16
 
 
 def read_memory(

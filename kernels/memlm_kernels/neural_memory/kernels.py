@@ -28,7 +28,10 @@ def enter(
     b_A,
     opens_document,
     opens_chunk,
+    owner,
     initial,
+    initial_S,
+    initial_anchor,
     n,
     g,
     G,
@@ -38,13 +41,22 @@ def enter(
     V: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """The memory that chunk n sees: a document starts afresh, and a new chunk sets the anchor."""
+    """The memory that chunk n sees: a document starts afresh, a segment with its owner's, and a new chunk sets the
+    anchor.
+    """
     if opens_document is not None:
         new = tl.load(opens_document + n * G + g) != 0
         opened = tl.load(opens_chunk + n * G + g) != 0
-        b_initial = load_tile(initial, g * K, i_k, i_v, i_k < tl.where(new, K, 0), V)
-        b_W = tl.where(new, b_initial, b_W)
-        b_S = tl.where(new, 0.0, b_S)
+        started = i_k < tl.where(new, K, 0)
+        if owner is None:
+            b_W = tl.where(new, load_tile(initial, g * K, i_k, i_v, started, V), b_W)
+            b_S = tl.where(new, 0.0, b_S)
+        else:
+            base = tl.load(owner + n * G + g) * K
+            b_W = tl.where(new, load_tile(initial, base, i_k, i_v, started, V), b_W)
+            b_A = tl.where(new, load_tile(initial_anchor, base, i_k, i_v, started, V), b_A)
+            if initial_S is not None:
+                b_S = tl.where(new, load_tile(initial_S, base, i_k, i_v, started, V), b_S)
         b_A = tl.where(opened, b_W, b_A)
     elif BLOCKS == 1:
         b_A = b_W
@@ -67,6 +79,14 @@ def leave(b_W, b_S, b_k, b_e, C, beta, f, P, m, at, i_c, W_C: tl.constexpr, PREC
     return b_next, b_S
 
 
+@triton.jit
+def store_last(b_W, b_S, b_A, W, S, anchor, base, i_k, i_v, mask, V: tl.constexpr):
+    store_tile(W, b_W, base, i_k, i_v, mask, V)
+    if S is not None:
+        store_tile(S, b_S, base, i_k, i_v, mask, V)
+    store_tile(anchor, b_A, base, i_k, i_v, mask, V)
+
+
 @tiled(_TILES, _TILES_HIP)
 @triton.jit(do_not_specialize=_SIZES)
 def memory_forward(
@@ -80,6 +100,8 @@ def memory_forward(
     m,
     opens_document,
     opens_chunk,
+    owner,
+    closes,
     W,
     S,
     anchor,
@@ -105,22 +127,31 @@ def memory_forward(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """out, errors: [N, G, C, V]; squares: [tiles of V, N, G, C]; kept_*: [N / GROUP, G, K, V] or None."""
+    """out, errors: [N, G, C, V]; squares: [tiles of V, N, G, C]; kept_*: [N / GROUP, G, K, V] or None.
+
+    owner: None, or of each chunk which W, S and anchor its segment has; closes: [N, G], where a segment ends
+    """
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (V + BV - 1) // BV
     tile, g = program % tiles, program // tiles
     i_c, i_k, i_v = tl.arange(0, BT), tl.arange(0, BK), (tile * BV).to(tl.int32) + tl.arange(0, BV)
     real = i_c < W_C
-    b_W = load_tile(W, g * K, i_k, i_v, i_k < K, V)
+    b_W = tl.zeros([BK, BV], tl.float32)
+    if owner is None:
+        b_W += load_tile(W, g * K, i_k, i_v, i_k < K, V)
     b_S = b_W * 0.0
     b_A = b_W
-    if S is not None:
-        b_S += load_tile(S, g * K, i_k, i_v, i_k < K, V)
-    if anchor is not None:
-        b_A = load_tile(anchor, g * K, i_k, i_v, i_k < K, V)
+    # Not conditions in one: what is None is known when this is compiled.
+    if owner is None:
+        if S is not None:
+            b_S += load_tile(S, g * K, i_k, i_v, i_k < K, V)
+        if anchor is not None:
+            b_A = load_tile(anchor, g * K, i_k, i_v, i_k < K, V)
+        first = initial
+    else:
+        first = W
     for n in range(N):
         at = n * G + g
-        # Not one condition: what is None is known when this is compiled.
         if kept_W is not None:  # noqa: SIM102
             if n % GROUP == 0:
                 kept_base = (n // GROUP * G + g) * K
@@ -128,7 +159,9 @@ def memory_forward(
                 store_tile(kept_anchor, b_A, kept_base, i_k, i_v, i_k < K, V)
                 if S is not None:
                     store_tile(kept_S, b_S, kept_base, i_k, i_v, i_k < K, V)
-        b_W, b_S, b_A = enter(b_W, b_S, b_A, opens_document, opens_chunk, initial, n, g, G, i_k, i_v, K, V, BLOCKS)
+        b_W, b_S, b_A = enter(
+            b_W, b_S, b_A, opens_document, opens_chunk, owner, first, S, anchor, n, g, G, i_k, i_v, K, V, BLOCKS
+        )
         b_q = load_tile(q, at * W_C, i_c, i_k, real, K)
         b_k = load_tile(k, at * W_C, i_c, i_k, real, K)
         b_e = tl.dot(b_k, b_A.to(b_k.dtype), input_precision=PRECISION)
@@ -145,10 +178,11 @@ def memory_forward(
             b_o += tl.dot(b_q, b_S.to(b_q.dtype), input_precision=PRECISION) * b_f[:, None]
         store_tile(out, b_o, at * W_C, i_c, i_v, real, V)
         b_W, b_S = leave(b_W, b_S, b_k, b_e, C, beta, f, P, m, at, i_c, W_C, PRECISION)
-    store_tile(last_W, b_W, g * K, i_k, i_v, i_k < K, V)
-    if S is not None:
-        store_tile(last_S, b_S, g * K, i_k, i_v, i_k < K, V)
-    store_tile(last_anchor, b_A, g * K, i_k, i_v, i_k < K, V)
+        if owner is not None:
+            base, ended = tl.load(owner + at) * K, i_k < tl.where(tl.load(closes + at) != 0, K, 0)
+            store_last(b_W, b_S, b_A, last_W, last_S, last_anchor, base, i_k, i_v, ended, V)
+    if owner is None:
+        store_last(b_W, b_S, b_A, last_W, last_S, last_anchor, g * K, i_k, i_v, i_k < K, V)
 
 
 @tiled(_TILES, _TILES_HIP)
@@ -163,6 +197,8 @@ def memory_backward(
     m,
     opens_document,
     opens_chunk,
+    owner,
+    closes,
     d_out,
     d_last_W,
     d_last_S,
@@ -175,6 +211,9 @@ def memory_backward(
     d_S,
     d_anchor,
     d_initial,
+    d_of_W,
+    d_of_S,
+    d_of_anchor,
     begin,
     end,
     N,
@@ -191,7 +230,8 @@ def memory_backward(
     """From the last chunk before ``end`` to ``begin``: gradients of W, S, the anchor, and each token's error.
 
     d_next_W, d_next_S: [end - begin, G, K, V], of the memory that follows each chunk; d_last_*: of what follows the
-    last; d_W, d_S, d_anchor, d_initial: of what the first starts with
+    last; d_W, d_S, d_anchor, d_initial: of what the first starts with; d_of_*: with owners, what comes in for a
+    segment's last memory, and goes out for its first
     """
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (V + BV - 1) // BV
@@ -204,12 +244,19 @@ def memory_backward(
     b_dinitial = b_dW * 0.0
     if f is not None:
         b_dS += load_tile(d_last_S, g * K, i_k, i_v, keys, V)
-    if opens_document is not None:
+    if d_initial is not None:
         b_dinitial += load_tile(d_last_initial, g * K, i_k, i_v, keys, V)
     for back in range(end - begin):
         i = end - begin - 1 - back
         n = begin + i
         at = n * G + g
+        if owner is not None:
+            # Nothing is there when a segment closes.
+            base, ended = tl.load(owner + at) * K, i_k < tl.where(tl.load(closes + at) != 0, K, 0)
+            b_dW += load_tile(d_of_W, base, i_k, i_v, ended, V)
+            b_dA += load_tile(d_of_anchor, base, i_k, i_v, ended, V)
+            if f is not None:
+                b_dS += load_tile(d_of_S, base, i_k, i_v, ended, V)
         store_tile(d_next_W, b_dW, (i * G + g) * K, i_k, i_v, keys, V)
         b_q = load_tile(q, at * W_C, i_c, i_k, real, K)
         b_k = load_tile(k, at * W_C, i_c, i_k, real, K)
@@ -238,7 +285,15 @@ def memory_backward(
             is_open, is_new = opened.to(tl.float32), new.to(tl.float32)
             b_dW += b_dA * is_open
             b_dA *= 1.0 - is_open
-            b_dinitial += b_dW * is_new
+            if owner is None:
+                b_dinitial += b_dW * is_new
+            else:
+                base, started = tl.load(owner + at) * K, i_k < tl.where(new, K, 0)
+                store_tile(d_of_W, b_dW, base, i_k, i_v, started, V)
+                store_tile(d_of_anchor, b_dA, base, i_k, i_v, started, V)
+                if f is not None:
+                    store_tile(d_of_S, b_dS, base, i_k, i_v, started, V)
+                b_dA *= 1.0 - is_new
             b_dW *= 1.0 - is_new
             b_dS *= 1.0 - is_new
         elif n % BLOCKS == 0:
@@ -248,7 +303,7 @@ def memory_backward(
     store_tile(d_anchor, b_dA, g * K, i_k, i_v, keys, V)
     if f is not None:
         store_tile(d_S, b_dS, g * K, i_k, i_v, keys, V)
-    if opens_document is not None:
+    if d_initial is not None:
         store_tile(d_initial, b_dinitial, g * K, i_k, i_v, keys, V)
 
 
@@ -264,7 +319,10 @@ def tokens_backward(
     m,
     opens_document,
     opens_chunk,
+    owner,
     initial,
+    initial_S,
+    initial_anchor,
     errors,
     kept_W,
     kept_S,
@@ -297,6 +355,8 @@ def tokens_backward(
 ):
     """Gradients of a group's tokens and scalars, of each tile of values its share: [tiles of V, ...].
 
+    Tokens are columns, for the warps of a product divide its rows among them, and a chunk has few tokens.
+
     d_c: [tiles of V, N, G, C], of the last row of C as what writes to W; d_C: as what reads
     """
     program = tl.program_id(0).to(tl.int64)
@@ -312,46 +372,64 @@ def tokens_backward(
     for n in range(group * GROUP, tl.minimum(group * GROUP + GROUP, end)):
         at = n * G + g
         place = tile * N * G + at
-        b_W, b_S, b_A = enter(b_W, b_S, b_A, opens_document, opens_chunk, initial, n, g, G, i_k, i_v, K, V, BLOCKS)
-        b_q = load_tile(q, at * W_C, i_c, i_k, real, K)
-        b_k = load_tile(k, at * W_C, i_c, i_k, real, K)
-        b_o = load_tile(d_out, at * W_C, i_c, i_v, real, V).to(b_k.dtype)
-        b_e = load_tile(errors, at * W_C, i_c, i_v, real, V).to(b_k.dtype)
+        b_W, b_S, b_A = enter(
+            b_W,
+            b_S,
+            b_A,
+            opens_document,
+            opens_chunk,
+            owner,
+            initial,
+            initial_S,
+            initial_anchor,
+            n,
+            g,
+            G,
+            i_k,
+            i_v,
+            K,
+            V,
+            BLOCKS,
+        )
+        b_q = tl.trans(load_tile(q, at * W_C, i_c, i_k, real, K))
+        b_k = tl.trans(load_tile(k, at * W_C, i_c, i_k, real, K))
+        b_o = tl.trans(load_tile(d_out, at * W_C, i_c, i_v, real, V)).to(b_k.dtype)
+        b_e = tl.trans(load_tile(errors, at * W_C, i_c, i_v, real, V)).to(b_k.dtype)
 
         b_C = load_tile(C, at * W_C, i_c, i_c, real, W_C)
-        b_pairs = -tl.dot(b_o, tl.trans(b_e), input_precision=PRECISION)
-        b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_pairs = -tl.dot(tl.trans(b_o), b_e, input_precision=PRECISION)
+        b_scores = tl.dot(tl.trans(b_q), b_k, input_precision=PRECISION)
         store_tile(d_C, b_scores * b_pairs, place * W_C, i_c, i_c, real, W_C)
         b_ds = (b_C * b_pairs).to(b_k.dtype)
 
-        b_dq = tl.dot(b_ds, b_k, input_precision=PRECISION)
-        b_beta = tl.load(beta + at * W_C + i_c, mask=real, other=0.0)
         b_dW = load_tile(d_next_W, ((n - begin) * G + g) * K, i_k, i_v, keys, V)
-        b_of_o = tl.dot(b_o, tl.trans(b_W.to(b_k.dtype)), input_precision=PRECISION)
-        b_dbeta = tl.sum(b_of_o * b_q, 1) + tl.where(last, tl.sum(b_dW * b_W), 0.0)
+        b_beta = tl.load(beta + at * W_C + i_c, mask=real, other=0.0)
+        b_of_o = tl.dot(b_W.to(b_k.dtype), b_o, input_precision=PRECISION)
+        b_dbeta = tl.sum(b_of_o * b_q, 0) + tl.where(last, tl.sum(b_dW * b_W), 0.0)
         tl.store(d_beta + place * W_C + i_c, b_dbeta, mask=real)
-        b_dq += b_of_o * b_beta[:, None]
+        b_dq = b_of_o * b_beta[None, :]
         if f is not None:
             b_f = tl.load(f + at * W_C + i_c, mask=real, other=0.0)
-            b_of_o = tl.dot(b_o, tl.trans(b_S.to(b_k.dtype)), input_precision=PRECISION)
-            b_df = tl.sum(b_of_o * b_q, 1) + tl.where(last, tl.sum(b_dW * b_S), 0.0)
+            b_of_o = tl.dot(b_S.to(b_k.dtype), b_o, input_precision=PRECISION)
+            b_df = tl.sum(b_of_o * b_q, 0) + tl.where(last, tl.sum(b_dW * b_S), 0.0)
             tl.store(d_f + place * W_C + i_c, b_df, mask=real)
-            b_dq += b_of_o * b_f[:, None]
-        store_tile(d_q, b_dq, place * W_C, i_c, i_k, real, K)
+            b_dq += b_of_o * b_f[None, :]
+        b_dq += tl.dot(b_k, tl.trans(b_ds), input_precision=PRECISION)
+        store_tile(d_q, tl.trans(b_dq), place * W_C, i_c, i_k, real, K)
 
-        b_dk = tl.dot(tl.trans(b_ds), b_q, input_precision=PRECISION)
-        b_de = load_tile(d_errors, at * W_C, i_c, i_v, real, V).to(b_k.dtype)
-        b_dk += tl.dot(b_de, tl.trans(b_A.to(b_k.dtype)), input_precision=PRECISION)
         b_c = tl.load(C + (at * W_C + W_C - 1) * W_C + i_c, mask=real, other=0.0)
-        b_of_e = tl.dot(b_e, tl.trans(b_dW.to(b_k.dtype)), input_precision=PRECISION)
-        tl.store(d_c + place * W_C + i_c, -tl.sum(b_of_e * b_k, 1), mask=real)
-        b_dk -= b_of_e * b_c[:, None]
+        b_of_e = tl.dot(b_dW.to(b_k.dtype), b_e, input_precision=PRECISION)
+        tl.store(d_c + place * W_C + i_c, -tl.sum(b_of_e * b_k, 0), mask=real)
+        b_dk = -b_of_e * b_c[None, :]
         if f is not None:
             b_p = tl.load(P + at * W_C + i_c, mask=real, other=0.0)
             b_dS = load_tile(d_next_S, ((n - begin) * G + g) * K, i_k, i_v, keys, V)
             tl.store(d_m + place, tl.sum(b_dS * b_S))
-            b_of_e = tl.dot(b_e, tl.trans(b_dS.to(b_k.dtype)), input_precision=PRECISION)
-            tl.store(d_P + place * W_C + i_c, -tl.sum(b_of_e * b_k, 1), mask=real)
-            b_dk -= b_of_e * b_p[:, None]
-        store_tile(d_k, b_dk, place * W_C, i_c, i_k, real, K)
-        b_W, b_S = leave(b_W, b_S, b_k, b_e, C, beta, f, P, m, at, i_c, W_C, PRECISION)
+            b_of_e = tl.dot(b_dS.to(b_k.dtype), b_e, input_precision=PRECISION)
+            tl.store(d_P + place * W_C + i_c, -tl.sum(b_of_e * b_k, 0), mask=real)
+            b_dk -= b_of_e * b_p[None, :]
+        b_de = tl.trans(load_tile(d_errors, at * W_C, i_c, i_v, real, V)).to(b_k.dtype)
+        b_dk += tl.dot(b_A.to(b_k.dtype), b_de, input_precision=PRECISION)
+        b_dk += tl.dot(b_q, b_ds, input_precision=PRECISION)
+        store_tile(d_k, tl.trans(b_dk), place * W_C, i_c, i_k, real, K)
+        b_W, b_S = leave(b_W, b_S, tl.trans(b_k), tl.trans(b_e), C, beta, f, P, m, at, i_c, W_C, PRECISION)

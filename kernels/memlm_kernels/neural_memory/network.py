@@ -12,7 +12,7 @@ from torch import Tensor
 
 # Large: decay shrinks a function that its norm scales up again, and with less of a floor the gradient through
 # thousands of writes explodes. So a memory that has decayed says nothing.
-_EPS = 0.1
+EPS = 0.1
 
 InnerLoss = Callable[[Tensor, Tensor], Tensor]
 Function = Callable[[Tensor], Tensor]
@@ -53,7 +53,7 @@ class Normalised(NamedTuple):
 
     @staticmethod
     def of(f: Tensor) -> "Normalised":
-        return Normalised(f, *torch.ops.aten.native_layer_norm(f, f.shape[-1:], None, None, _EPS))
+        return Normalised(f, *torch.ops.aten.native_layer_norm(f, f.shape[-1:], None, None, EPS))
 
     def pull_back(self, d_y: Tensor) -> Tensor:
         """d_f = scale (d_y - mean(d_y) - y mean(y d_y)); as a map of d_y it is symmetric."""

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memlm_kernels.backend import choose
+from memlm_kernels.backend import choose, with_triton
+from memlm_kernels.neural_memory import keys_limit, most_slots
 from memlm_kernels.neural_memory.reference import Tokens, block_size, scalar_recurrences
 from memlm_kernels.segments import check_recurrence, chunk_width, exact, lay_out
 
@@ -51,27 +52,37 @@ def segmented_neural_memory(
     for name, gate in (("lr", lr), ("momentum", momentum), ("decay", decay)):
         if gate is not None and gate.shape != q.shape[:3]:
             raise ValueError(f"{name} {list(gate.shape)} must be [B, T, H] = {list(q.shape[:3])}")
-    choose("segmented_neural_memory", backend, ("reference",))
+    by_triton = choose("segmented_neural_memory", backend, *with_triton(q, keys_limit(q))) == "triton"
     batch, length, heads, _ = q.shape
     with torch.autocast(q.device.type, enabled=False):
         memory, position = exact(state.memory), state.position
         if length == 0:
             return torch.zeros_like(v), SegmentedMemoryState(memory, position)
         momentum, decay = (None if x is None else exact(x) for x in (momentum, decay))
-        tokens = Tokens(exact(q), exact(k), exact(v), exact(lr), momentum, decay, None)
+        given, dtype = v.dtype, torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+        q, k, v = (x.to(dtype) if by_triton else exact(x) for x in (q, k, v))
+        tokens = Tokens(q, k, v, exact(lr), momentum, decay, None)
         if cu_seqlens is None:
             cu_seqlens = position.new_tensor([0, length]).expand(batch, 2)
         # Blocks divide chunks, so that none reaches over a chunk's end.
-        width = math.gcd(block_size(chunk_size), chunk_width(length, cu_seqlens, 64))
+        most = most_slots(q, 1) if by_triton else 64
+        width = math.gcd(block_size(chunk_size, most), chunk_width(length, cu_seqlens, most))
         segments = lay_out(cu_seqlens, length, width, position % width)
         assert segments.segment is not None and segments.index is not None
         block = (position // width).gather(1, segments.segment) + segments.index
         inside = (segments.index == 0) & ((position % width).gather(1, segments.segment) > 0)
-        opens = ((block % (chunk_size // width) == 0) & ~inside).mT.reshape(-1, batch, 1, 1, 1)
+        opens = (block % (chunk_size // width) == 0) & ~inside
         gates = scalar_recurrences(tokens, segments.grid, None)
+        q_c, k_c, v_c = (segments.lay(x) for x in (q, k, v))
+        position = position + cu_seqlens.long().diff(dim=1)
+        if by_triton:
+            from memlm_kernels.neural_memory.triton import segments_triton
+
+            out, memory = segments_triton((q_c, k_c, v_c), gates, opens, segments, memory)
+            return segments.take(out).to(given), SegmentedMemoryState(memory, position)
+        opens = opens.mT.reshape(-1, batch, 1, 1, 1)
         C, beta = (x.unflatten(1, (batch, heads)) for x in (gates.C, gates.beta))
         f, P, m = (x.unflatten(1, (batch, heads)) for x in gates.momentum) if gates.momentum else (None, None, None)
-        q_c, k_c, v_c = (segments.lay(x) for x in (tokens.q, tokens.k, tokens.v))
         # Unbound, for the gradient of an index is a tensor as large as all chunks.
         keys, values, to_W = k_c.unbind(), v_c.unbind(), (k_c * C[..., -1, :, None]).mT.unbind()
         keep, errors = beta[..., -1, None, None].unbind(), []
@@ -93,4 +104,4 @@ def segmented_neural_memory(
         out = beta[..., None] * (q_c @ starts[:, :, 0]) - (C * (q_c @ k_c.mT)) @ torch.stack(errors)
         if f is not None:
             out = out + f[..., None] * (q_c @ starts[:, :, 1])
-        return segments.take(out).to(v.dtype), SegmentedMemoryState(memory, position + cu_seqlens.long().diff(dim=1))
+        return segments.take(out).to(given), SegmentedMemoryState(memory, position)

@@ -1,4 +1,6 @@
-"""The loop over chunks of a linear memory by Triton kernels, as an op of torch; takes the place of ``scan.Scan``."""
+"""The loop over chunks of a linear memory by Triton kernels, as an op of torch; takes the place of ``scan.Scan``,
+and of the loop in ``segmented``.
+"""
 
 from typing import Any
 
@@ -7,11 +9,13 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from memlm_kernels.launch import Tiles, at_least_16, cdiv, laid, precision
-from memlm_kernels.neural_memory.chunk import Plan
+from memlm_kernels.neural_memory.chunk import Gates, Plan
 from memlm_kernels.neural_memory.kernels import memory_backward, memory_forward, tokens_backward
+from memlm_kernels.segments import Segments
 
 # Chunks between memories that are kept for backward; and chunks whose memories' gradients are kept during backward.
 GROUP, SPAN = 16, 64
+_STARTS = ("initial", "initial_anchor", "initial_S")
 _SHARED = ("d_q", "d_k", "d_C", "d_beta", "d_f", "d_P", "d_m")
 
 
@@ -44,6 +48,8 @@ def forward(
     m: Tensor | None,
     opens_document: Tensor | None,
     opens_chunk: Tensor | None,
+    owner: Tensor | None,
+    closes: Tensor | None,
     W: Tensor,
     S: Tensor | None,
     anchor: Tensor | None,
@@ -53,16 +59,23 @@ def forward(
 ) -> list[Tensor]:
     """out [N, G, C, V], squares of the errors' norms [N, G, C], W, anchor, then S if there is one; then the errors,
     and with ``keep`` what backward starts from: W, anchor and S before every ``GROUP``-th chunk.
+
+    owner: [N, G], of each chunk which W, S and anchor its segment has, and closes, where segments end; ``opens_*``
+    then say where segments and their chunks start, and there is no initial. None: W, S and anchor are the rows'
     """
     q, k, v, C, beta, f, P, m = laid(q, k, v, C, beta, f, P, m)
     opens_document, opens_chunk, W, S, anchor, initial = laid(opens_document, opens_chunk, W, S, anchor, initial)
     sizes = _sizes(q, v, blocks)
     out, squares, last, errors, kept = _room(q, v, W, S, keep, sizes)
+    if owner is not None:
+        # What a segment without tokens keeps.
+        last = [None if x is None else x.clone() for x in (W, anchor, S)]
     memory_forward(
         _programs(sizes),
         {},
         **{"q": q, "k": k, "v": v, "C": C, "beta": beta, "f": f, "P": P, "m": m},
-        **{"opens_document": opens_document, "opens_chunk": opens_chunk, "W": W, "S": S, "anchor": anchor},
+        **{"opens_document": opens_document, "opens_chunk": opens_chunk, "owner": owner, "closes": closes},
+        **{"W": W, "S": S, "anchor": anchor},
         **{"initial": initial, "out": out, "errors": errors, "squares": squares},
         **dict(zip(("last_W", "last_anchor", "last_S"), last, strict=True)),
         **dict(zip(("kept_W", "kept_anchor", "kept_S"), kept, strict=True)),
@@ -78,7 +91,7 @@ def _room(q: Tensor, v: Tensor, W: Tensor, S: Tensor | None, keep: bool, sizes: 
     last = [torch.empty_like(W), torch.empty_like(W), None if S is None else torch.empty_like(W)]
     kept: list[Tensor | None] = [None] * 3
     if keep:
-        shape = (cdiv(sizes["N"], GROUP), *W.shape)
+        shape = (cdiv(sizes["N"], GROUP), q.shape[1], *W.shape[1:])
         kept = [W.new_empty(shape), W.new_empty(shape), None if S is None else W.new_empty(shape)]
     return torch.empty_like(v), squares, last, torch.empty_like(v), kept
 
@@ -95,6 +108,8 @@ def _(
     m: Tensor | None,
     opens_document: Tensor | None,
     opens_chunk: Tensor | None,
+    owner: Tensor | None,
+    closes: Tensor | None,
     W: Tensor,
     S: Tensor | None,
     anchor: Tensor | None,
@@ -119,25 +134,37 @@ def backward(
     m: Tensor | None,
     opens_document: Tensor | None,
     opens_chunk: Tensor | None,
+    owner: Tensor | None,
+    closes: Tensor | None,
     initial: Tensor | None,
+    owned: list[Tensor],
     errors: Tensor,
     kept: list[Tensor],
     d_out: Tensor,
     d_last: list[Tensor],
     blocks: int,
 ) -> list[Tensor]:
-    """Gradients of q, k, v, C, beta, W; with momentum of f, P, m, S; with documents of anchor, initial."""
+    """Gradients of q, k, v, C, beta, W; with momentum of f, P, m, S; with documents of anchor, initial.
+
+    owned: W, anchor and S where they have owners, and then there is a gradient of the anchor and none of initial
+    """
     q, k, C, beta, f, P, m = laid(q, k, C, beta, f, P, m)
     opens_document, opens_chunk, initial, d_out = laid(opens_document, opens_chunk, initial, d_out)
+    owned = laid(*owned)
     sizes = _sizes(q, errors, blocks)
-    tiles = cdiv(sizes["V"], sizes["BV"])
+    # More columns would not fit into registers, next to what they learned from.
+    of_tokens = sizes | {"BV": 16}
+    tiles = cdiv(sizes["V"], of_tokens["BV"])
     # Each tile of values has its own share in the gradients of what they have in common.
     shared = [q, k, C, beta, *((f, P, m) if f is not None else ())]
     d_shared = [x.new_empty(tiles, *x.shape, dtype=torch.float32) for x in shared]
     d_c = beta.new_empty(tiles, *beta.shape)
     d_errors, state = torch.empty_like(errors), kept[0][0]
     names = ["W", "anchor", *(["S"] if f is not None else []), *(["initial"] if initial is not None else [])]
-    carried = dict(zip(names, [x.contiguous() for x in d_last], strict=False))
+    d_owned = {}
+    if owned:
+        d_owned = {name: x.clone(memory_format=torch.contiguous_format) for name, x in zip(names, d_last, strict=True)}
+    carried = dict(zip(names, [torch.zeros_like(state) if owned else x.contiguous() for x in d_last], strict=False))
     if initial is not None:
         carried["initial"] = torch.zeros_like(state)
     count = sizes["N"]
@@ -153,7 +180,7 @@ def backward(
         "d_out": d_out,
         "d_errors": d_errors,
     }
-    given |= {"opens_document": opens_document, "opens_chunk": opens_chunk}
+    given |= {"opens_document": opens_document, "opens_chunk": opens_chunk, "owner": owner}
     given |= dict.fromkeys(("d_next_W", "d_next_S")) | dict(zip(("d_next_W", "d_next_S"), d_next, strict=False))
     for begin in reversed(range(0, count, SPAN)):
         span = {"begin": begin, "end": min(begin + SPAN, count)}
@@ -165,30 +192,31 @@ def backward(
             **given,
             **{f"d_last_{name}": carried.get(name) for name in ("W", "S", "anchor", "initial")},
             **{f"d_{name}": before.get(name) for name in ("W", "S", "anchor", "initial")},
+            **{f"d_of_{name}": d_owned.get(name) for name in ("W", "S", "anchor")},
+            **{"closes": closes},
             **span,
             **without_group,
         )
         groups = cdiv(span["end"] - begin, GROUP)
         tokens_backward(
-            _programs(sizes, groups),
+            _programs(of_tokens, groups),
             {},
             **given,
-            **{"errors": errors, "initial": initial, "d_c": d_c},
+            **{"errors": errors, "d_c": d_c},
+            **dict.fromkeys(_STARTS) | dict(zip(_STARTS, owned or [initial], strict=False)),
             **dict.fromkeys(_SHARED) | dict(zip(_SHARED, d_shared, strict=False)),
             **{"kept_W": kept[0], "kept_anchor": kept[1], "kept_S": kept[2] if f is not None else None},
             **span,
-            **sizes,
+            **of_tokens,
         )
         carried = before
     d_q, d_k, d_C, d_beta, *d_momentum = (d.sum(0).to(x.dtype) for d, x in zip(d_shared, shared, strict=True))
     # The last row of C writes to the memory too.
     d_C[:, :, -1] += d_c.sum(0)
-    present = [
-        carried[name]
-        for name in ("S", "anchor", "initial")
-        if name in names and (name != "anchor" or initial is not None)
-    ]
-    return [d_q, d_k, -d_errors, d_C, d_beta, carried["W"], *d_momentum, *present]
+    d_memory = d_owned or carried
+    anchored = ["anchor"] if owned or initial is not None else []
+    last = [name for name in ("S", *anchored, "initial") if name in names]
+    return [d_q, d_k, -d_errors, d_C, d_beta, d_memory["W"], *d_momentum, *(d_memory[name] for name in last)]
 
 
 @backward.register_fake
@@ -202,37 +230,45 @@ def _(
     m: Tensor | None,
     opens_document: Tensor | None,
     opens_chunk: Tensor | None,
+    owner: Tensor | None,
+    closes: Tensor | None,
     initial: Tensor | None,
+    owned: list[Tensor],
     errors: Tensor,
     kept: list[Tensor],
     d_out: Tensor,
     d_last: list[Tensor],
     blocks: int,
 ) -> list[Tensor]:
-    like = [q, k, errors, C, beta, kept[0][0], *(x for x in (f, P, m) if x is not None)]
-    like += [kept[0][0]] * ((f is not None) + 2 * (initial is not None))
+    state = owned[0] if owned else kept[0][0]
+    like = [q, k, errors, C, beta, state, *(x for x in (f, P, m) if x is not None)]
+    like += [state] * ((f is not None) + bool(owned) + 2 * (initial is not None))
     return [x.new_empty(x.shape) for x in like]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    q, k, _, *gates, W, S, _anchor, initial, ctx.blocks, _keep = inputs
+    q, k, _, *gates, W, S, anchor, initial, ctx.blocks, _keep = inputs
     ctx.set_materialize_grads(False)
     ctx.last = 2 if S is None else 3
     ctx.state = W.shape
-    ctx.save_for_backward(q, k, *gates, initial, *output[2 + ctx.last :])
+    owned = [W, anchor, S] if gates[-1] is not None else [None] * 3
+    ctx.save_for_backward(q, k, *gates, initial, *owned, *output[2 + ctx.last :])
 
 
 def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    q, k, C, beta, f, P, m, opens_document, opens_chunk, initial, errors, *kept = ctx.saved_tensors
+    q, k, *saved = ctx.saved_tensors
+    gates, (initial, W, anchor, S, errors, *kept) = saved[:9], saved[9:]
+    f = gates[2]
+    owned = [x for x in (W, anchor, S) if x is not None]
     d_out, _, *d_last = gradients[: 2 + ctx.last]
     d_out = torch.zeros_like(errors) if d_out is None else d_out
     d_last = [kept[0].new_zeros(ctx.state) if x is None else x for x in d_last]
-    rest = (opens_document, opens_chunk, initial, errors, kept, d_out, d_last, ctx.blocks)
-    d_q, d_k, d_v, d_C, d_beta, d_W, *more = backward(q, k, C, beta, f, P, m, *rest)
+    rest = (initial, owned, errors, kept, d_out, d_last, ctx.blocks)
+    d_q, d_k, d_v, d_C, d_beta, d_W, *more = backward(q, k, *gates, *rest)
     d_f, d_P, d_m = more[:3] if f is not None else [None] * 3
     d_S = more[3] if f is not None else None
-    d_anchor, d_initial = more[-2:] if initial is not None else (None, None)
-    return d_q, d_k, d_v, d_C, d_beta, d_f, d_P, d_m, None, None, d_W, d_S, d_anchor, d_initial, None, None
+    d_anchor, d_initial = more[-2:] if initial is not None else (more[-1] if owned else None, None)
+    return d_q, d_k, d_v, d_C, d_beta, d_f, d_P, d_m, *[None] * 4, d_W, d_S, d_anchor, d_initial, None, None
 
 
 forward.register_autograd(_backward, setup_context=_setup)
@@ -248,7 +284,7 @@ def _forward_flops(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *
 @register_flop_formula(torch.ops.memlm.neural_memory_backward)
 def _backward_flops(q: tuple[int, ...], *arguments: Any, **__: Any) -> int:
     count, rows, width, keys = q
-    values = arguments[9][-1]
+    values = arguments[12][-1]
     return 2 * count * rows * width * (13 * keys * values + width * (3 * keys + 2 * values))
 
 
@@ -260,8 +296,41 @@ def scan_triton(plan: Plan, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | Non
     flags = [None if x is None else x.flatten(1).to(torch.int32) for x in (opens_document, opens_chunk)]
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     tokens = [x.to(dtype) for x in (q, k, v)]
-    tensors = (*tokens, C, beta, f, P, m, *flags, W, S, anchor, initial)
+    tensors = (*tokens, C, beta, f, P, m, *flags, None, None, W, S, anchor, initial)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     out, squares, last_W, last_anchor, *more = forward(*tensors, plan.blocks, keep)
     surprise = torch.linalg.vector_norm(k.detach().float(), dim=-1) * squares.detach().sqrt()
     return out, surprise, last_W, *(more[:1] if S is not None else ()), last_anchor
+
+
+def segments_triton(
+    tokens: tuple[Tensor, ...], gates: Gates, opens: Tensor, segments: Segments, memory: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Reads [N, B, H, C, V] and the memory after each segment.
+
+    tokens: q, k, v [N, B, H, C, ...]; opens: [B, N], where a chunk opens its segment's anchor; memory: [B, S, 3, H, K,
+    V], of each segment W, S and the anchor, 2 without S
+    """
+    assert segments.segment is not None and segments.index is not None
+    assert segments.last is not None and segments.empty is not None
+    batch, count_of, parts, heads = memory.shape[:4]
+    index = torch.arange(segments.grid.count, device=memory.device)
+    # Chunks that no segment uses may be said to start an empty one.
+    used = ~segments.empty.gather(1, segments.segment)
+    starts, closes = (segments.index == 0) & used, (index == segments.last.gather(1, segments.segment)) & used
+
+    def of_rows(x: Tensor) -> Tensor:
+        """[B, N] -> [N, B * H]"""
+        return x.mT.repeat_interleave(heads, 1)
+
+    segment = torch.arange(batch, device=memory.device)[:, None] * count_of + segments.segment
+    owner = of_rows(segment) * heads + torch.arange(heads, device=memory.device).repeat(batch)
+    *flags, ended = (of_rows(x).to(torch.int32) for x in (starts, opens, closes))
+    f, P, m = gates.momentum or (None, None, None)
+    W, *S, anchor = (x.flatten(0, 2) for x in memory.unbind(2))
+    q, k, v = (x.flatten(1, 2) for x in tokens)
+    tensors = (q, k, v, gates.C, gates.beta, f, P, m, *flags, owner, ended, W, S[0] if S else None, anchor, None)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    out, _, last_W, last_anchor, *rest = forward(*tensors, 1, keep)
+    after = [x.unflatten(0, (batch, count_of, heads)) for x in (last_W, *rest[: parts - 2], last_anchor)]
+    return out.unflatten(1, (batch, heads)), torch.stack(after, 2)

@@ -1,0 +1,469 @@
+"""The loop over chunks in Triton for a memory of two layers, with or without a norm; see ``reference``.
+
+N chunks, G rows and heads, C slots of a chunk, K key dim, X hidden dim, V value dim. The layers depend on each other
+in every chunk, so one program has all of a row's memory, which is more than registers hold: it lies in rooms, [R, G,
+in, out] for each layer, that stay in caches, and is worked on in tiles of X. Chunk i of a span of chunks enters with
+what room i + 1 holds and leaves room i + 2, its successor's start where that is a document's first. Room 0 holds the
+anchor that the span came with; ``anchors`` [chunks, G] says in which room each chunk's lies.
+
+Writing, and what comes back through it, goes from chunk to chunk; reads are for all chunks at once. Tokens are
+columns, for the warps of a product divide its rows among them, and a chunk has few tokens. All products are of fp32
+tiles.
+"""
+
+import triton
+import triton.language as tl
+
+from memlm_kernels.launch import load_tile, store_tile, tiled
+
+_SIZES = ["begin", "N", "G"]
+_TILES = [{"num_warps": 4, "num_stages": 1}]
+
+
+@triton.jit
+def activate(x, SILU: tl.constexpr):
+    return x * tl.sigmoid(x) if SILU else 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def slope(x, SILU: tl.constexpr):
+    """The activation's derivative."""
+    if SILU:
+        s = tl.sigmoid(x)
+        value = s * (1.0 + x * (1.0 - s))
+    else:
+        value = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    return value
+
+
+@triton.jit
+def curvature(x, SILU: tl.constexpr):
+    """Its second derivative."""
+    if SILU:
+        s = tl.sigmoid(x)
+        value = s * (1.0 - s) * (2.0 + x * (1.0 - 2.0 * s))
+    else:
+        value = 0.3989422804014327 * tl.exp(-0.5 * x * x) * (2.0 - x * x)
+    return value
+
+
+@triton.jit
+def load_columns(x, base, tokens, channels, real, width: tl.constexpr):
+    """[channels, tokens] of x [..., width], in fp32."""
+    return tl.trans(load_tile(x, base, tokens, channels, real, width)).to(tl.float32)
+
+
+@triton.jit
+def store_columns(x, value, base, tokens, channels, real, width: tl.constexpr):
+    store_tile(x, tl.trans(value), base, tokens, channels, real, width)
+
+
+@triton.jit
+def load_slots(x, base, slots, W_C: tl.constexpr):
+    return tl.load(x + base + slots, mask=slots < W_C, other=0.0)
+
+
+@triton.jit
+def normalised(b_f, i_v, V: tl.constexpr, EPS: tl.constexpr):
+    """y and the scale of LayerNorm, along the rows."""
+    b_centred = tl.where((i_v < V)[:, None], b_f - (tl.sum(b_f, 0) / V)[None, :], 0.0)
+    b_scale = tl.rsqrt(tl.sum(b_centred * b_centred, 0) / V + EPS)[None, :]
+    return b_centred * b_scale, b_scale
+
+
+@triton.jit
+def pull_back(b_d, b_y, b_scale, i_v, V: tl.constexpr):
+    """LayerNorm's backward pass."""
+    b_f = b_d - (tl.sum(b_d, 0) / V)[None, :] - b_y * (tl.sum(b_d * b_y, 0) / V)[None, :]
+    return tl.where((i_v < V)[:, None], b_f * b_scale, 0.0)
+
+
+@triton.jit
+def load_tail(x, g, i_v, V: tl.constexpr):
+    return tl.load(x + g * V + i_v, mask=i_v < V, other=0.0)[:, None]
+
+
+@triton.jit
+def output_error(b_f, b_k, b_v, gain, bias, g, i_v, V: tl.constexpr, EPS: tl.constexpr):
+    """Gradient of the squared error in the MLP's output, as ``network.output_error``."""
+    if gain is None:
+        b_error = b_f - b_v
+    else:
+        b_gain = load_tail(gain, g, i_v, V)
+        b_y, b_scale = normalised(b_f, i_v, V, EPS)
+        b_loss = b_k + b_y * b_gain + load_tail(bias, g, i_v, V) - b_v
+        b_error = pull_back(b_loss * b_gain, b_y, b_scale, i_v, V)
+    return b_error
+
+
+@triton.jit
+def output_error_backward(b_d, b_f, b_k, b_v, gain, bias, g, i_v, V: tl.constexpr, EPS: tl.constexpr):
+    """Gradients of b_f, of the error M(k) - v and, a token's shares, of the gain; as in ``chunk_backward``."""
+    b_df = b_d
+    b_dr = b_d
+    b_share = b_d
+    if gain is not None:
+        b_gain = load_tail(gain, g, i_v, V)
+        b_y, b_scale = normalised(b_f, i_v, V, EPS)
+        b_loss = b_k + b_y * b_gain + load_tail(bias, g, i_v, V) - b_v
+        b_u = b_loss * b_gain
+        b_du = pull_back(b_d, b_y, b_scale, i_v, V)
+        b_dr = b_du * b_gain
+        b_of_y = b_d * (tl.sum(b_u * b_y, 0) / V)[None, :] + b_u * (tl.sum(b_d * b_y, 0) / V)[None, :]
+        b_dy = b_dr * b_gain - b_of_y * b_scale
+        b_of_scale = tl.sum(b_d * pull_back(b_u, b_y, b_scale, i_v, V), 0) / V
+        b_df = pull_back(b_dy, b_y, b_scale, i_v, V) - b_y * b_scale * b_of_scale[None, :]
+        b_share = b_du * b_loss + b_dr * b_y
+    return b_df, b_dr, b_share
+
+
+@triton.jit
+def leave(
+    W,
+    S,
+    initial,
+    b_a,
+    b_e,
+    b_c,
+    b_p,
+    b_beta,
+    b_f,
+    b_m,
+    new,
+    i,
+    g,
+    G,
+    rows,
+    columns,
+    height: tl.constexpr,
+    width: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Some columns of one layer in room i + 2: inputs b_a [rows, C] and errors b_e [columns, C] written to room i + 1,
+    or the start of the next chunk's document.
+    """
+    base, after = ((i + 1) * G + g) * height, ((i + 2) * G + g) * height
+    inside = rows < height
+    b_next = load_tile(W, base, rows, columns, inside, width) * b_beta
+    b_next -= tl.dot(b_a, tl.trans(b_e * b_c[None, :]), input_precision=PRECISION)
+    if S is not None:
+        b_S = load_tile(S, base, rows, columns, inside, width)
+        b_next += b_S * b_f
+        b_S = b_S * b_m - tl.dot(b_a, tl.trans(b_e * b_p[None, :]), input_precision=PRECISION)
+        store_tile(S, tl.where(new, 0.0, b_S), after, rows, columns, inside, width)
+    if initial is not None:
+        b_initial = load_tile(initial, g * height, rows, columns, rows < tl.where(new, height, 0), width)
+        b_next = tl.where(new, b_initial, b_next)
+    store_tile(W, b_next, after, rows, columns, inside, width)
+
+
+@tiled(_TILES)
+@triton.jit(do_not_specialize=[*_SIZES, "end"])
+def deep_write(
+    k,
+    v,
+    C,
+    beta,
+    f,
+    P,
+    m,
+    gain,
+    bias,
+    opens_document,
+    anchors,
+    initial_1,
+    initial_2,
+    W_1,
+    S_1,
+    W_2,
+    S_2,
+    hidden,
+    outputs,
+    errors_1,
+    errors_2,
+    begin,
+    end,
+    N,
+    G,
+    K: tl.constexpr,
+    X: tl.constexpr,
+    V: tl.constexpr,
+    W_C: tl.constexpr,
+    SILU: tl.constexpr,
+    EPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BX: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """From chunk ``begin`` to ``end``: each one's memory, and [end - begin, G, C, ...] what its tokens wrote: before
+    the activation, the MLP's output, and the errors of both layers.
+    """
+    g = tl.program_id(0).to(tl.int64)
+    i_c, i_k, i_v = tl.arange(0, BT), tl.arange(0, BK), tl.arange(0, BV)
+    real, keys = i_c < W_C, i_k < K
+    for i in range(end - begin):
+        at, here = (begin + i) * G + g, i * G + g
+        anchor = tl.load(anchors + here) * G + g
+        b_k = load_columns(k, at * W_C, i_c, i_k, real, K)
+        b_out = tl.zeros([BV, BT], tl.float32)
+        for j in range((X + BX - 1) // BX):
+            i_x = j * BX + tl.arange(0, BX)
+            b_A = load_tile(W_1, anchor * K, i_k, i_x, keys, X)
+            b_h = tl.dot(tl.trans(b_A), b_k, input_precision=PRECISION)
+            store_columns(hidden, b_h, here * W_C, i_c, i_x, real, X)
+            b_A = load_tile(W_2, anchor * X, i_x, i_v, i_x < X, V)
+            b_out += tl.dot(tl.trans(b_A), activate(b_h, SILU), input_precision=PRECISION)
+        store_columns(outputs, b_out, here * W_C, i_c, i_v, real, V)
+        b_v = load_columns(v, at * W_C, i_c, i_v, real, V)
+        b_e = output_error(b_out, b_k, b_v, gain, bias, g, i_v, V, EPS)
+        store_columns(errors_2, b_e, here * W_C, i_c, i_v, real, V)
+        b_c = load_slots(C, (at * W_C + W_C - 1) * W_C, i_c, W_C)
+        b_beta = tl.load(beta + at * W_C + W_C - 1)
+        b_p = b_c
+        b_f = b_beta
+        b_m = b_beta
+        if f is not None:
+            b_p = load_slots(P, at * W_C, i_c, W_C)
+            b_f = tl.load(f + at * W_C + W_C - 1)
+            b_m = tl.load(m + at)
+        new = False
+        if opens_document is not None:
+            new = tl.load(opens_document + at + G, mask=begin + i + 1 < N, other=0) != 0
+        # Hidden activations come back to other threads than stored them.
+        tl.debug_barrier()
+        for j in range((X + BX - 1) // BX):
+            i_x = j * BX + tl.arange(0, BX)
+            b_h = load_columns(hidden, here * W_C, i_c, i_x, real, X)
+            b_A = load_tile(W_2, anchor * X, i_x, i_v, i_x < X, V)
+            b_e1 = tl.dot(b_A, b_e, input_precision=PRECISION) * slope(b_h, SILU)
+            store_columns(errors_1, b_e1, here * W_C, i_c, i_x, real, X)
+            b_a = activate(b_h, SILU)
+            leave(W_1, S_1, initial_1, b_k, b_e1, b_c, b_p, b_beta, b_f, b_m, new, i, g, G, i_k, i_x, K, X, PRECISION)
+            leave(W_2, S_2, initial_2, b_a, b_e, b_c, b_p, b_beta, b_f, b_m, new, i, g, G, i_x, i_v, X, V, PRECISION)
+        tl.debug_barrier()
+
+
+@triton.jit
+def read_hidden(
+    b_q,
+    b_R,
+    b_beta,
+    b_f,
+    W_1,
+    S_1,
+    errors_1,
+    room,
+    here,
+    i_c,
+    i_k,
+    i_x,
+    K: tl.constexpr,
+    X: tl.constexpr,
+    W_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What stands before the activation, [X, C]; b_R: [C written, C reading], the first layer's weights of pairs."""
+    b_W = load_tile(W_1, room * K, i_k, i_x, i_k < K, X)
+    b_z = tl.dot(tl.trans(b_W), b_q, input_precision=PRECISION) * b_beta[None, :]
+    if S_1 is not None:
+        b_S = load_tile(S_1, room * K, i_k, i_x, i_k < K, X)
+        b_z += tl.dot(tl.trans(b_S), b_q, input_precision=PRECISION) * b_f[None, :]
+    b_e = load_columns(errors_1, here * W_C, i_c, i_x, i_c < W_C, X)
+    return b_z - tl.dot(b_e, b_R, input_precision=PRECISION)
+
+
+@tiled(_TILES)
+@triton.jit(do_not_specialize=_SIZES)
+def deep_read(
+    q,
+    k,
+    C,
+    beta,
+    f,
+    W_1,
+    S_1,
+    W_2,
+    S_2,
+    hidden,
+    errors_1,
+    errors_2,
+    out,
+    begin,
+    N,
+    G,
+    K: tl.constexpr,
+    X: tl.constexpr,
+    V: tl.constexpr,
+    W_C: tl.constexpr,
+    SILU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BX: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """out: [N, G, C, V], what the MLP says to each query."""
+    here = tl.program_id(0).to(tl.int64)
+    at, room = begin * G + here, G + here
+    i_c, i_k, i_v = tl.arange(0, BT), tl.arange(0, BK), tl.arange(0, BV)
+    real = i_c < W_C
+    b_q = load_columns(q, at * W_C, i_c, i_k, real, K)
+    b_k = load_columns(k, at * W_C, i_c, i_k, real, K)
+    b_C = load_columns(C, at * W_C, i_c, i_c, real, W_C)
+    b_R = b_C * tl.dot(tl.trans(b_k), b_q, input_precision=PRECISION)
+    b_beta = load_slots(beta, at * W_C, i_c, W_C)
+    b_f = b_beta
+    if f is not None:
+        b_f = load_slots(f, at * W_C, i_c, W_C)
+    b_out = tl.zeros([BV, BT], tl.float32)
+    b_scores = tl.zeros([BT, BT], tl.float32)
+    for j in range((X + BX - 1) // BX):
+        i_x = j * BX + tl.arange(0, BX)
+        b_z = read_hidden(b_q, b_R, b_beta, b_f, W_1, S_1, errors_1, room, here, i_c, i_k, i_x, K, X, W_C, PRECISION)
+        b_x = activate(b_z, SILU)
+        b_W = load_tile(W_2, room * X, i_x, i_v, i_x < X, V)
+        b_out += tl.dot(tl.trans(b_W), b_x, input_precision=PRECISION) * b_beta[None, :]
+        if S_2 is not None:
+            b_S = load_tile(S_2, room * X, i_x, i_v, i_x < X, V)
+            b_out += tl.dot(tl.trans(b_S), b_x, input_precision=PRECISION) * b_f[None, :]
+        b_a = activate(load_columns(hidden, here * W_C, i_c, i_x, real, X), SILU)
+        b_scores += tl.dot(tl.trans(b_a), b_x, input_precision=PRECISION)
+    b_e = load_columns(errors_2, here * W_C, i_c, i_v, real, V)
+    b_out -= tl.dot(b_e, b_C * b_scores, input_precision=PRECISION)
+    store_columns(out, b_out, at * W_C, i_c, i_v, real, V)
+
+
+@tiled(_TILES)
+@triton.jit(do_not_specialize=["G"])
+def deep_step(
+    q,
+    k,
+    v,
+    C,
+    beta,
+    f,
+    P,
+    m,
+    gain,
+    bias,
+    opens_document,
+    opens_chunk,
+    W_1,
+    S_1,
+    A_1,
+    W_2,
+    S_2,
+    A_2,
+    initial_1,
+    initial_2,
+    out,
+    surprise,
+    last_W_1,
+    last_S_1,
+    last_A_1,
+    last_W_2,
+    last_S_2,
+    last_A_2,
+    G,
+    K: tl.constexpr,
+    X: tl.constexpr,
+    V: tl.constexpr,
+    SILU: tl.constexpr,
+    EPS: tl.constexpr,
+    BK: tl.constexpr,
+    BX: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """One token of each row and head; A_*: None where it opens a chunk, in a document that goes on."""
+    g = tl.program_id(0).to(tl.int64)
+    i_k, i_v = tl.arange(0, BK), tl.arange(0, BV)
+    keys = i_k < K
+    new = False
+    opened = False
+    if opens_document is not None:
+        new = tl.load(opens_document + g) != 0
+        opened = tl.load(opens_chunk + g) != 0
+    b_q = tl.load(q + g * K + i_k, mask=keys, other=0.0).to(tl.float32)[:, None]
+    b_k = tl.load(k + g * K + i_k, mask=keys, other=0.0).to(tl.float32)[:, None]
+    b_v = tl.load(v + g * V + i_v, mask=i_v < V, other=0.0).to(tl.float32)[:, None]
+    b_c, b_beta = tl.load(C + g), tl.load(beta + g)
+    b_p = b_c
+    b_f = b_beta
+    b_m = b_beta
+    if f is not None:
+        b_p, b_f, b_m = tl.load(P + g), tl.load(f + g), tl.load(m + g)
+    b_made = tl.zeros([BV, 1], tl.float32)
+    for j in range((X + BX - 1) // BX):
+        i_x = j * BX + tl.arange(0, BX)
+        b_A = entered(W_1, A_1, initial_1, new, opened, g, i_k, i_x, K, X)[1]
+        b_h = tl.sum(b_A * b_k, 0)[:, None]
+        b_A = entered(W_2, A_2, initial_2, new, opened, g, i_x, i_v, X, V)[1]
+        b_made += tl.sum(b_A * activate(b_h, SILU), 0)[:, None]
+    b_e = output_error(b_made, b_k, b_v, gain, bias, g, i_v, V, EPS)
+    b_out = tl.zeros([BV, 1], tl.float32)
+    squares = 0.0
+    for j in range((X + BX - 1) // BX):
+        i_x = j * BX + tl.arange(0, BX)
+        b_W, b_A = entered(W_1, A_1, initial_1, new, opened, g, i_k, i_x, K, X)
+        b_h = tl.sum(b_A * b_k, 0)[:, None]
+        store_tile(last_A_1, b_A, g * K, i_k, i_x, keys, X)
+        b_W2, b_A = entered(W_2, A_2, initial_2, new, opened, g, i_x, i_v, X, V)
+        store_tile(last_A_2, b_A, g * X, i_x, i_v, i_x < X, V)
+        b_a = activate(b_h, SILU)
+        b_e1 = tl.sum(b_A * tl.trans(b_e), 1)[:, None] * slope(b_h, SILU)
+        squares += tl.sum(b_k * b_k) * tl.sum(b_e1 * b_e1) + tl.sum(b_a * b_a) * tl.sum(b_e * b_e)
+        b_W = stepped(
+            b_W, S_1, last_W_1, last_S_1, b_k * tl.trans(b_e1), b_c, b_p, b_beta, b_f, b_m, new, g, i_k, i_x, K, X
+        )
+        b_W2 = stepped(
+            b_W2, S_2, last_W_2, last_S_2, b_a * tl.trans(b_e), b_c, b_p, b_beta, b_f, b_m, new, g, i_x, i_v, X, V
+        )
+        b_x = activate(tl.sum(b_W * b_q, 0)[:, None], SILU)
+        b_out += tl.sum(b_W2 * b_x, 0)[:, None]
+    store_tile(out, tl.trans(b_out), g, tl.arange(0, 1), i_v, tl.arange(0, 1) < 1, V)
+    tl.store(surprise + g, tl.sqrt(squares))
+
+
+@triton.jit
+def entered(W, A, initial, new, opened, g, rows, columns, height: tl.constexpr, width: tl.constexpr):
+    """Some columns of a layer's memory and anchor, as a token finds them."""
+    b_W = load_tile(W, g * height, rows, columns, rows < height, width)
+    b_A = b_W
+    if A is not None:
+        b_initial = load_tile(initial, g * height, rows, columns, rows < tl.where(new, height, 0), width)
+        b_W = tl.where(new, b_initial, b_W)
+        b_A = load_tile(A, g * height, rows, columns, rows < tl.where(opened, 0, height), width)
+        b_A = tl.where(opened, b_W, b_A)
+    return b_W, b_A
+
+
+@triton.jit
+def stepped(
+    b_W,
+    S,
+    last_W,
+    last_S,
+    b_gradient,
+    b_c,
+    b_p,
+    b_beta,
+    b_f,
+    b_m,
+    new,
+    g,
+    rows,
+    columns,
+    height: tl.constexpr,
+    width: tl.constexpr,
+):
+    """Some columns of a layer after the token, stored and returned."""
+    inside = rows < height
+    b_W = b_W * b_beta - b_gradient * b_c
+    if S is not None:
+        b_S = load_tile(S, g * height, rows, columns, rows < tl.where(new, 0, height), width)
+        b_W += b_S * b_f
+        store_tile(last_S, b_S * b_m - b_gradient * b_p, g * height, rows, columns, inside, width)
+    store_tile(last_W, b_W, g * height, rows, columns, inside, width)
+    return b_W
