@@ -22,9 +22,19 @@ import triton
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "kernels")]
 
-from memlm_kernels import delta_rule, linear_attention, neural_memory  # noqa: E402
+from memlm_kernels import (  # noqa: E402
+    chunk_mean_attention,
+    chunk_sparse_attention,
+    chunk_topk,
+    delta_rule,
+    invert_chunks,
+    linear_attention,
+    neural_memory,
+    prefix_window_attention,
+)
 
 ROWS, TOKENS, HEADS = 8, 4096, 16
+GROUPS, WINDOW, CHUNK, TOP_K, PREFIX = 4, 512, 64, 16, 16
 OPS = (
     "linear_attention",
     "linear_attention, decay",
@@ -32,10 +42,50 @@ OPS = (
     "delta_rule, decay",
     "neural_memory",
 )
+ATTENTIONS = (
+    "chunk_topk",
+    "invert_chunks",
+    "chunk_sparse_attention",
+    "chunk_mean_attention",
+    "prefix_window_attention",
+)
+
+
+def attention(op: str, dtype: torch.dtype, tokens: int) -> tuple[list[torch.Tensor], Callable[[str], torch.Tensor]]:
+    """What has a gradient, and the call by a backend; a token chooses among the chunks before its window."""
+    q = torch.randn(ROWS, tokens, HEADS, 128, device="cuda", dtype=dtype)
+    k, v = (torch.randn(ROWS, TOKENS, GROUPS, 128, device="cuda", dtype=dtype) for _ in "kv")
+    means = [x.unflatten(1, (-1, CHUNK)).mean(2) for x in (k, v)]
+    here = torch.arange(TOKENS - tokens, TOKENS, device="cuda").expand(ROWS, -1)
+    spans = (torch.zeros_like(here), (here - WINDOW + CHUNK).clamp(min=0) // CHUNK)
+    starts = torch.arange(0, TOKENS, CHUNK, device="cuda").expand(ROWS, -1)
+    index = chunk_topk(q, means[0], top_k=TOP_K, spans=spans, backend="reference")
+    prefix = (torch.randn_like(q), k[:1, :PREFIX].clone(), v[:1, :PREFIX].clone())
+    function, arguments, options = {
+        "chunk_topk": (chunk_topk, [q, means[0]], {"top_k": TOP_K, "spans": spans}),
+        "invert_chunks": (invert_chunks, [index, TOKENS // CHUNK], {}),
+        "chunk_sparse_attention": (
+            chunk_sparse_attention,
+            [q, k, v, index, starts],
+            {"chunk_size": CHUNK, "window": WINDOW},
+        ),
+        "chunk_mean_attention": (chunk_mean_attention, [q, *means], {"spans": spans}),
+        "prefix_window_attention": (prefix_window_attention, [q, k, v], {"window": WINDOW, "prefix": prefix}),
+    }[op]
+    # A choice has no gradient.
+    chosen = op in ("chunk_topk", "invert_chunks")
+    learns = [] if chosen else [*arguments[:3], *(prefix if "prefix" in options else ())]
+    # All but the choice itself return a tuple.
+    first = (lambda x: x) if op == "chunk_topk" else (lambda x: x[0])
+    return learns, lambda backend: first(function(*arguments, **options, backend=backend))
 
 
 def calls(op: str, dtype: torch.dtype, backend: str, tokens: int) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Forward, and forward with backward; of one token only a decode step."""
+    if op in ATTENTIONS:
+        inputs, function = attention(op, dtype, tokens)
+        yield from timed(inputs, lambda: function(backend), tokens)
+        return
     size = 64 if op == "neural_memory" else 128
     shape = (ROWS, tokens, HEADS)
     q, k, v = (F.normalize(torch.randn(*shape, size, device="cuda"), dim=-1).to(dtype) for _ in "qkv")
@@ -55,27 +105,32 @@ def calls(op: str, dtype: torch.dtype, backend: str, tokens: int) -> Iterator[tu
         "neural_memory": (neural_memory, {"weights": [start], "chunk_size": 16}),
     }[op.split(",")[0]]
 
-    def run() -> torch.Tensor:
-        return function(*inputs, **options, backend=backend)[0]
+    yield from timed(inputs, lambda: function(*inputs, **options, backend=backend)[0], tokens)
+
+
+def timed(
+    inputs: list[torch.Tensor], run: Callable[[], torch.Tensor], tokens: int
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Without inputs, no backward."""
 
     def forward() -> None:
         with torch.no_grad():
             run()
 
     def both() -> None:
-        leaves = [x.requires_grad_() for x in inputs]
-        torch.autograd.grad(run(), leaves, torch.ones_like(v), allow_unused=True)
+        leaves, out = [x.requires_grad_() for x in inputs], run()
+        torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
 
     yield ("decode" if tokens == 1 else "forward"), forward
-    if tokens > 1:
+    if tokens > 1 and inputs:
         yield "forward and backward", both
 
 
 def measurements() -> Iterator[dict[str, Any]]:
     torch.set_float32_matmul_precision("high")
-    for op in OPS:
+    for op in (*OPS, *ATTENTIONS):
         for dtype in (torch.bfloat16, torch.float32):
-            for backend in ("triton", "reference"):
+            for backend in ("triton", "sdpa" if op == "prefix_window_attention" else "reference"):
                 for tokens in (TOKENS, 1):
                     for what, call in calls(op, dtype, backend, tokens):
                         record = {"op": op, "what": what, "backend": backend, "dtype": str(dtype).split(".")[1]}

@@ -42,8 +42,11 @@ def main() -> None:
     x = torch.empty(1, 1, device="cuda" if torch.cuda.is_available() else "cpu")
     available, refused = with_triton(x, None)
     reason = f"triton cannot: {refused['triton']}" if refused else f"can run: {', '.join(available)}"
-    for op in ("linear_attention", "delta_rule"):
+    choosing = ("chunk_topk", "invert_chunks", "chunk_sparse_attention", "chunk_mean_attention")
+    for op in ("linear_attention", "delta_rule", *choosing):
         print(f"{op:24}{available[0]}; {reason}")
+    window = available[0].replace("reference", "sdpa")
+    print(f"{'prefix_window_attention':24}{window}; {reason}")
     some = "" if available[0] == "reference" else " for one layer with the squared error, else reference"
     print(f"{'neural_memory':24}{available[0]}{some}; {reason}")
     for op in ("large_chunk_memory", "segmented_neural_memory"):

@@ -11,7 +11,7 @@ python scripts/doctor.py | tee "$out/doctor.txt"
 workers=()
 if python -c "import xdist" 2>/dev/null; then workers=(-n 8); fi
 # Without the conftest, which imports all of memlm. A failed test does not keep the others from being timed.
-timeout 300 python -m pytest tests/kernels/test_triton.py --noconftest -W default "${workers[@]}" | tee "$out/tests.txt"
+timeout 300 python -m pytest tests/kernels/test_triton*.py --noconftest -W default "${workers[@]}" | tee "$out/tests.txt"
 status=$?
 timeout 230 python scripts/benchmark_kernels.py --out "$out/kernels.jsonl"
 exit "$status"
