@@ -265,15 +265,19 @@ def test_what_the_kernels_do_not_take_is_named(call, message):
 
 
 def test_kernels_keep_to_what_every_target_has():
+    from memlm_kernels.chunk_sparse_attention import choice_kernels
+    from memlm_kernels.chunk_sparse_attention import kernels as of_chunks
     from memlm_kernels.delta_rule import kernels as of_delta_rule
     from memlm_kernels.launch import Kernel
     from memlm_kernels.linear_attention import channel_kernels, step
     from memlm_kernels.linear_attention import kernels as of_linear_attention
     from memlm_kernels.neural_memory import kernels as of_neural_memory
+    from memlm_kernels.prefix_window_attention import kernels as of_attention
 
-    modules = (of_linear_attention, channel_kernels, step, of_delta_rule, of_neural_memory)
+    recurrences = (of_linear_attention, channel_kernels, step, of_delta_rule, of_neural_memory)
+    modules = (*recurrences, of_attention, of_chunks, choice_kernels)
     found = [x for module in modules for x in vars(module).values() if isinstance(x, Kernel)]
-    assert len(found) == 19
+    assert len(found) == 29
     for kernel in found:
         for target, choices in kernel.tiles.items():
             for tiles in choices:

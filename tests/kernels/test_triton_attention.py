@@ -3,9 +3,15 @@
 import pytest
 import torch
 
-from memlm_kernels import chunk_sparse_attention
+from memlm_kernels import (
+    chunk_mean_attention,
+    chunk_sparse_attention,
+    chunk_topk,
+    invert_chunks,
+    prefix_window_attention,
+)
 from memlm_kernels.testing import assert_close
-from tests.kernels.test_chunk_sparse_attention import choices, heads_of
+from tests.kernels.test_chunk_sparse_attention import choices, heads_of, spans_of
 from tests.kernels.test_triton import BFLOAT16, DEVICE, compare, poisoned  # noqa: F401
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[cpu-kernels]'")
@@ -73,6 +79,95 @@ def test_a_chunk_read_by_more_than_a_part_holds(monkeypatch):
     outputs = (chunk_sparse_attention(q, k, v, index, starts, **options, backend=b) for b in ("reference", "triton"))
     for expected, got in zip(*outputs, strict=True):
         assert_close("output or lse", expected, got, 1e-6)
+
+
+# Heads, groups, sizes of keys and values; tokens, keys, window, prefix; rows of two documents.
+WINDOWS = {
+    "one_token": ((6, 2, 20, 20), (1, 80, 40, 70), False),
+    "all_of_an_odd_row": ((3, 1, 60, 100), (63, 63, None, 0), False),
+    "documents": ((4, 2, 6, 5), (20, 30, 5, 3), True),
+}
+
+
+def windowed(tokens, window, prefix, documents=False, own=False):
+    """A call; the prefix is the first keys, of the first row for all rows, or of each its own."""
+    row = torch.cat([torch.arange(5, 5 + tokens // 2), torch.arange(tokens - tokens // 2)]).to(DEVICE)
+
+    def call(x, backend):
+        q, k, v = x
+        always = (q.flip(1), *(y[: len(y) if own else 1, :prefix] for y in (k, v))) if prefix else None
+        places = row.expand(len(q), -1) if documents else None
+        options = dict(window=window, places=places, prefix=always, with_lse=True, backend=backend)
+        return finite(prefix_window_attention(q, k, v, **options))
+
+    return call
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_attention_to_a_window_and_a_prefix(name):
+    sizes, (tokens, keys, window, prefix), documents = WINDOWS[name]
+    tensors = heads_of(2 if documents else 1, tokens, keys, *sizes)
+    for own in {False, documents}:
+        compare(windowed(tokens, window, prefix, documents, own), tensors, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, BFLOAT16])
+def test_attention_to_a_window_in_16_bits(dtype):
+    compare(windowed(70, 17, 3), heads_of(1, 70, 80, 4, 2, 20, 20), dtype)
+
+
+@pytest.mark.parametrize("tokens", [1, 75])
+def test_attention_to_means(tokens):
+    """A token alone that knows of none reads zeros; few keys are shared out among queries."""
+    first, end = spans_of(1, tokens, 6)
+    spans = (first.to(DEVICE), (end * 0 if tokens == 1 else end).to(DEVICE))
+
+    def call(x, backend):
+        return finite(chunk_mean_attention(*x, spans=spans, backend=backend))
+
+    compare(call, heads_of(1, tokens, 6), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "chunks", "top_k"), [(1, 3, 12), (11, 10, 1), pytest.param(40, 150, 5, id="tiles"), (5, 70, 70)]
+)
+def test_choice(tokens, chunks, top_k):
+    q, k, _ = (x.float().to(DEVICE) for x in heads_of(2, tokens, chunks))
+    # Equal scores, of which the lowest chunk is the best.
+    k[:, chunks // 2 :] = k[:, :1]
+    spans = tuple(x.to(DEVICE) - 1 for x in spans_of(2, tokens, chunks))
+    for known in (spans, None):
+        expected, got = (chunk_topk(q, k, top_k=top_k, spans=known, backend=b) for b in ("reference", "triton"))
+        assert torch.equal(expected, got)
+
+
+def test_choice_among_equal_scores_of_both_signs():
+    """Zeros of both signs are equal, and so are scores below them."""
+    q, k = torch.zeros(1, 3, 4, 6, device=DEVICE), torch.ones(1, 9, 2, 6, device=DEVICE)
+    k[:, ::2] = -1
+    for scale in (0.0, 1.0, -1.0):
+        expected, got = (chunk_topk(q + scale, k, top_k=7, backend=b) for b in ("reference", "triton"))
+        assert torch.equal(expected, got)
+
+
+# One digit of four bits, several tiles of entries, three digits, five.
+@pytest.mark.parametrize(("tokens", "chunks"), [(9, 7), (600, 5), (500, 300), (3, 70_000)])
+def test_inverse(tokens, chunks):
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randint(-chunks // 3, chunks, (2, tokens, 2, 3), generator=generator).clamp(min=-1).to(DEVICE)
+    expected, got = (invert_chunks(index, chunks, backend=b) for b in ("reference", "triton"))
+    assert torch.equal(expected.offsets, got.offsets)
+    real = torch.arange(index[0, :, 0].numel(), device=DEVICE) < expected.offsets[..., -1:]
+    assert torch.equal(expected.token[real], got.token[real].long())
+
+
+def test_the_choice_keeps_the_rules_of_torch():
+    import memlm_kernels.chunk_sparse_attention.triton  # noqa: F401
+
+    q, k, _ = (x.float().to(DEVICE) for x in heads_of(1, 5, 9))
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.memlm.chunk_topk, (q, k, None, None, 3), test_utils=tests)
+    torch.library.opcheck(torch.ops.memlm.invert_chunks, (chunk_topk(q, k, top_k=3), 9), test_utils=tests)
 
 
 def test_attention_keeps_the_rules_of_torch():

@@ -1,7 +1,7 @@
 """The choice of chunks in Triton, and its inverse, a radix sort that reads each chunk's number a digit at a time.
 
-The best so far are kept sorted, each as one integer: the score's bits above, in an order that integers have, and the
-chunk's number below, counted down, so that of equals the lowest chunk is the best.
+The best so far are kept as integers, in any order: the score's bits above, in an order that integers have, and the
+chunk's number below, counted down, so that of equals the lowest chunk is the best and no two are the same.
 """
 
 import triton
@@ -10,8 +10,10 @@ import triton.language as tl
 from memlm_kernels.launch import load_tile, tiled
 from memlm_kernels.prefix_window_attention.kernels import NEVER
 
-# Below all scores.
+# Below all scores, and so are a few numbers behind it.
 EMPTY = tl.constexpr(-(2**63))
+# Above all scores.
+FULL = tl.constexpr(2**63 - 1)
 _SIZES = ["T", "N", "TILES", "LENGTH"]
 
 
@@ -54,23 +56,29 @@ def best_chunks(
         b_end = tl.minimum(tl.load(end + at + i_t, mask=inside, other=0), N)
     some = b_first < b_end
     low, high = tl.min(tl.where(some, b_first, NEVER)), tl.max(tl.where(some, b_end, 0))
-    # The best last.
-    b_best = tl.full([BT, BJ], EMPTY, tl.int64)
+    b_best = tl.where(i_j < J, EMPTY + i_j.to(tl.int64), FULL)[None, :] + tl.zeros([BT, BJ], tl.int64)
     for n in range(low, high, BN):
         b_k = load_tile(k, (row * N + n) * G + g, i_n * G, i_k, n + i_n < N, K).to(tl.float32)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         # There are two zeros.
         b_bits = tl.where(b_s == 0, 0.0, b_s).to(tl.int32, bitcast=True)
         b_bits = tl.where(b_bits < 0, b_bits ^ 0x7FFFFFFF, b_bits)
-        b_one = (b_bits.to(tl.int64) << 32) + (NEVER - n - i_n)[None, :]
+        b_new = (b_bits.to(tl.int64) << 32) + (NEVER - n - i_n)[None, :]
         seen = (n + i_n >= b_first[:, None]) & (n + i_n < b_end[:, None])
-        b_top = tl.topk(tl.where(seen, b_one, EMPTY), BJ)
-        # Of an ascending and a descending row the larger of each pair are the best of both.
-        b_best = tl.sort(tl.maximum(b_best, b_top))
-    number = (NEVER - (b_best & 0x7FFFFFFF)).to(tl.int32)
-    place = BJ - 1 - i_j
-    to = index + (at * G + g) * J + i_t[:, None] * G * J + place[None, :]
-    tl.store(to, tl.where(b_best == EMPTY, -1, number), mask=inside[:, None] & (place < J)[None, :])
+        b_new = tl.where(seen, b_new, EMPTY)
+        # The best new one takes the place of the worst, until no token gains.
+        b_top, b_worst = tl.max(b_new, 1), tl.min(b_best, 1)
+        while tl.max((b_top > b_worst).to(tl.int32)) > 0:
+            gains = (b_top > b_worst)[:, None]
+            b_best = tl.where(gains & (b_best == b_worst[:, None]), b_top[:, None], b_best)
+            b_new = tl.where(b_new == b_top[:, None], EMPTY, b_new)
+            b_top, b_worst = tl.max(b_new, 1), tl.min(b_best, 1)
+    b_best = tl.where(i_j < J, b_best, EMPTY)
+    for j in range(J):
+        b_top = tl.max(b_best, 1)
+        number = (NEVER - (b_top & 0x7FFFFFFF)).to(tl.int32)
+        tl.store(index + ((at + i_t) * G + g) * J + j, tl.where(b_top < EMPTY + J, -1, number), mask=inside)
+        b_best = tl.where(b_best == b_top[:, None], EMPTY, b_best)
 
 
 @triton.jit
@@ -86,7 +94,7 @@ def load_digit(keys, index, at, i, LENGTH, N, T, G: tl.constexpr, J: tl.constexp
     else:
         n = tl.load(keys + at * LENGTH + i, mask=real, other=0)
         token = tl.load(index + at * LENGTH + i, mask=real, other=0)
-    return n, token, tl.where(real, (n >> SHIFT) & 255, 255)
+    return n, token, tl.where(real, (n >> SHIFT) & 15, 15)
 
 
 @tiled([{"num_warps": 4, "num_stages": 1}])
@@ -104,12 +112,13 @@ def count_digits(
     SHIFT: tl.constexpr,
     W: tl.constexpr,
 ):
-    """How often each digit stands in a tile of W entries; counts: [B, G, 256, TILES]."""
+    """How often each digit stands in a tile of W entries; counts: [B, G, 16, TILES]."""
     program = tl.program_id(0).to(tl.int64)
     tile, at = program % TILES, program // TILES
     i = (tile * W).to(tl.int32) + tl.arange(0, W)
     _n, _token, digit = load_digit(keys, index, at, i, LENGTH, N, T, G, J, SHIFT)
-    tl.store(counts + (at * 256 + tl.arange(0, 256)) * TILES + tile, tl.histogram(digit, 256))
+    i_d = tl.arange(0, 16)
+    tl.store(counts + (at * 16 + i_d) * TILES + tile, tl.sum((digit[:, None] == i_d).to(tl.int32), 0))
 
 
 @tiled([{"num_warps": 4, "num_stages": 1}])
@@ -117,7 +126,7 @@ def count_digits(
 def place_by_digit(
     keys,
     index,
-    shifts,
+    before,
     new_keys,
     new_tokens,
     T,
@@ -129,19 +138,16 @@ def place_by_digit(
     SHIFT: tl.constexpr,
     W: tl.constexpr,
 ):
-    """Entries in the order of a digit, those with the same one in the order that they have.
-
-    shifts: [B, G, 256, TILES], what leads from a place in the sorted tile to that among all
+    """Entries in the order of a digit, those with the same one in the order that they have; before: [B, G, 16, TILES],
+    how many stand before those of a tile with a digit.
     """
     program = tl.program_id(0).to(tl.int64)
     tile, at = program % TILES, program // TILES
-    i_w = tl.arange(0, W)
-    begin = (tile * W).to(tl.int32)
-    _n, _token, digit = load_digit(keys, index, at, begin + i_w, LENGTH, N, T, G, J, SHIFT)
-    b_sorted = tl.sort(digit * W + i_w)
-    i = begin + b_sorted % W
+    i = (tile * W).to(tl.int32) + tl.arange(0, W)
     n, token, digit = load_digit(keys, index, at, i, LENGTH, N, T, G, J, SHIFT)
-    real = i < LENGTH
-    place = tl.load(shifts + (at * 256 + digit) * TILES + tile, mask=real, other=0) + i_w
-    tl.store(new_keys + at * LENGTH + place, n, mask=real)
-    tl.store(new_tokens + at * LENGTH + place, token, mask=real)
+    i_d = tl.arange(0, 16)
+    b_has = (digit[:, None] == i_d).to(tl.int32)
+    b_place = tl.cumsum(b_has, 0) - 1 + tl.load(before + (at * 16 + i_d) * TILES + tile)[None, :]
+    place = tl.sum(b_has * b_place, 1)
+    tl.store(new_keys + at * LENGTH + place, n, mask=i < LENGTH)
+    tl.store(new_tokens + at * LENGTH + place, token, mask=i < LENGTH)

@@ -10,7 +10,7 @@ from memlm_kernels.chunk_sparse_attention.choice_kernels import best_chunks, cou
 from memlm_kernels.launch import at_least_16, cdiv, laid, precision
 
 # Entries that a program of the radix sort holds.
-WIDTH = 1024
+WIDTH = 512
 
 
 @torch.library.custom_op("memlm::chunk_topk", mutates_args=())
@@ -18,13 +18,12 @@ def choose_chunks(q: Tensor, k: Tensor, first: Tensor | None, end: Tensor | None
     """[B, T, G, top_k] int64; first, end: int32."""
     q, k, first, end = laid(q, k, first, end)
     (batch, length, heads, keys), groups = q.shape, k.shape[2]
-    best = max(2, 1 << (top_k - 1).bit_length())
     index = q.new_empty(batch, length, groups, top_k, dtype=torch.int64)
     best_chunks(
         lambda tiles: batch * groups * cdiv(length, tiles["BT"]),
         {},
         **{"q": q, "k": k, "first": first, "end": end, "index": index, "T": length, "N": k.shape[1], "H": heads},
-        **{"G": groups, "K": keys, "J": top_k, "BJ": best, "BK": at_least_16(keys), "BN": max(64, best)},
+        **{"G": groups, "K": keys, "J": top_k, "BJ": 1 << (top_k - 1).bit_length(), "BK": at_least_16(keys), "BN": 64},
         # Scores are of fp32, whatever is given.
         PRECISION=precision(q.new_empty(0, dtype=torch.float32)),
     )
@@ -49,16 +48,14 @@ def invert(index: Tensor, num_chunks: int) -> tuple[Tensor, Tensor]:
     entries = length * chosen
     tiles = cdiv(entries, WIDTH)
     keys, values = None, index
-    for shift in range(0, max(1, num_chunks.bit_length()), 8):
+    for shift in range(0, max(1, num_chunks.bit_length()), 4):
         sizes = {"T": length, "N": num_chunks, "LENGTH": entries, "TILES": tiles, "G": groups, "J": chosen}
         given = {"keys": keys, "index": values, "SHIFT": shift, "W": WIDTH, **sizes}
-        counts = index.new_empty(batch, groups, 256, tiles)
+        counts = index.new_empty(batch, groups, 16, tiles)
         count_digits(lambda _: batch * groups * tiles, {}, counts=counts, **given)
-        before = counts.flatten(2).cumsum(2, dtype=torch.int32).view_as(counts)
-        # In the sorted tile a digit starts behind the lower ones.
-        shifts = before - counts.cumsum(2, dtype=torch.int32)
+        before = counts.flatten(2).cumsum(2, dtype=torch.int32).view_as(counts) - counts
         new_keys, new_tokens = (index.new_empty(batch, groups, entries) for _ in "kt")
-        arguments = {"shifts": shifts, "new_keys": new_keys, "new_tokens": new_tokens}
+        arguments = {"before": before, "new_keys": new_keys, "new_tokens": new_tokens}
         place_by_digit(lambda _: batch * groups * tiles, {}, **arguments, **given)
         keys, values = new_keys, new_tokens
     number = torch.arange(num_chunks + 1, device=index.device, dtype=torch.int32)

@@ -16,7 +16,7 @@ import triton.language as tl
 from memlm_kernels.launch import load_tile, store_tile, tiled
 
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
-# A tile that sees nothing begins here.
+# Behind all keys and chunks.
 NEVER = tl.constexpr(2147483647)
 _SIZES = ["T", "LK", "L", "P", "N", "U", "SPLITS", "PARTS", "TILES", "window", "shared"]
 _FORWARD = [{"BN": 64, "num_warps": 8, "num_stages": 2}, {"BN": 32, "num_warps": 8, "num_stages": 2}]
@@ -74,7 +74,8 @@ def load_spans(first, end, at, inside):
     b_first = tl.load(first + at, mask=inside, other=0)
     b_end = tl.load(end + at, mask=inside, other=0)
     some = b_first < b_end
-    return b_first, b_end, tl.min(tl.where(some, b_first, NEVER)), tl.max(tl.where(some, b_end, 0))
+    high = tl.max(tl.where(some, b_end, 0))
+    return b_first, b_end, tl.minimum(tl.min(tl.where(some, b_first, NEVER)), high), high
 
 
 @triton.jit
