@@ -103,7 +103,8 @@ def chunk_sparse_attention(
 
     q: [B, T, H, K]   k: [B, L, G, K]   v: [B, L, G, V]
     index: [B, T, G, J] integers, chunks that each token and group chose; negative: none; no chunk twice
-    starts: [B, N] integers, the key that each chunk starts with; any for chunks that nobody chose
+    starts: [B, N] integers, the key that each chunk starts with; any for chunks that nobody chose; of those that are
+        chosen no two share keys
     chunk_size: keys of a chunk; a token sees those of them that stand before its window
     window: last keys that a token sees, itself included; 1 at least
     places: [B, T], keys before each token in its document: it sees none beyond (None: all that there are)

@@ -118,7 +118,7 @@ def forward(
     q, k, v, other_q, far_k, index, starts = laid(q, k, v, other_q, far_k, index, starts)
     prefix_k, prefix_v, first, end = laid(prefix_k, prefix_v, first, end)
     call = Call(q, k, v, prefix_k, index, chunk_size)
-    splits = call.splits(most)
+    splits = call.splits(min(most, k.shape[1]))
     o, lse = q.new_empty(*q.shape[:3], call.values), q.new_empty(q.shape[:3], dtype=torch.float32)
     parts = [x if splits == 1 else x.new_empty(splits, *x.shape, dtype=torch.float32) for x in (o, lse)]
     attend_forward(
