@@ -63,7 +63,9 @@ def best_chunks(
         # There are two zeros.
         b_bits = tl.where(b_s == 0, 0.0, b_s).to(tl.int32, bitcast=True)
         b_bits = tl.where(b_bits < 0, b_bits ^ 0x7FFFFFFF, b_bits)
-        b_new = (b_bits.to(tl.int64) << 32) + (NEVER - n - i_n)[None, :]
+        # The interpreter has no difference of a constant and a tensor.
+        b_number = -(n + i_n) + NEVER
+        b_new = b_bits.to(tl.int64) * (1 << 32) + b_number[None, :]
         seen = (n + i_n >= b_first[:, None]) & (n + i_n < b_end[:, None])
         b_new = tl.where(seen, b_new, EMPTY)
         # The best new one takes the place of the worst, until no token gains.
@@ -76,7 +78,7 @@ def best_chunks(
     b_best = tl.where(i_j < J, b_best, EMPTY)
     for j in range(J):
         b_top = tl.max(b_best, 1)
-        number = (NEVER - (b_top & 0x7FFFFFFF)).to(tl.int32)
+        number = (-(b_top & 0x7FFFFFFF) + NEVER).to(tl.int32)
         tl.store(index + ((at + i_t) * G + g) * J + j, tl.where(b_top < EMPTY + J, -1, number), mask=inside)
         b_best = tl.where(b_best == b_top[:, None], EMPTY, b_best)
 
