@@ -30,10 +30,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "kernels")]
 
 from memlm_kernels import (  # noqa: E402
+    chunk_mean_attention,
+    chunk_sparse_attention,
+    chunk_topk,
     delta_rule,
+    invert_chunks,
     linear_attention,
     merge_topk,
     neural_memory,
+    prefix_window_attention,
     route_documents,
     segment_mean_pool,
 )
@@ -96,6 +101,31 @@ def attention(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:
     return Case([q, k, v], run)
 
 
+def near_and_far(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:
+    """A window of 512 tokens, a prefix of 16, and of the chunks of 64 before the window 16; four heads share keys."""
+    chunk, window, groups = min(64, size.tokens), min(512, size.tokens), -(-size.heads // 4)
+    q = torch.randn(size.rows, size.tokens, size.heads, 128, device=DEVICE, dtype=dtype)
+    k, v = (torch.randn(size.rows, size.tokens, groups, 128, device=DEVICE, dtype=dtype) for _ in "kv")
+    means = [x[:, : size.tokens // chunk * chunk].unflatten(1, (-1, chunk)).mean(2) for x in (k, v)]
+    here = torch.arange(size.tokens, device=DEVICE).expand(size.rows, -1)
+    spans = (torch.zeros_like(here), (here - window + chunk).clamp(min=0) // chunk)
+    choose = functools.partial(chunk_topk, top_k=16, spans=spans)
+    if op == "prefix_window_attention":
+        prefix = (torch.randn_like(q), k[:1, :16].clone(), v[:1, :16].clone())
+        run = functools.partial(prefix_window_attention, window=window, backend=backend)
+        return Case([q, k, v, *prefix], lambda q, k, v, *prefix: run(q, k, v, prefix=prefix)[0])
+    if op == "chunk_mean_attention":
+        return Case([q, *means], lambda *x: chunk_mean_attention(*x, spans=spans, backend=backend)[0])
+    if op == "chunk_topk":
+        return Case([q, means[0]], lambda *x: choose(*x, backend=backend), learns=False)
+    index = choose(q, means[0], backend="reference")
+    if op == "invert_chunks":
+        return Case([index], lambda x: invert_chunks(x, means[0].shape[1], backend=backend)[0], learns=False)
+    starts = torch.arange(0, size.tokens, chunk, device=DEVICE).expand(size.rows, -1)
+    run = functools.partial(chunk_sparse_attention, chunk_size=chunk, window=window, backend=backend)
+    return Case([q, k, v], lambda *x: run(*x, index, starts)[0])
+
+
 def routing(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:
     """64 tokens of one query, 32 heads in 8 groups, documents of 8 chunks."""
     q, k = (torch.randn(1, *shape, 128, device=DEVICE, dtype=dtype) for shape in ((64, 32), (size.chunks, 8)))
@@ -123,6 +153,11 @@ OPS: dict[str, tuple[Callable[..., Case], tuple[str, ...]]] = {
     "neural_memory": (recurrence, ("triton", "reference")),
     "neural_memory, two layers": (recurrence, ("triton", "reference")),
     "attention": (attention, ("flash", "cudnn", "flex")),
+    "chunk_sparse_attention": (near_and_far, ("triton", "reference")),
+    "chunk_topk": (near_and_far, ("triton", "reference")),
+    "invert_chunks": (near_and_far, ("triton", "reference")),
+    "chunk_mean_attention": (near_and_far, ("triton", "reference")),
+    "prefix_window_attention": (near_and_far, ("triton", "sdpa")),
     "route_documents": (routing, ("triton", "reference")),
     "route_documents, running": (routing, ("triton", "reference")),
     "merge_topk": (merging, ("triton", "reference")),

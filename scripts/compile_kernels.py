@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from memlm_kernels import launch  # noqa: E402
+from memlm_kernels.chunk_sparse_attention.triton import choose_chunks, invert  # noqa: E402
 from memlm_kernels.delta_rule.triton import delta_rule_triton  # noqa: E402
 from memlm_kernels.launch import Kernel  # noqa: E402
 from memlm_kernels.linear_attention.triton import linear_attention_triton  # noqa: E402
@@ -37,6 +38,7 @@ from memlm_kernels.neural_memory.deep import scan_deep  # noqa: E402
 from memlm_kernels.neural_memory.reference import Tokens, neural_memory_reference  # noqa: E402
 from memlm_kernels.neural_memory.segmented import SegmentedMemoryState, segmented_neural_memory  # noqa: E402
 from memlm_kernels.neural_memory.triton import scan_triton  # noqa: E402
+from memlm_kernels.prefix_window_attention.triton import attend_triton  # noqa: E402
 from memlm_kernels.route_documents.reference import Asked, Rule, Scored  # noqa: E402
 from memlm_kernels.route_documents.triton import choose_triton, merge_topk_triton  # noqa: E402
 from memlm_kernels.segment_mean_pool.triton import segment_mean_pool_triton  # noqa: E402
@@ -55,6 +57,7 @@ POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
     torch.int64: "*i64",
     torch.int32: "*i32",
     torch.bool: "*i1",
@@ -115,6 +118,32 @@ def cases(sample: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
             yield f"{name} routing, row, 128 of", once(route, q, k, ("dot", "max", "mean"), False, 128)
             if dtype == "bfloat16":
                 yield f"{name} routing, exact query", once(route, q.float(), k, ("cosine", "mean", "max"), True, 16)
+        yield from attentions(name, kind, size, sample)
+
+
+def attentions(name: str, kind: torch.dtype, size: int, sample: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Four heads share keys; a token's window is 512 keys."""
+    q = torch.empty(2, 1024, 8, size, dtype=kind, requires_grad=True)
+    k, v = (torch.empty(2, 1024, 2, size, dtype=kind, requires_grad=True) for _ in "kv")
+    spans = [torch.zeros(2, 1024, dtype=torch.int64)] * 2
+    choice = (torch.zeros(2, 1024, 2, 16, dtype=torch.int64), torch.zeros(2, 16, dtype=torch.int64), 64, 512)
+
+    def call(*given: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        return attend_triton(*given, *spans, 512, None, **options)
+
+    def step() -> tuple[Tensor, ...]:
+        token, near = [x[:, :1] for x in (q.detach(), *spans)], (choice[0][:, :1], *choice[1:])
+        return attend_triton(token[0], k.detach(), v.detach(), *token[1:], 512, None, choice=near)
+
+    yield f"{name} choice", once(choose_chunks, q.detach(), k.detach().float(), *(x.int() for x in spans), 16)
+    # Numbers of two digits.
+    yield f"{name} inverse", once(invert, choice[0], 300)
+    yield f"{name} chunks", both(lambda: call(q, k, v, choice=choice))
+    yield f"{name} chunks, step", step
+    yield f"{name} window, prefix", both(lambda: call(q, k, v, prefix=(q, k[:1, :16], v[:1, :16])))
+    if not sample:
+        yield f"{name} chunks, far", both(lambda: call(q, k, v, far=(q, k), choice=choice))
+        yield f"{name} window", both(lambda: call(q, k, v))
 
 
 def first(*tensors: Tensor) -> list[Tensor]:
@@ -201,9 +230,10 @@ def signature(kernel: Kernel, arguments: dict[str, Any]) -> dict[str, str]:
     types = {}
     for name in kernel.function.arg_names:
         x = arguments.get(name)
-        types[name] = (
-            "constexpr" if name in constant or x is None else POINTERS[x.dtype] if hasattr(x, "dtype") else "i32"
-        )
+        if name in constant or x is None:
+            types[name] = "constexpr"
+        else:
+            types[name] = POINTERS[x.dtype] if hasattr(x, "dtype") else "fp32" if isinstance(x, float) else "i32"
     return types
 
 

@@ -24,6 +24,11 @@ TRITON = {
     "delta_rule": "keys up to 256",
     "neural_memory": "one layer without a norm, or two, the squared error, window 1, keys up to 128, of two layers 64",
     "segmented_neural_memory": "keys up to 128",
+    "chunk_topk": "top_k up to 128",
+    "invert_chunks": "all",
+    "chunk_sparse_attention": "heads up to 256, at most 32 of which share keys",
+    "chunk_mean_attention": "heads up to 256, at most 32 of which share keys",
+    "prefix_window_attention": "heads up to 256, at most 32 of which share keys",
     "route_documents": "chunk_reduce='max', top_k up to 128",
     "merge_topk": "top_k up to 128",
     "segment_mean_pool": "all",
@@ -32,10 +37,6 @@ FLA = ("linear_attention", "delta_rule")
 REFERENCE = (
     "large_chunk_memory",
     "read_memory",
-    "chunk_topk",
-    "invert_chunks",
-    "chunk_sparse_attention",
-    "chunk_mean_attention",
     "nominate_documents",
 )
 
@@ -71,7 +72,10 @@ def main() -> None:
         others = [f"{name} can run when asked for" for name in available[1:] if name != "reference"]
         cannot = [f"{name} cannot: {reason}" for name, reason in refused.items()]
         limits = [] if "triton" in refused else [f"triton takes {takes}"]
-        say(op, "; ".join([available[0], *others, *limits, *cannot]))
+        first = available[0]
+        if op == "prefix_window_attention" and first == "reference":
+            first = "sdpa"
+        say(op, "; ".join([first, *others, *limits, *cannot]))
     for op in REFERENCE:
         say(op, "reference, its only one")
     rows = torch.empty(16, 16, device=x.device, dtype=torch.bfloat16)

@@ -16,6 +16,7 @@ from memlm_kernels.large_chunk_memory import LargeChunkMemoryState, large_chunk_
 from memlm_kernels.linear_attention import linear_attention
 from memlm_kernels.neural_memory import NeuralMemoryState, neural_memory, read_memory
 from memlm_kernels.neural_memory.segmented import SegmentedMemoryState, segmented_neural_memory
+from memlm_kernels.prefix_window_attention import prefix_window_attention
 from memlm_kernels.route_documents import merge_topk, route_documents
 from memlm_kernels.segment_mean_pool import segment_mean_pool
 
@@ -34,6 +35,7 @@ __all__ = [
     "linear_attention",
     "merge_topk",
     "neural_memory",
+    "prefix_window_attention",
     "read_memory",
     "route_documents",
     "segment_mean_pool",

@@ -1,7 +1,7 @@
 """Causal softmax attention, full or in a sliding window: the baseline, and a part of hybrid memories.
 
 B batch, T tokens, S keys kept from earlier calls, L = S + T, D hidden, H query heads, G key-value
-heads, K head dim, P persistent tokens, N blocks of Q queries, W window.
+heads, K head dim, P persistent tokens.
 
 Everything about who sees whom follows from one number: the distance d from a query back to a key
 in the row. A key is seen if 0 <= d < W and d <= the query's place in its document, which covers
@@ -28,10 +28,12 @@ from memlm.memory.base import (
     require,
     token_positions,
 )
+from memlm_kernels import prefix_window_attention
 from memlm_kernels.grid import keep_last
+from memlm_kernels.prefix_window_attention.reference import plain
 
-# Narrow windows still make matrix products worth starting.
-_MIN_BLOCK = 64
+# Of ``attn_implementation``, those that are the op's: its own choice, and plain products.
+_BACKENDS = {"sdpa": "auto", "eager": "reference"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ class Config:
 
 
 class Mixer(SequenceMixer):
-    """Grouped-query attention with rotary positions; the backend is transformers' attention interface."""
+    """Grouped-query attention with rotary positions, by ``prefix_window_attention``, or by FlexAttention or
+    flash-attn through transformers' attention interface.
+    """
 
     is_causal = True
 
@@ -121,16 +125,11 @@ class Mixer(SequenceMixer):
             source = F.pad(new, (0, 0, 0, 0, max(0, kept - length), 0)) if fresh else seen[name]
             new_state[name] = keep_last(source, kept, length, ctx.lengths_B)
 
-        rotated_BTHK = rotary(q_BTHK, angles)
-        if length == 0:
-            y_BTHK = q_BTHK
-        elif self.config.persistent_tokens:
-            # Doubled head dim: tokens score in the rotated half, persistent tokens in the unrotated one.
-            q = torch.cat([rotated_BTHK, q_BTHK], -1)
-            k, v = (F.pad(x, (0, self.dims.head_dim)) for x in seen.values())
-            y_BTHK = self._attend(q, k, v, self._prefix(), positions_BT, fresh, window)[..., : self.dims.head_dim]
-        else:
-            y_BTHK = self._attend(rotated_BTHK, seen["k"], seen["v"], None, positions_BT, fresh, window)
+        prefix = self._prefix(q_BTHK) if self.config.persistent_tokens and length else None
+        y_BTHK = q_BTHK
+        if length:
+            rotated_BTHK = rotary(q_BTHK, angles)
+            y_BTHK = self._attend(rotated_BTHK, seen["k"], seen["v"], prefix, positions_BT, fresh, window)
         return y_BTHK, (q_BTHK, k_BTGK, v_BTGK), new_state
 
     def project(
@@ -144,81 +143,54 @@ class Mixer(SequenceMixer):
             projected = list(F.silu(qkv).split(self.sizes, -1))
         return [x.unflatten(-1, (-1, self.dims.head_dim)) for x in projected], history
 
-    def _prefix(self) -> tuple[Tensor, Tensor]:
-        """Keys (in the unrotated half) and values of the persistent tokens, [1, P, G, 2K]."""
+    def _prefix(self, q_BTHK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries for the persistent tokens, unrotated as they are, their keys and values, [1, P, G, K]."""
         k, v = (proj(self.persistent)[None] for proj in (self.k_proj, self.v_proj))
         if self.config.conv_size:
             k, v = F.silu(k), F.silu(v)
-        head_dim = self.dims.head_dim
-        k, v = (x.unflatten(-1, (-1, head_dim)) for x in (k, v))
-        return F.pad(k, (head_dim, 0)), F.pad(v, (0, head_dim))
+        k, v = (x.unflatten(-1, (-1, self.dims.head_dim)) for x in (k, v))
+        return q_BTHK, k, v
 
     def _attend(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        prefix: tuple[Tensor, Tensor] | None,
+        prefix: tuple[Tensor, Tensor, Tensor] | None,
         positions_BT: Tensor,
         fresh: bool,
         window: int | None,
     ) -> Tensor:
-        """softmax(q k^T) v over the keys each query sees; q [B, T, H, *], k and v [B, L, G, *]."""
+        """softmax(q k^T) v over the keys each query sees; q [B, T, H, K], k and v [B, L, G, K]."""
         backend = self.dims.attn_implementation
         if "flash" in backend:
             return self._flash(q, k, v, prefix, fresh, window)
         if backend == "flex_attention":
             return self._flex(q, k, v, prefix, positions_BT, window)
-        if window is None or window >= k.shape[1]:
-            if fresh and prefix is None:
-                return self._call(backend, q, k, v, None)
-            return self._dense(backend, q, k, v, prefix, positions_BT, window)
-        block = min(q.shape[1], max(window, _MIN_BLOCK))
-        pad, missing = -q.shape[1] % block, window - 1 - (k.shape[1] - q.shape[1])
-        # Overlapping views: block n of queries sees its own keys and the W-1 before them.
-        q_BNQ = F.pad(q, (0, 0, 0, 0, 0, pad)).unflatten(1, (-1, block))
-        k_BNL, v_BNL = (
-            F.pad(x, (0, 0, 0, 0, missing, pad)).unfold(1, block + window - 1, block).movedim(-1, 2) for x in (k, v)
-        )
-        positions_BNQ = F.pad(positions_BT, (0, pad)).unflatten(1, (-1, block)).expand(q_BNQ.shape[:3])
-        q, k, v = (x.flatten(0, 1) for x in (q_BNQ, k_BNL, v_BNL))
-        y = self._dense(backend, q, k, v, prefix, positions_BNQ.flatten(0, 1), window)
-        return y.unflatten(0, q_BNQ.shape[:2]).flatten(1, 2)[:, : positions_BT.shape[1]]
-
-    def _dense(
-        self,
-        backend: str,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        prefix: tuple[Tensor, Tensor] | None,
-        positions_BT: Tensor,
-        window: int | None,
-    ) -> Tensor:
-        queries, keys = q.shape[1], k.shape[1]
-        distance = torch.arange(keys - queries, keys, device=q.device)[:, None] - torch.arange(keys, device=q.device)
-        seen = (distance >= 0) & (distance <= positions_BT[..., None])
-        if window:
-            seen &= distance < window
-        if prefix is not None:
-            k, v = (torch.cat([p.expand(len(x), -1, -1, -1), x], 1) for p, x in zip(prefix, (k, v), strict=True))
-            seen = F.pad(seen, (prefix[0].shape[1], 0), value=True)
-        return self._call(backend, q, k, v, seen[:, None])
+        known = ", ".join([*_BACKENDS, "flex_attention", "flash_attention_2"])
+        require(backend in _BACKENDS, f"attn_implementation={backend!r} is unknown here; use one of {known}")
+        places_BT = None if fresh else positions_BT.expand(q.shape[:2])
+        options: Any = {"window": window, "places": places_BT, "prefix": prefix, "backend": _BACKENDS[backend]}
+        return prefix_window_attention(q, k, v, **options).output
 
     def _flex(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        prefix: tuple[Tensor, Tensor] | None,
+        prefix: tuple[Tensor, Tensor, Tensor] | None,
         positions_BT: Tensor,
         window: int | None,
     ) -> Tensor:
         from torch.nn.attention.flex_attention import create_block_mask
 
+        always, size = 0, self.dims.head_dim
         if prefix is not None:
-            k, v = (torch.cat([p.expand(len(x), -1, -1, -1), x], 1) for p, x in zip(prefix, (k, v), strict=True))
-        always = prefix[0].shape[1] if prefix is not None else 0
+            # Doubled head dim: tokens score in the one half, persistent tokens in the other.
+            own_q, own_k, own_v = prefix
+            always, q = own_k.shape[1], torch.cat([q, own_q], -1)
+            joined = ((F.pad(own_k, (size, 0)), F.pad(k, (0, size))), (F.pad(x, (0, size)) for x in (own_v, v)))
+            k, v = (torch.cat([p.expand(len(x), -1, -1, -1), x], 1) for p, x in joined)
         past = k.shape[1] - always - q.shape[1]
         width = window or k.shape[1]
         positions_BT = positions_BT.expand(q.shape[:2])
@@ -228,14 +200,14 @@ class Mixer(SequenceMixer):
             return (j < always) | ((distance >= 0) & (distance < width) & (distance <= positions_BT[b, i]))
 
         mask = create_block_mask(seen, len(q), None, q.shape[1], k.shape[1], device=q.device)
-        return self._call("flex_attention", q, k, v, mask)
+        return self._call("flex_attention", q, k, v, mask)[..., :size]
 
     def _flash(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        prefix: tuple[Tensor, Tensor] | None,
+        prefix: tuple[Tensor, Tensor, Tensor] | None,
         fresh: bool,
         window: int | None,
     ) -> Tensor:
@@ -269,10 +241,5 @@ def eager(
     module: Mixer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
     """Attention in plain matrix products, [B, H, T, K] in and [B, T, H, K] out; the oracle of the others."""
-    k, v = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (k, v))
-    scores = q @ k.mT * scaling
-    if mask is None:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
-    return (weights.to(v.dtype) @ v).transpose(1, 2), None
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return plain(q, k, v, mask, scaling)[0], None

@@ -2,11 +2,13 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from memlm_kernels.backend import choose
+from memlm_kernels.backend import choose, with_triton
 from memlm_kernels.chunk_sparse_attention.choice import chunk_topk_reference, invert_chunks_reference
 from memlm_kernels.chunk_sparse_attention.reference import Chosen, Keys, Pooled, attend
+from memlm_kernels.prefix_window_attention import check_heads, check_places, too_large, window_spans
 
 __all__ = ["Attended", "ChunkReaders", "chunk_mean_attention", "chunk_sparse_attention", "chunk_topk", "invert_chunks"]
 
@@ -52,9 +54,14 @@ def chunk_topk(
     """
     if top_k < 1 or tile < 1:
         raise ValueError(f"top_k={top_k} and tile={tile} must be at least 1")
-    _check_heads(q, k)
+    check_heads(q, k)
     _check_spans(q, spans)
-    choose("chunk_topk", backend, ("reference",))
+    limit = f"its kernels take a top_k of at most 128, not {top_k}" if top_k > 128 else None
+    if choose("chunk_topk", backend, *with_triton(q, limit)) == "triton" and q.numel() and k.numel():
+        from memlm_kernels.chunk_sparse_attention.triton import choose_chunks
+
+        first, end = (x.to(torch.int32) for x in spans) if spans else (None, None)
+        return choose_chunks(q.detach(), k.detach(), first, end, top_k)
     return chunk_topk_reference(q, k, top_k, spans, tile)
 
 
@@ -68,7 +75,10 @@ def invert_chunks(index: Tensor, num_chunks: int, *, backend: str = "auto") -> C
         raise ValueError(f"index {list(index.shape)} of {index.dtype} must be integers [B, T, G, J]")
     if num_chunks < 0:
         raise ValueError(f"num_chunks={num_chunks} must not be negative")
-    choose("invert_chunks", backend, ("reference",))
+    if choose("invert_chunks", backend, *with_triton(index, None)) == "triton" and index.numel():
+        from memlm_kernels.chunk_sparse_attention.triton import invert
+
+        return ChunkReaders(*invert(index, num_chunks))
     return ChunkReaders(*invert_chunks_reference(index, num_chunks))
 
 
@@ -93,7 +103,8 @@ def chunk_sparse_attention(
 
     q: [B, T, H, K]   k: [B, L, G, K]   v: [B, L, G, V]
     index: [B, T, G, J] integers, chunks that each token and group chose; negative: none; no chunk twice
-    starts: [B, N] integers, the key that each chunk starts with; any for chunks that nobody chose
+    starts: [B, N] integers, the key that each chunk starts with; any for chunks that nobody chose; of those that are
+        chosen no two share keys
     chunk_size: keys of a chunk; a token sees those of them that stand before its window
     window: last keys that a token sees, itself included; 1 at least
     places: [B, T], keys before each token in its document: it sees none beyond (None: all that there are)
@@ -108,7 +119,7 @@ def chunk_sparse_attention(
     for name, value in (("chunk_size", chunk_size), ("window", window), ("tile", tile)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
-    _check_heads(q, k)
+    check_heads(q, k)
     batch, length, groups = len(q), q.shape[1], k.shape[2]
     if v.ndim != 4 or v.shape[2] != groups or not length <= k.shape[1] <= v.shape[1]:
         raise ValueError(f"v {list(v.shape)} must be [B, L, G, V] with k {list(k.shape)}, L at least T={length}")
@@ -122,9 +133,15 @@ def chunk_sparse_attention(
         raise ValueError(f"index {list(index.shape)} must be integers [B, T, G, J], {[batch, length, groups]} and any")
     if starts.ndim != 2 or len(starts) != batch or starts.is_floating_point():
         raise ValueError(f"starts {list(starts.shape)} must be integers [B, N] with B={batch}")
-    if places is not None and (places.shape != (batch, length) or places.is_floating_point()):
-        raise ValueError(f"places {list(places.shape)} must be integers [B, T] = {[batch, length]}")
-    choose("chunk_sparse_attention", backend, ("reference",))
+    check_places(q, places)
+    available = with_triton(q, too_large(q, k, v))
+    has_chunks = index.shape[3] > 0 and starts.shape[1] > 0
+    if choose("chunk_sparse_attention", backend, *available) == "triton" and q.numel():
+        from memlm_kernels.prefix_window_attention.triton import attend_triton
+
+        choice = (index, starts, chunk_size, window) if has_chunks else None
+        spans = window_spans(q, k, window, places)
+        return Attended(*attend_triton(q, k, v, *spans, window, scale, far=far, choice=choice))
     near = Keys(q, k, v[:, v.shape[1] - k.shape[1] :])
     chosen = Chosen(index, starts, chunk_size, window, places)
     return Attended(*attend(chosen, [near, Keys(far_q, far_k, v)], scale, tile))
@@ -152,19 +169,19 @@ def chunk_mean_attention(
     """
     if tile < 1:
         raise ValueError(f"tile={tile} must be at least 1")
-    _check_heads(q, k)
+    check_heads(q, k)
     _check_spans(q, spans)
     if v.ndim != 4 or v.shape[:3] != k.shape[:3]:
         raise ValueError(f"v {list(v.shape)} must be [B, N, G, V] with k {list(k.shape)}")
-    choose("chunk_mean_attention", backend, ("reference",))
+    if choose("chunk_mean_attention", backend, *with_triton(q, too_large(q, k, v))) == "triton" and q.numel():
+        from memlm_kernels.prefix_window_attention.triton import attend_triton
+
+        if k.shape[1]:
+            number = q.new_zeros(q.shape[:2], dtype=torch.int32)
+            first, end = spans or (number, number + k.shape[1])
+            first, end = first.clamp(min=0), end.clamp(max=k.shape[1])
+            return Attended(*attend_triton(q, k, v, first, end, k.shape[1], scale))
     return Attended(*attend(Pooled(spans), [Keys(q, k, v)], scale, tile))
-
-
-def _check_heads(q: Tensor, k: Tensor) -> None:
-    if q.ndim != 4 or k.ndim != 4 or len(q) != len(k) or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} must be [B, T, H, K] and [B, any, G, K]")
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"q has {q.shape[2]} heads, which do not divide by the {k.shape[2]} of k")
 
 
 def _check_spans(q: Tensor, spans: tuple[Tensor, Tensor] | None) -> None:

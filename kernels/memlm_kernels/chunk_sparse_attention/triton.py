@@ -1,0 +1,70 @@
+"""The choice of chunks and its inverse by Triton kernels, as ops of torch; attention itself is the op of
+``prefix_window_attention``.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from memlm_kernels.chunk_sparse_attention.choice_kernels import best_chunks, count_digits, place_by_digit
+from memlm_kernels.launch import at_least_16, cdiv, laid, precision
+
+# Entries that a program of the radix sort holds.
+WIDTH = 512
+
+
+@torch.library.custom_op("memlm::chunk_topk", mutates_args=())
+def choose_chunks(q: Tensor, k: Tensor, first: Tensor | None, end: Tensor | None, top_k: int) -> Tensor:
+    """[B, T, G, top_k] int64; first, end: int32."""
+    q, k, first, end = laid(q, k, first, end)
+    (batch, length, heads, keys), groups = q.shape, k.shape[2]
+    index = q.new_empty(batch, length, groups, top_k, dtype=torch.int64)
+    best_chunks(
+        lambda tiles: batch * groups * cdiv(length, tiles["BT"]),
+        {},
+        **{"q": q, "k": k, "first": first, "end": end, "index": index, "T": length, "N": k.shape[1], "H": heads},
+        **{"G": groups, "K": keys, "J": top_k, "BJ": 1 << (top_k - 1).bit_length(), "BK": at_least_16(keys), "BN": 64},
+        # Scores are of fp32, whatever is given.
+        PRECISION=precision(q.new_empty(0, dtype=torch.float32)),
+    )
+    return index
+
+
+@choose_chunks.register_fake
+def _(q: Tensor, k: Tensor, first: Tensor | None, end: Tensor | None, top_k: int) -> Tensor:
+    return q.new_empty(*q.shape[:2], k.shape[2], top_k, dtype=torch.int64)
+
+
+@register_flop_formula(torch.ops.memlm.chunk_topk)
+def _flops(q: tuple[int, ...], k: tuple[int, ...], *_: object, **__: object) -> int:
+    return 2 * q[0] * q[1] * k[1] * k[2] * k[3]
+
+
+@torch.library.custom_op("memlm::invert_chunks", mutates_args=())
+def invert(index: Tensor, num_chunks: int) -> tuple[Tensor, Tensor]:
+    """Tokens [B, G, T J] int32, and offsets [B, G, N + 1]."""
+    index = index.to(torch.int32).contiguous()
+    batch, length, groups, chosen = index.shape
+    entries = length * chosen
+    tiles = cdiv(entries, WIDTH)
+    keys, values = None, index
+    for shift in range(0, max(1, num_chunks.bit_length()), 4):
+        sizes = {"T": length, "N": num_chunks, "LENGTH": entries, "TILES": tiles, "G": groups, "J": chosen}
+        given = {"keys": keys, "index": values, "SHIFT": shift, "W": WIDTH, **sizes}
+        counts = index.new_empty(batch, groups, 16, tiles)
+        count_digits(lambda _: batch * groups * tiles, {}, counts=counts, **given)
+        before = counts.flatten(2).cumsum(2, dtype=torch.int32).view_as(counts) - counts
+        new_keys, new_tokens = (index.new_empty(batch, groups, entries) for _ in "kt")
+        arguments = {"before": before, "new_keys": new_keys, "new_tokens": new_tokens}
+        place_by_digit(lambda _: batch * groups * tiles, {}, **arguments, **given)
+        keys, values = new_keys, new_tokens
+    number = torch.arange(num_chunks + 1, device=index.device, dtype=torch.int32)
+    assert keys is not None
+    return values, torch.searchsorted(keys, number.expand(batch, groups, -1).contiguous())
+
+
+@invert.register_fake
+def _(index: Tensor, num_chunks: int) -> tuple[Tensor, Tensor]:
+    batch, length, groups, chosen = index.shape
+    tokens = index.new_empty(batch, groups, length * chosen, dtype=torch.int32)
+    return tokens, index.new_empty(batch, groups, num_chunks + 1, dtype=torch.int64)

@@ -1,0 +1,119 @@
+"""Causal attention to a window, and to a prefix that every token sees."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from memlm_kernels.backend import choose, with_triton
+from memlm_kernels.prefix_window_attention.reference import plain, read_blocks, sdpa
+
+__all__ = ["WindowAttended", "prefix_window_attention"]
+
+
+class WindowAttended(NamedTuple):
+    """output: [B, T, H, V]; lse: [B, T, H], the log of the sum of exponentials of the scores, in fp32 at least, if it
+    was asked for.
+    """
+
+    output: Tensor
+    lse: Tensor | None
+
+
+def prefix_window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None = None,
+    places: Tensor | None = None,
+    prefix: tuple[Tensor, Tensor, Tensor] | None = None,
+    scale: float | None = None,
+    with_lse: bool = False,
+    backend: str = "auto",
+) -> WindowAttended:
+    """softmax(q k^T) v of each token over the last keys and a prefix, in one (persistent tokens before a window:
+    Titans, arXiv:2501.00663, sections 3.3 and 4).
+
+    The tokens of the call are the last T keys. Heads share keys in groups.
+
+    q: [B, T, H, K]   k: [B, L, G, K]   v: [B, L, G, V]
+    window: last keys that a token sees, itself included; None: all
+    places: integers [B, T], keys before each token in its document: it sees none beyond (None: all that there are)
+    prefix: queries [B, T, H, K], keys [1 or B, P, G, K] and values [1 or B, P, G, V] of what every token sees too
+    scale: of the scores; None for 1 / sqrt(K)
+
+    Backends: ``sdpa``, torch's own in blocks of queries, which knows no lse; ``reference``, plain products in blocks;
+    ``triton``. Work and memory grow with T window, without one with T L. Accumulates in fp32.
+    Raises ValueError if shapes disagree, window < 1, or the backend cannot run.
+    """
+    _check(q, k, v, window, places, prefix)
+    available, refused = with_triton(q, too_large(q, k, v))
+    if with_lse:
+        refused = {**refused, "sdpa": "it gives no lse"}
+    else:
+        at = available.index("reference")
+        available = (*available[:at], "sdpa", *available[at:])
+    backend = choose("prefix_window_attention", backend, available, refused)
+    if backend == "triton" and q.numel():
+        from memlm_kernels.prefix_window_attention.triton import attend_triton
+
+        spans = window_spans(q, k, window, places)
+        return WindowAttended(*attend_triton(q, k, v, *spans, window or k.shape[1], scale, prefix=prefix))
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    return WindowAttended(*read_blocks(q, k, v, window, places, prefix, scale, sdpa if backend == "sdpa" else plain))
+
+
+def window_spans(q: Tensor, k: Tensor, window: int | None, places: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The first key that each token sees, and the end, [B, T]; the tokens are those of the last keys."""
+    batch, length, past = len(q), q.shape[1], k.shape[1] - q.shape[1]
+    here = torch.arange(past, past + length, device=q.device).expand(batch, -1)
+    back = here if places is None else torch.minimum(here, places)
+    back = back if window is None else back.clamp(max=window - 1)
+    return here - back, here + 1
+
+
+def too_large(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """What Triton's kernels of attention do not take of a call."""
+    if max(q.shape[3], v.shape[3]) > 256:
+        return f"its kernels take heads of at most 256, not K={q.shape[3]} and V={v.shape[3]}"
+    if q.shape[2] > 32 * k.shape[2]:
+        return f"its kernels take at most 32 heads that share keys, not {q.shape[2]} of {k.shape[2]}"
+    return None
+
+
+def check_heads(q: Tensor, k: Tensor) -> None:
+    """Raise ValueError unless q is [B, T, H, K] and k [B, any, G, K], H a multiple of G."""
+    if q.ndim != 4 or k.ndim != 4 or len(q) != len(k) or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} must be [B, T, H, K] and [B, any, G, K]")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"q has {q.shape[2]} heads, which do not divide by the {k.shape[2]} of k")
+
+
+def check_places(q: Tensor, places: Tensor | None) -> None:
+    if places is not None and (places.shape != q.shape[:2] or places.is_floating_point()):
+        raise ValueError(f"places {list(places.shape)} must be integers [B, T] = {list(q.shape[:2])}")
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    places: Tensor | None,
+    prefix: tuple[Tensor, Tensor, Tensor] | None,
+) -> None:
+    if window is not None and window < 1:
+        raise ValueError(f"window={window} must be at least 1")
+    check_heads(q, k)
+    check_places(q, places)
+    if v.ndim != 4 or v.shape[:3] != k.shape[:3] or q.shape[1] > k.shape[1]:
+        raise ValueError(f"v {list(v.shape)} must be [B, L, G, V] with k {list(k.shape)}, L at least T={q.shape[1]}")
+    if prefix is not None:
+        own_q, own_k, own_v = (x.shape for x in prefix)
+        rows, fits = own_k[0] in (1, len(q)), own_k[2:] == k.shape[2:] and own_v[3:] == v.shape[3:]
+        if own_q != q.shape or len(own_k) != 4 or own_v[:3] != own_k[:3] or not rows or not fits:
+            raise ValueError(
+                f"queries {list(own_q)}, keys {list(own_k)} and values {list(own_v)} of the prefix must be "
+                f"[B, T, H, K], [1 or B, P, G, K] and [1 or B, P, G, V] with q {list(q.shape)} and v {list(v.shape)}"
+            )

@@ -1,0 +1,108 @@
+"""Attention to a window and a prefix, in blocks of queries that see overlapping blocks of keys.
+
+B rows, T tokens, L keys, H query heads in G groups, K key dim, V value dim, P keys of the prefix, W window, N blocks
+of Q queries.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memlm_kernels.segments import exact
+
+# q, k, v, mask [B, 1, T, L] (None: causal, T = L), scale -> output, lse
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor | None]]
+
+# Narrow windows still make matrix products worth starting.
+_MIN_BLOCK = 64
+
+
+def read_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    places: Tensor | None,
+    prefix: tuple[Tensor, Tensor, Tensor] | None,
+    scale: float,
+    attend: Attend,
+) -> tuple[Tensor, Tensor | None]:
+    """Arguments as of ``prefix_window_attention``."""
+    always = None
+    if prefix is not None:
+        # Keys of doubled size: those of tokens score in one half of the queries, those of the prefix in the other.
+        own_q, own_k, own_v = prefix
+        size = q.shape[3]
+        q, k = torch.cat([q, own_q], -1), F.pad(k, (0, size))
+        always = F.pad(own_k, (size, 0)), own_v
+    length = q.shape[1]
+    if window is None or window >= k.shape[1]:
+        if always is None and places is None and length == k.shape[1]:
+            return attend(q, k, v, None, scale)
+        return _dense(q, k, v, window, places, always, scale, attend)
+    block = min(length, max(window, _MIN_BLOCK))
+    pad, missing = -length % block, window - 1 - (k.shape[1] - length)
+    if places is None:
+        places = torch.arange(k.shape[1] - length, k.shape[1], device=q.device).expand(len(q), -1)
+    # Overlapping views: block n of queries sees its own keys and the W - 1 before them.
+    q_BNQ = F.pad(q, (0, 0, 0, 0, 0, pad)).unflatten(1, (-1, block))
+    k_BNL, v_BNL = (
+        F.pad(x, (0, 0, 0, 0, missing, pad)).unfold(1, block + window - 1, block).movedim(-1, 2) for x in (k, v)
+    )
+    places_BNQ = F.pad(places, (0, pad)).unflatten(1, (-1, block))
+    if always is not None and len(always[0]) > 1:
+        always = always[0].repeat_interleave(q_BNQ.shape[1], 0), always[1].repeat_interleave(q_BNQ.shape[1], 0)
+    q, k, v = (x.flatten(0, 1) for x in (q_BNQ, k_BNL, v_BNL))
+    outputs = _dense(q, k, v, window, places_BNQ.flatten(0, 1), always, scale, attend)
+    output, lse = (None if x is None else x.unflatten(0, q_BNQ.shape[:2]).flatten(1, 2)[:, :length] for x in outputs)
+    assert output is not None
+    return output, lse
+
+
+def _dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    places: Tensor | None,
+    always: tuple[Tensor, Tensor] | None,
+    scale: float,
+    attend: Attend,
+) -> tuple[Tensor, Tensor | None]:
+    queries, keys = q.shape[1], k.shape[1]
+    distance = torch.arange(keys - queries, keys, device=q.device)[:, None] - torch.arange(keys, device=q.device)
+    seen = (distance >= 0)[None]
+    if places is not None:
+        seen = seen & (distance <= places[..., None])
+    if window:
+        seen = seen & (distance < window)
+    if always is not None:
+        k, v = (torch.cat([p.expand(len(x), -1, -1, -1), x], 1) for p, x in zip(always, (k, v), strict=True))
+        seen = F.pad(seen, (always[0].shape[1], 0), value=True)
+    return attend(q, k, v, seen[:, None], scale)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, None]:
+    """torch's own; values as wide as keys let it take its fast ways."""
+    size = v.shape[3]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, F.pad(v, (0, max(0, q.shape[3] - size)))))
+    shared = mask is None
+    if not shared:
+        # With a mask it has no fast way for heads that share keys.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    output = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=shared)
+    return output.transpose(1, 2)[..., :size], None
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Plain matrix products, the oracle of the others."""
+    groups = k.shape[2]
+    scores = exact(q).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4) @ exact(k).permute(0, 2, 3, 1)[:, :, None]
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()[None, None]
+    scores = (scores * scale).masked_fill(~mask[:, :, None], torch.finfo(scores.dtype).min)
+    lse = scores.logsumexp(-1)
+    output = (scores - lse[..., None]).exp() @ exact(v).transpose(1, 2)[:, :, None]
+    return output.permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype), lse.permute(0, 3, 1, 2).flatten(2, 3)

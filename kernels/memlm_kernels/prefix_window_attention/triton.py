@@ -1,0 +1,379 @@
+"""Softmax attention by Triton kernels, as an op of torch: it compiles whole, and its floating-point work is counted.
+
+One op for all that ``kernels`` does; ``chunk_sparse_attention`` calls it with chosen chunks.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from memlm_kernels.chunk_sparse_attention.choice import invert_chunks_reference
+from memlm_kernels.chunk_sparse_attention.kernels import add_parts, chunks_backward, unite_chunks
+from memlm_kernels.launch import Tiles, at_least_16, cdiv, laid, precision
+from memlm_kernels.prefix_window_attention.kernels import (
+    attend_forward,
+    keys_backward,
+    merge_splits,
+    queries_backward,
+)
+
+# Programs that keep a GPU busy; readers of a chunk that one program sums up.
+ENOUGH, PER = 256, 1024
+_LOG2E = 1.4426950408889634
+
+
+class Call:
+    """Sizes of a call, and how it is cut; see ``kernels``."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, index: Tensor | None, chunk: int):
+        self.batch, self.length, self.heads, self.keys = q.shape
+        self.groups, self.values = k.shape[2], v.shape[-1]
+        self.padded = 1 << (self.heads // self.groups - 1).bit_length()
+        wide = max(at_least_16(self.keys), at_least_16(self.values)) * q.element_size()
+        # As large as registers hold, of which fp32 takes twice as many.
+        most = 64 if wide <= 256 and q.element_size() == 2 else 32
+        self.rows = min(most, max(16, self.padded, 1 << (self.length * self.padded - 1).bit_length()))
+        self.tiles = cdiv(self.length, self.rows // self.padded)
+        self.most_keys = most if wide <= 512 else 16
+        self.prefix = 0 if prefix_k is None else prefix_k.shape[1]
+        self.chosen = 0 if index is None else index.shape[3]
+        self.chunk = chunk
+        self.limits = self.limit(k.shape[1])
+        sizes: dict[str, Any] = {
+            "T": self.length,
+            "LK": k.shape[1],
+            "L": v.shape[1],
+            "H": self.heads,
+            "G": self.groups,
+        }
+        sizes |= {"K": self.keys, "V": self.values, "PRECISION": precision(q), "RP": self.padded}
+        self.sizes = sizes | {"BK": at_least_16(self.keys), "BV": at_least_16(self.values)}
+        self.of_choice = {"J": self.chosen, "C": chunk, "BC": self.limit(chunk)["BN"]}
+
+    def limit(self, keys: int) -> Tiles:
+        return {"BN": min(self.most_keys, at_least_16(keys))}
+
+    def splits(self, most: int) -> int:
+        """Of the keys that a program sees at most, where there are too few programs: a power of two."""
+        if self.tiles > 1:
+            return 1
+        programs, tile = self.batch * self.groups, self.limits["BN"]
+        items = cdiv(most, tile) + cdiv(self.prefix, tile) + self.chosen * cdiv(self.chunk, self.of_choice["BC"])
+        return 1 << max(0, min(ENOUGH // programs, items, 32).bit_length() - 1)
+
+    def parts(self, keys: int, tiles: Tiles) -> int:
+        """Of the queries, for a program to go through where keys are few: a power of two."""
+        programs = self.batch * self.groups * cdiv(keys, tiles["BN"])
+        return 1 << max(0, min(ENOUGH // programs, cdiv(self.tiles, 8)).bit_length() - 1)
+
+
+def _united(call: Call, index: Tensor | None) -> dict[str, Any]:
+    """The chunks that each tile of queries goes through."""
+    if index is None:
+        return {"united": None, "count": None, "U": 0, "BJ": 1}
+    taken = {"U": call.chosen, "BJ": 1 << (call.chosen - 1).bit_length()}
+    tokens = min(call.rows // call.padded, call.length)
+    if tokens == 1:
+        return taken | {"united": index, "count": None}
+    tokens = call.rows // call.padded
+    room = tokens * call.chosen
+    united = index.new_empty(call.batch, call.tiles, call.groups, room)
+    count = index.new_empty(united.shape[:3])
+    unite_chunks(
+        lambda _: count.numel(),
+        {},
+        **{"index": index, "united": united, "count": count, "T": call.length, "U": room, "G": call.groups},
+        **{"J": call.chosen, "BT": tokens, "W": 1 << (room - 1).bit_length()},
+    )
+    return taken | {"united": united, "count": count, "U": room}
+
+
+@torch.library.custom_op("memlm::attention", mutates_args=())
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor,
+    end: Tensor,
+    other_q: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    far_k: Tensor | None,
+    index: Tensor | None,
+    starts: Tensor | None,
+    chunk_size: int,
+    window: int,
+    most: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """o [B, T, H, V] and lse [B, T, H].
+
+    first, end: [B, T] int32, the span of the LK keys k that each token sees, at most ``most`` of them
+    v: [B, L, G, V]; k are the last LK of L keys, far_k (None: k) all, of which index (int32) chooses
+    other_q: queries for the prefix, or for far_k; None: q
+    """
+    q, k, v, other_q, far_k, index, starts = laid(q, k, v, other_q, far_k, index, starts)
+    prefix_k, prefix_v, first, end = laid(prefix_k, prefix_v, first, end)
+    call = Call(q, k, v, prefix_k, index, chunk_size)
+    splits = call.splits(min(most, k.shape[1]))
+    o, lse = q.new_empty(*q.shape[:3], call.values), q.new_empty(q.shape[:3], dtype=torch.float32)
+    parts = [x if splits == 1 else x.new_empty(splits, *x.shape, dtype=torch.float32) for x in (o, lse)]
+    attend_forward(
+        lambda _: splits * call.batch * call.tiles * call.groups,
+        call.limits,
+        **{"q": q, "k": k, "v": v, "first": first, "end": end, "other_q": other_q, "index": index, "starts": starts},
+        **{"prefix_k": prefix_k, "prefix_v": prefix_v, "far_k": _or(far_k, k), "o": parts[0], "lse": parts[1]},
+        **{"scale": scale * _LOG2E, "window": window, "SPLITS": splits, "B": call.batch, "BM": call.rows},
+        **_shared(call, prefix_k, starts),
+        **_united(call, index),
+        **call.sizes,
+        **call.of_choice,
+    )
+    if splits > 1:
+        merge_splits(
+            lambda tiles: cdiv(lse.numel(), tiles["BM"]),
+            {},
+            **{"parts": parts[0], "lse_parts": parts[1], "o": o, "lse": lse, "ROWS": lse.numel(), "SPLITS": splits},
+            **{"H": call.heads, "V": call.values, "BV": call.sizes["BV"]},
+        )
+    return o, lse
+
+
+def _or(x: Tensor | None, other: Tensor) -> Tensor:
+    return other if x is None else x
+
+
+def _shared(call: Call, prefix_k: Tensor | None, starts: Tensor | None) -> dict[str, int]:
+    one = prefix_k is not None and len(prefix_k) == 1
+    return {"shared": 0 if one else 1, "P": call.prefix, "N": 0 if starts is None else starts.shape[1]}
+
+
+@forward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor,
+    end: Tensor,
+    other_q: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    far_k: Tensor | None,
+    index: Tensor | None,
+    starts: Tensor | None,
+    chunk_size: int,
+    window: int,
+    most: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _seven(gradients: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    a, b, c, d, e, f, g = gradients
+    return a, b, c, d, e, f, g
+
+
+@torch.library.custom_op("memlm::attention_backward", mutates_args=())
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor,
+    end: Tensor,
+    other_q: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    far_k: Tensor | None,
+    index: Tensor | None,
+    starts: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    d_o: Tensor,
+    d_lse: Tensor | None,
+    chunk_size: int,
+    window: int,
+    most: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, other_q, prefix_k, prefix_v and far_k, of no size for what is not there."""
+    q, k, v, other_q, far_k, index, starts = laid(q, k, v, other_q, far_k, index, starts)
+    prefix_k, prefix_v, first, end, d_o, d_lse = laid(prefix_k, prefix_v, first, end, d_o, d_lse)
+    call = Call(q, k, v, prefix_k, index, chunk_size)
+    d_q, d_other = torch.empty_like(q), None if other_q is None else torch.empty_like(q)
+    delta = torch.empty_like(lse)
+    bounds = first.new_empty(call.batch, call.tiles, 2)
+    scales = {"scale": scale * _LOG2E, "factor": scale}
+    queries_backward(
+        lambda _: call.batch * call.tiles * call.groups,
+        call.limits,
+        **{"q": q, "k": k, "v": v, "first": first, "end": end, "other_q": other_q, "index": index, "starts": starts},
+        **{"prefix_k": prefix_k, "prefix_v": prefix_v, "far_k": _or(far_k, k), "o": o, "lse": lse, "d_o": d_o},
+        **{"d_lse": d_lse, "d_q": d_q, "d_other_q": d_other, "delta": delta, "bounds": bounds, **scales},
+        **{"window": window, "BM": call.rows},
+        **_shared(call, prefix_k, starts),
+        **_united(call, index),
+        **call.sizes,
+        **call.of_choice,
+    )
+    queries = {"q": q, "lse": lse, "delta": delta, "d_o": d_o, **scales}
+    d_k, d_v = _keys_gradients(call, {**queries, "first": first, "end": end, "bounds": bounds}, k, v)
+    others = queries if other_q is None else {**queries, "q": other_q}
+    d_prefix_k = d_prefix_v = d_far_k = None
+    if prefix_k is not None and prefix_v is not None:
+        everyone = {**others, "first": None, "end": None, "bounds": None}
+        d_prefix_k, d_prefix_v = _keys_gradients(call, everyone, prefix_k, prefix_v)
+    if index is not None and starts is not None:
+        d_v = torch.nn.functional.pad(d_v, (0, 0, 0, 0, v.shape[1] - k.shape[1], 0))
+        if far_k is not None:
+            d_far_k = far_k.new_zeros(far_k.shape, dtype=torch.float32)
+        chosen = {**others, "k": _or(far_k, k), "v": v, "window": window}
+        _add_chunks(call, chosen, index, starts, d_k if d_far_k is None else d_far_k, d_v)
+    gradients = (d_q, d_k, d_v, d_other, d_prefix_k, d_prefix_v, d_far_k)
+    return _seven(q.new_empty(0) if x is None else x.to(q.dtype) for x in gradients)
+
+
+def _keys_gradients(call: Call, queries: dict[str, Any], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Of keys that queries see in spans, or all of them, in fp32."""
+    limits = call.limit(k.shape[1])
+    parts = call.parts(k.shape[1], limits)
+    shape = (parts, call.batch, k.shape[1], call.groups)
+    d_k, d_v = (k.new_empty(*shape, size, dtype=torch.float32) for size in (call.keys, call.values))
+    keys_backward(
+        lambda tiles: parts * call.batch * call.groups * cdiv(k.shape[1], tiles["BN"]),
+        {**limits, "BM": call.rows},
+        **{**queries, "k": k, "v": v, "d_k": d_k, "d_v": d_v, "shared": int(len(k) == call.batch), "B": call.batch},
+        **{**call.sizes, "LK": k.shape[1], "L": v.shape[1], "TILES": call.tiles, "PARTS": parts},
+        BOUND=call.rows // call.padded,
+    )
+    return _sum_parts(d_k, len(k)), _sum_parts(d_v, len(k))
+
+
+def _sum_parts(x: Tensor, rows: int) -> Tensor:
+    """[PARTS, B, ...] -> [rows, ...]"""
+    x = x[0] if len(x) == 1 else x.sum(0)
+    return x if len(x) == rows else x.sum(0, keepdim=True)
+
+
+def _add_chunks(call: Call, given: dict[str, Any], index: Tensor, starts: Tensor, d_k: Tensor, d_v: Tensor) -> None:
+    """Adds the gradients of chosen keys."""
+    chunks = starts.shape[1]
+    token, offsets = invert_chunks_reference(index, chunks)
+    sizes = (offsets.diff(dim=-1) + PER - 1) // PER
+    first = torch.nn.functional.pad(sizes.cumsum(-1), (1, 0))
+    count = (token.shape[2] + min(chunks, token.shape[2]) * (PER - 1)) // PER
+    part = torch.arange(count, device=index.device).expand(*first.shape[:2], -1).contiguous()
+    owner = torch.searchsorted(first[..., 1:].contiguous(), part, right=True).clamp(max=chunks - 1)
+    room = (call.batch, call.groups, count, call.chunk)
+    parts_k, parts_v = (d_k.new_empty(*room, size) for size in (call.keys, call.values))
+    tiles = cdiv(call.chunk, call.of_choice["BC"])
+    sizes_of_call = {name: x for name, x in call.sizes.items() if name != "LK"}
+    chunks_backward(
+        lambda _: call.batch * call.groups * count * tiles,
+        {"BM": call.rows},
+        **{**given, "starts": starts, "readers": token, "offsets": offsets, "owner": owner, "first": first},
+        **{"d_k": parts_k, "d_v": parts_v, "N": chunks, "PARTS": count, "PER": PER},
+        **sizes_of_call,
+        **call.of_choice,
+    )
+    for x, parts, size in ((d_k, parts_k, "BK"), (d_v, parts_v, "BV")):
+        add_parts(
+            lambda _: call.batch * call.groups * chunks * tiles,
+            {},
+            **{"parts": parts, "starts": starts, "first": first, "d_x": x, "L": x.shape[1], "N": chunks},
+            **{"PARTS": count, "G": call.groups, "K": x.shape[3], "C": call.chunk, "BC": call.of_choice["BC"]},
+            BK=call.sizes[size],
+        )
+
+
+@backward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor,
+    end: Tensor,
+    other_q: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    far_k: Tensor | None,
+    index: Tensor | None,
+    starts: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    d_o: Tensor,
+    d_lse: Tensor | None,
+    chunk_size: int,
+    window: int,
+    most: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _seven(q.new_empty(0 if x is None else x.shape) for x in (q, k, v, other_q, prefix_k, prefix_v, far_k))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:11], *output)
+    ctx.settings = inputs[11:]
+
+
+def _backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    *inputs, o, lse = ctx.saved_tensors
+    d_o = torch.zeros_like(o) if d_o is None else d_o
+    gradients = backward(*inputs, o, lse, d_o, d_lse, *ctx.settings)
+    d_q, d_k, d_v, *others = gradients
+    present = [None if x is None else d for x, d in zip(inputs[5:9], others, strict=True)]
+    return d_q, d_k, d_v, None, None, *present, *[None] * 6
+
+
+forward.register_autograd(_backward, setup_context=_setup)
+
+
+def _flops(shapes: tuple[Any, ...], products: int) -> int:
+    """Of a product with keys and one with values, or of all five of a backward."""
+    q, k, v, prefix, index, chunk_size, most = (shapes[i] for i in (0, 1, 2, 6, 9, 11, 13))
+    keys = min(most, k[1]) + (prefix[1] if prefix else 0) + (index[3] * chunk_size if index else 0)
+    return 2 * q[0] * q[1] * q[2] * keys * ((products + 1) // 2 * q[3] + products // 2 * v[3])
+
+
+@register_flop_formula(torch.ops.memlm.attention)
+def _forward_flops(*shapes: Any, **_: Any) -> int:
+    return _flops(shapes, 2)
+
+
+@register_flop_formula(torch.ops.memlm.attention_backward)
+def _backward_flops(*shapes: Any, **_: Any) -> int:
+    return _flops((*shapes[:11], *shapes[15:]), 5)
+
+
+def attend_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor,
+    end: Tensor,
+    most: int,
+    scale: float | None,
+    *,
+    prefix: tuple[Tensor | None, Tensor, Tensor] | None = None,
+    far: tuple[Tensor | None, Tensor] | None = None,
+    choice: tuple[Tensor, Tensor, int, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """prefix: queries (None: q), keys, values; far: queries, keys; choice: index, starts, chunk_size, window."""
+    other_q, prefix_k, prefix_v = prefix or (None, None, None)
+    far_q, far_k = far or (None, None)
+    index, starts, chunk_size, window = choice or (None, None, 1, 1)
+    given = [q, k, v, other_q if far is None else far_q, prefix_k, prefix_v, far_k]
+    # One type for what is multiplied; sums are fp32 in any case.
+    dtype = q.dtype
+    for x in given:
+        dtype = dtype if x is None else torch.promote_types(dtype, x.dtype)
+    q_, k_, v_, *others = (None if x is None else x.to(dtype) for x in given)
+    places = [x.to(torch.int32) for x in (first, end)]
+    chosen = [None if x is None else x.to(torch.int32) for x in (index, starts)]
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    o, lse = forward(q_, k_, v_, *places, *others, *chosen, chunk_size, window, most, scale)
+    return o.to(q.dtype), lse

@@ -1,0 +1,86 @@
+"""Attention to a window and a prefix against a loop over rows, tokens, heads and keys in fp64."""
+
+import pytest
+import torch
+
+from memlm_kernels import prefix_window_attention
+from memlm_kernels.testing import assert_close, grads_of
+from tests.kernels.test_chunk_sparse_attention import heads_of, softmax_read, stacked
+
+
+def oracle(q, k, v, window, places, prefix):
+    """Output and lse side by side, [B, T, H, V + 1]."""
+    batch, tokens, heads, dim = q.shape
+    past = k.shape[1] - tokens
+    own_q, own_k, own_v = prefix or (q, k[:, :0], v[:, :0])
+
+    def of(b, t, h):
+        g, here = h * k.shape[2] // heads, past + t
+        row = b % len(own_k)
+        pairs = [(own_q[b, t, h] @ own_k[row, p, g], own_v[row, p, g]) for p in range(own_k.shape[1])]
+        reach = here if places is None else min(here, places[b, t].item())
+        first = here - min(reach, here if window is None else window - 1)
+        pairs += [(q[b, t, h] @ k[b, j, g], v[b, j, g]) for j in range(first, here + 1)]
+        output, lse = softmax_read([(score * dim**-0.5, value) for score, value in pairs])
+        return torch.cat([output, lse[None]])
+
+    return stacked(of, batch, tokens, heads)
+
+
+# Tokens, keys, window, rows of the prefix (0: none), documents: blocks that do not fill up, history longer than it.
+CASES = [
+    (1, 1, None, 0, False),
+    (1, 9, 4, 1, False),
+    (11, 11, None, 0, False),
+    (11, 14, None, 2, True),
+    (70, 70, 3, 0, True),
+    (70, 80, 3, 2, False),
+]
+
+
+@pytest.mark.parametrize(("tokens", "keys", "window", "rows", "documents"), CASES)
+def test_equals_a_loop_and_so_do_its_gradients(tokens, keys, window, rows, documents):
+    q, k, v = heads_of(2, tokens, keys, 2, 1)
+    own_q, own_k, own_v = heads_of(2, tokens, 3, 2, 1, seed=1)
+    places = (torch.arange(tokens) % 7).expand(2, -1) if documents else None
+    inputs = [q, k, v, *((own_q, own_k[:rows], own_v[:rows]) if rows else ())]
+
+    def expected(q, k, v, *prefix):
+        return oracle(q, k, v, window, places, prefix)
+
+    def got(q, k, v, *prefix, backend="reference"):
+        options = dict(window=window, places=places, prefix=prefix or None, with_lse=backend == "reference")
+        output, lse = prefix_window_attention(q, k, v, **options, backend=backend)
+        return output if lse is None else torch.cat([output, lse[..., None]], -1)
+
+    reads = expected(*inputs)
+    assert_close("output and lse", reads, got(*inputs), 1e-12)
+    assert_close("output", reads[..., :-1], got(*inputs, backend="sdpa"), 1e-12)
+    for i, (a, b) in enumerate(zip(grads_of(expected, inputs), grads_of(got, inputs), strict=True)):
+        assert_close(f"gradient {i}", a, b, 1e-11)
+
+
+def test_auto_is_torchs_own_unless_lse_is_wanted():
+    q, k, v = heads_of(1, 5, 5)
+    assert prefix_window_attention(q, k, v).lse is None
+    lse = prefix_window_attention(q, k, v, with_lse=True).lse
+    assert lse is not None and lse.shape == (1, 5, 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(window=0), "window=0 must be at least 1"),
+        (dict(places=torch.zeros(1, 4, dtype=torch.int64)), r"places \[1, 4\] must be integers"),
+        (dict(k=torch.zeros(1, 4, 2, 6), v=torch.zeros(1, 4, 2, 5)), "L at least T=5"),
+        (dict(v=torch.zeros(1, 5, 1, 5)), r"v \[1, 5, 1, 5\] must be"),
+        (dict(q=torch.zeros(1, 5, 3, 6)), "3 heads, which do not divide by the 2"),
+        (dict(prefix=[torch.zeros(1, 5, 4, 6)] + [torch.zeros(2, 3, 2, n) for n in (6, 5)]), "of the prefix must be"),
+        (dict(with_lse=True, backend="sdpa"), "backend='sdpa' cannot run here: it gives no lse; use one of auto, ref"),
+        (dict(backend="triton"), "backend='triton' cannot run here"),
+    ],
+)
+def test_bad_inputs_are_named(settings, message):
+    q, k, v = heads_of(1, 5, 5)
+    with pytest.raises(ValueError, match=message):
+        prefix_window_attention(**{"q": q, "k": k, "v": v, **settings})
