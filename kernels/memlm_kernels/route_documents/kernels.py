@@ -304,7 +304,7 @@ def larger(a, b):
 
 
 @tiled(
-    [{"BC": 256, "num_warps": 8, "num_stages": 1}],
+    [{"BC": 256, "num_warps": 16, "num_stages": 1}],
     [{"BC": 128, "num_warps": 4, "num_stages": 1}, {"BC": 256, "num_warps": 8, "num_stages": 1}],
 )
 @triton.jit(do_not_specialize=_SIZES)
