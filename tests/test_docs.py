@@ -49,7 +49,7 @@ def test_a_new_memory_is_three_files_and_passes_the_contract(tmp_path):
     [
         (0, "titans_mag", "It was the ", "memories/book/memory.safetensors"),
         (1, "msa", "?dwp2", "banks/facts/index.json"),
-        (2, "msa", "xy ", "checkpoint"),
+        (2, "msa", "xy ", "runs/chains/msa-seed0/checkpoints/step_001200/config.json"),
     ],
 )
 def test_the_readme_examples_run(tmp_path, monkeypatch, capsys, example, memory, said, written):

@@ -47,7 +47,7 @@ def with_triton(x: Tensor, limit: str | None) -> tuple[tuple[str, ...], dict[str
     are ``PROVEN``. On a CPU they run in Triton's interpreter, which is for tests.
     """
     reason = missing_triton(x.device.type) or limit
-    if x.dtype not in DTYPES:
+    if x.is_floating_point() and x.dtype not in DTYPES:
         reason = reason or f"its kernels take float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
     if reason:
         return ("reference",), {"triton": reason}
