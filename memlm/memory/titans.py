@@ -294,7 +294,7 @@ class NeuralMemory(SequenceMixer):
         # In the precision of q and k: what is read is rounded once, at the end.
         v_BTHK = exact(v_BTHK)
         if self.config.memory_norm:
-            # The size of what LayerNorm says: smaller values drown in the x of x + LayerNorm(MLP(x)).
+            # The size of what LayerNorm says.
             v_BTHK = F.rms_norm(v_BTHK, v_BTHK.shape[-1:], eps=self.norm.eps)
         return self._features(q_BTHK), self._features(k_BTHK), v_BTHK, conv
 
