@@ -18,17 +18,21 @@ from memlm_kernels.neural_memory import NeuralMemoryState, neural_memory, read_m
 from memlm_kernels.neural_memory.segmented import SegmentedMemoryState, segmented_neural_memory
 from memlm_kernels.prefix_window_attention import prefix_window_attention
 from memlm_kernels.route_documents import merge_topk, route_documents
+from memlm_kernels.routed_memory import MemoryRoutes, combine_reads, dispatch_tokens
 from memlm_kernels.segment_mean_pool import segment_mean_pool
 
 __all__ = [
     "LargeChunkMemoryState",
+    "MemoryRoutes",
     "NeuralMemoryState",
     "SegmentedMemoryState",
     "choose",
     "chunk_mean_attention",
     "chunk_sparse_attention",
     "chunk_topk",
+    "combine_reads",
     "delta_rule",
+    "dispatch_tokens",
     "grouped_linear",
     "invert_chunks",
     "large_chunk_memory",

@@ -106,6 +106,12 @@ def _power_of_two(x: float) -> int:
     return 1 << max(0, math.ceil(x) - 1).bit_length()
 
 
+def counts(index: Tensor, size: int) -> Tensor:
+    """[B, size]: how often each row of index [B, T] holds 0, 1, ... size - 1; ``size`` itself counts for nothing."""
+    zeros = torch.zeros(len(index), size + 1, dtype=torch.int64, device=index.device)
+    return zeros.scatter_add(1, index, torch.ones_like(index))[:, :size]
+
+
 def exact(x: Tensor) -> Tensor:
     """In fp32, or in fp64 if it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -13,10 +13,8 @@ make S segments, H heads, V value dim, C channels of q, k, v together.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
@@ -35,9 +33,8 @@ from memlm.memory.base import (
     token_positions,
 )
 from memlm.memory.parts import BranchGate
-from memlm.memory.recurrence import Documents, counts, gate_logits, recur
-from memlm_kernels import grouped_linear
-from memlm_kernels.grid import pick
+from memlm.memory.recurrence import Documents, gate_logits, recur
+from memlm_kernels import MemoryRoutes, combine_reads, dispatch_tokens, grouped_linear
 from memlm_kernels.segments import exact
 
 CONVOLUTIONS = ("per_memory", "before_routing", "none")
@@ -89,55 +86,6 @@ class Config(recurrence.Config):
             self.window_size is None or self.window_size >= 1,
             f"window_size={self.window_size} must be at least 1, or null for no attention branch",
         )
-
-
-class Routes(NamedTuple):
-    """Where a row's R routed tokens stand once they are put in the order of their segments.
-
-    token_BR: the token of each; place_BTJ: of each token's choices; cu_seqlens: [B, S + 1]
-    flat_BR: the place of each in the whole batch ordered by memory; source: the inverse, as B * T tokens, [B * R]
-    sizes_M: tokens of each memory in that order, padding counted to the last
-    """
-
-    token_BR: Tensor
-    place_BTJ: Tensor
-    cu_seqlens: Tensor
-    flat_BR: Tensor
-    source: Tensor
-    sizes_M: Tensor
-
-    @staticmethod
-    def of(memory_BTJ: Tensor, memories: int, documents: Documents | None) -> "Routes":
-        batch, length, choices = memory_BTJ.shape
-        device, of_documents = memory_BTJ.device, documents.most if documents else 1
-        segments = of_documents * memories
-        owner_BTJ = memory_BTJ
-        if documents is not None:
-            padding_BT1 = (documents.index_BT == documents.most)[..., None]
-            owner_BTJ = (documents.index_BT[..., None] * memories + memory_BTJ).masked_fill(padding_BT1, segments)
-        owner_BR = owner_BTJ.flatten(1)
-        # Stable, for a memory reads its tokens in their order.
-        owner_BR, order_BR = owner_BR.sort(dim=1, stable=True)
-        routed = torch.arange(length * choices, device=device).expand(batch, -1)
-        place_BR = torch.empty_like(order_BR).scatter(1, order_BR, routed)
-        sizes_BS = counts(owner_BR, segments)
-        cu_seqlens = F.pad(sizes_BS.cumsum(1), (1, 0))
-
-        # By memory, then row, then document; padding behind all.
-        row = torch.arange(batch, device=device)
-        by_memory = sizes_BS.unflatten(1, (of_documents, memories)).permute(2, 0, 1)
-        runs = torch.cat([by_memory.flatten(), length * choices - cu_seqlens[:, -1]])
-        starts = runs.cumsum(0) - runs
-        document_BR, memory_BR = owner_BR // memories, owner_BR % memories
-        run_BR = (memory_BR * batch + row[:, None]) * of_documents + document_BR
-        run_BR = torch.where(owner_BR < segments, run_BR, len(runs) - batch + row[:, None])
-        flat_BR = starts[run_BR] + routed - cu_seqlens.gather(1, owner_BR)
-        token_BR = order_BR // choices
-        source = torch.empty_like(flat_BR.flatten())
-        source = source.scatter(0, flat_BR.flatten(), (row[:, None] * length + token_BR).flatten())
-        sizes_M = by_memory.sum((1, 2))
-        sizes_M = torch.cat([sizes_M[:-1], batch * length * choices - sizes_M[:-1].sum(0, keepdim=True)])
-        return Routes(token_BR, place_BR.unflatten(1, (length, choices)), cu_seqlens, flat_BR, source, sizes_M)
 
 
 class Mixer(SequenceMixer):
@@ -216,7 +164,8 @@ class Mixer(SequenceMixer):
         q_BTC = self.q_proj(input_BTD)
         kv_BTC, logits_BTL = self._shared_projections(input_BTD)
         weight_BTJ, memory_BTJ, aux_losses, metrics = self._choose(x_BTD, documents)
-        routes = Routes.of(memory_BTJ, self.config.num_memories, documents)
+        of_documents = (documents.index_BT, documents.most) if documents else ()
+        routes = MemoryRoutes.of(memory_BTJ, self.config.num_memories, *of_documents)
         o_BRHV, after["routed"], of_rule = recur(
             self.recurrence,
             self._routed_inputs(input_BTD, q_BTC, kv_BTC, logits_BTL, routes),
@@ -224,10 +173,9 @@ class Mixer(SequenceMixer):
             documents,
             substate(before, "routed"),
             substate(start, "routed"),
-            routes.flat_BR if self.config.conv_across_segments and self.training else None,
+            routes.ungrouped if self.config.conv_across_segments and self.training else None,
         )
-        o_BTJHV = pick(o_BRHV, routes.place_BTJ.flatten(1)).unflatten(1, (-1, self.config.top_k))
-        o_BTHV = (weight_BTJ[..., None, None].to(o_BTJHV.dtype) * o_BTJHV).sum(2)
+        shared_BTHV = None
         if self.config.shared_memory and kv_BTC is not None:
             shared_BTHV, after["shared"], _ = recur(
                 self.recurrence,
@@ -237,7 +185,7 @@ class Mixer(SequenceMixer):
                 substate(before, "shared"),
                 substate(start, "shared"),
             )
-            o_BTHV = o_BTHV + shared_BTHV
+        o_BTHV = combine_reads(o_BRHV, routes.place, weight_BTJ, shared_BTHV)
         y_BTD = self.reading(o_BTHV, x_BTD)
         if self.config.window_size is not None:
             seen = self.attention(x_BTD, substate(state, "attention") if state else None, ctx)
@@ -290,30 +238,28 @@ class Mixer(SequenceMixer):
         return None, gate_logits(None, x_BTD)
 
     def _routed_inputs(
-        self, x_BTD: Tensor, q_BTC: Tensor, kv_BTC: Tensor | None, logits_BTL: Tensor, routes: Routes
+        self, x_BTD: Tensor, q_BTC: Tensor, kv_BTC: Tensor | None, logits_BTL: Tensor, routes: MemoryRoutes
     ) -> tuple[Tensor, Tensor]:
         """q, k, v [B, R, C] and logits [B, R, L] of routed tokens, in the order of their memories."""
-
-        def routed(x: Tensor) -> Tensor:
-            return pick(x, routes.token_BR)
-
-        q_BRC = routed(q_BTC)
         if self.config.single_kv and kv_BTC is not None:
-            return torch.cat([q_BRC, routed(kv_BTC)], -1), routed(logits_BTL)
-        x_ND = x_BTD.flatten(0, 1)[routes.source]
-        kv_BRC = self._of_memories(x_ND, self.kv_proj, routes)
+            qkv_BTC = torch.cat([q_BTC, kv_BTC], -1)
+            return dispatch_tokens(qkv_BTC, routes.place), dispatch_tokens(logits_BTL, routes.place)
+        q_BRC = dispatch_tokens(q_BTC, routes.place)
+        x_1ND = dispatch_tokens(x_BTD.flatten(0, 1)[None], routes.grouped)
+        kv_BRC = self._of_memories(x_1ND, self.kv_proj, routes)
         with torch.autocast(x_BTD.device.type, enabled=False):
             logits_BRL = logits_BTL.new_zeros(*q_BRC.shape[:2], 0)
             if self.gates is not None:
-                logits_BRL = self._of_memories(exact(x_ND), self.gates, routes)
+                logits_BRL = self._of_memories(exact(x_1ND), self.gates, routes)
         return torch.cat([q_BRC, kv_BRC], -1), logits_BRL
 
-    def _of_memories(self, x_ND: Tensor, proj: nn.Linear, routes: Routes) -> Tensor:
+    def _of_memories(self, x_1ND: Tensor, proj: nn.Linear, routes: MemoryRoutes) -> Tensor:
         """Each routed token through the projection of its memory, [B, R, *]."""
-        if torch.is_autocast_enabled(x_ND.device.type):
-            x_ND = x_ND.to(torch.get_autocast_dtype(x_ND.device.type))
-        weight_MCD = proj.weight.to(x_ND.dtype).unflatten(0, (self.config.num_memories, -1))
-        return grouped_linear(x_ND, weight_MCD, routes.sizes_M)[routes.flat_BR]
+        if torch.is_autocast_enabled(x_1ND.device.type):
+            x_1ND = x_1ND.to(torch.get_autocast_dtype(x_1ND.device.type))
+        weight_MCD = proj.weight.to(x_1ND.dtype).unflatten(0, (self.config.num_memories, -1))
+        y_1NC = grouped_linear(x_1ND[0], weight_MCD, routes.sizes)[None]
+        return dispatch_tokens(y_1NC, routes.ungrouped)[0].unflatten(0, routes.place.flatten(1).shape)
 
 
 def _joined(position_B: Tensor, parts: dict[str, State]) -> State:

@@ -35,8 +35,14 @@ from memlm.memory.base import (
     token_positions,
 )
 from memlm.memory.parts import Recalled, start_delayed
-from memlm_kernels import SegmentedMemoryState, delta_rule, linear_attention, segmented_neural_memory
-from memlm_kernels.segments import exact
+from memlm_kernels import (
+    SegmentedMemoryState,
+    delta_rule,
+    dispatch_tokens,
+    linear_attention,
+    segmented_neural_memory,
+)
+from memlm_kernels.segments import counts, exact
 
 INITIALIZATIONS = ("default", "recall")
 
@@ -270,19 +276,20 @@ class Recurrence(nn.Module):
         logits_BTL: Tensor,
         cu_seqlens: Tensor | None,
         state: State,
-        across_BT: Tensor | None = None,
+        across_1N1: Tensor | None = None,
     ) -> tuple[Tensor, State, dict[str, Tensor]]:
-        """state: [B, S, ...]; across_BT: an order of all tokens to convolve along, whatever their segments.
+        """state: [B, S, ...]; across_1N1: all tokens in an order to convolve along, whatever their segments.
 
         Returns reads [B, T, H, V] in fp32 at least, the new state, and metrics.
         """
         state, conv = dict(state), {}
         if self.conv is not None:
             convolved_BTC, conv["conv"] = self.conv.over_segments(qkv_BTC, state.pop("conv"), cu_seqlens)
-            if across_BT is not None:
-                row_1NC = qkv_BTC.flatten(0, 1)[across_BT.flatten().argsort()][None]
+            if across_1N1 is not None:
+                row_1NC = qkv_BTC.flatten(0, 1)[across_1N1.flatten()][None]
                 start_1WC = row_1NC.new_zeros(1, self.config.conv_size - 1, row_1NC.shape[2])
-                convolved_BTC = self.conv(row_1NC, start_1WC, None, None)[0][0][across_BT]
+                convolved_1NC = self.conv(row_1NC, start_1WC, None, None)[0]
+                convolved_BTC = dispatch_tokens(convolved_1NC, across_1N1).view_as(qkv_BTC)
             qkv_BTC = convolved_BTC
         heads, sizes = self.config.num_heads, self.config.sizes
         q, k, v = (exact(x).unflatten(-1, (heads, -1)) for x in F.silu(qkv_BTC).split(sizes, -1))
@@ -347,18 +354,12 @@ def recur(
     documents: Documents | None,
     before: State,
     start: State,
-    across_BT: Tensor | None = None,
+    across_1N1: Tensor | None = None,
 ) -> tuple[Tensor, State, dict[str, Tensor]]:
     """``Recurrence.forward`` with each document's memories as segments; before, start and the result: [B, M, ...]."""
     state = documents.spread(before, start) if documents else before
-    o, after, metrics = recurrence(*inputs, cu_seqlens, state, across_BT)
+    o, after, metrics = recurrence(*inputs, cu_seqlens, state, across_1N1)
     return o, documents.collect(after) if documents else after, metrics
-
-
-def counts(index_BT: Tensor, size: int) -> Tensor:
-    """[B, size]: how often each row holds 0, 1, ... size - 1; ``size`` itself counts for nothing."""
-    zeros = torch.zeros(len(index_BT), size + 1, dtype=torch.int64, device=index_BT.device)
-    return zeros.scatter_add(1, index_BT, torch.ones_like(index_BT))[:, :size]
 
 
 class Reading(nn.Module):

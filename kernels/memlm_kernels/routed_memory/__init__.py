@@ -1,0 +1,74 @@
+"""Tokens that a router sends to some of many memories: what stands before and behind the memories' recurrence.
+
+    routes = MemoryRoutes.of(memory, num_memories)
+    k, v = (dispatch_tokens(x, routes.place) for x in (k, v))
+    o, state = linear_attention(..., cu_seqlens=routes.cu_seqlens)
+    y = combine_reads(o, routes.place, weight)
+
+There is no op that does all three: memories have projections and convolutions of their own, which stand between.
+"""
+
+import torch
+from torch import Tensor
+
+from memlm_kernels.backend import choose, with_triton
+from memlm_kernels.routed_memory.reference import combine_reads_reference, dispatch_tokens_reference
+from memlm_kernels.routed_memory.routes import MemoryRoutes
+
+__all__ = ["MemoryRoutes", "combine_reads", "dispatch_tokens"]
+
+
+def dispatch_tokens(x: Tensor, place: Tensor, *, backend: str = "auto") -> Tensor:
+    """Each token to its J places: y[b, place[b, t, j]] = x[b, t].
+
+    x: [B, T, ...]   place: [B, T, J] int64, the numbers from 0 to T * J - 1 in each row, each once (unchecked)
+
+    Returns [B, T * J, ...] in x's dtype. The gradient of a token is the sum of its J rows, in their order. Raises
+    ValueError if shapes disagree or the backend cannot run.
+    """
+    _check("x", x, place, routed=False)
+    chosen = choose("dispatch_tokens", backend, *with_triton(x, None))
+    if chosen == "reference" or x.numel() * place.numel() == 0:
+        return dispatch_tokens_reference(x, place)
+    from memlm_kernels.routed_memory.triton import dispatch_tokens_triton
+
+    return dispatch_tokens_triton(x, place)
+
+
+def combine_reads(
+    o: Tensor, place: Tensor, weight: Tensor, shared: Tensor | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """What a token's memories answer, weighted and summed::
+
+        y[b, t] = shared[b, t] + sum_j weight[b, t, j] o[b, place[b, t, j]]
+
+    o: [B, T * J, ...], reads in the order of ``dispatch_tokens``   place: [B, T, J], as there   weight: [B, T, J]
+    shared: [B, T, ...], what else is read, with weight 1
+
+    Returns [B, T, ...] in o's dtype, summed in fp32 (fp64 for fp64). Raises ValueError if shapes disagree or the
+    backend cannot run.
+    """
+    _check("o", o, place, routed=True)
+    if weight.shape != place.shape:
+        raise ValueError(f"weight {list(weight.shape)} must be [B, T, J] = {list(place.shape)}")
+    expected = (*place.shape[:2], *o.shape[2:])
+    if shared is not None and shared.shape != expected:
+        raise ValueError(f"shared {list(shared.shape)} must be [B, T, ...] = {list(expected)}")
+    chosen = choose("combine_reads", backend, *with_triton(o, None))
+    if chosen == "reference" or o.numel() == 0:
+        return combine_reads_reference(o, place, weight, shared)
+    from memlm_kernels.routed_memory.triton import combine_reads_triton
+
+    return combine_reads_triton(o, place, weight, shared)
+
+
+def _check(name: str, x: Tensor, place: Tensor, *, routed: bool) -> None:
+    if place.ndim != 3 or place.dtype != torch.int64:
+        raise ValueError(f"place {list(place.shape)} of {place.dtype} must be [B, T, J] of int64")
+    batch, length, choices = place.shape
+    expected = (batch, length * choices if routed else length)
+    if x.shape[:2] != expected:
+        raise ValueError(
+            f"{name} {list(x.shape)} must be [B, {'T * J' if routed else 'T'}, ...] = {list(expected)}, "
+            f"for place is {list(place.shape)}"
+        )
