@@ -54,31 +54,42 @@ class SwiGLU(nn.Module):
 
 
 class _Taps(torch.autograd.Function):
-    """y[:, t] = sum over ``back`` of past[:, W - 1 + t - back] * weight[:, W - 1 - back], within a document.
+    """y[:, t] = sum over ``back`` of past[:, W - 1 + t - back] * weight[:, W - 1 - back], within a document; SiLU of
+    it, if asked for.
 
-    Gradients add up in place: autograd would make two tensors as large as the input for each tap.
+    Gradients add up in place: autograd would make two tensors as large as the input for each tap. What SiLU is
+    taken of is made again, not kept.
     """
 
     @staticmethod
-    def forward(ctx: Any, past_BSC: Tensor, taps_WC: Tensor, positions_BT: Tensor | None) -> Tensor:
+    def forward(ctx: Any, past_BSC: Tensor, taps_WC: Tensor, positions_BT: Tensor | None, silu: bool) -> Tensor:
         ctx.save_for_backward(past_BSC, taps_WC, positions_BT)
-        taps = _Taps.of(past_BSC, taps_WC)
-        y_BTC = taps[0][0] * taps[0][1]
-        for back, (x_BTC, weight_C) in enumerate(taps[1:], 1):
-            y_BTC.addcmul_(_within(x_BTC, positions_BT, back), weight_C)
-        return y_BTC
+        ctx.silu = silu
+        y_BTC = _Taps.convolved(past_BSC, taps_WC, positions_BT)
+        return F.silu(y_BTC, inplace=True) if silu else y_BTC
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_y_BTC: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, d_y_BTC: Tensor) -> tuple[Tensor, Tensor, None, None]:
         past_BSC, taps_WC, positions_BT = ctx.saved_tensors
+        if ctx.silu:
+            y_BTC = _Taps.convolved(past_BSC, taps_WC, positions_BT)
+            d_y_BTC = torch.ops.aten.silu_backward(d_y_BTC, y_BTC)
         d_past_BSC, d_taps_WC = torch.zeros_like(past_BSC), torch.empty_like(taps_WC)
         taps = zip(_Taps.of(past_BSC, taps_WC), _Taps.of(d_past_BSC, d_taps_WC), strict=True)
         for back, ((x_BTC, weight_C), (d_x_BTC, d_weight_C)) in enumerate(taps):
             d_BTC = _within(d_y_BTC, positions_BT, back)
             d_x_BTC.addcmul_(d_BTC, weight_C)
             d_weight_C.copy_((d_BTC * x_BTC).sum((0, 1)))
-        return d_past_BSC, d_taps_WC, None
+        return d_past_BSC, d_taps_WC, None, None
+
+    @staticmethod
+    def convolved(past_BSC: Tensor, taps_WC: Tensor, positions_BT: Tensor | None) -> Tensor:
+        taps = _Taps.of(past_BSC, taps_WC)
+        y_BTC = taps[0][0] * taps[0][1]
+        for back, (x_BTC, weight_C) in enumerate(taps[1:], 1):
+            y_BTC.addcmul_(_within(x_BTC, positions_BT, back), weight_C)
+        return y_BTC
 
     @staticmethod
     def of(past_BSC: Tensor, taps_WC: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -94,13 +105,14 @@ def _within(x_BTC: Tensor, positions_BT: Tensor | None, back: int) -> Tensor:
 
 
 class ShortConv(nn.Module):
-    """Causal depthwise convolution along each document: the last tap is the token itself.
+    """Causal depthwise convolution along each document, the last tap is the token itself; then SiLU, if ``silu``.
 
     weight: [C, W]. Tokens before a document's first count as zero.
     """
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, silu: bool = False) -> None:
         super().__init__()
+        self.silu = silu
         self.weight = nn.Parameter(torch.empty(channels, width))
         self.reset_parameters()
 
@@ -124,7 +136,7 @@ class ShortConv(nn.Module):
         weight = self.weight[channels]
         past_BSC = torch.cat([history_BWC.to(x_BTC.dtype), x_BTC], 1)
         # Contiguous taps: as columns they would be several times slower.
-        y_BTC = _Taps.apply(past_BSC, weight.t().contiguous(), positions_BT)
+        y_BTC = _Taps.apply(past_BSC, weight.t().contiguous(), positions_BT, self.silu)
         return y_BTC, keep_last(past_BSC, weight.shape[1] - 1, x_BTC.shape[1], lengths_B)
 
     def over_segments(
@@ -148,6 +160,7 @@ class ShortConv(nn.Module):
         before_BS = (cu_seqlens_BS[:, :-1, None] + before_SW).flatten(1)
         inputs_BLC = torch.cat([x_BTC, history_BSWC.flatten(1, 2).to(x_BTC.dtype)], 1)
         row_BLC = place(inputs_BLC, torch.cat([place_BT, before_BS], 1), length + segments * spare)
-        y_BLC, _ = self(row_BLC, row_BLC.new_zeros(len(row_BLC), spare, row_BLC.shape[2]), None, None)
+        # The first segment's history stands before all.
+        y_BLC = _Taps.apply(row_BLC, self.weight.t().contiguous(), None, self.silu)
         after_BS = (ends_BS[..., None] + before_SW).flatten(1)
-        return pick(y_BLC, place_BT), pick(row_BLC, after_BS).unflatten(1, (segments, spare))
+        return pick(y_BLC, place_BT - spare), pick(row_BLC, after_BS).unflatten(1, (segments, spare))

@@ -30,10 +30,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "kernels")]
 
 from memlm_kernels import (  # noqa: E402
+    MemoryRoutes,
     chunk_mean_attention,
     chunk_sparse_attention,
     chunk_topk,
+    combine_reads,
     delta_rule,
+    dispatch_tokens,
     invert_chunks,
     linear_attention,
     merge_topk,
@@ -147,6 +150,21 @@ def pooling(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:
     return Case([x], lambda x: segment_mean_pool(x, cu, longest=64, backend=backend))
 
 
+def routed(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:
+    """Heads of 128; two of four memories, and a shared one."""
+    shape = (size.rows, size.tokens, size.heads, 128)
+    weight = torch.rand(size.rows, size.tokens, 4, device=DEVICE).softmax(-1)
+    weight, memory = weight.topk(2)
+    if op == "MemoryRoutes":
+        return Case([memory], lambda memory: MemoryRoutes.of(memory, 4).place, learns=False)
+    place = MemoryRoutes.of(memory, 4).place
+    x = torch.randn(shape, device=DEVICE, dtype=dtype)
+    if op == "dispatch_tokens":
+        return Case([x], lambda x: dispatch_tokens(x, place, backend=backend))
+    reads = torch.randn(size.rows, 2 * size.tokens, *shape[2:], device=DEVICE, dtype=dtype)
+    return Case([reads, weight, x], lambda o, w, x: combine_reads(o, place, w, x, backend=backend))
+
+
 OPS: dict[str, tuple[Callable[..., Case], tuple[str, ...]]] = {
     "linear_attention, decay": (recurrence, ("triton", "fla", "reference")),
     "delta_rule, decay": (recurrence, ("triton", "fla", "reference")),
@@ -162,6 +180,9 @@ OPS: dict[str, tuple[Callable[..., Case], tuple[str, ...]]] = {
     "route_documents, running": (routing, ("triton", "reference")),
     "merge_topk": (merging, ("triton", "reference")),
     "segment_mean_pool": (pooling, ("triton", "reference")),
+    "MemoryRoutes": (routed, ("reference",)),
+    "dispatch_tokens": (routed, ("triton", "reference")),
+    "combine_reads": (routed, ("triton", "reference")),
     "linear_attention, channels": (recurrence, ("triton", "fla", "reference")),
     "linear_attention": (recurrence, ("triton", "fla", "reference")),
     "delta_rule": (recurrence, ("triton", "fla", "reference")),

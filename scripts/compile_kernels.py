@@ -41,6 +41,7 @@ from memlm_kernels.neural_memory.triton import scan_triton  # noqa: E402
 from memlm_kernels.prefix_window_attention.triton import attend_triton  # noqa: E402
 from memlm_kernels.route_documents.reference import Asked, Rule, Scored  # noqa: E402
 from memlm_kernels.route_documents.triton import choose_triton, merge_topk_triton  # noqa: E402
+from memlm_kernels.routed_memory.triton import combine_reads_triton, dispatch_tokens_triton  # noqa: E402
 from memlm_kernels.segment_mean_pool.triton import segment_mean_pool_triton  # noqa: E402
 
 # Each with the shared memory that a block may have, in bytes.
@@ -111,6 +112,7 @@ def cases(sample: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
             if dtype == "bfloat16":
                 yield "bfloat16 64 memory, blocks of 32", both(memory, *narrow, gate, 64, 32)
         yield f"{name} means", both(segment_mean_pool_triton, k.flatten(2), cu, 1024)
+        yield f"{name} routed tokens", both(routed, q.flatten(2), torch.zeros(2, 1024, 2, dtype=torch.int64), gate)
         yield f"{name} routing", once(route, q, k, ("cosine", "mean", "max"), True, 16)
         yield f"{name} routing, row", once(route, q, k, ("cosine", "mean", "max"), False, 16)
         if not sample:
@@ -178,6 +180,12 @@ def route(q: Tensor, k: Tensor, reductions: tuple[str, str, str], running: bool,
         choose_triton(rule, Asked(None, k, document, None, spans, before), q.dtype),
         merge_topk_triton(lists.long(), lists, top_k),
     )
+
+
+def routed(x: Tensor, place: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens and their reads of two memories, and of a shared one."""
+    rows = dispatch_tokens_triton(x, place)
+    return rows, combine_reads_triton(rows, place, gate, x.float())
 
 
 def segmented(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, cu: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:

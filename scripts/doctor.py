@@ -32,6 +32,8 @@ TRITON = {
     "route_documents": "chunk_reduce='max', top_k up to 128",
     "merge_topk": "top_k up to 128",
     "segment_mean_pool": "all",
+    "dispatch_tokens": "all",
+    "combine_reads": "all",
 }
 FLA = ("linear_attention", "delta_rule")
 REFERENCE = (

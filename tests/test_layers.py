@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from memlm.layers import ShortConv, rotary, rotary_angles
-from memlm_kernels.testing import assert_close
+from memlm_kernels.testing import assert_close, grads_of
 
 
 def test_rotary_scores_depend_on_distance_only_even_far_out():
@@ -27,3 +28,30 @@ def test_short_conv_is_a_causal_depthwise_convolution(width):
             expected[:, t] += conv.weight[:, width - 1 - back] * x[:, t - back]
     assert_close("y", expected, y, 1e-12)
     assert torch.equal(history, x[:, 9 - (width - 1) :])
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, [[0, 0, 4, 9], [0, 5, 5, 7]]], ids=str)
+def test_short_conv_with_silu_is_silu_of_it_and_keeps_its_input_alone(cu_seqlens):
+    torch.manual_seed(0)
+    plain, conv = ShortConv(3, 4).double(), ShortConv(3, 4, silu=True).double()
+    cu = None if cu_seqlens is None else torch.tensor(cu_seqlens)
+    history = torch.randn(2, 1 if cu is None else 3, 3, 3, dtype=torch.float64)
+    given = [torch.randn(2, 9, 3, dtype=torch.float64), plain.weight.detach()]
+
+    def call(layer, x, weight):
+        return torch.func.functional_call(layer, {"weight": weight}, (x, history, cu))
+
+    plain.forward, conv.forward = plain.over_segments, conv.over_segments
+    kept = set()
+
+    def keep(t):
+        kept.add(t.untyped_storage().data_ptr() if t.is_floating_point() and t.numel() > 2 * 9 * 3 else 0)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        ours = grads_of(lambda *x: call(conv, *x)[0], given)
+    theirs = grads_of(lambda *x: F.silu(call(plain, *x)[0]), given)
+    assert torch.equal(F.silu(call(plain, *given)[0]), call(conv, *given)[0])
+    assert len(kept - {0}) == 1
+    for e, g in zip(theirs, ours, strict=True):
+        assert_close("gradient", e, g, 1e-15)

@@ -83,7 +83,8 @@ def pick(x: Tensor, index: Tensor) -> Tensor:
 def place(x: Tensor, index: Tensor, size: int, fill: float = 0.0) -> Tensor:
     """[B, T, ...], [B, T] -> [B, size, ...]: each entry at its index, ``fill`` where there is none."""
     out = x.new_full((len(x) * size, *x.shape[2:]), fill)
-    return out.index_copy_(0, _flat(index, size), x.flatten(0, 1)).unflatten(0, (len(x), size))
+    # As fast as ``index_copy_``, whose gradient keeps x.
+    return out.index_put_((_flat(index, size),), x.flatten(0, 1)).unflatten(0, (len(x), size))
 
 
 def _flat(index: Tensor, size: int) -> Tensor:

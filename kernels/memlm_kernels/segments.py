@@ -33,7 +33,8 @@ class Segments:
 
     def lay(self, x: Tensor, fill: float = 0.0) -> Tensor:
         """[B, T, H, ...] -> [N, B, H, C, ...]; a slot without a token holds ``fill``."""
-        return self.grid.lay(x, fill).movedim(3, 2).movedim(1, 0)
+        # Contiguous, else each product with it would copy it, and keep the copy.
+        return self.grid.lay(x, fill).movedim(3, 2).movedim(1, 0).contiguous()
 
     def take(self, x: Tensor) -> Tensor:
         """[N, B, H, C, ...] -> [B, T, H, ...]; padding gets zeros."""
@@ -54,7 +55,8 @@ class Segments:
         trailing = [1] * (state.ndim - 2)
         opens = (self.index == 0).mT.reshape(self.grid.count, -1, *trailing)
         initial = pick(state, self.segment).unbind(1)
-        current, starts, ends = initial[0], [], []
+        # A copy: a view would keep the initial states of all chunks.
+        current, starts, ends = initial[0].clone(), [], []
         for n in range(self.grid.count):
             current = torch.where(opens[n], initial[n], current) if n else current
             starts.append(current)

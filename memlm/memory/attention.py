@@ -74,7 +74,7 @@ class Mixer(SequenceMixer):
         self.o_proj = nn.Linear(heads * head_dim, dims.hidden_size, bias=False)
         self.sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
         if config.conv_size:
-            self.conv = ShortConv(sum(self.sizes), config.conv_size)
+            self.conv = ShortConv(sum(self.sizes), config.conv_size, silu=True)
         if config.persistent_tokens:
             self.persistent = nn.Parameter(torch.empty(config.persistent_tokens, dims.hidden_size))
             self.reset_parameters()
@@ -140,7 +140,7 @@ class Mixer(SequenceMixer):
         projected = [proj(x_BTD) for proj in (self.q_proj, self.k_proj, self.v_proj)]
         if self.config.conv_size:
             qkv, history["conv"] = self.conv(torch.cat(projected, -1), state["conv"], positions_BT, lengths_B)
-            projected = list(F.silu(qkv).split(self.sizes, -1))
+            projected = list(qkv.split(self.sizes, -1))
         return [x.unflatten(-1, (-1, self.dims.head_dim)) for x in projected], history
 
     def _prefix(self, q_BTHK: Tensor) -> tuple[Tensor, Tensor, Tensor]:

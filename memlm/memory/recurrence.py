@@ -260,7 +260,8 @@ class Recurrence(nn.Module):
         super().__init__()
         self.config = config
         self.rule = RULES[rule](config)
-        self.conv = ShortConv(sum(config.sizes), config.conv_size) if convolve and config.conv_size > 1 else None
+        convolve = convolve and config.conv_size > 1
+        self.conv = ShortConv(sum(config.sizes), config.conv_size, silu=True) if convolve else None
 
     def init_state(self, batch_size: int, memories: int, device: torch.device, dtype: torch.dtype) -> State:
         """[B, memories, ...]"""
@@ -291,8 +292,10 @@ class Recurrence(nn.Module):
                 convolved_1NC = self.conv(row_1NC, start_1WC, None, None)[0]
                 convolved_BTC = dispatch_tokens(convolved_1NC, across_1N1).view_as(qkv_BTC)
             qkv_BTC = convolved_BTC
+        else:
+            qkv_BTC = F.silu(qkv_BTC)
         heads, sizes = self.config.num_heads, self.config.sizes
-        q, k, v = (exact(x).unflatten(-1, (heads, -1)) for x in F.silu(qkv_BTC).split(sizes, -1))
+        q, k, v = (exact(x).unflatten(-1, (heads, -1)) for x in qkv_BTC.split(sizes, -1))
         if self.rule.unit_keys:
             q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
         o, memory, metrics = self.rule(q * self.config.head_dim**-0.5, k, v, exact(logits_BTL), cu_seqlens, state)

@@ -252,7 +252,7 @@ class NeuralMemory(SequenceMixer):
         self.q_proj = nn.Linear(dims.hidden_size, inner, bias=False)
         self.k_proj = nn.Linear(dims.hidden_size, inner, bias=False)
         self.v_proj = nn.Linear(dims.hidden_size, inner, bias=False)
-        self.conv = ShortConv(3 * inner, config.conv_size)
+        self.conv = ShortConv(3 * inner, config.conv_size, silu=True)
         if config.polynomial_degree == 2:
             self.feature_scales = nn.Parameter(torch.empty(2))
         self.store = Store(config, dims)
@@ -290,7 +290,7 @@ class NeuralMemory(SequenceMixer):
             ctx.positions_BT if state is None else token_positions(x_BTD, state, ctx),
             ctx.lengths_B,
         )
-        q_BTHK, k_BTHK, v_BTHK = (self._heads(x) for x in F.silu(qkv).chunk(3, -1))
+        q_BTHK, k_BTHK, v_BTHK = (self._heads(x) for x in qkv.chunk(3, -1))
         # In the precision of q and k: what is read is rounded once, at the end.
         v_BTHK = exact(v_BTHK)
         if self.config.memory_norm:
@@ -308,7 +308,7 @@ class NeuralMemory(SequenceMixer):
         q_BTC, history_BWC = self.conv(
             self.q_proj(x_BTD), history_BWC, ctx.positions_BT, ctx.lengths_B, channels=channels
         )
-        q_BTHK = self._features(self._heads(F.silu(q_BTC)))
+        q_BTHK = self._features(self._heads(q_BTC))
         o_BTHK = read_memory(q_BTHK, weights, **self.store.network())
         return self.output(self.norm(o_BTHK), x_BTD), history_BWC
 
