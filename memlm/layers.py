@@ -22,6 +22,29 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
+class _Unit(torch.autograd.Function):
+    """By hand, for autograd takes some ten passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_(min=1e-12)
+        unit = x / length
+        ctx.save_for_backward(unit, length)
+        return unit
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_unit: Tensor) -> Tensor:
+        unit, length = ctx.saved_tensors
+        along = torch.linalg.vecdot(d_unit, unit)[..., None]
+        return torch.addcmul(d_unit, unit, along, value=-1).div_(length)
+
+
+def unit(x: Tensor) -> Tensor:
+    """x / |x| over the last dimension, as ``F.normalize``."""
+    return _Unit.apply(x)
+
+
 def rotary_angles(positions_BT: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines [B, T, 1, head_dim / 2] of the rotary embedding (arXiv:2104.09864); nothing is stored.
 
@@ -77,10 +100,12 @@ class _Taps(torch.autograd.Function):
             d_y_BTC = torch.ops.aten.silu_backward(d_y_BTC, y_BTC)
         d_past_BSC, d_taps_WC = torch.zeros_like(past_BSC), torch.empty_like(taps_WC)
         taps = zip(_Taps.of(past_BSC, taps_WC), _Taps.of(d_past_BSC, d_taps_WC), strict=True)
+        product_BTC = torch.empty_like(d_y_BTC)
         for back, ((x_BTC, weight_C), (d_x_BTC, d_weight_C)) in enumerate(taps):
             d_BTC = _within(d_y_BTC, positions_BT, back)
             d_x_BTC.addcmul_(d_BTC, weight_C)
-            d_weight_C.copy_((d_BTC * x_BTC).sum((0, 1)))
+            torch.mul(d_BTC, x_BTC, out=product_BTC)
+            torch.sum(product_BTC, (0, 1), out=d_weight_C)
         return d_past_BSC, d_taps_WC, None, None
 
     @staticmethod

@@ -30,7 +30,8 @@ class Grid:
         """[B, T, ...] -> [B, N, C, ...]; a slot without a token holds ``fill``."""
         size = self.count * self.width
         if self.slots is None:
-            x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, size - self.length), value=fill)
+            if size > self.length:
+                x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, size - self.length), value=fill)
         else:
             # One slot more takes the tokens that are not real.
             x = place(x, self.slots, size + 1, fill)[:, :-1]

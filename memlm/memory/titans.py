@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from memlm.layers import RMSNorm, ShortConv
+from memlm.layers import RMSNorm, ShortConv, unit
 from memlm.memory import attention
 from memlm.memory.base import (
     Dims,
@@ -322,7 +322,7 @@ class NeuralMemory(SequenceMixer):
 
     def _features(self, x_BTHK: Tensor) -> Tensor:
         """Unit keys or queries, and with polynomial_degree 2 their products, in fp32: fp16 has no smallest norm."""
-        x_BTHK = F.normalize(exact(x_BTHK), dim=-1)
+        x_BTHK = unit(exact(x_BTHK))
         if self.config.polynomial_degree == 1:
             return x_BTHK
         row, column = torch.triu_indices(x_BTHK.shape[-1], x_BTHK.shape[-1], device=x_BTHK.device)
@@ -330,7 +330,7 @@ class NeuralMemory(SequenceMixer):
         scales = x_BTHK.new_full(row.shape, 2**0.5).masked_fill(row == column, 1.0)
         products = x_BTHK[..., row] * x_BTHK[..., column] * scales
         first, second = self.feature_scales.to(x_BTHK.dtype)
-        return F.normalize(torch.cat([first * x_BTHK, second * products], -1), dim=-1)
+        return unit(torch.cat([first * x_BTHK, second * products], -1))
 
 
 def pack(memory: NeuralMemoryState) -> State:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from memlm_kernels.backend import choose, with_triton
 from memlm_kernels.grid import check_places
-from memlm_kernels.neural_memory.losses import dot_product, huber, lp, squared_error
-from memlm_kernels.neural_memory.network import ACTIVATIONS, InnerLoss, Tail
+from memlm_kernels.neural_memory.losses import InnerLoss, dot_product, huber, lp, squared_error
+from memlm_kernels.neural_memory.network import ACTIVATIONS, Tail
 from memlm_kernels.neural_memory.reference import (
     LoopOverChunks,
     NeuralMemoryState,

@@ -1,10 +1,10 @@
 """Gradients of what one chunk does; each function pulls back the one of ``chunk`` that it is named for.
 
-For one layer: memory (W, S), next memory (W', S'), inputs a and errors e of the tokens' gradients, x what is read
-with and z what is read, c and p the last rows of C and P:
+For one layer: memory M, next memory M', inputs a and errors e of the tokens' gradients, x what is read with and z what
+is read. ``(r x)`` is ``spread(x, r)``, r and w the scalars of reads and of writes; where the output is the narrower
+side, r and w multiply what is read and the errors instead:
 
-    z  = beta (x W) + f (x S) - (C * x a^T) e
-    W' = beta W + f S - a^T (c e)          S' = m S - a^T (p e)
+    z = (r x) M - (C * x a^T) e        M' = carry M + (w a)^T e
 """
 
 from collections.abc import Sequence
@@ -13,122 +13,90 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memlm_kernels.neural_memory.chunk import Gates, Inner, Memory, Momentum, Plan, Room, add_product, narrows, weighed
-from memlm_kernels.neural_memory.losses import squared_error
-from memlm_kernels.neural_memory.network import Normalised, Tail
+from memlm_kernels.neural_memory.chunk import (
+    Again,
+    Layers,
+    Plan,
+    Rates,
+    Reads,
+    collect,
+    dots,
+    maps,
+    narrow_first,
+    narrows,
+    spread,
+)
+from memlm_kernels.neural_memory.network import Tail
 
 
 class ReadGradients(NamedTuple):
-    """d_W[l] of chunk n is ``to_W[l][0][n]^T to_W[l][1][n]``, d_S likewise: left as factors, for they are large."""
+    """d_M[l] of chunk n is ``to_M[l][0][n]^T to_M[l][1][n]``: left as factors, for it is large."""
 
     q: Tensor
     C: Tensor
-    beta: Tensor
-    f: Tensor | None
+    reads: Tensor
     inputs: list[Tensor]
     errors: list[Tensor]
-    to_W: list[tuple[Tensor, Tensor]]
-    to_S: list[tuple[Tensor, Tensor]]
+    to_M: list[tuple[Tensor, Tensor]]
 
 
 def read_backward(
-    plan: Plan,
-    d_z: Tensor,
-    q: Tensor,
-    before: Sequence[Tensor],
-    recalled: Sequence[Tensor],
-    memories: Room,
-    gates: Gates,
-    inputs: Sequence[Tensor],
-    errors: Sequence[Tensor],
+    plan: Plan, d_z: Tensor, q: Tensor, kept: Reads, M: Layers, rates: Rates, inputs: Layers, errors: Layers
 ) -> ReadGradients:
-    x_of, recalled = [q, *(plan.activation.value(z) for z in before)], list(recalled)
-    d_C = torch.zeros_like(gates.C)
-    # Of W and, with momentum, of S: what multiplies them, its gradient, and the factors of theirs.
-    scales = [gates.beta] if gates.momentum is None else [gates.beta, gates.momentum.f]
-    d_scales = [torch.zeros_like(scale) for scale in scales]
-    factors: list[list[tuple[Tensor, Tensor]]] = [[] for _ in scales]
+    x_of, recalled = [q, *(plan.activation.value(z) for z in kept.before)], list(kept.recalled)
+    d_C, d_reads = torch.zeros_like(rates.C), torch.zeros_like(rates.reads)
     d_inputs: list[Tensor] = []
     d_errors: list[Tensor] = []
+    factors: list[tuple[Tensor, Tensor]] = []
+    weights = -rates.C
     for layer in reversed(range(plan.depth)):
-        x, a, e = x_of[layer], inputs[layer], errors[layer]
-        scores, d_weights = x @ a.mT, d_z @ e.mT
-        d_C -= d_weights * scores
-        d_scores = d_weights.mul_(gates.C)
-        d_errors.insert(0, ((gates.C * scores).mT @ d_z).neg_())
-        d_inputs.insert(0, (d_scores.mT @ x).neg_())
-        d_x = x.new_zeros(x.shape)
-        of_memories = memories.W[layer], *(memories.S[layer : layer + 1])
-        reads = None if narrows(a, e) else [recalled.pop() for _ in scales][::-1]
-        for i, (scale, M) in enumerate(zip(scales, of_memories, strict=True)):
-            if reads is None:
-                back = d_z @ M.mT
-                d_scales[i] += (x * back).sum(-1)
-                d_x.addcmul_(back, scale[..., None])
-            else:
-                d_scales[i] += (d_z * reads[i]).sum(-1)
-                add_product(d_x, scale[..., None] * d_z, M.mT)
-            factors[i].insert(0, weighed(scale, x, d_z))
-        add_product(d_x, d_scores, a, -1)
-        d_z = d_x if layer == 0 else plan.activation.pull_back(d_x, before[layer - 1])
-    d_beta, d_f = d_scales[0], d_scales[1] if len(scales) > 1 else None
-    return ReadGradients(d_z, d_C, d_beta, d_f, d_inputs, d_errors, factors[0], factors[1] if len(scales) > 1 else [])
-
-
-class LeaveGradients(NamedTuple):
-    """W, S: of the memory before the chunk; C, P: [G, J], beta, f, m: [G], of the chunk's last slot."""
-
-    W: list[Tensor]
-    S: list[Tensor]
-    C: Tensor
-    beta: Tensor
-    momentum: Momentum | None
+        x, a, e, scores = x_of[layer], inputs[layer], errors[layer], kept.scores[layer]
+        d_errors.insert(0, torch.bmm((weights * scores).mT, d_z))
+        d_scores = torch.bmm(d_z, e.mT)
+        d_C.addcmul_(d_scores, scores, value=-1)
+        d_scores.mul_(weights)
+        d_inputs.insert(0, torch.bmm(d_scores.mT, x))
+        if narrows(a, e):
+            back = torch.bmm(d_z, M[layer].mT)
+            d_reads += dots(back, x)
+            d_x = collect(back, rates.reads)
+            factors.insert(0, (spread(x, rates.reads), d_z))
+        else:
+            d_reads += dots(recalled.pop(), d_z)
+            factors.insert(0, (spread(d_z, rates.reads), x))
+            d_x = torch.bmm(factors[0][0], M[layer])
+        d_x.baddbmm_(d_scores, a)
+        d_z = plan.activation.pull_back(d_x, kept.before[layer - 1]) if layer else d_x
+    return ReadGradients(d_z, d_C, d_reads, d_inputs, d_errors, factors)
 
 
 def leave_backward(
-    d_W: Sequence[Tensor],
-    d_S: Sequence[Tensor],
-    memory: Memory,
-    gates: Gates,
-    inputs: Sequence[Tensor],
-    errors: Sequence[Tensor],
-    d_inputs: Sequence[Tensor],
-    d_errors: Sequence[Tensor],
-) -> LeaveGradients:
-    """Adds to d_inputs and d_errors in place."""
-    beta, c = gates.beta[:, -1], gates.C[:, -1]
-    W, S = [], []
-    totals: list[list[Tensor]] = []
-    for layer, (a, e, g) in enumerate(zip(inputs, errors, d_W, strict=True)):
-        d_a, d_e = d_inputs[layer], d_errors[layer]
-        of_layer = [_write_backward(c, a, e, g, d_a, d_e), _dot(g, memory.W[layer])]
-        W.append(g * beta[:, None, None])
-        if gates.momentum is not None:
-            h, s, (f, P, m) = d_S[layer], memory.S[layer], gates.momentum
-            of_layer += [_dot(g, s), _write_backward(P, a, e, h, d_a, d_e), _dot(h, s)]
-            S.append((h * m[:, None, None]).addcmul_(g, f[:, -1, None, None]))
-        totals.append(of_layer)
-    C, last, *momentum = (sum(x[1:], x[0]) for x in zip(*totals, strict=True))
-    return LeaveGradients(W, S, C, last, Momentum(*momentum) if momentum else None)
-
-
-def _write_backward(gate: Tensor, a: Tensor, e: Tensor, d_new: Tensor, d_a: Tensor, d_e: Tensor) -> Tensor:
-    """Of -a^T (gate e): adds to d_a and d_e in place, and returns the gate's gradient, [G, J]."""
-    kept, written = weighed(gate, a, e)
-    if narrows(a, e):
-        back = e @ d_new.mT
-        d_a.addcmul_(back, gate[..., None], value=-1)
-        d_e.baddbmm_(kept, d_new, alpha=-1)
-        return -(a * back).sum(-1)
-    back = a @ d_new
-    d_e.addcmul_(back, gate[..., None], value=-1)
-    d_a.baddbmm_(written, d_new.mT, alpha=-1)
-    return -(e * back).sum(-1)
-
-
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """[G, in, out] twice -> [G]"""
-    return (x * y).sum((-2, -1))
+    d_M: Layers,
+    M: Layers,
+    rates: Rates,
+    tokens: Again,
+    writes: Sequence[tuple[Tensor, Tensor]],
+    d_inputs: Layers,
+    d_errors: Layers,
+) -> tuple[Tensor, Tensor]:
+    """Turns d_M, of the memory after the chunk, into that before it, and adds to d_inputs and d_errors, in place.
+    Returns the gradients of ``rates.writes`` and ``rates.carries``.
+    """
+    d_writes, d_carries = torch.zeros_like(rates.writes), torch.zeros_like(rates.carries[..., 0, 0])
+    for layer, (g, (scaled, wide)) in enumerate(zip(d_M, writes, strict=True)):
+        a, e, d_a, d_e = tokens.inputs[layer], tokens.errors[layer], d_inputs[layer], d_errors[layer]
+        narrow, d_narrow, d_wide = (a, d_a, d_e) if narrows(a, e) else (e, d_e, d_a)
+        back = torch.bmm(wide, g.mT)
+        collect(back, rates.writes, d_narrow)
+        d_writes += dots(back, narrow)
+        d_wide.baddbmm_(scaled, g)
+        by_memory = (d_carries.shape[1], -1)
+        d_carries.baddbmm_(g.unflatten(1, by_memory).flatten(2), M[layer].unflatten(1, by_memory).flatten(2).mT)
+        W, *S = g.chunk(d_carries.shape[1], 1)
+        for s in S:
+            s.mul_(rates.carries[:, 1, 1]).addcmul_(W, rates.carries[:, 0, 1])
+        W.mul_(rates.carries[:, 0, 0])
+    return d_writes, d_carries[..., None, None]
 
 
 class InnerGradients(NamedTuple):
@@ -139,69 +107,34 @@ class InnerGradients(NamedTuple):
 
 def inner_backward(
     plan: Plan,
-    d_inputs: Sequence[Tensor],
-    d_errors: Sequence[Tensor],
-    k: Tensor,
+    d_inputs: Layers,
+    d_errors: Layers,
     v: Tensor,
-    anchor: Sequence[Tensor],
+    anchor: Layers,
     tail: Tail | None,
-    tokens: Inner,
-    slopes: Sequence[Tensor],
-    curvatures: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    errors: Sequence[Tensor],
-    d_anchor: Sequence[Tensor],
+    tokens: Again,
+    d_anchor: Layers,
 ) -> InnerGradients:
-    """Adds to d_anchor in place; slopes, curvatures: derivatives of the activation at ``tokens.hidden``."""
+    """Adds to d_inputs, d_errors and d_anchor in place."""
+    inputs, errors, slopes, bends, output = tokens
+    weights = maps(anchor, inputs[0])
+
+    def to_anchor(layer: int, a: Tensor, e: Tensor) -> None:
+        narrow, wide = narrow_first(a, e)
+        d_anchor[layer].baddbmm_(narrow.mT, wide)
+
     d_hidden = []
     d_error = d_errors[0]
     for layer in range(plan.depth - 1):
         # errors[layer] = (errors[layer + 1] anchor[layer + 1]^T) * slope
-        d_hidden.append(d_error * tokens.behind[layer] * curvatures[layer])
+        d_hidden.append(d_error * bends[layer])
         d_behind = d_error * slopes[layer]
-        d_anchor[layer + 1].baddbmm_(d_behind.mT, errors[layer + 1])
-        d_error = torch.baddbmm(d_errors[layer + 1], d_behind, anchor[layer + 1])
-    d_f, d_k, d_v, d_tail = _output_error_backward(plan, d_error, tokens.f, k, v, tail)
-    d_out = d_f
+        to_anchor(layer + 1, d_behind, errors[layer + 1])
+        d_error = d_errors[layer + 1].baddbmm_(d_behind, weights[layer + 1])
+    d_out, d_k, d_v, d_tail = output.backward(plan.loss, d_error, v, tail)
     for layer in reversed(range(plan.depth)):
-        d_anchor[layer].baddbmm_(inputs[layer].mT, d_out)
-        d_in = torch.baddbmm(d_inputs[layer], d_out, anchor[layer].mT)
+        to_anchor(layer, inputs[layer], d_out)
+        d_in = d_inputs[layer].baddbmm_(d_out, weights[layer].mT)
         if layer:
             d_out = d_hidden[layer - 1].addcmul_(d_in, slopes[layer - 1])
-    return InnerGradients(d_in if d_k is None else d_in + d_k, d_v, d_tail)
-
-
-def _output_error_backward(
-    plan: Plan, d_error: Tensor, f: Tensor, k: Tensor, v: Tensor, tail: Tail | None
-) -> tuple[Tensor, Tensor | None, Tensor, Tail | None]:
-    """Gradients of f, k (None: none), v and the tail. What ``output_error`` did, which this pulls back:
-
-    y = normalised(f)   r = k + y gain + bias   u = loss(r, v) gain   error = scale (u - mean(u) - y mean(u y))
-    """
-    if tail is None:
-        d_f, d_v = _loss_backward(plan, d_error, f, v)
-        return d_f, None, d_v, None
-    norm = Normalised.of(f)
-    r = torch.addcmul(k + tail.bias, norm.y, tail.gain)
-    loss = plan.loss(r, v)
-    u = loss * tail.gain
-    d_u = norm.pull_back(d_error)
-    d_r, d_v = _loss_backward(plan, d_u * tail.gain, r, v)
-    # The error holds y twice, and scale; d_error . error is the gradient of log(scale).
-    of_y = d_error * _mean(u * norm.y) + u * _mean(d_error * norm.y)
-    d_y = torch.addcmul(d_r * tail.gain, norm.scale, of_y, value=-1)
-    error = norm.pull_back(u)
-    d_f = torch.addcmul(norm.pull_back(d_y), norm.y, norm.scale * _mean(d_error * error), value=-1)
-    d_gain = torch.addcmul(d_u * loss, d_r, norm.y).sum(-2, keepdim=True)
-    return d_f, d_r, d_v, Tail(d_gain, d_r.sum(-2, keepdim=True))
-
-
-def _mean(x: Tensor) -> Tensor:
-    return x.mean(-1, keepdim=True)
-
-
-def _loss_backward(plan: Plan, d: Tensor, f: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    if plan.loss is squared_error:
-        # The common case without the cost of tracing.
-        return d, -d
-    return torch.func.vjp(plan.loss, f, v)[1](d)
+    return InnerGradients(d_in if d_k is None else d_in.add_(d_k), d_v, d_tail)

@@ -2,10 +2,12 @@
 prediction and target [..., V]. A loss of your own is any differentiable function of that form.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from memlm_kernels.neural_memory.network import InnerLoss
+InnerLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:

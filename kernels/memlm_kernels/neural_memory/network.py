@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memlm_kernels.neural_memory.losses import InnerLoss, squared_error
+
 # Large: decay shrinks a function that its norm scales up again, and with less of a floor the gradient through
 # thousands of writes explodes. So a memory that has decayed says nothing.
 EPS = 0.1
 
-InnerLoss = Callable[[Tensor, Tensor], Tensor]
 Function = Callable[[Tensor], Tensor]
 
 
@@ -43,26 +44,6 @@ ACTIVATIONS = {
 }
 
 
-class Normalised(NamedTuple):
-    """y = (f - mean) * scale, scale = 1 / deviation, over the last dimension; torch's own passes."""
-
-    f: Tensor
-    y: Tensor
-    mean: Tensor
-    scale: Tensor
-
-    @staticmethod
-    def of(f: Tensor) -> "Normalised":
-        return Normalised(f, *torch.ops.aten.native_layer_norm(f, f.shape[-1:], None, None, EPS))
-
-    def pull_back(self, d_y: Tensor) -> Tensor:
-        """d_f = scale (d_y - mean(d_y) - y mean(y d_y)); as a map of d_y it is symmetric."""
-        width, which = self.f.shape[-1:], [True, False, False]
-        return torch.ops.aten.native_layer_norm_backward(
-            d_y.contiguous(), self.f, width, self.mean, self.scale, None, None, which
-        )[0]
-
-
 class Tail(NamedTuple):
     """x + LayerNorm(f): gain and bias, each [G, 1, V] beside [..., G, J, V]."""
 
@@ -70,12 +51,70 @@ class Tail(NamedTuple):
     bias: Tensor
 
     def read(self, x: Tensor, f: Tensor) -> Tensor:
-        return x + Normalised.of(f).y * self.gain + self.bias
+        return torch.addcmul(x + self.bias, F.layer_norm(f, f.shape[-1:], eps=EPS), self.gain)
 
 
-def output_error(loss: InnerLoss, f: Tensor, k: Tensor, v: Tensor, tail: Tail | None) -> Tensor:
-    """Gradient of the inner loss with respect to the MLP's output f = MLP(k), [G, J, V]."""
-    if tail is None:
-        return loss(f, v)
-    norm = Normalised.of(f)
-    return norm.pull_back(loss(torch.addcmul(k + tail.bias, norm.y, tail.gain), v) * tail.gain)
+class OutputError(NamedTuple):
+    """Where the inner loss meets the MLP's output f = MLP(k), [..., J, V].
+
+    error: gradient of the loss with respect to f; r: the prediction M(k); loss: the gradient with respect to r
+    y, mean, scale: LayerNorm(f) = y = (f - mean) * scale, scale = 1 / deviation; None without a tail
+    """
+
+    error: Tensor
+    f: Tensor
+    r: Tensor
+    loss: Tensor
+    y: Tensor | None = None
+    mean: Tensor | None = None
+    scale: Tensor | None = None
+
+    @staticmethod
+    def of(loss: InnerLoss, f: Tensor, k: Tensor, v: Tensor, tail: Tail | None) -> "OutputError":
+        if tail is None:
+            of_r = loss(f, v)
+            return OutputError(of_r, f, f, of_r)
+        y, mean, scale = torch.ops.aten.native_layer_norm(f, f.shape[-1:], None, None, EPS)
+        r = torch.addcmul(k + tail.bias, y, tail.gain)
+        of_r = loss(r, v)
+        return OutputError(_through_norm(of_r * tail.gain, f, mean, scale), f, r, of_r, y, mean, scale)
+
+    def backward(
+        self, loss: InnerLoss, d_error: Tensor, v: Tensor, tail: Tail | None
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tail | None]:
+        """Gradients of f, k (None: none), v and the tail. What is pulled back:
+
+        r = k + y gain + bias   u = loss(r, v) gain   error = scale (u - mean(u) - y mean(u y))
+        """
+        if tail is None or self.y is None or self.mean is None or self.scale is None:
+            d_f, d_v = _loss_backward(loss, d_error, self.f, v)
+            return d_f, None, d_v, None
+        u = self.loss * tail.gain
+        d_u = _through_norm(d_error, self.f, self.mean, self.scale)
+        d_r, d_v = _loss_backward(loss, d_u * tail.gain, self.r, v)
+        # The error holds y twice, and scale; d_error . error is the gradient of log(scale).
+        of_y = (d_error * _mean(u, self.y)).addcmul_(u, _mean(d_error, self.y))
+        d_y = (d_r * tail.gain).addcmul_(of_y, self.scale, value=-1)
+        d_f = _through_norm(d_y, self.f, self.mean, self.scale)
+        d_f.addcmul_(self.y, self.scale * _mean(d_error, self.error), value=-1)
+        d_gain = (d_u * self.loss).addcmul_(d_r, self.y).sum(-2, keepdim=True)
+        return d_f, d_r, d_v, Tail(d_gain, d_r.sum(-2, keepdim=True))
+
+
+def _through_norm(d_y: Tensor, f: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """d_f = scale (d_y - mean(d_y) - y mean(y d_y)); as a map of d_y it is symmetric."""
+    return torch.ops.aten.native_layer_norm_backward(
+        d_y.contiguous(), f, f.shape[-1:], mean, scale, None, None, [True, False, False]
+    )[0]
+
+
+def _mean(x: Tensor, y: Tensor) -> Tensor:
+    return torch.linalg.vecdot(x, y)[..., None] / x.shape[-1]
+
+
+def _loss_backward(loss: InnerLoss, d: Tensor, r: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the prediction and the target."""
+    if loss is squared_error:
+        # The common case without the cost of tracing.
+        return d, -d
+    return torch.func.vjp(loss, r, v)[1](d)

@@ -37,7 +37,8 @@ from memlm_kernels.grid import (
     to_rows,
 )
 from memlm_kernels.neural_memory.chunk import Gates, Momentum, Plan
-from memlm_kernels.neural_memory.network import ACTIVATIONS, InnerLoss, Tail
+from memlm_kernels.neural_memory.losses import InnerLoss
+from memlm_kernels.neural_memory.network import ACTIVATIONS, Tail
 from memlm_kernels.neural_memory.scan import Scan
 
 _TINY = 1e-30

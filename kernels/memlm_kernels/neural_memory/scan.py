@@ -1,8 +1,9 @@
 """The loop over chunks as one differentiable function.
 
-Forward keeps each token's activations and, for every group of chunks, W and S at its start. Backward makes those of
+Forward keeps each token's activations and, for every group of chunks, the memory at its start. Backward makes those of
 the group's other chunks again with the outer products that made them. A group is so large that its memory weighs no
 more than its activations: what is kept grows with the tokens, however large the memory and however short the chunks.
+Nor is it larger than that: what a group works on is to stay in a CPU's cache.
 """
 
 import math
@@ -17,40 +18,44 @@ from memlm_kernels.neural_memory.chunk import (
     Flags,
     Gates,
     Inner,
-    Memory,
+    Layers,
     Momentum,
     Plan,
-    Room,
+    Rates,
+    Reads,
     inner,
+    lay_out,
     leave,
     read,
     set_anchor,
     start_documents,
+    take_apart,
+    writes_of,
 )
 from memlm_kernels.neural_memory.chunk_backward import inner_backward, leave_backward, read_backward
 from memlm_kernels.neural_memory.network import Tail
 
 
 class _Given(NamedTuple):
-    """Arguments of ``Scan`` after q, k, v, sorted."""
+    """Arguments of ``Scan`` after q, k, v, sorted; memories: W and, with momentum, S, for each layer."""
 
     gates: Gates
     tail: Tail | None
     flags: Flags | None
-    memory: Memory
-    initial: tuple[Tensor, ...]
+    memories: list[tuple[Tensor, ...]]
+    anchor: Layers
+    initial: Layers
 
 
 def _sort(depth: int, arguments: Sequence[Any]) -> _Given:
     C, beta, f, P, m, gain, bias, opens_document, opens_chunk, *weights = arguments
-    parts: list[tuple[Tensor, ...]] = [tuple(weights[i : i + depth]) for i in range(0, len(weights), depth)]
+    parts = [weights[i : i + depth] for i in range(0, len(weights), depth)]
     momentum = None if f is None else Momentum(f, P, m)
-    W = parts.pop(0)
-    S = parts.pop(0) if f is not None else ()
-    anchor, initial = parts or (W, ())
+    memories = list(zip(*parts[: 1 if f is None else 2], strict=True))
+    anchor, initial = parts[-2:] if opens_document is not None else (parts[0], [])
     tail = None if gain is None else Tail(gain, bias)
     flags = None if opens_document is None else Flags(opens_document, opens_chunk)
-    return _Given(Gates(C, beta, momentum), tail, flags, Memory(W, S, anchor), initial)
+    return _Given(Gates(C, beta, momentum), tail, flags, memories, anchor, initial)
 
 
 class Scan(torch.autograd.Function):
@@ -64,181 +69,202 @@ class Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> tuple[Tensor, ...]:
-        gates, tail, flags, memory, initial = _sort(plan.depth, rest)
-        chunks = len(q)
-        size, kept_whole = _groups(memory, k, plan.blocks)
+        gates, tail, flags, memories, given, initial = _sort(plan.depth, rest)
+        anchor: Layers
+        chunks, rows = q.shape[:2]
+        size, kept_whole = _groups(memories, k, plan.blocks)
+        rates, fresh = Rates.of(gates), _fresh(memories, initial)
+        anchor, M = [lay_out(w) for w in given], [lay_out(*x) for x in memories]
+        room = _room(M, min(size, chunks))
+        for place, x in zip(room, M, strict=True):
+            place[:rows] = x
         out, surprise, kept = [], [], []
         for start in range(0, chunks, size):
-            group = slice(start, start + size)
+            group = slice(start, min(start + size, chunks))
+            following = _room(M, max(1, min(size, chunks - group.stop)))
+            places = [*_split(room, rows), _split(following, rows)[0]]
+            kept.append([*(room if kept_whole else (x.clone() for x in places[0])), *(anchor if flags else ())])
+            of_group = rates.at(group)
             passed, inputs, errors = [], [], []
-            room = Room.of(memory, len(q[group]))
-            W, S = room if kept_whole else memory[:2]
-            kept.append([*W, *S, *(memory.anchor if flags else ())])
-            memory = room.move_in(memory)
-            of_chunks = gates.of(group)
-            for i, (k_n, v_n, gates_n) in enumerate(zip(k[group], v[group], of_chunks.unbind(), strict=True)):
+            for i, of_chunk in enumerate(of_group.split(rows)):
+                n = start + i
                 if flags is not None:
-                    start_documents(memory, flags, initial, start + i)
-                memory = set_anchor(memory, plan, flags, start + i)
-                tokens, a, e = inner(plan, k_n, v_n, memory.anchor, tail)
+                    start_documents(places[i], flags, fresh, n)
+                anchor = set_anchor(anchor, places[i], plan, flags, n)
+                tokens, a, e = inner(plan, k[n], v[n], anchor, tail)
                 passed.append([*tokens.hidden, *tokens.behind, tokens.f])
                 inputs.append(a)
                 errors.append(e)
-                memory = leave(memory, gates_n, a, e, room, i + 1)
-            a, e, states = (_stack(x) for x in (inputs, errors, passed))
-            z, before, recalled = read(plan, q[group], room, of_chunks, a, e)
+                leave(places[i], of_chunk, writes_of(of_chunk, a, e), places[i + 1])
+            all_inputs, all_errors = _join(inputs), _join(errors)
+            z, reads = read(plan, q[group].flatten(0, 1), room, of_group, all_inputs, all_errors)
             out.append(z)
-            surprise.append(_gradient_norm(a, e))
-            kept[-1] += [*states, *before, *recalled]
-        ctx.plan, ctx.size, ctx.kept_whole, ctx.present = plan, size, kept_whole, [x is not None for x in rest]
+            surprise.append(_gradient_norm(all_inputs, all_errors))
+            kept[-1] += [*_join(passed), *reads.before, *reads.scores, *reads.recalled]
+            room = following
+        ctx.plan, ctx.present = plan, [x is not None for x in rest]
         ctx.save_for_backward(q, k, v, *[x for x in rest if x is not None], *(x for of in kept for x in of))
-        surprises = torch.cat(surprise)
+        surprises = torch.cat(surprise).unflatten(0, (chunks, rows))
         ctx.mark_non_differentiable(surprises)
-        # The last anchor may be a tensor that came in.
-        return torch.cat(out), surprises, *memory.W, *memory.S, *(w.clone() for w in memory.anchor)
+        # Copies: a view would keep M and S and all of a group's alive.
+        apart = [[x.clone() for x in take_apart(r[:rows], like)] for r, like in zip(room, memories, strict=True)]
+        anchors = [take_apart(w, like)[0].clone() for w, like in zip(anchor, memories, strict=True)]
+        after = [x for part in zip(*apart, strict=True) for x in part]
+        return torch.cat(out).unflatten(0, (chunks, rows)), surprises, *after, *anchors
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor, _: Tensor, *d_memory: Tensor) -> tuple[Tensor | None, ...]:
-        plan, depth, chunks = ctx.plan, ctx.plan.depth, len(d_out)
+    def backward(ctx: Any, d_out: Tensor, _: Tensor, *d_after: Tensor) -> tuple[Tensor | None, ...]:
+        plan, depth = ctx.plan, ctx.plan.depth
         q, k, v, *saved = ctx.saved_tensors
         arguments = [saved.pop(0) if present else None for present in ctx.present]
-        gates, tail, flags, memory, initial = _sort(depth, arguments)
-        d_q, d_k, d_v = (torch.empty_like(x) for x in (q, k, v))
-        d_C, d_beta = torch.empty_like(gates.C), torch.empty_like(gates.beta)
-        d_momentum = None if gates.momentum is None else Momentum(*(torch.empty_like(x) for x in gates.momentum))
+        gates, tail, flags, memories, _anchor, initial = _sort(depth, arguments)
+        chunks, rows = q.shape[:2]
+        size, kept_whole = _groups(memories, k, plan.blocks)
+        rates, fresh = Rates.of(gates), _fresh(memories, initial)
+        per_group = len(saved) // -(-chunks // size)
+        groups = [saved[i : i + per_group] for i in range(0, len(saved), per_group)]
+        # The memory with which each chunk is entered; without all of them those of the group.
+        entered = dict(enumerate(x for of in groups for x in _split(of[:depth], rows))) if kept_whole else {}
+        *d_parts, d_anchors = (d_after[i : i + depth] for i in range(0, len(d_after), depth))
+        d_M = [lay_out(*x).clone() for x in zip(*d_parts, strict=True)]
+        d_anchor = [lay_out(w).clone() for w in d_anchors]
+        d_initial = [torch.zeros_like(x) for x in d_anchor] if flags else []
         d_tail = None if tail is None else Tail(*(torch.zeros_like(x) for x in tail))
-        d_initial = [torch.zeros_like(x) for x in initial]
-        d_after = [d_memory[i : i + depth] for i in range(0, len(d_memory), depth)]
-        d_W, d_S = list(d_after.pop(0)), list(d_after.pop(0)) if memory.S else []
-        d_anchor = [x.clone() for x in d_after.pop(0)]
-        # Every block's anchor is the memory it enters with.
-        at_once = flags is None and plan.blocks == 1
-        per_group = len(saved) // -(-chunks // ctx.size)
-        for start in reversed(range(0, chunks, ctx.size)):
-            group = slice(start, min(start + ctx.size, chunks))
-            of_group = saved[start // ctx.size * per_group :][:per_group]
-            current = Memory(
-                _pop(of_group, depth), _pop(of_group, len(memory.S)), _pop(of_group, depth if flags else 0)
-            )
+        d_q, d_k, d_v, d_C, d_reads, d_writes, d_carries = ([] for _ in range(7))
+        for start in reversed(range(0, chunks, size)):
+            group = slice(start, min(start + size, chunks))
+            count, of_group = group.stop - start, groups.pop()
+            M = _pop(of_group, depth)
+            anchor: Layers = _pop(of_group, depth if flags else 0)
             tokens = Inner(_pop(of_group, depth - 1), _pop(of_group, depth - 1), of_group.pop(0))
-            inputs, errors, slopes = tokens.gradients(plan, k[group], v[group], tail)
-            curvatures = [plan.activation.curvature(h) for h in tokens.hidden]
-            size = group.stop - start
-            room = Room(*current[:2]) if ctx.kept_whole else Room.of(current, size)
-            if not ctx.kept_whole:
-                current = room.move_in(current)
-            of_chunks = gates.of(group)
-            gates_of, a_of, e_of = of_chunks.unbind(), _unstack(inputs, size), _unstack(errors, size)
-            entered = []
-            for i in range(size):
-                if ctx.kept_whole:
-                    current = Memory(*room.at(i), current.anchor)
-                elif flags is not None:
-                    start_documents(current, flags, initial, start + i)
-                current = set_anchor(current, plan, flags, start + i)
-                entered.append(current)
-                if i + 1 < size and not ctx.kept_whole:
-                    current = leave(current, gates_of[i], a_of[i], e_of[i], room, i + 1)
-            before, recalled = of_group[: depth - 1], of_group[depth - 1 :]
-            reads = read_backward(plan, d_out[group], q[group], before, recalled, room, of_chunks, inputs, errors)
-            d_q[group], d_C[group], d_beta[group] = reads.q, reads.C, reads.beta
-            if d_momentum is not None and reads.f is not None:
-                d_momentum.f[group] = reads.f
-            hidden, behind, slope, curvature, d_a, d_e = (
-                _unstack(part, size)
-                for part in (tokens.hidden, tokens.behind, slopes, curvatures, reads.inputs, reads.errors)
-            )
-            for i in reversed(range(size)):
+            kept = Reads(_pop(of_group, depth - 1), _pop(of_group, depth), of_group)
+            k_group, v_group, of_group_rates = k[group].flatten(0, 1), v[group].flatten(0, 1), rates.at(group)
+            tails = None if tail is None else Tail(*(x.repeat(count, 1, 1) for x in tail))
+            again = tokens.again(plan, k_group, v_group, tails)
+            each, of_chunk = again.split(rows), of_group_rates.split(rows)
+            writes = [writes_of(r, x.inputs, x.errors) for r, x in zip(of_chunk, each, strict=True)]
+            if not kept_whole:
+                first, M = M, _room(M, count)
+                places = _split(M, rows)
+                for place, x in zip(places[0], first, strict=True):
+                    place.copy_(x)
+                entered = dict(enumerate(places, start))
+            if flags is None:
+                anchor = set_anchor(d_anchor, entered[start - start % plan.blocks], plan, None, 0)
+            anchors = []
+            for i in range(count):
                 n = start + i
-                left = leave_backward(d_W, d_S, entered[i], gates_of[i], a_of[i], e_of[i], d_a[i], d_e[i])
-                d_C[n, :, -1] += left.C
-                d_beta[n, :, -1] += left.beta
-                if d_momentum is not None and left.momentum is not None:
-                    d_momentum.f[n, :, -1] += left.momentum.f
-                    d_momentum.P[n], d_momentum.m[n] = left.momentum.P, left.momentum.m
-                d_W, d_S = left.W, left.S
-                for d_old, (x, d_z) in zip((*d_W, *d_S), (*reads.to_W, *reads.to_S), strict=True):
-                    d_old.baddbmm_(x[i].mT, d_z[i])
-                if at_once:
-                    # What follows the call may have asked for the last anchor.
-                    for d_old, last in zip(d_W, d_anchor, strict=False):
-                        d_old += last
-                    d_anchor = []
-                back = inner_backward(
-                    plan,
-                    d_a[i],
-                    d_e[i],
-                    k[n],
-                    v[n],
-                    entered[i].anchor,
-                    tail,
-                    Inner(hidden[i], behind[i], tokens.f[i]),
-                    slope[i],
-                    curvature[i],
-                    a_of[i],
-                    e_of[i],
-                    d_W if at_once else d_anchor,
-                )
-                d_k[n], d_v[n] = back.k, back.v
+                if not kept_whole and flags is not None:
+                    start_documents(entered[n], flags, fresh, n)
+                anchor = set_anchor(anchor, entered[n], plan, flags, n)
+                anchors.append(anchor)
+                if not kept_whole and i + 1 < count:
+                    leave(entered[n], of_chunk[i], writes[i], entered[n + 1])
+            d_z = d_out[group].flatten(0, 1)
+            reads = read_backward(
+                plan, d_z, q[group].flatten(0, 1), kept, M, of_group_rates, again.inputs, again.errors
+            )
+            d_q.append(reads.q)
+            d_C.append(reads.C)
+            d_reads.append(reads.reads)
+            d_inputs, d_errors = _split(reads.inputs, rows), _split(reads.errors, rows)
+            factors = _split([x for pair in reads.to_M for x in pair], rows)
+            for i in reversed(range(count)):
+                n = start + i
+                left = leave_backward(d_M, entered[n], of_chunk[i], each[i], writes[i], d_inputs[i], d_errors[i])
+                d_writes.append(left[0])
+                d_carries.append(left[1])
+                for layer, d_old in enumerate(d_M):
+                    narrow, wide = factors[i][2 * layer : 2 * layer + 2]
+                    d_old.baddbmm_(narrow.mT, wide)
+                back = inner_backward(plan, d_inputs[i], d_errors[i], v[n], anchors[i], tail, each[i], d_anchor)
+                d_k.append(back.k)
+                d_v.append(back.v)
                 if d_tail is not None and back.tail is not None:
                     d_tail = Tail(d_tail.gain + back.tail.gain, d_tail.bias + back.tail.bias)
                 if flags is not None:
-                    d_W, d_S, d_anchor = _enter_backward(d_W, d_S, d_anchor, flags, d_initial, n)
-                elif not at_once and n % plan.blocks == 0:
-                    for d_old, of_anchor in zip(d_W, d_anchor, strict=True):
-                        d_old += of_anchor
+                    _enter_backward(d_M, d_anchor, d_initial, flags, n)
+                elif n % plan.blocks == 0:
+                    for d_old, of_anchor in zip(d_M, d_anchor, strict=True):
+                        d_old[:, : of_anchor.shape[1]] += of_anchor
                         of_anchor.zero_()
-        weights = [*d_W, *d_S, *(d_anchor if flags else ()), *d_initial]
-        of_rest = [d_C, d_beta, *(d_momentum or (None, None, None)), *(d_tail or (None, None)), None, None, *weights]
-        return None, d_q, d_k, d_v, *of_rest
+        d_rates = Rates(*(_in_order(x, chunks) for x in (d_C, d_reads, d_writes, d_carries)))
+        d_memories = zip(*(take_apart(x, like) for x, like in zip(d_M, memories, strict=True)), strict=True)
+        at_start = [
+            take_apart(x, like)[0]
+            for part in ((d_anchor, d_initial) if flags else ())
+            for x, like in zip(part, memories, strict=True)
+        ]
+        d_tokens = (_in_order(x, chunks) for x in (d_q, d_k, d_v))
+        weights = [*(x for part in d_memories for x in part), *at_start]
+        return None, *d_tokens, *rates.gradients(d_rates), *(d_tail or (None, None)), None, None, *weights
 
 
-def _groups(memory: Memory, k: Tensor, blocks: int) -> tuple[int, bool]:
-    """Blocks of a group: as many as make the memory kept for it no larger than the activations kept for its tokens;
-    eight at least, for small products are slow one by one; and whole chunks, so that a group starts with its anchor.
-    And whether the memory is kept for every block: where it is no larger than the block's own activations.
+def _groups(memories: Sequence[Sequence[Tensor]], k: Tensor, blocks: int) -> tuple[int, bool]:
+    """Blocks of a group: as many as make the memory kept for it no larger than the activations kept for its tokens,
+    256 tokens at least, for small products are slow one by one; and whole chunks, so that a group starts with its
+    anchor. And whether the memory is kept for every block: where it is no larger than the block's own activations.
     """
-    of_memory = sum(w.numel() for w in (*memory.W, *memory.S))
-    hidden = sum(w.shape[-1] for w in memory.W[:-1])
-    of_token = 3 * hidden + 2 * k.shape[-1] + 2 * memory.W[-1].shape[-1]
-    blocks_worth = of_memory / (of_token * k.shape[1] * k.shape[2])
-    size = max(8, math.ceil(blocks_worth))
-    return math.ceil(size / blocks) * blocks, blocks_worth <= 1
+    of_memory = sum(x.numel() for of_layer in memories for x in of_layer)
+    hidden = sum(of_layer[0].shape[-1] for of_layer in memories[:-1])
+    of_token = 3 * hidden + 2 * k.shape[-1] + 2 * memories[-1][0].shape[-1]
+    tokens = k.shape[1] * k.shape[2]
+    blocks_worth = of_memory / (of_token * tokens)
+    size = math.ceil(max(blocks_worth, 256 / tokens))
+    if blocks_worth <= 1:
+        return size, True
+    return math.ceil(size / blocks) * blocks, False
+
+
+def _fresh(memories: Sequence[Sequence[Tensor]], initial: Sequence[Tensor]) -> list[Tensor]:
+    """The memory at the start of a document: without momentum."""
+    return [
+        lay_out(w, *(torch.zeros_like(s) for s in of_layer[1:]))
+        for w, of_layer in zip(initial, memories, strict=False)
+    ]
+
+
+def _room(like: Sequence[Tensor], size: int) -> list[Tensor]:
+    """Where the memories of ``size`` chunks lie."""
+    return [x.new_empty(size * len(x), *x.shape[1:]) for x in like]
 
 
 def _enter_backward(
-    d_W: list[Tensor], d_S: list[Tensor], d_anchor: list[Tensor], flags: Flags, d_initial: list[Tensor], n: int
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Gradients of W, S, anchor before chunk n entered; what belongs to ``initial`` is added to it in place."""
+    d_M: Sequence[Tensor], d_anchor: Sequence[Tensor], d_initial: Sequence[Tensor], flags: Flags, n: int
+) -> None:
+    """In place: gradients of the memory and the anchor before chunk n entered, and of ``initial``."""
     new, opened = flags.opens_document[n], flags.opens_chunk[n]
-    d_W = [w + a.masked_fill(~opened, 0.0) for w, a in zip(d_W, d_anchor, strict=True)]
-    for i, w in zip(d_initial, d_W, strict=True):
-        i += w.masked_fill(~new, 0.0)
-    d_W, d_S = ([x.masked_fill(new, 0.0) for x in d] for d in (d_W, d_S))
-    return d_W, d_S, [a.masked_fill(opened, 0.0) for a in d_anchor]
+    for d, a, i in zip(d_M, d_anchor, d_initial, strict=True):
+        W = d[:, : a.shape[1]]
+        W += a.masked_fill(~opened, 0.0)
+        a.masked_fill_(opened, 0.0)
+        i += W.masked_fill(~new, 0.0)
+        d.masked_fill_(new, 0.0)
 
 
 def _gradient_norm(inputs: Sequence[Tensor], errors: Sequence[Tensor]) -> Tensor:
     """Norm of each token's gradient over all layers; that of an outer product is the product of the norms."""
-    norms = [
-        torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(e, dim=-1)
-        for a, e in zip(inputs, errors, strict=True)
-    ]
-    return torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    squares = [torch.linalg.vecdot(a, a) * torch.linalg.vecdot(e, e) for a, e in zip(inputs, errors, strict=True)]
+    return sum(squares[1:], squares[0]).sqrt()
 
 
-def _stack(of_chunks: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    return [torch.stack(x) for x in zip(*of_chunks, strict=True)]
+def _join(of_chunks: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    return [x[0] if len(x) == 1 else torch.cat(x) for x in zip(*of_chunks, strict=True)]
 
 
-def _unstack(tensors: Sequence[Tensor], size: int) -> list[tuple[Tensor, ...]]:
-    """For each of ``size`` chunks its part of every tensor."""
-    return list(zip(*(x.unbind() for x in tensors), strict=True)) if tensors else [()] * size
+def _split(tensors: Sequence[Tensor], rows: int) -> list[tuple[Tensor, ...]]:
+    """For each chunk its part of every tensor."""
+    return list(zip(*(x.split(rows) for x in tensors), strict=True))
 
 
-def _pop(tensors: list[Tensor], count: int) -> tuple[Tensor, ...]:
+def _in_order(parts: list[Tensor], chunks: int) -> Tensor:
+    """[N, G, ...] from parts of it, the last first."""
+    return torch.cat(parts[::-1]).unflatten(0, (chunks, -1))
+
+
+def _pop(tensors: list[Tensor], count: int) -> list[Tensor]:
     """The first ``count``, taken out."""
-    taken = tuple(tensors[:count])
+    taken = tensors[:count]
     del tensors[:count]
     return taken
