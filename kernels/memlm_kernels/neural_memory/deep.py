@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from memlm_kernels.launch import Tiles, at_least_16, cdiv, laid, precision, target
+from memlm_kernels.launch import Kernel, at_least_16, cdiv, laid, precision, target
 from memlm_kernels.neural_memory.chunk import Plan
-from memlm_kernels.neural_memory.deep_backward_kernels import deep_read_backward, deep_write_backward
+from memlm_kernels.neural_memory.deep_backward_kernels import deep_tokens_backward, deep_write_backward
 from memlm_kernels.neural_memory.deep_kernels import deep_read, deep_step, deep_write
+from memlm_kernels.neural_memory.deep_read_backward_kernels import deep_read_backward_1, deep_read_backward_2
 from memlm_kernels.neural_memory.network import ACTIVATIONS, EPS
 
 # Chunks whose memories are there at once.
@@ -71,9 +72,6 @@ class _Call(NamedTuple):
         sizes = {"N": count, "G": rows, "K": keys, "X": hidden, "V": values, "W_C": width}
         return {**sizes, **tiles, "SILU": silu, "EPS": EPS, "PRECISION": precision(self.q) if exact else "tf32"}
 
-    def only(self, *names: str) -> dict[str, Tensor | None]:
-        return {name: getattr(self, name) for name in names}
-
     def memory(self) -> Named:
         """What the first chunk enters with; A: the anchor, unless that chunk opens one."""
         names = ("W_1", "W_2", "S_1", "S_2", "A_1", "A_2")
@@ -106,31 +104,22 @@ class _Span:
             **{name: self._of_slots(sizes["X"]) for name in ("hidden", "errors_1")},
             **{name: self._of_slots(sizes["V"]) for name in ("outputs", "errors_2")},
         }
-        given = ("k", "v", "C", "beta", "f", "P", "m", "gain", "bias", "opens_document", "initial_1", "initial_2")
-        arguments = {**call.only(*given), **self._rooms(), **self.written, "anchors": self.anchors}
-        deep_write(self._rows, {}, **arguments, begin=begin, end=self.end, **sizes)
+        self._launch(deep_write, self.sizes["G"])
 
     def _of_slots(self, width: int) -> Tensor:
         call = self.call
         return call.W_1.new_empty(self.count, *call.q.shape[1:3], width)
 
-    def _rooms(self) -> dict[str, Tensor | None]:
-        return {"S_1": None, "S_2": None, **self.rooms}
-
-    def _rows(self, _: Tiles) -> int:
-        return int(self.sizes["G"])
-
-    def _chunks(self, _: Tiles) -> int:
-        return int(self.count * self.sizes["G"])
-
-    def _of_reads(self) -> dict[str, Any]:
-        written = {name: self.written[name] for name in ("hidden", "errors_1", "errors_2")}
-        sizes = {name: x for name, x in self.sizes.items() if name != "EPS"}
-        return {**self.call.only("q", "k", "C", "beta", "f"), **self._rooms(), **written, "begin": self.begin, **sizes}
+    def _launch(self, kernel: Kernel, programs: int, **given: Tensor | None) -> None:
+        """Of what the span and its call have, the kernel gets what it names."""
+        rooms: dict[str, Tensor | None] = {"S_1": None, "S_2": None, **self.rooms}
+        tensors = {**self.call._asdict(), **rooms, **self.written, **given, "anchors": self.anchors}
+        there = {**tensors, "begin": self.begin, "end": self.end, **self.sizes}
+        kernel(lambda _: programs, {}, **{name: there[name] for name in kernel.function.arg_names})
 
     def read(self, out: Tensor) -> Tensor:
         """Into its place in ``out``, [N, G, C, V]; returns the norm of each token's gradient, [chunks, G, C]."""
-        deep_read(self._chunks, {}, out=out, **self._of_reads())
+        self._launch(deep_read, self.count * self.sizes["G"], out=out)
         a = ACTIVATIONS["silu" if self.sizes["SILU"] else "gelu"].value(self.written["hidden"])
         layers = ((self.call.k[self.begin : self.end].float(), "errors_1"), (a, "errors_2"))
         norms = [_norm(inputs) * _norm(self.written[errors]) for inputs, errors in layers]
@@ -151,22 +140,21 @@ class _Span:
         names = ("hidden", "errors_1", "errors_2")
         d_written = {f"d_{name}": torch.empty_like(self.written[name]) for name in names}
         of_rooms = {f"d_{name}": d_rooms.get(name) for name in ("W_1", "S_1", "W_2", "S_2")}
-        of_tokens = {f"d_{name}": d.get(name) for name in ("q", "k", "C", "beta", "f")}
-        scratch = torch.empty_like(self.written["hidden"])
-        both = {**d_written, **of_rooms}
-        deep_read_backward(self._chunks, {}, before=scratch, d_out=d_out, **of_tokens, **both, **self._of_reads())
-        row = torch.arange(self.sizes["G"], device=d_out.device)
+        tokens = ("q", "k", "v", "C", "beta", "f", "P", "m", "gain", "bias")
+        given = {**d_written, **of_rooms, **{f"d_{name}": d.get(name) for name in tokens}}
+        rows, chunks = self.sizes["G"], self.count * self.sizes["G"]
+        of_reads = {**given, "d_out": d_out, "d_before": torch.empty_like(self.written["hidden"])}
+        self._launch(deep_read_backward_2, chunks, **of_reads)
+        self._launch(deep_read_backward_1, chunks, **of_reads)
+        row = torch.arange(rows, device=d_out.device)
         for name, room in d_rooms.items():
             room[-1] = d_after[name]
             if name[0] == "W":
                 room[0] = 0.0
                 room[self.anchors[-1], row] = self._at_anchor(room) + d_after[name.replace("W", "A")]
-        given = self.call.only("k", "v", "C", "beta", "f", "P", "m", "gain", "bias", "opens_document")
-        of_last = {f"d_{name}": d.get(f"last_{name}") for name in ("c", "beta", "f")}
-        of_tokens = {f"d_{name}": d.get(name) for name in ("k", "v", "P", "m", "gain", "bias")}
-        arguments = {**given, **self._rooms(), **self.written, **both, **of_last, **of_tokens}
-        places = {"begin": self.begin, "end": self.end, **self.sizes}
-        deep_write_backward(self._rows, {}, anchors=self.anchors, **arguments, **places)
+        of_writes = given | {f"d_{name}": d.get(f"last_{name}") for name in ("c", "beta", "f")}
+        self._launch(deep_write_backward, rows, **of_writes)
+        self._launch(deep_tokens_backward, chunks, **of_writes)
         if self.call.opens_document is not None:
             # Of documents that start behind the span's first chunk.
             new = self.call.opens_document[self.begin + 1 : self.end + 1, :, None, None]
