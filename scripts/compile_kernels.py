@@ -1,7 +1,10 @@
 """Compile every Triton kernel, with all its tiles, for GPUs that need not be there, and say what came out.
 
-    python scripts/compile_kernels.py --out kernels/compiled.md      all of it, many minutes
-    python scripts/compile_kernels.py --sample                       a launch of each kernel, for two targets
+    python scripts/compile_kernels.py --out kernels/compiled.md                all of it, an hour and more
+    python scripts/compile_kernels.py --out kernels/compiled.md --kernel pool  these rows once more
+    python scripts/compile_kernels.py --sample                                 a launch of each kernel, for two targets
+
+Triton keeps what it compiled, so a run that was stopped goes on where it was when it is started again.
 
 The ops are called on the CPU, and what they would launch is compiled instead. Fails on a spill, on more shared memory
 than a target has, on more than 1,024 threads, and on a product that no matrix instruction computes.
@@ -296,10 +299,10 @@ def resources_hip(asm: dict[str, Any]) -> tuple[int, int]:
 def main(args: argparse.Namespace) -> int:
     launches = recorded(args.sample)
     names = args.targets or (["sm_90", "gfx942"] if args.sample else list(TARGETS))
-    rows, failures, begin = [], 0, time.perf_counter()
+    rows, begin = [], time.perf_counter()
     for one in launches:
         name = one.kernel.function.__name__
-        if args.kernel and args.kernel not in name:
+        if args.kernel and not any(part in name for part in args.kernel):
             continue
         for target_name in names:
             target, most_shared = TARGETS[target_name]
@@ -311,32 +314,41 @@ def main(args: argparse.Namespace) -> int:
                 except Exception as error:
                     done = Compiled(0, 0, 0, "", [f"{type(error).__name__} in the compiler"])
                 cells = " ".join(f"{n}={x}" for n, x in tiles.items())
-                status = "; ".join(done.problems) or "ok"
-                failures += bool(done.problems)
-                rows.append((name, one.case, target_name, cells, done, status))
+                rows.append([f"`{name}`", one.case, target_name, cells, *map(str, done[:-1])])
+                rows[-1].append("; ".join(done.problems) or "ok")
                 if done.problems or args.verbose:
                     print(f"{name}, {one.case}, {target_name}, {cells}: {done}", flush=True)
-    seconds = time.perf_counter() - begin
-    summary = f"{len(rows)} compilations of {len({r[0] for r in rows})} kernels, {failures} that fail"
-    print(f"{summary}, {seconds:.0f} s")
+    print(f"{summary(rows)}, {time.perf_counter() - begin:.0f} s")
     if args.out:
-        args.out.write_text(table(rows, summary))
-    return int(failures > 0)
+        there = {f"`{one.kernel.function.__name__}`" for one in launches}
+        made = {(name, target_name) for name, _, target_name, *_ in rows}
+        kept = [row for row in written(args.out) if row[0] in there and (row[0], row[2]) not in made]
+        args.out.write_text(table(kept + rows))
+    return int(any(row[-1] != "ok" for row in rows))
 
 
-def table(rows: list[tuple], summary: str) -> str:
+def summary(rows: list[list[str]]) -> str:
+    kernels, failures = {row[0] for row in rows}, sum(row[-1] != "ok" for row in rows)
+    return f"{len(rows)} compilations of {len(kernels)} kernels, {failures} that fail"
+
+
+def written(path: Path) -> list[list[str]]:
+    """The rows of an earlier table."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [line[2:-2].split(" | ") for line in lines if line.startswith("| `")]
+
+
+def table(rows: list[list[str]]) -> str:
     lines = [
         "# What the Triton kernels compile to",
         "",
-        f"By `python scripts/compile_kernels.py --out kernels/compiled.md` with Triton {VERSION}: {summary}.",
+        f"By `python scripts/compile_kernels.py --out kernels/compiled.md` with Triton {VERSION}: {summary(rows)}.",
         "Nothing here was run. Registers are of a thread, shared memory and CUDA's spills are in bytes.",
         "",
         "| kernel | call | target | tiles | registers | spills | shared | matrix instructions | |",
         "|---|---|---|---|---|---|---|---|---|",
+        *(f"| {' | '.join(row)} |" for row in sorted(rows, key=lambda row: row[:4])),
     ]
-    for name, case, target, tiles, done, status in sorted(rows, key=lambda row: row[:4]):
-        cells = (f"`{name}`", case, target, tiles, done.registers, done.spills, done.shared, done.instructions, status)
-        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -344,7 +356,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", action="store_true", help="bf16, head size 64, the first tiles, two targets")
     parser.add_argument("--targets", nargs="+", choices=TARGETS)
-    parser.add_argument("--kernel", help="only kernels whose name contains this")
+    parser.add_argument("--kernel", nargs="+", help="only kernels whose name contains one of these")
     parser.add_argument("--verbose", action="store_true", help="print every compilation, not only those that fail")
-    parser.add_argument("--out", type=Path, help="where to write the table, as Markdown")
+    parser.add_argument("--out", type=Path, help="the table, as Markdown; rows of other kernels and targets stay")
     sys.exit(main(parser.parse_args()))

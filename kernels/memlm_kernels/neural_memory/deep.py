@@ -345,11 +345,11 @@ def _forward_flops(tokens: Sequence[Sequence[int]], *arguments: Any, **__: Any) 
 
 @register_flop_formula(torch.ops.memlm.deep_memory_backward)
 def _backward_flops(tokens: Sequence[Sequence[int]], *arguments: Any, **__: Any) -> int:
-    """Those of ``deep_backward_kernels``, and writing once more."""
+    """Those of ``deep_read_backward_kernels`` and ``deep_backward_kernels``, and writing once more."""
     count, rows, width, keys = tokens[0]
     _, hidden, values = arguments[3][1]
     of_layers = hidden * (15 * keys + 17 * values)
-    return 2 * count * rows * width * (of_layers + width * (3 * keys + 2 * values + 6 * hidden))
+    return 2 * count * rows * width * (of_layers + width * (4 * keys + 2 * values + 6 * hidden))
 
 
 def scan_deep(plan: Plan, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> tuple[Tensor, ...]:

@@ -83,7 +83,7 @@ def load_item(united, starts, b_index, item, begin, row, N, C: tl.constexpr, BC:
     """A tile of the keys of a chunk of the union: its first key, how many, and the rows that chose the chunk."""
     parts: tl.constexpr = (C + BC - 1) // BC
     n = tl.load(united + begin + item // parts)
-    start = tl.load(starts + row * N + tl.maximum(n, 0)).to(tl.int64)
+    start = tl.load(starts + row * N + tl.maximum(n, 0))
     chose = (tl.max((b_index == n).to(tl.int32), 1) > 0) & (n >= 0)
     skipped = item % parts * BC
     return start + skipped, tl.minimum(C - skipped, BC), chose
@@ -172,7 +172,7 @@ def attend_forward(
         parts: tl.constexpr = (C + BC - 1) // BC
         b_index = load_tile(index, (row * T + tile * BT) * G + g, i_m // RP * G, i_j, inside, J)
         b_index = tl.where(inside[:, None] & (i_j < J), b_index, -1)
-        limit = L - T + tile * BT + i_m // RP - window
+        limit = L - T - window + tile.to(tl.int32) * BT + i_m // RP
         at = (row * tiles + tile) * G + g
         items = parts * (U if count is None else tl.load(count + at))
         for item in range(split.to(tl.int32), items, SPLITS):
@@ -313,7 +313,7 @@ def queries_backward(
         parts: tl.constexpr = (C + BC - 1) // BC
         b_index = load_tile(index, (row * T + tile * BT) * G + g, i_m // RP * G, i_j, inside, J)
         b_index = tl.where(inside[:, None] & (i_j < J), b_index, -1)
-        limit = L - T + tile * BT + i_m // RP - window
+        limit = L - T - window + tile.to(tl.int32) * BT + i_m // RP
         at = (row * tiles + tile) * G + g
         items = parts * (U if count is None else tl.load(count + at))
         for item in range(items):
