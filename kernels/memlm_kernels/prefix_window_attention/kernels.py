@@ -139,10 +139,10 @@ def attend_forward(
     """
     BT: tl.constexpr = BM // RP
     R: tl.constexpr = H // G
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     tiles = tl.cdiv(T, BT)
     split, tile, g = program % SPLITS, program // SPLITS % tiles, program // SPLITS // tiles % G
-    row = program // SPLITS // tiles // G
+    row = (program // SPLITS // tiles // G).to(tl.int64)
     i_k, i_v, i_n, i_m = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BN), tl.arange(0, BM)
     inside = (tile * BT + i_m // RP < T) & (i_m % RP < R)
     base, rows = (row * T + tile * BT) * H + g * R, i_m // RP * H + i_m % RP
@@ -152,7 +152,7 @@ def attend_forward(
 
     b_q = load_tile(q, base, rows, i_k, inside, K)
     b_first, b_end, low, high = load_spans(first, end, row * T + tile * BT + i_m // RP, inside)
-    for key in range(low + split.to(tl.int32) * BN, high, SPLITS * BN):
+    for key in range(low + split * BN, high, SPLITS * BN):
         b_k = load_tile(k, (row * LK + key) * G + g, i_n * G, i_k, key + i_n < high, K)
         b_v = load_tile(v, (row * L + L - LK + key) * G + g, i_n * G, i_v, key + i_n < high, V)
         seen = (key + i_n >= b_first[:, None]) & (key + i_n < b_end[:, None])
@@ -162,7 +162,7 @@ def attend_forward(
         b_q = load_tile(other_q, base, rows, i_k, inside, K)
     if prefix_k is not None:
         from_row = row * shared * P
-        for key in range(split.to(tl.int32) * BN, P, SPLITS * BN):
+        for key in range(split * BN, P, SPLITS * BN):
             b_k = load_tile(prefix_k, (from_row + key) * G + g, i_n * G, i_k, key + i_n < P, K)
             b_v = load_tile(prefix_v, (from_row + key) * G + g, i_n * G, i_v, key + i_n < P, V)
             seen = inside[:, None] & (key + i_n < P)
@@ -172,10 +172,10 @@ def attend_forward(
         parts: tl.constexpr = (C + BC - 1) // BC
         b_index = load_tile(index, (row * T + tile * BT) * G + g, i_m // RP * G, i_j, inside, J)
         b_index = tl.where(inside[:, None] & (i_j < J), b_index, -1)
-        limit = L - T - window + tile.to(tl.int32) * BT + i_m // RP
+        limit = L - T - window + tile * BT + i_m // RP
         at = (row * tiles + tile) * G + g
         items = parts * (U if count is None else tl.load(count + at))
-        for item in range(split.to(tl.int32), items, SPLITS):
+        for item in range(split, items, SPLITS):
             start, size, chose = load_item(united, starts, b_index, item, at * U, row, N, C, BC)
             real = (i_c < size) & (start + i_c >= 0) & (start + i_c < L)
             b_k = load_tile(far_k, (row * L + start) * G + g, i_c * G, i_k, real, K)
@@ -186,7 +186,7 @@ def attend_forward(
     some = b_sum > 0
     b_o = tl.where(some[:, None], b_o / tl.where(some, b_sum, 1.0)[:, None], 0.0)
     b_max = tl.where(some, (b_max + tl.log2(tl.where(some, b_sum, 1.0))) * LN2, float("-inf"))
-    at_split = split * B * T * H
+    at_split = split.to(tl.int64) * B * T * H
     store_tile(o, b_o, at_split + base, rows, i_v, inside, V)
     tl.store(lse + at_split + base + rows, b_max, mask=inside)
 
@@ -272,9 +272,9 @@ def queries_backward(
     """
     BT: tl.constexpr = BM // RP
     R: tl.constexpr = H // G
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     tiles = tl.cdiv(T, BT)
-    tile, g, row = program % tiles, program // tiles % G, program // tiles // G
+    tile, g, row = program % tiles, program // tiles % G, (program // tiles // G).to(tl.int64)
     i_k, i_v, i_n, i_m = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BN), tl.arange(0, BM)
     inside = (tile * BT + i_m // RP < T) & (i_m % RP < R)
     base, rows = (row * T + tile * BT) * H + g * R, i_m // RP * H + i_m % RP
@@ -313,7 +313,7 @@ def queries_backward(
         parts: tl.constexpr = (C + BC - 1) // BC
         b_index = load_tile(index, (row * T + tile * BT) * G + g, i_m // RP * G, i_j, inside, J)
         b_index = tl.where(inside[:, None] & (i_j < J), b_index, -1)
-        limit = L - T - window + tile.to(tl.int32) * BT + i_m // RP
+        limit = L - T - window + tile * BT + i_m // RP
         at = (row * tiles + tile) * G + g
         items = parts * (U if count is None else tl.load(count + at))
         for item in range(items):
@@ -367,12 +367,12 @@ def keys_backward(
     """
     BT: tl.constexpr = BM // RP
     R: tl.constexpr = H // G
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     tiles = tl.cdiv(LK, BN)
     part, tile, g = program % PARTS, program // PARTS % tiles, program // PARTS // tiles % G
-    row = program // PARTS // tiles // G
+    row = (program // PARTS // tiles // G).to(tl.int64)
     i_k, i_v, i_n, i_m = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BN), tl.arange(0, BM)
-    key = (tile * BN).to(tl.int32)
+    key = tile * BN
     real = key + i_n < LK
     b_k = load_tile(k, (row * shared * LK + key) * G + g, i_n * G, i_k, real, K)
     b_v = load_tile(v, (row * shared * L + L - LK + key) * G + g, i_n * G, i_v, real, V)
@@ -389,7 +389,7 @@ def keys_backward(
             low = tl.minimum(low, tl.min(tl.where(sees, at, TILES)))
             high = tl.maximum(high, tl.max(tl.where(sees, at + 1, 0)))
     share = tl.cdiv(tl.maximum(high - low, 0), PARTS)
-    low = low + part.to(tl.int32) * share
+    low = low + part * share
     high = tl.minimum(high, low + share)
     for token in range(low * BOUND, tl.minimum(high * BOUND, T), BT):
         inside = (token + i_m // RP < T) & (i_m % RP < R)
