@@ -398,11 +398,12 @@ def keys_backward(
         b_do = load_tile(d_o, base, rows, i_v, inside, V)
         b_lse = tl.load(lse + base + rows, mask=inside, other=0.0) * LOG2E
         b_delta = tl.load(delta + base + rows, mask=inside, other=0.0)
-        seen = real[:, None] & inside[None, :]
+        # Keys behind the last have gradients too, which nothing stores.
+        seen = inside[None, :]
         if bounds is not None:
             b_first = tl.load(first + row * T + token + i_m // RP, mask=inside, other=0)
             b_end = tl.load(end + row * T + token + i_m // RP, mask=inside, other=0)
-            seen &= ((key + i_n)[:, None] >= b_first[None, :]) & ((key + i_n)[:, None] < b_end[None, :])
+            seen = seen & ((key + i_n)[:, None] >= b_first[None, :]) & ((key + i_n)[:, None] < b_end[None, :])
         b_dk, b_dv = key_gradients(b_dk, b_dv, b_q, b_k, b_v, b_do, b_lse, b_delta, seen, scale, PRECISION)
     of_part = part * B + row
     store_tile(d_k, b_dk * factor, (of_part * LK + key) * G + g, i_n * G, i_k, real, K)
