@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from memlm.layers import ShortConv, rotary, rotary_angles
+from memlm.layers import ShortConv, rotary, rotary_angles, unit
 from memlm_kernels.testing import assert_close
 
 
@@ -55,3 +55,11 @@ def test_short_conv_with_silu_is_silu_of_it_and_keeps_its_input_alone(cu_seqlens
     expected = torch.autograd.grad(theirs, [x, plain.weight], d_y)
     for e, g in zip(expected, torch.autograd.grad(ours, [x, conv.weight], d_y), strict=True):
         assert_close("gradient", e, g, 1e-15)
+
+
+def test_unit_vectors_and_their_gradient():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(unit(x), F.normalize(x, dim=-1), rtol=0, atol=1e-15)
+    assert torch.autograd.gradcheck(unit, x)
+    assert not unit(torch.zeros(1, 4)).any()
