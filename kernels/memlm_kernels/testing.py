@@ -1,5 +1,6 @@
 """What tests share: one comparison, one way to get gradients, one look at what is computed."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,3 +49,24 @@ class Watch(TorchDispatchMode):
         for x in out if isinstance(out, tuple | list) else [out]:
             self.largest = max(self.largest, x.numel() if isinstance(x, Tensor) else 0)
         return out
+
+
+class Held(TorchDispatchMode):
+    """``with Held() as held``: the most elements of 4 bytes that tensors held at once which were made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.most, self._known = 0, 0, weakref.WeakSet[Any]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, Tensor) and (storage := x.untyped_storage()) not in self._known:
+                self._known.add(storage)
+                self._add(size := storage.nbytes() // 4)
+                weakref.finalize(storage, self._add, -size)
+        self.most = max(self.most, self.now)
+        return out
+
+    def _add(self, size: int) -> None:
+        self.now += size

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from memlm_kernels import neural_memory, read_memory
-from memlm_kernels.neural_memory import dot_product, huber, lp
-from memlm_kernels.testing import assert_close, grads_of, relative_error
+from memlm_kernels.neural_memory import dot_product, huber, lp, reference, scan
+from memlm_kernels.testing import Held, assert_close, grads_of, relative_error
 
 ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu}
 # Each loss as the number that is minimised; the op is given the gradient.
@@ -66,12 +66,12 @@ def token_by_token(
     return out
 
 
-def make(batch=2, length=23, heads=2, key=5, value=4, depth=1, seed=0, dtype=torch.float64):
+def make(batch=2, length=23, heads=2, key=5, value=4, depth=1, hidden=7, seed=0, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
     rand = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
     q, k, v = (F.normalize(rand(batch, length, heads, d), dim=-1) for d in (key, key, value))
     lr, momentum, decay = (torch.sigmoid(rand(batch, length, heads) - c) for c in (1.0, 0.5, 2.0))
-    sizes = [key, *[7] * (depth - 1), value]
+    sizes = [key, *[hidden] * (depth - 1), value]
     weights = [rand(heads, i, o) * 0.5 for i, o in itertools.pairwise(sizes)]
     return [x.to(dtype) for x in (q, k, v, lr, momentum, decay, *weights)]
 
@@ -329,9 +329,34 @@ def test_reading_a_memory_is_what_its_last_token_read(norm):
     assert_close("read", o[:, -1:], again, 1e-12)
 
 
-def test_what_backward_keeps_grows_with_tokens_not_with_memories():
-    """1024 tokens in chunks of 4 pass through 256 memories, W and S: two million numbers."""
-    inputs = [x.requires_grad_() for x in make(batch=1, length=1024, heads=1, key=64, value=64, dtype=torch.float32)]
+@pytest.mark.parametrize("grouping", [(1, True), (3, True), (1, False), (2, False), (5, False)], ids=str)
+@pytest.mark.parametrize("ragged", [False, True])
+def test_groups_change_nothing(monkeypatch, grouping, ragged):
+    """Chunks of four blocks that begin and end inside groups, whose memories are kept or made again."""
+    inputs = make(length=500, heads=1, depth=2)
+    inputs[3] = inputs[3] / 30
+    places = {"positions": torch.stack([torch.arange(500), torch.arange(500) % 230]), "max_documents": 3}
+
+    def function(*x):
+        out = run(x, 128, **(places if ragged else {}))
+        return torch.cat([out.o.flatten(), *(w.flatten() for part in out.state[:3] for w in part)])
+
+    monkeypatch.setattr(reference, "block_size", lambda *_: 32)
+    expected = [function(*inputs), *grads_of(function, inputs)]
+    monkeypatch.setattr(scan, "_groups", lambda memories, k, keep: (grouping[0], grouping[1] and keep))
+    with torch.no_grad():
+        assert_close("without gradients", expected[0], function(*inputs), 1e-12)
+    for name, e, g in zip(
+        ("o", *names(inputs)), expected, [function(*inputs), *grads_of(function, inputs)], strict=True
+    ):
+        assert_close(name, e, g, 1e-12)
+
+
+@pytest.mark.parametrize(("depth", "of_token"), [(1, 4 * 64), (2, 4 * 64 + 3 * 128)])
+def test_what_backward_keeps_grows_with_tokens_not_with_memories(depth, of_token):
+    """1024 tokens in chunks of 4 pass through 256 memories, W and S: two million numbers, of two layers eight."""
+    sizes = dict(length=1024, key=64, value=64, depth=depth, hidden=128)
+    inputs = [x.requires_grad_() for x in make(batch=1, heads=1, dtype=torch.float32, **sizes)]
     kept = {}
 
     def count(x):
@@ -340,7 +365,33 @@ def test_what_backward_keeps_grows_with_tokens_not_with_memories():
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
         run(inputs, 4)
-    assert sum(kept.values()) < 3 * 1024 * 5 * 64
+    assert sum(kept.values()) < 3 * 1024 * (of_token + 64)
+
+
+def large_memory(tokens):
+    """W and S of two layers, and one token's activations a chunk, a 64th of them."""
+    sizes = dict(length=tokens, key=64, value=64, depth=2, hidden=256)
+    return make(batch=1, heads=1, dtype=torch.float32, **sizes), 2 * 2 * 64 * 256
+
+
+@pytest.mark.parametrize("chunks", [36, 144])
+def test_memories_that_are_there_at_once_are_few(chunks):
+    """A group of 64 chunks would have all its memories there, and those of the next."""
+    inputs, memory = large_memory(chunks)
+    with Held() as held:
+        grads_of(lambda *x: run(x, 1).o, inputs)
+    assert held.most < (3 * chunks**0.5 + 8) * memory
+
+
+def test_reading_without_gradients_keeps_nothing():
+    """Four times the tokens take what they need for themselves, and not one memory more."""
+    peaks = []
+    for tokens in (36, 144):
+        inputs, memory = large_memory(tokens)
+        with Held() as held, torch.no_grad():
+            run([x.requires_grad_() for x in inputs], 1)
+        peaks.append(held.most)
+    assert peaks[0] < 16 * memory and peaks[1] - peaks[0] < memory
 
 
 def test_gates_at_their_ends_stay_finite():

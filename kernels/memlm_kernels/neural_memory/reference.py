@@ -39,15 +39,12 @@ from memlm_kernels.grid import (
 from memlm_kernels.neural_memory.chunk import Gates, Momentum, Plan
 from memlm_kernels.neural_memory.losses import InnerLoss
 from memlm_kernels.neural_memory.network import ACTIVATIONS, Tail
-from memlm_kernels.neural_memory.scan import Scan
+from memlm_kernels.neural_memory.scan import scan as scan_in_torch
 
 _TINY = 1e-30
 
-# What ``Scan.apply`` is.
+# What ``scan_in_torch`` is.
 LoopOverChunks = Callable[..., tuple[Tensor, ...]]
-
-# A compiler would unroll the loop over chunks: minutes of work for a graph that runs no faster.
-_scan: LoopOverChunks = torch.compiler.disable(Scan.apply)
 
 
 class NeuralMemoryState(NamedTuple):
@@ -120,7 +117,7 @@ def neural_memory_reference(
         scalars = scalar_recurrences(tokens, grid, U)
         q_grid = to_rows(grid.lay(tokens.q))
         tail = None if norm is None else Tail(*(n.to(dtype).repeat(batch, 1)[:, None] for n in norm))
-        out, surprise, *memory = (scan or _scan)(
+        out, surprise, *memory = (scan or scan_in_torch)(
             Plan(len(weights), chunk_size // width, ACTIVATIONS[activation], loss),
             q_grid,
             *sources,
