@@ -141,3 +141,22 @@ def check_places(x: Tensor, positions: Tensor | None, lengths: Tensor | None, ma
         raise ValueError(f"positions {list(positions.shape)} must be integers [B, T] = {[batch, length]}")
     if lengths is not None and (lengths.shape != (batch,) or lengths.is_floating_point()):
         raise ValueError(f"lengths {list(lengths.shape)} must be integers [B] = {[batch]}")
+
+
+def check_start(positions: Tensor | None, lengths: Tensor | None, before: Tensor | None) -> None:
+    """Raise ValueError unless each row's first token starts a document or stands where its state goes on, ``before``
+    [B] (None: at 0). Looked at on a CPU only, for a GPU would have to wait.
+    """
+    if positions is None or positions.numel() == 0 or type(positions) is not Tensor or positions.device.type != "cpu":
+        return
+    if torch.compiler.is_compiling():
+        return
+    first = positions[:, 0]
+    follows = torch.zeros_like(first) if before is None else before
+    wrong = (first != 0) & (first != follows)
+    if lengths is not None:
+        wrong = wrong & (lengths > 0)
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        found, goes_on = int(first[row]), int(follows[row])
+        raise ValueError(f"positions start row {row} at {found}; 0 starts a document, {goes_on} goes on")

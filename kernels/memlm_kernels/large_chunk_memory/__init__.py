@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from memlm_kernels.backend import choose
-from memlm_kernels.grid import check_places
+from memlm_kernels.grid import check_places, check_start
 from memlm_kernels.large_chunk_memory.reference import (
     MUON,
     LargeChunkMemoryState,
@@ -66,6 +66,7 @@ def large_chunk_memory(
     check_places(q, positions, lengths, max_documents)
     if state is not None:
         _check_state(state, len(q), momentum, weights)
+    check_start(positions, lengths, None if state is None else state.position)
     choose("large_chunk_memory", backend, ("reference",))
     tokens = Tokens(q, k, v, lr, momentum)
     return large_chunk_memory_reference(
@@ -92,9 +93,15 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lr: Tensor, momentum: Tensor | None,
 
 
 def _check_state(state: LargeChunkMemoryState, batch: int, momentum: Tensor | None, weights: Sequence[Tensor]) -> None:
-    found = [list(w.shape) for w in state.weights]
-    expected = [[batch, *w.shape] for w in weights]
-    if found != expected or state.position.shape != (batch,):
-        raise ValueError(f"state holds weights {found}, expected {expected} and position {[batch]}")
     if bool(state.momentum) != (momentum is not None):
         raise ValueError(f"state {'has' if state.momentum else 'lacks'} momentum, the call does not agree")
+    memory, has_momentum = [[batch, *w.shape] for w in weights], bool(state.momentum)
+    of_momentum = {"momentum": memory, "momentum_sum": [[batch, len(weights[0]), 1, 1]]}
+    expected = {"weights": memory, "gradient": memory}
+    expected |= {name: shapes if has_momentum else [] for name, shapes in of_momentum.items()}
+    for name, shapes in expected.items():
+        found = [list(x.shape) for x in getattr(state, name)]
+        if found != shapes:
+            raise ValueError(f"state.{name} holds {found}, expected {shapes}")
+    if state.position.shape != (batch,):
+        raise ValueError(f"state.position {list(state.position.shape)} must be [B] = {[batch]}")

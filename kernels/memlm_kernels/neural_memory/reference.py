@@ -43,6 +43,9 @@ from memlm_kernels.neural_memory.scan import scan as scan_in_torch
 
 _TINY = 1e-30
 
+# What a chunk_size is told that would be one block of more than 64, see ``block_size``.
+BLOCKS = "must be at most 64, or a multiple of a number from 16 to 64"
+
 # What ``scan_in_torch`` is.
 LoopOverChunks = Callable[..., tuple[Tensor, ...]]
 
@@ -86,8 +89,8 @@ def neural_memory_reference(
     lengths: Tensor | None,
     max_documents: int,
     aligned: bool,
-    scan: LoopOverChunks | None = None,
-    widest: int = 64,
+    scan: LoopOverChunks | None,
+    widest: int,
 ) -> tuple[Tensor, NeuralMemoryState, Tensor]:
     """Returns o, the new state, and the norm of each token's gradient [B, T, H]; see ``neural_memory``.
 
@@ -140,7 +143,9 @@ def neural_memory_reference(
 
 
 def block_size(chunk_size: int, most: int = 64) -> int:
-    """Slots of the grid: masked products cost their square, so a long chunk is several blocks with one anchor."""
+    """Slots of the grid: masked products cost their square, so a long chunk is several blocks with one anchor. Above
+    ``most`` if it cannot be cut.
+    """
     divisors = [size for size in range(16, most + 1) if chunk_size % size == 0]
     return max(divisors) if chunk_size > most and divisors else chunk_size
 
