@@ -18,7 +18,7 @@ class MemoryCache(Cache):
     """The states of all layers of one model for a batch of streams.
 
     States are never changed in place, so ``fork`` is free and a failed call leaves the memory as it
-    was. Pass it as ``past_key_values``; once filled, it refuses models of another configuration.
+    was. Pass it as ``past_key_values``; once filled, it refuses models of another configuration or dtype.
     """
 
     is_compileable = False
