@@ -30,7 +30,17 @@ def test_benchmark_writes_a_line_for_each_measurement(tmp_path):
             assert rate["best"] >= rate["median"] > 0
         assert record["peak_rss_mb"] >= record["base_rss_mb"] > 0
         assert all(record[name] for name in ("hardware", "torch", "commit", "date", "command", "version", "dtype"))
+    assert training["version"] == decoding["version"] == training["commit"] == decoding["commit"]
     assert len(run("--table", "--out", str(out)).strip().splitlines()) == 6
+
+
+def test_benchmark_of_training_steps(tmp_path):
+    out = tmp_path / "memory.jsonl"
+    run("--suite", "train_smoke", "--repeats", "1", "--out", str(out))
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["memory"] for r in records] == ["attention", "titans_mag"]
+    assert all(r["tokens_per_wall_second"]["best"] > 0 and r["version"] == r["commit"] for r in records)
+    assert "| 64 | " in run("--table", "--out", str(out))
 
 
 def test_benchmark_of_the_bank(tmp_path):
