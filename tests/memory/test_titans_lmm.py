@@ -265,18 +265,16 @@ def test_optimizer_steps_with_several_heads_reach_every_parameter():
     assert all((a != b).any() for a, b in zip(before, model.parameters(), strict=True))
 
 
-TRAINED = [
-    ("titans_lmm", {"memory_depth": 1}),
-    ("titans_lmm", {"memory_depth": 2}),
-    ("titans_mac", {"memory_depth": 3}),
-    ("titans_mag", {"memory_depth": 3}),
-    ("titans_mal", {"memory_depth": 4}),
-    ("titans_tnt", {"memory_depth": 2}),
-    ("omeganet", {}),
-]
+def trained(memory, depth, marks=()):
+    settings = {} if memory == "omeganet" else {"memory_depth": depth}
+    return pytest.param(memory, settings, marks=marks, id=f"{memory} {depth}")
 
 
-@pytest.mark.parametrize(("memory", "settings"), TRAINED, ids=[f"{m} {s.get('memory_depth', 2)}" for m, s in TRAINED])
+TRAINED = [trained("titans_lmm", 1), trained("titans_lmm", 2), trained("titans_mac", 3), trained("titans_mag", 3)]
+TRAINED += [trained(m, d, pytest.mark.slow) for m, d in (("titans_mal", 4), ("titans_tnt", 2), ("omeganet", 2))]
+
+
+@pytest.mark.parametrize(("memory", "settings"), TRAINED)
 @pytest.mark.parametrize("length", [1024, pytest.param(16384, marks=pytest.mark.slow)])
 def test_finite_after_training(memory, settings, length):
     """50 steps at the default caps, then far beyond the length trained on, of one token and of random ones."""
