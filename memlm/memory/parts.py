@@ -39,7 +39,8 @@ class BranchGate(nn.Module):
         gate_BTD = torch.sigmoid(self.gate(x_BTD))
         seen_BTD, recalled_BTD = self.attention_norm(seen_BTD), self.memory_norm(recalled_BTD)
         share = memory_share(gate_BTD * recalled_BTD, (1 - gate_BTD) * seen_BTD)
-        return torch.lerp(seen_BTD, recalled_BTD, gate_BTD), {"gate": gate_BTD.detach().mean(), "memory_share": share}
+        metrics = {"gate": gate_BTD.detach().mean(-1), "memory_share": share}
+        return torch.lerp(seen_BTD, recalled_BTD, gate_BTD), metrics
 
 
 def gate_logits(gates: nn.Linear | None, x_BTD: Tensor) -> Tensor:

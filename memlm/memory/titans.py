@@ -8,9 +8,10 @@ written; M_0 is learned, its last layer starts at zero so that an empty memory s
 ``memory_norm``, where M(q) = q + LayerNorm(MLP(q)), just q; gates are one number for each token and head.
 
 Metrics. Of each token, means over heads: the gates ``lr``, ``momentum``, ``decay``, ``weight``; ``surprise``, the norm
-of its gradient; ``output_gate``, the size of what multiplies its read; with ``memory_norm`` ``known_share``, that of
-LayerNorm(MLP(q)) beside q. At the call's end ``memory_norm`` and ``momentum_norm``, over the call ``update_norm``.
-``memory_share``: of the memory's branch in the mixer's output; of a memory alone, of what it says beside its input.
+of its gradient; ``output_gate``, the size of what multiplies its read; ``gate``, of the memory's branch beside the
+attention's (MAC, MAG); with ``memory_norm`` ``known_share``, the part of LayerNorm(MLP(q)) beside q. At the end of
+the call ``memory_norm`` and ``momentum_norm``, over the call ``update_norm``, and ``memory_share``, of the memory's
+branch in the mixer's output, or of a memory alone beside its input.
 """
 
 import itertools
