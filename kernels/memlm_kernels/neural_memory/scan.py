@@ -74,6 +74,7 @@ class Scan(torch.autograd.Function):
 
     q: [N, G, C, K], k: [N, G, J, K], v: [N, G, J, V]; f, P, m, S only with momentum; gain, bias only with a tail;
     the flags, anchor and initial only where rows are ragged. What is absent is None, or missing from the lists.
+    keep: whether there will be a backward pass.
     Returns the MLP's reads before the tail [N, G, C, V]; surprise [N, G, J], the norm of each token's gradient, not
     differentiable; and W, S, anchor after the last chunk.
     """
