@@ -4,11 +4,12 @@
     python scripts/convert_checkpoint.py --from-format fla-mom --source DIR --target DIR
     python scripts/convert_checkpoint.py --to-format fla-mom --source DIR --target DIR
 
-fla-mom: flash-linear-attention's MoM. msa: Memory Sparse Attention as released. qwen3: transformers' Qwen3, from which
-Memory Sparse Attention starts, its routers fresh. Files of a tokenizer are copied.
+fla-mom: flash-linear-attention's MoM. msa: Memory Sparse Attention as released. qwen3: transformers' Qwen3, which
+``--memory`` gives a memory: msa, its routers fresh; chunk_sparse; or none, attention. Files of a tokenizer are copied.
 """
 
 import argparse
+import functools
 import json
 import shutil
 import sys
@@ -37,12 +38,18 @@ def main() -> None:
     direction = parser.add_mutually_exclusive_group(required=True)
     direction.add_argument("--from-format", choices=READERS)
     direction.add_argument("--to-format", choices=WRITERS)
+    parser.add_argument("--memory", choices=msa.RETROFITS, help="what a Qwen3 becomes, msa if not given")
     parser.add_argument("--source", type=Path, required=True)
     parser.add_argument("--target", type=Path, required=True)
     arguments = parser.parse_args()
+    if arguments.memory and arguments.from_format != "qwen3":
+        parser.error(f"--memory {arguments.memory} is for --from-format qwen3 only; leave it out")
     try:
         if arguments.from_format:
-            read(*READERS[arguments.from_format], arguments.source, arguments.target)
+            read_config, read_weights = READERS[arguments.from_format]
+            if arguments.memory:
+                read_config = functools.partial(read_config, memory=arguments.memory)
+            read(read_config, read_weights, arguments.source, arguments.target)
         else:
             write(*WRITERS[arguments.to_format], arguments.source, arguments.target)
     except (OSError, ValueError) as error:

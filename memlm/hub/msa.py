@@ -1,5 +1,5 @@
 """Checkpoints of Memory Sparse Attention as released (model type ``msa``, MSA-4B), to ours and back; and Qwen3's,
-which it starts from, with fresh routers.
+which it starts from, with fresh routers, or which other kinds of attention take as they are.
 
 Released weights are Qwen3's and, in the layers that route, ``router_q_proj.0`` and ``router_k_proj.0``; beside them
 stands ``temperature`` (a setting here), or ``b`` for the loss BCE (of each layer here). Theirs teaches routers in the
@@ -39,6 +39,8 @@ _WRITTEN = {
     "use_sliding_window": False,
 }
 _TEMPERATURES = (0.001, 0.5)
+# Kinds that take Qwen3's weights.
+RETROFITS = ("msa", "attention", "chunk_sparse")
 
 
 def config_from_msa(theirs: dict[str, Any], weights: Weights) -> MemLMConfig:
@@ -62,11 +64,13 @@ def config_from_msa(theirs: dict[str, Any], weights: Weights) -> MemLMConfig:
         "loss_weight": rules["auxloss_weight"] / max(1, len(routing)),
         "temperature": min(max(temperature, _TEMPERATURES[0]), _TEMPERATURES[1]),
     }
-    return _config(theirs, theirs["rope_theta"], settings, routing)
+    return _config(theirs, theirs["rope_theta"], *_layers(settings, routing, theirs["num_hidden_layers"]))
 
 
-def config_from_qwen3(theirs: dict[str, Any], weights: Weights) -> MemLMConfig:
-    """The paper's settings, routing in the upper half of the layers."""
+def config_from_qwen3(theirs: dict[str, Any], weights: Weights, memory: str = "msa") -> MemLMConfig:
+    """memory, one of RETROFITS: "msa" with the paper's settings, routing in the upper half of the layers; "attention",
+    which is Qwen3; or "chunk_sparse", its choice distilled, so that it has no weight that Qwen3 has not.
+    """
     _expect(theirs, {"model_type": "qwen3", **_FIXED}, "")
     for kind in theirs.get("layer_types") or []:
         if kind != "full_attention":
@@ -76,7 +80,12 @@ def config_from_qwen3(theirs: dict[str, Any], weights: Weights) -> MemLMConfig:
         raise ValueError(f"config.json: rope_type={rope['rope_type']!r}; only 'default' can be converted")
     layers = theirs["num_hidden_layers"]
     routing = list(range(layers // 2, layers))
-    return _config(theirs, rope["rope_theta"], {"loss_weight": 0.1 / len(routing)}, routing)
+    mixers, pattern = {"memory": {"kind": memory, "qk_norm": True}}, ["memory"]
+    if memory == "msa":
+        mixers, pattern = _layers({"loss_weight": 0.1 / len(routing)}, routing, layers)
+    elif memory == "chunk_sparse":
+        mixers["memory"] |= {"learning": "distilled", "loss_weight": 0.1 / layers}
+    return _config(theirs, rope["rope_theta"], mixers, pattern)
 
 
 def config_to_msa(config: MemLMConfig) -> dict[str, Any]:
@@ -168,15 +177,20 @@ def weights_to_msa(ours: Weights, config: MemLMConfig) -> Weights:
     return {**theirs, "b": biases[0]}
 
 
-def _config(theirs: dict[str, Any], rope_theta: float, settings: dict[str, Any], routing: list[int]) -> MemLMConfig:
-    if theirs.get("rope_scaling"):
-        raise ValueError(f"config.json: rope_scaling={theirs['rope_scaling']!r}; only null can be converted")
+def _layers(settings: dict[str, Any], routing: list[int], layers: int) -> tuple[dict[str, Any], list[str]]:
+    """Mixers that route, those that do not, and where each stands."""
     shared = {name: settings[name] for name in ("chunk_size", "top_k") if name in settings}
     mixers = {
         "memory": {"kind": "msa", "routes": True, **settings},
         "documents": {"kind": "msa", "routes": False, **shared},
     }
-    pattern = ["memory" if layer in routing else "documents" for layer in range(theirs["num_hidden_layers"])]
+    pattern = ["memory" if layer in routing else "documents" for layer in range(layers)]
+    return {name: mixer for name, mixer in mixers.items() if name in pattern}, pattern
+
+
+def _config(theirs: dict[str, Any], rope_theta: float, mixers: dict[str, Any], pattern: list[str]) -> MemLMConfig:
+    if theirs.get("rope_scaling"):
+        raise ValueError(f"config.json: rope_scaling={theirs['rope_scaling']!r}; only null can be converted")
     return MemLMConfig(
         vocab_size=theirs["vocab_size"],
         hidden_size=theirs["hidden_size"],
@@ -192,7 +206,7 @@ def _config(theirs: dict[str, Any], rope_theta: float, settings: dict[str, Any],
         bos_token_id=theirs.get("bos_token_id"),
         eos_token_id=theirs.get("eos_token_id"),
         pad_token_id=theirs.get("pad_token_id"),
-        mixers={name: mixer for name, mixer in mixers.items() if name in pattern},
+        mixers=mixers,
         mixer_pattern=pattern,
     )
 
@@ -207,7 +221,7 @@ def _names(config: MemLMConfig, routers: bool) -> list[tuple[str, str]]:
     """Their name and ours of every weight."""
     names = [(name, name) for name in _OUTSIDE if not (config.tie_word_embeddings and name == "lm_head.weight")]
     for layer, mixer in enumerate(config.mixers[name] for name in config.layer_mixers()):
-        of_layer = {**_OF_LAYER, **(_ROUTERS if routers and mixer["routes"] else {})}
+        of_layer = {**_OF_LAYER, **(_ROUTERS if routers and mixer.get("routes") else {})}
         names += [(f"model.layers.{layer}.{old}", f"model.layers.{layer}.{new}") for old, new in of_layer.items()]
     return names
 

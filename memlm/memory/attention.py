@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from memlm.layers import ShortConv, rotary, rotary_angles
+from memlm.layers import RMSNorm, ShortConv, rotary, rotary_angles
 from memlm.memory.base import (
     Dims,
     MixerContext,
@@ -41,11 +41,13 @@ class Config:
     """window_size: tokens a query sees, itself included; None for all of the document.
     conv_size: width of a causal convolution with SiLU on q, k, v; 0 for none.
     persistent_tokens: learned tokens that every query sees, without position (Titans, section 3.3).
+    qk_norm: RMSNorm of each head's queries and keys (Qwen3).
     """
 
     window_size: int | None = None
     conv_size: int = 0
     persistent_tokens: int = 0
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         require(
@@ -73,6 +75,9 @@ class Mixer(SequenceMixer):
         self.v_proj = nn.Linear(dims.hidden_size, kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(heads * head_dim, dims.hidden_size, bias=False)
         self.sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
+        if config.qk_norm:
+            self.q_norm = RMSNorm(head_dim, eps=dims.rms_norm_eps)
+            self.k_norm = RMSNorm(head_dim, eps=dims.rms_norm_eps)
         if config.conv_size:
             self.conv = ShortConv(sum(self.sizes), config.conv_size, silu=True)
         if config.persistent_tokens:
@@ -134,14 +139,17 @@ class Mixer(SequenceMixer):
 
     def project(
         self, x_BTD: Tensor, state: State, positions_BT: Tensor | None, lengths_B: Tensor | None
-    ) -> tuple[list[Tensor], State]:
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], State]:
         """q, k, v before any rotation, and what their convolution keeps; positions as ``ShortConv`` takes them."""
         history = {}
         projected = [proj(x_BTD) for proj in (self.q_proj, self.k_proj, self.v_proj)]
         if self.config.conv_size:
             qkv, history["conv"] = self.conv(torch.cat(projected, -1), state["conv"], positions_BT, lengths_B)
             projected = list(qkv.split(self.sizes, -1))
-        return [x.unflatten(-1, (-1, self.dims.head_dim)) for x in projected], history
+        q_BTHK, k_BTGK, v_BTGK = (x.unflatten(-1, (-1, self.dims.head_dim)) for x in projected)
+        if self.config.qk_norm:
+            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
+        return (q_BTHK, k_BTGK, v_BTGK), history
 
     def _prefix(self, q_BTHK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries for the persistent tokens, unrotated as they are, their keys and values, [1, P, G, K]."""
@@ -149,7 +157,7 @@ class Mixer(SequenceMixer):
         if self.config.conv_size:
             k, v = F.silu(k), F.silu(v)
         k, v = (x.unflatten(-1, (-1, self.dims.head_dim)) for x in (k, v))
-        return q_BTHK, k, v
+        return q_BTHK, self.k_norm(k) if self.config.qk_norm else k, v
 
     def _attend(
         self,

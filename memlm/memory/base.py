@@ -129,9 +129,12 @@ class SequenceMixer(nn.Module):
     """A token mixer with a state: attention, a memory, or both.
 
     long_term: True for a part that reads long-term memory; the memory-off ablation silences its output.
+    starts_silent: parameters without which, as they are initialised, the mixer says the same: weights that lack them
+        are a start for it (``train.init_from``).
     """
 
     long_term = False
+    starts_silent: tuple[str, ...] = ()
 
     def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
         """Mix [B, T, D]; any division of a stream into calls gives the same outputs."""

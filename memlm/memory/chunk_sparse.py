@@ -15,8 +15,10 @@ their mean. Two ways to teach it (``learning``):
 - "compressed", as NSA: the token also attends to the means of keys and values of all the chunks that it may choose,
   y[t] += gate[t] * softmax(q . mean k) mean v, and what makes this read better makes the choice better.
 - "distilled", as DeepSeek's DSA (arXiv:2512.02556): a loss, the cross-entropy of softmax(q . mean k) from the share of
-  attention that each chunk would get if all of them were seen; training then costs as much as full attention does,
-  and a trained backbone's outputs are as they were.
+  attention that each chunk would get if all of them were seen; training then costs as much as full attention does.
+
+Either fits a trained backbone (``train.init_from`` of the kind ``attention``), whose outputs are as they were where
+all chunks are chosen: distilled has no other weights; compressed adds nothing at first where ``gate`` is "tanh".
 
 B batch, T tokens, S keys kept from earlier calls, L = S + T, D hidden, H query heads in G groups, K head dim,
 N chunks of the row, E of them new, C chunk_size.
@@ -38,6 +40,7 @@ from memlm_kernels.grid import keep_last, pick, place
 from memlm_kernels.segments import exact
 
 LEARNING = ("compressed", "distilled")
+GATES = ("sigmoid", "tanh")
 INITIALIZATIONS = ("default", "recall")
 
 
@@ -46,9 +49,11 @@ class Config:
     """chunk_size: tokens that are chosen together; window_size: last tokens that are seen in any case, at least as
         many; top_k: chunks that a token chooses.
     learning: how the choice learns, "compressed" or "distilled"; loss_weight: of the latter's loss, in each layer.
+    gate: of the read of means; "sigmoid", 1/2 at first; or "tanh", 0 at first, for a trained backbone.
     far_positions: whether rotary positions tell how far chosen tokens lie, as full attention has it; without them
         what is far is as in training, however long the document.
     conv_size: width of a causal convolution with SiLU on q, k, v; 0 for none.
+    qk_norm: RMSNorm of each head's queries and keys (Qwen3).
     initialization: "default", or "recall": an engineered prior for associative recall. Queries start equal to keys,
         and the convolution delays each channel of the keys by 0 to conv_size - 1 tokens.
     """
@@ -58,8 +63,10 @@ class Config:
     top_k: int = 16
     learning: str = "compressed"
     loss_weight: float = 0.1
+    gate: str = "sigmoid"
     far_positions: bool = True
     conv_size: int = 0
+    qk_norm: bool = False
     initialization: str = "default"
 
     def __post_init__(self) -> None:
@@ -72,7 +79,7 @@ class Config:
         )
         require(self.loss_weight >= 0, f"loss_weight={self.loss_weight} must not be negative")
         require(self.conv_size >= 0, f"conv_size={self.conv_size} must be 0 (none) or more")
-        for name, known in (("learning", LEARNING), ("initialization", INITIALIZATIONS)):
+        for name, known in (("learning", LEARNING), ("gate", GATES), ("initialization", INITIALIZATIONS)):
             value = getattr(self, name)
             require(value in known, f"{name}={value!r} must be one of {', '.join(known)}")
         require(
@@ -91,12 +98,16 @@ class Choice(nn.Module):
 
 
 class Gate(nn.Linear):
-    """The share of each head's read of means that is added, 1/2 at first."""
+    """The share of each head's read of means that is added; where it starts at 0 it has a gradient there."""
 
     long_term = True
 
+    def __init__(self, dims: Dims, form: str) -> None:
+        super().__init__(dims.hidden_size, dims.num_attention_heads)
+        self.form = torch.tanh if form == "tanh" else torch.sigmoid
+
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return torch.sigmoid(super().forward(x_BTD))
+        return self.form(super().forward(x_BTD))
 
 
 class Chunks(NamedTuple):
@@ -143,11 +154,12 @@ class Chunks(NamedTuple):
 
 class Mixer(attention.Mixer):
     def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
-        super().__init__(attention.Config(conv_size=config.conv_size), dims, layer_idx)
+        super().__init__(attention.Config(conv_size=config.conv_size, qk_norm=config.qk_norm), dims, layer_idx)
         self.chunked = config
         self.choice = Choice()
         if config.learning == "compressed":
-            self.gate = Gate(dims.hidden_size, dims.num_attention_heads)
+            self.gate = Gate(dims, config.gate)
+            self.starts_silent = ("gate.weight", "gate.bias") if config.gate == "tanh" else ()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

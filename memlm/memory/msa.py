@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from memlm.layers import RMSNorm, rotary, rotary_angles
+from memlm.layers import rotary, rotary_angles
 from memlm.memory import attention, retrieval
 from memlm.memory.base import Dims, MixerContext, MixerOutput, Roles, State, require, substate
 from memlm.memory.documents import COUNTERS, Documents, Layout, Stream, boundaries, sizes_of
@@ -125,12 +125,9 @@ class Mixer(attention.Mixer):
     }
 
     def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
-        super().__init__(attention.Config(), dims, layer_idx)
+        super().__init__(attention.Config(qk_norm=config.qk_norm), dims, layer_idx)
         self.msa = config
         queries, keys, _ = self.sizes
-        if config.qk_norm:
-            self.q_norm = RMSNorm(dims.head_dim, eps=dims.rms_norm_eps)
-            self.k_norm = RMSNorm(dims.head_dim, eps=dims.rms_norm_eps)
         if config.routes:
             self.choice = Choice()
             self.router_q_proj = nn.Linear(dims.hidden_size, queries, bias=False)
@@ -164,11 +161,7 @@ class Mixer(attention.Mixer):
         layout = Layout.of(x_BTD, before, ctx, config.chunk_size, config.top_k)
         if config.routes and ctx.library is not None and layout.outside is not None:
             before, layout = self._of_library(x_BTD, before, layout, ctx)
-        q_BTHK, k_BTGK, v_BTGK = (
-            proj(x_BTD).unflatten(-1, (-1, self.dims.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if config.qk_norm:
-            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
+        (q_BTHK, k_BTGK, v_BTGK), _ = self.project(x_BTD, before, None, None)
         angles = rotary_angles(layout.rotary_BT, self.dims.head_dim, self.dims.rope_theta)
         heads = Heads(rotary(q_BTHK, angles), rotary(k_BTGK, angles), v_BTGK)
 

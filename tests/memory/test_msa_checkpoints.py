@@ -2,9 +2,11 @@
 
 import copy
 import dataclasses
+import io
 import json
-import subprocess
+import runpy
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
@@ -166,9 +168,15 @@ def test_parity_in_inference(golden, similarity, dtype):
 
 
 def convert(*arguments):
-    script = ROOT / "scripts" / "convert_checkpoint.py"
-    done = subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True)
-    return done.returncode, done.stdout + done.stderr
+    """Status and output of the script, run here: starting another Python takes longer than what it does."""
+    script, said = ROOT / "scripts" / "convert_checkpoint.py", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
+        patch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as done:
+            return done.code, said.getvalue()
+    return 0, said.getvalue()
 
 
 def test_the_released_format_goes_there_and_back(tmp_path):
@@ -224,6 +232,32 @@ def test_it_starts_from_a_qwen3_backbone(tmp_path, tied):
     assert ours.config.mixer_pattern == ["documents", "documents", "memory", "memory"]
     routers = [p for name, p in ours.named_parameters() if "router" in name]
     assert len(routers) == 4 and all(0.015 < p.std() < 0.025 for p in routers)
+
+
+@pytest.mark.parametrize("memory", ["attention", "chunk_sparse"])
+def test_it_is_the_qwen3_with_all_chunks_chosen(tmp_path, memory):
+    theirs, ids = qwen3(), torch.randint(131, (2, 75))
+    theirs.save_pretrained(tmp_path / "qwen3")
+    target = tmp_path / "ours"
+    code, said = convert(
+        "--from-format", "qwen3", "--memory", memory, "--source", tmp_path / "qwen3", "--target", target
+    )
+    assert code == 0, said
+    ours = load_model(target).eval()
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert_close("logits", expected, ours(ids).logits, 1e-5)
+        if memory == "chunk_sparse":
+            for top_k, same in ((20, True), (2, False)):
+                for layer in ours.model.layers:
+                    small = dict(chunk_size=4, window_size=6, top_k=top_k)
+                    layer.mixer.chunked = dataclasses.replace(layer.mixer.chunked, **small)
+                assert (relative_error(expected, ours(ids).logits) < 1e-5) == same
+
+
+def test_what_a_qwen3_becomes_is_not_said_of_others():
+    code, said = convert("--from-format", "msa", "--memory", "attention", "--source", FOLDER, "--target", FOLDER)
+    assert code == 2 and "--memory attention is for --from-format qwen3 only" in said
 
 
 def test_the_loss_bce_has_a_bias_in_place_of_a_temperature():
