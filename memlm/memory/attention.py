@@ -28,6 +28,7 @@ from memlm.memory.base import (
     require,
     token_positions,
 )
+from memlm.memory.growing import append
 from memlm_kernels import prefix_window_attention
 from memlm_kernels.grid import keep_last
 from memlm_kernels.prefix_window_attention.reference import plain
@@ -124,11 +125,13 @@ class Mixer(SequenceMixer):
         seen = {"k": rotary(k_BTGK, angles), "v": v_BTGK}
         window = self.config.window_size
         for name, new in seen.items():
+            if window is None:
+                seen[name], new_state[name] = append(state[name], new, ctx.lengths_B)
+                continue
             # A fresh call has no history: nothing to join, and zeros to keep where it is shorter than the window.
             seen[name] = new if fresh else _join(state[name], new)
-            kept = window - 1 if window else seen[name].shape[1]
-            source = F.pad(new, (0, 0, 0, 0, max(0, kept - length), 0)) if fresh else seen[name]
-            new_state[name] = keep_last(source, kept, length, ctx.lengths_B)
+            source = F.pad(new, (0, 0, 0, 0, max(0, window - 1 - length), 0)) if fresh else seen[name]
+            new_state[name] = keep_last(source, window - 1, length, ctx.lengths_B)
 
         prefix = self._prefix(q_BTHK) if self.config.persistent_tokens and length else None
         y_BTHK = q_BTHK

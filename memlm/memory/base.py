@@ -113,7 +113,8 @@ class MixerOutput(NamedTuple):
     """What a mixer returns.
 
     y_BTD: the output; rows beyond ``lengths_B`` are unspecified
-    state: where the next call goes on; batch-first tensors, ``position`` among them; never changed in place
+    state: where the next call goes on; batch-first tensors, ``position`` among them; never changed in place (keys that
+        grow may have room behind them, which nobody sees: ``memlm.memory.growing``)
     aux_losses: scalars, already weighted, added to the training loss
     metrics: detached; scalars, or [B, T], a figure of each token, whose mean the log shows; of a call without tokens
         they mean nothing, and the decoder leaves them out

@@ -34,6 +34,7 @@ from transformers import initialization as init
 from memlm.layers import rotary, rotary_angles
 from memlm.memory import attention
 from memlm.memory.base import Dims, MixerContext, MixerOutput, State, next_position, require, token_positions
+from memlm.memory.growing import append
 from memlm.memory.parts import memory_share, start_delayed
 from memlm_kernels import chunk_mean_attention, chunk_sparse_attention, chunk_topk
 from memlm_kernels.grid import keep_last, pick, place
@@ -195,17 +196,14 @@ class Mixer(attention.Mixer):
         recent_BSGK = state["k"][:, state["k"].shape[1] - near :]
         places_BS = positions_BT[:, :1] - torch.arange(near, 0, -1, device=x_BTD.device)
         if config.far_positions:
-            far, seen_BLGK = None, _join(state["k"], turned_BTGK)
-            plain_BLGK = _join(self._turned(recent_BSGK, -places_BS), k_BTGK)
-            kept_BLGK = seen_BLGK
+            seen_BLGK, after["k"] = append(state["k"], turned_BTGK, ctx.lengths_B)
+            far, plain_BLGK = None, _join(self._turned(recent_BSGK, -places_BS), k_BTGK)
         else:
-            kept_BLGK = plain_BLGK = _join(state["k"], k_BTGK)
-            far, seen_BLGK = (q_BTHK, kept_BLGK), _join(self._turned(recent_BSGK, places_BS), turned_BTGK)
-        v_BLGK = _join(state["v"], v_BTGK)
+            plain_BLGK, after["k"] = append(state["k"], k_BTGK, ctx.lengths_B)
+            far, seen_BLGK = (q_BTHK, plain_BLGK), _join(self._turned(recent_BSGK, places_BS), turned_BTGK)
+        v_BLGK, after["v"] = append(state["v"], v_BTGK, ctx.lengths_B)
         pooled_BNGK = self._pooled(plain_BLGK, chunks, "k", state, after)
         spans = (chunks.first_BT, chunks.end_BT)
-        for name, x in (("k", kept_BLGK), ("v", v_BLGK)):
-            after[name] = keep_last(x, x.shape[1], length, ctx.lengths_B)
 
         with torch.autocast(x_BTD.device.type, enabled=False):
             chosen_BTGJ = chunk_topk(q_BTHK, pooled_BNGK, top_k=config.top_k, spans=spans)
@@ -244,6 +242,8 @@ class Mixer(attention.Mixer):
     def _pooled(self, x_BLGK: Tensor, chunks: Chunks, name: str, state: State, after: State) -> Tensor:
         """Means of each chunk's x, [B, N, G, K]; x ends with the call's tokens."""
         size, length = self.chunked.chunk_size, chunks.first_BT.shape[1]
+        # All that chunks which end in this call can hold.
+        x_BLGK = x_BLGK[:, max(0, x_BLGK.shape[1] - length - size + 1) :]
         token_C = torch.arange(x_BLGK.shape[1] - length - size + 1, x_BLGK.shape[1] - length + 1, device=x_BLGK.device)
         # Of chunks that are not there any.
         index_BEC = (chunks.new_BE[..., None] + token_C).clamp(min=0)

@@ -1,15 +1,18 @@
 """What the contract cannot know: the layer is its equations, all chunks are full attention, the choice is taught."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from memlm import MemLMForCausalLM, MemoryCache
 from memlm.evaluation.ablation import memory_off
 from memlm.layers import rotary, rotary_angles
 from memlm.memory import attention, chunk_sparse
 from memlm.memory.base import Dims, MixerContext
+from memlm_kernels.chunk_sparse_attention import reference
 from memlm_kernels.testing import Watch, assert_close, relative_error
 from tests.conftest import build, model_config
 
@@ -231,6 +234,51 @@ def test_no_tensor_of_all_tokens_with_all_tokens_or_chunks():
     with Watch() as watch:
         mixer_of(chunk_size=size, window_size=size)(inputs(length)).y_BTD.sum().backward()
     assert watch.largest < length * length // size
+
+
+@torch.no_grad()
+def check_cost(mixer):
+    """FLOPs of a token: those of routing are a product for each chunk and group, and two for each head where means are
+    read; all others are as many whatever the past. Of calls that go on from a past exactly; of one call of a whole
+    stream but for its first tokens, which see less.
+    """
+    size, heads, groups, dim = 16, 4, 2, 8
+    products = groups + (2 * heads if mixer.chunked.learning == "compressed" else 0)
+
+    def others(past, new):
+        state = mixer(inputs(past)).state
+        with FlopCounterMode(display=False) as counter:
+            mixer(inputs(new), state)
+        routing = 2 * dim * products * ((past + new) // size)
+        return counter.get_total_flops() / new - routing
+
+    assert others(256, 32) == others(512, 32) == others(1024, 32) > 0
+    assert others(256, 1) == others(1024, 1) > 0
+    assert others(0, 1024) == pytest.approx(others(0, 512), rel=0.01)
+
+
+COST = dict(chunk_size=16, window_size=16, top_k=2)
+
+
+@pytest.mark.parametrize("far_positions", [True, False])
+@pytest.mark.parametrize("learning", chunk_sparse.LEARNING)
+def test_cost_is_linear_in_chunks_for_routing_and_constant_for_attention(learning, far_positions):
+    check_cost(mixer_of(learning=learning, far_positions=far_positions, **COST).eval())
+
+
+@pytest.mark.parametrize("wrong", ["scores all keys", "chooses all chunks", "distils", "is attention"])
+def test_cost_that_grows_otherwise_is_found_out(wrong, monkeypatch):
+    mixer = mixer_of(**COST | {"top_k": 300 if wrong == "chooses all chunks" else 2}).eval()
+    if wrong == "scores all keys":
+        monkeypatch.setattr(reference, "_DENSE", 10**9)
+    elif wrong == "distils":
+        mixer = mixer_of(**COST, learning="distilled").train()
+    elif wrong == "is attention":
+        dims = dataclasses.replace(DIMS, attn_implementation="eager")
+        mixer = attention.Mixer(attention.Config(), dims, 0).double()
+        mixer.chunked = chunk_sparse.Config(**COST)
+    with pytest.raises(AssertionError, match="others"):
+        check_cost(mixer)
 
 
 def test_autocast_chooses_in_fp32():
