@@ -10,8 +10,9 @@ residual and a LayerNorm around their MLP. The peer keeps its defaults: no convo
 momentum and decay shared by all tokens of a chunk, where ours has one for each token. Its gradients are taken at the
 ``anchor``: the weights at the start of the call (its default), or those at the start of the chunk, as ours and the
 paper's are (its ``batch_size=chunk_size``). Suites ``mom``, ``mom_length`` and ``mom_decode`` measure a mixture of
-memories beside the one memory that it is a mixture of. ``train``, for a GPU, measures steps of training a language
-model of Titans' 340M with ``memory=titans_mag`` beside the same decoder with full attention (``memory=attention``).
+memories beside the one memory that it is a mixture of, ``attention_decode`` what keeps all keys. ``train``, for a GPU,
+measures steps of training a language model of Titans' 340M with ``memory=titans_mag`` beside the same decoder with full
+attention (``memory=attention``).
 
 A measurement is a process of its own with one thread. It makes its layer and input, takes a pass to warm up, and then
 one whenever it is told to, so that the runs of a group alternate and share the noise of the machine. A pass is forward
@@ -46,6 +47,7 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**35), "MALLOC_TRIM_THRESHOLD_": s
 WIDE = {"width": 384, "heads": 1, "head_dim": 384, "expansion": 4, "depth": 2, "batch": 1, "dtype": "float32"}
 HEADS = WIDE | {"heads": 6, "head_dim": 64}
 TINY = WIDE | {"width": 32, "heads": 2, "head_dim": 16}
+ATTENTION = ("attention", "chunk_sparse")
 
 PAPER = ["experiment=titans_paper", "model=titans_340m"]
 TINY_MODEL = ["model=tiny", "train.gradient_checkpointing=true"]
@@ -73,6 +75,11 @@ def model_of(overrides: list[str], memory: str, tokens: int, dtype: str) -> Sett
     return setting | {"batch": 1, "tokens": tokens, "dtype": dtype}
 
 
+def attending(kind: str, seen: int) -> Setting:
+    """Attention that keeps all keys, with the settings that its kind has by itself."""
+    return {"what": "memlm", "kind": kind, **HEADS, "tokens": 64, "seen": seen}
+
+
 # A suite is a list of groups; the runs of a group alternate.
 SUITES = {
     "wide": [beside_peer(WIDE, 64)],
@@ -85,6 +92,7 @@ SUITES = {
     "mom_decode": [
         [linear(64, seen=seen, num_memories=m, top_k=2) for m in (4, 16) for seen in (1024, 16384)],
     ],
+    "attention_decode": [[attending(kind, seen) for seen in (1024, 4096, 16384)] for kind in ATTENTION],
     # One at a time, for a GPU's memory.
     "train": [
         [model_of(PAPER, memory, 4096 * 4**i, "bfloat16")] for i in range(3) for memory in ("attention", "titans_mag")
@@ -97,7 +105,9 @@ SUITES = {
 def build_memlm(s: Setting) -> Callable:
     from memlm.memory.base import Dims, build_mixer
 
-    if "kind" in s:
+    if s.get("kind") in ATTENTION:
+        mixer = {"kind": s["kind"]}
+    elif "kind" in s:
         mixer = {"kind": s["kind"], "num_heads": s["heads"], "head_dim": s["head_dim"]}
         mixer |= {name: s[name] for name in ("num_memories", "top_k") if name in s}
     else:
@@ -170,9 +180,8 @@ def layer_step(s: Setting) -> Callable:
         if state is None:
             for _ in range(0, s["seen"], s["tokens"]):
                 state = layer(x, state).state
-        new = state
         for t in range(s["tokens"]):
-            new = layer(x[:, t : t + 1], new).state
+            state = layer(x[:, t : t + 1], state).state
 
     return decode if "seen" in s else train
 
