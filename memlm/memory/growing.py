@@ -1,4 +1,4 @@
-"""Keys and values that grow by a token a call: no call copies its past.
+"""Keys and values that grow by a token a call, without a copy of their past at each.
 
 B batch, S entries so far, T of this call.
 """
