@@ -406,12 +406,16 @@ def test_low_precision(autocast):
 
 
 @torch.no_grad()
-def test_decoding_sees_few_chunks_of_many():
+def test_what_was_chosen_is_all_that_decoding_sees():
     model = model_of()
     bank, cache = bank_of(model, {f"{i}": tokens(8, i) for i in range(300)}), MemoryCache()
     model(tokens(5, 1)[None], memory_bank=bank, past_key_values=cache)
-    assert all(state["bank.k"].shape[1] <= 5 * 2 * 2 for state in cache.states)
+    # Two documents of two chunks each, at the last token.
+    assert all(state["bank.k"].shape[1] == 2 * 2 and state["k"].shape[1] == 5 for state in cache.states)
     assert relative_error(model(tokens(5, 1)[None]).logits, asked(model, bank, [(0, tokens(5, 1))])) > 1e-3
+    for more in range(1, 4):
+        model(tokens(1, more)[None], past_key_values=cache)
+        assert all(state["front"].all() and state["k"].shape[1] == 4 + 5 + more for state in cache.states)
 
 
 @pytest.mark.parametrize("running", [True, False])
@@ -432,7 +436,7 @@ def test_nominations_hold_every_choice(running, reduce):
     ends = [0, *F.pad(sizes.cumsum(0), (1, 0))[[20, 21, 60, 90]].tolist()]
     starts = [0, 20, 21, 60, 90]
     shards = [
-        RouterShard(k[a:b], torch.where(document[a:b] < 0, -1, document[a:b] - first), first, end - first)
+        RouterShard(k[a:b], torch.where(document[a:b] < 0, -1, document[a:b] - first), torch.arange(first, end))
         for a, b, first, end in zip(ends[:-1], ends[1:], starts[:-1], starts[1:], strict=True)
     ]
     got, scores = nominate_documents(q, shards, top_k=4, asks=asks, running=running, held=32 * 21, **settings)

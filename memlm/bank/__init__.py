@@ -1,9 +1,10 @@
 """A library of documents that a model has read, as a user's object: keep it, grow it, prune it, ask it.
 
 For models of Memory Sparse Attention (arXiv:2603.23516), where what is kept of a document depends on it alone. A bank
-is a list of shards of whole documents. Deletion marks; shards are written anew without their dead once these are the
-half, and two neighbours become one while they are small and the later one is not much the smaller, so that their
-number stays low and adding costs, over time, the documents added and a logarithm.
+is a list of shards of whole documents. A document has its number for good, by which memories that asked know it.
+Deletion marks; shards are written anew without their dead once these are the half, and two neighbours become one while
+they are small and the later one is not much the smaller, so that their number stays low and adding costs, over time,
+the documents added and a logarithm.
 
 On disk a shard is a file that never changes, and ``index.json`` says which of them are the bank, and who in them is
 deleted: it is replaced last and at once, so that whoever is killed leaves the bank as it was.
@@ -11,14 +12,17 @@ deleted: it is replaced last and at once, so that whoever is killed leaves the b
 B rows, A tokens, C chunks, G groups of H heads, K head dim, L layers that route.
 """
 
+import bisect
 import contextlib
 import hashlib
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -77,6 +81,8 @@ class MemoryBank:
         self.fingerprint, self.ranks = fingerprint(model.base_model), Ranks(group)
         if len(said := set(self.ranks.all_say(self.fingerprint))) > 1:
             raise ValueError(f"group: its processes have models of {len(said)} fingerprints; load one in all of them")
+        # Documents ever read, deleted ones too.
+        self.read = 0
         self.shards: list[Shard] = []
         self._home: dict[str, Shard] = {}
 
@@ -209,41 +215,38 @@ class MemoryBank:
 
         input_ids [B, T], inputs: as the model takes them, which a question asks as it would in ``generate``
         """
-        memory, watched, found = MemoryCache(), _Watched(self), {}
-        self.model.base_model(input_ids, memory_bank=watched, past_key_values=memory, **inputs)
+        memory, found = MemoryCache(), {}
+        self.model.base_model(input_ids, memory_bank=self, past_key_values=memory, **inputs)
         for layer, settings in zip(self.layers, self.settings, strict=True):
-            bank, offered = substate(memory.states[layer], "bank"), watched.offered[layer]
+            bank = substate(memory.states[layer], "bank")
             chunks = bank["size"].shape[1]
+            document_BC = torch.where(bank["size"] > 0, bank["document"], chunks)
             # As it is chosen for what follows the question.
             routes = route_documents(
                 None,
                 bank["router_k"],
-                torch.where(bank["size"] > 0, bank["document"], chunks),
+                document_BC,
                 num_documents=chunks,
                 scored=Scored(bank["score"], bank["asked"]),
                 **{name: settings[name] for name in _RULE},
             )
-            best = zip(offered, routes.document[:, 0].tolist(), routes.score[:, 0].tolist(), strict=True)
-            found[layer] = [
-                {self._name(int(numbers[i])): score for i, score in zip(*row, strict=True) if i >= 0}
-                for numbers, *row in best
-            ]
+            # Each document by its first chunk; of an empty bank there is none.
+            first = torch.searchsorted(document_BC, routes.document[:, 0].clamp(min=0))
+            numbers = F.pad(bank["number"], (0, 1), value=-1).gather(1, first)
+            rows = zip(numbers.tolist(), routes.document[:, 0].tolist(), routes.score[:, 0].tolist(), strict=True)
+            found[layer] = [{self._name(n): score for n, i, score in zip(*row, strict=True) if i >= 0} for row in rows]
         return found
 
     def candidates(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor, held_BC: Tensor) -> State:
         """See ``memlm.memory.base.Library``."""
-        return self.fetch(layer_idx, self.nominate(layer_idx, q_BAHK, asks_BA, held_BC), q_BAHK)
+        numbers = self._nominated(self.layers.index(layer_idx), q_BAHK, asks_BA)
+        new = [sorted(set(row) - set(held)) for row, held in zip(numbers, held_BC.tolist(), strict=True)]
+        return self._fetched(self.layers.index(layer_idx), new, q_BAHK)
 
-    def nominate(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor, held_BC: Tensor) -> list[Tensor]:
-        """Of each row the numbers, ascending, of a few documents that hold all that it can choose, and of those held;
-        they are counted in the order of reading, deleted ones too.
-        """
-        layer = self.layers.index(layer_idx)
+    def _nominated(self, layer: int, q_BAHK: Tensor, asks_BA: Tensor) -> list[set[int]]:
+        """Of each row the numbers of a few documents that hold all that it can choose."""
         config = self.settings[layer]
-        parts, first = [], 0
-        for shard in self.shards:
-            parts.append(RouterShard(shard.router_LCGK[layer], shard.document_C, first, len(shard)))
-            first += len(shard)
+        parts = [RouterShard(shard.router_LCGK[layer], shard.document_C, shard.number_N) for shard in self.shards]
         with torch.autocast(q_BAHK.device.type, enabled=False):
             index, score = nominate_documents(
                 q_BAHK,
@@ -253,34 +256,26 @@ class MemoryBank:
                 **{name: config[name] for name in _RULE},
             )
         index = self.ranks.best(index, score, config["top_k"])
-        numbers = torch.cat([index.flatten(1), held_BC], 1)
-        return [of_row[of_row >= 0] for of_row in (row.unique() for row in numbers)]
+        return [{*row} - {-1} for row in index.flatten(1).tolist()]
 
-    def fetch(self, layer_idx: int, numbers: Sequence[Tensor], like: Tensor) -> State:
-        """What ``candidates`` returns of documents that were nominated; like: where it is to go."""
-        layer = self.layers.index(layer_idx)
-        rows = [self._fetched(layer, of_row.cpu(), like) for of_row in numbers]
+    def _fetched(self, layer: int, numbers: Sequence[Sequence[int]], like: Tensor) -> State:
+        """Of each row's documents what ``candidates`` returns; like: where it is to go."""
+        rows = [self._fetched_row(layer, of_row, like) for of_row in numbers]
         width = max(len(row["size"]) for row in rows)
         state = {name: torch.stack([_padded(row[name], width) for row in rows]) for name in rows[0]}
         k, v, router_k = self.ranks.total(state.pop("kept")).unbind(2)
         return state | {"k": k, "v": v, "router_k": router_k}
 
-    def _fetched(self, layer: int, numbers_N: Tensor, like: Tensor) -> State:
-        """Of documents, as they are numbered over all shards, the chunks: size, document and number, and what is kept
-        of this process's, zeros of others'; like: where they are to go.
-        """
+    def _fetched_row(self, layer: int, numbers: Sequence[int], like: Tensor) -> State:
+        """Of documents the chunks: size, number, and what is kept of this process's, zeros of others'."""
         config = self.model.config
         shape = (0, 3, config.num_key_value_heads, config.head_dim)
         empty = torch.zeros(shape, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
         none = torch.zeros(0, dtype=torch.int64)
         kept, sizes, owners = [empty], [none], [none]
-        first = 0
-        for shard in self.shards:
-            inside = (numbers_N >= first) & (numbers_N < first + len(shard))
-            local_N = numbers_N[inside] - first
-            first += len(shard)
-            if not len(local_N):
-                continue
+        for _, group in itertools.groupby(map(self._place, numbers), key=lambda place: id(place[0])):
+            (shard, *_), places = zip(*group, strict=True)
+            local_N = torch.tensor(places)
             count_N, own_N = shard.count_N[local_N], shard.own_N[local_N]
             of_router, of_content = shard.chunks_of(local_N[own_N])
             content = shard.content_LC2GK[layer][of_content].to(like.device)
@@ -288,13 +283,21 @@ class MemoryBank:
             total = int(count_N.sum())
             own_C = own_N.repeat_interleave(count_N).to(like.device)
             kept.append(empty.new_zeros(total, *shape[1:]))
-            kept[-1][own_C] = torch.cat([content, router[:, None]], 1)
+            kept[-1][own_C] = torch.cat([content, router[:, None]], 1).to(empty.dtype)
             before = (torch.arange(total) - (count_N.cumsum(0) - count_N).repeat_interleave(count_N)) * self.chunk_size
             sizes.append((shard.tokens_N[local_N].repeat_interleave(count_N) - before).clamp(max=self.chunk_size))
-            owners.append(inside.nonzero()[:, 0].repeat_interleave(count_N))
-        owner = torch.cat(owners)
-        values = {"kept": torch.cat(kept), "size": torch.cat(sizes), "document": owner, "number": numbers_N[owner]}
+            owners.append(shard.number_N[local_N].repeat_interleave(count_N))
+        values = {"kept": torch.cat(kept), "size": torch.cat(sizes), "number": torch.cat(owners)}
         return {name: x.to(like.device) for name, x in values.items()}
+
+    def _name(self, number: int) -> str:
+        shard, i = self._place(number)
+        return shard.names[i]
+
+    def _place(self, number: int) -> tuple[Shard, int]:
+        """Where the document of a number is, which lives."""
+        at = bisect.bisect_right(self.shards, number, key=lambda shard: shard.numbers[0]) - 1
+        return self.shards[at], bisect.bisect_left(self.shards[at].numbers, number)
 
     def _append(self, shard: Shard) -> None:
         self.shards.append(shard)
@@ -344,13 +347,6 @@ class MemoryBank:
             raise ValueError(f"documents[{name!r}] holds token {wrong}; the model knows 0 to vocab_size - 1")
         return ids.to("cpu", torch.int64)
 
-    def _name(self, number: int) -> str:
-        for shard in self.shards:
-            if number < len(shard):
-                return shard.names[number]
-            number -= len(shard)
-        raise AssertionError
-
     def _known(self, name: str) -> None:
         if name not in self:
             raise ValueError(f"document {name!r} is not in the bank of {len(self)}; see bank.documents()")
@@ -378,6 +374,8 @@ class MemoryBank:
         names, documents = zip(*pairs, strict=True)
         own_N, lengths_N = self.ranks.own(names), torch.tensor([len(ids) for ids in documents])
         hashes, alive_N = [_hash(ids) for ids in documents], torch.ones(len(names), dtype=torch.bool)
+        numbers = [_number(self.read + i, tokens) for i, tokens in enumerate(hashes)]
+        self.read += len(names)
         order_N = lengths_N.where(own_N, -1).argsort(stable=True)[int((~own_N).sum()) :]
         batches: list[list[Tensor]] = [[]]
         for i in order_N.tolist():
@@ -390,7 +388,8 @@ class MemoryBank:
         back_C = order_N.repeat_interleave(count_N).argsort(stable=True)
         router, content = router[:, back_C.to(router.device)], content[:, back_C]
         content = content.pin_memory() if router.is_cuda else content
-        return Shard(router, content, list(names), hashes, lengths_N.tolist(), self.chunk_size, alive_N, own_N)
+        table = list(names), hashes, lengths_N.tolist(), numbers
+        return Shard(router, content, *table, self.chunk_size, alive_N, own_N)
 
     @torch.no_grad()
     def _read_batch(self, documents: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -434,12 +433,14 @@ class MemoryBank:
             deleted = (~shard.alive_N).nonzero()[:, 0].tolist()
             entries.append({"file": shard.file.name, "digest": shard.digest, "deleted": deleted})
         if self.ranks.rank == 0:
-            write_index(directory, {"fingerprint": self.fingerprint, "complete": complete, "shards": entries})
+            said = {"fingerprint": self.fingerprint, "complete": complete, "read": self.read, "shards": entries}
+            write_index(directory, said)
         self.ranks.wait()
 
     def _open(self, directory: Path) -> None:
         index = read_index(directory)
         self._same_model(directory, index)
+        self.read = index["read"]
         for entry in index["shards"]:
             path = directory.resolve() / entry["file"]
             shard = read_shard(path, entry["digest"], entry["deleted"], self.chunk_size, self.model.device, self.ranks)
@@ -454,20 +455,16 @@ class MemoryBank:
             )
 
 
-class _Watched:
-    """A bank that notes the documents nominated in each layer."""
-
-    def __init__(self, bank: MemoryBank) -> None:
-        self.bank, self.check = bank, bank.check
-        self.offered: dict[int, list[Tensor]] = {}
-
-    def candidates(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor, held_BC: Tensor) -> State:
-        self.offered[layer_idx] = self.bank.nominate(layer_idx, q_BAHK, asks_BA, held_BC)
-        return self.bank.fetch(layer_idx, self.offered[layer_idx], q_BAHK)
-
-
 def _pairs(documents: Documents) -> Iterable[tuple[str, Sequence[int]]]:
     return documents.items() if isinstance(documents, Mapping) else documents
+
+
+def _number(count: int, tokens: str) -> int:
+    """Of the document read after ``count`` others, hash ``tokens``: its own for good, in this bank and beside others.
+
+    Numbers ascend as documents are read, and fit a float64.
+    """
+    return count << 20 | int(tokens[:5], 16)
 
 
 def _hash(tokens: Tensor) -> str:

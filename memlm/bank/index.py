@@ -32,7 +32,7 @@ def read_index(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: no such file; a bank is written by MemoryBank.save")
     try:
         index = json.loads(path.read_text())
-        for name in ("fingerprint", "complete", "shards"):
+        for name in ("fingerprint", "complete", "read", "shards"):
             index[name]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged or not a bank's ({error!r}); build the bank in another folder") from None

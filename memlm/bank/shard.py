@@ -23,13 +23,15 @@ from memlm.bank.ranks import Ranks
 
 # Of a file, spread evenly over it, the first and the last among them.
 _PAGES, _PAGE_BYTES = 64, 4096
+# Of each document.
+_TABLE = ("names", "hashes", "tokens", "numbers")
 
 
 @dataclass
 class Shard:
     """router_LCGK: keys of the router as ``bank_keys``, on the model's device, of this process's documents
     content_LC2GK: keys and values of attention, on the host; or, of all processes' documents, mapped from ``file``
-    names, hashes, tokens: of each document, in the order of their chunks
+    names, hashes, tokens, numbers: of each document, in the order of their chunks; numbers ascend over all shards
     alive_N: False for the deleted; own_N: False for other processes'
     """
 
@@ -38,6 +40,7 @@ class Shard:
     names: list[str]
     hashes: list[str]
     tokens: list[int]
+    numbers: list[int]
     chunk_size: int
     alive_N: Tensor
     own_N: Tensor
@@ -45,13 +48,13 @@ class Shard:
     digest: str = ""
 
     def __post_init__(self) -> None:
-        self.tokens_N = torch.tensor(self.tokens, dtype=torch.int64)
+        self.tokens_N, self.number_N = (torch.tensor(x, dtype=torch.int64) for x in (self.tokens, self.numbers))
         self.count_N = (self.tokens_N + self.chunk_size - 1) // self.chunk_size
         own_count_N = self.count_N * self.own_N
         self.first_N = own_count_N.cumsum(0) - own_count_N
         self.content_first_N = self.first_N if self.file is None else self.count_N.cumsum(0) - self.count_N
-        numbers_N = torch.where(self.alive_N, torch.arange(len(self)), -1)
-        self.document_C = numbers_N.repeat_interleave(own_count_N).to(self.router_LCGK.device)
+        place_N = torch.where(self.alive_N, torch.arange(len(self)), -1)
+        self.document_C = place_N.repeat_interleave(own_count_N).to(self.router_LCGK.device)
         self.place = {name: i for i, name in enumerate(self.names)}
 
     def __len__(self) -> int:
@@ -96,7 +99,7 @@ class Shard:
     def write(self, directory: Path) -> Path:
         """A file of a name that no other has, whole once this returns."""
         path = directory / f"shard-{uuid.uuid4().hex[:16]}.safetensors"
-        documents = json.dumps({"names": self.names, "hashes": self.hashes, "tokens": self.tokens})
+        documents = json.dumps({name: getattr(self, name) for name in _TABLE})
         tensors = {
             "router": self.router_LCGK.cpu().contiguous(),
             "content": self.content_LC2GK.contiguous(),
@@ -141,19 +144,26 @@ def read_shard(
 
 def merged(shards: Sequence[Shard]) -> Shard:
     """One shard of what lives in several, in host memory."""
-    names, hashes, tokens, routers, contents, own = [], [], [], [], [], []
+    table, routers, contents, own = {name: [] for name in _TABLE}, [], [], []
     for shard in shards:
         living = shard.alive_N.nonzero()[:, 0]
         own.append(shard.own_N[living])
         of_router, of_content = shard.chunks_of(living[own[-1]])
         routers.append(shard.router_LCGK[:, of_router.to(shard.router_LCGK.device)])
         contents.append(shard.content_LC2GK[:, of_content])
-        for to, of in ((names, shard.names), (hashes, shard.hashes), (tokens, shard.tokens)):
-            to.extend(of[i] for i in living.tolist())
+        for name, of_all in table.items():
+            of_all.extend(getattr(shard, name)[i] for i in living.tolist())
     content = torch.cat(contents, 1)
     content = content.pin_memory() if routers[0].is_cuda else content
-    alive_N = torch.ones(len(names), dtype=torch.bool)
-    return Shard(torch.cat(routers, 1), content, names, hashes, tokens, shards[0].chunk_size, alive_N, torch.cat(own))
+    own_N = torch.cat(own)
+    return Shard(
+        torch.cat(routers, 1),
+        content,
+        **table,
+        chunk_size=shards[0].chunk_size,
+        alive_N=torch.ones_like(own_N),
+        own_N=own_N,
+    )
 
 
 def whole(shard: Shard, device: torch.device, ranks: Ranks) -> Shard:

@@ -83,8 +83,8 @@ class Library(Protocol):
     """Documents kept elsewhere than in a state."""
 
     def candidates(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor, held_BC: Tensor) -> State:
-        """A few documents that hold all that a layer's router can choose with these queries, and those of the numbers
-        held (-1: none), as ``with_documents`` of ``memlm.memory.msa`` takes them. Asks the device.
+        """A few documents that hold all that a layer's router can choose with these queries, without those of the
+        numbers held (-1: none), as ``with_documents`` of ``memlm.memory.msa`` takes them. Asks the device.
         """
 
 
@@ -107,6 +107,11 @@ class MixerContext:
     aligned: bool = False
     roles: Roles | None = None
     library: Library | None = None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether every token is of a response, in the document that its row is in."""
+        return self.positions_BT is None and self.roles is None
 
 
 class MixerOutput(NamedTuple):

@@ -20,7 +20,9 @@ it, whatever follows the query sees the choice of all of it, and any division of
 A document is known once a token stands behind it, wherever it is in its sample. Without roles all tokens are a
 response: causal attention, to what is kept of documents read before too.
 
-What the state holds of documents, keys ``bank.*``, may come from elsewhere: see ``with_documents``.
+What the state holds of documents, keys ``bank.*``, may come from elsewhere: see ``held``. Of a library only
+the documents stay that its last question chose. Once a response goes on without roles the choice stands: the chosen
+chunks are then put before the keys of what stands outside documents, once, and what follows is plain attention.
 
 B batch, T tokens, A tokens outside documents, N within, D hidden, H heads in G groups, K head dim, C chunks.
 """
@@ -33,7 +35,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from memlm.layers import rotary, rotary_angles
-from memlm.memory import attention, retrieval
+from memlm.memory import attention, held, retrieval
 from memlm.memory.base import Dims, MixerContext, MixerOutput, Roles, State, require, substate
 from memlm.memory.documents import COUNTERS, Documents, Layout, Stream, boundaries, sizes_of
 from memlm_kernels import route_documents, segment_mean_pool
@@ -103,18 +105,12 @@ class Heads(NamedTuple):
 
 
 class Choice(nn.Module):
-    """Which chunks are seen: the way of long-term memory into a layer."""
+    """Which chunks are seen, [B, A, C]: the way of long-term memory into a layer."""
 
     long_term = True
 
-    def forward(self, document_BAJ: Tensor, document_BC: Tensor) -> Tensor:
-        """Chunks of the documents chosen, [B, A, C]."""
-        chunks = document_BC.shape[1]
-        # One document more takes what is none.
-        index_BAJ = torch.where(document_BAJ < 0, chunks + 1, document_BAJ)
-        is_BAN = torch.zeros(*index_BAJ.shape[:2], chunks + 2, device=index_BAJ.device, dtype=torch.bool)
-        is_BAN = is_BAN.scatter(2, index_BAJ, True)
-        return is_BAN.gather(2, document_BC[:, None].expand(-1, index_BAJ.shape[1], -1))
+    def forward(self, chosen_BAC: Tensor) -> Tensor:
+        return chosen_BAC
 
 
 class Mixer(attention.Mixer):
@@ -149,6 +145,8 @@ class Mixer(attention.Mixer):
         state |= {"k": zeros, "v": zeros, "open.k": zeros, "open.v": zeros}
         if self.msa.routes:
             none = torch.zeros(batch_size, 0, dtype=torch.int64, device=device)
+            # Which of the first keys in ``k`` are chosen chunks; none while the choice may change.
+            state["front"] = none.bool()
             state |= {f"bank.{name}": exact(zeros) for name in ("k", "v", "router_k")}
             state |= {f"bank.{name}": none for name in ("size", "document", "number", "asked")}
             state |= {"bank.score": exact(zeros[:, :, 0, 0]), "bank.found": none.bool()}
@@ -159,7 +157,10 @@ class Mixer(attention.Mixer):
         ctx = ctx or MixerContext()
         before = self.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype) if state is None else state
         layout = Layout.of(x_BTD, before, ctx, config.chunk_size, config.top_k)
-        if config.routes and ctx.library is not None and layout.outside is not None:
+        asks_library = config.routes and ctx.library is not None and layout.outside is not None
+        if config.routes and x_BTD.shape[1]:
+            before = self._settled(before, layout) if ctx.goes_on else held.unsettled(before)
+        if asks_library:
             before, layout = self._of_library(x_BTD, before, layout, ctx)
         (q_BTHK, k_BTGK, v_BTGK), _ = self.project(x_BTD, before, None, None)
         angles = rotary_angles(layout.rotary_BT, self.dims.head_dim, self.dims.rope_theta)
@@ -168,7 +169,7 @@ class Mixer(attention.Mixer):
         aux_losses: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         after = dict(layout.after)
-        after |= {name: before[name] for name in ("k", "v", "open.k", "open.v")}
+        after |= {name: before[name] for name in ("k", "v", "open.k", "open.v", "front") if name in before}
         outputs, bank = [], substate(before, "bank")
         if layout.within is not None:
             of_documents = heads.of(layout.within.stream)
@@ -181,23 +182,28 @@ class Mixer(attention.Mixer):
             # No row is in a document any more.
             after |= {name: before[name][:, :0] for name in ("open.k", "open.v")}
         if layout.outside is not None and x_BTD.shape[1]:
-            chosen_BAC = None
-            if config.routes and bank["k"].shape[1]:
+            outside, chosen_BAC = layout.outside, None
+            if config.routes and ctx.goes_on:
+                front_B = self.choice(before["front"][:, None]).sum(2)
+                outside = outside._replace(place_BA=outside.place_BA + front_B)
+            elif config.routes and bank["k"].shape[1]:
                 routes, document_BC = self._route(x_BTD, layout, bank, ctx.roles)
                 bank["score"], bank["asked"] = routes.scored
-                chosen_BAC = self.choice(routes.document, document_BC)
+                chosen_BAC = self.choice(held.chunks_of(routes.document, document_BC))
                 if routes.scores is not None and ctx.roles is not None:
                     aux_losses, metrics = self._taught(layout, routes.scores, bank["found"], document_BC, ctx)
             fresh = not given and ctx.positions_BT is None
             injected = given and ctx.roles is None and config.injection == "bidirectional"
-            of_outside = heads.of(layout.outside)
-            seen, kept = self._outside(layout.outside, of_outside, before, bank, chosen_BAC, fresh, injected)
+            of_outside = heads.of(outside)
+            seen, kept = self._outside(outside, of_outside, before, bank, chosen_BAC, fresh, injected)
             outputs.insert(0, seen)
             after |= kept
         y_BTHK = torch.cat(outputs, 1) if outputs else q_BTHK
         if layout.source_BT is not None:
             y_BTHK = pick(y_BTHK, layout.source_BT)
         after |= {f"bank.{name}": x for name, x in bank.items()}
+        if asks_library:
+            after = held.arranged(after, bank, self._chosen(bank, after["chunks"]))
         return MixerOutput(self.o_proj(y_BTHK.flatten(2)), after, aux_losses, metrics)
 
     def _within(self, documents: Documents, heads: Heads, before: State) -> tuple[Tensor, State]:
@@ -323,19 +329,19 @@ class Mixer(attention.Mixer):
     def _of_library(self, x_BTD: Tensor, before: State, layout: Layout, ctx: MixerContext) -> tuple[State, Layout]:
         """State and layout as if the documents that may be chosen had been read behind the template.
 
-        What an earlier question could choose stays, with its scores. Of a document that it could not only the new
-        scores are known, which are all that can bring it among the best: by the old ones top_k others are better.
+        What an earlier question chose stays, with its scores. Of a document that it did not only the new scores are
+        known, which are all that can bring it among the best: by the old ones top_k others are better.
         """
         assert ctx.library is not None
         assert layout.outside is not None and layout.asks_BA is not None and layout.within is None
-        config, held_BC = self.msa, before["bank.number"].masked_fill(before["bank.size"] == 0, -1)
+        config, number_BC = self.msa, before["bank.number"].masked_fill(before["bank.size"] == 0, -1)
         require(
-            held_BC.shape[1] == 0 or config.query_reduce == config.chunk_reduce == "max",
+            number_BC.shape[1] == 0 or config.query_reduce == config.chunk_reduce == "max",
             f"query_reduce={config.query_reduce!r} and chunk_reduce={config.chunk_reduce!r} let a memory ask a "
             "memory_bank once: a mean needs the scores of all documents; ask with a fork of it from before",
         )
         q_BAHK = self.router_q_proj(layout.outside.take(x_BTD)).unflatten(-1, (-1, self.dims.head_dim))
-        before = with_documents(before, ctx.library.candidates(self.layer_idx, q_BAHK, layout.asks_BA, held_BC))
+        before = held.with_documents(before, ctx.library.candidates(self.layer_idx, q_BAHK, layout.asks_BA, number_BC))
         known = {name: before[name] for name in ("documents", "chunks")}
         # Behind the template rotary positions skip some.
         behind_BA = layout.rotary_BT > layout.outside.place_BA
@@ -343,12 +349,32 @@ class Mixer(attention.Mixer):
         after = layout.after | known | {"first": torch.zeros_like(known["documents"])}
         return before, layout._replace(first_BA=torch.zeros_like(end_BA), end_BA=end_BA, after=after)
 
+    def _settled(self, before: State, layout: Layout) -> State:
+        if before["bank.k"].shape[1] == 0 or before["front"].shape[1]:
+            return before
+        spans = layout.first_BA[:, :1], layout.end_BA[:, :1]
+        return held.settled(before, self._chosen(substate(before, "bank"), before["chunks"], spans))
+
+    def _chosen(self, bank: State, chunks_B: Tensor, spans: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Chunks that what follows sees, [B, C]; spans: what its tokens know, [B, 1] each"""
+        config, document_BC = self.msa, held.documents_of(bank, chunks_B)
+        routes = route_documents(
+            None,
+            bank["router_k"],
+            document_BC,
+            top_k=config.top_k,
+            num_documents=document_BC.shape[1],
+            spans=spans,
+            scored=Scored(bank["score"], bank["asked"]),
+            query_reduce=config.query_reduce,
+            chunk_reduce=config.chunk_reduce,
+        )
+        return held.chunks_of(routes.document, document_BC)[:, 0]
+
     def _route(self, x_BTD: Tensor, layout: Layout, bank: State, roles: Roles | None) -> tuple[Routes, Tensor]:
         """The choices of tokens outside documents, and the document of each chunk, C where there is none."""
         assert layout.outside is not None
-        config, chunks = self.msa, bank["k"].shape[1]
-        used_BC = torch.arange(chunks, device=x_BTD.device) < layout.after["chunks"][:, None]
-        document_BC = torch.where(used_BC, bank["document"], chunks)
+        config, document_BC = self.msa, held.documents_of(bank, layout.after["chunks"])
         q_BAHK = None
         if layout.asks_BA is not None:
             q_BAHK = self.router_q_proj(layout.outside.take(x_BTD)).unflatten(-1, (-1, self.dims.head_dim))
@@ -358,7 +384,7 @@ class Mixer(attention.Mixer):
                 bank["router_k"],
                 document_BC,
                 top_k=config.top_k,
-                num_documents=chunks,
+                num_documents=document_BC.shape[1],
                 asks=layout.asks_BA,
                 spans=(layout.first_BA, layout.end_BA),
                 running=config.routing == "causal",
@@ -397,62 +423,6 @@ class Mixer(attention.Mixer):
         loss = config.loss_weight * nats_BS.sum() / taught_BS.sum().clamp(min=1)
         metrics = retrieval.router_metrics(scores_BSN.detach(), found_BSN, known_BSN, config.top_k)
         return {"router": loss}, metrics
-
-
-def with_documents(state: State, bank: State) -> State:
-    """A state that knows of documents kept elsewhere too.
-
-    state: of a layer that routes, without documents but such of the bank
-    bank: k, v, router_k [B or 1, C, G, K], means of chunks; size and document [B or 1, C], tokens of each (0 behind
-        the last of a row), and numbers that ascend from 0; number [B or 1, C], where the bank keeps them under others
-        that ascend; asked and score [B or 1, C], where they are chosen already
-    Raises ValueError if the state holds documents that are not of the bank, or were other ones there.
-    """
-    rows, chunks = len(state["position"]), bank["size"].shape[1]
-    zeros = torch.zeros_like(bank["size"])
-    bank = {
-        "number": bank["document"],
-        "asked": zeros,
-        "score": zeros.to(bank["k"].dtype),
-        "found": zeros.bool(),
-        **bank,
-    }
-    bank = {name: x.expand(rows, *x.shape[1:]) for name, x in bank.items()}
-    old = substate(state, "bank")
-    if old["size"].shape[1]:
-        bank |= _carried(old, bank)
-    real_BC = bank["size"] > 0
-    documents_B = (bank["document"] + 1).where(real_BC, 0).amax(1) if chunks else torch.zeros_like(state["documents"])
-    return {
-        **state,
-        **{f"bank.{name}": x for name, x in bank.items()},
-        "chunks": real_BC.sum(1),
-        "documents": documents_B,
-    }
-
-
-def _carried(old: State, new: State) -> State:
-    """The scores of documents that an earlier question could choose, at their places among the new."""
-    last = torch.iinfo(torch.int64).max
-    old_BC, new_BC = (bank["number"].masked_fill(bank["size"] == 0, last) for bank in (old, new))
-    # Of each chunk the first of its document, here and there.
-    first_BC, there_BC = (torch.searchsorted(numbers, old_BC) for numbers in (old_BC, new_BC))
-    slot_C = torch.arange(old_BC.shape[1], device=old_BC.device)
-    # A place more, for what is none.
-    place_BC = (there_BC + slot_C - first_BC).where(old["size"] > 0, new_BC.shape[1]).clamp(max=new_BC.shape[1])
-    padded = {
-        name: torch.cat([x, x.new_zeros(len(x), 1, *x.shape[2:])], 1)
-        for name, x in (("number", new_BC), *((name, new[name]) for name in ("size", "router_k", "score", "asked")))
-    }
-    same_BC = (padded["number"].gather(1, place_BC) == old_BC) & (padded["size"].gather(1, place_BC) == old["size"])
-    same_BC &= (pick(padded["router_k"], place_BC) == old["router_k"]).flatten(2).all(-1)
-    require(
-        bool((same_BC | (old["size"] == 0)).all()),
-        "past_key_values: this memory holds documents that were read in it, or that the memory_bank has no more or "
-        "under other numbers since it was tidied; ask with a fork of it from before them",
-    )
-    scored = {name: padded[name].scatter(1, place_BC, old[name].to(new[name].dtype)) for name in ("score", "asked")}
-    return {name: x[:, :-1] for name, x in scored.items()}
 
 
 def _samples(layout: Layout, ctx: MixerContext) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from memlm import MemLMForCausalLM, MemoryCache
 from memlm.evaluation.ablation import memory_off
-from memlm.memory import msa
+from memlm.memory import held, msa
 from memlm.memory.base import Dims, MixerContext, Roles
 from memlm_kernels.testing import Watch, assert_close, relative_error
 from tests.conftest import build
@@ -339,10 +339,10 @@ def test_a_bank_from_elsewhere():
     for number, (start, end) in enumerate([(3, 12), (12, 13), (13, 17), (17, 30)]):
         state = mixer(x[:1, start:end], None, context(doc_ids[:, start:end])).state
         chunks = {name: state[f"bank.{name}"][:, : state["chunks"]] for name in ("k", "v", "router_k", "size")}
-        parts.append({**chunks, "document": torch.full_like(chunks["size"], number)})
+        parts.append({**chunks, "number": torch.full_like(chunks["size"], number)})
     bank = {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
     state = mixer(x[:, :3], None, context(doc_ids[:, :3].expand(2, -1))).state
-    state = msa.with_documents(state, bank)
+    state = held.with_documents(state, bank)
     for cuts in ([13], [1] * 13):
         got, after = [], state
         for piece, roles in zip(x[:, 30:].split(cuts, 1), doc_ids[:, 30:].split(cuts, 1), strict=True):
@@ -350,7 +350,7 @@ def test_a_bank_from_elsewhere():
             got.append(y)
         assert_close("y", whole[:, 30:], torch.cat(got, 1), EXACT)
     with pytest.raises(ValueError, match="documents that were read in it"):
-        msa.with_documents(mixer(x[:, :12], None, context(doc_ids[:, :12].expand(2, -1))).state, bank)
+        held.with_documents(mixer(x[:, :12], None, context(doc_ids[:, :12].expand(2, -1))).state, bank)
 
 
 def test_documents_chosen_elsewhere_are_seen_without_a_query():
@@ -367,6 +367,39 @@ def test_documents_chosen_elsewhere_are_seen_without_a_query():
     assert torch.equal(chosen, mixer(x[:, 20:], state).y_BTD)
 
 
+def test_a_choice_that_stands_is_made_once(monkeypatch):
+    """Rows of different pasts, responses with and without roles by turns, and a new question."""
+    mixer, pieces = mixer_of(), [(-2, 2), (1, 9), (2, 5), (3, 6), (0, 4), (-1, 12), (0, 3), (-1, 4)]
+    rows = [roles_of(pieces), roles_of([(1, 3), (2, 13), (0, 2), (-1, 10), (0, 1), (-1, 4)])]
+    x, lengths = inputs(45, batch=2), [r.shape[1] for r in rows]
+    expected = [mixer(x[b : b + 1, :n], None, context(rows[b])).y_BTD for b, n in enumerate(lengths)]
+    routed, route = [], msa.route_documents
+    monkeypatch.setattr(
+        msa, "route_documents", lambda *a, **options: routed.append(a[0] is None) or route(*a, **options)
+    )
+    # Up to the last token of the first question; then responses, some with roles; then the second question.
+    at, state, got = [0, 0], None, [[], []]
+    for step, (one, other) in enumerate(
+        [(26, 18), (1, 1), (2, 1), (0, 1), (3, 2), (1, 1), (1, 0), (4, 4), (3, 1), (1, 1), (3, 3)]
+    ):
+        wide, taken = max(one, other), torch.tensor([one, other])
+        piece, roles = torch.zeros(2, wide, 24, dtype=torch.float64), torch.full((2, wide), -1)
+        for b, n in enumerate((one, other)):
+            piece[b, :n], roles[b, :n] = x[b, at[b] : at[b] + n], rows[b][0, at[b] : at[b] + n]
+        bare = step not in (0, 4, 8)
+        lengths_B = None if one == other else taken
+        ctx = MixerContext(lengths_B=lengths_B) if bare else context(roles, lengths=lengths_B)
+        before = len(routed)
+        y, state, *_ = mixer(piece, state, ctx)
+        assert len(routed) - before == (step in (0, 1, 4, 5, 8, 9)) and (not bare or state["front"].any(1).all())
+        for b, n in enumerate((one, other)):
+            got[b].append(y[b, :n])
+            at[b] += n
+    for b, n in enumerate(at):
+        assert n == lengths[b]
+        assert_close(f"row {b}", expected[b][0, :n], torch.cat(got[b]), EXACT)
+
+
 def test_memory_off_is_a_model_that_does_not_route():
     model, doc_ids = model_of(), roles_of(SAMPLES["usual"])
     other, ids = model_of(routes=False), ids_like(doc_ids)
@@ -374,6 +407,17 @@ def test_memory_off_is_a_model_that_does_not_route():
     with torch.no_grad():
         with memory_off(model):
             assert_close("logits", other(ids, doc_ids=doc_ids).logits, model(ids, doc_ids=doc_ids).logits, EXACT)
+            cache, states = MemoryCache(), []
+            model(ids, doc_ids=doc_ids, past_key_values=cache)
+            for _ in range(2):
+                # What is not shown is still kept.
+                got = model(ids[:, :3], past_key_values=cache).logits
+                states += [state["front"].sum() for state in cache.states if "front" in state]
+            assert all(n > 0 for n in states)
+        both = F.pad(doc_ids, (0, 6), value=-1)
+        ids = torch.cat([ids, ids[:, :3], ids[:, :3]], 1)
+        assert_close("after", other(ids, doc_ids=both).logits[:, -3:], got, EXACT)
+        ids = ids[:, :-6]
         assert relative_error(other(ids, doc_ids=doc_ids).logits, model(ids, doc_ids=doc_ids).logits) > 1e-3
 
 

@@ -30,13 +30,13 @@ _NEVER = float("-inf")
 class RouterShard(NamedTuple):
     """A part of a bank, of whole documents.
 
-    k: [C, G, K], as ``bank_keys``   document: [C], counted from ``first``, ascending; -1: none any more
+    k: [C, G, K], as ``bank_keys``   document: [C], of ``number`` [N], ascending; -1: none any more
+    number: of the documents, ascending, over the parts too
     """
 
     k: Tensor
     document: Tensor
-    first: int
-    documents: int
+    number: Tensor
 
 
 def bank_keys(k: Tensor, similarity: str) -> Tensor:
@@ -105,7 +105,7 @@ def _best(rule: Rule, q: Tensor, shards: Sequence[RouterShard], idle: Tensor) ->
             beats = ((scores - worst).amax(0) > 0) & (shard.document[tile] >= 0)
             column = beats.nonzero()[:, 0]
             if len(column):
-                number = shard.document[tile][column] + shard.first
+                number = shard.number[shard.document[tile][column]]
                 index, score = _entered(rule, index, score, number, scores[:, column])
     return index.masked_fill(idle[:, None], -1), score.masked_fill(idle[:, None], _NEVER)
 
@@ -127,9 +127,9 @@ def _best_of_means(rule: Rule, q: Tensor, asks: Tensor, shards: Sequence[RouterS
     none = torch.full((len(q), 1, 0), -1, device=q.device)
     best = best_of(none, none.to(q.dtype), rule.top_k)
     for shard in shards:
-        of_shard = rule._replace(num_documents=shard.documents, tile=4096)
+        of_shard = rule._replace(num_documents=len(shard.number), tile=4096)
         routes = route_documents_reference(of_shard, q, shard.k[None], shard.document[None], asks, None, None, False)
-        number = torch.where(routes.document < 0, -1, routes.document + shard.first)
+        number = torch.where(routes.document < 0, -1, shard.number[routes.document])
         old = [x.expand(-1, number.shape[1], -1) for x in best]
         best = best_of(torch.cat([old[0], number], -1), torch.cat([old[1], routes.score], -1), rule.top_k)
     return best
