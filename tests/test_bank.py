@@ -1,5 +1,6 @@
 """The bank: documents kept elsewhere are documents in the context, whatever was added, deleted, saved or killed."""
 
+import copy
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 
 import memlm.bank
 from memlm import MemLMForCausalLM, MemoryBank, MemoryCache
+from memlm.bank.index import fingerprint
 from memlm_kernels.route_documents import RouterShard, bank_keys, nominate_documents, route_documents
 from memlm_kernels.testing import assert_close, relative_error
 from tests.conftest import ROOT, build
@@ -351,6 +353,30 @@ def test_another_model_is_refused(tmp_path):
         model.model.layers[0].mlp.up_proj.weight.mul_(1.01)
     with pytest.raises(ValueError, match="memory_bank: made by a model of fingerprint"):
         bank.add({"more": [1, 2]})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_every_weight_counts_and_is_counted_once(dtype, monkeypatch):
+    model = model_of().to(dtype)
+    weight, found, counted = model.model.embed_tokens.weight, fingerprint(model.model), []
+    monkeypatch.setattr(memlm.bank.index, "_AT_ONCE", 1000)
+    checksum = memlm.bank.index._checksum
+    monkeypatch.setattr(memlm.bank.index, "_checksum", lambda x: counted.append(x) or checksum(x))
+    assert fingerprint(model.model) == found and not counted
+    seen = {found}
+    # One value by one bit, two that change places, and values that move by one place.
+    for row, others in ((7, weight[7] * (1 + torch.finfo(dtype).eps)), (2, weight[2].flip(0)), (5, weight[5].roll(1))):
+        old = weight[row].clone()
+        weight[row, 3:9] = others[3:9]
+        seen.add(fingerprint(model.model))
+        weight[row] = old
+        assert fingerprint(model.model) == found
+    assert len(seen) == 4
+    model.model.embed_tokens.weight = torch.nn.Parameter(weight.clone())
+    counted.clear()
+    assert fingerprint(model.model) == found and counted
+    assert fingerprint(copy.deepcopy(model.model)) == found
 
 
 @pytest.mark.parametrize(

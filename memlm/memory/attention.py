@@ -28,7 +28,7 @@ from memlm.memory.base import (
     require,
     token_positions,
 )
-from memlm.memory.growing import append
+from memlm.memory.growing import append, join
 from memlm_kernels import prefix_window_attention
 from memlm_kernels.grid import keep_last
 from memlm_kernels.prefix_window_attention.reference import plain
@@ -129,7 +129,7 @@ class Mixer(SequenceMixer):
                 seen[name], new_state[name] = append(state[name], new, ctx.lengths_B)
                 continue
             # A fresh call has no history: nothing to join, and zeros to keep where it is shorter than the window.
-            seen[name] = new if fresh else _join(state[name], new)
+            seen[name] = new if fresh else join(state[name], new)
             source = F.pad(new, (0, 0, 0, 0, max(0, window - 1 - length), 0)) if fresh else seen[name]
             new_state[name] = keep_last(source, window - 1, length, ctx.lengths_B)
 
@@ -242,10 +242,6 @@ class Mixer(SequenceMixer):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         y, _ = function(self, q, k, v, mask, scaling=self.dims.head_dim**-0.5, dropout=0.0, **options)
         return y
-
-
-def _join(past: Tensor, new: Tensor) -> Tensor:
-    return torch.cat([past.to(new.dtype), new], 1) if past.shape[1] else new
 
 
 def eager(

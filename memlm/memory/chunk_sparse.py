@@ -34,7 +34,7 @@ from transformers import initialization as init
 from memlm.layers import rotary, rotary_angles
 from memlm.memory import attention
 from memlm.memory.base import Dims, MixerContext, MixerOutput, State, next_position, require, token_positions
-from memlm.memory.growing import append
+from memlm.memory.growing import append, join
 from memlm.memory.parts import memory_share, start_delayed
 from memlm_kernels import chunk_mean_attention, chunk_sparse_attention, chunk_topk
 from memlm_kernels.grid import keep_last, pick, place
@@ -197,10 +197,10 @@ class Mixer(attention.Mixer):
         places_BS = positions_BT[:, :1] - torch.arange(near, 0, -1, device=x_BTD.device)
         if config.far_positions:
             seen_BLGK, after["k"] = append(state["k"], turned_BTGK, ctx.lengths_B)
-            far, plain_BLGK = None, _join(self._turned(recent_BSGK, -places_BS), k_BTGK)
+            far, plain_BLGK = None, join(self._turned(recent_BSGK, -places_BS), k_BTGK)
         else:
             plain_BLGK, after["k"] = append(state["k"], k_BTGK, ctx.lengths_B)
-            far, seen_BLGK = (q_BTHK, plain_BLGK), _join(self._turned(recent_BSGK, places_BS), turned_BTGK)
+            far, seen_BLGK = (q_BTHK, plain_BLGK), join(self._turned(recent_BSGK, places_BS), turned_BTGK)
         v_BLGK, after["v"] = append(state["v"], v_BTGK, ctx.lengths_B)
         pooled_BNGK = self._pooled(plain_BLGK, chunks, "k", state, after)
         spans = (chunks.first_BT, chunks.end_BT)
@@ -288,7 +288,3 @@ class Mixer(attention.Mixer):
             taught_BT = taught_BT & (torch.arange(length, device=q_BTHK.device) < ctx.lengths_B[:, None])
         nats_BT = (known.lse - score_BTH).mean(-1).masked_fill(~taught_BT, 0.0)
         return nats_BT.sum() / taught_BT.sum().clamp(min=1)
-
-
-def _join(past: Tensor, new: Tensor) -> Tensor:
-    return torch.cat([past.to(new.dtype), new], 1)

@@ -32,6 +32,11 @@ class _Room:
 _rooms: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
+def join(past: Tensor, new: Tensor) -> Tensor:
+    """``past`` [B, S, ...] followed by ``new`` [B, T, ...], in new's dtype."""
+    return torch.cat([past.to(new.dtype), new], 1) if past.shape[1] else new
+
+
 def append(past: Tensor, new: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``past`` [B, S, ...] followed by ``new`` [B, T, ...]; and what to keep of them, each row's real ones last.
 
@@ -43,7 +48,7 @@ def append(past: Tensor, new: Tensor, lengths: Tensor | None = None) -> tuple[Te
     if not past.shape[1]:
         joined = new.contiguous()
     elif lengths is not None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        joined = torch.cat([past.to(new.dtype), new], 1)
+        joined = join(past, new)
     else:
         joined = _grown(past, new)
     return joined, joined if lengths is None else keep_last(joined, joined.shape[1], new.shape[1], lengths)

@@ -38,6 +38,7 @@ from memlm.layers import rotary, rotary_angles
 from memlm.memory import attention, held, retrieval
 from memlm.memory.base import Dims, MixerContext, MixerOutput, Roles, State, require, substate
 from memlm.memory.documents import COUNTERS, Documents, Layout, Stream, boundaries, sizes_of
+from memlm.memory.growing import append, join
 from memlm_kernels import route_documents, segment_mean_pool
 from memlm_kernels.grid import Grid, keep_last, pick
 from memlm_kernels.route_documents import REDUCTIONS, SIMILARITIES, Routes, Scored
@@ -210,7 +211,7 @@ class Mixer(attention.Mixer):
         """Each document for itself; what is kept is the one that stands open."""
         self._check_backend()
         stream, new, past = documents.stream, heads.q.shape[1], before["open.k"].shape[1]
-        k, v = _join(before["open.k"], heads.k), _join(before["open.v"], heads.v)
+        k, v = join(before["open.k"], heads.k), join(before["open.v"], heads.v)
         # Blocks of queries that see a window hold keys twice, too.
         if past == 0 and documents.total * documents.longest <= 2 * new:
             y = self._in_rows(documents, heads)
@@ -245,9 +246,9 @@ class Mixer(attention.Mixer):
     ) -> tuple[Tensor, State]:
         """Template, query and response: to the chosen chunks, and causally to each other."""
         q, new = heads.q, heads.q.shape[1]
-        k, v = _join(before["k"], heads.k), _join(before["v"], heads.v)
-        total = k.shape[1]
-        kept = {name: keep_last(x, total, new, stream.lengths_B) for name, x in (("k", k), ("v", v))}
+        k, kept_k = append(before["k"], heads.k, stream.lengths_B)
+        v, kept_v = append(before["v"], heads.v, stream.lengths_B)
+        total, kept = k.shape[1], {"k": kept_k, "v": kept_v}
         if chosen_BAC is None and not injected:
             return self._attend(q, k, v, None, stream.place_BA, fresh, None), kept
         key_L = torch.arange(total, device=q.device)
@@ -438,7 +439,3 @@ def _samples(layout: Layout, ctx: MixerContext) -> tuple[Tensor, Tensor]:
     zeros_BS = first_BA.new_zeros(len(first_BA), ctx.max_documents + 1)
     first_BS, end_BS = (zeros_BS.scatter_reduce(1, sample_BA, x, "amax")[:, :-1] for x in (first_BA, end_BA))
     return first_BS, end_BS
-
-
-def _join(past: Tensor, new: Tensor) -> Tensor:
-    return torch.cat([past.to(new.dtype), new], 1) if past.shape[1] else new

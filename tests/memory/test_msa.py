@@ -400,6 +400,27 @@ def test_a_choice_that_stands_is_made_once(monkeypatch):
         assert_close(f"row {b}", expected[b][0, :n], torch.cat(got[b]), EXACT)
 
 
+@torch.no_grad()
+def test_a_token_costs_no_copy_of_what_is_held():
+    model, doc_ids, cache = model_of(), roles_of(SAMPLES["usual"]), MemoryCache()
+    ids = torch.cat([ids_like(doc_ids), ids_like(torch.zeros(1, 90), 1)], 1)
+    whole = model(ids, doc_ids=F.pad(doc_ids, (0, 90), value=-1)).logits[:, -90:]
+    model(ids[:, :-90], doc_ids=doc_ids, past_key_values=cache)
+    got, places = [], set()
+    for t in range(90):
+        if t in (20, 21, 40):
+            # Others that go on from the same memory, and one that only asks.
+            others = [cache.fork(), cache.fork()]
+            for other in others:
+                model(ids[:, :3], past_key_values=other)
+            assert torch.equal(*(other.states[0]["k"] for other in others))
+            model(ids[:, :2], past_key_values=cache, write=False)
+        got.append(model(ids[:, t - 90][:, None], past_key_values=cache).logits)
+        places |= {state["k"].data_ptr() for state in cache.states}
+    assert_close("logits", whole, torch.cat(got, 1), EXACT)
+    assert len(places) <= 6 * len(cache.states)
+
+
 def test_memory_off_is_a_model_that_does_not_route():
     model, doc_ids = model_of(), roles_of(SAMPLES["usual"])
     other, ids = model_of(routes=False), ids_like(doc_ids)
