@@ -62,7 +62,7 @@ def read_index(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: no such file; a bank is written by MemoryBank.save")
     try:
         index = json.loads(path.read_text())
-        for name in ("fingerprint", "complete", "read", "shards"):
+        for name in ("fingerprint", "key_dtype", "complete", "read", "shards"):
             index[name]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged or not a bank's ({error!r}); build the bank in another folder") from None
@@ -70,7 +70,7 @@ def read_index(directory: Path) -> dict[str, Any]:
 
 
 def write_index(directory: Path, index: dict[str, Any]) -> None:
-    """Replaced at once; what it does not name goes."""
+    """Replaced at once; what it does not name goes, also from who is about to load by the index that was there."""
     partial = directory / f"{INDEX}.tmp"
     partial.write_text(json.dumps(index))
     sync(partial)
