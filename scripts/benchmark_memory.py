@@ -11,8 +11,8 @@ momentum and decay shared by all tokens of a chunk, where ours has one for each 
 ``anchor``: the weights at the start of the call (its default), or those at the start of the chunk, as ours and the
 paper's are (its ``batch_size=chunk_size``). Suites ``mom``, ``mom_length`` and ``mom_decode`` measure a mixture of
 memories beside the one memory that it is a mixture of, ``attention_decode`` what keeps all keys. ``train``, for a GPU,
-measures steps of training a language model of Titans' 340M with ``memory=titans_mag`` beside the same decoder with full
-attention (``memory=attention``).
+measures steps of training a language model of Titans' 340M with ``memory=titans_mag`` beside the same decoder with
+full attention (``memory=attention``).
 
 A measurement is a process of its own with one thread. It makes its layer and input, takes a pass to warm up, and then
 one whenever it is told to, so that the runs of a group alternate and share the noise of the machine. A pass is forward

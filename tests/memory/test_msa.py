@@ -418,7 +418,8 @@ def test_a_token_costs_no_copy_of_what_is_held():
         got.append(model(ids[:, t - 90][:, None], past_key_values=cache).logits)
         places |= {state["k"].data_ptr() for state in cache.states}
     assert_close("logits", whole, torch.cat(got, 1), EXACT)
-    assert len(places) <= 6 * len(cache.states)
+    # Room for a quarter more each time it is full, from 43 tokens to 133, and once more after each time others went on.
+    assert len(places) <= (6 + 3) * len(cache.states)
 
 
 def test_memory_off_is_a_model_that_does_not_route():
