@@ -44,10 +44,16 @@ class Kernel:
         self._launch(programs, tiles, arguments)
 
     def _launch(self, programs: Callable[[Tiles], int], tiles: Tiles, arguments: Mapping[str, Any]) -> None:
+        count, threads = programs(tiles), tiles["num_warps"] * (64 if target() == "hip" else 32)
+        if count == 0:
+            return
+        if count >= (2**32 // threads if target() == "hip" else 2**31):
+            name = self.function.__name__
+            raise ValueError(f"{name}: no GPU starts {count} programs at once; use backend='reference'")
         device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
         # Triton launches on the current device, wherever the tensors are.
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            self.function[(programs(tiles),)](**arguments, **tiles)
+            self.function[(count,)](**arguments, **tiles)
 
     def _seconds(self, programs: Callable[[Tiles], int], tiles: Tiles, arguments: Mapping[str, Any]) -> float:
         try:

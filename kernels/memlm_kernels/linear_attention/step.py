@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from memlm_kernels.launch import at_least_16, cdiv, laid, load_tile, store_tile, tiled
+from memlm_kernels.segments import segments_of
 
 # More tokens than these gain from chunks.
 MOST = 16
@@ -83,7 +84,7 @@ def step(
     """o and the state after each segment; not differentiable."""
     q, k, v, beta, log_decay, cu_seqlens, state = laid(q, k, v, beta, log_decay, cu_seqlens, state)
     batch, length, heads, keys = q.shape
-    values, segments = v.shape[-1], 1 if cu_seqlens is None else cu_seqlens.shape[1] - 1
+    values, segments = v.shape[-1], segments_of(cu_seqlens)
     o = torch.empty_like(v) if cu_seqlens is None else torch.zeros_like(v)
     final = q.new_empty(batch, segments, heads, keys, values, dtype=torch.float32)
     tokens_forward(
@@ -106,8 +107,7 @@ def _(
     cu_seqlens: Tensor | None,
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    segments = 1 if cu_seqlens is None else cu_seqlens.shape[1] - 1
-    final = q.new_empty(len(q), segments, *q.shape[2:], v.shape[-1], dtype=torch.float32)
+    final = q.new_empty(len(q), segments_of(cu_seqlens), *q.shape[2:], v.shape[-1], dtype=torch.float32)
     return v.new_empty(v.shape), final
 
 
