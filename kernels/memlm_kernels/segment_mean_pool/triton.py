@@ -25,7 +25,7 @@ def forward(x: Tensor, cu_segments: Tensor, longest: int) -> Tensor:
     pool(
         lambda tiles: batch * count * cdiv(features, tiles["BF"]),
         _limits(features, longest),
-        **{"x": x, "cu": cu_segments, "mean": mean, "T": length, "S": count, "F": features},
+        **{"x": x, "cu": cu_segments, "mean": mean, "T": length, "S": count, "LONGEST": longest, "F": features},
     )
     return mean
 
@@ -36,33 +36,33 @@ def _(x: Tensor, cu_segments: Tensor, longest: int) -> Tensor:
 
 
 @torch.library.custom_op("memlm::segment_mean_pool_backward", mutates_args=())
-def backward(d_mean: Tensor, cu_segments: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+def backward(d_mean: Tensor, cu_segments: Tensor, length: int, longest: int, dtype: torch.dtype) -> Tensor:
     d_mean, cu_segments = laid(d_mean, cu_segments)
     batch, count, features = d_mean.shape
     d_x = d_mean.new_empty(batch, length, features, dtype=dtype)
     pool_backward(
         lambda tiles: batch * cdiv(length, tiles["BT"]) * cdiv(features, tiles["BF"]),
         _limits(features, length),
-        **{"d_mean": d_mean, "cu": cu_segments, "owner": owners(cu_segments, length), "d_x": d_x},
-        **{"T": length, "S": count, "F": features},
+        **{"d_mean": d_mean, "cu": cu_segments, "owner": owners(cu_segments, length, longest)[0], "d_x": d_x},
+        **{"T": length, "S": count, "LONGEST": longest, "F": features},
     )
     return d_x
 
 
 @backward.register_fake
-def _(d_mean: Tensor, cu_segments: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+def _(d_mean: Tensor, cu_segments: Tensor, length: int, longest: int, dtype: torch.dtype) -> Tensor:
     return d_mean.new_empty(len(d_mean), length, d_mean.shape[2], dtype=dtype)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, cu_segments, _ = inputs
+    x, cu_segments, ctx.longest = inputs
     ctx.length, ctx.dtype = x.shape[1], x.dtype
     ctx.save_for_backward(cu_segments)
 
 
 def _backward(ctx: Any, d_mean: Tensor) -> tuple[Tensor | None, ...]:
     (cu_segments,) = ctx.saved_tensors
-    return backward(d_mean, cu_segments, ctx.length, ctx.dtype), None, None
+    return backward(d_mean, cu_segments, ctx.length, ctx.longest, ctx.dtype), None, None
 
 
 forward.register_autograd(_backward, setup_context=_setup)
