@@ -43,7 +43,7 @@ def _flops(q: tuple[int, ...], k: tuple[int, ...], *_: object, **__: object) -> 
 @torch.library.custom_op("memlm::invert_chunks", mutates_args=())
 def invert(index: Tensor, num_chunks: int) -> tuple[Tensor, Tensor]:
     """Tokens [B, G, T J] int32, and offsets [B, G, N + 1]."""
-    index = index.to(torch.int32).contiguous()
+    index = index.clamp(-1, num_chunks).to(torch.int32).contiguous()
     batch, length, groups, chosen = index.shape
     entries = length * chosen
     tiles = cdiv(entries, WIDTH)
