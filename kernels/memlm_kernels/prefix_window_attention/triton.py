@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from memlm_kernels.checks import in_one_type
-from memlm_kernels.chunk_sparse_attention.choice import invert_chunks_reference
 from memlm_kernels.chunk_sparse_attention.kernels import add_parts, chunks_backward, unite_chunks
+from memlm_kernels.chunk_sparse_attention.triton import invert
 from memlm_kernels.launch import Tiles, at_least_16, cdiv, laid, precision
 from memlm_kernels.prefix_window_attention.kernels import (
     attend_forward,
@@ -262,7 +262,7 @@ def _sum_parts(x: Tensor, rows: int) -> Tensor:
 def _add_chunks(call: Call, given: dict[str, Any], index: Tensor, starts: Tensor, d_k: Tensor, d_v: Tensor) -> None:
     """Adds the gradients of chosen keys."""
     chunks = starts.shape[1]
-    token, offsets = invert_chunks_reference(index, chunks)
+    token, offsets = invert(index, chunks)
     sizes = (offsets.diff(dim=-1) + PER - 1) // PER
     first = torch.nn.functional.pad(sizes.cumsum(-1), (1, 0))
     count = (token.shape[2] + min(chunks, token.shape[2]) * (PER - 1)) // PER
