@@ -114,7 +114,9 @@ def score_chunks(
     BC: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """score: the maximum over tokens, or with SUM the sum; so_far: [B, tiles of tokens, C], before each tile."""
+    """score: the maximum over tokens, or with SUM the sum; so_far: [B, tiles of tokens, C], before each tile, how many
+    asked only with SUM.
+    """
     program = tl.program_id(0).to(tl.int64)
     tiles_c, tiles_m = (C + BC - 1) // BC, (M + BM - 1) // BM
     row, c = program // tiles_c, program % tiles_c * BC
@@ -132,29 +134,14 @@ def score_chunks(
         if so_far_score is not None:
             at = (row * tiles_m + tile) * C + c + i_c
             tl.store(so_far_score + at, b_score, mask=inside_c)
-            tl.store(so_far_asked + at, b_asked, mask=inside_c)
-        i_m = tl.arange(0, BM)
+            if SUM:
+                tl.store(so_far_asked + at, b_asked, mask=inside_c)
+        i_m, m = tl.arange(0, BM), row * M + tile * BM
         inside = tile * BM + i_m < M
         b_s = similarities(
-            query,
-            k,
-            row * M + tile * BM,
-            row_k * C + c,
-            i_m,
-            i_c,
-            inside,
-            inside_c,
-            G,
-            P,
-            K,
-            MEAN,
-            COSINE,
-            PRECISION,
-            BM,
-            BC,
-            BK,
+            query, k, m, row_k * C + c, i_m, i_c, inside, inside_c, G, P, K, MEAN, COSINE, PRECISION, BM, BC, BK
         )
-        sees, asking = knows(b_document, asks, first, end, row * M + tile * BM + i_m, inside)
+        sees, asking = knows(b_document, asks, first, end, m + i_m, inside)
         known = sees & asking[:, None]
         b_asked += tl.sum(known.to(tl.int32), 0)
         if SUM:
@@ -266,23 +253,7 @@ def choose_running(
         inside_c = c + i_c < C
         b_document = tl.load(document + row_k * C + c + i_c, mask=inside_c, other=-1)
         b_s = similarities(
-            query,
-            k,
-            m,
-            row_k * C + c,
-            i_m,
-            i_c,
-            inside,
-            inside_c,
-            G,
-            P,
-            K,
-            MEAN,
-            COSINE,
-            PRECISION,
-            BM,
-            BC,
-            BK,
+            query, k, m, row_k * C + c, i_m, i_c, inside, inside_c, G, P, K, MEAN, COSINE, PRECISION, BM, BC, BK
         )
         sees, asking = knows(b_document, asks, first, end, m + i_m, inside)
         known = sees & asking[:, None]

@@ -93,15 +93,15 @@ def forward(
         # fp32 takes twice the registers.
         most = 32 if query.dtype == torch.float32 else 64
         limits = {"BC": at_least_16(chunks), "BK": min(most, at_least_16(keys))}
-        so_far: list[Tensor | None] = [None, None]
-        if running:
-            so_far = [x.new_empty(batch, tiles, chunks) for x in (score, asked)]
+        # The mean alone needs to know how many asked.
+        so_far_score = score.new_empty(batch, tiles, chunks) if running else None
+        so_far_asked = asked.new_empty(batch, tiles, chunks) if running and mean_tokens else None
         score_chunks(
             lambda tiles: batch * cdiv(chunks, tiles["BC"]),
             limits,
             **given,
             **{"before_score": before_score, "before_asked": before_asked, "score": score, "asked": asked},
-            **{"token": token, "so_far_score": so_far[0], "so_far_asked": so_far[1], **sizes},
+            **{"token": token, "so_far_score": so_far_score, "so_far_asked": so_far_asked, **sizes},
         )
         if running:
             each, parts = _split(chunks, batch * tiles, 256)
@@ -111,7 +111,7 @@ def forward(
                 lambda _: batch * tiles * parts,
                 limits,
                 **given,
-                **{"so_far_score": so_far[0], "so_far_asked": so_far[1], "best": best, "best_name": best_name},
+                **{"so_far_score": so_far_score, "so_far_asked": so_far_asked, "best": best, "best_name": best_name},
                 **{"N": num_documents, "SPLIT": each, "SPLITS": parts, "J": top_k},
                 **{"BJ": triton.next_power_of_2(top_k), "LAST": torch.iinfo(document.dtype).max, **sizes},
             )
