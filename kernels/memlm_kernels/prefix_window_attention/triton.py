@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+from triton import next_power_of_2
 
 from memlm_kernels.checks import in_one_type
 from memlm_kernels.chunk_sparse_attention.kernels import add_parts, chunks_backward, unite_chunks
@@ -32,11 +33,11 @@ class Call:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, index: Tensor | None, chunk: int):
         self.batch, self.length, self.heads, self.keys = q.shape
         self.groups, self.values = k.shape[2], v.shape[-1]
-        self.padded = 1 << (self.heads // self.groups - 1).bit_length()
+        self.padded = next_power_of_2(self.heads // self.groups)
         wide = max(at_least_16(self.keys), at_least_16(self.values)) * q.element_size()
         # As large as registers hold, of which fp32 takes twice as many.
         most = 64 if wide <= 256 and q.element_size() == 2 else 32
-        self.rows = min(most, max(16, self.padded, 1 << (self.length * self.padded - 1).bit_length()))
+        self.rows = min(most, max(self.padded, at_least_16(self.length * self.padded)))
         self.tiles = cdiv(self.length, self.rows // self.padded)
         self.most_keys = most if wide <= 512 else 16
         self.prefix = 0 if prefix_k is None else prefix_k.shape[1]
@@ -75,7 +76,7 @@ def _united(call: Call, index: Tensor | None, chunks: int) -> dict[str, Any]:
     """The chunks that each tile of queries goes through."""
     if index is None:
         return {"united": None, "count": None, "U": 0, "BJ": 1}
-    taken = {"U": call.chosen, "BJ": 1 << (call.chosen - 1).bit_length()}
+    taken = {"U": call.chosen, "BJ": next_power_of_2(call.chosen)}
     tokens = min(call.rows // call.padded, call.length)
     if tokens == 1:
         return taken | {"united": index, "count": None}
@@ -87,7 +88,7 @@ def _united(call: Call, index: Tensor | None, chunks: int) -> dict[str, Any]:
         lambda _: count.numel(),
         {},
         **{"index": index, "united": united, "count": count, "T": call.length, "N": chunks, "U": room},
-        **{"G": call.groups, "J": call.chosen, "BT": tokens, "W": 1 << (room - 1).bit_length()},
+        **{"G": call.groups, "J": call.chosen, "BT": tokens, "W": next_power_of_2(room)},
     )
     return taken | {"united": united, "count": count, "U": room}
 

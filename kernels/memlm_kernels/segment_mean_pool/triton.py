@@ -1,19 +1,13 @@
 """Means of segments by Triton kernels, as an op of torch."""
 
-import math
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from memlm_kernels.launch import Tiles, cdiv, laid
+from memlm_kernels.launch import cdiv, laid, powers_of_two, with_features
 from memlm_kernels.segment_mean_pool.kernels import pool, pool_backward
 from memlm_kernels.segment_mean_pool.reference import owners
-
-
-def _limits(features: int, most: int) -> Tiles:
-    return {"BT": triton.next_power_of_2(most), "BF": triton.next_power_of_2(features)}
 
 
 @torch.library.custom_op("memlm::segment_mean_pool", mutates_args=())
@@ -24,7 +18,7 @@ def forward(x: Tensor, cu_segments: Tensor, longest: int) -> Tensor:
     mean = x.new_empty(batch, count, features, dtype=torch.float32)
     pool(
         lambda tiles: batch * count * cdiv(features, tiles["BF"]),
-        _limits(features, longest),
+        powers_of_two(BT=longest, BF=features),
         **{"x": x, "cu": cu_segments, "mean": mean, "T": length, "S": count, "LONGEST": longest, "F": features},
     )
     return mean
@@ -42,7 +36,7 @@ def backward(d_mean: Tensor, cu_segments: Tensor, length: int, longest: int, dty
     d_x = d_mean.new_empty(batch, length, features, dtype=dtype)
     pool_backward(
         lambda tiles: batch * cdiv(length, tiles["BT"]) * cdiv(features, tiles["BF"]),
-        _limits(features, length),
+        powers_of_two(BT=length, BF=features),
         **{"d_mean": d_mean, "cu": cu_segments, "owner": owners(cu_segments, length, longest)[0], "d_x": d_x},
         **{"T": length, "S": count, "LONGEST": longest, "F": features},
     )
@@ -69,5 +63,4 @@ forward.register_autograd(_backward, setup_context=_setup)
 
 
 def segment_mean_pool_triton(x: Tensor, cu_segments: Tensor, longest: int) -> Tensor:
-    flat = x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
-    return forward(flat, cu_segments, longest).view(len(x), -1, *x.shape[2:])
+    return forward(with_features(x), cu_segments, longest).view(len(x), -1, *x.shape[2:])
