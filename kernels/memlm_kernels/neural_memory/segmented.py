@@ -4,7 +4,6 @@ As ``neural_memory`` with one layer, no norm and the squared error, except for w
 ``reference`` for the equations.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from memlm_kernels.backend import choose, with_triton
 from memlm_kernels.checks import check_tensors, in_one_type
 from memlm_kernels.neural_memory import blocks_limit, keys_limit, most_slots
-from memlm_kernels.neural_memory.reference import Tokens, block_size, scalar_recurrences
+from memlm_kernels.neural_memory.reference import Tokens, scalar_recurrences
 from memlm_kernels.segments import check_recurrence, chunk_width, exact, lay_out
 
 
@@ -69,8 +68,8 @@ def segmented_neural_memory(
             # Not from a list, which would be copied to the device.
             cu_seqlens = (torch.arange(2, device=q.device) * length).expand(batch, 2)
         # Blocks divide chunks, so that none reaches over a chunk's end.
-        most = most_slots(q, 1) if by_triton else 64
-        width = math.gcd(block_size(chunk_size, most), chunk_width(length, cu_seqlens, most))
+        widest = chunk_width(length, cu_seqlens, most_slots(q, 1) if by_triton else 64)
+        width = max(size for size in range(1, widest + 1) if chunk_size % size == 0)
         segments = lay_out(cu_seqlens, length, width, position % width)
         assert segments.segment is not None and segments.index is not None
         block = (position // width).gather(1, segments.segment) + segments.index
