@@ -116,13 +116,13 @@ class Asked(NamedTuple):
 
     def knows(self, document: Tensor) -> Tensor:
         """Which tokens ask a chunk, [B, M, n]."""
-        known = (document >= 0)[:, None]
+        known = (document >= 0)[:, None].expand(-1, self.tokens(), -1)
         if self.asks is not None:
             known = known & self.asks[..., None]
         if self.spans is not None:
             first, end = (x[..., None] for x in self.spans)
             known = known & (document[:, None] >= first) & (document[:, None] < end)
-        return known.expand(-1, self.tokens(), -1)
+        return known
 
 
 class _Walk:
