@@ -39,18 +39,20 @@ def named(name: str, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
     return {f"{name}[{i}]": x for i, x in enumerate(tensors)}
 
 
-def check_sizes(name: str, x: Tensor, first: int = 2) -> None:
-    """Raise ValueError if x [B, T, H, K], from dimension ``first`` on, has a size of 0."""
-    if 0 in x.shape[first:]:
+def check_sizes(name: str, x: Tensor) -> None:
+    """Raise ValueError if x [B, T, H, K] has no heads or channels."""
+    if 0 in x.shape[2:]:
         raise ValueError(f"{name} {list(x.shape)} has no elements; give every size behind B and T at least 1")
 
 
-def check_range(name: str, index: Tensor, low: int | None, high: int) -> None:
-    """Raise ValueError, where index can be looked at, unless it has numbers from low (None: any) to high - 1."""
+def check_range(name: str, index: Tensor, low: int | None, high: int | None) -> None:
+    """Raise ValueError, where index can be looked at, unless it has numbers from low to high - 1 (None: any)."""
     if readable(index) and index.numel():
         least, most = (number(x) for x in index.aminmax())
-        if most >= high or (low is not None and least < low):
-            raise ValueError(f"{name} has numbers from {least} to {most}; give them from {low or 0} to {high - 1}")
+        if (high is not None and most >= high) or (low is not None and least < low):
+            limits = [f"{low} or more" if low is not None else "", f"less than {high}" if high is not None else ""]
+            wanted = " and ".join(filter(None, limits))
+            raise ValueError(f"{name} has numbers from {least} to {most}; give such of {wanted}")
 
 
 def check_ascending(name: str, x: Tensor) -> None:

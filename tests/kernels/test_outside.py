@@ -20,7 +20,7 @@ OUTSIDE = {
             ("segment_mean_pool", "cu_segments"),
         ]
         for wrong, right, message in (
-            (rows(0, 3, 99), rows(0, 3, 6), "from 0 to 99; give them from 0 to 6"),
+            (rows(0, 3, 99), rows(0, 3, 6), "from 0 to 99; give such of 0 or more and less than 7"),
             (rows(-5, 3, 6), rows(0, 3, 6), "from -5 to 6"),
             (rows(0, 5, 2), rows(0, 5, 5), "decreases"),
             (rows(4, 99, 2), rows(4, 6, 6), "from 2 to 99"),
@@ -102,7 +102,7 @@ def test_segments_longer_than_was_said():
 
 def test_segments_longer_than_was_said_are_named():
     x = torch.rand(1, 6, 2)
-    with pytest.raises(ValueError, match="longest=2, has numbers from 1 to 5; give them from 0 to 2"):
+    with pytest.raises(ValueError, match="longest=2, has numbers from 1 to 5; give such of 0 or more and less than 3"):
         segment_mean_pool(x, torch.tensor([[0, 5, 6]]), longest=2)
 
 
@@ -116,7 +116,7 @@ def test_routes_outside():
 
 
 def test_routes_outside_are_named():
-    with pytest.raises(ValueError, match="memory has numbers from 0 to 2; give them from 0 to 1"):
+    with pytest.raises(ValueError, match="memory has numbers from 0 to 2; give such of 0 or more and less than 2"):
         MemoryRoutes.of(torch.tensor([[[0], [2]]]), 2)
-    with pytest.raises(ValueError, match="document has numbers from 0 to 3; give them from 0 to 1"):
+    with pytest.raises(ValueError, match="document has numbers from 0 to 3; give such of 0 or more and less than 2"):
         MemoryRoutes.of(torch.tensor([[[0], [1]]]), 2, torch.tensor([[0, 3]]))

@@ -54,11 +54,11 @@ class MemoryRoutes(NamedTuple):
             check_range("document", document, 0, num_documents + 1)
         batch, length, choices = memory.shape
         routed, segments = length * choices, num_documents * num_memories
-        owner, real = memory.long(), (memory >= 0) & (memory < num_memories)
+        owner, real = memory.long(), memory == memory.clamp(0, num_memories - 1)
         if document is not None:
             owner = document.long()[..., None] * num_memories + owner
-            real = real & ((document >= 0) & (document < num_documents))[..., None]
-        owner = owner.masked_fill(~real, segments)
+            real = real & (document == document.clamp(0, num_documents - 1))[..., None]
+        owner = torch.where(real, owner, segments)
         # Stable, for a memory reads its tokens in their order.
         owner, by_owner = owner.flatten(1).sort(dim=1, stable=True)
         here = torch.arange(routed, device=memory.device).expand(batch, -1)
