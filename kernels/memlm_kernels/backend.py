@@ -15,6 +15,9 @@ PROVEN: frozenset[str] = frozenset()
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+# What kernels count within a row has 32 bits, with room to count a little further; places of elements have 64.
+MOST = 2**31 - 2**16
+
 logger = logging.getLogger(__name__)
 _announced: set[tuple[str, str]] = set()
 
@@ -40,15 +43,17 @@ def choose(op: str, backend: str, available: tuple[str, ...], refused: Mapping[s
     return backend
 
 
-def with_triton(x: Tensor, limit: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
+def with_triton(x: Tensor, limit: str | None, *others: Tensor | None) -> tuple[tuple[str, ...], dict[str, str]]:
     """What ``choose`` takes, for an op that has the backends ``reference`` and ``triton``.
 
-    limit: what of the call Triton's kernels do not take, None if they take it. ``auto`` takes them on a GPU where they
-    are ``PROVEN``. On a CPU they run in Triton's interpreter, which is for tests.
+    limit: what of the call Triton's kernels do not take, None if they take it; others: more of its tensors. ``auto``
+    takes them on a GPU where they are ``PROVEN``. On a CPU they run in Triton's interpreter, which is for tests.
     """
     reason = missing_triton(x.device.type) or limit
     if x.is_floating_point() and x.dtype not in DTYPES:
         reason = reason or f"its kernels take float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
+    if long := [size for tensor in (x, *others) if tensor is not None for size in tensor.shape if size > MOST]:
+        reason = reason or f"its kernels take at most {MOST} along a dimension, not {long[0]}"
     if reason:
         return ("reference",), {"triton": reason}
     proven = x.device.type == "cuda" and architecture(x.device) in PROVEN
@@ -69,8 +74,6 @@ def missing_triton(device_type: str) -> str | None:
         return "Triton is not installed (pip install 'memlm[cpu-kernels]', or a torch that brings it)"
     from triton import knobs
 
-    if knobs.runtime.interpret:
-        return None
-    if device_type == "cuda":
+    if device_type == "cuda" or (knobs.runtime.interpret and device_type == "cpu"):
         return None
     return f"Triton compiles nothing for {device_type}; for tests TRITON_INTERPRET=1 interprets its kernels"

@@ -418,7 +418,7 @@ def test_a_token_costs_no_copy_of_what_is_held():
         got.append(model(ids[:, t - 90][:, None], past_key_values=cache).logits)
         places |= {state["k"].data_ptr() for state in cache.states}
     assert_close("logits", whole, torch.cat(got, 1), EXACT)
-    # Room for a quarter more each time it is full, from 43 tokens to 133, and once more after each time others went on.
+    # Room for a quarter more each time it is full, from 43 tokens to 133, and again after each time others went on.
     assert len(places) <= (6 + 3) * len(cache.states)
 
 

@@ -126,7 +126,7 @@ def _best_of_means(rule: Rule, q: Tensor, asks: Tensor, shards: Sequence[RouterS
         of_shard = rule._replace(num_documents=len(shard.number), tile=4096)
         k = exact(keys_of(shard, slice(None), q.dtype))[None]
         routes = route_documents_reference(of_shard, q, k, shard.document[None], asks, None, None, False)
-        parts.append(named(routes, shard))
+        parts.append(numbered(routes, shard))
     index, score = (torch.cat(x, -1) for x in zip(*parts, strict=True))
     return best_of(index, score, rule.top_k)
 
@@ -137,6 +137,6 @@ def keys_of(shard: RouterShard, tile: slice, dtype: torch.dtype) -> Tensor:
     return k.double() if dtype == torch.float64 else k
 
 
-def named(routes: Routes, shard: RouterShard) -> tuple[Tensor, Tensor]:
+def numbered(routes: Routes, shard: RouterShard) -> tuple[Tensor, Tensor]:
     """Numbers and scores of documents that were chosen by their places in a shard."""
     return torch.where(routes.document < 0, -1, shard.number[routes.document]), routes.score
