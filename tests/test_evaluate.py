@@ -124,13 +124,15 @@ def test_reading_on_is_measured_by_what_is_read_and_said(monkeypatch):
     model, task, written = build("msa", chunk_size=4, top_k=2), Chains(length=105, num_documents=6), {}
     # Of six chains each; of the second library four are asked.
     for chains in (task.linked(3, "test", index, 12).chains for index in (0, 1)):
-        for i, (question, answer, (first, second)) in enumerate(chains):
-            other = chains[i - 1].documents[0]
+        for i, (question, answer, ((first,), (second,))) in enumerate(chains):
+            other = chains[i - 1].rounds[0][0]
             says = f"[{first}]|[{second}]|={answer}~", f"[{first}]|[{other}]|={answer}~", f"[{second}]|=-~"
             written[question] = says[i % 3]
     assert len(written) == 12
     Script(monkeypatch, written)
-    got = interleaved(model, byte_tokenizer(), "chains", task, 3, 12, 10, rows=4)
+    way = Interleave(**TEMPLATES, max_rounds=2, max_new_tokens=105)
+    libraries = (task.linked(3, "test", index, 12) for index in range(9))
+    got = interleaved(model, byte_tokenizer(), "chains", way, libraries, 10, rows=4)
     assert (got.documents, got.questions, got.chance) == (12, 10, 1 / 32)
     assert got.hops == pytest.approx([0.7, 0.4])
     # Who was right without the last document is so once it is deleted.

@@ -16,7 +16,7 @@ from memlm import MemLMConfig, MemLMForCausalLM
 from memlm.modeling import count_parameters
 from memlm.training import run
 from tests.conftest import ROOT, composed
-from tests.data.test_retrieval import chat_tokenizer, records
+from tests.data.test_questions import chat_tokenizer, records
 
 STAGES = ("msa_warmup", "msa_main", "msa_8k", "msa_64k")
 SMALL = (

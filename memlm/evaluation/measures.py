@@ -13,17 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from memlm.bank import MemoryBank
 from memlm.cache import MemoryCache
 from memlm.data import (
     ANSWER,
     IGNORE_INDEX,
-    TEMPLATES,
     Batch,
     Chain,
-    Chains,
     Inquiry,
     Library,
     Linked,
@@ -174,9 +172,9 @@ def _exact(held: MemoryBank, inputs: dict[str, Tensor], labels_BT: Tensor) -> Te
 
 @dataclass(frozen=True)
 class Interleaved:
-    """Questions that a model answers by reading on in a bank: the share answered exactly, and that share once the last
-    document of every chain is deleted; hops: the share that had read right so far, one document a round; chance: of a
-    right answer, of who has read nothing.
+    """Questions that a model answers by reading on in a bank: the share answered exactly, and that share once the
+    documents last read on the way are deleted; hops: the share that had read right so far, round by round; chance: of
+    a right answer, of who has read nothing.
     """
 
     source: str
@@ -190,36 +188,36 @@ class Interleaved:
 
 def interleaved(
     model: MemLMForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     source: str,
-    task: Chains,
-    seed: int,
-    documents: int,
+    way: Interleave,
+    libraries: Iterable[Linked],
     questions: int,
     rows: int = 32,
 ) -> Interleaved:
-    """Banks of so many test documents, and questions about all chains of each until there are enough.
+    """Banks of test documents, one after another, and all questions of each until there are enough or no more.
 
     Raises ValueError for a model that has no bank.
     """
-    way = Interleave(**TEMPLATES, max_rounds=task.hops, max_new_tokens=task.length)
     of_chains: list[tuple[Chain, Answer, Answer]] = []
-    for index in itertools.count():
-        linked = task.linked(seed, "test", index, documents)
+    for linked in libraries:
         chains = linked.chains[: questions - len(of_chains)]
         held = MemoryBank.build(model, way.documents(linked.texts, tokenizer), progress=False)
         first = _answers(way, held, linked, chains, tokenizer, rows)
-        held.delete({chain.documents[-1] for chain in chains})
+        held.delete({name for chain in chains for name in chain.rounds[-1]})
         second = _answers(way, held, linked, chains, tokenizer, rows)
         of_chains += zip(chains, first, second, strict=True)
-        if len(of_chains) == questions:
+        if len(of_chains) >= questions:
             break
     hops = [
-        _share(answer.read[:n] == [[name] for name in chain.documents[:n]] for chain, answer, _ in of_chains)
-        for n in range(1, task.hops + 1)
+        _share(
+            [{*names} for names in answer.read[:n]] == [{*names} for names in chain.rounds[:n]]
+            for chain, answer, _ in of_chains
+        )
+        for n in range(1, max(len(chain.rounds) for chain, *_ in of_chains) + 1)
     ]
     exact, deleted = (_share(given[i].text == chain.answer for chain, *given in of_chains) for i in (0, 1))
-    return Interleaved(source, len(linked.texts), questions, linked.chance, hops, exact, deleted)
+    return Interleaved(source, len(linked.texts), len(of_chains), linked.chance, hops, exact, deleted)
 
 
 def _answers(
@@ -227,7 +225,7 @@ def _answers(
     held: MemoryBank,
     linked: Linked,
     chains: Sequence[Chain],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     rows: int,
 ) -> list[Answer]:
     asked = [chain.question for chain in chains]

@@ -4,9 +4,10 @@ import json
 import platform
 import subprocess
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from transformers import PreTrainedTokenizerBase
 import memlm
 from memlm.bank import MemoryBank
 from memlm.data import (
+    TEMPLATES,
     Chains,
     Facts,
     Library,
+    Linked,
     Mixture,
     Passkey,
     QuestionSource,
@@ -37,6 +40,7 @@ from memlm.evaluation.ablation import memory_off
 from memlm.evaluation.measures import bank, interleaved, needles, plain, recall, text_by_position
 from memlm.evaluation.report import Report
 from memlm.hub import load_model, load_tokenizer
+from memlm.interleave import Interleave
 from memlm.memory.base import check_type
 from memlm.modeling import MemLMForCausalLM, count_parameters
 from memlm.training import checkpoint
@@ -125,11 +129,11 @@ def _measure(options: DictConfig, subject: Subject, mixture: Mixture, sizes: tor
     }
     for name, source in mixture.sources.items():
         for documents in options.bank_documents:
-            if isinstance(source, RecallSource) and isinstance(source.task, Chains):
-                asked = (source.task, source.seed, documents, options.bank_questions)
-                measured["interleaved"] += plain([interleaved(model, subject.tokenizer, name, *asked)])
-            elif (library := _library(source, documents, options.bank_questions)) is not None:
+            if (library := _library(source, documents, options.bank_questions)) is not None:
                 measured["bank"] += plain([bank(model, name, library)])
+            if (read := _read_on(source, documents, options.bank_questions)) is not None:
+                asked = interleaved(model, subject.tokenizer, name, *read, options.bank_questions)
+                measured["interleaved"] += plain([asked])
         if isinstance(source, RecallSource):
             task = source.task
             measured["recall"] += plain(recall(model, name, task, source.seed, options.factors, options.recall_rows))
@@ -151,6 +155,19 @@ def _library(source: Source, documents: int, questions: int) -> Library | None:
     if isinstance(source, RecallSource) and isinstance(source.task, Facts):
         return source.task.library(source.seed, "test", documents, questions)
     return source.library("test", documents, questions) if isinstance(source, QuestionSource) else None
+
+
+def _read_on(source: Source, documents: int, questions: int) -> tuple[Interleave, Iterable[Linked]] | None:
+    """How questions of a source are answered by reading on, and test documents with such, where it has any."""
+    if isinstance(source, RecallSource) and isinstance(task := source.task, Chains):
+        way = Interleave(**TEMPLATES, max_rounds=task.hops, max_new_tokens=task.length)
+        return way, (task.linked(source.seed, "test", index, documents) for index in count())
+    if isinstance(source, QuestionSource) and source.templates.named:
+        linked = source.linked("test", documents, questions)
+        answered = linked._replace(chains=[chain for chain in linked.chains if chain.answer])
+        way = Interleave(**asdict(source.templates), max_rounds=1, max_new_tokens=min(source.seq_len, 2048))
+        return (way, [answered]) if answered.chains else None
+    return None
 
 
 def _with_banks(subjects: list[Subject], mixture: Mixture, console: Console) -> list[Subject]:
