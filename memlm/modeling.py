@@ -197,7 +197,7 @@ class MemLMModel(MemLMPreTrainedModel):
         if order_BT is not None:
             back_BT = order_BT.argsort(dim=1)
             hidden_states = [_gather(h, back_BT) for h in hidden_states]
-            metrics = {name: x.gather(1, back_BT) if x.ndim else x for name, x in metrics.items()}
+            metrics = {name: x.gather(1, back_BT) if x.ndim == 2 else x for name, x in metrics.items()}
         if memory is not None and write:
             memory.replace(states, self.memory_signature, length)
         return MemLMOutput(

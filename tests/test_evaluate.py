@@ -10,7 +10,8 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from memlm.data import MQAR, Batch, Chains, Facts, Library, Passkey, byte_tokenizer, token_bytes
+from memlm import Interleave
+from memlm.data import MQAR, TEMPLATES, Batch, Chains, Facts, Library, Passkey, Row, byte_tokenizer, token_bytes
 from memlm.evaluation import run as evaluate
 from memlm.evaluation.ablation import memory_off
 from memlm.evaluation.measures import bank, interleaved, needles, recall, text_by_position
@@ -107,7 +108,7 @@ def test_a_bank_is_asked_as_documents_in_the_context_are():
         for layer, of in figures.items():
             best = chosen_one_by_one(model, layer, top_k, out.hidden_states[layer][0], roles, roles == 0)
             right = [n - 1 in inquiry.found for n in best]
-            of.append((right[0], any(right), sum(right) / len(inquiry.found)))
+            of.append((right[0], any(right), sum(right) / len(inquiry.found), sum(right) / len(best)))
         for results, logits in ((exact, out.logits), (deleted, forward(inquiry, gone)[0].logits)):
             results.append(logits[0, -3:-1].argmax(-1).tolist() == inquiry.answer.tolist())
     got = bank(model, "facts", library, rows=4)
@@ -116,7 +117,8 @@ def test_a_bank_is_asked_as_documents_in_the_context_are():
     assert 0.4 < got.exact < 0.6 and got.exact_deleted < got.exact
     for routed in got.layers:
         expected = np.mean(figures[routed.layer], 0)
-        assert (routed.hit_1, routed.hit, routed.recall) == pytest.approx(tuple(expected)) and routed.top_k == 2
+        got_of_layer = (routed.hit_1, routed.hit, routed.recall, routed.precision)
+        assert got_of_layer == pytest.approx(tuple(expected)) and routed.top_k == 2
     assert any(0 < routed.hit < 1 for routed in got.layers)
 
 
@@ -276,7 +278,7 @@ def test_an_evaluation_of_banks(tmp_path, capsys):
     out = tmp_path / "msa-seed0" / "evaluation"
     models = json.loads((out / "results.json").read_text())["models"]
     assert [b["documents"] for b in models["msa"]["bank"]] == [3, 20] and [*models] == ["msa"]
-    assert {"hit_1", "hit", "recall"} <= set(models["msa"]["bank"][0]["layers"][0])
+    assert {"hit_1", "hit", "recall", "precision"} <= set(models["msa"]["bank"][0]["layers"][0])
     assert models["msa"]["recall"] == [] and models["msa"]["text"] == {}
     assert "A bank of documents" in (out / "report.html").read_text() and (out / "plots" / "bank.png").exists()
     with pytest.raises(ValueError, match="step_000001 has no bank: model"):
@@ -338,3 +340,25 @@ def test_a_checkpoint_without_a_run_needs_data(trained, tmp_path):
         evaluate(evaluated(trained, f"checkpoint={bare}", f"out={tmp_path}/out"))
     evaluate(evaluated(trained, f"checkpoint={bare}", f"out={tmp_path}/out", "data=recall", "control=null"))
     assert (tmp_path / "out" / "results.json").exists()
+
+
+def test_what_rows_tell_is_summed_by_source():
+    """Over batches and ranks; a row that has no such figure does not count."""
+    rows = [Row(np.arange(8), np.arange(8), np.arange(8)) for _ in range(3)]
+    batches = [Batch.from_rows(rows, [0, 1, 1]), Batch.from_rows(rows, [1, 0, 1])]
+    told = iter([torch.tensor([0.5, torch.nan, 1.0]), torch.tensor([0.0, torch.nan, 0.25])])
+
+    class Telling(Oracle):
+        def forward(self, **inputs):
+            figures = {
+                "layer0/hit@1": next(told),
+                "layer0/surprise": torch.ones(3, 8),
+                "layer0/gate": torch.tensor(1.0),
+            }
+            return SimpleNamespace(logits=super().forward(**inputs).logits, metrics=figures)
+
+    scores = score(Telling(), batches, ["a", "b", "c"], torch.ones(259), torch.device("cpu"))
+    assert scores["a"].metrics == {"layer0/hit@1": 0.5} and scores["c"].metrics == {}
+    assert scores["b"].metrics["layer0/hit@1"] == pytest.approx((1.0 + 0.0 + 0.25) / 3)
+    both = scores["a"] + scores["b"]
+    assert both.metrics["layer0/hit@1"] == pytest.approx((0.5 + 1.0 + 0.0 + 0.25) / 4) and both.rows == 6

@@ -105,7 +105,8 @@ def _score_task(model: MemLMForCausalLM, task: RecallTask, seed: int, rows: int)
 @dataclass(frozen=True)
 class Routed:
     """How one layer chose at the end of the questions, over all of them: whether its best document is one that the
-    question is about (hit_1), whether one of its ``top_k`` is (hit), and the share of those to be found among them.
+    question is about (hit_1), whether one of its ``top_k`` is (hit), the share of those to be found among them
+    (recall), and the share of them that are to be found (precision).
     """
 
     layer: int
@@ -113,6 +114,7 @@ class Routed:
     hit_1: float
     hit: float
     recall: float
+    precision: float
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,8 @@ def bank(model: MemLMForCausalLM, source: str, library: Library, rows: int = 32)
         best = [[int(name) for name in names] for search in searches for names in search[layer]]
         right = [[n in inquiry.found for n in numbers] for inquiry, numbers in zip(asked, best, strict=True)]
         recall = [sum(of) / len(inquiry.found) for inquiry, of in zip(asked, right, strict=True)]
-        figures = [any(of[:1]) for of in right], [any(of) for of in right], recall
+        precision = [sum(of) / max(1, len(of)) for of in right]
+        figures = [any(of[:1]) for of in right], [any(of) for of in right], recall, precision
         layers.append(Routed(layer, settings["top_k"], *map(_share, figures)))
     held.delete({str(i) for inquiry in asked for i in inquiry.found})
     deleted = torch.cat([_exact(held, *batch) for batch in batches]).double().mean().item()
@@ -292,7 +295,7 @@ def text_by_position(
             here = slice(begin, begin + piece.shape[1])
             read[here] += mask.double().sum(0).cpu()
             for name, x in out.metrics.items():
-                if x.ndim:
+                if x.ndim == 2:
                     sums = told.setdefault(name, torch.zeros_like(read))
                     sums[here] += x.double().masked_fill(mask == 0, 0.0).sum(0).cpu()
             piece_nats, scored = token_losses(out.logits[:, :-1], piece.masked_fill(mask == 0, -100)[:, 1:])

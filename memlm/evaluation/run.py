@@ -253,19 +253,25 @@ def _tables(results: dict[str, Any]) -> dict[str, tuple[list[str], list[list[str
             rows.append([f"chance, {task}", *[f"{chance:.3f}"] * (len(header) - 1)])
         tables["recall"] = header, rows
     if first["bank"]:
-        header = ["a bank's documents", "layer", "hit@1", "hit@k, k", "recall@k", "answers", "chance", "deleted"]
+        header = [
+            "a bank's documents",
+            "layer, k",
+            "hit@1, hit@k",
+            "recall@k, precision",
+            "answers, chance",
+            "deleted",
+        ]
         rows = []
         for name, measured in models.items():
             for b in measured["bank"]:
-                answers = [f"{b[key]:.3f}" for key in ("exact", "chance", "exact_deleted")]
                 rows += [
                     [
                         f"{name}, {b['documents']:,} of {b['source']}",
-                        str(layer["layer"]),
-                        f"{layer['hit_1']:.3f}",
-                        f"{layer['hit']:.3f}, {layer['top_k']}",
-                        f"{layer['recall']:.3f}",
-                        *answers,
+                        f"{layer['layer']}, {layer['top_k']}",
+                        f"{layer['hit_1']:.3f}, {layer['hit']:.3f}",
+                        f"{layer['recall']:.3f}, {layer['precision']:.3f}",
+                        f"{b['exact']:.3f}, {b['chance']:.3f}",
+                        f"{b['exact_deleted']:.3f}",
                     ]
                     for layer in b["layers"]
                 ]
@@ -327,8 +333,9 @@ def _report(subjects: list[Subject], results: dict[str, Any], training_length: i
         report.picture("bank", plots.by_documents(banks), "hits and answers by documents of a bank")
         report.note(
             f"{next(iter(banks.values()))[0]['questions']} questions, each about one document or a few. hit@1: the "
-            "best document is one of these; hit@k: one of those read is; answers: every token right; deleted: the "
-            "same with every document asked about deleted from the bank."
+            "best document is one of these; hit@k: one of those read is; recall@k: the share of these that is read; "
+            "precision: the share of what is read that is one of these; answers: every token right; deleted: the same "
+            "with every document asked about deleted from the bank."
         )
     if "interleaved" in tables:
         report.heading("Questions answered by reading on")

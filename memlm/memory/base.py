@@ -115,7 +115,8 @@ class MixerOutput(NamedTuple):
     y_BTD: the output; rows beyond ``lengths_B`` are unspecified
     state: where the next call goes on; batch-first tensors, ``position`` among them; never changed in place
     aux_losses: scalars, already weighted, added to the training loss
-    metrics: detached; scalars, or [B, T], a figure of each token, whose mean the log shows
+    metrics: detached; scalars; or [B], a figure of each row, nan where it has none; or [B, T], of each token; the log
+        shows their mean
     """
 
     y_BTD: Tensor

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,9 @@ class Objective(nn.Module):
         positives: Tensor | None = None,
         places: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Returns the loss with auxiliary losses added, each row's own loss [B], and the mixers' metrics, scalars."""
+        """Returns the loss with auxiliary losses added, each row's own loss [B], and the mixers' metrics, scalars;
+        nan is a figure that no row has.
+        """
         out = self.model(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -57,7 +59,7 @@ class Objective(nn.Module):
         nats, scored = token_losses(*predictions(out.logits, labels, places))
         rows = nats.sum(1) / scored.sum(1).clamp(min=1)
         loss = self.lm_weight * rows.mean() + sum(out.aux_losses.values())
-        metrics = {name: x.mean() for name, x in out.metrics.items()}
+        metrics = {name: x.nanmean() if x.ndim == 1 else x.mean() for name, x in out.metrics.items()}
         return loss, rows.detach(), metrics | {name: x.detach() for name, x in out.aux_losses.items()}
 
 
@@ -77,7 +79,9 @@ def model_inputs(batch: Batch) -> dict:
 
 @dataclass
 class Score:
-    """Sums over scored tokens of one source."""
+    """Sums over scored tokens of one source; told: of what mixers tell of rows, such as how well their routers chose,
+    the sum and the number of rows, by name.
+    """
 
     nats: float = 0.0
     correct: int = 0
@@ -85,6 +89,17 @@ class Score:
     bytes: int = 0
     rows: int = 0
     whole_rows: int = 0
+    told: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def __add__(self, other: "Score") -> "Score":
+        mine, theirs = ((s.nats, s.correct, s.tokens, s.bytes, s.rows, s.whole_rows) for s in (self, other))
+        told = {
+            name: tuple(
+                sum(parts) for parts in zip(self.told.get(name, (0, 0)), other.told.get(name, (0, 0)), strict=True)
+            )
+            for name in {**self.told, **other.told}
+        }
+        return Score(*(a + b for a, b in zip(mine, theirs, strict=True)), told)
 
     @property
     def loss(self) -> float:
@@ -100,6 +115,11 @@ class Score:
         return self.whole_rows / max(1, self.rows)
 
     @property
+    def metrics(self) -> dict[str, float]:
+        """Means over the rows that have such a figure."""
+        return {name: total / count for name, (total, count) in self.told.items() if count}
+
+    @property
     def bits_per_byte(self) -> float:
         return self.nats / math.log(2) / self.bytes if self.bytes else float("nan")
 
@@ -112,7 +132,7 @@ def score(
     training = model.training
     model.eval()
     sums = torch.zeros(len(names), 6, dtype=torch.float64, device=device)
-    token_bytes = token_bytes.to(device)
+    token_bytes, told = token_bytes.to(device), dict[str, Tensor]()
     for batch in batches:
         batch = batch.to(device)
         inputs = model_inputs(batch)
@@ -125,6 +145,14 @@ def score(
         whole = (right | ~scored).all(1)
         per_row = [nats.sum(1), right.sum(1), scored.sum(1), counted.sum(1), torch.ones_like(whole), whole]
         sums.index_add_(0, batch.source_ids, torch.stack([x.double() for x in per_row], 1))
+        for name, x in getattr(out, "metrics", {}).items():
+            if x.ndim == 1:
+                of_rows = torch.stack([x.double().nan_to_num(0.0), (~x.isnan()).double()], 1)
+                told.setdefault(name, sums.new_zeros(len(names), 2)).index_add_(0, batch.source_ids, of_rows)
     model.train(training)
     columns = sums.tolist()
-    return {name: Score(row[0], *(round(x) for x in row[1:])) for name, row in zip(names, columns, strict=True)}
+    scores = {name: Score(row[0], *map(round, row[1:])) for name, row in zip(names, columns, strict=True)}
+    for metric, of_sources in told.items():
+        for name, (total, count) in zip(names, of_sources.tolist(), strict=True):
+            scores[name].told[metric] = (total, count)
+    return scores
