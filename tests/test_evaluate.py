@@ -11,13 +11,28 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from memlm import Interleave
-from memlm.data import MQAR, TEMPLATES, Batch, Chains, Facts, Library, Passkey, Row, byte_tokenizer, token_bytes
+from memlm.data import (
+    MQAR,
+    TEMPLATES,
+    Batch,
+    Chains,
+    Facts,
+    Library,
+    Passkey,
+    Questions,
+    QuestionSource,
+    Row,
+    byte_tokenizer,
+    token_bytes,
+)
 from memlm.evaluation import run as evaluate
 from memlm.evaluation.ablation import memory_off
 from memlm.evaluation.measures import bank, interleaved, needles, recall, text_by_position
+from memlm.evaluation.run import _read_on
 from memlm.training import run as train
 from memlm.training.objective import score
 from tests.conftest import build, composed
+from tests.data.test_questions import records
 from tests.test_interleave import Script
 
 SIZES = torch.from_numpy(token_bytes(byte_tokenizer()))
@@ -139,6 +154,26 @@ def test_reading_on_is_measured_by_what_is_read_and_said(monkeypatch):
     assert got.hops == pytest.approx([0.7, 0.4])
     # Who was right without the last document is so once it is deleted.
     assert got.exact == pytest.approx(0.7) and got.exact_deleted == pytest.approx(0.3)
+
+
+def test_questions_are_read_on_too(tmp_path, monkeypatch):
+    """Of four the second reads another document, the third says another answer, the fourth answers at once."""
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, records(80))))
+    questions = Questions(str(tmp_path / "questions.jsonl"), tmp_path)
+    source = QuestionSource(questions, byte_tokenizer(), 900, 0, templates="interleave")
+    library, (way, (linked,)) = source.library("test", 9, 4), _read_on(source, 9, 4)
+    assert [ids for _, ids in way.documents(linked.texts, byte_tokenizer())] == [d.tolist() for d in library.documents]
+    names, said = [], {}
+    for i, (question, answer, ((name,),)) in enumerate(linked.chains):
+        names.append(bytes(library.inquiries[i].answer.tolist()).decode())
+        assert names[-1] == f"[{name}]<|object_ref_end|>" and library.inquiries[i].found == {int(name)}
+        read = f"[{(int(name) + (i == 1)) % 9}]<|object_ref_end|><End-of-Retrieve>" if i < 3 else ""
+        said[question] = f"{read}The answer to the question is: {answer if i != 2 else 'no'}~"
+    Script(monkeypatch, said)
+    model = build("msa", chunk_size=4, top_k=2)
+    got = interleaved(model, byte_tokenizer(), "questions", way, [linked], 4)
+    assert (got.documents, got.questions, got.hops, got.exact) == (9, 4, [0.5], 0.75)
+    assert _read_on(QuestionSource(questions, byte_tokenizer(), 900, 0), 9, 4) is None
 
 
 def test_text_by_position_equals_one_long_forward():

@@ -367,7 +367,7 @@ def test_logits_of_scored_tokens_are_all_that_is_needed():
     batch = Batch.from_rows(rows, [0, 0, 0])
     assert batch.places.tolist() == [4, 16, 38]
     model = Objective(build())
-    inputs = model_inputs(batch)
+    inputs = model_inputs(batch, "cpu")
     few, everywhere = model(**inputs), model(**inputs | {"places": None})
     assert_close("loss", everywhere[0], few[0], 1e-12)
     assert_close("rows", everywhere[1], few[1], 1e-12)

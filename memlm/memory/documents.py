@@ -4,7 +4,7 @@ A row holds samples (packed, or one), a sample holds ``[template | document 1 | 
 in any order that the roles of its tokens say. Tokens within documents and tokens outside of any go two ways, so that
 each is compacted to a stream of its own, at the front of its row.
 
-B batch, T tokens, A tokens outside documents, N tokens within.
+B batch, T tokens, A tokens outside documents, N tokens within, O documents.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlm.memory.base import MixerContext, Roles, State, next_position, token_positions
+from memlm.memory.base import MixerContext, RoleCounts, Roles, State, next_position, token_positions
 from memlm_kernels.grid import pick
 
 # Of each row, all 0 before a sample's first token: tokens of the sample; of these outside documents, and of these
@@ -39,13 +39,22 @@ class Stream(NamedTuple):
         return x if self.index_BA is None else pick(x, self.index_BA)
 
 
+class Group(NamedTuple):
+    """See ``Documents``."""
+
+    least: int
+    most: int
+    rows: int
+
+
 class Documents(NamedTuple):
     """The tokens within documents.
 
     chunk_BN, number_BN: which chunk and which document of the row each token is of
     first_chunk_B: the first chunk that gets a token
-    chunks, total, longest: at most, chunks and documents that get one, and tokens of a document in this call
-    whole: see ``Roles``
+    chunks: at most, that get one
+    groups: documents of like length: of all rows together, as many as `rows` have more than `least` tokens in this
+        call, and not more than `most`; documents of fewer tokens are of an earlier group
     """
 
     stream: Stream
@@ -53,9 +62,26 @@ class Documents(NamedTuple):
     number_BN: Tensor
     first_chunk_B: Tensor
     chunks: int
-    total: int
-    longest: int
-    whole: bool
+    groups: list["Group"]
+    counts: RoleCounts
+
+    def on_rows(self) -> tuple[Tensor, int]:
+        """[1, B N], the slot of each token where documents lie on rows of their own, those of a group on rows as long
+        as its longest, group by group; and how many slots there are. What is not real has one behind the last.
+        """
+        lengths_B, local_BN = self.stream.lengths_B, self.number_BN - self.number_BN[:, :1]
+        sizes_BO = sizes_of(local_BN, lengths_B, self.counts.documents)
+        first_BO, slots = torch.zeros_like(sizes_BO), 0
+        for least, most, rows in self.groups:
+            here_BO = (sizes_BO > least) & (sizes_BO <= most)
+            rank_BO = here_BO.flatten().cumsum(0).view_as(here_BO) - 1
+            first_BO = torch.where(here_BO, slots + rank_BO * most, first_BO)
+            slots += most * rows
+        slot_BN = first_BO.gather(1, local_BN.clamp(0, self.counts.documents - 1)) + self.stream.place_BA
+        if lengths_B is not None:
+            real_BN = torch.arange(slot_BN.shape[1], device=slot_BN.device) < lengths_B[:, None]
+            slot_BN = torch.where(real_BN, slot_BN, slots)
+        return slot_BN.view(1, -1), slots
 
 
 class Layout(NamedTuple):
@@ -145,23 +171,30 @@ def _with_documents(
     local_BT = outside_so_far_BT - 1 + torch.where(begun_BT > 0, offset, 0)
     rotary_BT = torch.where(within_BT, place_BT - 1, local_BT)
     outside, documents, source_BT = None, None, None
-    if roles.outside:
-        outside = _compacted(outside_BT, roles.outside, outside_so_far_BT - 1, ctx, alone=not roles.within)
-    if roles.within:
-        stream = _compacted(within_BT, roles.within, place_BT - 1, ctx, alone=not roles.outside)
+    counts = roles.counts
+    if counts.outside:
+        outside = _compacted(outside_BT, counts.outside, outside_so_far_BT - 1, ctx, alone=not counts.within)
+    if counts.within:
+        stream = _compacted(within_BT, counts.within, place_BT - 1, ctx, alone=not counts.outside)
         chunk_BN = stream.take(chunks_BT) - 1
         # Of each document the last chunk may be short, and of the first the first, which an earlier call began.
-        most = min(roles.within, (roles.within + (roles.documents + 1) * (chunk_size - 1)) // chunk_size)
+        most = min(counts.within, (counts.within + (counts.documents + 1) * (chunk_size - 1)) // chunk_size)
         number_BN = stream.take(documents_BT) - 1
-        documents = Documents(
-            stream, chunk_BN, number_BN, chunk_BN[:, 0], most, roles.documents, roles.longest, roles.whole
-        )
-    if roles.outside and roles.within:
+        groups = _groups(counts, counts.within * len(role_BT))
+        documents = Documents(stream, chunk_BN, number_BN, chunk_BN[:, 0], most, groups, counts)
+    if counts.outside and counts.within:
         ranks = [x.long().cumsum(1) - 1 for x in (outside_BT, within_BT)]
-        source_BT = torch.where(within_BT, ranks[1] + roles.outside, ranks[0]).clamp(min=0)
+        source_BT = torch.where(within_BT, ranks[1] + counts.outside, ranks[0]).clamp(min=0)
     take = outside.take if outside is not None else lambda x: x[:, :0]
     asks_BA = take((role_BT == 0) & real_BT)
     return Layout(rotary_BT, outside, documents, take(first_BT), take(documents_BT), asks_BA, source_BT, after)
+
+
+def _groups(counts: RoleCounts, tokens: int) -> list[Group]:
+    """One, if rows of the longest document's length then hold not more than twice the tokens, as many groups do."""
+    if sum(counts.sizes) * counts.longest <= 2 * tokens:
+        return [Group(0, counts.longest, sum(counts.sizes))]
+    return [Group(2**i // 2, min(2**i, counts.longest), count) for i, count in enumerate(counts.sizes) if count]
 
 
 def _compacted(flags_BT: Tensor, size: int, place_BT: Tensor, ctx: MixerContext, alone: bool) -> Stream:

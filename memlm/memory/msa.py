@@ -37,7 +37,7 @@ from memlm.memory import attention, retrieval
 from memlm.memory.base import Dims, MixerContext, MixerOutput, Roles, State, require, substate
 from memlm.memory.documents import COUNTERS, Documents, Layout, Stream, boundaries, sizes_of
 from memlm_kernels import route_documents, segment_mean_pool
-from memlm_kernels.grid import Grid, keep_last, pick
+from memlm_kernels.grid import keep_last, pick, place
 from memlm_kernels.route_documents import REDUCTIONS, SIMILARITIES, Routes, Scored
 from memlm_kernels.segments import exact
 
@@ -210,29 +210,31 @@ class Mixer(attention.Mixer):
     def _within(self, documents: Documents, heads: Heads, before: State) -> tuple[Tensor, State]:
         """Each document for itself; what is kept is the one that stands open."""
         self._check_backend()
-        stream, new, past = documents.stream, heads.q.shape[1], before["open.k"].shape[1]
+        stream, counts, new, past = documents.stream, documents.counts, heads.q.shape[1], before["open.k"].shape[1]
         k, v = _join(before["open.k"], heads.k), _join(before["open.v"], heads.v)
-        # Blocks of queries that see a window hold keys twice, too.
-        if past == 0 and documents.total * documents.longest <= 2 * new:
-            y = self._in_rows(documents, heads)
+        if past == 0:
+            y = self._on_rows(documents, heads)
         else:
-            y = self._attend(heads.q, k, v, None, stream.place_BA, False, past + documents.longest)
-        kept = min(past + new, documents.longest + (past if documents.whole else 0))
+            y = self._attend(heads.q, k, v, None, stream.place_BA, False, past + counts.longest)
+        kept = min(past + new, counts.longest + (past if counts.whole else 0))
         open_k, open_v = (keep_last(x, kept, new, stream.lengths_B) for x in (k, v))
         return y, {"open.k": open_k, "open.v": open_v}
 
-    def _in_rows(self, documents: Documents, heads: Heads) -> Tensor:
-        """Of documents that begin in this call, each laid on a row of its own, where attention is plainly causal."""
-        stream, new, (count, width) = documents.stream, heads.q.shape[1], (documents.total, documents.longest)
-        slots_BN = (documents.number_BN - documents.number_BN[:, :1]) * width + stream.place_BA
-        if stream.lengths_B is not None:
-            real_BN = torch.arange(new, device=slots_BN.device) < stream.lengths_B[:, None]
-            slots_BN = torch.where(real_BN, slots_BN, count * width)
-        grid = Grid(new, count, width, slots_BN)
-        q, k, v = (grid.lay(x).flatten(0, 1) for x in heads)
-        place_W = torch.arange(width, device=q.device)
-        y = self._attend(q, k, v, None, place_W[None], True, None)
-        return grid.take(y.unflatten(0, (-1, count)))
+    def _on_rows(self, documents: Documents, heads: Heads) -> Tensor:
+        """Of documents that begin in this call, each laid on a row of its own, where attention is plainly causal: a
+        long one among short ones costs what it is.
+        """
+        slots_1N, size = documents.on_rows()
+        # A slot more takes what is not real.
+        q, k, v = (place(x.flatten(0, 1)[None], slots_1N, size + 1)[0] for x in heads)
+        outputs, first = [], 0
+        for group in documents.groups:
+            rows = slice(first, first := first + group.most * group.rows)
+            of_q, of_k, of_v = (x[rows].unflatten(0, (group.rows, group.most)) for x in (q, k, v))
+            place_1W = torch.arange(group.most, device=q.device)[None]
+            outputs.append(self._attend(of_q, of_k, of_v, None, place_1W, True, None).flatten(0, 1))
+        y = torch.cat([*outputs, torch.zeros_like(q[:1])])
+        return pick(y[None], slots_1N)[0].view_as(heads.q)
 
     def _outside(
         self,

@@ -196,9 +196,10 @@ class Trainer:
         per_source = torch.zeros(sources, 2, device=self.accelerator.device)
         told: dict[str, list[Tensor]] = {}
         for part in range(parts):
-            batch = self.mixture.batch(self.step * parts + part).to(self.accelerator.device)
+            batch = self.mixture.batch(self.step * parts + part)
+            inputs = model_inputs(batch, self.accelerator.device)
             with self.accelerator.accumulate(self.objective):
-                loss, rows, metrics = self.objective(**model_inputs(batch))
+                loss, rows, metrics = self.objective(**inputs)
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.optim.clip)
@@ -208,7 +209,8 @@ class Trainer:
             total += loss.detach() / parts
             for name, value in metrics.items():
                 told.setdefault(name, []).append(value)
-            per_source.index_add_(0, batch.source_ids, torch.stack([rows.float(), torch.ones_like(rows)], 1))
+            of_rows = torch.stack([rows.float(), torch.ones_like(rows)], 1)
+            per_source.index_add_(0, batch.source_ids.to(per_source.device), of_rows)
         self.step += 1
         means = {name: torch.stack(values).nanmean() for name, values in told.items()}
         return {"loss": total, "grad_norm": torch.as_tensor(norm), "rows": per_source, **means}

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memlm.data import IGNORE_INDEX, Batch
+from memlm.memory.base import RoleCounts
 
 
 def token_losses(logits_BSV: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,6 +42,7 @@ class Objective(nn.Module):
         position_ids: Tensor | None,
         max_documents: int,
         doc_ids: Tensor | None = None,
+        role_counts: RoleCounts | None = None,
         positives: Tensor | None = None,
         places: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -52,6 +54,7 @@ class Objective(nn.Module):
             position_ids=position_ids,
             max_documents=max_documents,
             doc_ids=doc_ids,
+            role_counts=role_counts,
             positives=positives,
             use_cache=False,
             logits_to_keep=0 if places is None else places,
@@ -63,8 +66,12 @@ class Objective(nn.Module):
         return loss, rows.detach(), metrics | {name: x.detach() for name, x in out.aux_losses.items()}
 
 
-def model_inputs(batch: Batch) -> dict:
-    """A batch as keyword arguments; rows that are one document each need no positions."""
+def model_inputs(batch: Batch, device: torch.device | str) -> dict:
+    """A batch as keyword arguments on a device, its roles counted before; rows that are one document each need no
+    positions.
+    """
+    counts = None if batch.doc_ids is None else RoleCounts.of(batch.doc_ids, batch.position_ids)
+    batch = batch.to(device)
     positions = batch.position_ids if batch.max_documents > 1 else None
     return {
         "input_ids": batch.input_ids,
@@ -72,6 +79,7 @@ def model_inputs(batch: Batch) -> dict:
         "position_ids": positions,
         "max_documents": batch.max_documents,
         "doc_ids": batch.doc_ids,
+        "role_counts": counts,
         "positives": batch.positives,
         "places": batch.places,
     }
@@ -134,8 +142,7 @@ def score(
     sums = torch.zeros(len(names), 6, dtype=torch.float64, device=device)
     token_bytes, told = token_bytes.to(device), dict[str, Tensor]()
     for batch in batches:
-        batch = batch.to(device)
-        inputs = model_inputs(batch)
+        inputs, source_ids = model_inputs(batch, device), batch.source_ids.to(device)
         labels, places = inputs.pop("labels"), inputs.pop("places")
         out = model(**inputs, use_cache=False, logits_to_keep=0 if places is None else places)
         logits, targets = predictions(out.logits, labels, places)
@@ -144,11 +151,11 @@ def score(
         counted = token_bytes[targets.clamp(min=0)] * scored
         whole = (right | ~scored).all(1)
         per_row = [nats.sum(1), right.sum(1), scored.sum(1), counted.sum(1), torch.ones_like(whole), whole]
-        sums.index_add_(0, batch.source_ids, torch.stack([x.double() for x in per_row], 1))
+        sums.index_add_(0, source_ids, torch.stack([x.double() for x in per_row], 1))
         for name, x in getattr(out, "metrics", {}).items():
             if x.ndim == 1:
                 of_rows = torch.stack([x.double().nan_to_num(0.0), (~x.isnan()).double()], 1)
-                told.setdefault(name, sums.new_zeros(len(names), 2)).index_add_(0, batch.source_ids, of_rows)
+                told.setdefault(name, sums.new_zeros(len(names), 2)).index_add_(0, source_ids, of_rows)
     model.train(training)
     columns = sums.tolist()
     scores = {name: Score(row[0], *map(round, row[1:])) for name, row in zip(names, columns, strict=True)}

@@ -151,7 +151,7 @@ def test_rows_of_text_beside_documents_are_responses():
     assert (batch.doc_ids[2:] == -1).all() and not batch.positives[2:].any() and batch.positives[:2].any()
     assert batch.to("cpu").doc_ids is not None
     plain = Mixture({"text": Numbers()}, {"text": 1}, 4).batch(0)
-    assert plain.doc_ids is None and model_inputs(plain)["doc_ids"] is None
+    assert plain.doc_ids is None and model_inputs(plain, "cpu")["doc_ids"] is None
 
 
 def test_a_router_learns_which_document_to_read():
@@ -162,7 +162,7 @@ def test_a_router_learns_which_document_to_read():
     mixture = Mixture({"facts": RecallSource(Facts(length=64), 0, (0, 0))}, {"facts": 1}, 16)
     hits, losses = [], []
     for step in range(60):
-        loss, _, metrics = objective(**model_inputs(mixture.batch(step)))
+        loss, _, metrics = objective(**model_inputs(mixture.batch(step), "cpu"))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

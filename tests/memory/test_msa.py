@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from memlm import MemLMForCausalLM, MemoryCache
 from memlm.evaluation.ablation import memory_off
 from memlm.memory import msa
-from memlm.memory.base import Dims, MixerContext, Roles
-from memlm_kernels.testing import Watch, assert_close, relative_error
+from memlm.memory.base import Dims, MixerContext, RoleCounts, Roles
+from memlm_kernels.testing import assert_close, relative_error
 from tests.conftest import build
 
 VARIANTS = [
@@ -52,7 +52,8 @@ def inputs(length, batch=1, seed=0, size=24):
 
 
 def context(doc_ids, positions=None, lengths=None, found=None, samples=1):
-    return MixerContext(positions, lengths, samples, roles=Roles.of(doc_ids, positions, lengths, found))
+    counts = RoleCounts.of(doc_ids, positions, lengths)
+    return MixerContext(positions, lengths, samples, roles=Roles(doc_ids, found, counts))
 
 
 def loop(mixer, x, roles):
@@ -141,15 +142,6 @@ def test_equals_a_loop_over_tokens(name, settings):
     mixer, doc_ids = mixer_of(**settings), roles_of(SAMPLES[name])
     x = inputs(doc_ids.shape[1])
     assert_close("y", loop(mixer, x[0], doc_ids[0].tolist()), mixer(x, None, context(doc_ids)).y_BTD[0], EXACT)
-
-
-@pytest.mark.parametrize(("name", "rows"), [("usual", True), ("one long document", False)])
-def test_documents_of_like_length_are_laid_on_rows(name, rows, monkeypatch):
-    """Else the long one would make padding of the others."""
-    laid, doc_ids, lay = [], roles_of(SAMPLES[name]), msa.Mixer._in_rows
-    monkeypatch.setattr(msa.Mixer, "_in_rows", lambda *given: laid.append(True) or lay(*given))
-    mixer_of()(inputs(doc_ids.shape[1]), None, context(doc_ids))
-    assert laid == [True] * rows
 
 
 @pytest.mark.parametrize("name", ["usual", "documents between queries", "one long document"])
@@ -420,20 +412,6 @@ def test_documents_are_kept_as_chunks():
         model(ids_like(doc_ids[:, :1]), past_key_values=cache)
     assert cache.states[0]["open.k"].shape[1] == 0
     assert state["chunks"].item() == 70 and state["documents"].item() == 10
-
-
-def test_the_device_is_not_asked_and_cost_is_linear_in_documents():
-    mixer, sizes = mixer_of(), []
-    mixer.dims = Dims(24, 4, 2, 6, attn_implementation="eager")
-    for count in (16, 32):
-        doc_ids = roles_of([(n + 1, 37) for n in range(count)] + [(0, 5), (-1, 5)])
-        x, ctx = inputs(doc_ids.shape[1]), context(doc_ids, found=doc_ids == 2)
-        with Watch() as watch:
-            out = mixer(x, None, ctx)
-            mixer(x[:, :1], out.state)
-        assert not watch.asked
-        sizes.append(watch.largest)
-    assert sizes[1] <= 2.2 * sizes[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
