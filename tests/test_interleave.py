@@ -43,7 +43,7 @@ def twice() -> dict[str, torch.Tensor]:
     [
         {},
         {"similarity": "dot", "chunk_size": 1, "top_k": 1},
-        {"head_reduce": "max", "top_k": 3},
+        {"head_reduce": "max", "top_k": 3, "positions": "top_k"},
         {"chunk_size": 64, "top_k": 16, "qk_norm": False},
     ],
     ids=str,

@@ -94,7 +94,7 @@ def config_to_msa(config: MemLMConfig, before: dict[str, Any]) -> dict[str, Any]
     """
     mixers = [config.mixers[name] for name in config.layer_mixers()]
     for mixer in mixers:
-        for name, value in {"kind": "msa", "qk_norm": True}.items():
+        for name, value in {"kind": "msa", "qk_norm": True, "positions": "template"}.items():
             if mixer.get(name) != value:
                 raise ValueError(f"model.mixers.*.{name} must be {value!r} in every layer; the release has no other")
     routing = [layer for layer, mixer in enumerate(mixers) if mixer["routes"]]

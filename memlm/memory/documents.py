@@ -16,10 +16,10 @@ from torch import Tensor
 from memlm.memory.base import MixerContext, RoleCounts, Roles, State, next_position, token_positions
 from memlm_kernels.grid import pick
 
-# Of each row, all 0 before a sample's first token: tokens of the sample; of these outside documents, and of these
-# other than the leading template; tokens of the document that stands open; role of the last token; documents and
-# chunks of the row; documents of the row before the sample.
-COUNTERS = ("position", "outside", "begun", "place", "role", "documents", "chunks", "first")
+# Of each row, all 0 before a sample's first token: tokens of the sample; of these outside documents, of the leading
+# template, and of other roles than a template's; tokens of the document that stands open; role of the last token;
+# documents and chunks of the row; documents of the row before the sample.
+COUNTERS = ("position", "outside", "head", "begun", "place", "role", "documents", "chunks", "first")
 
 
 class Stream(NamedTuple):
@@ -87,6 +87,7 @@ class Documents(NamedTuple):
 class Layout(NamedTuple):
     """rotary_BT: the position of each token in its segment, as rotary positions see it
     outside, within: None where a call has no such token
+    behind_BA: which tokens outside documents stand behind the leading template
     first_BA, end_BA: tokens outside documents know of those from ``first`` to ``end`` - 1, counted in the row
     asks_BA: which of them are of a query; None: none
     source_BT: of each token in both streams' outputs, one after the other; None where there is one stream
@@ -96,6 +97,7 @@ class Layout(NamedTuple):
     rotary_BT: Tensor
     outside: Stream | None
     within: Documents | None
+    behind_BA: Tensor
     first_BA: Tensor
     end_BA: Tensor
     asks_BA: Tensor | None
@@ -103,22 +105,30 @@ class Layout(NamedTuple):
     after: State
 
     @staticmethod
-    def of(x_BTD: Tensor, state: State, ctx: MixerContext, chunk_size: int, offset: int) -> "Layout":
-        """offset: what rotary positions skip between the template and the rest."""
+    def of(
+        x_BTD: Tensor, state: State, ctx: MixerContext, chunk_size: int, offset: int, count_template: bool = True
+    ) -> "Layout":
+        """offset: what rotary positions skip before what follows the leading template; count_template: behind its
+        tokens.
+        """
         positions_BT = token_positions(x_BTD, state, ctx)
         after = {"position": next_position(positions_BT, state, ctx)}
         if ctx.roles is None:
-            return _outside_only(positions_BT, state, ctx, after, offset)
-        return _with_documents(positions_BT, state, ctx, ctx.roles, after, chunk_size, offset)
+            return _outside_only(positions_BT, state, ctx, after, offset, count_template)
+        return _with_documents(positions_BT, state, ctx, ctx.roles, after, chunk_size, offset, count_template)
 
 
-def _outside_only(positions_BT: Tensor, state: State, ctx: MixerContext, after: State, offset: int) -> Layout:
+def _outside_only(
+    positions_BT: Tensor, state: State, ctx: MixerContext, after: State, offset: int, count_template: bool
+) -> Layout:
     starts_BT, ones_BT = positions_BT == 0, torch.ones_like(positions_BT)
     outside_BT = running_count(ones_BT, starts_BT, state["outside"])
+    head_BT = running_count(torch.zeros_like(ones_BT), starts_BT, state["head"])
     documents_BT = state["documents"][:, None].expand_as(positions_BT)
     first_BT = _latest(documents_BT, starts_BT, state["first"])
     after |= {
         "outside": _last(outside_BT, ctx, state["outside"]),
+        "head": _last(head_BT, ctx, state["head"]),
         "begun": _last(outside_BT, ctx, state["begun"]),
         "place": torch.zeros_like(state["place"]),
         "role": _last(-ones_BT, ctx, state["role"]),
@@ -130,7 +140,8 @@ def _outside_only(positions_BT: Tensor, state: State, ctx: MixerContext, after: 
         # A row without tokens is still where it was, in a document perhaps.
         after["place"] = torch.where(ctx.lengths_B > 0, 0, state["place"])
     outside = Stream(None, ctx.lengths_B, outside_BT - 1)
-    return Layout(outside_BT - 1 + offset, outside, None, first_BT, documents_BT, None, None, after)
+    rotary_BT = outside_BT - 1 + offset - (0 if count_template else head_BT)
+    return Layout(rotary_BT, outside, None, ones_BT.bool(), first_BT, documents_BT, None, None, after)
 
 
 def _with_documents(
@@ -141,6 +152,7 @@ def _with_documents(
     after: State,
     chunk_size: int,
     offset: int,
+    count_template: bool,
 ) -> Layout:
     role_BT, starts_BT = roles.of_BT, positions_BT == 0
     real_BT = torch.ones_like(starts_BT)
@@ -152,12 +164,14 @@ def _with_documents(
 
     begun_BT = running_count((role_BT != -2) & real_BT, starts_BT, state["begun"])
     outside_so_far_BT = running_count(outside_BT, starts_BT, state["outside"])
+    head_BT = running_count(outside_BT & (begun_BT == 0), starts_BT, state["head"])
     place_BT = running_count(within_BT, opens_BT | outside_BT, state["place"])
     documents_BT = opens_BT.long().cumsum(1) + state["documents"][:, None]
     first_BT = _latest(documents_BT - opens_BT.long(), starts_BT, state["first"])
     chunks_BT = (within_BT & (place_BT % chunk_size == 1 % chunk_size)).long().cumsum(1) + state["chunks"][:, None]
     counters = {
         "outside": outside_so_far_BT,
+        "head": head_BT,
         "begun": begun_BT,
         "place": place_BT,
         "role": role_BT,
@@ -168,8 +182,9 @@ def _with_documents(
     after |= {name: _last(x_BT, ctx, state[name]) for name, x_BT in counters.items()}
 
     # The leading template counts from 0, what follows from ``offset`` further on.
-    local_BT = outside_so_far_BT - 1 + torch.where(begun_BT > 0, offset, 0)
-    rotary_BT = torch.where(within_BT, place_BT - 1, local_BT)
+    behind_BT = begun_BT > 0
+    skipped_BT = torch.where(behind_BT, offset - (0 if count_template else head_BT), 0)
+    rotary_BT = torch.where(within_BT, place_BT, outside_so_far_BT + skipped_BT) - 1
     outside, documents, source_BT = None, None, None
     counts = roles.counts
     if counts.outside:
@@ -187,7 +202,8 @@ def _with_documents(
         source_BT = torch.where(within_BT, ranks[1] + counts.outside, ranks[0]).clamp(min=0)
     take = outside.take if outside is not None else lambda x: x[:, :0]
     asks_BA = take((role_BT == 0) & real_BT)
-    return Layout(rotary_BT, outside, documents, take(first_BT), take(documents_BT), asks_BA, source_BT, after)
+    known = take(behind_BT), take(first_BT), take(documents_BT)
+    return Layout(rotary_BT, outside, documents, *known, asks_BA, source_BT, after)
 
 
 def _groups(counts: RoleCounts, tokens: int) -> list[Group]:

@@ -6,7 +6,7 @@ document are causal segments of their own, positions from 0. Every chunk_size to
 means of their rotated keys K, values V and router keys R (a document's last chunk may be short). What follows
 attends, in one softmax, to
 
-    [template ; K, V of the chosen documents' chunks ; itself, causally, positions from len(template) + top_k]
+    [template ; K, V of the chosen documents' chunks ; itself, causally, positions from len(template) + top_k on]
 
     score[document] = max over its chunks of max over query tokens of mean over heads of sim(W_q x, R)
 
@@ -20,7 +20,8 @@ it, whatever follows the query sees the choice of all of it, and any division of
 A document is known once a token stands behind it, wherever it is in its sample. Without roles all tokens are a
 response: causal attention, to what is kept of documents read before too.
 
-What the state holds of documents, keys ``bank.*``, may come from elsewhere: see ``with_documents``.
+What the state holds of documents, keys ``bank.*``, may come from elsewhere: see ``with_documents``. Where the paper
+and its released code differ: a table in README.md ("Paper and released code").
 
 B batch, T tokens, A tokens outside documents, N within, D hidden, H heads in G groups, K head dim, C chunks.
 """
@@ -57,6 +58,7 @@ class Config:
         its softmax.
     injection: "causal"; or "bidirectional", where tokens of a call without roles that goes on from a state see each
         other in both directions, as the released code shows text that is put in while it decodes.
+    positions: of what follows the documents, from len(template) + top_k on, "template", as released; or from "top_k".
     """
 
     routes: bool = True
@@ -72,6 +74,7 @@ class Config:
     loss_weight: float = 0.1
     temperature: float = 0.1
     injection: str = "causal"
+    positions: str = "template"
 
     def __post_init__(self) -> None:
         for name in ("chunk_size", "top_k"):
@@ -84,6 +87,7 @@ class Config:
             ("chunk_reduce", REDUCTIONS),
             ("router_loss", retrieval.LOSSES),
             ("injection", ("causal", "bidirectional")),
+            ("positions", ("template", "top_k")),
         ):
             value = getattr(self, name)
             require(value in known, f"{name}={value!r} must be one of {', '.join(known)}")
@@ -161,7 +165,8 @@ class Mixer(attention.Mixer):
         config, given = self.msa, state is not None
         ctx = ctx or MixerContext()
         before = self.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype) if state is None else state
-        layout = Layout.of(x_BTD, before, ctx, config.chunk_size, config.top_k)
+        count_template = config.positions == "template"
+        layout = Layout.of(x_BTD, before, ctx, config.chunk_size, config.top_k, count_template)
         if config.routes and ctx.library is not None and layout.outside is not None:
             before, layout = self._of_library(x_BTD, before, layout, ctx)
         q_BTHK, k_BTGK, v_BTGK = (
@@ -346,9 +351,7 @@ class Mixer(attention.Mixer):
         q_BAHK = self.router_q_proj(layout.outside.take(x_BTD)).unflatten(-1, (-1, self.dims.head_dim))
         before = with_documents(before, ctx.library.candidates(self.layer_idx, q_BAHK, layout.asks_BA, held_BC))
         known = {name: before[name] for name in ("documents", "chunks")}
-        # Behind the template rotary positions skip some.
-        behind_BA = layout.rotary_BT > layout.outside.place_BA
-        end_BA = torch.where(behind_BA, known["documents"][:, None], 0)
+        end_BA = torch.where(layout.behind_BA, known["documents"][:, None], 0)
         after = layout.after | known | {"first": torch.zeros_like(known["documents"])}
         return before, layout._replace(first_BA=torch.zeros_like(end_BA), end_BA=end_BA, after=after)
 

@@ -68,16 +68,18 @@ def loop(mixer, x, roles):
         return torch.cat([z.real, z.imag], -1)
 
     documents, outside, place = [], [], []
-    template = True
+    template, head = True, 0
     for t, role in enumerate(roles):
         template = template and role == -2
+        head += template
         if role > 0:
             if t == 0 or roles[t - 1] != role:
                 documents.append([])
             place.append(len(documents[-1]))
             documents[-1].append(t)
         else:
-            place.append(len(outside) + (0 if template else config.top_k))
+            skipped = config.top_k - (head if config.positions == "top_k" else 0)
+            place.append(len(outside) + (0 if template else skipped))
             outside.append(t)
     position = torch.tensor(place, dtype=torch.float64)
     norms = (mixer.q_norm, mixer.k_norm) if config.qk_norm else (None, None)
@@ -130,7 +132,7 @@ def loop(mixer, x, roles):
     "settings",
     [
         {},
-        {"routing": "query"},
+        {"routing": "query", "positions": "top_k"},
         {"routes": False},
         {"similarity": "dot", "chunk_size": 1, "top_k": 1},
         {"head_reduce": "max", "query_reduce": "mean", "chunk_reduce": "mean"},
@@ -169,9 +171,10 @@ def streamed(mixer, x, doc_ids, cuts, positions=None):
 
 @pytest.mark.parametrize("name", SAMPLES)
 @pytest.mark.parametrize("routes", [True, False])
-@pytest.mark.parametrize("query_reduce", ["max", "mean"])
-def test_any_division_into_calls_is_the_same(name, routes, query_reduce):
-    mixer, doc_ids = mixer_of(routes=routes, query_reduce=query_reduce), roles_of(SAMPLES[name])
+@pytest.mark.parametrize(("query_reduce", "positions"), [("max", "template"), ("mean", "top_k")])
+def test_any_division_into_calls_is_the_same(name, routes, query_reduce, positions):
+    mixer = mixer_of(routes=routes, query_reduce=query_reduce, positions=positions)
+    doc_ids = roles_of(SAMPLES[name])
     length = doc_ids.shape[1]
     x = inputs(length, batch=2)
     doc_ids = doc_ids.expand(2, -1)
@@ -450,6 +453,7 @@ def test_gradient_checkpointing_with_documents_changes_nothing():
         ({"chunk_reduce": "sum"}, "chunk_reduce='sum' must be one of mean, max"),
         ({"router_loss": "hinge"}, "router_loss='hinge' must be one of infonce_decouple"),
         ({"injection": "none"}, "injection='none' must be one of causal, bidirectional"),
+        ({"positions": "k"}, "positions='k' must be one of template, top_k"),
         ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
         ({"loss_weight": -1.0}, "loss_weight=-1.0 must not be negative"),
     ],
