@@ -21,7 +21,7 @@ from transformers.modeling_outputs import ModelOutput
 from memlm.cache import MemoryCache
 from memlm.configuration import MemLMConfig
 from memlm.layers import RMSNorm, ShortConv, SwiGLU
-from memlm.memory.base import MixerContext, MixerOutput, Roles, SequenceMixer, State, build_mixer
+from memlm.memory.base import MixerContext, MixerOutput, RoleCounts, Roles, SequenceMixer, State, build_mixer
 
 
 @dataclass
@@ -129,6 +129,7 @@ class MemLMModel(MemLMPreTrainedModel):
         position_ids: Tensor | None = None,
         max_documents: int | None = None,
         doc_ids: Tensor | None = None,
+        role_counts: RoleCounts | None = None,
         positives: Tensor | None = None,
         memory_bank: Any = None,
         write: bool = True,
@@ -143,6 +144,7 @@ class MemLMModel(MemLMPreTrainedModel):
         max_documents: the most documents that one row has tokens of; counted on the device if not given
         doc_ids: [B, T], for memories of documents, what each token is: above 0 the number of its document, 0 of a
             query, -1 of a response, -2 of a template (see ``Roles``); None: all are a response
+        role_counts: of doc_ids without padding, as ``RoleCounts.of`` counts them; counted on the device if not given
         positives: [B, T], 1 for tokens of the documents that the query should find, to train its choice by
         memory_bank: a ``MemoryBank`` of this model, asked by the query of this call, all of whose tokens are it if
             doc_ids are not given; its documents stand behind the template. What may be chosen goes into the memory.
@@ -173,11 +175,11 @@ class MemLMModel(MemLMPreTrainedModel):
             if doc_ids is None:
                 doc_ids = torch.zeros(batch, length, dtype=torch.int64, device=x_BTD.device)
         x_BTD, ctx, order_BT = self._context(
-            x_BTD, attention_mask, position_ids, max_documents, doc_ids, positives, memory
+            x_BTD, attention_mask, position_ids, max_documents, doc_ids, role_counts, positives, memory
         )
         if memory_bank is not None:
             assert ctx is not None and ctx.roles is not None
-            if ctx.roles.within:
+            if ctx.roles.counts.within:
                 raise ValueError("doc_ids: documents in the input cannot stand beside a memory_bank; add them to it")
             ctx = dataclasses.replace(ctx, library=memory_bank)
         hidden_states, states, aux_losses, metrics = [], [], {}, {}
@@ -198,7 +200,7 @@ class MemLMModel(MemLMPreTrainedModel):
         if order_BT is not None:
             back_BT = order_BT.argsort(dim=1)
             hidden_states = [_gather(h, back_BT) for h in hidden_states]
-            metrics = {name: x.gather(1, back_BT) if x.ndim else x for name, x in metrics.items()}
+            metrics = {name: x.gather(1, back_BT) if x.ndim == 2 else x for name, x in metrics.items()}
         if memory is not None and write:
             memory.replace(states, signature, length)
         return MemLMOutput(
@@ -216,6 +218,7 @@ class MemLMModel(MemLMPreTrainedModel):
         position_ids: Tensor | None,
         max_documents: int | None,
         doc_ids: Tensor | None,
+        role_counts: RoleCounts | None,
         positives: Tensor | None,
         memory: MemoryCache | None,
     ) -> tuple[Tensor, MixerContext | None, Tensor | None]:
@@ -231,6 +234,8 @@ class MemLMModel(MemLMPreTrainedModel):
                 raise ValueError(f"{name} {list(given.shape)} must be [batch, tokens] = {[batch, length]}")
         if positives is not None and doc_ids is None:
             raise ValueError("positives mark tokens of documents; give doc_ids too")
+        if role_counts is not None and (doc_ids is None or attention_mask is not None):
+            raise ValueError("role_counts are of doc_ids without an attention_mask; leave them out")
         order_BT, lengths_B = None, None
         if attention_mask is not None:
             widths = {length, length + (memory.get_seq_length() if memory is not None else 0)}
@@ -255,7 +260,9 @@ class MemLMModel(MemLMPreTrainedModel):
             documents = _documents(position_ids, lengths_B, max_documents, next_B)
             # What is padding may have any.
             position_ids = position_ids.clamp(min=0)
-        roles = Roles.of(doc_ids, position_ids, lengths_B, positives) if doc_ids is not None else None
+        roles = None
+        if doc_ids is not None:
+            roles = Roles(doc_ids, positives, role_counts or RoleCounts.of(doc_ids, position_ids, lengths_B))
         return x_BTD, MixerContext(position_ids, lengths_B, documents, roles=roles), order_BT
 
 

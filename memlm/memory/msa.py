@@ -6,7 +6,7 @@ document are causal segments of their own, positions from 0. Every chunk_size to
 means of their rotated keys K, values V and router keys R (a document's last chunk may be short). What follows
 attends, in one softmax, to
 
-    [template ; K, V of the chosen documents' chunks ; itself, causally, positions from len(template) + top_k]
+    [template ; K, V of the chosen documents' chunks ; itself, causally, positions from len(template) + top_k on]
 
     score[document] = max over its chunks of max over query tokens of mean over heads of sim(W_q x, R)
 
@@ -24,6 +24,8 @@ What the state holds of documents, keys ``bank.*``, may come from elsewhere: see
 the documents stay that its last question chose. Once a response goes on without roles the choice stands: the chosen
 chunks are then put before the keys of what stands outside documents, once, and what follows is plain attention.
 
+Where the paper and its released code differ: a table in README.md ("Paper and released code").
+
 B batch, T tokens, A tokens outside documents, N within, D hidden, H heads in G groups, K head dim, C chunks.
 """
 
@@ -40,7 +42,7 @@ from memlm.memory.base import Dims, MixerContext, MixerOutput, Roles, State, req
 from memlm.memory.documents import COUNTERS, Documents, Layout, Stream, boundaries, sizes_of
 from memlm.memory.growing import append, join
 from memlm_kernels import route_documents, segment_mean_pool
-from memlm_kernels.grid import Grid, keep_last, pick
+from memlm_kernels.grid import keep_last, pick, place
 from memlm_kernels.route_documents import REDUCTIONS, SIMILARITIES, Routes, Scored
 from memlm_kernels.segments import exact
 
@@ -60,6 +62,7 @@ class Config:
         its softmax.
     injection: "causal"; or "bidirectional", where tokens of a call without roles that goes on from a state see each
         other in both directions, as the released code shows text that is put in while it decodes.
+    positions: of what follows the documents, from len(template) + top_k on, "template", as released; or from "top_k".
     """
 
     routes: bool = True
@@ -75,6 +78,7 @@ class Config:
     loss_weight: float = 0.1
     temperature: float = 0.1
     injection: str = "causal"
+    positions: str = "template"
 
     def __post_init__(self) -> None:
         for name in ("chunk_size", "top_k"):
@@ -87,6 +91,7 @@ class Config:
             ("chunk_reduce", REDUCTIONS),
             ("router_loss", retrieval.LOSSES),
             ("injection", ("causal", "bidirectional")),
+            ("positions", ("template", "top_k")),
         ):
             value = getattr(self, name)
             require(value in known, f"{name}={value!r} must be one of {', '.join(known)}")
@@ -157,7 +162,8 @@ class Mixer(attention.Mixer):
         config, given = self.msa, state is not None
         ctx = ctx or MixerContext()
         before = self.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype) if state is None else state
-        layout = Layout.of(x_BTD, before, ctx, config.chunk_size, config.top_k)
+        count_template = config.positions == "template"
+        layout = Layout.of(x_BTD, before, ctx, config.chunk_size, config.top_k, count_template)
         asks_library = config.routes and ctx.library is not None and layout.outside is not None
         if config.routes and x_BTD.shape[1]:
             before = self._settled(before, layout) if ctx.goes_on else held.unsettled(before)
@@ -210,29 +216,31 @@ class Mixer(attention.Mixer):
     def _within(self, documents: Documents, heads: Heads, before: State) -> tuple[Tensor, State]:
         """Each document for itself; what is kept is the one that stands open."""
         self._check_backend()
-        stream, new, past = documents.stream, heads.q.shape[1], before["open.k"].shape[1]
+        stream, counts, new, past = documents.stream, documents.counts, heads.q.shape[1], before["open.k"].shape[1]
         k, v = join(before["open.k"], heads.k), join(before["open.v"], heads.v)
-        # Blocks of queries that see a window hold keys twice, too.
-        if past == 0 and documents.total * documents.longest <= 2 * new:
-            y = self._in_rows(documents, heads)
+        if past == 0:
+            y = self._on_rows(documents, heads)
         else:
-            y = self._attend(heads.q, k, v, None, stream.place_BA, False, past + documents.longest)
-        kept = min(past + new, documents.longest + (past if documents.whole else 0))
+            y = self._attend(heads.q, k, v, None, stream.place_BA, False, past + counts.longest)
+        kept = min(past + new, counts.longest + (past if counts.whole else 0))
         open_k, open_v = (keep_last(x, kept, new, stream.lengths_B) for x in (k, v))
         return y, {"open.k": open_k, "open.v": open_v}
 
-    def _in_rows(self, documents: Documents, heads: Heads) -> Tensor:
-        """Of documents that begin in this call, each laid on a row of its own, where attention is plainly causal."""
-        stream, new, (count, width) = documents.stream, heads.q.shape[1], (documents.total, documents.longest)
-        slots_BN = (documents.number_BN - documents.number_BN[:, :1]) * width + stream.place_BA
-        if stream.lengths_B is not None:
-            real_BN = torch.arange(new, device=slots_BN.device) < stream.lengths_B[:, None]
-            slots_BN = torch.where(real_BN, slots_BN, count * width)
-        grid = Grid(new, count, width, slots_BN)
-        q, k, v = (grid.lay(x).flatten(0, 1) for x in heads)
-        place_W = torch.arange(width, device=q.device)
-        y = self._attend(q, k, v, None, place_W[None], True, None)
-        return grid.take(y.unflatten(0, (-1, count)))
+    def _on_rows(self, documents: Documents, heads: Heads) -> Tensor:
+        """Of documents that begin in this call, each laid on a row of its own, where attention is plainly causal: a
+        long one among short ones costs what it is.
+        """
+        slots_1N, size = documents.on_rows()
+        # A slot more takes what is not real.
+        q, k, v = (place(x.flatten(0, 1)[None], slots_1N, size + 1)[0] for x in heads)
+        outputs, first = [], 0
+        for group in documents.groups:
+            rows = slice(first, first := first + group.most * group.rows)
+            of_q, of_k, of_v = (x[rows].unflatten(0, (group.rows, group.most)) for x in (q, k, v))
+            place_1W = torch.arange(group.most, device=q.device)[None]
+            outputs.append(self._attend(of_q, of_k, of_v, None, place_1W, True, None).flatten(0, 1))
+        y = torch.cat([*outputs, torch.zeros_like(q[:1])])
+        return pick(y[None], slots_1N)[0].view_as(heads.q)
 
     def _outside(
         self,
@@ -344,9 +352,7 @@ class Mixer(attention.Mixer):
         q_BAHK = self.router_q_proj(layout.outside.take(x_BTD)).unflatten(-1, (-1, self.dims.head_dim))
         before = held.with_documents(before, ctx.library.candidates(self.layer_idx, q_BAHK, layout.asks_BA, number_BC))
         known = {name: before[name] for name in ("documents", "chunks")}
-        # Behind the template rotary positions skip some.
-        behind_BA = layout.rotary_BT > layout.outside.place_BA
-        end_BA = torch.where(behind_BA, known["documents"][:, None], 0)
+        end_BA = torch.where(layout.behind_BA, known["documents"][:, None], 0)
         after = layout.after | known | {"first": torch.zeros_like(known["documents"])}
         return before, layout._replace(first_BA=torch.zeros_like(end_BA), end_BA=end_BA, after=after)
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from memlm import MemLMForCausalLM, MemoryCache
 from memlm.evaluation.ablation import memory_off
 from memlm.memory import held, msa
-from memlm.memory.base import Dims, MixerContext, Roles
-from memlm_kernels.testing import Watch, assert_close, relative_error
+from memlm.memory.base import Dims, MixerContext, RoleCounts, Roles
+from memlm_kernels.testing import assert_close, relative_error
 from tests.conftest import build
 
 VARIANTS = [
@@ -52,7 +52,8 @@ def inputs(length, batch=1, seed=0, size=24):
 
 
 def context(doc_ids, positions=None, lengths=None, found=None, samples=1):
-    return MixerContext(positions, lengths, samples, roles=Roles.of(doc_ids, positions, lengths, found))
+    counts = RoleCounts.of(doc_ids, positions, lengths)
+    return MixerContext(positions, lengths, samples, roles=Roles(doc_ids, found, counts))
 
 
 def loop(mixer, x, roles):
@@ -67,16 +68,18 @@ def loop(mixer, x, roles):
         return torch.cat([z.real, z.imag], -1)
 
     documents, outside, place = [], [], []
-    template = True
+    template, head = True, 0
     for t, role in enumerate(roles):
         template = template and role == -2
+        head += template
         if role > 0:
             if t == 0 or roles[t - 1] != role:
                 documents.append([])
             place.append(len(documents[-1]))
             documents[-1].append(t)
         else:
-            place.append(len(outside) + (0 if template else config.top_k))
+            skipped = config.top_k - (head if config.positions == "top_k" else 0)
+            place.append(len(outside) + (0 if template else skipped))
             outside.append(t)
     position = torch.tensor(place, dtype=torch.float64)
     norms = (mixer.q_norm, mixer.k_norm) if config.qk_norm else (None, None)
@@ -129,7 +132,7 @@ def loop(mixer, x, roles):
     "settings",
     [
         {},
-        {"routing": "query"},
+        {"routing": "query", "positions": "top_k"},
         {"routes": False},
         {"similarity": "dot", "chunk_size": 1, "top_k": 1},
         {"head_reduce": "max", "query_reduce": "mean", "chunk_reduce": "mean"},
@@ -141,15 +144,6 @@ def test_equals_a_loop_over_tokens(name, settings):
     mixer, doc_ids = mixer_of(**settings), roles_of(SAMPLES[name])
     x = inputs(doc_ids.shape[1])
     assert_close("y", loop(mixer, x[0], doc_ids[0].tolist()), mixer(x, None, context(doc_ids)).y_BTD[0], EXACT)
-
-
-@pytest.mark.parametrize(("name", "rows"), [("usual", True), ("one long document", False)])
-def test_documents_of_like_length_are_laid_on_rows(name, rows, monkeypatch):
-    """Else the long one would make padding of the others."""
-    laid, doc_ids, lay = [], roles_of(SAMPLES[name]), msa.Mixer._in_rows
-    monkeypatch.setattr(msa.Mixer, "_in_rows", lambda *given: laid.append(True) or lay(*given))
-    mixer_of()(inputs(doc_ids.shape[1]), None, context(doc_ids))
-    assert laid == [True] * rows
 
 
 @pytest.mark.parametrize("name", ["usual", "documents between queries", "one long document"])
@@ -177,9 +171,10 @@ def streamed(mixer, x, doc_ids, cuts, positions=None):
 
 @pytest.mark.parametrize("name", SAMPLES)
 @pytest.mark.parametrize("routes", [True, False])
-@pytest.mark.parametrize("query_reduce", ["max", "mean"])
-def test_any_division_into_calls_is_the_same(name, routes, query_reduce):
-    mixer, doc_ids = mixer_of(routes=routes, query_reduce=query_reduce), roles_of(SAMPLES[name])
+@pytest.mark.parametrize(("query_reduce", "positions"), [("max", "template"), ("mean", "top_k")])
+def test_any_division_into_calls_is_the_same(name, routes, query_reduce, positions):
+    mixer = mixer_of(routes=routes, query_reduce=query_reduce, positions=positions)
+    doc_ids = roles_of(SAMPLES[name])
     length = doc_ids.shape[1]
     x = inputs(length, batch=2)
     doc_ids = doc_ids.expand(2, -1)
@@ -488,20 +483,6 @@ def test_documents_are_kept_as_chunks():
     assert state["chunks"].item() == 70 and state["documents"].item() == 10
 
 
-def test_the_device_is_not_asked_and_cost_is_linear_in_documents():
-    mixer, sizes = mixer_of(), []
-    mixer.dims = Dims(24, 4, 2, 6, attn_implementation="eager")
-    for count in (16, 32):
-        doc_ids = roles_of([(n + 1, 37) for n in range(count)] + [(0, 5), (-1, 5)])
-        x, ctx = inputs(doc_ids.shape[1]), context(doc_ids, found=doc_ids == 2)
-        with Watch() as watch:
-            out = mixer(x, None, ctx)
-            mixer(x[:, :1], out.state)
-        assert not watch.asked
-        sizes.append(watch.largest)
-    assert sizes[1] <= 2.2 * sizes[0]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_low_precision_keeps_banks_and_scores_in_fp32(dtype):
     low = model_of(top_k=9).to(dtype)
@@ -538,6 +519,7 @@ def test_gradient_checkpointing_with_documents_changes_nothing():
         ({"chunk_reduce": "sum"}, "chunk_reduce='sum' must be one of mean, max"),
         ({"router_loss": "hinge"}, "router_loss='hinge' must be one of infonce_decouple"),
         ({"injection": "none"}, "injection='none' must be one of causal, bidirectional"),
+        ({"positions": "k"}, "positions='k' must be one of template, top_k"),
         ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
         ({"loss_weight": -1.0}, "loss_weight=-1.0 must not be negative"),
     ],
