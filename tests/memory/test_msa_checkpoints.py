@@ -176,7 +176,9 @@ def convert(*arguments):
             runpy.run_path(str(script), run_name="__main__")
         except SystemExit as done:
             # As Python ends: a text is an error's.
-            return (1, f"{said.getvalue()}{done.code}\n") if isinstance(done.code, str) else (done.code, said.getvalue())
+            return (
+                (1, f"{said.getvalue()}{done.code}\n") if isinstance(done.code, str) else (done.code, said.getvalue())
+            )
     return 0, said.getvalue()
 
 
