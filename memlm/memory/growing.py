@@ -9,8 +9,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from memlm_kernels.grid import keep_last
 
-# Room left behind S entries is S / _SPARE: a token is copied, over time, 1 + _SPARE times.
-_SPARE = 4
+# Room left behind S entries is S / _SPARE, so that over time each is copied 1 + _SPARE times; for few, _LEAST.
+_SPARE, _LEAST = 4, 64
 
 
 class _Room:
@@ -58,7 +58,7 @@ def _grown(past: Tensor, new: Tensor) -> Tensor:
     end, total = past.shape[1], past.shape[1] + new.shape[1]
     room = _rooms.get(past)
     if room is None or not room.take(end, new):
-        buffer = new.new_empty(len(new), total + total // _SPARE, *new.shape[2:])
+        buffer = new.new_empty(len(new), total + max(total // _SPARE, _LEAST), *new.shape[2:])
         buffer[:, :end] = past
         room = _Room(buffer)
     room.buffer[:, end:total] = new
