@@ -175,20 +175,36 @@ def read_shard(path: Path, digest: str, deleted: Sequence[int], chunk_size: int,
 
 def merged(shards: Sequence[Shard]) -> Shard:
     """One shard of what lives in several, none of it mapped."""
-    table, kept, own = {name: [] for name in _TABLE}, [], []
+    table, routers, scales, contents, own = {name: [] for name in _TABLE}, [], [], [], []
     for shard in shards:
         living = shard.alive_N.nonzero()[:, 0]
         own.append(shard.own_N[living])
         of_router, of_content = shard.chunks_of(living[own[-1]])
-        scale = None if shard.scale_LCG1 is None else shard.scale_LCG1[:, of_router]
-        content = shard.content_LC2GK[:, of_content.to(shard.content_LC2GK.device)]
-        kept.append((shard.router_LCGK[:, of_router], scale, content))
+        routers.append((shard.router_LCGK, of_router))
+        scales.append((shard.scale_LCG1, of_router))
+        contents.append((shard.content_LC2GK, of_content))
         for name, of_all in table.items():
             of_all.extend(getattr(shard, name)[i] for i in living.tolist())
-    router, scale, content = (None if x[0] is None else torch.cat(x, 1) for x in zip(*kept, strict=True))
-    assert router is not None and content is not None
+    router, content = _joined(routers), _joined(contents)
+    scale = None if shards[0].scale_LCG1 is None else _joined(scales)
     own_N, size = torch.cat(own), shards[0].chunk_size
     return Shard(router, scale, content, **table, chunk_size=size, alive_N=torch.ones_like(own_N), own_N=own_N)
+
+
+def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """One after the other the chunks at some places, ascending, of each of several [L, C, ...]; copied once."""
+    of_first, _ = parts[0]
+    size, start = sum(len(place) for _, place in parts), 0
+    joined = of_first.new_empty(len(of_first), size, *of_first.shape[2:])
+    for x, place in parts:
+        into = joined[:, start : start + len(place)]
+        start += len(place)
+        if len(place) == x.shape[1]:
+            into.copy_(x)
+            continue
+        for layer, of_layer in zip(x, into, strict=True):
+            torch.index_select(layer, 0, place.to(x.device), out=of_layer)
+    return joined
 
 
 def whole(shard: Shard, device: torch.device, ranks: Ranks) -> Shard:
