@@ -37,7 +37,7 @@ from memlm_kernels.route_documents import RouterShard, Scored, bank_keys, nomina
 
 _RULE = ("top_k", "similarity", "head_reduce", "query_reduce", "chunk_reduce")
 # Merging stops here: what adding or deleting one document may cost at most.
-SHARD_BYTES = 1 << 26
+SHARD_BYTES = 1 << 25
 # Documents of like length share a batch, as far ahead as so many batches: their attention is then hardly padded.
 AHEAD = 4
 # Of a build, what a kill may cost.
