@@ -71,26 +71,44 @@ def choose(op: str, backend: str, available: tuple[str, ...], refused: Mapping[s
     return backend
 
 
-def with_triton(x: Tensor, limit: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
+def with_triton(x: Tensor, limit: str | None, *, products: bool = True) -> tuple[tuple[str, ...], dict[str, str]]:
     """What ``choose`` takes, for an op that has the backends ``reference`` and ``triton``.
 
-    limit: what of the call Triton's kernels do not take, None if they take it. ``auto`` takes them on a GPU where they
-    are ``PROVEN``. On a CPU they run in Triton's interpreter, which is for tests.
+    limit: what of the call Triton's kernels do not take, None if they take it; products: whether they have any.
+    ``auto`` takes them unless there is ``against_triton``.
     """
     reason = missing_triton(x.device.type) or limit
     if x.is_floating_point() and x.dtype not in DTYPES:
         reason = reason or f"its kernels take float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
     if reason:
         return ("reference",), {"triton": reason}
-    return (("reference", "triton") if unproven(x.device) else ("triton", "reference")), {}
+    return (("reference", "triton") if against_triton(x, products) else ("triton", "reference")), {}
 
 
-def unproven(device: torch.device) -> str | None:
+def against_triton(x: Tensor, products: bool) -> str | None:
     """Why ``auto`` takes the reference where Triton's kernels can run, None if it takes them."""
-    if device.type != "cuda":
+    if x.device.type != "cuda":
         return "Triton's interpreter is for tests"
-    name = architecture(device)
-    return None if name in PROVEN else f"not proven on {name}, where the tests of Triton's kernels have not passed yet"
+    name = architecture(x.device)
+    if name not in PROVEN:
+        return f"the tests of Triton's kernels have not passed on {name} yet"
+    if products and not torch.version.hip and exact_products(x):
+        return "torch's float32_matmul_precision is 'highest', and NVIDIA's matrix units take no float32 as it is"
+    return None
+
+
+def exact_products(x: Tensor) -> bool:
+    """Whether torch rounds nothing in products of x, which is its default for fp32."""
+    return x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+
+
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors as torch's own products take them: under autocast fp32 in its type."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if x.dtype == torch.float32 else x for x in tensors)
 
 
 @torch.compiler.assume_constant_result

@@ -1,11 +1,21 @@
 """Which backend runs: what a call names, what ``set_backend`` asks for, what is refused."""
 
 import logging
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from memlm_kernels import backend, choose, linear_attention, prefix_window_attention, set_backend
+from memlm_kernels import (
+    backend,
+    choose,
+    chunk_mean_attention,
+    delta_rule,
+    linear_attention,
+    neural_memory,
+    prefix_window_attention,
+    set_backend,
+)
 from tests.conftest import MEMORIES, build
 
 ABLE, UNABLE = ("triton", "reference"), {"triton": "there is no GPU"}
@@ -112,3 +122,63 @@ def test_the_kernels_that_run_are_those_that_were_asked_for(monkeypatch):
             torch.testing.assert_close(op(), expected, atol=1e-5, rtol=1e-5)
         assert launched
         launched.clear()
+
+
+def test_products_under_autocast_are_of_its_type():
+    """As torch's own: what a mixer hands over may have been made fp32 on the way, by a norm or a convolution."""
+    q, k, v = (torch.randn(1, 20, 2, 16) for _ in "qkv")
+    gate, memory = torch.rand(1, 20, 2), [torch.randn(2, 16, 16)]
+    ops = {
+        "linear_attention": lambda q, k, v: linear_attention(q, k, v, -gate)[0],
+        "delta_rule": lambda q, k, v: delta_rule(q, k, v, gate)[0],
+        "neural_memory": lambda q, k, v: neural_memory(q, k, v, gate, gate, gate, weights=memory, chunk_size=4).o,
+        "prefix_window_attention": lambda q, k, v: prefix_window_attention(q, k, v, window=4, with_lse=True).output,
+        "chunk_mean_attention": lambda q, k, v: chunk_mean_attention(q, k, v).output,
+    }
+    for name, op in ops.items():
+        with torch.autocast("cpu", torch.bfloat16):
+            got = op(q, k, v)
+        assert got.dtype == torch.bfloat16, name
+        if name != "prefix_window_attention":
+            torch.testing.assert_close(got, op(q.bfloat16(), k.bfloat16(), v.bfloat16()), atol=0, rtol=0)
+
+
+def test_auto_keeps_the_precision_of_products(monkeypatch):
+    """fp32 stays fp32: NVIDIA's matrix units would round it."""
+    monkeypatch.setattr(backend, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(backend, "PROVEN", frozenset({"sm_90"}))
+
+    class Somewhere(NamedTuple):
+        device: torch.device
+        dtype: torch.dtype
+
+    def reason(dtype, precision="highest", products=True):
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        try:
+            return backend.against_triton(Somewhere(torch.device("cuda"), dtype), products)
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    assert "float32_matmul_precision is 'highest'" in reason(torch.float32)
+    assert reason(torch.float32, "high") is reason(torch.float32, products=False) is reason(torch.bfloat16) is None
+    monkeypatch.setattr(backend, "PROVEN", frozenset())
+    assert "have not passed on sm_90 yet" in reason(torch.bfloat16)
+
+
+def test_precision_of_products(monkeypatch):
+    pytest.importorskip("triton")
+    from memlm_kernels import launch
+
+    before = torch.get_float32_matmul_precision()
+    found = {}
+    for target in ("cuda", "hip"):
+        monkeypatch.setattr(launch, "target", lambda target=target: target)
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            try:
+                found[target, precision] = [launch.precision(torch.empty(0, dtype=x)) for x in backend.DTYPES]
+            finally:
+                torch.set_float32_matmul_precision(before)
+    assert found["cuda", "highest"] == ["ieee", "tf32", "tf32"] and found["cuda", "high"] == ["tf32"] * 3
+    assert found["hip", "highest"] == found["hip", "high"] == ["ieee"] * 3

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memlm_kernels.backend import choose, with_triton
+from memlm_kernels.backend import as_autocast, choose, with_triton
 from memlm_kernels.chunk_sparse_attention.choice import chunk_topk_reference, invert_chunks_reference
 from memlm_kernels.chunk_sparse_attention.reference import Chosen, Keys, Pooled, attend
 from memlm_kernels.prefix_window_attention import check_heads, check_places, too_large, window_spans
@@ -56,13 +56,15 @@ def chunk_topk(
         raise ValueError(f"top_k={top_k} and tile={tile} must be at least 1")
     check_heads(q, k)
     _check_spans(q, spans)
+    (q,) = as_autocast(q)
     limit = f"its kernels take a top_k of at most 128, not {top_k}" if top_k > 128 else None
     if choose("chunk_topk", backend, *with_triton(q, limit)) == "triton" and q.numel() and k.numel():
         from memlm_kernels.chunk_sparse_attention.triton import choose_chunks
 
         first, end = (x.to(torch.int32) for x in spans) if spans else (None, None)
         return choose_chunks(q.detach(), k.detach(), first, end, top_k)
-    return chunk_topk_reference(q, k, top_k, spans, tile)
+    with torch.autocast(q.device.type, enabled=False):
+        return chunk_topk_reference(q, k, top_k, spans, tile)
 
 
 def invert_chunks(index: Tensor, num_chunks: int, *, backend: str = "auto") -> ChunkReaders:
@@ -75,7 +77,7 @@ def invert_chunks(index: Tensor, num_chunks: int, *, backend: str = "auto") -> C
         raise ValueError(f"index {list(index.shape)} of {index.dtype} must be integers [B, T, G, J]")
     if num_chunks < 0:
         raise ValueError(f"num_chunks={num_chunks} must not be negative")
-    if choose("invert_chunks", backend, *with_triton(index, None)) == "triton" and index.numel():
+    if choose("invert_chunks", backend, *with_triton(index, None, products=False)) == "triton" and index.numel():
         from memlm_kernels.chunk_sparse_attention.triton import invert
 
         return ChunkReaders(*invert(index, num_chunks))
@@ -134,6 +136,8 @@ def chunk_sparse_attention(
     if starts.ndim != 2 or len(starts) != batch or starts.is_floating_point():
         raise ValueError(f"starts {list(starts.shape)} must be integers [B, N] with B={batch}")
     check_places(q, places)
+    q, k, v, far_q, far_k = as_autocast(q, k, v, far_q, far_k)
+    far = None if far is None else (far_q, far_k)
     available = with_triton(q, too_large(q, k, v))
     has_chunks = index.shape[3] > 0 and starts.shape[1] > 0
     if choose("chunk_sparse_attention", backend, *available) == "triton" and q.numel():
@@ -144,7 +148,8 @@ def chunk_sparse_attention(
         return Attended(*attend_triton(q, k, v, *spans, window, scale, far=far, choice=choice))
     near = Keys(q, k, v[:, v.shape[1] - k.shape[1] :])
     chosen = Chosen(index, starts, chunk_size, window, places)
-    return Attended(*attend(chosen, [near, Keys(far_q, far_k, v)], scale, tile))
+    with torch.autocast(q.device.type, enabled=False):
+        return Attended(*attend(chosen, [near, Keys(far_q, far_k, v)], scale, tile))
 
 
 def chunk_mean_attention(
@@ -173,6 +178,7 @@ def chunk_mean_attention(
     _check_spans(q, spans)
     if v.ndim != 4 or v.shape[:3] != k.shape[:3]:
         raise ValueError(f"v {list(v.shape)} must be [B, N, G, V] with k {list(k.shape)}")
+    q, k, v = as_autocast(q, k, v)
     if choose("chunk_mean_attention", backend, *with_triton(q, too_large(q, k, v))) == "triton" and q.numel():
         from memlm_kernels.prefix_window_attention.triton import attend_triton
 
@@ -181,7 +187,8 @@ def chunk_mean_attention(
             first, end = spans or (number, number + k.shape[1])
             first, end = first.clamp(min=0), end.clamp(max=k.shape[1])
             return Attended(*attend_triton(q, k, v, first, end, k.shape[1], scale))
-    return Attended(*attend(Pooled(spans), [Keys(q, k, v)], scale, tile))
+    with torch.autocast(q.device.type, enabled=False):
+        return Attended(*attend(Pooled(spans), [Keys(q, k, v)], scale, tile))
 
 
 def _check_spans(q: Tensor, spans: tuple[Tensor, Tensor] | None) -> None:

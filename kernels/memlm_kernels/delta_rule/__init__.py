@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from memlm_kernels.backend import choose, with_triton
+from memlm_kernels.backend import as_autocast, choose, with_triton
 from memlm_kernels.delta_rule.reference import delta_rule_reference
 from memlm_kernels.peer import limit_of, recurrence, with_fla
 from memlm_kernels.segments import check_recurrence
@@ -41,6 +41,7 @@ def delta_rule(
     for name, gate in (("beta", beta), ("log_decay", log_decay)):
         if gate is not None and gate.shape != q.shape[:3]:
             raise ValueError(f"{name} {list(gate.shape)} must be [B, T, H] = {list(q.shape[:3])}")
+    q, k, v = as_autocast(q, k, v)
     limit = None if q.shape[-1] <= 256 else f"its kernels take keys of at most 256 channels, not K={q.shape[-1]}"
     available = with_fla(with_triton(q, limit), q, limit_of(q, v, log_decay, beta))
     chosen = choose("delta_rule", backend, *available)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from memlm_kernels.backend import choose, with_triton
+from memlm_kernels.backend import as_autocast, choose, with_triton
 from memlm_kernels.linear_attention.reference import linear_attention_reference
 from memlm_kernels.peer import limit_of, recurrence, with_fla
 from memlm_kernels.segments import check_recurrence
@@ -39,6 +39,7 @@ def linear_attention(
     check_recurrence(q, k, v, cu_seqlens, state)
     if log_decay is not None and log_decay.shape not in (q.shape, q.shape[:3]):
         raise ValueError(f"log_decay {list(log_decay.shape)} must be [B, T, H] or [B, T, H, K] of q {list(q.shape)}")
+    q, k, v = as_autocast(q, k, v)
     available = with_fla(with_triton(q, _limit(q, log_decay)), q, limit_of(q, v, log_decay, None))
     chosen = choose("linear_attention", backend, *available)
     if chosen == "reference" or q.shape[1] == 0:

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from memlm_kernels.launch import chunk_span, load_tile, lower, store_tile, tiled
 
-_SIZES = ["B", "T", "N"]
+_SIZES = ["T", "N"]
 _WHOLE_K = [{"num_warps": 4, "num_stages": 1}]
 
 

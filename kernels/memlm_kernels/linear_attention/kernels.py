@@ -11,7 +11,7 @@ import triton.language as tl
 
 from memlm_kernels.launch import chunk_span, decay_between, load_tile, lower, segment_span, store_tile, tiled
 
-_SIZES = ["T", "N", "S"]
+_SIZES = ["B", "T", "N", "S"]
 _WIDE = [
     {"BK": 64, "BV": 64, "num_warps": 8, "num_stages": 2},
     {"BK": 64, "BV": 32, "num_warps": 8, "num_stages": 2},

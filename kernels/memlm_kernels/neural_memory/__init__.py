@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memlm_kernels.backend import choose, with_triton
+from memlm_kernels.backend import as_autocast, choose, with_triton
 from memlm_kernels.grid import check_places
 from memlm_kernels.neural_memory.losses import InnerLoss, dot_product, huber, lp, squared_error
 from memlm_kernels.neural_memory.network import ACTIVATIONS, Tail
@@ -102,6 +102,7 @@ def neural_memory(
         _check_state(state, len(q), weights, momentum, window)
     if aligned and (positions is not None or lengths is not None):
         raise ValueError("aligned=True leaves no room for positions or lengths; leave them out")
+    q, k, v = as_autocast(q, k, v)
     limit = _limit(q, v, weights, norm, loss, window, chunk_size)
     scan: LoopOverChunks | None = None
     widest = 64

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memlm_kernels.backend import choose, with_triton
+from memlm_kernels.backend import as_autocast, choose, with_triton
 from memlm_kernels.neural_memory import keys_limit, most_slots
 from memlm_kernels.neural_memory.reference import Tokens, block_size, scalar_recurrences
 from memlm_kernels.segments import check_recurrence, chunk_width, exact, lay_out
@@ -52,6 +52,7 @@ def segmented_neural_memory(
     for name, gate in (("lr", lr), ("momentum", momentum), ("decay", decay)):
         if gate is not None and gate.shape != q.shape[:3]:
             raise ValueError(f"{name} {list(gate.shape)} must be [B, T, H] = {list(q.shape[:3])}")
+    q, k, v = as_autocast(q, k, v)
     by_triton = choose("segmented_neural_memory", backend, *with_triton(q, keys_limit(q))) == "triton"
     batch, length, heads, _ = q.shape
     with torch.autocast(q.device.type, enabled=False):

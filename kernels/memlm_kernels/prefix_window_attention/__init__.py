@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memlm_kernels.backend import choose, with_triton
+from memlm_kernels.backend import as_autocast, choose, with_triton
 from memlm_kernels.prefix_window_attention.reference import plain, read_blocks, sdpa
 
 __all__ = ["WindowAttended", "prefix_window_attention"]
@@ -48,6 +48,8 @@ def prefix_window_attention(
     Raises ValueError if shapes disagree, window < 1, or the backend cannot run.
     """
     _check(q, k, v, window, places, prefix)
+    q, k, v, *own = as_autocast(q, k, v, *(prefix or ()))
+    prefix = (own[0], own[1], own[2]) if prefix else None
     available, refused = with_triton(q, too_large(q, k, v))
     if with_lse:
         refused = {**refused, "sdpa": "it gives no lse"}

@@ -27,7 +27,7 @@ def dispatch_tokens(x: Tensor, place: Tensor, *, backend: str = "auto") -> Tenso
     ValueError if shapes disagree or the backend cannot run.
     """
     _check("x", x, place, routed=False)
-    chosen = choose("dispatch_tokens", backend, *with_triton(x, None))
+    chosen = choose("dispatch_tokens", backend, *with_triton(x, None, products=False))
     if chosen == "reference" or x.numel() * place.numel() == 0:
         return dispatch_tokens_reference(x, place)
     from memlm_kernels.routed_memory.triton import dispatch_tokens_triton
@@ -54,7 +54,7 @@ def combine_reads(
     expected = (*place.shape[:2], *o.shape[2:])
     if shared is not None and shared.shape != expected:
         raise ValueError(f"shared {list(shared.shape)} must be [B, T, ...] = {list(expected)}")
-    chosen = choose("combine_reads", backend, *with_triton(o, None))
+    chosen = choose("combine_reads", backend, *with_triton(o, None, products=False))
     if chosen == "reference" or o.numel() == 0:
         return combine_reads_reference(o, place, weight, shared)
     from memlm_kernels.routed_memory.triton import combine_reads_triton

@@ -23,7 +23,7 @@ def segment_mean_pool(x: Tensor, cu_segments: Tensor, *, longest: int, backend: 
         raise ValueError(f"cu_segments are {cu_segments.dtype}; give integers")
     if longest < 1:
         raise ValueError(f"longest={longest} must be at least 1")
-    chosen = choose("segment_mean_pool", backend, *with_triton(x, None))
+    chosen = choose("segment_mean_pool", backend, *with_triton(x, None, products=False))
     if chosen == "reference" or x.numel() == 0 or cu_segments.shape[1] == 1:
         return segment_mean_pool_reference(x, cu_segments, longest)
     from memlm_kernels.segment_mean_pool.triton import segment_mean_pool_triton
