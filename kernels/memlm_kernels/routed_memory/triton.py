@@ -6,8 +6,9 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from memlm_kernels.launch import Tiles, cdiv, laid
+from memlm_kernels.launch import Tiles, cdiv, laid, no_products
 from memlm_kernels.routed_memory.kernels import collect, spread
 
 
@@ -99,6 +100,8 @@ def _backward_combine(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
 
 dispatch.register_autograd(_backward_dispatch, setup_context=_setup_dispatch)
 combine.register_autograd(_backward_combine, setup_context=_setup_combine)
+_OPS = torch.ops.memlm
+register_flop_formula([_OPS.dispatch_tokens, _OPS.combine_reads, _OPS.combine_reads_backward])(no_products)
 
 
 def _features(x: Tensor) -> Tensor:
