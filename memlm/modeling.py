@@ -22,6 +22,7 @@ from memlm.cache import MemoryCache
 from memlm.configuration import MemLMConfig
 from memlm.layers import RMSNorm, ShortConv, SwiGLU
 from memlm.memory.base import MixerContext, MixerOutput, RoleCounts, Roles, SequenceMixer, State, build_mixer
+from memlm_kernels import set_backend
 
 
 @dataclass
@@ -421,7 +422,7 @@ def count_flops(config: MemLMConfig, seq_len: int) -> float:
     config._attn_implementation = "eager"
     names = config.layer_mixers()
     # Not the meta device: autocast, which every memory switches off for its gates, does not know it.
-    with FakeTensorMode(), torch.no_grad():
+    with FakeTensorMode(), torch.no_grad(), set_backend("reference"):
         x_BTD = torch.empty(1, seq_len, config.hidden_size)
         total = _flops(nn.Linear(config.hidden_size, config.vocab_size, bias=False), x_BTD)
         for name, layers in Counter(names).items():

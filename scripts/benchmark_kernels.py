@@ -1,10 +1,12 @@
 """Time the ops on a GPU, each backend beside the others: one JSON line for each measurement.
 
     python scripts/benchmark_kernels.py --out benchmarks/gpu/kernels.jsonl
+    python scripts/benchmark_kernels.py --part goals   only what the goals compare, or the rest; --plan prints a plan
 
 The sizes are those of the roofline in kernels/README.md. A time is the median over repeats, in milliseconds; what
-cannot run says why. Causal attention stands beside the recurrences by torch's own kernels. What matters most is timed
-first, for a caller may be short of time. Without a GPU, at sizes that only try the script, once by the clock.
+cannot run says why. What the goals compare is timed first, for a caller may be short of time, and then a line for each
+goal says how many times as fast we are. MEMLM_AUTOTUNE=1 times the best of a kernel's tiles, not the first. Without a
+GPU, at sizes that only try the script, once by the clock.
 """
 
 import argparse
@@ -31,6 +33,7 @@ sys.path[:0] = [str(ROOT / "kernels")]
 
 from memlm_kernels import (  # noqa: E402
     MemoryRoutes,
+    SegmentedMemoryState,
     chunk_mean_attention,
     chunk_sparse_attention,
     chunk_topk,
@@ -44,10 +47,13 @@ from memlm_kernels import (  # noqa: E402
     prefix_window_attention,
     route_documents,
     segment_mean_pool,
+    segmented_neural_memory,
 )
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
+# Of a GPU's memory, by a part of its name.
+TB_A_SECOND = {"H200": 4.8, "H100": 3.35, "A100": 2.04, "MI300X": 5.3, "MI250X": 1.64}
 
 
 class Size(NamedTuple):
@@ -60,15 +66,17 @@ class Size(NamedTuple):
 
 
 class Case(NamedTuple):
-    """run(*inputs) -> a tensor; learns: whether a backward is timed too"""
+    """run(*inputs) -> a tensor; learns: whether it has a backward; gb: 10^9 bytes that forward must move"""
 
     inputs: list[Tensor]
     run: Callable[..., Tensor]
     learns: bool = True
+    gb: float = 0.0
 
 
 def recurrence(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:
-    head_dim, shape = 64 if op.startswith("neural_memory") else 128, size[:3]
+    name, _, heads_of = op.partition(", heads of ")
+    head_dim, shape = int(heads_of or (64 if "memory" in op else 128)), size[:3]
     q, k, v = (F.normalize(torch.randn(*shape, head_dim, device=DEVICE), dim=-1).to(dtype) for _ in "qkv")
     gates = torch.rand(3, *shape, device=DEVICE) * 0.1
     inputs = {
@@ -79,16 +87,23 @@ def recurrence(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:
         "delta_rule, decay": [q, k, v, gates[0] * 10, -gates[1]],
         "neural_memory": [q, k, v, *gates.clone()],
         "neural_memory, two layers": [q, k, v, *gates.clone()],
-    }[op]
+        "segmented_neural_memory": [q, k, v, *gates.clone()],
+    }[name]
     function: Callable[..., Any] = linear_attention if op.startswith("linear") else delta_rule
     if op.startswith("neural_memory"):
         start = torch.zeros(size.heads, head_dim, head_dim, device=DEVICE)
         layers = 2 if op.endswith("two layers") else 1
         function = functools.partial(neural_memory, weights=[start] * layers, chunk_size=16)
+    elif op == "segmented_neural_memory":
+        cu = torch.linspace(0, size.tokens, 5, device=DEVICE).long().expand(size.rows, -1)
+        memory = torch.zeros(size.rows, 4, 3, size.heads, head_dim, head_dim, device=DEVICE)
+        state = SegmentedMemoryState(memory, torch.zeros(size.rows, 4, dtype=torch.int64, device=DEVICE))
+        function = functools.partial(segmented_neural_memory, chunk_size=16, state=state, cu_seqlens=cu)
     return Case(inputs, lambda *x: function(*x, backend=backend)[0])
 
 
 def attention(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:
+    """Causal, by torch's own kernels."""
     q, k, v = (torch.randn(size.rows, size.heads, size.tokens, 128, device=DEVICE, dtype=dtype) for _ in "qkv")
     if backend == "flex":
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -105,18 +120,31 @@ def attention(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:
 
 
 def near_and_far(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:
-    """A window of 512 tokens, a prefix of 16, and of the chunks of 64 before the window 16; four heads share keys."""
-    chunk, window, groups = min(64, size.tokens), min(512, size.tokens), -(-size.heads // 4)
+    """Of the chunks of 64 tokens before the window 16, a window of 512 and a prefix of 16; four heads share keys.
+    With selection the window is a chunk, and what chooses is timed too.
+    """
+    chunk, groups, whole = min(64, size.tokens), -(-size.heads // 4), op.endswith("with selection")
+    window = chunk if whole else min(512, size.tokens)
     q = torch.randn(size.rows, size.tokens, size.heads, 128, device=DEVICE, dtype=dtype)
     k, v = (torch.randn(size.rows, size.tokens, groups, 128, device=DEVICE, dtype=dtype) for _ in "kv")
     means = [x[:, : size.tokens // chunk * chunk].unflatten(1, (-1, chunk)).mean(2) for x in (k, v)]
     here = torch.arange(size.tokens, device=DEVICE).expand(size.rows, -1)
     spans = (torch.zeros_like(here), (here - window + chunk).clamp(min=0) // chunk)
     choose = functools.partial(chunk_topk, top_k=16, spans=spans)
+    starts = torch.arange(0, size.tokens, chunk, device=DEVICE).expand(size.rows, -1)
+    run = functools.partial(chunk_sparse_attention, chunk_size=chunk, window=window, backend=backend)
+    if whole:
+        ends = torch.cat([starts, starts[:, -1:] + chunk], 1)
+
+        def choose_and_read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            pooled = segment_mean_pool(k.detach(), ends, longest=chunk, backend=backend)
+            return run(q, k, v, choose(q, pooled, backend=backend), starts)[0]
+
+        return Case([q, k, v], choose_and_read)
     if op == "prefix_window_attention":
         prefix = (torch.randn_like(q), k[:1, :16].clone(), v[:1, :16].clone())
-        run = functools.partial(prefix_window_attention, window=window, backend=backend)
-        return Case([q, k, v, *prefix], lambda q, k, v, *prefix: run(q, k, v, prefix=prefix)[0])
+        reads = functools.partial(prefix_window_attention, window=window, backend=backend)
+        return Case([q, k, v, *prefix], lambda q, k, v, *prefix: reads(q, k, v, prefix=prefix)[0])
     if op == "chunk_mean_attention":
         return Case([q, *means], lambda *x: chunk_mean_attention(*x, spans=spans, backend=backend)[0])
     if op == "chunk_topk":
@@ -124,8 +152,6 @@ def near_and_far(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:
     index = choose(q, means[0], backend="reference")
     if op == "invert_chunks":
         return Case([index], lambda x: invert_chunks(x, means[0].shape[1], backend=backend)[0], learns=False)
-    starts = torch.arange(0, size.tokens, chunk, device=DEVICE).expand(size.rows, -1)
-    run = functools.partial(chunk_sparse_attention, chunk_size=chunk, window=window, backend=backend)
     return Case([q, k, v], lambda *x: run(*x, index, starts)[0])
 
 
@@ -134,7 +160,9 @@ def routing(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:
     q, k = (torch.randn(1, *shape, 128, device=DEVICE, dtype=dtype) for shape in ((64, 32), (size.chunks, 8)))
     document = torch.arange(size.chunks, device=DEVICE)[None] // 8
     options = {"top_k": 16, "num_documents": -(-size.chunks // 8), "running": op.endswith("running")}
-    return Case([q, k], lambda q, k: route_documents(q, k, document, **options, backend=backend).score, learns=False)
+    run = functools.partial(route_documents, **options, backend=backend)
+    gb = (k.nbytes + document.nbytes) * (2 if op.endswith("running") else 1) / 1e9
+    return Case([q, k], lambda q, k: run(q, k, document).score, learns=False, gb=gb)
 
 
 def merging(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:
@@ -147,7 +175,7 @@ def merging(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:
 def pooling(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:
     x = torch.randn(size.rows, size.tokens, 8, 128, device=DEVICE, dtype=dtype)
     cu = torch.arange(0, size.tokens + 64, 64, device=DEVICE).clamp(max=size.tokens).expand(size.rows, -1)
-    return Case([x], lambda x: segment_mean_pool(x, cu, longest=64, backend=backend))
+    return Case([x], lambda x: segment_mean_pool(x, cu, longest=64, backend=backend), gb=x.nbytes / 1e9)
 
 
 def routed(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:
@@ -157,51 +185,148 @@ def routed(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:
     weight, memory = weight.topk(2)
     if op == "MemoryRoutes":
         return Case([memory], lambda memory: MemoryRoutes.of(memory, 4).place, learns=False)
-    place = MemoryRoutes.of(memory, 4).place
+    routes = MemoryRoutes.of(memory, 4)
+    place = routes.place
     x = torch.randn(shape, device=DEVICE, dtype=dtype)
     if op == "dispatch_tokens":
         return Case([x], lambda x: dispatch_tokens(x, place, backend=backend))
-    reads = torch.randn(size.rows, 2 * size.tokens, *shape[2:], device=DEVICE, dtype=dtype)
-    return Case([reads, weight, x], lambda o, w, x: combine_reads(o, place, w, x, backend=backend))
+    if op == "combine_reads":
+        reads = torch.randn(size.rows, 2 * size.tokens, *shape[2:], device=DEVICE, dtype=dtype)
+        return Case([reads, weight, x], lambda o, w, x: combine_reads(o, place, w, x, backend=backend))
+    tokens = recurrence("delta_rule, decay", backend, dtype, size).inputs
+    scan = functools.partial(delta_rule, cu_seqlens=routes.cu_seqlens, backend=backend)
+    if op.endswith("its scans alone"):
+        return Case([dispatch_tokens(x, place, backend="reference") for x in tokens], lambda *x: scan(*x)[0])
+
+    def run(weight: Tensor, *tokens: Tensor) -> Tensor:
+        place = MemoryRoutes.of(memory, 4).place
+        o = scan(*(dispatch_tokens(x, place, backend=backend) for x in tokens))[0]
+        return combine_reads(o, place, weight, backend=backend)
+
+    return Case([weight, *tokens], run)
 
 
+BACKENDS = ("triton", "reference")
 OPS: dict[str, tuple[Callable[..., Case], tuple[str, ...]]] = {
-    "linear_attention, decay": (recurrence, ("triton", "fla", "reference")),
     "delta_rule, decay": (recurrence, ("triton", "fla", "reference")),
-    "neural_memory": (recurrence, ("triton", "reference")),
-    "neural_memory, two layers": (recurrence, ("triton", "reference")),
-    "attention": (attention, ("flash", "cudnn", "flex")),
-    "chunk_sparse_attention": (near_and_far, ("triton", "reference")),
-    "chunk_topk": (near_and_far, ("triton", "reference")),
-    "invert_chunks": (near_and_far, ("triton", "reference")),
-    "chunk_mean_attention": (near_and_far, ("triton", "reference")),
-    "prefix_window_attention": (near_and_far, ("triton", "sdpa")),
-    "route_documents": (routing, ("triton", "reference")),
-    "route_documents, running": (routing, ("triton", "reference")),
-    "merge_topk": (merging, ("triton", "reference")),
-    "segment_mean_pool": (pooling, ("triton", "reference")),
-    "MemoryRoutes": (routed, ("reference",)),
-    "dispatch_tokens": (routed, ("triton", "reference")),
-    "combine_reads": (routed, ("triton", "reference")),
-    "linear_attention, channels": (recurrence, ("triton", "fla", "reference")),
-    "linear_attention": (recurrence, ("triton", "fla", "reference")),
     "delta_rule": (recurrence, ("triton", "fla", "reference")),
+    "linear_attention, channels": (recurrence, ("triton", "fla", "reference")),
+    "linear_attention, decay": (recurrence, ("triton", "fla", "reference")),
+    "linear_attention": (recurrence, ("triton", "fla", "reference")),
+    "delta_rule, heads of 64": (recurrence, ("triton", "fla")),
+    "neural_memory": (recurrence, BACKENDS),
+    "neural_memory, heads of 128": (recurrence, ("triton",)),
+    "neural_memory, two layers": (recurrence, BACKENDS),
+    "segmented_neural_memory": (recurrence, BACKENDS),
+    "routed delta_rule": (routed, BACKENDS),
+    "routed delta_rule, its scans alone": (routed, BACKENDS),
+    "chunk_sparse_attention, with selection": (near_and_far, BACKENDS),
+    "attention": (attention, ("flash", "cudnn", "flex")),
+    "chunk_sparse_attention": (near_and_far, BACKENDS),
+    "chunk_topk": (near_and_far, BACKENDS),
+    "invert_chunks": (near_and_far, BACKENDS),
+    "chunk_mean_attention": (near_and_far, BACKENDS),
+    "prefix_window_attention": (near_and_far, ("triton", "sdpa")),
+    "route_documents": (routing, BACKENDS),
+    "route_documents, running": (routing, BACKENDS),
+    "merge_topk": (merging, BACKENDS),
+    "segment_mean_pool": (pooling, BACKENDS),
+    "MemoryRoutes": (routed, ("reference",)),
+    "dispatch_tokens": (routed, BACKENDS),
+    "combine_reads": (routed, BACKENDS),
 }
 
 
-def calls(case: Case) -> Iterator[tuple[str, Callable[[], Any]]]:
-    def forward() -> None:
-        with torch.no_grad():
-            case.run(*case.inputs)
+class Timed(NamedTuple):
+    """What one measurement is of."""
 
-    def both() -> None:
-        leaves = [x.requires_grad_() for x in case.inputs]
-        out = case.run(*leaves)
-        torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
+    op: str
+    backend: str
+    dtype: torch.dtype
+    size: Size
+    what: str = "forward and backward"
 
-    yield "forward", forward
-    if case.learns:
-        yield "forward and backward", both
+
+class Goal(NamedTuple):
+    """ours takes at most 1 / least of the time of theirs; None: of what its bytes take, at the GPU's bandwidth."""
+
+    ours: Timed
+    theirs: Timed | None
+    least: float
+
+
+def goals(dtype: torch.dtype, size: Size) -> list[Goal]:
+    def timed(op: str, backend: str = "triton", size: Size = size, **rest: Any) -> Timed:
+        return Timed(op, backend, dtype, size, **rest)
+
+    recurrences = ("delta_rule, decay", "delta_rule", "linear_attention, channels")
+    found = [Goal(timed(op), timed(op, "fla"), 1.0) for op in recurrences]
+    found += [
+        Goal(timed("neural_memory"), timed("delta_rule, heads of 64", "fla"), 0.8),
+        Goal(timed("neural_memory, two layers"), timed("neural_memory, two layers", "reference"), 10.0),
+        Goal(timed("routed delta_rule"), timed("routed delta_rule, its scans alone"), 1 / 1.15),
+    ]
+    for times, least in ((2, 1.0), (8, 2.0), (32, 4.6)):
+        long = size._replace(rows=1, tokens=times * size.tokens)
+        ours = timed("chunk_sparse_attention, with selection", size=long)
+        found.append(Goal(ours, timed("attention", "flash", size=long), least))
+    return [*found, Goal(timed("route_documents", what="forward"), None, 1 / 1.5)]
+
+
+def plan(size: Size, dtypes: list[torch.dtype], only: str, part: str) -> list[Timed]:
+    """All measurements, each once, what the goals compare first; or one part of them."""
+    of_goals = dict.fromkeys(x for goal in goals(dtypes[0], size) for x in goal[:2] if x)
+    rest = []
+    for dtype in dtypes:
+        for op, (make, backends) in OPS.items():
+            for backend in backends:
+                one = Timed(op, backend, dtype, size)
+                rest += [one._replace(what="forward"), one]
+                if make is recurrence:
+                    # A step of decoding.
+                    rest.append(Timed(op, backend, dtype, size._replace(tokens=1), "forward"))
+    parts = {"goals": list(of_goals), "rest": [x for x in dict.fromkeys(rest) if x not in of_goals]}
+    chosen = [x for name in parts for x in parts[name] if part in (name, "all")]
+    return [x for x in chosen if only in x.op]
+
+
+def measured(one: Timed) -> dict[str, Any] | None:
+    """None: there is no such call."""
+    record = {"op": one.op, "backend": one.backend, "dtype": str(one.dtype).split(".")[1], **one.size._asdict()}
+    record |= {"what": one.what, "tiles": "tuned" if os.environ.get("MEMLM_AUTOTUNE") == "1" else "first"}
+    try:
+        case = OPS[one.op][0](one.op, one.backend, one.dtype, one.size)
+
+        def forward() -> None:
+            with torch.no_grad():
+                case.run(*case.inputs)
+
+        def both() -> None:
+            leaves = [x.requires_grad_() for x in case.inputs]
+            out = case.run(*leaves)
+            torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
+
+        if one.what != "forward" and not case.learns:
+            return None
+        if GPU:
+            torch.cuda.reset_peak_memory_stats()
+        ms = milliseconds(forward if one.what == "forward" else both)
+        record["ms"] = round(ms, 4)
+        if GPU:
+            record["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        if case.gb and one.what == "forward":
+            record |= {"gb": round(case.gb, 3)} | floor(case.gb, ms)
+    # What does not run is a result too, and the others are still wanted.
+    except Exception as error:
+        record["error"] = f"{type(error).__name__}: {error}"[:300]
+    return record
+
+
+def floor(gb: float, ms: float) -> dict[str, float]:
+    """The time that a GPU's memory takes for its bytes, and how many times that a measurement is."""
+    name = torch.cuda.get_device_name() if GPU else ""
+    known = [bandwidth for part, bandwidth in TB_A_SECOND.items() if part in name]
+    return {"floor_ms": round(gb / known[0], 4), "of_floor": round(ms * known[0] / gb, 3)} if known else {}
 
 
 def milliseconds(call: Callable[[], Any]) -> float:
@@ -212,27 +337,27 @@ def milliseconds(call: Callable[[], Any]) -> float:
     return 1000 * (time.perf_counter() - begin)
 
 
-def measurements(size: Size, dtypes: list[torch.dtype], only: str) -> Iterator[dict[str, Any]]:
+def measurements(size: Size, dtypes: list[torch.dtype], only: str, part: str) -> Iterator[dict[str, Any]]:
     torch.set_float32_matmul_precision("high")
-    for dtype in dtypes:
-        for op, (make, backends) in OPS.items():
-            # One token is a decode step.
-            sizes = [size, size._replace(tokens=1)] if make is recurrence else [size]
-            for of, backend in ((x, y) for y in backends for x in sizes if only in op):
-                record = {"op": op, "backend": backend, "dtype": str(dtype).split(".")[1], **of._asdict()}
-                try:
-                    for what, call in calls(make(op, backend, dtype, of)):
-                        if of.tokens == 1 < size.tokens and what != "forward":
-                            continue
-                        if GPU:
-                            torch.cuda.reset_peak_memory_stats()
-                        found: dict[str, Any] = {"what": what, "ms": round(milliseconds(call), 4)}
-                        if GPU:
-                            found["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
-                        yield record | found
-                # What does not run is a result too, and the others are still wanted.
-                except Exception as error:
-                    yield record | {"error": f"{type(error).__name__}: {error}"[:300]}
+    wanted, found = goals(dtypes[0], size), {}
+    for one in plan(size, dtypes, only, part):
+        record = measured(one)
+        if record:
+            yield record
+            found[one] = record
+        for goal in [x for x in wanted if one in x and x.ours in found and (x.theirs is None or x.theirs in found)]:
+            wanted.remove(goal)
+            yield judged(goal, found)
+
+
+def judged(goal: Goal, found: dict[Timed, dict[str, Any]]) -> dict[str, Any]:
+    """ratio: how many times as fast we are, None where one of both did not run."""
+    ours = found[goal.ours]
+    theirs = ours.get("floor_ms") if goal.theirs is None else found[goal.theirs].get("ms")
+    ratio = round(theirs / ours["ms"], 3) if theirs and ours.get("ms") else None
+    against = "its bandwidth" if goal.theirs is None else f"{goal.theirs.op} by {goal.theirs.backend}"
+    record = {"goal": f"{goal.ours.op} against {against}", "tokens": goal.ours.size.tokens, "tiles": ours["tiles"]}
+    return record | {"ratio": ratio, "least": round(goal.least, 3), "met": ratio is not None and ratio >= goal.least}
 
 
 def commit() -> str:
@@ -257,7 +382,12 @@ def main(args: argparse.Namespace) -> None:
     }
     size = Size(args.rows, args.tokens, args.heads, args.chunks)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    for record in measurements(size, [getattr(torch, name) for name in args.dtypes], args.op):
+    dtypes = [getattr(torch, name) for name in args.dtypes]
+    if args.plan:
+        for x in plan(size, dtypes, args.op, args.part):
+            print(f"{x.op}: {x.backend}, {x.dtype}, {x.size.tokens} tokens, {x.what}")
+        return
+    for record in measurements(size, dtypes, args.op, args.part):
         line = json.dumps(record | about)
         print(line, flush=True)
         with args.out.open("a") as file:
@@ -268,6 +398,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/gpu/kernels.jsonl")
     parser.add_argument("--op", default="", help="only ops whose name contains this")
+    parser.add_argument("--part", default="all", choices=["all", "goals", "rest"], help="of the plan")
+    parser.add_argument("--plan", action="store_true", help="print what would be timed")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     for name, value in Size()._asdict().items():
         parser.add_argument(f"--{name}", type=int, default=value)

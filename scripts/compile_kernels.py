@@ -1,13 +1,14 @@
 """Compile every Triton kernel, with all its tiles, for GPUs that need not be there, and say what came out.
 
     python scripts/compile_kernels.py --out kernels/compiled.md                all of it, an hour and more
-    python scripts/compile_kernels.py --out kernels/compiled.md --kernel pool  these rows once more
+    python scripts/compile_kernels.py --out kernels/compiled.md --kernel pool  these rows once more, and so with --case
     python scripts/compile_kernels.py --sample                                 a launch of each kernel, for two targets
 
 Triton keeps what it compiled, so a run that was stopped goes on where it was when it is started again.
 
 The ops are called on the CPU, and what they would launch is compiled instead. Fails on a spill, on more shared memory
-than a target has, on more than 1,024 threads, and on a product that no matrix instruction computes.
+than a target has, on more than 1,024 threads, on a size that code would be compiled for, and on a product that no
+matrix instruction computes.
 """
 
 import argparse
@@ -62,21 +63,26 @@ POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
-    torch.int32: "*i32",
     torch.int64: "*i64",
     torch.int32: "*i32",
     torch.bool: "*i1",
 }
 INSTRUCTIONS = {"cuda": r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", "hip": r"v_mfma"}
+# What is compiled whole; what only in the calls and for the targets of a sample, with the first tiles.
 SIZES = [("bfloat16", 128), ("float32", 64)]
+MORE = [("bfloat16", 256), ("bfloat16", 96), ("float16", 64)]
+SAMPLE = ["sm_90", "gfx942"]
 OPTIONS = ("num_warps", "num_stages", "waves_per_eu")
 
 
 class Launch(NamedTuple):
+    """whole: for all targets with all tiles"""
+
     case: str
     kernel: Kernel
     limits: dict[str, int]
     arguments: dict[str, Any]
+    whole: bool
 
 
 class Compiled(NamedTuple):
@@ -89,41 +95,41 @@ class Compiled(NamedTuple):
     problems: list[str]
 
 
-def cases(sample: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+def cases(dtype: str, size: int, sample: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Calls of the ops that between them launch every kernel in every way that changes its code."""
-    for dtype, size in [("bfloat16", 64)] if sample else SIZES:
-        name, kind = f"{dtype} {size}", getattr(torch, dtype)
-        q, k, v = (torch.empty(2, 1024, 2, size, dtype=kind, requires_grad=True) for _ in "qkv")
-        gate, channel = (torch.empty(shape, requires_grad=True) for shape in (q.shape[:3], q.shape))
-        cu, state = torch.tensor([[0, 500, 1024]] * 2), torch.zeros(2, 2, 2, size, size)
-        yield f"{name} scalar", both(linear_attention_triton, q, k, v, gate, cu, state)
-        yield f"{name} channel", both(linear_attention_triton, q, k, v, channel, None, None)
-        yield f"{name} delta, decay", both(delta_rule_triton, q, k, v, gate, gate, cu, state)
-        yield f"{name} delta, decay, step", once(delta_rule_triton, *first(q, k, v, gate, gate), None, None)
-        if not sample:
-            yield f"{name} channel, step", once(linear_attention_triton, *first(q, k, v, channel), cu, state)
-            yield f"{name} linear", both(linear_attention_triton, q, k, v, None, None, None)
-            yield f"{name} delta", both(delta_rule_triton, q, k, v, gate, None, None, None)
+    name, kind = f"{dtype} {size}", getattr(torch, dtype)
+    q, k, v = (torch.empty(2, 1024, 2, size, dtype=kind, requires_grad=True) for _ in "qkv")
+    gate, channel = (torch.empty(shape, requires_grad=True) for shape in (q.shape[:3], q.shape))
+    cu, state = torch.tensor([[0, 500, 1024]] * 2), torch.zeros(2, 2, 2, size, size)
+    yield f"{name} scalar", both(linear_attention_triton, q, k, v, gate, cu, state)
+    yield f"{name} channel", both(linear_attention_triton, q, k, v, channel, None, None)
+    yield f"{name} delta, decay", both(delta_rule_triton, q, k, v, gate, gate, cu, state)
+    yield f"{name} delta, decay, step", once(delta_rule_triton, *first(q, k, v, gate, gate), None, None)
+    if not sample:
+        yield f"{name} channel, step", once(linear_attention_triton, *first(q, k, v, channel), cu, state)
+        yield f"{name} linear", both(linear_attention_triton, q, k, v, None, None, None)
+        yield f"{name} delta", both(delta_rule_triton, q, k, v, gate, None, None, None)
+    if size <= 128:
         yield f"{name} memory", both(memory, q, k, v, gate, 16, 16)
         yield f"{name} memories of segments", both(segmented, q, k, v, gate, cu, torch.zeros(2, 2, 3, 2, size, size))
-        narrow = [x[..., :64].detach().requires_grad_() for x in (q, k, v)]
-        yield f"{dtype} 64 memory of two layers", both(memory, *narrow, gate, 16, 16, 64)
-        yield f"{dtype} 64 memory of two layers, step", once(memory, *first(*narrow, gate), 16, 16, 64)
-        if not sample:
-            yield f"{dtype} 64 memory of two layers, 128 hidden", both(memory, *narrow, gate, 16, 16, 128)
-            yield f"{name} memory, blocks", both(memory, q, k, v, gate, 64, 16)
-            if dtype == "bfloat16":
-                yield "bfloat16 64 memory, blocks of 32", both(memory, *narrow, gate, 64, 32)
-        yield f"{name} means", both(segment_mean_pool_triton, k.flatten(2), cu, 1024)
-        yield f"{name} routed tokens", both(routed, q.flatten(2), torch.zeros(2, 1024, 2, dtype=torch.int64), gate)
-        yield f"{name} routing", once(route, q, k, ("cosine", "mean", "max"), True, 16)
-        yield f"{name} routing, row", once(route, q, k, ("cosine", "mean", "max"), False, 16)
-        if not sample:
-            yield f"{name} routing, 128 of", once(route, q, k, ("dot", "max", "mean"), True, 128)
-            yield f"{name} routing, row, 128 of", once(route, q, k, ("dot", "max", "mean"), False, 128)
-            if dtype == "bfloat16":
-                yield f"{name} routing, exact query", once(route, q.float(), k, ("cosine", "mean", "max"), True, 16)
-        yield from attentions(name, kind, size, sample)
+    narrow = [x[..., :64].detach().requires_grad_() for x in (q, k, v)]
+    yield f"{dtype} 64 memory of two layers", both(memory, *narrow, gate, 16, 16, 64)
+    yield f"{dtype} 64 memory of two layers, step", once(memory, *first(*narrow, gate), 16, 16, 64)
+    if not sample:
+        yield f"{dtype} 64 memory of two layers, 128 hidden", both(memory, *narrow, gate, 16, 16, 128)
+        yield f"{name} memory, blocks", both(memory, q, k, v, gate, 64, 16)
+        if dtype == "bfloat16":
+            yield "bfloat16 64 memory, blocks of 32", both(memory, *narrow, gate, 64, 32)
+    yield f"{name} means", both(segment_mean_pool_triton, k.flatten(2), cu, 1024)
+    yield f"{name} routed tokens", both(routed, q.flatten(2), torch.zeros(2, 1024, 2, dtype=torch.int64), gate)
+    yield f"{name} routing", once(route, q, k, ("cosine", "mean", "max"), True, 16)
+    yield f"{name} routing, row", once(route, q, k, ("cosine", "mean", "max"), False, 16)
+    if not sample:
+        yield f"{name} routing, 128 of", once(route, q, k, ("dot", "max", "mean"), True, 128)
+        yield f"{name} routing, row, 128 of", once(route, q, k, ("dot", "max", "mean"), False, 128)
+        if dtype == "bfloat16":
+            yield f"{name} routing, exact query", once(route, q.float(), k, ("cosine", "mean", "max"), True, 16)
+    yield from attentions(name, kind, size, sample)
 
 
 def attentions(name: str, kind: torch.dtype, size: int, sample: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -218,22 +224,27 @@ def both(op: Callable, *arguments: Any) -> Callable[[], None]:
 
 
 def recorded(sample: bool) -> list[Launch]:
-    """What the ops would launch."""
+    """What the ops would launch, the same launch once."""
+    sizes = {("bfloat16", 64): False} if sample else dict.fromkeys(SIZES, True) | dict.fromkeys(MORE, False)
     launches: dict[tuple, Launch] = {}
-    run = Kernel.__call__
+    run, before = Kernel.__call__, torch.get_float32_matmul_precision()
 
     def record(kernel: Kernel, programs: Any, limits: dict[str, int], **arguments: Any) -> None:
         key = (kernel.function.__name__, *signature(kernel, arguments).items(), *sorted(limits.items()))
         key += tuple((n, x) for n, x in arguments.items() if signature(kernel, arguments)[n] == "constexpr")
-        launches.setdefault(key, Launch(name, kernel, limits, arguments))
+        launches.setdefault(key, Launch(name, kernel, limits, arguments, whole))
 
     Kernel.__call__ = record
     try:
-        for case, call in cases(sample):
-            name = case
-            call()
+        # With "highest" auto takes no Triton for fp32 on CUDA; AMD has it as it is, see ``compile_one``.
+        torch.set_float32_matmul_precision("high")
+        for (dtype, size), whole in sizes.items():
+            for case, call in cases(dtype, size, not whole):
+                name = case
+                call()
     finally:
         Kernel.__call__ = run
+        torch.set_float32_matmul_precision(before)
     return list(launches.values())
 
 
@@ -254,9 +265,9 @@ def signature(kernel: Kernel, arguments: dict[str, Any]) -> dict[str, str]:
 def compile_one(one: Launch, tiles: dict[str, int], target: GPUTarget, most_shared: int) -> Compiled:
     function = one.kernel.function
     arguments = one.arguments | {n: x for n, x in tiles.items() if n not in OPTIONS}
-    for name in {"PRECISION", "INVERSE"} & arguments.keys():
-        # What a training run asks for: the matrix units, which on CUDA take no fp32 as it is.
-        arguments[name] = "tf32" if target.backend == "cuda" else "ieee"
+    if target.backend == "hip" and "PRECISION" in arguments:
+        # It was recorded for CUDA; see ``launch.precision``.
+        arguments["PRECISION"] = "ieee"
     types = signature(one.kernel, arguments)
     constants = {name: arguments.get(name) for name, kind in types.items() if kind == "constexpr"}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind.startswith("*")}
@@ -274,10 +285,12 @@ def compile_one(one: Launch, tiles: dict[str, int], target: GPUTarget, most_shar
         problems.append(f"shared memory {shared} > {most_shared}")
     if tiles["num_warps"] * target.warp_size > 1024:
         problems.append(f"{tiles['num_warps']} warps")
-    if re.search(r"tt\.dot .*-> tensor<[^#]*#blocked", compiled.asm["ttgir"]) or (
-        "tt.dot " in compiled.asm["ttir"] and not found
-    ):
+    idle = re.search(r"tt\.dot .*-> tensor<[^#]*#blocked", compiled.asm["ttgir"])
+    if idle or ("tt.dot " in compiled.asm["ttir"] and not found):
         problems.append("a product without matrix instructions")
+    sizes = [n for n, kind in types.items() if kind == "i32" and n not in function.do_not_specialize]
+    if sizes:
+        problems.append(f"compiled again for other values of {', '.join(sizes)}")
     return Compiled(registers, spills, shared, ", ".join(f"{n} {x}" for x, n in found.items()), problems)
 
 
@@ -300,16 +313,20 @@ def resources_hip(asm: dict[str, Any]) -> tuple[int, int]:
 
 def main(args: argparse.Namespace) -> int:
     launches = recorded(args.sample)
-    names = args.targets or (["sm_90", "gfx942"] if args.sample else list(TARGETS))
+    names = args.targets or list(TARGETS)
     rows, begin = [], time.perf_counter()
     for one in launches:
         name = one.kernel.function.__name__
         if args.kernel and not any(part in name for part in args.kernel):
             continue
+        if not one.case.startswith(args.case):
+            continue
         for target_name in names:
             target, most_shared = TARGETS[target_name]
             choices = launch.fitting(one.kernel.tiles[target.backend], one.limits)
-            for tiles in choices[: 1 if args.sample else None]:
+            if not one.whole:
+                choices = choices[: target_name in SAMPLE]
+            for tiles in choices:
                 try:
                     done = compile_one(one, tiles, target, most_shared)
                 # The compiler's own failures are of many kinds, and the other kernels are still wanted.
@@ -322,10 +339,10 @@ def main(args: argparse.Namespace) -> int:
                     print(f"{name}, {one.case}, {target_name}, {cells}: {done}", flush=True)
     print(f"{summary(rows)}, {time.perf_counter() - begin:.0f} s")
     if args.out:
-        there = {f"`{one.kernel.function.__name__}`" for one in launches}
-        made = {(name, target_name) for name, _, target_name, *_ in rows}
-        kept = [row for row in written(args.out) if row[0] in there and (row[0], row[2]) not in made]
-        args.out.write_text(table(kept + rows))
+        there = {(f"`{one.kernel.function.__name__}`", one.case) for one in launches}
+        made = {tuple(row[:3]) for row in rows}
+        kept = [row for row in written(args.out) if tuple(row[:2]) in there and tuple(row[:3]) not in made]
+        args.out.write_text(table(kept + rows, args.sample))
     return int(any(row[-1] != "ok" for row in rows))
 
 
@@ -340,11 +357,14 @@ def written(path: Path) -> list[list[str]]:
     return [line[2:-2].split(" | ") for line in lines if line.startswith("| `")]
 
 
-def table(rows: list[list[str]]) -> str:
+def table(rows: list[list[str]], sample: bool) -> str:
+    whole, more = (", ".join(f"{dtype} {size}" for dtype, size in sizes) for sizes in (SIZES, MORE))
+    covers = [f"{whole}: every call and tile, for six GPUs; {more}: a sample's calls, the first tiles, for two."]
     lines = [
         "# What the Triton kernels compile to",
         "",
-        f"By `python scripts/compile_kernels.py --out kernels/compiled.md` with Triton {VERSION}: {summary(rows)}.",
+        f"By `python scripts/compile_kernels.py{' --sample' * sample}` with Triton {VERSION}: {summary(rows)}.",
+        *([] if sample else covers),
         "Nothing here was run. Registers are of a thread, shared memory and CUDA's spills are in bytes.",
         "",
         "| kernel | call | target | tiles | registers | spills | shared | matrix instructions | |",
@@ -359,6 +379,9 @@ if __name__ == "__main__":
     parser.add_argument("--sample", action="store_true", help="bf16, head size 64, the first tiles, two targets")
     parser.add_argument("--targets", nargs="+", choices=TARGETS)
     parser.add_argument("--kernel", nargs="+", help="only kernels whose name contains one of these")
+    parser.add_argument("--case", default="", help="only calls whose name begins with this")
     parser.add_argument("--verbose", action="store_true", help="print every compilation, not only those that fail")
-    parser.add_argument("--out", type=Path, help="the table, as Markdown; rows of other kernels and targets stay")
+    parser.add_argument(
+        "--out", type=Path, help="the table, as Markdown; rows of other kernels, calls and targets stay"
+    )
     sys.exit(main(parser.parse_args()))

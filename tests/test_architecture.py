@@ -17,7 +17,7 @@ ROOMS = {
     "memlm.memory": {"memlm_kernels", "memlm.layers"},
     "memlm.configuration": {"memlm.memory"},
     "memlm.cache": {"memlm.memory"},
-    "memlm.modeling": {"memlm.layers", "memlm.memory", "memlm.configuration", "memlm.cache"},
+    "memlm.modeling": {"memlm_kernels", "memlm.layers", "memlm.memory", "memlm.configuration", "memlm.cache"},
     "memlm.bank": {"memlm_kernels", "memlm.memory", "memlm.cache", "memlm.modeling"},
     "memlm.interleave": {"memlm.data", "memlm.memory", "memlm.cache", "memlm.bank"},
     "memlm": {"memlm.bank", "memlm.configuration", "memlm.cache", "memlm.interleave", "memlm.modeling"},

@@ -1,6 +1,7 @@
 """Scripts, run as their users run them; benchmarks on memories too small to say anything."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -11,9 +12,9 @@ import memlm_kernels
 from tests.conftest import ROOT
 
 
-def run(*arguments: str, script: str = "benchmark_memory.py") -> str:
+def run(*arguments: str, script: str = "benchmark_memory.py", **environment: str) -> str:
     command = [sys.executable, str(ROOT / "scripts" / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -89,17 +90,50 @@ def test_conversion_there_and_back_as_a_command(tmp_path):
 
 
 def test_the_doctor_knows_every_op():
-    said = {line.split()[0] for line in run(script="doctor.py").splitlines()}
-    ops = {name for name in memlm_kernels.__all__ if name.islower() and name != "choose"}
-    assert ops | {"torch", "triton", "device", "nominate_documents"} <= said
+    """And why ``auto`` takes what it takes, and where Triton's kernels end, from the ops themselves."""
+    said = dict(line.split(maxsplit=1) for line in run(script="doctor.py").splitlines())
+    ops = {name for name in memlm_kernels.__all__ if name.islower() and name not in ("choose", "set_backend")}
+    assert ops | {"torch", "triton", "device", "nominate_documents"} <= said.keys()
+    for op in ("delta_rule", "chunk_topk", "prefix_window_attention", "merge_topk", "neural_memory"):
+        if not torch.cuda.is_available():
+            assert ", for Triton's interpreter is for tests; triton can run when asked for;" in said[op]
+        assert "triton's kernels " in said[op]
+    assert "take keys of at most 256 channels" in said["delta_rule"]
+    assert "take heads of at most 256; triton's kernels take at most 32 heads" in said["chunk_sparse_attention"]
+    assert said["neural_memory"].count("triton's kernels ") == 4
+
+
+def test_roofline_counts_what_kernels_move():
+    forward = run("--op", "segment_mean_pool", script="roofline.py").splitlines()[2]
+    # Tokens of 8 x 128 in bf16 are read, a mean in fp32 of each 64 is written, and the segments' ends are known.
+    gb = (8 * 4096 * 1024 * 2 + 8 * 64 * 1024 * 4 + 8 * 65 * 8) / 1e9
+    assert forward.startswith(f"| `segment_mean_pool`, forward | {gb:.3g} | 0 | {1e3 * gb / 4.8:.0f}, 0 us |")
+
+
+def test_benchmark_times_what_the_goals_compare_first():
+    planned = run("--plan", "--dtypes", "bfloat16", "float32", script="benchmark_kernels.py").splitlines()
+    goals = run("--plan", "--part", "goals", script="benchmark_kernels.py").splitlines()
+    assert planned[: len(goals)] == goals and len(set(planned)) == len(planned)
+    long = "chunk_sparse_attention, with selection: triton, torch.bfloat16, 131072 tokens, forward and backward"
+    assert long in goals and goals[-1] == "route_documents: triton, torch.bfloat16, 4096 tokens, forward"
+    assert "linear_attention, channels: fla, torch.bfloat16, 4096 tokens, forward and backward" in goals
+    assert "delta_rule, decay: triton, torch.float32, 1 tokens, forward" in planned[len(goals) :]
 
 
 def test_benchmark_of_the_kernels(tmp_path):
     """Every op and every backend that runs without a GPU; what does not says why."""
     out = tmp_path / "kernels.jsonl"
     sizes = ("--rows", "1", "--tokens", "32", "--heads", "1", "--chunks", "20", "--dtypes", "float32")
-    run(*sizes, "--out", str(out), script="benchmark_kernels.py")
-    records = [json.loads(line) for line in out.read_text().splitlines()]
+    run(*sizes, "--out", str(out), script="benchmark_kernels.py", TRITON_INTERPRET="0")
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    records = [line for line in lines if "op" in line]
+    goals = [line for line in lines if "goal" in line]
+    # Nothing of ours runs here, and so no goal is met; each says so.
+    assert len(goals) == 10 and not any(line["met"] or line["ratio"] for line in goals)
+    assert {line["tokens"] for line in goals if "with selection" in line["goal"]} == {64, 256, 1024}
+    for backend in ("triton", "fla"):
+        missing = [line["error"] for line in records if line["backend"] == backend]
+        assert missing and all(f"backend='{backend}' cannot run here" in error for error in missing)
     errors = {
         record["error"] for record in records if "error" in record and record["backend"] in ("reference", "flash")
     }
@@ -109,5 +143,9 @@ def test_benchmark_of_the_kernels(tmp_path):
         "route_documents, running",
         "merge_topk",
         "segment_mean_pool",
+        "routed delta_rule",
+        "routed delta_rule, its scans alone",
+        "chunk_sparse_attention, with selection",
+        "segmented_neural_memory",
     }
     assert all(record[name] for record in records for name in ("hardware", "torch", "triton", "commit", "date"))

@@ -280,6 +280,7 @@ def test_accumulated_parts_are_one_batch(tmp_path):
         ("train.init_from=3", "train.init_from=3 must be str or null"),
         ("run_dir=''", "run_dir=''"),
         ("hardware.device=tpu", "hardware.device='tpu'"),
+        ("hardware.kernels=cuda", "hardware.kernels='cuda' is unknown; use one of auto, reference, triton, fla"),
         ("tracker.name=tensorboard", "tracker.name='tensorboard'"),
     ],
 )

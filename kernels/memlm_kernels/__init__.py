@@ -3,7 +3,7 @@
 Imports torch, and Triton lazily, and nothing else.
 """
 
-from memlm_kernels.backend import choose
+from memlm_kernels.backend import choose, set_backend
 from memlm_kernels.chunk_sparse_attention import (
     chunk_mean_attention,
     chunk_sparse_attention,
@@ -44,4 +44,5 @@ __all__ = [
     "route_documents",
     "segment_mean_pool",
     "segmented_neural_memory",
+    "set_backend",
 ]

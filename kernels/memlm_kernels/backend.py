@@ -1,10 +1,11 @@
 """Which implementation of an op runs: ``auto``, ``reference`` (plain PyTorch, any device), ``triton``; ``fla``, see
-``peer``.
+``peer``. ``set_backend`` says it for all ops at once.
 """
 
 import importlib.util
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,37 +18,68 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # What kernels count within a row has 32 bits, with room to count a little further; places of elements have 64.
 MOST = 2**31 - 2**16
+BACKENDS = ("auto", "reference", "triton", "fla")
 
 logger = logging.getLogger(__name__)
 _announced: set[tuple[str, str]] = set()
+# What a call without a backend of its own takes, and how errors call it. No ContextVar: torch.compile guards globals.
+_asked, _key = "auto", "backend"
+
+
+class set_backend:
+    """What every op takes whose call names no backend: from now on, or as a context until its end.
+
+    ``reference``: torch's own operations alone. ``triton``, ``fla``: those kernels for each op that has them, which
+    raises ValueError where they cannot run; the other ops are as with ``auto``. Holds for the whole process.
+    key: what errors call it. Raises ValueError for another name.
+    """
+
+    def __init__(self, backend: str, key: str = "backend") -> None:
+        global _asked, _key
+        if backend not in BACKENDS:
+            raise ValueError(f"{key}={backend!r} is unknown; use one of {', '.join(BACKENDS)}")
+        self._before = _asked, _key
+        _asked, _key = backend, key
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: Any) -> None:
+        global _asked, _key
+        _asked, _key = self._before
 
 
 def choose(op: str, backend: str, available: tuple[str, ...], refused: Mapping[str, str] | None = None) -> str:
     """Resolve ``backend`` for ``op``; ``available`` lists what can run here, the one for ``auto`` first, and
     ``refused`` says why others cannot.
 
-    ``auto`` logs its choice once for each op. Raises ValueError for a backend that cannot run: there is no silent
-    fallback.
+    ``auto`` is what ``set_backend`` asks for; unless it asks for another it logs its choice once for each op. Raises
+    ValueError for a backend that cannot run: there is no silent fallback.
     """
+    refused, key = refused or {}, "backend"
+    if backend == "auto":
+        if _asked == "reference":
+            available = tuple(name for name in available if name not in ("triton", "fla"))
+        elif _asked in available or _asked in refused:
+            backend, key = _asked, _key
     if backend == "auto":
         backend = available[0]
         if (op, backend) not in _announced:
             _announced.add((op, backend))
             logger.info("%s: backend %s", op, backend)
     elif backend not in available:
-        reason = (refused or {}).get(backend)
-        because = f": {reason}" if reason else ""
-        raise ValueError(
-            f"{op}: backend={backend!r} cannot run here{because}; use one of auto, {', '.join(available)}"
-        )
+        because = f": {refused[backend]}" if backend in refused else ""
+        raise ValueError(f"{op}: {key}={backend!r} cannot run here{because}; use one of auto, {', '.join(available)}")
     return backend
 
 
-def with_triton(x: Tensor, limit: str | None, *others: Tensor | None) -> tuple[tuple[str, ...], dict[str, str]]:
+def with_triton(
+    x: Tensor, limit: str | None, *others: Tensor | None, products: bool = True
+) -> tuple[tuple[str, ...], dict[str, str]]:
     """What ``choose`` takes, for an op that has the backends ``reference`` and ``triton``.
 
-    limit: what of the call Triton's kernels do not take, None if they take it; others: more of its tensors. ``auto``
-    takes them on a GPU where they are ``PROVEN``. On a CPU they run in Triton's interpreter, which is for tests.
+    limit: what of the call Triton's kernels do not take, None if they take it; others: more of its tensors; products:
+    whether they have any. ``auto`` takes them unless there is ``against_triton``.
     """
     reason = missing_triton(x.device.type) or limit
     if x.is_floating_point() and x.dtype not in DTYPES:
@@ -56,8 +88,34 @@ def with_triton(x: Tensor, limit: str | None, *others: Tensor | None) -> tuple[t
         reason = reason or f"its kernels take at most {MOST} along a dimension, not {long[0]}"
     if reason:
         return ("reference",), {"triton": reason}
-    proven = x.device.type == "cuda" and architecture(x.device) in PROVEN
-    return (("triton", "reference") if proven else ("reference", "triton")), {}
+    return (("reference", "triton") if against_triton(x, products) else ("triton", "reference")), {}
+
+
+def against_triton(x: Tensor, products: bool) -> str | None:
+    """Why ``auto`` takes the reference where Triton's kernels can run, None if it takes them."""
+    if x.device.type != "cuda":
+        return "Triton's interpreter is for tests"
+    name = architecture(x.device)
+    if name not in PROVEN:
+        return f"the tests of Triton's kernels have not passed on {name} yet"
+    if products and not torch.version.hip and exact_products(x):
+        return "torch's float32_matmul_precision is 'highest', and NVIDIA's matrix units take no float32 as it is"
+    return None
+
+
+def exact_products(x: Tensor) -> bool:
+    """Whether torch rounds nothing in products of x, which is its default for fp32."""
+    return x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+
+
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors as torch's own products take them: under autocast fp32 in its type."""
+    device = tensors[0].device.type
+    # Autocast knows no meta device.
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if x.dtype == torch.float32 else x for x in tensors)
 
 
 @torch.compiler.assume_constant_result

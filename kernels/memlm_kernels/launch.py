@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from memlm_kernels.backend import exact_products
+
 Tiles = dict[str, int]
 
 # Triton warns where it is not set, for its default is about to change.
@@ -79,9 +81,15 @@ def target() -> str:
 
 
 def precision(x: Tensor) -> str:
-    """Of products of fp32 tiles: what torch's own products have. AMD's matrix instructions take fp32 as it is."""
-    exact = torch.get_float32_matmul_precision() == "highest" or target() == "hip"
-    return "ieee" if x.dtype != torch.float32 or exact else "tf32"
+    """Of products of fp32 tiles for tokens x. Of fp32 tokens what torch's own have; 16-bit ones lose nothing by tf32,
+    which NVIDIA's matrix units take. AMD's take fp32 as it is.
+    """
+    return "ieee" if target() == "hip" or exact_products(x) else "tf32"
+
+
+def no_products(*_: Any, **__: Any) -> int:
+    """FLOPs of an op that multiplies no matrices, as torch counts them."""
+    return 0
 
 
 def cdiv(x: int, y: int) -> int:

@@ -45,6 +45,7 @@ from memlm.memory.base import check_type
 from memlm.modeling import MemLMForCausalLM, count_parameters
 from memlm.training import checkpoint
 from memlm.training.tracking import read_metrics
+from memlm_kernels import set_backend
 
 
 @dataclass
@@ -65,6 +66,11 @@ def run(cfg: DictConfig) -> None:
     With ``cfg.memory_off`` its long-term memory is silent, and the results stand beside the others.
     Raises ValueError, one line, for what the user can mend; earlier results stay until new ones are whole.
     """
+    with set_backend(cfg.hardware.kernels, "hardware.kernels"):
+        _run(cfg)
+
+
+def _run(cfg: DictConfig) -> None:
     started = time.perf_counter()
     check_type(cfg.memory_off, bool, "memory_off")
     device = _device(cfg.hardware.device)

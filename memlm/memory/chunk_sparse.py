@@ -205,25 +205,23 @@ class Mixer(attention.Mixer):
         pooled_BNGK = self._pooled(plain_BLGK, chunks, "k", state, after)
         spans = (chunks.first_BT, chunks.end_BT)
 
-        with torch.autocast(x_BTD.device.type, enabled=False):
-            chosen_BTGJ = chunk_topk(q_BTHK, pooled_BNGK, top_k=config.top_k, spans=spans)
-            seen_BTHK = chunk_sparse_attention(
-                turned_BTHK,
-                seen_BLGK,
-                v_BLGK,
-                self.choice(chosen_BTGJ) - 1,
-                chunks.starts_BN,
-                chunk_size=config.chunk_size,
-                window=config.window_size,
-                places=positions_BT,
-                far=far,
-            ).output
+        chosen_BTGJ = chunk_topk(q_BTHK, pooled_BNGK, top_k=config.top_k, spans=spans)
+        seen_BTHK = chunk_sparse_attention(
+            turned_BTHK,
+            seen_BLGK,
+            v_BLGK,
+            self.choice(chosen_BTGJ) - 1,
+            chunks.starts_BN,
+            chunk_size=config.chunk_size,
+            window=config.window_size,
+            places=positions_BT,
+            far=far,
+        ).output
         aux_losses: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         if config.learning == "compressed":
             pooled_v_BNGK = self._pooled(v_BLGK, chunks, "v", state, after)
-            with torch.autocast(x_BTD.device.type, enabled=False):
-                means_BTHK = chunk_mean_attention(q_BTHK, pooled_BNGK, pooled_v_BNGK, spans=spans).output
+            means_BTHK = chunk_mean_attention(q_BTHK, pooled_BNGK, pooled_v_BNGK, spans=spans).output
             gate_BTH = self.gate(x_BTD)
             means_BTHK = gate_BTH[..., None] * means_BTHK
             metrics = {"gate": gate_BTH.detach().mean(), "memory_share": memory_share(means_BTHK, seen_BTHK)}

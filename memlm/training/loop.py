@@ -27,6 +27,7 @@ from memlm.training.objective import Objective, Score, model_inputs, score
 from memlm.training.optim import build_optimizers, lr_factor, set_lr
 from memlm.training.settings import OptimSettings, TrainSettings
 from memlm.training.tracking import Tracker
+from memlm_kernels import set_backend
 
 # What may differ between a run and its continuation.
 _FREE = {"hardware", "tracker", "run_dir"}
@@ -55,7 +56,8 @@ def run(cfg: DictConfig) -> None:
 
     Raises ValueError, one line, for what the user can mend.
     """
-    Trainer(cfg).train()
+    with set_backend(cfg.hardware.kernels, "hardware.kernels"):
+        Trainer(cfg).train()
 
 
 class Trainer:

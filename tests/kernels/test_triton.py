@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import memlm_kernels
 from memlm_kernels import SegmentedMemoryState, linear_attention, neural_memory, segmented_neural_memory
@@ -331,14 +330,6 @@ def test_the_memory_of_two_layers_keeps_the_rules_of_torch():
     inputs = on_device(deep_inputs(20, 6, 7, 5))
     compiled = torch.compile(lambda *x: deep(16)(x, "triton")[0], fullgraph=True, backend="aot_eager")
     assert_close("o", deep(16)(inputs, "reference")[0], compiled(*inputs), 1e-6)
-
-
-def test_floating_point_work_is_counted():
-    q, k, v = (torch.randn(1, 64, 1, 16, device=DEVICE, requires_grad=True) for _ in "qkv")
-    with FlopCounterMode(display=False) as counter:
-        linear_attention(q, k, v, backend="triton")[0].sum().backward()
-    # Two reads of a state forward, four backward, and as many products inside the chunk.
-    assert counter.get_total_flops() == 6 * 2 * 64 * (16 * 16 + 64 * 16)
 
 
 def on_device(tensors, dtype=torch.float32):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memlm_kernels.backend import MOST, choose, with_triton
+from memlm_kernels.backend import MOST, as_autocast, choose, with_triton
 from memlm_kernels.checks import check_range, check_sizes, check_tensors, named
 from memlm_kernels.chunk_sparse_attention.choice import chunk_topk_reference, invert_chunks_reference
 from memlm_kernels.chunk_sparse_attention.reference import Chosen, Keys, Pooled, attend
@@ -58,13 +58,15 @@ def chunk_topk(
     check_heads(q, k)
     check_tensors({"q": q, "k": k})
     _check_spans(q, spans)
+    (q,) = as_autocast(q)
     limit = f"its kernels take a top_k of at most 128, not {top_k}" if top_k > 128 else None
     if choose("chunk_topk", backend, *with_triton(q, limit, k)) == "triton" and q.numel() and k.numel():
         from memlm_kernels.chunk_sparse_attention.triton import choose_chunks
 
         first, end = (x.clamp(0, k.shape[1]).to(torch.int32) for x in spans) if spans else (None, None)
         return choose_chunks(q.detach(), k.detach(), first, end, top_k)
-    return chunk_topk_reference(q, k, top_k, spans, tile)
+    with torch.autocast(q.device.type, enabled=False):
+        return chunk_topk_reference(q, k, top_k, spans, tile)
 
 
 def invert_chunks(index: Tensor, num_chunks: int, *, backend: str = "auto") -> ChunkReaders:
@@ -80,7 +82,7 @@ def invert_chunks(index: Tensor, num_chunks: int, *, backend: str = "auto") -> C
         raise ValueError(f"num_chunks={num_chunks} must not be negative")
     check_tensors({}, {"index": index})
     limit = _too_many(index, num_chunks)
-    chosen = choose("invert_chunks", backend, *with_triton(index, limit))
+    chosen = choose("invert_chunks", backend, *with_triton(index, limit, products=False))
     check_range("index", index, None, num_chunks)
     if chosen == "triton" and index.numel():
         from memlm_kernels.chunk_sparse_attention.triton import invert
@@ -143,6 +145,8 @@ def chunk_sparse_attention(
         raise ValueError(f"starts {list(starts.shape)} must be integers [B, N] with B={batch}")
     check_sizes("v", v)
     check_tensors({"q": q, "k": k, "v": v, **named("far", far or ())}, {"index": index, "starts": starts})
+    q, k, v, far_q, far_k = as_autocast(q, k, v, far_q, far_k)
+    far = None if far is None else (far_q, far_k)
     limit = too_large(q, k, v) or _too_many(index, starts.shape[1])
     if index.shape[3] > 128:
         limit = limit or f"its kernels take at most 128 chunks of each token, not {index.shape[3]}"
@@ -159,7 +163,8 @@ def chunk_sparse_attention(
         return Attended(*attend_triton(q, k, v, *spans, window, scale, far=far, choice=choice))
     near = Keys(q, k, v[:, v.shape[1] - k.shape[1] :])
     chosen = Chosen(index, starts, chunk_size, window, places)
-    return Attended(*attend(chosen, [near, Keys(far_q, far_k, v)], scale, tile))
+    with torch.autocast(q.device.type, enabled=False):
+        return Attended(*attend(chosen, [near, Keys(far_q, far_k, v)], scale, tile))
 
 
 def chunk_mean_attention(
@@ -190,6 +195,7 @@ def chunk_mean_attention(
         raise ValueError(f"v {list(v.shape)} must be [B, N, G, V] with k {list(k.shape)}")
     check_sizes("v", v)
     check_tensors({"q": q, "k": k, "v": v})
+    q, k, v = as_autocast(q, k, v)
     if choose("chunk_mean_attention", backend, *with_triton(q, too_large(q, k, v), k)) == "triton" and q.numel():
         from memlm_kernels.prefix_window_attention.triton import attend_triton
 
@@ -198,7 +204,8 @@ def chunk_mean_attention(
             first, end = spans or (number, number + k.shape[1])
             first, end = (x.clamp(0, k.shape[1]) for x in (first, end))
             return Attended(*attend_triton(q, k, v, first, end, k.shape[1], scale))
-    return Attended(*attend(Pooled(spans), [Keys(q, k, v)], scale, tile))
+    with torch.autocast(q.device.type, enabled=False):
+        return Attended(*attend(Pooled(spans), [Keys(q, k, v)], scale, tile))
 
 
 def _check_spans(q: Tensor, spans: tuple[Tensor, Tensor] | None) -> None:

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 from triton import next_power_of_2
 
 from memlm_kernels.chunk_sparse_attention.choice_kernels import best_chunks, count_digits, place_by_digit
-from memlm_kernels.launch import at_least_16, cdiv, laid, precision
+from memlm_kernels.launch import at_least_16, cdiv, laid, no_products, precision
 
 # Entries that a program of the radix sort holds.
 WIDTH = 512
@@ -26,7 +26,7 @@ def choose_chunks(q: Tensor, k: Tensor, first: Tensor | None, end: Tensor | None
         **{"q": q, "k": k, "first": first, "end": end, "index": index, "T": length, "N": k.shape[1], "H": heads},
         **{"G": groups, "K": keys, "J": top_k, "BJ": next_power_of_2(top_k), "BK": at_least_16(keys), "BN": 64},
         # Scores are of fp32, whatever is given.
-        PRECISION=precision(q.new_empty(0, dtype=torch.float32)),
+        PRECISION=precision(q),
     )
     return index
 
@@ -62,6 +62,9 @@ def invert(index: Tensor, num_chunks: int) -> tuple[Tensor, Tensor]:
     number = torch.arange(num_chunks + 1, device=index.device, dtype=torch.int32)
     assert keys is not None
     return values, torch.searchsorted(keys, number.expand(batch, groups, -1).contiguous())
+
+
+register_flop_formula(torch.ops.memlm.invert_chunks)(no_products)
 
 
 @invert.register_fake

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from memlm_kernels.backend import choose, with_triton
+from memlm_kernels.backend import as_autocast, choose, with_triton
 from memlm_kernels.delta_rule.reference import delta_rule_reference
 from memlm_kernels.peer import limit_of, recurrence, with_fla
 from memlm_kernels.segments import check_recurrence
@@ -40,6 +40,7 @@ def delta_rule(
     backend cannot run.
     """
     cu_seqlens = check_recurrence(q, k, v, {"beta": beta, "log_decay": log_decay}, cu_seqlens, state)
+    q, k, v = as_autocast(q, k, v)
     limit = None if q.shape[-1] <= 256 else f"its kernels take keys of at most 256 channels, not K={q.shape[-1]}"
     known = with_triton(q, limit, v, cu_seqlens)
     chosen = choose("delta_rule", backend, *with_fla(known, q, limit_of(q, v, log_decay, beta)))

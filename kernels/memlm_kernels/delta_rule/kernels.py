@@ -69,11 +69,10 @@ def inverses(
     H: tl.constexpr,
     K: tl.constexpr,
     PRECISION: tl.constexpr,
-    INVERSE: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Y: [B, N, H, BT, BT]; INVERSE: the precision of products of fp32 inside the inverse."""
+    """Y: [B, N, H, BT, BT]"""
     program = tl.program_id(0).to(tl.int64)
     _tile, h, n, row = part_of(program, 1, H, N)
     start, end = chunk_span(chunks, row, n, N, T, BT)
@@ -90,7 +89,7 @@ def inverses(
     if log_decay is not None:
         b_A *= decay_between(tl.load(log_decay + base + rows, mask=inside, other=0.0).to(tl.float32), BT)
     b_A = tl.where(i_t[:, None] > i_t[None, :], b_A, 0.0)
-    store_tile(Y, invert(b_A, BT, INVERSE), program * BT, i_t, i_t, i_t < BT, BT)
+    store_tile(Y, invert(b_A, BT, PRECISION), program * BT, i_t, i_t, i_t < BT, BT)
 
 
 @tiled(

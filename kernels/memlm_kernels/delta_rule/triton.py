@@ -15,10 +15,10 @@ from memlm_kernels.delta_rule.kernels import (
     solutions,
     solutions_backward,
 )
-from memlm_kernels.launch import laid, precision, target
+from memlm_kernels.launch import laid
 from memlm_kernels.linear_attention.kernels import outputs_forward, values_backward
 from memlm_kernels.linear_attention.step import is_step, step
-from memlm_kernels.linear_attention.triton import WIDTH, Call, cdiv, decay_gradient, flops
+from memlm_kernels.linear_attention.triton import Call, cdiv, decay_gradient, flops
 from memlm_kernels.segments import segments_of
 
 
@@ -49,13 +49,11 @@ def forward(
     call = Call(q, v, cu_seqlens)
     sizes = {**call.sizes, "K": call.keys, "V": call.values}
     Y = q.new_empty(call.batch, call.count, call.heads, call.width, call.width)
-    # What 16 bits will hold needs no more than tf32 has.
-    inverse = "tf32" if target() == "cuda" and q.dtype != torch.float32 else precision(q)
     inverses(
         call.at_once(1),
         {"BK": call.limits["BK"]},
         **{"k": k, "beta": beta, "log_decay": log_decay, "chunks": call.chunks, "Y": Y, "K": call.keys},
-        **{"INVERSE": inverse, **call.sizes},
+        **call.sizes,
     )
     W, U = _solve(call, k, beta, log_decay, Y), _solve(call, v, beta, None, Y)
     states, final = q.new_empty(call.states_shape), q.new_empty(call.state_shape, dtype=torch.float32)
@@ -118,9 +116,11 @@ def backward(
         **{"d_o": d_o, "d_states": None, "d_v": d_local, **sizes},
     )
     d_states, d_initial = torch.empty_like(states), q.new_empty(call.state_shape, dtype=torch.float32)
+    # More columns of a state with so many rows would not fit into registers.
+    narrow = call.limits["BV"] if call.keys <= 128 else 16
     delta_states_backward(
         lambda tiles: call.batch * call.segments * call.heads * cdiv(call.values, tiles["BV"]),
-        {"BV": call.limits["BV"]},
+        {"BV": narrow},
         **{"q": q, "k": k, "W": W, "log_decay": log_decay, "cu": call.cu, "first": call.first, "d_o": d_o},
         **{"d_final": d_final, "d_states": d_states, "d_initial": d_initial, "d_local": d_local, "d_d": d_d},
         **{"S": call.segments, "BK": call.limits["BK"], **sizes},
@@ -188,19 +188,33 @@ def _backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None, *_: Tensor |
 forward.register_autograd(_backward, setup_context=_setup)
 
 
-def _inside(q: tuple[int, ...], v: tuple[int, ...]) -> int:
-    """Floating-point work of the products with a chunk's inverse."""
-    return 2 * q[0] * q[1] * q[2] * min(WIDTH, q[1]) * (q[3] + v[-1])
-
-
 @register_flop_formula(torch.ops.memlm.delta_rule)
-def _forward_flops(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: Any, **__: Any) -> int:
-    return flops(q, v, 3) + _inside(q, v)
+def _forward_flops(
+    q: tuple[int, ...],
+    k: tuple[int, ...],
+    v: tuple[int, ...],
+    beta: Any,
+    log_decay: Any,
+    cu_seqlens: Any,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Four products make a chunk's inverse."""
+    return flops(q, v, cu_seqlens, states=3, of_keys=3, of_values=2, inside=4)
 
 
 @register_flop_formula(torch.ops.memlm.delta_rule_backward)
-def _backward_flops(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: Any, **__: Any) -> int:
-    return flops(q, v, 7) + 3 * _inside(q, v)
+def _backward_flops(
+    q: tuple[int, ...],
+    k: tuple[int, ...],
+    v: tuple[int, ...],
+    beta: Any,
+    log_decay: Any,
+    cu_seqlens: Any,
+    *_: Any,
+    **__: Any,
+) -> int:
+    return flops(q, v, cu_seqlens, states=6, of_keys=8 if log_decay is None else 9, of_values=5)
 
 
 def delta_rule_triton(

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from memlm_kernels.backend import choose, with_triton
+from memlm_kernels.backend import as_autocast, choose, with_triton
 from memlm_kernels.linear_attention.reference import linear_attention_reference
 from memlm_kernels.peer import limit_of, recurrence, with_fla
 from memlm_kernels.segments import check_recurrence
@@ -39,6 +39,7 @@ def linear_attention(
     backend cannot run.
     """
     cu_seqlens = check_recurrence(q, k, v, {"log_decay": log_decay}, cu_seqlens, state, ["log_decay"])
+    q, k, v = as_autocast(q, k, v)
     known = with_triton(q, _limit(q, log_decay), v, cu_seqlens)
     chosen = choose("linear_attention", backend, *with_fla(known, q, limit_of(q, v, log_decay, None)))
     if chosen == "reference" or q.numel() == 0:

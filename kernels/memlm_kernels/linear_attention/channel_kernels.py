@@ -9,7 +9,7 @@ import triton.language as tl
 
 from memlm_kernels.launch import channels_behind, chunk_span, load_tile, lower, part_of, store_tile, tiled
 
-_SIZES = ["B", "T", "N"]
+_SIZES = ["T", "N"]
 _WHOLE_K = [{"num_warps": 4, "num_stages": 1}]
 
 

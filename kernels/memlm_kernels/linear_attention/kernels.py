@@ -22,7 +22,7 @@ from memlm_kernels.launch import (
     tiled,
 )
 
-_SIZES = ["T", "N", "S"]
+_SIZES = ["B", "T", "N", "S"]
 _WIDE = [
     {"BK": 64, "BV": 64, "num_warps": 8, "num_stages": 2},
     {"BK": 64, "BV": 32, "num_warps": 8, "num_stages": 2},

@@ -27,6 +27,11 @@ from memlm_kernels.segments import chunk_width, segments_of
 WIDTH, BLOCK = 64, 16
 
 
+def width_of(length: int, cu_seqlens: Tensor | None) -> int:
+    """Tokens of a chunk."""
+    return max(16, chunk_width(length, cu_seqlens, WIDTH))
+
+
 class Call:
     """Sizes of a call, how its rows are cut into chunks, and how many programs a kernel needs.
 
@@ -36,7 +41,7 @@ class Call:
     def __init__(self, q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
         self.batch, self.length, self.heads, self.keys = q.shape
         self.values = v.shape[-1]
-        self.width = max(16, chunk_width(self.length, cu_seqlens, WIDTH))
+        self.width = width_of(self.length, cu_seqlens)
         self.segments = segments_of(cu_seqlens)
         self.cu = cu_seqlens if cu_seqlens is None else cu_seqlens.contiguous()
         self.count, self.chunks, self.first = spans(cu_seqlens, self.length, self.width)
@@ -224,21 +229,37 @@ def _backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None, _: Tensor | 
 forward.register_autograd(_backward, setup_context=_setup)
 
 
-def flops(q: tuple[int, ...], v: tuple[int, ...], reads: int) -> int:
-    """Of ``reads`` products of each token with a state, and as many masked ones in chunks."""
+def flops(
+    q: tuple[int, ...],
+    v: tuple[int, ...],
+    cu_seqlens: tuple[int, ...] | None,
+    *,
+    states: int,
+    of_keys: int,
+    of_values: int,
+    inside: int = 0,
+) -> int:
+    """Of products of each token with a state, and of those that make or read [C, C] of a chunk, by their other size:
+    the keys', the values', or C. What a mask hides counts; what each tile of a size makes again counts once.
+    """
     batch, length, heads, keys = q
-    values = v[-1]
-    return 2 * batch * length * heads * reads * (keys * values + min(WIDTH, length) * (keys + values) // 2)
+    width = width_of(length, None if cu_seqlens is None else torch.empty(cu_seqlens, device="meta"))
+    of_chunks = of_keys * keys + of_values * v[-1] + inside * width
+    return 2 * batch * length * heads * (states * keys * v[-1] + width * of_chunks)
 
 
 @register_flop_formula(torch.ops.memlm.linear_attention)
-def _forward_flops(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: Any, **__: Any) -> int:
-    return flops(q, v, 2)
+def _forward_flops(
+    q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], log_decay: Any, cu_seqlens: Any, *_: Any, **__: Any
+) -> int:
+    return flops(q, v, cu_seqlens, states=2, of_keys=1, of_values=1)
 
 
 @register_flop_formula(torch.ops.memlm.linear_attention_backward)
-def _backward_flops(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: Any, **__: Any) -> int:
-    return flops(q, v, 4)
+def _backward_flops(
+    q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], log_decay: Any, cu_seqlens: Any, *_: Any, **__: Any
+) -> int:
+    return flops(q, v, cu_seqlens, states=4, of_keys=3 if log_decay is None else 4, of_values=2)
 
 
 def linear_attention_triton(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memlm_kernels.backend import choose, with_triton
+from memlm_kernels.backend import as_autocast, choose, with_triton
 from memlm_kernels.checks import check_sizes, check_tensors, named
 from memlm_kernels.grid import check_places, check_start
 from memlm_kernels.neural_memory.losses import InnerLoss, dot_product, huber, lp, squared_error
@@ -111,6 +111,7 @@ def neural_memory(
     check_start(positions, lengths, None if state is None else state.position)
     if aligned and (positions is not None or lengths is not None):
         raise ValueError("aligned=True leaves no room for positions or lengths; leave them out")
+    q, k, v = as_autocast(q, k, v)
     limit = _limit(q, v, weights, norm, loss, window, chunk_size)
     scan: LoopOverChunks | None = None
     widest = 64

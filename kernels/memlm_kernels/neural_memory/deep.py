@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from memlm_kernels.checks import in_one_type
-from memlm_kernels.launch import Kernel, at_least_16, cdiv, laid, precision, target
+from memlm_kernels.launch import Kernel, at_least_16, cdiv, laid, precision
 from memlm_kernels.neural_memory.chunk import Plan
 from memlm_kernels.neural_memory.deep_backward_kernels import deep_tokens_backward, deep_write_backward
 from memlm_kernels.neural_memory.deep_kernels import deep_read, deep_step, deep_write
@@ -68,10 +68,8 @@ class _Call(NamedTuple):
         tiles = {"BT": at_least_16(width), "BK": at_least_16(keys), "BV": at_least_16(values)}
         # A tile of either layer takes 16 registers of a thread.
         tiles["BX"] = min(at_least_16(hidden), 32)
-        # 16-bit tokens lose nothing by tf32, which NVIDIA's matrix units take; AMD's take fp32.
-        exact = self.q.dtype == torch.float32 or target() == "hip"
         sizes = {"N": count, "G": rows, "K": keys, "X": hidden, "V": values, "W_C": width}
-        return {**sizes, **tiles, "SILU": silu, "EPS": EPS, "PRECISION": precision(self.q) if exact else "tf32"}
+        return {**sizes, **tiles, "SILU": silu, "EPS": EPS, "PRECISION": precision(self.q)}
 
     def memory(self) -> Named:
         """What the first chunk enters with; A: the anchor, unless that chunk opens one."""
@@ -337,10 +335,10 @@ forward.register_autograd(_backward, setup_context=_setup)
 
 @register_flop_formula(torch.ops.memlm.deep_memory)
 def _forward_flops(tokens: Sequence[Sequence[int]], *arguments: Any, **__: Any) -> int:
-    """The products of ``deep_kernels``, with momentum."""
+    """The products of ``deep_kernels``; momentum, the second list, may be empty."""
     count, rows, width, keys = tokens[0]
     _, hidden, values = arguments[3][1]
-    of_layers = hidden * (5 * (keys + values) + values)
+    of_layers = hidden * ((5 if arguments[0] else 3) * (keys + values) + values)
     return 2 * count * rows * width * (of_layers + width * (keys + values + 2 * hidden))
 
 

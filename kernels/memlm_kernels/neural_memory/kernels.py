@@ -155,37 +155,37 @@ def memory_forward(
         first = initial
     else:
         first = W
-    for n in range(N):
-        at = n * G + g
-        if kept_W is not None:  # noqa: SIM102
-            if n % GROUP == 0:
-                kept_base = (n // GROUP * G + g) * K
-                store_tile(kept_W, b_W, kept_base, i_k, i_v, i_k < K, V)
-                store_tile(kept_anchor, b_A, kept_base, i_k, i_v, i_k < K, V)
-                if S is not None:
-                    store_tile(kept_S, b_S, kept_base, i_k, i_v, i_k < K, V)
-        b_W, b_S, b_A = enter(
-            b_W, b_S, b_A, opens_document, opens_chunk, owner, first, S, anchor, n, g, G, i_k, i_v, K, V, BLOCKS
-        )
-        b_q = load_tile(q, at * W_C, i_c, i_k, real, K)
-        b_k = load_tile(k, at * W_C, i_c, i_k, real, K)
-        b_e = tl.dot(b_k, b_A.to(b_k.dtype), input_precision=PRECISION)
-        b_e -= load_tile(v, at * W_C, i_c, i_v, real, V).to(tl.float32)
-        store_tile(errors, b_e, at * W_C, i_c, i_v, real, V)
-        tl.store(squares + (tile * N * G + at) * W_C + i_c, tl.sum(b_e * b_e, 1), mask=real)
-        b_C = load_tile(C, at * W_C, i_c, i_c, real, W_C)
-        b_R = b_C * tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        b_beta = load_slots(beta, at * W_C, i_c, W_C)
-        b_o = tl.dot(b_q, b_W.to(b_q.dtype), input_precision=PRECISION) * b_beta[:, None]
-        b_o -= tl.dot(b_R.to(b_k.dtype), b_e.to(b_k.dtype), input_precision=PRECISION)
-        if f is not None:
-            b_f = load_slots(f, at * W_C, i_c, W_C)
-            b_o += tl.dot(b_q, b_S.to(b_q.dtype), input_precision=PRECISION) * b_f[:, None]
-        store_tile(out, b_o, at * W_C, i_c, i_v, real, V)
-        b_W, b_S = leave(b_W, b_S, b_k, b_e, C, beta, f, P, m, at, i_c, W_C, PRECISION)
-        if owner is not None:
-            base, ended = tl.load(owner + at) * K, i_k < tl.where(tl.load(closes + at) != 0, K, 0)
-            store_last(b_W, b_S, b_A, last_W, last_S, last_anchor, base, i_k, i_v, ended, V)
+    for begin in range(0, N, GROUP):
+        if kept_W is not None:
+            kept_base = (begin // GROUP * G + g) * K
+            store_tile(kept_W, b_W, kept_base, i_k, i_v, i_k < K, V)
+            store_tile(kept_anchor, b_A, kept_base, i_k, i_v, i_k < K, V)
+            if S is not None:
+                store_tile(kept_S, b_S, kept_base, i_k, i_v, i_k < K, V)
+        for n in range(begin, tl.minimum(begin + GROUP, N)):
+            at = n * G + g
+            b_W, b_S, b_A = enter(
+                b_W, b_S, b_A, opens_document, opens_chunk, owner, first, S, anchor, n, g, G, i_k, i_v, K, V, BLOCKS
+            )
+            b_q = load_tile(q, at * W_C, i_c, i_k, real, K)
+            b_k = load_tile(k, at * W_C, i_c, i_k, real, K)
+            b_e = tl.dot(b_k, b_A.to(b_k.dtype), input_precision=PRECISION)
+            b_e -= load_tile(v, at * W_C, i_c, i_v, real, V).to(tl.float32)
+            store_tile(errors, b_e, at * W_C, i_c, i_v, real, V)
+            tl.store(squares + (tile * N * G + at) * W_C + i_c, tl.sum(b_e * b_e, 1), mask=real)
+            b_C = load_tile(C, at * W_C, i_c, i_c, real, W_C)
+            b_R = b_C * tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+            b_beta = load_slots(beta, at * W_C, i_c, W_C)
+            b_o = tl.dot(b_q, b_W.to(b_q.dtype), input_precision=PRECISION) * b_beta[:, None]
+            b_o -= tl.dot(b_R.to(b_k.dtype), b_e.to(b_k.dtype), input_precision=PRECISION)
+            if f is not None:
+                b_f = load_slots(f, at * W_C, i_c, W_C)
+                b_o += tl.dot(b_q, b_S.to(b_q.dtype), input_precision=PRECISION) * b_f[:, None]
+            store_tile(out, b_o, at * W_C, i_c, i_v, real, V)
+            b_W, b_S = leave(b_W, b_S, b_k, b_e, C, beta, f, P, m, at, i_c, W_C, PRECISION)
+            if owner is not None:
+                base, ended = tl.load(owner + at) * K, i_k < tl.where(tl.load(closes + at) != 0, K, 0)
+                store_last(b_W, b_S, b_A, last_W, last_S, last_anchor, base, i_k, i_v, ended, V)
     if owner is None:
         store_last(b_W, b_S, b_A, last_W, last_S, last_anchor, g * K, i_k, i_v, i_k < K, V)
 

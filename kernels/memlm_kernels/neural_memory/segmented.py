@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memlm_kernels.backend import choose, with_triton
+from memlm_kernels.backend import as_autocast, choose, with_triton
 from memlm_kernels.checks import check_tensors, in_one_type
 from memlm_kernels.neural_memory import blocks_limit, keys_limit, most_slots
 from memlm_kernels.neural_memory.reference import Tokens, scalar_recurrences
@@ -53,6 +53,7 @@ def segmented_neural_memory(
     _check_state(state, momentum)
     gates_of = {"lr": lr, "momentum": momentum, "decay": decay}
     cu_seqlens = check_recurrence(q, k, v, gates_of, cu_seqlens, state.memory[:, :, 0])
+    q, k, v = as_autocast(q, k, v)
     limit = keys_limit(q) or blocks_limit(chunk_size, most_slots(q, 1))
     by_triton = choose("segmented_neural_memory", backend, *with_triton(q, limit, v, cu_seqlens)) == "triton"
     batch, length, heads, _ = q.shape

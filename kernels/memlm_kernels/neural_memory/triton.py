@@ -276,17 +276,17 @@ forward.register_autograd(_backward, setup_context=_setup)
 
 
 @register_flop_formula(torch.ops.memlm.neural_memory)
-def _forward_flops(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: Any, **__: Any) -> int:
-    """The products of ``kernels``, with momentum."""
+def _forward_flops(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *gates: Any, **_: Any) -> int:
+    """The products of ``kernels``; f, the third gate, is None without momentum."""
     count, rows, width, keys = q
-    return 2 * count * rows * width * (5 * keys * v[-1] + width * (keys + v[-1]))
+    return 2 * count * rows * width * ((5 if gates[2] else 3) * keys * v[-1] + width * (keys + v[-1]))
 
 
 @register_flop_formula(torch.ops.memlm.neural_memory_backward)
 def _backward_flops(q: tuple[int, ...], *arguments: Any, **__: Any) -> int:
     count, rows, width, keys = q
-    values = arguments[12][-1]
-    return 2 * count * rows * width * (13 * keys * values + width * (3 * keys + 2 * values))
+    values, of_memory = arguments[12][-1], 12 if arguments[3] else 7
+    return 2 * count * rows * width * (of_memory * keys * values + width * (4 * keys + 2 * values))
 
 
 def scan_triton(plan: Plan, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> tuple[Tensor, ...]:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memlm_kernels.backend import choose, with_triton
+from memlm_kernels.backend import as_autocast, choose, with_triton
 from memlm_kernels.checks import check_range, check_sizes, check_tensors, in_one_type, named, readable
 from memlm_kernels.prefix_window_attention.reference import plain, read_blocks, sdpa
 
@@ -50,8 +50,9 @@ def prefix_window_attention(
     Raises ValueError if shapes, types or devices disagree, window < 1, or the backend cannot run.
     """
     _check(q, k, v, window, places, prefix)
+    q, k, v, *rest = as_autocast(q, k, v, *(prefix or ()))
     given = q.dtype
-    q, k, v, *rest = in_one_type(q, k, v, *(prefix or ()))
+    q, k, v, *rest = in_one_type(q, k, v, *rest)
     prefix = (rest[0], rest[1], rest[2]) if prefix else None
     available, refused = with_triton(q, too_large(q, k, v), k, *rest)
     if with_lse:

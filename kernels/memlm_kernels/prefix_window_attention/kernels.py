@@ -18,7 +18,7 @@ from memlm_kernels.launch import load_tile, store_tile, tiled
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 # Behind all keys and chunks.
 NEVER = tl.constexpr(2147483647)
-_SIZES = ["T", "LK", "L", "P", "N", "U", "SPLITS", "PARTS", "TILES", "window", "shared"]
+_SIZES = ["B", "T", "LK", "L", "P", "N", "U", "SPLITS", "PARTS", "TILES", "window", "shared"]
 _FORWARD = [{"BN": 64, "num_warps": 8, "num_stages": 2}, {"BN": 32, "num_warps": 8, "num_stages": 2}]
 _FORWARD_HIP = [{"BN": 64, "num_warps": 4, "num_stages": 1}, {"BN": 32, "num_warps": 4, "num_stages": 1}]
 _QUERIES = [{"BN": 64, "num_warps": 8, "num_stages": 1}, {"BN": 32, "num_warps": 8, "num_stages": 1}]
@@ -329,7 +329,7 @@ def queries_backward(
 
 @tiled(_KEYS, _KEYS_HIP)
 @triton.jit(do_not_specialize=_SIZES)
-def keys_backward(
+def attended_keys_backward(
     q,
     k,
     v,

@@ -17,7 +17,7 @@ from memlm_kernels.chunk_sparse_attention.triton import invert
 from memlm_kernels.launch import Tiles, at_least_16, cdiv, laid, precision
 from memlm_kernels.prefix_window_attention.kernels import (
     attend_forward,
-    keys_backward,
+    attended_keys_backward,
     merge_splits,
     queries_backward,
 )
@@ -40,6 +40,7 @@ class Call:
         self.rows = min(most, max(self.padded, at_least_16(self.length * self.padded)))
         self.tiles = cdiv(self.length, self.rows // self.padded)
         self.most_keys = most if wide <= 512 else 16
+        self.most_stages = 2 if wide <= 256 else 1
         self.prefix = 0 if prefix_k is None else prefix_k.shape[1]
         self.chosen = 0 if index is None else index.shape[3]
         self.chunk = chunk
@@ -56,7 +57,7 @@ class Call:
         self.of_choice = {"J": self.chosen, "C": chunk, "BC": self.limit(chunk)["BN"]}
 
     def limit(self, keys: int) -> Tiles:
-        return {"BN": min(self.most_keys, at_least_16(keys))}
+        return {"BN": min(self.most_keys, at_least_16(keys)), "num_stages": self.most_stages}
 
     def splits(self, most: int) -> int:
         """Of the keys that a program sees at most, where there are too few programs: a power of two."""
@@ -244,7 +245,7 @@ def _keys_gradients(call: Call, queries: dict[str, Any], k: Tensor, v: Tensor) -
     parts = call.parts(k.shape[1], limits)
     shape = (parts, call.batch, k.shape[1], call.groups)
     d_k, d_v = (k.new_empty(*shape, size, dtype=torch.float32) for size in (call.keys, call.values))
-    keys_backward(
+    attended_keys_backward(
         lambda tiles: parts * call.batch * call.groups * cdiv(k.shape[1], tiles["BN"]),
         {**limits, "BM": call.rows},
         **{**queries, "k": k, "v": v, "d_k": d_k, "d_v": d_v, "shared": int(len(k) == call.batch), "B": call.batch},

@@ -195,7 +195,8 @@ def merge_topk(parts: Sequence[tuple[Tensor, Tensor]], top_k: int, *, backend: s
             raise ValueError(f"index {list(i.shape)} and score {list(s.shape)} must be alike but for the last size")
         check_tensors({"score": s, "score of the first": parts[0][1]}, {"index": i})
     index, score = (torch.cat(tensors, -1).detach() for tensors in zip(*parts, strict=True))
-    if choose("merge_topk", backend, *with_triton(score, _too_many(top_k))) == "reference" or index.numel() == 0:
+    chosen = choose("merge_topk", backend, *with_triton(score, _too_many(top_k), products=False))
+    if chosen == "reference" or index.numel() == 0:
         return merge_topk_reference(index, score, top_k)
     from memlm_kernels.route_documents.triton import merge_topk_triton
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from memlm_kernels.backend import MOST
-from memlm_kernels.launch import at_least_16, cdiv, laid, precision
+from memlm_kernels.launch import at_least_16, cdiv, laid, no_products, precision
 from memlm_kernels.route_documents.kernels import choose_best, choose_running, score_chunks
 from memlm_kernels.route_documents.reference import Asked, Chosen, Rule, Scored, query_of, walk
 
@@ -161,6 +161,9 @@ def merge(index: Tensor, score: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     index, score = laid(index, score)
     name, value = _best(score, index, (None, None), 1, top_k)
     return name[:, 0].clone(), value[:, 0].clone()
+
+
+register_flop_formula(torch.ops.memlm.merge_topk)(no_products)
 
 
 @merge.register_fake

@@ -30,7 +30,7 @@ def dispatch_tokens(x: Tensor, place: Tensor, *, backend: str = "auto") -> Tenso
     """
     _check("x", x, place, routed=False)
     check_tensors({"x": x}, {"place": place})
-    chosen = choose("dispatch_tokens", backend, *with_triton(x, None, place))
+    chosen = choose("dispatch_tokens", backend, *with_triton(x, None, place, products=False))
     _check_places(place)
     if chosen == "reference" or x.numel() * place.numel() == 0:
         return dispatch_tokens_reference(x, place)
@@ -59,7 +59,7 @@ def combine_reads(
     if shared is not None and shared.shape != expected:
         raise ValueError(f"shared {list(shared.shape)} must be [B, T, ...] = {list(expected)}")
     check_tensors({"o": o, "weight": weight, "shared": shared}, {"place": place})
-    chosen = choose("combine_reads", backend, *with_triton(o, None, place))
+    chosen = choose("combine_reads", backend, *with_triton(o, None, place, products=False))
     _check_places(place)
     if chosen == "reference" or o.numel() == 0:
         return combine_reads_reference(o, place, weight, shared)

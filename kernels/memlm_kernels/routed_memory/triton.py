@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from memlm_kernels.launch import cdiv, laid, powers_of_two, with_features
+from memlm_kernels.launch import cdiv, laid, no_products, powers_of_two, with_features
 from memlm_kernels.routed_memory.kernels import collect, spread
 
 
@@ -93,6 +94,8 @@ def _backward_combine(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
 
 dispatch.register_autograd(_backward_dispatch, setup_context=_setup_dispatch)
 combine.register_autograd(_backward_combine, setup_context=_setup_combine)
+_OPS = torch.ops.memlm
+register_flop_formula([_OPS.dispatch_tokens, _OPS.combine_reads, _OPS.combine_reads_backward])(no_products)
 
 
 def dispatch_tokens_triton(x: Tensor, place: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def segment_mean_pool(x: Tensor, cu_segments: Tensor, *, longest: int, backend: 
     cu_segments = segments_within("cu_segments", cu_segments, x.shape[1])
     check_range(f"lengths of segments, longest={longest},", cu_segments.diff(dim=1), 0, longest + 1)
     longest = min(longest, max(1, x.shape[1]))
-    chosen = choose("segment_mean_pool", backend, *with_triton(x, None, cu_segments))
+    chosen = choose("segment_mean_pool", backend, *with_triton(x, None, cu_segments, products=False))
     if chosen == "reference" or x.numel() == 0 or cu_segments.shape[1] == 1:
         return segment_mean_pool_reference(x, cu_segments, longest)
     from memlm_kernels.segment_mean_pool.triton import segment_mean_pool_triton

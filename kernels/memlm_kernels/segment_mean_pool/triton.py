@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from memlm_kernels.launch import cdiv, laid, powers_of_two, with_features
+from memlm_kernels.launch import cdiv, laid, no_products, powers_of_two, with_features
 from memlm_kernels.segment_mean_pool.kernels import pool, pool_backward
 from memlm_kernels.segment_mean_pool.reference import owners
 
@@ -60,6 +61,7 @@ def _backward(ctx: Any, d_mean: Tensor) -> tuple[Tensor | None, ...]:
 
 
 forward.register_autograd(_backward, setup_context=_setup)
+register_flop_formula([torch.ops.memlm.segment_mean_pool, torch.ops.memlm.segment_mean_pool_backward])(no_products)
 
 
 def segment_mean_pool_triton(x: Tensor, cu_segments: Tensor, longest: int) -> Tensor:
