@@ -255,8 +255,10 @@ def signature(kernel: Kernel, arguments: dict[str, Any]) -> dict[str, str]:
         x = arguments.get(name)
         if name in constant or x is None:
             types[name] = "constexpr"
+        elif hasattr(x, "dtype"):
+            types[name] = POINTERS[x.dtype]
         else:
-            types[name] = POINTERS[x.dtype] if hasattr(x, "dtype") else "fp32" if isinstance(x, float) else "i32"
+            types[name] = "fp32" if isinstance(x, float) else "i32" if x < 2**31 else "i64"
     return types
 
 

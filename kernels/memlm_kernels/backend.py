@@ -18,6 +18,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 BACKENDS = ("auto", "reference", "triton", "fla")
 
+# What kernels count within a row has 32 bits, with room to count a little further; places of elements have 64.
+MOST = 2**31 - 2**16
+
 logger = logging.getLogger(__name__)
 _announced: set[tuple[str, str]] = set()
 # What a call without a backend of its own takes, and how errors call it. No ContextVar: torch.compile guards globals.
@@ -71,15 +74,19 @@ def choose(op: str, backend: str, available: tuple[str, ...], refused: Mapping[s
     return backend
 
 
-def with_triton(x: Tensor, limit: str | None, *, products: bool = True) -> tuple[tuple[str, ...], dict[str, str]]:
+def with_triton(
+    x: Tensor, limit: str | None, *others: Tensor | None, products: bool = True
+) -> tuple[tuple[str, ...], dict[str, str]]:
     """What ``choose`` takes, for an op that has the backends ``reference`` and ``triton``.
 
-    limit: what of the call Triton's kernels do not take, None if they take it; products: whether they have any.
-    ``auto`` takes them unless there is ``against_triton``.
+    limit: what of the call Triton's kernels do not take, None if they take it; others: more of its tensors; products:
+    whether they have any. ``auto`` takes them unless there is ``against_triton``.
     """
     reason = missing_triton(x.device.type) or limit
     if x.is_floating_point() and x.dtype not in DTYPES:
         reason = reason or f"its kernels take float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
+    if long := [size for tensor in (x, *others) if tensor is not None for size in tensor.shape if size > MOST]:
+        reason = reason or f"its kernels take at most {MOST} along a dimension, not {long[0]}"
     if reason:
         return ("reference",), {"triton": reason}
     return (("reference", "triton") if against_triton(x, products) else ("triton", "reference")), {}
@@ -125,8 +132,6 @@ def missing_triton(device_type: str) -> str | None:
         return "Triton is not installed (pip install 'memlm[cpu-kernels]', or a torch that brings it)"
     from triton import knobs
 
-    if knobs.runtime.interpret:
-        return None
-    if device_type == "cuda":
+    if device_type == "cuda" or (knobs.runtime.interpret and device_type == "cpu"):
         return None
     return f"Triton compiles nothing for {device_type}; for tests TRITON_INTERPRET=1 interprets its kernels"

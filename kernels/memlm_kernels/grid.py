@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memlm_kernels.checks import check_range, check_tensors, number, readable
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -66,6 +68,7 @@ def ragged_grid(
         width = 1
     count = min(length, (length + (max_documents + 1) * (width - 1)) // width)
     slots = (opens.cumsum(1) - opens[:, :1].long()) * width + positions % width
+    slots = slots.clamp(max=count * width)
     if lengths is not None:
         real = torch.arange(length, device=positions.device) < lengths[:, None]
         slots = torch.where(real, slots, count * width)
@@ -114,7 +117,7 @@ def next_position(positions: Tensor, lengths: Tensor | None, before: Tensor) -> 
         return before
     if lengths is None:
         return positions[:, -1] + 1
-    last = positions.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
+    last = positions.gather(1, (lengths - 1).clamp(0, positions.shape[1] - 1)[:, None])[:, 0]
     return torch.where(lengths > 0, last + 1, before)
 
 
@@ -129,15 +132,30 @@ def keep_last(x: Tensor, size: int, new: int, lengths: Tensor | None) -> Tensor:
         # A copy: a view would keep all of a long call alive.
         return x.contiguous() if size == total else x[:, total - size :].clone()
     index = torch.arange(total - size, total, device=x.device) - new + lengths[:, None]
-    return pick(x, index.clamp(min=0))
+    return pick(x, index.clamp(0, total - 1))
 
 
 def check_places(x: Tensor, positions: Tensor | None, lengths: Tensor | None, max_documents: int) -> None:
-    """Raise ValueError unless they fit the tokens of x, [B, T, ...]; see ``ragged_grid``."""
+    """Raise ValueError unless they fit the tokens of x, [B, T, ...]; see ``ragged_grid``, which takes a token that it
+    has no room for as not real.
+    """
     batch, length = x.shape[:2]
     if max_documents < 1:
         raise ValueError(f"max_documents={max_documents} must be at least 1")
-    if positions is not None and (positions.shape != (batch, length) or positions.is_floating_point()):
+    if positions is not None and positions.shape != (batch, length):
         raise ValueError(f"positions {list(positions.shape)} must be integers [B, T] = {[batch, length]}")
-    if lengths is not None and (lengths.shape != (batch,) or lengths.is_floating_point()):
+    if lengths is not None and lengths.shape != (batch,):
         raise ValueError(f"lengths {list(lengths.shape)} must be integers [B] = {[batch]}")
+    check_tensors({"q": x}, {"positions": positions, "lengths": lengths})
+    if lengths is not None:
+        check_range("lengths", lengths, 0, length + 1)
+    if positions is not None and length and readable(positions):
+        after, before = positions[:, 1:], positions[:, :-1]
+        real = torch.ones_like(after, dtype=torch.bool)
+        if lengths is not None:
+            real = torch.arange(1, length) < lengths[:, None]
+        if number((real & (after != 0) & (after != before + 1)).any()):
+            raise ValueError("positions neither go on by 1 nor start at 0; give tokens before each in its document")
+        most = 1 + number((real & (after == 0)).sum(1).amax())
+        if most > max_documents:
+            raise ValueError(f"positions have {most} documents in a row; max_documents={max_documents} is too few")

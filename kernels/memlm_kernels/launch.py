@@ -5,6 +5,7 @@ dim. A segment is the tokens cu[b, s] to cu[b, s + 1] of row b; without cu a row
 """
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -46,10 +47,16 @@ class Kernel:
         self._launch(programs, tiles, arguments)
 
     def _launch(self, programs: Callable[[Tiles], int], tiles: Tiles, arguments: Mapping[str, Any]) -> None:
+        count, threads = programs(tiles), tiles["num_warps"] * (64 if target() == "hip" else 32)
+        if count == 0:
+            return
+        if count >= (2**32 // threads if target() == "hip" else 2**31):
+            name = self.function.__name__
+            raise ValueError(f"{name}: no GPU starts {count} programs at once; use backend='reference'")
         device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
         # Triton launches on the current device, wherever the tensors are.
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            self.function[(programs(tiles),)](**arguments, **tiles)
+            self.function[(count,)](**arguments, **tiles)
 
     def _seconds(self, programs: Callable[[Tiles], int], tiles: Tiles, arguments: Mapping[str, Any]) -> float:
         try:
@@ -94,6 +101,16 @@ def at_least_16(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
+def powers_of_two(**sizes: int) -> Tiles:
+    """The smallest that hold each size: how large its tile may be."""
+    return {name: triton.next_power_of_2(size) for name, size in sizes.items()}
+
+
+def with_features(x: Tensor) -> Tensor:
+    """[B, T, ...] -> [B, T, F]"""
+    return x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
+
+
 def laid(*tensors: Tensor | None) -> list[Any]:
     """Contiguous; None stays None."""
     return [None if x is None else x.contiguous() for x in tensors]
@@ -117,6 +134,12 @@ def spans(cu_seqlens: Tensor | None, length: int, width: int) -> tuple[int, Tens
 
 
 @triton.jit
+def part_of(program, tiles: tl.constexpr, H: tl.constexpr, N):
+    """A program's tile, head, chunk (or segment) and row, where a row has N of them."""
+    return program % tiles, program // tiles % H, program // tiles // H % N, program // tiles // H // N
+
+
+@triton.jit
 def chunk_span(chunks, row, n, N, T, BT: tl.constexpr):
     """First token of chunk n of a row, and the end of its segment."""
     if chunks is None:
@@ -130,15 +153,16 @@ def chunk_span(chunks, row, n, N, T, BT: tl.constexpr):
 
 @triton.jit
 def segment_span(cu, first, row, s, S, T):
-    """First token of segment s of a row, its end, and its first chunk."""
+    """First token of segment s of a row, its end, and its first chunk; first: None where no chunks are."""
+    n = s * 0
     if cu is None:
         begin = s * 0
         end = s * 0 + T
-        n = s * 0
     else:
         begin = tl.load(cu + row * (S + 1) + s)
         end = tl.load(cu + row * (S + 1) + s + 1)
-        n = tl.load(first + row * S + s)
+        if first is not None:
+            n += tl.load(first + row * S + s)
     return begin, end, n
 
 
@@ -165,6 +189,23 @@ def decay_between(b_g, BT: tl.constexpr):
     i = tl.arange(0, BT)
     sums = tl.cumsum(tl.where(i[:, None] > i[None, :], b_g[:, None], 0.0), 0)
     return tl.where(i[:, None] >= i[None, :], tl.exp(sums), 0.0)
+
+
+@triton.jit
+def decay_behind(log_decay, base, start, end, H: tl.constexpr, BT: tl.constexpr):
+    """[BT]: of a chunk's tokens, from ``start`` on, the sum of the decays that follow each."""
+    i = tl.arange(0, BT)
+    follows = (i + 1 < BT) & (start + i + 1 < end)
+    b_after = tl.load(log_decay + base + H + i * H, mask=follows, other=0.0).to(tl.float32)
+    return tl.cumsum(b_after, 0, reverse=True)
+
+
+@triton.jit
+def channels_behind(log_decay, base, start, end, i_k, H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr):
+    """[BT, BK]: the same for some channels of a decay for each."""
+    i = tl.arange(0, BT)
+    follows = (i + 1 < BT) & (start + i + 1 < end)
+    return tl.cumsum(load_tile(log_decay, base + H, i * H, i_k, follows, K).to(tl.float32), 0, reverse=True)
 
 
 @triton.jit

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memlm_kernels.backend import DTYPES, architecture, missing_triton
+from memlm_kernels.checks import in_one_type
+from memlm_kernels.segments import segments_of
 
 
 def with_fla(
@@ -83,10 +85,9 @@ def recurrence(
 ) -> tuple[Tensor, Tensor]:
     """``delta_rule``, or without beta ``linear_attention``, by fla."""
     op, gates = _op(beta, log_decay)
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    tokens = {"q": q.to(dtype), "k": k.to(dtype), "v": v.to(dtype), **gates}
+    tokens = {**dict(zip("qkv", in_one_type(q, k, v), strict=True)), **gates}
     batch, length, heads, keys = q.shape
-    segments = 1 if cu_seqlens is None else cu_seqlens.shape[1] - 1
+    segments = segments_of(cu_seqlens)
     if state is None:
         state = q.new_zeros(batch, segments, heads, keys, v.shape[-1], dtype=torch.float32)
     state, options = state.float(), {"scale": 1.0, "output_final_state": True}
@@ -98,7 +99,8 @@ def recurrence(
     cu = F.pad((cu_seqlens + starts).flatten(), (0, 1), value=batch * length)
     initial = F.pad(state, (0, 0, 0, 0, 0, 0, 0, 1)).flatten(0, 1)
     o, final = op(**tokens, initial_state=initial, cu_seqlens=cu, **options)
-    real = torch.arange(length, device=q.device) < cu_seqlens[:, -1:]
+    token = torch.arange(length, device=q.device)
+    real = (token >= cu_seqlens[:, :1]) & (token < cu_seqlens[:, -1:])
     o = o.view(v.shape).where(real[:, :, None, None], 0.0)
     return o.to(v.dtype), final.unflatten(0, (batch, segments + 1))[:, :-1]
 

@@ -1,18 +1,19 @@
 """Rows of tokens as segments, each with a state of its own, laid on chunks; no size depends on the device's data.
 
 B batch, T tokens of a row, S segments of a row, N chunks, C slots of a chunk, H heads. Segment s of row b holds the
-tokens from cu_seqlens[b, s] to cu_seqlens[b, s + 1], which may be none; what lies behind the last one is padding.
-Documents of a packed row are segments, and so are the tokens that a router sent to one memory.
+tokens from cu_seqlens[b, s] to cu_seqlens[b, s + 1], which may be none; what lies before the first or behind the last
+one is padding. Documents of a packed row are segments, and so are the tokens that a router sent to one memory.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memlm_kernels.checks import check_sizes, check_tensors, segments_within
 from memlm_kernels.grid import Grid, aligned_grid, pick
 
 
@@ -85,7 +86,7 @@ def lay_out(cu_seqlens: Tensor | None, length: int, width: int, offset: Tensor |
     begins = ends - chunks
     token = torch.arange(length, device=cu.device).expand(len(cu), -1).contiguous()
     owner = torch.searchsorted(cu[:, 1:].contiguous(), token, right=True)
-    real, owner = owner < count_of, owner.clamp(max=count_of - 1)
+    real, owner = (owner < count_of) & (token >= cu[:, :1]), owner.clamp(max=count_of - 1)
     place = token - cu.gather(1, owner) + start.gather(1, owner)
     slots = torch.where(real, begins.gather(1, owner) * width + place, count * width)
     chunk = torch.arange(count, device=cu.device).expand(len(cu), -1).contiguous()
@@ -99,13 +100,18 @@ def chunk_width(length: int, cu_seqlens: Tensor | None, most: int) -> int:
     """A power of two for recurrences that any chunk leaves as they are: small where segments are short, for each may
     leave all but one slot of its last chunk empty.
     """
-    share = length / (1 if cu_seqlens is None else cu_seqlens.shape[1] - 1)
+    share = length / segments_of(cu_seqlens)
     return min(most, max(_power_of_two(share / 8), min(16, _power_of_two(share))))
 
 
 def _power_of_two(x: float) -> int:
     """The smallest that is no less than x, 1 at least."""
     return 1 << max(0, math.ceil(x) - 1).bit_length()
+
+
+def segments_of(cu_seqlens: Tensor | None) -> int:
+    """S, of each row."""
+    return 1 if cu_seqlens is None else cu_seqlens.shape[1] - 1
 
 
 def counts(index: Tensor, size: int) -> Tensor:
@@ -121,7 +127,7 @@ def exact(x: Tensor) -> Tensor:
 
 def state_of(x: Tensor, cu_seqlens: Tensor | None, *shape: int) -> Tensor:
     """Zeros [B, S, *shape] for rows x [B, ...]."""
-    return x.new_zeros(len(x), 1 if cu_seqlens is None else cu_seqlens.shape[1] - 1, *shape)
+    return x.new_zeros(len(x), segments_of(cu_seqlens), *shape)
 
 
 def sums_between(x: Tensor) -> Tensor:
@@ -141,22 +147,34 @@ def sums_after(x: Tensor) -> Tensor:
     return F.pad(x[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
 
 
-def check_recurrence(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, state: Tensor | None) -> None:
-    """Raise ValueError unless the shapes of a linear recurrence's inputs agree."""
+def check_recurrence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Mapping[str, Tensor | None],
+    cu_seqlens: Tensor | None,
+    state: Tensor | None,
+    by_channel: Collection[str] = (),
+) -> Tensor | None:
+    """cu_seqlens, within the rows. Raises ValueError unless a linear recurrence's inputs agree.
+
+    gates: [B, T, H], those of ``by_channel`` also as q
+    """
     if q.ndim != 4 or q.shape != k.shape or v.ndim != 4 or v.shape[:3] != q.shape[:3]:
         raise ValueError(
             f"q {list(q.shape)} and k {list(k.shape)} must be [B, T, H, K], v {list(v.shape)} [B, T, H, V]"
         )
-    segments = 1
-    if cu_seqlens is not None:
-        if (
-            cu_seqlens.ndim != 2
-            or len(cu_seqlens) != len(q)
-            or cu_seqlens.shape[1] < 2
-            or cu_seqlens.is_floating_point()
-        ):
-            raise ValueError(f"cu_seqlens {list(cu_seqlens.shape)} must be integers [B, S + 1] with B={len(q)}")
-        segments = cu_seqlens.shape[1] - 1
-    expected = (len(q), segments, q.shape[2], q.shape[3], v.shape[3])
+    check_sizes("q", q)
+    check_sizes("v", v)
+    for name, gate in gates.items():
+        shapes = (q.shape[:3], q.shape) if name in by_channel else (q.shape[:3],)
+        if gate is not None and gate.shape not in shapes:
+            more = f" or [B, T, H, K] = {list(q.shape)}" if name in by_channel else ""
+            raise ValueError(f"{name} {list(gate.shape)} must be [B, T, H] = {list(q.shape[:3])}{more}")
+    if cu_seqlens is not None and (cu_seqlens.ndim != 2 or len(cu_seqlens) != len(q) or cu_seqlens.shape[1] < 2):
+        raise ValueError(f"cu_seqlens {list(cu_seqlens.shape)} must be integers [B, S + 1] with B={len(q)}")
+    expected = (len(q), segments_of(cu_seqlens), q.shape[2], q.shape[3], v.shape[3])
     if state is not None and state.shape != expected:
         raise ValueError(f"state {list(state.shape)} must be [B, S, H, K, V] = {list(expected)}")
+    check_tensors({"q": q, "k": k, "v": v, **gates, "state": state}, {"cu_seqlens": cu_seqlens})
+    return None if cu_seqlens is None else segments_within("cu_seqlens", cu_seqlens, q.shape[1])

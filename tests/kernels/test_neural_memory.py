@@ -404,7 +404,7 @@ def test_bad_places_are_named():
     other = run(make(batch=3, length=6), 4).state
     for options, message in (
         (dict(positions=torch.arange(6)[None]), r"positions \[1, 6\] must be integers \[B, T\] = \[2, 6\]"),
-        (dict(positions=torch.zeros(2, 6)), "positions"),
+        (dict(positions=torch.zeros(2, 6)), "positions is float32; give integers"),
         (dict(lengths=torch.tensor([3])), r"lengths \[1\] must be integers \[B\] = \[2\]"),
         (dict(max_documents=0), "max_documents=0"),
         (dict(state=other), r"state holds weights \[\[3, 2, 5, 4\]\]"),

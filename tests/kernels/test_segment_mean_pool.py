@@ -55,7 +55,7 @@ def test_no_tokens_and_no_segments():
 
 
 def test_bad_shapes_are_named():
-    with pytest.raises(ValueError, match=r"cu_segments \[3, 2\] must be \[B, S \+ 1\] with B=2"):
+    with pytest.raises(ValueError, match=r"cu_segments \[3, 2\] must be \[B, T, ...\] and \[B, S \+ 1\]"):
         segment_mean_pool(torch.zeros(2, 5), torch.zeros(3, 2, dtype=torch.long), longest=1)
     with pytest.raises(ValueError, match="longest=0"):
         segment_mean_pool(torch.zeros(2, 5), torch.zeros(2, 2, dtype=torch.long), longest=0)

@@ -122,4 +122,4 @@ def test_what_the_kernels_do_not_take_is_named():
     with pytest.raises(ValueError, match=r"dispatch_tokens: backend='triton' cannot run here: .*float64"):
         dispatch_tokens(x, place, backend="triton")
     with pytest.raises(ValueError, match=r"combine_reads: backend='triton' cannot run here: .*float64"):
-        combine_reads(x, place, torch.zeros(1, 3, 1, device=DEVICE), backend="triton")
+        combine_reads(x, place, torch.zeros_like(x[..., :1]), backend="triton")

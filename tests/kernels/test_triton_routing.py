@@ -164,7 +164,23 @@ def test_ops_keep_the_rules_of_torch():
     torch.library.opcheck(torch.ops.memlm.segment_mean_pool, (x, cu, 5), test_utils=tests)
     q, k, document = (x.to(DEVICE) for x in bank([2, 1, 2]))
     q, k, before = q.float()[:, :, :, None], k.float(), torch.zeros(2, 5, device=DEVICE)
-    arguments = (q[:, :, :2], k, document, None, None, None, before, before.long(), 7, 2, 3, True, True, False, True)
+    arguments = (
+        q[:, :, :2],
+        k,
+        document.int(),
+        None,
+        None,
+        None,
+        before,
+        before.long(),
+        7,
+        2,
+        3,
+        True,
+        True,
+        False,
+        True,
+    )
     torch.library.opcheck(torch.ops.memlm.route_documents, arguments, test_utils=tests)
     lists = torch.rand(3, 6, device=DEVICE)
     torch.library.opcheck(torch.ops.memlm.merge_topk, (lists.argsort(1), lists, 2), test_utils=tests)
@@ -183,7 +199,7 @@ def test_ops_keep_the_rules_of_torch():
     [
         (dict(chunk_reduce="mean"), "take chunk_reduce='max', not 'mean'"),
         (dict(top_k=129), "keep at most 128 documents, not top_k=129"),
-        (dict(q=torch.zeros(2, 7, 4, 5, dtype=torch.float64, device=DEVICE)), "float64"),
+        (dict.fromkeys("qk", torch.zeros(2, 3, 2, 5, dtype=torch.float64, device=DEVICE)), "float64"),
     ],
 )
 def test_what_the_kernels_do_not_take_is_named(change, message):

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memlm_kernels.backend import as_autocast, choose, with_triton
+from memlm_kernels.backend import MOST, as_autocast, choose, with_triton
+from memlm_kernels.checks import check_range, check_sizes, check_tensors, named
 from memlm_kernels.chunk_sparse_attention.choice import chunk_topk_reference, invert_chunks_reference
 from memlm_kernels.chunk_sparse_attention.reference import Chosen, Keys, Pooled, attend
 from memlm_kernels.prefix_window_attention import check_heads, check_places, too_large, window_spans
@@ -46,22 +47,23 @@ def chunk_topk(
         score[t, g, n] = sum over the heads h of group g of q[t, h] . k[n, g]
 
     q: [B, T, H, K]   k: [B, N, G, K], pooled keys, one of each chunk
-    spans: first and end, integers [B, T]: a token knows of chunks first to end - 1 (None: all)
+    spans: first and end, integers [B, T]: a token knows of those of chunks first to end - 1 that there are (None: all)
 
     Returns their numbers [B, T, G, top_k], best first and of equals the lowest, -1 where there are fewer. Has no
     gradient. At no time more than the scores of ``tile`` tokens with ``tile`` chunks is held. Scores in fp32.
-    Raises ValueError if shapes disagree, top_k or tile < 1, or the backend cannot run.
+    Raises ValueError if shapes, types or devices disagree, top_k or tile < 1, or the backend cannot run.
     """
     if top_k < 1 or tile < 1:
         raise ValueError(f"top_k={top_k} and tile={tile} must be at least 1")
     check_heads(q, k)
+    check_tensors({"q": q, "k": k})
     _check_spans(q, spans)
     (q,) = as_autocast(q)
     limit = f"its kernels take a top_k of at most 128, not {top_k}" if top_k > 128 else None
-    if choose("chunk_topk", backend, *with_triton(q, limit)) == "triton" and q.numel() and k.numel():
+    if choose("chunk_topk", backend, *with_triton(q, limit, k)) == "triton" and q.numel() and k.numel():
         from memlm_kernels.chunk_sparse_attention.triton import choose_chunks
 
-        first, end = (x.to(torch.int32) for x in spans) if spans else (None, None)
+        first, end = (x.clamp(0, k.shape[1]).to(torch.int32) for x in spans) if spans else (None, None)
         return choose_chunks(q.detach(), k.detach(), first, end, top_k)
     with torch.autocast(q.device.type, enabled=False):
         return chunk_topk_reference(q, k, top_k, spans, tile)
@@ -71,13 +73,18 @@ def invert_chunks(index: Tensor, num_chunks: int, *, backend: str = "auto") -> C
     """Who reads each chunk: what a backward needs that gives each chunk's keys to one program, without atomics.
 
     index: [B, T, G, J] integers, chunks that each token chose, as of ``chunk_topk``; negative: none
-    Raises ValueError if the shape or type is another, or the backend cannot run.
+    Raises ValueError if the shape or type is another, a chunk is num_chunks or more (on a GPU: none), or the backend
+    cannot run.
     """
-    if index.ndim != 4 or index.is_floating_point():
+    if index.ndim != 4:
         raise ValueError(f"index {list(index.shape)} of {index.dtype} must be integers [B, T, G, J]")
     if num_chunks < 0:
         raise ValueError(f"num_chunks={num_chunks} must not be negative")
-    if choose("invert_chunks", backend, *with_triton(index, None, products=False)) == "triton" and index.numel():
+    check_tensors({}, {"index": index})
+    limit = _too_many(index, num_chunks)
+    chosen = choose("invert_chunks", backend, *with_triton(index, limit, products=False))
+    check_range("index", index, None, num_chunks)
+    if chosen == "triton" and index.numel():
         from memlm_kernels.chunk_sparse_attention.triton import invert
 
         return ChunkReaders(*invert(index, num_chunks))
@@ -104,7 +111,8 @@ def chunk_sparse_attention(
     The tokens of the call are the last T keys. With T = 1 this is a step of decoding.
 
     q: [B, T, H, K]   k: [B, L, G, K]   v: [B, L, G, V]
-    index: [B, T, G, J] integers, chunks that each token and group chose; negative: none; no chunk twice
+    index: [B, T, G, J] integers, chunks that each token and group chose; negative: none; no chunk twice; N or more
+        raises on a CPU, and is none on a GPU, where index is not looked at
     starts: [B, N] integers, the key that each chunk starts with; any for chunks that nobody chose; of those that are
         chosen no two share keys
     chunk_size: keys of a chunk; a token sees those of them that stand before its window
@@ -115,8 +123,8 @@ def chunk_sparse_attention(
     scale: of the scores; None for 1 / sqrt(K)
 
     Work is that of T (window + tile + at most 4 J chunk_size) scores, memory that of ``tile`` tokens', in the backward
-    too. Accumulates in fp32. Raises ValueError if shapes disagree, chunk_size, window or tile < 1, or the
-    backend cannot run.
+    too. Accumulates in fp32. Raises ValueError if shapes, types or devices disagree, chunk_size, window or tile < 1,
+    or the backend cannot run.
     """
     for name, value in (("chunk_size", chunk_size), ("window", window), ("tile", tile)):
         if value < 1:
@@ -131,16 +139,23 @@ def chunk_sparse_attention(
             f"queries {list(far_q.shape)} and keys {list(far_k.shape)} of chunks must be [B, T, H, K] and "
             f"[B, L, G, K] with q {list(q.shape)} and v {list(v.shape)}"
         )
-    if index.shape[:3] != (batch, length, groups) or index.ndim != 4 or index.is_floating_point():
+    if index.shape[:3] != (batch, length, groups) or index.ndim != 4:
         raise ValueError(f"index {list(index.shape)} must be integers [B, T, G, J], {[batch, length, groups]} and any")
-    if starts.ndim != 2 or len(starts) != batch or starts.is_floating_point():
+    if starts.ndim != 2 or len(starts) != batch:
         raise ValueError(f"starts {list(starts.shape)} must be integers [B, N] with B={batch}")
-    check_places(q, places)
+    check_sizes("v", v)
+    check_tensors({"q": q, "k": k, "v": v, **named("far", far or ())}, {"index": index, "starts": starts})
     q, k, v, far_q, far_k = as_autocast(q, k, v, far_q, far_k)
     far = None if far is None else (far_q, far_k)
-    available = with_triton(q, too_large(q, k, v))
+    limit = too_large(q, k, v) or _too_many(index, starts.shape[1])
+    if index.shape[3] > 128:
+        limit = limit or f"its kernels take at most 128 chunks of each token, not {index.shape[3]}"
+    available = with_triton(q, limit, v, index, starts)
+    by = choose("chunk_sparse_attention", backend, *available)
+    check_range("index", index, None, starts.shape[1])
+    places = check_places(q, places)
     has_chunks = index.shape[3] > 0 and starts.shape[1] > 0
-    if choose("chunk_sparse_attention", backend, *available) == "triton" and q.numel():
+    if by == "triton" and q.numel():
         from memlm_kernels.prefix_window_attention.triton import attend_triton
 
         choice = (index, starts, chunk_size, window) if has_chunks else None
@@ -170,7 +185,7 @@ def chunk_mean_attention(
     scale: of the scores; None for 1 / sqrt(K)
 
     At no time more than the scores of ``tile`` tokens is held, in the backward neither. Accumulates in fp32.
-    Raises ValueError if shapes disagree, tile < 1, or the backend cannot run.
+    Raises ValueError if shapes, types or devices disagree, tile < 1, or the backend cannot run.
     """
     if tile < 1:
         raise ValueError(f"tile={tile} must be at least 1")
@@ -178,14 +193,16 @@ def chunk_mean_attention(
     _check_spans(q, spans)
     if v.ndim != 4 or v.shape[:3] != k.shape[:3]:
         raise ValueError(f"v {list(v.shape)} must be [B, N, G, V] with k {list(k.shape)}")
+    check_sizes("v", v)
+    check_tensors({"q": q, "k": k, "v": v})
     q, k, v = as_autocast(q, k, v)
-    if choose("chunk_mean_attention", backend, *with_triton(q, too_large(q, k, v))) == "triton" and q.numel():
+    if choose("chunk_mean_attention", backend, *with_triton(q, too_large(q, k, v), k)) == "triton" and q.numel():
         from memlm_kernels.prefix_window_attention.triton import attend_triton
 
         if k.shape[1]:
             number = q.new_zeros(q.shape[:2], dtype=torch.int32)
             first, end = spans or (number, number + k.shape[1])
-            first, end = first.clamp(min=0), end.clamp(max=k.shape[1])
+            first, end = (x.clamp(0, k.shape[1]) for x in (first, end))
             return Attended(*attend_triton(q, k, v, first, end, k.shape[1], scale))
     with torch.autocast(q.device.type, enabled=False):
         return Attended(*attend(Pooled(spans), [Keys(q, k, v)], scale, tile))
@@ -193,5 +210,14 @@ def chunk_mean_attention(
 
 def _check_spans(q: Tensor, spans: tuple[Tensor, Tensor] | None) -> None:
     for x in spans or ():
-        if x.shape != q.shape[:2] or x.is_floating_point():
+        if x.shape != q.shape[:2]:
             raise ValueError(f"spans {list(x.shape)} must be integers [B, T] = {list(q.shape[:2])}")
+    check_tensors({"q": q}, named("spans", spans or ()))
+
+
+def _too_many(index: Tensor, num_chunks: int) -> str | None:
+    """What Triton's radix sort does not take."""
+    entries = index.shape[1] * index.shape[3]
+    if max(entries, num_chunks) <= MOST:
+        return None
+    return f"its kernels take at most {MOST} chunks, and choices T J of a group, not {num_chunks} and {entries}"

@@ -39,7 +39,7 @@ def chunk_topk_reference(q: Tensor, k: Tensor, top_k: int, spans: tuple[Tensor, 
 
 def invert_chunks_reference(index: Tensor, num_chunks: int) -> tuple[Tensor, Tensor]:
     taken = index.movedim(2, 1).flatten(2)
-    taken = torch.where(taken < 0, num_chunks, taken)
+    taken = torch.where((taken < 0) | (taken > num_chunks), num_chunks, taken)
     chunk, order = taken.sort(dim=-1, stable=True)
     number = torch.arange(num_chunks + 1, device=index.device).expand(*chunk.shape[:2], -1).contiguous()
     return order // max(1, index.shape[3]), torch.searchsorted(chunk, number)

@@ -91,7 +91,7 @@ def load_digit(keys, index, at, i, LENGTH, N, T, G: tl.constexpr, J: tl.constexp
         # Straight from the choice [B, T, G, J]; those who chose none come behind all chunks.
         row, g = at // G, at % G
         n = tl.load(index + (row * T * G + g) * J + (i // J).to(tl.int64) * G * J + i % J, mask=real, other=0)
-        n = tl.where(n < 0, N, n)
+        n = tl.where((n < 0) | (n > N), N, n)
         token = i // J
     else:
         n = tl.load(keys + at * LENGTH + i, mask=real, other=0)

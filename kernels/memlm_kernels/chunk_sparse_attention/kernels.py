@@ -16,7 +16,7 @@ _SIZES = ["T", "L", "N", "U", "PARTS", "PER", "window"]
 
 @tiled([{"num_warps": 4, "num_stages": 1}])
 @triton.jit(do_not_specialize=_SIZES)
-def unite_chunks(index, united, count, T, U, G: tl.constexpr, J: tl.constexpr, BT: tl.constexpr, W: tl.constexpr):
+def unite_chunks(index, united, count, T, N, U, G: tl.constexpr, J: tl.constexpr, BT: tl.constexpr, W: tl.constexpr):
     """The chunks that the tokens of a tile chose, ascending, each once; united: [B, tiles, G, U]."""
     program = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(T, BT)
@@ -24,7 +24,8 @@ def unite_chunks(index, united, count, T, U, G: tl.constexpr, J: tl.constexpr, B
     i = tl.arange(0, W)
     real = (i < BT * J) & (tile * BT + i // J < T)
     b_index = tl.load(index + (row * T + tile * BT) * G * J + (i // J * G + g) * J + i % J, mask=real, other=-1)
-    n = tl.min(tl.where(b_index >= 0, b_index, NEVER))
+    b_index = tl.where((b_index >= 0) & (b_index < N), b_index, NEVER)
+    n = tl.min(b_index)
     found = n * 0
     while n != NEVER:
         tl.store(united + program * U + found, n)

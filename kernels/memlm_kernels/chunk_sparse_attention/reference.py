@@ -77,6 +77,7 @@ class Chosen(NamedTuple):
         window = Look(slice(start, end), seen[:, :, None, None])
 
         choice = self.choice[:, tile]
+        choice = torch.where(choice < self.starts.shape[1], choice, -1)
         # One chunk more, for those who chose none.
         starts = F.pad(self.starts, (1, 0))[:, None, None].expand(*choice.shape[:3], -1)
         first = starts.gather(3, choice.clamp(min=-1) + 1)

@@ -5,6 +5,7 @@
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+from triton import next_power_of_2
 
 from memlm_kernels.chunk_sparse_attention.choice_kernels import best_chunks, count_digits, place_by_digit
 from memlm_kernels.launch import at_least_16, cdiv, laid, no_products, precision
@@ -23,7 +24,7 @@ def choose_chunks(q: Tensor, k: Tensor, first: Tensor | None, end: Tensor | None
         lambda tiles: batch * groups * cdiv(length, tiles["BT"]),
         {},
         **{"q": q, "k": k, "first": first, "end": end, "index": index, "T": length, "N": k.shape[1], "H": heads},
-        **{"G": groups, "K": keys, "J": top_k, "BJ": 1 << (top_k - 1).bit_length(), "BK": at_least_16(keys), "BN": 64},
+        **{"G": groups, "K": keys, "J": top_k, "BJ": next_power_of_2(top_k), "BK": at_least_16(keys), "BN": 64},
         # Scores are of fp32, whatever is given.
         PRECISION=precision(q),
     )
@@ -43,7 +44,7 @@ def _flops(q: tuple[int, ...], k: tuple[int, ...], *_: object, **__: object) -> 
 @torch.library.custom_op("memlm::invert_chunks", mutates_args=())
 def invert(index: Tensor, num_chunks: int) -> tuple[Tensor, Tensor]:
     """Tokens [B, G, T J] int32, and offsets [B, G, N + 1]."""
-    index = index.to(torch.int32).contiguous()
+    index = index.clamp(-1, num_chunks).to(torch.int32).contiguous()
     batch, length, groups, chosen = index.shape
     entries = length * chosen
     tiles = cdiv(entries, WIDTH)

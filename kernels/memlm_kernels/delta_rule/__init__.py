@@ -30,22 +30,21 @@ def delta_rule(
     DeltaNet (arXiv:2406.06484), with a decay Gated DeltaNet (arXiv:2412.06464, eq. 10). Keys are of unit length.
 
     q, k: [B, T, H, K]   v: [B, T, H, V]   beta: [B, T, H], 0 to 1   log_decay: [B, T, H], at most 0
-    cu_seqlens: [B, S + 1] integers, 0 first; segment s of row b is its tokens cu_seqlens[b, s:s + 2], end excluded;
-        what lies behind the last is padding. None: each row is one segment
+    cu_seqlens: [B, S + 1] integers from 0 to T, ascending; segment s of row b is its tokens cu_seqlens[b, s:s + 2],
+        end excluded; what lies in none is padding. None: each row is one segment. On a GPU, where they are not looked
+        at, one outside or below an earlier one counts as the nearest that is allowed
     state: [B, S, H, K, V], M before each segment's first token; None: zeros
 
     Returns o [B, T, H, V] in v's dtype, zeros at padding, and M after each segment's last token. Accumulates in fp32
-    (fp64 for fp64 inputs). Raises ValueError if shapes disagree or the backend cannot run.
+    (fp64 for fp64 inputs). Raises ValueError if shapes, types or devices disagree, cu_seqlens are outside, or the
+    backend cannot run.
     """
-    check_recurrence(q, k, v, cu_seqlens, state)
-    for name, gate in (("beta", beta), ("log_decay", log_decay)):
-        if gate is not None and gate.shape != q.shape[:3]:
-            raise ValueError(f"{name} {list(gate.shape)} must be [B, T, H] = {list(q.shape[:3])}")
+    cu_seqlens = check_recurrence(q, k, v, {"beta": beta, "log_decay": log_decay}, cu_seqlens, state)
     q, k, v = as_autocast(q, k, v)
     limit = None if q.shape[-1] <= 256 else f"its kernels take keys of at most 256 channels, not K={q.shape[-1]}"
-    available = with_fla(with_triton(q, limit), q, limit_of(q, v, log_decay, beta))
-    chosen = choose("delta_rule", backend, *available)
-    if chosen == "reference" or q.shape[1] == 0:
+    known = with_triton(q, limit, v, cu_seqlens)
+    chosen = choose("delta_rule", backend, *with_fla(known, q, limit_of(q, v, log_decay, beta)))
+    if chosen == "reference" or q.numel() == 0:
         return delta_rule_reference(q, k, v, beta, log_decay, cu_seqlens, state)
     if chosen == "fla":
         return recurrence(q, k, v, beta, log_decay, cu_seqlens, state)

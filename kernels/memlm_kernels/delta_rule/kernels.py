@@ -8,7 +8,16 @@ its reads and writes are linear attention's with d for v. Backward needs no grad
 import triton
 import triton.language as tl
 
-from memlm_kernels.launch import chunk_span, decay_between, load_tile, segment_span, store_tile, tiled
+from memlm_kernels.launch import (
+    chunk_span,
+    decay_behind,
+    decay_between,
+    load_tile,
+    part_of,
+    segment_span,
+    store_tile,
+    tiled,
+)
 
 _SIZES = ["T", "N", "S"]
 _NARROW = [
@@ -65,7 +74,7 @@ def inverses(
 ):
     """Y: [B, N, H, BT, BT]"""
     program = tl.program_id(0).to(tl.int64)
-    h, n, row = program % H, program // H % N, program // H // N
+    _tile, h, n, row = part_of(program, 1, H, N)
     start, end = chunk_span(chunks, row, n, N, T, BT)
     if start >= end:
         return
@@ -106,7 +115,7 @@ def solutions(
     """out = Y (beta exp(g) x), some columns; log_decay: None for Y (beta x)."""
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (X + BX - 1) // BX
-    tile, h, n, row = program % tiles, program // tiles % H, program // tiles // H % N, program // tiles // H // N
+    tile, h, n, row = part_of(program, tiles, H, N)
     start, end = chunk_span(chunks, row, n, N, T, BT)
     if start >= end:
         return
@@ -152,8 +161,7 @@ def delta_states_forward(
     """Some columns of a segment's state, from chunk to chunk, and d: [B, T, H, V], what it corrects."""
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (V + BV - 1) // BV
-    tile, h = program % tiles, program // tiles % H
-    row, s = program // tiles // H // S, program // tiles // H % S
+    tile, h, s, row = part_of(program, tiles, H, S)
     i_k, i_v = tl.arange(0, BK), (tile * BV).to(tl.int32) + tl.arange(0, BV)
     begin, end, n = segment_span(cu, first, row, s, S, T)
     at = (row * S + s) * H + h
@@ -171,10 +179,8 @@ def delta_states_forward(
         b_d -= tl.dot(b_W, b_state.to(b_W.dtype), input_precision=PRECISION)
         store_tile(d, b_d, base, rows, i_v, inside, V)
         if log_decay is not None:
-            behind = (tl.arange(0, BT) + 1 < BT) & (t + 1 < end)
-            b_after = tl.load(log_decay + base + H + rows, mask=behind, other=0.0).to(tl.float32)
             b_keep = tl.load(log_decay + base + rows, mask=inside, other=0.0).to(tl.float32)
-            b_d *= tl.exp(tl.cumsum(b_after, 0, reverse=True))[:, None]
+            b_d *= tl.exp(decay_behind(log_decay, base, begin + i * BT, end, H, BT))[:, None]
             b_state *= tl.exp(tl.sum(b_keep))
         b_state += tl.dot(tl.trans(b_k), b_d.to(b_k.dtype), input_precision=PRECISION)
     store_tile(final, b_state, at * K, i_k, i_v, i_k < K, V)
@@ -215,8 +221,7 @@ def delta_states_backward(
     """
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (V + BV - 1) // BV
-    tile, h = program % tiles, program // tiles % H
-    row, s = program // tiles // H // S, program // tiles // H % S
+    tile, h, s, row = part_of(program, tiles, H, S)
     i_k, i_v = tl.arange(0, BK), (tile * BV).to(tl.int32) + tl.arange(0, BV)
     begin, end, n = segment_span(cu, first, row, s, S, T)
     at = (row * S + s) * H + h
@@ -234,10 +239,8 @@ def delta_states_backward(
         b_o = load_tile(d_o, base, rows, i_v, inside, V)
         b_d = tl.dot(b_k, b_state.to(b_k.dtype), input_precision=PRECISION)
         if log_decay is not None:
-            behind = (tl.arange(0, BT) + 1 < BT) & (t + 1 < end)
-            b_after = tl.load(log_decay + base + H + rows, mask=behind, other=0.0).to(tl.float32)
             b_g = tl.load(log_decay + base + rows, mask=inside, other=0.0).to(tl.float32)
-            b_d *= tl.exp(tl.cumsum(b_after, 0, reverse=True))[:, None]
+            b_d *= tl.exp(decay_behind(log_decay, base, begin + i * BT, end, H, BT))[:, None]
             b_state *= tl.exp(tl.sum(b_g))
             b_o = (b_o * tl.exp(tl.cumsum(b_g, 0))[:, None]).to(b_k.dtype)
         b_d += load_tile(d_local, base, rows, i_v, inside, V)
@@ -282,7 +285,7 @@ def solutions_backward(
     d_k: through beta exp(g) k alone; d_decay: through U and W; d_pairs: [B, N, H, BT, BT], of the products k k^T
     """
     program = tl.program_id(0).to(tl.int64)
-    h, n, row = program % H, program // H % N, program // H // N
+    _tile, h, n, row = part_of(program, 1, H, N)
     start, end = chunk_span(chunks, row, n, N, T, BT)
     if start >= end:
         return
@@ -358,7 +361,7 @@ def pairs_backward(
     """Adds up the gradient of some channels of k: through k k^T, and what ``of_reads`` and ``of_solutions`` hold."""
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (K + BK - 1) // BK
-    tile, h, n, row = program % tiles, program // tiles % H, program // tiles // H % N, program // tiles // H // N
+    tile, h, n, row = part_of(program, tiles, H, N)
     start, end = chunk_span(chunks, row, n, N, T, BT)
     if start >= end:
         return

@@ -34,7 +34,7 @@ def delta_rule_reference(
         exact_q = exact(q)
         state = state_of(exact_q, cu_seqlens, *k.shape[2:], values) if state is None else exact(state)
         if length == 0:
-            return torch.zeros_like(v), state
+            return v.clone(), state
         segments = lay_out(cu_seqlens, length, chunk_width(length, cu_seqlens, _WIDTH))
         q_c, k_c, v_c = (segments.lay(x) for x in (exact_q, exact(k), exact(v)))
         beta_c = segments.lay(exact(beta)[..., None])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from memlm_kernels.checks import in_one_type
 from memlm_kernels.delta_rule.kernels import (
     delta_states_backward,
     delta_states_forward,
@@ -18,6 +19,7 @@ from memlm_kernels.launch import laid
 from memlm_kernels.linear_attention.kernels import outputs_forward, values_backward
 from memlm_kernels.linear_attention.step import is_step, step
 from memlm_kernels.linear_attention.triton import Call, cdiv, decay_gradient, flops
+from memlm_kernels.segments import segments_of
 
 
 def _solve(call: Call, x: Tensor, beta: Tensor, log_decay: Tensor | None, Y: Tensor) -> Tensor:
@@ -163,8 +165,7 @@ def _(
     d_o: Tensor,
     d_final: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    segments = 1 if cu_seqlens is None else cu_seqlens.shape[1] - 1
-    d_initial = q.new_empty(len(q), segments, *q.shape[2:], v.shape[-1], dtype=torch.float32)
+    d_initial = q.new_empty(len(q), segments_of(cu_seqlens), *q.shape[2:], v.shape[-1], dtype=torch.float32)
     d_decay = q.new_empty(0) if log_decay is None else log_decay.new_empty(log_decay.shape)
     d_q, d_k, d_v, d_beta = (x.new_empty(x.shape) for x in (q, k, v, beta))
     return d_q, d_k, d_v, d_beta, d_decay, d_initial
@@ -226,8 +227,7 @@ def delta_rule_triton(
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     # One type for what is multiplied; sums are fp32 in any case.
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    tokens = [x.to(dtype) for x in (q, k, v)]
+    tokens = in_one_type(q, k, v)
     if is_step(*tokens, beta, log_decay, state):
         o, final = step(*tokens, beta, log_decay, cu_seqlens, state)
     else:

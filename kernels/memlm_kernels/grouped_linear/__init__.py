@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from memlm_kernels.backend import choose
+from memlm_kernels.checks import check_range, check_tensors, number, readable
 from memlm_kernels.grouped_linear.reference import by_group, by_tile, grouped_mm, takes_grouped_mm
 
 __all__ = ["grouped_linear"]
@@ -23,7 +24,8 @@ def grouped_linear(x: Tensor, weight: Tensor, sizes: Tensor, *, backend: str = "
     backend: ``grouped_mm``, torch's, for bf16 on Hopper and later; ``by_group``, one product a group, on CPUs, where
         sizes may be read; ``reference``, a product for each few rows, with copies of their matrices
 
-    Returns [N, O]. Raises ValueError if shapes or types disagree or the backend cannot run.
+    Returns [N, O]. On a GPU, where sizes are not looked at, groups end where x does, and what is left of x may become
+    anything. Raises ValueError if shapes, types or devices disagree, sizes are others, or the backend cannot run.
     """
     if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != weight.shape[2] or sizes.shape != weight.shape[:1]:
         raise ValueError(
@@ -31,5 +33,9 @@ def grouped_linear(x: Tensor, weight: Tensor, sizes: Tensor, *, backend: str = "
         )
     if x.dtype != weight.dtype:
         raise ValueError(f"x is {x.dtype}, weight {weight.dtype}; give both one type")
+    check_tensors({"x": x, "weight": weight}, {"sizes": sizes})
+    check_range("sizes", sizes, 0, len(x) + 1)
+    if readable(sizes) and (total := number(sizes.sum())) != len(x):
+        raise ValueError(f"sizes add up to {total} rows, but x has {len(x)}")
     fast = ["by_group"] if x.device.type == "cpu" else ["grouped_mm"] if takes_grouped_mm(x, weight) else []
     return _BACKENDS[choose("grouped_linear", backend, (*fast, "reference"))](x, weight, sizes)

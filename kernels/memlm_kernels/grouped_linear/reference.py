@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 
 def by_tile(x: Tensor, weight: Tensor, sizes: Tensor) -> Tensor:
     """Rows in tiles of one group each, batched: what a tile costs more is a copy of its matrix."""
-    cu_seqlens = F.pad(sizes.long().cumsum(0), (1, 0))[None]
+    cu_seqlens = F.pad(_ends(sizes, x), (1, 0))[None]
     segments = lay_out(cu_seqlens, len(x), chunk_width(len(x), cu_seqlens, _WIDTH))
     assert segments.segment is not None
     tiles = segments.grid.lay(x[None])[0]
@@ -31,7 +31,11 @@ def takes_grouped_mm(x: Tensor, weight: Tensor) -> bool:
 
 
 def grouped_mm(x: Tensor, weight: Tensor, sizes: Tensor) -> Tensor:
-    return F.grouped_mm(x, weight.mT, offs=sizes.cumsum(0).int())
+    return F.grouped_mm(x, weight.mT, offs=_ends(sizes, x).int())
+
+
+def _ends(sizes: Tensor, x: Tensor) -> Tensor:
+    return sizes.long().clamp(min=0).cumsum(0).clamp(max=len(x))
 
 
 # An operator of its own, so that a compiler and a tensor without data need not know the sizes.

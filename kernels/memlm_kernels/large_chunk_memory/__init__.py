@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from memlm_kernels.backend import choose
+from memlm_kernels.checks import check_sizes, check_tensors, named
 from memlm_kernels.grid import check_places
 from memlm_kernels.large_chunk_memory.reference import (
     MUON,
@@ -55,8 +56,8 @@ def large_chunk_memory(
         it sizes buffers without asking the device
 
     Returns o [B, T, H, V] in v's dtype, and the state after each row's last real token. Accumulates in fp32 (fp64
-    for fp64 inputs). Raises ValueError if a size is out of range, shapes disagree, the state is of another memory, or
-    the backend cannot run.
+    for fp64 inputs). Raises ValueError if a size is out of range, shapes, types or devices disagree, the state is of
+    another memory, or the backend cannot run; positions and lengths as for ``neural_memory``.
     """
     _check(q, k, v, lr, momentum, weights)
     if chunk_size < 1:
@@ -64,8 +65,9 @@ def large_chunk_memory(
     if not 0 <= muon_steps <= len(MUON):
         raise ValueError(f"muon_steps={muon_steps} must be 0 (none) to {len(MUON)}")
     check_places(q, positions, lengths, max_documents)
+    check_tensors({"q": q, "k": k, "v": v, "lr": lr, "momentum": momentum, **named("weights", weights)})
     if state is not None:
-        _check_state(state, len(q), momentum, weights)
+        _check_state(state, q, momentum, weights)
     choose("large_chunk_memory", backend, ("reference",))
     tokens = Tokens(q, k, v, lr, momentum)
     return large_chunk_memory_reference(
@@ -78,6 +80,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lr: Tensor, momentum: Tensor | None,
         raise ValueError(
             f"q {list(q.shape)} and k {list(k.shape)} must be [B, T, H, K], v {list(v.shape)} [B, T, H, V]"
         )
+    check_sizes("q", q)
+    check_sizes("v", v)
     if lr.shape != (*q.shape[:3], 3):
         raise ValueError(f"lr {list(lr.shape)} must be [B, T, H, 3] = {[*q.shape[:3], 3]}")
     if momentum is not None and momentum.shape != q.shape[:3]:
@@ -91,10 +95,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lr: Tensor, momentum: Tensor | None,
         )
 
 
-def _check_state(state: LargeChunkMemoryState, batch: int, momentum: Tensor | None, weights: Sequence[Tensor]) -> None:
+def _check_state(state: LargeChunkMemoryState, q: Tensor, momentum: Tensor | None, weights: Sequence[Tensor]) -> None:
+    batch = len(q)
     found = [list(w.shape) for w in state.weights]
     expected = [[batch, *w.shape] for w in weights]
     if found != expected or state.position.shape != (batch,):
         raise ValueError(f"state holds weights {found}, expected {expected} and position {[batch]}")
     if bool(state.momentum) != (momentum is not None):
         raise ValueError(f"state {'has' if state.momentum else 'lacks'} momentum, the call does not agree")
+    parts = {name: x for part in state._fields[:4] for name, x in named(f"state.{part}", getattr(state, part)).items()}
+    check_tensors({"q": q, **parts}, {"state.position": state.position})

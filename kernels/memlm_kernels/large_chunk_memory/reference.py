@@ -118,7 +118,7 @@ def large_chunk_memory_reference(
         memory = _Memory(*(tuple(x.to(dtype).flatten(0, 1) for x in part) for part in state[:4]))
         place = state.position
     if length == 0:
-        return torch.zeros_like(v), _pack(memory, heads, place)
+        return v.clone(), _pack(memory, heads, place)
     if positions is None:
         positions = place[:, None] + torch.arange(length, device=q.device)
     opens: Sequence[bool | Tensor]

@@ -29,20 +29,20 @@ def linear_attention(
     Mamba-2's (arXiv:2405.21060); with one a channel of the key GLA's (arXiv:2312.06635).
 
     q, k: [B, T, H, K]   v: [B, T, H, V]   log_decay: [B, T, H] or [B, T, H, K], at most 0
-    cu_seqlens: [B, S + 1] integers, 0 first; segment s of row b is its tokens cu_seqlens[b, s:s + 2], end excluded;
-        what lies behind the last is padding. None: each row is one segment
+    cu_seqlens: [B, S + 1] integers from 0 to T, ascending; segment s of row b is its tokens cu_seqlens[b, s:s + 2],
+        end excluded; what lies in none is padding. None: each row is one segment. On a GPU, where they are not looked
+        at, one outside or below an earlier one counts as the nearest that is allowed
     state: [B, S, H, K, V], M before each segment's first token; None: zeros
 
     Returns o [B, T, H, V] in v's dtype, zeros at padding, and M after each segment's last token. Accumulates in fp32
-    (fp64 for fp64 inputs). Raises ValueError if shapes disagree or the backend cannot run.
+    (fp64 for fp64 inputs). Raises ValueError if shapes, types or devices disagree, cu_seqlens are outside, or the
+    backend cannot run.
     """
-    check_recurrence(q, k, v, cu_seqlens, state)
-    if log_decay is not None and log_decay.shape not in (q.shape, q.shape[:3]):
-        raise ValueError(f"log_decay {list(log_decay.shape)} must be [B, T, H] or [B, T, H, K] of q {list(q.shape)}")
+    cu_seqlens = check_recurrence(q, k, v, {"log_decay": log_decay}, cu_seqlens, state, ["log_decay"])
     q, k, v = as_autocast(q, k, v)
-    available = with_fla(with_triton(q, _limit(q, log_decay)), q, limit_of(q, v, log_decay, None))
-    chosen = choose("linear_attention", backend, *available)
-    if chosen == "reference" or q.shape[1] == 0:
+    known = with_triton(q, _limit(q, log_decay), v, cu_seqlens)
+    chosen = choose("linear_attention", backend, *with_fla(known, q, limit_of(q, v, log_decay, None)))
+    if chosen == "reference" or q.numel() == 0:
         return linear_attention_reference(q, k, v, log_decay, cu_seqlens, state)
     if chosen == "fla":
         return recurrence(q, k, v, None, log_decay, cu_seqlens, state)

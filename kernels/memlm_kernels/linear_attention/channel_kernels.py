@@ -7,7 +7,7 @@ at the start of the query's block, so that both parts are sums of what lies on o
 import triton
 import triton.language as tl
 
-from memlm_kernels.launch import chunk_span, load_tile, lower, store_tile, tiled
+from memlm_kernels.launch import channels_behind, chunk_span, load_tile, lower, part_of, store_tile, tiled
 
 _SIZES = ["T", "N"]
 _WHOLE_K = [{"num_warps": 4, "num_stages": 1}]
@@ -33,7 +33,7 @@ def channel_scores(
     """scores: [B, N, H, BT, BT], the sum over K of q_i k_j exp(g_{j+1} + ... + g_i), 0 above the diagonal."""
     program = tl.program_id(0).to(tl.int64)
     blocks: tl.constexpr = BT // BC
-    block, h, n, row = program % blocks, program // blocks % H, program // blocks // H % N, program // blocks // H // N
+    block, h, n, row = part_of(program, blocks, H, N)
     start, end = chunk_span(chunks, row, n, N, T, BT)
     if start >= end:
         return
@@ -62,10 +62,9 @@ def channel_scores(
         j = block - 1 - back
         base_j = (row * T + start + j * BC) * H + h
         inside_j = start + j * BC + i_c < end
-        behind_j = (i_c + 1 < BC) & (start + j * BC + i_c + 1 < end)
         b_k = load_tile(k, base_j, rows, i_k, inside_j, K)
-        b_after = load_tile(log_decay, base_j + H, rows, i_k, behind_j, K).to(tl.float32)
-        b_k = (b_k * tl.exp(tl.cumsum(b_after, 0, reverse=True) + b_total[None, :])).to(b_q.dtype)
+        b_after = channels_behind(log_decay, base_j, start + j * BC, end, i_k, H, K, BC)
+        b_k = (b_k * tl.exp(b_after + b_total[None, :])).to(b_q.dtype)
         b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         store_tile(scores, b_scores, at, i_c, j * BC + i_c, i_c < BC, BT)
         b_total += tl.sum(load_tile(log_decay, base_j, rows, i_k, inside_j, K).to(tl.float32), 0)
@@ -90,7 +89,7 @@ def scores_backward(
 ):
     """d_scores: [B, N, H, BT, BT], products of d_o and v, 0 above the diagonal."""
     program = tl.program_id(0).to(tl.int64)
-    h, n, row = program % H, program // H % N, program // H // N
+    _tile, h, n, row = part_of(program, 1, H, N)
     start, end = chunk_span(chunks, row, n, N, T, BT)
     if start >= end:
         return
@@ -127,7 +126,7 @@ def channel_scores_backward(
     """Gradients of q and k through the scores alone, in fp32."""
     program = tl.program_id(0).to(tl.int64)
     blocks: tl.constexpr = BT // BC
-    block, h, n, row = program % blocks, program // blocks % H, program // blocks // H % N, program // blocks // H // N
+    block, h, n, row = part_of(program, blocks, H, N)
     start, end = chunk_span(chunks, row, n, N, T, BT)
     first = start + block * BC
     if first >= end:
@@ -136,9 +135,8 @@ def channel_scores_backward(
     at = ((row * N + n) * H + h) * BT
     inside = first + i_c < end
     base, rows = (row * T + first) * H + h, i_c * H
-    behind = (i_c + 1 < BC) & (first + i_c + 1 < end)
     b_up_to = tl.cumsum(load_tile(log_decay, base, rows, i_k, inside, K).to(tl.float32), 0)
-    b_behind = tl.cumsum(load_tile(log_decay, base + H, rows, i_k, behind, K).to(tl.float32), 0, reverse=True)
+    b_behind = channels_behind(log_decay, base, first, end, i_k, H, K, BC)
 
     b_dq = tl.zeros([BC, BK], tl.float32)
     b_total = tl.zeros([BK], tl.float32)
@@ -146,10 +144,9 @@ def channel_scores_backward(
         j = block - 1 - back
         base_j = (row * T + start + j * BC) * H + h
         inside_j = start + j * BC + i_c < end
-        behind_j = (i_c + 1 < BC) & (start + j * BC + i_c + 1 < end)
         b_k = load_tile(k, base_j, rows, i_k, inside_j, K)
-        b_after = load_tile(log_decay, base_j + H, rows, i_k, behind_j, K).to(tl.float32)
-        b_k = (b_k * tl.exp(tl.cumsum(b_after, 0, reverse=True) + b_total[None, :])).to(b_k.dtype)
+        b_after = channels_behind(log_decay, base_j, start + j * BC, end, i_k, H, K, BC)
+        b_k = (b_k * tl.exp(b_after + b_total[None, :])).to(b_k.dtype)
         b_ds = load_tile(d_scores, at + block * BC, i_c, j * BC + i_c, i_c < BC, BT)
         b_dq += tl.dot(b_ds.to(b_k.dtype), b_k, input_precision=PRECISION)
         b_total += tl.sum(load_tile(log_decay, base_j, rows, i_k, inside_j, K).to(tl.float32), 0)
@@ -222,7 +219,7 @@ def channel_keys_backward(
     """Gradients of some channels of a chunk's q, k and decay; inner_q, inner_k: what came through the scores."""
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (K + BK - 1) // BK
-    tile, h, n, row = program % tiles, program // tiles % H, program // tiles // H % N, program // tiles // H // N
+    tile, h, n, row = part_of(program, tiles, H, N)
     i_k = (tile * BK).to(tl.int32) + tl.arange(0, BK)
     start, end = chunk_span(chunks, row, n, N, T, BT)
     if start >= end:
@@ -243,13 +240,11 @@ def channel_keys_backward(
         b_dq += tl.dot(b_o, tl.trans(b_state), input_precision=PRECISION)
         b_dk += tl.dot(b_v, tl.trans(b_dstate), input_precision=PRECISION)
         b_kept += tl.sum(b_state.to(tl.float32) * b_dstate.to(tl.float32), 1)
-    behind = (tl.arange(0, BT) + 1 < BT) & (t + 1 < end)
     b_g = load_tile(log_decay, base, rows, i_k, inside, K).to(tl.float32)
-    b_after = load_tile(log_decay, base + H, rows, i_k, behind, K).to(tl.float32)
     b_q, b_k = load_tile(q, base, rows, i_k, inside, K), load_tile(k, base, rows, i_k, inside, K)
     b_inner = load_tile(inner_k, base, rows, i_k, inside, K)
     b_dq = b_dq * tl.exp(tl.cumsum(b_g, 0)) + load_tile(inner_q, base, rows, i_k, inside, K)
-    b_dk *= tl.exp(tl.cumsum(b_after, 0, reverse=True))
+    b_dk *= tl.exp(channels_behind(log_decay, base, start, end, i_k, H, K, BT))
     # As in ``keys_backward``, channel by channel.
     b_behind = b_dk * b_k
     b_up_to = b_dq * b_q - b_inner * b_k

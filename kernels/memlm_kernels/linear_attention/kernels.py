@@ -9,7 +9,18 @@ segments' ends are fp32. ``delta_rule`` uses these kernels too, with what it cor
 import triton
 import triton.language as tl
 
-from memlm_kernels.launch import chunk_span, decay_between, load_tile, lower, segment_span, store_tile, tiled
+from memlm_kernels.launch import (
+    channels_behind,
+    chunk_span,
+    decay_behind,
+    decay_between,
+    load_tile,
+    lower,
+    part_of,
+    segment_span,
+    store_tile,
+    tiled,
+)
 
 _SIZES = ["B", "T", "N", "S"]
 _WIDE = [
@@ -56,8 +67,7 @@ def states_forward(
     program = tl.program_id(0).to(tl.int64)
     across: tl.constexpr = (V + BV - 1) // BV
     tiles: tl.constexpr = (K + BK - 1) // BK * across
-    tile, h = program % tiles, program // tiles % H
-    row, s = program // tiles // H // S, program // tiles // H % S
+    tile, h, s, row = part_of(program, tiles, H, S)
     i_k, i_v = (
         (tile // across * BK).to(tl.int32) + tl.arange(0, BK),
         (tile % across * BV).to(tl.int32) + tl.arange(0, BV),
@@ -75,19 +85,15 @@ def states_forward(
         b_k = load_tile(k, base, rows, i_k, inside, K)
         b_v = load_tile(v, base, rows, i_v, inside, V)
         if log_decay is not None:
-            # What follows a token in its chunk.
-            behind = (tl.arange(0, BT) + 1 < BT) & (t + 1 < end)
             if CHANNELS:
-                b_after = tl.cumsum(
-                    load_tile(log_decay, base + H, rows, i_k, behind, K).to(tl.float32), 0, reverse=True
-                )
+                b_after = channels_behind(log_decay, base, begin + i * BT, end, i_k, H, K, BT)
                 b_keep = tl.sum(load_tile(log_decay, base, rows, i_k, inside, K).to(tl.float32), 0)
                 b_k = (b_k * tl.exp(b_after)).to(b_v.dtype)
                 b_state *= tl.exp(b_keep)[:, None]
             else:
-                b_after = tl.load(log_decay + base + H + rows, mask=behind, other=0.0).to(tl.float32)
+                b_after = decay_behind(log_decay, base, begin + i * BT, end, H, BT)
                 b_keep = tl.load(log_decay + base + rows, mask=inside, other=0.0).to(tl.float32)
-                b_k = (b_k * tl.exp(tl.cumsum(b_after, 0, reverse=True))[:, None]).to(b_v.dtype)
+                b_k = (b_k * tl.exp(b_after)[:, None]).to(b_v.dtype)
                 b_state *= tl.exp(tl.sum(b_keep))
         b_state += tl.dot(tl.trans(b_k), b_v, input_precision=PRECISION)
     store_tile(final, b_state, at * K, i_k, i_v, i_k < K, V)
@@ -117,7 +123,7 @@ def outputs_forward(
     """Some values of what a chunk reads; scores: [B, N, H, BT, BT] of a decay for each channel, else None."""
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (V + BV - 1) // BV
-    tile, h, n, row = program % tiles, program // tiles % H, program // tiles // H % N, program // tiles // H // N
+    tile, h, n, row = part_of(program, tiles, H, N)
     i_v = (tile * BV).to(tl.int32) + tl.arange(0, BV)
     start, end = chunk_span(chunks, row, n, N, T, BT)
     if start >= end:
@@ -180,8 +186,7 @@ def states_backward(
     program = tl.program_id(0).to(tl.int64)
     across: tl.constexpr = (V + BV - 1) // BV
     tiles: tl.constexpr = (K + BK - 1) // BK * across
-    tile, h = program % tiles, program // tiles % H
-    row, s = program // tiles // H // S, program // tiles // H % S
+    tile, h, s, row = part_of(program, tiles, H, S)
     i_k, i_v = (
         (tile // across * BK).to(tl.int32) + tl.arange(0, BK),
         (tile % across * BV).to(tl.int32) + tl.arange(0, BV),
@@ -237,14 +242,13 @@ def values_backward(
     """Gradients of some values of a chunk; d_states: None leaves out what reaches v through the state."""
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (V + BV - 1) // BV
-    tile, h, n, row = program % tiles, program // tiles % H, program // tiles // H % N, program // tiles // H // N
+    tile, h, n, row = part_of(program, tiles, H, N)
     i_v = (tile * BV).to(tl.int32) + tl.arange(0, BV)
     start, end = chunk_span(chunks, row, n, N, T, BT)
     if start >= end:
         return
     t = start + tl.arange(0, BT)
     inside = t < end
-    behind = (tl.arange(0, BT) + 1 < BT) & (t + 1 < end)
     base, rows = (row * T + start) * H + h, tl.arange(0, BT) * H
     at = (row * N + n) * H + h
     b_v = tl.zeros([BT, BV], tl.float32)
@@ -256,8 +260,7 @@ def values_backward(
             b_q = load_tile(q, base, rows, i_k, inside, K)
             b_scores += tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         else:
-            b_after = load_tile(log_decay, base + H, rows, i_k, behind, K).to(tl.float32)
-            b_k = (b_k * tl.exp(tl.cumsum(b_after, 0, reverse=True))).to(b_k.dtype)
+            b_k = (b_k * tl.exp(channels_behind(log_decay, base, start, end, i_k, H, K, BT))).to(b_k.dtype)
         if d_states is not None:
             b_state = load_tile(d_states, at * K, i_k, i_v, i_k < K, V)
             b_v += tl.dot(b_k, b_state, input_precision=PRECISION)
@@ -267,8 +270,7 @@ def values_backward(
     elif log_decay is not None:
         b_g = tl.load(log_decay + base + rows, mask=inside, other=0.0).to(tl.float32)
         b_scores *= decay_between(b_g, BT)
-        b_after = tl.load(log_decay + base + H + rows, mask=behind, other=0.0).to(tl.float32)
-        b_v *= tl.exp(tl.cumsum(b_after, 0, reverse=True))[:, None]
+        b_v *= tl.exp(decay_behind(log_decay, base, start, end, H, BT))[:, None]
     else:
         b_scores *= lower(BT)
     b_o = load_tile(d_o, base, rows, i_v, inside, V)
@@ -307,7 +309,7 @@ def keys_backward(
     """
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (K + BK - 1) // BK
-    tile, h, n, row = program % tiles, program // tiles % H, program // tiles // H % N, program // tiles // H // N
+    tile, h, n, row = part_of(program, tiles, H, N)
     i_k = (tile * BK).to(tl.int32) + tl.arange(0, BK)
     start, end = chunk_span(chunks, row, n, N, T, BT)
     if start >= end:
@@ -334,12 +336,10 @@ def keys_backward(
     b_q = load_tile(q, base, rows, i_k, inside, K)
     b_k = load_tile(k, base, rows, i_k, inside, K)
     if log_decay is not None:
-        behind = (tl.arange(0, BT) + 1 < BT) & (t + 1 < end)
         b_g = tl.load(log_decay + base + rows, mask=inside, other=0.0).to(tl.float32)
-        b_after = tl.load(log_decay + base + H + rows, mask=behind, other=0.0).to(tl.float32)
         b_scores *= decay_between(b_g, BT)
         b_dq *= tl.exp(tl.cumsum(b_g, 0))[:, None]
-        b_dk *= tl.exp(tl.cumsum(b_after, 0, reverse=True))[:, None]
+        b_dk *= tl.exp(decay_behind(log_decay, base, start, end, H, BT))[:, None]
         # Entry (i, j) of the scores has the decays of j < l <= i, a read of the state those up to it, a write to it
         # those behind it, and what is kept all of them.
         b_pairs = b_scores * tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)

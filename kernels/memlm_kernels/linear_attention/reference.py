@@ -24,7 +24,7 @@ def linear_attention_reference(
         exact_q = exact(q)
         state = state_of(exact_q, cu_seqlens, *k.shape[2:], v.shape[-1]) if state is None else exact(state)
         if length == 0:
-            return torch.zeros_like(v), state
+            return v.clone(), state
         width = chunk_width(length, cu_seqlens, _CHANNEL_WIDTH if per_channel else _WIDTH)
         segments = lay_out(cu_seqlens, length, width)
         q_c, k_c, v_c = (segments.lay(x) for x in (exact_q, exact(k), exact(v)))

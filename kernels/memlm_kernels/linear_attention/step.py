@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from memlm_kernels.launch import at_least_16, cdiv, laid, load_tile, store_tile, tiled
+from memlm_kernels.launch import at_least_16, cdiv, laid, load_tile, part_of, segment_span, store_tile, tiled
+from memlm_kernels.segments import segments_of
 
 # More tokens than these gain from chunks.
 MOST = 16
@@ -38,15 +39,9 @@ def tokens_forward(
     """Some columns of a segment's state, from token to token; beta: None for linear attention."""
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (V + BV - 1) // BV
-    tile, h = program % tiles, program // tiles % H
-    row, s = program // tiles // H // S, program // tiles // H % S
+    tile, h, s, row = part_of(program, tiles, H, S)
     i_k, i_v = tl.arange(0, BK), (tile * BV).to(tl.int32) + tl.arange(0, BV)
-    if cu is None:
-        begin = s * 0
-        end = s * 0 + T
-    else:
-        begin = tl.load(cu + row * (S + 1) + s).to(tl.int64)
-        end = tl.load(cu + row * (S + 1) + s + 1).to(tl.int64)
+    begin, end, _n = segment_span(cu, None, row, s, S, T)
     at = ((row * S + s) * H + h) * K
     b_state = tl.zeros([BK, BV], tl.float32)
     if initial is not None:
@@ -83,7 +78,7 @@ def step(
     """o and the state after each segment; not differentiable."""
     q, k, v, beta, log_decay, cu_seqlens, state = laid(q, k, v, beta, log_decay, cu_seqlens, state)
     batch, length, heads, keys = q.shape
-    values, segments = v.shape[-1], 1 if cu_seqlens is None else cu_seqlens.shape[1] - 1
+    values, segments = v.shape[-1], segments_of(cu_seqlens)
     o = torch.empty_like(v) if cu_seqlens is None else torch.zeros_like(v)
     final = q.new_empty(batch, segments, heads, keys, values, dtype=torch.float32)
     tokens_forward(
@@ -106,8 +101,7 @@ def _(
     cu_seqlens: Tensor | None,
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    segments = 1 if cu_seqlens is None else cu_seqlens.shape[1] - 1
-    final = q.new_empty(len(q), segments, *q.shape[2:], v.shape[-1], dtype=torch.float32)
+    final = q.new_empty(len(q), segments_of(cu_seqlens), *q.shape[2:], v.shape[-1], dtype=torch.float32)
     return v.new_empty(v.shape), final
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from memlm_kernels.checks import in_one_type
 from memlm_kernels.launch import Tiles, at_least_16, cdiv, laid, precision, spans
 from memlm_kernels.linear_attention.channel_kernels import (
     channel_keys_backward,
@@ -21,7 +22,7 @@ from memlm_kernels.linear_attention.kernels import (
     values_backward,
 )
 from memlm_kernels.linear_attention.step import is_step, step
-from memlm_kernels.segments import chunk_width
+from memlm_kernels.segments import chunk_width, segments_of
 
 WIDTH, BLOCK = 64, 16
 
@@ -41,7 +42,7 @@ class Call:
         self.batch, self.length, self.heads, self.keys = q.shape
         self.values = v.shape[-1]
         self.width = width_of(self.length, cu_seqlens)
-        self.segments = 1 if cu_seqlens is None else cu_seqlens.shape[1] - 1
+        self.segments = segments_of(cu_seqlens)
         self.cu = cu_seqlens if cu_seqlens is None else cu_seqlens.contiguous()
         self.count, self.chunks, self.first = spans(cu_seqlens, self.length, self.width)
         # fp32 takes twice the registers.
@@ -206,8 +207,7 @@ def _(
     d_o: Tensor,
     d_final: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    segments = 1 if cu_seqlens is None else cu_seqlens.shape[1] - 1
-    d_initial = q.new_empty(len(q), segments, *q.shape[2:], v.shape[-1], dtype=torch.float32)
+    d_initial = q.new_empty(len(q), segments_of(cu_seqlens), *q.shape[2:], v.shape[-1], dtype=torch.float32)
     d_decay = q.new_empty(0) if log_decay is None else log_decay.new_empty(log_decay.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_decay, d_initial
 
@@ -266,8 +266,7 @@ def linear_attention_triton(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     # One type for what is multiplied; sums are fp32 in any case.
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    tokens = [x.to(dtype) for x in (q, k, v)]
+    tokens = in_one_type(q, k, v)
     if is_step(*tokens, log_decay, state):
         o, final = step(*tokens, None, log_decay, cu_seqlens, state)
     else:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from memlm_kernels.backend import as_autocast, choose, with_triton
+from memlm_kernels.checks import check_sizes, check_tensors, named
 from memlm_kernels.grid import check_places
 from memlm_kernels.neural_memory.losses import InnerLoss, dot_product, huber, lp, squared_error
 from memlm_kernels.neural_memory.network import ACTIVATIONS, Tail
@@ -93,20 +94,23 @@ def neural_memory(
         which saves looking for chunks; without a state that is known already
 
     o has v's dtype. Accumulates in fp32 (fp64 for fp64 inputs). Differentiable once. Raises ValueError if
-    a size is out of range, shapes disagree, the state is of another memory, or the backend cannot run.
+    a size is out of range, shapes, types or devices disagree, the state is of another memory, or the backend cannot
+    run; on a CPU, if positions or lengths are not such, of which a GPU takes what there is room for.
     """
-    _check(q, k, v, {"lr": lr, "momentum": momentum, "decay": decay, "weight": weight}, weights)
+    gates = {"lr": lr, "momentum": momentum, "decay": decay, "weight": weight}
+    _check(q, k, v, gates, weights)
     _check_memory(q, v, norm, activation, chunk_size, window)
     check_places(q, positions, lengths, max_documents)
+    check_tensors({"q": q, "k": k, "v": v, **gates, **named("weights", weights), **named("norm", norm or ())})
     if state is not None:
-        _check_state(state, len(q), weights, momentum, window)
+        _check_state(state, q, weights, momentum, window)
     if aligned and (positions is not None or lengths is not None):
         raise ValueError("aligned=True leaves no room for positions or lengths; leave them out")
     q, k, v = as_autocast(q, k, v)
     limit = _limit(q, v, weights, norm, loss, window, chunk_size)
     scan: LoopOverChunks | None = None
     widest = 64
-    if choose("neural_memory", backend, *with_triton(q, limit)) == "triton":
+    if choose("neural_memory", backend, *with_triton(q, limit, v)) == "triton":
         from memlm_kernels.neural_memory.deep import scan_deep
         from memlm_kernels.neural_memory.triton import scan_triton
 
@@ -150,11 +154,14 @@ def _limit(
     if len(weights) == 2 and max(q.shape[-1], v.shape[-1]) > 64:
         sizes = f"K={q.shape[-1]} and V={v.shape[-1]}"
         return f"its kernels of two layers take keys and values of at most 64 channels, not {sizes}"
-    widest = most_slots(q, len(weights))
-    if block_size(chunk_size, widest) > widest:
-        divisor = "16" if widest == 16 else f"a number from 16 to {widest}"
-        return f"its kernels take a chunk_size up to {widest} or one that {divisor} divides, not {chunk_size}"
-    return None
+    return blocks_limit(chunk_size, most_slots(q, len(weights)))
+
+
+def blocks_limit(chunk_size: int, widest: int) -> str | None:
+    if block_size(chunk_size, widest) <= widest:
+        return None
+    divisor = "16" if widest == 16 else f"a number from 16 to {widest}"
+    return f"its kernels take a chunk_size up to {widest} or one that {divisor} divides, not {chunk_size}"
 
 
 def keys_limit(q: Tensor) -> str | None:
@@ -189,6 +196,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor | None], wei
         raise ValueError(
             f"q {list(q.shape)} and k {list(k.shape)} must be [B, T, H, K], v {list(v.shape)} [B, T, H, V]"
         )
+    check_sizes("q", q)
+    check_sizes("v", v)
     for name, gate in gates.items():
         if gate is not None and gate.shape != q.shape[:3]:
             raise ValueError(f"{name} {list(gate.shape)} must be [B, T, H] = {list(q.shape[:3])}")
@@ -216,8 +225,9 @@ def _check_memory(
 
 
 def _check_state(
-    state: NeuralMemoryState, batch: int, weights: Sequence[Tensor], momentum: Tensor | None, window: int
+    state: NeuralMemoryState, q: Tensor, weights: Sequence[Tensor], momentum: Tensor | None, window: int
 ) -> None:
+    batch = len(q)
     found = [list(w.shape) for w in state.weights]
     expected = [[batch, *w.shape] for w in weights]
     if found != expected or state.position.shape != (batch,):
@@ -226,3 +236,6 @@ def _check_state(
         raise ValueError(f"state {'has' if state.momentum else 'lacks'} momentum, the call does not agree")
     if [x.shape[1] for x in state.recent] != [window - 1] * 3 * (window > 1):
         raise ValueError(f"state.recent holds {[list(x.shape) for x in state.recent]}, window={window} needs other")
+    parts = {name: getattr(state, name) for name in ("weights", "momentum", "anchor", "recent")}
+    tensors = {name: x for part, of_part in parts.items() for name, x in named(f"state.{part}", of_part).items()}
+    check_tensors({"q": q, **tensors}, {"state.position": state.position})

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from memlm_kernels.checks import in_one_type
 from memlm_kernels.launch import Kernel, at_least_16, cdiv, laid, precision
 from memlm_kernels.neural_memory.chunk import Plan
 from memlm_kernels.neural_memory.deep_backward_kernels import deep_tokens_backward, deep_write_backward
@@ -358,8 +359,7 @@ def scan_deep(plan: Plan, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None)
     momentum, tail, weights_of = present
     flags = [x.flatten(1).to(torch.int32) for x in (opens_document, opens_chunk) if x is not None]
     size = 4 if momentum else 2
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    tokens = [*(x.to(dtype) for x in (q, k, v)), C, beta]
+    tokens = [*in_one_type(q, k, v), C, beta]
     tail = [x.flatten(1) for x in tail]
     memory, ragged = weights_of[:size], weights_of[size:]
     tensors = (*tokens, *momentum, *tail, *memory, *ragged)

@@ -5,16 +5,16 @@ import triton.language as tl
 
 from memlm_kernels.launch import load_tile, store_tile, tiled
 from memlm_kernels.neural_memory.deep_kernels import (
+    TILES,
     activate,
     curvature,
     load_columns,
-    load_slots,
     output_error_backward,
     slope,
     store_columns,
 )
+from memlm_kernels.neural_memory.kernels import load_slots
 
-_TILES = [{"num_warps": 4, "num_stages": 1}]
 # With four warps it spills on sm_80 where the hidden layer is wider than the keys.
 _WRITE = [{"num_warps": 8, "num_stages": 1}]
 
@@ -70,7 +70,7 @@ def load_new(opens_document, chunk, N, G, g):
     return new
 
 
-@tiled(_WRITE, _TILES)
+@tiled(_WRITE, TILES)
 @triton.jit(do_not_specialize=["begin", "end", "N", "G"])
 def deep_write_backward(
     k,
@@ -224,7 +224,7 @@ def deep_write_backward(
         tl.store(d_bias + g * V + i_v, tl.load(d_bias + g * V + i_v, mask=inside, other=0.0) + b_dbias, mask=inside)
 
 
-@tiled(_TILES)
+@tiled(TILES)
 @triton.jit(do_not_specialize=["begin", "N", "G"])
 def deep_tokens_backward(
     k,

@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 
 from memlm_kernels.launch import load_tile, store_tile, tiled
+from memlm_kernels.neural_memory.kernels import load_slots
 
 _SIZES = ["begin", "N", "G"]
-_TILES = [{"num_warps": 4, "num_stages": 1}]
+TILES = [{"num_warps": 4, "num_stages": 1}]
 
 
 @triton.jit
@@ -56,11 +57,6 @@ def load_columns(x, base, tokens, channels, real, width: tl.constexpr):
 @triton.jit
 def store_columns(x, value, base, tokens, channels, real, width: tl.constexpr):
     store_tile(x, tl.trans(value), base, tokens, channels, real, width)
-
-
-@triton.jit
-def load_slots(x, base, slots, W_C: tl.constexpr):
-    return tl.load(x + base + slots, mask=slots < W_C, other=0.0)
 
 
 @triton.jit
@@ -157,7 +153,7 @@ def leave(
     store_tile(W, b_next, after, rows, columns, inside, width)
 
 
-@tiled(_TILES)
+@tiled(TILES)
 @triton.jit(do_not_specialize=[*_SIZES, "end"])
 def deep_write(
     k,
@@ -274,7 +270,7 @@ def read_hidden(
     return b_z - tl.dot(b_e, b_R, input_precision=PRECISION)
 
 
-@tiled(_TILES)
+@tiled(TILES)
 @triton.jit(do_not_specialize=_SIZES)
 def deep_read(
     q,
@@ -335,7 +331,7 @@ def deep_read(
     store_columns(out, b_out, at * W_C, i_c, i_v, real, V)
 
 
-@tiled(_TILES)
+@tiled(TILES)
 @triton.jit(do_not_specialize=["G"])
 def deep_step(
     q,

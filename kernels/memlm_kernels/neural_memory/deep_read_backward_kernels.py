@@ -7,18 +7,17 @@ import triton.language as tl
 
 from memlm_kernels.launch import load_tile, store_tile, tiled
 from memlm_kernels.neural_memory.deep_kernels import (
+    TILES,
     activate,
     load_columns,
-    load_slots,
     read_hidden,
     slope,
     store_columns,
 )
+from memlm_kernels.neural_memory.kernels import load_slots
 
-_TILES = [{"num_warps": 4, "num_stages": 1}]
 
-
-@tiled(_TILES)
+@tiled(TILES)
 @triton.jit(do_not_specialize=["begin", "N", "G"])
 def deep_read_backward_2(
     q,
@@ -119,7 +118,7 @@ def deep_read_backward_2(
         tl.store(d_f + at * W_C + i_c, b_df, mask=real)
 
 
-@tiled(_TILES)
+@tiled(TILES)
 @triton.jit(do_not_specialize=["begin", "N", "G"])
 def deep_read_backward_1(
     q,

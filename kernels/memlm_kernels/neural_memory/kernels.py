@@ -66,13 +66,18 @@ def enter(
 
 
 @triton.jit
+def load_slots(x, base, slots, W_C: tl.constexpr):
+    return tl.load(x + base + slots, mask=slots < W_C, other=0.0)
+
+
+@triton.jit
 def leave(b_W, b_S, b_k, b_e, C, beta, f, P, m, at, i_c, W_C: tl.constexpr, PRECISION: tl.constexpr):
     """The memory after chunk ``at`` = n G + g, of W_C slots."""
-    b_c = tl.load(C + (at * W_C + W_C - 1) * W_C + i_c, mask=i_c < W_C, other=0.0)
+    b_c = load_slots(C, (at * W_C + W_C - 1) * W_C, i_c, W_C)
     b_written = tl.dot(tl.trans(b_k), (b_e * b_c[:, None]).to(b_k.dtype), input_precision=PRECISION)
     b_next = b_W * tl.load(beta + at * W_C + W_C - 1) - b_written
     if f is not None:
-        b_p = tl.load(P + at * W_C + i_c, mask=i_c < W_C, other=0.0)
+        b_p = load_slots(P, at * W_C, i_c, W_C)
         b_next += b_S * tl.load(f + at * W_C + W_C - 1)
         b_written = tl.dot(tl.trans(b_k), (b_e * b_p[:, None]).to(b_k.dtype), input_precision=PRECISION)
         b_S = b_S * tl.load(m + at) - b_written
@@ -170,11 +175,11 @@ def memory_forward(
             tl.store(squares + (tile * N * G + at) * W_C + i_c, tl.sum(b_e * b_e, 1), mask=real)
             b_C = load_tile(C, at * W_C, i_c, i_c, real, W_C)
             b_R = b_C * tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-            b_beta = tl.load(beta + at * W_C + i_c, mask=real, other=0.0)
+            b_beta = load_slots(beta, at * W_C, i_c, W_C)
             b_o = tl.dot(b_q, b_W.to(b_q.dtype), input_precision=PRECISION) * b_beta[:, None]
             b_o -= tl.dot(b_R.to(b_k.dtype), b_e.to(b_k.dtype), input_precision=PRECISION)
             if f is not None:
-                b_f = tl.load(f + at * W_C + i_c, mask=real, other=0.0)
+                b_f = load_slots(f, at * W_C, i_c, W_C)
                 b_o += tl.dot(b_q, b_S.to(b_q.dtype), input_precision=PRECISION) * b_f[:, None]
             store_tile(out, b_o, at * W_C, i_c, i_v, real, V)
             b_W, b_S = leave(b_W, b_S, b_k, b_e, C, beta, f, P, m, at, i_c, W_C, PRECISION)
@@ -264,16 +269,16 @@ def memory_backward(
         b_C = load_tile(C, at * W_C, i_c, i_c, real, W_C)
         b_R = tl.trans(b_C * tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)).to(b_k.dtype)
         b_de = -tl.dot(b_R, b_o.to(b_k.dtype), input_precision=PRECISION)
-        b_c = tl.load(C + (at * W_C + W_C - 1) * W_C + i_c, mask=real, other=0.0)
+        b_c = load_slots(C, (at * W_C + W_C - 1) * W_C, i_c, W_C)
         b_de -= tl.dot(b_k, b_dW.to(b_k.dtype), input_precision=PRECISION) * b_c[:, None]
         if f is not None:
             store_tile(d_next_S, b_dS, (i * G + g) * K, i_k, i_v, keys, V)
-            b_p = tl.load(P + at * W_C + i_c, mask=real, other=0.0)
-            b_f = tl.load(f + at * W_C + i_c, mask=real, other=0.0)
+            b_p = load_slots(P, at * W_C, i_c, W_C)
+            b_f = load_slots(f, at * W_C, i_c, W_C)
             b_de -= tl.dot(b_k, b_dS.to(b_k.dtype), input_precision=PRECISION) * b_p[:, None]
             b_dS = b_dS * tl.load(m + at) + b_dW * tl.load(f + at * W_C + W_C - 1)
             b_dS += tl.dot(tl.trans(b_q), (b_o * b_f[:, None]).to(b_q.dtype), input_precision=PRECISION)
-        b_beta = tl.load(beta + at * W_C + i_c, mask=real, other=0.0)
+        b_beta = load_slots(beta, at * W_C, i_c, W_C)
         b_dW *= tl.load(beta + at * W_C + W_C - 1)
         b_dW += tl.dot(tl.trans(b_q), (b_o * b_beta[:, None]).to(b_q.dtype), input_precision=PRECISION)
         b_dA += tl.dot(tl.trans(b_k), b_de.to(b_k.dtype), input_precision=PRECISION)
@@ -403,13 +408,13 @@ def tokens_backward(
         b_ds = (b_C * b_pairs).to(b_k.dtype)
 
         b_dW = load_tile(d_next_W, ((n - begin) * G + g) * K, i_k, i_v, keys, V)
-        b_beta = tl.load(beta + at * W_C + i_c, mask=real, other=0.0)
+        b_beta = load_slots(beta, at * W_C, i_c, W_C)
         b_of_o = tl.dot(b_W.to(b_k.dtype), b_o, input_precision=PRECISION)
         b_dbeta = tl.sum(b_of_o * b_q, 0) + tl.where(last, tl.sum(b_dW * b_W), 0.0)
         tl.store(d_beta + place * W_C + i_c, b_dbeta, mask=real)
         b_dq = b_of_o * b_beta[None, :]
         if f is not None:
-            b_f = tl.load(f + at * W_C + i_c, mask=real, other=0.0)
+            b_f = load_slots(f, at * W_C, i_c, W_C)
             b_of_o = tl.dot(b_S.to(b_k.dtype), b_o, input_precision=PRECISION)
             b_df = tl.sum(b_of_o * b_q, 0) + tl.where(last, tl.sum(b_dW * b_S), 0.0)
             tl.store(d_f + place * W_C + i_c, b_df, mask=real)
@@ -417,12 +422,12 @@ def tokens_backward(
         b_dq += tl.dot(b_k, tl.trans(b_ds), input_precision=PRECISION)
         store_tile(d_q, tl.trans(b_dq), place * W_C, i_c, i_k, real, K)
 
-        b_c = tl.load(C + (at * W_C + W_C - 1) * W_C + i_c, mask=real, other=0.0)
+        b_c = load_slots(C, (at * W_C + W_C - 1) * W_C, i_c, W_C)
         b_of_e = tl.dot(b_dW.to(b_k.dtype), b_e, input_precision=PRECISION)
         tl.store(d_c + place * W_C + i_c, -tl.sum(b_of_e * b_k, 0), mask=real)
         b_dk = -b_of_e * b_c[None, :]
         if f is not None:
-            b_p = tl.load(P + at * W_C + i_c, mask=real, other=0.0)
+            b_p = load_slots(P, at * W_C, i_c, W_C)
             b_dS = load_tile(d_next_S, ((n - begin) * G + g) * K, i_k, i_v, keys, V)
             tl.store(d_m + place, tl.sum(b_dS * b_S))
             b_of_e = tl.dot(b_dS.to(b_k.dtype), b_e, input_precision=PRECISION)

@@ -108,7 +108,7 @@ def neural_memory_reference(
         if state is None:
             state = _fresh(tokens, initial, window)
         if length == 0:
-            return torch.zeros_like(v), state, torch.zeros_like(tokens.lr)
+            return v.clone(), state, torch.zeros_like(tokens.lr)
         if positions is None:
             positions = state.position[:, None] + torch.arange(length, device=q.device)
         width = block_size(chunk_size, widest)

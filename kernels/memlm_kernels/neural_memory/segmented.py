@@ -4,15 +4,15 @@ As ``neural_memory`` with one layer, no norm and the squared error, except for w
 ``reference`` for the equations.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from memlm_kernels.backend import as_autocast, choose, with_triton
-from memlm_kernels.neural_memory import keys_limit, most_slots
-from memlm_kernels.neural_memory.reference import Tokens, block_size, scalar_recurrences
+from memlm_kernels.checks import check_tensors, in_one_type
+from memlm_kernels.neural_memory import blocks_limit, keys_limit, most_slots
+from memlm_kernels.neural_memory.reference import Tokens, scalar_recurrences
 from memlm_kernels.segments import check_recurrence, chunk_width, exact, lay_out
 
 
@@ -42,32 +42,35 @@ def segmented_neural_memory(
 
     q, k: [B, T, H, K]   v: [B, T, H, V]   lr, momentum, decay: [B, T, H], as for ``neural_memory``
     chunk_size: tokens of one memory whose gradients are taken at the same weights
-    cu_seqlens: [B, S + 1] integers, 0 first; segment s of row b is its tokens cu_seqlens[b, s:s + 2], end excluded;
-        what lies behind the last is padding. None: each row is one segment
+    cu_seqlens: [B, S + 1] integers from 0 to T, as for ``linear_attention``
     state: before each segment's first token
 
-    Returns o [B, T, H, V] in v's dtype, zeros at padding, and the state after each segment's last token.
+    Returns o [B, T, H, V] in v's dtype, zeros at padding, and the state after each segment's last token. Raises
+    ValueError if chunk_size < 1, shapes, types or devices disagree, cu_seqlens are outside, or the backend cannot run.
     """
-    check_recurrence(q, k, v, cu_seqlens, state.memory[:, :, 0])
-    for name, gate in (("lr", lr), ("momentum", momentum), ("decay", decay)):
-        if gate is not None and gate.shape != q.shape[:3]:
-            raise ValueError(f"{name} {list(gate.shape)} must be [B, T, H] = {list(q.shape[:3])}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size} must be at least 1")
+    _check_state(state, momentum)
+    gates_of = {"lr": lr, "momentum": momentum, "decay": decay}
+    cu_seqlens = check_recurrence(q, k, v, gates_of, cu_seqlens, state.memory[:, :, 0])
     q, k, v = as_autocast(q, k, v)
-    by_triton = choose("segmented_neural_memory", backend, *with_triton(q, keys_limit(q))) == "triton"
+    limit = keys_limit(q) or blocks_limit(chunk_size, most_slots(q, 1))
+    by_triton = choose("segmented_neural_memory", backend, *with_triton(q, limit, v, cu_seqlens)) == "triton"
     batch, length, heads, _ = q.shape
     with torch.autocast(q.device.type, enabled=False):
         memory, position = exact(state.memory), state.position
         if length == 0:
-            return torch.zeros_like(v), SegmentedMemoryState(memory, position)
+            return v.clone(), SegmentedMemoryState(memory, position)
         momentum, decay = (None if x is None else exact(x) for x in (momentum, decay))
-        given, dtype = v.dtype, torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-        q, k, v = (x.to(dtype) if by_triton else exact(x) for x in (q, k, v))
+        given = v.dtype
+        q, k, v = in_one_type(q, k, v) if by_triton else map(exact, (q, k, v))
         tokens = Tokens(q, k, v, exact(lr), momentum, decay, None)
         if cu_seqlens is None:
-            cu_seqlens = position.new_tensor([0, length]).expand(batch, 2)
+            # Not from a list, which would be copied to the device.
+            cu_seqlens = (torch.arange(2, device=q.device) * length).expand(batch, 2)
         # Blocks divide chunks, so that none reaches over a chunk's end.
-        most = most_slots(q, 1) if by_triton else 64
-        width = math.gcd(block_size(chunk_size, most), chunk_width(length, cu_seqlens, most))
+        widest = chunk_width(length, cu_seqlens, most_slots(q, 1) if by_triton else 64)
+        width = max(size for size in range(1, widest + 1) if chunk_size % size == 0)
         segments = lay_out(cu_seqlens, length, width, position % width)
         assert segments.segment is not None and segments.index is not None
         block = (position // width).gather(1, segments.segment) + segments.index
@@ -106,3 +109,16 @@ def segmented_neural_memory(
         if f is not None:
             out = out + f[..., None] * (q_c @ starts[:, :, 1])
         return segments.take(out).to(given), SegmentedMemoryState(memory, position)
+
+
+def _check_state(state: SegmentedMemoryState, momentum: Tensor | None) -> None:
+    parts = 2 if momentum is None else 3
+    memory, position = state.memory, state.position
+    if memory.ndim != 6 or memory.shape[2] != parts:
+        raise ValueError(
+            f"state.memory {list(memory.shape)} must be [B, S, {parts}, H, K, V], "
+            f"{'without' if momentum is None else 'with'} momentum"
+        )
+    if position.shape != memory.shape[:2]:
+        raise ValueError(f"state.position {list(position.shape)} must be [B, S] = {list(memory.shape[:2])}")
+    check_tensors({"state.memory": memory}, {"state.position": position})

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from memlm_kernels.checks import in_one_type
 from memlm_kernels.launch import Tiles, at_least_16, cdiv, laid, precision
 from memlm_kernels.neural_memory.chunk import Gates, Plan
 from memlm_kernels.neural_memory.kernels import memory_backward, memory_forward, tokens_backward
@@ -294,8 +295,7 @@ def scan_triton(plan: Plan, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | Non
     S = weights.pop(0) if f is not None else None
     anchor, initial = weights or (None, None)
     flags = [None if x is None else x.flatten(1).to(torch.int32) for x in (opens_document, opens_chunk)]
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    tokens = [x.to(dtype) for x in (q, k, v)]
+    tokens = in_one_type(q, k, v)
     tensors = (*tokens, C, beta, f, P, m, *flags, None, None, W, S, anchor, initial)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     out, squares, last_W, last_anchor, *more = forward(*tensors, plan.blocks, keep)

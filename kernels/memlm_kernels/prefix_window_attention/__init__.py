@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from memlm_kernels.backend import as_autocast, choose, with_triton
+from memlm_kernels.checks import check_range, check_sizes, check_tensors, in_one_type, named, readable
 from memlm_kernels.prefix_window_attention.reference import plain, read_blocks, sdpa
 
 __all__ = ["WindowAttended", "prefix_window_attention"]
@@ -39,31 +40,37 @@ def prefix_window_attention(
 
     q: [B, T, H, K]   k: [B, L, G, K]   v: [B, L, G, V]
     window: last keys that a token sees, itself included; None: all
-    places: integers [B, T], keys before each token in its document: it sees none beyond (None: all that there are)
+    places: integers [B, T], keys before each token in its document: it sees none beyond, itself always (None: all that
+        there are)
     prefix: queries [B, T, H, K], keys [1 or B, P, G, K] and values [1 or B, P, G, V] of what every token sees too
     scale: of the scores; None for 1 / sqrt(K)
 
     Backends: ``sdpa``, torch's own in blocks of queries, which knows no lse; ``reference``, plain products in blocks;
     ``triton``. Work and memory grow with T window, without one with T L. Accumulates in fp32.
-    Raises ValueError if shapes disagree, window < 1, or the backend cannot run.
+    Raises ValueError if shapes, types or devices disagree, window < 1, or the backend cannot run.
     """
     _check(q, k, v, window, places, prefix)
-    q, k, v, *own = as_autocast(q, k, v, *(prefix or ()))
-    prefix = (own[0], own[1], own[2]) if prefix else None
-    available, refused = with_triton(q, too_large(q, k, v))
+    q, k, v, *rest = as_autocast(q, k, v, *(prefix or ()))
+    given = q.dtype
+    q, k, v, *rest = in_one_type(q, k, v, *rest)
+    prefix = (rest[0], rest[1], rest[2]) if prefix else None
+    available, refused = with_triton(q, too_large(q, k, v), k, *rest)
     if with_lse:
         refused = {**refused, "sdpa": "it gives no lse"}
     else:
         at = available.index("reference")
         available = (*available[:at], "sdpa", *available[at:])
     backend = choose("prefix_window_attention", backend, available, refused)
+    places = check_places(q, places)
     if backend == "triton" and q.numel():
         from memlm_kernels.prefix_window_attention.triton import attend_triton
 
         spans = window_spans(q, k, window, places)
-        return WindowAttended(*attend_triton(q, k, v, *spans, window or k.shape[1], scale, prefix=prefix))
+        output, lse = attend_triton(q, k, v, *spans, window or k.shape[1], scale, prefix=prefix)
+        return WindowAttended(output.to(given), lse)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    return WindowAttended(*read_blocks(q, k, v, window, places, prefix, scale, sdpa if backend == "sdpa" else plain))
+    read = read_blocks(q, k, v, window, places, prefix, scale, sdpa if backend == "sdpa" else plain)
+    return WindowAttended(read[0].to(given), read[1])
 
 
 def window_spans(q: Tensor, k: Tensor, window: int | None, places: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -85,16 +92,24 @@ def too_large(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 
 def check_heads(q: Tensor, k: Tensor) -> None:
-    """Raise ValueError unless q is [B, T, H, K] and k [B, any, G, K], H a multiple of G."""
+    """Raise ValueError unless q is [B, T, H, K] and k [B, any, G, K], no size of them 0, H a multiple of G."""
     if q.ndim != 4 or k.ndim != 4 or len(q) != len(k) or q.shape[3] != k.shape[3]:
         raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} must be [B, T, H, K] and [B, any, G, K]")
+    check_sizes("q", q)
+    check_sizes("k", k)
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"q has {q.shape[2]} heads, which do not divide by the {k.shape[2]} of k")
 
 
-def check_places(q: Tensor, places: Tensor | None) -> None:
-    if places is not None and (places.shape != q.shape[:2] or places.is_floating_point()):
+def check_places(q: Tensor, places: Tensor | None) -> Tensor | None:
+    """places, none below 0. Raises ValueError where they can be looked at and are, and for another shape."""
+    if places is None:
+        return None
+    if places.shape != q.shape[:2]:
         raise ValueError(f"places {list(places.shape)} must be integers [B, T] = {list(q.shape[:2])}")
+    check_tensors({"q": q}, {"places": places})
+    check_range("places", places, 0, None)
+    return places if readable(places) else places.clamp(min=0)
 
 
 def _check(
@@ -108,7 +123,6 @@ def _check(
     if window is not None and window < 1:
         raise ValueError(f"window={window} must be at least 1")
     check_heads(q, k)
-    check_places(q, places)
     if v.ndim != 4 or v.shape[:3] != k.shape[:3] or q.shape[1] > k.shape[1]:
         raise ValueError(f"v {list(v.shape)} must be [B, L, G, V] with k {list(k.shape)}, L at least T={q.shape[1]}")
     if prefix is not None:
@@ -119,3 +133,5 @@ def _check(
                 f"queries {list(own_q)}, keys {list(own_k)} and values {list(own_v)} of the prefix must be "
                 f"[B, T, H, K], [1 or B, P, G, K] and [1 or B, P, G, V] with q {list(q.shape)} and v {list(v.shape)}"
             )
+    check_sizes("v", v)
+    check_tensors({"q": q, "k": k, "v": v, **named("prefix", prefix or ())})

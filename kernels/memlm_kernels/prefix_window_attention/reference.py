@@ -38,7 +38,7 @@ def read_blocks(
         q, k = torch.cat([q, own_q], -1), F.pad(k, (0, size))
         always = F.pad(own_k, (size, 0)), own_v
     length = q.shape[1]
-    if window is None or window >= k.shape[1]:
+    if window is None or window >= k.shape[1] or length == 0:
         if always is None and places is None and length == k.shape[1]:
             return attend(q, k, v, None, scale)
         return _dense(q, k, v, window, places, always, scale, attend)

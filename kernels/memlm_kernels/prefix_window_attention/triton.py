@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+from triton import next_power_of_2
 
-from memlm_kernels.chunk_sparse_attention.choice import invert_chunks_reference
+from memlm_kernels.checks import in_one_type
 from memlm_kernels.chunk_sparse_attention.kernels import add_parts, chunks_backward, unite_chunks
+from memlm_kernels.chunk_sparse_attention.triton import invert
 from memlm_kernels.launch import Tiles, at_least_16, cdiv, laid, precision
 from memlm_kernels.prefix_window_attention.kernels import (
     attend_forward,
@@ -31,11 +33,11 @@ class Call:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, index: Tensor | None, chunk: int):
         self.batch, self.length, self.heads, self.keys = q.shape
         self.groups, self.values = k.shape[2], v.shape[-1]
-        self.padded = 1 << (self.heads // self.groups - 1).bit_length()
+        self.padded = next_power_of_2(self.heads // self.groups)
         wide = max(at_least_16(self.keys), at_least_16(self.values)) * q.element_size()
         # As large as registers hold, of which fp32 takes twice as many.
         most = 64 if wide <= 256 and q.element_size() == 2 else 32
-        self.rows = min(most, max(16, self.padded, 1 << (self.length * self.padded - 1).bit_length()))
+        self.rows = min(most, max(self.padded, at_least_16(self.length * self.padded)))
         self.tiles = cdiv(self.length, self.rows // self.padded)
         self.most_keys = most if wide <= 512 else 16
         self.most_stages = 2 if wide <= 256 else 1
@@ -67,15 +69,15 @@ class Call:
 
     def parts(self, keys: int, tiles: Tiles) -> int:
         """Of the queries, for a program to go through where keys are few: a power of two."""
-        programs = self.batch * self.groups * cdiv(keys, tiles["BN"])
+        programs = max(1, self.batch * self.groups * cdiv(keys, tiles["BN"]))
         return 1 << max(0, min(ENOUGH // programs, cdiv(self.tiles, 8)).bit_length() - 1)
 
 
-def _united(call: Call, index: Tensor | None) -> dict[str, Any]:
+def _united(call: Call, index: Tensor | None, chunks: int) -> dict[str, Any]:
     """The chunks that each tile of queries goes through."""
     if index is None:
         return {"united": None, "count": None, "U": 0, "BJ": 1}
-    taken = {"U": call.chosen, "BJ": 1 << (call.chosen - 1).bit_length()}
+    taken = {"U": call.chosen, "BJ": next_power_of_2(call.chosen)}
     tokens = min(call.rows // call.padded, call.length)
     if tokens == 1:
         return taken | {"united": index, "count": None}
@@ -86,8 +88,8 @@ def _united(call: Call, index: Tensor | None) -> dict[str, Any]:
     unite_chunks(
         lambda _: count.numel(),
         {},
-        **{"index": index, "united": united, "count": count, "T": call.length, "U": room, "G": call.groups},
-        **{"J": call.chosen, "BT": tokens, "W": 1 << (room - 1).bit_length()},
+        **{"index": index, "united": united, "count": count, "T": call.length, "N": chunks, "U": room},
+        **{"G": call.groups, "J": call.chosen, "BT": tokens, "W": next_power_of_2(room)},
     )
     return taken | {"united": united, "count": count, "U": room}
 
@@ -129,7 +131,7 @@ def forward(
         **{"prefix_k": prefix_k, "prefix_v": prefix_v, "far_k": _or(far_k, k), "o": parts[0], "lse": parts[1]},
         **{"scale": scale * _LOG2E, "window": window, "SPLITS": splits, "B": call.batch, "BM": call.rows},
         **_shared(call, prefix_k, starts),
-        **_united(call, index),
+        **_united(call, index, 0 if starts is None else starts.shape[1]),
         **call.sizes,
         **call.of_choice,
     )
@@ -216,7 +218,7 @@ def backward(
         **{"d_lse": d_lse, "d_q": d_q, "d_other_q": d_other, "delta": delta, "bounds": bounds, **scales},
         **{"window": window, "BM": call.rows},
         **_shared(call, prefix_k, starts),
-        **_united(call, index),
+        **_united(call, index, 0 if starts is None else starts.shape[1]),
         **call.sizes,
         **call.of_choice,
     )
@@ -262,7 +264,7 @@ def _sum_parts(x: Tensor, rows: int) -> Tensor:
 def _add_chunks(call: Call, given: dict[str, Any], index: Tensor, starts: Tensor, d_k: Tensor, d_v: Tensor) -> None:
     """Adds the gradients of chosen keys."""
     chunks = starts.shape[1]
-    token, offsets = invert_chunks_reference(index, chunks)
+    token, offsets = invert(index, chunks)
     sizes = (offsets.diff(dim=-1) + PER - 1) // PER
     first = torch.nn.functional.pad(sizes.cumsum(-1), (1, 0))
     count = (token.shape[2] + min(chunks, token.shape[2]) * (PER - 1)) // PER
@@ -369,12 +371,10 @@ def attend_triton(
     index, starts, chunk_size, window = choice or (None, None, 1, 1)
     given = [q, k, v, other_q if far is None else far_q, prefix_k, prefix_v, far_k]
     # One type for what is multiplied; sums are fp32 in any case.
-    dtype = q.dtype
-    for x in given:
-        dtype = dtype if x is None else torch.promote_types(dtype, x.dtype)
-    q_, k_, v_, *others = (None if x is None else x.to(dtype) for x in given)
+    q_, k_, v_, *others = in_one_type(*given)
     places = [x.to(torch.int32) for x in (first, end)]
-    chosen = [None if x is None else x.to(torch.int32) for x in (index, starts)]
+    if index is not None and starts is not None:
+        index, starts = index.clamp(-1, starts.shape[1]).to(torch.int32), starts.to(torch.int32)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    o, lse = forward(q_, k_, v_, *places, *others, *chosen, chunk_size, window, most, scale)
+    o, lse = forward(q_, k_, v_, *places, *others, index, starts, chunk_size, window, most, scale)
     return o.to(q.dtype), lse

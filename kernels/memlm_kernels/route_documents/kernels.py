@@ -75,8 +75,8 @@ def knows(b_document, asks, first, end, at, inside):
     """[BM, BC], which tokens, from ``at`` on, know of which documents; and which of them ask."""
     sees = inside[:, None] & (b_document >= 0)[None, :]
     if first is not None:
-        b_first = tl.load(first + at, mask=inside, other=0).to(tl.int32)
-        b_end = tl.load(end + at, mask=inside, other=0).to(tl.int32)
+        b_first = tl.load(first + at, mask=inside, other=0)
+        b_end = tl.load(end + at, mask=inside, other=0)
         sees = sees & (b_document[None, :] >= b_first[:, None]) & (b_document[None, :] < b_end[:, None])
     asking = inside
     if asks is not None:
@@ -114,14 +114,16 @@ def score_chunks(
     BC: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """score: the maximum over tokens, or with SUM the sum; so_far: [B, tiles of tokens, C], before each tile."""
+    """score: the maximum over tokens, or with SUM the sum; so_far: [B, tiles of tokens, C], before each tile, how many
+    asked only with SUM.
+    """
     program = tl.program_id(0).to(tl.int64)
     tiles_c, tiles_m = (C + BC - 1) // BC, (M + BM - 1) // BM
     row, c = program // tiles_c, program % tiles_c * BC
     row_k = row * (1 - SHARED)
     i_c = tl.arange(0, BC)
     inside_c = c + i_c < C
-    b_document = tl.load(document + row_k * C + c + i_c, mask=inside_c, other=-1).to(tl.int32)
+    b_document = tl.load(document + row_k * C + c + i_c, mask=inside_c, other=-1)
     b_score = tl.load(before_score + row * C + c + i_c, mask=inside_c, other=0.0)
     b_asked = tl.load(before_asked + row * C + c + i_c, mask=inside_c, other=0)
     if not SUM:
@@ -132,29 +134,14 @@ def score_chunks(
         if so_far_score is not None:
             at = (row * tiles_m + tile) * C + c + i_c
             tl.store(so_far_score + at, b_score, mask=inside_c)
-            tl.store(so_far_asked + at, b_asked, mask=inside_c)
-        i_m = tl.arange(0, BM)
+            if SUM:
+                tl.store(so_far_asked + at, b_asked, mask=inside_c)
+        i_m, m = tl.arange(0, BM), row * M + tile * BM
         inside = tile * BM + i_m < M
         b_s = similarities(
-            query,
-            k,
-            row * M + tile * BM,
-            row_k * C + c,
-            i_m,
-            i_c,
-            inside,
-            inside_c,
-            G,
-            P,
-            K,
-            MEAN,
-            COSINE,
-            PRECISION,
-            BM,
-            BC,
-            BK,
+            query, k, m, row_k * C + c, i_m, i_c, inside, inside_c, G, P, K, MEAN, COSINE, PRECISION, BM, BC, BK
         )
-        sees, asking = knows(b_document, asks, first, end, row * M + tile * BM + i_m, inside)
+        sees, asking = knows(b_document, asks, first, end, m + i_m, inside)
         known = sees & asking[:, None]
         b_asked += tl.sum(known.to(tl.int32), 0)
         if SUM:
@@ -173,10 +160,10 @@ def score_chunks(
 
 
 @triton.jit
-def candidate(b_values, b_names, b_best, b_best_name):
+def candidate(b_values, b_names, b_best, b_best_name, LAST: tl.constexpr):
     """Of each row the best value and its name, the worst name of the set, and whether that must give way."""
     b_value = tl.max(b_values, 1)
-    b_name = tl.min(tl.where(b_values == b_value[:, None], b_names, _LAST), 1)
+    b_name = tl.min(tl.where(b_values == b_value[:, None], b_names, LAST), 1)
     b_least = tl.min(b_best, 1)
     b_worst = tl.max(tl.where(b_best == b_least[:, None], b_best_name, -1), 1)
     better = (b_value > b_least) | ((b_value == b_least) & (b_value > _NEVER) & (b_name < b_worst))
@@ -184,9 +171,11 @@ def candidate(b_values, b_names, b_best, b_best_name):
 
 
 @triton.jit
-def keep_best(b_values, b_names, b_best, b_best_name):
-    """The best of a set and of values [D, n] with names [D or 1, n]; of equal values the lowest name wins."""
-    b_value, b_name, b_worst, better = candidate(b_values, b_names, b_best, b_best_name)
+def keep_best(b_values, b_names, b_best, b_best_name, LAST: tl.constexpr):
+    """The best of a set and of values [D, n] with names [D or 1, n] below LAST, the highest of their type; of equal
+    values the lowest name wins.
+    """
+    b_value, b_name, b_worst, better = candidate(b_values, b_names, b_best, b_best_name, LAST)
     while tl.max(better.to(tl.int32), 0) > 0:
         same = b_best_name == b_name[:, None]
         has = tl.max(same.to(tl.int32), 1) > 0
@@ -195,23 +184,23 @@ def keep_best(b_values, b_names, b_best, b_best_name):
         b_best = tl.where(place, b_value[:, None], b_best)
         b_best_name = tl.where(place, b_name[:, None], b_best_name)
         b_values = tl.where(b_names == b_name[:, None], _NEVER, b_values)
-        b_value, b_name, b_worst, better = candidate(b_values, b_names, b_best, b_best_name)
+        b_value, b_name, b_worst, better = candidate(b_values, b_names, b_best, b_best_name, LAST)
     return b_best, b_best_name
 
 
 @triton.jit
-def empty_set(BD: tl.constexpr, BJ: tl.constexpr):
-    """No two places have the same name."""
-    b_name = tl.zeros([BD, BJ], tl.int32) - tl.arange(0, BJ)[None, :] + (_LAST - 1)
+def empty_set(names, BD: tl.constexpr, BJ: tl.constexpr, LAST: tl.constexpr):
+    """No two places have the same name; names: where such are stored."""
+    b_name = tl.zeros([BD, BJ], names.dtype.element_ty) - tl.arange(0, BJ)[None, :] + (LAST - 1)
     return tl.zeros([BD, BJ], tl.float32) + _NEVER, b_name
 
 
 @triton.jit
-def store_best(best, best_name, b_best, b_best_name, at, inside, J):
+def store_best(best, best_name, b_best, b_best_name, at, inside, J, LAST: tl.constexpr):
     """In their order, J of them for each row from ``at`` on."""
     for j in range(J):
         b_value = tl.max(b_best, 1)
-        b_name = tl.min(tl.where(b_best == b_value[:, None], b_best_name, _LAST), 1)
+        b_name = tl.min(tl.where(b_best == b_value[:, None], b_best_name, LAST), 1)
         tl.store(best + at * J + j, b_value, mask=inside)
         tl.store(best_name + at * J + j, tl.where(b_value > _NEVER, b_name, -1), mask=inside)
         b_best = tl.where(b_best_name == b_name[:, None], _NEVER, b_best)
@@ -244,6 +233,7 @@ def choose_running(
     COSINE: tl.constexpr,
     PRECISION: tl.constexpr,
     J: tl.constexpr,
+    LAST: tl.constexpr,
     BJ: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,
@@ -257,29 +247,13 @@ def choose_running(
     i_m, i_c = tl.arange(0, BM), tl.arange(0, BC)
     m = row * M + tile * BM
     inside = tile * BM + i_m < M
-    b_best, b_best_name = empty_set(BM, BJ)
+    b_best, b_best_name = empty_set(best_name, BM, BJ, LAST)
     for i in range((tl.minimum(SPLIT, C - split * SPLIT) + BC - 1) // BC):
         c = split * SPLIT + i * BC
         inside_c = c + i_c < C
-        b_document = tl.load(document + row_k * C + c + i_c, mask=inside_c, other=-1).to(tl.int32)
+        b_document = tl.load(document + row_k * C + c + i_c, mask=inside_c, other=-1)
         b_s = similarities(
-            query,
-            k,
-            m,
-            row_k * C + c,
-            i_m,
-            i_c,
-            inside,
-            inside_c,
-            G,
-            P,
-            K,
-            MEAN,
-            COSINE,
-            PRECISION,
-            BM,
-            BC,
-            BK,
+            query, k, m, row_k * C + c, i_m, i_c, inside, inside_c, G, P, K, MEAN, COSINE, PRECISION, BM, BC, BK
         )
         sees, asking = knows(b_document, asks, first, end, m + i_m, inside)
         known = sees & asking[:, None]
@@ -294,8 +268,8 @@ def choose_running(
             b_s = tl.associative_scan(tl.where(known, b_s, _NEVER), 0, larger)
             b_s = tl.maximum(b_s, b_score[None, :])
         b_s = tl.where(sees & (b_document < N)[None, :], b_s, _NEVER)
-        b_best, b_best_name = keep_best(b_s, b_document[None, :], b_best, b_best_name)
-    store_best(best, best_name, b_best, b_best_name, (m + i_m) * SPLITS + split, inside, J)
+        b_best, b_best_name = keep_best(b_s, b_document[None, :], b_best, b_best_name, LAST)
+    store_best(best, best_name, b_best, b_best_name, (m + i_m) * SPLITS + split, inside, J, LAST)
 
 
 @triton.jit
@@ -322,6 +296,7 @@ def choose_best(
     SPLITS,
     SHARED: tl.constexpr,
     J: tl.constexpr,
+    LAST: tl.constexpr,
     BJ: tl.constexpr,
     BD: tl.constexpr,
     BC: tl.constexpr,
@@ -333,13 +308,13 @@ def choose_best(
     i_d, i_c = tl.arange(0, BD), tl.arange(0, BC)
     d = row * R + tile * BD
     inside = tile * BD + i_d < R
-    b_best, b_best_name = empty_set(BD, BJ)
+    b_best, b_best_name = empty_set(best_name, BD, BJ, LAST)
     for i in range((tl.minimum(SPLIT, C - split * SPLIT) + BC - 1) // BC):
         c = split * SPLIT + i * BC
         inside_c = c + i_c < C
-        b_names = tl.load(names + row * (1 - SHARED) * C + c + i_c, mask=inside_c, other=-1).to(tl.int32)
+        b_names = tl.load(names + row * (1 - SHARED) * C + c + i_c, mask=inside_c, other=-1)
         b_values = tl.load(values + row * C + c + i_c, mask=inside_c, other=_NEVER)
         sees, _ = knows(b_names, None, first, end, d + i_d, inside)
         b_values = tl.where(sees & (b_names < N)[None, :], b_values[None, :], _NEVER)
-        b_best, b_best_name = keep_best(b_values, b_names[None, :], b_best, b_best_name)
-    store_best(best, best_name, b_best, b_best_name, (d + i_d) * SPLITS + split, inside, J)
+        b_best, b_best_name = keep_best(b_values, b_names[None, :], b_best, b_best_name, LAST)
+    store_best(best, best_name, b_best, b_best_name, (d + i_d) * SPLITS + split, inside, J, LAST)

@@ -116,13 +116,13 @@ class Asked(NamedTuple):
 
     def knows(self, document: Tensor) -> Tensor:
         """Which tokens ask a chunk, [B, M, n]."""
-        known = torch.ones(1, self.tokens(), 1, dtype=torch.bool, device=document.device)
+        known = (document >= 0)[:, None].expand(-1, self.tokens(), -1)
         if self.asks is not None:
             known = known & self.asks[..., None]
         if self.spans is not None:
             first, end = (x[..., None] for x in self.spans)
             known = known & (document[:, None] >= first) & (document[:, None] < end)
-        return known.expand(len(document), -1, document.shape[1])
+        return known
 
 
 class _Walk:
@@ -226,6 +226,7 @@ def best_of(index: Tensor, score: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def merge_topk_reference(index: Tensor, score: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    score = score.masked_fill(index < 0, _NEVER)
     # Each index in a row, its best score first.
     score, order = score.sort(dim=-1, descending=True, stable=True)
     index, again = index.gather(-1, order).sort(dim=-1, stable=True)

@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from memlm_kernels.backend import MOST
 from memlm_kernels.launch import at_least_16, cdiv, laid, no_products, precision
 from memlm_kernels.route_documents.kernels import choose_best, choose_running, score_chunks
 from memlm_kernels.route_documents.reference import Asked, Chosen, Rule, Scored, query_of, walk
@@ -23,9 +24,15 @@ def _split(size: int, programs: int, least: int) -> tuple[int, int]:
 
 
 def _best(
-    values: Tensor, names: Tensor, spans: tuple[Tensor | None, Tensor | None], decisions: int, top_k: int, known: int
+    values: Tensor,
+    names: Tensor,
+    spans: tuple[Tensor | None, Tensor | None],
+    decisions: int,
+    top_k: int,
+    known: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Of values [B, C] and names [B or 1, C] below ``known``: names and values [B, R, J]."""
+    last = torch.iinfo(names.dtype).max
     batch, size = values.shape
     set_size = triton.next_power_of_2(top_k)
     tile = min(16, triton.next_power_of_2(decisions), _PLACES // set_size)
@@ -37,8 +44,8 @@ def _best(
         lambda _: rows * parts,
         {"BC": at_least_16(size)},
         **{"values": values, "names": names, "first": spans[0], "end": spans[1], "best": best, "best_name": best_name},
-        **{"C": size, "N": known, "R": decisions, "SPLIT": each, "SPLITS": parts, "SHARED": len(names) == 1},
-        **{"J": top_k, "BJ": set_size, "BD": tile},
+        **{"C": size, "N": last if known is None else known, "R": decisions, "SPLIT": each, "SPLITS": parts},
+        **{"SHARED": len(names) == 1, "J": top_k, "BJ": set_size, "BD": tile, "LAST": last},
     )
     return _merged(best_name, best, parts, top_k)
 
@@ -47,7 +54,7 @@ def _merged(best_name: Tensor, best: Tensor, parts: int, top_k: int) -> tuple[Te
     """[B, R, parts * J] -> [B, R, J]"""
     if parts == 1:
         return best_name, best
-    name, value = _best(best.flatten(0, 1), best_name.flatten(0, 1), (None, None), 1, top_k, 2**31 - 1)
+    name, value = _best(best.flatten(0, 1), best_name.flatten(0, 1), (None, None), 1, top_k)
     return name.view(*best.shape[:2], top_k), value.view(*best.shape[:2], top_k)
 
 
@@ -69,7 +76,10 @@ def forward(
     mean_tokens: bool,
     cosine: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What ``Chosen`` has. query: [B, M, G, P, K]; without it the choice is by what was asked before."""
+    """What ``Chosen`` has. query: [B, M, G, P, K]; without it the choice is by what was asked before.
+
+    document, first, end: int32
+    """
     query, k, document, asks = laid(query, k, document, asks)
     first, end, before_score, before_asked = laid(first, end, before_score, before_asked)
     score, asked, token = before_score.clone(), before_asked.clone(), torch.zeros_like(before_asked)
@@ -83,15 +93,15 @@ def forward(
         # fp32 takes twice the registers.
         most = 32 if query.dtype == torch.float32 else 64
         limits = {"BC": at_least_16(chunks), "BK": min(most, at_least_16(keys))}
-        so_far: list[Tensor | None] = [None, None]
-        if running:
-            so_far = [x.new_empty(batch, tiles, chunks) for x in (score, asked)]
+        # The mean alone needs to know how many asked.
+        so_far_score = score.new_empty(batch, tiles, chunks) if running else None
+        so_far_asked = asked.new_empty(batch, tiles, chunks) if running and mean_tokens else None
         score_chunks(
             lambda tiles: batch * cdiv(chunks, tiles["BC"]),
             limits,
             **given,
             **{"before_score": before_score, "before_asked": before_asked, "score": score, "asked": asked},
-            **{"token": token, "so_far_score": so_far[0], "so_far_asked": so_far[1], **sizes},
+            **{"token": token, "so_far_score": so_far_score, "so_far_asked": so_far_asked, **sizes},
         )
         if running:
             each, parts = _split(chunks, batch * tiles, 256)
@@ -101,14 +111,16 @@ def forward(
                 lambda _: batch * tiles * parts,
                 limits,
                 **given,
-                **{"so_far_score": so_far[0], "so_far_asked": so_far[1], "best": best, "best_name": best_name},
+                **{"so_far_score": so_far_score, "so_far_asked": so_far_asked, "best": best, "best_name": best_name},
                 **{"N": num_documents, "SPLIT": each, "SPLITS": parts, "J": top_k},
-                **{"BJ": triton.next_power_of_2(top_k), **sizes},
+                **{"BJ": triton.next_power_of_2(top_k), "LAST": torch.iinfo(document.dtype).max, **sizes},
             )
-            return *_merged(best_name, best, parts, top_k), score, asked, token
+            name, value = _merged(best_name, best, parts, top_k)
+            return name.long(), value, score, asked, token
     values = score / asked.clamp(min=1) if mean_tokens else score
     values = values.masked_fill(asked == 0, float("-inf"))
-    return *_best(values, document, (first, end), decisions, top_k, num_documents), score, asked, token
+    name, value = _best(values, document, (first, end), decisions, top_k, num_documents)
+    return name.long(), value, score, asked, token
 
 
 @forward.register_fake
@@ -130,7 +142,7 @@ def _(
     cosine: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape, of_chunks = (len(before_score), decisions, top_k), before_score.shape
-    new, score = document.new_empty(shape), before_score.new_empty(shape)
+    new, score = before_asked.new_empty(shape), before_score.new_empty(shape)
     return new, score, before_score.new_empty(of_chunks), before_asked.new_empty(of_chunks), new.new_empty(of_chunks)
 
 
@@ -147,7 +159,7 @@ def _flops(query: tuple[int, ...] | None, k: tuple[int, ...], *rest: Any, **_: A
 def merge(index: Tensor, score: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """[D, n] -> [D, J]"""
     index, score = laid(index, score)
-    name, value = _best(score, index, (None, None), 1, top_k, 2**31 - 1)
+    name, value = _best(score, index, (None, None), 1, top_k)
     return name[:, 0].clone(), value[:, 0].clone()
 
 
@@ -173,8 +185,11 @@ def choose_triton(rule: Rule, asked: Asked, dtype: torch.dtype) -> Chosen:
         return walk(rule, asked)
     if asked.q is not None:
         query = query_of(rule, asked.q, asked.k.shape[2]).to(torch.promote_types(dtype, asked.k.dtype))
-    first, end = (None, None) if asked.spans is None else (x.long() for x in asked.spans)
-    document = asked.document[: len(asked.k)].long()
+    # Numbers of 32 bits are half of what is read; those above are no documents.
+    document, *spans = (
+        x.clamp(-1, MOST).to(torch.int32) for x in (asked.document[: len(asked.k)], *(asked.spans or ()))
+    )
+    first, end = spans or (None, None)
     settings = (rule.running, rule.head_reduce == "mean", rule.query_reduce == "mean", rule.similarity == "cosine")
     index, score, *after, token = forward(
         query,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from memlm_kernels.backend import choose, with_triton
+from memlm_kernels.checks import check_range, check_tensors, number, readable
 from memlm_kernels.routed_memory.reference import combine_reads_reference, dispatch_tokens_reference
 from memlm_kernels.routed_memory.routes import MemoryRoutes
 
@@ -21,13 +22,16 @@ __all__ = ["MemoryRoutes", "combine_reads", "dispatch_tokens"]
 def dispatch_tokens(x: Tensor, place: Tensor, *, backend: str = "auto") -> Tensor:
     """Each token to its J places: y[b, place[b, t, j]] = x[b, t].
 
-    x: [B, T, ...]   place: [B, T, J] int64, the numbers from 0 to T * J - 1 in each row, each once (unchecked)
+    x: [B, T, ...]   place: [B, T, J] int64, the numbers from 0 to T * J - 1 in each row, each once
 
-    Returns [B, T * J, ...] in x's dtype. The gradient of a token is the sum of its J rows, in their order. Raises
-    ValueError if shapes disagree or the backend cannot run.
+    Returns [B, T * J, ...] in x's dtype. The gradient of a token is the sum of its J rows, in their order. On a GPU,
+    where place is not looked at, what is sent outside is lost, and a row that no token is sent to may hold anything.
+    Raises ValueError if shapes, types or devices disagree, place is another, or the backend cannot run.
     """
     _check("x", x, place, routed=False)
-    chosen = choose("dispatch_tokens", backend, *with_triton(x, None, products=False))
+    check_tensors({"x": x}, {"place": place})
+    chosen = choose("dispatch_tokens", backend, *with_triton(x, None, place, products=False))
+    _check_places(place)
     if chosen == "reference" or x.numel() * place.numel() == 0:
         return dispatch_tokens_reference(x, place)
     from memlm_kernels.routed_memory.triton import dispatch_tokens_triton
@@ -45,8 +49,8 @@ def combine_reads(
     o: [B, T * J, ...], reads in the order of ``dispatch_tokens``   place: [B, T, J], as there   weight: [B, T, J]
     shared: [B, T, ...], what else is read, with weight 1
 
-    Returns [B, T, ...] in o's dtype, summed in fp32 (fp64 for fp64). Raises ValueError if shapes disagree or the
-    backend cannot run.
+    Returns [B, T, ...] in o's dtype, summed in fp32 (fp64 for fp64). What stands outside counts as 0, see there.
+    Raises ValueError if shapes, types or devices disagree, place is another, or the backend cannot run.
     """
     _check("o", o, place, routed=True)
     if weight.shape != place.shape:
@@ -54,12 +58,24 @@ def combine_reads(
     expected = (*place.shape[:2], *o.shape[2:])
     if shared is not None and shared.shape != expected:
         raise ValueError(f"shared {list(shared.shape)} must be [B, T, ...] = {list(expected)}")
-    chosen = choose("combine_reads", backend, *with_triton(o, None, products=False))
+    check_tensors({"o": o, "weight": weight, "shared": shared}, {"place": place})
+    chosen = choose("combine_reads", backend, *with_triton(o, None, place, products=False))
+    _check_places(place)
     if chosen == "reference" or o.numel() == 0:
         return combine_reads_reference(o, place, weight, shared)
     from memlm_kernels.routed_memory.triton import combine_reads_triton
 
     return combine_reads_triton(o, place, weight, shared)
+
+
+def _check_places(place: Tensor) -> None:
+    """Raise ValueError, where place can be looked at, unless each row has each number once."""
+    if readable(place):
+        size = place.shape[1] * place.shape[2]
+        check_range("place", place, 0, size)
+        found = torch.zeros(len(place), size, dtype=torch.bool).scatter(1, place.flatten(1), True)
+        if not number(found.all()):
+            raise ValueError(f"place has numbers more than once in a row; give each from 0 to {size - 1} once")
 
 
 def _check(name: str, x: Tensor, place: Tensor, *, routed: bool) -> None:

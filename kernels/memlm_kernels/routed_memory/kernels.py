@@ -44,15 +44,16 @@ def spread(
         b_x = load_tile(x, row * T + t, i_t, f + i_f, real, F)
         inside = real[:, None] & (f + i_f < F)[None, :]
         for j in range(J):
-            b_place = row * T * J + tl.load(place + choice + j, mask=real, other=0)
-            at = b_place[:, None] * F + (f + i_f)[None, :]
+            b_place = tl.load(place + choice + j, mask=real, other=0)
+            b_there = inside & ((b_place >= 0) & (b_place < T * J))[:, None]
+            at = (row * T * J + b_place)[:, None] * F + (f + i_f)[None, :]
             if weight is None:
-                tl.store(rows + at, b_x, mask=inside)
+                tl.store(rows + at, b_x, mask=b_there)
             else:
                 b_w = tl.load(weight + choice + j, mask=real, other=0.0).to(tl.float32)
-                tl.store(rows + at, (b_x.to(tl.float32) * b_w[:, None]).to(rows.dtype.element_ty), mask=inside)
+                tl.store(rows + at, (b_x.to(tl.float32) * b_w[:, None]).to(rows.dtype.element_ty), mask=b_there)
             if o is not None:
-                b_o = tl.load(o + at, mask=inside, other=0.0).to(tl.float32)
+                b_o = tl.load(o + at, mask=b_there, other=0.0).to(tl.float32)
                 b_product = tl.sum(b_x.to(tl.float32) * b_o, 1)
                 b_dot += tl.where(i_j[None, :] == j, b_product[:, None], 0.0)
     if o is not None:
@@ -86,8 +87,10 @@ def collect(
     if more is not None:
         b_y += load_tile(more, row * T + t, i_t, i_f, real, F).to(tl.float32)
     for j in range(J):
-        b_place = row * T * J + tl.load(place + choice + j, mask=real, other=0)
-        b_rows = tl.load(rows + b_place[:, None] * F + i_f[None, :], mask=inside, other=0.0).to(tl.float32)
+        b_place = tl.load(place + choice + j, mask=real, other=0)
+        b_there = inside & ((b_place >= 0) & (b_place < T * J))[:, None]
+        at = (row * T * J + b_place)[:, None] * F + i_f[None, :]
+        b_rows = tl.load(rows + at, mask=b_there, other=0.0).to(tl.float32)
         if weight is None:
             b_y += b_rows
         else:

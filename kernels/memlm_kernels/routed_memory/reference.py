@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from memlm_kernels.checks import readable
 from memlm_kernels.segments import exact
 
 
@@ -46,11 +47,13 @@ class _Combine(torch.autograd.Function):
 def _spread(x: Tensor, place: Tensor, weight: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
     """Each token, times its weights, at its places."""
     batch, length, choices = place.shape
-    rows = x.new_empty(batch * length * choices, *x.shape[2:], dtype=dtype)
+    # One row more takes what is sent outside, where that is not known.
+    size = batch * length * choices
+    rows = x.new_empty(size if readable(place) else size + 1, *x.shape[2:], dtype=dtype)
     for j, index in enumerate(_flat(place).unbind(-1)):
         of_choice = x if weight is None else _times(exact(x), weight[..., j])
         rows.index_copy_(0, index, of_choice.flatten(0, 1).to(rows.dtype))
-    return rows.unflatten(0, (batch, length * choices))
+    return rows[:size].unflatten(0, (batch, length * choices))
 
 
 def _collect(rows: Tensor, place: Tensor, weight: Tensor | None, more: Tensor | None) -> Tensor:
@@ -66,15 +69,21 @@ def _collect(rows: Tensor, place: Tensor, weight: Tensor | None, more: Tensor | 
 
 def _choices(rows: Tensor, place: Tensor) -> Iterator[Tensor]:
     """What stands at the place of each token's first choice, [B, T, ...], then of the second, ..."""
+    last = place.numel() - 1
     for index in _flat(place).unbind(-1):
-        yield exact(rows.flatten(0, 1).index_select(0, index)).unflatten(0, place.shape[:2])
+        x = exact(rows.flatten(0, 1).index_select(0, index.clamp(max=last))).unflatten(0, place.shape[:2])
+        if not readable(place):
+            x = x.masked_fill_((index > last).view(*place.shape[:2], *[1] * (x.ndim - 2)), 0.0)
+        yield x
 
 
 def _flat(place: Tensor) -> Tensor:
-    """[B, T, J] -> [B * T, J], into rows one after the other."""
+    """[B, T, J] -> [B * T, J], into rows one after the other; what is outside of its row stands behind the last."""
     batch, length, choices = place.shape
-    first = torch.arange(batch, device=place.device) * length * choices
-    return (place + first[:, None, None]).flatten(0, 1)
+    size = length * choices
+    first = torch.arange(batch, device=place.device) * size
+    inside = (place >= 0) & (place < size)
+    return torch.where(inside, place + first[:, None, None], batch * size).flatten(0, 1)
 
 
 def _times(x: Tensor, weight: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memlm_kernels.checks import check_range, check_tensors
 from memlm_kernels.segments import counts
 
 
@@ -37,19 +38,27 @@ class MemoryRoutes(NamedTuple):
 
         document: [B, T], of each token, ``num_documents`` for padding; None: each row is one document
         num_documents: that a row may have, known without the device
+
+        Raises ValueError if shapes, types or devices disagree or a number is outside; on a GPU, where they are not
+        looked at, such a choice is padding.
         """
-        if memory.ndim != 3 or memory.is_floating_point():
+        if memory.ndim != 3:
             raise ValueError(f"memory {list(memory.shape)} of {memory.dtype} must be integers [B, T, J]")
         if num_memories < 1 or num_documents < 1:
             raise ValueError(f"num_memories={num_memories} and num_documents={num_documents} must be at least 1")
         if document is not None and document.shape != memory.shape[:2]:
             raise ValueError(f"document {list(document.shape)} must be [B, T] = {list(memory.shape[:2])}")
+        check_tensors({}, {"memory": memory, "document": document})
+        check_range("memory", memory, 0, num_memories)
+        if document is not None:
+            check_range("document", document, 0, num_documents + 1)
         batch, length, choices = memory.shape
         routed, segments = length * choices, num_documents * num_memories
-        owner = memory.long()
+        owner, real = memory.long(), memory == memory.clamp(0, num_memories - 1)
         if document is not None:
-            padding = (document == num_documents)[..., None]
-            owner = (document[..., None] * num_memories + memory).masked_fill(padding, segments)
+            owner = document.long()[..., None] * num_memories + owner
+            real = real & (document == document.clamp(0, num_documents - 1))[..., None]
+        owner = torch.where(real, owner, segments)
         # Stable, for a memory reads its tokens in their order.
         owner, by_owner = owner.flatten(1).sort(dim=1, stable=True)
         here = torch.arange(routed, device=memory.device).expand(batch, -1)

@@ -1,19 +1,13 @@
 """Dispatch and combination of routed tokens by Triton kernels, as ops of torch."""
 
-import math
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from memlm_kernels.launch import Tiles, cdiv, laid, no_products
+from memlm_kernels.launch import cdiv, laid, no_products, powers_of_two, with_features
 from memlm_kernels.routed_memory.kernels import collect, spread
-
-
-def _limits(length: int, features: int) -> Tiles:
-    return {"BT": triton.next_power_of_2(length), "BF": triton.next_power_of_2(features)}
 
 
 def _spread(x: Tensor, place: Tensor, weight: Tensor | None, o: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -24,9 +18,9 @@ def _spread(x: Tensor, place: Tensor, weight: Tensor | None, o: Tensor | None) -
     d_weight = x.new_empty(0) if o is None else x.new_empty(place.shape, dtype=torch.float32)
     spread(
         lambda tiles: batch * cdiv(length, tiles["BT"]),
-        _limits(length, features),
+        powers_of_two(BT=length, BF=features),
         **{"x": x, "place": place, "weight": weight, "o": o, "rows": rows, "d_weight": d_weight},
-        **{"T": length, "J": choices, "F": features, "BJ": triton.next_power_of_2(choices)},
+        **{"T": length, "J": choices, "F": features, **powers_of_two(BJ=choices)},
     )
     return rows, d_weight
 
@@ -50,7 +44,7 @@ def combine(o: Tensor, place: Tensor, weight: Tensor | None, shared: Tensor | No
     y = o.new_empty(batch, length, features)
     collect(
         lambda tiles: batch * cdiv(length, tiles["BT"]) * cdiv(features, tiles["BF"]),
-        _limits(length, features),
+        powers_of_two(BT=length, BF=features),
         **{"rows": o, "place": place, "weight": weight, "more": shared, "y": y},
         **{"T": length, "J": choices, "F": features},
     )
@@ -104,14 +98,10 @@ _OPS = torch.ops.memlm
 register_flop_formula([_OPS.dispatch_tokens, _OPS.combine_reads, _OPS.combine_reads_backward])(no_products)
 
 
-def _features(x: Tensor) -> Tensor:
-    return x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
-
-
 def dispatch_tokens_triton(x: Tensor, place: Tensor) -> Tensor:
-    return dispatch(_features(x), place).view(len(x), -1, *x.shape[2:])
+    return dispatch(with_features(x), place).view(len(x), -1, *x.shape[2:])
 
 
 def combine_reads_triton(o: Tensor, place: Tensor, weight: Tensor, shared: Tensor | None) -> Tensor:
-    shared = None if shared is None else _features(shared)
-    return combine(_features(o), place, weight, shared).view(*place.shape[:2], *o.shape[2:])
+    shared = None if shared is None else with_features(shared)
+    return combine(with_features(o), place, weight, shared).view(*place.shape[:2], *o.shape[2:])

@@ -1,20 +1,14 @@
 """Means of segments by Triton kernels, as an op of torch."""
 
-import math
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from memlm_kernels.launch import Tiles, cdiv, laid, no_products
+from memlm_kernels.launch import cdiv, laid, no_products, powers_of_two, with_features
 from memlm_kernels.segment_mean_pool.kernels import pool, pool_backward
 from memlm_kernels.segment_mean_pool.reference import owners
-
-
-def _limits(features: int, most: int) -> Tiles:
-    return {"BT": triton.next_power_of_2(most), "BF": triton.next_power_of_2(features)}
 
 
 @torch.library.custom_op("memlm::segment_mean_pool", mutates_args=())
@@ -25,8 +19,8 @@ def forward(x: Tensor, cu_segments: Tensor, longest: int) -> Tensor:
     mean = x.new_empty(batch, count, features, dtype=torch.float32)
     pool(
         lambda tiles: batch * count * cdiv(features, tiles["BF"]),
-        _limits(features, longest),
-        **{"x": x, "cu": cu_segments, "mean": mean, "T": length, "S": count, "F": features},
+        powers_of_two(BT=longest, BF=features),
+        **{"x": x, "cu": cu_segments, "mean": mean, "T": length, "S": count, "LONGEST": longest, "F": features},
     )
     return mean
 
@@ -37,33 +31,33 @@ def _(x: Tensor, cu_segments: Tensor, longest: int) -> Tensor:
 
 
 @torch.library.custom_op("memlm::segment_mean_pool_backward", mutates_args=())
-def backward(d_mean: Tensor, cu_segments: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+def backward(d_mean: Tensor, cu_segments: Tensor, length: int, longest: int, dtype: torch.dtype) -> Tensor:
     d_mean, cu_segments = laid(d_mean, cu_segments)
     batch, count, features = d_mean.shape
     d_x = d_mean.new_empty(batch, length, features, dtype=dtype)
     pool_backward(
         lambda tiles: batch * cdiv(length, tiles["BT"]) * cdiv(features, tiles["BF"]),
-        _limits(features, length),
-        **{"d_mean": d_mean, "cu": cu_segments, "owner": owners(cu_segments, length), "d_x": d_x},
-        **{"T": length, "S": count, "F": features},
+        powers_of_two(BT=length, BF=features),
+        **{"d_mean": d_mean, "cu": cu_segments, "owner": owners(cu_segments, length, longest)[0], "d_x": d_x},
+        **{"T": length, "S": count, "LONGEST": longest, "F": features},
     )
     return d_x
 
 
 @backward.register_fake
-def _(d_mean: Tensor, cu_segments: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+def _(d_mean: Tensor, cu_segments: Tensor, length: int, longest: int, dtype: torch.dtype) -> Tensor:
     return d_mean.new_empty(len(d_mean), length, d_mean.shape[2], dtype=dtype)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, cu_segments, _ = inputs
+    x, cu_segments, ctx.longest = inputs
     ctx.length, ctx.dtype = x.shape[1], x.dtype
     ctx.save_for_backward(cu_segments)
 
 
 def _backward(ctx: Any, d_mean: Tensor) -> tuple[Tensor | None, ...]:
     (cu_segments,) = ctx.saved_tensors
-    return backward(d_mean, cu_segments, ctx.length, ctx.dtype), None, None
+    return backward(d_mean, cu_segments, ctx.length, ctx.longest, ctx.dtype), None, None
 
 
 forward.register_autograd(_backward, setup_context=_setup)
@@ -71,5 +65,4 @@ register_flop_formula([torch.ops.memlm.segment_mean_pool, torch.ops.memlm.segmen
 
 
 def segment_mean_pool_triton(x: Tensor, cu_segments: Tensor, longest: int) -> Tensor:
-    flat = x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
-    return forward(flat, cu_segments, longest).view(len(x), -1, *x.shape[2:])
+    return forward(with_features(x), cu_segments, longest).view(len(x), -1, *x.shape[2:])

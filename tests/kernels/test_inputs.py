@@ -1,0 +1,394 @@
+"""What every op does with tensors that its kernels do not survive: it takes them, or names what is wrong."""
+
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from memlm_kernels import (
+    SegmentedMemoryState,
+    backend,
+    chunk_mean_attention,
+    chunk_sparse_attention,
+    chunk_topk,
+    combine_reads,
+    delta_rule,
+    dispatch_tokens,
+    grouped_linear,
+    invert_chunks,
+    large_chunk_memory,
+    linear_attention,
+    merge_topk,
+    neural_memory,
+    prefix_window_attention,
+    route_documents,
+    segment_mean_pool,
+    segmented_neural_memory,
+)
+from memlm_kernels.testing import Watch, assert_close
+from tests.kernels.test_triton import DEVICE, poisoned  # noqa: F401
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[cpu-kernels]'")
+
+TOKENS = 6
+
+
+class Op(NamedTuple):
+    """call: tensors by name -> what comes out; floats: shapes, in which T stands for the tokens; integers: of T"""
+
+    call: Callable[..., Any]
+    floats: dict[str, tuple[int | str, ...]]
+    integers: dict[str, Callable[[int], Tensor]]
+    triton: bool = True
+
+    def make(self, length: int = TOKENS, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        g = torch.Generator().manual_seed(0)
+        sizes = {"T": length, "2T": 2 * length}
+        shapes = {name: [sizes.get(n, n) for n in shape] for name, shape in self.floats.items()}
+        # In (0, 1), as gates are.
+        floats = {name: torch.rand(shape, generator=g).to(DEVICE, dtype) for name, shape in shapes.items()}
+        return floats | {name: make(length).to(DEVICE) for name, make in self.integers.items()}
+
+    def run(self, tensors: dict[str, Tensor], **settings: Any) -> list[Tensor]:
+        out: list[Tensor] = []
+        self._collect(self.call(**tensors, **settings), out)
+        return out
+
+    def _collect(self, x: Any, out: list[Tensor]) -> None:
+        if isinstance(x, Tensor):
+            out.append(x.masked_fill(x == float("-inf"), 0.0) if x.is_floating_point() else x)
+        for part in x if isinstance(x, tuple) else ():
+            self._collect(part, out)
+
+
+def rows(*numbers: int) -> Tensor:
+    return torch.tensor([numbers] * 2)
+
+
+def cut(length: int) -> Tensor:
+    return rows(0, length // 2, length)
+
+
+def choices(length: int) -> Tensor:
+    """Chunks that tokens chose, of three."""
+    return torch.stack([torch.arange(length) % 3, torch.full((length,), -1)], -1).expand(2, -1, -1)[:, :, None]
+
+
+def places(length: int) -> Tensor:
+    return torch.arange(2 * length).flip(0).view(1, length, 2).repeat(2, 1, 1)
+
+
+def segmented(memory, position, chunk_size=4, **x):
+    return segmented_neural_memory(**x, chunk_size=chunk_size, state=SegmentedMemoryState(memory, position))
+
+
+def titans(weights, hidden=None, chunk_size=4, **x):
+    return neural_memory(**x, weights=[weights] if hidden is None else [weights, hidden], chunk_size=chunk_size)
+
+
+def lact(w1, w2, w3, **x):
+    return large_chunk_memory(**x, weights=[w1, w2, w3], chunk_size=4)
+
+
+def window(prefix_q, prefix_k, prefix_v, window=3, **x):
+    if x.get("backend") in ("reference", "triton"):
+        x["with_lse"] = True
+    return prefix_window_attention(**x, window=window, prefix=(prefix_q, prefix_k, prefix_v))
+
+
+def route(top_k=2, **x):
+    return route_documents(**x, top_k=top_k, num_documents=3, running=True)
+
+
+def merge(index, score, **x):
+    return merge_topk([(index, score), (index + 1, score)], **{"top_k": 3, **x})
+
+
+QK, V, GATE = (2, "T", 1, 4), (2, "T", 1, 3), (2, "T", 1)
+RECURRENCE = {"q": QK, "k": QK, "v": V}
+GATES = {"lr": GATE, "momentum": GATE, "decay": GATE}
+NUMBERS = {"cu_seqlens": cut}
+ROWS = {"positions": lambda n: torch.arange(n).expand(2, -1), "lengths": lambda n: torch.full((2,), n)}
+OPS = {
+    "linear_attention": Op(
+        linear_attention, RECURRENCE | {"log_decay": GATE, "state": (2, 2, 1, 4, 3)}, NUMBERS
+    ),
+    "delta_rule": Op(delta_rule, RECURRENCE | {"beta": GATE, "state": (2, 2, 1, 4, 3)}, NUMBERS),
+    "segmented_neural_memory": Op(
+        segmented,
+        RECURRENCE | GATES | {"memory": (2, 2, 3, 1, 4, 3)},
+        NUMBERS | {"position": lambda _: torch.zeros(2, 2, dtype=torch.int64)},
+    ),
+    "neural_memory": Op(titans, RECURRENCE | GATES | {"weights": (1, 4, 3)}, ROWS),
+    "neural_memory of two": Op(titans, RECURRENCE | GATES | {"weights": (1, 4, 5), "hidden": (1, 5, 3)}, ROWS),
+    "large_chunk_memory": Op(
+        lact, RECURRENCE | {"lr": (2, "T", 1, 3), "momentum": GATE, "w1": (1, 4, 5), "w2": (1, 5, 3), "w3": (1, 4, 5)},
+        ROWS, False,
+    ),
+    "chunk_topk": Op(lambda **x: chunk_topk(**x, top_k=2), {"q": (2, "T", 2, 4), "k": (2, 3, 1, 4)}, {}),
+    "invert_chunks": Op(
+        lambda index, **x: invert_chunks(index, 3, **x).offsets, {}, {"index": choices}
+    ),
+    "chunk_sparse_attention": Op(
+        lambda **x: chunk_sparse_attention(**x, chunk_size=2, window=2),
+        {"q": (2, "T", 2, 4), "k": QK, "v": V},
+        {"index": choices, "starts": lambda _: rows(0, 2, 4), "places": ROWS["positions"]},
+    ),
+    "chunk_mean_attention": Op(chunk_mean_attention, {"q": (2, "T", 2, 4), "k": (2, 3, 1, 4), "v": (2, 3, 1, 3)}, {}),
+    "prefix_window_attention": Op(
+        window,
+        {"q": (2, "T", 2, 4), "k": QK, "v": V, "prefix_q": (2, "T", 2, 4)}
+        | {"prefix_k": (1, 2, 1, 4), "prefix_v": (1, 2, 1, 3)},
+        {"places": ROWS["positions"]},
+    ),
+    "route_documents": Op(
+        route, {"q": (2, "T", 2, 4), "k": (2, 5, 1, 4)}, {"document": lambda _: rows(0, 1, 1, 2, 2)}
+    ),
+    "merge_topk": Op(merge, {"score": (2, 3)}, {"index": lambda _: rows(5, -1, 2)}),
+    "segment_mean_pool": Op(lambda **x: segment_mean_pool(**x, longest=TOKENS), {"x": V}, {"cu_segments": cut}),
+    "dispatch_tokens": Op(dispatch_tokens, {"x": V}, {"place": places}),
+    "combine_reads": Op(
+        combine_reads,
+        {"o": (2, "2T", 1, 3), "weight": (2, "T", 2), "shared": V},
+        {"place": places},
+    ),
+    "grouped_linear": Op(
+        grouped_linear,
+        {"x": ("T", 4), "weight": (2, 3, 4)},
+        {"sizes": lambda n: torch.tensor([n // 2, n - n // 2])},
+        False,
+    ),
+}  # fmt: skip
+BOTH = [(name, b) for name, op in OPS.items() for b in ("reference", "triton") if op.triton or b == "reference"]
+both, every = pytest.mark.parametrize(("name", "by"), BOTH), pytest.mark.parametrize("name", OPS)
+by_triton = pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.triton])
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """Numbers are not looked at, as on a GPU."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+
+@every
+def test_types_that_no_op_takes(name):
+    op = OPS[name]
+    for changed, shape in op.make().items():
+        wrong = [torch.int32, torch.bool, torch.complex64] if changed in op.floats else [torch.float32, torch.bool]
+        for dtype in wrong:
+            # Of scores every op makes one tensor.
+            with pytest.raises(ValueError, match=f"is {str(dtype)[6:]}; give|of torch.{str(dtype)[6:]} must|is torch"):
+                op.run(op.make() | {changed: torch.zeros(shape.shape, device=DEVICE, dtype=dtype)})
+
+
+@every
+def test_types_that_do_not_mix(name):
+    op = OPS[name]
+    if len(op.floats) < 2:
+        return
+    for changed in op.floats:
+        tensors = op.make()
+        with pytest.raises(ValueError, match="float64"):
+            op.run(tensors | {changed: tensors[changed].double()})
+
+
+@by_triton
+def test_what_the_kernels_do_not_take_names_what_does(name):
+    op = OPS[name]
+    if op.floats:
+        with pytest.raises(ValueError, match=r"backend='triton' cannot run here: .*float64; use one of auto, .*refer"):
+            op.run(op.make(dtype=torch.float64), backend="triton")
+    with pytest.raises(ValueError, match=r"Triton compiles nothing for meta.*; use one of auto, .*reference"):
+        op.run({name: x.to("meta") for name, x in op.make().items()}, backend="triton")
+
+
+@by_triton
+def test_rows_too_long_for_32_bits(name, unread):
+    """Refused by their shapes, before there is memory for anything of that size."""
+    op = OPS[name]
+    if name == "merge_topk":
+        return
+    tensors = {
+        n: x.flatten()[:1].expand([size * 2**31 // TOKENS if size % TOKENS == 0 else size for size in x.shape])
+        for n, x in op.make().items()
+    }
+    tensors |= {n: x for n, x in op.make().items() if n in ("cu_seqlens", "cu_segments")}
+    with pytest.raises(ValueError, match=r"backend='triton' cannot run here: its kernels take at most \d+ .*, not "):
+        op.run(tensors, backend="triton")
+
+
+@every
+def test_another_device(name):
+    op = OPS[name]
+    for changed in {**op.floats, **op.integers}:
+        tensors = op.make()
+        if len(tensors) > 1:
+            with pytest.raises(ValueError, match=r"is on .* on .*; move them to one device"):
+                op.run(tensors | {changed: tensors[changed].to("meta")})
+
+
+@pytest.mark.parametrize("name", [name for name, op in OPS.items() if "q" in op.floats])
+def test_no_heads_and_no_channels(name):
+    op = OPS[name]
+    heads = op.make()["q"].shape[2]
+    for size in (heads, 4):
+        shapes = {n: [x.shape[0], *(0 if s == size else s for s in x.shape[1:])] for n, x in op.make().items()}
+        tensors = {n: x.new_empty(shapes[n]) if n in op.floats else x for n, x in op.make().items()}
+        with pytest.raises(ValueError, match="has no elements; give every size"):
+            op.run(tensors)
+
+
+@both
+def test_layouts(name, by):
+    """Strides of all kinds, an offset by one element, rows that are one in memory."""
+    op = OPS[name]
+    tensors = op.make()
+    strided = {n: torch.stack([x, x], -1)[..., 0] for n, x in tensors.items()}
+    turned = {n: x.mT.contiguous().mT for n, x in tensors.items() if x.ndim > 1}
+    offset = {n: torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape) for n, x in tensors.items()}
+    alike = {n: x[:1].expand_as(x) if len(x) == 2 else x for n, x in tensors.items()}
+    assert not any(x.is_contiguous() for x in strided.values() if x.numel() > 1)
+    with torch.no_grad():
+        expected = op.run(tensors, backend=by)
+        copied = op.run({n: x.contiguous() for n, x in alike.items()}, backend=by)
+        for wanted, other in ((expected, strided), (expected, tensors | turned), (expected, offset), (copied, alike)):
+            for a, b in zip(wanted, op.run(other, backend=by), strict=True):
+                # torch's own products depend on strides.
+                assert_close(name, a, b, 0.0 if by == "triton" else 1e-6)
+
+
+@by_triton
+def test_types_that_mix(name):
+    """The first in 16 bits, the others in 32."""
+    op = OPS[name]
+    if len(op.floats) < 2 or name in ("chunk_topk", "route_documents"):
+        return
+    tensors = op.make()
+    first = next(iter(op.floats))
+    tensors[first] = tensors[first].half()
+    with torch.no_grad():
+        for expected, got in zip(*(op.run(tensors, backend=b) for b in ("reference", "triton")), strict=True):
+            assert expected.dtype == got.dtype
+            assert_close(name, expected, got, 1e-3)
+
+
+@both
+def test_no_tokens(name, by):
+    op = OPS[name]
+    tensors = op.make(0)
+    for n in op.floats:
+        tensors[n].requires_grad_()
+    out = [x for x in op.run(tensors, backend=by) if x.requires_grad]
+    if out:
+        sum(x.sum() for x in out).backward()
+    for n in op.floats:
+        grad = tensors[n].grad
+        assert grad is None or (grad.shape == tensors[n].shape and grad.isfinite().all())
+
+
+@torch.no_grad()
+def test_document_numbers_of_64_bits():
+    index, score = torch.tensor([[2**33 + 5, 5, 2**62]], device=DEVICE), torch.tensor([[1.0, 3.0, 2.0]], device=DEVICE)
+    for by in ("reference", "triton"):
+        assert merge_topk([(index, score)], 4, backend=by)[0].tolist() == [[5, 2**62, 2**33 + 5, -1]]
+    k, document = torch.rand(1, 3, 1, 4, device=DEVICE), torch.tensor([[1, 2**32 + 1, 2**40]], device=DEVICE)
+    for by in ("reference", "triton"):
+        settings = dict(top_k=2, num_documents=3, backend=by)
+        assert route_documents(k, k, document, **settings).document.tolist() == [[[1, -1]]]
+
+
+def memories(**changed: Any) -> Any:
+    op = OPS["segmented_neural_memory"]
+    return op.run(op.make() | changed)
+
+
+def routing(x: Tensor, document: Tensor, **settings: Any) -> Any:
+    return route_documents(x[..., None, None], x[..., None, None], document, top_k=1, **settings)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: merge_topk([(x.long(), x)], 0), "top_k=0"),
+        (lambda x: merge_topk([], 1), "number of parts, 0"),
+        (lambda x: merge_topk([(x.long(), x[:, :1])], 1), r"score \[2, 1\] must be alike"),
+        (lambda x: memories(chunk_size=0), "chunk_size=0"),
+        (lambda x: memories(momentum=None), r"\[B, S, 2, H, K, V\], without"),
+        (lambda x: memories(position=x.long()), r"state.position \[2, 3\] must be"),
+        (lambda x: memories(chunk_size=67, backend="triton"), "up to 32 .* not 67"),
+        (lambda x: sparse(129), "at most 128 chunks of each token, not 129"),
+        (lambda x: routing(x, x.long(), num_documents=2**31, backend="triton"), "num_documents=2147483648"),
+        (lambda x: routing(x, torch.tensor([[0, 2, 1]] * 2), num_documents=3), "document decreases"),
+        (lambda x: grouped_linear(x, x[None], torch.tensor([1])), "sizes add up to 1 rows, but x has 2"),
+    ],
+)
+def test_settings_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.zeros(2, 3))
+
+
+def sparse(count: int) -> Any:
+    index = torch.full((2, TOKENS, 1, count), -1, device=DEVICE)
+    op = OPS["chunk_sparse_attention"]
+    return op.run(op.make() | {"index": index}, backend="triton")
+
+
+@pytest.mark.parametrize("by", ["auto", "reference", "triton"])
+def test_no_queries_of_a_window(by):
+    op = OPS["prefix_window_attention"]
+    tensors = op.make() | {n: x[:, :0].requires_grad_() for n, x in op.make().items() if n in ("q", "prefix_q")}
+    out = op.run(tensors | {"places": tensors["places"][:, :0]}, backend=by)[0]
+    out.sum().backward()
+    assert out.shape == (2, 0, 2, 3) and tensors["q"].grad.shape == tensors["q"].shape
+
+
+def test_an_empty_prefix():
+    op = OPS["prefix_window_attention"]
+    for by in ("reference", "triton"):
+        tensors = op.make()
+        tensors |= {name: tensors[name][:, :0].requires_grad_() for name in ("prefix_k", "prefix_v")}
+        op.run(tensors, backend=by)[0].sum().backward()
+        assert tensors["prefix_k"].grad.shape == (1, 0, 1, 4)
+
+
+@every
+def test_nothing_is_copied_to_the_device_nor_asked_of_it(name, monkeypatch):
+    """But what a CPU is asked for, where it costs nothing."""
+    op = OPS[name]
+    tensors = op.make()
+
+    def copies(*_: Any, **__: Any) -> Tensor:
+        raise AssertionError("a tensor from the host's numbers")
+
+    monkeypatch.setattr(torch, "tensor", copies)
+    monkeypatch.setattr(torch, "as_tensor", copies)
+    monkeypatch.setattr(Tensor, "new_tensor", copies)
+    settings = [{}] if "cu_seqlens" not in tensors or name != "segmented_neural_memory" else [{}, {"cu_seqlens": None}]
+    for changed in settings:
+        if changed:
+            tensors |= {n: tensors[n][:, :1] for n in ("memory", "position")}
+        with Watch() as watch:
+            op.run(tensors | changed)
+        assert not watch.asked
+
+
+def test_auto_says_once_what_it_took(caplog, monkeypatch):
+    monkeypatch.setattr(backend, "_announced", set())
+    op = OPS["linear_attention"]
+    with caplog.at_level(logging.INFO, logger=backend.__name__):
+        for _ in range(3):
+            op.run(op.make())
+    assert caplog.messages == ["linear_attention: backend reference"]
+
+
+@pytest.mark.parametrize("name", ["linear_attention", "delta_rule"])
+def test_a_step_keeps_the_rules_of_torch(name):
+    import memlm_kernels.linear_attention.step  # noqa: F401
+
+    x = OPS[name].make()
+    gates = (x.get("beta"), x.get("log_decay"), x["cu_seqlens"], x["state"])
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.memlm.recurrence_step, (x["q"], x["k"], x["v"], *gates), test_utils=tests)
