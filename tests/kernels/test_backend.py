@@ -71,7 +71,7 @@ def test_auto_says_its_choice_once(caplog, monkeypatch):
     assert [record.getMessage() for record in caplog.records] == ["some_op: backend triton"]
 
 
-@pytest.mark.parametrize("memory", [name for name in MEMORIES if name != "lact"])
+@pytest.mark.parametrize("memory", MEMORIES)
 def test_every_memory_asks_through_the_setting(memory, monkeypatch):
     monkeypatch.setattr(backend, "missing_triton", lambda device_type: "there is no GPU")
     model, ids = build(memory), torch.zeros(1, 8, dtype=torch.int64)
