@@ -112,7 +112,8 @@ def exact_products(x: Tensor) -> bool:
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors as torch's own products take them: under autocast fp32 in its type."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    # Autocast knows no meta device.
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.dtype == torch.float32 else x for x in tensors)

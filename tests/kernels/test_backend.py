@@ -143,6 +143,11 @@ def test_products_under_autocast_are_of_its_type():
             torch.testing.assert_close(got, op(q.bfloat16(), k.bfloat16(), v.bfloat16()), atol=0, rtol=0)
 
 
+def test_autocast_leaves_what_has_no_data_alone():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert backend.as_autocast(torch.empty(2, device="meta"))[0].dtype == torch.float32
+
+
 def test_auto_keeps_the_precision_of_products(monkeypatch):
     """fp32 stays fp32: NVIDIA's matrix units would round it."""
     monkeypatch.setattr(backend, "architecture", lambda device: "sm_90")
