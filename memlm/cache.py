@@ -17,8 +17,8 @@ _FILE = "memory.safetensors"
 class MemoryCache(Cache):
     """The states of all layers of one model for a batch of streams.
 
-    States are never changed in place, so ``fork`` is free and a failed call leaves the memory as it
-    was. Pass it as ``past_key_values``; once filled, it refuses models of another configuration.
+    What states say never changes in place, so ``fork`` is free and a failed call leaves the memory as it
+    was. Pass it as ``past_key_values``; once filled, it refuses models of another configuration or dtype.
     """
 
     is_compileable = False
@@ -73,7 +73,7 @@ class MemoryCache(Cache):
         return -1
 
     def nbytes(self) -> int:
-        """Bytes of state for the whole batch."""
+        """Bytes of state for the whole batch, without the room in which keys grow (``memlm.memory.growing``)."""
         return sum(x.numel() * x.element_size() for state in self.states for x in state.values())
 
     def _map(self, function: Any) -> None:

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import ModelOutput
 from memlm.cache import MemoryCache
 from memlm.configuration import MemLMConfig
 from memlm.layers import RMSNorm, ShortConv, SwiGLU
-from memlm.memory.base import MixerContext, MixerOutput, Roles, SequenceMixer, State, build_mixer
+from memlm.memory.base import MixerContext, MixerOutput, RoleCounts, Roles, SequenceMixer, State, build_mixer
 from memlm_kernels import set_backend
 
 
@@ -130,6 +130,7 @@ class MemLMModel(MemLMPreTrainedModel):
         position_ids: Tensor | None = None,
         max_documents: int | None = None,
         doc_ids: Tensor | None = None,
+        role_counts: RoleCounts | None = None,
         positives: Tensor | None = None,
         memory_bank: Any = None,
         write: bool = True,
@@ -144,6 +145,7 @@ class MemLMModel(MemLMPreTrainedModel):
         max_documents: the most documents that one row has tokens of; counted on the device if not given
         doc_ids: [B, T], for memories of documents, what each token is: above 0 the number of its document, 0 of a
             query, -1 of a response, -2 of a template (see ``Roles``); None: all are a response
+        role_counts: of doc_ids without padding, as ``RoleCounts.of`` counts them; counted on the device if not given
         positives: [B, T], 1 for tokens of the documents that the query should find, to train its choice by
         memory_bank: a ``MemoryBank`` of this model, asked by the query of this call, all of whose tokens are it if
             doc_ids are not given; its documents stand behind the template. What may be chosen goes into the memory.
@@ -162,7 +164,8 @@ class MemLMModel(MemLMPreTrainedModel):
         if memory is None and use_cache:
             memory = MemoryCache()
         if memory is not None:
-            memory.check(self.memory_signature, batch)
+            signature = f"{self.memory_signature}-{str(x_BTD.dtype).removeprefix('torch.')}"
+            memory.check(signature, batch)
         if output_attentions:
             raise ValueError("output_attentions=True: no attention maps are kept; read the mixers' metrics instead")
 
@@ -173,11 +176,11 @@ class MemLMModel(MemLMPreTrainedModel):
             if doc_ids is None:
                 doc_ids = torch.zeros(batch, length, dtype=torch.int64, device=x_BTD.device)
         x_BTD, ctx, order_BT = self._context(
-            x_BTD, attention_mask, position_ids, max_documents, doc_ids, positives, memory
+            x_BTD, attention_mask, position_ids, max_documents, doc_ids, role_counts, positives, memory
         )
         if memory_bank is not None:
             assert ctx is not None and ctx.roles is not None
-            if ctx.roles.within:
+            if ctx.roles.counts.within:
                 raise ValueError("doc_ids: documents in the input cannot stand beside a memory_bank; add them to it")
             ctx = dataclasses.replace(ctx, library=memory_bank)
         hidden_states, states, aux_losses, metrics = [], [], {}, {}
@@ -192,15 +195,15 @@ class MemLMModel(MemLMPreTrainedModel):
             x_BTD = out.y_BTD
             states.append(out.state)
             aux_losses |= {f"layer{i}/{name}": x for name, x in out.aux_losses.items()}
-            metrics |= {f"layer{i}/{name}": x for name, x in out.metrics.items()}
+            metrics |= {f"layer{i}/{name}": x for name, x in out.metrics.items() if length}
         x_BTD = self.norm(x_BTD)
         hidden_states.append(x_BTD)
         if order_BT is not None:
             back_BT = order_BT.argsort(dim=1)
             hidden_states = [_gather(h, back_BT) for h in hidden_states]
-            metrics = {name: x.gather(1, back_BT) if x.ndim else x for name, x in metrics.items()}
+            metrics = {name: x.gather(1, back_BT) if x.ndim == 2 else x for name, x in metrics.items()}
         if memory is not None and write:
-            memory.replace(states, self.memory_signature, length)
+            memory.replace(states, signature, length)
         return MemLMOutput(
             last_hidden_state=hidden_states[-1],
             past_key_values=memory,
@@ -216,18 +219,24 @@ class MemLMModel(MemLMPreTrainedModel):
         position_ids: Tensor | None,
         max_documents: int | None,
         doc_ids: Tensor | None,
+        role_counts: RoleCounts | None,
         positives: Tensor | None,
         memory: MemoryCache | None,
     ) -> tuple[Tensor, MixerContext | None, Tensor | None]:
         """Inputs with real tokens first in each row, their context, and the order that did it (None: as it was)."""
         batch, length, _ = x_BTD.shape
         if position_ids is not None:
-            position_ids = position_ids.expand(batch, length).clamp(min=0)
+            if position_ids.shape not in ((batch, length), (1, length), (length,)):
+                shape = list(position_ids.shape)
+                raise ValueError(f"position_ids {shape} must be [batch, tokens] = {[batch, length]}")
+            position_ids = position_ids.expand(batch, length)
         for name, given in (("doc_ids", doc_ids), ("positives", positives)):
             if given is not None and given.shape != (batch, length):
                 raise ValueError(f"{name} {list(given.shape)} must be [batch, tokens] = {[batch, length]}")
         if positives is not None and doc_ids is None:
             raise ValueError("positives mark tokens of documents; give doc_ids too")
+        if role_counts is not None and (doc_ids is None or attention_mask is not None):
+            raise ValueError("role_counts are of doc_ids without an attention_mask; leave them out")
         order_BT, lengths_B = None, None
         if attention_mask is not None:
             widths = {length, length + (memory.get_seq_length() if memory is not None else 0)}
@@ -245,8 +254,16 @@ class MemLMModel(MemLMPreTrainedModel):
                 )
         if position_ids is None and lengths_B is None and doc_ids is None:
             return x_BTD, None, None
-        roles = Roles.of(doc_ids, position_ids, lengths_B, positives) if doc_ids is not None else None
-        documents = _documents(position_ids, lengths_B, max_documents) if position_ids is not None else 1
+        documents = 1
+        if position_ids is not None:
+            state = memory.state(0) if memory is not None else None
+            next_B = position_ids.new_zeros(batch) if state is None else state["position"]
+            documents = _documents(position_ids, lengths_B, max_documents, next_B)
+            # What is padding may have any.
+            position_ids = position_ids.clamp(min=0)
+        roles = None
+        if doc_ids is not None:
+            roles = Roles(doc_ids, positives, role_counts or RoleCounts.of(doc_ids, position_ids, lengths_B))
         return x_BTD, MixerContext(position_ids, lengths_B, documents, roles=roles), order_BT
 
 
@@ -353,23 +370,34 @@ def _gather(x_BTD: Tensor, index_BT: Tensor) -> Tensor:
     return x_BTD.gather(1, index_BT[..., None].expand(-1, -1, x_BTD.shape[-1]))
 
 
-def _documents(positions_BT: Tensor, lengths_B: Tensor | None, given: int | None) -> int:
-    """The most documents in a row: as given, which must suffice, or counted, which asks the device."""
+def _documents(positions_BT: Tensor, lengths_B: Tensor | None, given: int | None, next_B: Tensor) -> int:
+    """The most documents in a row, at most those given, or counted, which asks the device. Raises ValueError if there
+    are more, and for places that neither start a document nor follow the one before, of the first next_B; where the
+    device is not asked, the error is the device's.
+    """
     length = positions_BT.shape[1]
-    if length <= 1:
+    if length == 0:
         return 1
-    starts_BT = positions_BT[:, 1:] == 0
+    starts_BT = positions_BT == 0
+    follows_BT = torch.cat([next_B[:, None], positions_BT[:, :-1] + 1], 1)
+    astray_BT = (positions_BT != follows_BT) & ~starts_BT
     if lengths_B is not None:
-        starts_BT = starts_BT & (torch.arange(1, length, device=positions_BT.device) < lengths_B[:, None])
-    counted = 1 + starts_BT.sum(1).max()
-    if given is None:
-        return int(counted)
-    message = f"max_documents={given} is less than the documents that position_ids start in a row; count them"
-    if positions_BT.device.type != "cpu":
-        torch._assert_async(counted <= given, message)
-    elif given < int(counted):
-        raise ValueError(message)
-    return min(given, length)
+        real_BT = torch.arange(length, device=positions_BT.device) < lengths_B[:, None]
+        starts_BT, astray_BT = starts_BT & real_BT, astray_BT & real_BT
+    counted, astray = 1 + starts_BT[:, 1:].sum(1).max(), astray_BT.sum()
+    few = f"max_documents={given} is less than the documents that position_ids start in a row; count them"
+    if positions_BT.device.type != "cpu" and given is not None:
+        torch._assert_async(astray == 0, "position_ids neither start a document at 0 nor go on from where it was")
+        torch._assert_async(counted <= given, few)
+        return min(given, length)
+    most, strays = torch.stack([counted, astray]).tolist()
+    if strays:
+        row, t = astray_BT.nonzero()[0].tolist()
+        found, follows = int(positions_BT[row, t]), int(follows_BT[row, t])
+        raise ValueError(f"position_ids: {found} in row {row} must be {follows}, to go on, or 0, to start a document")
+    if given is not None and given < most:
+        raise ValueError(few)
+    return most
 
 
 def count_parameters(model: nn.Module) -> int:

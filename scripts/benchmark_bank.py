@@ -8,7 +8,9 @@ The bank holds seeded vectors in place of a model's: two layers that route, 2 he
 seconds, the best and the median of --repeats: ``load`` maps the bank; ``route`` is one query of 32 tokens, from their
 router queries to the chunks fetched for them, in both layers, every token with its own choice of 16 documents, and
 ``route_query`` with one choice for all; ``ask`` is the whole model on that query, ``decode`` a token after it;
-``add`` (one document, read), ``delete`` and ``save`` (of that addition and deletion). Memory is in MB (2**20 bytes):
+``add`` (one document, read), ``delete`` and ``save`` (of that addition and deletion); ``add_most`` and ``delete_most``
+are the slowest of --changes more of each, of documents that stand together, among which parts of the bank are written
+anew, as often as ``tidied`` says. Memory is in MB (2**20 bytes):
 ``bank_mb`` is keys and content of all chunks, ``peak_rss_mb`` the highest of the process that uses them, and
 ``base_rss_mb`` its highest before it loads them.
 
@@ -67,16 +69,16 @@ def fill(tokens: int, folder: Path) -> None:
     documents = tokens // LENGTH
     seconds = 0.0
     per_shard = SHARD_BYTES // (2 * 3 * 2 * 32 * 4) // (LENGTH // CHUNK)
+    bank.read = documents
     for first in range(0, documents, per_shard):
         n = min(per_shard, documents - first)
         chunks = n * LENGTH // CHUNK
-        router = bank_keys(torch.randn(2, chunks, *shape, generator=generator), "cosine")
+        router, _ = bank_keys(torch.randn(2, chunks, *shape, generator=generator), "cosine")
         content = torch.randn(2, chunks, 2, *shape, generator=generator)
         names = [f"document {i}" for i in range(first, first + n)]
         alive = torch.ones(n, dtype=torch.bool)
-        bank._append(
-            Shard(router, content, names, [f"{i:032x}" for i in range(n)], [LENGTH] * n, CHUNK, alive, alive.clone())
-        )
+        table = names, [f"{i:032x}" for i in range(n)], [LENGTH] * n, [i << 20 for i in range(first, first + n)]
+        bank._append(Shard(router, None, content, *table, CHUNK, alive, alive.clone()))
         # As a build does: what is saved needs no memory.
         start = time.perf_counter()
         bank.save(folder)
@@ -84,7 +86,7 @@ def fill(tokens: int, folder: Path) -> None:
     print(json.dumps({"first_save_s": round(seconds, 3), "fill_peak_rss_mb": round(rss_mb())}))
 
 
-def use(folder: Path, repeats: int) -> None:
+def use(folder: Path, repeats: int, changes: int) -> None:
     import torch
 
     from memlm import MemoryBank, MemoryCache
@@ -105,11 +107,10 @@ def use(folder: Path, repeats: int) -> None:
             bank.candidates(layer, q, asks, held)
 
     _, record["route_s"] = timed(route, repeats)
-    for settings in bank.settings:
-        settings["routing"] = "query"
+    causal = bank.settings
+    bank.settings = [settings | {"routing": "query"} for settings in causal]
     _, record["route_query_s"] = timed(route, repeats)
-    for settings in bank.settings:
-        settings["routing"] = "causal"
+    bank.settings = causal
     with torch.no_grad():
         _, record["ask_s"] = timed(lambda: it(question, memory_bank=bank), repeats)
         cache = MemoryCache()
@@ -121,7 +122,22 @@ def use(folder: Path, repeats: int) -> None:
     names = iter(bank.documents()[:: max(1, len(bank) // repeats)])
     _, record["delete_s"] = timed(lambda: bank.delete(next(names)), repeats)
     _, record["save_s"] = timed(lambda: bank.save(folder), 1)
+    tidied, replace = [], bank._replace
+    bank._replace = lambda start, end: tidied.append(end - start) or replace(start, end)
+    record["add_most_s"] = slowest(lambda i: bank.add({f"more {i}": document}), changes)
+    names = iter(bank.documents())
+    record["delete_most_s"] = slowest(lambda i: bank.delete(next(names)), changes)
+    record |= {"changes": changes, "tidied": len(tidied)}
     print(json.dumps(record | {"peak_rss_mb": round(rss_mb()), "torch": torch.__version__, "hardware": cpu_name()}))
+
+
+def slowest(change: Callable[[int], None], count: int) -> float:
+    seconds = []
+    for i in range(count):
+        start = time.perf_counter()
+        change(i)
+        seconds.append(time.perf_counter() - start)
+    return round(max(seconds), 4)
 
 
 def encode(width: int, repeats: int) -> None:
@@ -218,6 +234,7 @@ def written(record: dict[str, Any], arguments: str, out: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=float, nargs="+", default=[1e6, 1e7, 1e8], help="sizes of the bank")
+    parser.add_argument("--changes", type=int, default=4000, help="additions and deletions, to find the slowest")
     parser.add_argument("--repeats", type=int, default=5, help="passes of each measurement")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/bank.jsonl", help="where lines are appended")
     parser.add_argument("--encode", type=int, metavar="WIDTH", help="measure reading instead, at this hidden size")
@@ -228,7 +245,7 @@ if __name__ == "__main__":
     if args.fill:
         fill(int(args.tokens[0]), args.fill)
     elif args.use:
-        use(args.use, args.repeats)
+        use(args.use, args.repeats, args.changes)
     elif args.read:
         encode(args.read, args.repeats)
     elif args.encode:
@@ -238,5 +255,6 @@ if __name__ == "__main__":
         for tokens in args.tokens:
             with tempfile.TemporaryDirectory() as folder:
                 record = process("--tokens", str(tokens), "--fill", folder)
-                record |= process("--use", folder, "--repeats", str(args.repeats))
-            written(record, f"--tokens {tokens:g} --repeats {args.repeats}", args.out)
+                options = ["--repeats", str(args.repeats), "--changes", str(args.changes)]
+                record |= process("--use", folder, *options)
+            written(record, f"--tokens {tokens:g} {' '.join(options)}", args.out)

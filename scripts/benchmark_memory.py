@@ -10,11 +10,14 @@ residual and a LayerNorm around their MLP. The peer keeps its defaults: no convo
 momentum and decay shared by all tokens of a chunk, where ours has one for each token. Its gradients are taken at the
 ``anchor``: the weights at the start of the call (its default), or those at the start of the chunk, as ours and the
 paper's are (its ``batch_size=chunk_size``). Suites ``mom``, ``mom_length`` and ``mom_decode`` measure a mixture of
-memories beside the one memory that it is a mixture of.
+memories beside the one memory that it is a mixture of, ``attention_decode`` what keeps all keys. ``train``, for a GPU,
+measures steps of training a language model of Titans' 340M with ``memory=titans_mag`` beside the same decoder with
+full attention (``memory=attention``).
 
 A measurement is a process of its own with one thread. It makes its layer and input, takes a pass to warm up, and then
 one whenever it is told to, so that the runs of a group alternate and share the noise of the machine. A pass is forward
-and backward, to the input and all parameters; for ``decode`` it is a chunk of one-token calls without gradients. Rates
+and backward, to the input and all parameters; for ``decode`` it is a chunk of one-token calls without gradients, for
+``train`` a step of AdamW on one row, in bf16 and with gradient checkpointing as in ``experiment=titans_paper``. Rates
 are tokens per second of that process's own CPU time (``user`` leaves out the kernel's, which maps memory), of wall
 time, and of CUDA's where there is a GPU. Memory is in MB (2**20 bytes): ``base_rss_mb`` is the highest before the
 first pass, ``peak_rss_mb`` after the last. glibc gives freed tensors of more than 32 MB back to the kernel, which
@@ -44,6 +47,10 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**35), "MALLOC_TRIM_THRESHOLD_": s
 WIDE = {"width": 384, "heads": 1, "head_dim": 384, "expansion": 4, "depth": 2, "batch": 1, "dtype": "float32"}
 HEADS = WIDE | {"heads": 6, "head_dim": 64}
 TINY = WIDE | {"width": 32, "heads": 2, "head_dim": 16}
+ATTENTION = ("attention", "chunk_sparse")
+
+PAPER = ["experiment=titans_paper", "model=titans_340m"]
+TINY_MODEL = ["model=tiny", "train.gradient_checkpointing=true"]
 
 Setting = dict[str, Any]
 
@@ -63,6 +70,16 @@ def linear(tokens: int, **more: Any) -> Setting:
     return {"what": "memlm", "kind": kind, **HEADS, "tokens": tokens, **more}
 
 
+def model_of(overrides: list[str], memory: str, tokens: int, dtype: str) -> Setting:
+    setting = {"what": "memlm", "overrides": [*overrides, f"memory={memory}"], "memory": memory}
+    return setting | {"batch": 1, "tokens": tokens, "dtype": dtype}
+
+
+def attending(kind: str, seen: int) -> Setting:
+    """Attention that keeps all keys, with the settings that its kind has by itself."""
+    return {"what": "memlm", "kind": kind, **HEADS, "tokens": 64, "seen": seen}
+
+
 # A suite is a list of groups; the runs of a group alternate.
 SUITES = {
     "wide": [beside_peer(WIDE, 64)],
@@ -75,14 +92,22 @@ SUITES = {
     "mom_decode": [
         [linear(64, seen=seen, num_memories=m, top_k=2) for m in (4, 16) for seen in (1024, 16384)],
     ],
+    "attention_decode": [[attending(kind, seen) for seen in (1024, 4096, 16384)] for kind in ATTENTION],
+    # One at a time, for a GPU's memory.
+    "train": [
+        [model_of(PAPER, memory, 4096 * 4**i, "bfloat16")] for i in range(3) for memory in ("attention", "titans_mag")
+    ],
+    "train_smoke": [[model_of(TINY_MODEL, memory, 64, "float32")] for memory in ("attention", "titans_mag")],
     "smoke": [[ours(TINY, 8, tokens=64), ours(TINY, 8, tokens=8, seen=64)]],
 }
 
 
-def build_memlm(s: Setting) -> tuple[Callable, str]:
+def build_memlm(s: Setting) -> Callable:
     from memlm.memory.base import Dims, build_mixer
 
-    if "kind" in s:
+    if s.get("kind") in ATTENTION:
+        mixer = {"kind": s["kind"]}
+    elif "kind" in s:
         mixer = {"kind": s["kind"], "num_heads": s["heads"], "head_dim": s["head_dim"]}
         mixer |= {name: s[name] for name in ("num_memories", "top_k") if name in s}
     else:
@@ -95,13 +120,39 @@ def build_memlm(s: Setting) -> tuple[Callable, str]:
             "chunk_size": s["chunk_size"],
         }
     dims = Dims(s["width"], s["heads"], s["heads"], s["head_dim"])
-    return build_mixer(mixer, dims, 0, "benchmark"), commit()
+    return build_mixer(mixer, dims, 0, "benchmark")
 
 
-def build_peer(s: Setting) -> tuple[Callable, str]:
+def training_step(s: Setting) -> Callable:
+    import torch
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from memlm import MemLMConfig, MemLMForCausalLM
+
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose("train", s["overrides"])
+    model = MemLMForCausalLM(MemLMConfig.from_hydra(OmegaConf.to_container(cfg.model, resolve=True))).train()
+    if cfg.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.optim.lr)
+    ids = torch.randint(model.config.vocab_size, (s["batch"], s["tokens"]))
+    dtype = getattr(torch, s["dtype"])
+
+    def step() -> None:
+        with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def build_peer(s: Setting) -> Callable:
     from titans_pytorch import MemoryMLP, NeuralMemory
 
-    layer = NeuralMemory(
+    return NeuralMemory(
         s["width"],
         heads=s["heads"],
         dim_head=s["head_dim"],
@@ -109,7 +160,30 @@ def build_peer(s: Setting) -> tuple[Callable, str]:
         batch_size=s["chunk_size"] if s["anchor"] == "chunk" else None,
         model=MemoryMLP(s["head_dim"], depth=s["depth"], expansion_factor=s["expansion"]),
     )
-    return layer, importlib.metadata.version("titans-pytorch")
+
+
+def layer_step(s: Setting) -> Callable:
+    """A pass over one layer."""
+    import torch
+
+    torch.set_default_dtype(getattr(torch, s["dtype"]))
+    layer = (build_memlm if s["what"] == "memlm" else build_peer)(s)
+    x = torch.randn(s["batch"], s["tokens"], s["width"], requires_grad=True)
+    gradient, state = torch.randn_like(x), None
+
+    def train() -> None:
+        torch.autograd.grad(layer(x)[0], [x, *layer.parameters()], gradient, allow_unused=True)
+
+    @torch.no_grad()
+    def decode() -> None:
+        nonlocal state
+        if state is None:
+            for _ in range(0, s["seen"], s["tokens"]):
+                state = layer(x, state).state
+        for t in range(s["tokens"]):
+            state = layer(x[:, t : t + 1], state).state
+
+    return decode if "seen" in s else train
 
 
 def measure(s: Setting) -> None:
@@ -121,28 +195,11 @@ def measure(s: Setting) -> None:
     torch.manual_seed(0)
     gpu = torch.cuda.is_available()
     torch.set_default_device("cuda" if gpu else "cpu")
-    torch.set_default_dtype(getattr(torch, s["dtype"]))
-    layer, version = (build_memlm if s["what"] == "memlm" else build_peer)(s)
-    x = torch.randn(s["batch"], s["tokens"], s["width"], requires_grad=True)
-    gradient, state = torch.randn_like(x), None
-
-    def train() -> None:
-        torch.autograd.grad(layer(x)[0], [x, *layer.parameters()], gradient, allow_unused=True)
-
-    @torch.no_grad()
-    def decode() -> None:
-        new = state
-        for t in range(s["tokens"]):
-            new = layer(x[:, t : t + 1], new).state
-
+    step = (training_step if "overrides" in s else layer_step)(s)
     base_rss_mb = rss_mb()
-    for _ in range(0, s.get("seen", 0), s["tokens"]):
-        with torch.no_grad():
-            state = layer(x, state).state
-    step = decode if "seen" in s else train
     step()
     say(
-        version=version,
+        version=None if s["what"] == "memlm" else importlib.metadata.version(s["what"]),
         device="cuda" if gpu else "cpu",
         base_rss_mb=base_rss_mb,
         hardware=torch.cuda.get_device_name() if gpu else cpu_name(),
@@ -251,7 +308,8 @@ def run_suite(suite: str, repeats: int, peer_python: str | None, keep_memory: bo
     }
     for group in SUITES[suite]:
         for record in run_group(group, repeats, peer_python, keep_memory):
-            line = json.dumps({"suite": suite} | record | about)
+            # Ours are of this commit: asked once, for what is appended below makes the tree differ from it.
+            line = json.dumps({"suite": suite} | record | {"version": record["version"] or about["commit"]} | about)
             print(line, flush=True)
             with out.open("a") as file:
                 file.write(f"{line}\n")
@@ -272,6 +330,7 @@ def table(path: Path) -> None:
             "head_dim",
             "chunk_size",
             "num_memories",
+            "memory",
         )
         sizes = [record.get(name) for name in ("tokens", "seen")] if record["what"] == "memlm" else []
         kept = record.get("keep_memory", False)
@@ -281,6 +340,8 @@ def table(path: Path) -> None:
         print(f"\n{suite}, {hardware}{', memory kept' if kept else ''}\n")
         if suite in ("wide", "heads"):
             peers_table(records)
+        elif suite.startswith("train"):
+            training_table(records)
         else:
             lengths_table(records)
 
@@ -312,14 +373,28 @@ def lengths_table(records: list[dict]) -> None:
         print(f"| {' | '.join(map(str, cells))} |")
 
 
+def training_table(records: list[dict]) -> None:
+    print("| tokens | full attention, tokens per second | titans_mag | ratio | MB of each |")
+    print("|---|---|---|---|---|")
+    of = {(r["memory"], r["tokens"]): r for r in records}
+    for tokens in dict.fromkeys(r["tokens"] for r in records):
+        attention, memory = (of.get((name, tokens)) for name in ("attention", "titans_mag"))
+        if attention and memory:
+            rates = f"{rate(attention):,.0f} | {rate(memory):,.0f} | {rate(memory) / rate(attention):.2f}"
+            print(f"| {tokens} | {rates} | {used_mb(attention):,.0f}, {used_mb(memory):,.0f} |")
+
+
 def rate(record: dict) -> float:
     clock = "gpu" if record["device"] == "cuda" else "cpu"
     return record[f"tokens_per_{clock}_second"]["best"]
 
 
 def added_mb(record: dict) -> float:
-    used = record["peak_gpu_mb"] if record["device"] == "cuda" else record["peak_rss_mb"] - record["base_rss_mb"]
-    return used / (record["batch"] * record["tokens"]) * 1024
+    return used_mb(record) / (record["batch"] * record["tokens"]) * 1024
+
+
+def used_mb(record: dict) -> float:
+    return record["peak_gpu_mb"] if record["device"] == "cuda" else record["peak_rss_mb"] - record["base_rss_mb"]
 
 
 if __name__ == "__main__":

@@ -4,17 +4,18 @@
     python scripts/convert_checkpoint.py --from-format fla-mom --source DIR --target DIR
     python scripts/convert_checkpoint.py --to-format fla-mom --source DIR --target DIR
 
-fla-mom: flash-linear-attention's MoM. msa: Memory Sparse Attention as released. qwen3: transformers' Qwen3, from which
-Memory Sparse Attention starts, its routers fresh. Files of a tokenizer are copied.
+fla-mom: flash-linear-attention's MoM. msa: Memory Sparse Attention as released. qwen3: transformers' Qwen3, which
+``--memory`` gives a memory: msa, its routers fresh; chunk_sparse; or none, attention. Files of a tokenizer are copied.
 """
 
 import argparse
+import functools
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import memlm
@@ -27,9 +28,11 @@ READERS = {
     "qwen3": (msa.config_from_qwen3, msa.weights_from_qwen3),
 }
 WRITERS = {
-    "fla-mom": (fla_mom.config_to_fla, fla_mom.weights_to_fla),
+    "fla-mom": (lambda ours, _: fla_mom.config_to_fla(ours), fla_mom.weights_to_fla),
     "msa": (msa.config_to_msa, msa.weights_to_msa),
 }
+# A copy of their config.json, beside what was converted.
+THEIRS = "config.{}.json"
 
 
 def main() -> None:
@@ -37,20 +40,26 @@ def main() -> None:
     direction = parser.add_mutually_exclusive_group(required=True)
     direction.add_argument("--from-format", choices=READERS)
     direction.add_argument("--to-format", choices=WRITERS)
+    parser.add_argument("--memory", choices=msa.RETROFITS, help="what a Qwen3 becomes, msa if not given")
     parser.add_argument("--source", type=Path, required=True)
     parser.add_argument("--target", type=Path, required=True)
     arguments = parser.parse_args()
+    if arguments.memory and arguments.from_format != "qwen3":
+        parser.error(f"--memory {arguments.memory} is for --from-format qwen3 only; leave it out")
     try:
         if arguments.from_format:
-            read(*READERS[arguments.from_format], arguments.source, arguments.target)
+            read(arguments.from_format, arguments.source, arguments.target, arguments.memory)
         else:
-            write(*WRITERS[arguments.to_format], arguments.source, arguments.target)
+            write(arguments.to_format, arguments.source, arguments.target)
     except (OSError, ValueError) as error:
         sys.exit(f"{arguments.source}: {error}")
     print(f"wrote {arguments.target}")
 
 
-def read(read_config: Callable, read_weights: Callable, source: Path, target: Path) -> None:
+def read(form: str, source: Path, target: Path, memory: str | None = None) -> None:
+    read_config, read_weights = READERS[form]
+    if memory:
+        read_config = functools.partial(read_config, memory=memory)
     theirs = _load(source)
     config = read_config(json.loads((source / "config.json").read_text()), theirs)
     weights = read_weights(theirs, config)
@@ -59,12 +68,16 @@ def read(read_config: Callable, read_weights: Callable, source: Path, target: Pa
     config.save_pretrained(target)
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     load_model(target)
+    if form in WRITERS:
+        # For what ours has no setting for, on the way back.
+        shutil.copy(source / "config.json", target / THEIRS.format(form))
     _copy_tokenizer(source, target)
 
 
-def write(write_config: Callable, write_weights: Callable, source: Path, target: Path) -> None:
-    model = load_model(source)
-    theirs = write_config(model.config)
+def write(form: str, source: Path, target: Path) -> None:
+    write_config, write_weights = WRITERS[form]
+    model, before = load_model(source), source / THEIRS.format(form)
+    theirs = write_config(model.config, json.loads(before.read_text()) if before.exists() else {})
     weights = write_weights(model.state_dict(), model.config)
     _empty(target)
     (target / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
@@ -77,7 +90,13 @@ def _load(source: Path) -> dict:
     files = sorted(source.glob("*.safetensors"))
     if not files:
         raise ValueError("no *.safetensors there")
-    return {name: w for file in files for name, w in load_file(file).items()}
+    weights = {}
+    for file in files:
+        try:
+            weights |= load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file.name} cannot be read ({error}); copy it again") from None
+    return weights
 
 
 def _empty(target: Path) -> None:

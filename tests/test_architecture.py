@@ -19,7 +19,7 @@ ROOMS = {
     "memlm.cache": {"memlm.memory"},
     "memlm.modeling": {"memlm_kernels", "memlm.layers", "memlm.memory", "memlm.configuration", "memlm.cache"},
     "memlm.bank": {"memlm_kernels", "memlm.memory", "memlm.cache", "memlm.modeling"},
-    "memlm.interleave": {"memlm.memory", "memlm.cache", "memlm.bank"},
+    "memlm.interleave": {"memlm.data", "memlm.memory", "memlm.cache", "memlm.bank"},
     "memlm": {"memlm.bank", "memlm.configuration", "memlm.cache", "memlm.interleave", "memlm.modeling"},
 }
 OUTER = {"memlm.hub", "memlm.training", "memlm.evaluation", "memlm.cli"}

@@ -16,6 +16,8 @@ SETTINGS = [
     {"similarity": "dot", "routing": "query", "top_k": 3},
     {"head_reduce": "max", "query_reduce": "mean", "chunk_reduce": "mean"},
 ]
+# Of each of these banks.
+KEPT = [{}, {"key_dtype": "float8_e4m3fn"}, {"key_dtype": "bfloat16", "content": "host"}]
 
 
 def told(bank):
@@ -37,9 +39,9 @@ def told(bank):
 def story(group, folder):
     """Banks are built, changed, saved, and loaded, among them one that a single process saved."""
     said = []
-    for i, settings in enumerate(SETTINGS):
+    for i, (settings, kept) in enumerate(zip(SETTINGS, KEPT, strict=True)):
         model, where = model_of(**settings), folder / f"{i}"
-        bank = MemoryBank.build(model, library(), where, tokens_per_batch=16, progress=False, group=group)
+        bank = MemoryBank.build(model, library(), where, tokens_per_batch=16, progress=False, group=group, **kept)
         said.append(told(bank))
         bank.delete(["d1", "d5"])
         bank.update({"d2": tokens(6, 71)})

@@ -1,5 +1,6 @@
 """Every YAML composes, builds what it says, and a mistake on the command line is one line."""
 
+import re
 import subprocess
 import sys
 
@@ -77,6 +78,33 @@ def test_titans_sizes_are_their_names(millions):
     assert memory["memory_heads"] * memory["memory_head_dim"] == config.hidden_size
     # Two FLOPs a weight, and more for the memory's, which are also written.
     assert 2 < count_flops(config, 128) / parameters < 3
+
+
+def test_every_memory_can_have_the_size_that_a_name_says():
+    """With the MLP's width that the experiment names, of which one is built for each memory."""
+    text = (ROOT / "configs" / "experiment" / "titans_paper.yaml").read_text()
+    rows = re.findall(r"^#   (\w+) +(\d+) +(\d+) +(\d+) +(\d+)$", text, re.MULTILINE)
+    assert len(rows) == 7
+    for i, (memory, *widths) in enumerate(rows):
+        millions = (170, 340, 400, 760)[i % 4]
+        chosen = ["experiment=titans_paper", f"model=titans_{millions}m", f"memory={memory}"]
+        cfg = composed(*chosen, f"model.intermediate_size={widths[i % 4]}")
+        with torch.device("meta"):
+            model = MemLMForCausalLM(MemLMConfig.from_hydra(OmegaConf.to_container(cfg.model, resolve=True)))
+        assert count_parameters(model) == pytest.approx(millions * 1e6, rel=0.01), memory
+
+
+@pytest.mark.parametrize("memory", [m for m in MEMORIES if m.startswith("titans_") or m in ("omeganet", "lact")])
+def test_titans_paper_has_settings_of_its_own_for_each_of_its_kind(memory):
+    """None takes the tiny default run's."""
+    cfg = composed("experiment=titans_paper", f"memory={memory}")
+    config = MemLMConfig.from_hydra(OmegaConf.to_container(cfg.model, resolve=True))
+    settings = config.mixers["memory"]
+    if memory == "lact":
+        assert settings["chunk_size"] == 2048
+    else:
+        assert settings["memory_heads"] * settings["memory_head_dim"] == config.hidden_size
+        assert settings["initialization"] == "default" and settings["memory_depth"] == 2
 
 
 @pytest.mark.parametrize(("size", "total", "active"), [("340m", 512, 411), ("1.3b", 1553, 1351)])

@@ -48,7 +48,6 @@ def test_a_new_memory_is_three_files_and_passes_the_contract(tmp_path):
     "example, memory, said, written",
     [
         (0, "titans_mag", "It was the ", "memories/book/memory.safetensors"),
-        (1, "msa", "?dwp2", "banks/facts/index.json"),
         (2, "msa", "xy ", "runs/chains/msa-seed0/checkpoints/step_001200/config.json"),
     ],
 )
@@ -62,6 +61,25 @@ def test_the_readme_examples_run(tmp_path, monkeypatch, capsys, example, memory,
     exec(code, {})
     assert said in capsys.readouterr().out
     assert (tmp_path / written).exists()
+
+
+def test_the_readme_keeps_a_library_in_ten_lines(tmp_path, monkeypatch, capsys):
+    """On the model that it names: what is asked is answered, and no more once its document is deleted."""
+    code = blocks("README.md", "python")[1]
+    lines = [line for line in code.splitlines() if line]
+    assert len(lines) <= 10
+    monkeypatch.chdir(tmp_path)
+    checkpoint = re.search(r'checkpoint = "(.*)"', code)[1]
+    shutil.copytree(ROOT / "tests" / "reference" / "facts_alike", checkpoint)
+    names = {}
+
+    def said(code):
+        exec(code, names)
+        return capsys.readouterr().out.splitlines()[-1]
+
+    assert said(code) == "?dwp2W"
+    (ask,) = (line for line in lines if line.startswith("print"))
+    assert said(ask) != "?dwp2W" and names["bank"].documents() == ["a", "b"]
 
 
 def test_the_readme_maps_every_file():

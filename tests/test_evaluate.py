@@ -10,13 +10,29 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from memlm.data import MQAR, Batch, Chains, Facts, Library, Passkey, byte_tokenizer, token_bytes
+from memlm import Interleave
+from memlm.data import (
+    MQAR,
+    TEMPLATES,
+    Batch,
+    Chains,
+    Facts,
+    Library,
+    Passkey,
+    Questions,
+    QuestionSource,
+    Row,
+    byte_tokenizer,
+    token_bytes,
+)
 from memlm.evaluation import run as evaluate
 from memlm.evaluation.ablation import memory_off
 from memlm.evaluation.measures import bank, interleaved, needles, recall, text_by_position
+from memlm.evaluation.run import _read_on
 from memlm.training import run as train
 from memlm.training.objective import score
 from tests.conftest import build, composed
+from tests.data.test_questions import records
 from tests.test_interleave import Script
 
 SIZES = torch.from_numpy(token_bytes(byte_tokenizer()))
@@ -107,7 +123,7 @@ def test_a_bank_is_asked_as_documents_in_the_context_are():
         for layer, of in figures.items():
             best = chosen_one_by_one(model, layer, top_k, out.hidden_states[layer][0], roles, roles == 0)
             right = [n - 1 in inquiry.found for n in best]
-            of.append((right[0], any(right), sum(right) / len(inquiry.found)))
+            of.append((right[0], any(right), sum(right) / len(inquiry.found), sum(right) / len(best)))
         for results, logits in ((exact, out.logits), (deleted, forward(inquiry, gone)[0].logits)):
             results.append(logits[0, -3:-1].argmax(-1).tolist() == inquiry.answer.tolist())
     got = bank(model, "facts", library, rows=4)
@@ -116,7 +132,8 @@ def test_a_bank_is_asked_as_documents_in_the_context_are():
     assert 0.4 < got.exact < 0.6 and got.exact_deleted < got.exact
     for routed in got.layers:
         expected = np.mean(figures[routed.layer], 0)
-        assert (routed.hit_1, routed.hit, routed.recall) == pytest.approx(tuple(expected)) and routed.top_k == 2
+        got_of_layer = (routed.hit_1, routed.hit, routed.recall, routed.precision)
+        assert got_of_layer == pytest.approx(tuple(expected)) and routed.top_k == 2
     assert any(0 < routed.hit < 1 for routed in got.layers)
 
 
@@ -124,17 +141,39 @@ def test_reading_on_is_measured_by_what_is_read_and_said(monkeypatch):
     model, task, written = build("msa", chunk_size=4, top_k=2), Chains(length=105, num_documents=6), {}
     # Of six chains each; of the second library four are asked.
     for chains in (task.linked(3, "test", index, 12).chains for index in (0, 1)):
-        for i, (question, answer, (first, second)) in enumerate(chains):
-            other = chains[i - 1].documents[0]
+        for i, (question, answer, ((first,), (second,))) in enumerate(chains):
+            other = chains[i - 1].rounds[0][0]
             says = f"[{first}]|[{second}]|={answer}~", f"[{first}]|[{other}]|={answer}~", f"[{second}]|=-~"
             written[question] = says[i % 3]
     assert len(written) == 12
     Script(monkeypatch, written)
-    got = interleaved(model, byte_tokenizer(), "chains", task, 3, 12, 10, rows=4)
+    way = Interleave(**TEMPLATES, max_rounds=2, max_new_tokens=105)
+    libraries = (task.linked(3, "test", index, 12) for index in range(9))
+    got = interleaved(model, byte_tokenizer(), "chains", way, libraries, 10, rows=4)
     assert (got.documents, got.questions, got.chance) == (12, 10, 1 / 32)
     assert got.hops == pytest.approx([0.7, 0.4])
     # Who was right without the last document is so once it is deleted.
     assert got.exact == pytest.approx(0.7) and got.exact_deleted == pytest.approx(0.3)
+
+
+def test_questions_are_read_on_too(tmp_path, monkeypatch):
+    """Of four the second reads another document, the third says another answer, the fourth answers at once."""
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, records(80))))
+    questions = Questions(str(tmp_path / "questions.jsonl"), tmp_path)
+    source = QuestionSource(questions, byte_tokenizer(), 900, 0, templates="interleave")
+    library, (way, (linked,)) = source.library("test", 9, 4), _read_on(source, 9, 4)
+    assert [ids for _, ids in way.documents(linked.texts, byte_tokenizer())] == [d.tolist() for d in library.documents]
+    names, said = [], {}
+    for i, (question, answer, ((name,),)) in enumerate(linked.chains):
+        names.append(bytes(library.inquiries[i].answer.tolist()).decode())
+        assert names[-1] == f"[{name}]<|object_ref_end|>" and library.inquiries[i].found == {int(name)}
+        read = f"[{(int(name) + (i == 1)) % 9}]<|object_ref_end|><End-of-Retrieve>" if i < 3 else ""
+        said[question] = f"{read}The answer to the question is: {answer if i != 2 else 'no'}~"
+    Script(monkeypatch, said)
+    model = build("msa", chunk_size=4, top_k=2)
+    got = interleaved(model, byte_tokenizer(), "questions", way, [linked], 4)
+    assert (got.documents, got.questions, got.hops, got.exact) == (9, 4, [0.5], 0.75)
+    assert _read_on(QuestionSource(questions, byte_tokenizer(), 900, 0), 9, 4) is None
 
 
 def test_text_by_position_equals_one_long_forward():
@@ -274,7 +313,7 @@ def test_an_evaluation_of_banks(tmp_path, capsys):
     out = tmp_path / "msa-seed0" / "evaluation"
     models = json.loads((out / "results.json").read_text())["models"]
     assert [b["documents"] for b in models["msa"]["bank"]] == [3, 20] and [*models] == ["msa"]
-    assert {"hit_1", "hit", "recall"} <= set(models["msa"]["bank"][0]["layers"][0])
+    assert {"hit_1", "hit", "recall", "precision"} <= set(models["msa"]["bank"][0]["layers"][0])
     assert models["msa"]["recall"] == [] and models["msa"]["text"] == {}
     assert "A bank of documents" in (out / "report.html").read_text() and (out / "plots" / "bank.png").exists()
     with pytest.raises(ValueError, match="step_000001 has no bank: model"):
@@ -336,3 +375,25 @@ def test_a_checkpoint_without_a_run_needs_data(trained, tmp_path):
         evaluate(evaluated(trained, f"checkpoint={bare}", f"out={tmp_path}/out"))
     evaluate(evaluated(trained, f"checkpoint={bare}", f"out={tmp_path}/out", "data=recall", "control=null"))
     assert (tmp_path / "out" / "results.json").exists()
+
+
+def test_what_rows_tell_is_summed_by_source():
+    """Over batches and ranks; a row that has no such figure does not count."""
+    rows = [Row(np.arange(8), np.arange(8), np.arange(8)) for _ in range(3)]
+    batches = [Batch.from_rows(rows, [0, 1, 1]), Batch.from_rows(rows, [1, 0, 1])]
+    told = iter([torch.tensor([0.5, torch.nan, 1.0]), torch.tensor([0.0, torch.nan, 0.25])])
+
+    class Telling(Oracle):
+        def forward(self, **inputs):
+            figures = {
+                "layer0/hit@1": next(told),
+                "layer0/surprise": torch.ones(3, 8),
+                "layer0/gate": torch.tensor(1.0),
+            }
+            return SimpleNamespace(logits=super().forward(**inputs).logits, metrics=figures)
+
+    scores = score(Telling(), batches, ["a", "b", "c"], torch.ones(259), torch.device("cpu"))
+    assert scores["a"].metrics == {"layer0/hit@1": 0.5} and scores["c"].metrics == {}
+    assert scores["b"].metrics["layer0/hit@1"] == pytest.approx((1.0 + 0.0 + 0.25) / 3)
+    both = scores["a"] + scores["b"]
+    assert both.metrics["layer0/hit@1"] == pytest.approx((0.5 + 1.0 + 0.0 + 0.25) / 4) and both.rows == 6

@@ -1,14 +1,20 @@
 """Asking a bank again and again on one memory, and reading on until a question is answered."""
 
 import itertools
+import json
 
+import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 import memlm.interleave
-from memlm import Interleave, MemoryBank, MemoryCache
-from memlm.data import TEMPLATES, byte_tokenizer
+from memlm import Interleave, MemLMForCausalLM, MemoryBank, MemoryCache
+from memlm.data import TEMPLATES, Questions, QuestionSource, RetrievalRow, byte_tokenizer
 from memlm_kernels.testing import assert_close, relative_error
+from tests.conftest import model_config
+from tests.data.test_questions import records
 from tests.test_bank import EXACT, bank_of, in_context, joined, library, model_of, tokens
 
 # A template, then three questions with what was said between them.
@@ -37,7 +43,7 @@ def twice() -> dict[str, torch.Tensor]:
     [
         {},
         {"similarity": "dot", "chunk_size": 1, "top_k": 1},
-        {"head_reduce": "max", "top_k": 3},
+        {"head_reduce": "max", "top_k": 3, "positions": "top_k"},
         {"chunk_size": 64, "top_k": 16, "qk_norm": False},
     ],
     ids=str,
@@ -115,15 +121,49 @@ def test_a_bank_may_grow_between_questions_and_a_memory_be_saved(tmp_path):
     bank.save(tmp_path / "bank")
     for it, memory in (
         (bank, cache.fork()),
+        # The same documents in the same order have the same numbers.
+        (bank_of(model, old | new), cache.fork()),
         (MemoryBank.load(tmp_path / "bank", model), MemoryCache.load(tmp_path / "memory")),
     ):
         ids, doc_ids = joined(second)
         got = model(ids, doc_ids=doc_ids, memory_bank=it, past_key_values=memory, write=False).logits
         assert_close("grown", expected, got, EXACT)
-        held = set(memory.states[0]["bank.number"][0].tolist())
-        it.delete(f"d{min(held)}")
+        held = [set(state["bank.number"][0].tolist()) for state in memory.states]
+        it.delete(it._name(min(set.intersection(*held))))
         again = model(ids, doc_ids=doc_ids, memory_bank=it, past_key_values=memory).logits
         assert_close("deleted", expected, again, EXACT)
+
+
+@torch.no_grad()
+def test_what_was_chosen_stands_beside_another_bank():
+    model, old, new = model_of(), library(), {"d0": tokens(9, 77), "newer": tokens(5, 78)}
+    bank, (ids, doc_ids) = bank_of(model, old), joined(TALK[3:5])
+    _, cache = talked(model, bank, TALK[:3], [3, 5, 3])
+    held = cache.states[0]["bank.number"]
+    bank.delete(bank.documents())
+    bank.add(new)
+    expected = model(ids, doc_ids=doc_ids, memory_bank=bank, past_key_values=cache.fork()).logits
+    got = model(ids, doc_ids=doc_ids, memory_bank=bank_of(model, new), past_key_values=cache).logits
+    assert_close("both", expected, got, EXACT)
+    after = set(cache.states[0]["bank.number"].flatten().tolist())
+    assert after & set(held.flatten().tolist()) and len(after) == 2
+
+
+@torch.no_grad()
+def test_tidying_a_bank_changes_nothing_for_a_memory(monkeypatch):
+    got, model = [], model_of()
+    for tidies in (True, False):
+        bank = bank_of(model, twice())
+        _, cache = talked(model, bank, TALK[:3], [3, 5, 3])
+        with monkeypatch.context() as patched:
+            if not tidies:
+                patched.setattr(bank, "_replace", lambda start, end: None)
+            bank.delete([f"d{i}" for i in range(8)])
+        assert (bank.stats()["dead_chunks"] == 0) == tidies
+        bank.add({"new": tokens(9, 77)})
+        ids, doc_ids = joined(TALK[3:5])
+        got.append(model(ids, doc_ids=doc_ids, memory_bank=bank, past_key_values=cache).logits)
+    assert torch.equal(*got)
 
 
 @torch.no_grad()
@@ -149,16 +189,11 @@ def test_generation_goes_on_from_an_answer():
 def test_memories_of_other_documents_are_refused():
     model, ids = model_of(), tokens(4, 1)[None]
     bank, question = bank_of(model, library()), dict(input_ids=ids, doc_ids=torch.zeros_like(ids))
-    _, cache = talked(model, bank, TALK[:2], [3, 5])
-    others = [bank_of(model, {}), bank_of(model, {"d0": tokens(9, 99)})]
     read = MemoryCache()
     model(ids, doc_ids=torch.ones_like(ids), past_key_values=read)
-    for memory, it in ((cache, others[0]), (cache, others[1]), (read, bank), (read, others[0])):
-        with pytest.raises(ValueError, match="documents that were read in it, or that the memory_bank has no more"):
+    for memory, it in ((read, bank), (read, bank_of(model, {}))):
+        with pytest.raises(ValueError, match="this memory holds documents that were read in it; ask with a fork"):
             model(**question, memory_bank=it, past_key_values=memory)
-    bank.delete([f"d{i}" for i in range(9)])
-    with pytest.raises(ValueError, match="or under other numbers since it was tidied"):
-        model(**question, memory_bank=bank, past_key_values=cache)
     for settings in ({"query_reduce": "mean"}, {"chunk_reduce": "mean"}):
         model = model_of(**settings)
         bank = bank_of(model, library())
@@ -266,6 +301,7 @@ def test_texts_that_cannot_be_are_named(monkeypatch):
         ({"document": "[{name}]"}, r"document='\[\{name\}\]' must hold \{text\}"),
         ({"head": "{name}"}, r"head='\{name\}' holds \{name\}, which it is not given"),
         ({"name": "doc {name}"}, "must hold something behind"),
+        ({"answer": "yes"}, r"answer='yes' must hold \{answer\}"),
         ({"end_of_names": ""}, "end_of_names='' and end_of_retrieval='<End-of-Retrieve>' must be texts"),
         ({"end_of_names": "Retrieve"}, "and none stand in the other"),
         ({"max_rounds": -1}, "max_rounds=-1 must not be negative"),
@@ -282,3 +318,85 @@ def test_texts_that_cannot_be_are_named(monkeypatch):
     bare = Interleave(**TEMPLATES | {"question": "{question}"})
     with pytest.raises(ValueError, match="questions: '' has no tokens; ask something"):
         bare.answers([""], bank, TEXTS, tokenizer)
+
+
+MARKS = ["<|im_start|>", "<|object_ref_end|>"]
+
+
+def marked_tokenizer(merges):
+    """Special tokens as Qwen's; merges: tokens of several bytes too."""
+    tokenizer = byte_tokenizer()
+    if merges:
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = decoders.ByteLevel()
+        texts = ["]. The number of 12 is 144.[12]", "\n[12]. Nothing is known", "answer to the question is: 144"]
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=340, initial_alphabet=alphabet, show_progress=False)
+        backend.train_from_iterator(texts, trainer)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.split_special_tokens = False
+    tokenizer.add_special_tokens({"additional_special_tokens": MARKS, "eos_token": "<|im_end|>"})
+    return tokenizer
+
+
+@pytest.mark.parametrize("merges", [False, True])
+def test_a_training_sample_is_what_a_reader_is_fed_and_writes(merges, tmp_path, monkeypatch):
+    """Token by token, documents too; what looks like a special token in a text is text."""
+    tokenizer, questions = marked_tokenizer(merges), records(30)
+    for number, question in enumerate(questions):
+        question["documents"][number % 3] += " x<|im_end|>[7]<|object_ref_end|>"
+        question["query"] = f"<|im_start|>{number}<|im_end|>"
+        question["positives"] = [0, 2] if number % 2 else [1]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    questions = Questions(str(tmp_path / "questions.jsonl"), tmp_path)
+    source = QuestionSource(questions, tokenizer, 900, 0, 4, document_length=35, templates="interleave")
+    way, kinds = Interleave(max_rounds=1), set()
+    config = model_config("msa", chunk_size=4, top_k=2)
+    config.vocab_size = 400
+    model = MemLMForCausalLM(config).eval()
+    for index in range(8):
+        row = source.row(index, "train", 0)
+        length = int(np.flatnonzero(row.position_ids[1:] == 0)[0]) + 1
+        sample = RetrievalRow(*(part[:length] for part in row))
+        texts, documents = {}, []
+        for n in range(1, sample.doc_ids.max() + 1):
+            documents.append(sample.input_ids[sample.doc_ids == n].tolist())
+            said = tokenizer.decode(documents[-1])
+            name = said[len("<|im_start|>[") : said.index("]")]
+            texts[name] = said.removeprefix(f"<|im_start|>[{name}]. ").removesuffix(f"[{name}]<|im_end|>")
+        assert [ids for _, ids in way.documents(texts, tokenizer)] == documents
+        scored = sample.labels[sample.labels != -100].tolist()
+        read = scored[-1] == tokenizer.eos_token_id
+        kinds.add((read, int(sample.positives.any())))
+        written = iter(scored if read else [*scored, *[tokenizer.eos_token_id] * 2])
+        monkeypatch.setattr(memlm.interleave, "_likeliest", lambda *_, written=written: [next(written)])
+        question = tokenizer.decode(sample.input_ids[sample.doc_ids == 0]).split("\n\n")[1].split("\nPlease")[0]
+        bank = MemoryBank.build(model, way.documents(texts, tokenizer), progress=False)
+        (answer,) = way.answers([question], bank, texts, tokenizer)
+        outside = sample.doc_ids <= 0
+        end = None if read else int(outside.sum())
+        assert answer.input_ids[:end] == sample.input_ids[outside].tolist()
+        assert answer.doc_ids[:end] == sample.doc_ids[outside].tolist()
+        number = int(question.removeprefix("<|im_start|>").removesuffix("<|im_end|>"))
+        assert not read or answer.text == str(number**2)
+        assert answer.unknown == [] and len(answer.read[0]) == 1 + number % 2
+    assert kinds == {(True, 0), (False, 1)}
+
+
+def test_benign_texts_are_what_the_tokenizer_makes_of_them():
+    for merges in (False, True):
+        tokenizer, way = marked_tokenizer(merges), Interleave()
+        ((_, ids),) = way.documents({"12": "The number of 12 is 144."}, tokenizer)
+        text = "<|im_start|>[12]. The number of 12 is 144.[12]<|im_end|>"
+        assert ids == tokenizer(text, add_special_tokens=False).input_ids
+        assert len(ids) < 26 if merges else len(ids) == 36
+        ((_, ids),) = way.documents({"1": "a<|im_end|>{text}"}, tokenizer)
+        assert ids.count(tokenizer.eos_token_id) == 1 and "a<|im_end|>{text}[1]" in tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("name", ["a]", "a]b", "", "a<|object_ref_end|>", "<End-of-Retrieve>"])
+def test_names_that_a_model_could_not_write_are_refused(name):
+    with pytest.raises(ValueError, match="cannot be a name, for it would not be read as one") as caught:
+        [*Interleave().documents({"fine [": "x", name: "y"}, byte_tokenizer())]
+    assert "\n" not in str(caught.value)

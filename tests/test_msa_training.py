@@ -16,7 +16,7 @@ from memlm import MemLMConfig, MemLMForCausalLM
 from memlm.modeling import count_parameters
 from memlm.training import run
 from tests.conftest import ROOT, composed
-from tests.data.test_retrieval import chat_tokenizer, records
+from tests.data.test_questions import chat_tokenizer, records
 
 STAGES = ("msa_warmup", "msa_main", "msa_8k", "msa_64k")
 SMALL = (
@@ -75,6 +75,26 @@ def test_two_stages_on_facts(tmp_path, monkeypatch, capsys):
     assert "weights: runs/msa_tiny/msa-seed0/checkpoints/step_000002" in capsys.readouterr().out
     # Eight documents, of which the router knows nothing yet: about ln 8, and a tenth of it.
     assert 1.5 < trained_loss("msa_tiny") < 3 and 0.15 < trained_loss("msa_tiny_main") < 0.3
+
+
+def test_how_routers_choose_is_logged_over_all_of_a_step_and_when_validated(tmp_path, monkeypatch):
+    """Micro-batches tell what their rows tell together; rows with nothing to find do not count."""
+    monkeypatch.chdir(tmp_path)
+    mqar = "+data.sources.mqar={kind:mqar,weight:1.0,num_pairs:4,gap:10}"
+    told = []
+    for rows, parts in ((4, 1), (2, 2)):
+        options = (f"train.batch_size={rows}", f"train.gradient_accumulation={parts}", mqar)
+        run(composed("experiment=facts", *SMALL, f"run_dir=runs/{rows}", "data.cache_dir=cache", *options))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with open(f"runs/{rows}/metrics.jsonl") as lines:
+            first, *_, last = map(json.loads, lines)
+        told.append({name: value for name, value in first.items() if name.startswith("layer1/")})
+        validated = {
+            name.removeprefix("validation/facts/") for name in last if name.startswith("validation/facts/layer")
+        }
+        assert validated == {"layer1/hit@1", "layer1/recall@1", "layer1/precision"}
+        assert not any(name.startswith("validation/mqar/layer") for name in last)
+    assert told[0] == pytest.approx(told[1], rel=1e-4) and len(told[0]) == 4
 
 
 def trained_loss(stage):

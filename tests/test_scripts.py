@@ -31,18 +31,29 @@ def test_benchmark_writes_a_line_for_each_measurement(tmp_path):
             assert rate["best"] >= rate["median"] > 0
         assert record["peak_rss_mb"] >= record["base_rss_mb"] > 0
         assert all(record[name] for name in ("hardware", "torch", "commit", "date", "command", "version", "dtype"))
+    assert training["version"] == decoding["version"] == training["commit"] == decoding["commit"]
     assert len(run("--table", "--out", str(out)).strip().splitlines()) == 6
+
+
+def test_benchmark_of_training_steps(tmp_path):
+    out = tmp_path / "memory.jsonl"
+    run("--suite", "train_smoke", "--repeats", "1", "--out", str(out))
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["memory"] for r in records] == ["attention", "titans_mag"]
+    assert all(r["tokens_per_wall_second"]["best"] > 0 and r["version"] == r["commit"] for r in records)
+    assert "| 64 | " in run("--table", "--out", str(out))
 
 
 def test_benchmark_of_the_bank(tmp_path):
     out = tmp_path / "bank.jsonl"
-    run("--tokens", "4e4", "--repeats", "2", "--out", str(out), script="benchmark_bank.py")
+    run("--tokens", "4e4", "--repeats", "2", "--changes", "60", "--out", str(out), script="benchmark_bank.py")
     (record,) = map(json.loads, out.read_text().splitlines())
     # Two were added and two deleted.
     assert (record["documents"], record["chunks"], record["bank_mb"]) == (78, 624, 1)
     for name in ("load", "route", "route_query", "ask", "decode", "add", "delete", "save"):
         assert record[f"{name}_s"]["median"] >= record[f"{name}_s"]["best"] >= 0
-    assert record["peak_rss_mb"] >= record["base_rss_mb"] > 0
+    assert record["peak_rss_mb"] >= record["base_rss_mb"] > 0 and record["tidied"] > 0
+    assert all(record[name] > 0 for name in ("add_most_s", "delete_most_s"))
     assert all(record[name] for name in ("hardware", "torch", "commit", "date", "command"))
 
 

@@ -123,6 +123,36 @@ def test_a_run_starts_with_the_weights_of_another(tmp_path, capsys):
     assert not torch.equal(resumed.model.lm_head.weight, trainer.model.lm_head.weight)
 
 
+def test_a_dense_model_is_a_start_for_chosen_chunks(tmp_path):
+    """Where all chunks are chosen the first loss is the dense model's on the same rows, whichever way the choice
+    learns; where few are, nearly. A gate that starts closed opens; one that does not is refused.
+    """
+    start, first = f"train.init_from={tmp_path}/first/run", ("train.steps=20", "optim.lr=1e-2")
+    shared = ("+model.num_key_value_heads=1", "+model.mixers.memory.qk_norm=true")
+    run(config(tmp_path / "first", "memory=attention", *first, *shared))
+
+    def losses(name, *overrides):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        run(config(tmp_path / name, "train.steps=2", start, *shared, *overrides))
+        return figures(tmp_path / name)
+
+    def sparse(name, *settings):
+        settings = (*settings, "conv_size=0", "initialization=default", "far_positions=true")
+        return losses(name, "memory=chunk_sparse", *(f"++model.mixers.memory.{x}" for x in settings))
+
+    dense = losses("dense", "memory=attention")
+    assert dense[0] < 4.5
+    taught = {"compressed": ("gate=tanh",), "distilled": ("learning=distilled", "loss_weight=0.0")}
+    for learning, settings in taught.items():
+        assert sparse(learning, "top_k=32", *settings)[0] == pytest.approx(dense[0], rel=1e-6)
+    model = load_model(checkpoint.latest(tmp_path / "compressed" / "run"))
+    assert all(layer.mixer.gate.bias.abs().min() > 1e-6 for layer in model.model.layers)
+    few = sparse("few", "top_k=2", "gate=tanh")
+    assert few[0] != pytest.approx(dense[0], rel=1e-6) and few[0] == pytest.approx(dense[0], rel=0.02)
+    with pytest.raises(ValueError, match=r"layers\.0\.mixer\.gate\.weight is missing there and \[2, 32\] here"):
+        sparse("open", "gate=sigmoid")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -368,14 +398,16 @@ def test_logits_of_scored_tokens_are_all_that_is_needed():
     batch = Batch.from_rows(rows, [0, 0, 0])
     assert batch.places.tolist() == [4, 16, 38]
     model = Objective(build())
-    inputs = model_inputs(batch)
+    inputs = model_inputs(batch, "cpu")
     few, everywhere = model(**inputs), model(**inputs | {"places": None})
     assert_close("loss", everywhere[0], few[0], 1e-12)
     assert_close("rows", everywhere[1], few[1], 1e-12)
     scores = [
         score(model.model, [b], ["x"], torch.ones(259), "cpu")["x"] for b in (batch, replace(batch, places=None))
     ]
-    assert vars(scores[0]) == pytest.approx(vars(scores[1])) and scores[0].tokens == 3
+    assert scores[0].told == scores[1].told == {}
+    few, everywhere = ({**vars(s), "told": 0} for s in scores)
+    assert few == pytest.approx(everywhere) and scores[0].tokens == 3
     labels[:, ::2] = 1
     assert (
         Batch.from_rows([r._replace(labels=x.numpy()) for r, x in zip(rows, labels, strict=True)], [0] * 3).places

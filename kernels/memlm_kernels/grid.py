@@ -159,3 +159,20 @@ def check_places(x: Tensor, positions: Tensor | None, lengths: Tensor | None, ma
         most = 1 + number((real & (after == 0)).sum(1).amax())
         if most > max_documents:
             raise ValueError(f"positions have {most} documents in a row; max_documents={max_documents} is too few")
+
+
+def check_start(positions: Tensor | None, lengths: Tensor | None, before: Tensor | None) -> None:
+    """Raise ValueError unless each row's first token starts a document or stands where its state goes on, ``before``
+    [B] (None: at 0). Looked at on a CPU only, for a GPU would have to wait.
+    """
+    if positions is None or positions.numel() == 0 or not readable(positions):
+        return
+    first = positions[:, 0]
+    follows = torch.zeros_like(first) if before is None else before
+    wrong = (first != 0) & (first != follows)
+    if lengths is not None:
+        wrong = wrong & (lengths > 0)
+    if number(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        found, goes_on = int(first[row]), int(follows[row])
+        raise ValueError(f"positions start row {row} at {found}; 0 starts a document, {goes_on} goes on")

@@ -1,6 +1,7 @@
 """What tests share: one comparison, one way to get gradients, one look at what is computed."""
 
 import importlib
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,17 +44,42 @@ def grads_of(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[
 
 
 class Watch(TorchDispatchMode):
-    """``with Watch() as watch``: elements of the largest tensor computed, and what asked the device for a number."""
+    """``with Watch() as watch``: elements of the largest tensor computed, elements written in all, and what asked the
+    device for a number.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.largest, self.asked = 0, list[str]()
+        self.largest, self.written, self.asked = 0, 0, list[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if name in ("_local_scalar_dense", "nonzero", "_unique2", "masked_select"):
             self.asked.append(name)
         out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple | list) else [out]:
-            self.largest = max(self.largest, x.numel() if isinstance(x, Tensor) else 0)
+        sizes = [x.numel() for x in (out if isinstance(out, tuple | list) else [out]) if isinstance(x, Tensor)]
+        self.largest = max([self.largest, *sizes])
+        views = any(x.alias_info is not None and not x.alias_info.is_write for x in func._schema.returns)
+        self.written += 0 if views or "empty" in name else sum(sizes)
         return out
+
+
+class Held(TorchDispatchMode):
+    """``with Held() as held``: the most elements of 4 bytes that tensors held at once which were made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.most, self._known = 0, 0, weakref.WeakSet[Any]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, Tensor) and (storage := x.untyped_storage()) not in self._known:
+                self._known.add(storage)
+                self._add(size := storage.nbytes() // 4)
+                weakref.finalize(storage, self._add, -size)
+        self.most = max(self.most, self.now)
+        return out
+
+    def _add(self, size: int) -> None:
+        self.now += size

@@ -1,9 +1,10 @@
 """A library of documents that a model has read, as a user's object: keep it, grow it, prune it, ask it.
 
 For models of Memory Sparse Attention (arXiv:2603.23516), where what is kept of a document depends on it alone. A bank
-is a list of shards of whole documents. Deletion marks; shards are written anew without their dead once these are the
-half, and two neighbours become one while they are small and the later one is not much the smaller, so that their
-number stays low and adding costs, over time, the documents added and a logarithm.
+is a list of shards of whole documents. A document has its number for good, by which memories that asked know it.
+Deletion marks; shards are written anew without their dead once these are the half, and two neighbours become one while
+they are small and the later one is not much the smaller, so that their number stays low and adding costs, over time,
+the documents added and a logarithm.
 
 On disk a shard is a file that never changes, and ``index.json`` says which of them are the bank, and who in them is
 deleted: it is replaced last and at once, so that whoever is killed leaves the bank as it was.
@@ -11,20 +12,24 @@ deleted: it is replaced last and at once, so that whoever is killed leaves the b
 B rows, A tokens, C chunks, G groups of H heads, K head dim, L layers that route.
 """
 
-import contextlib
-import hashlib
+import bisect
+import dataclasses
+import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from memlm.bank.index import INDEX, fingerprint, read_index, write_index
 from memlm.bank.ranks import Ranks
-from memlm.bank.shard import Shard, digest_of, merged, read_shard, whole
+from memlm.bank.reading import Documents, checked, hash_of, number_of, pairs_of, progress_bar, read_batch
+from memlm.bank.resident import Resident
+from memlm.bank.shard import Shard, digest_of, merged, read_shard, sent, whole
 from memlm.cache import MemoryCache
 from memlm.memory.base import State, substate
 from memlm.modeling import MemLMForCausalLM, MemLMModel
@@ -32,20 +37,24 @@ from memlm_kernels.route_documents import RouterShard, Scored, bank_keys, nomina
 
 _RULE = ("top_k", "similarity", "head_reduce", "query_reduce", "chunk_reduce")
 # Merging stops here: what adding or deleting one document may cost at most.
-SHARD_BYTES = 1 << 26
+SHARD_BYTES = 1 << 25
 # Documents of like length share a batch, as far ahead as so many batches: their attention is then hardly padded.
 AHEAD = 4
 # Of a build, what a kill may cost.
 COMMIT_SECONDS = 30.0
-
-Documents = Mapping[str, Sequence[int]] | Iterable[tuple[str, Sequence[int]]]
+# Where what attention sees may live, and what the routers' keys may be kept in; float64 for models that are.
+TIERS = ("mapped", "host", "device")
+KEY_DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn")}
 
 
 class MemoryBank:
     """Documents by name, for one model; ``model.generate(question, memory_bank=bank)`` asks it.
 
-    Keys of the routers are kept on the model's device; what attention sees, on the host or mapped from disk, and is
-    fetched for those documents only that a query may choose. A document costs 1 / chunk_size of its tokens.
+    Keys of the routers are kept on the model's device; what attention sees is fetched from where it lives, for those
+    documents only that a query may choose. A document costs 1 / chunk_size of its tokens.
+    content: where that is: "mapped" from disk once it is saved; "host" memory, pinned for a GPU; or on the "device"
+    key_dtype: of the routers' keys: "auto" (the model's), "float32", "bfloat16", "float16", or "float8_e4m3fn", where
+        each head of a chunk has a scale; documents whose scores are nearly the same may change places
     group: of torch.distributed, whose processes have the same model. Documents are dealt to them; all of them do the
     same with the bank, in the same order, and ask it together, and all see its folder; bytes of ``stats`` are a
     process's own.
@@ -53,11 +62,20 @@ class MemoryBank:
     """
 
     def __init__(
-        self, model: MemLMForCausalLM, tokens_per_batch: int = 4096, group: ProcessGroup | None = None
+        self,
+        model: MemLMForCausalLM,
+        tokens_per_batch: int = 4096,
+        group: ProcessGroup | None = None,
+        content: str = "mapped",
+        key_dtype: str = "auto",
     ) -> None:
         if tokens_per_batch < 1:
             raise ValueError(f"tokens_per_batch={tokens_per_batch} must be at least 1")
-        self.model, self.tokens_per_batch = model, tokens_per_batch
+        for name, value, known in (("content", content, TIERS), ("key_dtype", key_dtype, ("auto", *KEY_DTYPES))):
+            if value not in known:
+                raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
+        self.model, self.tokens_per_batch, self.content = model, tokens_per_batch, content
+        self.key_dtype = str(model.dtype).removeprefix("torch.") if key_dtype == "auto" else key_dtype
         config = model.config
         settings = [config.mixers[name] for name in config.layer_mixers()]
         for mixer in settings:
@@ -69,7 +87,7 @@ class MemoryBank:
         self.layers = [i for i, mixer in enumerate(settings) if mixer["routes"]]
         if not self.layers:
             raise ValueError("model.mixers.*.routes is false in every layer; a bank needs one that routes")
-        self.settings = [settings[i] for i in self.layers]
+        self.settings = [dict(settings[i]) for i in self.layers]
         sizes = sorted({mixer["chunk_size"] for mixer in self.settings})
         if len(sizes) > 1:
             raise ValueError(f"model.mixers.*.chunk_size is {sizes[0]} and {sizes[1]}; a bank needs one")
@@ -77,7 +95,10 @@ class MemoryBank:
         self.fingerprint, self.ranks = fingerprint(model.base_model), Ranks(group)
         if len(said := set(self.ranks.all_say(self.fingerprint))) > 1:
             raise ValueError(f"group: its processes have models of {len(said)} fingerprints; load one in all of them")
+        # Documents ever read, deleted ones too.
+        self.read = 0
         self.shards: list[Shard] = []
+        self.resident = Resident(model.device) if model.device.type != "cpu" else None
         self._home: dict[str, Shard] = {}
 
     @classmethod
@@ -89,20 +110,29 @@ class MemoryBank:
         tokens_per_batch: int = 4096,
         progress: bool = True,
         group: ProcessGroup | None = None,
+        content: str = "mapped",
+        key_dtype: str = "auto",
     ) -> "MemoryBank":
         """Read documents, name -> token ids (or pairs), batches of tokens_per_batch at a time.
 
         directory: where the bank is saved as it grows; a build that was killed goes on there, with the documents that
         it had not read. Raises ValueError if a finished bank, or another model's, lies there.
         """
-        bank = cls(model, tokens_per_batch, group)
+        bank = cls(model, tokens_per_batch, group, content, key_dtype)
         if directory is not None and (Path(directory) / INDEX).exists():
-            if read_index(Path(directory))["complete"]:
+            index = read_index(Path(directory))
+            if index["complete"]:
                 raise ValueError(f"directory={directory} holds a finished bank; load it and add, or name another")
+            if index["key_dtype"] != bank.key_dtype:
+                raise ValueError(
+                    f"key_dtype={bank.key_dtype!r}: the build in {directory} began with {index['key_dtype']!r}; name "
+                    "that, or another folder"
+                )
             bank._open(Path(directory))
         given: set[str] = set()
         committed = time.monotonic()
-        for shard in bank._read(bank._not_read(documents, given), progress):
+        total = len(documents) if isinstance(documents, Sized) else None
+        for shard in bank._read(bank._not_read(documents, given), progress, total):
             bank._append(shard)
             if directory is not None and bank.ranks.told(time.monotonic() - committed >= COMMIT_SECONDS):
                 bank._save(Path(directory), complete=False)
@@ -124,9 +154,9 @@ class MemoryBank:
         """
         self.check(self.model)
         changed = {}
-        for name, tokens in _pairs(documents):
+        for name, tokens in pairs_of(documents):
             self._known(name)
-            tokens = self._checked(name, tokens)
+            tokens = checked(name, tokens, self.model.config.vocab_size)
             if not self._holds(name, tokens):
                 changed[name] = tokens
         new = list(self._read(changed.items(), progress=False))
@@ -143,6 +173,8 @@ class MemoryBank:
         for name in names:
             shard = self._home.pop(name)
             shard.delete(name)
+            if self.resident is not None:
+                self.resident.forget(shard.numbers[shard.place[name]])
             touched[id(shard)] = shard
         for shard in touched.values():
             if shard.live_chunks * 2 <= shard.chunks:
@@ -159,22 +191,26 @@ class MemoryBank:
     def __len__(self) -> int:
         return len(self._home)
 
-    def stats(self) -> dict[str, int]:
-        """Documents, their tokens and chunks; dead_chunks: of deleted ones, still kept; bytes: of routers' keys on the
-        device, and of attention's keys and values in host memory and mapped from disk.
+    def stats(self) -> dict[str, Any]:
+        """Documents, their tokens and chunks; dead_chunks: of deleted ones, still kept; key_dtype, content: as given;
+        bytes of this process: on the device, where the routers' keys are, in host memory, and mapped from disk.
         """
-        mapped = [shard for shard in self.shards if shard.file is not None]
-        content, live = sum(s.content_LC2GK.nbytes for s in self.shards), sum(s.live_chunks for s in self.shards)
-        on_disk = sum(s.content_LC2GK.nbytes for s in mapped)
+        live, content = sum(s.live_chunks for s in self.shards), {"mapped": 0, "host": 0, "device": 0}
+        keys = sum(x.nbytes for s in self.shards for x in (s.router_LCGK, s.scale_LCG1) if x is not None)
+        for shard in self.shards:
+            tier = "mapped" if shard.mapped else "device" if self.content == "device" else "host"
+            content[tier] += shard.content_LC2GK.nbytes
         return {
             "documents": len(self),
             "tokens": sum(int(s.tokens_N[s.alive_N].sum()) for s in self.shards),
             "chunks": live,
             "dead_chunks": sum(s.chunks for s in self.shards) - live,
             "shards": len(self.shards),
-            "device_bytes": sum(s.router_LCGK.nbytes for s in self.shards),
-            "host_bytes": content - on_disk,
-            "disk_bytes": on_disk,
+            "key_dtype": self.key_dtype,
+            "content": self.content,
+            "device_bytes": (keys if self.resident is None else self.resident.nbytes) + content["device"],
+            "host_bytes": content["host"],
+            "disk_bytes": content["mapped"],
         }
 
     def save(self, directory: str | Path) -> None:
@@ -184,12 +220,19 @@ class MemoryBank:
         self._save(Path(directory), complete=True)
 
     @classmethod
-    def load(cls, directory: str | Path, model: MemLMForCausalLM, group: ProcessGroup | None = None) -> "MemoryBank":
-        """What ``save`` wrote, mapped from disk. Raises ValueError if the bank is of another model or not finished,
-        or if a file is torn.
+    def load(
+        cls,
+        directory: str | Path,
+        model: MemLMForCausalLM,
+        group: ProcessGroup | None = None,
+        content: str = "mapped",
+    ) -> "MemoryBank":
+        """What ``save`` wrote. Raises ValueError if the bank is of another model or not finished, or if a file is
+        torn, or gone because another process saved there meanwhile: load again then.
         """
-        directory, bank = Path(directory), cls(model, group=group)
-        if not read_index(directory)["complete"]:
+        directory, index = Path(directory), read_index(Path(directory))
+        bank = cls(model, group=group, content=content, key_dtype=index["key_dtype"])
+        if not index["complete"]:
             raise ValueError(f"{directory}: the build was not finished; run it again, it goes on where it was")
         bank._open(directory)
         return bank
@@ -209,41 +252,38 @@ class MemoryBank:
 
         input_ids [B, T], inputs: as the model takes them, which a question asks as it would in ``generate``
         """
-        memory, watched, found = MemoryCache(), _Watched(self), {}
-        self.model.base_model(input_ids, memory_bank=watched, past_key_values=memory, **inputs)
+        memory, found = MemoryCache(), {}
+        self.model.base_model(input_ids, memory_bank=self, past_key_values=memory, **inputs)
         for layer, settings in zip(self.layers, self.settings, strict=True):
-            bank, offered = substate(memory.states[layer], "bank"), watched.offered[layer]
+            bank = substate(memory.states[layer], "bank")
             chunks = bank["size"].shape[1]
+            document_BC = torch.where(bank["size"] > 0, bank["document"], chunks)
             # As it is chosen for what follows the question.
             routes = route_documents(
                 None,
                 bank["router_k"],
-                torch.where(bank["size"] > 0, bank["document"], chunks),
+                document_BC,
                 num_documents=chunks,
                 scored=Scored(bank["score"], bank["asked"]),
                 **{name: settings[name] for name in _RULE},
             )
-            best = zip(offered, routes.document[:, 0].tolist(), routes.score[:, 0].tolist(), strict=True)
-            found[layer] = [
-                {self._name(int(numbers[i])): score for i, score in zip(*row, strict=True) if i >= 0}
-                for numbers, *row in best
-            ]
+            # Each document by its first chunk; of an empty bank there is none.
+            first = torch.searchsorted(document_BC, routes.document[:, 0].clamp(min=0))
+            numbers = F.pad(bank["number"], (0, 1), value=-1).gather(1, first)
+            rows = zip(numbers.tolist(), routes.document[:, 0].tolist(), routes.score[:, 0].tolist(), strict=True)
+            found[layer] = [{self._name(n): score for n, i, score in zip(*row, strict=True) if i >= 0} for row in rows]
         return found
 
     def candidates(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor, held_BC: Tensor) -> State:
         """See ``memlm.memory.base.Library``."""
-        return self.fetch(layer_idx, self.nominate(layer_idx, q_BAHK, asks_BA, held_BC), q_BAHK)
+        numbers = self._nominated(self.layers.index(layer_idx), q_BAHK, asks_BA)
+        new = [sorted(set(row) - set(held)) for row, held in zip(numbers, held_BC.tolist(), strict=True)]
+        return self._fetched(self.layers.index(layer_idx), new, q_BAHK)
 
-    def nominate(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor, held_BC: Tensor) -> list[Tensor]:
-        """Of each row the numbers, ascending, of a few documents that hold all that it can choose, and of those held;
-        they are counted in the order of reading, deleted ones too.
-        """
-        layer = self.layers.index(layer_idx)
+    def _nominated(self, layer: int, q_BAHK: Tensor, asks_BA: Tensor) -> list[set[int]]:
+        """Of each row the numbers of a few documents that hold all that it can choose."""
         config = self.settings[layer]
-        parts, first = [], 0
-        for shard in self.shards:
-            parts.append(RouterShard(shard.router_LCGK[layer], shard.document_C, first, len(shard)))
-            first += len(shard)
+        parts = self._parts(layer) if self.resident is None else self.resident.parts(layer)
         with torch.autocast(q_BAHK.device.type, enabled=False):
             index, score = nominate_documents(
                 q_BAHK,
@@ -253,50 +293,62 @@ class MemoryBank:
                 **{name: config[name] for name in _RULE},
             )
         index = self.ranks.best(index, score, config["top_k"])
-        numbers = torch.cat([index.flatten(1), held_BC], 1)
-        return [of_row[of_row >= 0] for of_row in (row.unique() for row in numbers)]
+        return [{*row} - {-1} for row in index.flatten(1).tolist()]
 
-    def fetch(self, layer_idx: int, numbers: Sequence[Tensor], like: Tensor) -> State:
-        """What ``candidates`` returns of documents that were nominated; like: where it is to go."""
-        layer = self.layers.index(layer_idx)
-        rows = [self._fetched(layer, of_row.cpu(), like) for of_row in numbers]
+    def _parts(self, layer: int) -> list[RouterShard]:
+        """The keys where the shards have them."""
+        scales = [None if s.scale_LCG1 is None else s.scale_LCG1[layer] for s in self.shards]
+        return [
+            RouterShard(s.router_LCGK[layer], s.document_C, s.number_N, scale)
+            for s, scale in zip(self.shards, scales, strict=True)
+        ]
+
+    def _fetched(self, layer: int, numbers: Sequence[Sequence[int]], like: Tensor) -> State:
+        """Of each row's documents what ``candidates`` returns; like: where it is to go."""
+        rows = [self._fetched_row(layer, of_row, like) for of_row in numbers]
         width = max(len(row["size"]) for row in rows)
         state = {name: torch.stack([_padded(row[name], width) for row in rows]) for name in rows[0]}
         k, v, router_k = self.ranks.total(state.pop("kept")).unbind(2)
         return state | {"k": k, "v": v, "router_k": router_k}
 
-    def _fetched(self, layer: int, numbers_N: Tensor, like: Tensor) -> State:
-        """Of documents, as they are numbered over all shards, the chunks: size, document and number, and what is kept
-        of this process's, zeros of others'; like: where they are to go.
-        """
-        config = self.model.config
-        shape = (0, 3, config.num_key_value_heads, config.head_dim)
-        empty = torch.zeros(shape, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
+    def _fetched_row(self, layer: int, numbers: Sequence[int], like: Tensor) -> State:
+        """Of documents the chunks: size, number, and what is kept of this process's, zeros of others'."""
         none = torch.zeros(0, dtype=torch.int64)
-        kept, sizes, owners = [empty], [none], [none]
-        first = 0
-        for shard in self.shards:
-            inside = (numbers_N >= first) & (numbers_N < first + len(shard))
-            local_N = numbers_N[inside] - first
-            first += len(shard)
-            if not len(local_N):
-                continue
+        sizes, owners, own, contents, routers = [none], [none], [none.bool()], [], []
+        for _, group in itertools.groupby(map(self._place, numbers), key=lambda place: id(place[0])):
+            (shard, *_), places = zip(*group, strict=True)
+            local_N = torch.tensor(places)
             count_N, own_N = shard.count_N[local_N], shard.own_N[local_N]
-            of_router, of_content = shard.chunks_of(local_N[own_N])
-            content = shard.content_LC2GK[layer][of_content].to(like.device)
-            router = shard.router_LCGK[layer][of_router.to(like.device)]
-            total = int(count_N.sum())
-            own_C = own_N.repeat_interleave(count_N).to(like.device)
-            kept.append(empty.new_zeros(total, *shape[1:]))
-            kept[-1][own_C] = torch.cat([content, router[:, None]], 1)
-            before = (torch.arange(total) - (count_N.cumsum(0) - count_N).repeat_interleave(count_N)) * self.chunk_size
-            sizes.append((shard.tokens_N[local_N].repeat_interleave(count_N) - before).clamp(max=self.chunk_size))
-            owners.append(inside.nonzero()[:, 0].repeat_interleave(count_N))
-        owner = torch.cat(owners)
-        values = {"kept": torch.cat(kept), "size": torch.cat(sizes), "document": owner, "number": numbers_N[owner]}
-        return {name: x.to(like.device) for name, x in values.items()}
+            content, router = shard.kept(layer, local_N[own_N])
+            contents.append(content)
+            routers.append(router)
+            before = torch.arange(int(count_N.sum())) - (count_N.cumsum(0) - count_N).repeat_interleave(count_N)
+            left = shard.tokens_N[local_N].repeat_interleave(count_N) - before * self.chunk_size
+            sizes.append(left.clamp(max=self.chunk_size))
+            owners.append(shard.number_N[local_N].repeat_interleave(count_N))
+            own.append(own_N.repeat_interleave(count_N))
+        own_C, config = torch.cat(own), self.model.config
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        shape = (len(own_C), 3, config.num_key_value_heads, config.head_dim)
+        kept = torch.zeros(shape, device=like.device, dtype=dtype)
+        if contents:
+            parts = sent(torch.cat(contents), like.device), sent(torch.cat(routers)[:, None], like.device)
+            kept[sent(own_C.nonzero()[:, 0], like.device)] = torch.cat([x.to(dtype) for x in parts], 1)
+        integers = {"size": torch.cat(sizes), "number": torch.cat(owners)}
+        return {"kept": kept, **{name: sent(x, like.device) for name, x in integers.items()}}
+
+    def _name(self, number: int) -> str:
+        shard, i = self._place(number)
+        return shard.names[i]
+
+    def _place(self, number: int) -> tuple[Shard, int]:
+        """Where the document of a number is, which lives."""
+        at = bisect.bisect_right(self.shards, number, key=lambda shard: shard.numbers[0]) - 1
+        return self.shards[at], bisect.bisect_left(self.shards[at].numbers, number)
 
     def _append(self, shard: Shard) -> None:
+        if self.resident is not None:
+            self.resident.append(shard)
         self.shards.append(shard)
         self._home |= dict.fromkeys(shard.living(), shard)
         while len(self.shards) > 1:
@@ -307,49 +359,30 @@ class MemoryBank:
 
     def _replace(self, start: int, end: int) -> None:
         """Neighbours by one shard of what lives in them."""
-        new = merged(self.shards[start:end])
+        new = merged(self.shards[start:end]).housed(self.content, self.model.device)
         self.shards[start:end] = [new] if len(new) else []
         self._home |= dict.fromkeys(new.names, new)
 
     def _new(self, documents: Documents) -> Iterator[tuple[str, Tensor]]:
         given = set()
-        for name, tokens in _pairs(documents):
+        for name, tokens in pairs_of(documents):
             if name in self or name in given:
                 raise ValueError(f"documents[{name!r}] is in the bank already; update it, or give it another name")
             given.add(name)
-            yield name, self._checked(name, tokens)
+            yield name, checked(name, tokens, self.model.config.vocab_size)
 
     def _not_read(self, documents: Documents, given: set[str]) -> Iterator[tuple[str, Tensor]]:
         """Of a build those that it has not read yet; all names go into ``given``."""
-        for name, tokens in _pairs(documents):
+        for name, tokens in pairs_of(documents):
             if name in given:
                 raise ValueError(f"documents[{name!r}] is given twice; names must differ")
             given.add(name)
-            tokens = self._checked(name, tokens)
+            tokens = checked(name, tokens, self.model.config.vocab_size)
             if name in self:
                 if self._holds(name, tokens):
                     continue
                 self.delete(name)
             yield name, tokens
-
-    def _checked(self, name: str, tokens: Sequence[int]) -> Tensor:
-        if isinstance(tokens, str) or not isinstance(name, str):
-            raise ValueError(f"documents[{name!r}]={tokens!r:.40} must be token ids under a name; use a tokenizer")
-        ids = tokens if isinstance(tokens, Tensor) else torch.tensor(tokens)
-        if ids.ndim != 1 or ids.is_floating_point() or not len(ids):
-            raise ValueError(f"documents[{name!r}] of shape {list(ids.shape)} must be token ids [T], at least one")
-        low, high = (int(x) for x in ids.aminmax())
-        if low < 0 or high >= self.model.config.vocab_size:
-            wrong = low if low < 0 else high
-            raise ValueError(f"documents[{name!r}] holds token {wrong}; the model knows 0 to vocab_size - 1")
-        return ids.to("cpu", torch.int64)
-
-    def _name(self, number: int) -> str:
-        for shard in self.shards:
-            if number < len(shard):
-                return shard.names[number]
-            number -= len(shard)
-        raise AssertionError
 
     def _known(self, name: str) -> None:
         if name not in self:
@@ -357,13 +390,15 @@ class MemoryBank:
 
     def _holds(self, name: str, tokens: Tensor) -> bool:
         shard = self._home[name]
-        return shard.hashes[shard.place[name]] == _hash(tokens)
+        return shard.hashes[shard.place[name]] == hash_of(tokens)
 
-    def _read(self, documents: Iterable[tuple[str, Tensor]], progress: bool) -> Iterator[Shard]:
-        """A shard of every few batches."""
+    def _read(
+        self, documents: Iterable[tuple[str, Tensor]], progress: bool, total: int | None = None
+    ) -> Iterator[Shard]:
+        """A shard of every few batches; total: documents, where known, for the bar."""
         ahead: list[tuple[str, Tensor]] = []
         size = 0
-        with _progress(progress) as advance:
+        with progress_bar(progress, total) as advance:
             for name, tokens in documents:
                 if ahead and size + len(tokens) > AHEAD * self.tokens_per_batch:
                     yield self._shard(ahead)
@@ -377,42 +412,29 @@ class MemoryBank:
     def _shard(self, pairs: list[tuple[str, Tensor]]) -> Shard:
         names, documents = zip(*pairs, strict=True)
         own_N, lengths_N = self.ranks.own(names), torch.tensor([len(ids) for ids in documents])
-        hashes, alive_N = [_hash(ids) for ids in documents], torch.ones(len(names), dtype=torch.bool)
+        hashes, alive_N = [hash_of(ids) for ids in documents], torch.ones(len(names), dtype=torch.bool)
+        numbers = [number_of(self.read + i, tokens) for i, tokens in enumerate(hashes)]
+        self.read += len(names)
         order_N = lengths_N.where(own_N, -1).argsort(stable=True)[int((~own_N).sum()) :]
         batches: list[list[Tensor]] = [[]]
         for i in order_N.tolist():
             if batches[-1] and sum(map(len, batches[-1])) + len(documents[i]) > self.tokens_per_batch:
                 batches.append([])
             batches[-1].append(documents[i])
-        router, content = (torch.cat(parts, 1) for parts in zip(*map(self._read_batch, batches), strict=True))
+        read = [read_batch(self.model, self.layers, batch, self.tokens_per_batch) for batch in batches]
+        router, content = (torch.cat(parts, 1) for parts in zip(*read, strict=True))
         # From the order of lengths to the order given.
         count_N = (lengths_N[order_N] + self.chunk_size - 1) // self.chunk_size
         back_C = order_N.repeat_interleave(count_N).argsort(stable=True)
-        router, content = router[:, back_C.to(router.device)], content[:, back_C]
-        content = content.pin_memory() if router.is_cuda else content
-        return Shard(router, content, list(names), hashes, lengths_N.tolist(), self.chunk_size, alive_N, own_N)
-
-    @torch.no_grad()
-    def _read_batch(self, documents: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """router_LCGK and content_LC2GK, as ``Shard`` has them, of documents of this process."""
-        device, cache = self.model.device, MemoryCache()
-        # Documents see nothing of each other, so that they need no rows of their own.
-        ids_BT = torch.cat([torch.zeros(0, dtype=torch.int64), *documents])[None].to(device)
-        lengths_N = torch.tensor([len(ids) for ids in documents], dtype=torch.int64)
-        doc_ids_BT = torch.arange(1, len(documents) + 1).repeat_interleave(lengths_N)[None].to(device)
-        training = self.model.training
-        self.model.eval()
-        for ids, doc_ids in zip(*(x.split(self.tokens_per_batch, 1) for x in (ids_BT, doc_ids_BT)), strict=True):
-            self.model.base_model(ids, doc_ids=doc_ids, past_key_values=cache)
-        self.model.train(training)
-        states = [cache.states[i] for i in self.layers]
-        chunks = int(states[0]["chunks"])
-        routers, contents = [], []
-        for state, config in zip(states, self.settings, strict=True):
-            k, v, router_k = (state[f"bank.{name}"][0, :chunks] for name in ("k", "v", "router_k"))
-            routers.append(bank_keys(router_k, config["similarity"]))
-            contents.append(torch.stack([k, v], 1).cpu())
-        return torch.stack(routers), torch.stack(contents)
+        keys = [
+            bank_keys(x, c["similarity"], KEY_DTYPES[self.key_dtype])
+            for x, c in zip(router[:, back_C], self.settings, strict=True)
+        ]
+        of_keys, scales = zip(*keys, strict=True)
+        scale = None if scales[0] is None else torch.stack(scales)
+        table = list(names), hashes, lengths_N.tolist(), numbers
+        shard = Shard(torch.stack(of_keys), scale, content[:, back_C], *table, self.chunk_size, alive_N, own_N)
+        return shard.housed(self.content, self.model.device)
 
     def _save(self, directory: Path, complete: bool) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -427,24 +449,34 @@ class MemoryBank:
                 full = whole(shard, self.model.device, self.ranks)
                 path = self.ranks.told(full.write(directory) if self.ranks.rank == 0 else None)
                 deleted = (~shard.alive_N).nonzero()[:, 0].tolist()
-                # Mapped from now on: what is saved needs no memory.
-                shard = read_shard(path, digest_of(path), deleted, self.chunk_size, self.model.device, self.ranks)
+                digest = digest_of(path)
+                if self.content == "mapped":
+                    # From now on what is saved needs no memory.
+                    shard = read_shard(path, digest, deleted, self.chunk_size, self.ranks)
+                else:
+                    shard = dataclasses.replace(shard, file=path, digest=digest)
                 self.shards[i] = shard
                 self._home |= dict.fromkeys(shard.living(), shard)
             deleted = (~shard.alive_N).nonzero()[:, 0].tolist()
             entries.append({"file": shard.file.name, "digest": shard.digest, "deleted": deleted})
         if self.ranks.rank == 0:
-            write_index(directory, {"fingerprint": self.fingerprint, "complete": complete, "shards": entries})
+            said = {"fingerprint": self.fingerprint, "key_dtype": self.key_dtype, "complete": complete}
+            write_index(directory, said | {"read": self.read, "shards": entries})
         self.ranks.wait()
 
     def _open(self, directory: Path) -> None:
         index = read_index(directory)
         self._same_model(directory, index)
+        self.read = index["read"]
         for entry in index["shards"]:
             path = directory.resolve() / entry["file"]
-            shard = read_shard(path, entry["digest"], entry["deleted"], self.chunk_size, self.model.device, self.ranks)
-            self.shards.append(shard)
-            self._home |= dict.fromkeys(shard.living(), shard)
+            shard = read_shard(path, entry["digest"], entry["deleted"], self.chunk_size, self.ranks)
+            self.shards.append(shard.housed(self.content, self.model.device))
+            self._home |= dict.fromkeys(shard.living(), self.shards[-1])
+        if self.resident is not None:
+            expected = sum(shard.router_LCGK.shape[1] for shard in self.shards)
+            for shard in self.shards:
+                self.resident.append(shard, expected)
 
     def _same_model(self, directory: Path, index: dict[str, Any]) -> None:
         if index["fingerprint"] != self.fingerprint:
@@ -454,42 +486,5 @@ class MemoryBank:
             )
 
 
-class _Watched:
-    """A bank that notes the documents nominated in each layer."""
-
-    def __init__(self, bank: MemoryBank) -> None:
-        self.bank, self.check = bank, bank.check
-        self.offered: dict[int, list[Tensor]] = {}
-
-    def candidates(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor, held_BC: Tensor) -> State:
-        self.offered[layer_idx] = self.bank.nominate(layer_idx, q_BAHK, asks_BA, held_BC)
-        return self.bank.fetch(layer_idx, self.offered[layer_idx], q_BAHK)
-
-
-def _pairs(documents: Documents) -> Iterable[tuple[str, Sequence[int]]]:
-    return documents.items() if isinstance(documents, Mapping) else documents
-
-
-def _hash(tokens: Tensor) -> str:
-    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:32]
-
-
 def _padded(x: Tensor, length: int) -> Tensor:
     return torch.cat([x, x.new_zeros(length - len(x), *x.shape[1:])])
-
-
-@contextlib.contextmanager
-def _progress(shown: bool) -> Iterator[Any]:
-    """A function that counts tokens read, with a bar if shown."""
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    text = TextColumn("reading documents: {task.fields[documents]:,} of {task.completed:,} tokens")
-    with Progress(SpinnerColumn(), text, TimeElapsedColumn(), disable=not shown) as bar:
-        task, count = bar.add_task("", total=None, documents=0), 0
-
-        def advance(tokens: int) -> None:
-            nonlocal count
-            count += 1
-            bar.update(task, advance=tokens, documents=count)
-
-        yield advance

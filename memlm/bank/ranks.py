@@ -36,12 +36,14 @@ class Ranks:
         mine = torch.stack([index.double(), score.double()])
         parts = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(parts, mine, group=self.group)
-        return merge_topk([(part[0].long(), part[1]) for part in parts], top_k)[0]
+        # Not by a kernel: numbers take more than 32 bits.
+        return merge_topk([(part[0].long(), part[1]) for part in parts], top_k, backend="reference")[0]
 
     def total(self, x: Tensor) -> Tensor:
-        """The sum over processes; x may be overwritten."""
+        """What processes hold together, each some entries and zeros for the rest; x, contiguous, is overwritten."""
         if self.size > 1:
-            dist.all_reduce(x, group=self.group)
+            # Bytes add up whatever the dtype.
+            dist.all_reduce(x.view(torch.uint8), group=self.group)
         return x
 
     def told(self, x: Any) -> Any:

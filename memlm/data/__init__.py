@@ -1,23 +1,14 @@
 """Training data: text corpora, synthetic recall tasks, and their mixture into batches."""
 
 from .build import build_data
-from .chains import TEMPLATES, Chain, Chains, Linked
-from .chat import Chat
+from .chains import TEMPLATES, Chains
 from .documents import Documents
 from .mixture import Batch, Mixture
+from .questions import Question, Questions, QuestionSource
 from .recall import MQAR, Passkey, RecallSource, RecallTask, ramp
-from .retrieval import (
-    ANSWER,
-    Facts,
-    Inquiry,
-    Library,
-    Question,
-    QuestionSource,
-    RetrievalRow,
-    load_questions,
-    make_sample,
-)
+from .retrieval import ANSWER, Chain, Facts, Inquiry, Library, Linked, RetrievalRow, make_sample
 from .row import IGNORE_INDEX, SPLITS, Row, Source
+from .templates import Templates, Writer
 from .text import TextCorpus, TextSource
 from .tokenizer import byte_tokenizer, load_tokenizer, token_bytes
 
@@ -30,7 +21,6 @@ __all__ = [
     "Batch",
     "Chain",
     "Chains",
-    "Chat",
     "Documents",
     "Facts",
     "Inquiry",
@@ -40,16 +30,18 @@ __all__ = [
     "Passkey",
     "Question",
     "QuestionSource",
+    "Questions",
     "RecallSource",
     "RecallTask",
     "RetrievalRow",
     "Row",
     "Source",
+    "Templates",
     "TextCorpus",
     "TextSource",
+    "Writer",
     "build_data",
     "byte_tokenizer",
-    "load_questions",
     "load_tokenizer",
     "make_sample",
     "ramp",

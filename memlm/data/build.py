@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerFast
 from .chains import Chains
 from .documents import Documents
 from .mixture import Mixture
+from .questions import Questions, QuestionSource
 from .recall import MQAR, Passkey, RecallSource
-from .retrieval import Facts, QuestionSource, load_questions
+from .retrieval import Facts
 from .row import Source
 from .text import TextCorpus, TextSource
 from .tokenizer import is_byte_tokenizer, load_tokenizer
@@ -24,7 +25,7 @@ _OPTIONS = {
     "passkey": ("digits", *_SIZES),
     "facts": ("num_documents", "min_documents", "digits", "key_length", "alike", "num_keys", "num_values"),
     "chains": ("num_documents", "min_documents", "hops", "document_length", "key_length", "name_length", *_SIZES[1:]),
-    "questions": ("paths", "num_documents", "document_length", "chat"),
+    "questions": ("paths", "num_documents", "document_length", "num_names", "templates"),
 }
 
 
@@ -66,7 +67,8 @@ def _build_source(name: str, cfg: Mapping[str, Any], tokenizer: PreTrainedTokeni
             return TextSource(corpus, cfg["seq_len"], own_seed)
         sizes = {key: options[key] for key in _OPTIONS[options["kind"]] if key in options and key != "paths"}
         if options["kind"] == "questions":
-            return QuestionSource(load_questions(options["paths"]), tokenizer, cfg["seq_len"], own_seed, **sizes)
+            questions = Questions(options["paths"], cfg["cache_dir"])
+            return QuestionSource(questions, tokenizer, cfg["seq_len"], own_seed, **sizes)
         task = _TASKS[options["kind"]](length=cfg["seq_len"], **sizes)
         return RecallSource(task, own_seed, _read_ramp(cfg))
     except ValueError as error:
@@ -82,9 +84,7 @@ def _check_source(options: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where}.weight={options['weight']!r} is not a number")
     if kind == "questions" and not options.get("paths"):
         raise ValueError(f"{where}.paths is missing; name JSONL files of questions")
-    if type(options.get("chat", False)) is not bool:
-        raise ValueError(f"{where}.chat={options['chat']!r} must be true or false")
-    _check_whole(options, where, (set(_OPTIONS[kind]) - {"paths", "chat"}) & options.keys())
+    _check_whole(options, where, (set(_OPTIONS[kind]) - {"paths", "templates"}) & options.keys())
 
 
 def _read_ramp(cfg: Mapping[str, Any]) -> tuple[int, int]:

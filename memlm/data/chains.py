@@ -10,13 +10,14 @@ are a sample's turns, in characters that stand for nothing else::
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from typing import Self
 
 import numpy as np
 
 from .recall import FILLER, NOISE, VALUES
-from .retrieval import ANSWER, QUESTION, TEMPLATE, KeyedTask, Part, RetrievalRow, joined, pack
+from .retrieval import TEMPLATE, Chain, KeyedTask, Linked, Part, RetrievalRow, joined, pack, transcript
 from .row import split_id
+from .templates import Templates, Writer
 from .tokenizer import byte_tokenizer
 
 # What is written around names, texts and questions, as ``memlm.Interleave`` takes it.
@@ -32,28 +33,13 @@ TEMPLATES = {
     "end_of_passages": "|",
     "end_of_retrieval": "=",
     "restated": "",
-    "answer": "",
+    "answer": "{answer}",
 }
 _ARROW = ">"
 # Letters: beyond these, symbols are bytes that no text holds.
 _LETTERS = 32
 _END = byte_tokenizer().eos_token_id
-
-
-class Chain(NamedTuple):
-    """A question, its answer, and the names of the documents on the way, in their order."""
-
-    question: str
-    answer: str
-    documents: tuple[str, ...]
-
-
-class Linked(NamedTuple):
-    """Texts of documents by name, chains through them, and the chance of a right answer of who has read nothing."""
-
-    texts: dict[str, str]
-    chains: list[Chain]
-    chance: float
+_WRITE = Writer(Templates(**TEMPLATES), byte_tokenizer())
 
 
 @dataclass(frozen=True)
@@ -109,22 +95,15 @@ class Chains(KeyedTask):
         """Row `index` of `split`; noise: the probability that a token beside the facts is noise, and not blank."""
         rng = np.random.default_rng([seed, split_id(split), index])
         linked = self._linked(rng, split, self._count(rng), noise)
-        question, answer, way = linked.chains[rng.integers(len(linked.chains))]
+        question, answer, rounds = linked.chains[rng.integers(len(linked.chains))]
         read = rng.integers(self.hops + 1)
         # All that is read is no longer to be found.
-        found = way[read] if read < self.hops else None
-        parts = [_part("head", TEMPLATE)]
-        texts = enumerate(linked.texts.items(), 1)
-        parts += [_part("document", i, name == found, name=name, text=text) for i, (name, text) in texts]
-        parts += [_part("question", QUESTION, question=question)]
-        for name in way[: read + 1]:
-            parts += [_part("name", ANSWER, scored=True, name=name), _part("end_of_names", ANSWER, scored=True)]
-            if name != found:
-                parts += [_part("passage", QUESTION, name=name, text=linked.texts[name])]
-                parts += [_part("end_of_passages", QUESTION)]
-        if found is None:
-            parts += [_part("end_of_retrieval", ANSWER, scored=True)]
-            parts += [Part([*answer.encode(), _END], ANSWER, scored=True)]
+        asked = rounds[read] if read < self.hops else ()
+        parts = [Part(_WRITE("head"), TEMPLATE)]
+        for i, (name, text) in enumerate(linked.texts.items(), 1):
+            parts.append(Part(_WRITE("document", name=name, text=text), i, found=name in asked))
+        texts = [{name: linked.texts[name] for name in names} for names in rounds[:read]]
+        parts += transcript(_WRITE, question, texts, asked, None if asked else answer)
         return pack([joined(parts)], self.length, _END)
 
     def linked(self, seed: int, split: str, index: int, documents: int) -> Linked:
@@ -147,7 +126,7 @@ class Chains(KeyedTask):
             facts = zip(keys[of_chain], [*keys[of_chain][1:], value], strict=True)
             for name, fact in zip(names[of_chain], facts, strict=True):
                 texts[name] = self._written(rng, _ARROW.join(fact), noise)
-            chains.append(Chain(keys[of_chain][0], value, tuple(names[of_chain])))
+            chains.append(Chain(keys[of_chain][0], value, tuple((name,) for name in names[of_chain])))
         order = rng.permutation(len(names))
         return Linked({names[i]: texts[names[i]] for i in order}, chains, self.chance)
 
@@ -161,7 +140,3 @@ class Chains(KeyedTask):
 
 def _text(ids: np.ndarray) -> str:
     return bytes(ids.tolist()).decode("ascii")
-
-
-def _part(template: str, role: int, found: bool = False, scored: bool = False, **texts: str) -> Part:
-    return Part(list(TEMPLATES[template].format(**texts).encode()), role, found, scored)

@@ -62,7 +62,7 @@ class Documents:
         if twice:
             raise ValueError(f"data paths: two files are named {twice[0]}; give their common folder instead")
         self.cache = cache_path(cache_dir)
-        hashes = _hash_files(names, self.cache / "sha256.json")
+        hashes = hash_files(names, self.cache / "sha256.json")
         self.files = sorted(File(name, path, *hashes[path]) for path, name in names.items())
 
     @property
@@ -139,7 +139,7 @@ def _find_stdlib() -> dict[Path, str]:
     return {file: file.relative_to(root).as_posix() for file in files}
 
 
-def _hash_files(paths: Iterable[Path], known_file: Path) -> dict[Path, tuple[int, str]]:
+def hash_files(paths: Iterable[Path], known_file: Path) -> dict[Path, tuple[int, str]]:
     """Size and sha256 of each file; `known_file` remembers them by size and time of change, as git does."""
     known = json.loads(known_file.read_text()) if known_file.exists() else {}
     current = {}

@@ -7,20 +7,15 @@ Answers are scored.
 Legend: T tokens of a row or a sample.
 """
 
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple, Self
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
-from .chat import Chat
-from .documents import assign_splits
 from .recall import ASK, FILLER, KEYS, MARK, NOISE, VALUES, RecallTask
 from .row import IGNORE_INDEX, SPLITS, split_id
-from .tokenizer import encoder
+from .templates import Writer
 
 QUESTION, ANSWER, TEMPLATE = 0, -1, -2
 
@@ -70,6 +65,51 @@ def make_sample(
     parts += [Part(ids, number, found=found) for number, (ids, found) in enumerate(documents, 1)]
     parts += [Part(question, QUESTION), Part(tail, TEMPLATE), Part(opening, ANSWER), Part(answer, ANSWER, scored=True)]
     return joined(parts)
+
+
+def transcript(
+    write: Writer,
+    question: str,
+    read: Sequence[Mapping[str, str]] = (),
+    asked: Sequence[str] = (),
+    answer: str | None = None,
+) -> list[Part]:
+    """What follows the documents, as ``memlm.Interleave`` would have it; scored is what the model writes.
+
+    read: texts by name of what it has asked for so far, round by round; asked: names that it asks for next; answer:
+    what it says, where that is all, as soon as it has read something
+    """
+    parts = [
+        Part(write("question", question=question), QUESTION),
+        Part(write("tail"), TEMPLATE),
+        Part(write("response"), ANSWER),
+    ]
+    for texts in read:
+        parts += [Part(write.names(texts), ANSWER, scored=True), Part(write.passages(texts), QUESTION)]
+    if asked:
+        parts.append(Part(write.names(asked), ANSWER, scored=True))
+    if answer is not None and read:
+        parts.append(Part(write("end_of_retrieval"), ANSWER, scored=True))
+        parts.append(Part(write.told_enough(question, said=True), ANSWER))
+    if answer is not None:
+        parts.append(Part(write.answer(answer), ANSWER, scored=True))
+    return parts
+
+
+class Chain(NamedTuple):
+    """A question, its answer, and the names of the documents on the way, round by round."""
+
+    question: str
+    answer: str
+    rounds: tuple[tuple[str, ...], ...]
+
+
+class Linked(NamedTuple):
+    """Texts of documents by name, questions about them, and the chance of a right answer of who has read nothing."""
+
+    texts: dict[str, str]
+    chains: list[Chain]
+    chance: float
 
 
 def pack(samples: Sequence[RetrievalRow], length: int, pad_id: int) -> RetrievalRow:
@@ -247,168 +287,3 @@ class Facts(KeyedTask):
             ids[place : place + fact] = [*keys[number], *digits[number]]
             documents.append(ids)
         return keys, digits, documents
-
-
-class Question(NamedTuple):
-    """A record's texts; positives: which of the documents the question is about."""
-
-    query: str
-    documents: tuple[str, ...]
-    positives: frozenset[int]
-    answer: str
-
-
-def load_questions(paths: str | Sequence[str]) -> list[Question]:
-    """Of JSONL files, {"query": ..., "documents": [...], "positives": [indices], "answer": ...} in each line.
-
-    Raises ValueError, naming file, line and key, for what is not of this form.
-    """
-    questions = []
-    for path in [paths] if isinstance(paths, str) else paths:
-        file = Path(path).expanduser()
-        if not file.is_file():
-            raise ValueError(f"paths: {file} is not a file; name JSONL files")
-        with file.open("rb") as lines:
-            questions += [_read(line, f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
-    return questions
-
-
-def _read(line: bytes, where: str) -> Question:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON in UTF-8 ({error}); correct or remove the line") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: not an object; give {', '.join(Question._fields)}")
-    for key in Question._fields:
-        if key not in record:
-            raise ValueError(f"{where}: {key} is missing; give {', '.join(Question._fields)}")
-    for key in ("query", "answer"):
-        if not _is_text(record[key]):
-            raise ValueError(f"{where}: {key}={record[key]!r:.60} must be a text that is not empty")
-    documents, positives = record["documents"], record["positives"]
-    if not isinstance(documents, list) or not documents:
-        raise ValueError(f"{where}: documents={documents!r:.60} must be a list of texts")
-    for i, text in enumerate(documents):
-        if not _is_text(text):
-            raise ValueError(f"{where}: documents[{i}]={text!r:.60} must be a text that is not empty")
-    of_documents = isinstance(positives, list) and all(type(i) is int and 0 <= i < len(documents) for i in positives)
-    if not of_documents or not positives:
-        raise ValueError(
-            f"{where}: positives={positives!r:.60} must be a list that names at least one of {len(documents)} "
-            "documents, counted from 0"
-        )
-    return Question(record["query"], tuple(documents), frozenset(positives), record["answer"])
-
-
-def _is_text(value: object) -> bool:
-    # JSON may spell half of a surrogate pair, which no UTF-8 text holds.
-    return isinstance(value, str) and bool(value) and not any("\ud800" <= sign <= "\udfff" for sign in value)
-
-
-class QuestionSource:
-    """Endless rows of `seq_len` tokens: questions, each with its documents, and others' of the same split until there
-    are `num_documents`, in random order. A document is cut to `document_length` tokens; a row takes the next
-    questions as long as they fit, documents not asked for giving way first. chat: in the tokenizer's chat template.
-
-    Raises ValueError where a split has no question, a question is longer than a row, or there is no such template.
-    """
-
-    def __init__(
-        self,
-        questions: Sequence[Question],
-        tokenizer: PreTrainedTokenizerFast,
-        seq_len: int,
-        seed: int,
-        num_documents: int = 16,
-        document_length: int = 512,
-        chat: bool = False,
-    ):
-        self.seq_len, self.seed = seq_len, seed
-        self.num_documents, self.document_length = num_documents, document_length
-        self._encode: Callable[[str], np.ndarray] = encoder(tokenizer)
-        self._end = tokenizer.eos_token_id
-        self.chat = Chat.of(tokenizer) if chat else Chat.none(tokenizer)
-        self._questions = questions
-        splits = assign_splits([question.query for question in questions])
-        self._of_split = [np.flatnonzero(splits == split) for split in range(len(SPLITS))]
-        for split, members in zip(SPLITS, self._of_split, strict=True):
-            if not len(members):
-                raise ValueError(
-                    f"paths: no question of {len(questions)} is left for the {split} split; give 3 or more"
-                )
-        for question in questions:
-            least = self._fixed(question) + len(question.positives)
-            if least > seq_len:
-                raise ValueError(
-                    f"seq_len={seq_len} is too short for the question {question.query[:40]!r}; raise data.seq_len to "
-                    f"{least} or more"
-                )
-
-    def row(self, index: int, split: str, step: int) -> RetrievalRow:
-        rng = np.random.default_rng([self.seed, split_id(split), index])
-        members, samples, room = self._of_split[split_id(split)], [], self.seq_len
-        for choice in rng.permutation(members):
-            sample = self._sample(self._questions[choice], members, rng, self.seq_len)
-            if len(sample.input_ids) > room:
-                break
-            samples.append(sample)
-            room -= len(sample.input_ids)
-        return pack(samples, self.seq_len, self._end)
-
-    def library(self, split: str, documents: int, questions: int) -> Library:
-        """At most so many questions of a split; what they are about, and others' documents until there are enough."""
-        rng = np.random.default_rng([self.seed, split_id(split), documents, questions])
-        members = [self._questions[choice] for choice in rng.permutation(self._of_split[split_id(split)])]
-        asked, numbers = members[:questions], {}
-        for question in asked:
-            for i in sorted(question.positives):
-                numbers.setdefault(question.documents[i], len(numbers))
-        for text in (text for question in members for text in question.documents):
-            if len(numbers) >= documents:
-                break
-            numbers.setdefault(text, len(numbers))
-        inquiries = [
-            Inquiry(self._asked(q), self._answered(q), frozenset(numbers[q.documents[i]] for i in q.positives))
-            for q in asked
-        ]
-        texts = [self._encode(text)[: self.document_length] for text in numbers]
-        return Library(self.chat.head, texts, inquiries, 0.0, self.chat.tail, self.chat.opening)
-
-    def _sample(self, question: Question, members: np.ndarray, rng: np.random.Generator, room: int) -> RetrievalRow:
-        room -= self._fixed(question)
-        limit = min(self.document_length, room // len(question.positives))
-        chosen = [(self._encode(question.documents[i])[:limit], True) for i in sorted(question.positives)]
-        room -= sum(len(ids) for ids, _ in chosen)
-        for text in self._others(question, members, rng):
-            ids = self._encode(text)[: self.document_length]
-            if len(chosen) >= self.num_documents or len(ids) > room:
-                break
-            chosen.append((ids, False))
-            room -= len(ids)
-        told = (chosen[i] for i in rng.permutation(len(chosen)))
-        asked, answered = self._asked(question), self._answered(question)
-        return make_sample(self.chat.head, told, asked, answered, self.chat.tail, self.chat.opening)
-
-    def _others(self, question: Question, members: np.ndarray, rng: np.random.Generator) -> Iterable[str]:
-        """Documents that the question is not about: its own first, for they are the harder."""
-        given = {question.documents[i] for i in question.positives}
-        own = [text for text in dict.fromkeys(question.documents) if text not in given]
-        yield from (own[i] for i in rng.permutation(len(own)))
-        given |= {*own}
-        for choice in rng.permutation(members):
-            for text in self._questions[choice].documents:
-                if text not in given:
-                    given.add(text)
-                    yield text
-
-    def _fixed(self, question: Question) -> int:
-        """Tokens of a sample beside its documents."""
-        head, tail, opening, _ = map(len, self.chat)
-        return head + len(self._asked(question)) + tail + opening + len(self._answered(question))
-
-    def _asked(self, question: Question) -> np.ndarray:
-        return self._encode(f"\n{question.query}\n")
-
-    def _answered(self, question: Question) -> np.ndarray:
-        return np.concatenate([self._encode(question.answer).astype(np.int64), self.chat.closing])

@@ -2,8 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -15,6 +18,8 @@ from .documents import Documents
 _SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
 # Part of the name of every cached BPE; raise it when the way of training changes.
 _BPE_FORMAT = 1
+# Characters of a token, beyond what the mean over any text comes to.
+_LONGEST = 64
 _ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
@@ -58,7 +63,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def is_byte_tokenizer(tokenizer: PreTrainedTokenizerFast) -> bool:
-    return fingerprint(tokenizer) == fingerprint(byte_tokenizer())
+    return len(tokenizer) == 256 + len(_SPECIAL) and fingerprint(tokenizer) == fingerprint(byte_tokenizer())
 
 
 def encoder(tokenizer: PreTrainedTokenizerFast, special: bool = False) -> Callable[[str], np.ndarray]:
@@ -68,6 +73,58 @@ def encoder(tokenizer: PreTrainedTokenizerFast, special: bool = False) -> Callab
     backend = _plain_backend(tokenizer)
     backend.encode_special_tokens = not special
     return lambda text: np.array(backend.encode(text, add_special_tokens=False).ids, np.uint32)
+
+
+class Piece(NamedTuple):
+    """A piece of a text; own: whether names of special tokens in it are such."""
+
+    text: str
+    own: bool
+
+
+def piece_encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[Iterable[Piece]], list[int]]:
+    """pieces -> token ids of their texts as one: between special tokens, tokens may be of several pieces."""
+    return _piece_encoder(tokenizer, len(tokenizer))
+
+
+@lru_cache(maxsize=4)
+def _piece_encoder(tokenizer: PreTrainedTokenizerFast, entries: int) -> Callable[[Iterable[Piece]], list[int]]:
+    # Copying a large tokenizer takes longer than a question; entries: it may have got more since.
+    encode = encoder(tokenizer)
+    ids = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids = {} if is_byte_tokenizer(tokenizer) else ids
+    # The longest first; the group keeps what it splits at.
+    names = "|".join(map(re.escape, sorted(ids, key=len, reverse=True)))
+    special = re.compile(f"({names})" if names else "(?!)")
+
+    def encode_pieces(pieces: Iterable[Piece]) -> list[int]:
+        encoded, run = [], ""
+        for text, own in pieces:
+            first, *rest = special.split(text) if own else [text]
+            run += first
+            for name, behind in zip(rest[::2], rest[1::2], strict=True):
+                encoded += [*encode(run).tolist(), ids[name]]
+                run = behind
+        return encoded + encode(run).tolist()
+
+    return encode_pieces
+
+
+def shortener(tokenizer: PreTrainedTokenizerFast) -> Callable[[str, int], str]:
+    """(text, limit) -> its beginning of at most so many tokens, but a character at least. It costs what is left."""
+    if is_byte_tokenizer(tokenizer):
+        return lambda text, limit: text[:limit].encode()[:limit].decode(errors="ignore") or text[:1]
+    backend = _plain_backend(tokenizer)
+    backend.encode_special_tokens = True
+
+    def shortened(text: str, limit: int) -> str:
+        text = text[: _LONGEST * limit]
+        while len(text) > 1 and len(tokens := backend.encode(text, add_special_tokens=False).offsets) > limit:
+            # Of a beginning alone the tokens may be others, and more.
+            text = text[: max(1, min(tokens[limit][0], len(text) - 1))]
+        return text
+
+    return shortened
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:

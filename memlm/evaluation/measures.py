@@ -13,17 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from memlm.bank import MemoryBank
 from memlm.cache import MemoryCache
 from memlm.data import (
     ANSWER,
     IGNORE_INDEX,
-    TEMPLATES,
     Batch,
     Chain,
-    Chains,
     Inquiry,
     Library,
     Linked,
@@ -107,7 +105,8 @@ def _score_task(model: MemLMForCausalLM, task: RecallTask, seed: int, rows: int)
 @dataclass(frozen=True)
 class Routed:
     """How one layer chose at the end of the questions, over all of them: whether its best document is one that the
-    question is about (hit_1), whether one of its ``top_k`` is (hit), and the share of those to be found among them.
+    question is about (hit_1), whether one of its ``top_k`` is (hit), the share of those to be found among them
+    (recall), and the share of them that are to be found (precision).
     """
 
     layer: int
@@ -115,6 +114,7 @@ class Routed:
     hit_1: float
     hit: float
     recall: float
+    precision: float
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,8 @@ def bank(model: MemLMForCausalLM, source: str, library: Library, rows: int = 32)
         best = [[int(name) for name in names] for search in searches for names in search[layer]]
         right = [[n in inquiry.found for n in numbers] for inquiry, numbers in zip(asked, best, strict=True)]
         recall = [sum(of) / len(inquiry.found) for inquiry, of in zip(asked, right, strict=True)]
-        figures = [any(of[:1]) for of in right], [any(of) for of in right], recall
+        precision = [sum(of) / max(1, len(of)) for of in right]
+        figures = [any(of[:1]) for of in right], [any(of) for of in right], recall, precision
         layers.append(Routed(layer, settings["top_k"], *map(_share, figures)))
     held.delete({str(i) for inquiry in asked for i in inquiry.found})
     deleted = torch.cat([_exact(held, *batch) for batch in batches]).double().mean().item()
@@ -174,9 +175,9 @@ def _exact(held: MemoryBank, inputs: dict[str, Tensor], labels_BT: Tensor) -> Te
 
 @dataclass(frozen=True)
 class Interleaved:
-    """Questions that a model answers by reading on in a bank: the share answered exactly, and that share once the last
-    document of every chain is deleted; hops: the share that had read right so far, one document a round; chance: of a
-    right answer, of who has read nothing.
+    """Questions that a model answers by reading on in a bank: the share answered exactly, and that share once the
+    documents last read on the way are deleted; hops: the share that had read right so far, round by round; chance: of
+    a right answer, of who has read nothing.
     """
 
     source: str
@@ -190,36 +191,36 @@ class Interleaved:
 
 def interleaved(
     model: MemLMForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     source: str,
-    task: Chains,
-    seed: int,
-    documents: int,
+    way: Interleave,
+    libraries: Iterable[Linked],
     questions: int,
     rows: int = 32,
 ) -> Interleaved:
-    """Banks of so many test documents, and questions about all chains of each until there are enough.
+    """Banks of test documents, one after another, and all questions of each until there are enough or no more.
 
     Raises ValueError for a model that has no bank.
     """
-    way = Interleave(**TEMPLATES, max_rounds=task.hops, max_new_tokens=task.length)
     of_chains: list[tuple[Chain, Answer, Answer]] = []
-    for index in itertools.count():
-        linked = task.linked(seed, "test", index, documents)
+    for linked in libraries:
         chains = linked.chains[: questions - len(of_chains)]
         held = MemoryBank.build(model, way.documents(linked.texts, tokenizer), progress=False)
         first = _answers(way, held, linked, chains, tokenizer, rows)
-        held.delete({chain.documents[-1] for chain in chains})
+        held.delete({name for chain in chains for name in chain.rounds[-1]})
         second = _answers(way, held, linked, chains, tokenizer, rows)
         of_chains += zip(chains, first, second, strict=True)
-        if len(of_chains) == questions:
+        if len(of_chains) >= questions:
             break
     hops = [
-        _share(answer.read[:n] == [[name] for name in chain.documents[:n]] for chain, answer, _ in of_chains)
-        for n in range(1, task.hops + 1)
+        _share(
+            [{*names} for names in answer.read[:n]] == [{*names} for names in chain.rounds[:n]]
+            for chain, answer, _ in of_chains
+        )
+        for n in range(1, max(len(chain.rounds) for chain, *_ in of_chains) + 1)
     ]
     exact, deleted = (_share(given[i].text == chain.answer for chain, *given in of_chains) for i in (0, 1))
-    return Interleaved(source, len(linked.texts), questions, linked.chance, hops, exact, deleted)
+    return Interleaved(source, len(linked.texts), len(of_chains), linked.chance, hops, exact, deleted)
 
 
 def _answers(
@@ -227,7 +228,7 @@ def _answers(
     held: MemoryBank,
     linked: Linked,
     chains: Sequence[Chain],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     rows: int,
 ) -> list[Answer]:
     asked = [chain.question for chain in chains]
@@ -294,7 +295,7 @@ def text_by_position(
             here = slice(begin, begin + piece.shape[1])
             read[here] += mask.double().sum(0).cpu()
             for name, x in out.metrics.items():
-                if x.ndim:
+                if x.ndim == 2:
                     sums = told.setdefault(name, torch.zeros_like(read))
                     sums[here] += x.double().masked_fill(mask == 0, 0.0).sum(0).cpu()
             piece_nats, scored = token_losses(out.logits[:, :-1], piece.masked_fill(mask == 0, -100)[:, 1:])

@@ -4,9 +4,10 @@ import json
 import platform
 import subprocess
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from transformers import PreTrainedTokenizerBase
 import memlm
 from memlm.bank import MemoryBank
 from memlm.data import (
+    TEMPLATES,
     Chains,
     Facts,
     Library,
+    Linked,
     Mixture,
     Passkey,
     QuestionSource,
@@ -37,6 +40,7 @@ from memlm.evaluation.ablation import memory_off
 from memlm.evaluation.measures import bank, interleaved, needles, plain, recall, text_by_position
 from memlm.evaluation.report import Report
 from memlm.hub import load_model, load_tokenizer
+from memlm.interleave import Interleave
 from memlm.memory.base import check_type
 from memlm.modeling import MemLMForCausalLM, count_parameters
 from memlm.training import checkpoint
@@ -131,11 +135,11 @@ def _measure(options: DictConfig, subject: Subject, mixture: Mixture, sizes: tor
     }
     for name, source in mixture.sources.items():
         for documents in options.bank_documents:
-            if isinstance(source, RecallSource) and isinstance(source.task, Chains):
-                asked = (source.task, source.seed, documents, options.bank_questions)
-                measured["interleaved"] += plain([interleaved(model, subject.tokenizer, name, *asked)])
-            elif (library := _library(source, documents, options.bank_questions)) is not None:
+            if (library := _library(source, documents, options.bank_questions)) is not None:
                 measured["bank"] += plain([bank(model, name, library)])
+            if (read := _read_on(source, documents, options.bank_questions)) is not None:
+                asked = interleaved(model, subject.tokenizer, name, *read, options.bank_questions)
+                measured["interleaved"] += plain([asked])
         if isinstance(source, RecallSource):
             task = source.task
             measured["recall"] += plain(recall(model, name, task, source.seed, options.factors, options.recall_rows))
@@ -157,6 +161,19 @@ def _library(source: Source, documents: int, questions: int) -> Library | None:
     if isinstance(source, RecallSource) and isinstance(source.task, Facts):
         return source.task.library(source.seed, "test", documents, questions)
     return source.library("test", documents, questions) if isinstance(source, QuestionSource) else None
+
+
+def _read_on(source: Source, documents: int, questions: int) -> tuple[Interleave, Iterable[Linked]] | None:
+    """How questions of a source are answered by reading on, and test documents with such, where it has any."""
+    if isinstance(source, RecallSource) and isinstance(task := source.task, Chains):
+        way = Interleave(**TEMPLATES, max_rounds=task.hops, max_new_tokens=task.length)
+        return way, (task.linked(source.seed, "test", index, documents) for index in count())
+    if isinstance(source, QuestionSource) and source.templates.named:
+        linked = source.linked("test", documents, questions)
+        answered = linked._replace(chains=[chain for chain in linked.chains if chain.answer])
+        way = Interleave(**asdict(source.templates), max_rounds=1, max_new_tokens=min(source.seq_len, 2048))
+        return (way, [answered]) if answered.chains else None
+    return None
 
 
 def _with_banks(subjects: list[Subject], mixture: Mixture, console: Console) -> list[Subject]:
@@ -242,19 +259,25 @@ def _tables(results: dict[str, Any]) -> dict[str, tuple[list[str], list[list[str
             rows.append([f"chance, {task}", *[f"{chance:.3f}"] * (len(header) - 1)])
         tables["recall"] = header, rows
     if first["bank"]:
-        header = ["a bank's documents", "layer", "hit@1", "hit@k, k", "recall@k", "answers", "chance", "deleted"]
+        header = [
+            "a bank's documents",
+            "layer, k",
+            "hit@1, hit@k",
+            "recall@k, precision",
+            "answers, chance",
+            "deleted",
+        ]
         rows = []
         for name, measured in models.items():
             for b in measured["bank"]:
-                answers = [f"{b[key]:.3f}" for key in ("exact", "chance", "exact_deleted")]
                 rows += [
                     [
                         f"{name}, {b['documents']:,} of {b['source']}",
-                        str(layer["layer"]),
-                        f"{layer['hit_1']:.3f}",
-                        f"{layer['hit']:.3f}, {layer['top_k']}",
-                        f"{layer['recall']:.3f}",
-                        *answers,
+                        f"{layer['layer']}, {layer['top_k']}",
+                        f"{layer['hit_1']:.3f}, {layer['hit']:.3f}",
+                        f"{layer['recall']:.3f}, {layer['precision']:.3f}",
+                        f"{b['exact']:.3f}, {b['chance']:.3f}",
+                        f"{b['exact_deleted']:.3f}",
                     ]
                     for layer in b["layers"]
                 ]
@@ -316,8 +339,9 @@ def _report(subjects: list[Subject], results: dict[str, Any], training_length: i
         report.picture("bank", plots.by_documents(banks), "hits and answers by documents of a bank")
         report.note(
             f"{next(iter(banks.values()))[0]['questions']} questions, each about one document or a few. hit@1: the "
-            "best document is one of these; hit@k: one of those read is; answers: every token right; deleted: the "
-            "same with every document asked about deleted from the bank."
+            "best document is one of these; hit@k: one of those read is; recall@k: the share of these that is read; "
+            "precision: the share of what is read that is one of these; answers: every token right; deleted: the same "
+            "with every document asked about deleted from the bank."
         )
     if "interleaved" in tables:
         report.heading("Questions answered by reading on")

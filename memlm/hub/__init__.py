@@ -1,6 +1,8 @@
 """Loading checkpoints, with errors that name the file."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
@@ -8,6 +10,17 @@ from transformers.utils import logging
 
 from memlm.configuration import MemLMConfig
 from memlm.modeling import MemLMForCausalLM
+
+
+class Fields(dict[str, Any]):
+    """What a foreign config.json holds; to ask for a field that is not there is a ValueError."""
+
+    def __init__(self, values: Mapping[str, Any], where: str = "") -> None:
+        super().__init__(values)
+        self.where = where
+
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(f"config.json: {self.where}{name} is missing; the folder holds no checkpoint of this format")
 
 
 def load_model(source: str | Path) -> MemLMForCausalLM:

@@ -1,9 +1,14 @@
 """Checkpoints of Memory Sparse Attention as released (model type ``msa``, MSA-4B), to ours and back; and Qwen3's,
-which it starts from, with fresh routers.
+which it starts from, with fresh routers, or which other kinds of attention take as they are.
 
 Released weights are Qwen3's and, in the layers that route, ``router_q_proj.0`` and ``router_k_proj.0``; beside them
 stands ``temperature`` (a setting here), or ``b`` for the loss BCE (of each layer here). Theirs teaches routers in the
 upper half of the layers only, ours wherever they are.
+
+What ours has no setting for (``max_position_embeddings``, ``aux_loss``; ``ansloss_weight``, ``recloss_weight`` and
+``lmloss_weigth``, weights of losses that are the trainer's here) goes back as it came, from a copy of their
+config.json beside the converted checkpoint; without one, as released. Theirs has no setting for the similarity: with
+the losses INFONCE_* it trains by cosine and serves by dot product, so that both are written alike, and read as cosine.
 """
 
 from typing import Any
@@ -12,6 +17,7 @@ import torch
 from torch import Tensor
 
 from memlm.configuration import MemLMConfig
+from memlm.hub import Fields
 
 Weights = dict[str, Tensor]
 
@@ -25,7 +31,7 @@ _OF_LAYER = {
 _ROUTERS = {f"self_attn.{name}.0.weight": f"mixer.{name}.weight" for name in ("router_q_proj", "router_k_proj")}
 # What a backbone must be, where it says; the rest is sizes.
 _FIXED = {"attention_bias": False, "hidden_act": "silu", "use_sliding_window": False}
-# Beside what ``config_to_msa`` computes, as released.
+# Where a released config.json says nothing else.
 _WRITTEN = {
     "architectures": ["MSAForCausalLM"],
     "model_type": "msa",
@@ -38,13 +44,17 @@ _WRITTEN = {
     "use_cache": False,
     "use_sliding_window": False,
 }
+_RULES = {"ansloss_weight": 1.0, "aux_loss": False, "lmloss_weigth": 1.0, "recloss_weight": 0.0}
 _TEMPERATURES = (0.001, 0.5)
+# Kinds that take Qwen3's weights.
+RETROFITS = ("msa", "attention", "chunk_sparse")
 
 
 def config_from_msa(theirs: dict[str, Any], weights: Weights) -> MemLMConfig:
     """Raises ValueError for a configuration that is not of the released kind, or that ours cannot be."""
+    theirs = Fields(theirs)
     _expect(theirs, {"model_type": "msa", **_FIXED}, "")
-    rules = theirs["msa_config"]
+    rules = Fields(theirs["msa_config"], "msa_config.")
     _expect(rules, {"decouple_router": True, "decouple_pooling_mode": "mean", "rewrite_position": True}, "msa_config.")
     method = rules["aux_loss_method"]
     temperature = float(weights.get("temperature", rules["infonce_loss_temp"]))
@@ -62,11 +72,14 @@ def config_from_msa(theirs: dict[str, Any], weights: Weights) -> MemLMConfig:
         "loss_weight": rules["auxloss_weight"] / max(1, len(routing)),
         "temperature": min(max(temperature, _TEMPERATURES[0]), _TEMPERATURES[1]),
     }
-    return _config(theirs, theirs["rope_theta"], settings, routing)
+    return _config(theirs, theirs["rope_theta"], *_layers(settings, routing, theirs["num_hidden_layers"]))
 
 
-def config_from_qwen3(theirs: dict[str, Any], weights: Weights) -> MemLMConfig:
-    """The paper's settings, routing in the upper half of the layers."""
+def config_from_qwen3(theirs: dict[str, Any], weights: Weights, memory: str = "msa") -> MemLMConfig:
+    """memory, one of RETROFITS: "msa" with the paper's settings, routing in the upper half of the layers; "attention",
+    which is Qwen3; or "chunk_sparse", its choice distilled, so that it has no weight that Qwen3 has not.
+    """
+    theirs = Fields(theirs)
     _expect(theirs, {"model_type": "qwen3", **_FIXED}, "")
     for kind in theirs.get("layer_types") or []:
         if kind != "full_attention":
@@ -76,14 +89,21 @@ def config_from_qwen3(theirs: dict[str, Any], weights: Weights) -> MemLMConfig:
         raise ValueError(f"config.json: rope_type={rope['rope_type']!r}; only 'default' can be converted")
     layers = theirs["num_hidden_layers"]
     routing = list(range(layers // 2, layers))
-    return _config(theirs, rope["rope_theta"], {"loss_weight": 0.1 / len(routing)}, routing)
+    mixers, pattern = {"memory": {"kind": memory, "qk_norm": True}}, ["memory"]
+    if memory == "msa":
+        mixers, pattern = _layers({"loss_weight": 0.1 / len(routing)}, routing, layers)
+    elif memory == "chunk_sparse":
+        mixers["memory"] |= {"learning": "distilled", "loss_weight": 0.1 / layers}
+    return _config(theirs, rope["rope_theta"], mixers, pattern)
 
 
-def config_to_msa(config: MemLMConfig) -> dict[str, Any]:
-    """Raises ValueError for a model that theirs cannot be."""
+def config_to_msa(config: MemLMConfig, before: dict[str, Any]) -> dict[str, Any]:
+    """before: the config.json that the model was converted from, or nothing. Raises ValueError for a model that theirs
+    cannot be.
+    """
     mixers = [config.mixers[name] for name in config.layer_mixers()]
     for mixer in mixers:
-        for name, value in {"kind": "msa", "qk_norm": True}.items():
+        for name, value in {"kind": "msa", "qk_norm": True, "positions": "template"}.items():
             if mixer.get(name) != value:
                 raise ValueError(f"model.mixers.*.{name} must be {value!r} in every layer; the release has no other")
     routing = [layer for layer, mixer in enumerate(mixers) if mixer["routes"]]
@@ -94,21 +114,22 @@ def config_to_msa(config: MemLMConfig) -> dict[str, Any]:
         for name in rule if mixer["routes"] else ("chunk_size", "top_k"):
             if mixer[name] != rule[name]:
                 raise ValueError(f"model.mixers.*.{name} is {mixer[name]!r} and {rule[name]!r}; the release has one")
-    similarity = "dot" if rule["router_loss"] == "bce" else "cosine"
-    if rule["similarity"] != similarity:
+    similarities = {"bce": ("dot",), "infonce": ("cosine",)}.get(rule["router_loss"], ("cosine", "dot"))
+    if rule["similarity"] not in similarities:
         raise ValueError(
-            f"model.mixers.*.similarity={rule['similarity']!r}; the release trains router_loss="
-            f"{rule['router_loss']!r} with {similarity!r}"
+            f"model.mixers.*.similarity={rule['similarity']!r}; with router_loss={rule['router_loss']!r} the release "
+            f"trains and serves by {similarities[0]!r}"
         )
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     names += ("head_dim", "vocab_size", "rope_theta", "rms_norm_eps", "initializer_range", "tie_word_embeddings")
     names += ("bos_token_id", "eos_token_id", "pad_token_id")
     return {
         **_WRITTEN,
+        **before,
         **{name: getattr(config, name) for name in names},
         "msa_config": {
-            "ansloss_weight": 1.0,
-            "aux_loss": True,
+            **_RULES,
+            **before.get("msa_config", {}),
             "aux_loss_method": rule["router_loss"].upper(),
             "auxloss_weight": rule["loss_weight"] * len(routing),
             "chunk_reduce_method": rule["chunk_reduce"],
@@ -116,10 +137,8 @@ def config_to_msa(config: MemLMConfig) -> dict[str, Any]:
             "decouple_router": True,
             "head_reduce_method": rule["head_reduce"],
             "infonce_loss_temp": rule["temperature"],
-            "lmloss_weigth": 1.0,
             "pooling_kernel_size": rule["chunk_size"],
             "query_reduce_method": rule["query_reduce"],
-            "recloss_weight": 0.0,
             "rewrite_position": True,
             "router_layer_idx": ",".join(map(str, routing)),
             "top_k_docs": rule["top_k"],
@@ -131,6 +150,8 @@ def weights_from_msa(theirs: Weights, config: MemLMConfig) -> Weights:
     """Of weights, or of their gradients. Raises ValueError for a weight too few or too many."""
     rest = dict(theirs)
     rest.pop("temperature", None)
+    if config.tie_word_embeddings:
+        rest.pop("lm_head.weight", None)
     bias = rest.pop("b", None)
     ours = {name: _taken(rest, old) for old, name in _names(config, routers=True)}
     if bias is not None:
@@ -168,15 +189,20 @@ def weights_to_msa(ours: Weights, config: MemLMConfig) -> Weights:
     return {**theirs, "b": biases[0]}
 
 
-def _config(theirs: dict[str, Any], rope_theta: float, settings: dict[str, Any], routing: list[int]) -> MemLMConfig:
-    if theirs.get("rope_scaling"):
-        raise ValueError(f"config.json: rope_scaling={theirs['rope_scaling']!r}; only null can be converted")
+def _layers(settings: dict[str, Any], routing: list[int], layers: int) -> tuple[dict[str, Any], list[str]]:
+    """Mixers that route, those that do not, and where each stands."""
     shared = {name: settings[name] for name in ("chunk_size", "top_k") if name in settings}
     mixers = {
         "memory": {"kind": "msa", "routes": True, **settings},
         "documents": {"kind": "msa", "routes": False, **shared},
     }
-    pattern = ["memory" if layer in routing else "documents" for layer in range(theirs["num_hidden_layers"])]
+    pattern = ["memory" if layer in routing else "documents" for layer in range(layers)]
+    return {name: mixer for name, mixer in mixers.items() if name in pattern}, pattern
+
+
+def _config(theirs: dict[str, Any], rope_theta: float, mixers: dict[str, Any], pattern: list[str]) -> MemLMConfig:
+    if theirs.get("rope_scaling"):
+        raise ValueError(f"config.json: rope_scaling={theirs['rope_scaling']!r}; only null can be converted")
     return MemLMConfig(
         vocab_size=theirs["vocab_size"],
         hidden_size=theirs["hidden_size"],
@@ -192,7 +218,7 @@ def _config(theirs: dict[str, Any], rope_theta: float, settings: dict[str, Any],
         bos_token_id=theirs.get("bos_token_id"),
         eos_token_id=theirs.get("eos_token_id"),
         pad_token_id=theirs.get("pad_token_id"),
-        mixers={name: mixer for name, mixer in mixers.items() if name in pattern},
+        mixers=mixers,
         mixer_pattern=pattern,
     )
 
@@ -207,7 +233,7 @@ def _names(config: MemLMConfig, routers: bool) -> list[tuple[str, str]]:
     """Their name and ours of every weight."""
     names = [(name, name) for name in _OUTSIDE if not (config.tie_word_embeddings and name == "lm_head.weight")]
     for layer, mixer in enumerate(config.mixers[name] for name in config.layer_mixers()):
-        of_layer = {**_OF_LAYER, **(_ROUTERS if routers and mixer["routes"] else {})}
+        of_layer = {**_OF_LAYER, **(_ROUTERS if routers and mixer.get("routes") else {})}
         names += [(f"model.layers.{layer}.{old}", f"model.layers.{layer}.{new}") for old, new in of_layer.items()]
     return names
 

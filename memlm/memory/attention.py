@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from memlm.layers import ShortConv, rotary, rotary_angles
+from memlm.layers import RMSNorm, ShortConv, rotary, rotary_angles
 from memlm.memory.base import (
     Dims,
     MixerContext,
@@ -28,6 +28,7 @@ from memlm.memory.base import (
     require,
     token_positions,
 )
+from memlm.memory.growing import append, join
 from memlm_kernels import prefix_window_attention
 from memlm_kernels.grid import keep_last
 from memlm_kernels.prefix_window_attention.reference import plain
@@ -41,11 +42,13 @@ class Config:
     """window_size: tokens a query sees, itself included; None for all of the document.
     conv_size: width of a causal convolution with SiLU on q, k, v; 0 for none.
     persistent_tokens: learned tokens that every query sees, without position (Titans, section 3.3).
+    qk_norm: RMSNorm of each head's queries and keys (Qwen3).
     """
 
     window_size: int | None = None
     conv_size: int = 0
     persistent_tokens: int = 0
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         require(
@@ -73,6 +76,9 @@ class Mixer(SequenceMixer):
         self.v_proj = nn.Linear(dims.hidden_size, kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(heads * head_dim, dims.hidden_size, bias=False)
         self.sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
+        if config.qk_norm:
+            self.q_norm = RMSNorm(head_dim, eps=dims.rms_norm_eps)
+            self.k_norm = RMSNorm(head_dim, eps=dims.rms_norm_eps)
         if config.conv_size:
             self.conv = ShortConv(sum(self.sizes), config.conv_size, silu=True)
         if config.persistent_tokens:
@@ -119,11 +125,13 @@ class Mixer(SequenceMixer):
         seen = {"k": rotary(k_BTGK, angles), "v": v_BTGK}
         window = self.config.window_size
         for name, new in seen.items():
+            if window is None:
+                seen[name], new_state[name] = append(state[name], new, ctx.lengths_B)
+                continue
             # A fresh call has no history: nothing to join, and zeros to keep where it is shorter than the window.
-            seen[name] = new if fresh else _join(state[name], new)
-            kept = window - 1 if window else seen[name].shape[1]
-            source = F.pad(new, (0, 0, 0, 0, max(0, kept - length), 0)) if fresh else seen[name]
-            new_state[name] = keep_last(source, kept, length, ctx.lengths_B)
+            seen[name] = new if fresh else join(state[name], new)
+            source = F.pad(new, (0, 0, 0, 0, max(0, window - 1 - length), 0)) if fresh else seen[name]
+            new_state[name] = keep_last(source, window - 1, length, ctx.lengths_B)
 
         prefix = self._prefix(q_BTHK) if self.config.persistent_tokens and length else None
         y_BTHK = q_BTHK
@@ -134,14 +142,17 @@ class Mixer(SequenceMixer):
 
     def project(
         self, x_BTD: Tensor, state: State, positions_BT: Tensor | None, lengths_B: Tensor | None
-    ) -> tuple[list[Tensor], State]:
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], State]:
         """q, k, v before any rotation, and what their convolution keeps; positions as ``ShortConv`` takes them."""
         history = {}
         projected = [proj(x_BTD) for proj in (self.q_proj, self.k_proj, self.v_proj)]
         if self.config.conv_size:
             qkv, history["conv"] = self.conv(torch.cat(projected, -1), state["conv"], positions_BT, lengths_B)
             projected = list(qkv.split(self.sizes, -1))
-        return [x.unflatten(-1, (-1, self.dims.head_dim)) for x in projected], history
+        q_BTHK, k_BTGK, v_BTGK = (x.unflatten(-1, (-1, self.dims.head_dim)) for x in projected)
+        if self.config.qk_norm:
+            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
+        return (q_BTHK, k_BTGK, v_BTGK), history
 
     def _prefix(self, q_BTHK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries for the persistent tokens, unrotated as they are, their keys and values, [1, P, G, K]."""
@@ -149,7 +160,7 @@ class Mixer(SequenceMixer):
         if self.config.conv_size:
             k, v = F.silu(k), F.silu(v)
         k, v = (x.unflatten(-1, (-1, self.dims.head_dim)) for x in (k, v))
-        return q_BTHK, k, v
+        return q_BTHK, self.k_norm(k) if self.config.qk_norm else k, v
 
     def _attend(
         self,
@@ -231,10 +242,6 @@ class Mixer(SequenceMixer):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         y, _ = function(self, q, k, v, mask, scaling=self.dims.head_dim**-0.5, dropout=0.0, **options)
         return y
-
-
-def _join(past: Tensor, new: Tensor) -> Tensor:
-    return torch.cat([past.to(new.dtype), new], 1) if past.shape[1] else new
 
 
 def eager(

@@ -35,34 +35,28 @@ class Dims:
     attn_implementation: str = "sdpa"
 
 
-@dataclass(frozen=True)
-class Roles:
-    """What each token is to a memory of documents, and how much of each there is, known without the device.
+class RoleCounts(NamedTuple):
+    """What is known of roles without the device.
 
-    of_BT: above 0, the number of the document that it is of, which goes on as far as this number does; 0, of a
-        query, which chooses documents; -1, of a response; -2, of a template: what stands before all else in a sample
-    found_BT: whether the query should find the document that a token is of; None: not known
     documents, longest: at most, documents that a row has tokens of, and tokens of one of them in this call
     within, outside: at most, tokens of a row within documents, and outside of any
     whole: whether some row may have all its tokens, or none, in one document
+    sizes: of all rows together at most, documents of 1 token, of 2, of 3 or 4, of 5 to 8, ...
     """
 
-    of_BT: Tensor
-    found_BT: Tensor | None
     documents: int
     longest: int
     within: int
     outside: int
     whole: bool
+    sizes: tuple[int, ...]
 
-    @staticmethod
-    def of(
-        doc_ids_BT: Tensor, positions_BT: Tensor | None, lengths_B: Tensor | None, found_BT: Tensor | None = None
-    ) -> "Roles":
+    @classmethod
+    def of(cls, doc_ids_BT: Tensor, positions_BT: Tensor | None, lengths_B: Tensor | None = None) -> "RoleCounts":
         """Counts, which asks the device once; the real tokens of a row stand first."""
         length = doc_ids_BT.shape[1]
         if length == 0:
-            return Roles(doc_ids_BT, found_BT, 0, 0, 0, 0, True)
+            return cls(0, 0, 0, 0, True, ())
         place_T = torch.arange(length, device=doc_ids_BT.device)
         real_BT = torch.ones_like(doc_ids_BT, dtype=torch.bool)
         if lengths_B is not None:
@@ -71,20 +65,37 @@ class Roles:
         starts_BT = F.pad(doc_ids_BT[:, 1:] != doc_ids_BT[:, :-1], (1, 0), value=True)
         if positions_BT is not None:
             starts_BT = starts_BT | (positions_BT == 0)
-        longest_B = (within_BT * (place_T - (starts_BT * place_T).cummax(1).values + 1)).amax(1)
-        documents_B, outside_B = (starts_BT & within_BT).sum(1), (real_BT & ~within_BT).sum(1)
+        ends_BT = within_BT & F.pad(starts_BT[:, 1:] | ~within_BT[:, 1:], (0, 1), value=True)
+        size_BT = ends_BT * (place_T - (starts_BT * place_T).cummax(1).values + 1)
+        documents_B, outside_B = ends_BT.sum(1), (real_BT & ~within_BT).sum(1)
         one_B = (documents_B <= 1) & (outside_B == 0)
-        counts = [x.max() for x in (documents_B, longest_B, within_BT.sum(1), outside_B, one_B)]
-        documents, longest, within, outside, one = torch.stack([x.long() for x in counts]).tolist()
-        return Roles(doc_ids_BT, found_BT, documents, longest, within, outside, bool(one))
+        counts = [x.max() for x in (documents_B, size_BT, within_BT.sum(1), outside_B, one_B)]
+        most = [2**i for i in range((length - 1).bit_length() + 1)]
+        counts += [((size_BT > n // 2) & (size_BT <= n)).sum() for n in most]
+        documents, longest, within, outside, one, *sizes = torch.stack([x.long() for x in counts]).tolist()
+        return cls(documents, longest, within, outside, bool(one), tuple(sizes))
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What each token is to a memory of documents.
+
+    of_BT: above 0, the number of the document that it is of, which goes on as far as this number does; 0, of a
+        query, which chooses documents; -1, of a response; -2, of a template: what stands before all else in a sample
+    found_BT: whether the query should find the document that a token is of; None: not known
+    """
+
+    of_BT: Tensor
+    found_BT: Tensor | None
+    counts: RoleCounts
 
 
 class Library(Protocol):
     """Documents kept elsewhere than in a state."""
 
     def candidates(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor, held_BC: Tensor) -> State:
-        """A few documents that hold all that a layer's router can choose with these queries, and those of the numbers
-        held (-1: none), as ``with_documents`` of ``memlm.memory.msa`` takes them. Asks the device.
+        """A few documents that hold all that a layer's router can choose with these queries, without those of the
+        numbers held (-1: none), as ``with_documents`` of ``memlm.memory.msa`` takes them. Asks the device.
         """
 
 
@@ -108,14 +119,21 @@ class MixerContext:
     roles: Roles | None = None
     library: Library | None = None
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether every token is of a response, in the document that its row is in."""
+        return self.positions_BT is None and self.roles is None
+
 
 class MixerOutput(NamedTuple):
     """What a mixer returns.
 
     y_BTD: the output; rows beyond ``lengths_B`` are unspecified
-    state: where the next call goes on; batch-first tensors, ``position`` among them; never changed in place
+    state: where the next call goes on; batch-first tensors, ``position`` among them; never changed in place (keys that
+        grow may have room behind them, which nobody sees: ``memlm.memory.growing``)
     aux_losses: scalars, already weighted, added to the training loss
-    metrics: detached; scalars, or [B, T], a figure of each token, whose mean the log shows
+    metrics: detached; scalars; or [B], a figure of each row, nan where it has none; or [B, T], of each token; the log
+        shows their mean; of a call without tokens they mean nothing, and the decoder leaves them out
     """
 
     y_BTD: Tensor
@@ -128,9 +146,12 @@ class SequenceMixer(nn.Module):
     """A token mixer with a state: attention, a memory, or both.
 
     long_term: True for a part that reads long-term memory; the memory-off ablation silences its output.
+    starts_silent: parameters without which, as they are initialised, the mixer says the same: weights that lack them
+        are a start for it (``train.init_from``).
     """
 
     long_term = False
+    starts_silent: tuple[str, ...] = ()
 
     def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
         """Mix [B, T, D]; any division of a stream into calls gives the same outputs."""

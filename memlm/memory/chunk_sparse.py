@@ -15,8 +15,10 @@ their mean. Two ways to teach it (``learning``):
 - "compressed", as NSA: the token also attends to the means of keys and values of all the chunks that it may choose,
   y[t] += gate[t] * softmax(q . mean k) mean v, and what makes this read better makes the choice better.
 - "distilled", as DeepSeek's DSA (arXiv:2512.02556): a loss, the cross-entropy of softmax(q . mean k) from the share of
-  attention that each chunk would get if all of them were seen; training then costs as much as full attention does,
-  and a trained backbone's outputs are as they were.
+  attention that each chunk would get if all of them were seen; training then costs as much as full attention does.
+
+Either fits a trained backbone (``train.init_from`` of the kind ``attention``), whose outputs are as they were where
+all chunks are chosen: distilled has no other weights; compressed adds nothing at first where ``gate`` is "tanh".
 
 B batch, T tokens, S keys kept from earlier calls, L = S + T, D hidden, H query heads in G groups, K head dim,
 N chunks of the row, E of them new, C chunk_size.
@@ -32,12 +34,14 @@ from transformers import initialization as init
 from memlm.layers import rotary, rotary_angles
 from memlm.memory import attention
 from memlm.memory.base import Dims, MixerContext, MixerOutput, State, next_position, require, token_positions
+from memlm.memory.growing import append, join
 from memlm.memory.parts import memory_share, start_delayed
 from memlm_kernels import chunk_mean_attention, chunk_sparse_attention, chunk_topk
 from memlm_kernels.grid import keep_last, pick, place
 from memlm_kernels.segments import exact
 
 LEARNING = ("compressed", "distilled")
+GATES = ("sigmoid", "tanh")
 INITIALIZATIONS = ("default", "recall")
 
 
@@ -46,9 +50,11 @@ class Config:
     """chunk_size: tokens that are chosen together; window_size: last tokens that are seen in any case, at least as
         many; top_k: chunks that a token chooses.
     learning: how the choice learns, "compressed" or "distilled"; loss_weight: of the latter's loss, in each layer.
+    gate: of the read of means; "sigmoid", 1/2 at first; or "tanh", 0 at first, for a trained backbone.
     far_positions: whether rotary positions tell how far chosen tokens lie, as full attention has it; without them
         what is far is as in training, however long the document.
     conv_size: width of a causal convolution with SiLU on q, k, v; 0 for none.
+    qk_norm: RMSNorm of each head's queries and keys (Qwen3).
     initialization: "default", or "recall": an engineered prior for associative recall. Queries start equal to keys,
         and the convolution delays each channel of the keys by 0 to conv_size - 1 tokens.
     """
@@ -58,8 +64,10 @@ class Config:
     top_k: int = 16
     learning: str = "compressed"
     loss_weight: float = 0.1
+    gate: str = "sigmoid"
     far_positions: bool = True
     conv_size: int = 0
+    qk_norm: bool = False
     initialization: str = "default"
 
     def __post_init__(self) -> None:
@@ -72,7 +80,7 @@ class Config:
         )
         require(self.loss_weight >= 0, f"loss_weight={self.loss_weight} must not be negative")
         require(self.conv_size >= 0, f"conv_size={self.conv_size} must be 0 (none) or more")
-        for name, known in (("learning", LEARNING), ("initialization", INITIALIZATIONS)):
+        for name, known in (("learning", LEARNING), ("gate", GATES), ("initialization", INITIALIZATIONS)):
             value = getattr(self, name)
             require(value in known, f"{name}={value!r} must be one of {', '.join(known)}")
         require(
@@ -91,12 +99,16 @@ class Choice(nn.Module):
 
 
 class Gate(nn.Linear):
-    """The share of each head's read of means that is added, 1/2 at first."""
+    """The share of each head's read of means that is added; where it starts at 0 it has a gradient there."""
 
     long_term = True
 
+    def __init__(self, dims: Dims, form: str) -> None:
+        super().__init__(dims.hidden_size, dims.num_attention_heads)
+        self.form = torch.tanh if form == "tanh" else torch.sigmoid
+
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return torch.sigmoid(super().forward(x_BTD))
+        return self.form(super().forward(x_BTD))
 
 
 class Chunks(NamedTuple):
@@ -143,11 +155,12 @@ class Chunks(NamedTuple):
 
 class Mixer(attention.Mixer):
     def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
-        super().__init__(attention.Config(conv_size=config.conv_size), dims, layer_idx)
+        super().__init__(attention.Config(conv_size=config.conv_size, qk_norm=config.qk_norm), dims, layer_idx)
         self.chunked = config
         self.choice = Choice()
         if config.learning == "compressed":
-            self.gate = Gate(dims.hidden_size, dims.num_attention_heads)
+            self.gate = Gate(dims, config.gate)
+            self.starts_silent = ("gate.weight", "gate.bias") if config.gate == "tanh" else ()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -183,17 +196,14 @@ class Mixer(attention.Mixer):
         recent_BSGK = state["k"][:, state["k"].shape[1] - near :]
         places_BS = positions_BT[:, :1] - torch.arange(near, 0, -1, device=x_BTD.device)
         if config.far_positions:
-            far, seen_BLGK = None, _join(state["k"], turned_BTGK)
-            plain_BLGK = _join(self._turned(recent_BSGK, -places_BS), k_BTGK)
-            kept_BLGK = seen_BLGK
+            seen_BLGK, after["k"] = append(state["k"], turned_BTGK, ctx.lengths_B)
+            far, plain_BLGK = None, join(self._turned(recent_BSGK, -places_BS), k_BTGK)
         else:
-            kept_BLGK = plain_BLGK = _join(state["k"], k_BTGK)
-            far, seen_BLGK = (q_BTHK, kept_BLGK), _join(self._turned(recent_BSGK, places_BS), turned_BTGK)
-        v_BLGK = _join(state["v"], v_BTGK)
+            plain_BLGK, after["k"] = append(state["k"], k_BTGK, ctx.lengths_B)
+            far, seen_BLGK = (q_BTHK, plain_BLGK), join(self._turned(recent_BSGK, places_BS), turned_BTGK)
+        v_BLGK, after["v"] = append(state["v"], v_BTGK, ctx.lengths_B)
         pooled_BNGK = self._pooled(plain_BLGK, chunks, "k", state, after)
         spans = (chunks.first_BT, chunks.end_BT)
-        for name, x in (("k", kept_BLGK), ("v", v_BLGK)):
-            after[name] = keep_last(x, x.shape[1], length, ctx.lengths_B)
 
         chosen_BTGJ = chunk_topk(q_BTHK, pooled_BNGK, top_k=config.top_k, spans=spans)
         seen_BTHK = chunk_sparse_attention(
@@ -230,6 +240,8 @@ class Mixer(attention.Mixer):
     def _pooled(self, x_BLGK: Tensor, chunks: Chunks, name: str, state: State, after: State) -> Tensor:
         """Means of each chunk's x, [B, N, G, K]; x ends with the call's tokens."""
         size, length = self.chunked.chunk_size, chunks.first_BT.shape[1]
+        # All that chunks which end in this call can hold.
+        x_BLGK = x_BLGK[:, max(0, x_BLGK.shape[1] - length - size + 1) :]
         token_C = torch.arange(x_BLGK.shape[1] - length - size + 1, x_BLGK.shape[1] - length + 1, device=x_BLGK.device)
         # Of chunks that are not there any.
         index_BEC = (chunks.new_BE[..., None] + token_C).clamp(min=0)
@@ -274,7 +286,3 @@ class Mixer(attention.Mixer):
             taught_BT = taught_BT & (torch.arange(length, device=q_BTHK.device) < ctx.lengths_B[:, None])
         nats_BT = (known.lse - score_BTH).mean(-1).masked_fill(~taught_BT, 0.0)
         return nats_BT.sum() / taught_BT.sum().clamp(min=1)
-
-
-def _join(past: Tensor, new: Tensor) -> Tensor:
-    return torch.cat([past.to(new.dtype), new], 1)

@@ -4,7 +4,7 @@ A row holds samples (packed, or one), a sample holds ``[template | document 1 | 
 in any order that the roles of its tokens say. Tokens within documents and tokens outside of any go two ways, so that
 each is compacted to a stream of its own, at the front of its row.
 
-B batch, T tokens, A tokens outside documents, N tokens within.
+B batch, T tokens, A tokens outside documents, N tokens within, O documents.
 """
 
 from typing import NamedTuple
@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlm.memory.base import MixerContext, Roles, State, next_position, token_positions
+from memlm.memory.base import MixerContext, RoleCounts, Roles, State, next_position, token_positions
 from memlm_kernels.grid import pick
 
-# Of each row, all 0 before a sample's first token: tokens of the sample; of these outside documents, and of these
-# other than the leading template; tokens of the document that stands open; role of the last token; documents and
-# chunks of the row; documents of the row before the sample.
-COUNTERS = ("position", "outside", "begun", "place", "role", "documents", "chunks", "first")
+# Of each row, all 0 before a sample's first token: tokens of the sample; of these outside documents, of the leading
+# template, and of other roles than a template's; tokens of the document that stands open; role of the last token;
+# documents and chunks of the row; documents of the row before the sample.
+COUNTERS = ("position", "outside", "head", "begun", "place", "role", "documents", "chunks", "first")
 
 
 class Stream(NamedTuple):
@@ -39,13 +39,22 @@ class Stream(NamedTuple):
         return x if self.index_BA is None else pick(x, self.index_BA)
 
 
+class Group(NamedTuple):
+    """See ``Documents``."""
+
+    least: int
+    most: int
+    rows: int
+
+
 class Documents(NamedTuple):
     """The tokens within documents.
 
     chunk_BN, number_BN: which chunk and which document of the row each token is of
     first_chunk_B: the first chunk that gets a token
-    chunks, total, longest: at most, chunks and documents that get one, and tokens of a document in this call
-    whole: see ``Roles``
+    chunks: at most, that get one
+    groups: documents of like length: of all rows together, as many as `rows` have more than `least` tokens in this
+        call, and not more than `most`; documents of fewer tokens are of an earlier group
     """
 
     stream: Stream
@@ -53,14 +62,32 @@ class Documents(NamedTuple):
     number_BN: Tensor
     first_chunk_B: Tensor
     chunks: int
-    total: int
-    longest: int
-    whole: bool
+    groups: list["Group"]
+    counts: RoleCounts
+
+    def on_rows(self) -> tuple[Tensor, int]:
+        """[1, B N], the slot of each token where documents lie on rows of their own, those of a group on rows as long
+        as its longest, group by group; and how many slots there are. What is not real has one behind the last.
+        """
+        lengths_B, local_BN = self.stream.lengths_B, self.number_BN - self.number_BN[:, :1]
+        sizes_BO = sizes_of(local_BN, lengths_B, self.counts.documents)
+        first_BO, slots = torch.zeros_like(sizes_BO), 0
+        for least, most, rows in self.groups:
+            here_BO = (sizes_BO > least) & (sizes_BO <= most)
+            rank_BO = here_BO.flatten().cumsum(0).view_as(here_BO) - 1
+            first_BO = torch.where(here_BO, slots + rank_BO * most, first_BO)
+            slots += most * rows
+        slot_BN = first_BO.gather(1, local_BN.clamp(0, self.counts.documents - 1)) + self.stream.place_BA
+        if lengths_B is not None:
+            real_BN = torch.arange(slot_BN.shape[1], device=slot_BN.device) < lengths_B[:, None]
+            slot_BN = torch.where(real_BN, slot_BN, slots)
+        return slot_BN.view(1, -1), slots
 
 
 class Layout(NamedTuple):
     """rotary_BT: the position of each token in its segment, as rotary positions see it
     outside, within: None where a call has no such token
+    behind_BA: which tokens outside documents stand behind the leading template
     first_BA, end_BA: tokens outside documents know of those from ``first`` to ``end`` - 1, counted in the row
     asks_BA: which of them are of a query; None: none
     source_BT: of each token in both streams' outputs, one after the other; None where there is one stream
@@ -70,6 +97,7 @@ class Layout(NamedTuple):
     rotary_BT: Tensor
     outside: Stream | None
     within: Documents | None
+    behind_BA: Tensor
     first_BA: Tensor
     end_BA: Tensor
     asks_BA: Tensor | None
@@ -77,22 +105,30 @@ class Layout(NamedTuple):
     after: State
 
     @staticmethod
-    def of(x_BTD: Tensor, state: State, ctx: MixerContext, chunk_size: int, offset: int) -> "Layout":
-        """offset: what rotary positions skip between the template and the rest."""
+    def of(
+        x_BTD: Tensor, state: State, ctx: MixerContext, chunk_size: int, offset: int, count_template: bool = True
+    ) -> "Layout":
+        """offset: what rotary positions skip before what follows the leading template; count_template: behind its
+        tokens.
+        """
         positions_BT = token_positions(x_BTD, state, ctx)
         after = {"position": next_position(positions_BT, state, ctx)}
         if ctx.roles is None:
-            return _outside_only(positions_BT, state, ctx, after, offset)
-        return _with_documents(positions_BT, state, ctx, ctx.roles, after, chunk_size, offset)
+            return _outside_only(positions_BT, state, ctx, after, offset, count_template)
+        return _with_documents(positions_BT, state, ctx, ctx.roles, after, chunk_size, offset, count_template)
 
 
-def _outside_only(positions_BT: Tensor, state: State, ctx: MixerContext, after: State, offset: int) -> Layout:
+def _outside_only(
+    positions_BT: Tensor, state: State, ctx: MixerContext, after: State, offset: int, count_template: bool
+) -> Layout:
     starts_BT, ones_BT = positions_BT == 0, torch.ones_like(positions_BT)
     outside_BT = running_count(ones_BT, starts_BT, state["outside"])
+    head_BT = running_count(torch.zeros_like(ones_BT), starts_BT, state["head"])
     documents_BT = state["documents"][:, None].expand_as(positions_BT)
     first_BT = _latest(documents_BT, starts_BT, state["first"])
     after |= {
         "outside": _last(outside_BT, ctx, state["outside"]),
+        "head": _last(head_BT, ctx, state["head"]),
         "begun": _last(outside_BT, ctx, state["begun"]),
         "place": torch.zeros_like(state["place"]),
         "role": _last(-ones_BT, ctx, state["role"]),
@@ -104,7 +140,8 @@ def _outside_only(positions_BT: Tensor, state: State, ctx: MixerContext, after: 
         # A row without tokens is still where it was, in a document perhaps.
         after["place"] = torch.where(ctx.lengths_B > 0, 0, state["place"])
     outside = Stream(None, ctx.lengths_B, outside_BT - 1)
-    return Layout(outside_BT - 1 + offset, outside, None, first_BT, documents_BT, None, None, after)
+    rotary_BT = outside_BT - 1 + offset - (0 if count_template else head_BT)
+    return Layout(rotary_BT, outside, None, ones_BT.bool(), first_BT, documents_BT, None, None, after)
 
 
 def _with_documents(
@@ -115,6 +152,7 @@ def _with_documents(
     after: State,
     chunk_size: int,
     offset: int,
+    count_template: bool,
 ) -> Layout:
     role_BT, starts_BT = roles.of_BT, positions_BT == 0
     real_BT = torch.ones_like(starts_BT)
@@ -126,12 +164,14 @@ def _with_documents(
 
     begun_BT = running_count((role_BT != -2) & real_BT, starts_BT, state["begun"])
     outside_so_far_BT = running_count(outside_BT, starts_BT, state["outside"])
+    head_BT = running_count(outside_BT & (begun_BT == 0), starts_BT, state["head"])
     place_BT = running_count(within_BT, opens_BT | outside_BT, state["place"])
     documents_BT = opens_BT.long().cumsum(1) + state["documents"][:, None]
     first_BT = _latest(documents_BT - opens_BT.long(), starts_BT, state["first"])
     chunks_BT = (within_BT & (place_BT % chunk_size == 1 % chunk_size)).long().cumsum(1) + state["chunks"][:, None]
     counters = {
         "outside": outside_so_far_BT,
+        "head": head_BT,
         "begun": begun_BT,
         "place": place_BT,
         "role": role_BT,
@@ -142,26 +182,35 @@ def _with_documents(
     after |= {name: _last(x_BT, ctx, state[name]) for name, x_BT in counters.items()}
 
     # The leading template counts from 0, what follows from ``offset`` further on.
-    local_BT = outside_so_far_BT - 1 + torch.where(begun_BT > 0, offset, 0)
-    rotary_BT = torch.where(within_BT, place_BT - 1, local_BT)
+    behind_BT = begun_BT > 0
+    skipped_BT = torch.where(behind_BT, offset - (0 if count_template else head_BT), 0)
+    rotary_BT = torch.where(within_BT, place_BT, outside_so_far_BT + skipped_BT) - 1
     outside, documents, source_BT = None, None, None
-    if roles.outside:
-        outside = _compacted(outside_BT, roles.outside, outside_so_far_BT - 1, ctx, alone=not roles.within)
-    if roles.within:
-        stream = _compacted(within_BT, roles.within, place_BT - 1, ctx, alone=not roles.outside)
+    counts = roles.counts
+    if counts.outside:
+        outside = _compacted(outside_BT, counts.outside, outside_so_far_BT - 1, ctx, alone=not counts.within)
+    if counts.within:
+        stream = _compacted(within_BT, counts.within, place_BT - 1, ctx, alone=not counts.outside)
         chunk_BN = stream.take(chunks_BT) - 1
         # Of each document the last chunk may be short, and of the first the first, which an earlier call began.
-        most = min(roles.within, (roles.within + (roles.documents + 1) * (chunk_size - 1)) // chunk_size)
+        most = min(counts.within, (counts.within + (counts.documents + 1) * (chunk_size - 1)) // chunk_size)
         number_BN = stream.take(documents_BT) - 1
-        documents = Documents(
-            stream, chunk_BN, number_BN, chunk_BN[:, 0], most, roles.documents, roles.longest, roles.whole
-        )
-    if roles.outside and roles.within:
+        groups = _groups(counts, counts.within * len(role_BT))
+        documents = Documents(stream, chunk_BN, number_BN, chunk_BN[:, 0], most, groups, counts)
+    if counts.outside and counts.within:
         ranks = [x.long().cumsum(1) - 1 for x in (outside_BT, within_BT)]
-        source_BT = torch.where(within_BT, ranks[1] + roles.outside, ranks[0]).clamp(min=0)
+        source_BT = torch.where(within_BT, ranks[1] + counts.outside, ranks[0]).clamp(min=0)
     take = outside.take if outside is not None else lambda x: x[:, :0]
     asks_BA = take((role_BT == 0) & real_BT)
-    return Layout(rotary_BT, outside, documents, take(first_BT), take(documents_BT), asks_BA, source_BT, after)
+    known = take(behind_BT), take(first_BT), take(documents_BT)
+    return Layout(rotary_BT, outside, documents, *known, asks_BA, source_BT, after)
+
+
+def _groups(counts: RoleCounts, tokens: int) -> list[Group]:
+    """One, if rows of the longest document's length then hold not more than twice the tokens, as many groups do."""
+    if sum(counts.sizes) * counts.longest <= 2 * tokens:
+        return [Group(0, counts.longest, sum(counts.sizes))]
+    return [Group(2**i // 2, min(2**i, counts.longest), count) for i, count in enumerate(counts.sizes) if count]
 
 
 def _compacted(flags_BT: Tensor, size: int, place_BT: Tensor, ctx: MixerContext, alone: bool) -> Stream:

@@ -8,6 +8,9 @@ unit length for q and k; each head has a learning rate for each of its three mat
 scale. Conventions of our own: the memory's q and k are not rotated (the release can do either), so that a memory
 means the same anywhere in a document; lr and momentum start at their named values at every token.
 
+Metrics as of ``titans``, and ``scale``, the mean size of a token's scales. There is no surprise: the gradient of
+f(k) . v is as large for what is known as for what is new.
+
 B batch, T tokens, D hidden, H attention heads of size K, G key-value heads, M memory heads of size C = H K / M.
 """
 
@@ -19,13 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from memlm.layers import RMSNorm
+from memlm.layers import RMSNorm, unit
 from memlm.memory import attention
 from memlm.memory.base import Dims, MixerContext, MixerOutput, SequenceMixer, State, joined, require, substate
-from memlm.memory.parts import memory_share
+from memlm.memory.parts import gate_logits, memory_share
 from memlm.memory.titans import memory_norms
 from memlm_kernels import LargeChunkMemoryState, large_chunk_memory
 from memlm_kernels.large_chunk_memory import MUON
+from memlm_kernels.segments import exact
 
 _PARTS = ("weights", "gradient", "momentum", "momentum_sum")
 
@@ -105,7 +109,7 @@ class FastWeights(nn.Module):
 
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         # Filled from the learned weights at position 0, so what stands here before is never read.
-        exact = torch.promote_types(dtype, torch.float32)
+        dtype = torch.promote_types(dtype, torch.float32)
         state = {"position": torch.zeros(batch_size, dtype=torch.int64, device=device)}
         shapes = [w.shape for w in self.memory]
         parts = {"weights": shapes, "gradient": shapes}
@@ -113,7 +117,7 @@ class FastWeights(nn.Module):
             parts |= {"momentum": shapes, "momentum_sum": [torch.Size((self.config.memory_heads, 1, 1))]}
         for name, shapes in parts.items():
             for i, shape in enumerate(shapes):
-                state[f"{name}.{i}"] = torch.zeros(batch_size, *shape, device=device, dtype=exact)
+                state[f"{name}.{i}"] = torch.zeros(batch_size, *shape, device=device, dtype=dtype)
         return state
 
     def forward(
@@ -121,10 +125,10 @@ class FastWeights(nn.Module):
     ) -> MixerOutput:
         """qkv: the attention's, [B, T, H, K], [B, T, G, K] and [B, T, G, K], before any rotation."""
         q_BTMC, k_BTMC, v_BTMC = self._features(*qkv)
-        gates_BTMN = self._gates(x_BTD)
+        # Three learning rates of each head, and its momentum.
+        gates_BTMN = gate_logits(self.gates, x_BTD).unflatten(-1, (self.config.memory_heads, -1))
         lr_BTM3 = F.softplus(gates_BTMN[..., :3])
         momentum_BTM = torch.sigmoid(gates_BTMN[..., 3]) if self._has_momentum else None
-        before = _unpack(state) if state else None
         o_BTMC, after = large_chunk_memory(
             q_BTMC,
             k_BTMC,
@@ -134,17 +138,19 @@ class FastWeights(nn.Module):
             weights=list(self.memory),
             chunk_size=self.config.chunk_size,
             muon_steps=self.config.muon_steps,
-            state=before,
+            state=_unpack(state) if state else None,
             positions=ctx.positions_BT,
             lengths=ctx.lengths_B,
             max_documents=ctx.max_documents,
         )
-        y_BTMC = F.silu(self.scale(x_BTD))[..., None] * self.norm(o_BTMC)
-        metrics = memory_norms(after.weights, after.momentum, before.weights if before else tuple(self.memory))
-        metrics["lr"] = lr_BTM3.detach().mean()
+        scale_BTM = F.silu(self.scale(x_BTD))
+        y_BTMC = scale_BTM[..., None] * self.norm(o_BTMC)
+        metrics = {"scale": scale_BTM.detach().abs().mean(-1), "lr": lr_BTM3.detach().mean((-2, -1))}
         if momentum_BTM is not None:
-            metrics["momentum"] = momentum_BTM.detach().mean()
-        return MixerOutput(y_BTMC.flatten(2), _pack(after), {}, metrics)
+            metrics["momentum"] = momentum_BTM.detach().mean(-1)
+        memory = _pack(after)
+        metrics |= memory_norms(self.memory, state, memory, x_BTD.shape[1], ctx.lengths_B)
+        return MixerOutput(y_BTMC.flatten(2), memory, {}, metrics)
 
     def _features(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, M, C] each; q and k of unit length, in fp32 at least: fp16 has no smallest norm."""
@@ -152,15 +158,7 @@ class FastWeights(nn.Module):
         q, k, v = (x.repeat_interleave(heads // x.shape[2], 2).flatten(2) for x in (q_BTHK, k_BTGK, v_BTGK))
         q, k = (x * s + o for x, s, o in zip((q, k), self.qk_scale, self.qk_offset, strict=True))
         q, k, v = (F.silu(x).unflatten(-1, (self.config.memory_heads, -1)) for x in (q, k, v))
-        exact = torch.promote_types(q.dtype, torch.float32)
-        return F.normalize(q.to(exact), dim=-1), F.normalize(k.to(exact), dim=-1), v
-
-    def _gates(self, x_BTD: Tensor) -> Tensor:
-        """Logits of three learning rates and of the momentum, [B, T, M, 3 or 4]; at least fp32."""
-        exact = torch.promote_types(self.gates.weight.dtype, torch.float32)
-        with torch.autocast(x_BTD.device.type, enabled=False):
-            logits = F.linear(x_BTD.to(exact), self.gates.weight.to(exact), self.gates.bias.to(exact))
-        return logits.unflatten(-1, (self.config.memory_heads, -1))
+        return unit(exact(q)), unit(exact(k)), v
 
 
 class Mixer(SequenceMixer):

@@ -32,8 +32,8 @@ from memlm.memory.base import (
     suggest,
     token_positions,
 )
-from memlm.memory.parts import BranchGate
-from memlm.memory.recurrence import Documents, gate_logits, recur
+from memlm.memory.parts import BranchGate, gate_logits
+from memlm.memory.recurrence import Documents, recur
 from memlm_kernels import MemoryRoutes, combine_reads, dispatch_tokens, grouped_linear
 from memlm_kernels.segments import exact
 

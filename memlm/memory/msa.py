@@ -6,7 +6,7 @@ document are causal segments of their own, positions from 0. Every chunk_size to
 means of their rotated keys K, values V and router keys R (a document's last chunk may be short). What follows
 attends, in one softmax, to
 
-    [template ; K, V of the chosen documents' chunks ; itself, causally, positions from len(template) + top_k]
+    [template ; K, V of the chosen documents' chunks ; itself, causally, positions from len(template) + top_k on]
 
     score[document] = max over its chunks of max over query tokens of mean over heads of sim(W_q x, R)
 
@@ -20,7 +20,11 @@ it, whatever follows the query sees the choice of all of it, and any division of
 A document is known once a token stands behind it, wherever it is in its sample. Without roles all tokens are a
 response: causal attention, to what is kept of documents read before too.
 
-What the state holds of documents, keys ``bank.*``, may come from elsewhere: see ``with_documents``.
+What the state holds of documents, keys ``bank.*``, may come from elsewhere: see ``held``. Of a library only
+the documents stay that its last question chose. Once a response goes on without roles the choice stands: the chosen
+chunks are then put before the keys of what stands outside documents, once, and what follows is plain attention.
+
+Where the paper and its released code differ: a table in README.md ("Paper and released code").
 
 B batch, T tokens, A tokens outside documents, N within, D hidden, H heads in G groups, K head dim, C chunks.
 """
@@ -32,12 +36,13 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from memlm.layers import RMSNorm, rotary, rotary_angles
-from memlm.memory import attention, retrieval
+from memlm.layers import rotary, rotary_angles
+from memlm.memory import attention, held, retrieval
 from memlm.memory.base import Dims, MixerContext, MixerOutput, Roles, State, require, substate
 from memlm.memory.documents import COUNTERS, Documents, Layout, Stream, boundaries, sizes_of
+from memlm.memory.growing import append, join
 from memlm_kernels import route_documents, segment_mean_pool
-from memlm_kernels.grid import Grid, keep_last, pick
+from memlm_kernels.grid import keep_last, pick, place
 from memlm_kernels.route_documents import REDUCTIONS, SIMILARITIES, Routes, Scored
 from memlm_kernels.segments import exact
 
@@ -57,6 +62,7 @@ class Config:
         its softmax.
     injection: "causal"; or "bidirectional", where tokens of a call without roles that goes on from a state see each
         other in both directions, as the released code shows text that is put in while it decodes.
+    positions: of what follows the documents, from len(template) + top_k on, "template", as released; or from "top_k".
     """
 
     routes: bool = True
@@ -72,6 +78,7 @@ class Config:
     loss_weight: float = 0.1
     temperature: float = 0.1
     injection: str = "causal"
+    positions: str = "template"
 
     def __post_init__(self) -> None:
         for name in ("chunk_size", "top_k"):
@@ -84,6 +91,7 @@ class Config:
             ("chunk_reduce", REDUCTIONS),
             ("router_loss", retrieval.LOSSES),
             ("injection", ("causal", "bidirectional")),
+            ("positions", ("template", "top_k")),
         ):
             value = getattr(self, name)
             require(value in known, f"{name}={value!r} must be one of {', '.join(known)}")
@@ -103,18 +111,12 @@ class Heads(NamedTuple):
 
 
 class Choice(nn.Module):
-    """Which chunks are seen: the way of long-term memory into a layer."""
+    """Which chunks are seen, [B, A, C]: the way of long-term memory into a layer."""
 
     long_term = True
 
-    def forward(self, document_BAJ: Tensor, document_BC: Tensor) -> Tensor:
-        """Chunks of the documents chosen, [B, A, C]."""
-        chunks = document_BC.shape[1]
-        # One document more takes what is none.
-        index_BAJ = torch.where(document_BAJ < 0, chunks + 1, document_BAJ)
-        is_BAN = torch.zeros(*index_BAJ.shape[:2], chunks + 2, device=index_BAJ.device, dtype=torch.bool)
-        is_BAN = is_BAN.scatter(2, index_BAJ, True)
-        return is_BAN.gather(2, document_BC[:, None].expand(-1, index_BAJ.shape[1], -1))
+    def forward(self, chosen_BAC: Tensor) -> Tensor:
+        return chosen_BAC
 
 
 class Mixer(attention.Mixer):
@@ -125,12 +127,9 @@ class Mixer(attention.Mixer):
     }
 
     def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
-        super().__init__(attention.Config(), dims, layer_idx)
+        super().__init__(attention.Config(qk_norm=config.qk_norm), dims, layer_idx)
         self.msa = config
         queries, keys, _ = self.sizes
-        if config.qk_norm:
-            self.q_norm = RMSNorm(dims.head_dim, eps=dims.rms_norm_eps)
-            self.k_norm = RMSNorm(dims.head_dim, eps=dims.rms_norm_eps)
         if config.routes:
             self.choice = Choice()
             self.router_q_proj = nn.Linear(dims.hidden_size, queries, bias=False)
@@ -152,6 +151,8 @@ class Mixer(attention.Mixer):
         state |= {"k": zeros, "v": zeros, "open.k": zeros, "open.v": zeros}
         if self.msa.routes:
             none = torch.zeros(batch_size, 0, dtype=torch.int64, device=device)
+            # Which of the first keys in ``k`` are chosen chunks; none while the choice may change.
+            state["front"] = none.bool()
             state |= {f"bank.{name}": exact(zeros) for name in ("k", "v", "router_k")}
             state |= {f"bank.{name}": none for name in ("size", "document", "number", "asked")}
             state |= {"bank.score": exact(zeros[:, :, 0, 0]), "bank.found": none.bool()}
@@ -161,21 +162,21 @@ class Mixer(attention.Mixer):
         config, given = self.msa, state is not None
         ctx = ctx or MixerContext()
         before = self.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype) if state is None else state
-        layout = Layout.of(x_BTD, before, ctx, config.chunk_size, config.top_k)
-        if config.routes and ctx.library is not None and layout.outside is not None:
+        count_template = config.positions == "template"
+        layout = Layout.of(x_BTD, before, ctx, config.chunk_size, config.top_k, count_template)
+        asks_library = config.routes and ctx.library is not None and layout.outside is not None
+        if config.routes and x_BTD.shape[1]:
+            before = self._settled(before, layout) if ctx.goes_on else held.unsettled(before)
+        if asks_library:
             before, layout = self._of_library(x_BTD, before, layout, ctx)
-        q_BTHK, k_BTGK, v_BTGK = (
-            proj(x_BTD).unflatten(-1, (-1, self.dims.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if config.qk_norm:
-            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
+        (q_BTHK, k_BTGK, v_BTGK), _ = self.project(x_BTD, before, None, None)
         angles = rotary_angles(layout.rotary_BT, self.dims.head_dim, self.dims.rope_theta)
         heads = Heads(rotary(q_BTHK, angles), rotary(k_BTGK, angles), v_BTGK)
 
         aux_losses: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         after = dict(layout.after)
-        after |= {name: before[name] for name in ("k", "v", "open.k", "open.v")}
+        after |= {name: before[name] for name in ("k", "v", "open.k", "open.v", "front") if name in before}
         outputs, bank = [], substate(before, "bank")
         if layout.within is not None:
             of_documents = heads.of(layout.within.stream)
@@ -188,51 +189,58 @@ class Mixer(attention.Mixer):
             # No row is in a document any more.
             after |= {name: before[name][:, :0] for name in ("open.k", "open.v")}
         if layout.outside is not None and x_BTD.shape[1]:
-            chosen_BAC = None
-            if config.routes and bank["k"].shape[1]:
+            outside, chosen_BAC = layout.outside, None
+            if config.routes and ctx.goes_on:
+                front_B = self.choice(before["front"][:, None]).sum(2)
+                outside = outside._replace(place_BA=outside.place_BA + front_B)
+            elif config.routes and bank["k"].shape[1]:
                 routes, document_BC = self._route(x_BTD, layout, bank, ctx.roles)
                 bank["score"], bank["asked"] = routes.scored
-                chosen_BAC = self.choice(routes.document, document_BC)
+                chosen_BAC = self.choice(held.chunks_of(routes.document, document_BC))
                 if routes.scores is not None and ctx.roles is not None:
                     aux_losses, metrics = self._taught(layout, routes.scores, bank["found"], document_BC, ctx)
             fresh = not given and ctx.positions_BT is None
             injected = given and ctx.roles is None and config.injection == "bidirectional"
-            of_outside = heads.of(layout.outside)
-            seen, kept = self._outside(layout.outside, of_outside, before, bank, chosen_BAC, fresh, injected)
+            of_outside = heads.of(outside)
+            seen, kept = self._outside(outside, of_outside, before, bank, chosen_BAC, fresh, injected)
             outputs.insert(0, seen)
             after |= kept
         y_BTHK = torch.cat(outputs, 1) if outputs else q_BTHK
         if layout.source_BT is not None:
             y_BTHK = pick(y_BTHK, layout.source_BT)
         after |= {f"bank.{name}": x for name, x in bank.items()}
+        if asks_library:
+            after = held.arranged(after, bank, self._chosen(bank, after["chunks"]))
         return MixerOutput(self.o_proj(y_BTHK.flatten(2)), after, aux_losses, metrics)
 
     def _within(self, documents: Documents, heads: Heads, before: State) -> tuple[Tensor, State]:
         """Each document for itself; what is kept is the one that stands open."""
         self._check_backend()
-        stream, new, past = documents.stream, heads.q.shape[1], before["open.k"].shape[1]
-        k, v = _join(before["open.k"], heads.k), _join(before["open.v"], heads.v)
-        # Blocks of queries that see a window hold keys twice, too.
-        if past == 0 and documents.total * documents.longest <= 2 * new:
-            y = self._in_rows(documents, heads)
+        stream, counts, new, past = documents.stream, documents.counts, heads.q.shape[1], before["open.k"].shape[1]
+        k, v = join(before["open.k"], heads.k), join(before["open.v"], heads.v)
+        if past == 0:
+            y = self._on_rows(documents, heads)
         else:
-            y = self._attend(heads.q, k, v, None, stream.place_BA, False, past + documents.longest)
-        kept = min(past + new, documents.longest + (past if documents.whole else 0))
+            y = self._attend(heads.q, k, v, None, stream.place_BA, False, past + counts.longest)
+        kept = min(past + new, counts.longest + (past if counts.whole else 0))
         open_k, open_v = (keep_last(x, kept, new, stream.lengths_B) for x in (k, v))
         return y, {"open.k": open_k, "open.v": open_v}
 
-    def _in_rows(self, documents: Documents, heads: Heads) -> Tensor:
-        """Of documents that begin in this call, each laid on a row of its own, where attention is plainly causal."""
-        stream, new, (count, width) = documents.stream, heads.q.shape[1], (documents.total, documents.longest)
-        slots_BN = (documents.number_BN - documents.number_BN[:, :1]) * width + stream.place_BA
-        if stream.lengths_B is not None:
-            real_BN = torch.arange(new, device=slots_BN.device) < stream.lengths_B[:, None]
-            slots_BN = torch.where(real_BN, slots_BN, count * width)
-        grid = Grid(new, count, width, slots_BN)
-        q, k, v = (grid.lay(x).flatten(0, 1) for x in heads)
-        place_W = torch.arange(width, device=q.device)
-        y = self._attend(q, k, v, None, place_W[None], True, None)
-        return grid.take(y.unflatten(0, (-1, count)))
+    def _on_rows(self, documents: Documents, heads: Heads) -> Tensor:
+        """Of documents that begin in this call, each laid on a row of its own, where attention is plainly causal: a
+        long one among short ones costs what it is.
+        """
+        slots_1N, size = documents.on_rows()
+        # A slot more takes what is not real.
+        q, k, v = (place(x.flatten(0, 1)[None], slots_1N, size + 1)[0] for x in heads)
+        outputs, first = [], 0
+        for group in documents.groups:
+            rows = slice(first, first := first + group.most * group.rows)
+            of_q, of_k, of_v = (x[rows].unflatten(0, (group.rows, group.most)) for x in (q, k, v))
+            place_1W = torch.arange(group.most, device=q.device)[None]
+            outputs.append(self._attend(of_q, of_k, of_v, None, place_1W, True, None).flatten(0, 1))
+        y = torch.cat([*outputs, torch.zeros_like(q[:1])])
+        return pick(y[None], slots_1N)[0].view_as(heads.q)
 
     def _outside(
         self,
@@ -246,9 +254,9 @@ class Mixer(attention.Mixer):
     ) -> tuple[Tensor, State]:
         """Template, query and response: to the chosen chunks, and causally to each other."""
         q, new = heads.q, heads.q.shape[1]
-        k, v = _join(before["k"], heads.k), _join(before["v"], heads.v)
-        total = k.shape[1]
-        kept = {name: keep_last(x, total, new, stream.lengths_B) for name, x in (("k", k), ("v", v))}
+        k, kept_k = append(before["k"], heads.k, stream.lengths_B)
+        v, kept_v = append(before["v"], heads.v, stream.lengths_B)
+        total, kept = k.shape[1], {"k": kept_k, "v": kept_v}
         if chosen_BAC is None and not injected:
             return self._attend(q, k, v, None, stream.place_BA, fresh, None), kept
         key_L = torch.arange(total, device=q.device)
@@ -330,32 +338,50 @@ class Mixer(attention.Mixer):
     def _of_library(self, x_BTD: Tensor, before: State, layout: Layout, ctx: MixerContext) -> tuple[State, Layout]:
         """State and layout as if the documents that may be chosen had been read behind the template.
 
-        What an earlier question could choose stays, with its scores. Of a document that it could not only the new
-        scores are known, which are all that can bring it among the best: by the old ones top_k others are better.
+        What an earlier question chose stays, with its scores. Of a document that it did not only the new scores are
+        known, which are all that can bring it among the best: by the old ones top_k others are better.
         """
         assert ctx.library is not None
         assert layout.outside is not None and layout.asks_BA is not None and layout.within is None
-        config, held_BC = self.msa, before["bank.number"].masked_fill(before["bank.size"] == 0, -1)
+        config, number_BC = self.msa, before["bank.number"].masked_fill(before["bank.size"] == 0, -1)
         require(
-            held_BC.shape[1] == 0 or config.query_reduce == config.chunk_reduce == "max",
+            number_BC.shape[1] == 0 or config.query_reduce == config.chunk_reduce == "max",
             f"query_reduce={config.query_reduce!r} and chunk_reduce={config.chunk_reduce!r} let a memory ask a "
             "memory_bank once: a mean needs the scores of all documents; ask with a fork of it from before",
         )
         q_BAHK = self.router_q_proj(layout.outside.take(x_BTD)).unflatten(-1, (-1, self.dims.head_dim))
-        before = with_documents(before, ctx.library.candidates(self.layer_idx, q_BAHK, layout.asks_BA, held_BC))
+        before = held.with_documents(before, ctx.library.candidates(self.layer_idx, q_BAHK, layout.asks_BA, number_BC))
         known = {name: before[name] for name in ("documents", "chunks")}
-        # Behind the template rotary positions skip some.
-        behind_BA = layout.rotary_BT > layout.outside.place_BA
-        end_BA = torch.where(behind_BA, known["documents"][:, None], 0)
+        end_BA = torch.where(layout.behind_BA, known["documents"][:, None], 0)
         after = layout.after | known | {"first": torch.zeros_like(known["documents"])}
         return before, layout._replace(first_BA=torch.zeros_like(end_BA), end_BA=end_BA, after=after)
+
+    def _settled(self, before: State, layout: Layout) -> State:
+        if before["bank.k"].shape[1] == 0 or before["front"].shape[1]:
+            return before
+        spans = layout.first_BA[:, :1], layout.end_BA[:, :1]
+        return held.settled(before, self._chosen(substate(before, "bank"), before["chunks"], spans))
+
+    def _chosen(self, bank: State, chunks_B: Tensor, spans: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Chunks that what follows sees, [B, C]; spans: what its tokens know, [B, 1] each"""
+        config, document_BC = self.msa, held.documents_of(bank, chunks_B)
+        routes = route_documents(
+            None,
+            bank["router_k"],
+            document_BC,
+            top_k=config.top_k,
+            num_documents=document_BC.shape[1],
+            spans=spans,
+            scored=Scored(bank["score"], bank["asked"]),
+            query_reduce=config.query_reduce,
+            chunk_reduce=config.chunk_reduce,
+        )
+        return held.chunks_of(routes.document, document_BC)[:, 0]
 
     def _route(self, x_BTD: Tensor, layout: Layout, bank: State, roles: Roles | None) -> tuple[Routes, Tensor]:
         """The choices of tokens outside documents, and the document of each chunk, C where there is none."""
         assert layout.outside is not None
-        config, chunks = self.msa, bank["k"].shape[1]
-        used_BC = torch.arange(chunks, device=x_BTD.device) < layout.after["chunks"][:, None]
-        document_BC = torch.where(used_BC, bank["document"], chunks)
+        config, document_BC = self.msa, held.documents_of(bank, layout.after["chunks"])
         q_BAHK = None
         if layout.asks_BA is not None:
             q_BAHK = self.router_q_proj(layout.outside.take(x_BTD)).unflatten(-1, (-1, self.dims.head_dim))
@@ -365,7 +391,7 @@ class Mixer(attention.Mixer):
                 bank["router_k"],
                 document_BC,
                 top_k=config.top_k,
-                num_documents=chunks,
+                num_documents=document_BC.shape[1],
                 asks=layout.asks_BA,
                 spans=(layout.first_BA, layout.end_BA),
                 running=config.routing == "causal",
@@ -406,62 +432,6 @@ class Mixer(attention.Mixer):
         return {"router": loss}, metrics
 
 
-def with_documents(state: State, bank: State) -> State:
-    """A state that knows of documents kept elsewhere too.
-
-    state: of a layer that routes, without documents but such of the bank
-    bank: k, v, router_k [B or 1, C, G, K], means of chunks; size and document [B or 1, C], tokens of each (0 behind
-        the last of a row), and numbers that ascend from 0; number [B or 1, C], where the bank keeps them under others
-        that ascend; asked and score [B or 1, C], where they are chosen already
-    Raises ValueError if the state holds documents that are not of the bank, or were other ones there.
-    """
-    rows, chunks = len(state["position"]), bank["size"].shape[1]
-    zeros = torch.zeros_like(bank["size"])
-    bank = {
-        "number": bank["document"],
-        "asked": zeros,
-        "score": zeros.to(bank["k"].dtype),
-        "found": zeros.bool(),
-        **bank,
-    }
-    bank = {name: x.expand(rows, *x.shape[1:]) for name, x in bank.items()}
-    old = substate(state, "bank")
-    if old["size"].shape[1]:
-        bank |= _carried(old, bank)
-    real_BC = bank["size"] > 0
-    documents_B = (bank["document"] + 1).where(real_BC, 0).amax(1) if chunks else torch.zeros_like(state["documents"])
-    return {
-        **state,
-        **{f"bank.{name}": x for name, x in bank.items()},
-        "chunks": real_BC.sum(1),
-        "documents": documents_B,
-    }
-
-
-def _carried(old: State, new: State) -> State:
-    """The scores of documents that an earlier question could choose, at their places among the new."""
-    last = torch.iinfo(torch.int64).max
-    old_BC, new_BC = (bank["number"].masked_fill(bank["size"] == 0, last) for bank in (old, new))
-    # Of each chunk the first of its document, here and there.
-    first_BC, there_BC = (torch.searchsorted(numbers, old_BC) for numbers in (old_BC, new_BC))
-    slot_C = torch.arange(old_BC.shape[1], device=old_BC.device)
-    # A place more, for what is none.
-    place_BC = (there_BC + slot_C - first_BC).where(old["size"] > 0, new_BC.shape[1]).clamp(max=new_BC.shape[1])
-    padded = {
-        name: torch.cat([x, x.new_zeros(len(x), 1, *x.shape[2:])], 1)
-        for name, x in (("number", new_BC), *((name, new[name]) for name in ("size", "router_k", "score", "asked")))
-    }
-    same_BC = (padded["number"].gather(1, place_BC) == old_BC) & (padded["size"].gather(1, place_BC) == old["size"])
-    same_BC &= (pick(padded["router_k"], place_BC) == old["router_k"]).flatten(2).all(-1)
-    require(
-        bool((same_BC | (old["size"] == 0)).all()),
-        "past_key_values: this memory holds documents that were read in it, or that the memory_bank has no more or "
-        "under other numbers since it was tidied; ask with a fork of it from before them",
-    )
-    scored = {name: padded[name].scatter(1, place_BC, old[name].to(new[name].dtype)) for name in ("score", "asked")}
-    return {name: x[:, :-1] for name, x in scored.items()}
-
-
 def _samples(layout: Layout, ctx: MixerContext) -> tuple[Tensor, Tensor]:
     """First and end of the documents of each sample of a row, [B, S]; equal where there is no sample."""
     assert layout.outside is not None
@@ -475,7 +445,3 @@ def _samples(layout: Layout, ctx: MixerContext) -> tuple[Tensor, Tensor]:
     zeros_BS = first_BA.new_zeros(len(first_BA), ctx.max_documents + 1)
     first_BS, end_BS = (zeros_BS.scatter_reduce(1, sample_BA, x, "amax")[:, :-1] for x in (first_BA, end_BA))
     return first_BS, end_BS
-
-
-def _join(past: Tensor, new: Tensor) -> Tensor:
-    return torch.cat([past.to(new.dtype), new], 1) if past.shape[1] else new

@@ -4,11 +4,13 @@ B batch, T tokens, D hidden, C channels, W convolution width.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from memlm.layers import RMSNorm, ShortConv
 from memlm.memory.base import Dims
+from memlm_kernels.segments import exact
 
 
 class Recalled(nn.Linear):
@@ -37,13 +39,26 @@ class BranchGate(nn.Module):
         gate_BTD = torch.sigmoid(self.gate(x_BTD))
         seen_BTD, recalled_BTD = self.attention_norm(seen_BTD), self.memory_norm(recalled_BTD)
         share = memory_share(gate_BTD * recalled_BTD, (1 - gate_BTD) * seen_BTD)
-        return torch.lerp(seen_BTD, recalled_BTD, gate_BTD), {"gate": gate_BTD.detach().mean(), "memory_share": share}
+        metrics = {"gate": gate_BTD.detach().mean(-1), "memory_share": share}
+        return torch.lerp(seen_BTD, recalled_BTD, gate_BTD), metrics
+
+
+def gate_logits(gates: nn.Linear | None, x_BTD: Tensor) -> Tensor:
+    """At least in fp32, for a decay is a small number that adds up. None: no gates."""
+    if gates is None:
+        return x_BTD.new_zeros(*x_BTD.shape[:2], 0)
+    with torch.autocast(x_BTD.device.type, enabled=False):
+        return F.linear(exact(x_BTD), exact(gates.weight), None if gates.bias is None else exact(gates.bias))
 
 
 @torch.no_grad()
-def memory_share(recalled: Tensor, seen: Tensor) -> Tensor:
-    """The memory's part of an output that is the sum of both: norm over norms, 0 to 1."""
-    recalled, seen = torch.linalg.vector_norm(recalled), torch.linalg.vector_norm(seen)
+def memory_share(recalled: Tensor, seen: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
+    """The memory's part of an output that is the sum of both: norm over norms (along ``dim``; None: of all), 0 to 1.
+
+    It is the share of what the memory-off ablation takes away: all that the memory's branch says, be it a query that a
+    memory with a norm passes through (``titans``' ``known_share`` tells these apart).
+    """
+    recalled, seen = (torch.linalg.vector_norm(x, dim=dim) for x in (recalled, seen))
     return recalled / (recalled + seen).clamp(min=torch.finfo(seen.dtype).tiny)
 
 

@@ -34,7 +34,7 @@ from memlm.memory.base import (
     require,
     token_positions,
 )
-from memlm.memory.parts import Recalled, start_delayed
+from memlm.memory.parts import Recalled, gate_logits, start_delayed
 from memlm_kernels import (
     SegmentedMemoryState,
     delta_rule,
@@ -419,14 +419,6 @@ class Layer(SequenceMixer):
         position = next_position(token_positions(x_BTD, state, ctx), state, ctx)
         metrics["memory_norm"] = torch.linalg.vector_norm(after["memory"].detach()) / len(x_BTD) ** 0.5
         return MixerOutput(self.reading(o_BTHV, x_BTD), {"position": position, **after}, {}, metrics)
-
-
-def gate_logits(gates: nn.Linear | None, x_BTD: Tensor) -> Tensor:
-    """At least in fp32, for a decay is a small number that adds up."""
-    if gates is None:
-        return x_BTD.new_zeros(*x_BTD.shape[:2], 0)
-    with torch.autocast(x_BTD.device.type, enabled=False):
-        return F.linear(exact(x_BTD), exact(gates.weight))
 
 
 def start_for_recall(

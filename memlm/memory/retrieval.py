@@ -50,16 +50,19 @@ def router_loss(
 @torch.no_grad()
 def router_metrics(scores_BSN: Tensor, found_BSN: Tensor, known_BSN: Tensor, top_k: int) -> dict[str, Tensor]:
     """Of the top_k best of each sample that has something to find: whether one of them was to be found (hit), the
-    share of those to be found among them (recall), the share of them that were to be found (precision). Means.
+    share of those to be found among them (recall), the share of them that were to be found (precision). Means over
+    the samples of each row, [B]; nan where it has none.
     """
     scores_BSN = scores_BSN.masked_fill(~known_BSN, float("-inf"))
     # Stable, so that of equals the first count, as they do in the routing.
     best_BSJ = scores_BSN.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
     right_BS = found_BSN.gather(2, best_BSJ).sum(-1)
     found_BS, chosen_BS = found_BSN.sum(-1), known_BSN.sum(-1).clamp(max=top_k)
-    samples = (found_BS > 0).sum().clamp(min=1)
-    return {
-        f"hit@{top_k}": (right_BS > 0).sum() / samples,
-        f"recall@{top_k}": (right_BS / found_BS.clamp(min=1)).sum() / samples,
-        "precision": (right_BS / chosen_BS.clamp(min=1) * (found_BS > 0)).sum() / samples,
+    samples_B = (found_BS > 0).sum(1)
+    of_samples = {
+        f"hit@{top_k}": right_BS > 0,
+        f"recall@{top_k}": right_BS / found_BS.clamp(min=1),
+        "precision": right_BS / chosen_BS.clamp(min=1),
     }
+    # Where nothing is to be found nothing is right, and 0 / 0 is nan.
+    return {name: x_BS.sum(1) / samples_B for name, x_BS in of_samples.items()}

@@ -4,11 +4,18 @@ Paper to code (arXiv:2501.00663): theta = lr, eta = momentum, alpha = decay, M_0
 b = chunk_size. B batch, T tokens, D hidden, H memory heads, K memory head dim, C channels.
 
 Conventions the paper leaves open: the inner loss is 1/2 |M(k) - v|^2; a token reads after it has
-written; M_0 is learned, its last layer starts at zero so that an empty memory says nothing; gates
-are one number for each token and head.
+written; M_0 is learned, its last layer starts at zero so that an empty memory says nothing, or with
+``memory_norm``, where M(q) = q + LayerNorm(MLP(q)), just q; gates are one number for each token and head.
+
+Metrics. Of each token, means over heads: the gates ``lr``, ``momentum``, ``decay``, ``weight``; ``surprise``, the norm
+of its gradient; ``output_gate``, the size of what multiplies its read; ``gate``, of the memory's branch beside the
+attention's (MAC, MAG); with ``memory_norm`` ``known_share``, the part of LayerNorm(MLP(q)) beside q. At the end of
+the call ``memory_norm`` and ``momentum_norm``, over the call ``update_norm``, and ``memory_share``, of the memory's
+branch in the mixer's output, or of a memory alone beside its input.
 """
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,9 +36,9 @@ from memlm.memory.base import (
     substate,
     token_positions,
 )
-from memlm.memory.parts import Recalled, start_delayed
+from memlm.memory.parts import Recalled, gate_logits, memory_share, start_delayed
 from memlm_kernels import NeuralMemoryState, neural_memory, read_memory
-from memlm_kernels.neural_memory import ACTIVATIONS, dot_product, huber, lp, squared_error
+from memlm_kernels.neural_memory import ACTIVATIONS, BLOCKS, block_size, dot_product, huber, lp, squared_error
 from memlm_kernels.segments import exact
 
 INITIALIZATIONS = ("default", "recall")
@@ -44,8 +51,9 @@ class NeuralMemoryConfig:
     memory_depth: layers of each MLP, 1 to 4; memory_expansion: width of its hidden layers over memory_head_dim.
     memory_activation: between its layers; memory_norm: M(x) = x + LayerNorm(MLP(x)) instead of MLP(x) (TTT), with
         values of root mean square 1; null: for memories deeper than one layer, which diverge without it, unless
-        polynomial_degree is 2.
-    chunk_size: tokens whose gradients are taken at the same weights; quality is best at the size trained on.
+        polynomial_degree is 2. The variance in this LayerNorm has .1 added, not 1e-5: what has decayed stays small.
+    chunk_size: tokens whose gradients are taken at the same weights; quality is best at the size trained on. Above
+        64 it must be a multiple of a number from 16 to 64.
     conv_size: width of the causal convolution with SiLU on q, k, v; 1 for none.
     max_lr, max_momentum, max_decay: what the gates cannot exceed; initial_lr, initial_momentum, initial_decay: where
         they start. Momentum and decay 0: none. lr null: 0.047 for chunks of up to 16 tokens, for memories of more
@@ -87,6 +95,7 @@ class NeuralMemoryConfig:
         sizes = ("memory_heads", "memory_head_dim", "memory_expansion", "chunk_size", "conv_size", "omega_window")
         for name in sizes:
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        require(block_size(self.chunk_size) <= 64, f"chunk_size={self.chunk_size} {BLOCKS}")
         require(1 <= self.memory_depth <= 4, f"memory_depth={self.memory_depth} must be 1, 2, 3 or 4")
         deep = self.memory_depth > 1
         if self.memory_norm is None:
@@ -183,14 +192,14 @@ class Store(nn.Module):
 
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         # Filled from M_0 at position 0, so what stands here before is never read.
-        config, exact = self.config, torch.promote_types(dtype, torch.float32)
+        config, dtype = self.config, torch.promote_types(dtype, torch.float32)
         parts = ["weights", *(["momentum"] if "momentum" in config.gates else []), "anchor"]
         shapes = {f"{part}.{layer}": w.shape for part in parts for layer, w in enumerate(self.memory)}
         if config.omega_window > 1:
             recent = (config.omega_window - 1, config.memory_heads)
             widths = ((config.features,), (config.memory_head_dim,), ())
             shapes |= {f"recent.{i}": torch.Size((*recent, *width)) for i, width in enumerate(widths)}
-        state = {name: torch.zeros(batch_size, *shape, device=device, dtype=exact) for name, shape in shapes.items()}
+        state = {name: torch.zeros(batch_size, *shape, device=device, dtype=dtype) for name, shape in shapes.items()}
         return {"position": torch.zeros(batch_size, dtype=torch.int64, device=device), **state}
 
     def forward(
@@ -202,9 +211,8 @@ class Store(nn.Module):
         state: State | None,
         ctx: MixerContext,
     ) -> tuple[Tensor, State, dict[str, Tensor]]:
-        """x decides on the gates, q and k are ``NeuralMemory``'s features. Returns reads, state and metrics."""
+        """x decides on the gates, q and k are ``NeuralMemory``'s features. Returns reads, state, metrics of tokens."""
         gates = self._gates(x_BTD)
-        before = unpack(state) if state else None
         o_BTHK, memory, surprise_BTH = neural_memory(
             q_BTHK,
             k_BTHK,
@@ -218,15 +226,20 @@ class Store(nn.Module):
             weight=gates.get("weight"),
             loss=self.loss,
             **self.network(),
-            state=before,
+            state=unpack(state) if state else None,
             positions=ctx.positions_BT,
             lengths=ctx.lengths_B,
             max_documents=ctx.max_documents,
             aligned=ctx.aligned,
         )
-        metrics = {name: gate.detach().mean() for name, gate in gates.items()}
-        metrics |= memory_norms(memory.weights, memory.momentum, before.weights if before else tuple(self.memory))
-        return o_BTHK, pack(memory), {**metrics, "surprise": surprise_BTH.mean(-1)}
+        metrics = {name: gate.detach().mean(-1) for name, gate in gates.items()} | {"surprise": surprise_BTH.mean(-1)}
+        if self.config.memory_norm:
+            metrics["known_share"] = memory_share(o_BTHK.detach() - q_BTHK.detach(), q_BTHK, (-2, -1))
+        return o_BTHK, pack(memory), metrics
+
+    def norms(self, before: State | None, after: State, tokens: int, ctx: MixerContext) -> dict[str, Tensor]:
+        """Metrics of the memory after a call of so many tokens."""
+        return memory_norms(self.memory, before, after, tokens, ctx.lengths_B)
 
     def network(self) -> dict[str, Any]:
         """What M is besides its weights, as the op's arguments."""
@@ -234,11 +247,8 @@ class Store(nn.Module):
         return {"activation": self.config.memory_activation, "norm": norm}
 
     def _gates(self, x_BTD: Tensor) -> dict[str, Tensor]:
-        """Each gate [B, T, H]; at least fp32, for a decay is a small number that adds up."""
-        exact = torch.promote_types(self.gates.weight.dtype, torch.float32)
-        with torch.autocast(x_BTD.device.type, enabled=False):
-            logits = F.linear(x_BTD.to(exact), self.gates.weight.to(exact), self.gates.bias.to(exact))
-            shares = logits.sigmoid().chunk(len(self.config.gates), -1)
+        """Each gate [B, T, H]."""
+        shares = gate_logits(self.gates, x_BTD).sigmoid().chunk(len(self.config.gates), -1)
         return {name: cap * share for share, (name, (_, cap)) in zip(shares, self.config.gates.items(), strict=True)}
 
 
@@ -278,9 +288,15 @@ class NeuralMemory(SequenceMixer):
 
     def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
         ctx = ctx or MixerContext()
+        out = self.recall(x_BTD, state, ctx)
+        return out._replace(metrics=out.metrics | self.store.norms(state, out.state, x_BTD.shape[1], ctx))
+
+    def recall(self, x_BTD: Tensor, state: State | None, ctx: MixerContext) -> MixerOutput:
+        """``forward`` with the metrics of tokens only."""
         q_BTHK, k_BTHK, v_BTHK, conv = self.project(x_BTD, state, ctx)
         o_BTHK, memory, metrics = self.store(x_BTD, q_BTHK, k_BTHK, v_BTHK, state, ctx)
-        return MixerOutput(self.output(self.norm(o_BTHK), x_BTD), {"conv": conv, **memory}, {}, metrics)
+        y_BTD, output_gate_BT = self.output(o_BTHK, x_BTD)
+        return MixerOutput(y_BTD, {"conv": conv, **memory}, {}, metrics | {"output_gate": output_gate_BT})
 
     def project(self, x_BTD: Tensor, state: State | None, ctx: MixerContext) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Features of queries and keys, values, and the convolution's history for the next call."""
@@ -310,12 +326,13 @@ class NeuralMemory(SequenceMixer):
         )
         q_BTHK = self._features(self._heads(q_BTC))
         o_BTHK = read_memory(q_BTHK, weights, **self.store.network())
-        return self.output(self.norm(o_BTHK), x_BTD), history_BWC
+        return self.output(o_BTHK, x_BTD)[0], history_BWC
 
-    def output(self, o_BTHK: Tensor, x_BTD: Tensor) -> Tensor:
-        """Normalised reads, gated by x, [B, T, D]."""
-        y_BTHK = o_BTHK * self._heads(F.silu(self.output_gate_proj(x_BTD)))
-        return self.o_proj(y_BTHK.flatten(2).to(x_BTD.dtype))
+    def output(self, o_BTHK: Tensor, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Reads, normalised and gated by x, [B, T, D]; and the mean size of the gates, [B, T]."""
+        gate_BTC = F.silu(self.output_gate_proj(x_BTD))
+        y_BTHK = self.norm(o_BTHK) * self._heads(gate_BTC)
+        return self.o_proj(y_BTHK.flatten(2).to(x_BTD.dtype)), gate_BTC.detach().abs().mean(-1)
 
     def _heads(self, x_BTC: Tensor) -> Tensor:
         return x_BTC.unflatten(-1, (self.config.memory_heads, -1))
@@ -348,13 +365,25 @@ def unpack(state: State) -> NeuralMemoryState:
 
 @torch.no_grad()
 def memory_norms(
-    weights: tuple[Tensor, ...], momentum: tuple[Tensor, ...], before: tuple[Tensor, ...]
+    initial: Iterable[Tensor], before: State | None, after: State, tokens: int, lengths_B: Tensor | None
 ) -> dict[str, Tensor]:
-    """Frobenius norms of memory, momentum and what the call changed, root mean square over rows and heads."""
+    """Frobenius norms of memory and momentum after a call, and of what the memory changed by, root mean square over
+    rows and heads. initial: M_0, [H, in, out] of each layer, with which a document starts. What stood in ``before``
+    for a row whose document has started in this call is another document's, or nothing.
+    """
+    new_B = after["position"] <= (tokens if lengths_B is None else lengths_B)
+    if lengths_B is not None:
+        new_B = new_B & (lengths_B > 0)
+    weights = list(substate(after, "weights").values())
+    start = [w.to(now.dtype) for w, now in zip(initial, weights, strict=True)]
+    if before is not None:
+        old = substate(before, "weights").values()
+        start = [torch.where(new_B[:, None, None, None], w, o) for w, o in zip(start, old, strict=True)]
 
-    def norm(tensors: tuple[Tensor, ...]) -> Tensor:
+    def norm(tensors: list[Tensor]) -> Tensor:
         return torch.stack([torch.linalg.vector_norm(x) / x.shape[:-2].numel() ** 0.5 for x in tensors]).norm()
 
-    change = tuple(w - b for w, b in zip(weights, before, strict=True))
+    change = [w - s for w, s in zip(weights, start, strict=True)]
+    momentum = list(substate(after, "momentum").values())
     norms = {"memory_norm": norm(weights), "update_norm": norm(change)}
     return norms | ({"momentum_norm": norm(momentum)} if momentum else {})

@@ -1,7 +1,10 @@
 """Titans' long-term memory module (LMM): the memory is the layer's whole mixer (arXiv:2501.00663, section 3)."""
 
+from torch import Tensor
+
 from memlm.memory import titans
-from memlm.memory.base import Dims
+from memlm.memory.base import Dims, MixerContext, MixerOutput, State
+from memlm.memory.parts import memory_share
 
 Config = titans.NeuralMemoryConfig
 
@@ -9,3 +12,7 @@ Config = titans.NeuralMemoryConfig
 class Mixer(titans.NeuralMemory):
     def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
         super().__init__(config, dims)
+
+    def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
+        out = super().forward(x_BTD, state, ctx)
+        return out._replace(metrics=out.metrics | {"memory_share": memory_share(out.y_BTD, x_BTD)})

@@ -9,6 +9,7 @@ For each segment x of C tokens, with M_0 the memory before it:
 Literally read, the paper's MAC looks into the future: a token attends to h_i of later tokens of its segment, and the
 second read sees a memory that has written them. Here token j attends to h_i and x_i of i <= j only, and its second
 read is of the memory that has written u_i of i <= j. Attention is causal over h_0 x_0 h_1 x_1 ..., which is just that.
+Ours too: what is written is norm(x + a), where the paper writes a; and the gate, where it multiplies both branches.
 
 B batch, T tokens, S tokens of a piece (a segment, or what a call has of one), N pieces, D hidden.
 """
@@ -91,23 +92,23 @@ class Mixer(SequenceMixer):
     def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
         if x_BTD.shape[1] == 0:
             return MixerOutput(x_BTD, state or self.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype), {}, {})
+        before = substate(state, "memory") if state else None
+        grid = None
         if state is None and ctx is None:
             segments = self._whole_segments(x_BTD)
-
-            def joined_up(parts: Sequence[Tensor]) -> Tensor:
-                return torch.cat(list(parts), 1)
         else:
             segments, grid = self._pieces(x_BTD, state, ctx or MixerContext())
 
-            def joined_up(parts: Sequence[Tensor]) -> Tensor:
-                return grid.take(torch.stack(list(parts), 1))
+        def joined_up(parts: Sequence[Tensor]) -> Tensor:
+            x = torch.cat(list(parts), 1)
+            return x if grid is None else grid.take(x.unflatten(1, (grid.count, -1)))
 
         seen_BTD, recalled_BTD = (joined_up(parts) for parts in zip(*(s[:2] for s in segments), strict=True))
         y_BTD, metrics = self.gate(x_BTD, seen_BTD, recalled_BTD)
-        for name, last in segments[-1].metrics.items():
-            parts = [s.metrics[name] for s in segments]
-            metrics[name] = joined_up(parts) if last.ndim else torch.stack(parts).mean()
-        return MixerOutput(y_BTD, segments[-1].state, {}, metrics)
+        metrics |= {name: joined_up([s.metrics[name] for s in segments]) for name in segments[-1].metrics}
+        after = segments[-1].state
+        metrics |= self.memory.store.norms(before, substate(after, "memory"), x_BTD.shape[1], ctx or MixerContext())
+        return MixerOutput(y_BTD, after, {}, metrics)
 
     def _whole_segments(self, x_BTD: Tensor) -> list["_Segment"]:
         """Rows from their document's start: segments need no search, and attention starts afresh in each."""
@@ -175,14 +176,14 @@ class Mixer(SequenceMixer):
         pairs = torch.stack([h_BSD, x_BSD], 2).flatten(1, 2)
         seen = self.attention(pairs, seen_state, seen_ctx)
         seen_BSD = seen.y_BTD[:, 1::2]
-        recalled = self.memory(self.norm(x_BSD + seen_BSD), memory, ctx)
+        recalled = self.memory.recall(self.norm(x_BSD + seen_BSD), memory, ctx)
         read = {"conv": conv, **{f"weights.{layer}": w for layer, w in enumerate(weights)}}
         state = joined({"memory": recalled.state, "attention": seen.state, "read": read})
         return _Segment(seen_BSD, recalled.y_BTD, state, recalled.metrics)
 
 
 class _Segment(NamedTuple):
-    """Outputs of both branches, the state after them, metrics of the memory."""
+    """Outputs of both branches, the state after them, the memory's metrics of tokens."""
 
     seen_BSD: Tensor
     recalled_BSD: Tensor

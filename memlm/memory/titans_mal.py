@@ -2,7 +2,8 @@
 
     h = memory(x)        y = h + attention(norm(x + h))
 
-The residual around each of the two is the paper's "residual connections in all blocks".
+The residual around each of the two is the paper's "residual connections in all blocks". Persistent tokens stand before
+the attention's window only, where the paper has the memory write them first: its learned start M_0 can hold as much.
 """
 
 import torch

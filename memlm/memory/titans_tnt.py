@@ -6,7 +6,8 @@ afresh in every shard, so that shards are independent of each other.
 The query of a local memory is projected on the keys that its shard has written. Those are unit vectors; the length of
 the projection, which would grow with the shard, is cut to 1. The projection is itself a linear memory, Hebbian, of its
 own keys. Local memories start with smaller steps: what they read of other shards is noise, and drowns the global one's
-voice. A second stage may go on with smaller ``local_chunk_sizes``, for no weight depends on them:
+voice; the metric ``local_share`` is their part of it all. A second stage may go on with smaller ``local_chunk_sizes``,
+for no weight depends on them:
 
     python train.py memory=titans_tnt train.init_from=<run> model.mixers.memory.local_chunk_sizes=[4]
 """
@@ -27,6 +28,7 @@ from memlm.memory.base import (
     substate,
     token_positions,
 )
+from memlm.memory.parts import memory_share
 from memlm_kernels import neural_memory
 from memlm_kernels.neural_memory import dot_product
 
@@ -101,13 +103,11 @@ class Mixer(titans.NeuralMemory):
                 *(t[:, :whole].unflatten(1, (-1, size)).flatten(0, 1) for t in inputs), state=None, ctx=ctx
             )
             o_BTHK = o_BTHK.unflatten(0, (batch, -1)).flatten(1, 2)
-            of_locals = {
-                name: x.unflatten(0, (batch, -1)).flatten(1) if x.ndim else x for name, x in of_locals.items()
-            }
+            of_locals = {name: x.unflatten(0, (batch, -1)).flatten(1) for name, x in of_locals.items()}
             if whole < length:
                 rest_BTHK, parts, of_rest = self._recall_locals(*(t[:, whole:] for t in inputs), state=None, ctx=ctx)
                 o_BTHK = torch.cat([o_BTHK, rest_BTHK], 1)
-                of_locals = {name: torch.cat([x, of_rest[name]], 1) if x.ndim else x for name, x in of_locals.items()}
+                of_locals = {name: torch.cat([x, of_rest[name]], 1) for name, x in of_locals.items()}
             else:
                 parts = {name: _last(part, batch) for name, part in parts.items()}
         else:
@@ -115,8 +115,19 @@ class Mixer(titans.NeuralMemory):
                 token_positions(x_BTD, state, ctx) % size, ctx.lengths_B, ctx.max_documents + length // size + 1
             )
             o_BTHK, parts, of_locals = self._recall_locals(*inputs, state=state, ctx=shards)
-        state = {"conv": conv, **joined({"global": memory, **parts})}
-        return MixerOutput(self.output(self.norm(known_BTHK + o_BTHK), x_BTD), state, {}, {**metrics, **of_locals})
+        y_BTD, output_gate_BT = self.output(known_BTHK + o_BTHK, x_BTD)
+        metrics |= of_locals | {
+            "output_gate": output_gate_BT,
+            "memory_share": memory_share(y_BTD, x_BTD),
+            "local_share": memory_share(o_BTHK, known_BTHK),
+            **self.store.norms(None if fresh else substate(state, "global"), memory, length, ctx),
+        }
+        for i, store in enumerate(self.local_stores):
+            assert isinstance(store, titans.Store)
+            name = f"local{i}"
+            norms = store.norms(None if fresh else substate(state, name), parts[name], length, ctx)
+            metrics |= {f"{name}_{key}": x for key, x in norms.items()}
+        return MixerOutput(y_BTD, {"conv": conv, **joined({"global": memory, **parts})}, {}, metrics)
 
     def _recall_locals(
         self,
@@ -128,7 +139,7 @@ class Mixer(titans.NeuralMemory):
         state: State | None,
         ctx: MixerContext,
     ) -> tuple[Tensor, dict[str, State], dict[str, Tensor]]:
-        """Sum of the local memories' reads, states, metrics; ``ctx`` counts from starts of shards."""
+        """Sum of the local memories' reads, states, metrics of tokens; ``ctx`` counts from starts of shards."""
         heads, width = k_BTHK.shape[-2:]
         projected_BTHK, keys, _ = neural_memory(
             q_BTHK,

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memlm.hub import load_model, load_tokenizer
+from memlm.memory.base import SequenceMixer
 
 _NAME = re.compile(r"step_\d{6,}")
 
@@ -78,8 +79,9 @@ def load_trainer(folder: Path) -> dict[str, Any]:
 def copy_weights(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
     """Give ``model`` the weights of ``source``, a run directory or a checkpoint's folder; returns that folder.
 
-    Raises ValueError unless every parameter is there with the same shape, none is left over, and the tokens and what
-    else the weights were made for are the same; mixers may have other settings.
+    Raises ValueError unless every parameter is there with the same shape, or starts silent (see ``SequenceMixer``),
+    none is left over, and the tokens and what else the weights were made for are the same; mixers may have other
+    settings, or be of another kind.
     """
     folder = latest(Path(source)) or Path(source)
     key = f"train.init_from={source}"
@@ -90,7 +92,14 @@ def copy_weights(source: str, model: PreTrainedModel, tokenizer: PreTrainedToken
     source_model = load_model(folder)
     theirs, ours = (dict(m.named_parameters()) for m in (source_model, model))
     shapes = [{name: list(p.shape) for name, p in parameters.items()} for parameters in (theirs, ours)]
-    if wrong := [name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name)]:
+    silent = {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, SequenceMixer)
+        for name in module.starts_silent
+    } - theirs.keys()
+    differ = [name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name)]
+    if wrong := [name for name in differ if name not in silent]:
         there, here = (shape.get(wrong[0], "missing") for shape in shapes)
         others = f" ({len(wrong) - 1} more differ)" if len(wrong) > 1 else ""
         raise ValueError(
@@ -100,6 +109,6 @@ def copy_weights(source: str, model: PreTrainedModel, tokenizer: PreTrainedToken
         there, here = (getattr(m.config, name) for m in (source_model, model))
         if there != here:
             raise ValueError(f"{key}: its {name} is {there}, not {here}; set model.{name}={there}")
-    for name, parameter in ours.items():
-        parameter.copy_(theirs[name])
+    for name in ours.keys() - silent:
+        ours[name].copy_(theirs[name])
     return folder

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import gather_object
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -195,10 +196,12 @@ class Trainer:
         set_lr(self.optimizers, factor)
         total = torch.zeros((), device=self.accelerator.device)
         per_source = torch.zeros(sources, 2, device=self.accelerator.device)
+        told: dict[str, list[Tensor]] = {}
         for part in range(parts):
-            batch = self.mixture.batch(self.step * parts + part).to(self.accelerator.device)
+            batch = self.mixture.batch(self.step * parts + part)
+            inputs = model_inputs(batch, self.accelerator.device)
             with self.accelerator.accumulate(self.objective):
-                loss, rows, metrics = self.objective(**model_inputs(batch))
+                loss, rows, metrics = self.objective(**inputs)
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.optim.clip)
@@ -206,12 +209,18 @@ class Trainer:
                     optimizer.step()
                     optimizer.zero_grad()
             total += loss.detach() / parts
-            per_source.index_add_(0, batch.source_ids, torch.stack([rows.float(), torch.ones_like(rows)], 1))
+            for name, value in metrics.items():
+                told.setdefault(name, []).append(value)
+            of_rows = torch.stack([rows.float(), torch.ones_like(rows)], 1)
+            per_source.index_add_(0, batch.source_ids.to(per_source.device), of_rows)
         self.step += 1
-        return {"loss": total, "grad_norm": torch.as_tensor(norm), "rows": per_source, **metrics}
+        means = {name: torch.stack(values).nanmean() for name, values in told.items()}
+        return {"loss": total, "grad_norm": torch.as_tensor(norm), "rows": per_source, **means}
 
     def _read(self, figures: dict[str, Tensor]) -> dict[str, float]:
-        """Figures as numbers, losses over all processes; stops a run whose loss is not finite."""
+        """Figures as numbers, losses over all processes; stops a run whose loss is not finite. A metric that no row
+        has is left out.
+        """
         rows, loss = figures.pop("rows"), figures.pop("loss")
         if self.accelerator.num_processes > 1:
             rows, loss = self.accelerator.reduce(rows), self.accelerator.reduce(loss, "mean")
@@ -227,7 +236,7 @@ class Trainer:
                 f"loss is {values['loss']}, gradient norm {values['grad_norm']} at step {self.step - 1}; lower "
                 f"optim.lr or optim.muon_lr" + (f" ({kept} stays as it is)" if kept else "")
             )
-        return values
+        return {name: value for name, value in values.items() if name in told or not math.isnan(value)}
 
     def validate(self) -> dict[str, Score]:
         """Score of each source on ``validation_batches`` batches of the validation split, over all ranks."""
@@ -236,11 +245,9 @@ class Trainer:
         with self.accelerator.autocast():
             scores = score(model, batches, list(self.mixture.sources), self.token_bytes, self.accelerator.device)
         if self.accelerator.num_processes > 1:
-            sums = torch.tensor([list(vars(s).values()) for s in scores.values()], dtype=torch.float64)
-            sums = self.accelerator.reduce(sums.to(self.accelerator.device)).tolist()
-            scores = {
-                name: Score(row[0], *(round(x) for x in row[1:])) for name, row in zip(scores, sums, strict=True)
-            }
+            # Objects, for ranks may have had rows of different sources, and other metrics.
+            ranks = gather_object([scores])
+            scores = {name: sum((of_rank[name] for of_rank in ranks), Score()) for name in scores}
         return scores
 
     def _validation_figures(self, scores: dict[str, Score]) -> dict[str, float]:
@@ -249,6 +256,7 @@ class Trainer:
             figures |= {f"validation/{name}/loss": s.loss, f"validation/{name}/accuracy": s.accuracy}
             if name in self.texts:
                 figures[f"validation/{name}/bits_per_byte"] = s.bits_per_byte
+            figures |= {f"validation/{name}/{metric}": value for metric, value in s.metrics.items()}
         return figures
 
     def _save(self) -> None:

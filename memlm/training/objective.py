@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memlm.data import IGNORE_INDEX, Batch
+from memlm.memory.base import RoleCounts
 
 
 def token_losses(logits_BSV: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,15 +42,19 @@ class Objective(nn.Module):
         position_ids: Tensor | None,
         max_documents: int,
         doc_ids: Tensor | None = None,
+        role_counts: RoleCounts | None = None,
         positives: Tensor | None = None,
         places: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Returns the loss with auxiliary losses added, each row's own loss [B], and the mixers' metrics, scalars."""
+        """Returns the loss with auxiliary losses added, each row's own loss [B], and the mixers' metrics, scalars;
+        nan is a figure that no row has.
+        """
         out = self.model(
             input_ids=input_ids,
             position_ids=position_ids,
             max_documents=max_documents,
             doc_ids=doc_ids,
+            role_counts=role_counts,
             positives=positives,
             use_cache=False,
             logits_to_keep=0 if places is None else places,
@@ -57,12 +62,16 @@ class Objective(nn.Module):
         nats, scored = token_losses(*predictions(out.logits, labels, places))
         rows = nats.sum(1) / scored.sum(1).clamp(min=1)
         loss = self.lm_weight * rows.mean() + sum(out.aux_losses.values())
-        metrics = {name: x.mean() for name, x in out.metrics.items()}
+        metrics = {name: x.nanmean() if x.ndim == 1 else x.mean() for name, x in out.metrics.items()}
         return loss, rows.detach(), metrics | {name: x.detach() for name, x in out.aux_losses.items()}
 
 
-def model_inputs(batch: Batch) -> dict:
-    """A batch as keyword arguments; rows that are one document each need no positions."""
+def model_inputs(batch: Batch, device: torch.device | str) -> dict:
+    """A batch as keyword arguments on a device, its roles counted before; rows that are one document each need no
+    positions.
+    """
+    counts = None if batch.doc_ids is None else RoleCounts.of(batch.doc_ids, batch.position_ids)
+    batch = batch.to(device)
     positions = batch.position_ids if batch.max_documents > 1 else None
     return {
         "input_ids": batch.input_ids,
@@ -70,6 +79,7 @@ def model_inputs(batch: Batch) -> dict:
         "position_ids": positions,
         "max_documents": batch.max_documents,
         "doc_ids": batch.doc_ids,
+        "role_counts": counts,
         "positives": batch.positives,
         "places": batch.places,
     }
@@ -77,7 +87,9 @@ def model_inputs(batch: Batch) -> dict:
 
 @dataclass
 class Score:
-    """Sums over scored tokens of one source."""
+    """Sums over scored tokens of one source; told: of what mixers tell of rows, such as how well their routers chose,
+    the sum and the number of rows, by name.
+    """
 
     nats: float = 0.0
     correct: int = 0
@@ -85,6 +97,17 @@ class Score:
     bytes: int = 0
     rows: int = 0
     whole_rows: int = 0
+    told: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def __add__(self, other: "Score") -> "Score":
+        mine, theirs = ((s.nats, s.correct, s.tokens, s.bytes, s.rows, s.whole_rows) for s in (self, other))
+        told = {
+            name: tuple(
+                sum(parts) for parts in zip(self.told.get(name, (0, 0)), other.told.get(name, (0, 0)), strict=True)
+            )
+            for name in {**self.told, **other.told}
+        }
+        return Score(*(a + b for a, b in zip(mine, theirs, strict=True)), told)
 
     @property
     def loss(self) -> float:
@@ -100,6 +123,11 @@ class Score:
         return self.whole_rows / max(1, self.rows)
 
     @property
+    def metrics(self) -> dict[str, float]:
+        """Means over the rows that have such a figure."""
+        return {name: total / count for name, (total, count) in self.told.items() if count}
+
+    @property
     def bits_per_byte(self) -> float:
         return self.nats / math.log(2) / self.bytes if self.bytes else float("nan")
 
@@ -112,10 +140,9 @@ def score(
     training = model.training
     model.eval()
     sums = torch.zeros(len(names), 6, dtype=torch.float64, device=device)
-    token_bytes = token_bytes.to(device)
+    token_bytes, told = token_bytes.to(device), dict[str, Tensor]()
     for batch in batches:
-        batch = batch.to(device)
-        inputs = model_inputs(batch)
+        inputs, source_ids = model_inputs(batch, device), batch.source_ids.to(device)
         labels, places = inputs.pop("labels"), inputs.pop("places")
         out = model(**inputs, use_cache=False, logits_to_keep=0 if places is None else places)
         logits, targets = predictions(out.logits, labels, places)
@@ -124,7 +151,15 @@ def score(
         counted = token_bytes[targets.clamp(min=0)] * scored
         whole = (right | ~scored).all(1)
         per_row = [nats.sum(1), right.sum(1), scored.sum(1), counted.sum(1), torch.ones_like(whole), whole]
-        sums.index_add_(0, batch.source_ids, torch.stack([x.double() for x in per_row], 1))
+        sums.index_add_(0, source_ids, torch.stack([x.double() for x in per_row], 1))
+        for name, x in getattr(out, "metrics", {}).items():
+            if x.ndim == 1:
+                of_rows = torch.stack([x.double().nan_to_num(0.0), (~x.isnan()).double()], 1)
+                told.setdefault(name, sums.new_zeros(len(names), 2)).index_add_(0, source_ids, of_rows)
     model.train(training)
     columns = sums.tolist()
-    return {name: Score(row[0], *(round(x) for x in row[1:])) for name, row in zip(names, columns, strict=True)}
+    scores = {name: Score(row[0], *map(round, row[1:])) for name, row in zip(names, columns, strict=True)}
+    for metric, of_sources in told.items():
+        for name, (total, count) in zip(names, of_sources.tolist(), strict=True):
+            scores[name].told[metric] = (total, count)
+    return scores

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from memlm import Interleave
-from memlm.data import TEMPLATES, Chains, Facts, RecallSource, build_data
+from memlm.data import TEMPLATES, Chains, Facts, RecallSource, build_data, byte_tokenizer
 from memlm.data.retrieval import TEMPLATE
 
 TASKS = [
@@ -80,17 +80,16 @@ def test_chains_through_a_library(task):
     linked = task.linked(5, "test", 4, 31)
     assert len(linked.chains) == 31 // task.hops and len(linked.texts) == 31 // task.hops * task.hops
     assert linked.chance == 1 / 32 and task.linked(5, "test", 3, 31).texts != linked.texts
-    for question, answer, way in linked.chains:
-        for name in way:
+    for question, answer, rounds in linked.chains:
+        for (name,) in rounds:
             _, key, question_or_answer = fact(f"[{name}]{linked.texts[name]}")
             assert key == question
             question = question_or_answer
         assert question == answer
     keys = {fact(f"[]{x}")[1] for x in task.linked(5, "train", 4, 30).texts.values()}
     assert not keys & {fact(f"[]{x}")[1] for x in linked.texts.values()}
-    assert dict(Interleave(**TEMPLATES).documents({"a": "x"}, lambda t, **_: type("", (), {"input_ids": t}))) == {
-        "a": "[a]x"
-    }
+    documents = dict(Interleave(**TEMPLATES).documents({"a": "x"}, byte_tokenizer()))
+    assert documents == {"a": list(b"[a]x")}
 
 
 def test_sizes_that_do_not_fit_are_named():

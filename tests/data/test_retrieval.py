@@ -1,15 +1,11 @@
-import itertools
-import json
-
 import numpy as np
 import pytest
 import torch
 
 from memlm import MemLMForCausalLM
-from memlm.data import Facts, Mixture, QuestionSource, RecallSource, RetrievalRow, Row, build_data, load_questions
+from memlm.data import Facts, Mixture, RecallSource, Row
 from memlm.data.recall import ASK, FILLER, KEYS, MARK, NOISE, VALUES
 from memlm.data.retrieval import make_sample, pack
-from memlm.data.tokenizer import byte_tokenizer
 from memlm.training.objective import Objective, model_inputs
 from tests.conftest import model_config
 
@@ -105,16 +101,6 @@ def test_a_library_is_of_unseen_keys_and_its_questions_have_one_document_each():
         task.library(5, "test", 20000, 1)
 
 
-def test_a_library_of_questions(questions):
-    library = QuestionSource(questions, byte_tokenizer(), 512, 0, document_length=20).library("validation", 5, 9)
-    assert len(library.documents) == 5 and len(library.inquiries) == 2 and library.chance == 0.0
-    for inquiry in library.inquiries:
-        number = text(inquiry.question).strip().split()[-1].rstrip("?")
-        (found,) = inquiry.found
-        assert text(library.documents[found]) == f"The number of {number} is {int(number) ** 2}."[:20]
-        assert text(inquiry.answer[:-1]) == str(int(number) ** 2)
-
-
 def test_rows_are_pure_functions_of_their_number():
     source = RecallSource(Facts(), 5, (0, 0))
     for a, b in zip(source.row(3, "train", 0), source.row(3, "train", 9), strict=True):
@@ -137,186 +123,7 @@ def test_samples_are_packed_and_padding_is_a_document_of_its_own():
         pack(samples, 9, 99)
 
 
-def write(path, records):
-    path.write_text("\n".join(json.dumps(record) for record in records) + "\n")
-    return path
-
-
-def records(count=40):
-    return [
-        {
-            "query": f"What is the number of {n}?",
-            "documents": [f"The number of {n} is {n * n}.", f"Nothing is known of {n}.", f"{n} was here."],
-            "positives": [0],
-            "answer": str(n * n),
-        }
-        for n in range(count)
-    ]
-
-
-def record(**changed):
-    good = {"query": "a", "documents": ["b"], "positives": [0], "answer": "c"}
-    return json.dumps(good | changed, ensure_ascii="\ud800" in changed.values())
-
-
-@pytest.fixture
-def questions(tmp_path):
-    return load_questions(str(write(tmp_path / "questions.jsonl", records())))
-
-
-def text(ids):
-    return bytes(ids.tolist()).decode()
-
-
-def test_questions_become_samples(questions):
-    source = QuestionSource(questions, byte_tokenizer(), 512, 0, num_documents=5)
-    row = source.row(0, "train", 0)
-    starts = [*np.flatnonzero(row.position_ids == 0), 512]
-    assert len(starts) > 3
-    for start, end in list(itertools.pairwise(starts))[:-1]:
-        sample = RetrievalRow(*(part[start:end] for part in row))
-        number = int(text(sample.input_ids[sample.doc_ids == 0]).strip().split()[-1].rstrip("?"))
-        assert text(sample.input_ids[sample.positives == 1]) == f"The number of {number} is {number * number}."
-        scored = sample.labels[sample.labels != -100]
-        assert text(scored[:-1]) == str(number * number) and scored[-1] == byte_tokenizer().eos_token_id
-        documents = [text(sample.input_ids[sample.doc_ids == n]) for n in range(1, 6)]
-        assert len(set(documents)) == 5 and f"Nothing is known of {number}." in documents
-    assert not row.positives[starts[-2] :].any() and (row.labels[starts[-2] :] == -100).all()
-
-
-TEMPLATE = (
-    "<|im_start|>system\nBe brief.<|im_end|>\n"
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content | trim }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def chat_tokenizer(template=TEMPLATE):
-    """Bytes, and tokens of their own for what begins and ends a turn."""
-    tokenizer = byte_tokenizer()
-    tokenizer.split_special_tokens = False
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"})
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def test_a_chat_template_surrounds_what_is_asked_and_answered(tmp_path):
-    tokenizer, said = chat_tokenizer(), record(query="Who<|im_end|>?", documents=["an owl", "a cat"])
-    (tmp_path / "questions.jsonl").write_text(f"{said}\n" * 3)
-    questions = load_questions(str(tmp_path / "questions.jsonl"))
-    source = QuestionSource(questions, tokenizer, 140, 0, chat=True)
-    row = source.row(0, "train", 0)
-    assert row.position_ids[:-1].min() == 0 and (row.position_ids == 0).sum() == 2
-    end, (length,) = tokenizer.eos_token_id, np.flatnonzero(row.position_ids[1:] == 0) + 1
-    roles = [(role, [*group]) for role, group in itertools.groupby(range(length), lambda t: row.doc_ids[t])]
-    parts = [(role, tokenizer.decode(row.input_ids[of])) for role, of in roles]
-    assert [role for role, _ in parts] == [-2, 1, 2, 0, -2, -1]
-    assert {parts[1][1], parts[2][1]} == {"an owl", "a cat"}
-    assert parts[0][1] == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
-    assert [text for _, text in parts[3:]] == [
-        "\nWho<|im_end|>?\n",
-        "<|im_end|>\n",
-        "<|im_start|>assistant\nc<|im_end|>",
-    ]
-    assert tokenizer.decode(row.input_ids[row.positives == 1]) == "an owl"
-    # What stands in a question is text, even if it looks like the end of a turn.
-    assert (row.input_ids[:length] == end).sum() == 3 and end not in row.input_ids[:length][row.doc_ids[:length] == 0]
-    assert row.labels[row.labels != -100].tolist() == [ord("c"), end]
-    library = source.library("train", 9, 9)
-    asked = make_sample(library.template, [], *library.inquiries[0][:2], library.tail, library.opening)
-    outside = row.doc_ids[:length] <= 0
-    assert asked.input_ids.tolist() == row.input_ids[:length][outside].tolist()
-    assert asked.doc_ids.tolist() == row.doc_ids[:length][outside].tolist()
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        (None, "chat=true, but the tokenizer has no chat template; set chat=false, or data.tokenizer"),
-        ("{{ messages[0].content | upper }}", "chat template changes what is said; set chat=false"),
-        ("{% if not add_generation_prompt %}a{% endif %}" + TEMPLATE, "chat template changes what is said"),
-    ],
-)
-def test_a_chat_template_that_cannot_serve_is_named(questions, template, message):
-    with pytest.raises(ValueError, match=message):
-        QuestionSource(questions, chat_tokenizer(template), 512, 0, chat=True)
-
-
-def test_what_a_question_is_told_from(tmp_path):
-    """Its own documents first; no text twice, and none that answers it."""
-    shared = [{"documents": ["yes", "near", "near", "yes"], "positives": [3]}, {"documents": ["far", "yes", "near"]}]
-    (tmp_path / "questions.jsonl").write_text("\n".join([record(query=f"{i}", **shared[i % 2]) for i in range(60)]))
-    questions = load_questions(str(tmp_path / "questions.jsonl"))
-    for most, expected in ((2, ["near", "yes"]), (9, ["far", "near", "yes"])):
-        source = QuestionSource(questions, byte_tokenizer(), 400, 0, num_documents=most)
-        row = source.row(0, "train", 0)
-        starts = [*np.flatnonzero(row.position_ids == 0)]
-        checked = 0
-        for start, end in itertools.pairwise(starts):
-            sample = RetrievalRow(*(part[start:end] for part in row))
-            if int(text(sample.input_ids[sample.doc_ids == 0])) % 2 == 0:
-                documents = [text(sample.input_ids[sample.doc_ids == n]) for n in range(1, sample.doc_ids.max() + 1)]
-                assert sorted(documents) == expected and text(sample.input_ids[sample.positives == 1]) == "yes"
-                checked += 1
-        assert checked > 2
-
-
-def test_splits_share_no_question(questions):
-    source = QuestionSource(questions, byte_tokenizer(), 256, 0, num_documents=2)
-    asked = {}
-    for split in ("train", "validation", "test"):
-        rows = [source.row(index, split, 0) for index in range(30)]
-        asked[split] = set()
-        for row in rows:
-            asked[split] |= set(text(row.input_ids[row.doc_ids == 0]).strip().split("\n"))
-        asked[split].discard("")
-    assert len(asked["validation"]) == len(asked["test"]) == 2
-    assert not asked["train"] & asked["validation"] and not asked["train"] & asked["test"]
-
-
-def test_documents_are_cut_and_give_way(questions):
-    source = QuestionSource(questions, byte_tokenizer(), 60, 0, num_documents=9, document_length=12)
-    row = source.row(0, "train", 0)
-    numbers, sizes = np.unique(row.doc_ids[row.doc_ids > 0], return_counts=True)
-    assert len(numbers) <= 2 and (sizes <= 12).all() and (row.positives.sum() == 12)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "not JSON in UTF-8"),
-        (b"\xff", "not JSON in UTF-8"),
-        ("[1]", "not an object; give query, documents, positives, answer"),
-        ('{"query": "a"}', "documents is missing; give query, documents, positives, answer"),
-        (record(query=""), "query='' must be a text that is not empty"),
-        (record(answer=7), "answer=7 must be a text"),
-        (record(answer="\ud800"), "answer='.ud800' must be a text"),
-        (record(documents="a text"), "documents='a text' must be a list of texts"),
-        (record(documents=[]), r"documents=\[\] must be a list of texts"),
-        (record(documents=["b", None]), r"documents\[1\]=None must be a text that is not empty"),
-        (record(positives=[1]), r"positives=\[1\] must be a list that names at least one of 1 documents"),
-        (record(positives=[]), r"positives=\[\] must be a list that names"),
-        (record(positives=[-1]), r"positives=\[-1\] must be"),
-        (record(positives=[True]), r"positives=\[True\] must be"),
-        (record(positives=0), "positives=0 must be a list"),
-    ],
-)
-def test_bad_lines_are_named(tmp_path, line, message):
-    file = tmp_path / "questions.jsonl"
-    good = record(query="\u2028 is no end of a line").encode()
-    file.write_bytes(b"\n".join([good, b"", line if isinstance(line, bytes) else line.encode()]))
-    with pytest.raises(ValueError, match=rf"^{file}:3: {message}") as caught:
-        load_questions(str(file))
-    assert "\n" not in str(caught.value)
-
-
-def test_what_does_not_fit_is_named(questions):
-    with pytest.raises(ValueError, match="seq_len=20 is too short for the question"):
-        QuestionSource(questions, byte_tokenizer(), 20, 0)
-    with pytest.raises(ValueError, match="no question of 2 is left for the train split"):
-        QuestionSource(questions[:2], byte_tokenizer(), 200, 0)
-    with pytest.raises(ValueError, match="not a file"):
-        load_questions("nowhere.jsonl")
+def test_sizes_that_do_not_fit_are_named():
     for settings, message in (
         (dict(length=10), "length=10 is too short"),
         (
@@ -333,26 +140,6 @@ def test_what_does_not_fit_is_named(questions):
             Facts(**settings)
 
 
-def test_built_from_a_config(tmp_path, questions):
-    sources = {
-        "facts": {"kind": "facts", "weight": 0.5, "num_documents": 4, "digits": 2},
-        "questions": {"kind": "questions", "weight": 0.5, "paths": str(tmp_path / "questions.jsonl")},
-    }
-    cfg = {"tokenizer": "byte", "noise_ramp": [0, 0], "seq_len": 200, "cache_dir": str(tmp_path), "sources": sources}
-    _, mixture = build_data(cfg, seed=0, batch_size=4)
-    batch = mixture.batch(0)
-    assert batch.doc_ids.shape == batch.positives.shape == (4, 200)
-    del sources["questions"]["paths"]
-    with pytest.raises(ValueError, match=r"data\.sources\.questions\.paths is missing"):
-        build_data(cfg, seed=0, batch_size=4)
-    sources["questions"] |= {"paths": str(tmp_path / "questions.jsonl"), "num_documents": 2.5}
-    with pytest.raises(ValueError, match=r"num_documents=2.5 is not a whole number"):
-        build_data(cfg, seed=0, batch_size=4)
-    sources["questions"] |= {"num_documents": 2, "chat": 1}
-    with pytest.raises(ValueError, match=r"data\.sources\.questions\.chat=1 must be true or false"):
-        build_data(cfg, seed=0, batch_size=4)
-
-
 class Numbers:
     def row(self, index, split, step):
         return Row(np.arange(128), np.arange(128), np.arange(128))
@@ -364,7 +151,7 @@ def test_rows_of_text_beside_documents_are_responses():
     assert (batch.doc_ids[2:] == -1).all() and not batch.positives[2:].any() and batch.positives[:2].any()
     assert batch.to("cpu").doc_ids is not None
     plain = Mixture({"text": Numbers()}, {"text": 1}, 4).batch(0)
-    assert plain.doc_ids is None and model_inputs(plain)["doc_ids"] is None
+    assert plain.doc_ids is None and model_inputs(plain, "cpu")["doc_ids"] is None
 
 
 def test_a_router_learns_which_document_to_read():
@@ -375,7 +162,7 @@ def test_a_router_learns_which_document_to_read():
     mixture = Mixture({"facts": RecallSource(Facts(length=64), 0, (0, 0))}, {"facts": 1}, 16)
     hits, losses = [], []
     for step in range(60):
-        loss, _, metrics = objective(**model_inputs(mixture.batch(step)))
+        loss, _, metrics = objective(**model_inputs(mixture.batch(step), "cpu"))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

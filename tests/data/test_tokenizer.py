@@ -5,7 +5,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from memlm.data import documents
 from memlm.data.documents import Documents
-from memlm.data.tokenizer import byte_tokenizer, encoder, fingerprint, load_tokenizer, token_bytes
+from memlm.data.tokenizer import byte_tokenizer, encoder, fingerprint, load_tokenizer, shortener, token_bytes
 
 TEXTS = [
     "plain text",
@@ -117,7 +117,7 @@ def test_bpe_sees_the_training_split_only(tmp_path):
     (tmp_path / "held").mkdir()
     for name, split in zip(names, splits, strict=True):
         (tmp_path / name).write_text("the cat sat on the mat " * 3 if split == 0 else "zq " * 1000)
-    tokenizer = load_tokenizer({"bpe": 262}, [Documents([str(tmp_path / "held")], tmp_path / "cache")])
+    tokenizer = load_tokenizer({"bpe": 270}, [Documents([str(tmp_path / "held")], tmp_path / "cache")])
     assert len(tokenizer("zqzq")["input_ids"]) == 4
     assert len(tokenizer("the")["input_ids"]) < 3
 
@@ -154,3 +154,16 @@ def test_tokenizer_without_end_of_text(tmp_path):
 
 def test_encoder_gives_arrays(tokenizer):
     assert isinstance(encoder(tokenizer)("abc"), np.ndarray)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 7, 30, 1000])
+def test_texts_are_shortened_to_so_many_tokens(limit, tmp_path):
+    """At most, and hardly fewer."""
+    corpus = tmp_path / "a.txt"
+    corpus.write_text("the owl and the cat and the owl " * 40)
+    bpe = load_tokenizer({"bpe": 270}, [Documents([str(corpus)], tmp_path / "cache")])
+    text = "the owl <eos> and ünïcödé cats, the 漢字 owl " * 4
+    for tokenizer in (byte_tokenizer(), bpe):
+        encode, short = encoder(tokenizer), shortener(tokenizer)(text, limit)
+        assert text.startswith(short) and short and (len(encode(short)) <= limit or len(short) == 1)
+        assert short == text or len(encode(text[: len(short) + 1])) >= limit

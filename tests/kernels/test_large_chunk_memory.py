@@ -295,9 +295,15 @@ def test_bad_states_are_named():
     inputs = make(length=6)
     state, other = run(inputs, 4)[1], run(make(batch=3), 4)[1]
     for changed, message in (
-        (other, r"state holds weights \[\[3, 2, 5, 6\]"),
+        (other, r"state.weights holds \[\[3, 2, 5, 6\]"),
         (state._replace(position=state.position[:1]), "position"),
         (state._replace(momentum=()), "state lacks momentum"),
+        (state._replace(gradient=other.gradient), r"state.gradient holds \[\[3, 2, 5, 6\]"),
+        (state._replace(momentum=other.momentum), r"state.momentum holds \[\[3, 2, 5, 6\]"),
+        (state._replace(momentum_sum=other.momentum_sum), r"state.momentum_sum holds \[\[3, 2, 1, 1\]\], expected"),
     ):
         with pytest.raises(ValueError, match=message):
             run(inputs, 4, state=changed)
+    for before, goes_on in ((None, 0), (state, 6)):
+        with pytest.raises(ValueError, match=f"start row 0 at 5; 0 starts a document, {goes_on} goes on"):
+            run(inputs, 4, state=before, positions=torch.arange(5, 11).expand(2, 6))

@@ -14,7 +14,7 @@ LENGTHS = (torch.tensor([2, TOKENS + 9]), torch.tensor([2, TOKENS]))
 # What is outside, what it counts as where it is not looked at, and what is said where it is.
 OUTSIDE = {
     **{
-        (op, str(wrong)): ({name: wrong}, {name: right}, f"{name}.* {message}")
+        (op, str(wrong[0].tolist())): ({name: wrong}, {name: right}, f"{name}.* {message}")
         for op, name in [
             *((op, "cu_seqlens") for op in ("linear_attention", "delta_rule", "segmented_neural_memory")),
             ("segment_mean_pool", "cu_segments"),

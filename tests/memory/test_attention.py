@@ -14,7 +14,7 @@ from memlm_kernels.testing import Watch, assert_close
 VARIANTS = [
     ("none", {"window_size": 1}),
     ("none", {"window_size": 70, "conv_size": 0}),
-    ("attention", {"conv_size": 3, "persistent_tokens": 2}),
+    ("attention", {"conv_size": 3, "persistent_tokens": 2, "qk_norm": True}),
 ]
 DIMS = Dims(hidden_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=6)
 
@@ -34,9 +34,14 @@ def loop(module, x):
         z = z * torch.polar(torch.ones_like(angle), angle)
         return torch.cat([z.real, z.imag])
 
+    def norm(rows, module):
+        return rows / (rows.square().mean(-1, keepdim=True) + 1e-6).sqrt() * module.weight
+
     q, k, v = (p(x).unflatten(-1, (-1, size)) for p in (module.q_proj, module.k_proj, module.v_proj))
     always = module.persistent if module.config.persistent_tokens else x[:0]
     fixed_k, fixed_v = (p(always).unflatten(-1, (-1, size)) for p in (module.k_proj, module.v_proj))
+    if module.config.qk_norm:
+        q, k, fixed_k = norm(q, module.q_norm), norm(k, module.k_norm), norm(fixed_k, module.k_norm)
     out = []
     for t in range(len(x)):
         first = max(0, t - module.config.window_size + 1) if module.config.window_size else 0
@@ -52,10 +57,15 @@ def loop(module, x):
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
-@pytest.mark.parametrize("settings", [{}, {"window_size": 3}, {"window_size": 40}, {"persistent_tokens": 2}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"window_size": 3}, {"window_size": 40}, {"persistent_tokens": 2, "qk_norm": True}]
+)
 @pytest.mark.parametrize("length", [1, 37])
 def test_equals_a_loop_over_queries(backend, settings, length):
     module = mixer(backend, **settings)
+    if "qk_norm" in settings:
+        for norm in (module.q_norm, module.k_norm):
+            torch.nn.init.normal_(norm.weight)
     x = torch.randn(2, length, 24, dtype=torch.float64)
     y = module(x).y_BTD
     for b in range(2):

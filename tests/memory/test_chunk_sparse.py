@@ -1,15 +1,18 @@
 """What the contract cannot know: the layer is its equations, all chunks are full attention, the choice is taught."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from memlm import MemLMForCausalLM, MemoryCache
 from memlm.evaluation.ablation import memory_off
 from memlm.layers import rotary, rotary_angles
 from memlm.memory import attention, chunk_sparse
 from memlm.memory.base import Dims, MixerContext
+from memlm_kernels.chunk_sparse_attention import reference
 from memlm_kernels.testing import Watch, assert_close, relative_error
 from tests.conftest import build, model_config
 
@@ -28,7 +31,7 @@ VARIANTS = [
             "initialization": "default",
         },
     ),
-    ("chunk_sparse", {"chunk_size": 1, "window_size": 5}),
+    ("chunk_sparse", {"chunk_size": 1, "window_size": 5, "gate": "tanh", "qk_norm": True}),
     ("chunk_sparse", {"chunk_size": 50, "window_size": 64}),
 ]
 EXACT = 1e-10
@@ -55,6 +58,11 @@ def loop(mixer, x):
     size, window = config.chunk_size, config.window_size
     positions = torch.arange(len(x))[None]
     plain = [proj(x)[None].unflatten(-1, (-1, 8)) for proj in (mixer.q_proj, mixer.k_proj, mixer.v_proj)]
+    if config.qk_norm:
+        plain[:2] = (
+            z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
+            for z, norm in zip(plain[:2], (mixer.q_norm, mixer.k_norm), strict=True)
+        )
     turned = [rotary(z, rotary_angles(positions, 8, 10000.0))[0] for z in plain[:2]]
     (q, k, v), (turned_q, turned_k) = (z[0] for z in plain), turned
     far_q, far_k = (turned_q, turned_k) if config.far_positions else (q, k)
@@ -81,7 +89,9 @@ def loop(mixer, x):
             if chunks:
                 routed = torch.stack([q[t, h] @ key for key, _ in means]) / 8**0.5
                 if config.learning == "compressed":
-                    share = torch.sigmoid(mixer.gate.weight[h] @ x[t] + mixer.gate.bias[h])
+                    share = (torch.tanh if config.gate == "tanh" else torch.sigmoid)(
+                        mixer.gate.weight[h] @ x[t] + mixer.gate.bias[h]
+                    )
                     y = y + share * (routed.softmax(0) @ torch.stack([value for _, value in means]))
                 else:
                     far = torch.stack([far_q[t, h] @ far_k[j, g] for j in range(t - window + 1)]) / 8**0.5
@@ -93,10 +103,17 @@ def loop(mixer, x):
     return mixer.o_proj(torch.stack(rows)), torch.stack(nats).mean() if nats else None
 
 
-@pytest.mark.parametrize("far_positions", [True, False])
-@pytest.mark.parametrize("learning", chunk_sparse.LEARNING)
-def test_the_layer_is_its_equations(learning, far_positions):
-    mixer, x = mixer_of(learning=learning, far_positions=far_positions, loss_weight=0.5), inputs(31)
+@pytest.mark.parametrize(
+    ("learning", "settings"),
+    [
+        ("compressed", dict(far_positions=True)),
+        ("compressed", dict(far_positions=False, gate="tanh")),
+        ("distilled", dict(far_positions=True, qk_norm=True)),
+        ("distilled", dict(far_positions=False)),
+    ],
+)
+def test_the_layer_is_its_equations(learning, settings):
+    mixer, x = mixer_of(learning=learning, loss_weight=0.5, **settings), inputs(31)
     gradients = []
     for run in (loop, lambda m, x: (m(x[None]).y_BTD[0], sum(m(x[None]).aux_losses.values()) / 0.5)):
         copied = copy.deepcopy(mixer)
@@ -114,25 +131,26 @@ def test_the_layer_is_its_equations(learning, far_positions):
         assert_close(name, grad, got[name], EXACT)
 
 
-@pytest.mark.parametrize("conv_size", [0, 4])
-def test_all_chunks_are_full_attention_with_its_weights(conv_size):
+@pytest.mark.parametrize("shared", [{"conv_size": 0}, {"conv_size": 4}, {"qk_norm": True}], ids=str)
+def test_all_chunks_are_full_attention_with_its_weights(shared):
     """What makes it fit a trained backbone: every weight of the kind ``attention``, and with all chunks its output."""
     torch.manual_seed(0)
-    dense = attention.Mixer(attention.Config(conv_size=conv_size), DIMS, 0).double()
-    settings = dict(top_k=20, far_positions=True, conv_size=conv_size)
+    dense = attention.Mixer(attention.Config(**shared), DIMS, 0).double()
+    settings = dict(top_k=20, far_positions=True, **shared)
     distilled = mixer_of(learning="distilled", **settings)
     distilled.load_state_dict(dense.state_dict())
-    compressed = mixer_of(learning="compressed", **settings)
+    compressed = mixer_of(learning="compressed", gate="tanh", **settings)
     missing = compressed.load_state_dict(dense.state_dict(), strict=False)
-    assert missing.missing_keys == ["gate.weight", "gate.bias"] and not missing.unexpected_keys
-    with torch.no_grad():
-        # Closed.
-        compressed.gate.weight.zero_()
-        compressed.gate.bias.fill_(-1e9)
+    assert missing.missing_keys == list(compressed.starts_silent) and not missing.unexpected_keys
+    compressed.reset_parameters()
     x = inputs(75, batch=2)
     expected = dense(x).y_BTD
     for mixer in (distilled, compressed):
         assert_close("y", expected, mixer(x).y_BTD, 1e-12)
+    # Closed, and yet it learns.
+    assert not compressed.gate(x).any()
+    compressed(x).y_BTD.square().sum().backward()
+    assert (compressed.gate.bias.grad.abs() > 1e-6).all() and (compressed.gate.weight.grad.abs().amax(1) > 1e-6).all()
     sparse = mixer_of(learning="distilled", **settings | {"top_k": 3})
     sparse.load_state_dict(dense.state_dict())
     assert relative_error(expected, sparse(x).y_BTD) > 1e-3
@@ -218,6 +236,51 @@ def test_no_tensor_of_all_tokens_with_all_tokens_or_chunks():
     assert watch.largest < length * length // size
 
 
+@torch.no_grad()
+def check_cost(mixer):
+    """FLOPs of a token: those of routing are a product for each chunk and group, and two for each head where means are
+    read; all others are as many whatever the past. Of calls that go on from a past exactly; of one call of a whole
+    stream but for its first tokens, which see less.
+    """
+    size, heads, groups, dim = 16, 4, 2, 8
+    products = groups + (2 * heads if mixer.chunked.learning == "compressed" else 0)
+
+    def others(past, new):
+        state = mixer(inputs(past)).state
+        with FlopCounterMode(display=False) as counter:
+            mixer(inputs(new), state)
+        routing = 2 * dim * products * ((past + new) // size)
+        return counter.get_total_flops() / new - routing
+
+    assert others(256, 32) == others(512, 32) == others(1024, 32) > 0
+    assert others(256, 1) == others(1024, 1) > 0
+    assert others(0, 1024) == pytest.approx(others(0, 512), rel=0.01)
+
+
+COST = dict(chunk_size=16, window_size=16, top_k=2)
+
+
+@pytest.mark.parametrize("far_positions", [True, False])
+@pytest.mark.parametrize("learning", chunk_sparse.LEARNING)
+def test_cost_is_linear_in_chunks_for_routing_and_constant_for_attention(learning, far_positions):
+    check_cost(mixer_of(learning=learning, far_positions=far_positions, **COST).eval())
+
+
+@pytest.mark.parametrize("wrong", ["scores all keys", "chooses all chunks", "distils", "is attention"])
+def test_cost_that_grows_otherwise_is_found_out(wrong, monkeypatch):
+    mixer = mixer_of(**COST | {"top_k": 300 if wrong == "chooses all chunks" else 2}).eval()
+    if wrong == "scores all keys":
+        monkeypatch.setattr(reference, "_DENSE", 10**9)
+    elif wrong == "distils":
+        mixer = mixer_of(**COST, learning="distilled").train()
+    elif wrong == "is attention":
+        dims = dataclasses.replace(DIMS, attn_implementation="eager")
+        mixer = attention.Mixer(attention.Config(), dims, 0).double()
+        mixer.chunked = chunk_sparse.Config(**COST)
+    with pytest.raises(AssertionError, match="others"):
+        check_cost(mixer)
+
+
 def test_autocast_chooses_in_fp32():
     model = build("chunk_sparse", dtype=torch.float32).train()
     ids = torch.arange(75)[None]
@@ -235,6 +298,7 @@ def test_autocast_chooses_in_fp32():
         (dict(chunk_size=0), "chunk_size=0 must be at least 1"),
         (dict(top_k=0), "top_k=0 must be at least 1"),
         (dict(learning="no"), "learning='no' must be one of compressed, distilled"),
+        (dict(gate="relu"), "gate='relu' must be one of sigmoid, tanh"),
         (dict(loss_weight=-1.0), "loss_weight=-1.0 must not be negative"),
         (dict(conv_size=-1), "conv_size=-1 must be 0"),
         (dict(initialization="recall"), "set conv_size"),

@@ -54,8 +54,8 @@ def test_the_layer_is_its_equations(kv_heads, momentum):
 def test_gates_start_where_the_configuration_says():
     got = metrics(initial_lr=0.03, initial_momentum=0.2)
     for layer in range(2):
-        assert got[f"layer{layer}/lr"].item() == pytest.approx(0.03, rel=1e-5)
-        assert got[f"layer{layer}/momentum"].item() == pytest.approx(0.2, rel=1e-5)
+        for name, start in (("lr", 0.03), ("momentum", 0.2)):
+            assert got[f"layer{layer}/{name}"].flatten().tolist() == pytest.approx([start] * 80, rel=1e-5)
 
 
 def metrics(**settings):

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from memlm import MemLMForCausalLM, MemoryCache
 from memlm.evaluation.ablation import memory_off
-from memlm.memory import msa
-from memlm.memory.base import Dims, MixerContext, Roles
-from memlm_kernels.testing import Watch, assert_close, relative_error
+from memlm.memory import held, msa
+from memlm.memory.base import Dims, MixerContext, RoleCounts, Roles
+from memlm_kernels.testing import assert_close, relative_error
 from tests.conftest import build
 
 VARIANTS = [
@@ -52,7 +52,8 @@ def inputs(length, batch=1, seed=0, size=24):
 
 
 def context(doc_ids, positions=None, lengths=None, found=None, samples=1):
-    return MixerContext(positions, lengths, samples, roles=Roles.of(doc_ids, positions, lengths, found))
+    counts = RoleCounts.of(doc_ids, positions, lengths)
+    return MixerContext(positions, lengths, samples, roles=Roles(doc_ids, found, counts))
 
 
 def loop(mixer, x, roles):
@@ -67,16 +68,18 @@ def loop(mixer, x, roles):
         return torch.cat([z.real, z.imag], -1)
 
     documents, outside, place = [], [], []
-    template = True
+    template, head = True, 0
     for t, role in enumerate(roles):
         template = template and role == -2
+        head += template
         if role > 0:
             if t == 0 or roles[t - 1] != role:
                 documents.append([])
             place.append(len(documents[-1]))
             documents[-1].append(t)
         else:
-            place.append(len(outside) + (0 if template else config.top_k))
+            skipped = config.top_k - (head if config.positions == "top_k" else 0)
+            place.append(len(outside) + (0 if template else skipped))
             outside.append(t)
     position = torch.tensor(place, dtype=torch.float64)
     norms = (mixer.q_norm, mixer.k_norm) if config.qk_norm else (None, None)
@@ -129,7 +132,7 @@ def loop(mixer, x, roles):
     "settings",
     [
         {},
-        {"routing": "query"},
+        {"routing": "query", "positions": "top_k"},
         {"routes": False},
         {"similarity": "dot", "chunk_size": 1, "top_k": 1},
         {"head_reduce": "max", "query_reduce": "mean", "chunk_reduce": "mean"},
@@ -141,15 +144,6 @@ def test_equals_a_loop_over_tokens(name, settings):
     mixer, doc_ids = mixer_of(**settings), roles_of(SAMPLES[name])
     x = inputs(doc_ids.shape[1])
     assert_close("y", loop(mixer, x[0], doc_ids[0].tolist()), mixer(x, None, context(doc_ids)).y_BTD[0], EXACT)
-
-
-@pytest.mark.parametrize(("name", "rows"), [("usual", True), ("one long document", False)])
-def test_documents_of_like_length_are_laid_on_rows(name, rows, monkeypatch):
-    """Else the long one would make padding of the others."""
-    laid, doc_ids, lay = [], roles_of(SAMPLES[name]), msa.Mixer._in_rows
-    monkeypatch.setattr(msa.Mixer, "_in_rows", lambda *given: laid.append(True) or lay(*given))
-    mixer_of()(inputs(doc_ids.shape[1]), None, context(doc_ids))
-    assert laid == [True] * rows
 
 
 @pytest.mark.parametrize("name", ["usual", "documents between queries", "one long document"])
@@ -177,9 +171,10 @@ def streamed(mixer, x, doc_ids, cuts, positions=None):
 
 @pytest.mark.parametrize("name", SAMPLES)
 @pytest.mark.parametrize("routes", [True, False])
-@pytest.mark.parametrize("query_reduce", ["max", "mean"])
-def test_any_division_into_calls_is_the_same(name, routes, query_reduce):
-    mixer, doc_ids = mixer_of(routes=routes, query_reduce=query_reduce), roles_of(SAMPLES[name])
+@pytest.mark.parametrize(("query_reduce", "positions"), [("max", "template"), ("mean", "top_k")])
+def test_any_division_into_calls_is_the_same(name, routes, query_reduce, positions):
+    mixer = mixer_of(routes=routes, query_reduce=query_reduce, positions=positions)
+    doc_ids = roles_of(SAMPLES[name])
     length = doc_ids.shape[1]
     x = inputs(length, batch=2)
     doc_ids = doc_ids.expand(2, -1)
@@ -339,10 +334,10 @@ def test_a_bank_from_elsewhere():
     for number, (start, end) in enumerate([(3, 12), (12, 13), (13, 17), (17, 30)]):
         state = mixer(x[:1, start:end], None, context(doc_ids[:, start:end])).state
         chunks = {name: state[f"bank.{name}"][:, : state["chunks"]] for name in ("k", "v", "router_k", "size")}
-        parts.append({**chunks, "document": torch.full_like(chunks["size"], number)})
+        parts.append({**chunks, "number": torch.full_like(chunks["size"], number)})
     bank = {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
     state = mixer(x[:, :3], None, context(doc_ids[:, :3].expand(2, -1))).state
-    state = msa.with_documents(state, bank)
+    state = held.with_documents(state, bank)
     for cuts in ([13], [1] * 13):
         got, after = [], state
         for piece, roles in zip(x[:, 30:].split(cuts, 1), doc_ids[:, 30:].split(cuts, 1), strict=True):
@@ -350,7 +345,7 @@ def test_a_bank_from_elsewhere():
             got.append(y)
         assert_close("y", whole[:, 30:], torch.cat(got, 1), EXACT)
     with pytest.raises(ValueError, match="documents that were read in it"):
-        msa.with_documents(mixer(x[:, :12], None, context(doc_ids[:, :12].expand(2, -1))).state, bank)
+        held.with_documents(mixer(x[:, :12], None, context(doc_ids[:, :12].expand(2, -1))).state, bank)
 
 
 def test_documents_chosen_elsewhere_are_seen_without_a_query():
@@ -367,6 +362,61 @@ def test_documents_chosen_elsewhere_are_seen_without_a_query():
     assert torch.equal(chosen, mixer(x[:, 20:], state).y_BTD)
 
 
+def test_a_choice_that_stands_is_made_once(monkeypatch):
+    """Rows of different pasts, responses with and without roles by turns, and a new question."""
+    mixer, pieces = mixer_of(), [(-2, 2), (1, 9), (2, 5), (3, 6), (0, 4), (-1, 12), (0, 3), (-1, 4)]
+    rows = [roles_of(pieces), roles_of([(1, 3), (2, 13), (0, 2), (-1, 10), (0, 1), (-1, 4)])]
+    x, lengths = inputs(45, batch=2), [r.shape[1] for r in rows]
+    expected = [mixer(x[b : b + 1, :n], None, context(rows[b])).y_BTD for b, n in enumerate(lengths)]
+    routed, route = [], msa.route_documents
+    monkeypatch.setattr(
+        msa, "route_documents", lambda *a, **options: routed.append(a[0] is None) or route(*a, **options)
+    )
+    # Up to the last token of the first question; then responses, some with roles; then the second question.
+    at, state, got = [0, 0], None, [[], []]
+    for step, (one, other) in enumerate(
+        [(26, 18), (1, 1), (2, 1), (0, 1), (3, 2), (1, 1), (1, 0), (4, 4), (3, 1), (1, 1), (3, 3)]
+    ):
+        wide, taken = max(one, other), torch.tensor([one, other])
+        piece, roles = torch.zeros(2, wide, 24, dtype=torch.float64), torch.full((2, wide), -1)
+        for b, n in enumerate((one, other)):
+            piece[b, :n], roles[b, :n] = x[b, at[b] : at[b] + n], rows[b][0, at[b] : at[b] + n]
+        bare = step not in (0, 4, 8)
+        lengths_B = None if one == other else taken
+        ctx = MixerContext(lengths_B=lengths_B) if bare else context(roles, lengths=lengths_B)
+        before = len(routed)
+        y, state, *_ = mixer(piece, state, ctx)
+        assert len(routed) - before == (step in (0, 1, 4, 5, 8, 9)) and (not bare or state["front"].any(1).all())
+        for b, n in enumerate((one, other)):
+            got[b].append(y[b, :n])
+            at[b] += n
+    for b, n in enumerate(at):
+        assert n == lengths[b]
+        assert_close(f"row {b}", expected[b][0, :n], torch.cat(got[b]), EXACT)
+
+
+@torch.no_grad()
+def test_a_token_costs_no_copy_of_what_is_held():
+    model, doc_ids, cache = model_of(), roles_of(SAMPLES["usual"]), MemoryCache()
+    ids = torch.cat([ids_like(doc_ids), ids_like(torch.zeros(1, 90), 1)], 1)
+    whole = model(ids, doc_ids=F.pad(doc_ids, (0, 90), value=-1)).logits[:, -90:]
+    model(ids[:, :-90], doc_ids=doc_ids, past_key_values=cache)
+    got, places = [], set()
+    for t in range(90):
+        if t in (20, 21, 40):
+            # Others that go on from the same memory, and one that only asks.
+            others = [cache.fork(), cache.fork()]
+            for other in others:
+                model(ids[:, :3], past_key_values=other)
+            assert torch.equal(*(other.states[0]["k"] for other in others))
+            model(ids[:, :2], past_key_values=cache, write=False)
+        got.append(model(ids[:, t - 90][:, None], past_key_values=cache).logits)
+        places |= {state["k"].data_ptr() for state in cache.states}
+    assert_close("logits", whole, torch.cat(got, 1), EXACT)
+    # Room for a quarter more each time it is full, from 43 tokens to 133, and again after each time others went on.
+    assert len(places) <= (6 + 3) * len(cache.states)
+
+
 def test_memory_off_is_a_model_that_does_not_route():
     model, doc_ids = model_of(), roles_of(SAMPLES["usual"])
     other, ids = model_of(routes=False), ids_like(doc_ids)
@@ -374,6 +424,17 @@ def test_memory_off_is_a_model_that_does_not_route():
     with torch.no_grad():
         with memory_off(model):
             assert_close("logits", other(ids, doc_ids=doc_ids).logits, model(ids, doc_ids=doc_ids).logits, EXACT)
+            cache, states = MemoryCache(), []
+            model(ids, doc_ids=doc_ids, past_key_values=cache)
+            for _ in range(2):
+                # What is not shown is still kept.
+                got = model(ids[:, :3], past_key_values=cache).logits
+                states += [state["front"].sum() for state in cache.states if "front" in state]
+            assert all(n > 0 for n in states)
+        both = F.pad(doc_ids, (0, 6), value=-1)
+        ids = torch.cat([ids, ids[:, :3], ids[:, :3]], 1)
+        assert_close("after", other(ids, doc_ids=both).logits[:, -3:], got, EXACT)
+        ids = ids[:, :-6]
         assert relative_error(other(ids, doc_ids=doc_ids).logits, model(ids, doc_ids=doc_ids).logits) > 1e-3
 
 
@@ -422,20 +483,6 @@ def test_documents_are_kept_as_chunks():
     assert state["chunks"].item() == 70 and state["documents"].item() == 10
 
 
-def test_the_device_is_not_asked_and_cost_is_linear_in_documents():
-    mixer, sizes = mixer_of(), []
-    mixer.dims = Dims(24, 4, 2, 6, attn_implementation="eager")
-    for count in (16, 32):
-        doc_ids = roles_of([(n + 1, 37) for n in range(count)] + [(0, 5), (-1, 5)])
-        x, ctx = inputs(doc_ids.shape[1]), context(doc_ids, found=doc_ids == 2)
-        with Watch() as watch:
-            out = mixer(x, None, ctx)
-            mixer(x[:, :1], out.state)
-        assert not watch.asked
-        sizes.append(watch.largest)
-    assert sizes[1] <= 2.2 * sizes[0]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_low_precision_keeps_banks_and_scores_in_fp32(dtype):
     low = model_of(top_k=9).to(dtype)
@@ -472,6 +519,7 @@ def test_gradient_checkpointing_with_documents_changes_nothing():
         ({"chunk_reduce": "sum"}, "chunk_reduce='sum' must be one of mean, max"),
         ({"router_loss": "hinge"}, "router_loss='hinge' must be one of infonce_decouple"),
         ({"injection": "none"}, "injection='none' must be one of causal, bidirectional"),
+        ({"positions": "k"}, "positions='k' must be one of template, top_k"),
         ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
         ({"loss_weight": -1.0}, "loss_weight=-1.0 must not be negative"),
     ],

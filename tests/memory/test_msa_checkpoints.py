@@ -2,9 +2,11 @@
 
 import copy
 import dataclasses
+import io
 import json
-import subprocess
+import runpy
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
@@ -166,9 +168,18 @@ def test_parity_in_inference(golden, similarity, dtype):
 
 
 def convert(*arguments):
-    script = ROOT / "scripts" / "convert_checkpoint.py"
-    done = subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True)
-    return done.returncode, done.stdout + done.stderr
+    """Status and output of the script, run here: starting another Python takes longer than what it does."""
+    script, said = ROOT / "scripts" / "convert_checkpoint.py", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
+        patch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as done:
+            # As Python ends: a text is an error's.
+            return (
+                (1, f"{said.getvalue()}{done.code}\n") if isinstance(done.code, str) else (done.code, said.getvalue())
+            )
+    return 0, said.getvalue()
 
 
 def test_the_released_format_goes_there_and_back(tmp_path):
@@ -181,11 +192,11 @@ def test_the_released_format_goes_there_and_back(tmp_path):
     theirs, written = (json.loads((folder / "config.json").read_text()) for folder in (FOLDER, tmp_path / "theirs"))
     for found in (theirs, written):
         found |= {f"msa_config.{name}": value for name, value in found.pop("msa_config").items()}
-    missing = theirs.keys() - written.keys()
-    assert missing == {"torch_dtype", "transformers_version", "max_window_layers"}
-    changed = {name for name in theirs.keys() - missing if theirs[name] != written[name]}
-    # Trained for 4,096 tokens; and the temperature as fp32 has it.
-    assert changed == {"max_position_embeddings", "msa_config.infonce_loss_temp"}
+    # The temperature as fp32 has it.
+    assert {name for name in theirs if theirs[name] != written.get(name)} == {"msa_config.infonce_loss_temp"}
+    plain = msa.config_to_msa(load_model(tmp_path / "ours").config, {})
+    assert plain["max_position_embeddings"] == 262144 and plain["msa_config"]["aux_loss"] is False
+    assert plain.keys() | {"torch_dtype", "transformers_version", "max_window_layers"} >= released()[0].keys()
     assert load_model(tmp_path / "ours").config.mixer_pattern == ["documents", "documents", "memory", "memory"]
 
 
@@ -226,6 +237,32 @@ def test_it_starts_from_a_qwen3_backbone(tmp_path, tied):
     assert len(routers) == 4 and all(0.015 < p.std() < 0.025 for p in routers)
 
 
+@pytest.mark.parametrize("memory", ["attention", "chunk_sparse"])
+def test_it_is_the_qwen3_with_all_chunks_chosen(tmp_path, memory):
+    theirs, ids = qwen3(), torch.randint(131, (2, 75))
+    theirs.save_pretrained(tmp_path / "qwen3")
+    target = tmp_path / "ours"
+    code, said = convert(
+        "--from-format", "qwen3", "--memory", memory, "--source", tmp_path / "qwen3", "--target", target
+    )
+    assert code == 0, said
+    ours = load_model(target).eval()
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert_close("logits", expected, ours(ids).logits, 1e-5)
+        if memory == "chunk_sparse":
+            for top_k, same in ((20, True), (2, False)):
+                for layer in ours.model.layers:
+                    small = dict(chunk_size=4, window_size=6, top_k=top_k)
+                    layer.mixer.chunked = dataclasses.replace(layer.mixer.chunked, **small)
+                assert (relative_error(expected, ours(ids).logits) < 1e-5) == same
+
+
+def test_what_a_qwen3_becomes_is_not_said_of_others():
+    code, said = convert("--from-format", "msa", "--memory", "attention", "--source", FOLDER, "--target", FOLDER)
+    assert code == 2 and "--memory attention is for --from-format qwen3 only" in said
+
+
 def test_the_loss_bce_has_a_bias_in_place_of_a_temperature():
     theirs, weights, _ = released()
     theirs["msa_config"]["aux_loss_method"] = "BCE"
@@ -236,7 +273,7 @@ def test_the_loss_bce_has_a_bias_in_place_of_a_temperature():
     ours = msa.weights_from_msa(weights, config)
     back = msa.weights_to_msa(ours, config)
     assert back.keys() == weights.keys() and all(torch.equal(back[name], w) for name, w in weights.items())
-    assert msa.config_to_msa(config)["msa_config"]["aux_loss_method"] == "BCE"
+    assert msa.config_to_msa(config, {})["msa_config"]["aux_loss_method"] == "BCE"
     ours["model.layers.3.mixer.router_bias"] += 1
     with pytest.raises(ValueError, match="router_bias differs between layers"):
         msa.weights_to_msa(ours, config)
@@ -269,15 +306,48 @@ def test_weights_of_another_model_are_refused():
         msa.weights_from_msa({**weights, "extra": torch.zeros(1)}, config)
 
 
+def test_a_tied_head_that_is_saved_too_is_left_out():
+    _, weights, config = released()
+    ours = msa.weights_from_msa(weights, config)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    assert msa.weights_from_msa(weights, config).keys() == ours.keys() and "lm_head.weight" not in ours
+
+
+def test_what_theirs_serves_by_dot_goes_back():
+    _, _, config = released()
+    written = msa.config_to_msa(config, {})
+    config.mixers["memory"]["similarity"] = "dot"
+    assert msa.config_to_msa(config, {}) == written
+
+
+def test_torn_folders_are_one_line(tmp_path):
+    theirs, *_ = released()
+    (tmp_path / "config.json").write_text(json.dumps(theirs))
+    (tmp_path / "model.safetensors").write_bytes((FOLDER / "model.safetensors").read_bytes()[:1000])
+    code, said = convert("--from-format", "msa", "--source", tmp_path, "--target", tmp_path / "ours")
+    assert code == 1 and said.count("\n") == 1 and "model.safetensors cannot be read (" in said
+    for config, message in (
+        ({**theirs, "msa_config": {}}, "config.json: msa_config.aux_loss_method is missing; the folder holds no"),
+        ({name: x for name, x in theirs.items() if name != "msa_config"}, "config.json: msa_config is missing; the"),
+        ({**theirs, "num_attention_heads": None}, "model.num_attention_heads=None must be int"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            msa.config_from_msa(config, {})
+
+
 def test_models_that_theirs_cannot_be_are_refused():
     _, _, config = released()
     for mixer, message in (
         ({"chunk_size": 16}, "chunk_size is 8 and 16"),
-        ({"similarity": "dot"}, "similarity='dot'; the release trains router_loss='infonce_decouple' with 'cosine'"),
+        (
+            {"similarity": "dot", "router_loss": "infonce"},
+            "similarity='dot'; with router_loss='infonce' the release trains and serves by 'cosine'",
+        ),
+        ({"router_loss": "bce"}, "similarity='cosine'; with router_loss='bce' the release trains and serves by 'dot'"),
         ({"qk_norm": False}, "qk_norm must be True in every layer"),
         ({"routes": False}, "routes is false in every layer"),
     ):
         other = copy.deepcopy(config)
         other.mixers["memory"] |= mixer
         with pytest.raises(ValueError, match=message):
-            msa.config_to_msa(other)
+            msa.config_to_msa(other, {})

@@ -86,23 +86,29 @@ def test_metrics_equal_a_naive_count(top_k):
     scores = torch.randint(4, (5, 3, 7), generator=generator) / 4
     known = torch.rand(5, 3, 7, generator=generator) < 0.6
     found = (torch.rand(5, 3, 7, generator=generator) < 0.4) & known
-    found[:2, 0] = False
-    counts = []
+    found[:2, 0] = found[4] = False
+    counts = [[] for _ in range(5)]
     for b, s in itertools.product(range(5), range(3)):
         wanted = {n for n in range(7) if found[b, s, n]}
         best = sorted((n for n in range(7) if known[b, s, n]), key=lambda n: (-scores[b, s, n].item(), n))[:top_k]
         right = len(wanted.intersection(best))
         if wanted:
-            counts.append((right > 0, right / len(wanted), right / len(best)))
-    assert 5 < len(counts) <= 13
+            counts[b].append((right > 0, right / len(wanted), right / len(best)))
+    assert 5 < sum(map(len, counts)) <= 13 and counts[4] == []
     got = retrieval.router_metrics(scores, found, known, top_k)
-    expected = [sum(column) / len(counts) for column in zip(*counts, strict=True)]
     assert list(got) == [f"hit@{top_k}", f"recall@{top_k}", "precision"]
-    assert [x.item() for x in got.values()] == pytest.approx(expected, abs=1e-6)
+    for b, of_row in enumerate(counts):
+        expected = [sum(column) / len(of_row) for column in zip(*of_row, strict=True)] or [math.nan] * 3
+        assert [x[b].item() for x in got.values()] == pytest.approx(expected, abs=1e-6, nan_ok=True)
 
 
 def test_metrics_count():
     scores = torch.tensor([[[0.9, 0.1, 0.5, 0.4]], [[0.1, 0.2, 0.3, 0.9]], [[0.4, 0.1, 0.2, 0.3]]])
     found = torch.tensor([[[1, 1, 0, 0]], [[1, 0, 0, 0]], [[0, 0, 0, 0]]]).bool()
     metrics = retrieval.router_metrics(scores, found, torch.ones_like(found), 2)
-    assert {name: x.item() for name, x in metrics.items()} == {"hit@2": 0.5, "recall@2": 0.25, "precision": 0.25}
+    assert {name: x[:2].tolist() for name, x in metrics.items()} == {
+        "hit@2": [1, 0],
+        "recall@2": [0.5, 0],
+        "precision": [0.5, 0],
+    }
+    assert all(x[2].isnan() for x in metrics.values())

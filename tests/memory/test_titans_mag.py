@@ -26,14 +26,14 @@ def test_the_layer_is_its_equations():
     assert_close("layer", share * recalled + (1 - share) * seen, out.y_BTD, 1e-10)
     part, other = (share * recalled).norm(), ((1 - share) * seen).norm()
     assert out.metrics["memory_share"].item() == pytest.approx((part / (part + other)).item())
-    assert out.metrics["gate"].item() == pytest.approx(share.mean().item())
+    assert_close("gate", share.mean(-1), out.metrics["gate"], 1e-10)
 
 
 def test_both_branches_have_half_the_say_at_first_and_the_memory_shows_from_step_0():
     torch.manual_seed(0)
     got = MemLMForCausalLM(model_config("titans_mag"))(torch.randint(259, (2, 40))).metrics
     for layer in range(2):
-        assert got[f"layer{layer}/gate"].item() == 0.5
+        assert (got[f"layer{layer}/gate"] == 0.5).all()
         assert 0.3 < got[f"layer{layer}/memory_share"] < 0.7
         assert (got[f"layer{layer}/surprise"] > 0).all()
 

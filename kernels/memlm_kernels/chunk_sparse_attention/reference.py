@@ -168,7 +168,8 @@ def _take(x: Tensor, look: Look) -> Tensor:
     """[B, L, G, K] -> [B, S, G, K], which all queries share, or [B, Q, G, S, K]"""
     if isinstance(look.where, slice):
         return exact(x[:, look.where])
-    return exact(x.flatten(0, 2).index_select(0, _flat(x, look.where)).unflatten(0, look.where.shape))
+    vectors, apart = _vectors(x)
+    return exact(vectors.index_select(0, _flat(look.where, apart)).unflatten(0, look.where.shape))
 
 
 def _add(x: Tensor, look: Look, d: Tensor) -> None:
@@ -176,14 +177,26 @@ def _add(x: Tensor, look: Look, d: Tensor) -> None:
     if isinstance(look.where, slice):
         x[:, look.where] += d
     else:
-        x.view(-1, x.shape[3]).index_add_(0, _flat(x, look.where), d.flatten(0, 3))
+        vectors, apart = _vectors(x)
+        vectors.index_add_(0, _flat(look.where, apart), d.flatten(0, 3))
 
 
-def _flat(x: Tensor, where: Tensor) -> Tensor:
-    """[B, Q, G, S] -> [B Q G S], into the rows of [B L G, K]."""
-    _, length, groups, _ = x.shape
-    row, group = (torch.arange(n, device=x.device) for n in (len(x), groups))
-    return ((row[:, None, None, None] * length + where) * groups + group[:, None]).flatten()
+def _vectors(x: Tensor) -> tuple[Tensor, int]:
+    """[B, L, G, K] as vectors, one after the other, and how many from one row to the next: rows may have room behind
+    them, which is no reason to copy them.
+    """
+    _, length, groups, size = x.shape
+    if x.is_contiguous() or x.stride()[1:] != (groups * size, size, 1):
+        return x.flatten(0, 2), length * groups
+    apart = x.stride(0) // size
+    return x.as_strided((apart * (len(x) - 1) + length * groups, size), (size, 1)), apart
+
+
+def _flat(where: Tensor, apart: int) -> Tensor:
+    """[B, Q, G, S] -> [B Q G S], into ``_vectors``."""
+    batch, _, groups, _ = where.shape
+    row, group = (torch.arange(n, device=where.device) for n in (batch, groups))
+    return (row[:, None, None, None] * apart + where * groups + group[:, None]).flatten()
 
 
 def _product(q: Tensor, k: Tensor, look: Look) -> Tensor:

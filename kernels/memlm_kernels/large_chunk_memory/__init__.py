@@ -6,7 +6,7 @@ from torch import Tensor
 
 from memlm_kernels.backend import choose
 from memlm_kernels.checks import check_sizes, check_tensors, named
-from memlm_kernels.grid import check_places
+from memlm_kernels.grid import check_places, check_start
 from memlm_kernels.large_chunk_memory.reference import (
     MUON,
     LargeChunkMemoryState,
@@ -68,6 +68,7 @@ def large_chunk_memory(
     check_tensors({"q": q, "k": k, "v": v, "lr": lr, "momentum": momentum, **named("weights", weights)})
     if state is not None:
         _check_state(state, q, momentum, weights)
+    check_start(positions, lengths, None if state is None else state.position)
     choose("large_chunk_memory", backend, ("reference",))
     tokens = Tokens(q, k, v, lr, momentum)
     return large_chunk_memory_reference(
@@ -97,11 +98,17 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lr: Tensor, momentum: Tensor | None,
 
 def _check_state(state: LargeChunkMemoryState, q: Tensor, momentum: Tensor | None, weights: Sequence[Tensor]) -> None:
     batch = len(q)
-    found = [list(w.shape) for w in state.weights]
-    expected = [[batch, *w.shape] for w in weights]
-    if found != expected or state.position.shape != (batch,):
-        raise ValueError(f"state holds weights {found}, expected {expected} and position {[batch]}")
     if bool(state.momentum) != (momentum is not None):
         raise ValueError(f"state {'has' if state.momentum else 'lacks'} momentum, the call does not agree")
+    memory, has_momentum = [[batch, *w.shape] for w in weights], bool(state.momentum)
+    of_momentum = {"momentum": memory, "momentum_sum": [[batch, len(weights[0]), 1, 1]]}
+    expected = {"weights": memory, "gradient": memory}
+    expected |= {name: shapes if has_momentum else [] for name, shapes in of_momentum.items()}
+    for name, shapes in expected.items():
+        found = [list(x.shape) for x in getattr(state, name)]
+        if found != shapes:
+            raise ValueError(f"state.{name} holds {found}, expected {shapes}")
+    if state.position.shape != (batch,):
+        raise ValueError(f"state.position {list(state.position.shape)} must be [B] = {[batch]}")
     parts = {name: x for part in state._fields[:4] for name, x in named(f"state.{part}", getattr(state, part)).items()}
     check_tensors({"q": q, **parts}, {"state.position": state.position})

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from memlm_kernels.backend import as_autocast, choose, with_triton
 from memlm_kernels.checks import check_sizes, check_tensors, named
-from memlm_kernels.grid import check_places
+from memlm_kernels.grid import check_places, check_start
 from memlm_kernels.neural_memory.losses import InnerLoss, dot_product, huber, lp, squared_error
 from memlm_kernels.neural_memory.network import ACTIVATIONS, Tail
 from memlm_kernels.neural_memory.reference import (
+    BLOCKS,
     LoopOverChunks,
     NeuralMemoryState,
     Tokens,
@@ -22,9 +23,11 @@ from memlm_kernels.neural_memory.reference import (
 
 __all__ = [
     "ACTIVATIONS",
+    "BLOCKS",
     "InnerLoss",
     "NeuralMemoryOutput",
     "NeuralMemoryState",
+    "block_size",
     "dot_product",
     "huber",
     "lp",
@@ -79,6 +82,7 @@ def neural_memory(
     q, k: [B, T, H, K]   v: [B, T, H, V]   lr, momentum, decay: [B, T, H], momentum and decay in (0, 1);
         None for no momentum (S_t is the step alone), for no decay
     weights: M at the start of a document, one [H, in, out] for each layer, from K to V
+    chunk_size: tokens whose gradients are taken at one anchor; above 64 a multiple of a number from 16 to 64
     activation: between layers, one of ``ACTIVATIONS``
     norm: gain and bias [H, V]; M(x) is then x + LayerNorm(MLP(x)) (TTT, arXiv:2407.04620), and K = V
     loss: gradient of the inner loss in M(k), see ``losses``
@@ -103,7 +107,8 @@ def neural_memory(
     check_places(q, positions, lengths, max_documents)
     check_tensors({"q": q, "k": k, "v": v, **gates, **named("weights", weights), **named("norm", norm or ())})
     if state is not None:
-        _check_state(state, q, weights, momentum, window)
+        _check_state(state, q, v, weights, momentum, window)
+    check_start(positions, lengths, None if state is None else state.position)
     if aligned and (positions is not None or lengths is not None):
         raise ValueError("aligned=True leaves no room for positions or lengths; leave them out")
     q, k, v = as_autocast(q, k, v)
@@ -120,18 +125,18 @@ def neural_memory(
         *neural_memory_reference(
             tokens,
             tuple(weights),
-            chunk_size,
-            activation,
-            norm,
-            loss,
-            window,
-            state,
-            positions,
-            lengths,
-            max_documents,
-            aligned,
-            scan,
-            widest,
+            chunk_size=chunk_size,
+            activation=activation,
+            norm=norm,
+            loss=loss,
+            window=window,
+            state=state,
+            positions=positions,
+            lengths=lengths,
+            max_documents=max_documents,
+            aligned=aligned,
+            scan=scan,
+            widest=widest,
         )
     )
 
@@ -216,6 +221,8 @@ def _check_memory(
     for name, value in (("chunk_size", chunk_size), ("window", window)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
+    if block_size(chunk_size) > 64:
+        raise ValueError(f"chunk_size={chunk_size} {BLOCKS}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} must be one of {', '.join(ACTIVATIONS)}")
     if norm is not None and any(n.shape != v.shape[2:] for n in norm):
@@ -225,17 +232,20 @@ def _check_memory(
 
 
 def _check_state(
-    state: NeuralMemoryState, q: Tensor, weights: Sequence[Tensor], momentum: Tensor | None, window: int
+    state: NeuralMemoryState, q: Tensor, v: Tensor, weights: Sequence[Tensor], momentum: Tensor | None, window: int
 ) -> None:
-    batch = len(q)
-    found = [list(w.shape) for w in state.weights]
-    expected = [[batch, *w.shape] for w in weights]
-    if found != expected or state.position.shape != (batch,):
-        raise ValueError(f"state holds weights {found}, expected {expected} and position {[batch]}")
+    batch, _, heads, keys = q.shape
     if bool(state.momentum) != (momentum is not None):
         raise ValueError(f"state {'has' if state.momentum else 'lacks'} momentum, the call does not agree")
-    if [x.shape[1] for x in state.recent] != [window - 1] * 3 * (window > 1):
-        raise ValueError(f"state.recent holds {[list(x.shape) for x in state.recent]}, window={window} needs other")
+    memory, past = [[batch, *w.shape] for w in weights], [batch, window - 1, heads]
+    recent = [[*past, keys], [*past, v.shape[-1]], past] if window > 1 else []
+    expected = {"weights": memory, "momentum": memory if state.momentum else [], "anchor": memory, "recent": recent}
+    for name, shapes in expected.items():
+        found = [list(x.shape) for x in getattr(state, name)]
+        if found != shapes:
+            raise ValueError(f"state.{name} holds {found}, expected {shapes}")
+    if state.position.shape != (batch,):
+        raise ValueError(f"state.position {list(state.position.shape)} must be [B] = {[batch]}")
     parts = {name: getattr(state, name) for name in ("weights", "momentum", "anchor", "recent")}
     tensors = {name: x for part, of_part in parts.items() for name, x in named(f"state.{part}", of_part).items()}
     check_tensors({"q": q, **tensors}, {"state.position": state.position})

@@ -352,7 +352,7 @@ def _backward_flops(tokens: Sequence[Sequence[int]], *arguments: Any, **__: Any)
 
 
 def scan_deep(plan: Plan, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> tuple[Tensor, ...]:
-    """As ``scan.Scan.apply`` for a plan of two layers."""
+    """As ``scan.scan`` for a plan of two layers."""
     C, beta, f, P, m, gain, bias, opens_document, opens_chunk, *weights = rest
     assert C is not None and beta is not None
     present = [[x for x in part if x is not None] for part in ((f, P, m), (gain, bias), weights)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from memlm_kernels.neural_memory.losses import InnerLoss, squared_error
 
 # Large: decay shrinks a function that its norm scales up again, and with less of a floor the gradient through
-# thousands of writes explodes. So a memory that has decayed says nothing.
+# thousands of writes explodes. So a memory that has decayed adds nothing to x, which passes through.
 EPS = 0.1
 
 Function = Callable[[Tensor], Tensor]

@@ -39,15 +39,15 @@ from memlm_kernels.grid import (
 from memlm_kernels.neural_memory.chunk import Gates, Momentum, Plan
 from memlm_kernels.neural_memory.losses import InnerLoss
 from memlm_kernels.neural_memory.network import ACTIVATIONS, Tail
-from memlm_kernels.neural_memory.scan import Scan
+from memlm_kernels.neural_memory.scan import scan as scan_in_torch
 
 _TINY = 1e-30
 
-# What ``Scan.apply`` is.
-LoopOverChunks = Callable[..., tuple[Tensor, ...]]
+# What a chunk_size is told that would be one block of more than 64, see ``block_size``.
+BLOCKS = "must be at most 64, or a multiple of a number from 16 to 64"
 
-# A compiler would unroll the loop over chunks: minutes of work for a graph that runs no faster.
-_scan: LoopOverChunks = torch.compiler.disable(Scan.apply)
+# What ``scan_in_torch`` is.
+LoopOverChunks = Callable[..., tuple[Tensor, ...]]
 
 
 class NeuralMemoryState(NamedTuple):
@@ -89,8 +89,8 @@ def neural_memory_reference(
     lengths: Tensor | None,
     max_documents: int,
     aligned: bool,
-    scan: LoopOverChunks | None = None,
-    widest: int = 64,
+    scan: LoopOverChunks | None,
+    widest: int,
 ) -> tuple[Tensor, NeuralMemoryState, Tensor]:
     """Returns o, the new state, and the norm of each token's gradient [B, T, H]; see ``neural_memory``.
 
@@ -120,7 +120,7 @@ def neural_memory_reference(
         scalars = scalar_recurrences(tokens, grid, U)
         q_grid = to_rows(grid.lay(tokens.q))
         tail = None if norm is None else Tail(*(n.to(dtype).repeat(batch, 1)[:, None] for n in norm))
-        out, surprise, *memory = (scan or _scan)(
+        out, surprise, *memory = (scan or scan_in_torch)(
             Plan(len(weights), chunk_size // width, ACTIVATIONS[activation], loss),
             q_grid,
             *sources,
@@ -143,7 +143,9 @@ def neural_memory_reference(
 
 
 def block_size(chunk_size: int, most: int = 64) -> int:
-    """Slots of the grid: masked products cost their square, so a long chunk is several blocks with one anchor."""
+    """Slots of the grid: masked products cost their square, so a long chunk is several blocks with one anchor. Above
+    ``most`` if it cannot be cut.
+    """
     divisors = [size for size in range(16, most + 1) if chunk_size % size == 0]
     return max(divisors) if chunk_size > most and divisors else chunk_size
 

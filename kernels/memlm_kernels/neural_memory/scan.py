@@ -3,7 +3,10 @@
 Forward keeps each token's activations and, for every group of chunks, the memory at its start. Backward makes those of
 the group's other chunks again with the outer products that made them. A group is so large that its memory weighs no
 more than its activations: what is kept grows with the tokens, however large the memory and however short the chunks.
-Nor is it larger than that: what a group works on is to stay in a CPU's cache.
+Nor is it larger than that: what a group works on is to stay in a CPU's cache. Nor larger than sqrt(N) chunks, for all
+memories of a group are there at once, and what is kept of N / size groups and what is there of one weigh least then.
+
+Without gradients nothing is kept, and a group is short.
 """
 
 import math
@@ -58,21 +61,32 @@ def _sort(depth: int, arguments: Sequence[Any]) -> _Given:
     return _Given(Gates(C, beta, momentum), tail, flags, memories, anchor, initial)
 
 
+# A compiler would unroll the loop over chunks: minutes of work for a graph that runs no faster.
+@torch.compiler.disable
+def scan(plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """As ``Scan.apply``, which keeps what backward needs only where there will be one."""
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return Scan.apply(plan, keep, *tensors)
+
+
 class Scan(torch.autograd.Function):
-    """apply(plan, q, k, v, C, beta, f, P, m, gain, bias, opens_document, opens_chunk, *W, *S, *anchor, *initial)
+    """apply(plan, keep, q, k, v, C, beta, f, P, m, gain, bias, opens_document, opens_chunk, *W, *S, *anchor, *initial)
 
     q: [N, G, C, K], k: [N, G, J, K], v: [N, G, J, V]; f, P, m, S only with momentum; gain, bias only with a tail;
     the flags, anchor and initial only where rows are ragged. What is absent is None, or missing from the lists.
+    keep: whether there will be a backward pass.
     Returns the MLP's reads before the tail [N, G, C, V]; surprise [N, G, J], the norm of each token's gradient, not
     differentiable; and W, S, anchor after the last chunk.
     """
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, plan: Plan, keep: bool, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None
+    ) -> tuple[Tensor, ...]:
         gates, tail, flags, memories, given, initial = _sort(plan.depth, rest)
         anchor: Layers
         chunks, rows = q.shape[:2]
-        size, kept_whole = _groups(memories, k, plan.blocks)
+        size, kept_whole = _groups(memories, k, keep)
         rates, fresh = Rates.of(gates), _fresh(memories, initial)
         anchor, M = [lay_out(w) for w in given], [lay_out(*x) for x in memories]
         room = _room(M, min(size, chunks))
@@ -81,9 +95,12 @@ class Scan(torch.autograd.Function):
         out, surprise, kept = [], [], []
         for start in range(0, chunks, size):
             group = slice(start, min(start + size, chunks))
-            following = _room(M, max(1, min(size, chunks - group.stop)))
+            room = [x[: (group.stop - start) * rows] for x in room]
+            following = _room(M, max(1, min(size, chunks - group.stop)) if kept_whole else 1)
             places = [*_split(room, rows), _split(following, rows)[0]]
-            kept.append([*(room if kept_whole else (x.clone() for x in places[0])), *(anchor if flags else ())])
+            if keep:
+                entered = room if kept_whole else [x.clone() for x in places[0]]
+                kept.append([*entered, *(anchor if _goes_on(start, plan, flags) else ())])
             of_group = rates.at(group)
             passed, inputs, errors = [], [], []
             for i, of_chunk in enumerate(of_group.split(rows)):
@@ -92,7 +109,8 @@ class Scan(torch.autograd.Function):
                     start_documents(places[i], flags, fresh, n)
                 anchor = set_anchor(anchor, places[i], plan, flags, n)
                 tokens, a, e = inner(plan, k[n], v[n], anchor, tail)
-                passed.append([*tokens.hidden, *tokens.behind, tokens.f])
+                if keep:
+                    passed.append([*tokens.hidden, *tokens.behind, tokens.f])
                 inputs.append(a)
                 errors.append(e)
                 leave(places[i], of_chunk, writes_of(of_chunk, a, e), places[i + 1])
@@ -100,10 +118,18 @@ class Scan(torch.autograd.Function):
             z, reads = read(plan, q[group].flatten(0, 1), room, of_group, all_inputs, all_errors)
             out.append(z)
             surprise.append(_gradient_norm(all_inputs, all_errors))
-            kept[-1] += [*_join(passed), *reads.before, *reads.scores, *reads.recalled]
-            room = following
-        ctx.plan, ctx.present = plan, [x is not None for x in rest]
-        ctx.save_for_backward(q, k, v, *[x for x in rest if x is not None], *(x for of in kept for x in of))
+            if keep:
+                kept[-1] += [*_join(passed), *reads.before, *reads.scores, *reads.recalled]
+            if kept_whole:
+                room = following
+            else:
+                # The next group stands where this one stood.
+                anchor = [x.clone() for x in anchor]
+                for place, x in zip(room, following, strict=True):
+                    place[:rows] = x
+        ctx.plan, ctx.present, ctx.counts = plan, [x is not None for x in rest], [len(of) for of in kept]
+        if keep:
+            ctx.save_for_backward(q, k, v, *[x for x in rest if x is not None], *(x for of in kept for x in of))
         surprises = torch.cat(surprise).unflatten(0, (chunks, rows))
         ctx.mark_non_differentiable(surprises)
         # Copies: a view would keep M and S and all of a group's alive.
@@ -120,23 +146,21 @@ class Scan(torch.autograd.Function):
         arguments = [saved.pop(0) if present else None for present in ctx.present]
         gates, tail, flags, memories, _anchor, initial = _sort(depth, arguments)
         chunks, rows = q.shape[:2]
-        size, kept_whole = _groups(memories, k, plan.blocks)
-        rates, fresh = Rates.of(gates), _fresh(memories, initial)
-        per_group = len(saved) // -(-chunks // size)
-        groups = [saved[i : i + per_group] for i in range(0, len(saved), per_group)]
-        # The memory with which each chunk is entered; without all of them those of the group.
-        entered = dict(enumerate(x for of in groups for x in _split(of[:depth], rows))) if kept_whole else {}
+        size, kept_whole = _groups(memories, k, keep=True)
+        rates, fresh, counts = Rates.of(gates), _fresh(memories, initial), list(ctx.counts)
         *d_parts, d_anchors = (d_after[i : i + depth] for i in range(0, len(d_after), depth))
         d_M = [lay_out(*x).clone() for x in zip(*d_parts, strict=True)]
+        room = [] if kept_whole else _room(d_M, min(size, chunks))
         d_anchor = [lay_out(w).clone() for w in d_anchors]
         d_initial = [torch.zeros_like(x) for x in d_anchor] if flags else []
         d_tail = None if tail is None else Tail(*(torch.zeros_like(x) for x in tail))
         d_q, d_k, d_v, d_C, d_reads, d_writes, d_carries = ([] for _ in range(7))
         for start in reversed(range(0, chunks, size)):
             group = slice(start, min(start + size, chunks))
-            count, of_group = group.stop - start, groups.pop()
+            count, of_group = group.stop - start, _pop(saved, -counts.pop())
             M = _pop(of_group, depth)
-            anchor: Layers = _pop(of_group, depth if flags else 0)
+            # Where the group opens a chunk, for their shapes.
+            anchor: Layers = _pop(of_group, depth) if _goes_on(start, plan, flags) else d_anchor
             tokens = Inner(_pop(of_group, depth - 1), _pop(of_group, depth - 1), of_group.pop(0))
             kept = Reads(_pop(of_group, depth - 1), _pop(of_group, depth), of_group)
             k_group, v_group, of_group_rates = k[group].flatten(0, 1), v[group].flatten(0, 1), rates.at(group)
@@ -145,22 +169,18 @@ class Scan(torch.autograd.Function):
             each, of_chunk = again.split(rows), of_group_rates.split(rows)
             writes = [writes_of(r, x.inputs, x.errors) for r, x in zip(of_chunk, each, strict=True)]
             if not kept_whole:
-                first, M = M, _room(M, count)
-                places = _split(M, rows)
-                for place, x in zip(places[0], first, strict=True):
-                    place.copy_(x)
-                entered = dict(enumerate(places, start))
-            if flags is None:
-                anchor = set_anchor(d_anchor, entered[start - start % plan.blocks], plan, None, 0)
-            anchors = []
+                first, M = M, [x[: count * rows] for x in room]
+                for place, x in zip(M, first, strict=True):
+                    place[:rows] = x
+            entered, anchors = _split(M, rows), []
             for i in range(count):
                 n = start + i
                 if not kept_whole and flags is not None:
-                    start_documents(entered[n], flags, fresh, n)
-                anchor = set_anchor(anchor, entered[n], plan, flags, n)
+                    start_documents(entered[i], flags, fresh, n)
+                anchor = set_anchor(anchor, entered[i], plan, flags, n)
                 anchors.append(anchor)
                 if not kept_whole and i + 1 < count:
-                    leave(entered[n], of_chunk[i], writes[i], entered[n + 1])
+                    leave(entered[i], of_chunk[i], writes[i], entered[i + 1])
             d_z = d_out[group].flatten(0, 1)
             reads = read_backward(
                 plan, d_z, q[group].flatten(0, 1), kept, M, of_group_rates, again.inputs, again.errors
@@ -172,7 +192,7 @@ class Scan(torch.autograd.Function):
             factors = _split([x for pair in reads.to_M for x in pair], rows)
             for i in reversed(range(count)):
                 n = start + i
-                left = leave_backward(d_M, entered[n], of_chunk[i], each[i], writes[i], d_inputs[i], d_errors[i])
+                left = leave_backward(d_M, entered[i], of_chunk[i], each[i], writes[i], d_inputs[i], d_errors[i])
                 d_writes.append(left[0])
                 d_carries.append(left[1])
                 for layer, d_old in enumerate(d_M):
@@ -198,23 +218,28 @@ class Scan(torch.autograd.Function):
         ]
         d_tokens = (_in_order(x, chunks) for x in (d_q, d_k, d_v))
         weights = [*(x for part in d_memories for x in part), *at_start]
-        return None, *d_tokens, *rates.gradients(d_rates), *(d_tail or (None, None)), None, None, *weights
+        return None, None, *d_tokens, *rates.gradients(d_rates), *(d_tail or (None, None)), None, None, *weights
 
 
-def _groups(memories: Sequence[Sequence[Tensor]], k: Tensor, blocks: int) -> tuple[int, bool]:
+def _groups(memories: Sequence[Sequence[Tensor]], k: Tensor, keep: bool) -> tuple[int, bool]:
     """Blocks of a group: as many as make the memory kept for it no larger than the activations kept for its tokens,
-    256 tokens at least, for small products are slow one by one; and whole chunks, so that a group starts with its
-    anchor. And whether the memory is kept for every block: where it is no larger than the block's own activations.
+    256 tokens at least, for small products are slow one by one, and no more than sqrt(N); without gradients 8 at most.
+    And whether the memory is kept for every block: where it is no larger than the block's own activations.
     """
     of_memory = sum(x.numel() for of_layer in memories for x in of_layer)
     hidden = sum(of_layer[0].shape[-1] for of_layer in memories[:-1])
     of_token = 3 * hidden + 2 * k.shape[-1] + 2 * memories[-1][0].shape[-1]
-    tokens = k.shape[1] * k.shape[2]
-    blocks_worth = of_memory / (of_token * tokens)
-    size = math.ceil(max(blocks_worth, 256 / tokens))
+    chunks, rows, slots = k.shape[:3]
+    blocks_worth = of_memory / (of_token * rows * slots)
+    size = math.ceil(max(blocks_worth, 256 / (rows * slots)))
     if blocks_worth <= 1:
-        return size, True
-    return math.ceil(size / blocks) * blocks, False
+        return size, keep
+    return min(size, math.isqrt(chunks - 1) + 1 if keep else 8), False
+
+
+def _goes_on(start: int, plan: Plan, flags: Flags | None) -> bool:
+    """Whether a group may start inside a chunk, and its anchor is kept."""
+    return flags is not None or start % plan.blocks > 0
 
 
 def _fresh(memories: Sequence[Sequence[Tensor]], initial: Sequence[Tensor]) -> list[Tensor]:
@@ -264,7 +289,8 @@ def _in_order(parts: list[Tensor], chunks: int) -> Tensor:
 
 
 def _pop(tensors: list[Tensor], count: int) -> list[Tensor]:
-    """The first ``count``, taken out."""
-    taken = tensors[:count]
-    del tensors[:count]
+    """The first ``count``, or of a negative one the last so many, taken out."""
+    part = slice(count) if count >= 0 else slice(count, None)
+    taken = tensors[part]
+    del tensors[part]
     return taken

@@ -290,7 +290,7 @@ def _backward_flops(q: tuple[int, ...], *arguments: Any, **__: Any) -> int:
 
 
 def scan_triton(plan: Plan, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> tuple[Tensor, ...]:
-    """As ``scan.Scan.apply`` for a plan of one layer; without anchor and initial the anchor is W."""
+    """As ``scan.scan`` for a plan of one layer; without anchor and initial the anchor is W."""
     C, beta, f, P, m, _, _, opens_document, opens_chunk, W, *weights = rest
     S = weights.pop(0) if f is not None else None
     anchor, initial = weights or (None, None)

@@ -86,13 +86,17 @@ def _dense(
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, None]:
     """torch's own; values as wide as keys let it take its fast ways."""
-    size = v.shape[3]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, F.pad(v, (0, max(0, q.shape[3] - size)))))
-    shared = mask is None
-    if not shared:
-        # With a mask it has no fast way for heads that share keys.
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    output = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=shared)
+    size, heads = v.shape[3], q.shape[2]
+    if q.shape[3] > size:
+        v = F.pad(v, (0, q.shape[3] - size))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if mask is None:
+        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    else:
+        # With a mask it has no fast way for heads that share keys: they are queries of one head.
+        mask = mask[:, :, None].expand(-1, -1, heads // k.shape[1], -1, -1).flatten(2, 3)
+        output = F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, q.shape[3]), k, v, mask, scale=scale)
+        output = output.reshape(len(q), heads, -1, output.shape[3])
     return output.transpose(1, 2)[..., :size], None
 
 

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from memlm_kernels.backend import MOST, choose, with_triton
 from memlm_kernels.checks import check_ascending, check_sizes, check_tensors, named, readable
-from memlm_kernels.route_documents.bank import RouterShard, bank_keys, nominate_documents
+from memlm_kernels.route_documents.bank import (
+    RouterShard,
+    bank_keys,
+    keys_of,
+    nominated_in_tiles,
+    numbered,
+    restored_keys,
+)
 from memlm_kernels.route_documents.reference import (
     Routes,
     Rule,
@@ -17,7 +24,16 @@ from memlm_kernels.route_documents.reference import (
     route_documents_reference,
 )
 
-__all__ = ["RouterShard", "Routes", "Scored", "bank_keys", "merge_topk", "nominate_documents", "route_documents"]
+__all__ = [
+    "RouterShard",
+    "Routes",
+    "Scored",
+    "bank_keys",
+    "merge_topk",
+    "nominate_documents",
+    "restored_keys",
+    "route_documents",
+]
 
 SIMILARITIES = ("cosine", "dot")
 REDUCTIONS = ("mean", "max")
@@ -104,6 +120,65 @@ def route_documents(
     if readable(document):
         check_ascending("document", torch.where((document < 0) | (document >= num_documents), -1, document))
     return route_documents_reference(rule, q, k, document, asks, spans, scored, return_scores, chosen)
+
+
+@torch.no_grad()
+def nominate_documents(
+    q: Tensor,
+    shards: Sequence[RouterShard],
+    *,
+    top_k: int,
+    asks: Tensor | None = None,
+    running: bool = False,
+    similarity: str = "cosine",
+    head_reduce: str = "mean",
+    query_reduce: str = "max",
+    chunk_reduce: str = "max",
+    held: int = 1 << 21,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Of a whole bank, a few documents that hold all that ``route_documents`` would choose at some token.
+
+    q: [B, M, H, K]   asks: [B, M], tokens that route (None: all)   the settings: as of ``route_documents``
+    held: scores at a time, about
+    Returns the documents' numbers [B, R, top_k], R = M if ``running``, else 1, and their scores, -1 and -inf where
+    there is none: so in a row where no token asks. Each part is a call of ``route_documents``, and the device is not
+    asked; ``auto`` on a CPU takes each token's own best, and of a tile of chunks looks only at those that beat them.
+    """
+    rows = (len(q), q.shape[1] if running else 1)
+    if not (shards and q.shape[1]):
+        none = torch.full((*rows, top_k), -1, device=q.device)
+        return none, torch.full(none.shape, float("-inf"), device=q.device)
+    if q.device.type == "cpu" and backend == "auto":
+        rule = Rule(similarity, head_reduce, query_reduce, chunk_reduce, top_k, 0, running, 1)
+        return nominated_in_tiles(rule, q, shards, asks, held)
+    index = torch.full((*rows, 0), -1, device=q.device)
+    score = torch.empty(index.shape, device=q.device)
+    for shard in shards:
+        # Of float8 keys a tile at a time is restored; a mean over chunks needs a document's at once.
+        whole = shard.scale is None or chunk_reduce == "mean"
+        size = max(1, len(shard.k) if whole else 32 * held // shard.k[0].numel())
+        for start in range(0, len(shard.k), size):
+            tile = slice(start, start + size)
+            routes = route_documents(
+                q,
+                keys_of(shard, tile, q.dtype)[None],
+                shard.document[None, tile],
+                top_k=top_k,
+                num_documents=len(shard.number),
+                asks=asks,
+                running=running,
+                similarity=similarity,
+                head_reduce=head_reduce,
+                query_reduce=query_reduce,
+                chunk_reduce=chunk_reduce,
+                tile=max(4096, held // q[..., 0, 0].numel()),
+                backend=backend,
+            )
+            index, score = (torch.cat(x, -1) for x in zip((index, score), numbered(routes, shard), strict=True))
+            # A document may lie across tiles.
+            index, score = merge_topk_reference(index, score, top_k)
+    return index, score
 
 
 def merge_topk(parts: Sequence[tuple[Tensor, Tensor]], top_k: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:

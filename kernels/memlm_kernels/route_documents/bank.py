@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from memlm_kernels.route_documents.reference import (
+    Routes,
     Rule,
     _prepared,
     _similarities,
@@ -30,57 +31,48 @@ _NEVER = float("-inf")
 class RouterShard(NamedTuple):
     """A part of a bank, of whole documents.
 
-    k: [C, G, K], as ``bank_keys``   document: [C], counted from ``first``, ascending; -1: none any more
+    k, scale: [C, G, K] and [C, G, 1] or None, as ``bank_keys``   document: [C], places in ``number`` [N], ascending;
+    -1: none any more   number: of the documents, ascending, over the parts too
     """
 
     k: Tensor
     document: Tensor
-    first: int
-    documents: int
+    number: Tensor
+    scale: Tensor | None = None
 
 
-def bank_keys(k: Tensor, similarity: str) -> Tensor:
-    """Pooled router keys [..., K] as a bank keeps them: in fp32 (or fp64), for cosines of length 1."""
-    return _prepared(Rule(similarity, "mean", "max", "max", 1, 0, False, 1), k)
-
-
-@torch.no_grad()
-def nominate_documents(
-    q: Tensor,
-    shards: Sequence[RouterShard],
-    *,
-    top_k: int,
-    asks: Tensor | None = None,
-    running: bool = False,
-    similarity: str = "cosine",
-    head_reduce: str = "mean",
-    query_reduce: str = "max",
-    chunk_reduce: str = "max",
-    held: int = 1 << 21,
-) -> tuple[Tensor, Tensor]:
-    """Of a whole bank, a few documents that hold all that ``route_documents`` would choose at some token.
-
-    q: [B, M, H, K]   asks: [B, M], tokens that route (None: all)   the settings: as of ``route_documents``
-    held: scores at a time, about
-    Returns the documents' numbers [B, R, top_k], of each token if ``running``, else of the row or of each token, and
-    their scores, -1 and -inf where there is none: so in a row where no token asks. Asks the device.
+def bank_keys(k: Tensor, similarity: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+    """Pooled router keys [..., K] as a bank keeps them, for cosines of length 1, and of float8 the scale of each key,
+    [..., 1], that they are divided by. dtype: None for fp32 (or fp64)
     """
+    k = _prepared(Rule(similarity, "mean", "max", "max", 1, 0, False, 1), k)
+    if dtype != torch.float8_e4m3fn:
+        return k.to(dtype or k.dtype), None
+    scale = (k.abs().amax(-1, keepdim=True) / torch.finfo(dtype).max).clamp(min=1e-30)
+    return (k / scale).to(dtype), scale
+
+
+def restored_keys(k: Tensor, scale: Tensor | None) -> Tensor:
+    """What ``bank_keys`` returned, in fp32 (or fp64)."""
+    return exact(k) if scale is None else k.float() * scale
+
+
+def nominated_in_tiles(
+    rule: Rule, q: Tensor, shards: Sequence[RouterShard], asks: Tensor | None, held: int
+) -> tuple[Tensor, Tensor]:
+    """See ``nominate_documents``. Asks the device."""
     batch, tokens = q.shape[:2]
     asks = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device) if asks is None else asks
-    if tokens == 0 or not shards:
-        none = torch.full((batch, tokens if running else 1, 0), -1, device=q.device)
-        return best_of(none, exact(q).new_empty(none.shape), top_k)
     # In place of a token that does not ask, one that does.
     place = torch.where(asks, torch.arange(tokens, device=q.device), asks.long().argmax(1, keepdim=True))
-    rule = Rule(
-        similarity, head_reduce, query_reduce, chunk_reduce, top_k, 0, running, max(1, held // q[..., 0, 0].numel())
-    )
-    q = _prepared(rule, q).gather(1, place[..., None, None].expand(q.shape))
-    if query_reduce == chunk_reduce == "max":
-        idle = ~asks.any(1).repeat_interleave(tokens if running else 1)
-        index, score = _best(rule, q, shards, idle)
-        return index.unflatten(0, (batch, -1)), score.unflatten(0, (batch, -1))
-    return _best_of_means(rule, q, asks, shards)
+    rule = rule._replace(tile=max(1, held // q[..., 0, 0].numel()))
+    q = _prepared(rule, q)
+    if rule.query_reduce != "max" or rule.chunk_reduce != "max":
+        return _best_of_means(rule, q, asks, shards)
+    q = q.gather(1, place[..., None, None].expand(q.shape))
+    idle = ~asks.any(1).repeat_interleave(tokens if rule.running else 1)
+    index, score = (x.unflatten(0, (batch, -1)) for x in _best(rule, q, shards, idle))
+    return index, score
 
 
 def _best(rule: Rule, q: Tensor, shards: Sequence[RouterShard], idle: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,7 +86,7 @@ def _best(rule: Rule, q: Tensor, shards: Sequence[RouterShard], idle: Tensor) ->
         while start < len(shard.k):
             # Of the first few all are among the best.
             tile, size = slice(start, start + size), min(2 * size, rule.tile)
-            start, k = tile.stop, shard.k[tile]
+            start, k = tile.stop, _tile_of(rule, shard, tile, q.dtype)
             if rule.head_reduce == "mean":
                 scores = query.flatten(2).flatten(0, 1) @ k.flatten(1).mT
             else:
@@ -105,9 +97,14 @@ def _best(rule: Rule, q: Tensor, shards: Sequence[RouterShard], idle: Tensor) ->
             beats = ((scores - worst).amax(0) > 0) & (shard.document[tile] >= 0)
             column = beats.nonzero()[:, 0]
             if len(column):
-                number = shard.document[tile][column] + shard.first
+                number = shard.number[shard.document[tile][column]]
                 index, score = _entered(rule, index, score, number, scores[:, column])
     return index.masked_fill(idle[:, None], -1), score.masked_fill(idle[:, None], _NEVER)
+
+
+def _tile_of(rule: Rule, shard: RouterShard, tile: slice, dtype: torch.dtype) -> Tensor:
+    """Keys as they are multiplied; cosines of keys that were rounded are of length 1 again."""
+    return shard.k[tile] if shard.k.dtype == dtype else _prepared(rule, keys_of(shard, tile, dtype))
 
 
 def _entered(rule: Rule, index: Tensor, score: Tensor, number: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,12 +121,22 @@ def _entered(rule: Rule, index: Tensor, score: Tensor, number: Tensor, scores: T
 
 def _best_of_means(rule: Rule, q: Tensor, asks: Tensor, shards: Sequence[RouterShard]) -> tuple[Tensor, Tensor]:
     """[B, D, J] where a mean needs every score."""
-    none = torch.full((len(q), 1, 0), -1, device=q.device)
-    best = best_of(none, none.to(q.dtype), rule.top_k)
+    parts = []
     for shard in shards:
-        of_shard = rule._replace(num_documents=shard.documents, tile=4096)
-        routes = route_documents_reference(of_shard, q, shard.k[None], shard.document[None], asks, None, None, False)
-        number = torch.where(routes.document < 0, -1, routes.document + shard.first)
-        old = [x.expand(-1, number.shape[1], -1) for x in best]
-        best = best_of(torch.cat([old[0], number], -1), torch.cat([old[1], routes.score], -1), rule.top_k)
-    return best
+        of_shard = rule._replace(num_documents=len(shard.number), tile=4096)
+        k = exact(keys_of(shard, slice(None), q.dtype))[None]
+        routes = route_documents_reference(of_shard, q, k, shard.document[None], asks, None, None, False)
+        parts.append(numbered(routes, shard))
+    index, score = (torch.cat(x, -1) for x in zip(*parts, strict=True))
+    return best_of(index, score, rule.top_k)
+
+
+def keys_of(shard: RouterShard, tile: slice, dtype: torch.dtype) -> Tensor:
+    """As ``route_documents`` takes them with queries of ``dtype``."""
+    k = shard.k[tile] if shard.scale is None else restored_keys(shard.k[tile], shard.scale[tile])
+    return k.double() if dtype == torch.float64 else k
+
+
+def numbered(routes: Routes, shard: RouterShard) -> tuple[Tensor, Tensor]:
+    """Numbers and scores of documents that were chosen by their places in a shard."""
+    return torch.where(routes.document < 0, -1, shard.number[routes.document]), routes.score

@@ -1,0 +1,87 @@
+"""Documents on their way into a bank: what is given, and what a model keeps of it."""
+
+import contextlib
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memlm.cache import MemoryCache
+from memlm.modeling import MemLMForCausalLM
+
+Documents = Mapping[str, Sequence[int]] | Iterable[tuple[str, Sequence[int]]]
+
+
+def pairs_of(documents: Documents) -> Iterable[tuple[str, Sequence[int]]]:
+    return documents.items() if isinstance(documents, Mapping) else documents
+
+
+def checked(name: str, tokens: Sequence[int], vocab_size: int) -> Tensor:
+    if isinstance(tokens, str) or not isinstance(name, str):
+        raise ValueError(f"documents[{name!r}]={tokens!r:.40} must be token ids under a name; use a tokenizer")
+    ids = tokens if isinstance(tokens, Tensor) else torch.tensor(tokens)
+    if ids.ndim != 1 or ids.is_floating_point() or not len(ids):
+        raise ValueError(f"documents[{name!r}] of shape {list(ids.shape)} must be token ids [T], at least one")
+    low, high = (int(x) for x in ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise ValueError(f"documents[{name!r}] holds token {wrong}; the model knows 0 to vocab_size - 1")
+    return ids.to("cpu", torch.int64)
+
+
+def hash_of(tokens: Tensor) -> str:
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:32]
+
+
+def number_of(count: int, tokens: str) -> int:
+    """Of the document read after ``count`` others, hash ``tokens``: its own for good, in this bank and beside others.
+
+    Numbers ascend as documents are read, and fit a float64.
+    """
+    return count << 20 | int(tokens[:5], 16)
+
+
+@torch.no_grad()
+def read_batch(
+    model: MemLMForCausalLM, layers: Sequence[int], documents: Sequence[Tensor], tokens_per_batch: int
+) -> tuple[Tensor, Tensor]:
+    """Means of documents' chunks on the host: keys of the router [L, C, G, K], not yet as a bank has them, and keys
+    and values of attention [L, C, 2, G, K], in the model's dtype.
+    """
+    device, cache = model.device, MemoryCache()
+    # Documents see nothing of each other, so that they need no rows of their own.
+    ids_BT = torch.cat([torch.zeros(0, dtype=torch.int64), *documents])[None].to(device)
+    lengths_N = torch.tensor([len(ids) for ids in documents], dtype=torch.int64)
+    doc_ids_BT = torch.arange(1, len(documents) + 1).repeat_interleave(lengths_N)[None].to(device)
+    training = model.training
+    model.eval()
+    for ids, doc_ids in zip(*(x.split(tokens_per_batch, 1) for x in (ids_BT, doc_ids_BT)), strict=True):
+        model.base_model(ids, doc_ids=doc_ids, past_key_values=cache)
+    model.train(training)
+    states = [cache.states[i] for i in layers]
+    chunks = int(states[0]["chunks"])
+    routers, contents = [], []
+    for state in states:
+        k, v, router_k = (state[f"bank.{name}"][0, :chunks] for name in ("k", "v", "router_k"))
+        routers.append(router_k.cpu())
+        contents.append(torch.stack([k, v], 1).to("cpu", model.dtype))
+    return torch.stack(routers), torch.stack(contents)
+
+
+@contextlib.contextmanager
+def progress_bar(shown: bool, total: int | None) -> Iterator[Any]:
+    """A function that counts tokens read, with a bar if shown; total: documents, where known."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    text = TextColumn("reading documents: {task.completed:,} of {task.fields[tokens]:,} tokens")
+    with Progress(text, BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(), disable=not shown) as bar:
+        task, count = bar.add_task("", total=total, tokens=0), 0
+
+        def advance(tokens: int) -> None:
+            nonlocal count
+            count += tokens
+            bar.update(task, advance=1, tokens=count)
+
+        yield advance

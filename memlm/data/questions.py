@@ -1,0 +1,333 @@
+"""Questions about documents, from JSONL files: ``{"query": ..., "documents": [...], "positives": [indices], "answer":
+...}`` in each line. Lines are indexed once and read when they are drawn, so that files may be of any size.
+
+Legend: N questions, T tokens of a row.
+"""
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from itertools import chain, islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from .cache import cache_path, new_folder
+from .documents import assign_splits, hash_files
+from .retrieval import TEMPLATE, Chain, Inquiry, Library, Linked, Part, RetrievalRow, joined, pack, transcript
+from .row import SPLITS, split_id
+from .templates import Templates, Writer
+from .tokenizer import shortener
+
+# Part of the name of every cached index; raise it when its files or what a line may be change.
+_FORMAT = 1
+
+
+class Question(NamedTuple):
+    """A record's texts; positives: which of the documents the question is about, ascending."""
+
+    query: str
+    documents: tuple[str, ...]
+    positives: tuple[int, ...]
+    answer: str | None
+
+
+class Questions(Sequence[Question]):
+    """The questions of JSONL files, each read when asked for. An index of them is kept in `cache_dir`.
+
+    splits: uint8 [N], places in SPLITS; sizes: int64 [N, 3], bytes of query and answer (0: none), number of positives
+    Raises ValueError, naming file, line and key, for a line that is not of the form.
+    """
+
+    def __init__(self, paths: str | Sequence[str], cache_dir: str | Path) -> None:
+        files = [Path(path).expanduser() for path in ([paths] if isinstance(paths, str) else paths)]
+        for file in files:
+            if not file.is_file():
+                raise ValueError(f"paths: {file} is not a file; name JSONL files")
+        cache = cache_path(cache_dir)
+        hashes = hash_files(files, cache / "sha256.json")
+        key = json.dumps([_FORMAT, *(hashes[file] for file in files)])
+        folder = cache / "questions" / hashlib.sha256(key.encode()).hexdigest()[:32]
+        if not folder.is_dir():
+            with new_folder(folder) as partial:
+                _index(partial, files)
+        self._files = files
+        places, self.sizes, self.splits = (
+            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("places", "sizes", "splits")
+        )
+        self._places = places
+
+    def __len__(self) -> int:
+        return len(self.splits)
+
+    def __getitem__(self, index: int) -> Question:  # type: ignore[override]
+        number, start = self._places[index].tolist()
+        with self._files[number].open("rb") as lines:
+            lines.seek(start)
+            return _read(lines.readline(), f"{self._files[number]}, byte {start}")
+
+
+def _index(folder: Path, files: Sequence[Path]) -> None:
+    places, sizes = array("q"), array("q")
+
+    def queries() -> Iterator[str]:
+        for i, file in enumerate(files):
+            start = 0
+            with file.open("rb") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        question = _read(line, f"{file}:{number}")
+                        places.extend((i, start))
+                        texts = (question.query, question.answer or "")
+                        sizes.extend((*(len(text.encode()) for text in texts), len(question.positives)))
+                        yield question.query
+                    start += len(line)
+
+    splits = assign_splits(queries())
+    for name, values in (("places", np.array(places).reshape(-1, 2)), ("sizes", np.array(sizes).reshape(-1, 3))):
+        np.save(folder / f"{name}.npy", values)
+    np.save(folder / "splits.npy", splits)
+
+
+def _read(line: bytes, where: str) -> Question:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON in UTF-8 ({error}); correct or remove the line") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: not an object; give {', '.join(Question._fields)}")
+    for key in ("query", "documents", "positives"):
+        if key not in record:
+            raise ValueError(f"{where}: {key} is missing; give {', '.join(Question._fields)}")
+    query, answer = record["query"], record.get("answer")
+    for key, text in (("query", query), *((("answer", answer),) if answer is not None else ())):
+        if not _is_text(text):
+            raise ValueError(f"{where}: {key}={text!r:.60} must be a text that is not empty")
+    documents, positives = record["documents"], record["positives"]
+    if not isinstance(documents, list) or not documents:
+        raise ValueError(f"{where}: documents={documents!r:.60} must be a list of texts")
+    for i, text in enumerate(documents):
+        if not _is_text(text):
+            raise ValueError(f"{where}: documents[{i}]={text!r:.60} must be a text that is not empty")
+    of_documents = isinstance(positives, list) and all(type(i) is int and 0 <= i < len(documents) for i in positives)
+    if not of_documents or not positives:
+        raise ValueError(
+            f"{where}: positives={positives!r:.60} must be a list that names at least one of {len(documents)} "
+            "documents, counted from 0"
+        )
+    return Question(query, tuple(documents), tuple(sorted({*positives})), answer)
+
+
+def _is_text(value: object) -> bool:
+    # JSON may spell half of a surrogate pair, which no UTF-8 text holds.
+    return isinstance(value, str) and bool(value) and not any("\ud800" <= sign <= "\udfff" for sign in value)
+
+
+def shuffled(rng: np.random.Generator, count: int) -> Iterator[int]:
+    """0 to count - 1 in random order: Fisher and Yates' shuffle as far as it is asked for, each at a constant cost."""
+    moved: dict[int, int] = {}
+    for i in range(count):
+        j = int(rng.integers(i, count))
+        yield moved.get(j, j)
+        moved[j] = moved.get(i, i)
+        moved.pop(i, None)
+
+
+class QuestionSource:
+    """Endless rows of `seq_len` tokens: questions, each with its documents, and others' of the same split until there
+    are `num_documents`, in random order. A document is cut to `document_length` tokens; a row takes the next
+    questions as long as they fit, documents not asked for giving way first. A row costs what its tokens do, however
+    many questions there are.
+
+    templates: "plain", "chat" (the tokenizer's chat template), "interleave" (``Templates``), or those of its texts
+    that are other ones. Where documents say their names, a sample is as ``memlm.Interleave`` would have it. It has
+    read nothing, and the names of the documents that the question is about are what it writes; or, as often, it has
+    read them, nothing is left to be found, and the answer follows. A question without an answer is of the first kind.
+    Names are numbers below `num_names`, drawn anew for each sample, and written in ascending order.
+
+    Raises ValueError where a split has no question, a question is longer than a row, has no answer where one is
+    needed, or there is no chat template.
+    """
+
+    def __init__(
+        self,
+        questions: Questions,
+        tokenizer: PreTrainedTokenizerFast,
+        seq_len: int,
+        seed: int,
+        num_documents: int = 16,
+        document_length: int = 512,
+        templates: str | Mapping[str, str] = "plain",
+        num_names: int = 100_000,
+    ):
+        self.seq_len, self.seed = seq_len, seed
+        self.num_documents, self.document_length, self.num_names = num_documents, document_length, num_names
+        self._end: int = tokenizer.eos_token_id
+        self.templates = _templates(templates, tokenizer)
+        self._write, self._shorten = Writer(self.templates, tokenizer), shortener(tokenizer)
+        self._questions = questions
+        self._of_split = [np.flatnonzero(questions.splits == split) for split in range(len(SPLITS))]
+        for split, members in zip(SPLITS, self._of_split, strict=True):
+            if not len(members):
+                raise ValueError(
+                    f"paths: no question of {len(questions)} is left for the {split} split; give 3 or more"
+                )
+        if not self.templates.named and not questions.sizes[:, 1].all():
+            query = questions[int(questions.sizes[:, 1].argmin())].query
+            raise ValueError(
+                f"paths: the question {query[:40]!r} has no answer, which only templates=interleave can do without; "
+                "give it one"
+            )
+        largest = int(questions.sizes[:, 2].max())
+        if self.templates.named and num_names < max(num_documents, largest):
+            raise ValueError(
+                f"num_names={num_names} must be at least num_documents={num_documents} and {largest}, the most "
+                "positives of a question"
+            )
+        # A token is a byte at least, so that few questions must be read to know that all fit.
+        for index in np.flatnonzero(self._most_tokens() > seq_len):
+            question, largest = questions[int(index)], num_names - 1
+            names = [str(largest - i) for i in range(len(question.positives))]
+            # Names alone are less than names, what they name, and an answer.
+            self._about(question, names, question.answer is not None, seq_len)
+
+    def row(self, index: int, split: str, step: int) -> RetrievalRow:
+        rng = np.random.default_rng([self.seed, split_id(split), index])
+        members, samples, room = self._of_split[split_id(split)], [], self.seq_len
+        for place in shuffled(rng, len(members)):
+            sample = self._sample(self._questions[members[place]], members, rng, room)
+            if sample is None:
+                break
+            samples.append(sample)
+            room -= len(sample.input_ids)
+        return pack(samples, self.seq_len, self._end)
+
+    def linked(self, split: str, documents: int, questions: int) -> Linked:
+        """At most so many questions of a split; what they are about, and others' documents until there are enough,
+        named by their numbers.
+        """
+        rng = np.random.default_rng([self.seed, split_id(split), documents, questions])
+        members, numbers = self._of_split[split_id(split)], dict[str, int]()
+        drawn = (self._questions[members[place]] for place in shuffled(rng, len(members)))
+        asked = [*islice(drawn, questions)]
+        for question in asked:
+            for i in question.positives:
+                numbers.setdefault(question.documents[i], len(numbers))
+        for text in (text for question in chain(asked, drawn) for text in question.documents):
+            if len(numbers) >= documents:
+                break
+            numbers.setdefault(text, len(numbers))
+        chains = []
+        for question in asked:
+            found = sorted({numbers[question.documents[i]] for i in question.positives})
+            chains.append(Chain(question.query, (question.answer or "").strip(), (tuple(map(str, found)),)))
+        texts = {str(number): self._shorten(text, self.document_length) for text, number in numbers.items()}
+        return Linked(texts, chains, 0.0)
+
+    def library(self, split: str, documents: int, questions: int) -> Library:
+        """The same as tokens. Where documents say their names, these are the answers."""
+        linked, write = self.linked(split, documents, questions), self._write
+        inquiries = []
+        for query, answer, (names,) in linked.chains:
+            said = write.names(names) if self.templates.named else write.answer(answer)
+            asked = np.array(write("question", question=query))
+            inquiries.append(Inquiry(asked, np.array(said), frozenset(map(int, names))))
+        texts = [np.array(write("document", name=name, text=text)) for name, text in linked.texts.items()]
+        return Library(np.array(write("head"), np.int64), texts, inquiries, 0.0, write("tail"), write("response"))
+
+    def _sample(
+        self, question: Question, members: np.ndarray, rng: np.random.Generator, room: int
+    ) -> RetrievalRow | None:
+        """None if it does not fit behind others; alone in a row it is made to."""
+        named, alone = self.templates.named, room == self.seq_len
+        read = question.answer is not None and not (named and rng.integers(2))
+        count = max(self.num_documents, len(question.positives))
+        names = [*map(str, rng.choice(self.num_names, count, replace=False))] if named else [""] * count
+        fitted = self._about(question, names, read, room)
+        if fitted is None:
+            return None
+        about, (head, *rest) = fitted
+        documents = [(ids, not (named and read)) for ids in about]
+        room -= sum(map(len, about)) + len(head.ids) + sum(len(part.ids) for part in rest)
+        for text in islice(self._others(question, members, rng), max(0, self.num_documents - len(about))):
+            text = self._shorten(text, self.document_length)
+            ids = self._write("document", name=names[len(documents)], text=text)
+            if len(ids) > room and not alone:
+                return None
+            if len(ids) > room:
+                break
+            documents.append((ids, False))
+            room -= len(ids)
+        order = enumerate(rng.permutation(len(documents)), 1)
+        return joined([head, *(Part(documents[i][0], n, found=documents[i][1]) for n, i in order), *rest])
+
+    def _about(
+        self, question: Question, names: Sequence[str], read: bool, room: int
+    ) -> tuple[list[list[int]], list[Part]] | None:
+        """The documents that a question is about, and the parts of its sample beside documents. Alone in a row
+        documents are cut until all that fits; else it may be None.
+        """
+        wanted = [*dict.fromkeys(question.documents[i] for i in question.positives)]
+        names, limit, write = names[: len(wanted)], self.document_length, self._write
+        names = sorted(names, key=int) if self.templates.named else names
+        while True:
+            texts = [self._shorten(text, limit) for text in wanted]
+            about = [write("document", name=name, text=text) for name, text in zip(names, texts, strict=True)]
+            rest = [Part(write("head"), TEMPLATE)]
+            if not self.templates.named:
+                rest += transcript(write, question.query, answer=question.answer)
+            elif read:
+                given = dict(zip(names, texts, strict=True))
+                rest += transcript(write, question.query, [given], answer=question.answer)
+            else:
+                rest += transcript(write, question.query, asked=names)
+            excess = sum(map(len, about)) + sum(len(part.ids) for part in rest) - room
+            if excess <= 0:
+                return about, rest
+            if room < self.seq_len:
+                return None
+            if limit == 1:
+                raise ValueError(
+                    f"seq_len={room} is too short for the question {question.query[:40]!r}; raise data.seq_len to "
+                    f"{room + excess} or more"
+                )
+            limit = max(1, min(limit, max(map(len, about))) - max(1, excess // (2 * len(about))))
+
+    def _most_tokens(self) -> np.ndarray:
+        """[N]: of the parts of each question's sample that cannot be left out, a bound."""
+        t = self.templates
+        fixed = 1 + sum(len(getattr(t, f.name).encode()) for f in fields(t))
+        named = (t.document + t.name + t.passage).replace("{name}", str(self.num_names - 1))
+        # Beside these a character of the document, twice.
+        query_N, answer_N, positives_N = np.asarray(self._questions.sizes).T
+        return fixed + 2 * query_N + answer_N + (len(named.encode()) + 2 * 4) * positives_N
+
+    def _others(self, question: Question, members: np.ndarray, rng: np.random.Generator) -> Iterator[str]:
+        """Documents that the question is not about: its own first, for they are the harder."""
+        given = {question.documents[i] for i in question.positives}
+        own = [text for text in dict.fromkeys(question.documents) if text not in given]
+        yield from (own[i] for i in rng.permutation(len(own)))
+        given |= {*own}
+        for place in shuffled(rng, len(members)):
+            for text in self._questions[members[place]].documents:
+                if text not in given:
+                    given.add(text)
+                    yield text
+
+
+def _templates(spec: str | Mapping[str, str], tokenizer: PreTrainedTokenizerFast) -> Templates:
+    if isinstance(spec, Mapping):
+        known = [f.name for f in fields(Templates)]
+        for key in spec:
+            if key not in known:
+                raise ValueError(f"templates.{key} is unknown; known are {', '.join(known)}")
+        return Templates(**spec)
+    if spec == "chat":
+        return Templates.chat(tokenizer)
+    if spec not in ("plain", "interleave"):
+        raise ValueError(f"templates={spec!r} must be plain, chat, interleave, or texts of interleave's that differ")
+    return Templates.plain() if spec == "plain" else Templates()

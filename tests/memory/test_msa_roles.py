@@ -1,0 +1,96 @@
+"""Roles of tokens in Memory Sparse Attention: counted once, documents laid on rows, the device not asked."""
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from memlm.data import Batch, RetrievalRow
+from memlm.memory.base import Dims
+from memlm.memory.documents import Layout
+from memlm.training.objective import Objective, model_inputs
+from memlm_kernels.testing import Watch, assert_close
+from tests.memory.test_msa import EXACT, context, ids_like, inputs, mixer_of, model_of, packed, roles_of
+
+
+def test_documents_of_like_length_are_laid_on_rows():
+    """Rows of one length where that is not twice the tokens; else a long one would make padding of the others."""
+    for rows, groups in (
+        ([[9, 1, 4, 13]], [(0, 13, 4)]),
+        ([[2, 1, 25, 2]], [(0, 1, 1), (1, 2, 2), (16, 25, 1)]),
+        ([[16, 1, 1, 1, 1, 1], [3, 2, 8], []], [(0, 1, 5), (1, 2, 1), (2, 4, 1), (4, 8, 1), (8, 16, 1)]),
+    ):
+        pieces = [roles_of([(n + 1, size) for n, size in enumerate(row)] + [(0, 40)])[:, :40] for row in rows]
+        ctx, x = context(torch.cat(pieces)), inputs(40, len(rows))
+        mixer = mixer_of()
+        layout = Layout.of(x, mixer.init_state(len(rows), x.device, x.dtype), ctx, 4, 2)
+        assert layout.within.groups == groups
+        slots, size = layout.within.on_rows()
+        real = [
+            slot for row, of in zip(slots.view(len(rows), -1).tolist(), rows, strict=True) for slot in row[: sum(of)]
+        ]
+        assert len({*real}) == len(real) and max(real) < size <= 2 * max(map(sum, rows)) * len(rows)
+        alone = [mixer(x[i : i + 1], None, context(piece)).y_BTD for i, piece in enumerate(pieces)]
+        assert_close("rows", torch.cat(alone), mixer(x, None, ctx).y_BTD, EXACT)
+
+
+def test_a_long_document_among_short_ones_costs_what_it_is():
+    """No mask of it and the others: what is made is no larger than heads of twice the tokens."""
+    mixer = mixer_of(routes=False)
+    doc_ids = roles_of([(1, 1500), *((n, 3) for n in range(2, 502)), (0, 2)])
+    x = inputs(doc_ids.shape[1])
+    with torch.no_grad(), Watch() as watch:
+        mixer(x, None, context(doc_ids))
+    assert watch.largest <= 2 * 3000 * 24 + 24
+
+
+def test_the_device_is_not_asked_and_cost_is_linear_in_documents():
+    mixer, sizes = mixer_of(), []
+    mixer.dims = Dims(24, 4, 2, 6, attn_implementation="eager")
+    for count in (16, 32):
+        doc_ids = roles_of([(n + 1, 37) for n in range(count)] + [(0, 5), (-1, 5)])
+        x, ctx = inputs(doc_ids.shape[1]), context(doc_ids, found=doc_ids == 2)
+        with Watch() as watch:
+            out = mixer(x, None, ctx)
+            mixer(x[:, :1], out.state)
+        assert not watch.asked
+        sizes.append(watch.largest)
+    assert sizes[1] <= 2.2 * sizes[0]
+
+
+class Asking(TorchFunctionMode):
+    """Notes what takes numbers out of tensors, which ``Watch`` does not see where these are on a CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        if name in ("tolist", "item", "__bool__", "__int__", "__index__", "__float__", "numpy", "cpu"):
+            self.asked.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_training_step_does_not_ask_the_device_for_what_the_collator_knows(monkeypatch):
+    """The context is made inside; without its counts the same forward asks once."""
+    # On a CPU alone what is given is checked at once.
+    monkeypatch.setattr("memlm.modeling._documents", lambda *given: given[-1])
+    names = ["usual", "documents last", "no template", "one long document"]
+    rows = []
+    for order in (names, names[::-1]):
+        _, doc_ids, positions = packed(order)
+        ids = ids_like(doc_ids)[0].numpy()
+        rows.append(RetrievalRow(ids, ids, positions[0].numpy(), doc_ids[0].numpy(), (doc_ids[0] == 2).long().numpy()))
+    objective, inputs = Objective(model_of().train()), model_inputs(Batch.from_rows(rows, [0, 0]), "cpu")
+    results = []
+    for counts, asked in ((inputs["role_counts"], []), (None, ["tolist"])):
+        with Asking() as asking, Watch() as watch:
+            results.append(objective(**inputs | {"role_counts": counts})[0])
+        assert watch.asked == [] and asking.asked == asked
+    assert torch.equal(*results)
+    doc_ids = inputs["doc_ids"]
+    for more in ({"attention_mask": torch.ones_like(doc_ids)}, {"doc_ids": None}):
+        with pytest.raises(ValueError, match="role_counts are of doc_ids without an attention_mask; leave them out"):
+            model_of()(
+                **{"input_ids": doc_ids.abs(), "doc_ids": doc_ids, "role_counts": inputs["role_counts"], **more}
+            )
