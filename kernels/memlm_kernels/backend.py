@@ -16,9 +16,10 @@ PROVEN: frozenset[str] = frozenset()
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+BACKENDS = ("auto", "reference", "triton", "fla")
+
 # What kernels count within a row has 32 bits, with room to count a little further; places of elements have 64.
 MOST = 2**31 - 2**16
-BACKENDS = ("auto", "reference", "triton", "fla")
 
 logger = logging.getLogger(__name__)
 _announced: set[tuple[str, str]] = set()
