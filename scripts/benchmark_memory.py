@@ -95,7 +95,10 @@ SUITES = {
     "attention_decode": [[attending(kind, seen) for seen in (1024, 4096, 16384)] for kind in ATTENTION],
     # One at a time, for a GPU's memory.
     "train": [
-        [model_of(PAPER, memory, 4096 * 4**i, "bfloat16")] for i in range(3) for memory in ("attention", "titans_mag")
+        [model_of([*PAPER, f"hardware.kernels={kernels}"], memory, 4096 * 4**i, "bfloat16")]
+        for i in range(3)
+        # Full attention by torch's own, which is what there is to beat.
+        for memory, kernels in (("attention", "auto"), ("titans_mag", "triton"))
     ],
     "train_smoke": [[model_of(TINY_MODEL, memory, 64, "float32")] for memory in ("attention", "titans_mag")],
     "smoke": [[ours(TINY, 8, tokens=64), ours(TINY, 8, tokens=8, seen=64)]],
@@ -129,9 +132,11 @@ def training_step(s: Setting) -> Callable:
     from omegaconf import OmegaConf
 
     from memlm import MemLMConfig, MemLMForCausalLM
+    from memlm_kernels import set_backend
 
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         cfg = compose("train", s["overrides"])
+    set_backend(cfg.hardware.kernels, "hardware.kernels")
     model = MemLMForCausalLM(MemLMConfig.from_hydra(OmegaConf.to_container(cfg.model, resolve=True))).train()
     if cfg.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
