@@ -4,7 +4,7 @@
     python scripts/benchmark_bank.py --encode 512
 
 The bank holds seeded vectors in place of a model's: two layers that route, 2 heads of keys and values of 32, chunks of
-64 tokens, documents of 512. One process fills and saves it, another, with one thread, loads and uses it. Times are
+64 tokens, documents of 512. One process fills and saves it, another, with --threads, loads and uses it. Times are
 seconds, the best and the median of --repeats: ``load`` maps the bank; ``route`` is one query of 32 tokens, from their
 router queries to the chunks fetched for them, in both layers, every token with its own choice of 16 documents, and
 ``route_query`` with one choice for all; ``ask`` is the whole model on that query, ``decode`` a token after it;
@@ -38,12 +38,12 @@ from benchmark_memory import ROOT, commit, cpu_name, rss_mb
 CHUNK, LENGTH, QUERY = 64, 512, 32
 
 
-def model() -> Any:
+def model(threads: int = 1) -> Any:
     import torch
 
     from memlm import MemLMConfig, MemLMForCausalLM
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     config = MemLMConfig(
         hidden_size=64,
@@ -86,15 +86,15 @@ def fill(tokens: int, folder: Path) -> None:
     print(json.dumps({"first_save_s": round(seconds, 3), "fill_peak_rss_mb": round(rss_mb())}))
 
 
-def use(folder: Path, repeats: int, changes: int) -> None:
+def use(folder: Path, repeats: int, changes: int, threads: int) -> None:
     import torch
 
     from memlm import MemoryBank, MemoryCache
 
-    it = model()
+    it = model(threads)
     question = torch.randint(259, (1, QUERY), generator=torch.Generator().manual_seed(1))
     it(question)
-    record: dict[str, Any] = {"base_rss_mb": round(rss_mb())}
+    record: dict[str, Any] = {"threads": threads, "base_rss_mb": round(rss_mb())}
     bank, record["load_s"] = timed(lambda: MemoryBank.load(folder, it), repeats)
     stats = bank.stats()
     record |= stats
@@ -235,6 +235,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=float, nargs="+", default=[1e6, 1e7, 1e8], help="sizes of the bank")
     parser.add_argument("--changes", type=int, default=4000, help="additions and deletions, to find the slowest")
+    parser.add_argument("--threads", type=int, default=1, help="of the process that uses the bank")
     parser.add_argument("--repeats", type=int, default=5, help="passes of each measurement")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/bank.jsonl", help="where lines are appended")
     parser.add_argument("--encode", type=int, metavar="WIDTH", help="measure reading instead, at this hidden size")
@@ -245,7 +246,7 @@ if __name__ == "__main__":
     if args.fill:
         fill(int(args.tokens[0]), args.fill)
     elif args.use:
-        use(args.use, args.repeats, args.changes)
+        use(args.use, args.repeats, args.changes, args.threads)
     elif args.read:
         encode(args.read, args.repeats)
     elif args.encode:
@@ -255,6 +256,6 @@ if __name__ == "__main__":
         for tokens in args.tokens:
             with tempfile.TemporaryDirectory() as folder:
                 record = process("--tokens", str(tokens), "--fill", folder)
-                options = ["--repeats", str(args.repeats), "--changes", str(args.changes)]
+                options = [f"--{name}={getattr(args, name)}" for name in ("threads", "repeats", "changes")]
                 record |= process("--use", folder, *options)
             written(record, f"--tokens {tokens:g} {' '.join(options)}", args.out)
