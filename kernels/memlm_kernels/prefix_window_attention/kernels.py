@@ -83,9 +83,8 @@ def load_item(united, starts, b_index, item, begin, row, N, C: tl.constexpr, BC:
     """A tile of the keys of a chunk of the union: its first key, how many, and the rows that chose the chunk."""
     parts: tl.constexpr = (C + BC - 1) // BC
     n = tl.load(united + begin + item // parts)
-    there = (n >= 0) & (n < N)
-    start = tl.load(starts + row * N + tl.where(there, n, 0))
-    chose = (tl.max((b_index == n).to(tl.int32), 1) > 0) & there
+    start = tl.load(starts + row * N + tl.maximum(n, 0))
+    chose = (tl.max((b_index == n).to(tl.int32), 1) > 0) & (n >= 0)
     skipped = item % parts * BC
     return start + skipped, tl.minimum(C - skipped, BC), chose
 
