@@ -111,6 +111,7 @@ def cases(dtype: str, size: int, sample: bool) -> Iterator[tuple[str, Callable[[
         yield f"{name} delta", both(delta_rule_triton, q, k, v, gate, None, None, None)
     if size <= 128:
         yield f"{name} memory", both(memory, q, k, v, gate, 16, 16)
+        yield f"{name} memory, step", once(memory, *first(q, k, v, gate), 16, 16)
         yield f"{name} memories of segments", both(segmented, q, k, v, gate, cu, torch.zeros(2, 2, 3, 2, size, size))
     narrow = [x[..., :64].detach().requires_grad_() for x in (q, k, v)]
     yield f"{dtype} 64 memory of two layers", both(memory, *narrow, gate, 16, 16, 64)

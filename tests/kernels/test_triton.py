@@ -192,22 +192,37 @@ def test_linear_memory_in_16_bits(dtype):
     compare(memory(16), memory_inputs(75, 20, 40), dtype)
 
 
+@pytest.mark.parametrize("momentum", [True, False])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_decoding_continues_the_memory(layers):
-    inputs = on_device(deep_inputs(40, 20, 24 if layers == 2 else 20, 20))
+def test_decoding_continues_the_memory(layers, momentum, monkeypatch):
+    """Three rows: one goes on past the end of a chunk, one starts a document on the way, one ends before the last."""
+    from memlm_kernels.launch import Kernel
+
+    launched, run = [], Kernel.__call__
+    monkeypatch.setattr(Kernel, "__call__", lambda kernel, *x, **y: launched.append(kernel) or run(kernel, *x, **y))
+    inputs = on_device(deep_inputs(40, 20, 24 if layers == 2 else 40, 40 if layers == 1 else 20, rows=3))
+    positions = torch.arange(40).repeat(3, 1)
+    positions[1, 34:] -= 34
+    lengths = torch.tensor([40, 40, 37])
 
     def run_on(x, here, **settings):
         norm = tuple(x[-2:]) if layers == 2 else None
-        tokens = (token[:, here] for token in x[:6])
-        return neural_memory(*tokens, weights=x[6 : 6 + layers], norm=norm, chunk_size=16, **settings)
+        q, k, v, lr, eta, alpha = (token[:, here] for token in x[:6])
+        real = (lengths - here.start).clamp(0, here.stop - here.start)
+        places = {"positions": positions[:, here].to(DEVICE), "lengths": real.to(DEVICE), "max_documents": 2}
+        weights, eta = x[6 : 6 + layers], eta if momentum else None
+        return neural_memory(q, k, v, lr, eta, alpha, weights=weights, norm=norm, chunk_size=16, **places, **settings)
 
-    expected = run_on([x.double() for x in inputs], slice(None), backend="reference")
+    expected = run_on([x.double() for x in inputs], slice(0, 40), backend="reference")
     parts, state = [], None
     with torch.no_grad():
-        for here in (slice(30), *(slice(t, t + 1) for t in range(30, 40))):
-            o, state, _ = run_on(inputs, here, state=state, backend="triton")
-            parts.append(o)
-    assert_close("o", expected.o, torch.cat(parts, 1), 1e-6)
+        for here in (slice(0, 30), *(slice(t, t + 1) for t in range(30, 40))):
+            launched.clear()
+            o, state, surprise = run_on(inputs, here, state=state, backend="triton")
+            parts.append((o, surprise))
+    assert [kernel.function.__name__ for kernel in launched] == ["memory_step" if layers == 1 else "deep_step"]
+    for name, got in zip(("o", "surprise"), zip(*parts, strict=True), strict=True):
+        assert_close(name, getattr(expected, name), torch.cat(got, 1), 1e-6)
     for kept in ("weights", "momentum", "anchor"):
         for e, s in zip(getattr(expected.state, kept), getattr(state, kept), strict=True):
             assert_close(kept, e, s, 1e-6)

@@ -17,9 +17,10 @@ from memlm_kernels.checks import in_one_type
 from memlm_kernels.launch import Kernel, at_least_16, cdiv, laid, precision
 from memlm_kernels.neural_memory.chunk import Plan
 from memlm_kernels.neural_memory.deep_backward_kernels import deep_tokens_backward, deep_write_backward
-from memlm_kernels.neural_memory.deep_kernels import deep_read, deep_step, deep_write
+from memlm_kernels.neural_memory.deep_kernels import deep_read, deep_write
 from memlm_kernels.neural_memory.deep_read_backward_kernels import deep_read_backward_1, deep_read_backward_2
 from memlm_kernels.neural_memory.network import ACTIVATIONS, EPS
+from memlm_kernels.neural_memory.step_kernels import deep_step
 
 # Chunks whose memories are there at once.
 SPAN = 16

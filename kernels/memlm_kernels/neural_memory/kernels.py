@@ -132,7 +132,7 @@ def memory_forward(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """out, errors: [N, G, C, V]; squares: [tiles of V, N, G, C]; kept_*: [N / GROUP, G, K, V] or None.
+    """out, errors: [N, G, C, V]; squares: [tiles of V, N, G, C]; kept_*: [N / GROUP, G, K, V]; without it no errors.
 
     owner: None, or of each chunk which W, S and anchor its segment has; closes: [N, G], where a segment ends
     """
@@ -171,7 +171,8 @@ def memory_forward(
             b_k = load_tile(k, at * W_C, i_c, i_k, real, K)
             b_e = tl.dot(b_k, b_A.to(b_k.dtype), input_precision=PRECISION)
             b_e -= load_tile(v, at * W_C, i_c, i_v, real, V).to(tl.float32)
-            store_tile(errors, b_e, at * W_C, i_c, i_v, real, V)
+            if errors is not None:
+                store_tile(errors, b_e, at * W_C, i_c, i_v, real, V)
             tl.store(squares + (tile * N * G + at) * W_C + i_c, tl.sum(b_e * b_e, 1), mask=real)
             b_C = load_tile(C, at * W_C, i_c, i_c, real, W_C)
             b_R = b_C * tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)

@@ -12,6 +12,7 @@ from memlm_kernels.checks import in_one_type
 from memlm_kernels.launch import Tiles, at_least_16, cdiv, laid, precision
 from memlm_kernels.neural_memory.chunk import Gates, Plan
 from memlm_kernels.neural_memory.kernels import memory_backward, memory_forward, tokens_backward
+from memlm_kernels.neural_memory.step_kernels import memory_step
 from memlm_kernels.segments import Segments
 
 # Chunks between memories that are kept for backward; and chunks whose memories' gradients are kept during backward.
@@ -58,8 +59,8 @@ def forward(
     blocks: int,
     keep: bool,
 ) -> list[Tensor]:
-    """out [N, G, C, V], squares of the errors' norms [N, G, C], W, anchor, then S if there is one; then the errors,
-    and with ``keep`` what backward starts from: W, anchor and S before every ``GROUP``-th chunk.
+    """out [N, G, C, V], squares of the errors' norms [N, G, C], W, anchor, then S if there is one; with ``keep`` the
+    errors and what backward starts from: W, anchor and S before every ``GROUP``-th chunk.
 
     owner: [N, G], of each chunk which W, S and anchor its segment has, and closes, where segments end; ``opens_*``
     then say where segments and their chunks start, and there is no initial. None: W, S and anchor are the rows'
@@ -71,17 +72,18 @@ def forward(
     if owner is not None:
         # What a segment without tokens keeps.
         last = [None if x is None else x.clone() for x in (W, anchor, S)]
-    memory_forward(
-        _programs(sizes),
-        {},
+    there: dict[str, Any] = {
         **{"q": q, "k": k, "v": v, "C": C, "beta": beta, "f": f, "P": P, "m": m},
         **{"opens_document": opens_document, "opens_chunk": opens_chunk, "owner": owner, "closes": closes},
-        **{"W": W, "S": S, "anchor": anchor},
-        **{"initial": initial, "out": out, "errors": errors, "squares": squares},
+        **{"W": W, "S": S, "anchor": anchor, "initial": initial},
+        **{"out": out, "errors": errors, "squares": squares},
         **dict(zip(("last_W", "last_anchor", "last_S"), last, strict=True)),
         **dict(zip(("kept_W", "kept_anchor", "kept_S"), kept, strict=True)),
         **sizes,
-    )
+    }
+    one_token = not keep and owner is None and sizes["N"] == sizes["W_C"] == 1
+    kernel = memory_step if one_token else memory_forward
+    kernel(_programs(sizes), {}, **{name: there[name] for name in kernel.function.arg_names})
     present = [x for x in (*last, errors, *kept) if x is not None]
     return [out, squares.sum(0), *present]
 
@@ -90,11 +92,13 @@ def _room(q: Tensor, v: Tensor, W: Tensor, S: Tensor | None, keep: bool, sizes: 
     tiles = cdiv(sizes["V"], sizes["BV"])
     squares = q.new_empty(tiles, *q.shape[:3], dtype=torch.float32)
     last = [torch.empty_like(W), torch.empty_like(W), None if S is None else torch.empty_like(W)]
+    errors: Tensor | None = None
     kept: list[Tensor | None] = [None] * 3
     if keep:
+        errors = torch.empty_like(v)
         shape = (cdiv(sizes["N"], GROUP), q.shape[1], *W.shape[1:])
         kept = [W.new_empty(shape), W.new_empty(shape), None if S is None else W.new_empty(shape)]
-    return torch.empty_like(v), squares, last, torch.empty_like(v), kept
+    return torch.empty_like(v), squares, last, errors, kept
 
 
 @forward.register_fake
