@@ -4,6 +4,7 @@ Shapes: B batch, T tokens of this call, D hidden, F feed-forward,
 C channels, H heads, K head dim, W convolution width.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -76,6 +77,10 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
 
 
+# Numbers of what a short convolution makes that it works on at once, on a CPU: 1 MB, which stays in its cache.
+_AT_ONCE = 2**18
+
+
 class _Taps(torch.autograd.Function):
     """y[:, t] = sum over ``back`` of past[:, W - 1 + t - back] * weight[:, W - 1 - back], within a document; SiLU of
     it, if asked for.
@@ -88,36 +93,54 @@ class _Taps(torch.autograd.Function):
     def forward(ctx: Any, past_BSC: Tensor, taps_WC: Tensor, positions_BT: Tensor | None, silu: bool) -> Tensor:
         ctx.save_for_backward(past_BSC, taps_WC, positions_BT)
         ctx.silu = silu
-        y_BTC = _Taps.convolved(past_BSC, taps_WC, positions_BT)
-        return F.silu(y_BTC, inplace=True) if silu else y_BTC
+        y_BTC = torch.empty_like(past_BSC[:, len(taps_WC) - 1 :], memory_format=torch.contiguous_format)
+        for y_BPC, x_BSC, positions_BP in _Taps.pieces(y_BTC, past_BSC, positions_BT):
+            _Taps.convolve(x_BSC, taps_WC, positions_BP, y_BPC)
+            if silu:
+                F.silu(y_BPC, inplace=True)
+        return y_BTC
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y_BTC: Tensor) -> tuple[Tensor, Tensor, None, None]:
         past_BSC, taps_WC, positions_BT = ctx.saved_tensors
-        if ctx.silu:
-            y_BTC = _Taps.convolved(past_BSC, taps_WC, positions_BT)
-            d_y_BTC = torch.ops.aten.silu_backward(d_y_BTC, y_BTC)
-        d_past_BSC, d_taps_WC = torch.zeros_like(past_BSC), torch.empty_like(taps_WC)
-        taps = zip(_Taps.of(past_BSC, taps_WC), _Taps.of(d_past_BSC, d_taps_WC), strict=True)
-        product_BTC = torch.empty_like(d_y_BTC)
-        for back, ((x_BTC, weight_C), (d_x_BTC, d_weight_C)) in enumerate(taps):
-            d_BTC = _within(d_y_BTC, positions_BT, back)
-            d_x_BTC.addcmul_(d_BTC, weight_C)
-            torch.mul(d_BTC, x_BTC, out=product_BTC)
-            torch.sum(product_BTC, (0, 1), out=d_weight_C)
+        d_past_BSC, d_taps_WC = torch.zeros_like(past_BSC), torch.zeros_like(taps_WC)
+        pieces = _Taps.pieces(d_y_BTC, past_BSC, positions_BT, d_past_BSC)
+        for d_BPC, x_BSC, positions_BP, d_x_BSC in pieces:
+            product_BPC = torch.empty_like(d_BPC, memory_format=torch.contiguous_format)
+            if ctx.silu:
+                _Taps.convolve(x_BSC, taps_WC, positions_BP, product_BPC)
+                d_BPC = torch.ops.aten.silu_backward(d_BPC, product_BPC)
+            inputs, gradients = (_Taps.seen(x, taps_WC) for x in (x_BSC, d_x_BSC))
+            for back, ((seen_BPC, weight_C), (d_seen_BPC, _)) in enumerate(zip(inputs, gradients, strict=True)):
+                of_tap_BPC = _within(d_BPC, positions_BP, back)
+                d_seen_BPC.addcmul_(of_tap_BPC, weight_C)
+                d_taps_WC[-1 - back] += torch.mul(of_tap_BPC, seen_BPC, out=product_BPC).sum((0, 1))
         return d_past_BSC, d_taps_WC, None, None
 
     @staticmethod
-    def convolved(past_BSC: Tensor, taps_WC: Tensor, positions_BT: Tensor | None) -> Tensor:
-        taps = _Taps.of(past_BSC, taps_WC)
-        y_BTC = taps[0][0] * taps[0][1]
-        for back, (x_BTC, weight_C) in enumerate(taps[1:], 1):
-            y_BTC.addcmul_(_within(x_BTC, positions_BT, back), weight_C)
-        return y_BTC
+    def pieces(y_BTC: Tensor, past_BSC: Tensor, positions_BT: Tensor | None, *more_BSC: Tensor) -> Iterator[Any]:
+        """Parts of all of them: some of y's tokens and what those see."""
+        length, spare = y_BTC.shape[1], past_BSC.shape[1] - y_BTC.shape[1]
+        of_token = y_BTC.shape[0] * y_BTC.shape[2]
+        if y_BTC.device.type != "cpu" or length * of_token <= _AT_ONCE:
+            yield y_BTC, past_BSC, positions_BT, *more_BSC
+            return
+        size = max(1, _AT_ONCE // of_token)
+        for start in range(0, length, size):
+            of_y, of_past = slice(start, start + size), slice(start, min(start + size, length) + spare)
+            positions_BP = None if positions_BT is None else positions_BT[:, of_y]
+            yield y_BTC[:, of_y], past_BSC[:, of_past], positions_BP, *(x[:, of_past] for x in more_BSC)
 
     @staticmethod
-    def of(past_BSC: Tensor, taps_WC: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def convolve(past_BSC: Tensor, taps_WC: Tensor, positions_BT: Tensor | None, out: Tensor) -> None:
+        (x_BTC, weight_C), *before = _Taps.seen(past_BSC, taps_WC)
+        torch.mul(x_BTC, weight_C, out=out)
+        for back, (x_BTC, weight_C) in enumerate(before, 1):
+            out.addcmul_(_within(x_BTC, positions_BT, back), weight_C)
+
+    @staticmethod
+    def seen(past_BSC: Tensor, taps_WC: Tensor) -> list[tuple[Tensor, Tensor]]:
         """For each ``back`` what stood that many tokens before, and its weight."""
         spare = len(taps_WC) - 1
         length = past_BSC.shape[1] - spare

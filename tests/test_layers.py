@@ -57,6 +57,23 @@ def test_short_conv_with_silu_is_silu_of_it_and_keeps_its_input_alone(cu_seqlens
         assert_close("gradient", e, g, 1e-15)
 
 
+@pytest.mark.parametrize("silu", [False, True])
+def test_a_long_short_conv_is_made_in_pieces_that_see_what_stands_before(silu, monkeypatch):
+    """Documents start at a piece's end and close to it."""
+    torch.manual_seed(0)
+    conv = ShortConv(6, 4, silu).double()
+    history, x, d_y = (torch.randn(2, length, 6, dtype=torch.float64, requires_grad=True) for length in (3, 50, 50))
+    positions = torch.stack([torch.arange(5, 55), torch.cat([torch.arange(7, 25), torch.arange(32)])])
+    inputs, results = [x, history, conv.weight], []
+    for at_once in (2**18, 12 * 18, 12 * 7, 1):
+        monkeypatch.setattr("memlm.layers._AT_ONCE", at_once)
+        y, after = conv(x, history, positions, None)
+        results.append([y, after, *torch.autograd.grad(y, inputs, d_y)])
+    for parts in results[1:]:
+        for e, part in zip(results[0], parts, strict=True):
+            assert_close("in pieces", e, part, 1e-14)
+
+
 def test_unit_vectors_and_their_gradient():
     torch.manual_seed(0)
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)

@@ -96,7 +96,10 @@ Layers = Sequence[Tensor]
 
 def spread(x: Tensor, scales: Tensor) -> Tensor:
     """[..., n] times each of [..., s] -> [..., s n]"""
-    return torch.cat([x * scale for scale in scales.split(1, -1)], -1)
+    out = x.new_empty(*x.shape[:-1], scales.shape[-1], x.shape[-1])
+    for part, scale in zip(out.unbind(-2), scales.split(1, -1), strict=True):
+        torch.mul(x, scale, out=part)
+    return out.flatten(-2)
 
 
 def collect(parts: Tensor, scales: Tensor, out: Tensor | None = None) -> Tensor:
