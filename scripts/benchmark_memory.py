@@ -3,16 +3,17 @@
     python scripts/benchmark_memory.py --suite wide --peer-python ../peer/bin/python
     python scripts/benchmark_memory.py --table
 
-Suites ``wide``, ``heads``, ``length`` and ``decode`` measure ``memory=titans_lmm``; the peer is
+Suites ``wide``, ``heads``, ``linear``, ``length`` and ``decode`` measure ``memory=titans_lmm``; the peer is
 ``titans_pytorch.NeuralMemory``, which lives in an environment of its own (torch as in constraints.txt, then
 titans-pytorch). Both layers map [B, T, width] to the same shape, own their projections and gates, and have a
-residual and a LayerNorm around their MLP. The peer keeps its defaults: no convolution and no output gate, and
-momentum and decay shared by all tokens of a chunk, where ours has one for each token. Its gradients are taken at the
-``anchor``: the weights at the start of the call (its default), or those at the start of the chunk, as ours and the
-paper's are (its ``batch_size=chunk_size``). Suites ``mom``, ``mom_length`` and ``mom_decode`` measure a mixture of
-memories beside the one memory that it is a mixture of, ``attention_decode`` what keeps all keys. ``train``, for a GPU,
-measures steps of training a language model of Titans' 340M with ``memory=titans_mag`` beside the same decoder with
-full attention (``memory=attention``).
+residual and a LayerNorm around their MLP; in ``linear`` it has one layer, and ours nothing around it. The peer
+keeps its defaults: no convolution and no output gate, and momentum and decay shared by all tokens of a chunk,
+where ours has one for each token. Its gradients are taken at the ``anchor``: the weights at the start of the
+call (its default), or those at the start of the chunk, as ours and the paper's are (its
+``batch_size=chunk_size``). Suites ``mom``, ``mom_length`` and ``mom_decode`` measure a mixture of memories
+beside the one memory that it is a mixture of, ``attention_decode`` what keeps all keys. ``train``, for a GPU,
+measures steps of training a language model of Titans' 340M with ``memory=titans_mag`` beside the same decoder
+with full attention (``memory=attention``).
 
 A measurement is a process of its own with one thread. It makes its layer and input, takes a pass to warm up, and then
 one whenever it is told to, so that the runs of a group alternate and share the noise of the machine. A pass is forward
@@ -84,6 +85,7 @@ def attending(kind: str, seen: int) -> Setting:
 SUITES = {
     "wide": [beside_peer(WIDE, 64)],
     "heads": [beside_peer(HEADS, chunk_size) for chunk_size in (4, 8, 16, 32, 64, 128, 256)],
+    "linear": [beside_peer(HEADS | {"depth": 1}, chunk_size) for chunk_size in (4, 16, 64, 256)],
     # One at a time: a process that waits keeps its memory.
     "length": [[ours(HEADS, 64, tokens=1024 * 2**i)] for i in range(6)],
     "decode": [[ours(HEADS, 64, tokens=64, seen=seen) for seen in (1024, 4096, 16384)]],
@@ -343,7 +345,7 @@ def table(path: Path) -> None:
     for kept, suite, hardware in dict.fromkeys(key[:3] for key in newest):
         records = [r for key, r in newest.items() if key[:3] == (kept, suite, hardware)]
         print(f"\n{suite}, {hardware}{', memory kept' if kept else ''}\n")
-        if suite in ("wide", "heads"):
+        if suite in ("wide", "heads", "linear"):
             peers_table(records)
         elif suite.startswith("train"):
             training_table(records)
