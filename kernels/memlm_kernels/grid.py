@@ -49,6 +49,9 @@ class Grid:
 
 def aligned_grid(length: int, width: int) -> Grid:
     """Rows that start where a chunk starts, have only real tokens, and hold one document."""
+    if length == 1:
+        # A single token needs no chunk around it.
+        width = 1
     return Grid(length, -(-length // width), width)
 
 

@@ -34,6 +34,8 @@ from tests.kernels.test_triton import DEVICE, poisoned  # noqa: F401
 pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[cpu-kernels]'")
 
 TOKENS = 6
+# Kernels would count with narrow ones, which overflow.
+NO_INTEGERS = [torch.float32, torch.bool, torch.int16, torch.int8, torch.uint8]
 
 
 class Op(NamedTuple):
@@ -177,7 +179,7 @@ def unread(monkeypatch):
 def test_types_that_no_op_takes(name):
     op = OPS[name]
     for changed, shape in op.make().items():
-        wrong = [torch.int32, torch.bool, torch.complex64] if changed in op.floats else [torch.float32, torch.bool]
+        wrong = [torch.int32, torch.bool, torch.complex64] if changed in op.floats else NO_INTEGERS
         for dtype in wrong:
             # Of scores every op makes one tensor.
             with pytest.raises(ValueError, match=f"is {str(dtype)[6:]}; give|of torch.{str(dtype)[6:]} must|is torch"):

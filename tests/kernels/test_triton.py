@@ -106,15 +106,17 @@ def test_keys_that_are_all_alike_do_not_blow_up_the_inverse():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BFLOAT16])
 @pytest.mark.parametrize("op", OPS)
-def test_a_few_tokens_without_gradients(op):
-    tensors = [x[:2, :11].float().to(DEVICE) for x in inputs(op, 11, heads=1, keys=20)]
+def test_a_few_tokens_without_gradients(op, dtype):
+    tensors = [x[:2, :11].to(DEVICE, dtype) for x in inputs(op, 11, heads=1, keys=20)]
     cu = torch.tensor([[0, 0, 1], [0, 10, 11]], device=DEVICE)
     for cu_seqlens, segments in ((None, 1), (cu, 2)):
-        options = {"cu_seqlens": cu_seqlens, "state": torch.randn(2, segments, 1, 20, 5, device=DEVICE)}
-        outputs = (run(op, tensors, **options, backend=backend) for backend in ("reference", "triton"))
-        for expected, got in zip(*outputs, strict=True):
-            assert_close("o or state", expected, got, 1e-6)
+        state = torch.randn(2, segments, 1, 20, 5, device=DEVICE)
+        exact = run(op, [x.double() for x in tensors], cu_seqlens=cu_seqlens, state=state.double())
+        outputs = run(op, tensors, cu_seqlens=cu_seqlens, state=state, backend="triton")
+        for expected, got in zip(exact, outputs, strict=True):
+            assert_close("o or state", expected, got, TOLERANCES[dtype][0])
 
 
 # length, keys, values, chunk_size; documents: positions of two, the first going on; without momentum.
@@ -193,17 +195,20 @@ def test_linear_memory_in_16_bits(dtype):
 
 
 @pytest.mark.parametrize("momentum", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BFLOAT16])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_decoding_continues_the_memory(layers, momentum, monkeypatch):
+def test_decoding_continues_the_memory(layers, dtype, momentum, monkeypatch):
     """Three rows: one goes on past the end of a chunk, one starts a document on the way, one ends before the last."""
     from memlm_kernels.launch import Kernel
 
     launched, run = [], Kernel.__call__
     monkeypatch.setattr(Kernel, "__call__", lambda kernel, *x, **y: launched.append(kernel) or run(kernel, *x, **y))
-    inputs = on_device(deep_inputs(40, 20, 24 if layers == 2 else 40, 40 if layers == 1 else 20, rows=3))
-    positions = torch.arange(40).repeat(3, 1)
-    positions[1, 34:] -= 34
-    lengths = torch.tensor([40, 40, 37])
+    values = 40 if layers == 1 else 20
+    inputs = on_device(deep_inputs(20, 20, values if layers == 1 else 33, values, rows=3))
+    inputs[:3] = on_device(inputs[:3], dtype)
+    positions = torch.arange(20).repeat(3, 1)
+    positions[1, 17:] -= 17
+    lengths = torch.tensor([20, 20, 18])
 
     def run_on(x, here, **settings):
         norm = tuple(x[-2:]) if layers == 2 else None
@@ -213,19 +218,20 @@ def test_decoding_continues_the_memory(layers, momentum, monkeypatch):
         weights, eta = x[6 : 6 + layers], eta if momentum else None
         return neural_memory(q, k, v, lr, eta, alpha, weights=weights, norm=norm, chunk_size=16, **places, **settings)
 
-    expected = run_on([x.double() for x in inputs], slice(0, 40), backend="reference")
+    expected = run_on([x.double() for x in inputs], slice(0, 20), backend="reference")
     parts, state = [], None
     with torch.no_grad():
-        for here in (slice(0, 30), *(slice(t, t + 1) for t in range(30, 40))):
+        for here in (slice(0, 14), *(slice(t, t + 1) for t in range(14, 20))):
             launched.clear()
             o, state, surprise = run_on(inputs, here, state=state, backend="triton")
             parts.append((o, surprise))
+            assert o.dtype == dtype
     assert [kernel.function.__name__ for kernel in launched] == ["memory_step" if layers == 1 else "deep_step"]
     for name, got in zip(("o", "surprise"), zip(*parts, strict=True), strict=True):
-        assert_close(name, getattr(expected, name), torch.cat(got, 1), 1e-6)
+        assert_close(name, getattr(expected, name), torch.cat(got, 1), TOLERANCES[dtype][0])
     for kept in ("weights", "momentum", "anchor"):
         for e, s in zip(getattr(expected.state, kept), getattr(state, kept), strict=True):
-            assert_close(kept, e, s, 1e-6)
+            assert_close(kept, e, s, TOLERANCES[dtype][0])
 
 
 # length, keys, hidden, values, chunk_size; activation; with a norm, documents, without momentum.

@@ -76,7 +76,8 @@ def route_documents(
 
     Returns the documents [B, R, top_k], -1 where there are fewer, and their scores, best first and of equals the
     lowest number; R = M if ``running`` or ``spans``, else 1. Only ``scores`` has a gradient. At no time is more held
-    than the scores of ``tile`` chunks. Accumulates in fp32.
+    than the scores of ``tile`` chunks. Accumulates in fp32; Triton multiplies what heads sum up to in the type of q
+    and k.
     Raises ValueError if a setting is unknown, shapes, types or devices disagree, or the backend cannot run.
     """
     for name, value, known in (

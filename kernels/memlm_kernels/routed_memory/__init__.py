@@ -11,7 +11,7 @@ There is no op that does all three: memories have projections and convolutions o
 import torch
 from torch import Tensor
 
-from memlm_kernels.backend import choose, with_triton
+from memlm_kernels.backend import MOST, choose, with_triton
 from memlm_kernels.checks import check_range, check_tensors, number, readable
 from memlm_kernels.routed_memory.reference import combine_reads_reference, dispatch_tokens_reference
 from memlm_kernels.routed_memory.routes import MemoryRoutes
@@ -30,7 +30,9 @@ def dispatch_tokens(x: Tensor, place: Tensor, *, backend: str = "auto") -> Tenso
     """
     _check("x", x, place, routed=False)
     check_tensors({"x": x}, {"place": place})
-    chosen = choose("dispatch_tokens", backend, *with_triton(x, None, place, products=False))
+    rows = place.shape[1] * place.shape[2]
+    limit = f"its kernels take at most {MOST} rows, not {rows}" if rows > MOST else None
+    chosen = choose("dispatch_tokens", backend, *with_triton(x, limit, place, products=False))
     _check_places(place)
     if chosen == "reference" or x.numel() * place.numel() == 0:
         return dispatch_tokens_reference(x, place)
