@@ -5,20 +5,24 @@
 
 The sizes are those of the roofline in kernels/README.md. A time is the median over repeats, in milliseconds; what
 cannot run says why. What the goals compare is timed first, for a caller may be short of time, and then a line for each
-goal says how many times as fast we are. MEMLM_AUTOTUNE=1 times the best of a kernel's tiles, not the first. Without a
-GPU, at sizes that only try the script, once by the clock.
+goal says how many times as fast we are. MEMLM_AUTOTUNE=1 times the best of a kernel's tiles, not the first. So many as
+--processes says first call what is to be timed, each another call: Triton keeps what they compile. Without a GPU, at
+sizes that only try the script, once by the clock.
 """
 
 import argparse
 import datetime
 import functools
 import json
+import multiprocessing
 import os
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +58,8 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 # Of a GPU's memory, by a part of its name.
 TB_A_SECOND = {"H200": 4.8, "H100": 3.35, "A100": 2.04, "MI300X": 5.3, "MI250X": 1.64}
+# Seconds that a measurement may take, compilation included.
+PATIENCE = 60
 
 
 class Size(NamedTuple):
@@ -91,7 +97,8 @@ def recurrence(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:
     }[name]
     function: Callable[..., Any] = linear_attention if op.startswith("linear") else delta_rule
     if op.startswith("neural_memory"):
-        start = torch.zeros(size.heads, head_dim, head_dim, device=DEVICE)
+        # Two layers of zeros would never learn, and products of zeros are faster.
+        start = torch.randn(size.heads, head_dim, head_dim, device=DEVICE) / head_dim**0.5
         layers = 2 if op.endswith("two layers") else 1
         function = functools.partial(neural_memory, weights=[start] * layers, chunk_size=16)
     elif op == "segmented_neural_memory":
@@ -274,7 +281,7 @@ def goals(dtype: torch.dtype, size: Size) -> list[Goal]:
 
 
 def plan(size: Size, dtypes: list[torch.dtype], only: str, part: str) -> list[Timed]:
-    """All measurements, each once, what the goals compare first; or one part of them."""
+    """All measurements, each once, what the goals compare first and references last; or one part of them."""
     of_goals = dict.fromkeys(x for goal in goals(dtypes[0], size) for x in goal[:2] if x)
     rest = []
     for dtype in dtypes:
@@ -285,15 +292,20 @@ def plan(size: Size, dtypes: list[torch.dtype], only: str, part: str) -> list[Ti
                 if make is recurrence:
                     # A step of decoding.
                     rest.append(Timed(op, backend, dtype, size._replace(tokens=1), "forward"))
+    rest.sort(key=lambda one: one.backend == "reference")
     parts = {"goals": list(of_goals), "rest": [x for x in dict.fromkeys(rest) if x not in of_goals]}
     chosen = [x for name in parts for x in parts[name] if part in (name, "all")]
     return [x for x in chosen if only in x.op]
 
 
-def measured(one: Timed) -> dict[str, Any] | None:
-    """None: there is no such call."""
+def about(one: Timed) -> dict[str, Any]:
     record = {"op": one.op, "backend": one.backend, "dtype": str(one.dtype).split(".")[1], **one.size._asdict()}
-    record |= {"what": one.what, "tiles": "tuned" if os.environ.get("MEMLM_AUTOTUNE") == "1" else "first"}
+    return record | {"what": one.what, "tiles": "tuned" if os.environ.get("MEMLM_AUTOTUNE") == "1" else "first"}
+
+
+def measured(one: Timed, once: bool) -> dict[str, Any] | None:
+    """None: there is no such call. once: it is called, and not timed."""
+    record = about(one)
     try:
         case = OPS[one.op][0](one.op, one.backend, one.dtype, one.size)
 
@@ -308,18 +320,85 @@ def measured(one: Timed) -> dict[str, Any] | None:
 
         if one.what != "forward" and not case.learns:
             return None
+        call = forward if one.what == "forward" else both
+        if GPU or once:
+            call()
+        if once:
+            return record
         if GPU:
+            # The first call tunes, and do_bench has a buffer: neither is the op's.
             torch.cuda.reset_peak_memory_stats()
-        ms = milliseconds(forward if one.what == "forward" else both)
-        record["ms"] = round(ms, 4)
-        if GPU:
+            call()
             record["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        ms = milliseconds(call)
+        record["ms"] = round(ms, 4)
         if case.gb and one.what == "forward":
             record |= {"gb": round(case.gb, 3)} | floor(case.gb, ms)
     # What does not run is a result too, and the others are still wanted.
     except Exception as error:
         record["error"] = f"{type(error).__name__}: {error}"[:300]
     return record
+
+
+def works() -> bool:
+    """Whether the GPU still answers this process: after a kernel's fault no call does."""
+    try:
+        if GPU:
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def serve(pipe: Connection) -> None:
+    torch.set_float32_matmul_precision("high")
+    while True:
+        record = measured(*pipe.recv())
+        pipe.send((record, works()))
+
+
+class Process:
+    """Measures in another process: a kernel that faults or never ends costs one measurement, not those after it."""
+
+    def __init__(self) -> None:
+        self.running: multiprocessing.context.SpawnProcess | None = None
+
+    def measured(self, one: Timed, once: bool = False) -> dict[str, Any] | None:
+        if self.running is None:
+            spawn = multiprocessing.get_context("spawn")
+            self.pipe, theirs = spawn.Pipe()
+            self.running = spawn.Process(target=serve, args=(theirs,), daemon=True)
+            self.running.start()
+            theirs.close()
+        try:
+            self.pipe.send((one, once))
+            answer = self.pipe.recv() if self.pipe.poll(PATIENCE) else None
+            record, well = answer or (about(one) | {"error": f"no answer in {PATIENCE} seconds"}, False)
+        except (EOFError, OSError):
+            record, well = about(one) | {"error": "the process died"}, False
+        if not well:
+            self.end()
+        return record
+
+    def end(self) -> None:
+        if self.running is not None:
+            self.running.kill()
+            self.running.join(5)
+            self.running = None
+
+
+def compile_all(chosen: list[Timed], processes: int) -> None:
+    """Each is called once, by the next process that is free."""
+    ours = iter([one for one in chosen if one.backend == "triton"])
+
+    def work(_: int) -> None:
+        process = Process()
+        for one in ours:
+            process.measured(one, once=True)
+        process.end()
+
+    with ThreadPoolExecutor(processes) as pool:
+        list(pool.map(work, range(processes)))
 
 
 def floor(gb: float, ms: float) -> dict[str, float]:
@@ -337,17 +416,18 @@ def milliseconds(call: Callable[[], Any]) -> float:
     return 1000 * (time.perf_counter() - begin)
 
 
-def measurements(size: Size, dtypes: list[torch.dtype], only: str, part: str) -> Iterator[dict[str, Any]]:
-    torch.set_float32_matmul_precision("high")
-    wanted, found = goals(dtypes[0], size), {}
-    for one in plan(size, dtypes, only, part):
-        record = measured(one)
+def measurements(chosen: list[Timed], wanted: list[Goal]) -> Iterator[dict[str, Any]]:
+    found: dict[Timed, dict[str, Any]] = {}
+    process = Process()
+    for one in chosen:
+        record = process.measured(one)
         if record:
             yield record
             found[one] = record
         for goal in [x for x in wanted if one in x and x.ours in found and (x.theirs is None or x.theirs in found)]:
             wanted.remove(goal)
             yield judged(goal, found)
+    process.end()
 
 
 def judged(goal: Goal, found: dict[Timed, dict[str, Any]]) -> dict[str, Any]:
@@ -362,12 +442,14 @@ def judged(goal: Goal, found: dict[Timed, dict[str, Any]]) -> dict[str, Any]:
 
 def commit() -> str:
     """Of the checkout; a copy without its history is told by COMMIT."""
+    if told := os.environ.get("COMMIT"):
+        return told
     try:
         command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
         said = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:
         said = ""
-    return said or os.environ.get("COMMIT", "unknown")
+    return said or "unknown"
 
 
 def main(args: argparse.Namespace) -> None:
@@ -383,11 +465,14 @@ def main(args: argparse.Namespace) -> None:
     size = Size(args.rows, args.tokens, args.heads, args.chunks)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     dtypes = [getattr(torch, name) for name in args.dtypes]
+    chosen = plan(size, dtypes, args.op, args.part)
     if args.plan:
-        for x in plan(size, dtypes, args.op, args.part):
+        for x in chosen:
             print(f"{x.op}: {x.backend}, {x.dtype}, {x.size.tokens} tokens, {x.what}")
         return
-    for record in measurements(size, dtypes, args.op, args.part):
+    if args.processes:
+        compile_all(chosen, args.processes)
+    for record in measurements(chosen, goals(dtypes[0], size)):
         line = json.dumps(record | about)
         print(line, flush=True)
         with args.out.open("a") as file:
@@ -400,6 +485,7 @@ if __name__ == "__main__":
     parser.add_argument("--op", default="", help="only ops whose name contains this")
     parser.add_argument("--part", default="all", choices=["all", "goals", "rest"], help="of the plan")
     parser.add_argument("--plan", action="store_true", help="print what would be timed")
+    parser.add_argument("--processes", type=int, default=0, help="that compile first what is to be timed; 0: none")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     for name, value in Size()._asdict().items():
         parser.add_argument(f"--{name}", type=int, default=value)

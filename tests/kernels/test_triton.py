@@ -39,6 +39,12 @@ def poisoned():
     torch.use_deterministic_algorithms(True, warn_only=GPU)
     yield
     torch.use_deterministic_algorithms(before)
+    if GPU and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            # After a kernel's fault no later call of this process works: xdist starts another for the other tests.
+            os._exit(1)
 
 
 def compare(function, tensors, dtype):

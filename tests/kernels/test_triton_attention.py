@@ -201,6 +201,6 @@ def test_work_of_attention_is_counted():
 def test_what_attention_does_not_take_is_named(shape, message):
     q = torch.zeros(shape, device=DEVICE)
     k = q[:, :, :1]
-    index, starts = torch.zeros(1, 5, 1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
+    index, starts = (torch.zeros(size, dtype=torch.int64, device=DEVICE) for size in ((1, 5, 1, 1), (1, 1)))
     with pytest.raises(ValueError, match=f"backend='triton' cannot run here: .*{message}"):
         chunk_sparse_attention(q, k, k, index, starts, chunk_size=2, window=2, backend="triton")
