@@ -110,18 +110,23 @@ def recurrence(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:
 
 
 def attention(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:
-    """Causal, by torch's own kernels."""
-    q, k, v = (torch.randn(size.rows, size.heads, size.tokens, 128, device=DEVICE, dtype=dtype) for _ in "qkv")
+    """Causal, by torch's own kernels, four heads to a key."""
+    q, k, v = (
+        torch.randn(size.rows, heads, size.tokens, 128, device=DEVICE, dtype=dtype)
+        for heads in (size.heads, *[-(-size.heads // 4)] * 2)
+    )
     if backend == "flex":
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, size.tokens, size.tokens, device=DEVICE)
-        return Case([q, k, v], functools.partial(torch.compile(flex_attention), block_mask=mask), learns=GPU)
+        return Case(
+            [q, k, v], functools.partial(torch.compile(flex_attention), block_mask=mask, enable_gqa=True), learns=GPU
+        )
     kind = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}[backend]
 
     def run(*x: Tensor) -> Tensor:
         with sdpa_kernel(kind):
-            return F.scaled_dot_product_attention(*x, is_causal=True)
+            return F.scaled_dot_product_attention(*x, is_causal=True, enable_gqa=True)
 
     return Case([q, k, v], run)
 

@@ -70,7 +70,7 @@ POINTERS = {
 INSTRUCTIONS = {"cuda": r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", "hip": r"v_mfma"}
 # What is compiled whole; what only in the calls and for the targets of a sample, with the first tiles.
 SIZES = [("bfloat16", 128), ("float32", 64)]
-MORE = [("bfloat16", 256), ("bfloat16", 96), ("float16", 64)]
+MORE = [("bfloat16", 256), ("bfloat16", 96), ("float16", 64), ("float32", 128), ("float32", 256)]
 SAMPLE = ["sm_90", "gfx942"]
 OPTIONS = ("num_warps", "num_stages", "waves_per_eu")
 
