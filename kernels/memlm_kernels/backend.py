@@ -85,6 +85,10 @@ def with_triton(
     reason = missing_triton(x.device.type) or limit
     if x.is_floating_point() and x.dtype not in DTYPES:
         reason = reason or f"its kernels take float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
+    if products and x.dtype == torch.float32:
+        floats = [tensor for tensor in (x, *others) if tensor is not None and tensor.is_floating_point()]
+        if (widest := max(tensor.shape[-1] for tensor in floats)) > 128:
+            reason = reason or f"its kernels take at most 128 channels of float32, 256 of 16 bits, not {widest}"
     if long := [size for tensor in (x, *others) if tensor is not None for size in tensor.shape if size > MOST]:
         reason = reason or f"its kernels take at most {MOST} along a dimension, not {long[0]}"
     if reason:

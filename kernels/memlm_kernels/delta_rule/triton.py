@@ -117,7 +117,7 @@ def backward(
     )
     d_states, d_initial = torch.empty_like(states), q.new_empty(call.state_shape, dtype=torch.float32)
     # More columns of a state with so many rows would not fit into registers.
-    narrow = call.limits["BV"] if call.keys <= 128 else 16
+    narrow = call.limits["BV"] if call.keys * q.element_size() <= 256 else 16
     delta_states_backward(
         lambda tiles: call.batch * call.segments * call.heads * cdiv(call.values, tiles["BV"]),
         {"BV": narrow},

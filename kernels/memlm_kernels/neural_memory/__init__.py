@@ -171,7 +171,9 @@ def blocks_limit(chunk_size: int, widest: int) -> str | None:
 
 def keys_limit(q: Tensor) -> str | None:
     keys = q.shape[-1]
-    return f"its kernels take keys of at most 128 channels, not K={keys}" if keys > 128 else None
+    if keys * q.element_size() <= 256:
+        return None
+    return f"its kernels take keys of at most 128 channels of 16 bits or 64 of float32, not K={keys}"
 
 
 def most_slots(q: Tensor, depth: int) -> int:

@@ -39,7 +39,8 @@ class Call:
         most = 64 if wide <= 256 and q.element_size() == 2 else 32
         self.rows = min(most, max(self.padded, at_least_16(self.length * self.padded)))
         self.tiles = cdiv(self.length, self.rows // self.padded)
-        self.most_keys = most if wide <= 512 else 16
+        crowded = wide > 512 or (wide > 256 and q.element_size() == 4 and self.rows > 16)
+        self.most_keys = 16 if crowded else most
         self.most_stages = 2 if wide <= 256 else 1
         self.prefix = 0 if prefix_k is None else prefix_k.shape[1]
         self.chosen = 0 if index is None else index.shape[3]

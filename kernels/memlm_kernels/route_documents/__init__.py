@@ -106,7 +106,7 @@ def route_documents(
         raise ValueError(f"asks is {asks.dtype}; give bool")
     score, count = scored or (None, None)
     numbers = {"document": document, "scored.asked": count, **named("spans", spans or ())}
-    check_tensors({"q": q, "k": k, "scored.score": score}, numbers | {"asks": None if asks is None else asks.byte()})
+    check_tensors({"q": q, "k": k, "scored.score": score}, numbers | {"asks": None if asks is None else asks.int()})
     rule = Rule(similarity, head_reduce, query_reduce, chunk_reduce, top_k, num_documents, running, tile)
     limit = _too_many(top_k)
     if chunk_reduce == "mean":
