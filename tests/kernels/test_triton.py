@@ -396,7 +396,9 @@ def test_kernels_keep_to_what_every_target_has():
     names = [".".join(path.relative_to(folder.parent).with_suffix("").parts) for path in sources]
     found = [x for name in names for x in vars(importlib.import_module(name)).values() if isinstance(x, Kernel)]
     assert len(found) == sum(text.count("\n@tiled(") for text in sources.values()) >= 24
+    compiled = (folder.parent / "compiled.md").read_text()
     for kernel in found:
+        assert f"| `{kernel.function.__name__}` |" in compiled
         for target, choices in kernel.tiles.items():
             for tiles in choices:
                 assert tiles["num_stages"] <= 2 and tiles["num_warps"] * (64 if target == "hip" else 32) <= 1024
