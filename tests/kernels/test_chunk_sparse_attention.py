@@ -274,7 +274,7 @@ def test_nothing_to_attend_to():
         (dict(window=0), "window=0 must be at least 1"),
         (dict(chunk_size=0), "chunk_size=0 must be at least 1"),
         (dict(backend="triton"), "cannot run here"),
-        (dict(index=torch.zeros(1, 5, 2, 1)), "index is float32; give integers"),
+        (dict(index=torch.zeros(1, 5, 2, 1)), "index is float32; give int64 or int32"),
         (dict(index=torch.zeros(1, 5, 1, 1)), r"index \[1, 5, 1, 1\] must be integers \[B, T, G, J\]"),
         (dict(starts=torch.zeros(2, 3, dtype=torch.int64)), r"starts \[2, 3\] must be integers \[B, N\] with B=1"),
         (dict(places=torch.zeros(1, 4, dtype=torch.int64)), r"places \[1, 4\] must be integers"),

@@ -265,7 +265,7 @@ def test_low_precision_inputs_accumulate_in_fp32(dtype):
         (dict(muon_steps=-1), r"muon_steps=-1 must be 0 \(none\) to 5"),
         (dict(muon_steps=6), "muon_steps=6"),
         (dict(backend="triton"), "backend='triton' cannot run"),
-        (dict(positions=torch.zeros(2, 23)), "positions is float32; give integers"),
+        (dict(positions=torch.zeros(2, 23)), "positions is float32; give int64 or int32"),
         (dict(lengths=torch.tensor([3])), r"lengths \[1\] must be integers \[B\] = \[2\]"),
         (dict(max_documents=0), "max_documents=0"),
     ],

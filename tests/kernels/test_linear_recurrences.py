@@ -164,7 +164,7 @@ def test_segmented_memories_are_memories_alone(momentum, chunk_size):
         ({"beta": torch.zeros(3, 75)}, r"beta \[3, 75\] must be \[B, T, H\]"),
         ({"log_decay": torch.zeros(3, 75, 2, 6)}, "log_decay"),
         ({"cu_seqlens": torch.zeros(2, 3, dtype=torch.long)}, r"cu_seqlens \[2, 3\] must be integers \[B, S \+ 1\]"),
-        ({"cu_seqlens": torch.zeros(3, 3)}, "cu_seqlens is float32; give integers"),
+        ({"cu_seqlens": torch.zeros(3, 3)}, "cu_seqlens is float32; give int64 or int32"),
         ({"state": torch.zeros(3, 2, 2, 6, 5)}, r"state \[3, 2, 2, 6, 5\] must be \[B, S, H, K, V\]"),
         ({"backend": "triton"}, "backend='triton' cannot run here"),
     ],

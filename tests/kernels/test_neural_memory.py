@@ -465,7 +465,7 @@ def test_bad_places_are_named():
     other, later = run(make(batch=3, length=6), 4).state, torch.arange(5, 11).expand(2, 6)
     for options, message in (
         (dict(positions=torch.arange(6)[None]), r"positions \[1, 6\] must be integers \[B, T\] = \[2, 6\]"),
-        (dict(positions=torch.zeros(2, 6)), "positions is float32; give integers"),
+        (dict(positions=torch.zeros(2, 6)), "positions is float32; give int64 or int32"),
         (dict(lengths=torch.tensor([3])), r"lengths \[1\] must be integers \[B\] = \[2\]"),
         (dict(max_documents=0), "max_documents=0"),
         (dict(state=other), r"state.weights holds \[\[3, 2, 5, 4\]\], expected \[\[2, 2, 5, 4\]\]"),
