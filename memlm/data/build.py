@@ -29,10 +29,8 @@ _OPTIONS = {
 }
 
 
-def build_data(
-    cfg: Mapping[str, Any], *, seed: int, batch_size: int, rank: int = 0, world_size: int = 1
-) -> tuple[PreTrainedTokenizerFast, Mixture]:
-    """Tokenizer and batches of `batch_size` rows a rank, from a config like those in configs/data.
+def build_data(cfg: Mapping[str, Any], *, seed: int, batch_size: int) -> tuple[PreTrainedTokenizerFast, Mixture]:
+    """Tokenizer and batches of `batch_size` rows over all processes, from a config like those in configs/data.
 
     Builds what the cache lacks. Each source draws from its own stream, seeded by `seed` and its name.
     Raises ValueError, naming the key, for what is unknown, missing or does not fit.
@@ -55,7 +53,7 @@ def build_data(
     for name, options in cfg["sources"].items():
         sources[name] = _build_source(name, cfg, tokenizer, seed)
         weights[name] = options["weight"]
-    return tokenizer, Mixture(sources, weights, batch_size, rank, world_size)
+    return tokenizer, Mixture(sources, weights, batch_size)
 
 
 def _build_source(name: str, cfg: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, seed: int) -> Source:

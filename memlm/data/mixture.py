@@ -1,4 +1,4 @@
-"""Batches of several sources in fixed proportions, each a pure function of the step.
+"""Batches of several sources in fixed proportions, each a pure function of the optimiser step.
 
 Legend: B rows of a batch, T tokens of a row.
 """
@@ -60,39 +60,39 @@ class Batch:
 
 
 class Mixture:
-    """Every global batch (`batch_size` rows on each of `world_size` ranks) has the same number of rows of a
-    source, as near to its weight as whole rows allow. Weights are relative to their sum.
+    """Every batch has `batch_size` rows, those of one optimiser step over all processes, and the same number of rows
+    of a source in each, as near to its weight as whole rows allow. Weights are relative to their sum.
 
-    The global batch does not depend on how many ranks share it: its row g goes to rank g % world_size.
     Raises ValueError for weights that do not fit the sources, or that leave a source without a row.
     """
 
-    def __init__(
-        self,
-        sources: Mapping[str, Source],
-        weights: Mapping[str, float],
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
+    def __init__(self, sources: Mapping[str, Source], weights: Mapping[str, float], batch_size: int):
         if sources.keys() != weights.keys():
             raise ValueError(f"data weights name {sorted(weights)}, but the sources are {sorted(sources)}")
-        if batch_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(f"batch_size={batch_size}, rank={rank}, world_size={world_size} make no batch")
-        self.sources, self.rank, self.world_size = dict(sources), rank, world_size
-        self.counts = _apportion({name: weights[name] for name in sources}, batch_size * world_size)
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} makes no batch; use 1 or more")
+        self.sources, self.batch_size = dict(sources), batch_size
+        self.counts = _apportion({name: weights[name] for name in sources}, batch_size)
 
-    def batch(self, step: int, split: str = "train") -> Batch:
-        """This rank's part of global batch `step`, a pure function of its arguments."""
-        rows, source_ids = [], []
+    def batch(self, step: int, split: str = "train", part: int = 0, parts: int = 1) -> Batch:
+        """One of `parts` equal parts of batch `step`, a pure function of its arguments.
+
+        Row g of the batch is in part g % parts. A step of W processes that takes A forwards on each has A * W parts;
+        forward a on rank r is part a * W + r. So parts do not depend on who takes them.
+        Raises ValueError if the parts cannot be equal.
+        """
+        if not 0 <= part < parts or self.batch_size % parts:
+            raise ValueError(
+                f"batch_size={self.batch_size} rows cannot be cut into {parts} equal parts (forwards of a step over "
+                "all processes); make it a multiple"
+            )
         # Row j of a source, over all steps, is its row number step * count + j.
         slots = [(i, j) for i, count in enumerate(self.counts.values()) for j in range(count)]
-        names = [*self.sources]
-        for i, j in slots[self.rank :: self.world_size]:
+        names, rows = [*self.sources], []
+        for i, j in slots[part::parts]:
             index = step * self.counts[names[i]] + j
             rows.append(self.sources[names[i]].row(index, split, step))
-            source_ids.append(i)
-        return Batch.from_rows(rows, source_ids)
+        return Batch.from_rows(rows, [i for i, _ in slots[part::parts]])
 
 
 def _apportion(weights: Mapping[str, float], num_rows: int) -> dict[str, int]:

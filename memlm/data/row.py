@@ -17,7 +17,7 @@ class Row(NamedTuple):
 
 
 class Source(Protocol):
-    """Endless rows, 0, 1, 2, ...: each is a pure function of the source and the arguments."""
+    """Endless rows, 0, 1, 2, ...: each is a pure function of the source and the arguments; step: the optimiser's."""
 
     def row(self, index: int, split: str, step: int) -> Row: ...
 

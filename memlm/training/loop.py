@@ -4,7 +4,8 @@ import json
 import math
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 import memlm
 from memlm.configuration import MemLMConfig
-from memlm.data import TextSource, build_data, token_bytes
+from memlm.data import Batch, TextSource, build_data, token_bytes
 from memlm.hub import load_model
 from memlm.memory.base import build_config
 from memlm.modeling import MemLMForCausalLM, count_flops, count_parameters
@@ -82,9 +83,7 @@ class Trainer:
             self.tokenizer, self.mixture = build_data(
                 self.config["data"],
                 seed=cfg.seed,
-                batch_size=self.settings.batch_size,
-                rank=self.accelerator.process_index,
-                world_size=self.accelerator.num_processes,
+                batch_size=self.settings.batch_size * self._parts,
             )
         self.texts = [name for name, source in self.mixture.sources.items() if isinstance(source, TextSource)]
         self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer))
@@ -197,8 +196,7 @@ class Trainer:
         total = torch.zeros((), device=self.accelerator.device)
         per_source = torch.zeros(sources, 2, device=self.accelerator.device)
         told: dict[str, list[Tensor]] = {}
-        for part in range(parts):
-            batch = self.mixture.batch(self.step * parts + part)
+        for batch in self._batches(self.step, "train"):
             inputs = model_inputs(batch, self.accelerator.device)
             with self.accelerator.accumulate(self.objective):
                 loss, rows, metrics = self.objective(**inputs)
@@ -216,6 +214,16 @@ class Trainer:
         self.step += 1
         means = {name: torch.stack(values).nanmean() for name, values in told.items()}
         return {"loss": total, "grad_norm": torch.as_tensor(norm), "rows": per_source, **means}
+
+    @property
+    def _parts(self) -> int:
+        """Forwards of one step, over all processes."""
+        return self.settings.gradient_accumulation * self.accelerator.num_processes
+
+    def _batches(self, step: int, split: str) -> Iterator[Batch]:
+        """This process's parts of a step's batch."""
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        return (self.mixture.batch(step, split, part, self._parts) for part in range(rank, self._parts, processes))
 
     def _read(self, figures: dict[str, Tensor]) -> dict[str, float]:
         """Figures as numbers, losses over all processes; stops a run whose loss is not finite. A metric that no row
@@ -241,7 +249,8 @@ class Trainer:
     def validate(self) -> dict[str, Score]:
         """Score of each source on ``validation_batches`` batches of the validation split, over all ranks."""
         model = self.accelerator.unwrap_model(self.objective).model
-        batches = (self.mixture.batch(i, "validation") for i in range(self.settings.validation_batches))
+        steps = range(self.settings.validation_batches)
+        batches = chain.from_iterable(self._batches(step, "validation") for step in steps)
         with self.accelerator.autocast():
             scores = score(model, batches, list(self.mixture.sources), self.token_bytes, self.accelerator.device)
         if self.accelerator.num_processes > 1:
@@ -275,8 +284,7 @@ class Trainer:
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device)).item())
 
     def tokens_per_step(self) -> int:
-        rows = self.settings.batch_size * self.accelerator.num_processes * self.settings.gradient_accumulation
-        return rows * self.config["data"]["seq_len"]
+        return self.mixture.batch_size * self.config["data"]["seq_len"]
 
     def _banner(self) -> None:
         device, precision = self.accelerator.device, self.accelerator.mixed_precision

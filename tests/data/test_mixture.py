@@ -35,13 +35,13 @@ class Numbers:
         return Row(values, values, np.arange(3))
 
 
-def recall_mixture(batch_size=8, rank=0, world_size=1):
+def recall_mixture(batch_size=8):
     sources = {"mqar": RecallSource(MQAR(), 1, (2, 9)), "passkey": RecallSource(Passkey(), 2, (2, 9))}
-    return Mixture(sources, {"mqar": 0.7, "passkey": 0.3}, batch_size, rank, world_size)
+    return Mixture(sources, {"mqar": 0.7, "passkey": 0.3}, batch_size)
 
 
-def numbers(weights, batch_size, rank=0, world_size=1):
-    return Mixture({name: Numbers() for name in weights}, weights, batch_size, rank, world_size)
+def numbers(weights, batch_size):
+    return Mixture({name: Numbers() for name in weights}, weights, batch_size)
 
 
 def same(one, other):
@@ -129,13 +129,41 @@ def test_batches_are_the_same_in_another_process(config, cache):
     assert output.strip() == sha256(mixture.batch(7).input_ids.numpy().tobytes()).hexdigest()
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 6])
-def test_ranks_share_the_same_global_batch(world_size):
-    whole = recall_mixture(batch_size=12).batch(5)
-    parts = [recall_mixture(12 // world_size, rank, world_size).batch(5) for rank in range(world_size)]
-    for rank, part in enumerate(parts):
-        for name in ("input_ids", "labels", "position_ids", "source_ids"):
-            assert torch.equal(getattr(part, name), getattr(whole, name)[rank::world_size])
+TENSORS = ("input_ids", "labels", "position_ids", "source_ids")
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "split", "digest"),
+    [
+        ("recall", 0, "train", "8097b1b2650a0f58"),
+        ("recall", 200, "train", "2151639120a22b12"),
+        ("recall", 3, "validation", "37e9f5d7951eb8ad"),
+        ("facts", 200, "train", "92ec93506e691d81"),
+    ],
+)
+def test_batches_are_those_recorded(config, name, step, split, digest):
+    """In one part, so that runs of earlier versions stay comparable."""
+    batch = build_data(config(name), seed=0, batch_size=8)[1].batch(step, split)
+    assert sha256(b"".join(getattr(batch, n).numpy().tobytes() for n in TENSORS)).hexdigest()[:16] == digest
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize(("world_size", "forwards"), [(1, 2), (2, 1), (3, 2), (1, 12)])
+def test_parts_make_the_same_batch(world_size, forwards, split):
+    """The rows of a step, their order in it and their noise are the same, however many processes and forwards."""
+    mixture, parts = recall_mixture(batch_size=12), world_size * forwards
+    whole = mixture.batch(5, split)
+    for part in range(parts):
+        batch = mixture.batch(5, split, part, parts)
+        for name in TENSORS:
+            assert torch.equal(getattr(batch, name), getattr(whole, name)[part::parts])
+
+
+@pytest.mark.parametrize(("part", "parts"), [(0, 5), (0, 24), (2, 2), (-1, 2), (0, 0)])
+def test_parts_that_are_not_equal(part, parts):
+    with pytest.raises(ValueError, match=f"batch_size=12 rows cannot be cut into {parts} equal parts") as caught:
+        recall_mixture(batch_size=12).batch(0, "train", part, parts)
+    assert "\n" not in str(caught.value)
 
 
 def test_each_row_is_used_once():
