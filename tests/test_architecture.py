@@ -12,13 +12,14 @@ from tests.conftest import ROOT
 # A module may import from the rooms listed for its own; the longest prefix decides which room it is in.
 ROOMS = {
     "memlm_kernels": set(),
-    "memlm.data": set(),
+    "memlm.files": set(),
+    "memlm.data": {"memlm.files"},
     "memlm.layers": {"memlm_kernels"},
     "memlm.memory": {"memlm_kernels", "memlm.layers"},
     "memlm.configuration": {"memlm.memory"},
-    "memlm.cache": {"memlm.memory"},
+    "memlm.cache": {"memlm.files", "memlm.memory"},
     "memlm.modeling": {"memlm_kernels", "memlm.layers", "memlm.memory", "memlm.configuration", "memlm.cache"},
-    "memlm.bank": {"memlm_kernels", "memlm.memory", "memlm.cache", "memlm.modeling"},
+    "memlm.bank": {"memlm_kernels", "memlm.files", "memlm.memory", "memlm.cache", "memlm.modeling"},
     "memlm.interleave": {"memlm.data", "memlm.memory", "memlm.cache", "memlm.bank"},
     "memlm": {"memlm.bank", "memlm.configuration", "memlm.cache", "memlm.interleave", "memlm.modeling"},
 }

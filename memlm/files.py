@@ -1,0 +1,134 @@
+"""Files and folders that appear whole or not at all, outlast a crash of the machine, and have one writer.
+
+A file or a folder is made beside its place, written to the disk, and renamed. A process that dies leaves
+``*.partial-*`` behind, which nothing reads. A sealed folder has a digest of each file, written last.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+DIGESTS = "digests.json"
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold a file's content, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Replace a file in one step, whoever reads or writes it meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _beside(path)
+    try:
+        with partial.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which is sealed, and takes its name at the end of the block; removed if the block raises.
+
+    A folder that has the name by then stays as it is, and the new one is dropped.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = _beside(folder)
+    partial.mkdir()
+    try:
+        yield partial
+        seal(partial)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    # Not tempfile's names, which are private to their user: others may read a shared cache.
+    return path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:12]}")
+
+
+def seal(folder: Path) -> None:
+    """Write the size and the SHA-256 of each file below ``folder`` to ``digests.json``, and all to the disk."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / DIGESTS]
+    digests = {path.relative_to(folder).as_posix(): [path.stat().st_size, digest(path)] for path in files}
+    for path in [*files, *(path for path in folder.rglob("*") if path.is_dir())]:
+        sync(path)
+    write(folder / DIGESTS, json.dumps(digests, indent=1))
+
+
+def is_sealed(folder: Path) -> bool:
+    return (folder / DIGESTS).is_file()
+
+
+def check_seal(folder: Path) -> None:
+    """Raise ValueError, naming the first file below ``folder`` that is missing or is not as it was sealed."""
+    digests = read_json(folder / DIGESTS)
+    for name, entry in digests.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{path}: missing")
+        if [path.stat().st_size, digest(path)] != entry:
+            raise ValueError(f"{path}: damaged; its content is not the one that was written")
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Be the one process that writes below ``folder``; the lock ends with the process, however that ends.
+
+    Raises ValueError, naming who writes there, if another process is.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read(200).strip() or "another process"
+            raise ValueError(f"{folder}: {owner} writes there; wait for it to end, or name another folder") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The content of a JSON file. Raises ValueError, naming the file, if it is not JSON of this kind."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+        raise ValueError(f"{path}: cannot be read as JSON: {reason}") from None
+    if not isinstance(content, kind):
+        wanted = {dict: "an object", list: "a list"}.get(kind, kind.__name__)
+        raise ValueError(f"{path}: must hold {wanted}, not {type(content).__name__}")
+    return content
