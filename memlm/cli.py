@@ -80,6 +80,12 @@ def one_line(error: Exception, config_dir: Path, config: str) -> str:
         return f"{given}: there is no key {wrong!r}; {fix}"
     if match := re.search(r"Could not find '([^']+)/([^']+)'", text):
         group, name = match.groups()
+        if (config_dir / "memory" / f"{name}.yaml").exists() and group.startswith("memory/of_model/"):
+            known = sorted(path.stem for path in (config_dir / group).glob("*.yaml"))
+            return (
+                f"memory={name}: model={Path(group).name}_* has no settings for it; one of: {', '.join(known)}; "
+                f"or add memory/of_model=none to take memory={name} as it is"
+            )
         choices = sorted(path.stem for path in (config_dir / group).glob("*.yaml"))
         return f"{group}={name}: no such choice; {suggest(name, choices)}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]

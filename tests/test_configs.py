@@ -6,10 +6,11 @@ import sys
 
 import pytest
 import torch
+from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
 from memlm import MemLMConfig, MemLMForCausalLM
-from memlm.cli import use_gpu_preset
+from memlm.cli import one_line, use_gpu_preset
 from memlm.data import MQAR, Passkey
 from memlm.modeling import count_active_parameters, count_flops, count_parameters
 from memlm.training.loop import model_config
@@ -67,17 +68,57 @@ def test_the_control_cannot_know_the_answers(run):
             assert Passkey(cfg.data.seq_len, source.digits, source.gap).min_distance > reach
 
 
-@pytest.mark.parametrize("millions", [170, 340, 400, 760])
-def test_titans_sizes_are_their_names(millions):
-    cfg = composed("experiment=titans_paper", f"model=titans_{millions}m")
-    config = MemLMConfig.from_hydra(OmegaConf.to_container(cfg.model, resolve=True))
+def counted(*overrides):
+    """The configuration, and millions of parameters."""
+    config = MemLMConfig.from_hydra(OmegaConf.to_container(composed(*overrides).model, resolve=True))
     with torch.device("meta"):
-        parameters = count_parameters(MemLMForCausalLM(config))
-    assert parameters == pytest.approx(millions * 1e6, rel=0.05)
+        return config, count_parameters(MemLMForCausalLM(config)) / 1e6
+
+
+# Titans' sizes are their names; MoM's are those of the release, which its README calls 380M and 1.3B.
+PAPERS = {f"titans_{n}m": n for n in (170, 340, 400, 760)} | {"mom_340m": 512, "mom_1.3b": 1553, "qwen3_4b": 4022}
+
+
+@pytest.mark.parametrize(("model", "millions"), PAPERS.items())
+def test_a_papers_model_alone_is_the_papers(model, millions):
+    """Its size, and a memory with the paper's heads and start, as in the experiment that trains it."""
+    config, parameters = counted(f"model={model}")
+    assert parameters == pytest.approx(millions, rel=0.03)
     memory = config.mixers["memory"]
-    assert memory["memory_heads"] * memory["memory_head_dim"] == config.hidden_size
-    # Two FLOPs a weight, and more for the memory's, which are also written.
-    assert 2 < count_flops(config, 128) / parameters < 3
+    assert memory.get("initialization", "default") == "default"
+    heads = {name: value for name, value in memory.items() if name in ("memory_heads", "num_heads")}
+    assert all(value == config.num_attention_heads for value in heads.values()) and len(heads) == (
+        memory["kind"] != "attention"
+    )
+    if model.startswith("titans"):
+        assert memory["memory_heads"] * memory["memory_head_dim"] == config.hidden_size
+        # Two FLOPs a weight, and more for the memory's, which are also written.
+        assert 2 < count_flops(config, 128) / parameters / 1e6 < 3
+    if (experiment := model.split("_")[0]) != "qwen3":
+        trained, _ = counted(f"experiment={experiment}_paper", f"model={model}")
+        assert (trained.mixers, trained.mixer_pattern) == (config.mixers, config.mixer_pattern)
+
+
+def test_every_paper_has_a_test_of_its_size():
+    assert {path.stem for path in (ROOT / "configs" / "model").glob("*.yaml")} == {*PAPERS, "tiny", "small"}
+
+
+@pytest.mark.parametrize("stage", ["msa_warmup", "msa_main", "msa_8k", "msa_64k"])
+def test_the_stages_of_msa_train_one_model(stage):
+    config, parameters = counted(f"experiment={stage}")
+    assert parameters == pytest.approx(4258, rel=0.001) and config.layer_mixers().count("memory") == 18
+    assert all(mixer["kind"] == "msa" and mixer["qk_norm"] for mixer in config.mixers.values())
+
+
+def test_a_memory_that_a_papers_model_has_no_settings_for_is_refused():
+    """Its YAML's own are those of a tiny model; they are taken where they are asked for."""
+    with pytest.raises(MissingConfigException) as caught:
+        composed("model=titans_340m", "memory=chunk_sparse")
+    line = one_line(caught.value, ROOT / "configs", "train")
+    assert line.startswith("memory=chunk_sparse: model=titans_* has no settings for it; one of: attention, ")
+    assert line.endswith("or add memory/of_model=none to take memory=chunk_sparse as it is")
+    config, _ = counted("model=titans_340m", "memory=chunk_sparse", "memory/of_model=none")
+    assert config.mixers["memory"]["chunk_size"] == 4
 
 
 def test_every_memory_can_have_the_size_that_a_name_says():
@@ -138,6 +179,8 @@ def test_what_an_experiment_sets_for_a_memory_is_for_one_that_exists():
     folder = ROOT / "configs" / "memory" / "of_experiment"
     found = [path.relative_to(folder) for path in folder.rglob("*.yaml")]
     assert found and all(("experiment", str(path.parent)) in GROUPS and path.stem in MEMORIES for path in found)
+    of_models = [*(folder.parent / "of_model").glob("*/*.yaml")]
+    assert of_models and all(path.stem in MEMORIES for path in of_models)
 
 
 def test_memories_are_all_listed_in_the_readme():
