@@ -68,7 +68,8 @@ def test_topk_equals_a_loop(heads, groups, tile, spanned):
 
 @pytest.mark.parametrize("tile", [1, 2, 4, 1024])
 def test_equal_scores_take_the_lowest_chunk(tile):
-    q, k, _ = heads_of(1, 3, 9)
+    # Small integers have products that are exact however they are summed.
+    k = (8 * heads_of(1, 3, 9)[1]).round()
     k[:, 3:] = k[:, :1]
     k[:, 1:3] = -k[:, :1]
     q = k[:, :1].repeat_interleave(2, 2).expand(-1, 3, -1, -1)

@@ -47,8 +47,8 @@ def poisoned():
             os._exit(1)
 
 
-def compare(function, tensors, dtype):
-    """function(tensors, backend) -> outputs; the first three tensors are q, k, v."""
+def compare(function, tensors, dtype, tolerances=None):
+    """function(tensors, backend) -> outputs; the first three tensors are q, k, v; tolerances: None for the type's."""
     tensors = [x.to(DEVICE, dtype if i < 3 else torch.float32) for i, x in enumerate(tensors)]
     outputs = {"reference": [], "triton": []}
 
@@ -61,7 +61,7 @@ def compare(function, tensors, dtype):
 
     expected = grads_of(together("reference"), [x.double() for x in tensors])
     gradients = zip(expected, grads_of(together("triton"), tensors), strict=True)
-    for_outputs, for_gradients = TOLERANCES[dtype]
+    for_outputs, for_gradients = tolerances or TOLERANCES[dtype]
     for i, (e, g) in enumerate(zip(*outputs.values(), strict=True)):
         assert_close(f"output {i}", e, g, for_outputs)
     for i, (e, g) in enumerate(gradients):
@@ -106,9 +106,16 @@ def test_strong_decay_neither_overflows_nor_loses_digits(op):
 
 
 def test_keys_that_are_all_alike_do_not_blow_up_the_inverse():
+    """Products k.k of K channels round to 1 + e, |e| <= K 2^-24, and each BLAS places the e elsewhere.
+
+    With E of these in the matrix I + L of a chunk of C tokens, x = (I + L)^-1 v is off by (I + L)^-1 E x. A read sums
+    x over the chunk, so it is off by E x: sqrt(C) K 2^-24 |x|, where x is v less the v before it, sqrt(2) as large.
+    """
     q, k, v, beta = (x[:1] for x in inputs("delta", 300, heads=1))
     k, beta = k[:, :1].expand_as(k), torch.ones_like(beta)
-    compare(recurrence("delta"), [q, k, v, beta, torch.zeros(1, 1, 1, 6, 5)], torch.float32)
+    more = (2 * 64) ** 0.5 * k.shape[-1] * 2**-24
+    tolerances = [x + more for x in TOLERANCES[torch.float32]]
+    compare(recurrence("delta"), [q, k, v, beta, torch.zeros(1, 1, 1, 6, 5)], torch.float32, tolerances)
 
 
 @torch.no_grad()

@@ -132,8 +132,9 @@ def test_attention_to_means(tokens):
     ("tokens", "chunks", "top_k"), [(1, 3, 12), (11, 10, 1), pytest.param(40, 150, 5, id="tiles"), (5, 70, 70)]
 )
 def test_choice(tokens, chunks, top_k):
-    q, k, _ = (x.float().to(DEVICE) for x in heads_of(2, tokens, chunks))
-    # Equal scores, of which the lowest chunk is the best.
+    # Small integers, whose products and sums are exact in any order: equal keys have equal scores.
+    q, k, _ = ((8 * x).round().float().to(DEVICE) for x in heads_of(2, tokens, chunks))
+    # Of equal scores the lowest chunk is the best.
     k[:, chunks // 2 :] = k[:, :1]
     spans = tuple(x.to(DEVICE) - 1 for x in spans_of(2, tokens, chunks))
     for known in (spans, None):
