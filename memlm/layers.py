@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 
+from memlm_kernels.backend import outside_autocast
 from memlm_kernels.grid import keep_last, pick, place
 
 
@@ -34,6 +35,7 @@ class _Unit(torch.autograd.Function):
         return unit
 
     @staticmethod
+    @outside_autocast
     @once_differentiable
     def backward(ctx: Any, d_unit: Tensor) -> Tensor:
         unit, length = ctx.saved_tensors
@@ -101,6 +103,7 @@ class _Taps(torch.autograd.Function):
         return y_BTC
 
     @staticmethod
+    @outside_autocast
     @once_differentiable
     def backward(ctx: Any, d_y_BTC: Tensor) -> tuple[Tensor, Tensor, None, None]:
         past_BSC, taps_WC, positions_BT = ctx.saved_tensors

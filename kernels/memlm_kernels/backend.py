@@ -2,9 +2,10 @@
 ``peer``. ``set_backend`` says it for all ops at once.
 """
 
+import functools
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -65,7 +66,8 @@ def choose(op: str, backend: str, available: tuple[str, ...], refused: Mapping[s
             backend, key = _asked, _key
     if backend == "auto":
         backend = available[0]
-        if (op, backend) not in _announced:
+        # A compiler has no logger.
+        if (op, backend) not in _announced and not torch.compiler.is_compiling():
             _announced.add((op, backend))
             logger.info("%s: backend %s", op, backend)
     elif backend not in available:
@@ -121,6 +123,24 @@ def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.dtype == torch.float32 else x for x in tensors)
+
+
+def outside_autocast(backward: Callable[..., Any]) -> Any:
+    """A ``backward(ctx, *gradients)`` that multiplies in the types that its forward kept, wherever it is called: torch
+    runs it in the autocast of the caller.
+    """
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *gradients: Any) -> Any:
+        tensors = [x for d in gradients for x in (d if isinstance(d, list) else [d]) if x is not None]
+        device = tensors[0].device.type
+        # Autocast knows no meta device.
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return backward(ctx, *gradients)
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, *gradients)
+
+    return wrapped
 
 
 @torch.compiler.assume_constant_result

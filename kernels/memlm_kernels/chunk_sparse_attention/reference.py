@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from memlm_kernels.backend import outside_autocast
 from memlm_kernels.segments import exact
 
 _NEVER = float("-inf")
@@ -120,6 +121,7 @@ class _Attend(torch.autograd.Function):
         return output, lse
 
     @staticmethod
+    @outside_autocast
     @once_differentiable
     def backward(ctx: Any, d_output: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
         output, lse, *tensors = ctx.saved_tensors

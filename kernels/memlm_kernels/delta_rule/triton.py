@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from memlm_kernels.backend import outside_autocast
 from memlm_kernels.checks import in_one_type
 from memlm_kernels.delta_rule.kernels import (
     delta_states_backward,
@@ -177,6 +178,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ctx.save_for_backward(*tensors, *output[2:])
 
 
+@outside_autocast
 def _backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, beta, log_decay, cu_seqlens, *kept = ctx.saved_tensors
     d_o = torch.zeros_like(v) if d_o is None else d_o

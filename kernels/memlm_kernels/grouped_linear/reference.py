@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from memlm_kernels.backend import outside_autocast
 from memlm_kernels.segments import chunk_width, lay_out
 
 _WIDTH = 64
@@ -75,6 +76,7 @@ def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
+@outside_autocast
 def _backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, Tensor, None]:
     x, weight, sizes = ctx.saved_tensors
     d_y = d_y.contiguous()

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from memlm_kernels.backend import outside_autocast
 from memlm_kernels.grid import aligned_grid, from_rows, next_position, ragged_grid, row_flags, to_rows
 
 # Coefficients of x, x^3, x^5 in each Newton-Schulz step, those of the paper's released code.
@@ -161,6 +162,7 @@ class _Group(torch.autograd.Function):
         return _read_and_write(plan, *tensors)
 
     @staticmethod
+    @outside_autocast
     @once_differentiable
     def backward(ctx: Any, *d_out: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[1:]

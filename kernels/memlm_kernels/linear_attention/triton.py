@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from memlm_kernels.backend import outside_autocast
 from memlm_kernels.checks import in_one_type
 from memlm_kernels.launch import Tiles, at_least_16, cdiv, laid, precision, spans
 from memlm_kernels.linear_attention.channel_kernels import (
@@ -218,6 +219,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ctx.save_for_backward(q, k, v, log_decay, cu_seqlens, output[2])
 
 
+@outside_autocast
 def _backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, log_decay, cu_seqlens, states = ctx.saved_tensors
     d_o = torch.zeros_like(v) if d_o is None else d_o

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from memlm_kernels.backend import outside_autocast
 from memlm_kernels.checks import in_one_type
 from memlm_kernels.launch import Kernel, at_least_16, cdiv, laid, precision
 from memlm_kernels.neural_memory.chunk import Plan
@@ -317,6 +318,7 @@ def _split(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[Tensors]:
     return [list(tensors[end - count : end]) for end, count in zip(ends, counts, strict=True)]
 
 
+@outside_autocast
 def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
     parts = _split(saved, ctx.counts)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from memlm_kernels.backend import outside_autocast
 from memlm_kernels.neural_memory.chunk import (
     Flags,
     Gates,
@@ -139,6 +140,7 @@ class Scan(torch.autograd.Function):
         return torch.cat(out).unflatten(0, (chunks, rows)), surprises, *after, *anchors
 
     @staticmethod
+    @outside_autocast
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, _: Tensor, *d_after: Tensor) -> tuple[Tensor | None, ...]:
         plan, depth = ctx.plan, ctx.plan.depth

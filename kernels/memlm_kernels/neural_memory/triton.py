@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from memlm_kernels.backend import outside_autocast
 from memlm_kernels.checks import in_one_type
 from memlm_kernels.launch import Tiles, at_least_16, cdiv, laid, precision
 from memlm_kernels.neural_memory.chunk import Gates, Plan
@@ -260,6 +261,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.save_for_backward(q, k, *gates, initial, *owned, *output[2 + ctx.last :])
 
 
+@outside_autocast
 def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     q, k, *saved = ctx.saved_tensors
     gates, (initial, W, anchor, S, errors, *kept) = saved[:9], saved[9:]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 from triton import next_power_of_2
 
+from memlm_kernels.backend import outside_autocast
 from memlm_kernels.checks import in_one_type
 from memlm_kernels.chunk_sparse_attention.kernels import add_parts, chunks_backward, unite_chunks
 from memlm_kernels.chunk_sparse_attention.triton import invert
@@ -324,6 +325,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.settings = inputs[11:]
 
 
+@outside_autocast
 def _backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     *inputs, o, lse = ctx.saved_tensors
     d_o = torch.zeros_like(o) if d_o is None else d_o

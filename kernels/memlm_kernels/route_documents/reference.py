@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from memlm_kernels.backend import outside_autocast
 from memlm_kernels.segments import exact
 
 # Inside the square root, so that a vector of zeros has a gradient.
@@ -293,6 +294,7 @@ class _Sum(torch.autograd.Function):
         return total.clone()
 
     @staticmethod
+    @outside_autocast
     @once_differentiable
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
         query, k = (x.detach() for x in ctx.saved_tensors)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from memlm_kernels.backend import outside_autocast
 from memlm_kernels.checks import readable
 from memlm_kernels.segments import exact
 
@@ -21,6 +22,7 @@ class _Dispatch(torch.autograd.Function):
         return _spread(x, place, None)
 
     @staticmethod
+    @outside_autocast
     @once_differentiable
     def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, None]:
         (place,) = ctx.saved_tensors
@@ -35,6 +37,7 @@ class _Combine(torch.autograd.Function):
         return _collect(o, place, weight, shared)
 
     @staticmethod
+    @outside_autocast
     @once_differentiable
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, None, Tensor, Tensor | None]:
         o, place, weight = ctx.saved_tensors

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from memlm_kernels.backend import outside_autocast
 from memlm_kernels.launch import cdiv, laid, no_products, powers_of_two, with_features
 from memlm_kernels.routed_memory.kernels import collect, spread
 
@@ -71,6 +72,7 @@ def _setup_dispatch(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(inputs[1])
 
 
+@outside_autocast
 def _backward_dispatch(ctx: Any, d_rows: Tensor) -> tuple[Tensor, None]:
     (place,) = ctx.saved_tensors
     return combine(d_rows, place, None, None), None
@@ -82,6 +84,7 @@ def _setup_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(place, *(() if weight is None else (o, weight)))
 
 
+@outside_autocast
 def _backward_combine(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
     place, *weighted = ctx.saved_tensors
     d_shared = None if ctx.shared is None else d_y.to(ctx.shared)

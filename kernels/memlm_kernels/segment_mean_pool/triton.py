@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from memlm_kernels.backend import outside_autocast
 from memlm_kernels.launch import cdiv, laid, no_products, powers_of_two, with_features
 from memlm_kernels.segment_mean_pool.kernels import pool, pool_backward
 from memlm_kernels.segment_mean_pool.reference import owners
@@ -55,6 +56,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(cu_segments)
 
 
+@outside_autocast
 def _backward(ctx: Any, d_mean: Tensor) -> tuple[Tensor | None, ...]:
     (cu_segments,) = ctx.saved_tensors
     return backward(d_mean, cu_segments, ctx.length, ctx.longest, ctx.dtype), None, None
