@@ -3,6 +3,7 @@
 from .build import build_data
 from .chains import TEMPLATES, Chains
 from .documents import Documents
+from .manifest import check_manifest, left_out
 from .mixture import Batch, Mixture
 from .questions import Question, Questions, QuestionSource
 from .recall import MQAR, Passkey, RecallSource, RecallTask, ramp
@@ -42,6 +43,8 @@ __all__ = [
     "Writer",
     "build_data",
     "byte_tokenizer",
+    "check_manifest",
+    "left_out",
     "load_tokenizer",
     "make_sample",
     "ramp",

@@ -1,7 +1,8 @@
 """From the `data` config to the tokenizer and the batches."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
@@ -18,6 +19,7 @@ from .text import TextCorpus, TextSource
 from .tokenizer import is_byte_tokenizer, load_tokenizer
 
 _TASKS = {"mqar": MQAR, "passkey": Passkey, "facts": Facts, "chains": Chains}
+_MOST_TOKENS, _MOST_WEIGHT = 2**28, 1e9
 _SIZES = ("gap", "num_keys", "num_values")
 _OPTIONS = {
     "text": ("paths",),
@@ -39,38 +41,57 @@ def build_data(cfg: Mapping[str, Any], *, seed: int, batch_size: int) -> tuple[P
     _check_whole(cfg, "data", ("seq_len",))
     if cfg["seq_len"] < 2:
         raise ValueError(f"data.seq_len={cfg['seq_len']} is too short to predict a token; use 2 or more")
-    if not cfg["sources"]:
-        raise ValueError("data.sources is empty; name at least one source")
+    if cfg["seq_len"] * batch_size > _MOST_TOKENS:
+        raise ValueError(
+            f"data.seq_len={cfg['seq_len']} in a batch of {batch_size} rows makes more than {_MOST_TOKENS} tokens a "
+            "step; lower one"
+        )
+    if not isinstance(cfg["cache_dir"], str) or not cfg["cache_dir"].strip():
+        raise ValueError(f"data.cache_dir={cfg['cache_dir']!r} names no folder; name one")
+    if not isinstance(cfg["sources"], Mapping) or not cfg["sources"]:
+        raise ValueError(f"data.sources={cfg['sources']!r} must name at least one source, and its kind and weight")
     for name, options in cfg["sources"].items():
+        # It is part of the names of files and figures.
+        if not isinstance(name, str) or not name or {*"/\0"} & {*name}:
+            raise ValueError(f"data.sources: {name!r} cannot be a name; use letters and digits")
         _check_source(options, f"data.sources.{name}")
-    texts = [options.get("paths") for options in cfg["sources"].values() if options["kind"] == "text"]
-    corpora = [Documents(paths, cfg["cache_dir"]) for paths in texts]
-    tokenizer = load_tokenizer(cfg["tokenizer"], corpora)
+    corpora = {}
+    for name, options in cfg["sources"].items():
+        if options["kind"] == "text":
+            with _named(name):
+                corpora[name] = Documents(options.get("paths"), cfg["cache_dir"])
+    tokenizer = load_tokenizer(cfg["tokenizer"], [*corpora.values()])
     recall = [name for name, options in cfg["sources"].items() if options["kind"] in _TASKS]
     if recall and not is_byte_tokenizer(tokenizer):
         raise ValueError(f"data.sources.{recall[0]} is made of bytes; set data.tokenizer to byte, or leave it out")
     sources, weights = {}, {}
     for name, options in cfg["sources"].items():
-        sources[name] = _build_source(name, cfg, tokenizer, seed)
+        with _named(name):
+            sources[name] = _build_source(name, cfg, tokenizer, corpora.get(name), seed)
         weights[name] = options["weight"]
     return tokenizer, Mixture(sources, weights, batch_size)
 
 
-def _build_source(name: str, cfg: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, seed: int) -> Source:
+def _build_source(
+    name: str, cfg: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, documents: Documents | None, seed: int
+) -> Source:
     options = cfg["sources"][name]
     own_seed = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8])
+    if documents is not None:
+        return TextSource(TextCorpus(documents, tokenizer), cfg["seq_len"], own_seed)
+    sizes = {key: options[key] for key in _OPTIONS[options["kind"]] if key in options and key != "paths"}
+    if options["kind"] == "questions":
+        questions = Questions(options["paths"], cfg["cache_dir"])
+        return QuestionSource(questions, tokenizer, cfg["seq_len"], own_seed, **sizes)
+    return RecallSource(_TASKS[options["kind"]](length=cfg["seq_len"], **sizes), own_seed, _read_ramp(cfg))
+
+
+@contextmanager
+def _named(source: str) -> Iterator[None]:
     try:
-        if options["kind"] == "text":
-            corpus = TextCorpus(options.get("paths"), tokenizer, cfg["cache_dir"])
-            return TextSource(corpus, cfg["seq_len"], own_seed)
-        sizes = {key: options[key] for key in _OPTIONS[options["kind"]] if key in options and key != "paths"}
-        if options["kind"] == "questions":
-            questions = Questions(options["paths"], cfg["cache_dir"])
-            return QuestionSource(questions, tokenizer, cfg["seq_len"], own_seed, **sizes)
-        task = _TASKS[options["kind"]](length=cfg["seq_len"], **sizes)
-        return RecallSource(task, own_seed, _read_ramp(cfg))
+        yield
     except ValueError as error:
-        raise ValueError(f"data.sources.{name}: {error}") from error
+        raise ValueError(f"data.sources.{source}: {error}") from error
 
 
 def _check_source(options: Mapping[str, Any], where: str) -> None:
@@ -78,8 +99,9 @@ def _check_source(options: Mapping[str, Any], where: str) -> None:
     if not isinstance(kind, str) or kind not in _OPTIONS:
         raise ValueError(f"{where}.kind={kind!r} is unknown; use one of {', '.join(_OPTIONS)}")
     _check_keys(options, where, ("kind", "weight"), _OPTIONS[kind])
-    if not isinstance(options["weight"], int | float):
-        raise ValueError(f"{where}.weight={options['weight']!r} is not a number")
+    weight = options["weight"]
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight <= _MOST_WEIGHT:
+        raise ValueError(f"{where}.weight={weight!r} is not a number between 0 and {_MOST_WEIGHT:.0f}")
     if kind == "questions" and not options.get("paths"):
         raise ValueError(f"{where}.paths is missing; name JSONL files of questions")
     _check_whole(options, where, (set(_OPTIONS[kind]) - {"paths", "templates"}) & options.keys())
@@ -96,7 +118,7 @@ def _check_keys(cfg: Mapping[str, Any], where: str, required: Iterable[str], opt
     known = [*required, *optional]
     for key in cfg:
         if key not in known:
-            close = get_close_matches(key, known, n=1)
+            close = get_close_matches(str(key), known, n=1)
             fix = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
             raise ValueError(f"{where}.{key} is unknown; {fix}")
     for key in required:

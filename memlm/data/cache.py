@@ -1,42 +1,128 @@
-"""The cache on disk: files and folders that appear whole or not at all."""
+"""The cache on disk: folders made once from files and settings, checked when they are opened, made anew if damaged."""
 
+import fcntl
+import hashlib
+import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+import uuid
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, NamedTuple
+
+from memlm import files
+
+# Clocks of file systems tick this seldom: a file may change within a tick and keep its times. Nanoseconds.
+_TICK = 2 * 10**9
 
 
-def cache_path(cache_dir: str | Path) -> Path:
-    return Path(os.path.expanduser(cache_dir)).absolute()
+class Content(NamedTuple):
+    """Of a file, when its SHA-256 was taken; `changed` in nanoseconds."""
+
+    num_bytes: int
+    changed: int
+    sha256: str
+
+    def check(self, now: os.stat_result, path: Path) -> None:
+        """Raise ValueError if the file has changed since."""
+        if (now.st_size, now.st_mtime_ns) != self[:2]:
+            raise ValueError(f"{path} has changed since this run opened it; put it back, or start again")
 
 
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder to fill, renamed to `folder` at the end of the block; removed if the block raises.
+class Watched:
+    """A file that is read over a long time, and must not change meanwhile; another of its name does not count."""
 
-    Where another process was faster, its `folder` stays. A killed process leaves a `*.partial-*` folder,
-    which nothing ever reads.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
-    try:
-        yield partial
-        # mkdtemp makes private folders; a shared cache wants the usual permissions.
-        partial.chmod(folder.parent.stat().st_mode & 0o777)
+    def __init__(self, path: Path) -> None:
+        self.path, self._descriptor = path, os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+        stat = os.fstat(self._descriptor)
+        self._content = Content(stat.st_size, stat.st_mtime_ns, "")
+
+    def check(self) -> None:
+        """Raise ValueError if it has changed."""
+        self._content.check(os.fstat(self._descriptor), self.path)
+
+
+class Cache:
+    """Folders below `root`, each named after all that decides its content."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(os.path.expanduser(root)).absolute()
+        self._known = self.root / "sha256.json"
+
+    def folder(self, key: Sequence[Any], names: Iterable[str], fill: Callable[[Path], None], below: str = "") -> Path:
+        """The folder of a key, which `fill` has put files of these names into, now or earlier.
+
+        Processes may build it together: the first to finish counts. A folder that is not as it was made is replaced.
+        Raises ValueError where the disk does not take it.
+        """
+        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+        folder = self.root / below / digest[:32]
         try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            if not self._is_whole(folder, names):
+                self._put_aside(folder, names)
+                with files.new_folder(folder) as partial:
+                    fill(partial)
+        except OSError as error:
+            raise ValueError(
+                f"data.cache_dir: {folder} cannot be made ({error}); make room, or name another folder"
+            ) from error
+        return folder
 
+    def contents(self, paths: Iterable[Path]) -> dict[Path, Content]:
+        """A file is read again only if its size or times are others than remembered, as in git.
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces `path` in one step, whoever else may be reading or writing it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    partial.write_text(text)
-    partial.replace(path)
+        Raises ValueError, naming the file, if it cannot be read.
+        """
+        known, fresh = self._remembered(), {}
+        contents = {}
+        for path in paths:
+            try:
+                stat = path.stat()
+                times = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+                match known.get(str(path)):
+                    case [*before, str(digest)] if before == times:
+                        pass
+                    case _:
+                        digest = files.digest(path)
+                        if time.time_ns() - stat.st_mtime_ns > _TICK:
+                            fresh[str(path)] = [*times, digest]
+            except OSError as error:
+                raise ValueError(f"{path} cannot be read ({error.strerror}); mend it, or leave it out") from error
+            contents[path] = Content(stat.st_size, stat.st_mtime_ns, digest)
+        if fresh:
+            # What is forgotten is only read again: a cache that cannot be written to may still be read.
+            with suppress(OSError):
+                files.write(self._known, json.dumps(known | fresh))
+        return contents
+
+    def _remembered(self) -> dict[str, Any]:
+        try:
+            return files.read_json(self._known)
+        except ValueError:
+            return {}
+
+    def _is_whole(self, folder: Path, names: Iterable[str]) -> bool:
+        if not files.is_sealed(folder):
+            return False
+        try:
+            sealed = files.read_json(folder / files.DIGESTS)
+            contents = self.contents(folder / name for name in sealed)
+            now = {path.name: [content.num_bytes, content.sha256] for path, content in contents.items()}
+        except ValueError:
+            return False
+        return now == sealed and sealed.keys() >= {*names}
+
+    def _put_aside(self, folder: Path, names: Iterable[str]) -> None:
+        """Remove a damaged folder, unless another process has replaced it; who reads it still may."""
+        if not folder.exists():
+            return
+        with (self.root / ".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if folder.exists() and not self._is_whole(folder, names):
+                aside = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex[:12]}")
+                folder.rename(aside)
+                shutil.rmtree(aside, ignore_errors=True)

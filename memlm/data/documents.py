@@ -1,22 +1,28 @@
-"""Text documents on disk: found, read one by one, and split into train, validation and test.
+"""Text documents on disk: read one by one, and split into train, validation and test.
 
-One document is one txt, md or py file, or one row of a jsonl or parquet file (its field "text").
+One document is one txt, md or py file, or one row of a jsonl or parquet file (its field "text"). Files but parquet's
+may be packed: a.txt.gz, .xz or .zst.
 """
 
-import glob
+import codecs
+import gzip
 import hashlib
+import io
 import json
+import lzma
 import os
 import sysconfig
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from .cache import cache_path, write_text
+from .cache import Cache, Content
+from .find import PACKED, ending, find
 
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -28,8 +34,7 @@ class File(NamedTuple):
 
     name: str
     path: Path
-    num_bytes: int
-    sha256: str
+    content: Content
 
 
 class Document(NamedTuple):
@@ -41,33 +46,33 @@ class Document(NamedTuple):
 
 
 class Documents:
-    """The documents under `paths`: files, folders (with all below) or globs; None or "stdlib" is the Python
-    standard library's own sources, without its tests.
+    """The documents under `paths`: files, folders (with all below) or globs, see `find`; None or "stdlib" is the
+    Python standard library's own sources, without its tests. left_out: files that are not read, and why.
 
-    Iterating streams the documents in a fixed order, the empty ones left out. A corpus of one document is cut
-    into three of the same name: the first 90 %, the next 5 % and the last 5 % of its characters.
-    Raises FileNotFoundError or ValueError, naming the path, the file or the line, for what cannot be read.
+    Iterating streams the documents in a fixed order, the empty ones left out. Where there are fewer than three, each
+    is cut into three of the same name: the first 90 %, the next 5 % and the last 5 % of its characters.
+    Raises ValueError, naming the path, the file or the line, for what cannot be read.
     """
 
     def __init__(self, paths: str | Sequence[str] | None, cache_dir: str | Path):
         self.is_stdlib = paths is None or paths == "stdlib"
-        names = _find_stdlib() if self.is_stdlib else {}
-        if not self.is_stdlib:
-            # Where two specs overlap, a file counts once; sorted, so that their order does not matter.
-            for spec in sorted([paths] if isinstance(paths, str) else paths):
-                names |= _find(spec)
+        if self.is_stdlib:
+            names, self.left_out = _find_stdlib(), dict[str, str]()
+        else:
+            names, self.left_out = find(paths, _ENDINGS)
         if not names:
-            raise ValueError("data paths is an empty list; name a file, a folder or a glob, or use null")
+            raise ValueError("paths is an empty list; name a file, a folder or a glob, or use null")
         twice = [name for name, count in Counter(names.values()).items() if count > 1]
         if twice:
-            raise ValueError(f"data paths: two files are named {twice[0]}; give their common folder instead")
-        self.cache = cache_path(cache_dir)
-        hashes = hash_files(names, self.cache / "sha256.json")
-        self.files = sorted(File(name, path, *hashes[path]) for path, name in names.items())
+            raise ValueError(f"paths: two files are named {twice[0]}; give their common folder instead")
+        self.cache = Cache(cache_dir)
+        contents = self.cache.contents(names)
+        # Sorted, so that the order of paths does not matter.
+        self.files = sorted(File(name, path, contents[path]) for path, name in names.items())
 
     @property
     def fingerprint(self) -> str:
-        content = json.dumps([(file.name, file.sha256) for file in self.files])
+        content = json.dumps([(file.name, file.content.sha256) for file in self.files])
         return hashlib.sha256(content.encode()).hexdigest()
 
     def name(self, document: Document) -> str:
@@ -76,18 +81,13 @@ class Documents:
 
     def __iter__(self) -> Iterator[Document]:
         documents = (
-            Document(index, row, text)
-            for index, file in enumerate(self.files)
-            for row, text in _READERS[file.path.suffix](file.path)
-            if text
+            Document(index, row, text) for index, file in enumerate(self.files) for row, text in _read(file) if text
         )
-        head = list(islice(documents, 2))
+        head = list(islice(documents, 3))
         if not head:
-            raise ValueError(f"data paths: {self.files[0].path} and all other files are empty; give some text")
-        if len(head) == 1:
-            text = head[0].text
-            cuts = [0, len(text) * 90 // 100, len(text) * 95 // 100, len(text)]
-            head = [head[0]._replace(text=text[a:b]) for a, b in pairwise(cuts)]
+            raise ValueError(f"paths: {self.files[0].path} and all other files are empty; give some text")
+        if len(head) < 3:
+            head = [piece for document in head for piece in _cut(document)]
         return chain(head, documents)
 
     def training_texts(self) -> Iterator[str]:
@@ -95,12 +95,20 @@ class Documents:
         return (document.text for document, split in zip(self, splits, strict=True) if split == 0)
 
 
+def _cut(document: Document) -> list[Document]:
+    text = document.text
+    cuts = [0, len(text) * 90 // 100, len(text) * 95 // 100, len(text)]
+    return [document._replace(text=text[a:b]) for a, b in pairwise(cuts)]
+
+
 def assign_splits(names: Iterable[str]) -> np.ndarray:
     """uint8 [documents], places in SPLITS: in the order of the names' hashes, the last 5 % (rounded up) are
-    test, the 5 % before them validation. Equal names keep their order, so a cut document's end is test.
+    test, the 5 % before them validation. The pieces of one or two documents that are cut take turns.
     """
     hashes = (hashlib.sha256(os.fsencode(name)).digest() for name in names)
     keys = np.fromiter((int.from_bytes(digest[:8]) for digest in hashes), np.uint64)
+    if len(keys) in (3, 6) and len(np.unique(keys)) < 3:
+        return np.arange(len(keys), dtype=np.uint8) % 3
     held_out = -(-len(keys) // 20)
     splits = np.zeros(len(keys), np.uint8)
     order = np.argsort(keys, kind="stable")[::-1]
@@ -109,93 +117,88 @@ def assign_splits(names: Iterable[str]) -> np.ndarray:
     return splits
 
 
-def _find(spec: str) -> dict[Path, str]:
-    path = Path(os.path.abspath(os.path.expanduser(spec)))
-    if path.exists():
-        root, matches = path, [path]
-    elif glob.has_magic(spec):
-        root = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
-        matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
-        if not matches:
-            raise FileNotFoundError(f"data paths: nothing matches {path}; correct the glob")
-    else:
-        raise FileNotFoundError(f"data paths: {path} does not exist; give a file, a folder or a glob")
-    files = [file for match in matches for file in (_walk(match) if match.is_dir() else [match])]
-    files = [file for file in files if file.suffix in _READERS]
-    if not files:
-        raise ValueError(f"data paths: {path} holds no text; supported are {', '.join(_READERS)}")
-    return {file: file.relative_to(root.parent).as_posix() for file in files}
-
-
-def _walk(folder: Path, left_out: Iterable[str] = ()) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if name not in left_out]
-        yield from (Path(parent, name) for name in files)
-
-
 def _find_stdlib() -> dict[Path, str]:
     root = Path(sysconfig.get_path("stdlib"))
-    files = (file for file in _walk(root, _NOT_STDLIB) if file.suffix == ".py")
-    return {file: file.relative_to(root).as_posix() for file in files}
+    names = {}
+    for parent, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in _NOT_STDLIB]
+        paths = (Path(parent, name) for name in files if name.endswith(".py"))
+        names |= {path: path.relative_to(root).as_posix() for path in paths}
+    return names
 
 
-def hash_files(paths: Iterable[Path], known_file: Path) -> dict[Path, tuple[int, str]]:
-    """Size and sha256 of each file; `known_file` remembers them by size and time of change, as git does."""
-    known = json.loads(known_file.read_text()) if known_file.exists() else {}
-    current = {}
-    for path in paths:
-        stat = path.stat()
-        entry = known.get(str(path))
-        if entry is None or entry[:2] != [stat.st_size, stat.st_mtime_ns]:
-            with path.open("rb") as file:
-                entry = [stat.st_size, stat.st_mtime_ns, hashlib.file_digest(file, "sha256").hexdigest()]
-        current[str(path)] = entry
-    if not current.items() <= known.items():
-        write_text(known_file, json.dumps(known | current))
-    return {Path(path): (size, sha256) for path, (size, _, sha256) in current.items()}
+def _read(file: File) -> Iterator[tuple[int, str]]:
+    """Row numbers and texts. Raises ValueError, naming the file, where it is damaged or not as it was when found."""
+    reader = _READERS[ending(file.path).removesuffix(_packing(file.path))]
+    try:
+        with file.path.open("rb") as raw:
+            yield from reader(_unpacked(raw, file.path), file.path)
+        file.content.check(file.path.stat(), file.path)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise ValueError(f"{file.path} cannot be read ({error}); mend it, or leave it out") from error
 
 
-def _whole_file(path: Path) -> Iterator[tuple[int, str]]:
-    yield 0, _decode(path.read_bytes(), path)
+def _packing(path: Path) -> str:
+    return path.suffix.lower() if path.suffix.lower() in PACKED else ""
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, str]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
+def _unpacked(raw: BinaryIO, path: Path) -> BinaryIO:
+    match _packing(path):
+        case ".gz":
+            return gzip.GzipFile(fileobj=raw)
+        case ".xz":
+            return lzma.LZMAFile(raw)
+        case ".zst":
             try:
-                text = json.loads(_decode(line, path))["text"]
-                # JSON may spell half of a surrogate pair, which no UTF-8 text holds.
-                text.encode()
-            except (json.JSONDecodeError, UnicodeEncodeError, KeyError, TypeError, AttributeError):
-                raise ValueError(f'{path}, line {number}: no string "text"; correct or remove it') from None
-            yield number, text
+                import pyarrow
+            except ImportError:
+                raise ValueError(f"{path}: reading zst needs pyarrow; pip install pyarrow") from None
+            return io.BufferedReader(pyarrow.input_stream(raw, compression="zstd"))
+    return raw
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, str]]:
+def _whole_file(file: BinaryIO, path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        text = file.read().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise ValueError(f"{path} is not UTF-8 text; convert it, or leave it out")
+    yield 0, text
+
+
+def _jsonl_rows(file: BinaryIO, path: Path) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(file, start=1):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line.decode())["text"]
+            # JSON may spell half of a surrogate pair, which no UTF-8 text holds.
+            text.encode()
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            raise ValueError(
+                f'{path}, line {number}: no string "text" in JSON and UTF-8; correct or remove it'
+            ) from None
+        yield number, text
+
+
+def _parquet_rows(file: BinaryIO, path: Path) -> Iterator[tuple[int, str]]:
     try:
         import pyarrow.parquet
     except ImportError:
         raise ValueError(f"{path}: reading parquet needs pyarrow; pip install pyarrow") from None
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            columns = (batch["text"].to_pylist() for batch in file.iter_batches(columns=["text"]))
+        with pyarrow.parquet.ParquetFile(file) as parquet:
+            columns = (batch["text"].to_pylist() for batch in parquet.iter_batches(columns=["text"]))
             for number, text in enumerate(chain.from_iterable(columns), start=1):
                 if not isinstance(text, str):
                     raise ValueError(f"row {number} has no string")
                 yield number, text
-    except (ValueError, KeyError) as error:
-        raise ValueError(f'{path}: not a parquet file with a column "text" of strings ({error})') from error
-
-
-def _decode(data: bytes, path: Path) -> str:
-    try:
-        if b"\0" not in data:
-            return data.decode()
-    except UnicodeDecodeError:
-        pass
-    raise ValueError(f"{path} is not UTF-8 text; convert it or leave it out")
+    except (pyarrow.ArrowException, ValueError, KeyError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f'{path}: not a parquet file with a column "text" of strings ({reason})') from error
 
 
 _READERS = {
@@ -205,3 +208,5 @@ _READERS = {
     ".jsonl": _jsonl_rows,
     ".parquet": _parquet_rows,
 }
+# Parquet packs its own columns.
+_ENDINGS = (*_READERS, *(end + packed for end in _READERS if end != ".parquet" for packed in PACKED))

@@ -5,7 +5,7 @@ Legend: B rows of a batch, T tokens of a row.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .retrieval import ANSWER, RetrievalRow
 from .row import IGNORE_INDEX, Row, Source
+
+_MOST_ROWS = 2**20
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,16 @@ class Mixture:
     def __init__(self, sources: Mapping[str, Source], weights: Mapping[str, float], batch_size: int):
         if sources.keys() != weights.keys():
             raise ValueError(f"data weights name {sorted(weights)}, but the sources are {sorted(sources)}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} makes no batch; use 1 or more")
+        if not 1 <= batch_size <= _MOST_ROWS:
+            raise ValueError(f"batch_size={batch_size} must lie between 1 and {_MOST_ROWS}")
         self.sources, self.batch_size = dict(sources), batch_size
         self.counts = _apportion({name: weights[name] for name in sources}, batch_size)
+
+    @property
+    def manifests(self) -> dict[str, dict[str, Any]]:
+        """Of the sources that are made of files: which these are, see `check_manifest`."""
+        found = ((name, getattr(source, "manifest", None)) for name, source in self.sources.items())
+        return {name: manifest for name, manifest in found if manifest is not None}
 
     def batch(self, step: int, split: str = "train", part: int = 0, parts: int = 1) -> Batch:
         """One of `parts` equal parts of batch `step`, a pure function of its arguments.

@@ -4,8 +4,9 @@
 Legend: N questions, T tokens of a row.
 """
 
-import hashlib
 import json
+import os
+import reprlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -16,8 +17,10 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from .cache import cache_path, new_folder
-from .documents import assign_splits, hash_files
+from .cache import Cache, Content
+from .documents import assign_splits
+from .find import find
+from .manifest import file_entry
 from .retrieval import TEMPLATE, Chain, Inquiry, Library, Linked, Part, RetrievalRow, joined, pack, transcript
 from .row import SPLITS, split_id
 from .templates import Templates, Writer
@@ -25,6 +28,8 @@ from .tokenizer import shortener
 
 # Part of the name of every cached index; raise it when its files or what a line may be change.
 _FORMAT = 1
+_MOST = 10**9
+_FILES = ("places.npy", "sizes.npy", "splits.npy")
 
 
 class Question(NamedTuple):
@@ -39,43 +44,46 @@ class Question(NamedTuple):
 class Questions(Sequence[Question]):
     """The questions of JSONL files, each read when asked for. An index of them is kept in `cache_dir`.
 
+    paths: files, folders or globs, see `find`
     splits: uint8 [N], places in SPLITS; sizes: int64 [N, 3], bytes of query and answer (0: none), number of positives
-    Raises ValueError, naming file, line and key, for a line that is not of the form.
+    Raises ValueError, naming file, line and key, for a line that is not of the form, or a file that changes meanwhile.
     """
 
     def __init__(self, paths: str | Sequence[str], cache_dir: str | Path) -> None:
-        files = [Path(path).expanduser() for path in ([paths] if isinstance(paths, str) else paths)]
-        for file in files:
-            if not file.is_file():
-                raise ValueError(f"paths: {file} is not a file; name JSONL files")
-        cache = cache_path(cache_dir)
-        hashes = hash_files(files, cache / "sha256.json")
-        key = json.dumps([_FORMAT, *(hashes[file] for file in files)])
-        folder = cache / "questions" / hashlib.sha256(key.encode()).hexdigest()[:32]
-        if not folder.is_dir():
-            with new_folder(folder) as partial:
-                _index(partial, files)
-        self._files = files
-        places, self.sizes, self.splits = (
-            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("places", "sizes", "splits")
-        )
-        self._places = places
+        names, left_out = find(paths, (".jsonl",))
+        cache = Cache(cache_dir)
+        contents = cache.contents(names)
+        self._files = [*contents.items()]
+        key = [_FORMAT, *((content.num_bytes, content.sha256) for content in contents.values())]
+        folder = cache.folder(key, _FILES, lambda folder: _index(folder, self._files), below="questions")
+        self._places, self.sizes, self.splits = (np.load(folder / name, mmap_mode="r") for name in _FILES)
+        self.manifest = {
+            "format": _FORMAT,
+            "splits": {
+                name: {"questions": count}
+                for name, count in zip(SPLITS, np.bincount(self.splits, minlength=3).tolist(), strict=True)
+            },
+            "files": [file_entry(names[path], content) for path, content in self._files],
+            "left_out": [{"path": name, "reason": reason} for name, reason in left_out.items()],
+        }
 
     def __len__(self) -> int:
         return len(self.splits)
 
     def __getitem__(self, index: int) -> Question:  # type: ignore[override]
         number, start = self._places[index].tolist()
-        with self._files[number].open("rb") as lines:
+        path, content = self._files[number]
+        with path.open("rb") as lines:
+            content.check(os.fstat(lines.fileno()), path)
             lines.seek(start)
-            return _read(lines.readline(), f"{self._files[number]}, byte {start}")
+            return _read(lines.readline(), f"{path}, byte {start}")
 
 
-def _index(folder: Path, files: Sequence[Path]) -> None:
+def _index(folder: Path, files: Sequence[tuple[Path, Content]]) -> None:
     places, sizes = array("q"), array("q")
 
     def queries() -> Iterator[str]:
-        for i, file in enumerate(files):
+        for i, (file, content) in enumerate(files):
             start = 0
             with file.open("rb") as lines:
                 for number, line in enumerate(lines, 1):
@@ -86,17 +94,18 @@ def _index(folder: Path, files: Sequence[Path]) -> None:
                         sizes.extend((*(len(text.encode()) for text in texts), len(question.positives)))
                         yield question.query
                     start += len(line)
+                content.check(os.fstat(lines.fileno()), file)
 
     splits = assign_splits(queries())
-    for name, values in (("places", np.array(places).reshape(-1, 2)), ("sizes", np.array(sizes).reshape(-1, 3))):
-        np.save(folder / f"{name}.npy", values)
-    np.save(folder / "splits.npy", splits)
+    arrays = np.array(places).reshape(-1, 2), np.array(sizes).reshape(-1, 3), splits
+    for name, values in zip(_FILES, arrays, strict=True):
+        np.save(folder / name, values)
 
 
 def _read(line: bytes, where: str) -> Question:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON in UTF-8 ({error}); correct or remove the line") from None
     if not isinstance(record, dict):
         raise ValueError(f"{where}: not an object; give {', '.join(Question._fields)}")
@@ -106,17 +115,17 @@ def _read(line: bytes, where: str) -> Question:
     query, answer = record["query"], record.get("answer")
     for key, text in (("query", query), *((("answer", answer),) if answer is not None else ())):
         if not _is_text(text):
-            raise ValueError(f"{where}: {key}={text!r:.60} must be a text that is not empty")
+            raise ValueError(f"{where}: {key}={reprlib.repr(text)} must be a text that is not empty")
     documents, positives = record["documents"], record["positives"]
     if not isinstance(documents, list) or not documents:
-        raise ValueError(f"{where}: documents={documents!r:.60} must be a list of texts")
+        raise ValueError(f"{where}: documents={reprlib.repr(documents)} must be a list of texts")
     for i, text in enumerate(documents):
         if not _is_text(text):
-            raise ValueError(f"{where}: documents[{i}]={text!r:.60} must be a text that is not empty")
+            raise ValueError(f"{where}: documents[{i}]={reprlib.repr(text)} must be a text that is not empty")
     of_documents = isinstance(positives, list) and all(type(i) is int and 0 <= i < len(documents) for i in positives)
     if not of_documents or not positives:
         raise ValueError(
-            f"{where}: positives={positives!r:.60} must be a list that names at least one of {len(documents)} "
+            f"{where}: positives={reprlib.repr(positives)} must be a list that names at least one of {len(documents)} "
             "documents, counted from 0"
         )
     return Question(query, tuple(documents), tuple(sorted({*positives})), answer)
@@ -164,8 +173,16 @@ class QuestionSource:
         templates: str | Mapping[str, str] = "plain",
         num_names: int = 100_000,
     ):
-        self.seq_len, self.seed = seq_len, seed
+        self.seq_len, self.seed, self.manifest = seq_len, seed, questions.manifest
         self.num_documents, self.document_length, self.num_names = num_documents, document_length, num_names
+        for key, value, most in (
+            # A document is a token at least.
+            ("num_documents", num_documents, seq_len),
+            ("document_length", document_length, _MOST),
+            ("num_names", num_names, _MOST),
+        ):
+            if not 1 <= value <= most:
+                raise ValueError(f"{key}={value} must lie between 1 and {most}")
         self._end: int = tokenizer.eos_token_id
         self.templates = _templates(templates, tokenizer)
         self._write, self._shorten = Writer(self.templates, tokenizer), shortener(tokenizer)

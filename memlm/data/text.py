@@ -3,45 +3,47 @@
 Legend: T tokens of a row.
 """
 
-import hashlib
 import json
 import platform
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from .cache import new_folder
+from memlm.files import read_json
+
+from .cache import Watched
 from .documents import Documents, assign_splits
+from .manifest import file_entry
 from .row import IGNORE_INDEX, SPLITS, Row, split_id
 from .tokenizer import encoder, fingerprint
 
+_FILES = ("tokens.bin", "documents.npy", "manifest.json")
 # Part of every corpus's fingerprint; raise it when the files or the way of splitting change.
-_FORMAT = 1
+_FORMAT = 2
 
 
 class TextCorpus:
-    """The documents under `paths` (see `Documents`), encoded, each ended by the end-of-text token.
+    """Documents, encoded, each ended by the end-of-text token.
 
-    They are encoded once, into `cache_dir`/<fingerprint>: `tokens.bin`, `documents.npy` and `manifest.json`,
-    named after the files' and the tokenizer's content. Processes that start together should let one of them
-    build first; if they do not, each builds and the first to finish counts.
+    They are encoded once, into a folder of their cache: `tokens.bin`, `documents.npy` and `manifest.json`,
+    named after the files' and the tokenizer's content. `manifest` is the last of these and the files left out.
+    Processes that start together should let one of them build first; if they do not, each builds and the first to
+    finish counts.
     """
 
-    def __init__(self, paths: str | Sequence[str] | None, tokenizer: PreTrainedTokenizerFast, cache_dir: str | Path):
-        documents = Documents(paths, cache_dir)
-        key = json.dumps([_FORMAT, documents.fingerprint, fingerprint(tokenizer)])
-        self.folder = documents.cache / hashlib.sha256(key.encode()).hexdigest()[:32]
-        if not self.folder.is_dir():
-            with new_folder(self.folder) as partial:
-                _build(partial, documents, tokenizer)
-        self.manifest = json.loads((self.folder / "manifest.json").read_text())
+    def __init__(self, documents: Documents, tokenizer: PreTrainedTokenizerFast):
+        key = [_FORMAT, documents.fingerprint, fingerprint(tokenizer)]
+        self.folder = documents.cache.folder(key, _FILES, lambda folder: _build(folder, documents, tokenizer))
+        left_out = [{"path": name, "reason": reason} for name, reason in documents.left_out.items()]
+        self.manifest = read_json(self.folder / "manifest.json") | {"left_out": left_out}
         dtype = np.dtype(self.manifest["dtype"])
         # A plain view: slices of np.memmap itself are slow.
         self._tokens = np.asarray(np.memmap(self.folder / "tokens.bin", dtype, mode="r"))
+        self._file = Watched(self.folder / "tokens.bin")
         ends, self._splits, self._files, self._rows = np.load(self.folder / "documents.npy")
         self._spans = np.column_stack([np.append(0, ends[:-1]), ends])
 
@@ -56,7 +58,11 @@ class TextCorpus:
         return self._spans[self._splits == split_id(split)]
 
     def tokens(self, start: int, end: int) -> np.ndarray:
-        """[end - start] of the token file, in its own small integer type; a view, not a copy."""
+        """[end - start] of the token file, in its own small integer type; a view, not a copy.
+
+        Raises ValueError if the file has changed: behind its end, the process would be killed.
+        """
+        self._file.check()
         return self._tokens[start:end]
 
 
@@ -70,7 +76,7 @@ class TextSource:
     """
 
     def __init__(self, corpus: TextCorpus, seq_len: int, seed: int):
-        self.corpus, self.seq_len, self.seed = corpus, seq_len, seed
+        self.corpus, self.seq_len, self.seed, self.manifest = corpus, seq_len, seed, corpus.manifest
         sizes = [corpus.manifest["splits"][split]["tokens"] for split in SPLITS]
         for split, tokens in zip(SPLITS, sizes, strict=True):
             if tokens < seq_len:
@@ -140,7 +146,7 @@ def _build(folder: Path, documents: Documents, tokenizer: PreTrainedTokenizerFas
             for split, name in enumerate(SPLITS)
         },
         "files": [
-            {"path": file.name, "sha256": file.sha256, "bytes": file.num_bytes, "splits": sorted(in_splits)}
+            file_entry(file.name, file.content) | {"splits": sorted(in_splits)}
             for file, in_splits in zip(documents.files, splits_of_file, strict=True)
         ],
     }

@@ -6,18 +6,20 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from .cache import new_folder
 from .documents import Documents
 
 _SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
 # Part of the name of every cached BPE; raise it when the way of training changes.
 _BPE_FORMAT = 1
+# Tables of this size are made before a token is read.
+_MOST_ENTRIES = 2**22
 # Characters of a token, beyond what the mean over any text comes to.
 _LONGEST = 64
 _ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -42,18 +44,33 @@ def load_tokenizer(spec: str | Mapping[str, int], corpora: Sequence[Documents] =
     if spec == "byte":
         return byte_tokenizer()
     if isinstance(spec, str):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(spec)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"data tokenizer: {spec!r} is not 'byte', the folder of a tokenizer, or a hub name in reach"
-            ) from error
-        if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-            raise ValueError(f"data tokenizer: {spec!r} must be a fast tokenizer with an end-of-text token")
-        return tokenizer
+        return _check(_load(spec), spec)
     if not isinstance(spec, Mapping) or [*spec] != ["bpe"]:
         raise ValueError(f"data tokenizer: {spec!r} is not 'byte', a path or name, or {{bpe: vocab_size}}")
     return _load_bpe(spec["bpe"], corpora)
+
+
+def _load(spec: str) -> PreTrainedTokenizerFast:
+    try:
+        return AutoTokenizer.from_pretrained(spec)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # Files may hold anything: `tokenizers` raises plain Exceptions, and panics, which are none; transformers what its
+    # code meets first.
+    except BaseException as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(
+            f"data tokenizer: {spec!r} is not 'byte', the folder of a tokenizer, or a hub name in reach ({reason})"
+        ) from error
+
+
+def _check(tokenizer: PreTrainedTokenizerFast, spec: str) -> PreTrainedTokenizerFast:
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        raise ValueError(f"data tokenizer: {spec!r} must be a fast tokenizer with an end-of-text token")
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= _MOST_ENTRIES:
+        raise ValueError(f"data tokenizer: {spec!r} has an entry of id {largest}; ids must be below {_MOST_ENTRIES}")
+    return tokenizer
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -155,13 +172,15 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
 
 def _load_bpe(vocab_size: int, corpora: Sequence[Documents]) -> PreTrainedTokenizerFast:
     least = len(_ALPHABET) + len(_SPECIAL)
-    if not isinstance(vocab_size, int) or vocab_size < least:
-        raise ValueError(f"data tokenizer: bpe={vocab_size!r} must be a number of entries, at least {least}")
+    if type(vocab_size) is not int or not least <= vocab_size <= _MOST_ENTRIES:
+        raise ValueError(
+            f"data tokenizer: bpe={vocab_size!r} must be a number of entries, at least {least}, "
+            f"at most {_MOST_ENTRIES}"
+        )
     if not corpora:
         raise ValueError(f"data tokenizer: bpe={vocab_size} has no text to train on; add a text source")
-    key = json.dumps([_BPE_FORMAT, vocab_size, *(corpus.fingerprint for corpus in corpora)])
-    folder = corpora[0].cache / "tokenizers" / hashlib.sha256(key.encode()).hexdigest()[:32]
-    if not folder.is_dir():
+
+    def train(folder: Path) -> None:
         backend = Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         trainer = trainers.BpeTrainer(
@@ -177,9 +196,10 @@ def _load_bpe(vocab_size: int, corpora: Sequence[Documents]) -> PreTrainedTokeni
                 f"data tokenizer: bpe={vocab_size} is more than the training text can fill;"
                 f" ask for at most {backend.get_vocab_size()}"
             )
-        with new_folder(folder) as partial:
-            _byte_level(backend, use_regex=True).save_pretrained(partial)
-    return AutoTokenizer.from_pretrained(folder)
+        _byte_level(backend, use_regex=True).save_pretrained(folder)
+
+    key = [_BPE_FORMAT, vocab_size, *(corpus.fingerprint for corpus in corpora)]
+    return AutoTokenizer.from_pretrained(corpora[0].cache.folder(key, ("tokenizer.json",), train, below="tokenizers"))
 
 
 def _byte_level(backend: Tokenizer, use_regex: bool) -> PreTrainedTokenizerFast:

@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import memlm
+from memlm import files
 from memlm.configuration import MemLMConfig
-from memlm.data import Batch, TextSource, build_data, token_bytes
+from memlm.data import Batch, TextSource, build_data, check_manifest, left_out, token_bytes
 from memlm.hub import load_model
 from memlm.memory.base import build_config
 from memlm.modeling import MemLMForCausalLM, count_flops, count_parameters
@@ -85,6 +86,10 @@ class Trainer:
                 seed=cfg.seed,
                 batch_size=self.settings.batch_size * self._parts,
             )
+        for name, manifest in self.mixture.manifests.items():
+            before = self.run_dir / f"manifest-{name}.json"
+            if self.folder and before.exists():
+                check_manifest(name, files.read_json(before), manifest)
         self.texts = [name for name, source in self.mixture.sources.items() if isinstance(source, TextSource)]
         self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer))
         self.model = self._build_model()
@@ -128,10 +133,9 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(OmegaConf.create(self.config), self.run_dir / "config.yaml")
-            for name in self.texts:
+            for name, manifest in self.mixture.manifests.items():
                 # Bits per byte are comparable between runs of one manifest only.
-                manifest = json.dumps(self.mixture.sources[name].corpus.manifest, indent=1)
-                (self.run_dir / f"manifest-{name}.json").write_text(manifest)
+                files.write(self.run_dir / f"manifest-{name}.json", json.dumps(manifest, indent=1))
         self._banner()
         tracker = None
         if self.accelerator.is_main_process:
@@ -303,6 +307,9 @@ class Trainer:
         if device.type == "cpu":
             say("no GPU: the preset for CPUs, minutes long")
         say(f"rows a batch: {mixture}; {self.settings.steps:,} steps x {self.tokens_per_step():,} tokens = {total:,}")
+        for name, manifest in self.mixture.manifests.items():
+            if reasons := left_out(manifest):
+                say(f"data.sources.{name}: {len(manifest['files'])} files; not read: {reasons} (manifest-{name}.json)")
         say(f"run: {self.run_dir}" + (f", going on from step {self.step}" if self.step else ""))
 
 

@@ -203,7 +203,7 @@ def test_what_does_not_fit_is_named(questions, tmp_path):
     with pytest.raises(ValueError, match="no question of 2 is left for the train split"):
         few = Questions(str(write(tmp_path / "few.jsonl", records(2))), tmp_path)
         QuestionSource(few, byte_tokenizer(), 200, 0)
-    with pytest.raises(ValueError, match="not a file"):
+    with pytest.raises(ValueError, match=r"nowhere\.jsonl does not exist"):
         Questions("nowhere.jsonl", tmp_path)
 
 
