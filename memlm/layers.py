@@ -1,7 +1,7 @@
 """Building blocks without memory logic: rotary positions, SwiGLU, short convolution.
 
 Shapes: B batch, T tokens of this call, D hidden, F feed-forward,
-C channels, H heads, K head dim, W convolution width.
+C channels, H heads, K head dim, W convolution width, N rows of groups, G groups, O outputs.
 """
 
 from collections.abc import Iterator
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 
-from memlm_kernels.backend import outside_autocast
+from memlm_kernels import grouped_linear
+from memlm_kernels.backend import as_autocast, outside_autocast
 from memlm_kernels.grid import keep_last, pick, place
+from memlm_kernels.segments import exact
 
 
 class RMSNorm(nn.RMSNorm):
@@ -64,6 +66,37 @@ def rotary(x_BTHK: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = (t.to(x_BTHK.dtype) for t in angles)
     first, second = x_BTHK.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+class ExactLinear(nn.Linear):
+    """A Linear in fp32 at least, whatever the type of the model or of autocast: a gate is a small number that adds up.
+
+    It stays an affine map, so adapters, hooks and quantisation may wrap or replace it; a caller that needs fp32 takes
+    ``exact`` of the output, for theirs may be rounded.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(exact(x), exact(self.weight), None if self.bias is None else exact(self.bias))
+
+
+class GroupedLinear(nn.Module):
+    """Each row through the matrix of its group. weight: [G * O, D], one matrix above the other.
+
+    No ``nn.Linear``: the output is no affine map of the input alone, so tools for Linears must leave it as it is.
+    """
+
+    def __init__(self, groups: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(torch.empty(groups * out_features, in_features))
+        # As nn.Linear: a seed then gives the same model.
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+
+    def forward(self, x_ND: Tensor, sizes_G: Tensor) -> Tensor:
+        """x: group after group, sizes_G rows each. Returns [N, O]."""
+        (x_ND,) = as_autocast(x_ND)
+        return grouped_linear(x_ND, self.weight.to(x_ND.dtype).unflatten(0, (self.groups, -1)), sizes_G)
 
 
 class SwiGLU(nn.Module):
@@ -163,15 +196,20 @@ class ShortConv(nn.Module):
 
     def __init__(self, channels: int, width: int, silu: bool = False) -> None:
         super().__init__()
-        self.silu = silu
+        self.channels, self.width, self.silu = channels, width, silu
         self.weight = nn.Parameter(torch.empty(channels, width))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        bound = self.weight.shape[1] ** -0.5
+        bound = self.width**-0.5
         init.uniform_(self.weight, -bound, bound)
 
-    def forward(
+    def forward(self, past_BSC: Tensor, positions_BT: Tensor | None, channels: slice = slice(None)) -> Tensor:
+        """y [B, T, C] of the last T tokens of past, W-1 fewer than it has; the rest as ``over_rows`` takes it."""
+        # Contiguous taps: as columns they would be several times slower.
+        return _Taps.apply(past_BSC, self.weight[channels].t().contiguous(), positions_BT, self.silu)
+
+    def over_rows(
         self,
         x_BTC: Tensor,
         history_BWC: Tensor,
@@ -184,19 +222,17 @@ class ShortConv(nn.Module):
         history_BWC: the last W-1 inputs. positions_BT: places in documents; None if the history is zero and no
         document starts within this call. channels: those that x has.
         """
-        weight = self.weight[channels]
         past_BSC = torch.cat([history_BWC.to(x_BTC.dtype), x_BTC], 1)
-        # Contiguous taps: as columns they would be several times slower.
-        y_BTC = _Taps.apply(past_BSC, weight.t().contiguous(), positions_BT, self.silu)
-        return y_BTC, keep_last(past_BSC, weight.shape[1] - 1, x_BTC.shape[1], lengths_B)
+        y_BTC = self(past_BSC, positions_BT, channels)
+        return y_BTC, keep_last(past_BSC, self.width - 1, x_BTC.shape[1], lengths_B)
 
     def over_segments(
         self, x_BTC: Tensor, history_BSWC: Tensor, cu_seqlens_BS: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The same along each segment of a row, see ``memlm_kernels.segments``: each has its own last inputs."""
-        length, spare = x_BTC.shape[1], self.weight.shape[1] - 1
+        length, spare = x_BTC.shape[1], self.width - 1
         if cu_seqlens_BS is None:
-            y_BTC, history_BWC = self(x_BTC, history_BSWC[:, 0], None, None)
+            y_BTC, history_BWC = self.over_rows(x_BTC, history_BSWC[:, 0], None, None)
             return y_BTC, history_BWC[:, None]
         # One row of segments, before each its history.
         segments = history_BSWC.shape[1]
@@ -212,6 +248,6 @@ class ShortConv(nn.Module):
         inputs_BLC = torch.cat([x_BTC, history_BSWC.flatten(1, 2).to(x_BTC.dtype)], 1)
         row_BLC = place(inputs_BLC, torch.cat([place_BT, before_BS], 1), length + segments * spare)
         # The first segment's history stands before all.
-        y_BLC = _Taps.apply(row_BLC, self.weight.t().contiguous(), None, self.silu)
+        y_BLC = self(row_BLC, None)
         after_BS = (ends_BS[..., None] + before_SW).flatten(1)
         return pick(y_BLC, place_BT - spare), pick(row_BLC, after_BS).unflatten(1, (segments, spare))

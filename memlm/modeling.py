@@ -20,7 +20,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from memlm.cache import MemoryCache
 from memlm.configuration import MemLMConfig
-from memlm.layers import RMSNorm, ShortConv, SwiGLU
+from memlm.layers import GroupedLinear, RMSNorm, ShortConv, SwiGLU
 from memlm.memory.base import MixerContext, MixerOutput, RoleCounts, Roles, SequenceMixer, State, build_mixer
 from memlm_kernels import set_backend
 
@@ -92,7 +92,7 @@ class MemLMPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Children come before their parents, so a mixer has the last word on what it owns.
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, nn.Linear | nn.Embedding | GroupedLinear):
             init.normal_(module.weight, std=self.config.initializer_range)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from memlm.layers import ShortConv, rotary, rotary_angles, unit
+from memlm.layers import ExactLinear, ShortConv, rotary, rotary_angles, unit
 from memlm_kernels.testing import assert_close
 
 
@@ -21,7 +21,7 @@ def test_rotary_scores_depend_on_distance_only_even_far_out():
 def test_short_conv_is_a_causal_depthwise_convolution(width):
     conv = ShortConv(3, width).double()
     x = torch.randn(2, 9, 3, dtype=torch.float64)
-    y, history = conv(x, torch.zeros(2, width - 1, 3, dtype=torch.float64), None, None)
+    y, history = conv.over_rows(x, torch.zeros(2, width - 1, 3, dtype=torch.float64), None, None)
     expected = torch.zeros_like(x)
     for t in range(9):
         for back in range(min(width, t + 1)):
@@ -67,11 +67,24 @@ def test_a_long_short_conv_is_made_in_pieces_that_see_what_stands_before(silu, m
     inputs, results = [x, history, conv.weight], []
     for at_once in (2**18, 12 * 18, 12 * 7, 1):
         monkeypatch.setattr("memlm.layers._AT_ONCE", at_once)
-        y, after = conv(x, history, positions, None)
+        y, after = conv.over_rows(x, history, positions, None)
         results.append([y, after, *torch.autograd.grad(y, inputs, d_y)])
     for parts in results[1:]:
         for e, part in zip(results[0], parts, strict=True):
             assert_close("in pieces", e, part, 1e-14)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_exact_linear_is_in_fp32_whatever_the_model_and_autocast(bias):
+    linear, x = ExactLinear(64, 3, bias=bias), torch.randn(2, 64)
+    low, low_x = ExactLinear(64, 3, bias=bias).bfloat16(), x.bfloat16()
+    low.load_state_dict(linear.state_dict())
+    expected = F.linear(low_x.float(), low.weight.float(), low.bias.float() if bias else None)
+    assert torch.equal(low(low_x), expected) and expected.dtype == torch.float32
+    within = F.linear(x, linear.weight, linear.bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(linear(x), within)
+    assert linear.double()(x.double()).dtype == torch.float64
 
 
 def test_unit_vectors_and_their_gradient():

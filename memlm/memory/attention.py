@@ -147,7 +147,8 @@ class Mixer(SequenceMixer):
         history = {}
         projected = [proj(x_BTD) for proj in (self.q_proj, self.k_proj, self.v_proj)]
         if self.config.conv_size:
-            qkv, history["conv"] = self.conv(torch.cat(projected, -1), state["conv"], positions_BT, lengths_B)
+            qkv = torch.cat(projected, -1)
+            qkv, history["conv"] = self.conv.over_rows(qkv, state["conv"], positions_BT, lengths_B)
             projected = list(qkv.split(self.sizes, -1))
         q_BTHK, k_BTGK, v_BTGK = (x.unflatten(-1, (-1, self.dims.head_dim)) for x in projected)
         if self.config.qk_norm:

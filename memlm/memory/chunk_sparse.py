@@ -98,17 +98,17 @@ class Choice(nn.Module):
         return index_BTGJ + 1
 
 
-class Gate(nn.Linear):
+class Share(nn.Module):
     """The share of each head's read of means that is added; where it starts at 0 it has a gradient there."""
 
     long_term = True
 
-    def __init__(self, dims: Dims, form: str) -> None:
-        super().__init__(dims.hidden_size, dims.num_attention_heads)
+    def __init__(self, form: str) -> None:
+        super().__init__()
         self.form = torch.tanh if form == "tanh" else torch.sigmoid
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.form(super().forward(x_BTD))
+    def forward(self, logits_BTH: Tensor) -> Tensor:
+        return self.form(logits_BTH)
 
 
 class Chunks(NamedTuple):
@@ -159,7 +159,8 @@ class Mixer(attention.Mixer):
         self.chunked = config
         self.choice = Choice()
         if config.learning == "compressed":
-            self.gate = Gate(dims, config.gate)
+            self.gate = nn.Linear(dims.hidden_size, dims.num_attention_heads)
+            self.share = Share(config.gate)
             self.starts_silent = ("gate.weight", "gate.bias") if config.gate == "tanh" else ()
         self.reset_parameters()
 
@@ -222,7 +223,7 @@ class Mixer(attention.Mixer):
         if config.learning == "compressed":
             pooled_v_BNGK = self._pooled(v_BLGK, chunks, "v", state, after)
             means_BTHK = chunk_mean_attention(q_BTHK, pooled_BNGK, pooled_v_BNGK, spans=spans).output
-            gate_BTH = self.gate(x_BTD)
+            gate_BTH = self.share(self.gate(x_BTD))
             means_BTHK = gate_BTH[..., None] * means_BTHK
             metrics = {"gate": gate_BTH.detach().mean(), "memory_share": memory_share(means_BTHK, seen_BTHK)}
             seen_BTHK = seen_BTHK + means_BTHK

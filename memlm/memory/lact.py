@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from memlm.layers import RMSNorm, unit
+from memlm.layers import ExactLinear, RMSNorm, unit
 from memlm.memory import attention
 from memlm.memory.base import Dims, MixerContext, MixerOutput, SequenceMixer, State, joined, require, substate
-from memlm.memory.parts import gate_logits, memory_share
+from memlm.memory.parts import Parameters, gate_logits, memory_share
 from memlm.memory.titans import memory_norms
 from memlm_kernels import LargeChunkMemoryState, large_chunk_memory
 from memlm_kernels.large_chunk_memory import MUON
@@ -84,10 +84,8 @@ class FastWeights(nn.Module):
         self.config = config
         self.qk_scale = nn.Parameter(torch.empty(2, channels))
         self.qk_offset = nn.Parameter(torch.empty(2, channels))
-        self.memory = nn.ParameterList(
-            [torch.empty(heads, i, o) for i, o in ((size, width), (width, size), (size, width))]
-        )
-        self.gates = nn.Linear(dims.hidden_size, heads * (3 + self._has_momentum))
+        self.memory = Parameters(*((heads, i, o) for i, o in ((size, width), (width, size), (size, width))))
+        self.gates = ExactLinear(dims.hidden_size, heads * (3 + self._has_momentum))
         self.norm = RMSNorm(size, eps=dims.rms_norm_eps)
         self.scale = nn.Linear(dims.hidden_size, heads)
 
@@ -98,7 +96,7 @@ class FastWeights(nn.Module):
     def reset_parameters(self) -> None:
         init.ones_(self.qk_scale)
         init.zeros_(self.qk_offset)
-        for w in self.memory:
+        for w in self.memory():
             # Columns of about unit norm, which the writes keep. Zeros would stay zeros.
             init.normal_(w, std=w.shape[1] ** -0.5)
         init.zeros_(self.gates.weight)
@@ -111,10 +109,10 @@ class FastWeights(nn.Module):
         # Filled from the learned weights at position 0, so what stands here before is never read.
         dtype = torch.promote_types(dtype, torch.float32)
         state = {"position": torch.zeros(batch_size, dtype=torch.int64, device=device)}
-        shapes = [w.shape for w in self.memory]
+        shapes = self.memory.shapes
         parts = {"weights": shapes, "gradient": shapes}
         if self._has_momentum:
-            parts |= {"momentum": shapes, "momentum_sum": [torch.Size((self.config.memory_heads, 1, 1))]}
+            parts |= {"momentum": shapes, "momentum_sum": ((self.config.memory_heads, 1, 1),)}
         for name, shapes in parts.items():
             for i, shape in enumerate(shapes):
                 state[f"{name}.{i}"] = torch.zeros(batch_size, *shape, device=device, dtype=dtype)
@@ -135,7 +133,7 @@ class FastWeights(nn.Module):
             v_BTMC,
             lr_BTM3,
             momentum_BTM,
-            weights=list(self.memory),
+            weights=self.memory(),
             chunk_size=self.config.chunk_size,
             muon_steps=self.config.muon_steps,
             state=_unpack(state) if state else None,
@@ -149,7 +147,7 @@ class FastWeights(nn.Module):
         if momentum_BTM is not None:
             metrics["momentum"] = momentum_BTM.detach().mean(-1)
         memory = _pack(after)
-        metrics |= memory_norms(self.memory, state, memory, x_BTD.shape[1], ctx.lengths_B)
+        metrics |= memory_norms(self.memory(), state, memory, x_BTD.shape[1], ctx.lengths_B)
         return MixerOutput(y_BTMC.flatten(2), memory, {}, metrics)
 
     def _features(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from memlm.layers import ShortConv
+from memlm.layers import ExactLinear, GroupedLinear, ShortConv
 from memlm.memory import attention, parts, recurrence
 from memlm.memory.base import (
     Dims,
@@ -34,7 +34,7 @@ from memlm.memory.base import (
 )
 from memlm.memory.parts import BranchGate, gate_logits
 from memlm.memory.recurrence import Documents, recur
-from memlm_kernels import MemoryRoutes, combine_reads, dispatch_tokens, grouped_linear
+from memlm_kernels import MemoryRoutes, combine_reads, dispatch_tokens
 from memlm_kernels.segments import exact
 
 CONVOLUTIONS = ("per_memory", "before_routing", "none")
@@ -94,15 +94,20 @@ class Mixer(SequenceMixer):
         self.config = config
         self.recurrence = recurrence.Recurrence(config.rule, config, convolve=config.conv == "per_memory")
         queries, keys, values = config.sizes
-        logits, sets = self.recurrence.rule.logits, 1 if config.single_kv else config.num_memories
-        self.router = nn.Linear(dims.hidden_size, config.num_memories, bias=False)
-        self.q_proj = nn.Linear(dims.hidden_size, queries, bias=False)
-        # Of all memories, one above the other.
-        self.kv_proj = nn.Linear(dims.hidden_size, sets * (keys + values), bias=False)
-        self.gates = nn.Linear(dims.hidden_size, sets * logits, bias=False) if logits else None
+        inputs, logits = dims.hidden_size, self.recurrence.rule.logits
+        self.router = ExactLinear(inputs, config.num_memories, bias=False)
+        self.q_proj = nn.Linear(inputs, queries, bias=False)
+        self.kv_proj: nn.Linear | GroupedLinear
+        self.gates: ExactLinear | GroupedLinear | None = None
+        if config.single_kv:
+            self.kv_proj = nn.Linear(inputs, keys + values, bias=False)
+            self.gates = ExactLinear(inputs, logits, bias=False) if logits else None
+        else:
+            self.kv_proj = GroupedLinear(config.num_memories, inputs, keys + values)
+            self.gates = GroupedLinear(config.num_memories, inputs, logits) if logits else None
         if config.shared_memory and not config.single_kv:
-            self.shared_kv_proj = nn.Linear(dims.hidden_size, keys + values, bias=False)
-            self.shared_gates = nn.Linear(dims.hidden_size, logits, bias=False) if logits else None
+            self.shared_kv_proj = nn.Linear(inputs, keys + values, bias=False)
+            self.shared_gates = ExactLinear(inputs, logits, bias=False) if logits else None
         if config.conv == "before_routing" and config.conv_size > 1:
             self.conv = ShortConv(dims.hidden_size, config.conv_size)
         if config.balance_bias:
@@ -133,7 +138,7 @@ class Mixer(SequenceMixer):
         config = self.config
         if config.single_kv:
             return 0
-        of_memories = self.kv_proj.weight.numel() + (self.gates.weight.numel() if self.gates else 0)
+        of_memories = self.kv_proj.weight.numel() + (self.gates.weight.numel() if self.gates is not None else 0)
         return of_memories * (config.num_memories - config.top_k) // config.num_memories
 
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
@@ -143,7 +148,7 @@ class Mixer(SequenceMixer):
         if self.config.shared_memory:
             state["shared"] = self.recurrence.init_state(batch_size, 1, device, dtype)
         if hasattr(self, "conv"):
-            shape = (batch_size, self.config.conv_size - 1, self.conv.weight.shape[0])
+            shape = (batch_size, self.conv.width - 1, self.conv.channels)
             state["input"] = {"conv": torch.zeros(shape, device=device, dtype=dtype)}
         if self.config.window_size is not None:
             state["attention"] = self.attention.init_state(batch_size, device, dtype)
@@ -158,7 +163,7 @@ class Mixer(SequenceMixer):
         input_BTD = x_BTD
         if hasattr(self, "conv"):
             history = substate(before, "input")["conv"]
-            input_BTD, history = self.conv(x_BTD, history, positions_BT, context.lengths_B)
+            input_BTD, history = self.conv.over_rows(x_BTD, history, positions_BT, context.lengths_B)
             after["input"] = {"conv": history}
 
         q_BTC = self.q_proj(input_BTD)
@@ -245,21 +250,18 @@ class Mixer(SequenceMixer):
             qkv_BTC = torch.cat([q_BTC, kv_BTC], -1)
             return dispatch_tokens(qkv_BTC, routes.place), dispatch_tokens(logits_BTL, routes.place)
         q_BRC = dispatch_tokens(q_BTC, routes.place)
-        x_1ND = dispatch_tokens(x_BTD.flatten(0, 1)[None], routes.grouped)
-        kv_BRC = self._of_memories(x_1ND, self.kv_proj, routes)
+        x_ND = dispatch_tokens(x_BTD.flatten(0, 1)[None], routes.grouped)[0]
+        kv_BRC = _in_rows(self.kv_proj(x_ND, routes.sizes), routes)
         with torch.autocast(x_BTD.device.type, enabled=False):
             logits_BRL = logits_BTL.new_zeros(*q_BRC.shape[:2], 0)
             if self.gates is not None:
-                logits_BRL = self._of_memories(exact(x_1ND), self.gates, routes)
+                logits_BRL = _in_rows(self.gates(exact(x_ND), routes.sizes), routes)
         return torch.cat([q_BRC, kv_BRC], -1), logits_BRL
 
-    def _of_memories(self, x_1ND: Tensor, proj: nn.Linear, routes: MemoryRoutes) -> Tensor:
-        """Each routed token through the projection of its memory, [B, R, *]."""
-        if torch.is_autocast_enabled(x_1ND.device.type):
-            x_1ND = x_1ND.to(torch.get_autocast_dtype(x_1ND.device.type))
-        weight_MCD = proj.weight.to(x_1ND.dtype).unflatten(0, (self.config.num_memories, -1))
-        y_1NC = grouped_linear(x_1ND[0], weight_MCD, routes.sizes)[None]
-        return dispatch_tokens(y_1NC, routes.ungrouped)[0].unflatten(0, routes.place.flatten(1).shape)
+
+def _in_rows(y_NC: Tensor, routes: MemoryRoutes) -> Tensor:
+    """Of routed tokens, memory after memory in all rows, to each row's, [B, R, C]."""
+    return dispatch_tokens(y_NC[None], routes.ungrouped)[0].unflatten(0, routes.place.flatten(1).shape)
 
 
 def _joined(position_B: Tensor, parts: dict[str, State]) -> State:

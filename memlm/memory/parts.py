@@ -4,7 +4,6 @@ B batch, T tokens, D hidden, C channels, W convolution width.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
@@ -13,10 +12,26 @@ from memlm.memory.base import Dims
 from memlm_kernels.segments import exact
 
 
-class Recalled(nn.Linear):
-    """Projects what the memory says: what the memory-off ablation silences."""
+class Recalled(nn.Module):
+    """The memory's part of an output, as it is: the memory-off ablation silences it."""
 
     long_term = True
+
+    def forward(self, y_BTD: Tensor) -> Tensor:
+        return y_BTD
+
+
+class Parameters(nn.Module):
+    """Parameters that other modules read: by a call, for which tools that offload weights bring them."""
+
+    def __init__(self, *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shapes = shapes
+        for i, shape in enumerate(shapes):
+            self.register_parameter(str(i), nn.Parameter(torch.empty(shape)))
+
+    def forward(self) -> list[nn.Parameter]:
+        return list(self.parameters())
 
 
 class BranchGate(nn.Module):
@@ -43,12 +58,9 @@ class BranchGate(nn.Module):
         return torch.lerp(seen_BTD, recalled_BTD, gate_BTD), metrics
 
 
-def gate_logits(gates: nn.Linear | None, x_BTD: Tensor) -> Tensor:
-    """At least in fp32, for a decay is a small number that adds up. None: no gates."""
-    if gates is None:
-        return x_BTD.new_zeros(*x_BTD.shape[:2], 0)
-    with torch.autocast(x_BTD.device.type, enabled=False):
-        return F.linear(exact(x_BTD), exact(gates.weight), None if gates.bias is None else exact(gates.bias))
+def gate_logits(gates: nn.Module | None, x_BTD: Tensor) -> Tensor:
+    """What an ``ExactLinear`` makes of x, or whatever stands in its place. None: no gates."""
+    return x_BTD.new_zeros(*x_BTD.shape[:2], 0) if gates is None else exact(gates(x_BTD))
 
 
 @torch.no_grad()
@@ -71,8 +83,8 @@ def start_delayed(conv: ShortConv, queries: int, keys: int) -> None:
     """The engineered start for associative recall: of channels [queries | keys | values], each key's looks a random 0
     to W - 1 tokens back, and the others at the token itself.
     """
-    channels, width = conv.weight.shape
-    taps = torch.zeros(channels, width)
+    width = conv.width
+    taps = torch.zeros(conv.channels, width)
     taps[:, -1] = 1.0
     delayed = slice(queries, queries + keys)
     taps[delayed] = 0.1 * torch.randn(keys, width)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from memlm.layers import RMSNorm, ShortConv
+from memlm.layers import ExactLinear, GroupedLinear, RMSNorm, ShortConv
 from memlm.memory.base import (
     Dims,
     MixerContext,
@@ -166,7 +166,7 @@ class ChannelDecay(Rule):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.decay = nn.Linear(self.logits, config.sizes[1])
+        self.decay = ExactLinear(self.logits, config.sizes[1])
 
     def reset_parameters(self) -> None:
         start = self.config.initial_decay
@@ -174,8 +174,7 @@ class ChannelDecay(Rule):
         init.constant_(self.decay.bias, math.log(share / (1 - share)))
 
     def log_decay(self, logits_BTL: Tensor) -> Tensor:
-        logits = F.linear(logits_BTL, exact(self.decay.weight), exact(self.decay.bias))
-        return F.logsigmoid(logits).unflatten(-1, (self.config.num_heads, -1)) / 16
+        return F.logsigmoid(exact(self.decay(logits_BTL))).unflatten(-1, (self.config.num_heads, -1)) / 16
 
 
 class Delta(Rule):
@@ -289,7 +288,7 @@ class Recurrence(nn.Module):
             if across_1N1 is not None:
                 row_1NC = qkv_BTC.flatten(0, 1)[across_1N1.flatten()][None]
                 start_1WC = row_1NC.new_zeros(1, self.config.conv_size - 1, row_1NC.shape[2])
-                convolved_1NC = self.conv(row_1NC, start_1WC, None, None)[0]
+                convolved_1NC = self.conv.over_rows(row_1NC, start_1WC, None, None)[0]
                 convolved_BTC = dispatch_tokens(convolved_1NC, across_1N1).view_as(qkv_BTC)
             qkv_BTC = convolved_BTC
         else:
@@ -373,11 +372,12 @@ class Reading(nn.Module):
         self.config = config
         self.norm = RMSNorm(config.value_dim or config.head_dim, eps=dims.rms_norm_eps)
         self.output_gate_proj = nn.Linear(dims.hidden_size, config.sizes[2], bias=False)
-        self.o_proj = Recalled(config.sizes[2], dims.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.sizes[2], dims.hidden_size, bias=False)
+        self.recalled = Recalled()
 
     def forward(self, o_BTHV: Tensor, x_BTD: Tensor) -> Tensor:
         y_BTC = self.norm(o_BTHV).flatten(2) * F.silu(self.output_gate_proj(x_BTD))
-        return self.o_proj(y_BTC.to(x_BTD.dtype))
+        return self.recalled(self.o_proj(y_BTC.to(x_BTD.dtype)))
 
 
 class Layer(SequenceMixer):
@@ -393,7 +393,7 @@ class Layer(SequenceMixer):
         self.q_proj = nn.Linear(dims.hidden_size, queries, bias=False)
         self.kv_proj = nn.Linear(dims.hidden_size, keys + values, bias=False)
         logits = self.recurrence.rule.logits
-        self.gates = nn.Linear(dims.hidden_size, logits, bias=False) if logits else None
+        self.gates = ExactLinear(dims.hidden_size, logits, bias=False) if logits else None
         self.reading = Reading(config, dims)
         self.reset_parameters()
 
@@ -422,7 +422,7 @@ class Layer(SequenceMixer):
 
 
 def start_for_recall(
-    q_proj: nn.Linear, kv_proj: nn.Linear, conv: ShortConv | None, config: Config, memories: int
+    q_proj: nn.Linear, kv_proj: nn.Linear | GroupedLinear, conv: ShortConv | None, config: Config, memories: int
 ) -> None:
     """Queries equal the keys of every memory, and each key channel looks a random few tokens back."""
     queries, keys, values = config.sizes

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from memlm.layers import RMSNorm, ShortConv, unit
+from memlm.layers import ExactLinear, RMSNorm, ShortConv, unit
 from memlm.memory import attention
 from memlm.memory.base import (
     Dims,
@@ -36,8 +36,8 @@ from memlm.memory.base import (
     substate,
     token_positions,
 )
-from memlm.memory.parts import Recalled, gate_logits, memory_share, start_delayed
-from memlm_kernels import NeuralMemoryState, neural_memory, read_memory
+from memlm.memory.parts import Parameters, Recalled, gate_logits, memory_share, start_delayed
+from memlm_kernels import NeuralMemoryState, neural_memory
 from memlm_kernels.neural_memory import ACTIVATIONS, BLOCKS, block_size, dot_product, huber, lp, squared_error
 from memlm_kernels.segments import exact
 
@@ -169,12 +169,13 @@ class Store(nn.Module):
         super().__init__()
         self.config = config
         heads, head_dim = config.memory_heads, config.memory_head_dim
-        self.gates = nn.Linear(dims.hidden_size, len(config.gates) * heads)
+        self.gates = ExactLinear(dims.hidden_size, len(config.gates) * heads)
         hidden = [config.memory_expansion * head_dim] * (config.memory_depth - 1)
         shapes = itertools.pairwise([config.features, *hidden, head_dim])
-        self.memory = nn.ParameterList([torch.empty(heads, i, o) for i, o in shapes])
+        self.memory = Parameters(*((heads, i, o) for i, o in shapes))
         if config.memory_norm:
-            self.memory_norm = nn.ParameterList([torch.empty(heads, head_dim) for _ in ("gain", "bias")])
+            # Gain and bias.
+            self.memory_norm = Parameters(*[(heads, head_dim)] * 2)
         losses = {"huber": huber(config.huber_delta), "lp": lp(config.lp_power), "dot_product": dot_product}
         self.loss = losses.get(config.inner_loss, squared_error)
 
@@ -183,22 +184,23 @@ class Store(nn.Module):
         init.zeros_(self.gates.weight)
         shares = torch.tensor([start / cap for start, cap in config.gates.values()], dtype=torch.float64)
         init.copy_(self.gates.bias, shares.logit().repeat_interleave(config.memory_heads).to(self.gates.bias.dtype))
-        for w in self.memory:
+        for w in self.memory():
             init.normal_(w, std=w.shape[1] ** -0.5)
         if config.memory_norm:
-            init.ones_(self.memory_norm[0])
-            init.zeros_(self.memory_norm[1])
-        init.zeros_(self.memory[-1])  # An empty memory says nothing.
+            gain, bias = self.memory_norm()
+            init.ones_(gain)
+            init.zeros_(bias)
+        init.zeros_(self.memory()[-1])  # An empty memory says nothing.
 
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         # Filled from M_0 at position 0, so what stands here before is never read.
         config, dtype = self.config, torch.promote_types(dtype, torch.float32)
         parts = ["weights", *(["momentum"] if "momentum" in config.gates else []), "anchor"]
-        shapes = {f"{part}.{layer}": w.shape for part in parts for layer, w in enumerate(self.memory)}
+        shapes = {f"{part}.{layer}": shape for part in parts for layer, shape in enumerate(self.memory.shapes)}
         if config.omega_window > 1:
             recent = (config.omega_window - 1, config.memory_heads)
             widths = ((config.features,), (config.memory_head_dim,), ())
-            shapes |= {f"recent.{i}": torch.Size((*recent, *width)) for i, width in enumerate(widths)}
+            shapes |= {f"recent.{i}": (*recent, *width) for i, width in enumerate(widths)}
         state = {name: torch.zeros(batch_size, *shape, device=device, dtype=dtype) for name, shape in shapes.items()}
         return {"position": torch.zeros(batch_size, dtype=torch.int64, device=device), **state}
 
@@ -220,7 +222,7 @@ class Store(nn.Module):
             gates["lr"],
             gates.get("momentum"),
             gates.get("decay"),
-            weights=list(self.memory),
+            weights=self.memory(),
             chunk_size=self.config.chunk_size,
             window=self.config.omega_window,
             weight=gates.get("weight"),
@@ -237,13 +239,13 @@ class Store(nn.Module):
             metrics["known_share"] = memory_share(o_BTHK.detach() - q_BTHK.detach(), q_BTHK, (-2, -1))
         return o_BTHK, pack(memory), metrics
 
-    def norms(self, before: State | None, after: State, tokens: int, ctx: MixerContext) -> dict[str, Tensor]:
+    def norms(self, before: State | None, after: State, tokens: int, ctx: MixerContext | None) -> dict[str, Tensor]:
         """Metrics of the memory after a call of so many tokens."""
-        return memory_norms(self.memory, before, after, tokens, ctx.lengths_B)
+        return memory_norms(self.memory(), before, after, tokens, ctx.lengths_B if ctx else None)
 
     def network(self) -> dict[str, Any]:
         """What M is besides its weights, as the op's arguments."""
-        norm = tuple(self.memory_norm) if self.config.memory_norm else None
+        norm = tuple(self.memory_norm()) if self.config.memory_norm else None
         return {"activation": self.config.memory_activation, "norm": norm}
 
     def _gates(self, x_BTD: Tensor) -> dict[str, Tensor]:
@@ -268,7 +270,8 @@ class NeuralMemory(SequenceMixer):
         self.store = Store(config, dims)
         self.norm = RMSNorm(config.memory_head_dim, eps=dims.rms_norm_eps)
         self.output_gate_proj = nn.Linear(dims.hidden_size, inner, bias=False)
-        self.o_proj = Recalled(inner, dims.hidden_size, bias=False)
+        self.o_proj = nn.Linear(inner, dims.hidden_size, bias=False)
+        self.recalled = Recalled()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -283,16 +286,12 @@ class NeuralMemory(SequenceMixer):
             start_delayed(self.conv, self.q_proj.out_features, self.k_proj.out_features)
 
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
-        conv = torch.zeros(batch_size, self.config.conv_size - 1, len(self.conv.weight), device=device, dtype=dtype)
+        conv = torch.zeros(batch_size, self.conv.width - 1, self.conv.channels, device=device, dtype=dtype)
         return {"conv": conv, **self.store.init_state(batch_size, device, dtype)}
 
     def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
+        """Metrics are those of tokens; ``Store.norms`` has the memory's."""
         ctx = ctx or MixerContext()
-        out = self.recall(x_BTD, state, ctx)
-        return out._replace(metrics=out.metrics | self.store.norms(state, out.state, x_BTD.shape[1], ctx))
-
-    def recall(self, x_BTD: Tensor, state: State | None, ctx: MixerContext) -> MixerOutput:
-        """``forward`` with the metrics of tokens only."""
         q_BTHK, k_BTHK, v_BTHK, conv = self.project(x_BTD, state, ctx)
         o_BTHK, memory, metrics = self.store(x_BTD, q_BTHK, k_BTHK, v_BTHK, state, ctx)
         y_BTD, output_gate_BT = self.output(o_BTHK, x_BTD)
@@ -300,44 +299,31 @@ class NeuralMemory(SequenceMixer):
 
     def project(self, x_BTD: Tensor, state: State | None, ctx: MixerContext) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Features of queries and keys, values, and the convolution's history for the next call."""
-        qkv, conv = self.conv(
+        qkv, conv = self.conv.over_rows(
             torch.cat([proj(x_BTD) for proj in (self.q_proj, self.k_proj, self.v_proj)], -1),
-            state["conv"] if state else x_BTD.new_zeros(len(x_BTD), self.config.conv_size - 1, len(self.conv.weight)),
+            state["conv"] if state else x_BTD.new_zeros(len(x_BTD), self.conv.width - 1, self.conv.channels),
             ctx.positions_BT if state is None else token_positions(x_BTD, state, ctx),
             ctx.lengths_B,
         )
-        q_BTHK, k_BTHK, v_BTHK = (self._heads(x) for x in qkv.chunk(3, -1))
+        q_BTHK, k_BTHK, v_BTHK = (self.heads(x) for x in qkv.chunk(3, -1))
         # In the precision of q and k: what is read is rounded once, at the end.
         v_BTHK = exact(v_BTHK)
         if self.config.memory_norm:
             # The size of what LayerNorm says.
             v_BTHK = F.rms_norm(v_BTHK, v_BTHK.shape[-1:], eps=self.norm.eps)
-        return self._features(q_BTHK), self._features(k_BTHK), v_BTHK, conv
-
-    def read(
-        self, x_BTD: Tensor, weights: tuple[Tensor, ...], history_BWC: Tensor, ctx: MixerContext
-    ) -> tuple[Tensor, Tensor]:
-        """A pure query: what memories ``weights`` ([B, H, in, out] each) hold for x at ``ctx.positions_BT``, and the
-        last inputs of q's convolution, which the next call takes for its ``history_BWC``.
-        """
-        channels = slice(self.q_proj.out_features)
-        q_BTC, history_BWC = self.conv(
-            self.q_proj(x_BTD), history_BWC, ctx.positions_BT, ctx.lengths_B, channels=channels
-        )
-        q_BTHK = self._features(self._heads(q_BTC))
-        o_BTHK = read_memory(q_BTHK, weights, **self.store.network())
-        return self.output(o_BTHK, x_BTD)[0], history_BWC
+        return self.features(q_BTHK), self.features(k_BTHK), v_BTHK, conv
 
     def output(self, o_BTHK: Tensor, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Reads, normalised and gated by x, [B, T, D]; and the mean size of the gates, [B, T]."""
         gate_BTC = F.silu(self.output_gate_proj(x_BTD))
-        y_BTHK = self.norm(o_BTHK) * self._heads(gate_BTC)
-        return self.o_proj(y_BTHK.flatten(2).to(x_BTD.dtype)), gate_BTC.detach().abs().mean(-1)
+        y_BTHK = self.norm(o_BTHK) * self.heads(gate_BTC)
+        y_BTD = self.o_proj(y_BTHK.flatten(2).to(x_BTD.dtype))
+        return self.recalled(y_BTD), gate_BTC.detach().abs().mean(-1)
 
-    def _heads(self, x_BTC: Tensor) -> Tensor:
+    def heads(self, x_BTC: Tensor) -> Tensor:
         return x_BTC.unflatten(-1, (self.config.memory_heads, -1))
 
-    def _features(self, x_BTHK: Tensor) -> Tensor:
+    def features(self, x_BTHK: Tensor) -> Tensor:
         """Unit keys or queries, and with polynomial_degree 2 their products, in fp32: fp16 has no smallest norm."""
         x_BTHK = unit(exact(x_BTHK))
         if self.config.polynomial_degree == 1:

@@ -15,4 +15,5 @@ class Mixer(titans.NeuralMemory):
 
     def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
         out = super().forward(x_BTD, state, ctx)
-        return out._replace(metrics=out.metrics | {"memory_share": memory_share(out.y_BTD, x_BTD)})
+        norms = self.store.norms(state, out.state, x_BTD.shape[1], ctx)
+        return out._replace(metrics=out.metrics | norms | {"memory_share": memory_share(out.y_BTD, x_BTD)})

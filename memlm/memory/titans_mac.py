@@ -35,6 +35,7 @@ from memlm.memory.base import (
     token_positions,
 )
 from memlm.memory.parts import BranchGate
+from memlm_kernels import read_memory
 from memlm_kernels.grid import Grid, ragged_grid
 
 
@@ -65,6 +66,23 @@ class Config(titans.NeuralMemoryConfig):
         return attention.Config(2 * self.segment_size, self.attention_conv_size, self.persistent_tokens)
 
 
+class Memory(titans.NeuralMemory):
+    def forward(
+        self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None, write: bool = True
+    ) -> MixerOutput:
+        """write: False for a pure query at ``ctx.positions_BT`` of a state that holds ``weights.*``, and in ``conv``
+        the queries' history alone.
+        """
+        if write:
+            return super().forward(x_BTD, state, ctx)
+        assert state is not None and ctx is not None
+        q_BTC = self.q_proj(x_BTD)
+        channels = slice(q_BTC.shape[-1])
+        q_BTC, conv = self.conv.over_rows(q_BTC, state["conv"], ctx.positions_BT, ctx.lengths_B, channels)
+        o_BTHK = read_memory(self.features(self.heads(q_BTC)), _weights(state), **self.store.network())
+        return MixerOutput(self.output(o_BTHK, x_BTD)[0], {**state, "conv": conv}, {}, {})
+
+
 class Mixer(SequenceMixer):
     """Sequential over segments, for attention stands inside the memory's recurrence."""
 
@@ -73,7 +91,7 @@ class Mixer(SequenceMixer):
         self.config = config
         self.attention = attention.Mixer(config.attention(), dims, layer_idx)
         self.norm = RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
-        self.memory = titans.NeuralMemory(config, dims)
+        self.memory = Memory(config, dims)
         self.gate = BranchGate(dims)
         self.reset_parameters()
 
@@ -84,7 +102,7 @@ class Mixer(SequenceMixer):
         memory = self.memory.init_state(batch_size, device, dtype)
         seen = self.attention.init_state(batch_size, device, dtype)
         # For the first read: the convolution of its queries, and the memory before the segment.
-        channels = self.memory.q_proj.out_features
+        channels = self.memory.conv.channels // 3
         read = {"conv": memory["conv"][..., :channels].clone()}
         read |= {name: x for name, x in memory.items() if name.startswith("weights.")}
         return joined({"memory": memory, "attention": seen, "read": read})
@@ -107,20 +125,19 @@ class Mixer(SequenceMixer):
         y_BTD, metrics = self.gate(x_BTD, seen_BTD, recalled_BTD)
         metrics |= {name: joined_up([s.metrics[name] for s in segments]) for name in segments[-1].metrics}
         after = segments[-1].state
-        metrics |= self.memory.store.norms(before, substate(after, "memory"), x_BTD.shape[1], ctx or MixerContext())
+        metrics |= self.memory.store.norms(before, substate(after, "memory"), x_BTD.shape[1], ctx)
         return MixerOutput(y_BTD, after, {}, metrics)
 
     def _whole_segments(self, x_BTD: Tensor) -> list["_Segment"]:
         """Rows from their document's start: segments need no search, and attention starts afresh in each."""
         state = self.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype)
-        weights = tuple(
-            start.to(kept.dtype).expand_as(kept)
-            for start, kept in zip(self.memory.store.memory, _weights(substate(state, "read")), strict=True)
-        )
-        conv, memory, segments = state["read.conv"], None, []
+        read, memory, segments = substate(state, "read"), None, []
+        starts = zip(self.memory.store.memory(), _weights(read), strict=True)
+        weights = tuple(start.to(kept.dtype).expand_as(kept) for start, kept in starts)
         for x_BSD in x_BTD.split(self.config.segment_size, 1):
-            segments.append(self._segment(x_BSD, weights, conv, memory, MixerContext(aligned=True), None, None))
-            conv, memory = segments[-1].state["read.conv"], substate(segments[-1].state, "memory")
+            asked = _asked(read, weights)
+            segments.append(self._segment(x_BSD, asked, memory, MixerContext(aligned=True), None, None))
+            read, memory = (substate(segments[-1].state, name) for name in ("read", "memory"))
             weights = _weights(memory)
         return segments
 
@@ -134,24 +151,21 @@ class Mixer(SequenceMixer):
         grid = ragged_grid(moved_BT, ctx.lengths_B, size, ctx.max_documents)
         x_BNSD, positions_BNS = grid.lay(x_BTD), grid.lay(positions_BT)
         lengths_BN = grid.lay(torch.ones_like(positions_BT)).sum(-1)
-        segments = []
+        segments, starts = [], self.memory.store.memory()
         for n in range(grid.count):
             positions_BS, lengths_B = positions_BNS[:, n], lengths_BN[:, n]
-            memory, first_B = substate(state, "memory"), positions_BS[:, 0]
+            memory, read, first_B = substate(state, "memory"), substate(state, "read"), positions_BS[:, 0]
             new, opened = (((lengths_B > 0) & x)[:, None, None, None] for x in (first_B == 0, first_B % size == 0))
-            weights = tuple(
+            weights = [
                 torch.where(new, start.to(now.dtype), torch.where(opened, now, kept))
-                for start, now, kept in zip(
-                    self.memory.store.memory, _weights(memory), _weights(substate(state, "read")), strict=True
-                )
-            )
+                for start, now, kept in zip(starts, _weights(memory), _weights(read), strict=True)
+            ]
             places_BS = positions_BS % size
             pairs = MixerContext(torch.stack([2 * places_BS, 2 * places_BS + 1], 2).flatten(1), 2 * lengths_B)
             segments.append(
                 self._segment(
                     x_BNSD[:, n],
-                    weights,
-                    state["read.conv"],
+                    _asked(read, weights),
                     memory,
                     MixerContext(positions_BS, lengths_B),
                     substate(state, "attention"),
@@ -164,21 +178,19 @@ class Mixer(SequenceMixer):
     def _segment(
         self,
         x_BSD: Tensor,
-        weights: tuple[Tensor, ...],
-        conv: Tensor,
+        read: State,
         memory: State | None,
         ctx: MixerContext,
         seen_state: State | None,
         seen_ctx: MixerContext | None,
     ) -> "_Segment":
-        """weights, conv: for the first read; memory, ctx: for the write and the second; the rest for the attention."""
-        h_BSD, conv = self.memory.read(x_BSD, weights, conv, ctx)
-        pairs = torch.stack([h_BSD, x_BSD], 2).flatten(1, 2)
+        """read: for the first read; memory, ctx: for the write and the second; the rest for the attention."""
+        held = self.memory(x_BSD, read, ctx, write=False)
+        pairs = torch.stack([held.y_BTD, x_BSD], 2).flatten(1, 2)
         seen = self.attention(pairs, seen_state, seen_ctx)
         seen_BSD = seen.y_BTD[:, 1::2]
-        recalled = self.memory.recall(self.norm(x_BSD + seen_BSD), memory, ctx)
-        read = {"conv": conv, **{f"weights.{layer}": w for layer, w in enumerate(weights)}}
-        state = joined({"memory": recalled.state, "attention": seen.state, "read": read})
+        recalled = self.memory(self.norm(x_BSD + seen_BSD), memory, ctx)
+        state = joined({"memory": recalled.state, "attention": seen.state, "read": held.state})
         return _Segment(seen_BSD, recalled.y_BTD, state, recalled.metrics)
 
 
@@ -193,3 +205,8 @@ class _Segment(NamedTuple):
 
 def _weights(state: State) -> tuple[Tensor, ...]:
     return tuple(substate(state, "weights").values())
+
+
+def _asked(read: State, weights: Sequence[Tensor]) -> State:
+    """What a segment's first read asks: the queries' history, and the memory before it."""
+    return {"conv": read["conv"], **{f"weights.{layer}": w for layer, w in enumerate(weights)}}

@@ -33,7 +33,9 @@ class Mixer(SequenceMixer):
 
     def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
         seen = self.attention(x_BTD, substate(state, "attention") if state else None, ctx)
-        recalled = self.memory(x_BTD, substate(state, "memory") if state else None, ctx)
+        own = substate(state, "memory") if state else None
+        recalled = self.memory(x_BTD, own, ctx)
         y_BTD, metrics = self.gate(x_BTD, seen.y_BTD, recalled.y_BTD)
         state = joined({"memory": recalled.state, "attention": seen.state})
-        return MixerOutput(y_BTD, state, {}, {**metrics, **recalled.metrics})
+        metrics |= recalled.metrics | self.memory.store.norms(own, recalled.state, x_BTD.shape[1], ctx)
+        return MixerOutput(y_BTD, state, {}, metrics)

@@ -31,9 +31,11 @@ class Mixer(SequenceMixer):
         return joined({name: part.init_state(batch_size, device, dtype) for name, part in parts.items()})
 
     def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
-        recalled = self.memory(x_BTD, substate(state, "memory") if state else None, ctx)
+        own = substate(state, "memory") if state else None
+        recalled = self.memory(x_BTD, own, ctx)
         input_BTD = self.norm(x_BTD + recalled.y_BTD)
         seen = self.attention(input_BTD, substate(state, "attention") if state else None, ctx)
         state = joined({"memory": recalled.state, "attention": seen.state})
-        metrics = {**recalled.metrics, "memory_share": memory_share(recalled.y_BTD, seen.y_BTD)}
+        norms = self.memory.store.norms(own, recalled.state, x_BTD.shape[1], ctx)
+        metrics = recalled.metrics | norms | {"memory_share": memory_share(recalled.y_BTD, seen.y_BTD)}
         return MixerOutput(recalled.y_BTD + seen.y_BTD, state, {}, metrics)

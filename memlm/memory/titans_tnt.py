@@ -85,7 +85,7 @@ class Mixer(titans.NeuralMemory):
         known = parts["global"]["weights.0"]
         keys = known.new_zeros(*known.shape[:-1], known.shape[-2])
         parts["keys"] = {"position": parts["global"]["position"], "weights.0": keys, "anchor.0": keys}
-        conv = torch.zeros(batch_size, self.config.conv_size - 1, len(self.conv.weight), device=device, dtype=dtype)
+        conv = torch.zeros(batch_size, self.conv.width - 1, self.conv.channels, device=device, dtype=dtype)
         return {"conv": conv, **joined(parts)}
 
     def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:

@@ -7,19 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memlm.layers import GroupedLinear
 from memlm.training.settings import OptimSettings
 
 
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """``matrices``, ``head`` and ``rest`` of a model, every trained parameter in exactly one.
 
-    matrices: weights of linear layers named ``*_proj``, the blocks' projections. rest: norms, gates,
+    matrices: weights of linear layers named ``*_proj``, the blocks' projections; of memories too. rest: norms, gates,
     biases, convolutions, embeddings, learned memories: nothing that weight decay may touch.
     """
     matrices = {
         module.weight
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.endswith("_proj")
+        if isinstance(module, nn.Linear | GroupedLinear) and name.endswith("_proj")
     }
     embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     groups: dict[str, list[nn.Parameter]] = {"matrices": [], "head": [], "rest": []}

@@ -43,7 +43,7 @@ def test_the_layer_is_its_equations(kv_heads, momentum):
     q, k = (z / z.norm(dim=-1, keepdim=True) for z in (q, k))
     gates = memory.gates(x).unflatten(-1, (2, -1))
     share = None if momentum == 0 else torch.sigmoid(gates[..., 3])
-    o = token_by_token(q, k, v, gates[..., :3].exp().log1p(), share, *memory.memory, chunk_size=6)[0]
+    o = token_by_token(q, k, v, gates[..., :3].exp().log1p(), share, *memory.memory(), chunk_size=6)[0]
     o = o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt() * memory.norm.weight
     scale = memory.scale(x)
     recalled = window.o_proj((o * (scale * torch.sigmoid(scale))[..., None]).flatten(2))

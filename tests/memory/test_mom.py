@@ -10,7 +10,7 @@ from memlm import MemLMForCausalLM, MemoryCache
 from memlm.hub import fla_mom
 from memlm.memory import mom
 from memlm.memory.base import Dims
-from memlm.memory.recurrence import RULES, gate_logits
+from memlm.memory.recurrence import RULES
 from memlm_kernels.testing import assert_close, relative_error
 from tests.conftest import ROOT, build
 
@@ -49,8 +49,8 @@ def test_the_layer_is_dense_memories_that_ignore_what_others_get(rule, single_kv
     sent = choices(mixer, x)
     q, o = mixer.q_proj(x), 0
     sets = 1 if single_kv else config.num_memories
-    kv = mixer.kv_proj(x).unflatten(-1, (sets, -1))
-    logits = gate_logits(mixer.gates, x).unflatten(-1, (sets, -1)) if mixer.gates else x.new_zeros(2, 75, sets, 0)
+    kv = (x @ mixer.kv_proj.weight.T).unflatten(-1, (sets, -1))
+    logits = (x @ mixer.gates.weight.T).unflatten(-1, (sets, -1)) if mixer.gates else x.new_zeros(2, 75, sets, 0)
     start = {"memory": torch.zeros(2, 1, 2, 16, 16, dtype=torch.float64)}
     for m in range(config.num_memories):
         of_memory, out = m % sets, []

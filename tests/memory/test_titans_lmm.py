@@ -64,7 +64,7 @@ def written_out(memory, x, **options):
         gates["lr"],
         gates.get("momentum"),
         gates.get("decay"),
-        *memory.store.memory,
+        *memory.store.memory(),
         chunk_size=config.chunk_size,
         weight=gates.get("weight"),
         **options,
@@ -89,7 +89,7 @@ def written_out(memory, x, **options):
 def test_the_layer_is_its_equations(settings, options):
     memory = memory_of(memory_heads=2, memory_head_dim=6, **settings)
     if "norm" in options:
-        options = {**options, "norm": list(memory.store.memory_norm)}
+        options = {**options, "norm": memory.store.memory_norm()}
     x = torch.randn(2, 21, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert_close("layer", written_out(memory, x, **options), memory(x).y_BTD, 1e-10)
 
@@ -135,7 +135,7 @@ def test_norms_are_of_the_calls_end_and_updates_of_all_the_call(memory):
     mixer = build(memory).model.layers[0].mixer
     part = {"titans_lmm": "", "titans_tnt": "global."}.get(memory, "memory.")
     owner = getattr(mixer, "memory", mixer)
-    learned = [w.expand(2, *w.shape) for w in (owner.memory if memory == "lact" else owner.store.memory)]
+    learned = [w.expand(2, *w.shape) for w in (owner if memory == "lact" else owner.store).memory()]
 
     def weights(state):
         return [x for name, x in sorted(state.items()) if name.startswith(f"{part}weights.")]
@@ -186,15 +186,15 @@ def test_an_empty_memory_says_nothing_or_passes_its_query_through(depth, norm):
     settings = dict(memory_depth=depth, memory_norm=norm)
     mixer = MemLMForCausalLM(model_config("titans_lmm", **settings)).model.layers[0].mixer
     q = torch.randn(1, 3, 1, 64)
-    read = read_memory(q, [w[None] for w in mixer.store.memory], **mixer.store.network())
+    read = read_memory(q, [w[None] for w in mixer.store.memory()], **mixer.store.network())
     assert_close("read", q if norm else torch.zeros_like(q), read, 1e-6)
 
 
 def test_what_a_memory_knows_is_told_apart_from_what_it_passes_through():
     memory = memory_of(memory_depth=2, initial_lr=1e-12)
     with torch.no_grad():
-        memory.store.memory[-1].zero_()
-        memory.store.memory_norm[1].zero_()
+        memory.store.memory()[-1].zero_()
+        memory.store.memory_norm()[1].zero_()
     x = torch.randn(1, 21, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     got = memory(x).metrics
     assert got["known_share"].max() < 1e-6 and got["memory_share"] > 0.01

@@ -18,15 +18,17 @@ def written_out(mixer, x):
     and second read; every part called through the slot with what the equations name, and nothing later.
     """
     size, empty = mixer.config.segment_size, mixer.memory.init_state(len(x), x.device, x.dtype)
-    weights = tuple(w.expand(len(x), *w.shape) for w in mixer.memory.store.memory)
+    weights = tuple(w.expand(len(x), *w.shape) for w in mixer.memory.store.memory())
     conv, memory, seen, recalled = empty["conv"][..., : mixer.memory.q_proj.out_features], None, [], []
     for t in range(x.shape[1]):
         if t % size == 0:
             pairs = []
             if memory is not None:
                 weights = tuple(memory[f"weights.{i}"] for i in range(mixer.config.memory_depth))
-        h, conv = mixer.memory.read(x[:, t : t + 1], weights, conv, titans_mac.MixerContext())
-        pairs += [h, x[:, t : t + 1]]
+        read = {"conv": conv} | {f"weights.{i}": w for i, w in enumerate(weights)}
+        held = mixer.memory(x[:, t : t + 1], read, titans_mac.MixerContext(), write=False)
+        conv = held.state["conv"]
+        pairs += [held.y_BTD, x[:, t : t + 1]]
         seen.append(mixer.attention(torch.cat(pairs, 1)).y_BTD[:, -1:])
         out = mixer.memory(mixer.norm(x[:, t : t + 1] + seen[-1]), memory)
         memory = out.state
