@@ -14,7 +14,11 @@ CONFIGS = Path(__file__).parent / "configs"
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
 def main(cfg: DictConfig) -> None:
     from memlm.training import run
+    from memlm.training.sweep import is_member, run_member
 
+    if is_member():
+        run_member(cfg)
+        return
     with user_errors(CONFIGS, "train"):
         run(cfg)
         leave_group()
@@ -25,3 +29,6 @@ if __name__ == "__main__":
     sys.argv[1:] = mixer_settings(sys.argv[1:])
     with user_errors(CONFIGS, "train"):
         main()
+        from memlm.training.sweep import end_sweep
+
+        end_sweep()

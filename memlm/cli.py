@@ -1,8 +1,10 @@
 """Between the command line and ``run(cfg)``: one readable line for a user's mistake, and the preset for a GPU."""
 
 import difflib
+import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,32 +20,39 @@ from transformers.utils.logging import disable_progress_bar
 
 from memlm.memory.base import suggest
 
-_TRACED = os.environ.get("HYDRA_FULL_ERROR") == "1"
+TRACED = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 @contextmanager
 def user_errors(config_dir: Path, config: str) -> Iterator[None]:
-    """Print mistakes in configuration or input as one line and exit with code 2.
+    """Print mistakes in configuration or input as one line and exit with code 2, or, after a signal, with 128 and its
+    number.
 
     HYDRA_FULL_ERROR=1 shows the traceback instead.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # Names may have letters that a terminal lacks.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # Saving and loading are instant beside training, and one progress bar is enough.
     disable_progress_bar()
     # Hydra then raises what it would otherwise print over many lines.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        code = 128 + getattr(stop, "number", signal.SIGINT)
+        leave_group(code)
+        sys.exit(code)
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
-        if _TRACED:
+        if TRACED:
             raise
         print(f"error: {one_line(error, config_dir, config)}", file=sys.stderr)
         sys.exit(2)
 
 
-def leave_group() -> None:
-    """End a process that is one of several, at once.
+def leave_group(code: int = 0) -> None:
+    """End a process that is one of several, at once, with this exit code.
 
     A thread of gloo's may still need the interpreter to let go of its last tensors. Taking the process group down
     waits for that thread with the interpreter held, for ever; the interpreter's end aborts it (torch 2.13).
@@ -51,7 +60,7 @@ def leave_group() -> None:
     if torch.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
 
 
 def use_gpu_preset(argv: list[str], preset: str, unless: tuple[str, ...]) -> list[str]:

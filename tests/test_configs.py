@@ -160,13 +160,13 @@ def test_mom_sizes_are_the_released_ones(size, total, active):
         assert 2 < count_flops(config, 128) / count_active_parameters(model) < 3
     assert counted["mom"] == [total, active]
     assert counted["gated_delta_net"][0] == counted["gated_delta_net"][1] < active
-    tokens = cfg.train.batch_size * cfg.train.gradient_accumulation * cfg.data.seq_len
+    tokens = cfg.train.batch_size * cfg.data.seq_len
     assert tokens == 2**19 and tokens * cfg.train.steps == pytest.approx(16.1e9, rel=1e-3)
 
 
 def test_titans_paper_is_the_paper_and_has_a_control():
     paper, control = (composed("experiment=titans_paper", f"memory={memory}") for memory in ("titans_mag", "none"))
-    tokens = paper.train.batch_size * paper.train.gradient_accumulation * paper.data.seq_len
+    tokens = paper.train.batch_size * paper.data.seq_len
     assert tokens == 2**19 and tokens * paper.train.steps == pytest.approx(15e9, rel=1e-4)
     for name in ("window_size", "persistent_tokens"):
         assert control.model.mixers.memory[name] == paper.model.mixers.memory[name] > 4

@@ -23,7 +23,7 @@ SMALL = (
     "hardware=cpu",
     "train.steps=2",
     "train.batch_size=2",
-    "train.gradient_accumulation=1",
+    "train.micro_batch_size=null",
     "train.log_every=1",
     "train.validation_batches=1",
 )
@@ -51,7 +51,7 @@ def test_stages_are_the_papers():
     assert model.config.layer_mixers() == ["documents"] * 18 + ["memory"] * 18
     settings = model.config.mixers["memory"]
     assert (settings["chunk_size"], settings["top_k"], settings["similarity"]) == (64, 16, "cosine")
-    tokens = [c.train.batch_size * c.train.gradient_accumulation * c.data.seq_len * c.train.steps for c in configs]
+    tokens = [c.train.batch_size * c.data.seq_len * c.train.steps for c in configs]
     assert sum(tokens[:2]) == pytest.approx(158.95e9, rel=1e-3)
     assert [c.data.seq_len for c in configs[2:]] == [2**13, 2**16]
     weights = [(c.train.lm_weight, 18 * c.model.mixers.memory.loss_weight) for c in configs]
@@ -82,8 +82,8 @@ def test_how_routers_choose_is_logged_over_all_of_a_step_and_when_validated(tmp_
     monkeypatch.chdir(tmp_path)
     mqar = "+data.sources.mqar={kind:mqar,weight:1.0,num_pairs:4,gap:10}"
     told = []
-    for rows, parts in ((4, 1), (2, 2)):
-        options = (f"train.batch_size={rows}", f"train.gradient_accumulation={parts}", mqar)
+    for rows in (4, 2):
+        options = ("train.batch_size=4", f"train.micro_batch_size={rows}", mqar)
         run(composed("experiment=facts", *SMALL, f"run_dir=runs/{rows}", "data.cache_dir=cache", *options))
         AcceleratorState._reset_state(reset_partial_state=True)
         with open(f"runs/{rows}/metrics.jsonl") as lines:

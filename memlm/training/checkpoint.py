@@ -1,34 +1,116 @@
-"""Checkpoints that exist whole or not at all, and the run directory they live in.
+"""Checkpoints that are whole or not at all, and the run directory they live in.
 
-runs/<name>/.../config.yaml  metrics.jsonl  checkpoints/step_000200/{model, tokenizer, trainer.pt}  checkpoints/latest
+runs/<name>/.../config.yaml  manifest-<source>.json  metrics.jsonl  checkpoints/step_000200/  checkpoints/latest
+
+A checkpoint holds all that a run needs to go on: the model, the tokenizer, ``trainer.pt`` (optimisers),
+``config.yaml`` and ``manifest-<source>.json`` (settings and data of the run), ``run.json`` (its step, and where it
+ran), and ``digests.json``, written last. Those of before digests
+have the model, the tokenizer and ``trainer.pt`` alone.
 """
 
 import re
 import shutil
+from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from memlm import files
 from memlm.hub import load_model, load_tokenizer
 from memlm.memory.base import SequenceMixer
 
+FACTS = "run.json"
 _NAME = re.compile(r"step_\d{6,}")
 
 
 def latest(run_dir: Path) -> Path | None:
-    """The newest checkpoint of a run, or None. A folder with its final name is whole; the file ``latest`` names it."""
-    return max(_whole(run_dir / "checkpoints"), key=_step, default=None)
+    """The newest checkpoint of a run by its name, or None; ``newest_whole`` looks inside."""
+    return max(_checkpoints(run_dir), key=_step, default=None)
 
 
-def _whole(folder: Path) -> list[Path]:
-    return [p for p in folder.glob("step_*") if _NAME.fullmatch(p.name)]
+def newest_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is as it was written, and why each newer one is not; None if the run has none yet.
+
+    Raises ValueError if there are checkpoints and none is whole.
+    """
+    found, damaged = _newest_whole(run_dir)
+    return found, [f"{reason}; using {found.name}" for reason in damaged.values() if found]
+
+
+def recover(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The same to the process that writes there: damaged ones are set aside, remains of a killed save go."""
+    found, damaged = _newest_whole(run_dir)
+    for remains in [*(run_dir / "checkpoints").glob("*.partial-*"), *(run_dir / "checkpoints").glob("step_*.tmp")]:
+        shutil.rmtree(remains, ignore_errors=True)
+    lines = []
+    for folder, reason in damaged.items():
+        assert found
+        lines.append(f"{reason}; kept as {_set_aside(folder).name}, going on from {found.name}")
+    return found, lines
+
+
+def _newest_whole(run_dir: Path) -> tuple[Path | None, dict[Path, str]]:
+    damaged = {}
+    for folder in sorted(_checkpoints(run_dir), key=_step, reverse=True):
+        try:
+            check(folder)
+        except ValueError as error:
+            damaged[folder] = str(error)
+        else:
+            return folder, damaged
+    if damaged:
+        raise ValueError(
+            f"{run_dir}: none of its checkpoints is whole ({next(iter(damaged.values()))}); put one back from a copy, "
+            "or choose another name=..."
+        )
+    return None, {}
+
+
+def check(folder: Path) -> None:
+    """Raise ValueError, naming the file, unless a checkpoint is as it was written.
+
+    Without digests it is one of an earlier version: then its files must be readable, and of its step.
+    """
+    try:
+        if files.is_sealed(folder):
+            files.check_seal(folder)
+            step = files.read_json(folder / FACTS).get("step")
+        elif (folder / FACTS).exists():
+            raise ValueError(f"{folder / files.DIGESTS}: missing")
+        else:
+            files.read_json(folder / "config.json")
+            if not (weights := [*folder.glob("*.safetensors")]):
+                raise ValueError(f"{folder / 'model.safetensors'}: missing")
+            for path in weights:
+                # Its header's sizes are compared with the file's.
+                with safe_open(path, "pt"):
+                    pass
+            step = load_trainer(folder).get("step")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder}: cannot be read ({str(error).splitlines()[0]})") from None
+    if step != _step(folder):
+        raise ValueError(f"{folder}: holds step {step}")
+
+
+def _checkpoints(run_dir: Path) -> list[Path]:
+    return [p for p in (run_dir / "checkpoints").glob("step_*") if _NAME.fullmatch(p.name)]
 
 
 def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
+
+
+def _set_aside(folder: Path) -> Path:
+    """Give a damaged checkpoint a name that nothing reads; what it holds may still be rescued."""
+    names = (folder.with_name(f"{folder.name}.damaged{n or ''}") for n in count())
+    aside = next(name for name in names if not name.exists())
+    folder.rename(aside)
+    files.sync(folder.parent)
+    return aside
 
 
 def save(
@@ -37,56 +119,61 @@ def save(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     trainer: dict[str, Any],
+    record: Mapping[str, str],
     keep: int,
 ) -> Path:
     """Write checkpoint ``step``, then point ``latest`` at it, then drop all but the newest ``keep``.
 
-    A failure, a full disk among them, leaves the earlier checkpoints as they were.
+    record: further text files, among them ``run.json``. A failure, a full disk among them, leaves the earlier
+    checkpoints as they were.
     """
     folder = run_dir / "checkpoints" / f"step_{step:06d}"
-    partial = folder.with_suffix(".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        torch.save(trainer, partial / "trainer.pt")
+        if folder.exists():
+            _set_aside(folder)
+        with files.new_folder(folder) as partial:
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            torch.save(trainer, partial / "trainer.pt")
+            for name, text in record.items():
+                (partial / name).write_text(text, encoding="utf-8")
+        files.write(folder.parent / "latest", folder.name)
     except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{folder}: could not be written ({error}); free disk space and run the same command") from None
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    pointer = folder.parent / "latest"
-    pointer.with_suffix(".tmp").write_text(folder.name)
-    pointer.with_suffix(".tmp").replace(pointer)
-    for old in sorted(_whole(folder.parent), key=_step)[:-keep]:
-        shutil.rmtree(old)
+    for old in sorted(_checkpoints(run_dir), key=_step)[:-keep]:
+        # Half a checkpoint must not have the name of one.
+        shutil.rmtree(old.rename(old.with_name(f"{old.name}.partial-old")), ignore_errors=True)
     return folder
 
 
 def load_trainer(folder: Path) -> dict[str, Any]:
     """Optimiser state and step of a checkpoint. Raises ValueError if the file is damaged."""
+    path = folder / "trainer.pt"
     try:
-        return torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(
-            f"{folder / 'trainer.pt'}: damaged or missing ({type(error).__name__}); delete {folder} to go on from "
-            "the checkpoint before it"
-        ) from None
+        raise ValueError(f"{path}: damaged or missing ({type(error).__name__})") from None
+    if not isinstance(state, dict) or not {"step", "optimizers"} <= state.keys():
+        raise ValueError(f"{path}: holds no state of a run")
+    return state
 
 
 @torch.no_grad()
-def copy_weights(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """Give ``model`` the weights of ``source``, a run directory or a checkpoint's folder; returns that folder.
+def copy_weights(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Path, list[str]]:
+    """Give ``model`` the weights of ``source``, a run directory or a checkpoint's folder; returns that folder, and why
+    newer ones of the run were passed over.
 
     Raises ValueError unless every parameter is there with the same shape, or starts silent (see ``SequenceMixer``),
     none is left over, and the tokens and what else the weights were made for are the same; mixers may have other
     settings, or be of another kind.
     """
-    folder = latest(Path(source)) or Path(source)
     key = f"train.init_from={source}"
+    newest, passed_over = newest_whole(Path(source))
+    folder = newest or Path(source)
     if not folder.is_dir():
         raise ValueError(f"{key}: there is no run and no checkpoint there; name one, or null for a fresh start")
+    if newest is None and files.is_sealed(folder):
+        files.check_seal(folder)
     if load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"{key}: its tokens are others than this run's; set data.tokenizer={folder}")
     source_model = load_model(folder)
@@ -111,4 +198,4 @@ def copy_weights(source: str, model: PreTrainedModel, tokenizer: PreTrainedToken
             raise ValueError(f"{key}: its {name} is {there}, not {here}; set model.{name}={there}")
     for name in ours.keys() - silent:
         ours[name].copy_(theirs[name])
-    return folder
+    return folder, passed_over

@@ -1,96 +1,71 @@
 """The training loop: batches that are pure functions of the step, so a run is its configuration and a step number."""
 
-import json
 import math
-import signal
 import time
 from collections.abc import Iterator, Mapping
-from itertools import chain
+from contextlib import nullcontext
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import gather_object
-from omegaconf import DictConfig, OmegaConf
+from accelerate.utils import broadcast_object_list, gather_object
+from omegaconf import DictConfig
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import memlm
 from memlm import files
 from memlm.configuration import MemLMConfig
-from memlm.data import Batch, TextSource, build_data, check_manifest, left_out, token_bytes
+from memlm.data import Batch, TextSource, build_data, left_out, token_bytes
 from memlm.hub import load_model
-from memlm.memory.base import build_config
 from memlm.modeling import MemLMForCausalLM, count_flops, count_parameters
-from memlm.training import checkpoint
+from memlm.training import checkpoint, resume
 from memlm.training.display import Display
+from memlm.training.interrupt import Agreement, Interrupt, Stopped
 from memlm.training.objective import Objective, Score, model_inputs, score
 from memlm.training.optim import build_optimizers, lr_factor, set_lr
-from memlm.training.settings import OptimSettings, TrainSettings
-from memlm.training.tracking import Tracker
+from memlm.training.settings import HardwareSettings, RunSettings
+from memlm.training.tracking import Tracker, is_validated
 from memlm_kernels import set_backend
-
-# What may differ between a run and its continuation.
-_FREE = {"hardware", "tracker", "run_dir"}
-
-
-class Interrupt:
-    """The first Ctrl-C or SIGTERM asks for a checkpoint at the end of the step; a second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-        for s in self._before:
-            signal.signal(s, self._ask)
-
-    def _ask(self, number: int, frame: Any) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def restore(self) -> None:
-        for s, handler in self._before.items():
-            signal.signal(s, handler)
 
 
 def run(cfg: DictConfig) -> None:
     """Train what the configuration describes, or go on where its run directory stops.
 
-    Raises ValueError, one line, for what the user can mend.
+    Raises ValueError, one line, for what the user can mend, and ``Stopped`` where a signal ends it.
     """
-    with set_backend(cfg.hardware.kernels, "hardware.kernels"):
-        Trainer(cfg).train()
+    settings = RunSettings.of(cfg)
+    with set_backend(settings.hardware.kernels, "hardware.kernels"), Interrupt() as interrupt:
+        accelerator = build_accelerator(settings.hardware)
+        with files.lock(settings.run_dir) if accelerator.is_main_process else nullcontext():
+            Trainer(settings, accelerator).train(interrupt)
 
 
 class Trainer:
-    """Everything that a run needs, built once."""
+    """Everything that a run needs, built once. Only the holder of the run directory's lock makes one."""
 
-    def __init__(self, cfg: DictConfig) -> None:
-        self.config = OmegaConf.to_container(cfg, resolve=True)
-        self.cfg = cfg
-        self.settings = build_config(TrainSettings, self.config["train"], "train")
-        self.optim = build_config(OptimSettings, self.config["optim"], "optim")
-        if not cfg.run_dir:
-            raise ValueError(f"run_dir={cfg.run_dir!r} names no folder; leave it out, or name one")
-        self.run_dir = Path(cfg.run_dir)
-        self.accelerator = build_accelerator(cfg.hardware, self.settings.gradient_accumulation)
-        self.display = Display(self.settings.steps, self.accelerator.is_main_process)
-        self.folder = checkpoint.latest(self.run_dir)
-        _same_run(self.run_dir, self.folder, self.config)
+    def __init__(self, settings: RunSettings, accelerator: Accelerator) -> None:
+        self.config, self.run_dir, self.settings = settings.config, settings.run_dir, settings.train
+        self.run_settings, self.optim, self.accelerator = settings, settings.optim, accelerator
+        self.forwards = self.settings.forwards(accelerator.num_processes)
+        accelerator.gradient_accumulation_steps = self.forwards
+        self.display, self.shown = Display(self.settings.steps, accelerator.is_main_process), dict[str, str]()
+        self.folder = self._find_checkpoint()
         self.trainer_state = checkpoint.load_trainer(self.folder) if self.folder else None
         self.step = self.trainer_state["step"] if self.trainer_state else 0
-
-        with self.accelerator.main_process_first():
+        before = resume.Record.read(self.run_dir, self.folder) if self.folder else None
+        if before:
+            for line in before.compare_settings(self.run_dir, self.config, accelerator.num_processes):
+                self.display.say(line)
+        with accelerator.main_process_first():
             self.tokenizer, self.mixture = build_data(
-                self.config["data"],
-                seed=cfg.seed,
-                batch_size=self.settings.batch_size * self._parts,
+                self.config["data"], seed=settings.seed, batch_size=self.settings.batch_size
             )
-        for name, manifest in self.mixture.manifests.items():
-            before = self.run_dir / f"manifest-{name}.json"
-            if self.folder and before.exists():
-                check_manifest(name, files.read_json(before), manifest)
         self.texts = [name for name, source in self.mixture.sources.items() if isinstance(source, TextSource)]
+        if before:
+            before.compare_data(self.folder, self.tokenizer, self.mixture.manifests)
         self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer))
         self.model = self._build_model()
         self.optimizers = build_optimizers(self.model, self.optim)
@@ -99,103 +74,121 @@ class Trainer:
                 optimizer.load_state_dict(state)
         if any(getattr(module, "without_gradient", None) for module in self.model.modules()):
             # Ranks would wait for gradients that may not come.
-            self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+            accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         objective = Objective(self.model, self.settings.lm_weight)
-        if cfg.hardware.compile:
+        if settings.hardware.compile:
             objective.compile()
-        self.objective, *self.optimizers = self.accelerator.prepare(objective, *self.optimizers)
-        if self.trainer_state and "scaler" in self.trainer_state:
-            self.accelerator.scaler.load_state_dict(self.trainer_state["scaler"])
+        self.objective, *self.optimizers = accelerator.prepare(objective, *self.optimizers)
+        if accelerator.scaler is not None and self.trainer_state and "scaler" in self.trainer_state:
+            accelerator.scaler.load_state_dict(self.trainer_state["scaler"])
+
+    def _find_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint, which the main process finds for all."""
+        found: list[Path | None] = [None]
+        if self.accelerator.is_main_process:
+            found[0], lines = checkpoint.recover(self.run_dir)
+            for line in lines:
+                self.display.say(line)
+        return (broadcast_object_list(found) if self.accelerator.num_processes > 1 else found)[0]
 
     def _build_model(self) -> MemLMForCausalLM:
+        config = model_config(self.config["model"], self.tokenizer)
         if self.folder:
             model = load_model(self.folder)
+            resume.compare_models(self.run_dir, model.config, config)
         else:
-            config = model_config(self.config["model"], self.tokenizer)
-            torch.manual_seed(self.cfg.seed)
+            torch.manual_seed(self.run_settings.seed)
             model = MemLMForCausalLM(config)
             if self.settings.init_from:
-                folder = checkpoint.copy_weights(self.settings.init_from, model, self.tokenizer)
-                self.display.say(f"weights: {folder}")
+                folder, lines = checkpoint.copy_weights(self.settings.init_from, model, self.tokenizer)
+                for line in [*lines, f"weights: {folder}"]:
+                    self.display.say(line)
         if self.settings.gradient_checkpointing:
             # Renamed in transformers 5.23.
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         return model.train()
 
-    def train(self) -> None:
-        """Take the steps that are left; say so where there are none."""
-        if self.step >= self.settings.steps:
+    def train(self, interrupt: Interrupt) -> None:
+        """Take the steps that are left; say so where there are none. Raises ``Stopped`` where a signal ends it."""
+        steps, main = self.settings.steps, self.accelerator.is_main_process
+        # A run that was stopped when it was about to validate does so before it goes on.
+        due = 0 < self.step <= steps and (self.step % self.settings.validate_every == 0 or self.step == steps)
+        pending = self._any(main and due and not is_validated(self.run_dir, self.step))
+        if self.step >= steps and not pending:
             self.display.say(
-                f"{self.run_dir}: all {self.step} steps are done. Train anew under another name (name=...), "
-                f"or go further with train.steps=... in a new run."
+                f"{self.run_dir}: all {self.step} steps are done. Go further with a larger train.steps, or train anew "
+                "under another name (name=...)."
             )
             return
-        if self.accelerator.is_main_process:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(OmegaConf.create(self.config), self.run_dir / "config.yaml")
-            for name, manifest in self.mixture.manifests.items():
-                # Bits per byte are comparable between runs of one manifest only.
-                files.write(self.run_dir / f"manifest-{name}.json", json.dumps(manifest, indent=1))
+        if main:
+            for name, text in self._record().texts().items():
+                if name != checkpoint.FACTS:
+                    files.write(self.run_dir / name, text)
         self._banner()
-        tracker = None
-        if self.accelerator.is_main_process:
-            name = str(self.cfg.name)
-            tracker = Tracker(self.run_dir, name, dict(self.cfg.tracker), self.config, self.step)
-        interrupt = Interrupt()
+        tracker = Tracker(self.run_settings, self.step) if main else None
+        agreement, done = Agreement(interrupt, self.accelerator.num_processes), False
+        interrupt.patient = True
         try:
             with self.display:
-                stopped = self._steps(tracker, interrupt)
+                if pending:
+                    self._validate(tracker, agreement)
+                self._steps(tracker, agreement)
+            done = not agreement.number
         finally:
-            interrupt.restore()
+            interrupt.patient = False
             if tracker:
-                tracker.close()
-        if stopped:
+                tracker.close(failed=not done)
+        if agreement.number:
             self.display.say(f"Stopped at step {self.step}; the same command goes on from there.")
-        else:
-            self.display.say(f"Done: {checkpoint.latest(self.run_dir)}")
+            raise Stopped(agreement.number)
+        self.display.say(f"Done: {checkpoint.latest(self.run_dir)}")
 
-    def _steps(self, tracker: Tracker | None, interrupt: Interrupt) -> bool:
-        """Train to the end, or until interrupted: then True."""
-        settings, shown = self.settings, {}
+    def _steps(self, tracker: Tracker | None, agreement: Agreement) -> None:
+        """Train to the end, or until a signal asks for it to stop; either way the last step is saved."""
+        settings, saved = self.settings, self.step
         clock, clock_step = time.perf_counter(), self.step
-        while self.step < settings.steps:
+        while self.step < settings.steps and not agreement.number:
             logged = self.step % settings.log_every == 0 or self.step == settings.steps - 1
-            saved = (self.step + 1) % settings.save_every == 0
             figures = self._one_step()
-            # With several processes, asking the others costs a wait: only where there is one already.
-            stop = self._any(interrupt.asked) if logged or self.accelerator.num_processes == 1 else False
-            if logged or saved or stop:
-                values = self._read(figures)
+            agreement.poll()
             if logged:
+                values = self._read(figures)
                 now = time.perf_counter()
                 speed = (self.step - clock_step) * self.tokens_per_step() / (now - clock)
                 clock, clock_step = now, self.step
                 if tracker:
                     tracker.log(self.step - 1, {**values, "tokens_per_second": speed})
-                shown |= {"loss": f"{values['loss']:.3f}", "tok/s": f"{speed:,.0f}"}
-                self.display.advance(self.step, shown)
+                self.shown |= {"loss": f"{values['loss']:.3f}", "tok/s": f"{speed:,.0f}"}
+                self.display.advance(self.step, self.shown)
             before = time.perf_counter()
             last = self.step == settings.steps
-            if self.step % settings.validate_every == 0 or last:
-                scores = self.validate()
-                if tracker:
-                    tracker.log(self.step, self._validation_figures(scores))
-                bits = {n: f"{s.bits_per_byte:.3f} bits/byte" for n, s in scores.items() if n in self.texts}
-                right = {n: f"{s.accuracy:.3f} right" for n, s in scores.items() if n not in self.texts}
-                told = ", ".join(f"{name}: {figure}" for name, figure in (bits | right).items())
-                self.display.say(f"step {self.step}  validation  {told}")
-                shown |= {name: figure for name, figure in list(bits.items())[:1]}
-            if saved or last or stop:
-                self._save()
+            if (self.step % settings.validate_every == 0 or last) and not agreement.number:
+                self._validate(tracker, agreement)
+            if self.step % settings.save_every == 0 or last:
+                self._save(figures, tracker)
+                saved = self.step
             clock += time.perf_counter() - before
-            if stop and not last:
-                return True
-        return False
+        if saved < self.step:
+            self._save(figures, tracker)
+
+    def _validate(self, tracker: Tracker | None, agreement: Agreement) -> None:
+        """Log the scores of the validation split, unless a signal comes first."""
+        scores = self.validate(agreement)
+        if agreement.number:
+            return
+        if tracker:
+            tracker.log(self.step, self._validation_figures(scores))
+        bits = {n: f"{s.bits_per_byte:.3f} bits/byte" for n, s in scores.items() if n in self.texts}
+        right = {n: f"{s.accuracy:.3f} right" for n, s in scores.items() if n not in self.texts}
+        told = ", ".join(f"{name}: {figure}" for name, figure in (bits | right).items())
+        self.display.say(f"step {self.step}  validation  {told}")
+        self.shown |= {name: figure for name, figure in list(bits.items())[:1]}
 
     def _one_step(self) -> dict[str, Tensor]:
         """One optimiser step; figures stay on the device. ``rows``: loss and number of rows of each source."""
-        parts, sources = self.settings.gradient_accumulation, len(self.mixture.sources)
-        factor = lr_factor(self.step, self.settings.steps, self.optim.warmup_steps, self.optim.final_lr)
+        sources = len(self.mixture.sources)
+        steps = self.optim.schedule_steps or self.settings.steps
+        factor = lr_factor(self.step, steps, self.optim.warmup_steps, self.optim.final_lr)
         set_lr(self.optimizers, factor)
         total = torch.zeros((), device=self.accelerator.device)
         per_source = torch.zeros(sources, 2, device=self.accelerator.device)
@@ -210,7 +203,7 @@ class Trainer:
                 for optimizer in self.optimizers:
                     optimizer.step()
                     optimizer.zero_grad()
-            total += loss.detach() / parts
+            total += loss.detach() / self.forwards
             for name, value in metrics.items():
                 told.setdefault(name, []).append(value)
             of_rows = torch.stack([rows.float(), torch.ones_like(rows)], 1)
@@ -219,24 +212,20 @@ class Trainer:
         means = {name: torch.stack(values).nanmean() for name, values in told.items()}
         return {"loss": total, "grad_norm": torch.as_tensor(norm), "rows": per_source, **means}
 
-    @property
-    def _parts(self) -> int:
-        """Forwards of one step, over all processes."""
-        return self.settings.gradient_accumulation * self.accelerator.num_processes
-
     def _batches(self, step: int, split: str) -> Iterator[Batch]:
         """This process's parts of a step's batch."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        return (self.mixture.batch(step, split, part, self._parts) for part in range(rank, self._parts, processes))
+        parts = self.forwards * processes
+        return (self.mixture.batch(step, split, part, parts) for part in range(rank, parts, processes))
 
     def _read(self, figures: dict[str, Tensor]) -> dict[str, float]:
         """Figures as numbers, losses over all processes; stops a run whose loss is not finite. A metric that no row
         has is left out.
         """
-        rows, loss = figures.pop("rows"), figures.pop("loss")
+        rows, loss = figures["rows"], figures["loss"]
         if self.accelerator.num_processes > 1:
             rows, loss = self.accelerator.reduce(rows), self.accelerator.reduce(loss, "mean")
-        values = {"loss": loss.item(), **{name: value.item() for name, value in figures.items()}}
+        values = {name: value.item() for name, value in figures.items() if name != "rows"} | {"loss": loss.item()}
         for name, (total, count) in zip(self.mixture.sources, rows.tolist(), strict=True):
             if count:
                 values[f"loss/{name}"] = total / count
@@ -250,11 +239,14 @@ class Trainer:
             )
         return {name: value for name, value in values.items() if name in told or not math.isnan(value)}
 
-    def validate(self) -> dict[str, Score]:
-        """Score of each source on ``validation_batches`` batches of the validation split, over all ranks."""
+    def validate(self, agreement: Agreement) -> dict[str, Score]:
+        """Score of each source on ``validation_batches`` batches of the validation split, over all ranks; of
+        fewer, and of no use, where a signal comes before.
+        """
         model = self.accelerator.unwrap_model(self.objective).model
         steps = range(self.settings.validation_batches)
         batches = chain.from_iterable(self._batches(step, "validation") for step in steps)
+        batches = takewhile(lambda _: not agreement.number, batches)
         with self.accelerator.autocast():
             scores = score(model, batches, list(self.mixture.sources), self.token_bytes, self.accelerator.device)
         if self.accelerator.num_processes > 1:
@@ -272,15 +264,32 @@ class Trainer:
             figures |= {f"validation/{name}/{metric}": value for metric, value in s.metrics.items()}
         return figures
 
-    def _save(self) -> None:
+    def _save(self, figures: dict[str, Tensor], tracker: Tracker | None) -> None:
+        """Save a checkpoint of weights whose last loss and gradients were finite."""
+        self._read(figures)
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
+        if tracker:
+            tracker.sync()
             model = self.accelerator.unwrap_model(self.objective).model
             state: dict[str, Any] = {"step": self.step, "optimizers": [o.state_dict() for o in self.optimizers]}
             if self.accelerator.scaler is not None:
                 state["scaler"] = self.accelerator.scaler.state_dict()
-            checkpoint.save(self.run_dir, self.step, model, self.tokenizer, state, self.settings.keep)
+            texts = self._record().texts()
+            checkpoint.save(self.run_dir, self.step, model, self.tokenizer, state, texts, self.settings.keep)
         self.accelerator.wait_for_everyone()
+
+    def _record(self) -> resume.Record:
+        facts = {
+            "step": self.step,
+            "processes": self.accelerator.num_processes,
+            "batch_size": self.settings.batch_size,
+            "forwards": self.forwards,
+            "device": self.accelerator.device.type,
+            "precision": self.accelerator.mixed_precision,
+            "memlm": memlm.__version__,
+            "torch": torch.__version__,
+        }
+        return resume.Record(self.config, self.mixture.manifests, facts)
 
     def _any(self, flag: bool) -> bool:
         if self.accelerator.num_processes == 1:
@@ -313,23 +322,15 @@ class Trainer:
         say(f"run: {self.run_dir}" + (f", going on from step {self.step}" if self.step else ""))
 
 
-def build_accelerator(hardware: Mapping[str, Any], gradient_accumulation: int) -> Accelerator:
+def build_accelerator(hardware: HardwareSettings) -> Accelerator:
     """accelerate's view of the machine; ``mixed_precision: auto`` is bf16 on GPUs that have it, else fp32."""
-    if hardware["device"] not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"hardware.device={hardware['device']!r} is unknown; use auto, cpu or cuda")
-    if hardware["device"] == "cuda" and not torch.cuda.is_available():
+    if hardware.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("hardware.device='cuda' but torch sees no GPU; use hardware.device=auto")
-    precision = hardware["mixed_precision"]
-    on_gpu = hardware["device"] != "cpu" and torch.cuda.is_available()
+    precision = hardware.mixed_precision
+    on_gpu = hardware.device != "cpu" and torch.cuda.is_available()
     if precision == "auto":
         precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no"
-    if precision not in ("no", "bf16", "fp16"):
-        raise ValueError(f"hardware.mixed_precision={precision!r} is unknown; use auto, no, bf16 or fp16")
-    return Accelerator(
-        cpu=not on_gpu,
-        mixed_precision=precision,
-        gradient_accumulation_steps=gradient_accumulation,
-    )
+    return Accelerator(cpu=not on_gpu, mixed_precision=precision)
 
 
 def model_config(settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> MemLMConfig:
@@ -340,22 +341,3 @@ def model_config(settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
         raise ValueError(f"model.vocab_size={size} is less than the tokenizer's {entries} entries; leave it out")
     special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     return MemLMConfig.from_hydra({**settings, **special, "vocab_size": size})
-
-
-def _same_run(run_dir: Path, folder: Path | None, config: dict[str, Any]) -> None:
-    """Refuse to go on in a directory whose run was another one; name the first key that differs."""
-    if folder is None or not (run_dir / "config.yaml").exists():
-        return
-    before = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
-    for key, old, new in _differences(before, config, ""):
-        if key.split(".")[0] not in _FREE:
-            raise ValueError(
-                f"{key}={new!r}, but the run in {run_dir} has {old!r}; choose another name=..., or delete {run_dir}"
-            )
-
-
-def _differences(a: Any, b: Any, key: str) -> list[tuple[str, Any, Any]]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        keys = [*a, *(k for k in b if k not in a)]
-        return [d for k in keys for d in _differences(a.get(k), b.get(k), f"{key}.{k}" if key else k)]
-    return [] if a == b else [(key, a, b)]

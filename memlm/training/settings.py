@@ -1,13 +1,23 @@
-"""The ``optim`` and ``train`` groups as dataclasses: types and ranges are checked before anything is built."""
+"""What a run is told, as dataclasses: types and ranges are checked before anything is built."""
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from memlm.memory.base import require
+from omegaconf import DictConfig, OmegaConf
+
+from memlm.memory.base import build_config, check_type, require
+
+# Of any number of steps, rows or batches: more is a slip of the hand.
+_MOST = 10**9
 
 
 @dataclass(frozen=True)
 class OptimSettings:
-    """lr, muon_lr: peaks for AdamW and Muon; final_lr: share of the peak at the last step; clip: gradient norm."""
+    """lr, muon_lr: peaks for AdamW and Muon; final_lr: share of the peak at the last step, or from ``schedule_steps``
+    on where that is set; clip: gradient norm.
+    """
 
     name: str
     lr: float
@@ -17,6 +27,7 @@ class OptimSettings:
     warmup_steps: int
     final_lr: float
     clip: float
+    schedule_steps: int | None = None
 
     def __post_init__(self) -> None:
         require(self.name in ("adamw", "muon"), f"name={self.name!r} is unknown; use adamw or muon")
@@ -28,18 +39,25 @@ class OptimSettings:
         require(len(self.betas) == 2 and numbers, f"betas={list(self.betas)} must be two numbers in [0, 1)")
         for name in ("weight_decay", "warmup_steps", "final_lr"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        for name in ("lr", "muon_lr", "weight_decay", "final_lr"):
+            value = getattr(self, name)
+            require(value is None or math.isfinite(value), f"{name}={value} must be a finite number")
+        require(self.warmup_steps <= _MOST, f"warmup_steps={self.warmup_steps} must be at most {_MOST:,}")
+        steps = self.schedule_steps
+        require(steps is None or 1 <= steps <= _MOST, f"schedule_steps={steps} must lie in [1, {_MOST:,}], or be null")
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """steps: optimiser steps; batch_size: rows of one forward of one process; lm_weight: of the language model's loss,
-    beside the mixers' own; *_every: in steps; validation_batches: batches of each validation; keep: checkpoints that
-    stay; init_from: the run, or the checkpoint's folder, whose weights a new run starts with.
+    """steps: optimiser steps; batch_size: rows of one step, over all processes; micro_batch_size: the most rows of one
+    forward on one device, null for all that fall to it; lm_weight: of the language model's loss, beside the mixers'
+    own; *_every: in steps; validation_batches: batches of each validation; keep: checkpoints that stay; init_from: the
+    run, or the checkpoint's folder, whose weights a new run starts with.
     """
 
     steps: int
     batch_size: int
-    gradient_accumulation: int
+    micro_batch_size: int | None
     gradient_checkpointing: bool
     lm_weight: float
     init_from: str | None
@@ -51,6 +69,72 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name not in ("gradient_checkpointing", "init_from", "lm_weight"):
-                require(value >= 1, f"{name}={value} must be a whole number, at least 1")
-        require(self.lm_weight >= 0, f"lm_weight={self.lm_weight} must not be negative")
+            if name not in ("gradient_checkpointing", "init_from", "lm_weight") and value is not None:
+                # A million rows are a list of as many places for them.
+                most = 10**6 if name == "batch_size" else _MOST
+                require(1 <= value <= most, f"{name}={value} must be a whole number in [1, {most:,}]")
+        require(0 <= self.lm_weight < math.inf, f"lm_weight={self.lm_weight} must not be negative, and be finite")
+
+    def forwards(self, processes: int) -> int:
+        """Forwards of one process in a step. Raises ValueError if the processes cannot have equally many rows."""
+        require(
+            self.batch_size % processes == 0,
+            f"train.batch_size={self.batch_size} rows of a step cannot be shared equally by {processes} processes; "
+            "make it a multiple of them",
+        )
+        rows = self.batch_size // processes
+        most = self.micro_batch_size or rows
+        return next(parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= most)
+
+
+@dataclass(frozen=True)
+class HardwareSettings:
+    """See configs/hardware/auto.yaml; ``kernels`` is checked by the ops themselves."""
+
+    device: str
+    mixed_precision: str
+    compile: bool
+    kernels: str
+
+    def __post_init__(self) -> None:
+        require(self.device in ("auto", "cpu", "cuda"), f"device={self.device!r} is unknown; use auto, cpu or cuda")
+        precisions = ("auto", "no", "bf16", "fp16")
+        known = self.mixed_precision in precisions
+        require(known, f"mixed_precision={self.mixed_precision!r} is unknown; use auto, no, bf16 or fp16")
+
+
+@dataclass(frozen=True)
+class TrackerSettings:
+    name: str
+    project: str | None
+
+    def __post_init__(self) -> None:
+        require(self.name in ("none", "wandb"), f"name={self.name!r} is unknown; use none or wandb")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """All groups of a run; ``config`` is where they came from, as plain values."""
+
+    config: dict[str, Any]
+    name: str
+    seed: int
+    run_dir: Path
+    train: TrainSettings
+    optim: OptimSettings
+    hardware: HardwareSettings
+    tracker: TrackerSettings
+
+    @classmethod
+    def of(cls, cfg: DictConfig) -> "RunSettings":
+        """Raises ValueError naming the key, the value and a fix."""
+        config = OmegaConf.to_container(cfg, resolve=True)
+        seed, run_dir = config["seed"], config["run_dir"]
+        check_type(seed, int, "seed")
+        require(0 <= seed < 2**63, f"seed={seed} must lie in [0, 2**63)")
+        named = isinstance(run_dir, str) and run_dir.strip()
+        require(bool(named), f"run_dir={run_dir!r} names no folder; leave it out, or name one")
+        types = (TrainSettings, OptimSettings, HardwareSettings, TrackerSettings)
+        groups = ("train", "optim", "hardware", "tracker")
+        built = (build_config(of, config[group], group) for of, group in zip(types, groups, strict=True))
+        return cls(config, str(config["name"]), seed, Path(run_dir), *built)

@@ -1,34 +1,33 @@
 """Figures of a run: always ``metrics.jsonl``, and Weights & Biases where asked for."""
 
 import json
+import os
+import uuid
 from pathlib import Path
-from typing import Any
+
+from memlm import files
+from memlm.training.settings import RunSettings
 
 
 class Tracker:
     """Appends to ``run_dir/metrics.jsonl``; a resumed run first drops what lies beyond its step."""
 
-    def __init__(self, run_dir: Path, name: str, tracker: dict[str, Any], config: dict[str, Any], step: int) -> None:
-        if tracker["name"] not in ("none", "wandb"):
-            raise ValueError(f"tracker.name={tracker['name']!r} is unknown; use none or wandb")
-        self.path = run_dir / "metrics.jsonl"
-        lines = [line for line in _whole_lines(self.path) if _before(json.loads(line), step)]
-        partial = self.path.with_suffix(".tmp")
-        partial.write_text("".join(f"{line}\n" for line in lines))
-        partial.replace(self.path)
+    def __init__(self, settings: RunSettings, step: int) -> None:
+        self.path = settings.run_dir / "metrics.jsonl"
+        kept = [line for line in read_metrics(self.path) if _before(line, step)]
+        files.write(self.path, "".join(f"{json.dumps(line)}\n" for line in kept))
         self._file = self.path.open("a")
         self._run = None
-        if tracker["name"] == "wandb":
+        if settings.tracker.name == "wandb":
             import wandb
 
-            run_id = "-".join(run_dir.parts[-2:])
             self._run = wandb.init(
-                project=tracker["project"],
-                name=name,
-                id=run_id,
+                project=settings.tracker.project,
+                name=settings.name,
+                id=_wandb_id(settings.run_dir),
                 resume="allow",
-                dir=str(run_dir),
-                config=config,
+                dir=str(settings.run_dir),
+                config=settings.config,
             )
 
     def log(self, step: int, figures: dict[str, float]) -> None:
@@ -37,33 +36,47 @@ class Tracker:
         if self._run is not None:
             self._run.log(figures, step=step)
 
-    def close(self) -> None:
+    def sync(self) -> None:
+        """Have the disk hold all lines: a checkpoint is never ahead of them."""
+        os.fsync(self._file.fileno())
+
+    def close(self, failed: bool) -> None:
         self._file.close()
         if self._run is not None:
-            self._run.finish()
+            self._run.finish(exit_code=int(failed))
+
+
+def _wandb_id(run_dir: Path) -> str:
+    """The run's name at Weights & Biases, drawn once: folders of one name on two machines are two runs."""
+    path = run_dir / "wandb-id"
+    if not path.exists():
+        files.write(path, uuid.uuid4().hex[:12])
+    return path.read_text().strip()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a ``metrics.jsonl``; a torn last line is left out."""
-    return [json.loads(line) for line in _whole_lines(path)]
+    """The lines of a ``metrics.jsonl``. Torn ones are left out, and figures that are no numbers."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict) and type(line.get("step")) is int:
+            lines.append({name: value for name, value in line.items() if type(value) in (int, float)})
+    return lines
+
+
+def is_validated(run_dir: Path, step: int) -> bool:
+    """Whether the figures of a validation after ``step`` steps stand in the run's ``metrics.jsonl``."""
+    return any(line["step"] == step and "loss" not in line for line in read_metrics(run_dir / "metrics.jsonl"))
 
 
 def _before(line: dict[str, float], step: int) -> bool:
     """Whether a line was written before the checkpoint of ``step``: batches up to step - 1, validation of step."""
     return line["step"] < step or (line["step"] == step and "loss" not in line)
-
-
-def _whole_lines(path: Path) -> list[str]:
-    if not path.exists():
-        return []
-    whole = []
-    for line in path.read_text().splitlines():
-        try:
-            json.loads(line)
-        except json.JSONDecodeError:
-            break
-        whole.append(line)
-    return whole
 
 
 def _short(value: float) -> float:

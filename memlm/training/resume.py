@@ -1,0 +1,167 @@
+"""Whether a checkpoint is one of the run that is asked for: settings that change the result, the model, the data."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from transformers import PreTrainedTokenizerBase
+from yaml import YAMLError
+
+from memlm import files
+from memlm.configuration import MemLMConfig
+from memlm.data import check_manifest
+from memlm.data.tokenizer import fingerprint
+from memlm.hub import load_tokenizer
+from memlm.training.checkpoint import FACTS
+
+CONFIG = "config.yaml"
+# Settings of a run, not of its result: where it is, how its rows are cut, how often it is shown and saved.
+_PLACES = r"name|run_dir|tracker\..*|data\.cache_dir"
+_FREE = re.compile(
+    rf"{_PLACES}|hardware\..*|train\.(micro_batch_size|gradient_checkpointing|keep)"
+    r"|train\.((log|validate|save)_every|validation_batches)"
+)
+# Compared by what they lead to: the schedule, the model's configuration, the tokens.
+_ELSEWHERE = re.compile(r"train\.steps|optim\.schedule_steps|model\..*|data\.tokenizer(\..*)?")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a checkpoint tells of its run: ``config``, its settings; ``manifests``, the files of each source that has
+    any; ``facts``, its step and where it ran. What earlier versions did not keep is empty.
+    """
+
+    config: dict[str, Any]
+    manifests: dict[str, Any]
+    facts: dict[str, Any]
+
+    def texts(self) -> dict[str, str]:
+        """The files that hold it, by name."""
+        manifests = {f"manifest-{name}.json": json.dumps(m, indent=1) for name, m in self.manifests.items()}
+        config = OmegaConf.to_yaml(OmegaConf.create(self.config))
+        return {CONFIG: config, **manifests, FACTS: json.dumps(self.facts, indent=1)}
+
+    @classmethod
+    def read(cls, run_dir: Path, folder: Path) -> "Record":
+        """That of a checkpoint, or, if it is of an earlier version, what can be read of it in the run directory."""
+        facts = files.read_json(folder / FACTS) if (folder / FACTS).exists() else {}
+        place = folder if facts else run_dir
+        try:
+            config = OmegaConf.to_container(OmegaConf.load(place / CONFIG))
+        except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+            config = None
+        if not isinstance(config, dict) or not all(
+            isinstance(config.get(g), dict) for g in ("data", "optim", "train")
+        ):
+            config = {}
+        manifests = {}
+        for path in place.glob("manifest-*.json"):
+            try:
+                manifests[path.stem.removeprefix("manifest-")] = files.read_json(path)
+            except ValueError:
+                if facts:
+                    raise
+        return cls(config, manifests, facts)
+
+    def compare_settings(self, run_dir: Path, now: dict[str, Any], processes: int) -> list[str]:
+        """Lines on what differs and may.
+
+        Raises ValueError, naming the key and the way on, for the first setting that changes the result.
+        """
+        if not self.config:
+            return [
+                f"{run_dir / CONFIG}: cannot be read; going on, but the run's settings are not compared with these"
+            ]
+        before, lines = _with_global_batch(self.config, processes)
+        changed = []
+        for key, old, new in _differences(before, now, ""):
+            source = re.fullmatch(r"data\.sources\.([^.]+)\.paths", key)
+            if _FREE.fullmatch(key):
+                changed += [] if re.fullmatch(_PLACES, key) else [f"{key} {_as_typed(old)} -> {_as_typed(new)}"]
+            elif not _ELSEWHERE.fullmatch(key) and not (source and source[1] in self.manifests):
+                known = _has(before, key)
+                said = f"has {_as_typed(old)}" if known else "was begun without it"
+                fix = f"set {key}={_as_typed(old)}" if known else "leave it out"
+                raise ValueError(
+                    f"{key}={_as_typed(new)}, but the run in {run_dir} {said}; {fix} to go on with that run, or "
+                    "choose another name=..."
+                )
+        _compare_schedules(run_dir, before, now)
+        if (old := before["train"]["steps"]) != (new := now["train"]["steps"]):
+            changed.append(f"train.steps {old} -> {new}")
+        if (old := self.facts.get("processes", processes)) != processes:
+            changed.append(f"processes {old} -> {processes}, each step still of {now['train']['batch_size']} rows")
+        return [*lines, *([f"changed since: {', '.join(changed)}"] if changed else [])]
+
+    def compare_data(self, folder: Path, tokenizer: PreTrainedTokenizerBase, manifests: dict[str, Any]) -> None:
+        """Raise ValueError, naming the source, if texts or tokens are not those that the run began with."""
+        if fingerprint(load_tokenizer(folder)) != fingerprint(tokenizer):
+            raise ValueError(
+                f"data.tokenizer: its tokens are others than those of {folder}; set data.tokenizer={folder} to go on "
+                "with that run, or choose another name=..."
+            )
+        for name, now in manifests.items():
+            if name in self.manifests:
+                check_manifest(name, self.manifests[name], now)
+
+
+def compare_models(run_dir: Path, before: MemLMConfig, now: MemLMConfig) -> None:
+    """Raise ValueError for the first setting of the model that differs, defaults written out."""
+    there, here = ({name: getattr(c, name) for name in MemLMConfig.__annotations__} for c in (before, now))
+    for key, old, new in _differences(there, here, "model"):
+        if key != "model.use_cache":
+            raise ValueError(
+                f"{key}={_as_typed(new)}, but the model of the run in {run_dir} has {_as_typed(old)}; set "
+                f"{key}={_as_typed(old)} to go on with that run, or choose another name=..."
+            )
+
+
+def _compare_schedules(run_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    old, new = (c["optim"].get("schedule_steps") or c["train"]["steps"] for c in (before, now))
+    # A share of 1 at the end is a constant rate.
+    if old == new or now["optim"]["final_lr"] == 1:
+        return
+    key = "optim.schedule_steps" if now["optim"].get("schedule_steps") else "train.steps"
+    raise ValueError(
+        f"{key}={new}, but the learning rate of the run in {run_dir} falls until step {old}; add "
+        f"optim.schedule_steps={old} to keep to that, and to its last rate from there, or begin a run of another name "
+        f"with train.init_from={run_dir}"
+    )
+
+
+def _with_global_batch(config: dict[str, Any], processes: int) -> tuple[dict[str, Any], list[str]]:
+    """Settings of before train.batch_size counted all rows of a step, as today's; a line where rows change by it."""
+    train = dict(config["train"])
+    if "gradient_accumulation" not in train:
+        return config, []
+    parts, rows = train.pop("gradient_accumulation"), train["batch_size"]
+    train |= {"batch_size": rows * parts * processes, "micro_batch_size": None}
+    line = (
+        f"begun with train.gradient_accumulation={parts} and train.batch_size={rows} rows of a forward: from here on "
+        f"train.batch_size={train['batch_size']} counts all rows of a step, and these may be others"
+    )
+    return {**config, "train": train}, [line] if parts > 1 else []
+
+
+def _differences(a: Any, b: Any, key: str) -> list[tuple[str, Any, Any]]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = [*a, *(k for k in b if k not in a)]
+        return [d for k in keys for d in _differences(a.get(k), b.get(k), f"{key}.{k}" if key else k)]
+    return [] if a == b else [(key, a, b)]
+
+
+def _has(config: Any, key: str) -> bool:
+    for name in key.split("."):
+        if not isinstance(config, dict) or name not in config:
+            return False
+        config = config[name]
+    return True
+
+
+def _as_typed(value: Any) -> str:
+    """A value as on a command line."""
+    return value if isinstance(value, str) else json.dumps(value)

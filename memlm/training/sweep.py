@@ -1,0 +1,108 @@
+"""Members of a Hydra sweep (``-m``): each is a process with a folder of its own, and one that fails ends none of the
+others.
+"""
+
+import hashlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections import deque
+from pathlib import Path
+from types import FrameType
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from memlm import files
+from memlm.cli import TRACED
+from memlm.training.interrupt import Stopped
+
+FAILED = "failed.txt"
+# These stand in the default run_dir.
+_NAMED = {"name", "seed", "memory"}
+_failed: list[str] = []
+
+
+def is_member() -> bool:
+    return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def run_member(cfg: DictConfig) -> None:
+    """Run the member that ``cfg`` describes as a command of its own.
+
+    Its failure is recorded in its folder. Raises ``Stopped`` where a signal ends it, and with it the sweep.
+    """
+    if "WORLD_SIZE" in os.environ:
+        raise ValueError("a sweep starts its members one after another; call torchrun for each, without -m")
+    overrides = [*HydraConfig.get().overrides.task]
+    run_dir = member_dir(str(cfg.run_dir), overrides, sys.argv[1:])
+    print(f"sweep: {run_dir}", flush=True)
+    quoted = run_dir.replace("\\", "\\\\").replace("'", "\\'")
+    command = [sys.executable, sys.argv[0], *(o for o in overrides if _key(o) != "run_dir"), f"run_dir='{quoted}'"]
+    code, told = _passed_on(command)
+    record = Path(run_dir, FAILED)
+    if code in (128 + s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)):
+        raise Stopped(code - 128)
+    if code == 0:
+        record.unlink(missing_ok=True)
+    else:
+        files.write(record, f"exit code {code}\n{shlex.join(command)}\n{told}")
+        _failed.append(run_dir)
+
+
+def end_sweep() -> None:
+    """Raise ValueError if members failed."""
+    if _failed:
+        raise ValueError(f"{len(_failed)} of the sweep's runs failed, see {FAILED} in each: {', '.join(_failed)}")
+
+
+def member_dir(run_dir: str, overrides: list[str], arguments: list[str]) -> str:
+    """``run_dir`` with those overrides behind it that differ between members and that its name does not tell."""
+    plain = [a for a in arguments if not a.startswith("-")]
+    parsed = OverridesParser.create().parse_overrides(plain)
+    swept = {o.key_or_group for o in parsed if o.is_sweep_override()}
+    told = set() if any(_key(a) == "run_dir" for a in plain) else _NAMED
+    chosen = ",".join(o.lstrip("+~") for o in overrides if _key(o) in swept - told)
+    if not chosen:
+        return run_dir
+    name = re.sub(r"[^\w.,=+-]", "_", chosen)
+    if name != chosen or len(name) > 100:
+        name = f"{name[:100]}-{hashlib.sha256(chosen.encode()).hexdigest()[:8]}"
+    return f"{run_dir},{name}"
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def _passed_on(command: list[str]) -> tuple[int, str]:
+    """Exit code of a command, and the end of its errors, which appear as they come. It is sent this process's signals
+    once: in a session of its own, a terminal does not send them too.
+    """
+    # Where user_errors has Hydra raise, the child's is to print.
+    environment = {name: value for name, value in os.environ.items() if TRACED or name != "HYDRA_FULL_ERROR"}
+    process = subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+    )
+
+    def send(number: int, frame: FrameType | None) -> None:
+        process.send_signal(number)
+
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {s: signal.signal(s, send) for s in signals}
+    try:
+        tail = deque[str](maxlen=100)
+        for line in process.stderr or ():
+            sys.stderr.write(line)
+            tail.append(line)
+        code = process.wait()
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+    # A child that a signal killed has its number below 0, where shells have it above 128.
+    return (128 - code if code < 0 else code), "".join(tail)
