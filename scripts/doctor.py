@@ -14,6 +14,15 @@ from typing import Any
 
 import torch
 
+try:
+    import triton  # noqa: F401
+except ImportError:
+    pass
+except Exception as error:
+    # torch's compiler, which the ops need, does not import then.
+    said = f"{type(error).__name__}: {error}"
+    sys.exit(f"triton is installed and does not import: {said}; mend it, or pip uninstall triton")
+
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent / "kernels")]
 
 import memlm_kernels as ops  # noqa: E402
@@ -133,7 +142,7 @@ def main() -> None:
     say("float32 in Triton", float32())
     for op in TOO_MUCH:
         known = with_triton(x(1, 1), None)
-        available, refused = with_fla(known, x(1, 1), None) if op in FLA else known
+        available, refused = with_fla(known, "fla", x(1, 1), None) if op in FLA else known
         first, because = available[0], None if "triton" in refused else against_triton(x(1, 1), products=True)
         if op == "prefix_window_attention" and first == "reference":
             first = "sdpa"

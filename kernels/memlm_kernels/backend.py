@@ -3,7 +3,7 @@
 """
 
 import functools
-import importlib.util
+import importlib
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -150,13 +150,31 @@ def architecture(device: torch.device) -> str:
     return found.gcnArchName.partition(":")[0] if torch.version.hip else f"sm_{found.major}{found.minor}"
 
 
+def asks_for(name: str, backend: str) -> bool:
+    """Whether a call with ``backend`` asks for the backend ``name``, or the setting does."""
+    return name == (_asked if backend == "auto" else backend)
+
+
 @torch.compiler.assume_constant_result
 def missing_triton(device_type: str) -> str | None:
     """Why Triton's kernels cannot run on a kind of device, None if they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install 'memlm[cpu-kernels]', or a torch that brings it)"
+    if reason := missing("Triton", "triton.knobs", "pip install 'memlm[cpu-kernels]', or a torch that brings it"):
+        return reason
     from triton import knobs
 
     if device_type == "cuda" or (knobs.runtime.interpret and device_type == "cpu"):
         return None
     return f"Triton compiles nothing for {device_type}; for tests TRITON_INTERPRET=1 interprets its kernels"
+
+
+@functools.cache
+def missing(name: str, module: str, fix: str) -> str | None:
+    """Why a package cannot be used, None if it can: only importing it, once, tells."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
+            return f"{name} is not installed ({fix})"
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return f"{name} is installed and does not import: {said}; install it again ({fix})"
+    return None

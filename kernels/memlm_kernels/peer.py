@@ -7,9 +7,7 @@ other, and what is padding becomes a last segment of its row. Then it asks the d
 B rows, T tokens of a row, S segments of a row, H heads, K key dim, V value dim.
 """
 
-import functools
 import importlib.metadata
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -17,18 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlm_kernels.backend import DTYPES, architecture, missing_triton
+from memlm_kernels.backend import DTYPES, architecture, asks_for, missing, missing_triton
 from memlm_kernels.checks import in_one_type
 from memlm_kernels.segments import segments_of
 
 
 def with_fla(
-    known: tuple[tuple[str, ...], dict[str, str]], q: Tensor, limit: str | None
+    known: tuple[tuple[str, ...], dict[str, str]], backend: str, q: Tensor, limit: str | None
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """What ``choose`` takes, with the backend ``fla``, which runs when asked for: ``auto`` never takes it.
 
     known: what ``with_triton`` gave; limit: what of the call fla does not take
     """
+    if not asks_for("fla", backend):
+        # Importing it takes seconds.
+        return known
     available, refused = known
     reason = _missing(q.device.type) or limit
     if q.dtype not in DTYPES:
@@ -39,15 +40,13 @@ def with_fla(
 
 @torch.compiler.assume_constant_result
 def _missing(device_type: str) -> str | None:
-    return _unusable() or missing_triton(device_type)
-
-
-@functools.cache
-def _unusable() -> str | None:
-    # Looking for what is not there takes as long as a small op.
-    if importlib.util.find_spec("fla") is None:
-        return "flash-linear-attention is not installed (pip install 'memlm[fla]')"
-    found = importlib.metadata.version("fla-core")
+    reason = missing("flash-linear-attention", "fla.ops", "pip install 'memlm[fla]'") or missing_triton(device_type)
+    if reason:
+        return reason
+    try:
+        found = importlib.metadata.version("fla-core")
+    except importlib.metadata.PackageNotFoundError:
+        found = "of no version"
     return None if found.startswith("0.6.") else f"flash-linear-attention {found} has other signatures; use 0.6"
 
 

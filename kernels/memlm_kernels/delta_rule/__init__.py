@@ -43,7 +43,7 @@ def delta_rule(
     q, k, v = as_autocast(q, k, v)
     limit = None if q.shape[-1] <= 256 else f"its kernels take keys of at most 256 channels, not K={q.shape[-1]}"
     known = with_triton(q, limit, v, cu_seqlens)
-    chosen = choose("delta_rule", backend, *with_fla(known, q, limit_of(q, v, log_decay, beta)))
+    chosen = choose("delta_rule", backend, *with_fla(known, backend, q, limit_of(q, v, log_decay, beta)))
     if chosen == "reference" or q.numel() == 0:
         return delta_rule_reference(q, k, v, beta, log_decay, cu_seqlens, state)
     if chosen == "fla":

@@ -41,7 +41,7 @@ def linear_attention(
     cu_seqlens = check_recurrence(q, k, v, {"log_decay": log_decay}, cu_seqlens, state, ["log_decay"])
     q, k, v = as_autocast(q, k, v)
     known = with_triton(q, _limit(q, log_decay), v, cu_seqlens)
-    chosen = choose("linear_attention", backend, *with_fla(known, q, limit_of(q, v, log_decay, None)))
+    chosen = choose("linear_attention", backend, *with_fla(known, backend, q, limit_of(q, v, log_decay, None)))
     if chosen == "reference" or q.numel() == 0:
         return linear_attention_reference(q, k, v, log_decay, cu_seqlens, state)
     if chosen == "fla":
