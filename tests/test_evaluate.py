@@ -27,8 +27,8 @@ from memlm.data import (
 )
 from memlm.evaluation import run as evaluate
 from memlm.evaluation.ablation import memory_off
+from memlm.evaluation.data import read_on
 from memlm.evaluation.measures import bank, interleaved, needles, recall, text_by_position
-from memlm.evaluation.run import _read_on
 from memlm.training import run as train
 from memlm.training.objective import score
 from tests.conftest import build, composed
@@ -161,7 +161,7 @@ def test_questions_are_read_on_too(tmp_path, monkeypatch):
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, records(80))))
     questions = Questions(str(tmp_path / "questions.jsonl"), tmp_path)
     source = QuestionSource(questions, byte_tokenizer(), 900, 0, templates="interleave")
-    library, (way, (linked,)) = source.library("test", 9, 4), _read_on(source, 9, 4)
+    library, (way, (linked,)) = source.library("test", 9, 4), read_on(source, 9, 4)
     assert [ids for _, ids in way.documents(linked.texts, byte_tokenizer())] == [d.tolist() for d in library.documents]
     names, said = [], {}
     for i, (question, answer, ((name,),)) in enumerate(linked.chains):
@@ -173,7 +173,7 @@ def test_questions_are_read_on_too(tmp_path, monkeypatch):
     model = build("msa", chunk_size=4, top_k=2)
     got = interleaved(model, byte_tokenizer(), "questions", way, [linked], 4)
     assert (got.documents, got.questions, got.hops, got.exact) == (9, 4, [0.5], 0.75)
-    assert _read_on(QuestionSource(questions, byte_tokenizer(), 900, 0), 9, 4) is None
+    assert read_on(QuestionSource(questions, byte_tokenizer(), 900, 0), 9, 4) is None
 
 
 def test_text_by_position_equals_one_long_forward():
@@ -277,7 +277,7 @@ def test_an_evaluation_leaves_a_table_results_and_a_report_that_stands_alone(tra
     out = trained / "titans_mag-seed0" / "evaluation"
     results = json.loads((out / "results.json").read_text())
     assert set(results["models"]) == {"titans_mag", "control (none)"}
-    assert len(results["models"]["control (none)"]["needles"]) == 4
+    assert len(results["models"]["control (none)"]["needles"]["passkey"]) == 4
     assert {"commit", "torch", "device"} <= set(results["environment"])
     manifest = json.loads((trained / "none-seed0" / "manifest-text.json").read_text())
     assert len(manifest["files"]) == 40 and len(results["corpora"]["text"]) == 32
@@ -319,7 +319,7 @@ def test_an_evaluation_of_banks(tmp_path, capsys):
     with pytest.raises(ValueError, match="step_000001 has no bank: model"):
         evaluate(composed(*options, f"checkpoint={tmp_path}/none-seed0", "control=null", config="evaluate"))
     with pytest.raises(ValueError, match="data has no documents"):
-        evaluate(composed(*options, *paths, "data=recall", config="evaluate"))
+        evaluate(composed(*options, *paths, "data=recall", "data.seq_len=128", config="evaluate"))
 
 
 def test_an_evaluation_of_reading_on(tmp_path, capsys):
@@ -351,7 +351,7 @@ def test_an_evaluation_with_memory_off_stands_beside_the_other(trained, tmp_path
     on, off = (json.loads((f / "results.json").read_text())["models"] for f in (tmp_path / "on", folder))
     assert list(off) == ["titans_mag (memory off)", "control (none)"]
     assert off["control (none)"] == on["control (none)"]
-    bits = [m["text"]["carried"]["bits_per_byte"] for m in (on["titans_mag"], off["titans_mag (memory off)"])]
+    bits = [m["text"]["text"]["carried"]["bits_per_byte"] for m in (on["titans_mag"], off["titans_mag (memory off)"])]
     assert bits[0] != bits[1]
     assert "<h1>memlm: titans_mag (memory off), control (none)</h1>" in (folder / "report.html").read_text()
 
@@ -371,9 +371,17 @@ def test_a_checkpoint_without_a_run_needs_data(trained, tmp_path):
     bare.mkdir()
     for file in folder.iterdir():
         (bare / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(ValueError, match="add data="):
+    evaluate(evaluated(trained, f"checkpoint={bare}", f"out={tmp_path}/own", "control=null", "eval.text_documents=0"))
+    assert json.loads((tmp_path / "own" / "results.json").read_text())["models"]["bare"]["step"] == 3
+    for name in ("config.yaml", "run.json"):
+        (bare / name).unlink()
+    with pytest.raises(ValueError, match=r"add data=\.\.\."):
         evaluate(evaluated(trained, f"checkpoint={bare}", f"out={tmp_path}/out"))
-    evaluate(evaluated(trained, f"checkpoint={bare}", f"out={tmp_path}/out", "data=recall", "control=null"))
+    evaluate(
+        evaluated(
+            trained, f"checkpoint={bare}", f"out={tmp_path}/out", "data=recall", "data.seq_len=128", "control=null"
+        )
+    )
     assert (tmp_path / "out" / "results.json").exists()
 
 

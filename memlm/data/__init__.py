@@ -11,7 +11,7 @@ from .retrieval import ANSWER, Chain, Facts, Inquiry, Library, Linked, Retrieval
 from .row import IGNORE_INDEX, SPLITS, Row, Source
 from .templates import Templates, Writer
 from .text import TextCorpus, TextSource
-from .tokenizer import byte_tokenizer, load_tokenizer, token_bytes
+from .tokenizer import byte_tokenizer, fingerprint, is_byte_tokenizer, load_tokenizer, token_bytes
 
 __all__ = [
     "ANSWER",
@@ -44,6 +44,8 @@ __all__ = [
     "build_data",
     "byte_tokenizer",
     "check_manifest",
+    "fingerprint",
+    "is_byte_tokenizer",
     "left_out",
     "load_tokenizer",
     "make_sample",

@@ -16,7 +16,7 @@ _SCALE = LinearSegmentedColormap.from_list("needle", ["#F0496E", "#EBB839", "#0C
 _COLOURS = ("#2563eb", "#64748b", "#d97706", "#0f766e")
 
 
-def needle_map(grids: dict[str, list[dict]], training_length: int) -> Figure:
+def needle_map(grids: dict[str, list[dict]], training_length: int | None) -> Figure:
     """Heat maps side by side, length to the right, depth downwards; the training length is a dashed line."""
     figure, axes = plt.subplots(
         1, len(grids), figsize=(1.2 + 4.4 * len(grids), 4.0), sharey=True, layout="constrained", squeeze=False

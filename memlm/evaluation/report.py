@@ -7,6 +7,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from memlm import files
+
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2rem auto; padding: 0 1rem; color: #1e293b }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
@@ -50,16 +52,14 @@ class Report:
         self._parts.append(f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">')
 
     def write(self, folder: Path) -> Path:
-        """Write ``report.html`` and ``plots/*.png``; returns the page."""
-        (folder / "plots").mkdir(parents=True, exist_ok=True)
+        """Write ``plots/*.png``, then ``report.html``; returns the page."""
         for name, data in self._pictures.items():
-            (folder / "plots" / f"{name}.png").write_bytes(data)
+            files.write(folder / "plots" / f"{name}.png", data)
         title = html.escape(self.title)
-        page = (
-            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
-            f"<h1>{title}</h1>{''.join(self._parts)}</html>"
-        )
         path = folder / "report.html"
-        path.with_suffix(".tmp").write_text(page)
-        path.with_suffix(".tmp").replace(path)
+        files.write(
+            path,
+            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+            f"<h1>{title}</h1>{''.join(self._parts)}</html>",
+        )
         return path

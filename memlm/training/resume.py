@@ -21,7 +21,7 @@ from memlm.training.checkpoint import FACTS
 CONFIG = "config.yaml"
 # Settings of a run, not of its result: where it is, how its rows are cut, how often it is shown and saved.
 _PLACES = r"name|run_dir|tracker\..*|data\.cache_dir"
-_FREE = re.compile(
+FREE = re.compile(
     rf"{_PLACES}|hardware\..*|train\.(micro_batch_size|gradient_checkpointing|keep)"
     r"|train\.((log|validate|save)_every|validation_batches)"
 )
@@ -52,7 +52,7 @@ class Record:
         place = folder if facts else run_dir
         try:
             config = OmegaConf.to_container(OmegaConf.load(place / CONFIG))
-        except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        except (OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException):
             config = None
         if not isinstance(config, dict) or not all(
             isinstance(config.get(g), dict) for g in ("data", "optim", "train")
@@ -80,7 +80,7 @@ class Record:
         changed = []
         for key, old, new in _differences(before, now, ""):
             source = re.fullmatch(r"data\.sources\.([^.]+)\.paths", key)
-            if _FREE.fullmatch(key):
+            if FREE.fullmatch(key):
                 changed += [] if re.fullmatch(_PLACES, key) else [f"{key} {_as_typed(old)} -> {_as_typed(new)}"]
             elif not _ELSEWHERE.fullmatch(key) and not (source and source[1] in self.manifests):
                 known = _has(before, key)

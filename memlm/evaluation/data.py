@@ -1,0 +1,149 @@
+"""The data of an evaluation, in the tokens of each model.
+
+T tokens of a document.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import count, islice
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedTokenizerFast
+
+from memlm.data import (
+    TEMPLATES,
+    Chains,
+    Facts,
+    Library,
+    Linked,
+    Mixture,
+    QuestionSource,
+    RecallSource,
+    Source,
+    TextSource,
+    build_data,
+    check_manifest,
+    fingerprint,
+    token_bytes,
+)
+from memlm.evaluation.subject import Subject, differences, flat
+from memlm.interleave import Interleave
+
+
+@dataclass
+class Examined:
+    """A subject, and the data in its tokens."""
+
+    subject: Subject
+    tokenizer: PreTrainedTokenizerFast
+    mixture: Mixture
+
+
+def data_config(given: DictConfig, subject: Subject) -> dict[str, Any]:
+    """The data to evaluate on: sources as named, or those of the run; tokens and length of a row are the checkpoint's
+    unless named.
+    """
+    named = OmegaConf.to_container(given, resolve=True)
+    trained = subject.record.config.get("data")
+    trained = trained if isinstance(trained, dict) else {}
+    data = named if "sources" in named else {**trained, **{k: v for k, v in named.items() if v is not None}}
+    if "sources" not in data:
+        raise ValueError(
+            f"{subject.folder}: no config.yaml can be read that tells its data; add data=... and data.seq_len=..."
+        )
+    data["tokenizer"] = named["tokenizer"] or str(subject.folder)
+    data["seq_len"] = named["seq_len"] or trained.get("seq_len")
+    if data["seq_len"] is None:
+        raise ValueError(
+            f"{subject.folder}: no config.yaml can be read that tells its data.seq_len; add data.seq_len=..."
+        )
+    return data
+
+
+def examine(subject: Subject, data: dict[str, Any], seed: int) -> Examined:
+    """Raises ValueError for data that the model cannot read."""
+    sources = data["sources"]
+    if isinstance(sources, dict):
+        # Sources are measured one by one: weights, which would have to fit a batch, mean nothing.
+        sources = {name: {**o, "weight": 1} if isinstance(o, dict) else o for name, o in sources.items()}
+    try:
+        tokenizer, mixture = build_data({**data, "sources": sources}, seed=seed, batch_size=max(1, len(sources)))
+    except ValueError as error:
+        raise ValueError(f"{error} (data.seq_len={data['seq_len']}, as trained unless set here)") from None
+    if len(tokenizer) > subject.model.config.vocab_size:
+        raise ValueError(
+            f"data.tokenizer has {len(tokenizer)} entries, {subject.folder} embeds {subject.model.config.vocab_size}; "
+            "leave data.tokenizer out"
+        )
+    return Examined(subject, tokenizer, mixture)
+
+
+def untrained(data: dict[str, Any], subject: Subject) -> dict[str, list[Any]]:
+    """Settings of the data that differ from those that a subject was trained on, here and there."""
+    trained = subject.record.config.get("data")
+    if not isinstance(trained, dict):
+        return {}
+    apart = {"tokenizer", "cache_dir", "noise_ramp"}
+    here, there = (flat({k: v for k, v in d.items() if k not in apart}, "data.") for d in (data, trained))
+    return {k: values for k, values in differences([here, there]).items() if not k.endswith(".weight")}
+
+
+def changed_files(one: Examined) -> list[str]:
+    """A line for each source whose files are not those that the model was trained on."""
+    changed = []
+    for name, manifest in one.mixture.manifests.items():
+        try:
+            if name in one.subject.record.manifests:
+                check_manifest(name, one.subject.record.manifests[name], manifest)
+        except ValueError as error:
+            changed.append(str(error))
+    return changed
+
+
+def texts(examined: Sequence[Examined], documents: int, length: int) -> list[dict[str, list[np.ndarray]]]:
+    """Tokens [T] of test documents of each source of text, for each model.
+
+    Models of other tokens are given the same bytes: those that the first ``length`` tokens of every model hold.
+    """
+    names = [name for name, source in examined[0].mixture.sources.items() if isinstance(source, TextSource)]
+    sizes = {fingerprint(one.tokenizer): token_bytes(one.tokenizer) for one in examined} if names else {}
+    found: list[dict[str, list[np.ndarray]]] = [{name: [] for name in names} for _ in examined]
+    for name in names:
+        corpora = [one.mixture.sources[name].corpus.documents("test") for one in examined]
+        for versions in islice(zip(*corpora, strict=True), documents):
+            tokens = [document[:length] for _, document in versions]
+            if len(sizes) > 1:
+                ends = [sizes[fingerprint(o.tokenizer)][t].cumsum() for o, t in zip(examined, tokens, strict=True)]
+                last = min(end[-1] for end in ends)
+                tokens = [t[: np.searchsorted(end, last, "right")] for t, end in zip(tokens, ends, strict=True)]
+            for of_model, piece in zip(found, tokens, strict=True):
+                of_model[name].append(piece)
+    return found
+
+
+def has_documents(source: Source) -> bool:
+    """Whether there are test documents, and questions about them."""
+    task = source.task if isinstance(source, RecallSource) else source
+    return isinstance(task, Facts | Chains | QuestionSource)
+
+
+def library(source: Source, documents: int, questions: int) -> Library | None:
+    """Test documents of a source that has such, and questions about them."""
+    if isinstance(source, RecallSource) and isinstance(source.task, Facts):
+        return source.task.library(source.seed, "test", documents, questions)
+    return source.library("test", documents, questions) if isinstance(source, QuestionSource) else None
+
+
+def read_on(source: Source, documents: int, questions: int) -> tuple[Interleave, Iterable[Linked]] | None:
+    """How questions of a source are answered by reading on, and test documents with such, where it has any."""
+    if isinstance(source, RecallSource) and isinstance(task := source.task, Chains):
+        way = Interleave(**TEMPLATES, max_rounds=task.hops, max_new_tokens=task.length)
+        return way, (task.linked(source.seed, "test", index, documents) for index in count())
+    if isinstance(source, QuestionSource) and source.templates.named:
+        linked = source.linked("test", documents, questions)
+        answered = linked._replace(chains=[chain for chain in linked.chains if chain.answer])
+        way = Interleave(**asdict(source.templates), max_rounds=1, max_new_tokens=min(source.seq_len, 2048))
+        return (way, [answered]) if answered.chains else None
+    return None

@@ -1,0 +1,122 @@
+"""What is evaluated: a model, and the facts that its checkpoint and its run hold of it."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from memlm.data import fingerprint, is_byte_tokenizer
+from memlm.hub import load_model, load_tokenizer
+from memlm.modeling import MemLMForCausalLM, count_parameters
+from memlm.training import checkpoint
+from memlm.training.resume import FREE, Record
+
+
+@dataclass
+class Subject:
+    """A model under evaluation and where it comes from.
+
+    record: of its run, empty where there is none; step: of the checkpoint, None if unknown; lines: on newer
+    checkpoints that are damaged; memory_off: measured without its long-term memory.
+    """
+
+    name: str
+    folder: Path | str
+    run_dir: Path | None
+    model: MemLMForCausalLM
+    tokenizer: PreTrainedTokenizerFast
+    record: Record
+    step: int | None
+    lines: list[str]
+    memory_off: bool = False
+
+    @property
+    def steps(self) -> int | None:
+        """Steps that its run is to take."""
+        return _at(self.record.config, "train.steps", int)
+
+    @property
+    def trained_length(self) -> int | None:
+        """Tokens of a row in its training."""
+        return _at(self.record.config, "data.seq_len", int)
+
+    def facts(self) -> dict[str, Any]:
+        """What tells it from other models, ready for JSON."""
+        seed = _at(self.record.config, "seed", int)
+        return {
+            "checkpoint": str(self.folder),
+            "kinds": sorted({m["kind"] for m in self.model.config.mixers.values()}),
+            "parameters": count_parameters(self.model),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "tokenizer": tokenizer_name(self.tokenizer),
+            "step": self.step,
+            "steps": self.steps,
+            "tokens_seen": self._tokens_seen(),
+            "begun_from": _at(self.record.config, "train.init_from", str),
+            "seed": seed,
+            "settings": without_seed(self.record.config, seed),
+        }
+
+    def _tokens_seen(self) -> int | None:
+        known = [_at(self.record.config, key, int) for key in ("train.batch_size", "data.seq_len")]
+        if None in known or self.step is None:
+            return None
+        # Of an earlier version: then batch_size counted the rows of a forward.
+        parts = _at(self.record.config, "train.gradient_accumulation", int) or 1
+        return math.prod([*known, parts, self.step])
+
+
+def load_subject(source: str, device: torch.device, key: str = "checkpoint") -> Subject:
+    """A run directory's last checkpoint, a checkpoint folder, or a hub name. Raises ValueError if there is none."""
+    path = Path(source)
+    folder, lines = checkpoint.newest_whole(path)
+    run_dir = path if folder else None
+    if path.is_dir() and path.parent.name == "checkpoints":
+        run_dir = path.parent.parent
+    elif not path.exists() and (source.startswith(("runs", ".", "/")) or source.count("/") > 1):
+        raise ValueError(f"{key}={source}: there is no run; train it first, or name a run, a folder or a hub name")
+    place = folder or source
+    model = load_model(place).to(device).eval()
+    name = run_dir.name.split("-seed")[0] if run_dir else path.name
+    record = Record.read(run_dir or Path(place), Path(place))
+    named = re.fullmatch(r"step_(\d+)", Path(place).name)
+    step = int(named[1]) if named else _at(record.facts, "step", int)
+    return Subject(name, place, run_dir, model, load_tokenizer(place), record, step, lines)
+
+
+def tokenizer_name(tokenizer: PreTrainedTokenizerFast) -> str:
+    if is_byte_tokenizer(tokenizer):
+        return "byte"
+    return f"{len(tokenizer):,} entries ({fingerprint(tokenizer)[:8]})"
+
+
+def without_seed(settings: Mapping[str, Any], seed: int | None) -> dict[str, Any]:
+    """Settings that change the result, by their full key; paths that name the seed name it no more."""
+    kept = {key: value for key, value in flat(settings).items() if key != "seed" and not FREE.fullmatch(key)}
+    return {key: re.sub(rf"seed{seed}\b", "seed*", x) if isinstance(x, str) else x for key, x in kept.items()}
+
+
+def differences(models: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Keys of ``settings`` in which some of the models differ, and the value of each."""
+    keys = dict.fromkeys(key for model in models for key in model)
+    found = {key: [model.get(key) for model in models] for key in keys}
+    return {key: values for key, values in found.items() if any(value != values[0] for value in values)}
+
+
+def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their full key."""
+    leaves = {}
+    for key, value in node.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def _at(settings: Mapping[str, Any], key: str, kind: type) -> Any:
+    """The value of a key, None if it is missing or is of another type."""
+    value = flat(settings).get(key)
+    return value if type(value) is kind else None

@@ -1,0 +1,234 @@
+"""What the checkpoint holds is the checkpoint's; what differs is shown; results are kept; a table of several."""
+
+import json
+import re
+import runpy
+import shutil
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState
+
+from memlm.data import QuestionSource, build_data, token_bytes
+from memlm.evaluation import run as evaluate
+from memlm.evaluation.data import Examined, examine, texts
+from memlm.evaluation.run import _check_measurable
+from memlm.evaluation.settings import EvalSettings
+from memlm.training import run as train
+from tests.conftest import ROOT, composed
+
+TEXT = ("eval.factors=[]", "eval.depths=[]", "eval.text_documents=3", "eval.text_length=200")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run with a BPE, and its control in bytes; another seed; other steps and another optimiser."""
+    folder = tmp_path_factory.mktemp("runs")
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    words = [
+        "one",
+        "sentence",
+        "after",
+        "another",
+        "tells",
+        "of",
+        "rivers,",
+        "mountains",
+        "and",
+        "the",
+        "weather",
+        "of",
+        "the",
+        "day",
+    ]
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        (corpus / f"{i}.txt").write_text(" ".join(rng.choice(words, 120)))
+    for name, *options in (
+        ("bpe", "data.tokenizer={bpe: 300}"),
+        ("bytes", "train.steps=2"),
+        ("bytes1", "train.steps=2", "seed=1"),
+        ("long", "train.steps=3", "train.save_every=1", "optim.lr=0.005"),
+    ):
+        train(
+            composed(
+                "data=text",
+                "memory=none",
+                f"run_dir={folder}/{name}-seed0",
+                f"data.cache_dir={folder}/cache",
+                f"data.sources.text.paths=[{corpus}]",
+                "data.seq_len=64",
+                "train.batch_size=4",
+                "model.hidden_size=32",
+                "train.steps=1",
+                *options,
+            )
+        )
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return folder
+
+
+def evaluated(folder, *overrides, run="bpe", control="null"):
+    """The results of an evaluation, and where they lie."""
+    control = control if control == "null" else f"{folder}/{control}-seed0"
+    evaluate(composed(f"checkpoint={folder}/{run}-seed0", f"control={control}", *TEXT, *overrides, config="evaluate"))
+    out = folder / f"{run}-seed0" / "evaluation"
+    return json.loads((out / "results.json").read_text()), out
+
+
+def bits(results, model):
+    return results["models"][model]["text"]["text"]["carried"]["bits_per_byte"]
+
+
+def test_tokens_and_length_are_the_checkpoints_whatever_data_is_named(runs, capsys):
+    own, _ = evaluated(runs)
+    named, _ = evaluated(runs, "data=text", f"data.sources.text.paths=[{runs}/corpus]")
+    assert own["models"]["bpe"]["tokenizer"].startswith("300 entries")
+    assert named["data"]["seq_len"] == 64 and "was trained on other data" not in capsys.readouterr().out
+    assert bits(named, "bpe") == bits(own, "bpe")
+    other, _ = evaluated(runs, "data.tokenizer=byte", "data.seq_len=32")
+    assert other["models"]["bpe"]["text"]["text"]["carried"]["segment"] == 32
+    assert bits(other, "bpe") != bits(own, "bpe")
+    assert "bpe was trained on other data: data.seq_len: 32 here, 64 in training" in capsys.readouterr().out
+
+
+def test_a_control_of_other_tokens_reads_the_same_bytes_and_differences_are_told(runs, capsys):
+    results, out = evaluated(runs, control="bytes")
+    screen = capsys.readouterr().out
+    assert re.search(r"control \(bytes\) differs: tokens: 300 entries \(\w{8}\) bpe, byte control \(bytes\); ", screen)
+    assert "train.steps: 1 bpe, 2 control (bytes)" in screen
+    alone, _ = evaluated(runs, run="bytes", control="null")
+    # Not the tokens of the first model, which are bytes' only by chance.
+    assert bits(results, "control (bytes)") == pytest.approx(bits(alone, "bytes"), rel=0.2)
+    page = (out / "report.html").read_text()
+    assert "each was given the same bytes" in page and "<td>data.tokenizer</td>" in page
+
+
+def test_texts_of_other_tokens_are_cut_at_the_same_byte(runs):
+    data = {"seq_len": 64, "cache_dir": str(runs / "cache")}
+    data["sources"] = {"text": {"kind": "text", "weight": 1, "paths": str(runs / "corpus")}}
+    specs = [str(next((runs / f"{name}-seed0" / "checkpoints").glob("step_*"))) for name in ("bpe", "bytes")]
+    models = [Examined(None, *build_data({**data, "tokenizer": spec}, seed=0, batch_size=1)) for spec in specs]
+    bpe, plain = texts(models, 3, 100)
+    sizes = token_bytes(models[0].tokenizer)
+    assert len(bpe["text"]) == 2
+    for tokens, in_bytes in zip(bpe["text"], plain["text"], strict=True):
+        assert len(in_bytes) == 100 and 0 <= 100 - sizes[tokens].sum() < sizes.max()
+    (alone,) = texts(models[:1], 3, 100)
+    assert [len(t) for t in alone["text"]] == [100] * 2
+
+
+def test_a_model_that_has_not_ended_its_training_is_told(runs, capsys):
+    results, out = evaluated(runs, f"checkpoint={runs}/long-seed0/checkpoints/step_000002", run="long")
+    line = "long is at step 2 of 3: its training has not ended"
+    assert line in capsys.readouterr().out and line in (out / "report.html").read_text()
+    model = results["models"]["long"]
+    assert (model["step"], model["steps"], model["tokens_seen"]) == (2, 3, 2 * 4 * 64)
+
+
+def test_a_corpus_that_has_changed_is_named(runs):
+    file = runs / "corpus" / "7.txt"
+    before = file.read_text()
+    file.write_text(before + " and rain")
+    try:
+        results, _ = evaluated(runs, run="long")
+    finally:
+        file.write_text(before)
+    (note,) = results["notes"]
+    assert note.startswith("long: data.sources.text: its files are not those of the run: ") and "7.txt changed" in note
+    assert evaluated(runs, run="long")[0]["notes"] == []
+
+
+def test_other_results_are_kept_and_the_same_ones_replaced(runs):
+    folder = runs / "bytes-seed0" / "evaluation"
+    shutil.rmtree(folder, ignore_errors=True)
+    first, _ = evaluated(runs, run="bytes")
+    again, _ = evaluated(runs, run="bytes")
+    assert not (folder / "earlier").exists() and first["of"] == again["of"]
+    shorter, _ = evaluated(runs, "eval.text_length=100", run="bytes")
+    assert [p.name for p in (folder / "earlier").iterdir()] == [first["of"]] and first["of"].startswith("step_000002-")
+    kept = folder / "earlier" / first["of"]
+    assert json.loads((kept / "results.json").read_text()) == again
+    assert (kept / "report.html").exists() and (kept / "plots" / "text.png").exists()
+    # Results of an earlier version, and what is no JSON, are kept as well.
+    (folder / "results.json").write_text("{")
+    evaluated(runs, run="bytes")
+    assert len(list((folder / "earlier").iterdir())) == 2 and shorter["of"] != first["of"]
+
+
+def test_an_evaluation_that_would_measure_nothing_is_refused(runs):
+    with pytest.raises(ValueError, match=r"eval measures nothing of data\.sources\.text; use eval=demo"):
+        evaluated(runs, "eval.text_documents=0")
+    demo = EvalSettings(**composed(config="evaluate").eval)
+    source = QuestionSource.__new__(QuestionSource)
+    with pytest.raises(ValueError, match=r"data\.sources\.questions; use eval=bank, which asks banks"):
+        _check_measurable(demo, {"questions": source})
+
+
+def test_weights_of_sources_need_not_fit_a_batch_and_every_source_of_text_is_measured(runs):
+    (folder,) = (runs / "bytes-seed0" / "checkpoints").glob("step_*")
+    data = composed("data=recall").data
+    subject = SimpleNamespace(folder=folder, model=SimpleNamespace(config=SimpleNamespace(vocab_size=259)))
+    weights = {"mqar": 0.9, "passkey": 0.1}
+    data = {**data, "sources": {name: {**o, "weight": weights[name]} for name, o in data.sources.items()}}
+    assert [*examine(subject, data, 0).mixture.sources] == ["mqar", "passkey"]
+    two = [f"++data.sources.{name}={{kind: text, weight: 1, paths: {runs}/corpus}}" for name in ("text", "more")]
+    results, _ = evaluated(runs, "data=text", *two, run="bytes")
+    assert [*results["models"]["bytes"]["text"]] == ["text", "more"]
+
+
+@pytest.fixture
+def summarized(monkeypatch, capsys):
+    """``python scripts/summarize.py``: what it writes, and its exit code."""
+    main = runpy.run_path(str(ROOT / "scripts" / "summarize.py"))["main"]
+
+    def run(*paths):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["summarize.py", *map(str, paths)])
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return *capsys.readouterr(), code
+
+    return run
+
+
+def test_seeds_are_averaged_and_other_settings_are_columns(runs, tmp_path, summarized):
+    paths = []
+    for run in ("bytes", "bytes1", "long"):
+        results, _ = evaluated(runs, run=run)
+        # Of one name, as runs of one name are.
+        results["models"] = {"none": results["models"][run]}
+        paths.append(tmp_path / f"{run}.json")
+        paths[-1].write_text(json.dumps(results))
+    table, _, code = summarized(*paths)
+    assert code == 0
+    header, _, both, other = table.strip().splitlines()
+    columns = header.strip("| ").split(" | ")
+    assert columns[1:] == ["train.steps", "optim.lr", "step", "seeds", "memory carried", "reset each segment"] or (
+        set(columns[1:4]) == {"train.steps", "optim.lr", "step"}
+    )
+    assert both.startswith("| none, text | ") and " | 0, 1 | " in both and " | 0 | " in other
+    found = [json.loads(p.read_text())["models"]["none"]["text"]["text"]["carried"]["bits_per_byte"] for p in paths]
+    low, high = sorted(found[:2])
+    assert f"{(low + high) / 2:.3f} ({low:.3f}-{high:.3f})" in both
+    # The same file twice is one seed; two results of one seed are a mistake.
+    once, told, _ = summarized(paths[0], paths[0])
+    assert "counts once" in told and " | 0 | " in once
+    changed = json.loads(paths[0].read_text())
+    changed["models"]["none"]["text"]["text"]["carried"]["bits_per_byte"] += 1
+    (tmp_path / "changed.json").write_text(json.dumps(changed))
+    _, told, code = summarized(paths[0], tmp_path / "changed.json")
+    assert "hold two results of none, seed 0; leave one out" in told and code == 2 and len(told.splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"models": 3}', '{"models": {"a": {}}}', "[" * 100_000])
+def test_what_is_not_results_is_one_line(tmp_path, content, summarized):
+    (tmp_path / "results.json").write_text(content)
+    _, told, code = summarized(tmp_path / "results.json")
+    assert code == 2 and told.startswith(f"error: {tmp_path}/results.json: ") and len(told.splitlines()) == 1
