@@ -1,33 +1,53 @@
 """What a model remembers, as a user's object: keep it, copy it, save it, go on from it."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from memlm import files
+from memlm.fingerprint import Snapshot, digest_of, fingerprint, made_by
 from memlm.memory.base import State
 
 _FILE = "memory.safetensors"
+# Of a file; "digest" is of all that is in it but itself.
+_WORDS = ("fingerprint", "signature", "seen", "digest")
 
 
 class MemoryCache(Cache):
     """The states of all layers of one model for a batch of streams.
 
     What states say never changes in place, so ``fork`` is free and a failed call leaves the memory as it
-    was. Pass it as ``past_key_values``; once filled, it refuses models of another configuration or dtype.
+    was. Pass it as ``past_key_values``; once filled, it refuses models of another configuration, dtype or weights.
+
+    The model that goes on with a memory is known by being the same object, so that it costs nothing, and may be
+    trained meanwhile, as truncated backpropagation does. Weights are compared where a file or another object comes
+    in: ``save`` refuses if they changed since the memory began or was loaded, and the first call after ``load``, and
+    each call with another model than before, refuses if they are not those that made the memory. A memory keeps its
+    model alive.
     """
 
     is_compileable = False
 
     def __init__(self) -> None:
         super().__init__(layers=[])
+        self._forget()
+
+    def _forget(self) -> None:
         self.states: list[State] = []
         self.signature: str | None = None
         self.seen = 0
+        # The model that goes on with it, and its weights when it began.
+        self.model: PreTrainedModel | None = None
+        self.weights: Snapshot | None = None
+        # Of the weights that a file names, until a model with them goes on; None: any will do.
+        self.fingerprint: str | None = None
 
     def __len__(self) -> int:
         return len(self.states)
@@ -39,24 +59,51 @@ class MemoryCache(Cache):
         """The state of a layer, or None before the first call."""
         return self.states[layer_idx] if self.states else None
 
-    def check(self, signature: str, batch_size: int) -> None:
-        """Raise ValueError if this memory belongs to another model or another batch size."""
+    def check(self, model: PreTrainedModel, dtype: torch.dtype, batch_size: int) -> None:
+        """Raise ValueError if this memory belongs to another decoder, to inputs of another dtype, or batch size."""
         if not self.states:
             return
-        if signature != self.signature:
-            raise ValueError(
-                f"past_key_values: this memory was made by a model of signature {self.signature}, "
-                f"not {signature}; load the model that made it, or start a new MemoryCache"
-            )
+        if model is not self.model or not (self.signature or "").endswith(f"-{_name(dtype)}"):
+            self._recognise(model, dtype)
         if batch_size != self.batch_size:
             raise ValueError(
                 f"past_key_values: this memory holds {self.batch_size} rows, the input {batch_size}; "
                 "use batch_repeat_interleave or batch_select_indices, or start a new MemoryCache"
             )
 
-    def replace(self, states: list[State], signature: str, new_tokens: int) -> None:
+    def _recognise(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        signature = _signature(model, dtype)
+        if signature != self.signature:
+            raise ValueError(
+                f"past_key_values: this memory was made by a model of signature {self.signature}, "
+                f"not {signature}; load the model that made it, or start a new MemoryCache"
+            )
+        made = self.made_of()
+        if made is not None and not made_by(model, made):
+            raise ValueError(
+                f"past_key_values: this memory was made by weights of fingerprint {made}, not {fingerprint(model)}; "
+                "load the model that made it, or the memory with strict=False, or start a new MemoryCache"
+            )
+        self.model, self.weights, self.fingerprint = model, Snapshot(model), None
+
+    def made_of(self) -> str | None:
+        """The fingerprint of the weights that made this memory; None if it was loaded with strict=False and not used
+        since. Raises ValueError if they were changed meanwhile, so that nobody can tell.
+        """
+        if self.model is None or self.weights is None:
+            return self.fingerprint
+        if not self.weights.holds(self.model):
+            raise ValueError(
+                "the model was trained or changed since this memory began, so that its weights are not those that "
+                "made it; read again with a new MemoryCache, or save it with strict=False, as made by those of now"
+            )
+        return fingerprint(self.model)
+
+    def replace(self, states: list[State], model: PreTrainedModel, dtype: torch.dtype, new_tokens: int) -> None:
         """Store what a call returned."""
-        self.states, self.signature, self.seen = states, signature, self.seen + new_tokens
+        if self.model is not model:
+            self.model, self.weights, self.signature = model, Snapshot(model), _signature(model, dtype)
+        self.states, self.seen = states, self.seen + new_tokens
 
     @property
     def batch_size(self) -> int:
@@ -76,19 +123,43 @@ class MemoryCache(Cache):
         """Bytes of state for the whole batch, without the room in which keys grow (``memlm.memory.growing``)."""
         return sum(x.numel() * x.element_size() for state in self.states for x in state.values())
 
-    def _map(self, function: Any) -> None:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         self.states = [{name: function(x) for name, x in state.items()} for state in self.states]
+
+    def _select(self, name: str, rows: Tensor | list[int]) -> None:
+        rows = self._rows(name, rows)
+        self._map(lambda x: x.index_select(0, rows.to(x.device)))
+
+    def _rows(self, name: str, rows: Tensor | list[int]) -> Tensor:
+        """Indices of rows, from indices or a mask, which may count from the end. Raises ValueError for others."""
+        rows = torch.as_tensor(rows)
+        # An empty list is of floats to torch.
+        rows = rows if rows.numel() else rows.long()
+        size = max(self.batch_size, 0)
+        if rows.dtype == torch.bool and rows.shape == (size,):
+            return rows.nonzero()[:, 0]
+        if rows.ndim != 1 or rows.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+            shape = list(rows.shape)
+            raise ValueError(f"{name}: {rows.dtype} {shape} must be indices of the memory's {size} rows, or a mask")
+        # Indices on a GPU are torch's to check, so that nobody waits for it.
+        if rows.device.type == "cpu" and len(wrong := rows[(rows < -size) | (rows >= size)]):
+            raise ValueError(
+                f"{name}: there is no row {int(wrong[0])} in a memory of {size} rows; give 0 to {size - 1}"
+            )
+        return torch.where(rows < 0, rows + size, rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row ``beam_idx[i]`` was."""
-        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self._select("beam_idx", beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only these rows."""
-        self._map(lambda x: x[indices.to(x.device)])
+        self._select("indices", indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row ``repeats`` times."""
+        if repeats < 0:
+            raise ValueError(f"repeats={repeats} must be at least 0")
         self._map(lambda x: x.repeat_interleave(repeats, 0))
 
     def reset(self, rows: Tensor | list[int] | None = None) -> None:
@@ -97,10 +168,9 @@ class MemoryCache(Cache):
         A row at position 0 is a new document to every mixer, whatever else its state holds.
         """
         if rows is None:
-            self.states, self.signature, self.seen = [], None, 0
+            self._forget()
         else:
-            rows = torch.as_tensor(rows)
-            zero = torch.zeros(())
+            rows, zero = self._rows("rows", rows), torch.zeros(())
             self._map(lambda x: x.clone().index_put_((rows.to(x.device),), zero.to(x)))
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -109,8 +179,21 @@ class MemoryCache(Cache):
     def fork(self) -> "MemoryCache":
         """An independent copy; costs nothing until one of the two goes on."""
         other = MemoryCache()
-        other.states, other.signature, other.seen = [dict(s) for s in self.states], self.signature, self.seen
+        other.__dict__ |= self.__dict__
+        other.states = [dict(s) for s in self.states]
         return other
+
+    __copy__ = fork
+
+    def __deepcopy__(self, memo: Any) -> "MemoryCache":
+        # The model is not the memory's to copy, and tensors with a gradient history cannot be.
+        other = self.fork()
+        other._map(lambda x: x.detach().clone())
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Whoever unpickles it has a model of its own.
+        return self.__dict__ | {"model": None, "weights": None, "fingerprint": self.made_of()}
 
     def detach(self) -> "MemoryCache":
         """The same memory without its gradient history, for truncated backpropagation."""
@@ -121,35 +204,97 @@ class MemoryCache(Cache):
         self._map(lambda x: x.to(device))
         return self
 
-    def save(self, directory: str | Path) -> None:
-        """Write ``directory/memory.safetensors``, whole or not at all."""
-        if not self.states or self.signature is None:
+    def save(self, directory: str | Path, strict: bool = True) -> None:
+        """Write ``directory/memory.safetensors``, whole or not at all; of several who write, one stays.
+
+        strict: False for a memory whose model has been trained since it began, which is then known as made by the
+            weights of now, or which was loaded so. Raises ValueError for an empty memory.
+        """
+        if not self.states:
             raise ValueError("an empty memory cannot be saved; run the model with it first")
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        made = self.made_of() if strict or self.model is None else fingerprint(self.model)
+        if made is None:
+            raise ValueError("a memory that was loaded with strict=False has no model yet; run one with it first")
         tensors = {
             f"{i}.{name}": x.detach().contiguous().clone() for i, s in enumerate(self.states) for name, x in s.items()
         }
-        metadata = {"signature": self.signature, "seen": str(self.seen), "layers": str(len(self.states))}
-        partial = directory / f"{_FILE}.tmp"
-        save_file(tensors, partial, metadata)
-        partial.replace(directory / _FILE)
+        words = {"fingerprint": made, "signature": self.signature or "", "seen": str(self.seen)}
+        words["digest"] = _digest(tensors, words)
+        files.write_tensors(Path(directory) / _FILE, tensors, words)
 
     @classmethod
-    def load(cls, directory: str | Path, device: torch.device | str = "cpu") -> "MemoryCache":
-        """What ``save`` wrote. Raises ValueError for a file that is damaged or not a memory."""
+    def load(cls, directory: str | Path, device: torch.device | str = "cpu", strict: bool = True) -> "MemoryCache":
+        """What ``save`` wrote, for the model that made it.
+
+        strict: False for a model of other weights, which goes on with it all the same. Raises ValueError for a file
+            that is damaged or not a memory.
+        """
         path = Path(directory) / _FILE
-        if not path.exists():
+        if not path.is_file():
             raise ValueError(f"{path}: no such file; a memory is written by MemoryCache.save")
-        cache = cls()
+        while True:
+            before = _identity(path)
+            try:
+                return cls._read(path, device, strict)
+            except ValueError:
+                # safetensors opens a file twice: somebody may have replaced it in between.
+                if _identity(path) == before:
+                    raise
+
+    @classmethod
+    def _read(cls, path: Path, device: torch.device | str, strict: bool) -> "MemoryCache":
         try:
             with safe_open(path, "pt", device=str(device)) as file:
-                metadata = file.metadata()
-                cache.states = [{} for _ in range(int(metadata["layers"]))]
-                for key in file.keys():  # noqa: SIM118
-                    layer, name = key.split(".", 1)
-                    cache.states[int(layer)][name] = file.get_tensor(key)
-                cache.signature, cache.seen = metadata["signature"], int(metadata["seen"])
+                words = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except Exception as error:
-            raise ValueError(f"{path}: damaged or not a memory file ({error}); save it again") from None
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"{path}: damaged or not a memory ({reason}); restore it, or save it again") from None
+        if missing := [name for name in _WORDS if name not in words]:
+            raise ValueError(
+                f"{path}: not a memory, or one of an earlier version (it has no {missing[0]}); read the text again"
+            )
+        if _digest(tensors, words) != words["digest"]:
+            raise ValueError(f"{path}: damaged, its content is not what was saved; restore it, or save it again")
+        cache = cls()
+        cache.states, cache.seen = _layers(path, tensors), _count(path, words["seen"])
+        cache.signature, cache.fingerprint = words["signature"], words["fingerprint"] if strict else None
         return cache
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _signature(model: PreTrainedModel, dtype: torch.dtype) -> str:
+    return f"{model.config.memory_signature()}-{_name(dtype)}"
+
+
+def _digest(tensors: dict[str, Tensor], words: dict[str, str]) -> str:
+    said = (f"{name}={value}" for name, value in sorted(words.items()) if name != "digest")
+    return digest_of(sorted(tensors.items()), *said)
+
+
+def _layers(path: Path, tensors: dict[str, Tensor]) -> list[State]:
+    """States by layer from tensors named ``layer.name``, which must be of all layers, and of one number of rows."""
+    layers: dict[str, State] = {}
+    for key, x in tensors.items():
+        layer, _, name = key.partition(".")
+        layers.setdefault(layer, {})[name] = x
+    if layers.keys() != {str(i) for i in range(len(layers))} or not layers:
+        named = ", ".join(sorted(layers)) or "none"
+        raise ValueError(f"{path}: its layers are {named:.80}, not 0 to their number; read the text again")
+    if len({x.shape[:1] for x in tensors.values()}) != 1 or not all(x.ndim for x in tensors.values()):
+        raise ValueError(f"{path}: its states are of different numbers of rows; read the text again")
+    return [layers[str(i)] for i in range(len(layers))]
+
+
+def _count(path: Path, seen: str) -> int:
+    if not re.fullmatch(r"\d{1,18}", seen, re.ASCII):
+        raise ValueError(f"{path}: seen={seen!r:.40} must be a number of tokens; read the text again")
+    return int(seen)

@@ -135,6 +135,7 @@ def _plain(value: Any) -> Any:
 
 _SETTINGS = [name for name in MemLMConfig.__annotations__ if name not in ("model_type",)]
 _HINTS = MemLMConfig.__annotations__
-_NOT_IN_STATE = {"use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "initializer_range"}
+_VOCABULARY = {"vocab_size", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"}
+_NOT_IN_STATE = {"use_cache", "initializer_range", *_VOCABULARY}
 # What transformers itself passes through a configuration's constructor.
 _INTERNAL = {"model_type", "transformers_version", "architectures", "attn_implementation", "name_or_path", "auto_map"}

@@ -30,18 +30,35 @@ def sync(path: Path) -> None:
 
 def write(path: Path, content: str | bytes) -> None:
     """Replace a file in one step, whoever reads or writes it meanwhile."""
+    with new_file(path) as partial, partial.open("xb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file to write, which replaces ``path`` in one step at the end of the block; removed if the block raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _beside(path)
     try:
-        with partial.open("xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
+        sync(partial)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def write_tensors(path: Path, tensors: dict[str, Any], words: dict[str, str]) -> None:
+    """Replace a safetensors file in one step; words: kept beside the tensors."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with new_file(path) as partial:
+        try:
+            save_file(tensors, partial, words)
+        except SafetensorError as error:
+            raise OSError(f"{path}: could not be written ({error}); free disk space, then save again") from None
 
 
 @contextmanager

@@ -117,7 +117,6 @@ class MemLMModel(MemLMPreTrainedModel):
         self.layers = nn.ModuleList([MemLMDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
-        self.memory_signature = config.memory_signature()
         self.post_init()
 
     def forward(
@@ -156,7 +155,7 @@ class MemLMModel(MemLMPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        batch, length, _ = x_BTD.shape
+        (batch, length, _), dtype = x_BTD.shape, x_BTD.dtype
         memory = past_key_values
         if memory is not None and not isinstance(memory, MemoryCache):
             raise ValueError(f"past_key_values must be a memlm.MemoryCache, not {type(memory).__name__}")
@@ -164,8 +163,7 @@ class MemLMModel(MemLMPreTrainedModel):
         if memory is None and use_cache:
             memory = MemoryCache()
         if memory is not None:
-            signature = f"{self.memory_signature}-{str(x_BTD.dtype).removeprefix('torch.')}"
-            memory.check(signature, batch)
+            memory.check(self, dtype, batch)
         if output_attentions:
             raise ValueError("output_attentions=True: no attention maps are kept; read the mixers' metrics instead")
 
@@ -203,7 +201,7 @@ class MemLMModel(MemLMPreTrainedModel):
             hidden_states = [_gather(h, back_BT) for h in hidden_states]
             metrics = {name: x.gather(1, back_BT) if x.ndim == 2 else x for name, x in metrics.items()}
         if memory is not None and write:
-            memory.replace(states, signature, length)
+            memory.replace(states, self, dtype, length)
         return MemLMOutput(
             last_hidden_state=hidden_states[-1],
             past_key_values=memory,

@@ -13,13 +13,21 @@ from tests.conftest import ROOT
 ROOMS = {
     "memlm_kernels": set(),
     "memlm.files": set(),
+    "memlm.fingerprint": set(),
     "memlm.data": {"memlm.files"},
     "memlm.layers": {"memlm_kernels"},
     "memlm.memory": {"memlm_kernels", "memlm.layers"},
     "memlm.configuration": {"memlm.memory"},
-    "memlm.cache": {"memlm.files", "memlm.memory"},
+    "memlm.cache": {"memlm.files", "memlm.fingerprint", "memlm.memory"},
     "memlm.modeling": {"memlm_kernels", "memlm.layers", "memlm.memory", "memlm.configuration", "memlm.cache"},
-    "memlm.bank": {"memlm_kernels", "memlm.files", "memlm.memory", "memlm.cache", "memlm.modeling"},
+    "memlm.bank": {
+        "memlm_kernels",
+        "memlm.files",
+        "memlm.fingerprint",
+        "memlm.memory",
+        "memlm.cache",
+        "memlm.modeling",
+    },
     "memlm.interleave": {"memlm.data", "memlm.memory", "memlm.cache", "memlm.bank"},
     "memlm": {"memlm.bank", "memlm.configuration", "memlm.cache", "memlm.interleave", "memlm.modeling"},
 }

@@ -1,20 +1,15 @@
 """The bank: documents kept elsewhere are documents in the context, whatever was added, deleted, saved or killed."""
 
 import copy
-import json
-import os
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import memlm.bank
 from memlm import MemLMForCausalLM, MemoryBank, MemoryCache
-from memlm.bank.index import fingerprint
+from memlm.fingerprint import fingerprint
 from memlm_kernels.testing import assert_close, relative_error
-from tests.conftest import ROOT, build
+from tests.conftest import build
 
 EXACT = 1e-10
 LENGTHS = (9, 1, 4, 13, 1, 30, 7, 12, 5, 8)
@@ -218,58 +213,23 @@ def test_adding_reads_and_writes_what_is_new(tmp_path):
     assert again.stats()["host_bytes"] == 0 and again.stats()["dead_chunks"] == 10
 
 
-def test_banks_that_share_a_folder_do_not_break_each_other(tmp_path):
-    model = model_of()
-    bank_of(model, library()).save(tmp_path)
-    one, other = (MemoryBank.load(tmp_path, model) for _ in range(2))
-    one.delete([f"d{i}" for i in range(9)])
-    one.save(tmp_path)
-    other.save(tmp_path)
-    assert MemoryBank.load(tmp_path, model).documents() == other.documents() == list(library())
+def interrupted(documents, after):
+    """Documents, of which some come, and then a Ctrl-C."""
+    yield from list(documents.items())[:after]
+    raise KeyboardInterrupt
 
 
-KILLED = """
-import os, signal, sys
-import torch
-import memlm.bank
-from memlm import MemoryBank
-from tests.test_bank import library, model_of, tokens
-
-memlm.bank.AHEAD = 1
-memlm.bank.COMMIT_SECONDS = 0
-memlm.bank.SHARD_BYTES = 2000
-what, count, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-sync = memlm.bank.shard.sync
-def fatal(path):
-    global count
-    count -= 1
-    if count < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    sync(path)
-memlm.bank.index.sync = memlm.bank.shard.sync = fatal
-model = model_of()
-if what == "build":
-    MemoryBank.build(model, library(), folder, tokens_per_batch=16, progress=False)
-else:
-    bank = MemoryBank.load(folder, model)
-    bank.delete(["d1", "d3"])
-    bank.add({"new": tokens(20, 77)})
-    bank.save(folder)
-"""
-
-
-def killed(what, count, folder) -> bool:
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    command = [sys.executable, "-c", KILLED, what, str(count), str(folder)]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    return done.returncode != 0
+def stop_a_build(folder, monkeypatch):
+    monkeypatch.setattr(memlm.bank, "AHEAD", 1)
+    monkeypatch.setattr(memlm.bank, "COMMIT_SECONDS", 0)
+    with pytest.raises(KeyboardInterrupt):
+        bank_of(model_of(), interrupted(library(), 7), directory=folder, tokens_per_batch=16)
 
 
 @torch.no_grad()
 def test_a_killed_build_goes_on(tmp_path, monkeypatch):
     model, documents = model_of(), library()
-    assert killed("build", 9, tmp_path)
+    stop_a_build(tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="the build was not finished; run it again"):
         MemoryBank.load(tmp_path, model)
     read, shard = [], MemoryBank._shard
@@ -283,27 +243,13 @@ def test_a_killed_build_goes_on(tmp_path, monkeypatch):
         bank_of(model, documents, directory=tmp_path)
 
 
-def test_a_build_goes_on_with_other_documents(tmp_path):
-    assert killed("build", 9, tmp_path)
+def test_a_build_goes_on_with_other_documents(tmp_path, monkeypatch):
+    stop_a_build(tmp_path, monkeypatch)
     model, documents = model_of(), library()
     del documents["d0"]
     documents["d1"] = tokens(11, 88)
     bank = bank_of(model, documents, directory=tmp_path)
     assert set(bank.documents()) == set(documents) and bank.stats()["tokens"] == sum(map(len, documents.values()))
-
-
-@pytest.mark.parametrize("count", [0, 1, 3])
-@torch.no_grad()
-def test_a_killed_save_leaves_the_old_bank(tmp_path, count):
-    model, documents = model_of(), library()
-    bank_of(model, documents).save(tmp_path)
-    assert killed("save", count, tmp_path)
-    bank = MemoryBank.load(tmp_path, model)
-    # The last of them comes after the index.
-    assert bank.documents() == list(documents) or count == 3
-    bank.save(tmp_path)
-    named = {entry["file"] for entry in json.loads((tmp_path / "index.json").read_text())["shards"]}
-    assert {path.name for path in tmp_path.glob("shard-*")} == named
 
 
 def torn(path, how):
@@ -358,9 +304,9 @@ def test_another_model_is_refused(tmp_path):
 def test_every_weight_counts_and_is_counted_once(dtype, monkeypatch):
     model = model_of().to(dtype)
     weight, found, counted = model.model.embed_tokens.weight, fingerprint(model.model), []
-    monkeypatch.setattr(memlm.bank.index, "_AT_ONCE", 1000)
-    checksum = memlm.bank.index._checksum
-    monkeypatch.setattr(memlm.bank.index, "_checksum", lambda x: counted.append(x) or checksum(x))
+    monkeypatch.setattr(memlm.fingerprint, "_AT_ONCE", 1000)
+    checksum = memlm.fingerprint._checksum
+    monkeypatch.setattr(memlm.fingerprint, "_checksum", lambda x: counted.append(x) or checksum(x))
     assert fingerprint(model.model) == found and not counted
     seen = {found}
     # One value by one bit, two that change places, and values that move by one place.

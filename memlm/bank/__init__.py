@@ -7,13 +7,13 @@ they are small and the later one is not much the smaller, so that their number s
 the documents added and a logarithm.
 
 On disk a shard is a file that never changes, and ``index.json`` says which of them are the bank, and who in them is
-deleted: it is replaced last and at once, so that whoever is killed leaves the bank as it was.
+deleted: it is replaced last and at once, so that whoever is killed leaves the bank as it was. A folder has one writer
+at a time, who must know the index that is there.
 
 B rows, A tokens, C chunks, G groups of H heads, K head dim, L layers that route.
 """
 
 import bisect
-import dataclasses
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
@@ -25,12 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from memlm.bank.index import INDEX, fingerprint, read_index, write_index
+from memlm.bank.folder import INDEX, Folders, read_index, writing
 from memlm.bank.ranks import Ranks
 from memlm.bank.reading import Documents, checked, hash_of, number_of, pairs_of, progress_bar, read_batch
 from memlm.bank.resident import Resident
-from memlm.bank.shard import Shard, digest_of, merged, read_shard, sent, whole
+from memlm.bank.shard import Shard, merged, sent
 from memlm.cache import MemoryCache
+from memlm.fingerprint import fingerprint, made_by
 from memlm.memory.base import State, substate
 from memlm.modeling import MemLMForCausalLM, MemLMModel
 from memlm_kernels.route_documents import RouterShard, Scored, bank_keys, nominate_documents, route_documents
@@ -100,6 +101,7 @@ class MemoryBank:
         self.shards: list[Shard] = []
         self.resident = Resident(model.device) if model.device.type != "cpu" else None
         self._home: dict[str, Shard] = {}
+        self.folders = Folders(model, content, self.ranks)
 
     @classmethod
     def build(
@@ -119,28 +121,35 @@ class MemoryBank:
         it had not read. Raises ValueError if a finished bank, or another model's, lies there.
         """
         bank = cls(model, tokens_per_batch, group, content, key_dtype)
-        if directory is not None and (Path(directory) / INDEX).exists():
-            index = read_index(Path(directory))
+        if directory is None:
+            bank._build(documents, progress, None)
+        else:
+            with writing(Path(directory), bank.ranks):
+                bank._build(documents, progress, Path(directory))
+        return bank
+
+    def _build(self, documents: Documents, progress: bool, directory: Path | None) -> None:
+        if directory is not None and self.ranks.first((directory / INDEX).exists):
+            index = self.ranks.first(lambda: read_index(directory))
             if index["complete"]:
                 raise ValueError(f"directory={directory} holds a finished bank; load it and add, or name another")
-            if index["key_dtype"] != bank.key_dtype:
+            if index["key_dtype"] != self.key_dtype:
                 raise ValueError(
-                    f"key_dtype={bank.key_dtype!r}: the build in {directory} began with {index['key_dtype']!r}; name "
+                    f"key_dtype={self.key_dtype!r}: the build in {directory} began with {index['key_dtype']!r}; name "
                     "that, or another folder"
                 )
-            bank._open(Path(directory))
+            self._open(directory)
         given: set[str] = set()
         committed = time.monotonic()
         total = len(documents) if isinstance(documents, Sized) else None
-        for shard in bank._read(bank._not_read(documents, given), progress, total):
-            bank._append(shard)
-            if directory is not None and bank.ranks.told(time.monotonic() - committed >= COMMIT_SECONDS):
-                bank._save(Path(directory), complete=False)
+        for shard in self._read(self._not_read(documents, given), progress, total):
+            self._append(shard)
+            if directory is not None and self.ranks.told(time.monotonic() - committed >= COMMIT_SECONDS):
+                self._save(directory, complete=False)
                 committed = time.monotonic()
-        bank.delete([name for name in bank.documents() if name not in given])
+        self.delete([name for name in self.documents() if name not in given])
         if directory is not None:
-            bank.save(directory)
-        return bank
+            self._save(directory, complete=True)
 
     def add(self, documents: Documents) -> None:
         """Read more documents, all or none. Raises ValueError for a name that is there."""
@@ -214,10 +223,11 @@ class MemoryBank:
         }
 
     def save(self, directory: str | Path) -> None:
-        """Write what the folder has not yet, and then, at once, its index. Raises ValueError if another model's bank
-        lies there.
+        """Write what the folder has not yet, and then, at once, its index. Raises ValueError if another bank lies
+        there, or one that was saved by others since this one was loaded or saved, or if somebody writes there now.
         """
-        self._save(Path(directory), complete=True)
+        with writing(Path(directory), self.ranks):
+            self._save(Path(directory), complete=True)
 
     @classmethod
     def load(
@@ -226,21 +236,25 @@ class MemoryBank:
         model: MemLMForCausalLM,
         group: ProcessGroup | None = None,
         content: str = "mapped",
+        verify: bool = False,
     ) -> "MemoryBank":
-        """What ``save`` wrote. Raises ValueError if the bank is of another model or not finished, or if a file is
-        torn, or gone because another process saved there meanwhile: load again then.
+        """What ``save`` wrote.
+
+        verify: read all files, and compare every bit. Otherwise files are compared by their sizes, samples, and tables
+            of documents; the routers' keys when they are first read, and contents if they are copied from the files.
+        Raises ValueError if the bank is of another model or not finished, or if a file is not as it was saved.
         """
-        directory, index = Path(directory), read_index(Path(directory))
+        index = Ranks(group).first(lambda: read_index(Path(directory)))
         bank = cls(model, group=group, content=content, key_dtype=index["key_dtype"])
         if not index["complete"]:
             raise ValueError(f"{directory}: the build was not finished; run it again, it goes on where it was")
-        bank._open(directory)
+        bank._open(Path(directory), verify)
         return bank
 
     def check(self, model: MemLMForCausalLM | MemLMModel) -> None:
         """Raise ValueError unless the bank is of this model, with these weights."""
-        found = fingerprint(model.base_model)
-        if found != self.fingerprint:
+        if not made_by(model.base_model, self.fingerprint):
+            found = fingerprint(model.base_model)
             raise ValueError(
                 f"memory_bank: made by a model of fingerprint {self.fingerprint}, not {found}; use that model, or "
                 "build the bank with this one"
@@ -297,6 +311,8 @@ class MemoryBank:
 
     def _parts(self, layer: int) -> list[RouterShard]:
         """The keys where the shards have them."""
+        for shard in self.shards:
+            shard.check_keys()
         scales = [None if s.scale_LCG1 is None else s.scale_LCG1[layer] for s in self.shards]
         return [
             RouterShard(s.router_LCGK[layer], s.document_C, s.number_N, scale)
@@ -437,53 +453,22 @@ class MemoryBank:
         return shard.housed(self.content, self.model.device)
 
     def _save(self, directory: Path, complete: bool) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        directory = directory.resolve()
-        self.ranks.wait()
-        if (directory / INDEX).exists():
-            self._same_model(directory, read_index(directory))
-        entries = []
-        for i, shard in enumerate(self.shards):
-            # Another bank that was saved there may have dropped what this one maps.
-            if shard.file is None or shard.file.parent != directory or not shard.file.exists():
-                full = whole(shard, self.model.device, self.ranks)
-                path = self.ranks.told(full.write(directory) if self.ranks.rank == 0 else None)
-                deleted = (~shard.alive_N).nonzero()[:, 0].tolist()
-                digest = digest_of(path)
-                if self.content == "mapped":
-                    # From now on what is saved needs no memory.
-                    shard = read_shard(path, digest, deleted, self.chunk_size, self.ranks)
-                else:
-                    shard = dataclasses.replace(shard, file=path, digest=digest)
-                self.shards[i] = shard
-                self._home |= dict.fromkeys(shard.living(), shard)
-            deleted = (~shard.alive_N).nonzero()[:, 0].tolist()
-            entries.append({"file": shard.file.name, "digest": shard.digest, "deleted": deleted})
-        if self.ranks.rank == 0:
-            said = {"fingerprint": self.fingerprint, "key_dtype": self.key_dtype, "complete": complete}
-            write_index(directory, said | {"read": self.read, "shards": entries})
-        self.ranks.wait()
+        said = {"fingerprint": self.fingerprint, "key_dtype": self.key_dtype, "complete": complete, "read": self.read}
+        saved = self.folders.save(directory, self.shards, said)
+        for old, new in zip(self.shards, saved, strict=True):
+            if new is not old:
+                self._home |= dict.fromkeys(new.living(), new)
+        self.shards = saved
 
-    def _open(self, directory: Path) -> None:
-        index = read_index(directory)
-        self._same_model(directory, index)
+    def _open(self, directory: Path, verify: bool = False) -> None:
+        index, self.shards = self.folders.open(directory, self.chunk_size, verify)
         self.read = index["read"]
-        for entry in index["shards"]:
-            path = directory.resolve() / entry["file"]
-            shard = read_shard(path, entry["digest"], entry["deleted"], self.chunk_size, self.ranks)
-            self.shards.append(shard.housed(self.content, self.model.device))
-            self._home |= dict.fromkeys(shard.living(), self.shards[-1])
+        for shard in self.shards:
+            self._home |= dict.fromkeys(shard.living(), shard)
         if self.resident is not None:
             expected = sum(shard.router_LCGK.shape[1] for shard in self.shards)
             for shard in self.shards:
                 self.resident.append(shard, expected)
-
-    def _same_model(self, directory: Path, index: dict[str, Any]) -> None:
-        if index["fingerprint"] != self.fingerprint:
-            raise ValueError(
-                f"{directory}: a bank of the model of fingerprint {index['fingerprint']}, not {self.fingerprint}; "
-                "give that model, or another folder"
-            )
 
 
 def _padded(x: Tensor, length: int) -> Tensor:

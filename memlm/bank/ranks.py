@@ -1,14 +1,16 @@
 """The processes that share a bank: whose each document is, and the few words between them."""
 
 import zlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from memlm_kernels.route_documents import merge_topk
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -59,6 +61,30 @@ class Ranks:
             dist.all_gather_object(said, x, group=self.group)
         return said
 
+    def first(self, do: Callable[[], T]) -> T:
+        """What ``do`` returns to the first process; its error is everyone's, so that nobody waits for who failed."""
+        done = _attempted(do) if self.rank == 0 else None
+        return _result(*self.told(done))
+
+    def each(self, do: Callable[[], T]) -> T:
+        """What ``do`` returns to this process; an error of one is everyone's."""
+        result, error = _attempted(do)
+        errors = [e for e in self.all_say(error) if e is not None]
+        return _result(result, errors[0] if errors else None)
+
     def wait(self) -> None:
         if self.size > 1:
             dist.barrier(self.group)
+
+
+def _attempted(do: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return do(), None
+    except Exception as error:
+        return None, error
+
+
+def _result(result: Any, error: Exception | None) -> Any:
+    if error is not None:
+        raise error
+    return result

@@ -10,24 +10,27 @@ L layers that route, C chunks, G groups of heads, K head dim, N documents.
 import dataclasses
 import hashlib
 import json
-import os
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from memlm import files
 from memlm.bank.ranks import Ranks
+from memlm.fingerprint import digest_of
 from memlm_kernels.route_documents import restored_keys
 
 # Of a file, spread evenly over it, the first and the last among them.
 _PAGES, _PAGE_BYTES = 64, 4096
 # Of each document.
 _TABLE = ("names", "hashes", "tokens", "numbers")
+_KEYS = ("router", "scale")
+_ADVICE = "restore the file, or build the bank again in an empty folder"
 
 
 @dataclass
@@ -36,7 +39,8 @@ class Shard:
     content_LC2GK: keys and values of attention, likewise, or wherever they live; if ``mapped`` of all processes'
     names, hashes, tokens, numbers: of each document, in the order of their chunks; numbers ascend over all shards
     alive_N: False for the deleted; own_N: False for other processes'
-    file, digest: where all of it is saved
+    file, sample: where all of it is saved, see ``sample_of``
+    unchecked: digests of the tensors of the file, which is mapped, that nobody has read whole yet
     """
 
     router_LCGK: Tensor
@@ -51,7 +55,8 @@ class Shard:
     own_N: Tensor
     mapped: bool = False
     file: Path | None = None
-    digest: str = ""
+    sample: str = ""
+    unchecked: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.tokens_N, self.number_N = (torch.tensor(x, dtype=torch.int64) for x in (self.tokens, self.numbers))
@@ -114,17 +119,32 @@ class Shard:
         """The same with its content where it is to live, see ``MemoryBank``; unless that is mapped already."""
         if content == "mapped":
             return self
+        self.check("content")
         _, chunks = self.chunks_of(self.own_N.nonzero()[:, 0])
         kept = self.content_LC2GK[:, chunks] if self.mapped else self.content_LC2GK
         kept = kept.to(device) if content == "device" else kept.pin_memory() if device.type == "cuda" else kept
         router, scale = self.router_LCGK, self.scale_LCG1
         if device.type == "cpu" and self.mapped:
+            self.check(*_KEYS)
             # A GPU has keys of its own, so that these are hardly read.
             router, scale = router.clone(), None if scale is None else scale.clone()
         return dataclasses.replace(self, router_LCGK=router, scale_LCG1=scale, content_LC2GK=kept, mapped=False)
 
-    def write(self, directory: Path) -> Path:
-        """A file of a name that no other has, whole once this returns."""
+    def check(self, *names: str) -> None:
+        """Raise ValueError if tensors (none named: all) are not as they were saved; each is read whole, once."""
+        kept = {"router": self.router_LCGK, "scale": self.scale_LCG1, "content": self.content_LC2GK}
+        for name in names or tuple(kept):
+            if name in self.unchecked and digest_of([(name, kept[name])]) != self.unchecked[name]:
+                raise ValueError(f"{self.file}: its {name} is not as it was saved; {_ADVICE}")
+            self.unchecked.pop(name, None)
+
+    def check_keys(self) -> None:
+        if self.unchecked:
+            self.check(*_KEYS)
+
+    def write(self, directory: Path) -> tuple[Path, str]:
+        """A file of a name that no other has, whole once this returns, and its ``sample_of``."""
+        self.check()
         path = directory / f"shard-{uuid.uuid4().hex[:16]}.safetensors"
         documents = json.dumps({name: getattr(self, name) for name in _TABLE})
         tensors = {
@@ -134,49 +154,50 @@ class Shard:
         }
         if self.scale_LCG1 is not None:
             tensors["scale"] = self.scale_LCG1
-        save_file({name: x.contiguous() for name, x in tensors.items()}, path)
-        sync(path)
-        return path
+        tensors = {name: x.contiguous() for name, x in tensors.items()}
+        files.write_tensors(path, tensors, {name: digest_of([(name, x)]) for name, x in tensors.items()})
+        return path, sample_of(path)
 
 
-def read_shard(path: Path, digest: str, deleted: Sequence[int], chunk_size: int, ranks: Ranks) -> Shard:
-    """What ``Shard.write`` wrote, mapped. Raises ValueError if the file is not as it was."""
-    advice = "restore the file, or build the bank again in an empty folder"
+def read_shard(directory: Path, entry: dict[str, Any], chunk_size: int, ranks: Ranks) -> Shard:
+    """What ``Shard.write`` wrote, mapped; entry: of the index. Raises ValueError if the file is not as it was, as far
+    as can be told without reading all of it; ``Shard.check`` reads on.
+    """
+    path = directory / entry["file"]
     if not path.exists():
-        raise ValueError(f"{path}: a part of the bank is missing; {advice}")
-    if digest_of(path) != digest:
-        raise ValueError(f"{path}: torn or changed since it was saved; {advice}")
+        raise ValueError(f"{path}: a part of the bank is missing; {_ADVICE}")
+    if sample_of(path) != entry["sample"]:
+        raise ValueError(f"{path}: torn or changed since it was saved; {_ADVICE}")
     try:
         with safe_open(path, "pt") as file:
-            router, content, documents = (file.get_tensor(name) for name in ("router", "content", "documents"))
-            scale = file.get_tensor("scale") if "scale" in file.keys() else None  # noqa: SIM118
-            table = json.loads(bytes(documents.numpy()))
+            digests = dict(file.metadata())
+            kept = {name: file.get_tensor(name) for name in digests}
+        documents = kept.pop("documents")
+        if digest_of([("documents", documents)]) != digests.pop("documents"):
+            raise ValueError("its table of documents is not as it was saved")
+        table = json.loads(bytes(documents.numpy()))
     except Exception as error:
-        raise ValueError(f"{path}: not a part of a bank ({error}); {advice}") from None
+        raise ValueError(f"{path}: not a part of a bank ({error}); {_ADVICE}") from None
     alive_N, own_N = torch.ones(len(table["names"]), dtype=torch.bool), ranks.own(table["names"])
-    alive_N[list(deleted)] = False
-    if not own_N.all():
-        count_N = (torch.tensor(table["tokens"]) + chunk_size - 1) // chunk_size
-        own_C = own_N.repeat_interleave(count_N)
-        router, scale = router[:, own_C], None if scale is None else scale[:, own_C]
-    return Shard(
-        router,
-        scale,
-        content,
-        **table,
-        chunk_size=chunk_size,
-        alive_N=alive_N,
-        own_N=own_N,
-        mapped=True,
-        file=path,
-        digest=digest,
+    alive_N[entry["deleted"]] = False
+    router, scale, content = kept["router"], kept.get("scale"), kept["content"]
+    rest = dict(chunk_size=chunk_size, mapped=True, file=path, sample=entry["sample"])
+    shard = Shard(
+        router, scale, content, **table, alive_N=alive_N, own_N=torch.ones_like(own_N), unchecked=digests, **rest
     )
+    if own_N.all():
+        return shard
+    shard.check_keys()
+    own_C = own_N.repeat_interleave(shard.count_N)
+    router, scale = router[:, own_C], None if scale is None else scale[:, own_C]
+    return dataclasses.replace(shard, router_LCGK=router, scale_LCG1=scale, own_N=own_N)
 
 
 def merged(shards: Sequence[Shard]) -> Shard:
     """One shard of what lives in several, none of it mapped."""
     table, routers, scales, contents, own = {name: [] for name in _TABLE}, [], [], [], []
     for shard in shards:
+        shard.check()
         living = shard.alive_N.nonzero()[:, 0]
         own.append(shard.own_N[living])
         of_router, of_content = shard.chunks_of(living[own[-1]])
@@ -234,8 +255,8 @@ def sent(x: Tensor, device: torch.device) -> Tensor:
     return staged.to(device, non_blocking=True)
 
 
-def digest_of(path: Path) -> str:
-    """Of a file's size and some of its pages: a file cut, or with a stretch missing, has another."""
+def sample_of(path: Path) -> str:
+    """A digest of a file's size and some of its pages: a file cut, or with a stretch missing, has another."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
@@ -243,12 +264,3 @@ def digest_of(path: Path) -> str:
             file.seek((size - min(size, _PAGE_BYTES)) * i // (_PAGES - 1))
             digest.update(file.read(_PAGE_BYTES))
     return digest.hexdigest()[:32]
-
-
-def sync(path: Path) -> None:
-    """Until a file, or the names in a folder, would outlive a loss of power."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,0 +1,155 @@
+"""The folder of a bank: one writer, an index that is replaced at once, and files that it names."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from memlm import files
+from memlm.bank.ranks import Ranks
+from memlm.bank.shard import Shard, read_shard, whole
+from memlm.fingerprint import fingerprint, made_by
+from memlm.modeling import MemLMForCausalLM
+
+INDEX = "index.json"
+_SHARD = re.compile(r"shard-[0-9a-f]{16}\.safetensors")
+
+
+@contextmanager
+def writing(directory: Path, ranks: Ranks) -> Iterator[None]:
+    """Be the one who writes in a folder, with all processes of a group. Raises ValueError if another does."""
+    with ExitStack() as held:
+        ranks.first(lambda: held.enter_context(files.lock(directory)) or True)
+        yield
+
+
+def read_index(directory: Path) -> dict[str, Any]:
+    """fingerprint, key_dtype, complete, read, shards: file, sample and deleted of each; digest: of all this."""
+    path, advice = directory / INDEX, "restore it, or build the bank in another folder"
+    if not path.exists():
+        raise ValueError(f"{path}: no such file; a bank is written by MemoryBank.save")
+    try:
+        index = files.read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; it is damaged or not a bank's: {advice}") from None
+    if "digest" not in index:
+        raise ValueError(f"{path}: not a bank's, or of an earlier version; build the bank in another folder")
+    if index["digest"] != _digest(index):
+        raise ValueError(f"{path}: damaged, or changed by hand; {advice}")
+    return index
+
+
+def write_index(directory: Path, index: dict[str, Any]) -> None:
+    """Replaced at once. The shards that it does not name go, those of a save that was killed too: who holds the lock
+    is the only one who writes. They go also from who is about to load by the index that was there.
+    """
+    files.sync(directory)
+    files.write(directory / INDEX, json.dumps(index))
+    drop(directory, (path for path in directory.iterdir() if _SHARD.fullmatch(path.name)))
+
+
+def drop(directory: Path, paths: Iterable[Path]) -> None:
+    """Unlink those that the index does not name."""
+    kept = {entry["file"] for entry in read_index(directory)["shards"]} if (directory / INDEX).exists() else set()
+    for path in paths:
+        if path.name not in kept:
+            path.unlink(missing_ok=True)
+
+
+def _digest(index: dict[str, Any]) -> str:
+    said = json.dumps({name: value for name, value in index.items() if name != "digest"}, sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()[:32]
+
+
+class Folders:
+    """Where one bank is saved, by any number of processes; it replaces only what it knows."""
+
+    def __init__(self, model: MemLMForCausalLM, content: str, ranks: Ranks) -> None:
+        self.model, self.content, self.ranks = model, content, ranks
+        # Digests of the indices that the bank was loaded by, or wrote.
+        self._known: set[str] = set()
+
+    def save(self, directory: Path, shards: Sequence[Shard], said: dict[str, Any]) -> list[Shard]:
+        """Write shards, unless their files are there, and an index that also has what is said. Who calls holds the
+        lock. Returns the shards as they are saved. Raises ValueError if another bank lies there.
+        """
+        directory = directory.resolve()
+        self.ranks.first(lambda: self._may_replace(directory))
+        saved, written = [], list[Path]()
+        try:
+            for shard in shards:
+                there = self.ranks.first(lambda file=shard.file: file and file.parent == directory and file.exists())
+                saved.append(shard if there else self._written(shard, directory, written))
+            entries = [_entry(shard.file, shard.sample, shard) for shard in saved]
+            index = said | {"shards": entries}
+            index["digest"] = _digest(index)
+            # It may be there even if what follows fails.
+            self._known.add(index["digest"])
+            self.ranks.first(lambda: write_index(directory, index))
+        except BaseException:
+            drop(directory, written)
+            raise
+        return saved
+
+    def _may_replace(self, directory: Path) -> None:
+        if not (directory / INDEX).exists():
+            return
+        index = read_index(directory)
+        self._same_model(directory, index)
+        if index["digest"] not in self._known:
+            raise ValueError(
+                f"{directory}: holds a bank that this one does not know, perhaps saved by another process since; load "
+                "it and change it again, or save to another folder"
+            )
+
+    def _written(self, shard: Shard, directory: Path, written: list[Path]) -> Shard:
+        full = whole(shard, self.model.device, self.ranks)
+        path, sample = self.ranks.first(lambda: full.write(directory))
+        written.append(path)
+        if self.content != "mapped":
+            return dataclasses.replace(shard, file=path, sample=sample)
+        # From now on what is saved needs no memory.
+        entry = _entry(path, sample, shard)
+        return self.ranks.each(lambda: read_shard(directory, entry, shard.chunk_size, self.ranks))
+
+    def open(self, directory: Path, chunk_size: int, verify: bool) -> tuple[dict[str, Any], list[Shard]]:
+        """The index and the shards of a folder, of one moment, though others save there; see ``MemoryBank.load``."""
+        directory = directory.resolve()
+        index = self.ranks.first(lambda: read_index(directory))
+        while True:
+            try:
+                shards = self.ranks.each(lambda index=index: self._shards(directory, index, chunk_size, verify))
+                self._known.add(index["digest"])
+                return index, shards
+            except ValueError:
+                # Who saved meanwhile has dropped files that this index names.
+                before, index = index, self.ranks.first(lambda: read_index(directory))
+                if index == before:
+                    raise
+
+    def _shards(self, directory: Path, index: dict[str, Any], chunk_size: int, verify: bool) -> list[Shard]:
+        self._same_model(directory, index)
+        shards = []
+        for entry in index["shards"]:
+            shard = read_shard(directory, entry, chunk_size, self.ranks)
+            if verify:
+                shard.check()
+            elif self.model.device.type != "cpu":
+                shard.check_keys()
+            shards.append(shard.housed(self.content, self.model.device))
+        return shards
+
+    def _same_model(self, directory: Path, index: dict[str, Any]) -> None:
+        if not made_by(self.model.base_model, index["fingerprint"]):
+            raise ValueError(
+                f"{directory}: a bank of the model of fingerprint {index['fingerprint']}, not "
+                f"{fingerprint(self.model.base_model)}; give that model, or another folder"
+            )
+
+
+def _entry(path: Path, sample: str, shard: Shard) -> dict[str, Any]:
+    return {"file": path.name, "sample": sample, "deleted": (~shard.alive_N).nonzero()[:, 0].tolist()}

@@ -1,0 +1,167 @@
+"""One identity of weights and states: by it memories and banks know the model that made them, and files their content.
+
+V rows of the vocabulary.
+"""
+
+import contextlib
+import hashlib
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import PreTrainedModel
+
+# By the golden ratio, so that places near each other have factors that are far apart.
+_FACTOR, _AT_ONCE = 0x9E3779B97F4A7C15 - (1 << 64), 1 << 22
+# Eight bytes count as four and four: modulo 2 ** 64 the signs of an even number of them would count for nothing.
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32, 16: torch.int32}
+_VOCABULARY = "embed_tokens."
+
+
+class Snapshot:
+    """Which tensors a model's weights are now, and how often each was changed; cheap, and no device is asked.
+
+    Torch counts changes, but not those through ``.data``, nor those of tensors made under inference_mode. Weights
+    that are offloaded count as unchanged.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.rows = model.config.vocab_size
+        self._seen = {name: (weakref.ref(x), _version(x), _place(x)) for name, x in _weights(model)}
+
+    def holds(self, model: PreTrainedModel) -> bool:
+        """Whether the weights are those still, but for rows that ``resize_token_embeddings`` added or took."""
+        resized, now = model.config.vocab_size != self.rows, dict(_weights(model))
+        if now.keys() != self._seen.keys():
+            return False
+        for name, x in now.items():
+            ref, version, place = self._seen[name]
+            moved = place != _place(x) and not (resized and name.startswith(_VOCABULARY))
+            # What is offloaded is another tensor after each forward.
+            if moved or not (x.is_meta or (ref() is x and version == _version(x))):
+                return False
+        return True
+
+
+def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _version(x: Tensor) -> int | None:
+    return None if x.is_inference() else x._version
+
+
+def _place(x: Tensor) -> tuple[int, torch.dtype]:
+    return 0 if is_traceable_wrapper_subclass(x) else x.data_ptr(), x.dtype
+
+
+def _count_fused_step(optimizer: Optimizer, *_: Any) -> None:
+    """Fused optimisers change weights without torch's counting it."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            torch.autograd.graph.increment_version(group["params"])
+
+
+register_optimizer_step_post_hook(_count_fused_step)
+
+# Of a model that has been asked for: its weights then, and the fingerprints found by rows of the vocabulary.
+_found: weakref.WeakKeyDictionary[PreTrainedModel, tuple[Snapshot, dict[int, str]]] = weakref.WeakKeyDictionary()
+
+
+def fingerprint(model: PreTrainedModel, rows: int | None = None) -> str:
+    """Of a decoder's configuration and of every bit of its weights; any device has the same.
+
+    Of the embeddings the first ``rows`` count (None: all), so that a model whose vocabulary has grown since is known
+    again, see ``made_by``; the head does not. Made once, and again when a ``Snapshot`` no longer holds.
+    """
+    snapshot, found = _found.get(model, (None, {}))
+    if snapshot is None or snapshot.rows != model.config.vocab_size or not snapshot.holds(model):
+        snapshot, found = _found[model] = Snapshot(model), {}
+    rows = snapshot.rows if rows is None else rows
+    if rows not in found:
+        found[rows] = f"{rows}-{digest_of(_stored(model, rows), model.config.memory_signature())}"
+    return found[rows]
+
+
+def made_by(model: PreTrainedModel, found: str) -> bool:
+    """Whether ``found`` is the fingerprint of this decoder, or was before its vocabulary grew."""
+    rows = found.partition("-")[0]
+    return (
+        rows.isdecimal()
+        and len(rows) < 10
+        and int(rows) <= model.config.vocab_size
+        and (fingerprint(model, int(rows)) == found)
+    )
+
+
+def _stored(model: PreTrainedModel, rows: int) -> Iterator[tuple[str, Any]]:
+    """What a checkpoint would hold of a decoder, one module after the other, also where weights are offloaded."""
+    for path, module in model.named_modules():
+        with _at_hand(module):
+            own: dict[str, Any] = {}
+            module._save_to_state_dict(own, f"{path}." if path else "", keep_vars=False)
+            for name, value in own.items():
+                of_tokens = isinstance(value, Tensor) and name.startswith(_VOCABULARY)
+                yield name, value[:rows] if of_tokens else value
+
+
+@contextlib.contextmanager
+def _at_hand(module: nn.Module) -> Iterator[None]:
+    if not hasattr(module, "_hf_hook"):
+        yield
+        return
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        yield
+
+
+def digest_of(named: Iterable[tuple[str, Any]], *words: str) -> str:
+    """Of words, and of names, dtypes, shapes and every bit of tensors, wherever they are."""
+    digest, sums = hashlib.sha256("\n".join(words).encode()), []
+    for name, value in named:
+        for leaf in _leaves(value):
+            if isinstance(leaf, Tensor):
+                digest.update(f"\n{name} {leaf.dtype} {list(leaf.shape)}".encode())
+                sums.append(_checksum(leaf))
+            else:
+                digest.update(f"\n{name} {leaf}".encode())
+    if sums:
+        digest.update(torch.stack([x.cpu() for x in sums]).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """A value of a state_dict as plain tensors and words: quantised weights are several."""
+    if isinstance(value, tuple | list):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, Tensor) and is_traceable_wrapper_subclass(value):
+        names, rest = value.__tensor_flatten__()
+        yield repr(rest)
+        for name in names:
+            yield from _leaves(getattr(value, name))
+    elif isinstance(value, Tensor) and value.is_quantized:
+        yield value.int_repr()
+        if value.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+            yield f"{value.q_scale()} {value.q_zero_point()}"
+        else:
+            yield from (value.q_per_channel_scales(), value.q_per_channel_zero_points())
+    else:
+        yield value
+
+
+def _checksum(x: Tensor) -> Tensor:
+    """The sum, modulo 2 ** 64, of a tensor's bits, element by element, times an odd factor of each place."""
+    bits, total = x.detach().flatten().view(_BITS[x.element_size()]), 0
+    for start in range(0, len(bits), _AT_ONCE):
+        part = bits[start : start + _AT_ONCE].long()
+        place = torch.arange(start, start + len(part), device=bits.device)
+        total = total + (part * (place * _FACTOR | 1)).sum()
+    return torch.as_tensor(total, device=bits.device)
