@@ -21,7 +21,7 @@ from transformers.modeling_outputs import ModelOutput
 from memlm.cache import MemoryCache
 from memlm.configuration import MemLMConfig
 from memlm.layers import GroupedLinear, RMSNorm, ShortConv, SwiGLU
-from memlm.memory.base import MixerContext, MixerOutput, RoleCounts, Roles, SequenceMixer, State, build_mixer
+from memlm.memory.base import MixerContext, MixerOutput, RoleCounts, Roles, SequenceMixer, State, build_mixer, checked
 from memlm_kernels import set_backend
 
 
@@ -63,7 +63,7 @@ class MemLMDecoderLayer(nn.Module):
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(self, x_BTD: Tensor, state: State | None, ctx: MixerContext | None) -> MixerOutput:
-        mixed = self.mixer(self.input_layernorm(x_BTD), state, ctx)
+        mixed = checked(self.mixer(self.input_layernorm(x_BTD), state, ctx), self.mixer, x_BTD)
         x_BTD = x_BTD + mixed.y_BTD
         return mixed._replace(y_BTD=x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)))
 

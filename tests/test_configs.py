@@ -1,11 +1,13 @@
 """Every YAML composes, builds what it says, and a mistake on the command line is one line."""
 
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
@@ -14,6 +16,7 @@ from memlm.cli import one_line, use_gpu_preset
 from memlm.data import MQAR, Passkey
 from memlm.modeling import count_active_parameters, count_flops, count_parameters
 from memlm.training.loop import model_config
+from memlm.training.settings import RunSettings
 from tests.conftest import MEMORIES, ROOT, composed
 
 GROUPS = sorted(
@@ -39,6 +42,30 @@ def test_overrides_reach_the_memory():
     cfg = composed("memory=titans_mag_deep", "model.mixers.memory.chunk_size=8")
     config = MemLMConfig.from_hydra(OmegaConf.to_container(cfg.model, resolve=True))
     assert config.mixers["memory"]["chunk_size"] == 8 and config.mixers["memory"]["memory_depth"] == 2
+
+
+@pytest.mark.parametrize(
+    ("first_line", "message"),
+    [
+        ("", r"memory=\{'kind': 'gla', 'head_dim': 8\} is read by nothing"),
+        ("# @package _global_", "kind='gla' is not a setting"),
+        ("# @package model.mixers", "model.mixers.kind='gla' must be the settings of a mixer"),
+        ("# @package model.mixers.memry", "model.mixers.memory.kind is missing"),
+        ("of_model", r"memory=\{'of_model': \{'kind': 'gla', 'head_dim': 8\}\} is read by nothing"),
+    ],
+)
+def test_a_memory_whose_yaml_lands_elsewhere_is_told_so(tmp_path, first_line, message):
+    """Of a file that only adds settings nothing else would speak: they would be left out."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    name, override = ("of_model/mine", "memory/of_model=mine") if first_line == "of_model" else ("mine", "memory=mine")
+    line = first_line if first_line.startswith("#") else ""
+    (tmp_path / "configs" / "memory" / f"{name}.yaml").write_text(f"{line}\nkind: gla\nhead_dim: 8\n")
+    with initialize_config_dir(str(tmp_path / "configs"), version_base="1.3"):
+        cfg = compose("train", [override, "run_dir=somewhere"])
+    with pytest.raises(
+        ValueError, match=f"{message}.*; a YAML of configs/memory begins with '# @package model.mixers"
+    ):
+        MemLMConfig.from_hydra(RunSettings.of(cfg).config["model"])
 
 
 @pytest.mark.parametrize("run", ["model=tiny", "experiment=recall", "experiment=recall_hard", "experiment=gpu"])

@@ -275,6 +275,26 @@ def test_auxiliary_losses_are_named_and_trained():
     assert metrics["layer1/balance"].item() == 0.25
 
 
+@pytest.mark.parametrize(
+    "returned, message",
+    [
+        (lambda x, out: out.y_BTD, r"memlm\.memory\.titans_mag\.Mixer\.forward returned Tensor; return MixerOutput\("),
+        (lambda x, out: tuple(out), r"forward returned tuple; return MixerOutput\("),
+        (
+            lambda x, out: out._replace(y_BTD=x[:, :1]),
+            r"returned y_BTD \[2, 1, 64\]; make it \[2, 9, 64\], as",
+        ),
+        (lambda x, out: out._replace(state={"memory": x}), r"returned a state of memory; add position, \[B\]"),
+    ],
+    ids=["a tensor", "a tuple", "one token", "no position"],
+)
+def test_a_mixer_that_returns_something_else_is_named(returned, message):
+    model = build("titans_mag")
+    model.model.layers[1].mixer.register_forward_hook(lambda mixer, given, out: returned(given[0], out))
+    with pytest.raises(ValueError, match=message):
+        model(torch.zeros(2, 9, dtype=torch.long))
+
+
 def test_loss_can_be_a_sum_over_a_larger_batch():
     model, x = build(dtype=torch.float32), ids()
     whole = model(x, labels=x).loss

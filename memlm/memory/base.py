@@ -21,6 +21,9 @@ from memlm_kernels import grid
 
 State = dict[str, Tensor]
 
+# Without this line Hydra puts a memory's settings where nothing reads them.
+PACKAGE = "a YAML of configs/memory begins with '# @package model.mixers.memory'"
+
 
 @dataclass(frozen=True)
 class Dims:
@@ -172,6 +175,20 @@ class SequenceMixer(nn.Module):
         """
 
 
+def checked(output: Any, mixer: nn.Module, x_BTD: Tensor) -> MixerOutput:
+    """The output of a mixer for x. Raises ValueError where it is not what the slot takes."""
+    wrong = None
+    if not isinstance(output, MixerOutput):
+        wrong = f"{type(output).__name__}; return MixerOutput(y_BTD, state, aux_losses, metrics) of memlm.memory.base"
+    elif output.y_BTD.shape != x_BTD.shape:
+        wrong = f"y_BTD {list(output.y_BTD.shape)}; make it {list(x_BTD.shape)}, as the input is"
+    elif "position" not in output.state:
+        wrong = f"a state of {', '.join(output.state) or 'nothing'}; add position, [B], of each row's next token"
+    if wrong is not None:
+        raise ValueError(f"{type(mixer).__module__}.{type(mixer).__name__}.forward returned {wrong}")
+    return output
+
+
 def token_positions(x_BTD: Tensor, state: State, ctx: MixerContext) -> Tensor:
     """Place of each token in its document, [B, T]."""
     if ctx.positions_BT is not None:
@@ -257,9 +274,9 @@ def build_mixer(settings: dict[str, Any], dims: Dims, layer_idx: int, key: str) 
 def complete_settings(settings: dict[str, Any], key: str) -> dict[str, Any]:
     """The same settings with every default written out, so that a checkpoint does not depend on defaults."""
     if not isinstance(settings, dict):
-        raise ValueError(f"{key}={settings!r} must be the settings of a mixer, {{kind: ..., ...}}")
+        raise ValueError(f"{key}={settings!r} must be the settings of a mixer, {{kind: ..., ...}}; {PACKAGE}")
     if "kind" not in settings:
-        raise ValueError(f"{key}.kind is missing; one of: {', '.join(kinds())}")
+        raise ValueError(f"{key}.kind is missing; one of: {', '.join(kinds())}; {PACKAGE}")
     module = load_kind(settings["kind"], key)
     config = build_config(module.Config, {k: v for k, v in settings.items() if k != "kind"}, key)
     return {"kind": settings["kind"], **dataclasses.asdict(config)}

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from memlm.memory.base import build_config, check_type, require
+from memlm.memory.base import PACKAGE, build_config, check_type, require, suggest
 
 # Of any number of steps, rows or batches: more is a slip of the hand.
 _MOST = 10**9
@@ -129,12 +129,16 @@ class RunSettings:
     def of(cls, cfg: DictConfig) -> "RunSettings":
         """Raises ValueError naming the key, the value and a fix."""
         config = OmegaConf.to_container(cfg, resolve=True)
+        types = (TrainSettings, OptimSettings, HardwareSettings, TrackerSettings)
+        groups = ("train", "optim", "hardware", "tracker")
+        known = ["name", "seed", "run_dir", "model", "data", *groups]
+        for key, value in config.items():
+            require(key != "memory", f"memory={value!r} is read by nothing; {PACKAGE}")
+            require(key in known, f"{key}={value!r} is not a setting; {suggest(str(key), known)}; {PACKAGE}")
         seed, run_dir = config["seed"], config["run_dir"]
         check_type(seed, int, "seed")
         require(0 <= seed < 2**63, f"seed={seed} must lie in [0, 2**63)")
         named = isinstance(run_dir, str) and run_dir.strip()
         require(bool(named), f"run_dir={run_dir!r} names no folder; leave it out, or name one")
-        types = (TrainSettings, OptimSettings, HardwareSettings, TrackerSettings)
-        groups = ("train", "optim", "hardware", "tracker")
         built = (build_config(of, config[group], group) for of, group in zip(types, groups, strict=True))
         return cls(config, str(config["name"]), seed, Path(run_dir), *built)
