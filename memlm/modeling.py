@@ -374,7 +374,7 @@ def _documents(positions_BT: Tensor, lengths_B: Tensor | None, given: int | None
     device is not asked, the error is the device's.
     """
     length = positions_BT.shape[1]
-    if length == 0:
+    if positions_BT.numel() == 0:
         return 1
     starts_BT = positions_BT == 0
     follows_BT = torch.cat([next_B[:, None], positions_BT[:, :-1] + 1], 1)

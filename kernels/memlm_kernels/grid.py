@@ -152,7 +152,7 @@ def check_places(x: Tensor, positions: Tensor | None, lengths: Tensor | None, ma
     check_tensors({"q": x}, {"positions": positions, "lengths": lengths})
     if lengths is not None:
         check_range("lengths", lengths, 0, length + 1)
-    if positions is not None and length and readable(positions):
+    if positions is not None and positions.numel() and readable(positions):
         after, before = positions[:, 1:], positions[:, :-1]
         real = torch.ones_like(after, dtype=torch.bool)
         if lengths is not None:

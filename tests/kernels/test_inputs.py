@@ -278,9 +278,11 @@ def test_types_that_mix(name):
 
 
 @both
-def test_no_tokens(name, by):
+@pytest.mark.parametrize(("length", "rows"), [(0, 2), (TOKENS, 0), (0, 0)])
+def test_no_tokens_and_no_rows(name, by, length, rows):
     op = OPS[name]
-    tensors = op.make(0)
+    # What all rows share has other sizes, and so have the groups of a product.
+    tensors = {n: x[:rows] if len(x) == 2 and name != "grouped_linear" else x for n, x in op.make(length).items()}
     for n in op.floats:
         tensors[n].requires_grad_()
     out = [x for x in op.run(tensors, backend=by) if x.requires_grad]

@@ -107,7 +107,7 @@ def neural_memory_reference(
         initial = tuple(w.to(dtype).expand(batch, *w.shape) for w in weights)
         if state is None:
             state = _fresh(tokens, initial, window)
-        if length == 0:
+        if q.numel() == 0:
             return v.clone(), state, torch.zeros_like(tokens.lr)
         if positions is None:
             positions = state.position[:, None] + torch.arange(length, device=q.device)

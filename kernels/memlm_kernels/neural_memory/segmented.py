@@ -84,7 +84,7 @@ def segmented_neural_memory(
 
             out, memory = segments_triton((q_c, k_c, v_c), gates, opens, segments, memory)
             return segments.take(out).to(given), SegmentedMemoryState(memory, position)
-        opens = opens.mT.reshape(-1, batch, 1, 1, 1)
+        opens = opens.mT[:, :, None, None, None]
         C, beta = (x.unflatten(1, (batch, heads)) for x in (gates.C, gates.beta))
         f, P, m = (x.unflatten(1, (batch, heads)) for x in gates.momentum) if gates.momentum else (None, None, None)
         # Unbound, for the gradient of an index is a tensor as large as all chunks.

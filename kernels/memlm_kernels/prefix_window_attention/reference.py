@@ -94,9 +94,10 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> 
         output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     else:
         # With a mask it has no fast way for heads that share keys: they are queries of one head.
-        mask = mask[:, :, None].expand(-1, -1, heads // k.shape[1], -1, -1).flatten(2, 3)
-        output = F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, q.shape[3]), k, v, mask, scale=scale)
-        output = output.reshape(len(q), heads, -1, output.shape[3])
+        shared = k.shape[1], heads // k.shape[1]
+        mask = mask[:, :, None].expand(-1, -1, shared[1], -1, -1).flatten(2, 3)
+        output = F.scaled_dot_product_attention(q.unflatten(1, shared).flatten(2, 3), k, v, mask, scale=scale)
+        output = output.unflatten(2, (shared[1], q.shape[2])).flatten(1, 2)
     return output.transpose(1, 2)[..., :size], None
 
 
