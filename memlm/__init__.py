@@ -11,6 +11,7 @@ from memlm.bank import MemoryBank
 from memlm.cache import MemoryCache
 from memlm.configuration import MemLMConfig
 from memlm.interleave import Interleave
+from memlm.loss import auxiliary_loss
 from memlm.modeling import MemLMForCausalLM, MemLMModel
 
 try:
@@ -22,4 +23,12 @@ AutoConfig.register("memlm", MemLMConfig)
 AutoModel.register(MemLMConfig, MemLMModel)
 AutoModelForCausalLM.register(MemLMConfig, MemLMForCausalLM)
 
-__all__ = ["Interleave", "MemLMConfig", "MemLMForCausalLM", "MemLMModel", "MemoryBank", "MemoryCache"]
+__all__ = [
+    "Interleave",
+    "MemLMConfig",
+    "MemLMForCausalLM",
+    "MemLMModel",
+    "MemoryBank",
+    "MemoryCache",
+    "auxiliary_loss",
+]

@@ -16,12 +16,17 @@ from memlm.fingerprint import Snapshot, digest_of, fingerprint, made_by
 from memlm.memory.base import State
 
 _FILE = "memory.safetensors"
+# Odd, so that no id is lost among the lower bits.
+_FACTOR = 6364136223846793005
 # Of a file; "digest" is of all that is in it but itself.
 _WORDS = ("fingerprint", "signature", "seen", "digest")
 
 
 class MemoryCache(Cache):
     """The states of all layers of one model for a batch of streams.
+
+    read: [B], a hash of the ids that each stream has read, by which ``generate`` recognises them at the start of a
+        prompt; None where some were not ids
 
     What states say never changes in place, so ``fork`` is free and a failed call leaves the memory as it
     was. Pass it as ``past_key_values``; once filled, it refuses models of another configuration, dtype or weights.
@@ -43,6 +48,7 @@ class MemoryCache(Cache):
         self.states: list[State] = []
         self.signature: str | None = None
         self.seen = 0
+        self.read: Tensor | None = None
         # The model that goes on with it, and its weights when it began.
         self.model: PreTrainedModel | None = None
         self.weights: Snapshot | None = None
@@ -99,11 +105,27 @@ class MemoryCache(Cache):
             )
         return fingerprint(self.model)
 
-    def replace(self, states: list[State], model: PreTrainedModel, dtype: torch.dtype, new_tokens: int) -> None:
-        """Store what a call returned."""
+    def replace(
+        self, states: list[State], model: PreTrainedModel, dtype: torch.dtype, new_tokens: int, read: Tensor | None
+    ) -> None:
+        """Store what a call returned, and the hash of all ids that it comes from."""
         if self.model is not model:
             self.model, self.weights, self.signature = model, Snapshot(model), _signature(model, dtype)
-        self.states, self.seen = states, self.seen + new_tokens
+        self.states, self.seen, self.read = states, self.seen + new_tokens, read
+
+    def reading(self, ids_BT: Tensor | None, mask_BT: Tensor | None = None) -> Tensor | None:
+        """The hash [B] after these ids [B, T], less those that the mask [B, T] leaves out; asks no device."""
+        if ids_BT is None or (self.states and self.read is None):
+            return None
+        read_B = ids_BT.new_zeros(len(ids_BT), dtype=torch.int64) if self.read is None else self.read
+        return _hashed(read_B.to(ids_BT.device), ids_BT, mask_BT)
+
+    def begins(self, ids_BT: Tensor, mask_BT: Tensor) -> bool:
+        """Whether every row of a prompt begins with all that its stream has read; asks the device once."""
+        if self.read is None or ids_BT.shape[1] < self.seen or len(ids_BT) != len(self.read):
+            return False
+        ids_BT, mask_BT = (x[:, : self.seen].to(self.read.device) for x in (ids_BT, mask_BT))
+        return torch.equal(_hashed(torch.zeros_like(self.read), ids_BT, mask_BT), self.read)
 
     @property
     def batch_size(self) -> int:
@@ -125,6 +147,7 @@ class MemoryCache(Cache):
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         self.states = [{name: function(x) for name, x in state.items()} for state in self.states]
+        self.read = None if self.read is None else function(self.read)
 
     def _select(self, name: str, rows: Tensor | list[int]) -> None:
         rows = self._rows(name, rows)
@@ -218,6 +241,8 @@ class MemoryCache(Cache):
         tensors = {
             f"{i}.{name}": x.detach().contiguous().clone() for i, s in enumerate(self.states) for name, x in s.items()
         }
+        if self.read is not None:
+            tensors["read"] = self.read.clone()
         words = {"fingerprint": made, "signature": self.signature or "", "seen": str(self.seen)}
         words["digest"] = _digest(tensors, words)
         files.write_tensors(Path(directory) / _FILE, tensors, words)
@@ -257,8 +282,11 @@ class MemoryCache(Cache):
         if _digest(tensors, words) != words["digest"]:
             raise ValueError(f"{path}: damaged, its content is not what was saved; restore it, or save it again")
         cache = cls()
+        cache.read = tensors.pop("read", None)
         cache.states, cache.seen = _layers(path, tensors), _count(path, words["seen"])
         cache.signature, cache.fingerprint = words["signature"], words["fingerprint"] if strict else None
+        if cache.read is not None and (cache.read.shape, cache.read.dtype) != ((cache.batch_size,), torch.int64):
+            raise ValueError(f"{path}: its hashes of what was read are not one of each row; read the text again")
         return cache
 
 
@@ -298,3 +326,15 @@ def _count(path: Path, seen: str) -> int:
     if not re.fullmatch(r"\d{1,18}", seen, re.ASCII):
         raise ValueError(f"{path}: seen={seen!r:.40} must be a number of tokens; read the text again")
     return int(seen)
+
+
+def _hashed(before_B: Tensor, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """A hash modulo 2 ** 64 that goes on over any division of a text into calls."""
+    value_BT, factor_BT = ids_BT.long() + 1, torch.full_like(ids_BT, _FACTOR, dtype=torch.int64)
+    if mask_BT is not None:
+        real_BT = mask_BT.to(ids_BT.device).bool()
+        value_BT, factor_BT = value_BT * real_BT, factor_BT.where(real_BT, 1)
+    # The product of the factors from each token to the end.
+    after_BT = factor_BT.flip(1).cumprod(1).flip(1)
+    whole_B = after_BT[:, 0] if ids_BT.shape[1] else 1
+    return before_B * whole_B + (value_BT * after_BT).sum(1)

@@ -3,32 +3,31 @@
 B batch, T tokens, D hidden, V vocabulary.
 """
 
-import copy
 import dataclasses
-from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import GenerationMixin, PreTrainedModel
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
 from memlm.cache import MemoryCache
 from memlm.configuration import MemLMConfig
+from memlm.generation import MemoryGenerationMixin
 from memlm.layers import GroupedLinear, RMSNorm, ShortConv, SwiGLU
+from memlm.loss import bound, weighted
 from memlm.memory.base import MixerContext, MixerOutput, RoleCounts, Roles, SequenceMixer, State, build_mixer, checked
-from memlm_kernels import set_backend
 
 
 @dataclass
 class MemLMOutput(ModelOutput):
     """last_hidden_state: [B, T, D]; hidden_states: each layer's input, and the final norm's output;
-    aux_losses, metrics: under ``layer{i}/{name}``, see ``MixerOutput``.
+    aux_losses: [B], of each row; metrics; both under ``layer{i}/{name}``, see ``MixerOutput``.
     """
 
     last_hidden_state: Tensor | None = None
@@ -40,7 +39,10 @@ class MemLMOutput(ModelOutput):
 
 @dataclass
 class MemLMCausalLMOutput(ModelOutput):
-    """loss: language-model loss plus all aux_losses; logits: [B, T, V]; the rest as in ``MemLMOutput``."""
+    """loss: the cross-entropy plus all aux_losses; logits: [B, T, V]; the rest as in ``MemLMOutput``.
+
+    aux_losses: with labels the parts of the loss, scalars; without, of each row [B], for ``auxiliary_loss``
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -89,6 +91,13 @@ class MemLMPreTrainedModel(PreTrainedModel):
         # Without the flag for custom code, which skips modules that own no parameter directly, mixers among them.
         super()._initialize_weights(module)
 
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, every_n_layers: int = 1
+    ) -> None:
+        decoder = self.base_model
+        decoder.gradient_checkpointing, decoder.checkpointed_layers = enable, every_n_layers
+        decoder._gradient_checkpointing_func = gradient_checkpointing_func
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Children come before their parents, so a mixer has the last word on what it owns.
@@ -116,9 +125,10 @@ class MemLMModel(MemLMPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([MemLMDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing, self.checkpointed_layers = False, 1
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -135,7 +145,9 @@ class MemLMModel(MemLMPreTrainedModel):
         write: bool = True,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-    ) -> MemLMOutput:
+        token_type_ids: Tensor | None = None,
+        cache_position: Tensor | None = None,
+    ) -> MemLMOutput | tuple:
         """Run [B, T] tokens through the decoder.
 
         attention_mask: [B, T] or [B, past + T], 0 for padding, which may stand anywhere and leaves no trace
@@ -149,6 +161,8 @@ class MemLMModel(MemLMPreTrainedModel):
         memory_bank: a ``MemoryBank`` of this model, asked by the query of this call, all of whose tokens are it if
             doc_ids are not given; its documents stand behind the template. What may be chosen goes into the memory.
         write: False for a pure query: ``past_key_values`` is read and left as it was
+        token_type_ids, cache_position: taken, as transformers' models take them, and not used
+        return_dict: False for a tuple; None, and output_hidden_states=None, for the configuration's
 
         Raises ValueError for inputs that contradict each other or the memory.
         """
@@ -164,7 +178,9 @@ class MemLMModel(MemLMPreTrainedModel):
             memory = MemoryCache()
         if memory is not None:
             memory.check(self, dtype, batch)
-        if output_attentions:
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError("output_attentions=True: no attention maps are kept; read the mixers' metrics instead")
 
         if memory_bank is not None:
@@ -186,22 +202,26 @@ class MemLMModel(MemLMPreTrainedModel):
             if output_hidden_states:
                 hidden_states.append(x_BTD)
             state = memory.state(i) if memory is not None else None
-            if self.gradient_checkpointing and self.training:
-                out = self._gradient_checkpointing_func(layer.__call__, x_BTD, state, ctx)
+            if self.gradient_checkpointing and self.training and i % self.checkpointed_layers == 0:
+                # The other way loses the gradient of what is not a tensor, states among them; results are the same.
+                out = self._gradient_checkpointing_func(layer.__call__, x_BTD, state, ctx, use_reentrant=False)
             else:
                 out = layer(x_BTD, state, ctx)
             x_BTD = out.y_BTD
             states.append(out.state)
-            aux_losses |= {f"layer{i}/{name}": x for name, x in out.aux_losses.items()}
+            aux_losses |= {f"layer{i}/{name}": x.expand(batch) for name, x in out.aux_losses.items()}
             metrics |= {f"layer{i}/{name}": x for name, x in out.metrics.items() if length}
         x_BTD = self.norm(x_BTD)
+        if aux_losses and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            x_BTD, aux_losses = bound(x_BTD, aux_losses)
         hidden_states.append(x_BTD)
         if order_BT is not None:
             back_BT = order_BT.argsort(dim=1)
             hidden_states = [_gather(h, back_BT) for h in hidden_states]
             metrics = {name: x.gather(1, back_BT) if x.ndim == 2 else x for name, x in metrics.items()}
         if memory is not None and write:
-            memory.replace(states, self, dtype, length)
+            mask_BT = None if attention_mask is None else attention_mask[:, attention_mask.shape[1] - length :]
+            memory.replace(states, self, dtype, length, memory.reading(input_ids, mask_BT))
         return MemLMOutput(
             last_hidden_state=hidden_states[-1],
             past_key_values=memory,
@@ -265,7 +285,7 @@ class MemLMModel(MemLMPreTrainedModel):
         return x_BTD, MixerContext(position_ids, lengths_B, documents, roles=roles), order_BT
 
 
-class MemLMForCausalLM(MemLMPreTrainedModel, GenerationMixin):
+class MemLMForCausalLM(MemLMPreTrainedModel, MemoryGenerationMixin):
     """The decoder with its language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -276,6 +296,7 @@ class MemLMForCausalLM(MemLMPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -285,14 +306,15 @@ class MemLMForCausalLM(MemLMPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> MemLMCausalLMOutput | tuple:
         """As ``MemLMModel.forward``, which takes ``kwargs``, and with ``labels`` [B, T] (-100: not scored) the loss.
 
-        The loss is the mean over scored tokens, label t predicted from position t - 1, plus the
-        mixers' auxiliary losses. logits_to_keep: the last so many positions, or their indices; 0 for all.
+        The loss is the mean over scored tokens, label t predicted from position t - 1, plus the mixers' auxiliary
+        losses, in which each row counts with its scored tokens. num_items_in_batch: scored tokens of a step of
+        several calls: all parts of the loss then are this call's share of the step's.
+        logits_to_keep: the last so many positions, or their indices; 0 for all.
         """
         out = self.model(
             input_ids=input_ids,
@@ -300,12 +322,13 @@ class MemLMForCausalLM(MemLMPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         hidden = out.last_hidden_state[:, keep] if not isinstance(keep, int) else out.last_hidden_state
         logits = self.lm_head(hidden)
-        loss = None
+        loss, aux_losses = None, out.aux_losses
         if labels is not None:
             loss = self.loss_function(
                 logits=logits,
@@ -313,55 +336,16 @@ class MemLMForCausalLM(MemLMPreTrainedModel, GenerationMixin):
                 vocab_size=self.config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
             )
-            loss = loss + sum(out.aux_losses.values())
-        result = MemLMCausalLMOutput(
+            aux_losses = weighted(aux_losses, labels, num_items_in_batch)
+            loss = loss + sum(aux_losses.values())
+        return MemLMCausalLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
-            aux_losses=out.aux_losses,
+            aux_losses=aux_losses,
             metrics=out.metrics,
         )
-        return result if return_dict is not False else result.to_tuple()
-
-    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
-        """transformers' ``generate``; with a filled ``past_key_values``, ``inputs`` are what follows the memory.
-
-        An ``attention_mask`` is then of the inputs alone. With a ``memory_bank`` the inputs are a query to it, unless
-        ``doc_ids`` say otherwise. Returns the inputs and what was generated.
-        """
-        memory = kwargs.get("past_key_values")
-        ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if isinstance(memory, MemoryCache) and memory.get_seq_length() and ids is not None:
-            mask = kwargs.get("attention_mask")
-            mask = torch.ones_like(ids) if mask is None else mask
-            # transformers tells new tokens from old ones by the width of the mask.
-            kwargs["attention_mask"] = torch.cat([mask.new_ones(len(ids), memory.get_seq_length()), mask], 1)
-        if kwargs.get("memory_bank") is not None and kwargs.get("doc_ids") is None and ids is not None:
-            kwargs["doc_ids"] = torch.zeros_like(ids)
-        return super().generate(inputs, **kwargs)
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        doc_ids: Tensor | None = None,
-        memory_bank: Any = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
-        # Mixers know their own positions; position_ids mean packing here.
-        inputs.pop("position_ids", None)
-        new = inputs["input_ids"].shape[1] if inputs.get("input_ids") is not None else None
-        if attention_mask is not None and new is not None and bool(attention_mask[:, -new:].all()):
-            # Without padding the faster paths are open. Generation waits for the device at every token anyway.
-            inputs.pop("attention_mask")
-        if doc_ids is not None and new is not None and input_ids.shape[1] - new < doc_ids.shape[1]:
-            # What is generated is a response.
-            inputs["doc_ids"] = F.pad(doc_ids, (0, input_ids.shape[1] - doc_ids.shape[1]), value=-1)[:, -new:]
-            # Asked once: the memory then holds what was chosen.
-            inputs["memory_bank"] = memory_bank
-        return inputs
 
 
 def _gather(x_BTD: Tensor, index_BT: Tensor) -> Tensor:
@@ -398,48 +382,9 @@ def _documents(positions_BT: Tensor, lengths_B: Tensor | None, given: int | None
     return most
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Parameters, tied ones once."""
-    return sum(p.numel() for p in model.parameters())
-
-
-def count_active_parameters(model: nn.Module) -> int:
-    """Of these, the ones that a token meets."""
-    mixers = [module for module in model.modules() if isinstance(module, SequenceMixer)]
-    return count_parameters(model) - sum(mixer.idle_parameters() for mixer in mixers)
-
-
-def count_flops(config: MemLMConfig, seq_len: int) -> float:
-    """FLOPs of one token's forward, the mean over a document of ``seq_len`` tokens.
-
-    The matrix products of layers and head, counted as they run on tensors without data: a multiply-add is
-    two, scores that a mask hides count, elementwise work does not.
-    """
-    config = copy.deepcopy(config)
-    # Fused attention hides its products from the counter.
-    config._attn_implementation = "eager"
-    names = config.layer_mixers()
-    # Not the meta device: autocast, which every memory switches off for its gates, does not know it.
-    with FakeTensorMode(), torch.no_grad(), set_backend("reference"):
-        x_BTD = torch.empty(1, seq_len, config.hidden_size)
-        total = _flops(nn.Linear(config.hidden_size, config.vocab_size, bias=False), x_BTD)
-        for name, layers in Counter(names).items():
-            total += layers * _flops(MemLMDecoderLayer(config, names.index(name)), x_BTD, None, None)
-    return total / seq_len
-
-
-def _flops(module: nn.Module, *inputs: Tensor | None) -> int:
-    with FlopCounterMode(display=False) as counter:
-        module(*inputs)
-    return counter.get_total_flops()
-
-
 __all__ = [
     "MemLMCausalLMOutput",
     "MemLMForCausalLM",
     "MemLMModel",
     "MemLMOutput",
-    "count_active_parameters",
-    "count_flops",
-    "count_parameters",
 ]

@@ -19,7 +19,17 @@ ROOMS = {
     "memlm.memory": {"memlm_kernels", "memlm.layers"},
     "memlm.configuration": {"memlm.memory"},
     "memlm.cache": {"memlm.files", "memlm.fingerprint", "memlm.memory"},
-    "memlm.modeling": {"memlm_kernels", "memlm.layers", "memlm.memory", "memlm.configuration", "memlm.cache"},
+    "memlm.loss": set(),
+    "memlm.generation": {"memlm.cache"},
+    "memlm.modeling": {
+        "memlm.layers",
+        "memlm.memory",
+        "memlm.configuration",
+        "memlm.cache",
+        "memlm.generation",
+        "memlm.loss",
+    },
+    "memlm.flops": {"memlm_kernels", "memlm.memory", "memlm.configuration", "memlm.modeling"},
     "memlm.bank": {
         "memlm_kernels",
         "memlm.files",
@@ -29,7 +39,7 @@ ROOMS = {
         "memlm.modeling",
     },
     "memlm.interleave": {"memlm.data", "memlm.memory", "memlm.cache", "memlm.bank"},
-    "memlm": {"memlm.bank", "memlm.configuration", "memlm.cache", "memlm.interleave", "memlm.modeling"},
+    "memlm": {"memlm.bank", "memlm.configuration", "memlm.cache", "memlm.interleave", "memlm.loss", "memlm.modeling"},
 }
 OUTER = {"memlm.hub", "memlm.training", "memlm.evaluation", "memlm.cli"}
 OUTSIDE = {

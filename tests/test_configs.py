@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from memlm import MemLMConfig, MemLMForCausalLM
 from memlm.cli import one_line, use_gpu_preset
 from memlm.data import MQAR, Passkey
-from memlm.modeling import count_active_parameters, count_flops, count_parameters
+from memlm.flops import count_active_parameters, count_flops, count_parameters
 from memlm.training.loop import model_config
 from memlm.training.settings import RunSettings
 from tests.conftest import MEMORIES, ROOT, composed

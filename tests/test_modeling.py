@@ -9,9 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import memlm
 from memlm import MemLMConfig, MemLMForCausalLM, MemoryCache
+from memlm.flops import count_flops
 from memlm.hub import load_model
 from memlm.memory.base import MixerOutput
-from memlm.modeling import count_flops
 from memlm.training.objective import Objective
 from tests.conftest import build, model_config
 

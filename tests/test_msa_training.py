@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from memlm import MemLMConfig, MemLMForCausalLM
-from memlm.modeling import count_parameters
+from memlm.flops import count_parameters
 from memlm.training import run
 from tests.conftest import ROOT, composed
 from tests.data.test_questions import chat_tokenizer, records

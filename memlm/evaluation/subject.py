@@ -11,8 +11,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from memlm.data import fingerprint, is_byte_tokenizer
+from memlm.flops import count_parameters
 from memlm.hub import load_model, load_tokenizer
-from memlm.modeling import MemLMForCausalLM, count_parameters
+from memlm.modeling import MemLMForCausalLM
 from memlm.training import checkpoint
 from memlm.training.resume import FREE, Record
 

@@ -134,7 +134,8 @@ class MixerOutput(NamedTuple):
     y_BTD: the output; rows beyond ``lengths_B`` are unspecified
     state: where the next call goes on; batch-first tensors, ``position`` among them; never changed in place (keys that
         grow may have room behind them, which nobody sees: ``memlm.memory.growing``)
-    aux_losses: scalars, already weighted, added to the training loss
+    aux_losses: already weighted, added to the training loss: [B], of each row, so that a step's loss does not depend
+        on how its rows are divided into calls; or scalars, the same for each row of the call
     metrics: detached; scalars; or [B], a figure of each row, nan where it has none; or [B, T], of each token; the log
         shows their mean; of a call without tokens they mean nothing, and the decoder leaves them out
     """

@@ -227,12 +227,12 @@ class Mixer(attention.Mixer):
             means_BTHK = gate_BTH[..., None] * means_BTHK
             metrics = {"gate": gate_BTH.detach().mean(), "memory_share": memory_share(means_BTHK, seen_BTHK)}
             seen_BTHK = seen_BTHK + means_BTHK
-        elif self.training:
+        elif self.training and config.loss_weight:
             dense = far or (turned_BTHK, seen_BLGK)
             aux_losses["router"] = config.loss_weight * self._unlike_dense(
                 q_BTHK, pooled_BNGK, dense, chunks, positions_BT, state, ctx
             )
-            metrics["router"] = aux_losses["router"].detach()
+            metrics["router"] = aux_losses["router"].detach().mean()
         return MixerOutput(self.o_proj(seen_BTHK.flatten(2)), after, aux_losses, metrics)
 
     def _turned(self, x_BTHK: Tensor, positions_BT: Tensor) -> Tensor:
@@ -262,7 +262,8 @@ class Mixer(attention.Mixer):
         state: State,
         ctx: MixerContext,
     ) -> Tensor:
-        """The cross-entropy, in nats a token and head, of softmax(q . mean k) from the shares of dense attention.
+        """The cross-entropy of softmax(q . mean k) from the shares of dense attention, in nats a token and head: the
+        mean over those tokens of a row that have a choice, [B].
 
         It is lse - sum_n share[n] q . mean k[n], and the sum over chunks one over keys: dense attention whose values
         are the means of their chunks. So nothing larger than for attention is held.
@@ -286,4 +287,4 @@ class Mixer(attention.Mixer):
         if ctx.lengths_B is not None:
             taught_BT = taught_BT & (torch.arange(length, device=q_BTHK.device) < ctx.lengths_B[:, None])
         nats_BT = (known.lse - score_BTH).mean(-1).masked_fill(~taught_BT, 0.0)
-        return nats_BT.sum() / taught_BT.sum().clamp(min=1)
+        return nats_BT.sum(1) / taught_BT.sum(1).clamp(min=1)

@@ -221,9 +221,8 @@ class Mixer(SequenceMixer):
         if config.balance_loss:
             losses["balance"] = config.balance_loss * config.num_memories * (load_M * mean_M).sum()
         if config.z_loss:
-            losses["router_z"] = (
-                config.z_loss * (logits_BTM.logsumexp(-1, keepdim=True).square() * real_BT1).sum() / tokens
-            )
+            square_BT1 = logits_BTM.logsumexp(-1, keepdim=True).square() * real_BT1
+            losses["router_z"] = config.z_loss * square_BT1.sum((1, 2)) / real_BT1.sum((1, 2)).clamp(min=1)
         if config.balance_bias:
             # No value, only a gradient: the bias falls where the load is above its share.
             overload_M = load_M * config.num_memories / config.top_k - 1

@@ -58,8 +58,8 @@ class Config:
     similarity: "cosine", of router queries and pooled router keys, or "dot", over the root of the head dim.
     head_reduce, query_reduce, chunk_reduce: "mean" or "max", in this order.
     qk_norm: RMSNorm of each head's queries and keys (Qwen3).
-    router_loss: one of ``retrieval.LOSSES``; loss_weight: of its mean over samples, in each layer; temperature: of
-        its softmax.
+    router_loss: one of ``retrieval.LOSSES``; loss_weight: of its mean over a row's samples, in each layer;
+        temperature: of its softmax.
     injection: "causal"; or "bidirectional", where tokens of a call without roles that goes on from a state see each
         other in both directions, as the released code shows text that is put in while it decodes.
     positions: of what follows the documents, from len(template) + top_k on, "template", as released; or from "top_k".
@@ -407,7 +407,7 @@ class Mixer(attention.Mixer):
     def _taught(
         self, layout: Layout, scores_BN: Tensor, found_BC: Tensor, document_BC: Tensor, ctx: MixerContext
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The router's loss over the samples of a call, and how well it chose."""
+        """The router's loss, the mean over the samples of each row, [B], and how well it chose."""
         assert layout.outside is not None
         config, size = self.msa, scores_BN.shape[1]
         found_BN = torch.zeros(len(found_BC), size + 1, device=found_BC.device, dtype=torch.int64)
@@ -427,9 +427,9 @@ class Mixer(attention.Mixer):
             getattr(self, "router_bias", None),
         )
         taught_BS = (known_BSN if config.router_loss == "bce" else found_BSN).any(-1)
-        loss = config.loss_weight * nats_BS.sum() / taught_BS.sum().clamp(min=1)
+        loss_B = config.loss_weight * nats_BS.sum(1) / taught_BS.sum(1).clamp(min=1)
         metrics = retrieval.router_metrics(scores_BSN.detach(), found_BSN, known_BSN, config.top_k)
-        return {"router": loss}, metrics
+        return ({"router": loss_B} if config.loss_weight else {}), metrics
 
 
 def _samples(layout: Layout, ctx: MixerContext) -> tuple[Tensor, Tensor]:

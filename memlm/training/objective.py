@@ -61,9 +61,10 @@ class Objective(nn.Module):
         )
         nats, scored = token_losses(*predictions(out.logits, labels, places))
         rows = nats.sum(1) / scored.sum(1).clamp(min=1)
-        loss = self.lm_weight * rows.mean() + sum(out.aux_losses.values())
+        aux_losses = {name: x.mean() for name, x in out.aux_losses.items()}
+        loss = self.lm_weight * rows.mean() + sum(aux_losses.values())
         metrics = {name: x.nanmean() if x.ndim == 1 else x.mean() for name, x in out.metrics.items()}
-        return loss, rows.detach(), metrics | {name: x.detach() for name, x in out.aux_losses.items()}
+        return loss, rows.detach(), metrics | {name: x.detach() for name, x in aux_losses.items()}
 
 
 def model_inputs(batch: Batch, device: torch.device | str) -> dict:

@@ -115,7 +115,7 @@ def loop(mixer, x):
 def test_the_layer_is_its_equations(learning, settings):
     mixer, x = mixer_of(learning=learning, loss_weight=0.5, **settings), inputs(31)
     gradients = []
-    for run in (loop, lambda m, x: (m(x[None]).y_BTD[0], sum(m(x[None]).aux_losses.values()) / 0.5)):
+    for run in (loop, lambda m, x: (m(x[None]).y_BTD[0], sum(x.mean() for x in m(x[None]).aux_losses.values()) / 0.5)):
         copied = copy.deepcopy(mixer)
         y, loss = run(copied, x[0])
         total = (y * inputs(31, seed=1)[0]).sum()
@@ -164,7 +164,7 @@ def test_queries_and_keys_start_tied_for_each_group():
 
 
 def test_the_distilling_loss_knows_documents_padding_and_pieces():
-    """It is the mean over real tokens that have a choice, in whichever calls and rows they stand."""
+    """It is the mean over the real tokens of a row that have a choice, in whichever calls they stand."""
     mixer, lengths = mixer_of(learning="distilled"), [31, 9, 22, 3]
     pieces = [inputs(n, seed=n) for n in lengths]
 

@@ -1,0 +1,50 @@
+"""How many parameters a model has, and how many FLOPs a token costs."""
+
+import copy
+from collections import Counter
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from memlm.configuration import MemLMConfig
+from memlm.memory.base import SequenceMixer
+from memlm.modeling import MemLMDecoderLayer
+from memlm_kernels import set_backend
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def count_active_parameters(model: nn.Module) -> int:
+    """Of these, the ones that a token meets."""
+    mixers = [module for module in model.modules() if isinstance(module, SequenceMixer)]
+    return count_parameters(model) - sum(mixer.idle_parameters() for mixer in mixers)
+
+
+def count_flops(config: MemLMConfig, seq_len: int) -> float:
+    """FLOPs of one token's forward, the mean over a document of ``seq_len`` tokens.
+
+    The matrix products of layers and head, counted as they run on tensors without data: a multiply-add is
+    two, scores that a mask hides count, elementwise work does not.
+    """
+    config = copy.deepcopy(config)
+    # Fused attention hides its products from the counter.
+    config._attn_implementation = "eager"
+    names = config.layer_mixers()
+    # Not the meta device: autocast, which every memory switches off for its gates, does not know it.
+    with FakeTensorMode(), torch.no_grad(), set_backend("reference"):
+        x_BTD = torch.empty(1, seq_len, config.hidden_size)
+        total = _flops(nn.Linear(config.hidden_size, config.vocab_size, bias=False), x_BTD)
+        for name, layers in Counter(names).items():
+            total += layers * _flops(MemLMDecoderLayer(config, names.index(name)), x_BTD, None, None)
+    return total / seq_len
+
+
+def _flops(module: nn.Module, *inputs: Tensor | None) -> int:
+    with FlopCounterMode(display=False) as counter:
+        module(*inputs)
+    return counter.get_total_flops()

@@ -1,0 +1,123 @@
+"""transformers' ``generate`` over a memory. B rows, T tokens."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import GenerationMixin
+
+from memlm.cache import MemoryCache
+
+
+class MemoryGenerationMixin(GenerationMixin):
+    """Generation that goes on from what a ``MemoryCache`` has read."""
+
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        """transformers' ``generate``; with a filled ``past_key_values``, ``inputs`` are what follows the memory.
+
+        Inputs that begin with all ids that the memory has read are taken for the whole text, as transformers passes
+        it, and only the rest is read; to repeat that text behind itself, pass it twice. ``inputs_embeds`` are always
+        what follows. An ``attention_mask`` is of the inputs, or of the memory and the inputs. With a ``memory_bank``
+        the inputs are a query to it, unless ``doc_ids``, of the inputs, say otherwise. Returns the inputs and what
+        was generated.
+
+        Raises ValueError for inputs of which the memory has read all.
+        """
+        memory, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        given = ids if embeds is None else embeds
+        if given is None or given.ndim < 2:
+            return super().generate(inputs, generation_config, **kwargs)
+        batch, length = given.shape[:2]
+        seen = memory.get_seq_length() if isinstance(memory, MemoryCache) else 0
+        if kwargs.get("memory_bank") is not None:
+            chunked = kwargs.get("prefill_chunk_size") or getattr(generation_config, "prefill_chunk_size", None)
+            if chunked:
+                raise ValueError(
+                    f"prefill_chunk_size={chunked}: a memory_bank is asked by a query as a whole; leave it out"
+                )
+            if kwargs.get("doc_ids") is None:
+                kwargs["doc_ids"] = torch.zeros(batch, length, dtype=torch.int64, device=given.device)
+        mask = kwargs.get("attention_mask")
+        ones = torch.ones(batch, length, dtype=torch.int64, device=given.device)
+        _check_positions(kwargs.pop("position_ids", None), ones if mask is None else mask)
+        if seen:
+            mask = ones if mask is None else mask
+            whole = embeds is None and mask.shape == ids.shape and memory.begins(ids, mask)
+            if whole and length == seen:
+                raise ValueError(
+                    f"inputs: the memory has read all of these {seen} tokens and keeps no logits; "
+                    "pass tokens that follow, or read all but the last before"
+                )
+            if not whole and mask.shape[1] == length:
+                # transformers tells new tokens from old ones by the width of the mask.
+                mask = torch.cat([mask.new_ones(batch, seen), mask], 1)
+            kwargs["attention_mask"] = mask
+            if kwargs.get("doc_ids") is not None and not whole:
+                kwargs["doc_ids"] = F.pad(kwargs["doc_ids"], (seen, 0), value=-1)
+        return super().generate(inputs, generation_config, **kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            # Before the first call: prefill_chunk_size looks for it there.
+            model_kwargs["past_key_values"] = MemoryCache()
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: MemoryCache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        doc_ids: Tensor | None = None,
+        memory_bank: Any = None,
+        token_type_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        if inputs_embeds is not None and is_first_iteration:
+            # transformers takes them for the whole text; here they are what follows the memory.
+            next_sequence_length = None
+        for name in ("tokenizer", "assistant_tokenizer"):
+            # Of stop_strings: transformers passes them on to the model.
+            kwargs.pop(name, None)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        # Mixers know their own positions; position_ids mean packing here.
+        inputs.pop("position_ids", None)
+        read = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        new, past = read.shape[1], past_key_values.get_seq_length() if past_key_values is not None else 0
+        if attention_mask is not None and bool(attention_mask[:, attention_mask.shape[1] - new :].all()):
+            # Without padding the faster paths are open. Generation waits for the device at every token anyway.
+            inputs.pop("attention_mask")
+        if doc_ids is not None and past < doc_ids.shape[1]:
+            # What is generated is a response.
+            inputs["doc_ids"] = F.pad(doc_ids, (0, max(0, past + new - doc_ids.shape[1])), value=-1)[
+                :, past : past + new
+            ]
+            # Asked once: the memory then holds what was chosen.
+            inputs["memory_bank"] = memory_bank
+        return inputs
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError("continuous batching pages keys and values, and a memory is a state: call generate instead")
+
+
+def _check_positions(position_ids: Tensor | None, mask_BT: Tensor) -> None:
+    """Raise ValueError unless the real tokens of each row follow each other, as transformers counts them."""
+    if position_ids is None or position_ids.shape[-1] < 2:
+        return
+    width = position_ids.shape[-1]
+    real_BT = mask_BT[:, mask_BT.shape[1] - width :].to(position_ids.device).bool()
+    step_BT = position_ids.expand(len(mask_BT), -1).diff(dim=1)
+    if bool(((step_BT != 1) & real_BT[:, 1:] & real_BT[:, :-1]).any()):
+        raise ValueError("position_ids: generate goes on with one document in each row; leave them out")
