@@ -209,7 +209,7 @@ class MemLMModel(MemLMPreTrainedModel):
                 out = layer(x_BTD, state, ctx)
             x_BTD = out.y_BTD
             states.append(out.state)
-            aux_losses |= {f"layer{i}/{name}": x.expand(batch) for name, x in out.aux_losses.items()}
+            aux_losses |= {f"layer{i}/{name}": x for name, x in out.aux_losses.items()}
             metrics |= {f"layer{i}/{name}": x for name, x in out.metrics.items() if length}
         x_BTD = self.norm(x_BTD)
         if aux_losses and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -11,10 +11,10 @@ from memlm.training.objective import Objective
 from tests.conftest import build
 
 ROWS, LENGTH, STEPS = 8, 40, 2
-# One without, and each kind that has losses of its own; mom's balance is a product of means over a call.
+# One without, and each kind that has losses of its own.
 KINDS = [
     ("titans_mag", {}),
-    ("mom", {"balance_loss": 0.0, "z_loss": 0.5}),
+    ("mom", {"balance_loss": 0.7, "z_loss": 0.5, "balance_bias": True}),
     ("msa", {"loss_weight": 0.7, "chunk_size": 4, "top_k": 1}),
     ("chunk_sparse", {"learning": "distilled", "loss_weight": 0.7, "chunk_size": 4, "window_size": 8, "top_k": 2}),
 ]

@@ -257,7 +257,7 @@ class WithAuxiliaryLoss(torch.nn.Module):
 
     def forward(self, x_BTD, state=None, ctx=None):
         position = torch.zeros(len(x_BTD), dtype=torch.long)
-        loss = torch.full((), 0.25, dtype=x_BTD.dtype)
+        loss = torch.full((len(x_BTD),), 0.25, dtype=x_BTD.dtype)
         return MixerOutput(torch.zeros_like(x_BTD), {"position": position}, {"balance": loss}, {})
 
 
@@ -285,8 +285,9 @@ def test_auxiliary_losses_are_named_and_trained():
             r"returned y_BTD \[2, 1, 64\]; make it \[2, 9, 64\], as",
         ),
         (lambda x, out: out._replace(state={"memory": x}), r"returned a state of memory; add position, \[B\]"),
+        (lambda x, out: out._replace(aux_losses={"own": x.mean()}), r"returned aux_losses own \[\]; make it \[B\]"),
     ],
-    ids=["a tensor", "a tuple", "one token", "no position"],
+    ids=["a tensor", "a tuple", "one token", "no position", "a loss of all rows"],
 )
 def test_a_mixer_that_returns_something_else_is_named(returned, message):
     model = build("titans_mag")

@@ -134,8 +134,8 @@ class MixerOutput(NamedTuple):
     y_BTD: the output; rows beyond ``lengths_B`` are unspecified
     state: where the next call goes on; batch-first tensors, ``position`` among them; never changed in place (keys that
         grow may have room behind them, which nobody sees: ``memlm.memory.growing``)
-    aux_losses: already weighted, added to the training loss: [B], of each row, so that a step's loss does not depend
-        on how its rows are divided into calls; or scalars, the same for each row of the call
+    aux_losses: already weighted, added to the training loss: [B], of each row, from its own tokens alone, so that a
+        step's loss does not depend on how its rows are divided into calls and processes
     metrics: detached; scalars; or [B], a figure of each row, nan where it has none; or [B, T], of each token; the log
         shows their mean; of a call without tokens they mean nothing, and the decoder leaves them out
     """
@@ -185,6 +185,8 @@ def checked(output: Any, mixer: nn.Module, x_BTD: Tensor) -> MixerOutput:
         wrong = f"y_BTD {list(output.y_BTD.shape)}; make it {list(x_BTD.shape)}, as the input is"
     elif "position" not in output.state:
         wrong = f"a state of {', '.join(output.state) or 'nothing'}; add position, [B], of each row's next token"
+    elif unlike := [name for name, x in output.aux_losses.items() if x.shape != x_BTD.shape[:1]]:
+        wrong = f"aux_losses {unlike[0]} {list(output.aux_losses[unlike[0]].shape)}; make it [B], a loss of each row"
     if wrong is not None:
         raise ValueError(f"{type(mixer).__module__}.{type(mixer).__name__}.forward returned {wrong}")
     return output

@@ -50,7 +50,9 @@ class Config(recurrence.Config):
     conv_across_segments: in training, convolve along all routed tokens of a batch, memory after memory, as
         flash-linear-attention does. It sees the future and other rows: only to go on training its checkpoints.
     balance_loss: weight of num_memories * sum_m (share of tokens sent to m) (mean probability of m) in the training
-        loss, whose floor is top_k (Switch, arXiv:2101.03961).
+        loss, whose floor is top_k (Switch, arXiv:2101.03961). Share and mean are of a row (as arXiv:2412.19437),
+        for its memories are its own: what other rows write fills none of them. And a mean over rows is the same
+        however a step is divided; the paper's own, over all rows of a call, is not.
     z_loss: weight of the mean square of the router's log-sum-exp (ST-MoE, arXiv:2202.08906).
     balance_bias: a learned bias that only the choice of memories sees, driven towards even loads (arXiv:2408.15664).
     window_size: of an attention branch beside the memories, gated as in titans_mag; null for none.
@@ -202,7 +204,9 @@ class Mixer(SequenceMixer):
     def _choose(
         self, x_BTD: Tensor, documents: Documents | None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Weights and memories of each token, [B, T, J], auxiliary losses, and metrics; padding counts for nothing."""
+        """Weights and memories of each token, [B, T, J], auxiliary losses of each row, [B], and metrics of the call;
+        padding counts for nothing.
+        """
         config = self.config
         logits_BTM = gate_logits(self.router, x_BTD)
         p_BTM = logits_BTM.softmax(-1)
@@ -214,23 +218,25 @@ class Mixer(SequenceMixer):
         real_BT1 = torch.ones_like(p_BTM[..., :1])
         if documents is not None:
             real_BT1 = (documents.index_BT < documents.most)[..., None].to(p_BTM.dtype)
-        tokens = real_BT1.sum().clamp(min=1)
         sent_BTM = torch.zeros_like(p_BTM).scatter(2, memory_BTJ, 1.0) * real_BT1
-        load_M, mean_M = sent_BTM.sum((0, 1)) / tokens, (p_BTM * real_BT1).sum((0, 1)) / tokens
+        tokens_B1, sent_BM = real_BT1.sum(1), sent_BTM.sum(1)
+        share_B1 = 1 / tokens_B1.clamp(min=1)
         losses = {}
         if config.balance_loss:
-            losses["balance"] = config.balance_loss * config.num_memories * (load_M * mean_M).sum()
+            load_BM, mean_BM = sent_BM * share_B1, (p_BTM * real_BT1).sum(1) * share_B1
+            losses["balance"] = config.balance_loss * config.num_memories * (load_BM * mean_BM).sum(1)
         if config.z_loss:
             square_BT1 = logits_BTM.logsumexp(-1, keepdim=True).square() * real_BT1
-            losses["router_z"] = config.z_loss * square_BT1.sum((1, 2)) / real_BT1.sum((1, 2)).clamp(min=1)
+            losses["router_z"] = config.z_loss * (square_BT1.sum(1) * share_B1)[:, 0]
         if config.balance_bias:
             # No value, only a gradient: the bias falls where the load is above its share.
-            overload_M = load_M * config.num_memories / config.top_k - 1
-            losses["balance_bias"] = ((self.bias - self.bias.detach()) * overload_M).sum()
-        metrics = {f"load_{m}": load for m, load in enumerate(load_M.detach())}
+            overload_BM = (sent_BM * config.num_memories / config.top_k - tokens_B1) * share_B1
+            losses["balance_bias"] = ((self.bias - self.bias.detach()) * overload_BM).sum(1)
+        tokens, sent_M = tokens_B1.sum().clamp(min=1), sent_BM.sum(0)
+        metrics = {f"load_{m}": load for m, load in enumerate(sent_M / tokens)}
         entropy_BT1 = -(p_BTM * logits_BTM.log_softmax(-1)).sum(-1, keepdim=True)
         metrics["router_entropy"] = (entropy_BT1 * real_BT1).sum().detach() / tokens
-        metrics["dead_memories"] = (load_M == 0).sum().to(p_BTM.dtype)
+        metrics["dead_memories"] = (sent_M == 0).sum().to(p_BTM.dtype)
         return weight_BTJ, memory_BTJ, losses, metrics
 
     def _shared_projections(self, x_BTD: Tensor) -> tuple[Tensor | None, Tensor]:

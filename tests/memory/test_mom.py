@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from memlm import MemLMForCausalLM, MemoryCache
 from memlm.hub import fla_mom
 from memlm.memory import mom
-from memlm.memory.base import Dims
+from memlm.memory.base import Dims, MixerContext
 from memlm.memory.recurrence import RULES
 from memlm_kernels.testing import assert_close, relative_error
 from tests.conftest import ROOT, build
@@ -181,13 +181,33 @@ def test_the_bias_is_driven_towards_even_loads_and_has_no_other_effect():
     x = tokens(2, 50)
     out = mixer(x)
     loads = torch.stack([out.metrics[f"load_{m}"] for m in range(4)])
-    assert out.aux_losses["balance_bias"] == 0
-    out.aux_losses["balance_bias"].backward()
+    assert not out.aux_losses["balance_bias"].any()
+    out.aux_losses["balance_bias"].mean().backward()
     assert torch.equal(mixer.bias.grad.sign(), (loads - 0.5).sign()) and mixer.bias.grad.any()
     with torch.no_grad():
         mixer.bias[2] = 10.0
     _, memory, *_ = mixer._choose(x, None)
     assert (memory == 2).any(-1).all()
+
+
+def test_losses_of_a_row_are_its_own_whatever_else_is_in_the_call():
+    """The routers' losses too, and their gradients: a mean over rows does not depend on how rows share out calls."""
+    mixer, x = mixer_of(balance_bias=True, z_loss=0.01), tokens(4, 30)
+    lengths = torch.tensor([30, 17, 1, 0])
+    whole = mixer(x, None, MixerContext(lengths_B=lengths)).aux_losses
+    assert set(whole) == {"balance", "router_z", "balance_bias"} and all(x.shape == (4,) for x in whole.values())
+
+    def gradients(losses, row):
+        total = sum(loss[row] for loss in losses.values())
+        return torch.autograd.grad(total, [mixer.router.weight, mixer.bias], retain_graph=True)
+
+    for row, length in enumerate(lengths):
+        alone = mixer(x[row : row + 1, :length]).aux_losses
+        for name in whole:
+            assert_close(name, alone[name], whole[name][row : row + 1], 1e-12)
+        for expected, got in zip(gradients(alone, 0), gradients(whole, row), strict=True):
+            assert_close("gradient", expected, got, 1e-12)
+    assert all(loss[3] == 0 for loss in whole.values())
 
 
 def test_padding_counts_for_no_load():
