@@ -263,6 +263,8 @@ class MemLMModel(MemLMPreTrainedModel):
                 raise ValueError(f"attention_mask {list(attention_mask.shape)} must be [batch, {allowed}]")
             mask_BT = attention_mask[:, attention_mask.shape[1] - length :].bool()
             lengths_B = mask_BT.sum(1)
+            # Weights of 0 times a NaN would be one.
+            x_BTD = x_BTD.masked_fill(~mask_BT[..., None], 0.0)
             if length > 1:
                 # Mixers then need to know lengths only.
                 order_BT = (~mask_BT).long().argsort(dim=1, stable=True)
