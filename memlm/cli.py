@@ -22,6 +22,11 @@ from memlm.memory.base import suggest
 
 TRACED = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
+# Keys of earlier versions, and where to turn.
+_GONE = {
+    "train.gradient_accumulation": "train.batch_size is all rows of a step, train.micro_batch_size those of a forward"
+}
+
 
 @contextmanager
 def user_errors(config_dir: Path, config: str) -> Iterator[None]:
@@ -86,6 +91,7 @@ def one_line(error: Exception, config_dir: Path, config: str) -> str:
         given = next((a for a in sys.argv[1:] if a.lstrip("+~").startswith(f"{wrong}=")), wrong)
         close = difflib.get_close_matches(wrong, _keys(config_dir, config), n=1)
         fix = f"did you mean {close[0]!r}?" if close else f"'python {config}.py --help' lists the keys"
+        fix = _GONE.get(wrong, fix)
         return f"{given}: there is no key {wrong!r}; {fix}"
     if match := re.search(r"Could not find '([^']+)/([^']+)'", text):
         group, name = match.groups()

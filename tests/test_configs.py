@@ -241,6 +241,7 @@ def test_vocabulary_must_fit_the_tokenizer():
     [
         ("train.py", "train.stepz=5", "did you mean 'train.steps'"),
         ("train.py", "memroy=none", "did you mean 'memory'"),
+        ("train.py", "train.gradient_accumulation=2", "train.batch_size is all rows of a step"),
         ("train.py", "memory=titan_mag", "did you mean 'titans_mag'"),
         ("train.py", "model.mixers.memory.max_lr=2.0", "max_lr=2.0 must lie above 0"),
         ("train.py", "model.mixers.memory.max_lrs=0.1", "did you mean 'max_lr'"),

@@ -23,20 +23,10 @@ from memlm.training import checkpoint, loop, run
 from memlm.training.interrupt import Stopped
 from memlm.training.objective import Objective, model_inputs, score
 from memlm.training.optim import Muon, build_optimizers, lr_factor, parameter_groups
-from memlm.training.settings import OptimSettings, RunSettings
+from memlm.training.settings import OptimSettings
 from memlm_kernels.testing import assert_close, relative_error
 from tests.conftest import ROOT, build, composed
-
-SMALL = (
-    "data=recall",
-    "train.batch_size=4",
-    "train.log_every=1",
-    "train.validate_every=4",
-    "train.validation_batches=1",
-    "train.save_every=3",
-    "model.hidden_size=32",
-    "optim.warmup_steps=2",
-)
+from tests.runs import SMALL, config, figures, trainer
 
 
 @pytest.fixture(autouse=True)
@@ -46,23 +36,8 @@ def fresh_accelerate():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def config(tmp_path, *overrides):
-    # Interpolations that only a Hydra job resolves are given.
-    return composed(*SMALL, f"run_dir={tmp_path}/run", f"data.cache_dir={tmp_path}/cache", *overrides)
-
-
-def trainer(cfg):
-    settings = RunSettings.of(cfg)
-    return loop.Trainer(settings, loop.build_accelerator(settings.hardware))
-
-
 def optim_settings(*overrides):
     return OptimSettings(**OmegaConf.to_container(composed(*overrides).optim))
-
-
-def figures(tmp_path, name="loss"):
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line[name] for line in lines if name in line}
 
 
 def test_a_run_leaves_what_it_promises(tmp_path, capsys):
@@ -280,6 +255,16 @@ def test_accumulated_parts_are_one_batch(tmp_path):
         ("train.validation_batches=0", "train.validation_batches=0"),
         ("train.init_from=runs/nowhere", "train.init_from=runs/nowhere: there is no run and no checkpoint there"),
         ("train.init_from=3", "train.init_from=3 must be str or null"),
+        ("train.steps=1000000000000", r"train\.steps=1000000000000 must be a whole number in \[1, 1,000,000,000\]"),
+        ("train.batch_size=10000000", r"train\.batch_size=10000000 must be a whole number in \[1, 1,000,000\]"),
+        ("train.micro_batch_size=0", "train.micro_batch_size=0 must be a whole number"),
+        ("train.lm_weight=inf", "train.lm_weight=inf must not be negative, and be finite"),
+        ("optim.lr=inf", "optim.lr=inf must be a finite number"),
+        ("optim.weight_decay=nan", "optim.weight_decay=nan must"),
+        ("optim.schedule_steps=0", "optim.schedule_steps=0 must lie in"),
+        ("seed=1.5", "seed=1.5 must be int"),
+        ("seed=100000000000000000000", "seed=100000000000000000000 must lie in"),
+        ("hardware.compile=maybe", "hardware.compile='maybe' must be bool"),
         ("run_dir=''", "run_dir=''"),
         ("hardware.device=tpu", "hardware.device='tpu'"),
         ("hardware.kernels=cuda", "hardware.kernels='cuda' is unknown; use one of auto, reference, triton, fla"),

@@ -138,8 +138,9 @@ def save(
             for name, text in record.items():
                 (partial / name).write_text(text, encoding="utf-8")
         files.write(folder.parent / "latest", folder.name)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise OSError(f"{folder}: could not be written ({error}); free disk space and run the same command") from None
+    except Exception as error:
+        # Libraries wrap the system's errors in exceptions of their own; that of tokenizers is a bare one.
+        raise OSError(f"{folder}: could not be written ({error}); free disk space and run the same command") from error
     for old in sorted(_checkpoints(run_dir), key=_step)[:-keep]:
         # Half a checkpoint must not have the name of one.
         shutil.rmtree(old.rename(old.with_name(f"{old.name}.partial-old")), ignore_errors=True)

@@ -2,17 +2,30 @@
 
 import time
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class _Screen(Console):
+    """A terminal, or a pipe, that may go while a run goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except OSError:
+            self.quiet = True
 
 
 class Display:
     """Progress of a run of ``steps`` steps; silent where ``shown`` is False (ranks above 0)."""
 
     def __init__(self, steps: int, shown: bool) -> None:
-        self.console = Console(quiet=not shown, highlight=False, soft_wrap=True)
+        self.console = _Screen(quiet=not shown, highlight=False, soft_wrap=True)
         self.steps = steps
         self.live = self.console.is_terminal and shown
         self._started = time.perf_counter()

@@ -96,6 +96,9 @@ class Trainer:
         config = model_config(self.config["model"], self.tokenizer)
         if self.folder:
             model = load_model(self.folder)
+            for tensor in chain(model.parameters(), model.buffers()):
+                # A mapped file's tensors lie at other addresses than a fresh model's, and sums there round otherwise.
+                tensor.data = tensor.data.clone()
             resume.compare_models(self.run_dir, model.config, config)
         else:
             torch.manual_seed(self.run_settings.seed)

@@ -1,0 +1,44 @@
+"""Small runs for tests: their configuration, and what they wrote."""
+
+import json
+
+from memlm.training import loop
+from memlm.training.settings import RunSettings
+from tests.conftest import composed
+
+SMALL = (
+    "data=recall",
+    "train.batch_size=4",
+    "train.log_every=1",
+    "train.validate_every=4",
+    "train.validation_batches=1",
+    "train.save_every=3",
+    "model.hidden_size=32",
+    "optim.warmup_steps=2",
+)
+# As small as a run can be.
+SMALLEST = (
+    *SMALL,
+    "data=mqar",
+    "data.seq_len=8",
+    "data.sources.mqar.num_pairs=2",
+    "memory=none",
+    "model.hidden_size=8",
+    "model.num_hidden_layers=1",
+    "model.num_attention_heads=1",
+)
+
+
+def config(folder, *overrides, small=SMALL):
+    # Interpolations that only a Hydra job resolves are given.
+    return composed(*small, f"run_dir={folder}/run", f"data.cache_dir={folder}/cache", *overrides)
+
+
+def trainer(cfg):
+    settings = RunSettings.of(cfg)
+    return loop.Trainer(settings, loop.build_accelerator(settings.hardware))
+
+
+def figures(folder, name="loss"):
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[name] for line in lines if name in line}
