@@ -1,7 +1,7 @@
 """From the `data` config to the tokenizer and the batches."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
@@ -108,9 +108,10 @@ def _check_source(options: Mapping[str, Any], where: str) -> None:
 
 
 def _read_ramp(cfg: Mapping[str, Any]) -> tuple[int, int]:
-    steps = [*cfg.get("noise_ramp", [])]
-    if len(steps) != 2 or any(type(step) is not int for step in steps) or steps[0] > steps[1]:
-        raise ValueError(f"data.noise_ramp={steps} must be two steps, [start, end], such as [150, 300]")
+    steps = cfg.get("noise_ramp", [])
+    numbers = isinstance(steps, Sequence) and len(steps) == 2 and all(type(step) is int for step in steps)
+    if not numbers or steps[0] > steps[1]:
+        raise ValueError(f"data.noise_ramp={steps!r} must be two steps, [start, end], such as [150, 300]")
     return steps[0], steps[1]
 
 

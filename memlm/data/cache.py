@@ -1,5 +1,6 @@
 """The cache on disk: folders made once from files and settings, checked when they are opened, made anew if damaged."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -11,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, NamedTuple
 
 from memlm import files
@@ -82,6 +84,9 @@ class Cache:
         for path in paths:
             try:
                 stat = path.stat()
+                if not S_ISREG(stat.st_mode):
+                    # A pipe or a device may have no end.
+                    raise OSError(errno.EINVAL, "not a file", str(path))
                 times = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
                 match known.get(str(path)):
                     case [*before, str(digest)] if before == times:

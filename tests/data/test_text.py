@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from memlm.data import documents, text
+from memlm.data import build_data, documents, text
 from memlm.data.row import SPLITS
 from memlm.data.text import TextCorpus, TextSource
 from memlm.data.tokenizer import byte_tokenizer, load_tokenizer
@@ -123,6 +123,37 @@ def test_single_document_is_cut_by_position(tmp_path, content):
     assert "".join(parts) == content
     assert [len(part) / len(content) for part in parts] == pytest.approx([0.9, 0.05, 0.05], abs=0.01)
     assert corpus.manifest["files"][0]["splits"] == ["test", "train", "validation"]
+
+
+@pytest.mark.parametrize("form", ["txt", "jsonl"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_few_documents_fill_every_split(tmp_path, form, count):
+    """One or two are cut; no text is lost, none is in two splits, and a model can be trained, validated and tested."""
+    texts = [f"{i}{'abcdefgh' * 200 * i}" for i in range(1, count + 1)]
+    (tmp_path / "in").mkdir()
+    if form == "jsonl":
+        (tmp_path / "in" / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    else:
+        for i, written in enumerate(texts):
+            (tmp_path / "in" / f"{i}.txt").write_text(written)
+    cfg = {
+        "tokenizer": {"bpe": 265},
+        "seq_len": 8,
+        "cache_dir": str(tmp_path / "cache"),
+        "sources": {"text": {"kind": "text", "weight": 1, "paths": str(tmp_path / "in")}},
+    }
+    tokenizer, mixture = build_data(cfg, seed=0, batch_size=2)
+    assert all(mixture.batch(3, split).labels.ne(-100).any() for split in SPLITS)
+    parts = dict.fromkeys(range(count), "")
+    for split in SPLITS:
+        pieces = [tokenizer.decode(tokens[:-1]) for _, tokens in mixture.sources["text"].corpus.documents(split)]
+        if count < 3:
+            shares = [len(piece) / len(written) for piece, written in zip(pieces, texts, strict=True)]
+            assert shares == pytest.approx([{"train": 0.9}.get(split, 0.05)] * count, abs=0.01)
+            parts = {i: parts[i] + piece for i, piece in enumerate(pieces)}
+        else:
+            (parts[texts.index(pieces[0])],) = pieces
+    assert [*parts.values()] == texts
 
 
 def test_jsonl_and_parquet(tmp_path):
