@@ -11,7 +11,15 @@ from .retrieval import ANSWER, Chain, Facts, Inquiry, Library, Linked, Retrieval
 from .row import IGNORE_INDEX, SPLITS, Row, Source
 from .templates import Templates, Writer
 from .text import TextCorpus, TextSource
-from .tokenizer import byte_tokenizer, fingerprint, is_byte_tokenizer, load_tokenizer, token_bytes
+from .tokenizer import (
+    byte_tokenizer,
+    fingerprint,
+    is_byte_tokenizer,
+    load_tokenizer,
+    read_tokenizer,
+    save_tokenizer,
+    token_bytes,
+)
 
 __all__ = [
     "ANSWER",
@@ -50,5 +58,7 @@ __all__ = [
     "load_tokenizer",
     "make_sample",
     "ramp",
+    "read_tokenizer",
+    "save_tokenizer",
     "token_bytes",
 ]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .documents import Documents
 
@@ -44,32 +44,44 @@ def load_tokenizer(spec: str | Mapping[str, int], corpora: Sequence[Documents] =
     if spec == "byte":
         return byte_tokenizer()
     if isinstance(spec, str):
-        return _check(_load(spec), spec)
+        try:
+            return _check(read_tokenizer(AutoTokenizer, spec))
+        except ValueError as error:
+            raise ValueError(
+                f"data tokenizer: {spec!r} is not 'byte', a tokenizer's folder, or a hub name in reach ({error})"
+            ) from error
     if not isinstance(spec, Mapping) or [*spec] != ["bpe"]:
         raise ValueError(f"data tokenizer: {spec!r} is not 'byte', a path or name, or {{bpe: vocab_size}}")
     return _load_bpe(spec["bpe"], corpora)
 
 
-def _load(spec: str) -> PreTrainedTokenizerFast:
+def read_tokenizer(kind: type[AutoTokenizer | PreTrainedTokenizerFast], source: str | Path) -> PreTrainedTokenizerFast:
+    """``kind.from_pretrained``. Raises ValueError, one line, whatever the files hold."""
     try:
-        return AutoTokenizer.from_pretrained(spec)
+        return kind.from_pretrained(source)
     except (KeyboardInterrupt, SystemExit):
         raise
-    # Files may hold anything: `tokenizers` raises plain Exceptions, and panics, which are none; transformers what its
-    # code meets first.
+    # `tokenizers` raises plain Exceptions, and panics, which are none; transformers what its code meets first.
     except BaseException as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(
-            f"data tokenizer: {spec!r} is not 'byte', the folder of a tokenizer, or a hub name in reach ({reason})"
-        ) from error
+        raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from error
 
 
-def _check(tokenizer: PreTrainedTokenizerFast, spec: str) -> PreTrainedTokenizerFast:
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Raises OSError where the disk does not take it; `tokenizers` raises a plain Exception there."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(f"{folder}: {error}") from error
+
+
+def _check(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-        raise ValueError(f"data tokenizer: {spec!r} must be a fast tokenizer with an end-of-text token")
+        raise ValueError("it must be a fast tokenizer with an end-of-text token")
     largest = max(tokenizer.get_vocab().values())
     if largest >= _MOST_ENTRIES:
-        raise ValueError(f"data tokenizer: {spec!r} has an entry of id {largest}; ids must be below {_MOST_ENTRIES}")
+        raise ValueError(f"it has an entry of id {largest}; ids must be below {_MOST_ENTRIES}")
     return tokenizer
 
 
@@ -196,10 +208,11 @@ def _load_bpe(vocab_size: int, corpora: Sequence[Documents]) -> PreTrainedTokeni
                 f"data tokenizer: bpe={vocab_size} is more than the training text can fill;"
                 f" ask for at most {backend.get_vocab_size()}"
             )
-        _byte_level(backend, use_regex=True).save_pretrained(folder)
+        save_tokenizer(_byte_level(backend, use_regex=True), folder)
 
     key = [_BPE_FORMAT, vocab_size, *(corpus.fingerprint for corpus in corpora)]
-    return AutoTokenizer.from_pretrained(corpora[0].cache.folder(key, ("tokenizer.json",), train, below="tokenizers"))
+    folder = corpora[0].cache.folder(key, ("tokenizer.json",), train, below="tokenizers")
+    return read_tokenizer(AutoTokenizer, folder)
 
 
 def _byte_level(backend: Tokenizer, use_regex: bool) -> PreTrainedTokenizerFast:

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from memlm.configuration import MemLMConfig
+from memlm.data import read_tokenizer
 from memlm.modeling import MemLMForCausalLM
 
 
@@ -55,9 +56,9 @@ def load_model(source: str | Path) -> MemLMForCausalLM:
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer saved beside a model. Raises ValueError where there is none."""
     try:
-        return PreTrainedTokenizerFast.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{source}: no tokenizer there: {_first_line(error)}") from None
+        return read_tokenizer(PreTrainedTokenizerFast, source)
+    except ValueError as error:
+        raise ValueError(f"{source}: no tokenizer there: {error}") from None
 
 
 def _first_line(error: Exception) -> str:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memlm import files
+from memlm.data import save_tokenizer
 from memlm.hub import load_model, load_tokenizer
 from memlm.memory.base import SequenceMixer
 
@@ -133,7 +134,7 @@ def save(
             _set_aside(folder)
         with files.new_folder(folder) as partial:
             model.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
+            save_tokenizer(tokenizer, partial)
             torch.save(trainer, partial / "trainer.pt")
             for name, text in record.items():
                 (partial / name).write_text(text, encoding="utf-8")

@@ -8,7 +8,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from memlm.data import build_data, byte_tokenizer
+from memlm import hub
+from memlm.data import build_data, byte_tokenizer, save_tokenizer
 
 QUESTION = {"query": "a", "documents": ["b", "c"], "positives": [0], "answer": "d"}
 DEEP = "[" * 100_000
@@ -146,6 +147,10 @@ def test_a_broken_tokenizer(tmp_path, name, junk):
     if junk in TOKENIZER_JUNK:
         junk = json.dumps(json.loads(file.read_text()) | TOKENIZER_JUNK[junk])
     file.write_bytes(encoded(junk))
+    try:
+        hub.load_tokenizer(folder)
+    except ValueError as error:
+        assert str(folder) in str(error) and "\n" not in str(error)
     if name == "tokenizer.json" or not junk.startswith("{"):
         refused(config(tmp_path, tokenizer=str(folder)), "data tokenizer", str(folder))
         return
@@ -167,6 +172,12 @@ def test_a_tokenizer_that_is_not_there(tmp_path):
     shutil.rmtree(tmp_path / "tokenizer")
     refused(config(tmp_path, tokenizer=str(tmp_path / "tokenizer")), "data tokenizer")
     refused(config(tmp_path, tokenizer=""), "data tokenizer: ''")
+
+
+def test_a_tokenizer_for_which_there_is_no_room(tmp_path):
+    (tmp_path / "tokenizer.json").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        save_tokenizer(byte_tokenizer(), tmp_path)
 
 
 HUGE = (10**12, 10**30, 2**63)

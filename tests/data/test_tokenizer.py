@@ -125,7 +125,7 @@ def test_bpe_sees_the_training_split_only(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("no/such/folder/at/all", "'no/such/folder/at/all' is not 'byte', the folder"),
+        ("no/such/folder/at/all", "'no/such/folder/at/all' is not 'byte', a tokenizer's folder"),
         ({"bpe": 258}, "bpe=258 must be a number of entries, at least 259"),
         ({"bpe": "many"}, "bpe='many' must be"),
         ({"bpe": 300}, "bpe=300 has no text to train on; add a text source"),
