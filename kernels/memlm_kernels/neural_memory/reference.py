@@ -180,10 +180,12 @@ def _sources(
         k, v = (to_rows(grid.lay(x)) for x in (tokens.k, tokens.v))
         U = None if tokens.weight is None else torch.diag_embed(to_rows(grid.lay(weight)))
         return (k, v), U, ()
-    stream = [
-        torch.cat([old.to(new.dtype), new], 1)
-        for old, new in zip(state.recent, (tokens.k, tokens.v, weight), strict=True)
-    ]
+    new: tuple[Tensor, ...] = (tokens.k, tokens.v, weight)
+    if lengths is not None:
+        # Not only masked: 0 times what padding holds may be NaN.
+        padding = torch.arange(grid.length, device=positions.device) >= lengths[:, None]
+        new = tuple(x.masked_fill(padding.view(*padding.shape, *[1] * (x.ndim - 2)), 0.0) for x in new)
+    stream = [torch.cat([old.to(x.dtype), x], 1) for old, x in zip(state.recent, new, strict=True)]
     recent = tuple(keep_last(x, window - 1, grid.length, lengths) for x in stream)
     # Slots of a chunk hold successive tokens: source j of a chunk is entry ``first + j`` of the stream.
     token = torch.arange(grid.length, device=positions.device).expand_as(positions)
