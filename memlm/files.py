@@ -30,18 +30,13 @@ def sync(path: Path) -> None:
 
 def write(path: Path, content: str | bytes) -> None:
     """Replace a file in one step, whoever reads or writes it meanwhile."""
-    with new_file(path) as partial, partial.open("xb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-
-
-@contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A file to write, which replaces ``path`` in one step at the end of the block; removed if the block raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _beside(path)
     try:
-        yield partial
-        sync(partial)
+        with partial.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -54,11 +49,20 @@ def write_tensors(path: Path, tensors: dict[str, Any], words: dict[str, str]) ->
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with new_file(path) as partial:
-        try:
-            save_file(tensors, partial, words)
-        except SafetensorError as error:
-            raise OSError(f"{path}: could not be written ({error}); free disk space, then save again") from None
+    # A folder of its own: safetensors makes another file beside the one that it writes, which a kill would leave.
+    partial = _beside(path)
+    partial.mkdir(parents=True)
+    try:
+        save_file(tensors, partial / path.name, words)
+        # safetensors makes it its user's alone, whatever the umask.
+        (partial / path.name).chmod(partial.stat().st_mode & 0o666)
+        sync(partial / path.name)
+        (partial / path.name).replace(path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: could not be written ({error}); free disk space, then save again") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    sync(path.parent)
 
 
 @contextmanager

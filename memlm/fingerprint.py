@@ -159,7 +159,10 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 def _checksum(x: Tensor) -> Tensor:
     """The sum, modulo 2 ** 64, of a tensor's bits, element by element, times an odd factor of each place."""
-    bits, total = x.detach().flatten().view(_BITS[x.element_size()]), 0
+    flat = x.detach().flatten()
+    # One element may have any stride, which a view of other bits does not take.
+    flat = flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)
+    bits, total = flat.view(_BITS[x.element_size()]), 0
     for start in range(0, len(bits), _AT_ONCE):
         part = bits[start : start + _AT_ONCE].long()
         place = torch.arange(start, start + len(part), device=bits.device)

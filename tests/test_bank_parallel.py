@@ -1,11 +1,15 @@
 """A bank dealt to several processes is the bank of one: routes, contents, tokens, folders."""
 
+import contextlib
+
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from memlm import MemoryBank
+import memlm.bank
+from memlm import MemoryBank, files
 from memlm.bank.ranks import Ranks
+from memlm.bank.shard import Shard
 from memlm.cli import leave_group
 from memlm_kernels.testing import assert_close
 from tests.test_bank import EXACT, LENGTHS, QUESTION, asked, joined, library, model_of, tokens
@@ -69,7 +73,7 @@ def work(rank, folder):
         if rank < size:
             said = {"story": story(group, folder / f"of {size}")}
             said["loaded"] = told(MemoryBank.load(folder / "of one" / "0", model_of(), group))
-            said |= alone(rank, group)
+            said |= alone(rank, group) | failing(rank, group, folder / f"failing {size}")
             torch.save(said, folder / f"{size}-{rank}.pt")
     dist.barrier()
     leave_group()
@@ -102,6 +106,35 @@ def alone(rank, group):
     return said | {"collectives": counts}
 
 
+def failing(rank, group, folder):
+    """The errors of who saves, loads and locks, of which one process has the cause."""
+    bank = MemoryBank.build(model_of(), library(), progress=False, group=group)
+    errors, write, read = [], Shard.write, memlm.bank.folder.read_shard
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    def attempt(do):
+        try:
+            do()
+        except (OSError, ValueError) as error:
+            errors.append(f"{type(error).__name__}: {error}")
+
+    Shard.write = fail if rank == 0 else write
+    attempt(lambda: bank.save(folder))
+    Shard.write = write
+    bank.save(folder)
+    memlm.bank.folder.read_shard = fail if rank == dist.get_world_size(group) - 1 else read
+    attempt(lambda: MemoryBank.load(folder, bank.model, group))
+    memlm.bank.folder.read_shard = read
+    with files.lock(folder) if rank == 0 else contextlib.nullcontext():
+        dist.barrier(group)
+        attempt(lambda: bank.save(folder))
+        dist.barrier(group)
+    bank.save(folder)
+    return {"errors": errors}
+
+
 def same(expected, got, where):
     assert got["names"] == expected["names"] and got["counts"] == expected["counts"], where
     assert torch.equal(got["generated"], expected["generated"]), where
@@ -123,6 +156,8 @@ def test_any_number_of_processes_is_one(tmp_path):
             assert of_rank["collectives"] == ({"all_gather": 2, "all_reduce": 2} if size > 1 else {})
             assert of_rank["ties"].tolist() == {1: [[9, 20, -1]], 2: [[8, 9, 20]], 4: [[6, 7, 8]]}[size]
             assert ("models of" in of_rank["refused"]) == (size > 1)
+            full, other, locked = of_rank["errors"]
+            assert full == other == "OSError: disk full" and "writes there; wait for it to end" in locked
         kept = [of_rank["kept"] for of_rank in said]
         assert (sum(kept) == sum(-(-n // 4) for n in LENGTHS) and max(kept) < sum(kept)) or size == 1
         # One process reads what several saved.

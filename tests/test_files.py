@@ -1,10 +1,12 @@
 """Files that appear whole or not at all, and the harness that shows it."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from memlm import files
 from tests.faults import every_fault
@@ -55,6 +57,16 @@ def test_a_write_survives_every_fault(scenario, tmp_path):
 def test_the_harness_finds_what_is_never_synced(tmp_path):
     with pytest.raises(AssertionError, match="lost at operation"):
         every_fault("tests.test_files:CarelessFile", tmp_path)
+
+
+def test_tensors_are_written_for_whom_the_umask_lets_read(tmp_path):
+    before = os.umask(0o027)
+    try:
+        files.write_tensors(tmp_path / "below" / "a", {"x": torch.ones(3)}, {"said": "yes"})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "below" / "a").stat().st_mode & 0o777 == 0o640
+    assert [path.name for path in (tmp_path / "below").iterdir()] == ["a"]
 
 
 def test_a_seal_names_what_is_missing_or_changed(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from memlm.fingerprint import fingerprint, made_by
 from memlm.modeling import MemLMForCausalLM
 
 INDEX = "index.json"
-_SHARD = re.compile(r"shard-[0-9a-f]{16}\.safetensors")
+_SHARDS = re.compile(r"shard-[0-9a-f]{16}\.safetensors(\.partial-\w+)?|index\.json\.partial-\w+")
 
 
 @contextmanager
@@ -49,7 +50,7 @@ def write_index(directory: Path, index: dict[str, Any]) -> None:
     """
     files.sync(directory)
     files.write(directory / INDEX, json.dumps(index))
-    drop(directory, (path for path in directory.iterdir() if _SHARD.fullmatch(path.name)))
+    drop(directory, (path for path in directory.iterdir() if _SHARDS.fullmatch(path.name)))
 
 
 def drop(directory: Path, paths: Iterable[Path]) -> None:
@@ -57,7 +58,7 @@ def drop(directory: Path, paths: Iterable[Path]) -> None:
     kept = {entry["file"] for entry in read_index(directory)["shards"]} if (directory / INDEX).exists() else set()
     for path in paths:
         if path.name not in kept:
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _digest(index: dict[str, Any]) -> str:
