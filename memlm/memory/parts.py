@@ -31,7 +31,7 @@ class Parameters(nn.Module):
             self.register_parameter(str(i), nn.Parameter(torch.empty(shape)))
 
     def forward(self) -> list[nn.Parameter]:
-        return list(self.parameters())
+        return [getattr(self, str(i)) for i in range(len(self.shapes))]
 
 
 class BranchGate(nn.Module):
