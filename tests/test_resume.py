@@ -102,7 +102,7 @@ class GoOn:
 
 
 def test_a_save_survives_faults(tmp_path):
-    every_fault("tests.test_resume:SaveACheckpoint", tmp_path, at_most=40)
+    every_fault("tests.test_resume:SaveACheckpoint", tmp_path, at_most=30)
 
 
 @pytest.mark.slow
