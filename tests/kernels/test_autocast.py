@@ -60,7 +60,7 @@ def of_op(name: str, by: str, **changed: Any) -> list[Tensor]:
 
 def short_conv() -> list[Tensor]:
     conv, x = ShortConv(4, 3, silu=True).to(DEVICE), torch.rand(2, 6, 4, device=DEVICE, requires_grad=True)
-    return [conv(x, x[:, :2], None, None)[0]]
+    return [conv(x, None)]
 
 
 CALLS = {f"{name}-{by}": (lambda name=name, by=by: of_op(name, by)) for name, by in BOTH} | {

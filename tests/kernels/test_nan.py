@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from memlm_kernels.testing import assert_close
 from tests.conftest import MEMORIES, ROOT, build
 from tests.kernels.test_inputs import BOTH, DEVICE, OPS, rows
 
@@ -98,7 +99,8 @@ def test_a_nan_stays_in_its_row_and_padding_holds_any(memory):
     nothing, one = torch.zeros_like(ids).bool(), torch.zeros_like(ids).bool()
     one[0, 20] = True
     expected, got = run(nothing), run(one)
-    assert torch.equal(expected[1], got[1])
+    # What rows share products with may change how they round.
+    assert_close("other row", expected[1], got[1], 1e-6)
     assert got[0, 20:].isnan().all()
     # As kernels/README.md has it.
     assert got[0, :20].isnan().any()
