@@ -299,6 +299,21 @@ def test_another_model_is_refused(tmp_path):
         bank.add({"more": [1, 2]})
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@torch.no_grad()
+def test_a_model_with_adapters_has_a_bank_of_its_own(tmp_path):
+    peft = pytest.importorskip("peft")
+    model, question = model_of().float(), tokens(5, 3)[None]
+    config = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    adapted = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    bank_of(adapted, library()).save(tmp_path)
+    bank = MemoryBank.load(tmp_path, adapted)
+    assert bank.search(question) and adapted(question, memory_bank=bank).logits.isfinite().all()
+    for other in (model, adapted.merge_and_unload()):
+        with pytest.raises(ValueError, match="a bank of the model of fingerprint"):
+            MemoryBank.load(tmp_path, other)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_every_weight_counts_and_is_counted_once(dtype, monkeypatch):

@@ -8,6 +8,8 @@ import threading
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import memlm.bank
 from memlm import MemLMForCausalLM, MemoryBank, MemoryCache, files
@@ -233,6 +235,55 @@ def test_a_damaged_shard_is_refused_again_and_again(tmp_path):
     bank = MemoryBank.load(tmp_path, model)
     for _ in range(2):
         refused(lambda: asked(model, bank, QUESTION))
+
+
+@pytest.mark.parametrize("cases", [100, pytest.param(3000, marks=pytest.mark.slow)])
+def test_any_json_in_the_place_of_a_value_is_one_line_or_the_same_content(cases, tmp_path):
+    """In an index, and in the header of a memory's or a shard's file, of which some words are left out."""
+    model, memory = model_of().float(), MemoryCache()
+    bank_of(model, library()).save(tmp_path)
+    model(tokens(5, 1)[None], past_key_values=memory)
+    memory.save(tmp_path)
+    (shard,) = tmp_path.glob("shard-*")
+    paths = [tmp_path / INDEX, shard, tmp_path / "memory.safetensors"]
+    whole = {path: path.read_bytes() for path in paths}
+    numbers = st.integers() | st.floats() | st.sampled_from([10**12, -1, 1 << 63, 10**400])
+    anything = st.recursive(
+        st.none() | st.booleans() | numbers | st.text(max_size=5),
+        lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(["file", "shape", "x"]), x, max_size=3),
+    )
+
+    @settings(max_examples=cases, deadline=None, derandomize=True, database=None)
+    @given(st.sampled_from(paths), st.data())
+    def one(path, data):
+        content, start = whole[path], 0 if path.name == INDEX else 8
+        end = len(content) if not start else start + struct.unpack("<Q", content[:8])[0]
+        place = header = json.loads(content[start:end])
+        while True:
+            key = data.draw(
+                st.sampled_from(sorted(place)) if isinstance(place, dict) else st.integers(0, len(place) - 1)
+            )
+            if not isinstance(place[key], dict | list) or not place[key] or data.draw(st.booleans()):
+                break
+            place = place[key]
+        if data.draw(st.booleans()):
+            place[key] = data.draw(anything)
+        else:
+            del place[key]
+        text = json.dumps(header).encode()
+        path.write_bytes((struct.pack("<Q", len(text)) if start else b"") + text + content[end:])
+        try:
+            if path.name == "memory.safetensors":
+                loaded, expected = MemoryCache.load(tmp_path).states, memory.states
+                assert all(torch.equal(a[n], b[n]) for a, b in zip(loaded, expected, strict=True) for n in b)
+            else:
+                assert MemoryBank.load(tmp_path, model, verify=True).documents() == list(library())
+        except ValueError as error:
+            assert "\n" not in str(error) and path.name in str(error), error
+        finally:
+            path.write_bytes(content)
+
+    one()
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from torch.distributed import ProcessGroup
 
 from memlm.bank.folder import INDEX, Folders, read_index, writing
 from memlm.bank.ranks import Ranks
-from memlm.bank.reading import Documents, checked, hash_of, number_of, pairs_of, progress_bar, read_batch
+from memlm.bank.reading import Documents, checked, decoder_of, hash_of, number_of, pairs_of, progress_bar, read_batch
 from memlm.bank.resident import Resident
 from memlm.bank.shard import Shard, merged, sent
 from memlm.cache import MemoryCache
@@ -93,7 +93,7 @@ class MemoryBank:
         if len(sizes) > 1:
             raise ValueError(f"model.mixers.*.chunk_size is {sizes[0]} and {sizes[1]}; a bank needs one")
         self.chunk_size: int = sizes[0]
-        self.fingerprint, self.ranks = fingerprint(model.base_model), Ranks(group)
+        self.fingerprint, self.ranks = fingerprint(decoder_of(model)), Ranks(group)
         if len(said := set(self.ranks.all_say(self.fingerprint))) > 1:
             raise ValueError(f"group: its processes have models of {len(said)} fingerprints; load one in all of them")
         # Documents ever read, deleted ones too.
@@ -253,8 +253,8 @@ class MemoryBank:
 
     def check(self, model: MemLMForCausalLM | MemLMModel) -> None:
         """Raise ValueError unless the bank is of this model, with these weights."""
-        if not made_by(model.base_model, self.fingerprint):
-            found = fingerprint(model.base_model)
+        if not made_by(decoder_of(model), self.fingerprint):
+            found = fingerprint(decoder_of(model))
             raise ValueError(
                 f"memory_bank: made by a model of fingerprint {self.fingerprint}, not {found}; use that model, or "
                 "build the bank with this one"
@@ -267,7 +267,7 @@ class MemoryBank:
         input_ids [B, T], inputs: as the model takes them, which a question asks as it would in ``generate``
         """
         memory, found = MemoryCache(), {}
-        self.model.base_model(input_ids, memory_bank=self, past_key_values=memory, **inputs)
+        decoder_of(self.model)(input_ids, memory_bank=self, past_key_values=memory, **inputs)
         for layer, settings in zip(self.layers, self.settings, strict=True):
             bank = substate(memory.states[layer], "bank")
             chunks = bank["size"].shape[1]

@@ -12,6 +12,7 @@ from typing import Any
 
 from memlm import files
 from memlm.bank.ranks import Ranks
+from memlm.bank.reading import decoder_of
 from memlm.bank.shard import Shard, read_shard, whole
 from memlm.fingerprint import fingerprint, made_by
 from memlm.modeling import MemLMForCausalLM
@@ -145,10 +146,10 @@ class Folders:
         return shards
 
     def _same_model(self, directory: Path, index: dict[str, Any]) -> None:
-        if not made_by(self.model.base_model, index["fingerprint"]):
+        if not made_by(decoder_of(self.model), index["fingerprint"]):
             raise ValueError(
                 f"{directory}: a bank of the model of fingerprint {index['fingerprint']}, not "
-                f"{fingerprint(self.model.base_model)}; give that model, or another folder"
+                f"{fingerprint(decoder_of(self.model))}; give that model, or another folder"
             )
 
 

@@ -6,12 +6,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memlm.cache import MemoryCache
-from memlm.modeling import MemLMForCausalLM
+from memlm.modeling import MemLMForCausalLM, MemLMModel
 
 Documents = Mapping[str, Sequence[int]] | Iterable[tuple[str, Sequence[int]]]
+
+
+def decoder_of(model: nn.Module) -> MemLMModel:
+    """The decoder in a model, whether or not adapters are around it."""
+    return next(module for module in model.modules() if isinstance(module, MemLMModel))
 
 
 def pairs_of(documents: Documents) -> Iterable[tuple[str, Sequence[int]]]:
@@ -58,7 +63,7 @@ def read_batch(
     training = model.training
     model.eval()
     for ids, doc_ids in zip(*(x.split(tokens_per_batch, 1) for x in (ids_BT, doc_ids_BT)), strict=True):
-        model.base_model(ids, doc_ids=doc_ids, past_key_values=cache)
+        decoder_of(model)(ids, doc_ids=doc_ids, past_key_values=cache)
     model.train(training)
     states = [cache.states[i] for i in layers]
     chunks = int(states[0]["chunks"])
