@@ -121,10 +121,15 @@ class MemoryCache(Cache):
         return _hashed(read_B.to(ids_BT.device), ids_BT, mask_BT)
 
     def begins(self, ids_BT: Tensor, mask_BT: Tensor) -> bool:
-        """Whether every row of a prompt begins with all that its stream has read; asks the device once."""
-        if self.read is None or ids_BT.shape[1] < self.seen or len(ids_BT) != len(self.read):
+        """Whether every row of a prompt begins with all that its stream, or each of its beams, has read; asks the
+        device once.
+        """
+        if self.read is None or ids_BT.shape[1] < self.seen or not len(ids_BT) or len(self.read) % len(ids_BT):
             return False
-        ids_BT, mask_BT = (x[:, : self.seen].to(self.read.device) for x in (ids_BT, mask_BT))
+        beams = len(self.read) // len(ids_BT)
+        ids_BT, mask_BT = (
+            x[:, : self.seen].to(self.read.device).repeat_interleave(beams, 0) for x in (ids_BT, mask_BT)
+        )
         return torch.equal(_hashed(torch.zeros_like(self.read), ids_BT, mask_BT), self.read)
 
     @property

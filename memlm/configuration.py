@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 from memlm.memory.base import Dims, check_type, complete_settings, suggest
@@ -45,15 +46,21 @@ class MemLMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name, value in kwargs.items():
-            if name not in _INTERNAL and not name.startswith("_"):
-                raise ValueError(f"model.{name}={value!r} is not a setting; {suggest(name, _SETTINGS)}")
-        for name in _SETTINGS:
-            check_type(getattr(self, name), _HINTS[name], f"model.{name}")
-        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-        for name in (*sizes, "num_key_value_heads", "head_dim", "intermediate_size"):
+            if name not in _INTERNAL:
+                raise ValueError(f"model.{name}={value!r:.80} is not a setting; {suggest(name, _SETTINGS)}")
+            if name != "name_or_path":
+                check_type(value, _INTERNAL[name], f"model.{name}")
+        for name, hint in (_HINTS | _INHERITED).items():
+            check_type(getattr(self, name), hint, f"model.{name}")
+        for name, most in _MOST.items():
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "must be at least 1")
+            _require(value is None or value <= most, name, value, f"must be at most {most}")
+        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            _require(0 <= value < 1e30, name, value, "must be a number from 0 on, and not infinite")
         _require(self.rope_theta > 0, "rope_theta", self.rope_theta, "must be above 0")
+        self._check_transformers(kwargs)
         # An int and a float of one value are one setting.
         self.rope_theta, self.rms_norm_eps = float(self.rope_theta), float(self.rms_norm_eps)
         heads = self.num_attention_heads
@@ -83,12 +90,30 @@ class MemLMConfig(PreTrainedConfig):
         self.mixer_pattern = list(self.mixer_pattern or list(self.mixers)[:1])
         for name in self.mixer_pattern:
             _require(
-                name in self.mixers,
+                isinstance(name, str) and name in self.mixers,
                 "mixer_pattern",
                 name,
                 f"is not in model.mixers ({', '.join(self.mixers)})",
             )
         super().__post_init__(**kwargs)
+
+    def _check_transformers(self, kwargs: dict[str, Any]) -> None:
+        """Raise ValueError for values of transformers' own keys that it would stumble over, or run code for."""
+        for name in ("attn_implementation", "_attn_implementation"):
+            value = kwargs.get(name)
+            _require("/" not in (value or ""), name, value, "would run code of the hub; use 'sdpa' or 'eager' here")
+        for name, value in (("dtype", self.dtype), ("torch_dtype", kwargs.get("torch_dtype"))):
+            dtype = getattr(torch, value, None) if isinstance(value, str) else value
+            floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+            _require(value is None or floating, name, value, "must be a floating type, such as 'bfloat16'")
+        _require(not self.is_encoder_decoder, "is_encoder_decoder", True, "must be false: this is a decoder")
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            for token in value if isinstance(value, list) else [value]:
+                whole = type(token) is int and -(2**31) <= token < 2**31
+                _require(token is None or whole, name, value, "must be a number of a token")
+        for label in self.id2label or {}:
+            _require(str(label).isdecimal(), "id2label", self.id2label, "must have numbers as keys")
 
     @classmethod
     def from_hydra(cls, settings: Mapping[str, Any]) -> "MemLMConfig":
@@ -121,7 +146,7 @@ class MemLMConfig(PreTrainedConfig):
 
 def _require(condition: bool, name: str, value: Any, what: str) -> None:
     if not condition:
-        raise ValueError(f"model.{name}={value!r} {what}")
+        raise ValueError(f"model.{name}={value!r:.80} {what}")
 
 
 def _plain(value: Any) -> Any:
@@ -134,8 +159,41 @@ def _plain(value: Any) -> Any:
 
 
 _SETTINGS = [name for name in MemLMConfig.__annotations__ if name not in ("model_type",)]
-_HINTS = MemLMConfig.__annotations__
+_HINTS = {name: MemLMConfig.__annotations__[name] for name in _SETTINGS}
 _VOCABULARY = {"vocab_size", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"}
 _NOT_IN_STATE = {"use_cache", "initializer_range", *_VOCABULARY}
-# What transformers itself passes through a configuration's constructor.
-_INTERNAL = {"model_type", "transformers_version", "architectures", "attn_implementation", "name_or_path", "auto_map"}
+# Bounds far above any model, so that a number from a damaged file allocates nothing.
+_MOST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**17,
+    "num_hidden_layers": 2**12,
+    "num_attention_heads": 2**12,
+    "num_key_value_heads": 2**12,
+    "head_dim": 2**14,
+    "intermediate_size": 2**20,
+}
+# Fields of every configuration of transformers, and what it passes through a configuration's constructor.
+_INHERITED = {
+    "transformers_version": str | None,
+    "architectures": list | None,
+    "output_hidden_states": bool | None,
+    "return_dict": bool | None,
+    "dtype": str | torch.dtype | None,
+    "chunk_size_feed_forward": int,
+    "is_encoder_decoder": bool,
+    "id2label": dict | None,
+    "label2id": dict | None,
+    "problem_type": str | None,
+}
+_INTERNAL = {
+    "model_type": str,
+    "name_or_path": None,
+    "_name_or_path": str,
+    "_commit_hash": str | None,
+    "auto_map": dict,
+    "attn_implementation": str | None,
+    "_attn_implementation": str | None,
+    "_attn_implementation_autoset": bool,
+    "experts_implementation": str | None,
+    "torch_dtype": str | torch.dtype | None,
+}

@@ -31,14 +31,14 @@ class MemoryGenerationMixin(GenerationMixin):
             return super().generate(inputs, generation_config, **kwargs)
         batch, length = given.shape[:2]
         seen = memory.get_seq_length() if isinstance(memory, MemoryCache) else 0
-        if kwargs.get("memory_bank") is not None:
-            chunked = kwargs.get("prefill_chunk_size") or getattr(generation_config, "prefill_chunk_size", None)
-            if chunked:
-                raise ValueError(
-                    f"prefill_chunk_size={chunked}: a memory_bank is asked by a query as a whole; leave it out"
-                )
-            if kwargs.get("doc_ids") is None:
-                kwargs["doc_ids"] = torch.zeros(batch, length, dtype=torch.int64, device=given.device)
+        chunk = kwargs.get("prefill_chunk_size") or (generation_config or self.generation_config).prefill_chunk_size
+        if chunk and (embeds is not None or kwargs.get("memory_bank") is not None):
+            raise ValueError(
+                f"prefill_chunk_size={chunk}: inputs_embeds, and a query to a memory_bank, are read as a whole; "
+                "leave it out"
+            )
+        if kwargs.get("memory_bank") is not None and kwargs.get("doc_ids") is None:
+            kwargs["doc_ids"] = torch.zeros(batch, length, dtype=torch.int64, device=given.device)
         mask = kwargs.get("attention_mask")
         ones = torch.ones(batch, length, dtype=torch.int64, device=given.device)
         _check_positions(kwargs.pop("position_ids", None), ones if mask is None else mask)

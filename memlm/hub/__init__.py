@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from memlm.configuration import MemLMConfig
 from memlm.data import read_tokenizer
+from memlm.flops import count_parameters
 from memlm.modeling import MemLMForCausalLM
 
 
@@ -36,6 +38,7 @@ def load_model(source: str | Path) -> MemLMForCausalLM:
     logging.set_verbosity(logging.CRITICAL)
     try:
         config = MemLMConfig.from_pretrained(source)
+        _check_size(Path(source), config)
         model, report = MemLMForCausalLM.from_pretrained(
             source, config=config, output_loading_info=True, ignore_mismatched_sizes=True
         )
@@ -51,6 +54,21 @@ def load_model(source: str | Path) -> MemLMForCausalLM:
                 "model.safetensors are not of one model"
             )
     return model
+
+
+def _check_size(folder: Path, config: MemLMConfig) -> None:
+    """Raise ValueError before anything is allocated where a folder's weights cannot fill the model of its config."""
+    held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if not held:
+        return
+    with torch.device("meta"):
+        needed = count_parameters(MemLMForCausalLM(config))
+    # Two numbers in a byte are the most that quantised weights have.
+    if needed > 2 * held:
+        raise ValueError(
+            f"config.json describes {needed:,} parameters, and {held:,} bytes of safetensors cannot hold them; "
+            "they are not of one model"
+        )
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:

@@ -261,7 +261,7 @@ def check_type(value: Any, hint: Any, key: str) -> None:
     number = float in allowed and type(value) is int
     if not number and type(value) not in allowed:
         wanted = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
-        raise ValueError(f"{key}={value!r} must be {wanted}")
+        raise ValueError(f"{key}={value!r:.80} must be {wanted}")
 
 
 def build_mixer(settings: dict[str, Any], dims: Dims, layer_idx: int, key: str) -> SequenceMixer:
@@ -281,6 +281,9 @@ def complete_settings(settings: dict[str, Any], key: str) -> dict[str, Any]:
     if "kind" not in settings:
         raise ValueError(f"{key}.kind is missing; one of: {', '.join(kinds())}; {PACKAGE}")
     module = load_kind(settings["kind"], key)
+    for name, value in settings.items():
+        if isinstance(value, int | float) and not abs(value) < 2**31:
+            raise ValueError(f"{key}.{name}={value!r:.80} must be a number below {2**31}")
     config = build_config(module.Config, {k: v for k, v in settings.items() if k != "kind"}, key)
     return {"kind": settings["kind"], **dataclasses.asdict(config)}
 
