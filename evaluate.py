@@ -6,7 +6,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from memlm.cli import use_gpu_preset, user_errors
+from memlm.cli import check_arguments, use_gpu_preset, user_errors
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -22,4 +22,5 @@ def main(cfg: DictConfig) -> None:
 if __name__ == "__main__":
     sys.argv[1:] = use_gpu_preset(sys.argv[1:], "name=gpu", ("name=", "checkpoint=", "hardware="))
     with user_errors(CONFIGS, "evaluate"):
+        check_arguments(sys.argv[1:], CONFIGS, "evaluate")
         main()

@@ -6,7 +6,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from memlm.cli import leave_group, mixer_settings, use_gpu_preset, user_errors
+from memlm.cli import check_arguments, leave_group, mixer_settings, use_gpu_preset, user_errors
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -28,6 +28,7 @@ if __name__ == "__main__":
     sys.argv[1:] = use_gpu_preset(sys.argv[1:], "experiment=gpu", ("experiment=", "model=", "hardware="))
     sys.argv[1:] = mixer_settings(sys.argv[1:])
     with user_errors(CONFIGS, "train"):
+        check_arguments(sys.argv[1:], CONFIGS, "train")
         main()
         from memlm.training.sweep import end_sweep
 

@@ -9,17 +9,21 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers.utils.logging import disable_progress_bar
+from yaml import YAMLError
 
 from memlm.memory.base import suggest
 
+_MISTAKES = (ValueError, OSError, HydraException, OmegaConfBaseException, YAMLError, RecursionError)
 TRACED = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 # Keys of earlier versions, and where to turn.
@@ -49,8 +53,8 @@ def user_errors(config_dir: Path, config: str) -> Iterator[None]:
         code = 128 + getattr(stop, "number", signal.SIGINT)
         leave_group(code)
         sys.exit(code)
-    except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
-        if TRACED:
+    except Exception as error:
+        if TRACED or not (isinstance(error, _MISTAKES) or _out_of_memory(error)):
             raise
         print(f"error: {one_line(error, config_dir, config)}", file=sys.stderr)
         sys.exit(2)
@@ -82,6 +86,54 @@ def mixer_settings(argv: list[str]) -> list[str]:
     return [f"++{a}" if re.match(r"model\.mixers\.\w+\.\w+=", a) else a for a in argv]
 
 
+def check_arguments(argv: list[str], config_dir: Path, config: str) -> None:
+    """Raise ValueError, naming the argument and a fix, for what is not ``key=value`` of a key that there is."""
+    parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign]
+    arguments, unknown = parser.parse_known_args(argv)
+    for argument in unknown:
+        key = argument.lstrip("-").partition("=")[0]
+        raise ValueError(
+            f"{argument}: settings are written key=value, without dashes; {_meant(key, config_dir, config)}"
+        )
+    groups, known = _groups(config_dir), {*_top(config_dir, config), "hydra"}
+    for argument in arguments.overrides:
+        written, equals, value = argument.partition("=")
+        key = written.lstrip("+~")
+        try:
+            override = OverridesParser.create().parse_override(argument)
+        except HydraException:
+            fix = f"quote the value, as in {_quoted(written, value)}" if equals else "write key=value"
+            raise ValueError(f"{argument}: cannot be read; {fix}") from None
+        if not key:
+            raise ValueError(f"{argument}: names no key; write key=value")
+        if override.is_delete() and "." not in key:
+            raise ValueError(f"{argument}: {config}.py needs {key}; leave this out")
+        if written.startswith("+") and key.partition(".")[0].partition("@")[0] not in known:
+            raise ValueError(f"{argument}: there is no key {key!r}; {_meant(key, config_dir, config)}")
+        if key in groups and not override.is_sweep_override():
+            named = override.value()
+            # A dict is merged into the group's settings.
+            if not isinstance(named, str | dict) or named == "":
+                raise ValueError(f"{argument}: names no choice; {suggest(value, _choices(config_dir, key))}")
+
+
+def _quoted(key: str, value: str) -> str:
+    """A value, or the items of a list, in quotes for Hydra, within those for a shell."""
+    items = [item.strip(" '\"") for item in value.strip("[]{}").split(",")]
+    text = ", ".join(f'"{item}"' for item in items)
+    return f"'{key}=[{text}]'" if value.startswith("[") else f"'{key}={text}'"
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(f"{message}; settings are written key=value")
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # torch's allocator on CPUs has no type of its own.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def one_line(error: Exception, config_dir: Path, config: str) -> str:
     """The message of a composition error with the key, and the nearest key or the choices there are."""
     text = str(error).strip() or type(error).__name__
@@ -89,29 +141,68 @@ def one_line(error: Exception, config_dir: Path, config: str) -> str:
     if match := re.search(missing_key, text):
         wrong = match[1] or match[2]
         given = next((a for a in sys.argv[1:] if a.lstrip("+~").startswith(f"{wrong}=")), wrong)
-        close = difflib.get_close_matches(wrong, _keys(config_dir, config), n=1)
-        fix = f"did you mean {close[0]!r}?" if close else f"'python {config}.py --help' lists the keys"
-        fix = _GONE.get(wrong, fix)
-        return f"{given}: there is no key {wrong!r}; {fix}"
+        return f"{given}: there is no key {wrong!r}; {_meant(wrong, config_dir, config)}"
     if match := re.search(r"Could not find '([^']+)/([^']+)'", text):
-        group, name = match.groups()
-        if (config_dir / "memory" / f"{name}.yaml").exists() and group.startswith("memory/of_model/"):
-            known = sorted(path.stem for path in (config_dir / group).glob("*.yaml"))
-            return (
-                f"memory={name}: model={Path(group).name}_* has no settings for it; one of: {', '.join(known)}; "
-                f"or add memory/of_model=none to take memory={name} as it is"
-            )
-        choices = sorted(path.stem for path in (config_dir / group).glob("*.yaml"))
-        return f"{group}={name}: no such choice; {suggest(name, choices)}"
+        return _no_choice(f"{match[1]}/{match[2]}", config_dir)
+    if isinstance(error, YAMLError):
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f"{mark.name}, line {mark.line + 1}" if mark else "a YAML file"
+        return f"{where}: {problem or text.splitlines()[0]}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"a file of settings is not text in UTF-8 ({text})"
+    if isinstance(error, RecursionError):
+        return "a value or a file of settings is nested too deep"
+    if _out_of_memory(error):
+        reason = text.splitlines()[0].split("DefaultCPUAllocator: ")[-1]
+        return f"out of memory ({reason}); lower the model's sizes, rows or lengths, or use another device"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0] if isinstance(error, HydraException | OmegaConfBaseException) else " ".join(lines)
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return f"{error.full_key}: {lines[0]}"
+    return " ".join(lines[:2] if isinstance(error, HydraException | OmegaConfBaseException) else lines)
+
+
+def _meant(wrong: str, config_dir: Path, config: str) -> str:
+    """The key that was probably meant; of one that is the end of a longer key, that."""
+    keys = _keys(config_dir, config)
+    close = [key for key in keys if key.endswith(f".{wrong}")] or difflib.get_close_matches(wrong, keys, n=1)
+    if wrong in _GONE:
+        return _GONE[wrong]
+    return f"did you mean {close[0]!r}?" if close else f"'python {config}.py --help' lists the keys"
+
+
+def _no_choice(path: str, config_dir: Path) -> str:
+    """For a YAML that is missing: which of its group there are."""
+    group = max((name for name in _groups(config_dir) if path.startswith(f"{name}/")), key=len, default="")
+    name = path.removeprefix(f"{group}/")
+    choices = _choices(config_dir, group)
+    if group.startswith("memory/of_model/") and name in _choices(config_dir, "memory"):
+        return (
+            f"memory={name}: model={Path(group).name}_* has no settings for it; one of: {', '.join(choices)}; or add "
+            f"memory/of_model=none to take memory={name} as it is"
+        )
+    return f"{group}={name}: no such choice; {suggest(name, choices)}"
+
+
+def _groups(config_dir: Path) -> set[str]:
+    return {path.relative_to(config_dir).as_posix() for path in config_dir.rglob("*") if path.is_dir()}
+
+
+def _choices(config_dir: Path, group: str) -> list[str]:
+    return sorted(path.stem for path in (config_dir / group).glob("*.yaml"))
 
 
 def _keys(config_dir: Path, config: str) -> list[str]:
     """Groups, and all keys of the default configuration."""
     with initialize_config_dir(str(config_dir), version_base="1.3"):
         keys = _flatten(OmegaConf.to_container(compose(config)), "")
-    return [*(path.name for path in config_dir.iterdir() if path.is_dir()), *keys]
+    return [*_top(config_dir, config), *keys]
+
+
+def _top(config_dir: Path, config: str) -> list[str]:
+    """Groups that a configuration is composed of, and its own keys."""
+    own = OmegaConf.load(config_dir / f"{config}.yaml")
+    named = [next(iter(item)) for item in own.pop("defaults") if item != "_self_"]
+    return [*(name.split()[-1] for name in named), *own]
 
 
 def _flatten(node: dict[str, Any], prefix: str) -> list[str]:

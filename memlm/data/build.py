@@ -110,7 +110,7 @@ def _check_source(options: Mapping[str, Any], where: str) -> None:
 def _read_ramp(cfg: Mapping[str, Any]) -> tuple[int, int]:
     steps = cfg.get("noise_ramp", [])
     numbers = isinstance(steps, Sequence) and len(steps) == 2 and all(type(step) is int for step in steps)
-    if not numbers or steps[0] > steps[1]:
+    if not numbers or not 0 <= steps[0] <= steps[1]:
         raise ValueError(f"data.noise_ramp={steps!r} must be two steps, [start, end], such as [150, 300]")
     return steps[0], steps[1]
 

@@ -30,6 +30,7 @@ from memlm.data import (
 )
 from memlm.evaluation.subject import Subject, differences, flat
 from memlm.interleave import Interleave
+from memlm.memory.base import check_type
 
 
 @dataclass
@@ -53,25 +54,28 @@ def data_config(given: DictConfig, subject: Subject) -> dict[str, Any]:
         raise ValueError(
             f"{subject.folder}: no config.yaml can be read that tells its data; add data=... and data.seq_len=..."
         )
-    data["tokenizer"] = named["tokenizer"] or str(subject.folder)
-    data["seq_len"] = named["seq_len"] or trained.get("seq_len")
+    data["tokenizer"] = str(subject.folder) if named["tokenizer"] is None else named["tokenizer"]
+    data["seq_len"] = trained.get("seq_len") if named["seq_len"] is None else named["seq_len"]
     if data["seq_len"] is None:
         raise ValueError(
             f"{subject.folder}: no config.yaml can be read that tells its data.seq_len; add data.seq_len=..."
         )
+    check_type(data["seq_len"], int, "data.seq_len")
     return data
 
 
 def examine(subject: Subject, data: dict[str, Any], seed: int) -> Examined:
     """Raises ValueError for data that the model cannot read."""
-    sources = data["sources"]
+    sources, rows = data["sources"], 1
     if isinstance(sources, dict):
         # Sources are measured one by one: weights, which would have to fit a batch, mean nothing.
         sources = {name: {**o, "weight": 1} if isinstance(o, dict) else o for name, o in sources.items()}
+        rows = max(1, len(sources))
     try:
-        tokenizer, mixture = build_data({**data, "sources": sources}, seed=seed, batch_size=max(1, len(sources)))
+        tokenizer, mixture = build_data({**data, "sources": sources}, seed=seed, batch_size=rows)
     except ValueError as error:
-        raise ValueError(f"{error} (data.seq_len={data['seq_len']}, as trained unless set here)") from None
+        told = " (data.seq_len, as trained unless it is set)" if "length=" in str(error) else ""
+        raise ValueError(f"{error}{told}") from None
     if len(tokenizer) > subject.model.config.vocab_size:
         raise ValueError(
             f"data.tokenizer has {len(tokenizer)} entries, {subject.folder} embeds {subject.model.config.vocab_size}; "

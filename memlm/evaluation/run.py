@@ -58,13 +58,16 @@ def _run(cfg: DictConfig) -> None:
     started = time.perf_counter()
     for key, hint in _KEYS.items():
         check_type(cfg[key], hint, key)
-    require(cfg.seed >= 0, f"seed={cfg.seed} must not be negative")
+    require(0 <= cfg.seed < 2**63, f"seed={cfg.seed} must lie in [0, 2**63)")
+    require(cfg.checkpoint != "", "checkpoint='' names no run, folder or hub name")
     options = build_config(EvalSettings, OmegaConf.to_container(cfg.eval, resolve=True), "eval")
     device = _device(cfg.hardware)
     console = Console(highlight=False, soft_wrap=True)
     subject = load_subject(cfg.checkpoint, device)
     if cfg.memory_off:
         subject = replace(subject, name=f"{subject.name} (memory off)", memory_off=True)
+        with memory_off(subject.model):
+            pass
     data = data_config(cfg.data, subject)
     options.check_length(data["seq_len"])
     examined = [examine(subject, data, cfg.seed)]
@@ -85,15 +88,15 @@ def _run(cfg: DictConfig) -> None:
     results["notes"] = _notes(examined, options, data)
     for note in results["notes"]:
         console.print(note, markup=False)
+    folder = "evaluation-memory_off" if cfg.memory_off else "evaluation"
+    out = Path(cfg.out) if cfg.out else (subject.run_dir or Path("runs") / "evaluation") / folder
+    _check_writable(out)
     read = texts(examined, options.text_documents, options.text_length)
     for one, documents in zip(examined, read, strict=True):
         console.print(f"evaluating {one.subject.name}: {one.subject.folder}", markup=False)
         with memory_off(one.subject.model) if one.subject.memory_off else nullcontext():
             results["models"][one.subject.name] |= _measure(options, one, documents)
     results["seconds"] = round(time.perf_counter() - started, 1)
-
-    folder = "evaluation-memory_off" if cfg.memory_off else "evaluation"
-    out = Path(cfg.out) if cfg.out else (subject.run_dir or Path("runs") / "evaluation") / folder
     report = page([one.subject for one in examined], results)
     set_aside(out, results["of"])
     files.write(out / "results.json", json.dumps(results, indent=1, default=str))
@@ -107,6 +110,16 @@ def _run(cfg: DictConfig) -> None:
 
 
 _KEYS = {"checkpoint": str, "control": str | None, "memory_off": bool, "out": str | None, "seed": int}
+
+
+def _check_writable(out: Path) -> None:
+    """Raise ValueError before minutes of measuring, not after them."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        files.write(out / ".writable", "")
+        (out / ".writable").unlink()
+    except OSError as error:
+        raise ValueError(f"out={out}: nothing can be written there ({error.strerror}); name another folder") from None
 
 
 def set_aside(out: Path, of: str) -> None:

@@ -79,7 +79,7 @@ def load_subject(source: str, device: torch.device, key: str = "checkpoint") -> 
     run_dir = path if folder else None
     if path.is_dir() and path.parent.name == "checkpoints":
         run_dir = path.parent.parent
-    elif not path.exists() and (source.startswith(("runs", ".", "/")) or source.count("/") > 1):
+    elif not path.exists() and (source.startswith(("runs", ".", "/")) or source.count("/") != 1):
         raise ValueError(f"{key}={source}: there is no run; train it first, or name a run, a folder or a hub name")
     place = folder or source
     model = load_model(place).to(device).eval()

@@ -21,6 +21,7 @@ from memlm.configuration import MemLMConfig
 from memlm.data import Batch, TextSource, build_data, left_out, token_bytes
 from memlm.flops import count_flops, count_parameters
 from memlm.hub import load_model
+from memlm.memory.base import check_type
 from memlm.modeling import MemLMForCausalLM
 from memlm.training import checkpoint, resume
 from memlm.training.display import Display
@@ -340,8 +341,12 @@ def build_accelerator(hardware: HardwareSettings) -> Accelerator:
 def model_config(settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> MemLMConfig:
     """The model group as a configuration, its vocabulary taken from the tokenizer unless set."""
     entries = len(tokenizer)
+    check_type(settings.get("vocab_size"), int | None, "model.vocab_size")
     size = settings.get("vocab_size") or entries
     if size < entries:
         raise ValueError(f"model.vocab_size={size} is less than the tokenizer's {entries} entries; leave it out")
     special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    for name, token in special.items():
+        if settings.get(name, token) != token:
+            raise ValueError(f"model.{name}={settings[name]!r}, but the tokenizer's is {token}; leave it out")
     return MemLMConfig.from_hydra({**settings, **special, "vocab_size": size})

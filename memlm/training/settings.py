@@ -128,17 +128,19 @@ class RunSettings:
     @classmethod
     def of(cls, cfg: DictConfig) -> "RunSettings":
         """Raises ValueError naming the key, the value and a fix."""
-        config = OmegaConf.to_container(cfg, resolve=True)
+        config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         types = (TrainSettings, OptimSettings, HardwareSettings, TrackerSettings)
         groups = ("train", "optim", "hardware", "tracker")
         known = ["name", "seed", "run_dir", "model", "data", *groups]
         for key, value in config.items():
             require(key != "memory", f"memory={value!r} is read by nothing; {PACKAGE}")
             require(key in known, f"{key}={value!r} is not a setting; {suggest(str(key), known)}; {PACKAGE}")
-        seed, run_dir = config["seed"], config["run_dir"]
+        seed, run_dir, name = config["seed"], config["run_dir"], config["name"]
+        check_type(name, str | int, "name")
+        require(name != "", "name='' names no run; leave it out, or name one")
         check_type(seed, int, "seed")
         require(0 <= seed < 2**63, f"seed={seed} must lie in [0, 2**63)")
         named = isinstance(run_dir, str) and run_dir.strip()
         require(bool(named), f"run_dir={run_dir!r} names no folder; leave it out, or name one")
         built = (build_config(of, config[group], group) for of, group in zip(types, groups, strict=True))
-        return cls(config, str(config["name"]), seed, Path(run_dir), *built)
+        return cls(config, str(name), seed, Path(run_dir), *built)
