@@ -147,6 +147,11 @@ class MemLMModel(MemLMPreTrainedModel):
         output_attentions: bool | None = None,
         token_type_ids: Tensor | None = None,
         cache_position: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        seq_idx: Tensor | None = None,
     ) -> MemLMOutput | tuple:
         """Run [B, T] tokens through the decoder.
 
@@ -161,7 +166,8 @@ class MemLMModel(MemLMPreTrainedModel):
         memory_bank: a ``MemoryBank`` of this model, asked by the query of this call, all of whose tokens are it if
             doc_ids are not given; its documents stand behind the template. What may be chosen goes into the memory.
         write: False for a pure query: ``past_key_values`` is read and left as it was
-        token_type_ids, cache_position: taken, as transformers' models take them, and not used
+        token_type_ids, cache_position: taken, as transformers' models take them, and not used; so are cu_seq_lens_q,
+            cu_seq_lens_k, max_length_q, max_length_k, seq_idx of collators that pack rows: position_ids have it all
         return_dict: False for a tuple; None, and output_hidden_states=None, for the configuration's
 
         Raises ValueError for inputs that contradict each other or the memory.
@@ -178,6 +184,10 @@ class MemLMModel(MemLMPreTrainedModel):
             memory = MemoryCache()
         if memory is not None:
             memory.check(self, dtype, batch)
+        if (cu_seq_lens_q is not None or seq_idx is not None) and position_ids is None:
+            raise ValueError(
+                "cu_seq_lens_q, seq_idx: give position_ids too, whose 0 starts a document of a packed row"
+            )
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if self.config.output_attentions if output_attentions is None else output_attentions:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 import memlm
 from memlm.training.objective import Objective
@@ -179,6 +179,20 @@ def test_trainer_trains_the_same_in_calls_of_any_size(tmp_path):
     for size in (2, 1):
         assert_same_training(whole, in_trainer(tmp_path, model, size), 1e-5)
     assert_same_training(whole, in_trainer(tmp_path, model, 4, compute_loss_func=own_loss), 1e-5)
+
+
+def test_collators_that_pack_rows_train_the_same(tmp_path):
+    """Rows laid behind each other, with transformers' names for where each starts."""
+    model, each = build("chunk_sparse", **KINDS[3][1]).train(), examples().items[:3]
+    pack = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+    batch = pack([{name: x.tolist() for name, x in example.items()} for example in each])
+    scored = (batch["labels"][:, 1:] != -100).sum()
+    alone = [model(**{k: x[None] for k, x in e.items()}, num_items_in_batch=scored) for e in each]
+    packed = model(**batch, num_items_in_batch=scored)
+    nats = [out.loss - sum(out.aux_losses.values()) for out in (*alone, packed)]
+    assert nats[3].item() == pytest.approx(sum(nats[:3]).item(), rel=1e-6)
+    with pytest.raises(ValueError, match="cu_seq_lens_q, seq_idx: give position_ids too"):
+        model(**{name: x for name, x in batch.items() if name != "position_ids"})
 
 
 def test_label_smoothing_that_would_lose_the_auxiliary_losses_is_refused(tmp_path):
