@@ -13,6 +13,7 @@ sizes that only try the script, once by the clock.
 import argparse
 import datetime
 import functools
+import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -28,7 +29,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -415,6 +415,8 @@ def floor(gb: float, ms: float) -> dict[str, float]:
 
 def milliseconds(call: Callable[[], Any]) -> float:
     if GPU:
+        import triton
+
         return triton.testing.do_bench(call, quantiles=[0.5])
     begin = time.perf_counter()
     call()
@@ -461,7 +463,7 @@ def main(args: argparse.Namespace) -> None:
     about = {
         "hardware": torch.cuda.get_device_name() if GPU else f"{platform.machine()}, no GPU",
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": next((found.version for found in importlib.metadata.distributions(name="triton")), "missing"),
         "cuda_or_rocm": torch.version.cuda or torch.version.hip,
         "python": platform.python_version(),
         "commit": commit(),

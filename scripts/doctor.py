@@ -3,6 +3,7 @@
 python scripts/doctor.py
 """
 
+import argparse
 import importlib.metadata
 import platform
 import sys
@@ -132,6 +133,7 @@ def float32() -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     # Where a GPU is but its driver is not, torch says so by a warning.
     warnings.simplefilter("ignore")
     say("python", f"{platform.python_version()}, {platform.platform()}")

@@ -1,5 +1,6 @@
 """A mistake on the command line is one line with the key, the value and a fix, and exit code 2."""
 
+import os
 import runpy
 import subprocess
 import sys
@@ -195,3 +196,18 @@ def test_folders_that_cannot_be_written_are_told_before_anything_is_measured(tmp
             _check_writable(out)
     _check_writable(tmp_path / "new")
     assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").glob("*.py")))
+def test_scripts_show_their_help_without_optional_packages(script, monkeypatch, capsys):
+    # These two are of Triton's kernels alone.
+    of_triton = script in ("compile_kernels.py", "roofline.py")
+    packages = ("fla", "flash_attn", "matplotlib", "hydra", "wandb", "datasets", *(() if of_triton else ("triton",)))
+    for package in packages:
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+    assert not end.value.code and capsys.readouterr().out.startswith(f"usage: {script}")
