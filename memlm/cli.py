@@ -1,6 +1,5 @@
 """Between the command line and ``run(cfg)``: one readable line for a user's mistake, and the preset for a GPU."""
 
-import difflib
 import io
 import os
 import re
@@ -21,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers.utils.logging import disable_progress_bar
 from yaml import YAMLError
 
-from memlm.memory.base import suggest
+from memlm.settings import suggest
 
 _MISTAKES = (ValueError, OSError, HydraException, OmegaConfBaseException, YAMLError, RecursionError)
 TRACED = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -163,11 +162,11 @@ def one_line(error: Exception, config_dir: Path, config: str) -> str:
 
 def _meant(wrong: str, config_dir: Path, config: str) -> str:
     """The key that was probably meant; of one that is the end of a longer key, that."""
-    keys = _keys(config_dir, config)
-    close = [key for key in keys if key.endswith(f".{wrong}")] or difflib.get_close_matches(wrong, keys, n=1)
     if wrong in _GONE:
         return _GONE[wrong]
-    return f"did you mean {close[0]!r}?" if close else f"'python {config}.py --help' lists the keys"
+    keys = _keys(config_dir, config)
+    longer = [key for key in keys if key.endswith(f".{wrong}")]
+    return suggest(longer[0] if longer else wrong, keys, f"'python {config}.py --help' lists the keys")
 
 
 def _no_choice(path: str, config_dir: Path) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from memlm.memory.base import Dims, check_type, complete_settings, suggest
+from memlm.memory.base import Dims, complete_settings
+from memlm.settings import check_type, suggest
 
 
 class MemLMConfig(PreTrainedConfig):

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from memlm.bank import MemoryBank
 from memlm.cache import MemoryCache
 from memlm.data.templates import CONTROLS, Templates, Writer
-from memlm.memory.base import require
+from memlm.settings import require
 
 _QUERY, _RESPONSE, _TEMPLATE = 0, -1, -2
 

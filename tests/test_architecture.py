@@ -14,10 +14,12 @@ ROOMS = {
     "memlm_kernels": set(),
     "memlm.files": set(),
     "memlm.fingerprint": set(),
-    "memlm.data": {"memlm.files"},
+    # Settings and files are below every room.
+    "memlm.settings": set(),
+    "memlm.data": {"memlm.files", "memlm.settings"},
     "memlm.layers": {"memlm_kernels"},
-    "memlm.memory": {"memlm_kernels", "memlm.layers"},
-    "memlm.configuration": {"memlm.memory"},
+    "memlm.memory": {"memlm_kernels", "memlm.settings", "memlm.layers"},
+    "memlm.configuration": {"memlm.settings", "memlm.memory"},
     "memlm.cache": {"memlm.files", "memlm.fingerprint", "memlm.memory"},
     "memlm.loss": set(),
     "memlm.generation": {"memlm.cache"},
@@ -38,7 +40,7 @@ ROOMS = {
         "memlm.cache",
         "memlm.modeling",
     },
-    "memlm.interleave": {"memlm.data", "memlm.memory", "memlm.cache", "memlm.bank"},
+    "memlm.interleave": {"memlm.settings", "memlm.data", "memlm.memory", "memlm.cache", "memlm.bank"},
     "memlm": {"memlm.bank", "memlm.configuration", "memlm.cache", "memlm.interleave", "memlm.loss", "memlm.modeling"},
 }
 OUTER = {"memlm.hub", "memlm.training", "memlm.evaluation", "memlm.cli"}
@@ -88,6 +90,11 @@ def test_imports_go_one_way(path, module):
             assert other in ROOMS[own], f"{module} ({own}) imports {name} ({other})"
         elif top not in sys.stdlib_module_names and own in OUTSIDE:
             assert top in OUTSIDE[own], f"{module} imports {name}"
+
+
+def test_the_nearest_name_is_found_in_one_place():
+    users = [module for path, module in (p.values for p in FILES) if "difflib" in imports(path, module)]
+    assert users == ["memlm.settings"]
 
 
 @pytest.mark.parametrize(("path", "module"), FILES)

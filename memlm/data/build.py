@@ -3,10 +3,11 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
+
+from memlm.settings import suggest
 
 from .chains import Chains
 from .documents import Documents
@@ -97,7 +98,7 @@ def _named(source: str) -> Iterator[None]:
 def _check_source(options: Mapping[str, Any], where: str) -> None:
     kind = options.get("kind") if isinstance(options, Mapping) else options
     if not isinstance(kind, str) or kind not in _OPTIONS:
-        raise ValueError(f"{where}.kind={kind!r} is unknown; use one of {', '.join(_OPTIONS)}")
+        raise ValueError(f"{where}.kind={kind!r} is unknown; {suggest(str(kind), list(_OPTIONS))}")
     _check_keys(options, where, ("kind", "weight"), _OPTIONS[kind])
     weight = options["weight"]
     if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight <= _MOST_WEIGHT:
@@ -119,9 +120,7 @@ def _check_keys(cfg: Mapping[str, Any], where: str, required: Iterable[str], opt
     known = [*required, *optional]
     for key in cfg:
         if key not in known:
-            close = get_close_matches(str(key), known, n=1)
-            fix = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
-            raise ValueError(f"{where}.{key} is unknown; {fix}")
+            raise ValueError(f"{where}.{key} is unknown; {suggest(str(key), known)}")
     for key in required:
         if key not in cfg:
             raise ValueError(f"{where}.{key} is missing; set it")

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from memlm.settings import suggest
+
 from .cache import Cache, Content
 from .documents import assign_splits
 from .find import find
@@ -341,7 +343,7 @@ def _templates(spec: str | Mapping[str, str], tokenizer: PreTrainedTokenizerFast
         known = [f.name for f in fields(Templates)]
         for key in spec:
             if key not in known:
-                raise ValueError(f"templates.{key} is unknown; known are {', '.join(known)}")
+                raise ValueError(f"templates.{key} is unknown; {suggest(str(key), known)}")
         return Templates(**spec)
     if spec == "chat":
         return Templates.chat(tokenizer)

@@ -30,7 +30,7 @@ from memlm.data import (
 )
 from memlm.evaluation.subject import Subject, differences, flat
 from memlm.interleave import Interleave
-from memlm.memory.base import check_type
+from memlm.settings import check_type
 
 
 @dataclass

@@ -40,7 +40,7 @@ from memlm.evaluation.measures import bank, interleaved, needles, plain, recall,
 from memlm.evaluation.page import page, tables
 from memlm.evaluation.settings import EvalSettings
 from memlm.evaluation.subject import differences, load_subject
-from memlm.memory.base import build_config, check_type, require
+from memlm.settings import build_config, check_type, require
 from memlm_kernels import set_backend
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from memlm.memory.base import require
+from memlm.settings import require
 
 # More rows, questions or documents than anyone waits for, and more tokens than one forward takes.
 _MOST, _LONGEST = 10**6, 2**24

@@ -5,11 +5,9 @@ module's name is its ``kind``. Nothing else has to be told about it.
 """
 
 import dataclasses
-import difflib
 import importlib
 import pkgutil
 import types
-import typing
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memlm.settings import build_config, suggest
 from memlm_kernels import grid
 
 State = dict[str, Tensor]
@@ -229,41 +228,6 @@ def load_kind(kind: str, key: str) -> types.ModuleType:
     return importlib.import_module(f"memlm.memory.{kind}")
 
 
-def suggest(wrong: str, known: list[str]) -> str:
-    """'did you mean ...' for a misspelt name, or all the names there are."""
-    close = difflib.get_close_matches(wrong, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"one of: {', '.join(known)}"
-
-
-def build_config(cls: type, values: dict[str, Any], key: str) -> Any:
-    """A configuration dataclass from plain values; ``key`` is where they stand.
-
-    Raises ValueError naming the key for unknown names, wrong types, and whatever ``__post_init__`` refuses.
-    """
-    hints = typing.get_type_hints(cls)
-    for name, value in values.items():
-        if name not in hints:
-            raise ValueError(f"{key}.{name}={value!r} is not a setting; {suggest(name, list(hints))}")
-        check_type(value, hints[name], f"{key}.{name}")
-    try:
-        return cls(**values)
-    except TypeError:
-        missing = next(f.name for f in dataclasses.fields(cls) if f.name not in values)
-        raise ValueError(f"{key}.{missing} is missing; set it") from None
-    except ValueError as error:
-        raise ValueError(f"{key}.{error}") from None
-
-
-def check_type(value: Any, hint: Any, key: str) -> None:
-    """Raise ValueError naming ``key`` unless the value is of the annotated type; an int will do for a float."""
-    union = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    allowed = [typing.get_origin(t) or t for t in union]
-    number = float in allowed and type(value) is int
-    if not number and type(value) not in allowed:
-        wanted = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
-        raise ValueError(f"{key}={value!r:.80} must be {wanted}")
-
-
 def build_mixer(settings: dict[str, Any], dims: Dims, layer_idx: int, key: str) -> SequenceMixer:
     """The mixer that ``{kind: ..., **settings}`` describes."""
     module = load_kind(settings["kind"], key)
@@ -286,9 +250,3 @@ def complete_settings(settings: dict[str, Any], key: str) -> dict[str, Any]:
             raise ValueError(f"{key}.{name}={value!r:.80} must be a number below {2**31}")
     config = build_config(module.Config, {k: v for k, v in settings.items() if k != "kind"}, key)
     return {"kind": settings["kind"], **dataclasses.asdict(config)}
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise ValueError(message) for a user's mistake; messages start with ``key=value``."""
-    if not condition:
-        raise ValueError(message)

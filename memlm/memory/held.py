@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlm.memory.base import State, require, substate
+from memlm.memory.base import State, substate
+from memlm.settings import require
 from memlm_kernels.grid import pick
 
 

@@ -24,9 +24,10 @@ from transformers import initialization as init
 
 from memlm.layers import ExactLinear, RMSNorm, unit
 from memlm.memory import attention
-from memlm.memory.base import Dims, MixerContext, MixerOutput, SequenceMixer, State, joined, require, substate
+from memlm.memory.base import Dims, MixerContext, MixerOutput, SequenceMixer, State, joined, substate
 from memlm.memory.parts import Parameters, gate_logits, memory_share
 from memlm.memory.titans import memory_norms
+from memlm.settings import require
 from memlm_kernels import LargeChunkMemoryState, large_chunk_memory
 from memlm_kernels.large_chunk_memory import MUON
 from memlm_kernels.segments import exact

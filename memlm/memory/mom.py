@@ -27,13 +27,12 @@ from memlm.memory.base import (
     SequenceMixer,
     State,
     next_position,
-    require,
     substate,
-    suggest,
     token_positions,
 )
 from memlm.memory.parts import BranchGate, gate_logits
 from memlm.memory.recurrence import Documents, recur
+from memlm.settings import require, suggest
 from memlm_kernels import MemoryRoutes, combine_reads, dispatch_tokens
 from memlm_kernels.segments import exact
 

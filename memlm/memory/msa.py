@@ -38,9 +38,10 @@ from transformers import initialization as init
 
 from memlm.layers import rotary, rotary_angles
 from memlm.memory import attention, held, retrieval
-from memlm.memory.base import Dims, MixerContext, MixerOutput, Roles, State, require, substate
+from memlm.memory.base import Dims, MixerContext, MixerOutput, Roles, State, substate
 from memlm.memory.documents import COUNTERS, Documents, Layout, Stream, boundaries, sizes_of
 from memlm.memory.growing import append, join
+from memlm.settings import require
 from memlm_kernels import route_documents, segment_mean_pool
 from memlm_kernels.grid import keep_last, pick, place
 from memlm_kernels.route_documents import REDUCTIONS, SIMILARITIES, Routes, Scored

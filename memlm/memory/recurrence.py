@@ -24,17 +24,9 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from memlm.layers import ExactLinear, GroupedLinear, RMSNorm, ShortConv
-from memlm.memory.base import (
-    Dims,
-    MixerContext,
-    MixerOutput,
-    SequenceMixer,
-    State,
-    next_position,
-    require,
-    token_positions,
-)
+from memlm.memory.base import Dims, MixerContext, MixerOutput, SequenceMixer, State, next_position, token_positions
 from memlm.memory.parts import Recalled, gate_logits, start_delayed
+from memlm.settings import require
 from memlm_kernels import (
     SegmentedMemoryState,
     delta_rule,

@@ -26,17 +26,9 @@ from transformers import initialization as init
 
 from memlm.layers import ExactLinear, RMSNorm, ShortConv, unit
 from memlm.memory import attention
-from memlm.memory.base import (
-    Dims,
-    MixerContext,
-    MixerOutput,
-    SequenceMixer,
-    State,
-    require,
-    substate,
-    token_positions,
-)
+from memlm.memory.base import Dims, MixerContext, MixerOutput, SequenceMixer, State, substate, token_positions
 from memlm.memory.parts import Parameters, Recalled, gate_logits, memory_share, start_delayed
+from memlm.settings import require
 from memlm_kernels import NeuralMemoryState, neural_memory
 from memlm_kernels.neural_memory import ACTIVATIONS, BLOCKS, block_size, dot_product, huber, lp, squared_error
 from memlm_kernels.segments import exact

@@ -23,18 +23,9 @@ from torch import Tensor
 
 from memlm.layers import RMSNorm
 from memlm.memory import attention, titans
-from memlm.memory.base import (
-    Dims,
-    MixerContext,
-    MixerOutput,
-    SequenceMixer,
-    State,
-    joined,
-    require,
-    substate,
-    token_positions,
-)
+from memlm.memory.base import Dims, MixerContext, MixerOutput, SequenceMixer, State, joined, substate, token_positions
 from memlm.memory.parts import BranchGate
+from memlm.settings import require
 from memlm_kernels import read_memory
 from memlm_kernels.grid import Grid, ragged_grid
 

@@ -18,17 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from memlm.memory import titans
-from memlm.memory.base import (
-    Dims,
-    MixerContext,
-    MixerOutput,
-    State,
-    joined,
-    require,
-    substate,
-    token_positions,
-)
+from memlm.memory.base import Dims, MixerContext, MixerOutput, State, joined, substate, token_positions
 from memlm.memory.parts import memory_share
+from memlm.settings import require
 from memlm_kernels import neural_memory
 from memlm_kernels.neural_memory import dot_product
 

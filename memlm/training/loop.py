@@ -21,8 +21,8 @@ from memlm.configuration import MemLMConfig
 from memlm.data import Batch, TextSource, build_data, left_out, token_bytes
 from memlm.flops import count_flops, count_parameters
 from memlm.hub import load_model
-from memlm.memory.base import check_type
 from memlm.modeling import MemLMForCausalLM
+from memlm.settings import check_type
 from memlm.training import checkpoint, resume
 from memlm.training.display import Display
 from memlm.training.interrupt import Agreement, Interrupt, Stopped

@@ -7,7 +7,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from memlm.memory.base import PACKAGE, build_config, check_type, require, suggest
+from memlm.memory.base import PACKAGE
+from memlm.settings import build_config, check_type, require, suggest
 
 # Of any number of steps, rows or batches: more is a slip of the hand.
 _MOST = 10**9

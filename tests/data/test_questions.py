@@ -224,7 +224,7 @@ def test_built_from_a_config(tmp_path, questions):
         build_data(cfg, seed=0, batch_size=4)
     for templates, message in (
         ("chats", "templates='chats' must be plain, chat, interleave, or texts of interleave's that differ"),
-        ({"documents": ""}, "templates.documents is unknown; known are document, head"),
+        ({"documents": ""}, "templates.documents is unknown; did you mean 'document'"),
         ({"document": "[{name}]"}, r"document='\[\{name\}\]' must hold \{text\}"),
         ({"head": 1}, "head=1 must be a text"),
     ):

@@ -1,0 +1,49 @@
+"""Settings of a user, checked before anything is built: each mistake is one line with the key, the value and a fix."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) for a user's mistake; messages start with ``key=value``."""
+    if not condition:
+        raise ValueError(message)
+
+
+def suggest(wrong: str, known: Sequence[str], otherwise: str = "") -> str:
+    """'did you mean ...' for a misspelt name; else ``otherwise``, or all the names there are."""
+    close = difflib.get_close_matches(wrong, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else otherwise or f"one of: {', '.join(known)}"
+
+
+def check_type(value: Any, hint: Any, key: str) -> None:
+    """Raise ValueError naming ``key`` unless the value is of the annotated type; an int will do for a float."""
+    union = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    allowed = [typing.get_origin(t) or t for t in union]
+    number = float in allowed and type(value) is int
+    if not number and type(value) not in allowed:
+        wanted = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
+        raise ValueError(f"{key}={value!r:.80} must be {wanted}")
+
+
+def build_config(cls: type, values: dict[str, Any], key: str) -> Any:
+    """A configuration dataclass from plain values; ``key`` is where they stand.
+
+    Raises ValueError naming the key for unknown names, wrong types, and whatever ``__post_init__`` refuses.
+    """
+    hints = typing.get_type_hints(cls)
+    for name, value in values.items():
+        if name not in hints:
+            raise ValueError(f"{key}.{name}={value!r} is not a setting; {suggest(name, list(hints))}")
+        check_type(value, hints[name], f"{key}.{name}")
+    try:
+        return cls(**values)
+    except TypeError:
+        missing = next(f.name for f in dataclasses.fields(cls) if f.name not in values)
+        raise ValueError(f"{key}.{missing} is missing; set it") from None
+    except ValueError as error:
+        raise ValueError(f"{key}.{error}") from None
