@@ -13,12 +13,15 @@ import functools
 import json
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import memlm
+from memlm import files
 from memlm.hub import fla_mom, load_model, msa
 
 # Configurations and weights, from theirs and to theirs.
@@ -61,37 +64,40 @@ def read(form: str, source: Path, target: Path, memory: str | None = None) -> No
     if memory:
         read_config = functools.partial(read_config, memory=memory)
     theirs = _load(source)
-    config = read_config(json.loads((source / "config.json").read_text()), theirs)
+    try:
+        config = read_config(files.read_json(source / "config.json"), theirs)
+    except (TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"config.json: a value is of another type than the format's ({error})") from None
     weights = read_weights(theirs, config)
-    _empty(target)
-    config.architectures = [memlm.MemLMForCausalLM.__name__]
-    config.save_pretrained(target)
-    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
-    load_model(target)
-    if form in WRITERS:
-        # For what ours has no setting for, on the way back.
-        shutil.copy(source / "config.json", target / THEIRS.format(form))
-    _copy_tokenizer(source, target)
+    with _new(target) as folder:
+        config.architectures = [memlm.MemLMForCausalLM.__name__]
+        config.save_pretrained(folder)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        load_model(folder)
+        if form in WRITERS:
+            # For what ours has no setting for, on the way back.
+            shutil.copy(source / "config.json", folder / THEIRS.format(form))
+        _copy_tokenizer(source, folder)
 
 
 def write(form: str, source: Path, target: Path) -> None:
     write_config, write_weights = WRITERS[form]
     model, before = load_model(source), source / THEIRS.format(form)
-    theirs = write_config(model.config, json.loads(before.read_text()) if before.exists() else {})
+    theirs = write_config(model.config, files.read_json(before) if before.exists() else {})
     weights = write_weights(model.state_dict(), model.config)
-    _empty(target)
-    (target / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
-    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
-    _copy_tokenizer(source, target)
+    with _new(target) as folder:
+        (folder / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        _copy_tokenizer(source, folder)
 
 
 def _load(source: Path) -> dict:
     """The weights of one file or of several."""
-    files = sorted(source.glob("*.safetensors"))
-    if not files:
+    parts = sorted(source.glob("*.safetensors"))
+    if not parts:
         raise ValueError("no *.safetensors there")
     weights = {}
-    for file in files:
+    for file in parts:
         try:
             weights |= load_file(file)
         except SafetensorError as error:
@@ -99,10 +105,18 @@ def _load(source: Path) -> dict:
     return weights
 
 
-def _empty(target: Path) -> None:
-    if target.exists() and any(target.iterdir()):
+@contextmanager
+def _new(target: Path) -> Iterator[Path]:
+    """A folder that takes the name of ``target`` once it is whole; what is there already stays."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} holds files already; name another --target")
-    target.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        target.rmdir()
+    try:
+        with files.new_folder(target) as folder:
+            yield folder
+    except SafetensorError as error:
+        raise OSError(f"{target} could not be written ({error}); make room and start again") from None
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from memlm import files
 from memlm.configuration import MemLMConfig
 from memlm.data import read_tokenizer
 from memlm.flops import count_parameters
@@ -37,10 +38,13 @@ def load_model(source: str | Path) -> MemLMForCausalLM:
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:
+        if Path(source).is_dir():
+            _check_files(Path(source))
         config = MemLMConfig.from_pretrained(source)
         _check_size(Path(source), config)
+        # Nothing is unpickled.
         model, report = MemLMForCausalLM.from_pretrained(
-            source, config=config, output_loading_info=True, ignore_mismatched_sizes=True
+            source, config=config, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True
         )
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise ValueError(f"{source}: cannot be loaded: {_first_line(error)}") from None
@@ -54,6 +58,23 @@ def load_model(source: str | Path) -> MemLMForCausalLM:
                 "model.safetensors are not of one model"
             )
     return model
+
+
+def _check_files(folder: Path) -> None:
+    """Raise ValueError for JSON of another form than transformers takes for granted."""
+    kind = files.read_json(folder / "config.json").get("model_type", MemLMConfig.model_type)
+    if kind != MemLMConfig.model_type:
+        raise ValueError(f"config.json: model_type={kind!r:.80} is not {MemLMConfig.model_type!r}; convert it first")
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists() or not index.exists():
+        return
+    held = files.read_json(index)
+    places = held.get("weight_map")
+    inside = isinstance(places, dict) and all(
+        isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors") for name in places.values()
+    )
+    if not (places and inside and isinstance(held.get("metadata"), dict)):
+        raise ValueError(f"{index.name}: must hold metadata, and a weight_map to *.safetensors beside it")
 
 
 def _check_size(folder: Path, config: MemLMConfig) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from memlm.configuration import MemLMConfig
+from memlm.hub import Fields
 
 Weights = dict[str, Tensor]
 
@@ -38,6 +39,7 @@ _FIXED = {"mom_backend": "gated_deltanet", "attn": None, "use_output_gate": True
 
 def config_from_fla(theirs: dict[str, Any]) -> MemLMConfig:
     """Raises ValueError for a configuration that is not MoM's, or that ours cannot be."""
+    theirs = Fields(theirs)
     for name, value in {"model_type": "mom", **_FIXED}.items():
         if theirs.get(name, value) != value:
             raise ValueError(f"config.json: {name}={theirs[name]!r}; only {value!r} can be converted")
