@@ -34,16 +34,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from memlm_kernels import launch  # noqa: E402
-from memlm_kernels.chunk_sparse_attention.triton import choose_chunks, invert  # noqa: E402
-from memlm_kernels.delta_rule.triton import delta_rule_triton  # noqa: E402
+from memlm_kernels.attention.choice_triton import choose_chunks, invert  # noqa: E402
+from memlm_kernels.attention.triton import attend_triton  # noqa: E402
 from memlm_kernels.launch import Kernel  # noqa: E402
-from memlm_kernels.linear_attention.triton import linear_attention_triton  # noqa: E402
 from memlm_kernels.neural_memory import squared_error  # noqa: E402
 from memlm_kernels.neural_memory.deep import scan_deep  # noqa: E402
 from memlm_kernels.neural_memory.reference import Tokens, neural_memory_reference  # noqa: E402
 from memlm_kernels.neural_memory.segmented import SegmentedMemoryState, segmented_neural_memory  # noqa: E402
 from memlm_kernels.neural_memory.triton import scan_triton  # noqa: E402
-from memlm_kernels.prefix_window_attention.triton import attend_triton  # noqa: E402
+from memlm_kernels.recurrence.delta_triton import delta_rule_triton  # noqa: E402
+from memlm_kernels.recurrence.linear_triton import linear_attention_triton  # noqa: E402
 from memlm_kernels.route_documents.reference import Asked, Rule, Scored  # noqa: E402
 from memlm_kernels.route_documents.triton import choose_triton, merge_topk_triton  # noqa: E402
 from memlm_kernels.routed_memory.triton import combine_reads_triton, dispatch_tokens_triton  # noqa: E402

@@ -29,7 +29,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent / "kernels")]
 import memlm_kernels as ops  # noqa: E402
 from memlm_kernels.backend import against_triton, architecture, exact_products, missing_triton, with_triton  # noqa: E402
 from memlm_kernels.grouped_linear.reference import takes_grouped_mm  # noqa: E402
-from memlm_kernels.peer import with_fla  # noqa: E402
+from memlm_kernels.recurrence.fla import with_fla  # noqa: E402
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "flash-attn", "flash-linear-attention")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

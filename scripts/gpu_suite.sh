@@ -24,7 +24,7 @@ if "$python" -c "import xdist" 2>/dev/null; then workers=(-n "$processes" --dist
 # Without the conftest, which imports all of memlm. A failed test does not keep the others from being timed, and one that
 # is interrupted not from being told of.
 timeout -s INT -k 15 "$(left 240)" env --default-signal=INT "$python" -m pytest \
-    tests/kernels/test_{triton*,peer,outside,inputs}.py --noconftest -W default -p no:cacheprovider \
+    tests/kernels/test_{triton*,fla,outside,inputs}.py --noconftest -W default -p no:cacheprovider \
     -vv --tb short "${workers[@]}" 2>&1 | tee "$out/tests.txt"
 status=$?
 bench() {

@@ -72,7 +72,13 @@ def imports(path, module):
             base = package.rsplit(".", node.level - 1)[0] + "." if node.level else ""
             name = f"{base}{node.module or ''}".rstrip(".")
             # ``from memlm.memory import attention`` names a module too.
-            yield from (f"{name}.{alias.name}" for alias in node.names) if name in ROOMS else (name,)
+            inner = [f"{name}.{alias.name}" for alias in node.names]
+            yield from inner if name in ROOMS else (name, *filter(is_file, inner))
+
+
+def is_file(module):
+    base = ROOT / "kernels" if module.startswith("memlm_kernels") else ROOT
+    return (base / module.replace(".", "/")).with_suffix(".py").exists()
 
 
 FILES = list(files())
@@ -95,6 +101,18 @@ def test_imports_go_one_way(path, module):
 def test_the_nearest_name_is_found_in_one_place():
     users = [module for path, module in (p.values for p in FILES) if "difflib" in imports(path, module)]
     assert users == ["memlm.settings"]
+
+
+@pytest.mark.parametrize(("path", "module"), FILES)
+def test_rooms_of_the_kernels_show_only_their_names(path, module):
+    """Only an op's folder imports its files, others import the folder; and files that all share import no folder."""
+    kernels = ROOT / "kernels" / "memlm_kernels"
+    shared = path.parent == kernels and path.name != "__init__.py"
+    for name in imports(path, module):
+        top, folder, *inside = [*name.split("."), ""]
+        if top == "memlm_kernels" and (kernels / folder).is_dir() and not path.is_relative_to(kernels / folder):
+            assert not any(inside), f"{module} imports {name}; import it from {top}.{folder}"
+            assert not shared, f"{module} imports {name}, which is an op"
 
 
 @pytest.mark.parametrize(("path", "module"), FILES)

@@ -1,5 +1,5 @@
 """Which implementation of an op runs: ``auto``, ``reference`` (plain PyTorch, any device), ``triton``; ``fla``, see
-``peer``. ``set_backend`` says it for all ops at once.
+``recurrence.fla``. ``set_backend`` sets it for all ops at once.
 """
 
 import functools

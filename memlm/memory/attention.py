@@ -22,8 +22,8 @@ from memlm.memory.base import Dims, MixerContext, MixerOutput, SequenceMixer, St
 from memlm.memory.growing import append, join
 from memlm.settings import require
 from memlm_kernels import prefix_window_attention
+from memlm_kernels.attention import plain
 from memlm_kernels.grid import keep_last
-from memlm_kernels.prefix_window_attention.reference import plain
 
 # Of ``attn_implementation``, those that are the op's: its own choice, and plain products.
 _BACKENDS = {"sdpa": "auto", "eager": "reference"}

@@ -390,7 +390,7 @@ def test_auto_says_once_what_it_took(caplog, monkeypatch):
 
 @pytest.mark.parametrize("name", ["linear_attention", "delta_rule"])
 def test_a_step_keeps_the_rules_of_torch(name):
-    import memlm_kernels.linear_attention.step  # noqa: F401
+    import memlm_kernels.recurrence.step  # noqa: F401
 
     x = OPS[name].make()
     gates = (x.get("beta"), x.get("log_decay"), x["cu_seqlens"], x["state"])

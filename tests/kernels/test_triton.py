@@ -301,8 +301,8 @@ def test_memory_of_two_layers_in_16_bits(dtype):
 @pytest.mark.parametrize("op", OPS)
 def test_ops_keep_the_rules_of_torch(op):
     """Schema, fake tensors, registration of gradients; and a compiled call is one graph."""
-    import memlm_kernels.delta_rule.triton
-    import memlm_kernels.linear_attention.triton  # noqa: F401
+    import memlm_kernels.recurrence.delta_triton
+    import memlm_kernels.recurrence.linear_triton  # noqa: F401
 
     tensors = [x[:1].float().to(DEVICE).requires_grad_() for x in inputs(op, 5, heads=1)]
     torch_op = torch.ops.memlm.delta_rule if op.startswith("delta") else torch.ops.memlm.linear_attention

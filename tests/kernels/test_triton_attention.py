@@ -68,7 +68,7 @@ def test_attention_to_chosen_chunks_in_16_bits(dtype):
 @torch.no_grad()
 def test_a_chunk_read_by_more_than_a_part_holds(monkeypatch):
     """Its parts add up; and keys of splits are one softmax, those of chunks that nobody chose too."""
-    from memlm_kernels.prefix_window_attention import triton
+    from memlm_kernels.attention import triton
 
     monkeypatch.setattr(triton, "PER", 5)
     with torch.enable_grad():
@@ -163,7 +163,7 @@ def test_inverse(tokens, chunks):
 
 
 def test_the_choice_keeps_the_rules_of_torch():
-    import memlm_kernels.chunk_sparse_attention.triton  # noqa: F401
+    import memlm_kernels.attention.choice_triton  # noqa: F401
 
     q, k, _ = (x.float().to(DEVICE) for x in heads_of(1, 5, 9))
     tests = ("test_schema", "test_faketensor")
@@ -172,7 +172,7 @@ def test_the_choice_keeps_the_rules_of_torch():
 
 
 def test_attention_keeps_the_rules_of_torch():
-    import memlm_kernels.prefix_window_attention.triton  # noqa: F401
+    import memlm_kernels.attention.triton  # noqa: F401
 
     q, k, v = (x.float().to(DEVICE).requires_grad_() for x in heads_of(1, 5, 9))
     first, end = (torch.full((1, 5), n, dtype=torch.int32, device=DEVICE) for n in (2, 6))

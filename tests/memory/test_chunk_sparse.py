@@ -12,7 +12,7 @@ from memlm.evaluation.ablation import memory_off
 from memlm.layers import rotary, rotary_angles
 from memlm.memory import attention, chunk_sparse
 from memlm.memory.base import Dims, MixerContext
-from memlm_kernels.chunk_sparse_attention import reference
+from memlm_kernels.attention import chunks_reference
 from memlm_kernels.testing import Watch, assert_close, relative_error
 from tests.conftest import build, model_config
 
@@ -270,7 +270,7 @@ def test_cost_is_linear_in_chunks_for_routing_and_constant_for_attention(learnin
 def test_cost_that_grows_otherwise_is_found_out(wrong, monkeypatch):
     mixer = mixer_of(**COST | {"top_k": 300 if wrong == "chooses all chunks" else 2}).eval()
     if wrong == "scores all keys":
-        monkeypatch.setattr(reference, "_DENSE", 10**9)
+        monkeypatch.setattr(chunks_reference, "_DENSE", 10**9)
     elif wrong == "distils":
         mixer = mixer_of(**COST, learning="distilled").train()
     elif wrong == "is attention":

@@ -10,6 +10,7 @@ from torch import Tensor
 from memlm_kernels.backend import as_autocast, choose, with_triton
 from memlm_kernels.checks import check_sizes, check_tensors, named
 from memlm_kernels.grid import check_places, check_start
+from memlm_kernels.neural_memory.limits import memory_limit, most_slots
 from memlm_kernels.neural_memory.losses import InnerLoss, dot_product, huber, lp, squared_error
 from memlm_kernels.neural_memory.network import ACTIVATIONS, Tail
 from memlm_kernels.neural_memory.reference import (
@@ -20,6 +21,7 @@ from memlm_kernels.neural_memory.reference import (
     block_size,
     neural_memory_reference,
 )
+from memlm_kernels.neural_memory.segmented import SegmentedMemoryState, segmented_neural_memory
 
 __all__ = [
     "ACTIVATIONS",
@@ -27,12 +29,14 @@ __all__ = [
     "InnerLoss",
     "NeuralMemoryOutput",
     "NeuralMemoryState",
+    "SegmentedMemoryState",
     "block_size",
     "dot_product",
     "huber",
     "lp",
     "neural_memory",
     "read_memory",
+    "segmented_neural_memory",
     "squared_error",
 ]
 
@@ -112,7 +116,7 @@ def neural_memory(
     if aligned and (positions is not None or lengths is not None):
         raise ValueError("aligned=True leaves no room for positions or lengths; leave them out")
     q, k, v = as_autocast(q, k, v)
-    limit = _limit(q, v, weights, norm, loss, window, chunk_size)
+    limit = memory_limit(q, v, weights, norm, loss, window, chunk_size)
     scan: LoopOverChunks | None = None
     widest = 64
     if choose("neural_memory", backend, *with_triton(q, limit, v)) == "triton":
@@ -139,46 +143,6 @@ def neural_memory(
             widest=widest,
         )
     )
-
-
-def _limit(
-    q: Tensor,
-    v: Tensor,
-    weights: Sequence[Tensor],
-    norm: tuple[Tensor, Tensor] | None,
-    loss: InnerLoss,
-    window: int,
-    chunk_size: int,
-) -> str | None:
-    """What of a memory Triton's kernels do not take."""
-    taken = len(weights) == 2 or (len(weights) == 1 and norm is None)
-    if not taken or loss is not squared_error or window > 1:
-        return "its kernels take two layers, or one without a norm, the squared error and window=1"
-    if reason := keys_limit(q):
-        return reason
-    if len(weights) == 2 and max(q.shape[-1], v.shape[-1]) > 64:
-        sizes = f"K={q.shape[-1]} and V={v.shape[-1]}"
-        return f"its kernels of two layers take keys and values of at most 64 channels, not {sizes}"
-    return blocks_limit(chunk_size, most_slots(q, len(weights)))
-
-
-def blocks_limit(chunk_size: int, widest: int) -> str | None:
-    if block_size(chunk_size, widest) <= widest:
-        return None
-    divisor = "16" if widest == 16 else f"a number from 16 to {widest}"
-    return f"its kernels take a chunk_size up to {widest} or one that {divisor} divides, not {chunk_size}"
-
-
-def keys_limit(q: Tensor) -> str | None:
-    keys = q.shape[-1]
-    if keys * q.element_size() <= 256:
-        return None
-    return f"its kernels take keys of at most 128 channels of 16 bits or 64 of float32, not K={keys}"
-
-
-def most_slots(q: Tensor, depth: int) -> int:
-    """The slots that Triton's kernels take at once: more would not fit into registers, next to the memory."""
-    return 32 if depth == 1 and q.shape[-1] * q.element_size() <= 128 else 16
 
 
 def read_memory(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memlm_kernels.backend import as_autocast, choose, with_triton
 from memlm_kernels.checks import check_tensors, in_one_type
-from memlm_kernels.neural_memory import blocks_limit, keys_limit, most_slots
+from memlm_kernels.neural_memory.limits import blocks_limit, keys_limit, most_slots
 from memlm_kernels.neural_memory.reference import Tokens, scalar_recurrences
 from memlm_kernels.segments import check_recurrence, chunk_width, exact, lay_out
 

@@ -19,13 +19,11 @@ from memlm_kernels.route_documents.reference import (
     Rule,
     _prepared,
     _similarities,
-    best_of,
     query_of,
     route_documents_reference,
 )
 from memlm_kernels.segments import exact
-
-_NEVER = float("-inf")
+from memlm_kernels.topk import NEVER, best_of
 
 
 class RouterShard(NamedTuple):
@@ -99,7 +97,7 @@ def _best(rule: Rule, q: Tensor, shards: Sequence[RouterShard], idle: Tensor) ->
             if len(column):
                 number = shard.number[shard.document[tile][column]]
                 index, score = _entered(rule, index, score, number, scores[:, column])
-    return index.masked_fill(idle[:, None], -1), score.masked_fill(idle[:, None], _NEVER)
+    return index.masked_fill(idle[:, None], -1), score.masked_fill(idle[:, None], NEVER)
 
 
 def _tile_of(rule: Rule, shard: RouterShard, tile: slice, dtype: torch.dtype) -> Tensor:
@@ -110,12 +108,12 @@ def _tile_of(rule: Rule, shard: RouterShard, tile: slice, dtype: torch.dtype) ->
 def _entered(rule: Rule, index: Tensor, score: Tensor, number: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
     """The best with chunks of documents ``number`` [n] and their scores [D, n]."""
     name, owner = number.unique_consecutive(return_inverse=True)
-    value = torch.full((len(scores), len(name)), _NEVER, device=scores.device, dtype=scores.dtype)
+    value = torch.full((len(scores), len(name)), NEVER, device=scores.device, dtype=scores.dtype)
     value = value.scatter_reduce(1, owner.expand(scores.shape), scores, "amax")
     # The first may have begun in the tile before, and stand among the best.
     again = index == name[0]
-    value[:, 0] = torch.maximum(value[:, 0], score.masked_fill(~again, _NEVER).amax(1))
-    score = score.masked_fill(again, _NEVER)
+    value[:, 0] = torch.maximum(value[:, 0], score.masked_fill(~again, NEVER).amax(1))
+    score = score.masked_fill(again, NEVER)
     return best_of(torch.cat([index, name.expand(value.shape)], 1), torch.cat([score, value], 1), rule.top_k)
 
 

@@ -21,10 +21,10 @@ from torch.autograd.function import once_differentiable
 
 from memlm_kernels.backend import outside_autocast
 from memlm_kernels.segments import exact
+from memlm_kernels.topk import NEVER, best_of
 
 # Inside the square root, so that a vector of zeros has a gradient.
 _EPS = 1e-12
-_NEVER = float("-inf")
 
 
 class Rule(NamedTuple):
@@ -139,7 +139,7 @@ class _Walk:
         index = torch.full((batch, asked.decisions(rule), 0), -1, device=device, dtype=torch.int64)
         self.best = best_of(index, index.to(dtype), rule.top_k)
         none = torch.full((batch, 1), -1, device=device, dtype=torch.int64)
-        nothing = torch.full((batch, self.values, 1), _NEVER, device=device, dtype=dtype)
+        nothing = torch.full((batch, self.values, 1), NEVER, device=device, dtype=dtype)
         self.open = (none, nothing, torch.zeros_like(none))
         self.parts: list[tuple[Tensor, Tensor, Tensor]] = [
             (asked.before.score[:, :0], asked.before.asked[:, :0], asked.document[:, :0])
@@ -147,7 +147,7 @@ class _Walk:
 
     def visit(self, tile: slice) -> None:
         score, count = self._over_tokens(tile)
-        values = torch.where(count > 0, score / count if self.rule.query_reduce == "mean" else score, _NEVER)
+        values = torch.where(count > 0, score / count if self.rule.query_reduce == "mean" else score, NEVER)
         self._over_chunks(self.asked.document[:, tile], values[:, -self.values :])
 
     def _over_tokens(self, tile: slice) -> tuple[Tensor, Tensor]:
@@ -164,9 +164,9 @@ class _Walk:
         if self.rule.query_reduce == "mean":
             score = before.score[:, None] + (scores * known).cumsum(1)
         else:
-            scores = scores.masked_fill(~known, _NEVER)
+            scores = scores.masked_fill(~known, NEVER)
             token = scores.max(1).indices
-            past = before.score.masked_fill(before.asked == 0, _NEVER)
+            past = before.score.masked_fill(before.asked == 0, NEVER)
             score = torch.maximum(scores.cummax(1).values, past[:, None]).masked_fill(count == 0, 0.0)
         self.parts.append((score[:, -1], count[:, -1], token))
         return score, count
@@ -187,7 +187,7 @@ class _Walk:
         total = torch.cat([joined, total[..., 1:]], -1)
         size = torch.cat([size[:, :1] + torch.where(goes_on, open_size, 0), size[:, 1:]], 1)
         # In the order of their numbers, the one that stood open first.
-        self._enter(open_name, open_value.masked_fill(goes_on[..., None], _NEVER), open_size)
+        self._enter(open_name, open_value.masked_fill(goes_on[..., None], NEVER), open_size)
 
         last = segment[:, -1:]
         self.open = (
@@ -196,7 +196,7 @@ class _Walk:
             size.gather(1, last),
         )
         ended = torch.arange(width, device=document.device) < last
-        self._enter(name, total.masked_fill(~ended[:, None], _NEVER), size)
+        self._enter(name, total.masked_fill(~ended[:, None], NEVER), size)
 
     def _enter(self, name: Tensor, value: Tensor, size: Tensor) -> None:
         """name, size: [B, n]   value: [B, R or 1, n]"""
@@ -206,8 +206,8 @@ class _Walk:
         if self.asked.spans is not None:
             first, end = (x[..., None] for x in self.asked.spans)
             exists = exists & (name[:, None] >= first) & (name[:, None] < end)
-        value = torch.where(exists, value, _NEVER)
-        index = torch.where(value > _NEVER, name[:, None], -1)
+        value = torch.where(exists, value, NEVER)
+        index = torch.where(value > NEVER, name[:, None], -1)
         index, value = (torch.cat([a, b], -1) for a, b in zip(self.best, (index, value), strict=True))
         self.best = best_of(index, value, self.rule.top_k)
 
@@ -217,22 +217,13 @@ class _Walk:
         return Chosen(*self.best, Scored(score, count), token)
 
 
-def best_of(index: Tensor, score: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The top_k largest along the last dimension; of equals those that stand first. Padded with -1 and -inf."""
-    missing = max(0, top_k - score.shape[-1])
-    index, score = F.pad(index, (0, missing), value=-1), F.pad(score, (0, missing), value=_NEVER)
-    score, order = score.sort(dim=-1, descending=True, stable=True)
-    score = score[..., :top_k]
-    return index.gather(-1, order[..., :top_k]).masked_fill(score == _NEVER, -1), score
-
-
 def merge_topk_reference(index: Tensor, score: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    score = score.masked_fill(index < 0, _NEVER)
+    score = score.masked_fill(index < 0, NEVER)
     # Each index in a row, its best score first.
     score, order = score.sort(dim=-1, descending=True, stable=True)
     index, again = index.gather(-1, order).sort(dim=-1, stable=True)
     repeated = F.pad(index[..., 1:] == index[..., :-1], (1, 0))
-    return best_of(index, score.gather(-1, again).masked_fill(repeated, _NEVER), top_k)
+    return best_of(index, score.gather(-1, again).masked_fill(repeated, NEVER), top_k)
 
 
 def _similarities(rule: Rule, query: Tensor, k: Tensor) -> Tensor:
@@ -250,12 +241,12 @@ def _document_scores(rule: Rule, asked: Asked, after: Scored, token: Tensor) -> 
     size, chunks = rule.num_documents, k.shape[1]
     name = asked.document.clamp(min=0)
     name = torch.where(asked.document < 0, size, name).clamp(max=size)
-    known = after.score.masked_fill(after.asked == 0, _NEVER)
+    known = after.score.masked_fill(after.asked == 0, NEVER)
     if rule.query_reduce == "mean":
         total = after.score
         if q is not None and chunks:
             total = _Sum.apply(rule, asked, query_of(rule, q, k.shape[2]), k, total)
-        value = (total / after.asked.clamp(min=1)).masked_fill(after.asked == 0, _NEVER)
+        value = (total / after.asked.clamp(min=1)).masked_fill(after.asked == 0, NEVER)
         return _of_documents(rule, value, name)
     if q is None or chunks == 0:
         return _of_documents(rule, known, name)
@@ -272,7 +263,7 @@ def _document_scores(rule: Rule, asked: Asked, after: Scored, token: Tensor) -> 
     again = (of_q * of_k[:, :, :, None]).sum(-1).flatten(2)
     again = again.sum(-1) if rule.head_reduce == "mean" else again.amax(-1)
     # What an earlier call gave has no gradient here.
-    new = (known > _NEVER) & ((before.asked == 0) | (before.score < known))
+    new = (known > NEVER) & ((before.asked == 0) | (before.score < known))
     value = torch.where(new, again, known)
     return value if rule.chunk_reduce == "max" else _of_documents(rule, value, name)
 
@@ -321,7 +312,7 @@ def _of_documents(rule: Rule, value: Tensor, name: Tensor) -> Tensor:
 
 def _reduced(rule: Rule, values: Tensor, owner: Tensor, size: int) -> Tensor:
     """[..., n] by owner, [..., size]: maxima or sums; -inf where there is nothing."""
-    start = torch.full((*values.shape[:-1], size), _NEVER, device=values.device, dtype=values.dtype)
+    start = torch.full((*values.shape[:-1], size), NEVER, device=values.device, dtype=values.dtype)
     if rule.chunk_reduce == "max":
         return start.scatter_reduce(-1, owner, values, "amax")
     return start.scatter_reduce(-1, owner, values, "sum", include_self=False)

@@ -1,4 +1,4 @@
-"""The chunked form of ``reference`` in Triton; ``channel_kernels`` has what only a decay for each channel needs.
+"""The chunked form of ``linear_reference`` in Triton; ``channel_kernels`` has the parts for a decay of each channel.
 
 Forward is two passes: along each segment the states that its chunks start with, then all chunks at once. Backward is
 the same the other way round: along each segment the gradients of the states that its chunks end with, then all chunks

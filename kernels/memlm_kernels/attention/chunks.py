@@ -5,13 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from memlm_kernels.attention.choice_reference import chunk_topk_reference, invert_chunks_reference
+from memlm_kernels.attention.chunks_reference import Chosen, Keys, Pooled, attend
+from memlm_kernels.attention.window import check_heads, check_places, too_large, window_spans
 from memlm_kernels.backend import MOST, as_autocast, choose, with_triton
 from memlm_kernels.checks import check_range, check_sizes, check_tensors, named
-from memlm_kernels.chunk_sparse_attention.choice import chunk_topk_reference, invert_chunks_reference
-from memlm_kernels.chunk_sparse_attention.reference import Chosen, Keys, Pooled, attend
-from memlm_kernels.prefix_window_attention import check_heads, check_places, too_large, window_spans
-
-__all__ = ["Attended", "ChunkReaders", "chunk_mean_attention", "chunk_sparse_attention", "chunk_topk", "invert_chunks"]
 
 
 class Attended(NamedTuple):
@@ -62,7 +60,7 @@ def chunk_topk(
     (q,) = as_autocast(q)
     limit = f"its kernels take a top_k of at most 128, not {top_k}" if top_k > 128 else None
     if choose("chunk_topk", backend, *with_triton(q, limit, k)) == "triton" and q.numel() and k.numel():
-        from memlm_kernels.chunk_sparse_attention.triton import choose_chunks
+        from memlm_kernels.attention.choice_triton import choose_chunks
 
         first, end = (x.clamp(0, k.shape[1]).to(torch.int32) for x in spans) if spans else (None, None)
         return choose_chunks(q.detach(), k.detach(), first, end, top_k)
@@ -86,7 +84,7 @@ def invert_chunks(index: Tensor, num_chunks: int, *, backend: str = "auto") -> C
     chosen = choose("invert_chunks", backend, *with_triton(index, limit, products=False))
     check_range("index", index, None, num_chunks)
     if chosen == "triton" and index.numel():
-        from memlm_kernels.chunk_sparse_attention.triton import invert
+        from memlm_kernels.attention.choice_triton import invert
 
         return ChunkReaders(*invert(index, num_chunks))
     return ChunkReaders(*invert_chunks_reference(index, num_chunks))
@@ -157,7 +155,7 @@ def chunk_sparse_attention(
     places = check_places(q, places)
     has_chunks = index.shape[3] > 0 and starts.shape[1] > 0
     if by == "triton" and q.numel():
-        from memlm_kernels.prefix_window_attention.triton import attend_triton
+        from memlm_kernels.attention.triton import attend_triton
 
         choice = (index, starts, chunk_size, window) if has_chunks else None
         spans = window_spans(q, k, window, places)
@@ -198,7 +196,7 @@ def chunk_mean_attention(
     check_tensors({"q": q, "k": k, "v": v})
     q, k, v = as_autocast(q, k, v)
     if choose("chunk_mean_attention", backend, *with_triton(q, too_large(q, k, v), k)) == "triton" and q.numel():
-        from memlm_kernels.prefix_window_attention.triton import attend_triton
+        from memlm_kernels.attention.triton import attend_triton
 
         if k.shape[1]:
             number = q.new_zeros(q.shape[:2], dtype=torch.int32)

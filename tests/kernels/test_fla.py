@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from memlm_kernels import delta_rule, linear_attention
-from memlm_kernels.peer import limit_of
+from memlm_kernels.recurrence.fla import limit_of
 from tests.kernels.test_linear_recurrences import OPS, inputs, run
 
 INSTALLED = importlib.util.find_spec("fla") is not None

@@ -3,11 +3,9 @@
 from torch import Tensor
 
 from memlm_kernels.backend import as_autocast, choose, with_triton
-from memlm_kernels.linear_attention.reference import linear_attention_reference
-from memlm_kernels.peer import limit_of, recurrence, with_fla
+from memlm_kernels.recurrence.fla import limit_of, recurrence, with_fla
+from memlm_kernels.recurrence.linear_reference import linear_attention_reference
 from memlm_kernels.segments import check_recurrence
-
-__all__ = ["linear_attention"]
 
 
 def linear_attention(
@@ -46,7 +44,7 @@ def linear_attention(
         return linear_attention_reference(q, k, v, log_decay, cu_seqlens, state)
     if chosen == "fla":
         return recurrence(q, k, v, None, log_decay, cu_seqlens, state)
-    from memlm_kernels.linear_attention.triton import linear_attention_triton
+    from memlm_kernels.recurrence.linear_triton import linear_attention_triton
 
     return linear_attention_triton(q, k, v, log_decay, cu_seqlens, state)
 

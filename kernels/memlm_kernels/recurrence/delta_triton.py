@@ -1,4 +1,4 @@
-"""The delta rule by Triton kernels, as an op of torch; see ``linear_attention.triton``, whose kernels it shares."""
+"""The delta rule by Triton kernels, as an op of torch; see ``linear_triton``, whose kernels it shares."""
 
 from typing import Any
 
@@ -8,7 +8,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from memlm_kernels.backend import outside_autocast
 from memlm_kernels.checks import in_one_type
-from memlm_kernels.delta_rule.kernels import (
+from memlm_kernels.launch import laid
+from memlm_kernels.recurrence.delta_kernels import (
     delta_states_backward,
     delta_states_forward,
     inverses,
@@ -16,10 +17,9 @@ from memlm_kernels.delta_rule.kernels import (
     solutions,
     solutions_backward,
 )
-from memlm_kernels.launch import laid
-from memlm_kernels.linear_attention.kernels import outputs_forward, values_backward
-from memlm_kernels.linear_attention.step import is_step, step
-from memlm_kernels.linear_attention.triton import Call, cdiv, decay_gradient, flops
+from memlm_kernels.recurrence.linear_kernels import outputs_forward, values_backward
+from memlm_kernels.recurrence.linear_triton import Call, cdiv, decay_gradient, flops
+from memlm_kernels.recurrence.step import is_step, step
 from memlm_kernels.segments import segments_of
 
 

@@ -8,10 +8,8 @@ B rows, T tokens, H query heads in G groups, K key dim, N chunks, J = top_k.
 import torch
 from torch import Tensor
 
-from memlm_kernels.route_documents.reference import best_of
 from memlm_kernels.segments import exact
-
-_NEVER = float("-inf")
+from memlm_kernels.topk import NEVER, best_of
 
 
 @torch.no_grad()
@@ -29,7 +27,7 @@ def chunk_topk_reference(q: Tensor, k: Tensor, top_k: int, spans: tuple[Tensor, 
             number = torch.arange(first, first + keys.shape[3], device=q.device)
             if spans is not None:
                 starts, ends = (x[:, None, of_tile, None] for x in spans)
-                score = score.masked_fill((number < starts) | (number >= ends), _NEVER)
+                score = score.masked_fill((number < starts) | (number >= ends), NEVER)
             # Those so far stand first, for their numbers are lower.
             index = torch.cat([best[0], number.expand(score.shape)], -1)
             best = best_of(index, torch.cat([best[1], score], -1), top_k)

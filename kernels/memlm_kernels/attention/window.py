@@ -5,11 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from memlm_kernels.attention.window_reference import plain, read_blocks, sdpa
 from memlm_kernels.backend import as_autocast, choose, with_triton
 from memlm_kernels.checks import check_range, check_sizes, check_tensors, in_one_type, named, readable
-from memlm_kernels.prefix_window_attention.reference import plain, read_blocks, sdpa
-
-__all__ = ["WindowAttended", "prefix_window_attention"]
 
 
 class WindowAttended(NamedTuple):
@@ -63,7 +61,7 @@ def prefix_window_attention(
     backend = choose("prefix_window_attention", backend, available, refused)
     places = check_places(q, places)
     if backend == "triton" and q.numel():
-        from memlm_kernels.prefix_window_attention.triton import attend_triton
+        from memlm_kernels.attention.triton import attend_triton
 
         spans = window_spans(q, k, window, places)
         output, lse = attend_triton(q, k, v, *spans, window or k.shape[1], scale, prefix=prefix)

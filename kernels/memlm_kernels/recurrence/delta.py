@@ -3,11 +3,9 @@
 from torch import Tensor
 
 from memlm_kernels.backend import as_autocast, choose, with_triton
-from memlm_kernels.delta_rule.reference import delta_rule_reference
-from memlm_kernels.peer import limit_of, recurrence, with_fla
+from memlm_kernels.recurrence.delta_reference import delta_rule_reference
+from memlm_kernels.recurrence.fla import limit_of, recurrence, with_fla
 from memlm_kernels.segments import check_recurrence
-
-__all__ = ["delta_rule"]
 
 
 def delta_rule(
@@ -48,6 +46,6 @@ def delta_rule(
         return delta_rule_reference(q, k, v, beta, log_decay, cu_seqlens, state)
     if chosen == "fla":
         return recurrence(q, k, v, beta, log_decay, cu_seqlens, state)
-    from memlm_kernels.delta_rule.triton import delta_rule_triton
+    from memlm_kernels.recurrence.delta_triton import delta_rule_triton
 
     return delta_rule_triton(q, k, v, beta, log_decay, cu_seqlens, state)

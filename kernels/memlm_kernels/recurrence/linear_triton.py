@@ -9,20 +9,20 @@ from torch.utils.flop_counter import register_flop_formula
 from memlm_kernels.backend import outside_autocast
 from memlm_kernels.checks import in_one_type
 from memlm_kernels.launch import Tiles, at_least_16, cdiv, laid, precision, spans
-from memlm_kernels.linear_attention.channel_kernels import (
+from memlm_kernels.recurrence.channel_kernels import (
     channel_keys_backward,
     channel_scores,
     channel_scores_backward,
     scores_backward,
 )
-from memlm_kernels.linear_attention.kernels import (
+from memlm_kernels.recurrence.linear_kernels import (
     keys_backward,
     outputs_forward,
     states_backward,
     states_forward,
     values_backward,
 )
-from memlm_kernels.linear_attention.step import is_step, step
+from memlm_kernels.recurrence.step import is_step, step
 from memlm_kernels.segments import chunk_width, segments_of
 
 WIDTH, BLOCK = 64, 16

@@ -1,13 +1,11 @@
-"""The choice of chunks and its inverse by Triton kernels, as ops of torch; attention itself is the op of
-``prefix_window_attention``.
-"""
+"""The choice of chunks and its inverse by Triton kernels, as ops of torch; ``triton`` has attention itself."""
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 from triton import next_power_of_2
 
-from memlm_kernels.chunk_sparse_attention.choice_kernels import best_chunks, count_digits, place_by_digit
+from memlm_kernels.attention.choice_kernels import best_chunks, count_digits, place_by_digit
 from memlm_kernels.launch import at_least_16, cdiv, laid, no_products, precision
 
 # Entries that a program of the radix sort holds.

@@ -7,8 +7,8 @@ chunk's number below, counted down, so that of equals the lowest chunk is the be
 import triton
 import triton.language as tl
 
+from memlm_kernels.attention.kernels import NEVER
 from memlm_kernels.launch import load_tile, tiled
-from memlm_kernels.prefix_window_attention.kernels import NEVER
 
 # Below all scores, and so are a few numbers behind it.
 EMPTY = tl.constexpr(-(2**63))

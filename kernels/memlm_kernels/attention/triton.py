@@ -1,6 +1,6 @@
 """Softmax attention by Triton kernels, as an op of torch: it compiles whole, and its floating-point work is counted.
 
-One op for all that ``kernels`` does; ``chunk_sparse_attention`` calls it with chosen chunks.
+One op for all that ``kernels`` does; ``chunks`` calls it with chosen chunks.
 """
 
 from collections.abc import Iterable
@@ -11,17 +11,17 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 from triton import next_power_of_2
 
-from memlm_kernels.backend import outside_autocast
-from memlm_kernels.checks import in_one_type
-from memlm_kernels.chunk_sparse_attention.kernels import add_parts, chunks_backward, unite_chunks
-from memlm_kernels.chunk_sparse_attention.triton import invert
-from memlm_kernels.launch import Tiles, at_least_16, cdiv, laid, precision
-from memlm_kernels.prefix_window_attention.kernels import (
+from memlm_kernels.attention.choice_triton import invert
+from memlm_kernels.attention.chunk_kernels import add_parts, chunks_backward, unite_chunks
+from memlm_kernels.attention.kernels import (
     attend_forward,
     attended_keys_backward,
     merge_splits,
     queries_backward,
 )
+from memlm_kernels.backend import outside_autocast
+from memlm_kernels.checks import in_one_type
+from memlm_kernels.launch import Tiles, at_least_16, cdiv, laid, precision
 
 # Programs that keep a GPU busy; readers of a chunk that one program sums up.
 ENOUGH, PER = 256, 1024

@@ -1,4 +1,4 @@
-"""The chunked form of ``reference`` in Triton, as far as ``linear_attention`` does not have it.
+"""The chunked form of ``delta_reference`` in Triton, as far as ``linear_attention`` does not have it.
 
 With Y = (I + A)^-1 for each chunk, U = Y (beta v) and W = Y (beta exp(g) k), what a chunk corrects is d = U - W M, and
 its reads and writes are linear attention's with d for v. Backward needs no gradient of Y: that of A is

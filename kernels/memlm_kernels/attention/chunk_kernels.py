@@ -8,8 +8,8 @@ and then the parts of a chunk in their order.
 import triton
 import triton.language as tl
 
+from memlm_kernels.attention.kernels import LOG2E, NEVER, key_gradients
 from memlm_kernels.launch import load_tile, store_tile, tiled
-from memlm_kernels.prefix_window_attention.kernels import LOG2E, NEVER, key_gradients
 
 _SIZES = ["T", "L", "N", "U", "PARTS", "PER", "window"]
 
