@@ -91,7 +91,22 @@ def test_the_readme_maps_every_file():
             assert re.search(rf"[/`{{,\s]{name}[`.,}}\s]", text), f"README.md does not map {path.relative_to(ROOT)}"
 
 
+def anchor(title):
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
 def test_links_of_the_documents_lead_somewhere():
     for document in ("README.md", "CONTRIBUTING.md", "LOG.md"):
-        for link in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / document).read_text()):
-            assert (ROOT / link).exists(), f"{document} -> {link}"
+        for link, place in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", (ROOT / document).read_text()):
+            target = ROOT / (link or document)
+            assert target.exists(), f"{document} -> {link}"
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.M) if place else []
+            assert not place or place in map(anchor, titles), f"{document} -> {link}#{place}"
+
+
+def test_the_index_of_the_log_lists_every_entry():
+    text = (ROOT / "LOG.md").read_text()
+    entries = re.findall(r"^## (\d{4}-\d\d-\d\d: .*)$", text, re.M)
+    rows = re.findall(r"^\| \[(\d{4}-\d\d-\d\d)\]\(#(.*?)\) \| .+ \| .+ \|$", text, re.M)
+    assert [place for _, place in rows] == [anchor(entry) for entry in entries], "a row of the index for each entry"
+    assert all(place.startswith(date) for date, place in rows)
