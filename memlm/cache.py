@@ -147,7 +147,7 @@ class MemoryCache(Cache):
         return -1
 
     def nbytes(self) -> int:
-        """Bytes of state for the whole batch, without the room in which keys grow (``memlm.memory.growing``)."""
+        """Bytes of state for the whole batch, without the room in which keys grow (``memlm.memory.kv``)."""
         return sum(x.numel() * x.element_size() for state in self.states for x in state.values())
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from memlm.cache import MemoryCache
+from memlm.roles import QUERY, RESPONSE
 
 
 class MemoryGenerationMixin(GenerationMixin):
@@ -38,7 +39,7 @@ class MemoryGenerationMixin(GenerationMixin):
                 "leave it out"
             )
         if kwargs.get("memory_bank") is not None and kwargs.get("doc_ids") is None:
-            kwargs["doc_ids"] = torch.zeros(batch, length, dtype=torch.int64, device=given.device)
+            kwargs["doc_ids"] = torch.full((batch, length), QUERY, device=given.device)
         mask = kwargs.get("attention_mask")
         ones = torch.ones(batch, length, dtype=torch.int64, device=given.device)
         _check_positions(kwargs.pop("position_ids", None), ones if mask is None else mask)
@@ -55,7 +56,7 @@ class MemoryGenerationMixin(GenerationMixin):
                 mask = torch.cat([mask.new_ones(batch, seen), mask], 1)
             kwargs["attention_mask"] = mask
             if kwargs.get("doc_ids") is not None and not whole:
-                kwargs["doc_ids"] = F.pad(kwargs["doc_ids"], (seen, 0), value=-1)
+                kwargs["doc_ids"] = F.pad(kwargs["doc_ids"], (seen, 0), value=RESPONSE)
         return super().generate(inputs, generation_config, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
@@ -101,7 +102,7 @@ class MemoryGenerationMixin(GenerationMixin):
             inputs.pop("attention_mask")
         if doc_ids is not None and past < doc_ids.shape[1]:
             # What is generated is a response.
-            inputs["doc_ids"] = F.pad(doc_ids, (0, max(0, past + new - doc_ids.shape[1])), value=-1)[
+            inputs["doc_ids"] = F.pad(doc_ids, (0, max(0, past + new - doc_ids.shape[1])), value=RESPONSE)[
                 :, past : past + new
             ]
             # Asked once: the memory then holds what was chosen.

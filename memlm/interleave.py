@@ -20,9 +20,8 @@ from transformers import PreTrainedTokenizerFast
 from memlm.bank import MemoryBank
 from memlm.cache import MemoryCache
 from memlm.data.templates import CONTROLS, Templates, Writer
+from memlm.roles import QUERY, RESPONSE, TEMPLATE
 from memlm.settings import require
-
-_QUERY, _RESPONSE, _TEMPLATE = 0, -1, -2
 
 
 class Answer(NamedTuple):
@@ -118,9 +117,9 @@ class _Reading:
 
     def __post_init__(self) -> None:
         self.left, self._say = self.config.max_new_tokens, Writer(self.config, self.tokenizer)
-        for key, role in (("head", _TEMPLATE), ("question", _QUERY), ("tail", _TEMPLATE), ("response", _RESPONSE)):
+        for key, role in (("head", TEMPLATE), ("question", QUERY), ("tail", TEMPLATE), ("response", RESPONSE)):
             self._give(self._say(key, question=self.question), role)
-        require(_QUERY in self.roles, f"questions: {self.question!r} has no tokens; ask something")
+        require(QUERY in self.roles, f"questions: {self.question!r} has no tokens; ask something")
 
     def _give(self, ids: list[int], role: int) -> None:
         self.ids += ids
@@ -133,7 +132,7 @@ class _Reading:
 
     def write(self, token: int) -> None:
         self.ids.append(token)
-        self.roles.append(_RESPONSE)
+        self.roles.append(RESPONSE)
         self.turn.append(token)
         self.left -= 1
         self.finished = token == self.tokenizer.eos_token_id
@@ -162,9 +161,9 @@ class _Reading:
             for name in names:
                 require(name in texts, f"texts: {name!r} is in the bank, and has no text; give it")
             self.read.append(names)
-            return self._give(self._say.passages({name: texts[name] for name in names}), _QUERY)
+            return self._give(self._say.passages({name: texts[name] for name in names}), QUERY)
         self.answering = True
-        self._give(self._say.told_enough(self.question, said=ended == "end_of_retrieval"), _RESPONSE)
+        self._give(self._say.told_enough(self.question, said=ended == "end_of_retrieval"), RESPONSE)
 
     def _said(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
@@ -189,8 +188,8 @@ def _write(bank: MemoryBank, memory: MemoryCache, readings: Sequence[_Reading]) 
     out = bank.model(
         ids_BT,
         attention_mask=None if all(len(ids) == width for ids, _ in fed) else mask_BT,
-        doc_ids=None if width == 1 and said == {_RESPONSE} else roles_BT,
-        memory_bank=bank if _QUERY in said else None,
+        doc_ids=None if width == 1 and said == {RESPONSE} else roles_BT,
+        memory_bank=bank if QUERY in said else None,
         past_key_values=memory,
         use_cache=True,
         logits_to_keep=1,

@@ -22,6 +22,7 @@ from memlm.generation import MemoryGenerationMixin
 from memlm.layers import GroupedLinear, RMSNorm, ShortConv, SwiGLU
 from memlm.loss import bound, weighted
 from memlm.memory.base import MixerContext, MixerOutput, RoleCounts, Roles, SequenceMixer, State, build_mixer, checked
+from memlm.roles import QUERY
 
 
 @dataclass
@@ -159,8 +160,8 @@ class MemLMModel(MemLMPreTrainedModel):
         position_ids: [B, T], only for packed rows: places in documents; a 0 starts a document, whose
             tokens see nothing of what came before; the first of a row goes on from the memory, or is 0
         max_documents: the most documents that one row has tokens of; counted on the device if not given
-        doc_ids: [B, T], for memories of documents, what each token is: above 0 the number of its document, 0 of a
-            query, -1 of a response, -2 of a template (see ``Roles``); None: all are a response
+        doc_ids: [B, T], for memories of documents, the role of each token: above 0 the number of its document, 0 a
+            query, -1 a response, -2 a template (``memlm.roles``); None: all are a response
         role_counts: of doc_ids without padding, as ``RoleCounts.of`` counts them; counted on the device if not given
         positives: [B, T], 1 for tokens of the documents that the query should find, to train its choice by
         memory_bank: a ``MemoryBank`` of this model, asked by the query of this call, all of whose tokens are it if
@@ -198,7 +199,7 @@ class MemLMModel(MemLMPreTrainedModel):
             if position_ids is not None:
                 raise ValueError("position_ids: packed rows cannot ask a memory_bank; give one row to each question")
             if doc_ids is None:
-                doc_ids = torch.zeros(batch, length, dtype=torch.int64, device=x_BTD.device)
+                doc_ids = torch.full((batch, length), QUERY, device=x_BTD.device)
         x_BTD, ctx, order_BT = self._context(
             x_BTD, attention_mask, position_ids, max_documents, doc_ids, role_counts, positives, memory
         )

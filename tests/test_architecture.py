@@ -14,16 +14,18 @@ ROOMS = {
     "memlm_kernels": set(),
     "memlm.files": set(),
     "memlm.fingerprint": set(),
-    # Settings and files are below every room.
+    # Settings, roles and files are below every room.
     "memlm.settings": set(),
-    "memlm.data": {"memlm.files", "memlm.settings"},
+    "memlm.roles": set(),
+    "memlm.data": {"memlm.files", "memlm.settings", "memlm.roles"},
     "memlm.layers": {"memlm_kernels"},
-    "memlm.memory": {"memlm_kernels", "memlm.settings", "memlm.layers"},
+    "memlm.memory": {"memlm_kernels", "memlm.settings", "memlm.roles", "memlm.layers"},
     "memlm.configuration": {"memlm.settings", "memlm.memory"},
     "memlm.cache": {"memlm.files", "memlm.fingerprint", "memlm.memory"},
     "memlm.loss": set(),
-    "memlm.generation": {"memlm.cache"},
+    "memlm.generation": {"memlm.cache", "memlm.roles"},
     "memlm.modeling": {
+        "memlm.roles",
         "memlm.layers",
         "memlm.memory",
         "memlm.configuration",
@@ -40,7 +42,7 @@ ROOMS = {
         "memlm.cache",
         "memlm.modeling",
     },
-    "memlm.interleave": {"memlm.settings", "memlm.data", "memlm.memory", "memlm.cache", "memlm.bank"},
+    "memlm.interleave": {"memlm.settings", "memlm.roles", "memlm.data", "memlm.memory", "memlm.cache", "memlm.bank"},
     "memlm": {"memlm.bank", "memlm.configuration", "memlm.cache", "memlm.interleave", "memlm.loss", "memlm.modeling"},
 }
 OUTER = {"memlm.hub", "memlm.training", "memlm.evaluation", "memlm.cli"}
@@ -101,6 +103,15 @@ def test_imports_go_one_way(path, module):
 def test_the_nearest_name_is_found_in_one_place():
     users = [module for path, module in (p.values for p in FILES) if "difflib" in imports(path, module)]
     assert users == ["memlm.settings"]
+
+
+def test_roles_of_tokens_have_their_numbers_in_one_place():
+    names = {"QUERY", "RESPONSE", "TEMPLATE", "QUESTION", "ANSWER"}
+    for path, module in (p.values for p in FILES):
+        assigned = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Assign)]
+        numbers = [node for node in assigned if "-1" in ast.unparse(node.value)]
+        found = {node.id.lstrip("_") for a in numbers for node in ast.walk(a.targets[0]) if isinstance(node, ast.Name)}
+        assert module == "memlm.roles" or not found & names, module
 
 
 @pytest.mark.parametrize(("path", "module"), FILES)

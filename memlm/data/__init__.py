@@ -7,7 +7,7 @@ from .manifest import check_manifest, left_out
 from .mixture import Batch, Mixture
 from .questions import Question, Questions, QuestionSource
 from .recall import MQAR, Passkey, RecallSource, RecallTask, ramp
-from .retrieval import ANSWER, Chain, Facts, Inquiry, Library, Linked, RetrievalRow, make_sample
+from .retrieval import Chain, Facts, Inquiry, Library, Linked, RetrievalRow, make_sample
 from .row import IGNORE_INDEX, SPLITS, Row, Source
 from .templates import Templates, Writer
 from .text import TextCorpus, TextSource
@@ -22,7 +22,6 @@ from .tokenizer import (
 )
 
 __all__ = [
-    "ANSWER",
     "IGNORE_INDEX",
     "MQAR",
     "SPLITS",

@@ -14,8 +14,10 @@ from typing import Self
 
 import numpy as np
 
+from memlm.roles import TEMPLATE
+
 from .recall import FILLER, NOISE, VALUES
-from .retrieval import TEMPLATE, Chain, KeyedTask, Linked, Part, RetrievalRow, joined, pack, transcript
+from .retrieval import Chain, KeyedTask, Linked, Part, RetrievalRow, joined, pack, transcript
 from .row import split_id
 from .templates import Templates, Writer
 from .tokenizer import byte_tokenizer

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .retrieval import ANSWER, RetrievalRow
+from memlm.roles import RESPONSE
+
+from .retrieval import RetrievalRow
 from .row import IGNORE_INDEX, Row, Source
 
 _MOST_ROWS = 2**20
@@ -41,7 +43,7 @@ class Batch:
         roles: list[Tensor | None] = [None, None]
         if any(isinstance(row, RetrievalRow) for row in rows):
             # Rows of text are what a response is.
-            plain = np.full_like(input_ids[0], ANSWER), np.zeros_like(input_ids[0])
+            plain = np.full_like(input_ids[0], RESPONSE), np.zeros_like(input_ids[0])
             parts = (row[3:] if isinstance(row, RetrievalRow) else plain for row in rows)
             roles = [torch.from_numpy(np.stack(part)) for part in zip(*parts, strict=True)]
         (places,) = np.nonzero((labels[:, 1:] != IGNORE_INDEX).any(0))

@@ -17,13 +17,14 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from memlm.roles import TEMPLATE
 from memlm.settings import suggest
 
 from .cache import Cache, Content
 from .documents import assign_splits
 from .find import find
 from .manifest import file_entry
-from .retrieval import TEMPLATE, Chain, Inquiry, Library, Linked, Part, RetrievalRow, joined, pack, transcript
+from .retrieval import Chain, Inquiry, Library, Linked, Part, RetrievalRow, joined, pack, transcript
 from .row import SPLITS, split_id
 from .templates import Templates, Writer
 from .tokenizer import shortener

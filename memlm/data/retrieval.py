@@ -1,8 +1,7 @@
 """Samples of documents and a question, to teach a memory which documents to read and what to take from them.
 
-A sample is ``[template | document 1 | ... | document N | question | template | answer]``; ``doc_ids`` say what each
-token is of, as models take them: above 0, the number of its document, 0 the question, -1 the answer, -2 the template.
-Answers are scored.
+A sample is ``[template | document 1 | ... | document N | question | template | answer]``; ``doc_ids`` hold
+the role of each token, as in ``memlm.roles``: the question is a query, the answer a response. Answers are scored.
 
 Legend: T tokens of a row or a sample.
 """
@@ -13,11 +12,11 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
+from memlm.roles import QUERY, RESPONSE, TEMPLATE
+
 from .recall import ASK, FILLER, KEYS, MARK, NOISE, VALUES, RecallTask
 from .row import IGNORE_INDEX, SPLITS, split_id
 from .templates import Writer
-
-QUESTION, ANSWER, TEMPLATE = 0, -1, -2
 
 
 class RetrievalRow(NamedTuple):
@@ -63,7 +62,12 @@ def make_sample(
     """
     parts = [Part(template, TEMPLATE)]
     parts += [Part(ids, number, found=found) for number, (ids, found) in enumerate(documents, 1)]
-    parts += [Part(question, QUESTION), Part(tail, TEMPLATE), Part(opening, ANSWER), Part(answer, ANSWER, scored=True)]
+    parts += [
+        Part(question, QUERY),
+        Part(tail, TEMPLATE),
+        Part(opening, RESPONSE),
+        Part(answer, RESPONSE, scored=True),
+    ]
     return joined(parts)
 
 
@@ -80,19 +84,19 @@ def transcript(
     what it says, where that is all, as soon as it has read something
     """
     parts = [
-        Part(write("question", question=question), QUESTION),
+        Part(write("question", question=question), QUERY),
         Part(write("tail"), TEMPLATE),
-        Part(write("response"), ANSWER),
+        Part(write("response"), RESPONSE),
     ]
     for texts in read:
-        parts += [Part(write.names(texts), ANSWER, scored=True), Part(write.passages(texts), QUESTION)]
+        parts += [Part(write.names(texts), RESPONSE, scored=True), Part(write.passages(texts), QUERY)]
     if asked:
-        parts.append(Part(write.names(asked), ANSWER, scored=True))
+        parts.append(Part(write.names(asked), RESPONSE, scored=True))
     if answer is not None and read:
-        parts.append(Part(write("end_of_retrieval"), ANSWER, scored=True))
-        parts.append(Part(write.told_enough(question, said=True), ANSWER))
+        parts.append(Part(write("end_of_retrieval"), RESPONSE, scored=True))
+        parts.append(Part(write.told_enough(question, said=True), RESPONSE))
     if answer is not None:
-        parts.append(Part(write.answer(answer), ANSWER, scored=True))
+        parts.append(Part(write.answer(answer), RESPONSE, scored=True))
     return parts
 
 
@@ -119,7 +123,7 @@ def pack(samples: Sequence[RetrievalRow], length: int, pad_id: int) -> Retrieval
         raise ValueError(f"samples have {length - missing} tokens, more than a row of {length}; raise data.seq_len")
     ignored = np.full(missing, IGNORE_INDEX)
     padding = RetrievalRow(
-        np.full(missing, pad_id), ignored, np.arange(missing), np.full(missing, ANSWER), np.zeros(missing, np.int64)
+        np.full(missing, pad_id), ignored, np.arange(missing), np.full(missing, RESPONSE), np.zeros(missing, np.int64)
     )
     return RetrievalRow(*(np.concatenate(parts) for parts in zip(*samples, padding, strict=True)))
 

@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerFast
 from memlm.bank import MemoryBank
 from memlm.cache import MemoryCache
 from memlm.data import (
-    ANSWER,
     IGNORE_INDEX,
     Batch,
     Chain,
@@ -31,6 +30,7 @@ from memlm.data import (
 )
 from memlm.interleave import Answer, Interleave
 from memlm.modeling import MemLMForCausalLM
+from memlm.roles import RESPONSE
 from memlm.training.objective import Score, score, token_losses
 
 # Tokens of a forward over many rows: enough to keep the processor busy, few enough for small memories.
@@ -162,7 +162,7 @@ def _asked(library: Library, inquiries: Sequence[Inquiry], device: torch.device)
     ]
     ids_BT, labels_BT, place_BT, roles_BT = (
         pad_sequence([torch.from_numpy(getattr(sample, name)) for sample in samples], True, fill).to(device)
-        for name, fill in (("input_ids", 0), ("labels", IGNORE_INDEX), ("position_ids", -1), ("doc_ids", ANSWER))
+        for name, fill in (("input_ids", 0), ("labels", IGNORE_INDEX), ("position_ids", -1), ("doc_ids", RESPONSE))
     )
     return {"input_ids": ids_BT, "attention_mask": (place_BT >= 0).long(), "doc_ids": roles_BT}, labels_BT
 

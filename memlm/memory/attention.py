@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from memlm.layers import RMSNorm, ShortConv, rotary, rotary_angles
 from memlm.memory.base import Dims, MixerContext, MixerOutput, SequenceMixer, State, next_position, token_positions
-from memlm.memory.growing import append, join
+from memlm.memory.kv import append, join
 from memlm.settings import require
 from memlm_kernels import prefix_window_attention
 from memlm_kernels.attention import plain

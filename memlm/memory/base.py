@@ -82,8 +82,7 @@ class RoleCounts(NamedTuple):
 class Roles:
     """What each token is to a memory of documents.
 
-    of_BT: above 0, the number of the document that it is of, which goes on as far as this number does; 0, of a
-        query, which chooses documents; -1, of a response; -2, of a template: what stands before all else in a sample
+    of_BT: as in ``memlm.roles``; a document goes on as far as its number does
     found_BT: whether the query should find the document that a token is of; None: not known
     """
 
@@ -132,7 +131,7 @@ class MixerOutput(NamedTuple):
 
     y_BTD: the output; rows beyond ``lengths_B`` are unspecified
     state: where the next call goes on; batch-first tensors, ``position`` among them; never changed in place (keys that
-        grow may have room behind them, which nobody sees: ``memlm.memory.growing``)
+        grow may have room behind them, which nobody sees: ``memlm.memory.kv``)
     aux_losses: already weighted, added to the training loss: [B], of each row, from its own tokens alone, so that a
         step's loss does not depend on how its rows are divided into calls and processes
     metrics: detached; scalars; or [B], a figure of each row, nan where it has none; or [B, T], of each token; the log

@@ -34,7 +34,7 @@ from transformers import initialization as init
 from memlm.layers import rotary, rotary_angles
 from memlm.memory import attention
 from memlm.memory.base import Dims, MixerContext, MixerOutput, State, next_position, token_positions
-from memlm.memory.growing import append, join
+from memlm.memory.kv import append, join
 from memlm.memory.parts import memory_share, start_delayed
 from memlm.settings import require
 from memlm_kernels import chunk_mean_attention, chunk_sparse_attention, chunk_topk

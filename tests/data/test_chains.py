@@ -5,7 +5,7 @@ import pytest
 
 from memlm import Interleave
 from memlm.data import TEMPLATES, Chains, Facts, RecallSource, build_data, byte_tokenizer
-from memlm.data.retrieval import TEMPLATE
+from memlm.roles import QUERY, TEMPLATE
 
 TASKS = [
     Chains(length=105, num_documents=6, min_documents=4),
@@ -44,7 +44,7 @@ def test_a_sample_is_written_as_a_reader_of_the_documents_would(task):
         assert len(named) == len(documents) and text(ids[roles == TEMPLATE]) == "#"
         by_key = {fact(d)[1]: name for name, d in named.items()}
         assert len(by_key) == len(documents)
-        first = int((roles == 0).argmax())
+        first = int((roles == QUERY).argmax())
         rest, said = ids[first:].tolist(), row.labels[first:end]
         question = "?" + fact(named[by_key["".join(map(chr, rest[1 : 1 + task.key_length]))]])[1]
         # What a reader writes is scored, what it is given is not.

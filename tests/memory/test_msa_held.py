@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from memlm import MemoryCache
-from memlm.memory import held, msa
+from memlm.memory import msa
 from memlm.memory.base import MixerContext
+from memlm.memory.msa import held
 from memlm_kernels.testing import assert_close, relative_error
 from tests.memory.test_msa import EXACT, SAMPLES, context, ids_like, inputs, mixer_of, model_of, roles_of
 

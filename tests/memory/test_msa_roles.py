@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 
 from memlm.data import Batch, RetrievalRow
 from memlm.memory.base import Dims
-from memlm.memory.documents import Layout
+from memlm.memory.msa.layout import Layout
 from memlm.training.objective import Objective, model_inputs
 from memlm_kernels.testing import Watch, assert_close
 from tests.memory.test_msa import EXACT, context, ids_like, inputs, mixer_of, model_of, packed, roles_of

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from memlm.memory import retrieval
+from memlm.memory.msa import router
 from memlm_kernels.testing import assert_close
 from tests.memory.test_msa import EXACT, SAMPLES, context, ids_like, inputs, mixer_of, model_of, packed, roles_of
 
@@ -25,7 +25,7 @@ def naive_loss(kind, scores, found, temperature, bias):
     return nats / max(1, len(wanted))
 
 
-@pytest.mark.parametrize("kind", retrieval.LOSSES)
+@pytest.mark.parametrize("kind", router.LOSSES)
 def test_losses_are_the_formulas(kind):
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(3, 2, 7, generator=generator, dtype=torch.float64)
@@ -35,7 +35,7 @@ def test_losses_are_the_formulas(kind):
     known[2, 1] = found[2, 1] = False
     scores = scores.masked_fill(~known, -math.inf).requires_grad_()
     bias = torch.tensor(-1.5, dtype=torch.float64)
-    got = retrieval.router_loss(kind, scores, found, known, 0.7, bias)
+    got = router.router_loss(kind, scores, found, known, 0.7, bias)
     got.sum().backward()
     assert torch.isfinite(scores.grad).all() and not scores.grad[~known].any()
     for b, s in itertools.product(range(3), range(2)):
@@ -45,11 +45,11 @@ def test_losses_are_the_formulas(kind):
             assert got[b, s].item() == pytest.approx(expected, abs=1e-12)
         else:
             assert got[b, s] == 0
-    huge = retrieval.router_loss(kind, 1e4 * scores.detach(), found, known, 0.01, bias)
+    huge = router.router_loss(kind, 1e4 * scores.detach(), found, known, 0.01, bias)
     assert torch.isfinite(huge).all()
 
 
-@pytest.mark.parametrize("kind", retrieval.LOSSES)
+@pytest.mark.parametrize("kind", router.LOSSES)
 def test_only_the_routers_loss_reaches_the_router(kind):
     model, doc_ids = model_of(router_loss=kind, loss_weight=0.5).train(), roles_of(SAMPLES["usual"])
     ids, positives = ids_like(doc_ids), (doc_ids == 4) | (doc_ids == 2)
@@ -95,7 +95,7 @@ def test_metrics_equal_a_naive_count(top_k):
         if wanted:
             counts[b].append((right > 0, right / len(wanted), right / len(best)))
     assert 5 < sum(map(len, counts)) <= 13 and counts[4] == []
-    got = retrieval.router_metrics(scores, found, known, top_k)
+    got = router.router_metrics(scores, found, known, top_k)
     assert list(got) == [f"hit@{top_k}", f"recall@{top_k}", "precision"]
     for b, of_row in enumerate(counts):
         expected = [sum(column) / len(of_row) for column in zip(*of_row, strict=True)] or [math.nan] * 3
@@ -105,7 +105,7 @@ def test_metrics_equal_a_naive_count(top_k):
 def test_metrics_count():
     scores = torch.tensor([[[0.9, 0.1, 0.5, 0.4]], [[0.1, 0.2, 0.3, 0.9]], [[0.4, 0.1, 0.2, 0.3]]])
     found = torch.tensor([[[1, 1, 0, 0]], [[1, 0, 0, 0]], [[0, 0, 0, 0]]]).bool()
-    metrics = retrieval.router_metrics(scores, found, torch.ones_like(found), 2)
+    metrics = router.router_metrics(scores, found, torch.ones_like(found), 2)
     assert {name: x[:2].tolist() for name, x in metrics.items()} == {
         "hit@2": [1, 0],
         "recall@2": [0.5, 0],

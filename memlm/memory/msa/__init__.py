@@ -11,7 +11,7 @@ attends, in one softmax, to
     score[document] = max over its chunks of max over query tokens of mean over heads of sim(W_q x, R)
 
 and the top_k documents are chosen, hard and without a weight, so that the language-model loss does not reach the
-router's projections: only the router's own loss does (``retrieval``). ``routes: false`` is a layer without a router,
+router's projections: only the router's own loss does (``router``). ``routes: false`` is a layer without a router,
 which sees template and itself; the paper routes in the upper half of the layers.
 
 The choice is made again at every token, over the query tokens up to it: a token sees nothing of the query behind
@@ -37,10 +37,11 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from memlm.layers import rotary, rotary_angles
-from memlm.memory import attention, held, retrieval
+from memlm.memory import attention
 from memlm.memory.base import Dims, MixerContext, MixerOutput, Roles, State, substate
-from memlm.memory.documents import COUNTERS, Documents, Layout, Stream, boundaries, sizes_of
-from memlm.memory.growing import append, join
+from memlm.memory.kv import append, join
+from memlm.memory.msa import held, router
+from memlm.memory.msa.layout import COUNTERS, Layout, Stream, Within, boundaries, sizes_of
 from memlm.settings import require
 from memlm_kernels import route_documents, segment_mean_pool
 from memlm_kernels.grid import keep_last, pick, place
@@ -59,7 +60,7 @@ class Config:
     similarity: "cosine", of router queries and pooled router keys, or "dot", over the root of the head dim.
     head_reduce, query_reduce, chunk_reduce: "mean" or "max", in this order.
     qk_norm: RMSNorm of each head's queries and keys (Qwen3).
-    router_loss: one of ``retrieval.LOSSES``; loss_weight: of its mean over a row's samples, in each layer;
+    router_loss: one of ``router.LOSSES``; loss_weight: of its mean over a row's samples, in each layer;
         temperature: of its softmax.
     injection: "causal"; or "bidirectional", where tokens of a call without roles that goes on from a state see each
         other in both directions, as the released code shows text that is put in while it decodes.
@@ -90,7 +91,7 @@ class Config:
             ("head_reduce", REDUCTIONS),
             ("query_reduce", REDUCTIONS),
             ("chunk_reduce", REDUCTIONS),
-            ("router_loss", retrieval.LOSSES),
+            ("router_loss", router.LOSSES),
             ("injection", ("causal", "bidirectional")),
             ("positions", ("template", "top_k")),
         ):
@@ -214,7 +215,7 @@ class Mixer(attention.Mixer):
             after = held.arranged(after, bank, self._chosen(bank, after["chunks"]))
         return MixerOutput(self.o_proj(y_BTHK.flatten(2)), after, aux_losses, metrics)
 
-    def _within(self, documents: Documents, heads: Heads, before: State) -> tuple[Tensor, State]:
+    def _within(self, documents: Within, heads: Heads, before: State) -> tuple[Tensor, State]:
         """Each document for itself; what is kept is the one that stands open."""
         self._check_backend()
         stream, counts, new, past = documents.stream, documents.counts, heads.q.shape[1], before["open.k"].shape[1]
@@ -227,7 +228,7 @@ class Mixer(attention.Mixer):
         open_k, open_v = (keep_last(x, kept, new, stream.lengths_B) for x in (k, v))
         return y, {"open.k": open_k, "open.v": open_v}
 
-    def _on_rows(self, documents: Documents, heads: Heads) -> Tensor:
+    def _on_rows(self, documents: Within, heads: Heads) -> Tensor:
         """Of documents that begin in this call, each laid on a row of its own, where attention is plainly causal: a
         long one among short ones costs what it is.
         """
@@ -294,7 +295,7 @@ class Mixer(attention.Mixer):
     def _pooled(
         self,
         layout: Layout,
-        documents: Documents,
+        documents: Within,
         x_BTD: Tensor,
         heads: Heads,
         bank: State,
@@ -419,7 +420,7 @@ class Mixer(attention.Mixer):
         known_BSN = (number_N >= first_BS[..., None]) & (number_N < end_BS[..., None])
         known_BSN = known_BSN & (scores_BN > float("-inf"))[:, None]
         found_BSN, scores_BSN = found_BN[:, None] & known_BSN, scores_BN[:, None].expand(known_BSN.shape)
-        nats_BS = retrieval.router_loss(
+        nats_BS = router.router_loss(
             config.router_loss,
             scores_BSN,
             found_BSN,
@@ -429,7 +430,7 @@ class Mixer(attention.Mixer):
         )
         taught_BS = (known_BSN if config.router_loss == "bce" else found_BSN).any(-1)
         loss_B = config.loss_weight * nats_BS.sum(1) / taught_BS.sum(1).clamp(min=1)
-        metrics = retrieval.router_metrics(scores_BSN.detach(), found_BSN, known_BSN, config.top_k)
+        metrics = router.router_metrics(scores_BSN.detach(), found_BSN, known_BSN, config.top_k)
         return ({"router": loss_B} if config.loss_weight else {}), metrics
 
 

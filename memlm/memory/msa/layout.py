@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memlm.memory.base import MixerContext, RoleCounts, Roles, State, next_position, token_positions
+from memlm.roles import QUERY, RESPONSE, TEMPLATE
 from memlm_kernels.grid import pick
 
 # Of each row, all 0 before a sample's first token: tokens of the sample; of these outside documents, of the leading
@@ -40,14 +41,14 @@ class Stream(NamedTuple):
 
 
 class Group(NamedTuple):
-    """See ``Documents``."""
+    """See ``Within``."""
 
     least: int
     most: int
     rows: int
 
 
-class Documents(NamedTuple):
+class Within(NamedTuple):
     """The tokens within documents.
 
     chunk_BN, number_BN: which chunk and which document of the row each token is of
@@ -96,7 +97,7 @@ class Layout(NamedTuple):
 
     rotary_BT: Tensor
     outside: Stream | None
-    within: Documents | None
+    within: Within | None
     behind_BA: Tensor
     first_BA: Tensor
     end_BA: Tensor
@@ -131,7 +132,7 @@ def _outside_only(
         "head": _last(head_BT, ctx, state["head"]),
         "begun": _last(outside_BT, ctx, state["begun"]),
         "place": torch.zeros_like(state["place"]),
-        "role": _last(-ones_BT, ctx, state["role"]),
+        "role": _last(RESPONSE * ones_BT, ctx, state["role"]),
         "documents": state["documents"],
         "chunks": state["chunks"],
         "first": _last(first_BT, ctx, state["first"]),
@@ -162,7 +163,7 @@ def _with_documents(
     outside_BT = ~(role_BT > 0) & real_BT
     opens_BT = within_BT & (starts_BT | (role_BT != torch.cat([state["role"][:, None], role_BT[:, :-1]], 1)))
 
-    begun_BT = running_count((role_BT != -2) & real_BT, starts_BT, state["begun"])
+    begun_BT = running_count((role_BT != TEMPLATE) & real_BT, starts_BT, state["begun"])
     outside_so_far_BT = running_count(outside_BT, starts_BT, state["outside"])
     head_BT = running_count(outside_BT & (begun_BT == 0), starts_BT, state["head"])
     place_BT = running_count(within_BT, opens_BT | outside_BT, state["place"])
@@ -196,12 +197,12 @@ def _with_documents(
         most = min(counts.within, (counts.within + (counts.documents + 1) * (chunk_size - 1)) // chunk_size)
         number_BN = stream.take(documents_BT) - 1
         groups = _groups(counts, counts.within * len(role_BT))
-        documents = Documents(stream, chunk_BN, number_BN, chunk_BN[:, 0], most, groups, counts)
+        documents = Within(stream, chunk_BN, number_BN, chunk_BN[:, 0], most, groups, counts)
     if counts.outside and counts.within:
         ranks = [x.long().cumsum(1) - 1 for x in (outside_BT, within_BT)]
         source_BT = torch.where(within_BT, ranks[1] + counts.outside, ranks[0]).clamp(min=0)
     take = outside.take if outside is not None else lambda x: x[:, :0]
-    asks_BA = take((role_BT == 0) & real_BT)
+    asks_BA = take((role_BT == QUERY) & real_BT)
     known = take(behind_BT), take(first_BT), take(documents_BT)
     return Layout(rotary_BT, outside, documents, *known, asks_BA, source_BT, after)
 

@@ -5,7 +5,7 @@ import torch
 
 from memlm.memory import attention, chunk_sparse
 from memlm.memory.base import Dims
-from memlm.memory.growing import append
+from memlm.memory.kv import append
 from memlm_kernels.testing import Watch, assert_close
 
 DIMS = Dims(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
