@@ -1,6 +1,28 @@
 """Memory-augmented transformers: one decoder, one memory slot.
 
-Importing memlm registers its model with transformers' Auto classes.
+Importing memlm registers its model with transformers' Auto classes. README.md beside this file shows how to use one.
+
+Files:
+
+    configuration       ``MemLMConfig``, the one schema of a model
+    modeling            the decoder and its head; a call's padding is moved to the end of each row here
+    loss                the training loss: the cross-entropy, and the losses that mixers add
+    generation          transformers' ``generate`` over a memory
+    cache               ``MemoryCache``, the memory of one or many streams as an object
+    layers              RMSNorm, rotary positions, SwiGLU, short convolution
+    memory              the memory slot, and one file per memory
+    bank                ``MemoryBank``, a library of documents that a model has read
+    interleave          ``Interleave``, rounds of asking a bank and reading on
+    data                training data: text, recall tasks, documents with questions
+    training            ``train.py``: the loop, checkpoints, resumption
+    evaluation          ``evaluate.py``: measures, tables, the report
+    hub                 checkpoints: loading, and conversion of foreign ones
+    cli                 the command line: a user's mistake in one line, the preset for a GPU
+    fingerprint         which weights made a memory or a bank; checksums of tensors
+    roles               the roles of tokens: query, response, template
+    settings            settings of a user: types, ranges and the nearest name, checked before anything is built
+    files               files and folders written whole, with digests and a lock; JSON with one-line errors
+    flops               parameters and FLOPs, counted
 """
 
 from importlib.metadata import PackageNotFoundError, version

@@ -1,16 +1,29 @@
-"""What the documents say, run: the worked example of a new memory, the map of files."""
+"""The documents, checked: their examples and commands run, their maps name every file, their links lead somewhere."""
 
+import ast
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from memlm import MemLMConfig
+from memlm.cli import mixer_settings
 from memlm.data import byte_tokenizer
-from tests.conftest import ROOT, build
+from tests.conftest import ROOT, build, composed
+
+# All but the log, whose commands are of their commits.
+PAGES = [
+    str(path.relative_to(ROOT))
+    for pattern in ("*.md", "configs/*.md", "memlm/**/*.md", "benchmarks/*.md", "kernels/README.md")
+    for path in sorted(ROOT.glob(pattern))
+    if path.name != "LOG.md"
+]
 
 
 def blocks(document, language):
@@ -44,28 +57,37 @@ def test_a_new_memory_is_three_files_and_passes_the_contract(tmp_path):
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 40
 
 
-@pytest.mark.parametrize(
-    "example, memory, said, written",
-    [
-        (0, "titans_mag", "It was the ", "memories/book/memory.safetensors"),
-        (2, "msa", "xy ", "runs/chains/msa-seed0/checkpoints/step_001200/config.json"),
-    ],
-)
-def test_the_readme_examples_run(tmp_path, monkeypatch, capsys, example, memory, said, written):
+# Each block of Python of a page: a memory for its model, what it prints, what it writes.
+EXAMPLES = {
+    ("README.md", 0): ("titans_mag", "It was the ", None),
+    ("memlm/README.md", 0): ("titans_mag", "It was the ", "memories/book/memory.safetensors"),
+    ("memlm/bank/README.md", 0): ("msa", "?dwp2", "banks/facts/index.json"),
+    ("memlm/bank/README.md", 1): ("msa", "xy ", None),
+}
+
+
+def test_every_example_of_a_page_is_run():
+    """A block of Python elsewhere would be run by nobody."""
+    found = {(page, i) for page in PAGES for i in range(len(blocks(page, "python")))}
+    assert found - {("CONTRIBUTING.md", 0), ("CONTRIBUTING.md", 1)} == set(EXAMPLES)
+
+
+@pytest.mark.parametrize(("page", "example"), EXAMPLES, ids=lambda x: str(x))
+def test_an_example_runs(tmp_path, monkeypatch, capsys, page, example):
     """To the letter, on a model that has learnt nothing."""
-    code = blocks("README.md", "python")[example]
+    code, (memory, said, written) = blocks(page, "python")[example], EXAMPLES[page, example]
     monkeypatch.chdir(tmp_path)
     checkpoint = re.search(r'checkpoint = "(.*)"', code)[1]
     build(memory, dtype=torch.float32).save_pretrained(checkpoint)
     byte_tokenizer().save_pretrained(checkpoint)
     exec(code, {})
     assert said in capsys.readouterr().out
-    assert (tmp_path / written).exists()
+    assert written is None or (tmp_path / written).exists()
 
 
-def test_the_readme_keeps_a_library_in_ten_lines(tmp_path, monkeypatch, capsys):
-    """On the model that it names: what is asked is answered, and no more once its document is deleted."""
-    code = blocks("README.md", "python")[1]
+def test_a_library_is_ten_lines(tmp_path, monkeypatch, capsys):
+    """On the model that the page names: the question is answered, and no more once its document is deleted."""
+    code = blocks("memlm/bank/README.md", "python")[0]
     lines = [line for line in code.splitlines() if line]
     assert len(lines) <= 10
     monkeypatch.chdir(tmp_path)
@@ -82,13 +104,60 @@ def test_the_readme_keeps_a_library_in_ten_lines(tmp_path, monkeypatch, capsys):
     assert said(ask) != "?dwp2W" and names["bank"].documents() == ["a", "b"]
 
 
-def test_the_readme_maps_every_file():
+def commands():
+    """The lines of the pages that start train.py or evaluate.py, as arguments."""
+    lines = [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()]
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        for script in {"train.py", "evaluate.py"} & set(words):
+            yield pytest.param(script, words[words.index(script) + 1 :], id=line.partition("#")[0].strip())
+
+
+@pytest.mark.parametrize(("script", "arguments"), list(commands()))
+def test_a_command_of_a_page_composes(script, arguments):
+    """Its experiment, choices and keys exist."""
+    config = script.removesuffix(".py")
+    overrides = mixer_settings([word for word in arguments if word != "-m"])
+    cfg = composed(*overrides, config=config)
+    for override in overrides:
+        key = override.lstrip("+").partition("=")[0]
+        if "." in key:
+            assert OmegaConf.select(cfg, key) is not None, override
+    if config == "train":
+        MemLMConfig.from_hydra(OmegaConf.to_container(cfg.model, resolve=True))
+
+
+def packages():
+    return [path.parent for room in ("memlm", "kernels") for path in sorted((ROOT / room).rglob("__init__.py"))]
+
+
+@pytest.mark.parametrize("package", packages(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_package_maps_its_files(package):
+    """Its docstring has a line for each of its modules and packages, and for no other."""
+    doc = ast.get_docstring(ast.parse((package / "__init__.py").read_text())) or ""
+    rows = re.findall(r"^ {4}(\w+(?:, \w+)*) {2,}\S", doc.partition("\nFiles:\n")[2], re.MULTILINE)
+    mapped = [name for row in rows for name in row.split(", ")]
+    found = {path.stem for path in package.glob("*.py")} | {path.parent.name for path in package.glob("*/__init__.py")}
+    assert sorted(mapped) == sorted(found - {"__init__"})
+
+
+def test_the_readme_maps_the_top_level():
     text = (ROOT / "README.md").read_text()
-    tracked = [*ROOT.glob("memlm/**/*.py"), *ROOT.glob("kernels/**/*.py"), *ROOT.glob("scripts/*"), ROOT / "train.py"]
+    tracked = [*ROOT.glob("*.py"), *ROOT.glob("*.txt"), *ROOT.glob("scripts/*.*")]
+    tracked += [ROOT / name for name in ("benchmarks", "configs", "kernels", "memlm", "scripts", "tests")]
     for path in tracked:
-        if path.is_file() and path.name != "__init__.py" and "egg-info" not in str(path):
-            name = re.escape(path.stem)
-            assert re.search(rf"[/`{{,\s]{name}[`.,}}\s]", text), f"README.md does not map {path.relative_to(ROOT)}"
+        assert re.search(rf"[`/]{re.escape(path.name)}[`/]", text), f"README.md does not map {path.relative_to(ROOT)}"
+
+
+def test_the_pages_can_be_read():
+    """README is short; lines fit a screen; a figure has its leading zero."""
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 160
+    for page in PAGES:
+        text, fenced = (ROOT / page).read_text(), False
+        for number, line in enumerate(text.splitlines(), 1):
+            fenced ^= line.startswith("```")
+            assert fenced or line.startswith("|") or len(line) <= 120, f"{page}, line {number}: {len(line)} characters"
+            assert not re.search(r"(?<![\w./*])\.\d", line), f"{page}, line {number}: a figure begins with a point"
 
 
 def anchor(title):
@@ -96,9 +165,9 @@ def anchor(title):
 
 
 def test_links_of_the_documents_lead_somewhere():
-    for document in ("README.md", "CONTRIBUTING.md", "LOG.md"):
+    for document in (*PAGES, "LOG.md"):
         for link, place in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", (ROOT / document).read_text()):
-            target = ROOT / (link or document)
+            target = (ROOT / document).parent / link if link else ROOT / document
             assert target.exists(), f"{document} -> {link}"
             titles = re.findall(r"^#+ (.*)$", target.read_text(), re.M) if place else []
             assert not place or place in map(anchor, titles), f"{document} -> {link}#{place}"

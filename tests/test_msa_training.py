@@ -102,10 +102,10 @@ def trained_loss(stage):
         return json.loads(next(lines))["layer1/router"]
 
 
-def test_the_readme_gives_a_qwen3_a_memory(tmp_path, monkeypatch, capsys):
+def test_a_qwen3_is_given_a_memory_by_the_commands_of_its_page(tmp_path, monkeypatch, capsys):
     """Its commands, on a model, a tokenizer and questions made here."""
     commands = next(
-        b for b in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "qwen3" in b
+        b for b in re.findall(r"```bash\n(.*?)```", (ROOT / "memlm/hub/README.md").read_text(), re.S) if "qwen3" in b
     )
     conversion, *stages = map(shlex.split, commands.splitlines())
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,24 @@
 """Memory operators: a plain PyTorch reference for each, and faster backends behind the same signature.
 
 Imports torch, and Triton lazily, and nothing else.
+
+Files:
+
+    neural_memory       Titans' memory, for rows and for segments
+    large_chunk_memory  LaCT's memory
+    recurrence          linear recurrences: linear attention and the delta rule
+    attention           attention to a window, a prefix and chosen chunks
+    routed_memory       tokens to the memories that a router chose, and back
+    grouped_linear      rows times the matrix of their group
+    route_documents     the choice of documents, without keeping scores
+    segment_mean_pool   means of short segments
+    grid                rows of tokens, ragged and packed, laid on chunks
+    segments            rows as segments with states of their own, laid on chunks
+    checks              checks of types, devices and indices, shared by all ops
+    backend             the choice of a backend, per call or for all (``hardware.kernels``)
+    launch              launching Triton kernels: tiles and shared code
+    topk                the largest of scores, and their places
+    testing             comparison and gradients for tests
 """
 
 from memlm_kernels.attention import (

@@ -11,6 +11,14 @@ deleted: it is replaced last and at once, so that whoever is killed leaves the b
 at a time, who must know the index that is there.
 
 B rows, A tokens, C chunks, G groups of H heads, K head dim, L layers that route.
+
+Files:
+
+    reading             documents on their way into a bank
+    shard               a part of a bank, in memory or mapped from a file
+    folder              the folder of a bank, and its one writer at a time
+    resident            the routers' keys on a GPU
+    ranks               processes that share a bank
 """
 
 import bisect

@@ -1,4 +1,22 @@
-"""Training data: text corpora, synthetic recall tasks, and their mixture into batches."""
+"""Training data: text corpora, synthetic recall tasks, and their mixture into batches.
+
+Files:
+
+    build               from the ``data`` config to tokenizer and batches
+    mixture             batches of several sources, as functions of the step
+    row                 the row that every source gives
+    recall              recall tasks: MQAR and passkey
+    text                text corpora: token files and their rows
+    documents           documents of txt, md, py, jsonl and parquet files, read and split
+    find                the files that ``paths`` name
+    manifest            the files of a source, compared when a run continues
+    cache               folders made once and checked when they are opened
+    tokenizer           byte, hub and BPE tokenizers
+    retrieval           samples of documents, a question and its answer
+    chains              chains of facts over several documents
+    questions           questions from JSONL files of any size
+    templates           the texts around documents, questions and answers: for training, banks and ``Interleave``
+"""
 
 from .build import build_data
 from .chains import TEMPLATES, Chains

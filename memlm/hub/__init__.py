@@ -1,4 +1,12 @@
-"""Loading checkpoints, with errors that name the file."""
+"""Checkpoints: loading ours, with errors that name the file, and converting foreign ones.
+
+README.md beside this file explains how.
+
+Files:
+
+    fla_mom             flash-linear-attention's mixture of memories, both ways
+    msa                 the released Memory Sparse Attention, both ways, and Qwen3
+"""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,1 +1,21 @@
-"""Memories: one file each. See ``base`` for the slot that they fit."""
+"""The memories, one file each. ``base`` is the slot that they fit.
+
+Files:
+
+    base                the slot: ``SequenceMixer``, ``MixerContext``, ``MixerOutput``, ``Dims``
+    parts               parts that several memories share: gates of two branches, starts
+    kv                  keys and values that grow by a token per call, without copies of their past
+    attention           full and sliding-window attention, persistent tokens, backends
+    titans              Titans' neural memory as a part of a layer
+    titans_lmm          Titans' memory alone
+    titans_mac          Titans' memory as a context of attention
+    titans_mag          Titans' memory as a gate beside attention
+    titans_mal          Titans' memory as a layer before attention
+    titans_tnt          two levels of Titans' memory
+    lact                attention in a window, and fast weights written once per chunk
+    recurrence          the update rules of linear memories, and the layer that hosts one
+    linear_attention, retention, simple_gla, gla, delta_net, gated_delta_net  one rule each
+    mom                 mixture of memories: router and balance
+    chunk_sparse        attention to a window and to chosen chunks of the past
+    msa                 Memory Sparse Attention
+"""

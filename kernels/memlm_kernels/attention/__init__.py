@@ -1,8 +1,11 @@
 """Softmax attention to a window, to a prefix, and to chunks that each token chooses.
 
-``window`` and ``chunks`` hold the ops, ``*_reference`` their form in plain PyTorch. One set of Triton kernels serves
-all ops: ``kernels`` and ``chunk_kernels`` attend, ``triton`` launches them; ``choice_kernels`` and ``choice_triton``
-choose chunks.
+Files:
+
+    window, chunks      the ops
+    window_reference, chunks_reference, choice_reference  their form in plain PyTorch
+    kernels, chunk_kernels, triton  attention of all ops in Triton
+    choice_kernels, choice_triton   the choice of chunks in Triton
 """
 
 from memlm_kernels.attention.chunks import (

@@ -1,4 +1,9 @@
-"""Rows that each belong to a group, times the matrix of their group."""
+"""Rows that each belong to a group, times the matrix of their group.
+
+Files:
+
+    reference           three ways to the product
+"""
 
 from collections.abc import Callable
 

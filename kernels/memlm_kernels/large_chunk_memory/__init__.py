@@ -1,4 +1,9 @@
-"""Large-chunk test-time training: a SwiGLU whose weights are written once a chunk."""
+"""Large-chunk test-time training: a SwiGLU whose weights are written once a chunk.
+
+Files:
+
+    reference           the loop over chunks in PyTorch
+"""
 
 from collections.abc import Sequence
 

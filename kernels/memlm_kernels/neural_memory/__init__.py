@@ -1,4 +1,18 @@
-"""Titans' neural long-term memory: an MLP whose weights are written by gradient descent as it reads."""
+"""Titans' neural long-term memory: an MLP whose weights are written by gradient descent as it reads.
+
+Files:
+
+    reference           the exact dual form in PyTorch, with the equations
+    scan                the loop over chunks, with its own backward
+    chunk, chunk_backward  one step of that loop, and its gradients
+    network, losses     the network that is written, and the losses that it descends on
+    segmented           the linear memory over segments: many memories in a row of tokens
+    kernels, triton     Triton: a memory of one layer, and the op around it
+    deep, deep_kernels  Triton: a memory of two layers
+    deep_backward_kernels, deep_read_backward_kernels  its gradients: of writes, of reads
+    step_kernels        Triton: decoding a token, for one layer and for two
+    limits              Triton: the memories that its kernels take
+"""
 
 import itertools
 from collections.abc import Sequence

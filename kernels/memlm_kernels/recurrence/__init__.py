@@ -1,8 +1,13 @@
 """Linear recurrences over segments: linear attention, which adds, and the delta rule, which corrects.
 
-``linear`` and ``delta`` hold the ops, ``*_reference`` their chunked form in plain PyTorch, ``*_kernels`` and
-``*_triton`` the same in Triton (``channel_kernels``: a decay for each channel). ``step`` decodes a few tokens,
-``fla`` calls the kernels of flash-linear-attention.
+Files:
+
+    linear, delta       the ops
+    linear_reference, delta_reference  their chunked form in plain PyTorch
+    linear_kernels, linear_triton, delta_kernels, delta_triton  the same in Triton
+    channel_kernels     the Triton kernels of a decay per channel
+    step                decoding: a few tokens, one after the other
+    fla                 the kernels of flash-linear-attention
 """
 
 from memlm_kernels.recurrence.delta import delta_rule

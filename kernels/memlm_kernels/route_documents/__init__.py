@@ -1,4 +1,11 @@
-"""Which documents a query reads: scores of pooled chunks, reduced to documents, of which the best are kept."""
+"""Which documents a query reads: scores of pooled chunks, reduced to documents, of which the best are kept.
+
+Files:
+
+    reference           routing in tiles of chunks, in PyTorch
+    bank                the few documents of a large bank that a query can choose
+    kernels, triton     Triton kernels, and the ops around them
+"""
 
 import functools
 from collections.abc import Sequence

@@ -6,6 +6,12 @@
     y = combine_reads(o, routes.place, weight)
 
 There is no op that does all three: memories have projections and convolutions of their own, which stand between.
+
+Files:
+
+    routes              the place of each token in the order of its memories
+    reference           the copies and sums in PyTorch
+    kernels, triton     Triton kernels, and the ops around them
 """
 
 import torch

@@ -1,4 +1,10 @@
-"""Means of short segments of each row."""
+"""Means of short segments of each row.
+
+Files:
+
+    reference           the means in PyTorch
+    kernels, triton     Triton kernels, and the op around them
+"""
 
 from torch import Tensor
 

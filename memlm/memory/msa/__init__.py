@@ -24,7 +24,13 @@ What the state holds of documents, keys ``bank.*``, may come from elsewhere: see
 the documents stay that its last question chose. Once a response goes on without roles the choice stands: the chosen
 chunks are then put before the keys of what stands outside documents, once, and what follows is plain attention.
 
-Where the paper and its released code differ: a table in README.md ("Paper and released code").
+Where the paper and its released code differ: a table in memlm/hub/README.md ("Paper and released code").
+
+Files:
+
+    layout              where the tokens of a call stand among documents
+    held                the state: the documents held
+    router              the router's losses and metrics
 
 B batch, T tokens, A tokens outside documents, N within, D hidden, H heads in G groups, K head dim, C chunks.
 """
