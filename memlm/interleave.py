@@ -81,22 +81,22 @@ class Interleave(Templates):
         bank: of what ``documents`` says; texts: of its documents by name, to be read
         Raises ValueError if the texts lack a document that the model asks for and the bank has.
         """
-        readings = [_Reading(self, question, tokenizer) for question in questions]
-        memory, going = MemoryCache(), readings
+        transcripts = [_Transcript(self, question, tokenizer) for question in questions]
+        memory, going = MemoryCache(), transcripts
         while going:
-            while any(reading.writing for reading in going):
+            while any(transcript.writing for transcript in going):
                 _write(bank, memory, going)
-            for reading in going:
-                reading.go_on(bank, texts)
-            kept = [i for i, reading in enumerate(going) if reading.writing]
+            for transcript in going:
+                transcript.go_on(bank, texts)
+            kept = [i for i, transcript in enumerate(going) if transcript.writing]
             if 0 < len(kept) < len(going):
                 memory.batch_select_indices(torch.tensor(kept))
             going = [going[i] for i in kept]
-        return [reading.answered() for reading in readings]
+        return [transcript.answered() for transcript in transcripts]
 
 
 @dataclass
-class _Reading:
+class _Transcript:
     """A question on its way.
 
     ids, roles: all of it; fed: how many of them the memory has; turn: what was written since text was given
@@ -173,9 +173,9 @@ class _Reading:
         return Answer(text, self.read, self.unknown, self.finished, self.ids, self.roles)
 
 
-def _write(bank: MemoryBank, memory: MemoryCache, readings: Sequence[_Reading]) -> None:
+def _write(bank: MemoryBank, memory: MemoryCache, transcripts: Sequence[_Transcript]) -> None:
     """A token of each that writes; the others wait."""
-    fed = [reading.take() if reading.writing else ([], []) for reading in readings]
+    fed = [transcript.take() if transcript.writing else ([], []) for transcript in transcripts]
     width, device = max(len(ids) for ids, _ in fed), bank.model.device
     # To the right, so that the last token is everyone's last.
     ids_BT, roles_BT = (
@@ -194,10 +194,10 @@ def _write(bank: MemoryBank, memory: MemoryCache, readings: Sequence[_Reading]) 
         use_cache=True,
         logits_to_keep=1,
     )
-    for reading, token in zip(readings, _likeliest(out.logits[:, -1], readings), strict=True):
-        if reading.writing:
-            reading.write(token)
+    for transcript, token in zip(transcripts, _likeliest(out.logits[:, -1], transcripts), strict=True):
+        if transcript.writing:
+            transcript.write(token)
 
 
-def _likeliest(logits_BV: Tensor, readings: Sequence[_Reading]) -> list[int]:
+def _likeliest(logits_BV: Tensor, transcripts: Sequence[_Transcript]) -> list[int]:
     return logits_BV.argmax(-1).tolist()

@@ -207,7 +207,7 @@ class MemLMModel(MemLMPreTrainedModel):
             assert ctx is not None and ctx.roles is not None
             if ctx.roles.counts.within:
                 raise ValueError("doc_ids: documents in the input cannot stand beside a memory_bank; add them to it")
-            ctx = dataclasses.replace(ctx, library=memory_bank)
+            ctx = dataclasses.replace(ctx, retriever=memory_bank)
         hidden_states, states, aux_losses, metrics = [], [], {}, {}
         for i, layer in enumerate(self.layers):
             if output_hidden_states:

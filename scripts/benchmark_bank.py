@@ -60,7 +60,7 @@ def fill(tokens: int, folder: Path) -> None:
     import torch
 
     from memlm import MemoryBank
-    from memlm.bank import SHARD_BYTES
+    from memlm.bank.bank import SHARD_BYTES
     from memlm.bank.shard import Shard
     from memlm_kernels.route_documents import bank_keys
 

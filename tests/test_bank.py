@@ -153,7 +153,7 @@ def test_documents_of_one_text_stand_beside_each_other():
 @pytest.mark.parametrize("limit", [1 << 26, 2000], ids=["merging", "small shards"])
 @torch.no_grad()
 def test_any_history_equals_a_rebuild(limit, monkeypatch, tmp_path):
-    monkeypatch.setattr(memlm.bank, "SHARD_BYTES", limit)
+    monkeypatch.setattr(memlm.bank.bank, "SHARD_BYTES", limit)
     model, documents = model_of(), library()
     bank = bank_of(model, {}, tokens_per_batch=16)
     generator = torch.Generator().manual_seed(0)
@@ -220,8 +220,8 @@ def interrupted(documents, after):
 
 
 def stop_a_build(folder, monkeypatch):
-    monkeypatch.setattr(memlm.bank, "AHEAD", 1)
-    monkeypatch.setattr(memlm.bank, "COMMIT_SECONDS", 0)
+    monkeypatch.setattr(memlm.bank.bank, "AHEAD", 1)
+    monkeypatch.setattr(memlm.bank.bank, "COMMIT_SECONDS", 0)
     with pytest.raises(KeyboardInterrupt):
         bank_of(model_of(), interrupted(library(), 7), directory=folder, tokens_per_batch=16)
 

@@ -1,5 +1,7 @@
 """What a bank keeps, in which type and where: routers' keys in low precision, contents in tiers, what is nominated."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -72,7 +74,7 @@ def test_keys_in_low_precision_find_what_is_clear(dtype, most, similarity, backe
 @torch.no_grad()
 def test_contents_live_where_they_are_told_to(content, key_dtype, tmp_path, monkeypatch):
     """Saved, loaded, grown and pruned; the answers are those of a bank that was never saved."""
-    monkeypatch.setattr(memlm.bank, "SHARD_BYTES", 4000)
+    monkeypatch.setattr(memlm.bank.bank, "SHARD_BYTES", 4000)
     model, documents = model_of().float(), library()
     bank = bank_of(model, documents, tokens_per_batch=16, content=content, key_dtype=key_dtype)
     plain = bank_of(model, documents, key_dtype=key_dtype)
@@ -103,20 +105,21 @@ def test_contents_live_where_they_are_told_to(content, key_dtype, tmp_path, monk
 @torch.no_grad()
 def test_a_device_of_its_own_has_the_keys_side_by_side(monkeypatch, tmp_path):
     """As on a GPU, where routing reads slabs, which grow, are marked and tidied, whatever the shards are."""
-    monkeypatch.setattr(memlm.bank, "SHARD_BYTES", 2000)
+    monkeypatch.setattr(memlm.bank.bank, "SHARD_BYTES", 2000)
     monkeypatch.setattr(memlm.bank.resident, "_LEAST", 8)
-    made, nominate = MemoryBank.__init__, memlm.bank.nominate_documents
+    made, nominate = MemoryBank.__init__, memlm.bank.bank.nominate_documents
 
     def init(self, *args, **options):
         made(self, *args, **options)
-        self.resident = memlm.bank.Resident(self.model.device)
+        self.resident = memlm.bank.bank.Resident(self.model.device)
 
     for key_dtype in ("auto", "float8_e4m3fn"):
         model, documents = model_of(), library()
         plain = bank_of(model, documents, tokens_per_batch=16, key_dtype=key_dtype)
         with monkeypatch.context() as patched:
             patched.setattr(MemoryBank, "__init__", init)
-            patched.setattr(memlm.bank, "nominate_documents", lambda *a, **o: nominate(*a, backend="reference", **o))
+            by_reference = functools.partial(nominate, backend="reference")
+            patched.setattr(memlm.bank.bank, "nominate_documents", by_reference)
             bank = bank_of(model, documents, tokens_per_batch=16, key_dtype=key_dtype)
             for step in range(14):
                 expected = asked(model, plain, QUESTION)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from memlm import files
+from memlm.bank.ingest import decoder_of
 from memlm.bank.ranks import Ranks
-from memlm.bank.reading import decoder_of
 from memlm.bank.shard import Shard, read_shard, whole
 from memlm.fingerprint import fingerprint, made_by
 from memlm.modeling import MemLMForCausalLM

@@ -10,7 +10,7 @@ Files:
     documents           documents of txt, md, py, jsonl and parquet files, read and split
     find                the files that ``paths`` name
     manifest            the files of a source, compared when a run continues
-    cache               folders made once and checked when they are opened
+    disk_cache          folders made once and checked when they are opened
     tokenizer           byte, hub and BPE tokenizers
     retrieval           samples of documents, a question and its answer
     chains              chains of facts over several documents

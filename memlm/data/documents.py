@@ -21,7 +21,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from .cache import Cache, Content
+from .disk_cache import Content, DiskCache
 from .find import PACKED, ending, find
 
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -65,7 +65,7 @@ class Documents:
         twice = [name for name, count in Counter(names.values()).items() if count > 1]
         if twice:
             raise ValueError(f"paths: two files are named {twice[0]}; give their common folder instead")
-        self.cache = Cache(cache_dir)
+        self.cache = DiskCache(cache_dir)
         contents = self.cache.contents(names)
         # Sorted, so that the order of paths does not matter.
         self.files = sorted(File(name, path, contents[path]) for path, name in names.items())

@@ -5,7 +5,7 @@ same.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .cache import Content
+from .disk_cache import Content
 from .find import counted
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from memlm.roles import TEMPLATE
 from memlm.settings import suggest
 
-from .cache import Cache, Content
+from .disk_cache import Content, DiskCache
 from .documents import assign_splits
 from .find import find
 from .manifest import file_entry
@@ -54,7 +54,7 @@ class Questions(Sequence[Question]):
 
     def __init__(self, paths: str | Sequence[str], cache_dir: str | Path) -> None:
         names, left_out = find(paths, (".jsonl",))
-        cache = Cache(cache_dir)
+        cache = DiskCache(cache_dir)
         contents = cache.contents(names)
         self._files = [*contents.items()]
         key = [_FORMAT, *((content.num_bytes, content.sha256) for content in contents.values())]

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from memlm.files import read_json
 
-from .cache import Watched
+from .disk_cache import Watched
 from .documents import Documents, assign_splits
 from .manifest import file_entry
 from .row import IGNORE_INDEX, SPLITS, Row, split_id

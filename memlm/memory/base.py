@@ -91,8 +91,8 @@ class Roles:
     counts: RoleCounts
 
 
-class Library(Protocol):
-    """Documents kept elsewhere than in a state."""
+class Retriever(Protocol):
+    """Documents kept outside of a state, such as a ``MemoryBank``."""
 
     def candidates(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor, held_BC: Tensor) -> State:
         """A few documents that hold all that a layer's router can choose with these queries, without those of the
@@ -110,7 +110,7 @@ class MixerContext:
     aligned: every row goes on from where a chunk of the memory ends, all tokens real, in the same document
     roles: for memories of documents, which are then parts of what is called a document here; None: all tokens
         are a response
-    library: documents that stand, in the order of a sample, behind its leading template; None: no others
+    retriever: documents that stand, in the order of a sample, behind its leading template; None: no others
     """
 
     positions_BT: Tensor | None = None
@@ -118,7 +118,7 @@ class MixerContext:
     max_documents: int = 1
     aligned: bool = False
     roles: Roles | None = None
-    library: Library | None = None
+    retriever: Retriever | None = None
 
     @property
     def goes_on(self) -> bool:

@@ -90,7 +90,7 @@ class Config:
         )
 
 
-class Choice(nn.Module):
+class ChosenChunks(nn.Module):
     """The way of chosen chunks into a layer: their numbers counted from 1, so that zeros are none."""
 
     long_term = True
@@ -158,7 +158,7 @@ class Mixer(attention.Mixer):
     def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
         super().__init__(attention.Config(conv_size=config.conv_size, qk_norm=config.qk_norm), dims, layer_idx)
         self.chunked = config
-        self.choice = Choice()
+        self.choice = ChosenChunks()
         if config.learning == "compressed":
             self.gate = nn.Linear(dims.hidden_size, dims.num_attention_heads)
             self.share = Share(config.gate)

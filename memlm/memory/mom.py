@@ -31,7 +31,7 @@ from memlm.memory.base import (
     token_positions,
 )
 from memlm.memory.parts import BranchGate, gate_logits
-from memlm.memory.recurrence import Documents, recur
+from memlm.memory.recurrence import Segments, recur
 from memlm.settings import require, suggest
 from memlm_kernels import MemoryRoutes, combine_reads, dispatch_tokens
 from memlm_kernels.segments import exact
@@ -113,7 +113,7 @@ class Mixer(SequenceMixer):
             self.conv = ShortConv(dims.hidden_size, config.conv_size)
         if config.balance_bias:
             self.bias = nn.Parameter(torch.empty(config.num_memories))
-        self.reading = recurrence.Reading(config, dims)
+        self.reading = recurrence.Readout(config, dims)
         if config.window_size is not None:
             self.attention = attention.Mixer(attention.Config(config.window_size), dims, layer_idx)
             self.gate = BranchGate(dims)
@@ -159,7 +159,7 @@ class Mixer(SequenceMixer):
         start = self.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype)
         before, context = state or start, ctx or MixerContext()
         positions_BT = token_positions(x_BTD, before, context)
-        documents = Documents.of(x_BTD, before, context)
+        documents = Segments.of(x_BTD, before, context)
         after: dict[str, State] = {}
         input_BTD = x_BTD
         if hasattr(self, "conv"):
@@ -201,7 +201,7 @@ class Mixer(SequenceMixer):
         return MixerOutput(y_BTD, state, aux_losses, metrics | of_rule)
 
     def _choose(
-        self, x_BTD: Tensor, documents: Documents | None
+        self, x_BTD: Tensor, documents: Segments | None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Weights and memories of each token, [B, T, J], auxiliary losses of each row, [B], and metrics of the call;
         padding counts for nothing.

@@ -293,7 +293,7 @@ class Recurrence(nn.Module):
         return o, {**memory, **conv}, metrics
 
 
-class Documents(NamedTuple):
+class Segments(NamedTuple):
     """The documents of the rows of a call; the first may go on from an earlier call.
 
     most: that a row may have; index_BT: of each token's document, ``most`` for padding; cu_seqlens: [B, most + 1]
@@ -307,7 +307,7 @@ class Documents(NamedTuple):
     last_B: Tensor
 
     @staticmethod
-    def of(x_BTD: Tensor, state: State, ctx: MixerContext) -> "Documents | None":
+    def of(x_BTD: Tensor, state: State, ctx: MixerContext) -> "Segments | None":
         """None where each row is one document that goes on, all its tokens real."""
         if (ctx.positions_BT is None and ctx.lengths_B is None) or x_BTD.shape[1] == 0:
             return None
@@ -320,7 +320,7 @@ class Documents(NamedTuple):
             index_BT, fresh_B = torch.where(real_BT, index_BT, most), fresh_B & (ctx.lengths_B > 0)
         sizes = counts(index_BT, most)
         last_B = ((sizes > 0) * torch.arange(most, device=x_BTD.device)).amax(1)
-        return Documents(most, index_BT, F.pad(sizes.cumsum(1), (1, 0)), fresh_B, last_B)
+        return Segments(most, index_BT, F.pad(sizes.cumsum(1), (1, 0)), fresh_B, last_B)
 
     def spread(self, before: State, start: State) -> State:
         """[B, M, ...] -> [B, most * M, ...]: the first document goes on from ``before``, the others from ``start``."""
@@ -345,7 +345,7 @@ def recur(
     recurrence: Recurrence,
     inputs: tuple[Tensor, Tensor],
     cu_seqlens: Tensor | None,
-    documents: Documents | None,
+    documents: Segments | None,
     before: State,
     start: State,
     across_1N1: Tensor | None = None,
@@ -356,7 +356,7 @@ def recur(
     return o, documents.collect(after) if documents else after, metrics
 
 
-class Reading(nn.Module):
+class Readout(nn.Module):
     """What heads have read, normalised, gated by the token, and projected."""
 
     def __init__(self, config: Config, dims: Dims) -> None:
@@ -386,7 +386,7 @@ class Layer(SequenceMixer):
         self.kv_proj = nn.Linear(dims.hidden_size, keys + values, bias=False)
         logits = self.recurrence.rule.logits
         self.gates = ExactLinear(dims.hidden_size, logits, bias=False) if logits else None
-        self.reading = Reading(config, dims)
+        self.reading = Readout(config, dims)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -403,7 +403,7 @@ class Layer(SequenceMixer):
     def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
         start = self.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype)
         state, ctx = state or start, ctx or MixerContext()
-        documents = Documents.of(x_BTD, state, ctx)
+        documents = Segments.of(x_BTD, state, ctx)
         before = {name: x for name, x in state.items() if name != "position"}
         inputs = torch.cat([self.q_proj(x_BTD), self.kv_proj(x_BTD)], -1), gate_logits(self.gates, x_BTD)
         cu_seqlens = documents.cu_seqlens if documents else None

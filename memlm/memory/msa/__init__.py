@@ -20,7 +20,7 @@ it, whatever follows the query sees the choice of all of it, and any division of
 A document is known once a token stands behind it, wherever it is in its sample. Without roles all tokens are a
 response: causal attention, to what is kept of documents read before too.
 
-What the state holds of documents, keys ``bank.*``, may come from elsewhere: see ``held``. Of a library only
+What the state holds of documents, keys ``bank.*``, may come from elsewhere: see ``held``. Of a bank only
 the documents stay that its last question chose. Once a response goes on without roles the choice stands: the chosen
 chunks are then put before the keys of what stands outside documents, once, and what follows is plain attention.
 
@@ -118,7 +118,7 @@ class Heads(NamedTuple):
         return Heads(stream.take(self.q), stream.take(self.k), stream.take(self.v))
 
 
-class Choice(nn.Module):
+class ChosenDocuments(nn.Module):
     """Which chunks are seen, [B, A, C]: the way of long-term memory into a layer."""
 
     long_term = True
@@ -139,7 +139,7 @@ class Mixer(attention.Mixer):
         self.msa = config
         queries, keys, _ = self.sizes
         if config.routes:
-            self.choice = Choice()
+            self.choice = ChosenDocuments()
             self.router_q_proj = nn.Linear(dims.hidden_size, queries, bias=False)
             self.router_k_proj = nn.Linear(dims.hidden_size, keys, bias=False)
             if config.router_loss == "bce":
@@ -172,11 +172,11 @@ class Mixer(attention.Mixer):
         before = self.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype) if state is None else state
         count_template = config.positions == "template"
         layout = Layout.of(x_BTD, before, ctx, config.chunk_size, config.top_k, count_template)
-        asks_library = config.routes and ctx.library is not None and layout.outside is not None
+        asks_retriever = config.routes and ctx.retriever is not None and layout.outside is not None
         if config.routes and x_BTD.shape[1]:
             before = self._settled(before, layout) if ctx.goes_on else held.unsettled(before)
-        if asks_library:
-            before, layout = self._of_library(x_BTD, before, layout, ctx)
+        if asks_retriever:
+            before, layout = self._retrieved(x_BTD, before, layout, ctx)
         (q_BTHK, k_BTGK, v_BTGK), _ = self.project(x_BTD, before, None, None)
         angles = rotary_angles(layout.rotary_BT, self.dims.head_dim, self.dims.rope_theta)
         heads = Heads(rotary(q_BTHK, angles), rotary(k_BTGK, angles), v_BTGK)
@@ -217,7 +217,7 @@ class Mixer(attention.Mixer):
         if layout.source_BT is not None:
             y_BTHK = pick(y_BTHK, layout.source_BT)
         after |= {f"bank.{name}": x for name, x in bank.items()}
-        if asks_library:
+        if asks_retriever:
             after = held.arranged(after, bank, self._chosen(bank, after["chunks"]))
         return MixerOutput(self.o_proj(y_BTHK.flatten(2)), after, aux_losses, metrics)
 
@@ -339,17 +339,17 @@ class Mixer(attention.Mixer):
             merged[name] = torch.lerp(old[name], pick(new[name], source_BC), share_BC[..., None, None])
         for name in ("document", "found"):
             merged[name] = torch.where(written_BC, new[name].gather(1, source_BC), old[name])
-        # Of no library.
+        # Of no bank.
         merged["number"] = old["number"].masked_fill(written_BC, -1)
         return merged
 
-    def _of_library(self, x_BTD: Tensor, before: State, layout: Layout, ctx: MixerContext) -> tuple[State, Layout]:
+    def _retrieved(self, x_BTD: Tensor, before: State, layout: Layout, ctx: MixerContext) -> tuple[State, Layout]:
         """State and layout as if the documents that may be chosen had been read behind the template.
 
         What an earlier question chose stays, with its scores. Of a document that it did not only the new scores are
         known, which are all that can bring it among the best: by the old ones top_k others are better.
         """
-        assert ctx.library is not None
+        assert ctx.retriever is not None
         assert layout.outside is not None and layout.asks_BA is not None and layout.within is None
         config, number_BC = self.msa, before["bank.number"].masked_fill(before["bank.size"] == 0, -1)
         require(
@@ -358,7 +358,8 @@ class Mixer(attention.Mixer):
             "memory_bank once: a mean needs the scores of all documents; ask with a fork of it from before",
         )
         q_BAHK = self.router_q_proj(layout.outside.take(x_BTD)).unflatten(-1, (-1, self.dims.head_dim))
-        before = held.with_documents(before, ctx.library.candidates(self.layer_idx, q_BAHK, layout.asks_BA, number_BC))
+        found = ctx.retriever.candidates(self.layer_idx, q_BAHK, layout.asks_BA, number_BC)
+        before = held.with_documents(before, found)
         known = {name: before[name] for name in ("documents", "chunks")}
         end_BA = torch.where(layout.behind_BA, known["documents"][:, None], 0)
         after = layout.after | known | {"first": torch.zeros_like(known["documents"])}

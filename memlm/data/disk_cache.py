@@ -48,7 +48,7 @@ class Watched:
         self._content.check(os.fstat(self._descriptor), self.path)
 
 
-class Cache:
+class DiskCache:
     """Folders below `root`, each named after all that decides its content."""
 
     def __init__(self, root: str | Path) -> None:

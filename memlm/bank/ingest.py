@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from memlm.cache import MemoryCache
 from memlm.modeling import MemLMForCausalLM, MemLMModel
 
-Documents = Mapping[str, Sequence[int]] | Iterable[tuple[str, Sequence[int]]]
+DocumentTokens = Mapping[str, Sequence[int]] | Iterable[tuple[str, Sequence[int]]]
 
 
 def decoder_of(model: nn.Module) -> MemLMModel:
@@ -19,7 +19,7 @@ def decoder_of(model: nn.Module) -> MemLMModel:
     return next(module for module in model.modules() if isinstance(module, MemLMModel))
 
 
-def pairs_of(documents: Documents) -> Iterable[tuple[str, Sequence[int]]]:
+def pairs_of(documents: DocumentTokens) -> Iterable[tuple[str, Sequence[int]]]:
     return documents.items() if isinstance(documents, Mapping) else documents
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from memlm import files
 from memlm.data import Documents, Questions, TextCorpus, TextSource, byte_tokenizer, load_tokenizer
-from memlm.data.cache import Cache
+from memlm.data.disk_cache import DiskCache
 from memlm.data.row import SPLITS
 from memlm.data.tokenizer import fingerprint
 from tests.faults import every_fault
@@ -102,7 +102,7 @@ def test_digests_that_are_torn_are_taken_anew(tmp_path, junk):
 
 def test_a_change_that_keeps_size_and_time_is_seen(tmp_path):
     """Where it is later than the clock's tick, or changes the time of the entry."""
-    path, cache = tmp_path / "a.txt", Cache(tmp_path / "cache")
+    path, cache = tmp_path / "a.txt", DiskCache(tmp_path / "cache")
     for age in (0, 10**9):
         digests = set()
         for text in ("one", "two"):
@@ -213,11 +213,11 @@ class Building:
 
 
 def test_a_build_survives_faults(tmp_path):
-    every_fault("tests.data.test_cache:Building", tmp_path, at_most=60)
+    every_fault("tests.data.test_disk_cache:Building", tmp_path, at_most=60)
 
 
 @pytest.mark.slow
 def test_a_build_survives_every_fault(tmp_path):
-    report = every_fault("tests.data.test_cache:Building", tmp_path)
+    report = every_fault("tests.data.test_disk_cache:Building", tmp_path)
     print(report)
     assert report["tried"] == 5 * report["operations"] + 1

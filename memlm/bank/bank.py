@@ -1,0 +1,484 @@
+"""A library of documents that a model has read, as a user's object: keep it, grow it, prune it, ask it.
+
+For models of Memory Sparse Attention (arXiv:2603.23516), where what is kept of a document depends on it alone. A bank
+is a list of shards of whole documents. A document has its number for good, by which memories that asked know it.
+Deletion marks; shards are written anew without their dead once these are the half, and two neighbours become one while
+they are small and the later one is not much the smaller, so that their number stays low and adding costs, over time,
+the documents added and a logarithm.
+
+On disk a shard is a file that never changes, and ``index.json`` says which of them are the bank, and who in them is
+deleted: it is replaced last and at once, so that whoever is killed leaves the bank as it was. A folder has one writer
+at a time, who must know the index that is there.
+
+B rows, A tokens, C chunks, G groups of H heads, K head dim, L layers that route.
+"""
+
+import bisect
+import itertools
+import time
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from memlm.bank.folder import INDEX, Folders, read_index, writing
+from memlm.bank.ingest import (
+    DocumentTokens,
+    checked,
+    decoder_of,
+    hash_of,
+    number_of,
+    pairs_of,
+    progress_bar,
+    read_batch,
+)
+from memlm.bank.ranks import Ranks
+from memlm.bank.resident import Resident
+from memlm.bank.shard import Shard, merged, sent
+from memlm.cache import MemoryCache
+from memlm.fingerprint import fingerprint, made_by
+from memlm.memory.base import State, substate
+from memlm.modeling import MemLMForCausalLM, MemLMModel
+from memlm_kernels.route_documents import RouterShard, Scored, bank_keys, nominate_documents, route_documents
+
+_RULE = ("top_k", "similarity", "head_reduce", "query_reduce", "chunk_reduce")
+# Merging stops here: what adding or deleting one document may cost at most.
+SHARD_BYTES = 1 << 25
+# Documents of like length share a batch, as far ahead as so many batches: their attention is then hardly padded.
+AHEAD = 4
+# Of a build, what a kill may cost.
+COMMIT_SECONDS = 30.0
+# Where what attention sees may live, and what the routers' keys may be kept in; float64 for models that are.
+TIERS = ("mapped", "host", "device")
+KEY_DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn")}
+
+
+class MemoryBank:
+    """Documents by name, for one model; ``model.generate(question, memory_bank=bank)`` asks it.
+
+    Keys of the routers are kept on the model's device; what attention sees is fetched from where it lives, for those
+    documents only that a query may choose. A document costs 1 / chunk_size of its tokens.
+    content: where that is: "mapped" from disk once it is saved; "host" memory, pinned for a GPU; or on the "device"
+    key_dtype: of the routers' keys: "auto" (the model's), "float32", "bfloat16", "float16", or "float8_e4m3fn", where
+        each head of a chunk has a scale; documents whose scores are nearly the same may change places
+    group: of torch.distributed, whose processes have the same model. Documents are dealt to them; all of them do the
+    same with the bank, in the same order, and ask it together, and all see its folder; bytes of ``stats`` are a
+    process's own.
+    Raises ValueError for a model that has no routers or another kind of layer.
+    """
+
+    def __init__(
+        self,
+        model: MemLMForCausalLM,
+        tokens_per_batch: int = 4096,
+        group: ProcessGroup | None = None,
+        content: str = "mapped",
+        key_dtype: str = "auto",
+    ) -> None:
+        if tokens_per_batch < 1:
+            raise ValueError(f"tokens_per_batch={tokens_per_batch} must be at least 1")
+        for name, value, known in (("content", content, TIERS), ("key_dtype", key_dtype, ("auto", *KEY_DTYPES))):
+            if value not in known:
+                raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
+        self.model, self.tokens_per_batch, self.content = model, tokens_per_batch, content
+        self.key_dtype = str(model.dtype).removeprefix("torch.") if key_dtype == "auto" else key_dtype
+        config = model.config
+        settings = [config.mixers[name] for name in config.layer_mixers()]
+        for mixer in settings:
+            if mixer["kind"] != "msa":
+                raise ValueError(
+                    f"model.mixers.*.kind={mixer['kind']!r}: a bank needs 'msa' in every layer, where what is kept "
+                    "of a document depends on it alone"
+                )
+        self.layers = [i for i, mixer in enumerate(settings) if mixer["routes"]]
+        if not self.layers:
+            raise ValueError("model.mixers.*.routes is false in every layer; a bank needs one that routes")
+        self.settings = [dict(settings[i]) for i in self.layers]
+        sizes = sorted({mixer["chunk_size"] for mixer in self.settings})
+        if len(sizes) > 1:
+            raise ValueError(f"model.mixers.*.chunk_size is {sizes[0]} and {sizes[1]}; a bank needs one")
+        self.chunk_size: int = sizes[0]
+        self.fingerprint, self.ranks = fingerprint(decoder_of(model)), Ranks(group)
+        if len(said := set(self.ranks.all_say(self.fingerprint))) > 1:
+            raise ValueError(f"group: its processes have models of {len(said)} fingerprints; load one in all of them")
+        # Documents ever read, deleted ones too.
+        self.read = 0
+        self.shards: list[Shard] = []
+        self.resident = Resident(model.device) if model.device.type != "cpu" else None
+        self._home: dict[str, Shard] = {}
+        self.folders = Folders(model, content, self.ranks)
+
+    @classmethod
+    def build(
+        cls,
+        model: MemLMForCausalLM,
+        documents: DocumentTokens,
+        directory: str | Path | None = None,
+        tokens_per_batch: int = 4096,
+        progress: bool = True,
+        group: ProcessGroup | None = None,
+        content: str = "mapped",
+        key_dtype: str = "auto",
+    ) -> "MemoryBank":
+        """Read documents, name -> token ids (or pairs), batches of tokens_per_batch at a time.
+
+        directory: where the bank is saved as it grows; a build that was killed goes on there, with the documents that
+        it had not read. Raises ValueError if a finished bank, or another model's, lies there.
+        """
+        bank = cls(model, tokens_per_batch, group, content, key_dtype)
+        if directory is None:
+            bank._build(documents, progress, None)
+        else:
+            with writing(Path(directory), bank.ranks):
+                bank._build(documents, progress, Path(directory))
+        return bank
+
+    def _build(self, documents: DocumentTokens, progress: bool, directory: Path | None) -> None:
+        if directory is not None and self.ranks.first((directory / INDEX).exists):
+            index = self.ranks.first(lambda: read_index(directory))
+            if index["complete"]:
+                raise ValueError(f"directory={directory} holds a finished bank; load it and add, or name another")
+            if index["key_dtype"] != self.key_dtype:
+                raise ValueError(
+                    f"key_dtype={self.key_dtype!r}: the build in {directory} began with {index['key_dtype']!r}; name "
+                    "that, or another folder"
+                )
+            self._open(directory)
+        given: set[str] = set()
+        committed = time.monotonic()
+        total = len(documents) if isinstance(documents, Sized) else None
+        for shard in self._read(self._not_read(documents, given), progress, total):
+            self._append(shard)
+            if directory is not None and self.ranks.told(time.monotonic() - committed >= COMMIT_SECONDS):
+                self._save(directory, complete=False)
+                committed = time.monotonic()
+        self.delete([name for name in self.documents() if name not in given])
+        if directory is not None:
+            self._save(directory, complete=True)
+
+    def add(self, documents: DocumentTokens) -> None:
+        """Read more documents, all or none. Raises ValueError for a name that is there."""
+        self.check(self.model)
+        for shard in list(self._read(self._new(documents), progress=False)):
+            self._append(shard)
+
+    def update(self, documents: DocumentTokens) -> None:
+        """Read changed documents again, all or none; they then stand last. What has not changed costs nothing. Raises
+        ValueError for a name that is not there.
+        """
+        self.check(self.model)
+        changed = {}
+        for name, tokens in pairs_of(documents):
+            self._known(name)
+            tokens = checked(name, tokens, self.model.config.vocab_size)
+            if not self._holds(name, tokens):
+                changed[name] = tokens
+        new = list(self._read(changed.items(), progress=False))
+        self.delete(changed)
+        for shard in new:
+            self._append(shard)
+
+    def delete(self, names: str | Iterable[str]) -> None:
+        """Forget documents, all or none. Raises ValueError for a name that is not there."""
+        names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+        for name in names:
+            self._known(name)
+        touched = {}
+        for name in names:
+            shard = self._home.pop(name)
+            shard.delete(name)
+            if self.resident is not None:
+                self.resident.forget(shard.numbers[shard.place[name]])
+            touched[id(shard)] = shard
+        for shard in touched.values():
+            if shard.live_chunks * 2 <= shard.chunks:
+                at = next(i for i, other in enumerate(self.shards) if other is shard)
+                self._replace(at, at + 1)
+
+    def documents(self) -> list[str]:
+        """Names, in the order of reading."""
+        return [name for shard in self.shards for name in shard.living()]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._home
+
+    def __len__(self) -> int:
+        return len(self._home)
+
+    def stats(self) -> dict[str, Any]:
+        """Documents, their tokens and chunks; dead_chunks: of deleted ones, still kept; key_dtype, content: as given;
+        bytes of this process: on the device, where the routers' keys are, in host memory, and mapped from disk.
+        """
+        live, content = sum(s.live_chunks for s in self.shards), {"mapped": 0, "host": 0, "device": 0}
+        keys = sum(x.nbytes for s in self.shards for x in (s.router_LCGK, s.scale_LCG1) if x is not None)
+        for shard in self.shards:
+            tier = "mapped" if shard.mapped else "device" if self.content == "device" else "host"
+            content[tier] += shard.content_LC2GK.nbytes
+        return {
+            "documents": len(self),
+            "tokens": sum(int(s.tokens_N[s.alive_N].sum()) for s in self.shards),
+            "chunks": live,
+            "dead_chunks": sum(s.chunks for s in self.shards) - live,
+            "shards": len(self.shards),
+            "key_dtype": self.key_dtype,
+            "content": self.content,
+            "device_bytes": (keys if self.resident is None else self.resident.nbytes) + content["device"],
+            "host_bytes": content["host"],
+            "disk_bytes": content["mapped"],
+        }
+
+    def save(self, directory: str | Path) -> None:
+        """Write what the folder has not yet, and then, at once, its index. Raises ValueError if another bank lies
+        there, or one that was saved by others since this one was loaded or saved, or if somebody writes there now.
+        """
+        with writing(Path(directory), self.ranks):
+            self._save(Path(directory), complete=True)
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | Path,
+        model: MemLMForCausalLM,
+        group: ProcessGroup | None = None,
+        content: str = "mapped",
+        verify: bool = False,
+    ) -> "MemoryBank":
+        """What ``save`` wrote.
+
+        verify: read all files, and compare every bit. Otherwise files are compared by their sizes, samples, and tables
+            of documents; the routers' keys when they are first read, and contents if they are copied from the files.
+        Raises ValueError if the bank is of another model or not finished, or if a file is not as it was saved.
+        """
+        index = Ranks(group).first(lambda: read_index(Path(directory)))
+        bank = cls(model, group=group, content=content, key_dtype=index["key_dtype"])
+        if not index["complete"]:
+            raise ValueError(f"{directory}: the build was not finished; run it again, it goes on where it was")
+        bank._open(Path(directory), verify)
+        return bank
+
+    def check(self, model: MemLMForCausalLM | MemLMModel) -> None:
+        """Raise ValueError unless the bank is of this model, with these weights."""
+        if not made_by(decoder_of(model), self.fingerprint):
+            found = fingerprint(decoder_of(model))
+            raise ValueError(
+                f"memory_bank: made by a model of fingerprint {self.fingerprint}, not {found}; use that model, or "
+                "build the bank with this one"
+            )
+
+    @torch.no_grad()
+    def search(self, input_ids: Tensor, **inputs: Any) -> dict[int, list[dict[str, float]]]:
+        """Names of the documents that each row's question reads, best first, and their scores, by layer.
+
+        input_ids [B, T], inputs: as the model takes them, which a question asks as it would in ``generate``
+        """
+        memory, found = MemoryCache(), {}
+        decoder_of(self.model)(input_ids, memory_bank=self, past_key_values=memory, **inputs)
+        for layer, settings in zip(self.layers, self.settings, strict=True):
+            bank = substate(memory.states[layer], "bank")
+            chunks = bank["size"].shape[1]
+            document_BC = torch.where(bank["size"] > 0, bank["document"], chunks)
+            # As it is chosen for what follows the question.
+            routes = route_documents(
+                None,
+                bank["router_k"],
+                document_BC,
+                num_documents=chunks,
+                scored=Scored(bank["score"], bank["asked"]),
+                **{name: settings[name] for name in _RULE},
+            )
+            # Each document by its first chunk; of an empty bank there is none.
+            first = torch.searchsorted(document_BC, routes.document[:, 0].clamp(min=0))
+            numbers = F.pad(bank["number"], (0, 1), value=-1).gather(1, first)
+            rows = zip(numbers.tolist(), routes.document[:, 0].tolist(), routes.score[:, 0].tolist(), strict=True)
+            found[layer] = [{self._name(n): score for n, i, score in zip(*row, strict=True) if i >= 0} for row in rows]
+        return found
+
+    def candidates(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor, held_BC: Tensor) -> State:
+        """See ``memlm.memory.base.Retriever``."""
+        numbers = self._nominated(self.layers.index(layer_idx), q_BAHK, asks_BA)
+        new = [sorted(set(row) - set(held)) for row, held in zip(numbers, held_BC.tolist(), strict=True)]
+        return self._fetched(self.layers.index(layer_idx), new, q_BAHK)
+
+    def _nominated(self, layer: int, q_BAHK: Tensor, asks_BA: Tensor) -> list[set[int]]:
+        """Of each row the numbers of a few documents that hold all that it can choose."""
+        config = self.settings[layer]
+        parts = self._parts(layer) if self.resident is None else self.resident.parts(layer)
+        with torch.autocast(q_BAHK.device.type, enabled=False):
+            index, score = nominate_documents(
+                q_BAHK,
+                parts,
+                asks=asks_BA,
+                running=config["routing"] == "causal",
+                **{name: config[name] for name in _RULE},
+            )
+        index = self.ranks.best(index, score, config["top_k"])
+        return [{*row} - {-1} for row in index.flatten(1).tolist()]
+
+    def _parts(self, layer: int) -> list[RouterShard]:
+        """The keys where the shards have them."""
+        for shard in self.shards:
+            shard.check_keys()
+        scales = [None if s.scale_LCG1 is None else s.scale_LCG1[layer] for s in self.shards]
+        return [
+            RouterShard(s.router_LCGK[layer], s.document_C, s.number_N, scale)
+            for s, scale in zip(self.shards, scales, strict=True)
+        ]
+
+    def _fetched(self, layer: int, numbers: Sequence[Sequence[int]], like: Tensor) -> State:
+        """Of each row's documents what ``candidates`` returns; like: where it is to go."""
+        rows = [self._fetched_row(layer, of_row, like) for of_row in numbers]
+        width = max(len(row["size"]) for row in rows)
+        state = {name: torch.stack([_padded(row[name], width) for row in rows]) for name in rows[0]}
+        k, v, router_k = self.ranks.total(state.pop("kept")).unbind(2)
+        return state | {"k": k, "v": v, "router_k": router_k}
+
+    def _fetched_row(self, layer: int, numbers: Sequence[int], like: Tensor) -> State:
+        """Of documents the chunks: size, number, and what is kept of this process's, zeros of others'."""
+        none = torch.zeros(0, dtype=torch.int64)
+        sizes, owners, own, contents, routers = [none], [none], [none.bool()], [], []
+        for _, group in itertools.groupby(map(self._place, numbers), key=lambda place: id(place[0])):
+            (shard, *_), places = zip(*group, strict=True)
+            local_N = torch.tensor(places)
+            count_N, own_N = shard.count_N[local_N], shard.own_N[local_N]
+            content, router = shard.kept(layer, local_N[own_N])
+            contents.append(content)
+            routers.append(router)
+            before = torch.arange(int(count_N.sum())) - (count_N.cumsum(0) - count_N).repeat_interleave(count_N)
+            left = shard.tokens_N[local_N].repeat_interleave(count_N) - before * self.chunk_size
+            sizes.append(left.clamp(max=self.chunk_size))
+            owners.append(shard.number_N[local_N].repeat_interleave(count_N))
+            own.append(own_N.repeat_interleave(count_N))
+        own_C, config = torch.cat(own), self.model.config
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        shape = (len(own_C), 3, config.num_key_value_heads, config.head_dim)
+        kept = torch.zeros(shape, device=like.device, dtype=dtype)
+        if contents:
+            parts = sent(torch.cat(contents), like.device), sent(torch.cat(routers)[:, None], like.device)
+            kept[sent(own_C.nonzero()[:, 0], like.device)] = torch.cat([x.to(dtype) for x in parts], 1)
+        integers = {"size": torch.cat(sizes), "number": torch.cat(owners)}
+        return {"kept": kept, **{name: sent(x, like.device) for name, x in integers.items()}}
+
+    def _name(self, number: int) -> str:
+        shard, i = self._place(number)
+        return shard.names[i]
+
+    def _place(self, number: int) -> tuple[Shard, int]:
+        """Where the document of a number is, which lives."""
+        at = bisect.bisect_right(self.shards, number, key=lambda shard: shard.numbers[0]) - 1
+        return self.shards[at], bisect.bisect_left(self.shards[at].numbers, number)
+
+    def _append(self, shard: Shard) -> None:
+        if self.resident is not None:
+            self.resident.append(shard)
+        self.shards.append(shard)
+        self._home |= dict.fromkeys(shard.living(), shard)
+        while len(self.shards) > 1:
+            a, b = self.shards[-2:]
+            if b.chunks * 2 < a.chunks or a.nbytes + b.nbytes > SHARD_BYTES:
+                return
+            self._replace(len(self.shards) - 2, len(self.shards))
+
+    def _replace(self, start: int, end: int) -> None:
+        """Neighbours by one shard of what lives in them."""
+        new = merged(self.shards[start:end]).housed(self.content, self.model.device)
+        self.shards[start:end] = [new] if len(new) else []
+        self._home |= dict.fromkeys(new.names, new)
+
+    def _new(self, documents: DocumentTokens) -> Iterator[tuple[str, Tensor]]:
+        given = set()
+        for name, tokens in pairs_of(documents):
+            if name in self or name in given:
+                raise ValueError(f"documents[{name!r}] is in the bank already; update it, or give it another name")
+            given.add(name)
+            yield name, checked(name, tokens, self.model.config.vocab_size)
+
+    def _not_read(self, documents: DocumentTokens, given: set[str]) -> Iterator[tuple[str, Tensor]]:
+        """Of a build those that it has not read yet; all names go into ``given``."""
+        for name, tokens in pairs_of(documents):
+            if name in given:
+                raise ValueError(f"documents[{name!r}] is given twice; names must differ")
+            given.add(name)
+            tokens = checked(name, tokens, self.model.config.vocab_size)
+            if name in self:
+                if self._holds(name, tokens):
+                    continue
+                self.delete(name)
+            yield name, tokens
+
+    def _known(self, name: str) -> None:
+        if name not in self:
+            raise ValueError(f"document {name!r} is not in the bank of {len(self)}; see bank.documents()")
+
+    def _holds(self, name: str, tokens: Tensor) -> bool:
+        shard = self._home[name]
+        return shard.hashes[shard.place[name]] == hash_of(tokens)
+
+    def _read(
+        self, documents: Iterable[tuple[str, Tensor]], progress: bool, total: int | None = None
+    ) -> Iterator[Shard]:
+        """A shard of every few batches; total: documents, where known, for the bar."""
+        ahead: list[tuple[str, Tensor]] = []
+        size = 0
+        with progress_bar(progress, total) as advance:
+            for name, tokens in documents:
+                if ahead and size + len(tokens) > AHEAD * self.tokens_per_batch:
+                    yield self._shard(ahead)
+                    ahead, size = [], 0
+                ahead.append((name, tokens))
+                size += len(tokens)
+                advance(len(tokens))
+            if ahead:
+                yield self._shard(ahead)
+
+    def _shard(self, pairs: list[tuple[str, Tensor]]) -> Shard:
+        names, documents = zip(*pairs, strict=True)
+        own_N, lengths_N = self.ranks.own(names), torch.tensor([len(ids) for ids in documents])
+        hashes, alive_N = [hash_of(ids) for ids in documents], torch.ones(len(names), dtype=torch.bool)
+        numbers = [number_of(self.read + i, tokens) for i, tokens in enumerate(hashes)]
+        self.read += len(names)
+        order_N = lengths_N.where(own_N, -1).argsort(stable=True)[int((~own_N).sum()) :]
+        batches: list[list[Tensor]] = [[]]
+        for i in order_N.tolist():
+            if batches[-1] and sum(map(len, batches[-1])) + len(documents[i]) > self.tokens_per_batch:
+                batches.append([])
+            batches[-1].append(documents[i])
+        read = [read_batch(self.model, self.layers, batch, self.tokens_per_batch) for batch in batches]
+        router, content = (torch.cat(parts, 1) for parts in zip(*read, strict=True))
+        # From the order of lengths to the order given.
+        count_N = (lengths_N[order_N] + self.chunk_size - 1) // self.chunk_size
+        back_C = order_N.repeat_interleave(count_N).argsort(stable=True)
+        keys = [
+            bank_keys(x, c["similarity"], KEY_DTYPES[self.key_dtype])
+            for x, c in zip(router[:, back_C], self.settings, strict=True)
+        ]
+        of_keys, scales = zip(*keys, strict=True)
+        scale = None if scales[0] is None else torch.stack(scales)
+        table = list(names), hashes, lengths_N.tolist(), numbers
+        shard = Shard(torch.stack(of_keys), scale, content[:, back_C], *table, self.chunk_size, alive_N, own_N)
+        return shard.housed(self.content, self.model.device)
+
+    def _save(self, directory: Path, complete: bool) -> None:
+        said = {"fingerprint": self.fingerprint, "key_dtype": self.key_dtype, "complete": complete, "read": self.read}
+        saved = self.folders.save(directory, self.shards, said)
+        for old, new in zip(self.shards, saved, strict=True):
+            if new is not old:
+                self._home |= dict.fromkeys(new.living(), new)
+        self.shards = saved
+
+    def _open(self, directory: Path, verify: bool = False) -> None:
+        index, self.shards = self.folders.open(directory, self.chunk_size, verify)
+        self.read = index["read"]
+        for shard in self.shards:
+            self._home |= dict.fromkeys(shard.living(), shard)
+        if self.resident is not None:
+            expected = sum(shard.router_LCGK.shape[1] for shard in self.shards)
+            for shard in self.shards:
+                self.resident.append(shard, expected)
+
+
+def _padded(x: Tensor, length: int) -> Tensor:
+    return torch.cat([x, x.new_zeros(length - len(x), *x.shape[1:])])
