@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 
@@ -129,6 +130,18 @@ def test_rooms_of_the_kernels_show_only_their_names(path, module):
 @pytest.mark.parametrize(("path", "module"), FILES)
 def test_files_are_short(path, module):
     assert len(path.read_text().splitlines()) <= 500
+
+
+def test_every_op_opens_with_the_paper():
+    """A loop over tokens in plain PyTorch that fits on a page, and a test that takes it for the truth."""
+    folders = [path.parent for path in (ROOT / "kernels/memlm_kernels").glob("*/__init__.py")]
+    tests = "".join(path.read_text() for path in (ROOT / "tests/kernels").glob("test_*.py"))
+    assert len(folders) >= 8
+    for folder in folders:
+        lines = (folder / "naive.py").read_text().splitlines()
+        assert len(lines) <= 60 and lines[0].startswith('"""')
+        used = rf"from memlm_kernels\.{folder.name}(\.naive import| import (.*, )?naive)"
+        assert re.search(used, tests), f"no test compares with {folder.name}/naive.py"
 
 
 def test_kernels_is_a_source_root_not_a_package():

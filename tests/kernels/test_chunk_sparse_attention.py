@@ -1,11 +1,13 @@
 """Choice of chunks and attention to them against loops over rows, tokens, heads and keys in fp64."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
 from memlm_kernels import chunk_mean_attention, chunk_sparse_attention, chunk_topk, invert_chunks
+from memlm_kernels.attention import naive
 from memlm_kernels.testing import Watch, assert_close, grads_of
 
 NEVER = float("-inf")
@@ -26,32 +28,13 @@ def spans_of(batch, tokens, chunks, seed=0):
     return first, first + torch.randint(chunks + 2, (batch, tokens), generator=generator) - 1
 
 
-def softmax_read(pairs):
-    """Output and lse of (score, value) pairs."""
-    scores = torch.stack([score for score, _ in pairs])
-    weights = (scores - scores.max()).exp()
-    output = sum(w * value for w, (_, value) in zip(weights, pairs, strict=True)) / weights.sum()
-    return output, weights.sum().log() + scores.max()
-
-
-def stacked(function, batch, tokens, heads):
-    """[B, T, H, ...] of what ``function(b, t, h)`` returns, a tensor or several."""
-    rows = [[[function(b, t, h) for h in range(heads)] for t in range(tokens)] for b in range(batch)]
-    return torch.stack([torch.stack([torch.stack(t) for t in row]) for row in rows])
-
-
 def topk_oracle(q, k, top_k, spans):
-    batch, tokens, heads, _ = q.shape
-    chunks, groups = k.shape[1:3]
-    out = torch.full((batch, tokens, groups, top_k), -1)
-    for b in range(batch):
-        for t in range(tokens):
-            for g in range(groups):
-                known = range(chunks) if spans is None else range(max(0, spans[0][b, t]), min(chunks, spans[1][b, t]))
-                of_group = range(g * heads // groups, (g + 1) * heads // groups)
-                score = {n: sum((q[b, t, h] @ k[b, n, g]).item() for h in of_group) for n in known}
-                order = sorted(score, key=lambda n: (-score[n], n))[:top_k]
-                out[b, t, g, : len(order)] = torch.tensor(order, dtype=torch.int64)
+    out = torch.full((*q.shape[:2], k.shape[2], top_k), -1)
+    chunks = k.shape[1]
+    for b, t, g in itertools.product(*map(range, out.shape[:3])):
+        known = range(chunks) if spans is None else range(max(0, spans[0][b, t]), min(chunks, spans[1][b, t]))
+        order = naive.chunk_topk(q[b, t].unflatten(0, (k.shape[2], -1))[g], k[b, :, g], top_k, known)
+        out[b, t, g, : len(order)] = torch.tensor(order, dtype=torch.int64)
     return out
 
 
@@ -121,24 +104,14 @@ def test_inverted_index():
 
 def sparse_oracle(q, k, v, index, starts, chunk_size, window, places=None, far=None):
     """Output and lse side by side, [B, T, H, V + 1]; k as long as v."""
-    batch, tokens, heads, dim = q.shape
-    far_q, far_k = far or (q, k)
-    past = v.shape[1] - tokens
 
-    def of(b, t, h):
-        g, here = h * k.shape[2] // heads, past + t
-        reach = here if places is None else places[b, t].item()
-        pairs = []
-        for j in range(v.shape[1]):
-            chosen = any(n >= 0 and 0 <= j - starts[b, n] < chunk_size for n in index[b, t, g].tolist())
-            if 0 <= here - j < window and here - j <= reach:
-                pairs.append((q[b, t, h] @ k[b, j, g] / dim**0.5, v[b, j, g]))
-            elif here - j >= window and chosen:
-                pairs.append((far_q[b, t, h] @ far_k[b, j, g] / dim**0.5, v[b, j, g]))
-        output, lse = softmax_read(pairs)
-        return torch.cat([output, lse[None]])
+    def sees(b, t, g):
+        here = k.shape[1] - q.shape[1] + t
+        near = naive.window_of(here, window, None if places is None else places[b, t].item())
+        chosen = index[b, t, g].tolist(), starts[b].tolist(), chunk_size
+        return near, naive.chunk_keys(*chosen, here - window + 1)
 
-    return stacked(of, batch, tokens, heads)
+    return naive.attend([(q, k, v), (*(far or (q, k)), v)], sees)
 
 
 def choices(batch, tokens, groups, chunks, count, seed=0):
@@ -218,16 +191,8 @@ def test_attention_to_means_equals_a_loop_and_so_do_its_gradients(heads, groups,
     first, end = spans = spans_of(2, 11, 6)
 
     def expected(q, k, v):
-        def of(b, t, h):
-            g = h * groups // heads
-            known = range(max(0, first[b, t]), min(6, end[b, t]))
-            if not known:
-                # The second is what the test makes of -inf.
-                return torch.zeros(6, dtype=q.dtype)
-            output, lse = softmax_read([(q[b, t, h] @ k[b, n, g] / 6**0.5, v[b, n, g]) for n in known])
-            return torch.cat([output, lse[None]])
-
-        return stacked(of, 2, 11, heads)
+        # Zeros where nothing is seen, which the test makes of -inf too.
+        return naive.attend([(q, k, v)], lambda b, t, g: [range(max(0, first[b, t]), min(6, end[b, t]))])
 
     def got(q, k, v):
         attended = chunk_mean_attention(q, k, v, spans=spans, tile=tile)

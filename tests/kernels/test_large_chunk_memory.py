@@ -7,50 +7,20 @@ import torch
 import torch.nn.functional as F
 
 from memlm_kernels import large_chunk_memory
-from memlm_kernels.large_chunk_memory import MUON
+from memlm_kernels.large_chunk_memory import MUON, naive
+from memlm_kernels.large_chunk_memory.naive import swiglu
 from memlm_kernels.testing import assert_close, grads_of
 
 NAMES = ("q", "k", "v", "lr", "momentum", "W1", "W2", "W3")
 
 
-def swiglu(x, weights):
-    gate, out, up = weights
-    return (F.silu(x @ gate) * (x @ up)) @ out
-
-
-def newton_schulz(x, steps):
-    x = x / x.norm()
-    for a, b, c in MUON[:steps]:
-        cube = x @ x.mT @ x
-        x = a * x + b * cube + c * (x @ x.mT @ cube)
-    return x
-
-
-def token_by_token(q, k, v, lr, momentum, *initial, chunk_size, muon_steps=0):
-    """Read, add to the gradient at the chunk's weights, write at the chunk's end. One document a row.
-
-    Returns what is read, and after the last token weights, gradient and momentum: a list [B, H, in, out] each.
-    """
+def token_by_token(q, k, v, lr, momentum, *initial, **options):
+    """What is read, and after the last token weights, gradient and momentum: a list [B, H, in, out] each."""
     out, after = torch.zeros_like(v), []
     for b, h in itertools.product(range(len(q)), range(q.shape[2])):
-        start = [w[h] for w in initial]
-        weights, moving, gradient = start, [0.0 * w for w in start], [0.0 * w for w in start]
-        for t in range(q.shape[1]):
-            out[b, t, h] = swiglu(q[b, t, h], weights)
-            with torch.enable_grad():
-                at = [w if w.requires_grad else w.clone().requires_grad_() for w in weights]
-                loss = -(swiglu(k[b, t, h], at) * v[b, t, h]).sum()
-                descent = torch.autograd.grad(loss, at, create_graph=True)
-            gradient = [g - lr[b, t, h, i] * d for i, (g, d) in enumerate(zip(gradient, descent, strict=True))]
-            if (t + 1) % chunk_size == 0:
-                mean = 0.0 if momentum is None else momentum[b, t + 1 - chunk_size : t + 1, h].mean()
-                moving = [mean * m + g for m, g in zip(moving, gradient, strict=True)]
-                step = [newton_schulz(m, muon_steps) for m in moving] if muon_steps else moving
-                weights = [w + s for w, s in zip(weights, step, strict=True)]
-                # A column holds the inputs of one output.
-                weights = [w / w.norm(dim=0) * s.norm(dim=0) for w, s in zip(weights, start, strict=True)]
-                gradient = [0.0 * w for w in start]
-        after.append([*weights, *gradient, *moving])
+        tokens = [None if x is None else x[b, :, h] for x in (q, k, v, lr, momentum)]
+        out[b, :, h], *states = naive.large_chunk_memory(tokens, [w[h] for w in initial], **options)
+        after.append([w for state in states for w in state])
     parts = [torch.stack(x).unflatten(0, (len(q), -1)) for x in zip(*after, strict=True)]
     return out, parts[:3], parts[3:6], parts[6:]
 

@@ -10,6 +10,7 @@ from memlm_kernels import (
     neural_memory,
     segmented_neural_memory,
 )
+from memlm_kernels.recurrence.naive import recurrence
 from memlm_kernels.testing import assert_close, grads_of
 
 OPS = ["linear", "linear_scalar", "linear_channel", "delta", "delta_decay"]
@@ -41,31 +42,9 @@ def run(op, tensors, **options):
 
 
 def token_by_token(op, tensors, cu_seqlens=None, state=None):
-    """The equations of the docstrings, over the tokens of each segment."""
     q, k, v, *gates = tensors
-    batch, length, heads, keys = q.shape
-    cu = torch.tensor([[0, length]] * batch) if cu_seqlens is None else cu_seqlens
-    if state is None:
-        state = q.new_zeros(batch, cu.shape[1] - 1, heads, keys, v.shape[-1])
     beta = gates.pop(0) if op.startswith("delta") else None
-    rows, states = [], []
-    for b in range(batch):
-        out, after = [torch.zeros_like(v[b, 0])] * length, []
-        for s in range(cu.shape[1] - 1):
-            memory = state[b, s]
-            for t in range(cu[b, s], cu[b, s + 1]):
-                if gates:
-                    factor = gates[0][b, t].exp()
-                    memory = memory * (factor[:, None, None] if factor.ndim == 1 else factor[..., None])
-                new = v[b, t]
-                if beta is not None:
-                    new = beta[b, t][:, None] * (new - torch.einsum("hk,hkv->hv", k[b, t], memory))
-                memory = memory + k[b, t][..., None] * new[:, None]
-                out[t] = torch.einsum("hk,hkv->hv", q[b, t], memory)
-            after.append(memory)
-        rows.append(torch.stack(out))
-        states.append(torch.stack(after))
-    return torch.stack(rows), torch.stack(states)
+    return recurrence(q, k, v, beta, gates[0] if gates else None, cu_seqlens, state)
 
 
 @pytest.mark.parametrize("cuts", CUTS)

@@ -7,62 +7,26 @@ import torch
 import torch.nn.functional as F
 
 from memlm_kernels import neural_memory, read_memory
-from memlm_kernels.neural_memory import dot_product, huber, lp, reference, scan
+from memlm_kernels.neural_memory import dot_product, huber, lp, naive, reference, scan
 from memlm_kernels.testing import Held, assert_close, grads_of
 
-ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu}
 # Each loss as the number that is minimised; the op is given the gradient.
 LOSSES = {
-    None: lambda y, v: 0.5 * (y - v).square().sum(),
+    None: naive.squared_error,
     dot_product: lambda y, v: -(y * v).sum(),
     (HUBER := huber(0.7)): lambda y, v: F.huber_loss((y - v).norm(), torch.zeros(()).to(v), delta=0.7),
     (L3 := lp(3.0)): lambda y, v: ((y - v).square() + 1e-6).pow(1.5).sum() / 3,
 }
 
 
-def forward(weights, x, activation, norm):
-    h = x
-    for w in weights[:-1]:
-        h = ACTIVATIONS[activation](h @ w)
-    h = h @ weights[-1]
-    return h if norm is None else x + F.layer_norm(h, h.shape, *norm, eps=0.1)
-
-
-def token_by_token(
-    q,
-    k,
-    v,
-    lr,
-    momentum,
-    decay,
-    *weights,
-    chunk_size,
-    activation="gelu",
-    norm=None,
-    loss=None,
-    window=1,
-    weight=None,
-):
-    """S = momentum S - lr grad at the chunk's start; M = (1 - decay) M + S; read. One document a row."""
+def token_by_token(q, k, v, lr, momentum, decay, *weights, chunk_size, norm=None, loss=None, weight=None, **options):
+    tokens = (q, k, v, lr, momentum, decay, weight)
     out = torch.zeros_like(v)
     for b, h in itertools.product(range(len(q)), range(q.shape[2])):
-        memory, surprise = [w[h] for w in weights], [torch.zeros_like(w[h]) for w in weights]
-        own_norm = None if norm is None else [n[h] for n in norm]
-        for t in range(q.shape[1]):
-            if t % chunk_size == 0:
-                anchor = memory
-            with torch.enable_grad():
-                at = [w if w.requires_grad else w.clone().requires_grad_() for w in anchor]
-                total = 0.0
-                for i in range(max(0, t - window + 1), t + 1):
-                    of_token = LOSSES[loss](forward(at, k[b, i, h], activation, own_norm), v[b, i, h])
-                    total = total + (1.0 if weight is None else weight[b, i, h]) * of_token
-                grads = torch.autograd.grad(total, at, create_graph=True)
-            eta = 0.0 if momentum is None else momentum[b, t, h]
-            keep = 1.0 if decay is None else 1 - decay[b, t, h]
-            surprise = [eta * s - lr[b, t, h] * g for s, g in zip(surprise, grads, strict=True)]
-            memory = [keep * w + s for w, s in zip(memory, surprise, strict=True)]
-            out[b, t, h] = forward(memory, q[b, t, h], activation, own_norm)
+        own = [None if x is None else x[b, :, h] for x in tokens]
+        of_head = options if norm is None else {**options, "norm": [n[h] for n in norm]}
+        memory = [w[h] for w in weights]
+        out[b, :, h] = naive.neural_memory(own, memory, chunk_size, loss=LOSSES[loss], **of_head)
     return out
 
 

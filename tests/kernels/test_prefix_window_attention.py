@@ -4,27 +4,20 @@ import pytest
 import torch
 
 from memlm_kernels import prefix_window_attention
+from memlm_kernels.attention import naive
 from memlm_kernels.testing import assert_close, grads_of
-from tests.kernels.test_chunk_sparse_attention import heads_of, softmax_read, stacked
+from tests.kernels.test_chunk_sparse_attention import heads_of
 
 
 def oracle(q, k, v, window, places, prefix):
     """Output and lse side by side, [B, T, H, V + 1]."""
-    batch, tokens, heads, dim = q.shape
-    past = k.shape[1] - tokens
-    own_q, own_k, own_v = prefix or (q, k[:, :0], v[:, :0])
 
-    def of(b, t, h):
-        g, here = h * k.shape[2] // heads, past + t
-        row = b % len(own_k)
-        pairs = [(own_q[b, t, h] @ own_k[row, p, g], own_v[row, p, g]) for p in range(own_k.shape[1])]
-        reach = here if places is None else min(here, places[b, t].item())
-        first = here - min(reach, here if window is None else window - 1)
-        pairs += [(q[b, t, h] @ k[b, j, g], v[b, j, g]) for j in range(first, here + 1)]
-        output, lse = softmax_read([(score * dim**-0.5, value) for score, value in pairs])
-        return torch.cat([output, lse[None]])
+    def sees(b, t, g):
+        here = k.shape[1] - q.shape[1] + t
+        near = naive.window_of(here, window, None if places is None else places[b, t].item())
+        return [near, range(prefix[1].shape[1])] if prefix else [near]
 
-    return stacked(of, batch, tokens, heads)
+    return naive.attend([(q, k, v), *([prefix] if prefix else [])], sees)
 
 
 # Tokens, keys, window, rows of the prefix (0: none), documents: blocks that do not fill up, history longer than it.

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from memlm_kernels import merge_topk, route_documents
+from memlm_kernels.route_documents import naive
 from memlm_kernels.testing import Watch, assert_close, grads_of
 
 NEVER = float("-inf")
-REDUCE = {"mean": lambda x: sum(x) / len(x), "max": max}
 # Chunks of each document; 1 is a document of one chunk, two tiles of 4 cut the others anywhere.
 SIZES = [[3, 1, 5, 1, 2], [1] * 9, [12], [4, 4, 4]]
 
@@ -22,50 +22,21 @@ def inputs(sizes, batch=2, tokens=7, heads=6, groups=2, dim=5, dtype=torch.float
     return q, k, document.expand(len(k), -1).contiguous()
 
 
-def similarity(kind, q, k):
-    if kind == "cosine":
-        return q @ k / ((q @ q + 1e-12) * (k @ k + 1e-12)).sqrt()
-    return q @ k * len(q) ** -0.5
-
-
-def oracle(q, k, document, n, similarity_kind, head, query, chunk, asks=None, spans=None, upto=None):
-    """Scores of documents as the last of the tokens ``upto`` knows them, [B, N]; tensors, so that they have
-    gradients.
-    """
-    batch, tokens, heads, _ = q.shape
-    upto = tokens if upto is None else upto
-    rows = []
-    for b in range(batch):
-        row, shared = [], b if len(k) > 1 else 0
-        for d in range(n):
-            chunks = []
-            for c in (document[shared] == d).nonzero()[:, 0].tolist():
-                scores = []
-                for t in range(upto):
-                    if asks is not None and not asks[b, t]:
-                        continue
-                    if spans is not None and not spans[0][b, t] <= d < spans[1][b, t]:
-                        continue
-                    group = heads // k.shape[2]
-                    scores.append(
-                        REDUCE[head](
-                            [similarity(similarity_kind, q[b, t, h], k[shared, c, h // group]) for h in range(heads)]
-                        )
-                    )
-                if scores:
-                    chunks.append(REDUCE[query](scores))
-            row.append(REDUCE[chunk](chunks) if chunks else q.new_tensor(NEVER))
-        rows.append(torch.stack(row))
-    return torch.stack(rows)
+def oracle(q, k, document, n, *rule, asks=None, spans=None, upto=None):
+    """Scores of documents as the last of the tokens ``upto`` knows them, [B, N]."""
+    first, end = spans or (torch.zeros(q.shape[:2]), torch.full(q.shape[:2], n))
+    knows = (torch.arange(n) >= first[..., None]) & (torch.arange(n) < end[..., None])
+    if asks is not None:
+        knows = knows & asks[..., None]
+    if upto is not None:
+        knows[:, upto:] = False
+    k, document = k.expand(len(q), -1, -1, -1), document.expand(len(q), -1)
+    rows = zip(q, k, document, knows, strict=True)
+    return torch.stack([naive.document_scores(*row[:3], n, rule, row[3]) for row in rows])
 
 
 def best(scores, top_k):
-    """Indices of the largest, the lowest first among equals; -1 where there are fewer."""
-    out = []
-    for row in scores:
-        order = sorted((d for d in range(len(row)) if row[d] > NEVER), key=lambda d: (-row[d].item(), d))
-        out.append((order + [-1] * top_k)[:top_k])
-    return torch.tensor(out)
+    return torch.tensor([naive.best(row, top_k) for row in scores])
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -108,7 +79,7 @@ def test_each_token_by_what_it_knows_and_across_calls(running, query, chunk):
     settings = dict(top_k=2, num_documents=5, running=running, query_reduce=query, chunk_reduce=chunk, tile=4)
 
     def decided(upto):
-        return oracle(q, k, document, 5, "cosine", "mean", query, chunk, asks, (first, end), upto)
+        return oracle(q, k, document, 5, "cosine", "mean", query, chunk, asks=asks, spans=(first, end), upto=upto)
 
     routes = route_documents(q, k, document, asks=asks, spans=(first, end), **settings)
     for t in range(7):

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from memlm_kernels import MemoryRoutes, combine_reads, delta_rule, dispatch_tokens, linear_attention
+from memlm_kernels.recurrence.naive import recurrence
+from memlm_kernels.routed_memory import naive
 from memlm_kernels.testing import Watch, assert_close, grads_of
-from tests.kernels.test_linear_recurrences import token_by_token
 
 MEMORIES = 4
 # Documents of two rows of 11 tokens, 3 for padding.
@@ -43,18 +44,11 @@ def route(memory, documents=None):
 
 
 def loop(memory, documents):
-    """Of each row the (token, choice) pairs in the order of its segments, and the segments' ends."""
-    rows = []
-    for b, row in enumerate(memory.tolist()):
-        of_row = [0] * len(row) if documents is None else documents[b]
-        segments = [
-            [(t, j) for t, js in enumerate(row) for j, m in enumerate(js) if (of_row[t], m) == (d, memory_of)]
-            for d in range(1 if documents is None else 3)
-            for memory_of in range(MEMORIES)
-        ]
-        padding = [(t, j) for t in range(len(row)) for j in range(len(row[t])) if of_row[t] == 3]
-        rows.append((segments, padding))
-    return rows
+    """Of each row the (token, choice) pairs of its segments, and those of padding."""
+    count = 1 if documents is None else 3
+    documents = [[0] * memory.shape[1]] * len(memory) if documents is None else documents
+    rows = zip(memory.tolist(), documents, strict=True)
+    return [naive.segments_of_row(*row, MEMORIES, count) for row in rows]
 
 
 @pytest.mark.parametrize("documents", DOCUMENTS)
@@ -88,17 +82,14 @@ def test_routes_are_the_loop_over_documents_and_memories(name, documents):
 
 def by_hand(q, k, v, weight, shared, memory, documents, op):
     """Each document's memories one after the other, a token at a time; padding reads nothing."""
-    out = []
-    for b, (segments, _) in enumerate(loop(memory, documents)):
-        y = list(shared[b].unbind()) if shared is not None else [torch.zeros_like(v[b, 0])] * v.shape[1]
-        for pairs in filter(None, segments):
-            tokens = [t for t, _ in pairs]
-            beta = [weight.new_ones(1, len(tokens), 2)] if op == "delta" else []
-            read, _ = token_by_token(op, [x[b : b + 1, tokens] for x in (q, k, v)] + beta)
-            for (t, j), o in zip(pairs, read[0], strict=True):
-                y[t] = y[t] + weight[b, t, j] * o
-        out.append(torch.stack(y))
-    return torch.stack(out)
+
+    def read(q, k, v):
+        beta = torch.ones_like(q[..., 0]) if op == "delta" else None
+        return recurrence(*(x if x is None else x[None] for x in (q, k, v, beta)), None)[0][0]
+
+    shared = torch.zeros_like(v) if shared is None else shared
+    rows = zip(q, k, v, weight, shared, loop(memory, documents), strict=True)
+    return torch.stack([naive.mixture(read, x[:3], *x[3:5], segments) for *x, (segments, _) in rows])
 
 
 @pytest.mark.parametrize("op", ["linear", "delta"])

@@ -2,6 +2,7 @@
 
 Files:
 
+    naive               attention a query at a time, and why tiles give the same
     window, chunks      the ops
     window_reference, chunks_reference, choice_reference  their form in plain PyTorch
     kernels, chunk_kernels, triton  attention of all ops in Triton

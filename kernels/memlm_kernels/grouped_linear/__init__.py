@@ -2,6 +2,7 @@
 
 Files:
 
+    naive               the definition as a loop
     reference           three ways to the product
 """
 

@@ -2,6 +2,7 @@
 
 Files:
 
+    naive               the op as its paper writes it, a token at a time, and why chunks give the same
     reference           the loop over chunks in PyTorch
 """
 

@@ -2,6 +2,7 @@
 
 Files:
 
+    naive               the op as its paper writes it, a token at a time, and why chunks give the same
     reference           the exact dual form in PyTorch, with the equations
     scan                the loop over chunks, with its own backward
     chunk, chunk_backward  one step of that loop, and its gradients

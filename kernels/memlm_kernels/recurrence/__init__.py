@@ -2,6 +2,7 @@
 
 Files:
 
+    naive               the op as its paper writes it, a token at a time, and why chunks give the same
     linear, delta       the ops
     linear_reference, delta_reference  their chunked form in plain PyTorch
     linear_kernels, linear_triton, delta_kernels, delta_triton  the same in Triton

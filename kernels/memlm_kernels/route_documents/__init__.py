@@ -2,6 +2,7 @@
 
 Files:
 
+    naive               the scores as loops, and why tiles give the same
     reference           routing in tiles of chunks, in PyTorch
     bank                the few documents of a large bank that a query can choose
     kernels, triton     Triton kernels, and the ops around them

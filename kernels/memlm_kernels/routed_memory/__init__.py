@@ -9,6 +9,7 @@ There is no op that does all three: memories have projections and convolutions o
 
 Files:
 
+    naive               a mixture, one memory at a time, and why a sort gives the same
     routes              the place of each token in the order of its memories
     reference           the copies and sums in PyTorch
     kernels, triton     Triton kernels, and the ops around them

@@ -2,6 +2,7 @@
 
 Files:
 
+    naive               the definition as a loop
     reference           the means in PyTorch
     kernels, triton     Triton kernels, and the op around them
 """

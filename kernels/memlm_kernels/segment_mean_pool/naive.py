@@ -1,0 +1,19 @@
+"""The mean of each segment, one segment after the other: y_s = mean(x[start_s : end_s]), zeros where it is empty.
+
+The op lays the segments of a row on a grid [S, longest] and sums along it: sum_t x_t [t in s] is the sum over the
+slots of s, because slots without a token hold zeros. No difference of running sums is taken, so nothing cancels.
+"""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+
+def segment_mean_pool(x: Tensor, cu_segments: Tensor) -> Tensor:
+    """x: [B, T, ...]; cu_segments: [B, S + 1]. Returns [B, S, ...] in fp64."""
+    rows = []
+    for row, cu in zip(x.double(), cu_segments.tolist(), strict=True):
+        pieces = [row[start:end] for start, end in itertools.pairwise(cu)]
+        rows.append(torch.stack([p.mean(0) if len(p) else 0.0 * row[0] for p in pieces]))
+    return torch.stack(rows)
