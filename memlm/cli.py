@@ -1,6 +1,7 @@
 """Between the command line and ``run(cfg)``: one readable line for a user's mistake, and the preset for a GPU."""
 
 import io
+import itertools
 import os
 import re
 import signal
@@ -86,7 +87,10 @@ def mixer_settings(argv: list[str]) -> list[str]:
 
 
 def check_arguments(argv: list[str], config_dir: Path, config: str) -> None:
-    """Raise ValueError, naming the argument and a fix, for what is not ``key=value`` of a key that there is."""
+    """Raise ValueError, naming the argument and a fix, unless all are ``key=value`` of existing keys.
+
+    ``--help`` prints and exits.
+    """
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]
     arguments, unknown = parser.parse_known_args(argv)
@@ -95,6 +99,9 @@ def check_arguments(argv: list[str], config_dir: Path, config: str) -> None:
         raise ValueError(
             f"{argument}: settings are written key=value, without dashes; {_meant(key, config_dir, config)}"
         )
+    if arguments.help:
+        print(help_text(config_dir, config))
+        sys.exit()
     groups, known = _groups(config_dir), {*_top(config_dir, config), "hydra"}
     for argument in arguments.overrides:
         written, equals, value = argument.partition("=")
@@ -115,6 +122,32 @@ def check_arguments(argv: list[str], config_dir: Path, config: str) -> None:
             # A dict is merged into the group's settings.
             if not isinstance(named, str | dict) or named == "":
                 raise ValueError(f"{argument}: names no choice; {suggest(value, _choices(config_dir, key))}")
+
+
+def help_text(config_dir: Path, config: str) -> str:
+    """The groups of a command, their choices with a line of meaning each, and its keys: all from the YAML files.
+
+    The top of ``<config>.yaml`` describes the command and has examples; a comment behind an item of its defaults
+    describes a group, and the first comment of a choice's file the choice.
+    """
+    own = (config_dir / f"{config}.yaml").read_text()
+    parts = [_comment(own), "Groups and their choices; * is the default."]
+    for group, default, meaning in re.findall(r"^  - (\w+): (\w+)  # (.*)$", own, re.MULTILINE):
+        lines = [f"{group}=  {meaning}"]
+        for name in _choices(config_dir, group):
+            first = _comment((config_dir / group / f"{name}.yaml").read_text()).partition("\n")[0]
+            lines.append(f"  {'*' if name == default else ' '} {name:<17} {first}")
+        parts.append("\n".join(lines))
+    with initialize_config_dir(str(config_dir), version_base="1.3"):
+        parts.append(f"Keys of the default run:\n{OmegaConf.to_yaml(compose(config))}".rstrip())
+    more = "--cfg job prints the settings of a command without running it, --hydra-help Hydra's own flags."
+    return "\n\n".join([*parts, more])
+
+
+def _comment(text: str) -> str:
+    """The comment that a YAML file begins with, behind the package that it may name."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return "\n".join(line[2:] for line in lines if not line.startswith("# @package"))
 
 
 def _quoted(key: str, value: str) -> str:

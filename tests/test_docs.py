@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 
 from memlm import MemLMConfig
-from memlm.cli import mixer_settings
+from memlm.cli import help_text, mixer_settings
 from memlm.data import byte_tokenizer
 from tests.conftest import ROOT, build, composed
 
@@ -105,8 +105,13 @@ def test_a_library_is_ten_lines(tmp_path, monkeypatch, capsys):
 
 
 def commands():
-    """The lines of the pages that start train.py or evaluate.py, as arguments."""
+    """The lines of the pages and of ``--help`` that start train.py or evaluate.py, as arguments."""
     lines = [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()]
+    for name in ("train", "evaluate"):
+        head = (ROOT / "configs" / f"{name}.yaml").read_text().partition("defaults:")[0]
+        examples = re.findall(r"^#   (python .*)$", head, re.MULTILINE)
+        assert len(examples) == 5
+        lines += examples
     for line in lines:
         words = shlex.split(line, comments=True)
         for script in {"train.py", "evaluate.py"} & set(words):
@@ -117,7 +122,10 @@ def commands():
 def test_a_command_of_a_page_composes(script, arguments):
     """Its experiment, choices and keys exist."""
     config = script.removesuffix(".py")
-    overrides = mixer_settings([word for word in arguments if word != "-m"])
+    if arguments[:1] == ["-m"]:
+        # The first member of the sweep.
+        arguments = [word.partition(",")[0] for word in arguments[1:]]
+    overrides = mixer_settings(arguments)
     cfg = composed(*overrides, config=config)
     for override in overrides:
         key = override.lstrip("+").partition("=")[0]
@@ -125,6 +133,23 @@ def test_a_command_of_a_page_composes(script, arguments):
             assert OmegaConf.select(cfg, key) is not None, override
     if config == "train":
         MemLMConfig.from_hydra(OmegaConf.to_container(cfg.model, resolve=True))
+
+
+@pytest.mark.parametrize("config", ["train", "evaluate"])
+def test_help_has_a_line_for_every_group_and_choice(config):
+    """A choice is explained by the first line of its file, a group where it is chosen."""
+    text = help_text(ROOT / "configs", config)
+    (defaults,) = re.findall(
+        r"^defaults:\n((?: .*\n)+)", (ROOT / "configs" / f"{config}.yaml").read_text(), re.MULTILINE
+    )
+    groups = [group for group in re.findall(r"^  - (\w+): ", defaults, re.MULTILINE)]
+    assert groups == re.findall(r"^(\w+)=  \S", text, re.MULTILINE)
+    for group in groups:
+        (lines,) = re.findall(rf"^{group}=  .*\n((?:  [ *] .*\n)+)", text, re.MULTILINE)
+        told = dict(re.findall(r"^  [ *] (\S+) +(\S.*)$", lines, re.MULTILINE))
+        assert sorted(told) == sorted(path.stem for path in (ROOT / "configs" / group).glob("*.yaml"))
+        assert all(len(meaning) <= 95 and meaning[-1] in ".?)" for meaning in told.values()), told
+        assert lines.count("  * ") == (f"  - {group}: null" not in defaults)
 
 
 def packages():
