@@ -12,6 +12,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+import memlm_kernels
 from memlm import MemLMConfig
 from memlm.cli import help_text, mixer_settings
 from memlm.data import byte_tokenizer
@@ -68,7 +69,7 @@ EXAMPLES = {
 
 def test_every_example_of_a_page_is_run():
     """A block of Python elsewhere would be run by nobody."""
-    found = {(page, i) for page in PAGES for i in range(len(blocks(page, "python")))}
+    found = {(page, i) for page in PAGES for i in range(len(blocks(page, "python"))) if page != "kernels/README.md"}
     assert found - {("CONTRIBUTING.md", 0), ("CONTRIBUTING.md", 1)} == set(EXAMPLES)
 
 
@@ -83,6 +84,14 @@ def test_an_example_runs(tmp_path, monkeypatch, capsys, page, example):
     exec(code, {})
     assert said in capsys.readouterr().out
     assert written is None or (tmp_path / written).exists()
+
+
+def test_the_page_of_the_kernels_calls_every_op():
+    """Its blocks go on from each other."""
+    code = "".join(blocks("kernels/README.md", "python"))
+    exec(code, {})
+    called = set(re.findall(r"\w+", code))
+    assert set(memlm_kernels.__all__) - called <= {"NeuralMemoryState", "LargeChunkMemoryState"}
 
 
 def test_a_library_is_ten_lines(tmp_path, monkeypatch, capsys):
