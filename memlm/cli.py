@@ -233,7 +233,7 @@ def _keys(config_dir: Path, config: str) -> list[str]:
 def _top(config_dir: Path, config: str) -> list[str]:
     """Groups that a configuration is composed of, and its own keys."""
     own = OmegaConf.load(config_dir / f"{config}.yaml")
-    named = [next(iter(item)) for item in own.pop("defaults") if item != "_self_"]
+    named = [next(iter(item)) for item in own.pop("defaults", None) or [] if item != "_self_"]
     return [*(name.split()[-1] for name in named), *own]
 
 

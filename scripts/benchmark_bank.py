@@ -137,7 +137,7 @@ def slowest(change: Callable[[int], None], count: int) -> float:
         start = time.perf_counter()
         change(i)
         seconds.append(time.perf_counter() - start)
-    return round(max(seconds), 4)
+    return round(max(seconds), 6)
 
 
 def encode(width: int, repeats: int) -> None:

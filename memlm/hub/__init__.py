@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from memlm import files
@@ -73,6 +73,14 @@ def _check_files(folder: Path) -> None:
     kind = files.read_json(folder / "config.json").get("model_type", MemLMConfig.model_type)
     if kind != MemLMConfig.model_type:
         raise ValueError(f"config.json: model_type={kind!r:.80} is not {MemLMConfig.model_type!r}; convert it first")
+    generation = folder / "generation_config.json"
+    if generation.exists():
+        settings = files.read_json(generation)
+        try:
+            GenerationConfig.from_dict(settings)
+        except Exception as error:
+            # Its checks raise anything.
+            raise ValueError(f"{generation}: {_first_line(error)}; mend it, or remove it for the defaults") from None
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists() or not index.exists():
         return

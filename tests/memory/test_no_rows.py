@@ -13,9 +13,9 @@ def test_no_rows(memory):
     mask = torch.ones_like(ids)
     places = torch.arange(20).expand(0, 20)
     for given in ({}, {"attention_mask": mask}, {"position_ids": places}):
-        logits = model(ids, **given).logits
-        assert logits.shape[:2] == (0, 20)
-        logits.sum().backward()
+        out = model(ids, labels=ids, num_items_in_batch=7, **given)
+        assert out.logits.shape[:2] == (0, 20) and out.loss == 0
+        out.loss.backward()
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
     with torch.no_grad():
         out = model(ids[:, :9], use_cache=True)
