@@ -4,9 +4,10 @@ import sys
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from memlm.cli import check_arguments, leave_group, mixer_settings, use_gpu_preset, user_errors
+from memlm.cli import check_arguments, leave_group, mixer_settings, of_memory, use_gpu_preset, user_errors
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -20,7 +21,7 @@ def main(cfg: DictConfig) -> None:
         run_member(cfg)
         return
     with user_errors(CONFIGS, "train"):
-        run(cfg)
+        run(of_memory(cfg, HydraConfig.get()))
         leave_group()
 
 

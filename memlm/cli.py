@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,14 +14,15 @@ from typing import Any, NoReturn
 import torch
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from transformers.utils.logging import disable_progress_bar
 from yaml import YAMLError
 
-from memlm.settings import suggest
+from memlm.settings import require, suggest
 
 _MISTAKES = (ValueError, OSError, HydraException, OmegaConfBaseException, YAMLError, RecursionError)
 TRACED = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -84,6 +85,42 @@ def mixer_settings(argv: list[str]) -> list[str]:
     Hydra refuses keys that no YAML names; whether a mixer has them is for its own configuration to say.
     """
     return [f"++{a}" if re.match(r"model\.mixers\.\w+\.\w+=", a) else a for a in argv]
+
+
+def of_memory(cfg: DictConfig, hydra: DictConfig) -> DictConfig:
+    """``cfg`` with the settings that its ``of_memory`` has for the chosen memory in ``model.mixers.memory``.
+
+    hydra: the ``hydra`` node of the same composition. Its overrides, the command line, come first. Raises ValueError
+    for a memory that does not exist.
+    """
+    if "of_memory" not in cfg:
+        return cfg
+    with open_dict(cfg):
+        settings = cfg.pop("of_memory") or {}
+        known = GlobalHydra.instance().config_loader().get_group_options("memory")
+        for memory in settings:
+            require(memory in known, f"of_memory.{memory}: no such memory; {suggest(str(memory), known)}")
+        if chosen := settings.get(hydra.runtime.choices.memory):
+            cfg.model.mixers.memory.merge_with(chosen)
+        # Unresolved: a value may name another key.
+        given = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+        for override in OverridesParser.create().parse_overrides(given):
+            key = override.key_or_group
+            if key.startswith("model.") and override.is_delete():
+                node, _, name = key.rpartition(".")
+                OmegaConf.select(cfg, node).pop(name, None)
+            elif key.startswith("model."):
+                OmegaConf.update(cfg, key, override.value(), merge=True)
+    return cfg
+
+
+def composed(config_dir: Path, config: str, overrides: Sequence[str]) -> DictConfig:
+    """The configuration that ``python <config>.py *overrides`` runs."""
+    with initialize_config_dir(str(config_dir), version_base="1.3"):
+        cfg = compose(config, [*overrides], return_hydra_config=True)
+        with open_dict(cfg):
+            hydra = cfg.pop("hydra")
+        return of_memory(cfg, hydra)
 
 
 def check_arguments(argv: list[str], config_dir: Path, config: str) -> None:

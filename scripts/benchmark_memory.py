@@ -130,14 +130,13 @@ def build_memlm(s: Setting) -> Callable:
 
 def training_step(s: Setting) -> Callable:
     import torch
-    from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
     from memlm import MemLMConfig, MemLMForCausalLM
+    from memlm.cli import composed
     from memlm_kernels import set_backend
 
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        cfg = compose("train", s["overrides"])
+    cfg = composed(ROOT / "configs", "train", s["overrides"])
     set_backend(cfg.hardware.kernels, "hardware.kernels")
     model = MemLMForCausalLM(MemLMConfig.from_hydra(OmegaConf.to_container(cfg.model, resolve=True))).train()
     if cfg.train.gradient_checkpointing:

@@ -13,19 +13,17 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from memlm import MemLMConfig, MemLMForCausalLM
+from memlm import MemLMConfig, MemLMForCausalLM, cli
 
 ROOT = Path(__file__).parent.parent
 MEMORIES = sorted(path.stem for path in (ROOT / "configs" / "memory").glob("*.yaml"))
 
 
 def composed(*overrides: str, config: str = "train"):
-    """What ``python <config>.py *overrides`` is given, as a DictConfig."""
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return compose(config, list(overrides), return_hydra_config=False)
+    """The configuration that ``python <config>.py *overrides`` runs."""
+    return cli.composed(ROOT / "configs", config, overrides)
 
 
 def model_config(memory: str = "titans_mag", **settings) -> MemLMConfig:

@@ -5,11 +5,10 @@ import shutil
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
-from memlm import MemLMConfig, MemLMForCausalLM
+from memlm import MemLMConfig, MemLMForCausalLM, cli
 from memlm.cli import one_line, use_gpu_preset
 from memlm.data import MQAR, Passkey
 from memlm.flops import count_active_parameters, count_flops, count_parameters
@@ -58,8 +57,7 @@ def test_a_memory_whose_yaml_lands_elsewhere_is_told_so(tmp_path, first_line, me
     name, override = ("of_model/mine", "memory/of_model=mine") if first_line == "of_model" else ("mine", "memory=mine")
     line = first_line if first_line.startswith("#") else ""
     (tmp_path / "configs" / "memory" / f"{name}.yaml").write_text(f"{line}\nkind: gla\nhead_dim: 8\n")
-    with initialize_config_dir(str(tmp_path / "configs"), version_base="1.3"):
-        cfg = compose("train", [override, "run_dir=somewhere"])
+    cfg = cli.composed(tmp_path / "configs", "train", [override, "run_dir=somewhere"])
     with pytest.raises(
         ValueError, match=f"{message}.*; a YAML of configs/memory begins with '# @package model.mixers"
     ):
@@ -199,13 +197,33 @@ def test_titans_paper_is_the_paper_and_has_a_control():
     assert chosen.model.mixers.memory.window_size == 77
 
 
-def test_what_an_experiment_sets_for_a_memory_is_for_one_that_exists():
-    """Such a file is optional to Hydra, so a misspelt name would be passed over in silence."""
-    folder = ROOT / "configs" / "memory" / "of_experiment"
-    found = [path.relative_to(folder) for path in folder.rglob("*.yaml")]
-    assert found and all(("experiment", str(path.parent)) in GROUPS and path.stem in MEMORIES for path in found)
-    of_models = [*(folder.parent / "of_model").glob("*/*.yaml")]
+def test_settings_of_a_memory_in_a_papers_model_are_of_one_that_exists():
+    """A misspelt name would be read by nothing."""
+    of_models = [*(ROOT / "configs" / "memory" / "of_model").glob("*/*.yaml")]
     assert of_models and all(path.stem in MEMORIES for path in of_models)
+
+
+@pytest.mark.parametrize("experiment", [choice for group, choice in GROUPS if group == "experiment"])
+def test_settings_of_one_memory_in_an_experiment_are_settings_of_that_memory(experiment):
+    settings_of = OmegaConf.load(ROOT / "configs" / "experiment" / f"{experiment}.yaml").get("of_memory", {})
+    for memory, settings in settings_of.items():
+        config, _ = counted(f"experiment={experiment}", f"memory={memory}")
+        assert {**config.mixers["memory"], **settings} == config.mixers["memory"], memory
+
+
+def test_settings_of_one_memory_stand_between_its_yaml_and_the_command_line():
+    for given, head_dim in (
+        ((), 4),
+        (["++model.mixers.memory.head_dim=12"], 12),
+        (["++model.mixers.memory={head_dim: 12}"], 12),
+        (["of_memory.mom.head_dim=12"], 12),
+        (["~model.mixers.memory.head_dim"], None),
+        (["memory=gla"], composed("memory=gla").model.mixers.memory.head_dim),
+    ):
+        cfg = composed("experiment=mqar_short", "memory=mom", *given)
+        assert cfg.model.mixers.memory.get("head_dim") == head_dim and "of_memory" not in cfg, given
+    with pytest.raises(ValueError, match=r"of_memory\.moms: no such memory; did you mean 'mom'"):
+        composed("experiment=mqar", "+of_memory.moms.head_dim=8")
 
 
 def test_memories_are_all_listed_in_the_readme():
