@@ -96,19 +96,22 @@ def of_memory(cfg: DictConfig, hydra: DictConfig) -> DictConfig:
     if "of_memory" not in cfg:
         return cfg
     with open_dict(cfg):
-        settings = cfg.pop("of_memory") or {}
+        settings = cfg.pop("of_memory")
+        require(OmegaConf.is_dict(settings), f"of_memory={settings} must be settings, {{memory: {{key: value}}}}")
         known = GlobalHydra.instance().config_loader().get_group_options("memory")
-        for memory in settings:
+        for memory, values in settings.items():
             require(memory in known, f"of_memory.{memory}: no such memory; {suggest(str(memory), known)}")
+            require(OmegaConf.is_dict(values), f"of_memory.{memory}={values} must be settings, {{key: value}}")
         if chosen := settings.get(hydra.runtime.choices.memory):
-            cfg.model.mixers.memory.merge_with(chosen)
+            OmegaConf.update(cfg, "model.mixers.memory", chosen, merge=True)
         # Unresolved: a value may name another key.
         given = OmegaConf.to_container(hydra.overrides.task, resolve=False)
         for override in OverridesParser.create().parse_overrides(given):
             key = override.key_or_group
             if key.startswith("model.") and override.is_delete():
-                node, _, name = key.rpartition(".")
-                OmegaConf.select(cfg, node).pop(name, None)
+                parent, _, name = key.rpartition(".")
+                if OmegaConf.is_dict(node := OmegaConf.select(cfg, parent)):
+                    node.pop(name, None)
             elif key.startswith("model."):
                 OmegaConf.update(cfg, key, override.value(), merge=True)
     return cfg

@@ -94,6 +94,13 @@ TRAIN = {
     "data=text data.sources.text.paths=[/nowhere]": "/nowhere does not exist",
     "optim.name=sgd": "optim.name='sgd' is unknown",
     "hydra.zz=1": "hydra.zz=1: there is no key 'hydra.zz'",
+    "of_memory=5": "of_memory=5 must be settings, {memory: {key: value}}",
+    "+of_memory.mom=5": "of_memory.mom=5 must be settings, {key: value}",
+    "+of_memory.moms.top_k=5": "of_memory.moms: no such memory; did you mean 'mom'?",
+    "+of_memory.titans_mag.top_k=5": "model.mixers.memory.top_k=5 is not a setting",
+    "model.mixers.memory=null": "model.mixers.memory=None must be the settings of a mixer",
+    "experiment=mqar memory=mom ~model.mixers": "model.mixers",
+    "experiment=mqar memory=mom model.mixers=null": "model.mixer_pattern='memory' is not in model.mixers",
 }
 EVALUATE = {
     "checkpoint=": "checkpoint='' names no run",
