@@ -163,7 +163,9 @@ def near_and_far(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:
         return Case([q, means[0]], lambda *x: choose(*x, backend=backend), learns=False)
     index = choose(q, means[0], backend="reference")
     if op == "invert_chunks":
-        return Case([index], lambda x: invert_chunks(x, means[0].shape[1], backend=backend)[0], learns=False)
+        return Case(
+            [index], lambda x: invert_chunks(x, num_chunks=means[0].shape[1], backend=backend).token, learns=False
+        )
     return Case([q, k, v], lambda *x: run(*x, index, starts)[0])
 
 
@@ -181,7 +183,9 @@ def merging(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:
     """8 lists of 16 for each token."""
     lists = [torch.randn(size.tokens, 16, device=DEVICE) for _ in range(8)]
     index = torch.randperm(128, device=DEVICE).expand(size.tokens, -1).split(16, 1)
-    return Case(lists, lambda *x: merge_topk(list(zip(index, x, strict=True)), 16, backend=backend)[1], learns=False)
+    return Case(
+        lists, lambda *x: merge_topk(list(zip(index, x, strict=True)), top_k=16, backend=backend).score, learns=False
+    )
 
 
 def pooling(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:

@@ -86,7 +86,7 @@ TOO_MUCH: dict[str, list[Callable[[], Any]]] = {
     "invert_chunks": [],
     **{op: [partial(attention, op, 1, 999), partial(attention, op, 99, 16)] for op in ATTENTIONS},
     "route_documents": [lambda: documents(chunk_reduce="mean"), lambda: documents(top_k=999)],
-    "merge_topk": [lambda: ops.merge_topk([(x(1, 1).long(), x(1, 1))], 999, backend="triton")],
+    "merge_topk": [lambda: ops.merge_topk([(x(1, 1).long(), x(1, 1))], top_k=999, backend="triton")],
     "segment_mean_pool": [],
     "dispatch_tokens": [],
     "combine_reads": [],

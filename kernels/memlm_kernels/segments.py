@@ -8,6 +8,7 @@ one is padding. Documents of a packed row are segments, and so are the tokens th
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -145,6 +146,13 @@ def sums_between(x: Tensor) -> Tensor:
 def sums_after(x: Tensor) -> Tensor:
     """[..., C, K]: the sum over what follows along C."""
     return F.pad(x[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
+
+
+class RecurrenceOutput(NamedTuple):
+    """o: [B, T, H, V] in v's dtype, zeros at padding; state: [B, S, H, K, V], M after each segment's last token."""
+
+    o: Tensor
+    state: Tensor
 
 
 def check_recurrence(

@@ -39,7 +39,7 @@ class Ranks:
         parts = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(parts, mine, group=self.group)
         # Not by a kernel: numbers take more than 32 bits.
-        return merge_topk([(part[0].long(), part[1]) for part in parts], top_k, backend="reference")[0]
+        return merge_topk([(part[0].long(), part[1]) for part in parts], top_k=top_k, backend="reference").number
 
     def total(self, x: Tensor) -> Tensor:
         """What processes hold together, each some entries and zeros for the rest; x, contiguous, is overwritten."""

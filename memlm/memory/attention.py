@@ -174,8 +174,8 @@ class Mixer(SequenceMixer):
         known = ", ".join([*_BACKENDS, "flex_attention", "flash_attention_2"])
         require(backend in _BACKENDS, f"attn_implementation={backend!r} is unknown here; use one of {known}")
         places_BT = None if fresh else positions_BT.expand(q.shape[:2])
-        options: Any = {"window": window, "places": places_BT, "prefix": prefix, "backend": _BACKENDS[backend]}
-        return prefix_window_attention(q, k, v, **options).output
+        options: Any = {"window": window, "positions": places_BT, "prefix": prefix, "backend": _BACKENDS[backend]}
+        return prefix_window_attention(q, k, v, **options).o
 
     def _flex(
         self,

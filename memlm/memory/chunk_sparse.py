@@ -216,14 +216,14 @@ class Mixer(attention.Mixer):
             chunks.starts_BN,
             chunk_size=config.chunk_size,
             window=config.window_size,
-            places=positions_BT,
+            positions=positions_BT,
             far=far,
-        ).output
+        ).o
         aux_losses: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         if config.learning == "compressed":
             pooled_v_BNGK = self._pooled(v_BLGK, chunks, "v", state, after)
-            means_BTHK = chunk_mean_attention(q_BTHK, pooled_BNGK, pooled_v_BNGK, spans=spans).output
+            means_BTHK = chunk_mean_attention(q_BTHK, pooled_BNGK, pooled_v_BNGK, spans=spans).o
             gate_BTH = self.share(self.gate(x_BTD))
             means_BTHK = gate_BTH[..., None] * means_BTHK
             metrics = {"gate": gate_BTH.detach().mean(), "memory_share": memory_share(means_BTHK, seen_BTHK)}
@@ -281,7 +281,7 @@ class Mixer(attention.Mixer):
         spans = (chunks.document_BT, before_T.expand_as(chunks.document_BT))
         with torch.autocast(q_BTHK.device.type, enabled=False):
             q, k = (x.detach() for x in dense)
-            wanted_BTHK = exact(chunk_mean_attention(exact(q), k, pick(pooled_BNGK, owner_BL), spans=spans).output)
+            wanted_BTHK = exact(chunk_mean_attention(exact(q), k, pick(pooled_BNGK, owner_BL), spans=spans).o)
             known = chunk_mean_attention(q_BTHK, pooled_BNGK, pooled_BNGK, spans=(chunks.first_BT, chunks.end_BT))
             score_BTH = (exact(q_BTHK) * wanted_BTHK).sum(-1) * self.dims.head_dim**-0.5
         taught_BT = chunks.end_BT > chunks.first_BT

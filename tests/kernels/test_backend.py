@@ -114,7 +114,7 @@ def test_the_kernels_that_run_are_those_that_were_asked_for(monkeypatch):
         launch.Kernel, "__call__", lambda kernel, *x, **y: launched.append(kernel) or run(kernel, *x, **y)
     )
     q = torch.randn(1, 5, 1, 16, device=device)
-    for op in (lambda: linear_attention(q, q, q)[0], lambda: prefix_window_attention(q, q, q, window=3).output):
+    for op in (lambda: linear_attention(q, q, q)[0], lambda: prefix_window_attention(q, q, q, window=3).o):
         with set_backend("reference"):
             expected = op()
         assert not launched
@@ -132,8 +132,8 @@ def test_products_under_autocast_are_of_its_type():
         "linear_attention": lambda q, k, v: linear_attention(q, k, v, -gate)[0],
         "delta_rule": lambda q, k, v: delta_rule(q, k, v, gate)[0],
         "neural_memory": lambda q, k, v: neural_memory(q, k, v, gate, gate, gate, weights=memory, chunk_size=4).o,
-        "prefix_window_attention": lambda q, k, v: prefix_window_attention(q, k, v, window=4, with_lse=True).output,
-        "chunk_mean_attention": lambda q, k, v: chunk_mean_attention(q, k, v).output,
+        "prefix_window_attention": lambda q, k, v: prefix_window_attention(q, k, v, window=4, with_lse=True).o,
+        "chunk_mean_attention": lambda q, k, v: chunk_mean_attention(q, k, v).o,
     }
     for name, op in ops.items():
         with torch.autocast("cpu", torch.bfloat16):

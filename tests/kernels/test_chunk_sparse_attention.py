@@ -82,8 +82,8 @@ def test_no_tensor_holds_more_scores_than_a_tile():
     leaves = [x.requires_grad_() for x in (q, k, v)]
     with Watch() as watch:
         chunk_topk(q, k, top_k=2, tile=8)
-        chunk_mean_attention(*leaves, tile=8).output.sum().backward()
-        chunk_sparse_attention(*leaves, index, starts, chunk_size=4, window=4, tile=8).output.sum().backward()
+        chunk_mean_attention(*leaves, tile=8).o.sum().backward()
+        chunk_sparse_attention(*leaves, index, starts, chunk_size=4, window=4, tile=8).o.sum().backward()
     assert watch.largest < 64 * 64
 
 
@@ -91,7 +91,7 @@ def test_inverted_index():
     generator = torch.Generator().manual_seed(0)
     index = torch.stack([torch.randperm(7, generator=generator)[:3] for _ in range(2 * 9 * 2)]).view(2, 9, 2, 3)
     index = torch.where(torch.rand(index.shape, generator=generator) < 0.3, -1, index)
-    readers = invert_chunks(index, 8)
+    readers = invert_chunks(index, num_chunks=8)
     for b in range(2):
         for g in range(2):
             for n in range(8):
@@ -99,15 +99,16 @@ def test_inverted_index():
                 start, end = readers.offsets[b, g, n : n + 2].tolist()
                 assert readers.token[b, g, start:end].tolist() == expected
     assert readers.offsets[..., -1].tolist() == (index >= 0).sum((1, 3)).tolist()
-    assert invert_chunks(index[:, :0], 8).offsets.sum() == 0 and invert_chunks(index[..., :0], 0).offsets.shape[2] == 1
+    assert invert_chunks(index[:, :0], num_chunks=8).offsets.sum() == 0
+    assert invert_chunks(index[..., :0], num_chunks=0).offsets.shape[2] == 1
 
 
-def sparse_oracle(q, k, v, index, starts, chunk_size, window, places=None, far=None):
+def sparse_oracle(q, k, v, index, starts, chunk_size, window, positions=None, far=None):
     """Output and lse side by side, [B, T, H, V + 1]; k as long as v."""
 
     def sees(b, t, g):
         here = k.shape[1] - q.shape[1] + t
-        near = naive.window_of(here, window, None if places is None else places[b, t].item())
+        near = naive.window_of(here, window, None if positions is None else positions[b, t].item())
         chosen = index[b, t, g].tolist(), starts[b].tolist(), chunk_size
         return near, naive.chunk_keys(*chosen, here - window + 1)
 
@@ -121,7 +122,7 @@ def choices(batch, tokens, groups, chunks, count, seed=0):
 
 
 def side_by_side(attended):
-    return torch.cat([attended.output, attended.lse[..., None]], -1)
+    return torch.cat([attended.o, attended.lse[..., None]], -1)
 
 
 # Keys, tokens, chunk size, window: the first chunk may start before the first key, a token may choose what lies ahead.
@@ -156,12 +157,12 @@ def test_documents_and_far_positions():
     """A window ends where its document does; chunks are scored by other queries and keys; k is the last keys only."""
     q, k, v = heads_of(2, 14, 21)
     far_q, far_k, _ = heads_of(2, 14, 21, seed=1)
-    places = torch.tensor([[7, 8, 9, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [20 - i for i in range(13, -1, -1)]])
+    positions = torch.tensor([[7, 8, 9, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [20 - i for i in range(13, -1, -1)]])
     index, starts = choices(2, 14, 2, 4, 2), torch.tensor([[0, 4, 11, 15], [0, 5, 10, 15]])
-    options = dict(chunk_size=4, window=6, places=places)
+    options = dict(chunk_size=4, window=6, positions=positions)
 
     def expected(q, k, v, far_q, far_k):
-        return sparse_oracle(q, k, v, index, starts, 4, 6, places, (far_q, far_k))
+        return sparse_oracle(q, k, v, index, starts, 4, 6, positions, (far_q, far_k))
 
     def got(q, k, v, far_q, far_k, kept=21):
         near = k[:, 21 - kept :]
@@ -178,7 +179,7 @@ def test_all_chunks_are_full_attention():
     q, k, v = heads_of(2, 33, 33)
     starts = torch.arange(0, 32, 4).expand(2, -1)
     index = torch.arange(8).expand(2, 33, 2, -1)
-    got = chunk_sparse_attention(q, k, v, index, starts, chunk_size=4, window=5, tile=8).output
+    got = chunk_sparse_attention(q, k, v, index, starts, chunk_size=4, window=5, tile=8).o
     k, v = (x.repeat_interleave(2, 2).transpose(1, 2) for x in (k, v))
     full = torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True)
     assert_close("output", full.transpose(1, 2), got, 1e-12)
@@ -203,8 +204,8 @@ def test_attention_to_means_equals_a_loop_and_so_do_its_gradients(heads, groups,
     assert_close("output and lse", expected(q, k, v), got(q, k, v), 1e-12)
     for name, a, b in zip("qkv", grads_of(expected, [q, k, v]), grads_of(got, [q, k, v]), strict=True):
         assert_close(f"gradient of {name}", a, b, 1e-11)
-    whole = chunk_mean_attention(q, k, v, tile=tile).output
-    everything = chunk_mean_attention(q, k, v, spans=(first * 0, end * 0 + 6)).output
+    whole = chunk_mean_attention(q, k, v, tile=tile).o
+    everything = chunk_mean_attention(q, k, v, spans=(first * 0, end * 0 + 6)).o
     assert_close("without spans", everything, whole, 1e-14)
 
 
@@ -215,8 +216,8 @@ def test_low_precision_accumulates_in_fp32(dtype, tolerance):
     options = dict(chunk_size=4, window=6)
     got = chunk_sparse_attention(q, k, v, index, starts, **options)
     exact = chunk_sparse_attention(q.double(), k.double(), v.double(), index, starts, **options)
-    assert got.output.dtype == dtype and got.lse.dtype == torch.float32
-    assert_close("output", exact.output, got.output, tolerance)
+    assert got.o.dtype == dtype and got.lse.dtype == torch.float32
+    assert_close("output", exact.o, got.o, tolerance)
     assert_close("lse", exact.lse, got.lse, 1e-6)
 
 
@@ -224,13 +225,13 @@ def test_nothing_to_attend_to():
     q, k, v = heads_of(2, 5, 5)
     none = torch.zeros(2, 5, 2, 0, dtype=torch.int64)
     starts = torch.zeros(2, 0, dtype=torch.int64)
-    window = chunk_sparse_attention(q, k, v, none, starts, chunk_size=4, window=3).output
-    absent = chunk_sparse_attention(q, k, v, none.new_full((2, 5, 2, 3), -1), starts, chunk_size=4, window=3).output
+    window = chunk_sparse_attention(q, k, v, none, starts, chunk_size=4, window=3).o
+    absent = chunk_sparse_attention(q, k, v, none.new_full((2, 5, 2, 3), -1), starts, chunk_size=4, window=3).o
     assert torch.equal(window, absent)
     assert (chunk_topk(q, k[:, :0], top_k=2) == -1).all()
-    assert (chunk_mean_attention(q, k[:, :0], v[:, :0]).output == 0).all()
+    assert (chunk_mean_attention(q, k[:, :0], v[:, :0]).o == 0).all()
     empty = chunk_sparse_attention(q[:, :0], k, v, none[:, :0], starts, chunk_size=4, window=3)
-    assert empty.output.shape == (2, 0, 4, 5) and empty.lse.shape == (2, 0, 4)
+    assert empty.o.shape == (2, 0, 4, 5) and empty.lse.shape == (2, 0, 4)
     assert chunk_topk(q[:, :0], k, top_k=2).shape == (2, 0, 2, 2)
 
 
@@ -243,7 +244,7 @@ def test_nothing_to_attend_to():
         (dict(index=torch.zeros(1, 5, 2, 1)), "index is float32; give int64 or int32"),
         (dict(index=torch.zeros(1, 5, 1, 1)), r"index \[1, 5, 1, 1\] must be integers \[B, T, G, J\]"),
         (dict(starts=torch.zeros(2, 3, dtype=torch.int64)), r"starts \[2, 3\] must be integers \[B, N\] with B=1"),
-        (dict(places=torch.zeros(1, 4, dtype=torch.int64)), r"places \[1, 4\] must be integers"),
+        (dict(positions=torch.zeros(1, 4, dtype=torch.int64)), r"positions \[1, 4\] must be integers"),
         (dict(k=torch.zeros(1, 4, 2, 6, dtype=torch.float64)), "L at least T=5"),
         (dict(v=torch.zeros(1, 6, 2, 5, dtype=torch.float64)), r"keys \[1, 5, 2, 6\] of chunks"),
         (dict(q=torch.zeros(1, 5, 3, 6, dtype=torch.float64)), "3 heads, which do not divide by the 2"),
@@ -262,4 +263,4 @@ def test_bad_inputs_are_named(settings, message):
     with pytest.raises(ValueError, match=r"v \[1, 4, 2, 5\] must be"):
         chunk_mean_attention(q, k, v[:, 1:])
     with pytest.raises(ValueError, match="num_chunks=-1"):
-        invert_chunks(index, -1)
+        invert_chunks(index, num_chunks=-1)

@@ -128,8 +128,8 @@ def test_ops_without_products_count_nothing(made):
         rows = dispatch_tokens(x, routes.place, backend="triton")
         combine_reads(rows, routes.place, weight, x, backend="triton").sum().backward()
         segment_mean_pool(x, cu, longest=5, backend="triton").sum().backward()
-        invert_chunks(torch.zeros(1, 8, 1, 2, dtype=torch.int64), 3, backend="triton")
-        merge_topk([(torch.arange(4)[None], torch.rand(1, 4))] * 2, 2, backend="triton")
+        invert_chunks(torch.zeros(1, 8, 1, 2, dtype=torch.int64), num_chunks=3, backend="triton")
+        merge_topk([(torch.arange(4)[None], torch.rand(1, 4))] * 2, top_k=2, backend="triton")
     assert counter.get_total_flops() == 0 and not made
 
 

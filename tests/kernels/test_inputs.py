@@ -132,25 +132,25 @@ OPS = {
     ),
     "chunk_topk": Op(lambda **x: chunk_topk(**x, top_k=2), {"q": (2, "T", 2, 4), "k": (2, 3, 1, 4)}, {}),
     "invert_chunks": Op(
-        lambda index, **x: invert_chunks(index, 3, **x).offsets, {}, {"index": choices}
+        lambda index, **x: invert_chunks(index, num_chunks=3, **x).offsets, {}, {"index": choices}
     ),
     "chunk_sparse_attention": Op(
         lambda **x: chunk_sparse_attention(**x, chunk_size=2, window=2),
         {"q": (2, "T", 2, 4), "k": QK, "v": V},
-        {"index": choices, "starts": lambda _: rows(0, 2, 4), "places": ROWS["positions"]},
+        {"index": choices, "starts": lambda _: rows(0, 2, 4), "positions": ROWS["positions"]},
     ),
     "chunk_mean_attention": Op(chunk_mean_attention, {"q": (2, "T", 2, 4), "k": (2, 3, 1, 4), "v": (2, 3, 1, 3)}, {}),
     "prefix_window_attention": Op(
         window,
         {"q": (2, "T", 2, 4), "k": QK, "v": V, "prefix_q": (2, "T", 2, 4)}
         | {"prefix_k": (1, 2, 1, 4), "prefix_v": (1, 2, 1, 3)},
-        {"places": ROWS["positions"]},
+        {"positions": ROWS["positions"]},
     ),
     "route_documents": Op(
         route, {"q": (2, "T", 2, 4), "k": (2, 5, 1, 4)}, {"document": lambda _: rows(0, 1, 1, 2, 2)}
     ),
     "merge_topk": Op(merge, {"score": (2, 3)}, {"index": lambda _: rows(5, -1, 2)}),
-    "segment_mean_pool": Op(lambda **x: segment_mean_pool(**x, longest=TOKENS), {"x": V}, {"cu_segments": cut}),
+    "segment_mean_pool": Op(lambda **x: segment_mean_pool(**x, longest=TOKENS), {"x": V}, {"cu_seqlens": cut}),
     "dispatch_tokens": Op(dispatch_tokens, {"x": V}, {"place": places}),
     "combine_reads": Op(
         combine_reads,
@@ -217,7 +217,7 @@ def test_rows_too_long_for_32_bits(name, unread):
         n: x.flatten()[:1].expand([size * 2**31 // TOKENS if size % TOKENS == 0 else size for size in x.shape])
         for n, x in op.make().items()
     }
-    tensors |= {n: x for n, x in op.make().items() if n in ("cu_seqlens", "cu_segments")}
+    tensors |= {n: x for n, x in op.make().items() if n == "cu_seqlens"}
     with pytest.raises(ValueError, match=r"backend='triton' cannot run here: its kernels take at most \d+ .*, not "):
         op.run(tensors, backend="triton")
 
@@ -297,7 +297,7 @@ def test_no_tokens_and_no_rows(name, by, length, rows):
 def test_document_numbers_of_64_bits():
     index, score = torch.tensor([[2**33 + 5, 5, 2**62]], device=DEVICE), torch.tensor([[1.0, 3.0, 2.0]], device=DEVICE)
     for by in ("reference", "triton"):
-        assert merge_topk([(index, score)], 4, backend=by)[0].tolist() == [[5, 2**62, 2**33 + 5, -1]]
+        assert merge_topk([(index, score)], top_k=4, backend=by).number.tolist() == [[5, 2**62, 2**33 + 5, -1]]
     k, document = torch.rand(1, 3, 1, 4, device=DEVICE), torch.tensor([[1, 2**32 + 1, 2**40]], device=DEVICE)
     for by in ("reference", "triton"):
         settings = dict(top_k=2, num_documents=3, backend=by)
@@ -316,9 +316,9 @@ def routing(x: Tensor, document: Tensor, **settings: Any) -> Any:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: merge_topk([(x.long(), x)], 0), "top_k=0"),
-        (lambda x: merge_topk([], 1), "number of parts, 0"),
-        (lambda x: merge_topk([(x.long(), x[:, :1])], 1), r"score \[2, 1\] must be alike"),
+        (lambda x: merge_topk([(x.long(), x)], top_k=0), "top_k=0"),
+        (lambda x: merge_topk([], top_k=1), "number of parts, 0"),
+        (lambda x: merge_topk([(x.long(), x[:, :1])], top_k=1), r"score \[2, 1\] must be alike"),
         (lambda x: memories(chunk_size=0), "chunk_size=0"),
         (lambda x: memories(momentum=None), r"\[B, S, 2, H, K, V\], without"),
         (lambda x: memories(position=x.long()), r"state.position \[2, 3\] must be"),
@@ -344,7 +344,7 @@ def sparse(count: int) -> Any:
 def test_no_queries_of_a_window(by):
     op = OPS["prefix_window_attention"]
     tensors = op.make() | {n: x[:, :0].requires_grad_() for n, x in op.make().items() if n in ("q", "prefix_q")}
-    out = op.run(tensors | {"places": tensors["places"][:, :0]}, backend=by)[0]
+    out = op.run(tensors | {"positions": tensors["positions"][:, :0]}, backend=by)[0]
     out.sum().backward()
     assert out.shape == (2, 0, 2, 3) and tensors["q"].grad.shape == tensors["q"].shape
 

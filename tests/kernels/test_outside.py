@@ -17,7 +17,7 @@ OUTSIDE = {
         (op, str(wrong[0].tolist())): ({name: wrong}, {name: right}, f"{name}.* {message}")
         for op, name in [
             *((op, "cu_seqlens") for op in ("linear_attention", "delta_rule", "segmented_neural_memory")),
-            ("segment_mean_pool", "cu_segments"),
+            ("segment_mean_pool", "cu_seqlens"),
         ]
         for wrong, right, message in (
             (rows(0, 3, 99), rows(0, 3, 6), "from 0 to 99; give such of 0 or more and less than 7"),
@@ -34,15 +34,15 @@ OUTSIDE = {
         {"index": torch.where(choices(TOKENS) == 1, -1, choices(TOKENS))},
         "index has numbers from -1 to 4294967297",
     ),
-    ("chunk_sparse_attention", "places"): (
-        {"places": rows(0, 1, -3, 0, 2**40, 2)},
-        {"places": rows(0, 1, 0, 0, 4, 2)},
-        "places has numbers from -3",
+    ("chunk_sparse_attention", "positions"): (
+        {"positions": rows(0, 1, -3, 0, 2**40, 2)},
+        {"positions": rows(0, 1, 0, 0, 4, 2)},
+        "positions has numbers from -3",
     ),
-    ("prefix_window_attention", "places"): (
-        {"places": rows(0, 1, -3, 0, 2**40, 2)},
-        {"places": rows(0, 1, 0, 0, 4, 2)},
-        "places has numbers from -3",
+    ("prefix_window_attention", "positions"): (
+        {"positions": rows(0, 1, -3, 0, 2**40, 2)},
+        {"positions": rows(0, 1, 0, 0, 4, 2)},
+        "positions has numbers from -3",
     ),
     ("invert_chunks", "index"): (
         {"index": torch.where(choices(TOKENS) == 1, 2**32 + 1, choices(TOKENS))},

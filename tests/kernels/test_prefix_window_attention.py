@@ -9,12 +9,12 @@ from memlm_kernels.testing import assert_close, grads_of
 from tests.kernels.test_chunk_sparse_attention import heads_of
 
 
-def oracle(q, k, v, window, places, prefix):
+def oracle(q, k, v, window, positions, prefix):
     """Output and lse side by side, [B, T, H, V + 1]."""
 
     def sees(b, t, g):
         here = k.shape[1] - q.shape[1] + t
-        near = naive.window_of(here, window, None if places is None else places[b, t].item())
+        near = naive.window_of(here, window, None if positions is None else positions[b, t].item())
         return [near, range(prefix[1].shape[1])] if prefix else [near]
 
     return naive.attend([(q, k, v), *([prefix] if prefix else [])], sees)
@@ -35,14 +35,14 @@ CASES = [
 def test_equals_a_loop_and_so_do_its_gradients(tokens, keys, window, rows, documents):
     q, k, v = heads_of(2, tokens, keys, 2, 1)
     own_q, own_k, own_v = heads_of(2, tokens, 3, 2, 1, seed=1)
-    places = (torch.arange(tokens) % 7).expand(2, -1) if documents else None
+    positions = (torch.arange(tokens) % 7).expand(2, -1) if documents else None
     inputs = [q, k, v, *((own_q, own_k[:rows], own_v[:rows]) if rows else ())]
 
     def expected(q, k, v, *prefix):
-        return oracle(q, k, v, window, places, prefix)
+        return oracle(q, k, v, window, positions, prefix)
 
     def got(q, k, v, *prefix, backend="reference"):
-        options = dict(window=window, places=places, prefix=prefix or None, with_lse=backend == "reference")
+        options = dict(window=window, positions=positions, prefix=prefix or None, with_lse=backend == "reference")
         output, lse = prefix_window_attention(q, k, v, **options, backend=backend)
         return output if lse is None else torch.cat([output, lse[..., None]], -1)
 
@@ -64,7 +64,7 @@ def test_auto_is_torchs_own_unless_lse_is_wanted():
     ("settings", "message"),
     [
         (dict(window=0), "window=0 must be at least 1"),
-        (dict(places=torch.zeros(1, 4, dtype=torch.int64)), r"places \[1, 4\] must be integers"),
+        (dict(positions=torch.zeros(1, 4, dtype=torch.int64)), r"positions \[1, 4\] must be integers"),
         (dict(k=torch.zeros(1, 4, 2, 6), v=torch.zeros(1, 4, 2, 5)), "L at least T=5"),
         (dict(v=torch.zeros(1, 5, 1, 5)), r"v \[1, 5, 1, 5\] must be"),
         (dict(q=torch.zeros(1, 5, 3, 6)), "3 heads, which do not divide by the 2"),

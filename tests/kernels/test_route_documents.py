@@ -138,9 +138,9 @@ def test_shards_merged_are_the_whole():
     for shard in (slice(7, 17), slice(0, 4), slice(4, 7)):
         part = route_documents(q, k[:, shard], document[:, shard], **settings)
         parts.append((part.document, part.score))
-    index, score = merge_topk(parts, 3)
+    index, score = merge_topk(parts, top_k=3)
     assert torch.equal(index, whole.document) and torch.equal(score, whole.score)
-    few, _ = merge_topk(parts[:1], 5)
+    few, _ = merge_topk(parts[:1], top_k=5)
     assert (few[..., 3:] == -1).all()
 
 

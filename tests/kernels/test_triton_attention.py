@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.
 
 def finite(attended):
     """What ``compare`` takes: where nothing is seen lse is -inf."""
-    return attended.output, attended.lse.masked_fill(attended.lse == float("-inf"), 0.0)
+    return attended.o, attended.lse.masked_fill(attended.lse == float("-inf"), 0.0)
 
 
 def chosen(tokens, keys, chunk_size, window, count, groups=2, batch=1, documents=False, kept=None):
@@ -29,13 +29,13 @@ def chosen(tokens, keys, chunk_size, window, count, groups=2, batch=1, documents
     # The first chunk of the second row starts before the first key.
     starts = torch.stack([torch.arange(chunks) * chunk_size - row for row in range(batch)]).to(DEVICE)
     row = torch.cat([torch.arange(5, 5 + tokens // 2), torch.arange(tokens - tokens // 2)])
-    places = row.expand(batch, -1).to(DEVICE) if documents else None
+    positions = row.expand(batch, -1).to(DEVICE) if documents else None
 
     def call(x, backend):
         q, k, v = x
         near = k if kept is None else k[:, keys - kept :]
         far = None if kept is None else (q.flip(1), k.flip(1))
-        options = dict(chunk_size=chunk_size, window=window, places=places, far=far, backend=backend)
+        options = dict(chunk_size=chunk_size, window=window, positions=positions, far=far, backend=backend)
         return finite(chunk_sparse_attention(q, near, v, index, starts, **options))
 
     return call
@@ -96,8 +96,8 @@ def windowed(tokens, window, prefix, documents=False, own=False):
     def call(x, backend):
         q, k, v = x
         always = (q.flip(1), *(y[: len(y) if own else 1, :prefix] for y in (k, v))) if prefix else None
-        places = row.expand(len(q), -1) if documents else None
-        options = dict(window=window, places=places, prefix=always, with_lse=True, backend=backend)
+        positions = row.expand(len(q), -1) if documents else None
+        options = dict(window=window, positions=positions, prefix=always, with_lse=True, backend=backend)
         return finite(prefix_window_attention(q, k, v, **options))
 
     return call
@@ -156,7 +156,7 @@ def test_choice_among_equal_scores_of_both_signs():
 def test_inverse(tokens, chunks):
     generator = torch.Generator().manual_seed(0)
     index = torch.randint(-chunks // 3, chunks, (2, tokens, 2, 3), generator=generator).clamp(min=-1).to(DEVICE)
-    expected, got = (invert_chunks(index, chunks, backend=b) for b in ("reference", "triton"))
+    expected, got = (invert_chunks(index, num_chunks=chunks, backend=b) for b in ("reference", "triton"))
     assert torch.equal(expected.offsets, got.offsets)
     real = torch.arange(index[0, :, 0].numel(), device=DEVICE) < expected.offsets[..., -1:]
     assert torch.equal(expected.token[real], got.token[real].long())

@@ -103,7 +103,7 @@ def test_merged_lists():
     index[0, 0, 4:], score[0, 0, 4:] = -1, float("-inf")
     parts = [(x.squeeze(0), y.squeeze(0)) for x, y in zip(index.split(1), score.split(1), strict=True)]
     for top_k in (6, 50):
-        expected, got = (merge_topk(parts, top_k, backend=backend) for backend in ("reference", "triton"))
+        expected, got = (merge_topk(parts, top_k=top_k, backend=backend) for backend in ("reference", "triton"))
         assert torch.equal(expected[0], got[0]) and torch.equal(expected[1], got[1])
         assert expected[0].dtype == got[0].dtype and expected[0].shape == (2, top_k)
 

@@ -7,15 +7,15 @@ from torch import Tensor
 
 from memlm_kernels.attention.choice_reference import chunk_topk_reference, invert_chunks_reference
 from memlm_kernels.attention.chunks_reference import Chosen, Keys, Pooled, attend
-from memlm_kernels.attention.window import check_heads, check_places, too_large, window_spans
+from memlm_kernels.attention.window import check_heads, check_positions, too_large, window_spans
 from memlm_kernels.backend import MOST, as_autocast, choose, with_triton
 from memlm_kernels.checks import check_range, check_sizes, check_tensors, named
 
 
 class Attended(NamedTuple):
-    """output: [B, T, H, V]; lse: [B, T, H], the log of the sum of exponentials of the scores, in fp32 at least."""
+    """o: [B, T, H, V]; lse: [B, T, H], the log of the sum of exponentials of the scores, in fp32 at least."""
 
-    output: Tensor
+    o: Tensor
     lse: Tensor
 
 
@@ -68,7 +68,7 @@ def chunk_topk(
         return chunk_topk_reference(q, k, top_k, spans, tile)
 
 
-def invert_chunks(index: Tensor, num_chunks: int, *, backend: str = "auto") -> ChunkReaders:
+def invert_chunks(index: Tensor, *, num_chunks: int, backend: str = "auto") -> ChunkReaders:
     """Who reads each chunk: what a backward needs that gives each chunk's keys to one program, without atomics.
 
     index: [B, T, G, J] integers, chunks that each token chose, as of ``chunk_topk``; negative: none
@@ -99,10 +99,10 @@ def chunk_sparse_attention(
     *,
     chunk_size: int,
     window: int,
-    places: Tensor | None = None,
     far: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
     tile: int = 32,
+    positions: Tensor | None = None,
     backend: str = "auto",
 ) -> Attended:
     """softmax(q k^T) v of each token over its window and the chunks that it chose, a key that is in both once.
@@ -116,10 +116,10 @@ def chunk_sparse_attention(
         chosen no two share keys
     chunk_size: keys of a chunk; a token sees those of them that stand before its window
     window: last keys that a token sees, itself included; 1 at least
-    places: [B, T], keys before each token in its document: it sees none beyond (None: all that there are)
     far: queries [B, T, H, K] and keys [B, L, G, K] that score what is seen of chunks, where their positions are given
         otherwise; k may then be shorter than v: its last keys (None: q and k)
     scale: of the scores; None for 1 / sqrt(K)
+    positions: [B, T], keys before each token in its document: it sees none beyond (None: all that there are)
 
     Work is that of T (window + tile + at most 4 J chunk_size) scores, memory that of ``tile`` tokens', in the backward
     too. Accumulates in fp32. Raises ValueError if shapes, types or devices disagree, chunk_size, window or tile < 1,
@@ -152,16 +152,16 @@ def chunk_sparse_attention(
     available = with_triton(q, limit, v, index, starts)
     by = choose("chunk_sparse_attention", backend, *available)
     check_range("index", index, None, starts.shape[1])
-    places = check_places(q, places)
+    positions = check_positions(q, positions)
     has_chunks = index.shape[3] > 0 and starts.shape[1] > 0
     if by == "triton" and q.numel():
         from memlm_kernels.attention.triton import attend_triton
 
         choice = (index, starts, chunk_size, window) if has_chunks else None
-        spans = window_spans(q, k, window, places)
+        spans = window_spans(q, k, window, positions)
         return Attended(*attend_triton(q, k, v, *spans, window, scale, far=far, choice=choice))
     near = Keys(q, k, v[:, v.shape[1] - k.shape[1] :])
-    chosen = Chosen(index, starts, chunk_size, window, places)
+    chosen = Chosen(index, starts, chunk_size, window, positions)
     with torch.autocast(q.device.type, enabled=False):
         return Attended(*attend(chosen, [near, Keys(far_q, far_k, v)], scale, tile))
 

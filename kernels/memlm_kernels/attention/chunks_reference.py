@@ -64,7 +64,7 @@ class Chosen(NamedTuple):
     starts: Tensor
     chunk_size: int
     window: int
-    places: Tensor | None
+    positions: Tensor | None
 
     def looks(self, keys: list[Keys], tile: slice) -> list[Look]:
         near, far = keys
@@ -73,8 +73,8 @@ class Chosen(NamedTuple):
         start = max(0, end - (tile.stop - tile.start) - self.window + 1)
         distance = (end - tile.stop + tokens)[:, None] - torch.arange(start, end, device=near.k.device)
         seen = ((distance >= 0) & (distance < self.window))[None]
-        if self.places is not None:
-            seen = seen & (distance <= self.places[:, tile, None])
+        if self.positions is not None:
+            seen = seen & (distance <= self.positions[:, tile, None])
         window = Look(slice(start, end), seen[:, :, None, None])
 
         choice = self.choice[:, tile]

@@ -375,11 +375,11 @@ def attend_triton(
     given = [q, k, v, other_q if far is None else far_q, prefix_k, prefix_v, far_k]
     # One type for what is multiplied; sums are fp32 in any case.
     q_, k_, v_, *others = in_one_type(*given)
-    places = [x.to(torch.int32) for x in (first, end)]
+    seen = [x.to(torch.int32) for x in (first, end)]
     if index is not None and starts is not None:
         # Chunks that there are not are none: in the kernels that test costs registers, which spill on sm_100.
         index = torch.where(index < starts.shape[1], index, -1).clamp(min=-1).to(torch.int32)
         starts = starts.to(torch.int32)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    o, lse = forward(q_, k_, v_, *places, *others, index, starts, chunk_size, window, most, scale)
+    o, lse = forward(q_, k_, v_, *seen, *others, index, starts, chunk_size, window, most, scale)
     return o.to(q.dtype), lse

@@ -11,11 +11,11 @@ from memlm_kernels.checks import check_range, check_sizes, check_tensors, in_one
 
 
 class WindowAttended(NamedTuple):
-    """output: [B, T, H, V]; lse: [B, T, H], the log of the sum of exponentials of the scores, in fp32 at least, if it
+    """o: [B, T, H, V]; lse: [B, T, H], the log of the sum of exponentials of the scores, in fp32 at least, if it
     was asked for.
     """
 
-    output: Tensor
+    o: Tensor
     lse: Tensor | None
 
 
@@ -25,10 +25,10 @@ def prefix_window_attention(
     v: Tensor,
     *,
     window: int | None = None,
-    places: Tensor | None = None,
     prefix: tuple[Tensor, Tensor, Tensor] | None = None,
     scale: float | None = None,
     with_lse: bool = False,
+    positions: Tensor | None = None,
     backend: str = "auto",
 ) -> WindowAttended:
     """softmax(q k^T) v of each token over the last keys and a prefix, in one (persistent tokens before a window:
@@ -38,16 +38,16 @@ def prefix_window_attention(
 
     q: [B, T, H, K]   k: [B, L, G, K]   v: [B, L, G, V]
     window: last keys that a token sees, itself included; None: all
-    places: integers [B, T], keys before each token in its document: it sees none beyond, itself always (None: all that
-        there are)
     prefix: queries [B, T, H, K], keys [1 or B, P, G, K] and values [1 or B, P, G, V] of what every token sees too
     scale: of the scores; None for 1 / sqrt(K)
+    positions: integers [B, T], keys before each token in its document: it sees none beyond, itself always (None: all
+        that there are)
 
     Backends: ``sdpa``, torch's own in blocks of queries, which knows no lse; ``reference``, plain products in blocks;
     ``triton``. Work and memory grow with T window, without one with T L. Accumulates in fp32.
     Raises ValueError if shapes, types or devices disagree, window < 1, or the backend cannot run.
     """
-    _check(q, k, v, window, places, prefix)
+    _check(q, k, v, window, positions, prefix)
     q, k, v, *rest = as_autocast(q, k, v, *(prefix or ()))
     given = q.dtype
     q, k, v, *rest = in_one_type(q, k, v, *rest)
@@ -59,23 +59,23 @@ def prefix_window_attention(
         at = available.index("reference")
         available = (*available[:at], "sdpa", *available[at:])
     backend = choose("prefix_window_attention", backend, available, refused)
-    places = check_places(q, places)
+    positions = check_positions(q, positions)
     if backend == "triton" and q.numel():
         from memlm_kernels.attention.triton import attend_triton
 
-        spans = window_spans(q, k, window, places)
-        output, lse = attend_triton(q, k, v, *spans, window or k.shape[1], scale, prefix=prefix)
-        return WindowAttended(output.to(given), lse)
+        spans = window_spans(q, k, window, positions)
+        o, lse = attend_triton(q, k, v, *spans, window or k.shape[1], scale, prefix=prefix)
+        return WindowAttended(o.to(given), lse)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    read = read_blocks(q, k, v, window, places, prefix, scale, sdpa if backend == "sdpa" else plain)
+    read = read_blocks(q, k, v, window, positions, prefix, scale, sdpa if backend == "sdpa" else plain)
     return WindowAttended(read[0].to(given), read[1])
 
 
-def window_spans(q: Tensor, k: Tensor, window: int | None, places: Tensor | None) -> tuple[Tensor, Tensor]:
+def window_spans(q: Tensor, k: Tensor, window: int | None, positions: Tensor | None) -> tuple[Tensor, Tensor]:
     """The first key that each token sees, and the end, [B, T]; the tokens are those of the last keys."""
     batch, length, past = len(q), q.shape[1], k.shape[1] - q.shape[1]
     here = torch.arange(past, past + length, device=q.device).expand(batch, -1)
-    back = here if places is None else torch.minimum(here, places)
+    back = here if positions is None else torch.minimum(here, positions)
     back = back if window is None else back.clamp(max=window - 1)
     return here - back, here + 1
 
@@ -99,15 +99,15 @@ def check_heads(q: Tensor, k: Tensor) -> None:
         raise ValueError(f"q has {q.shape[2]} heads, which do not divide by the {k.shape[2]} of k")
 
 
-def check_places(q: Tensor, places: Tensor | None) -> Tensor | None:
-    """places, none below 0. Raises ValueError where they can be looked at and are, and for another shape."""
-    if places is None:
+def check_positions(q: Tensor, positions: Tensor | None) -> Tensor | None:
+    """positions, none below 0. Raises ValueError where they can be looked at and are, and for another shape."""
+    if positions is None:
         return None
-    if places.shape != q.shape[:2]:
-        raise ValueError(f"places {list(places.shape)} must be integers [B, T] = {list(q.shape[:2])}")
-    check_tensors({"q": q}, {"places": places})
-    check_range("places", places, 0, None)
-    return places if readable(places) else places.clamp(min=0)
+    if positions.shape != q.shape[:2]:
+        raise ValueError(f"positions {list(positions.shape)} must be integers [B, T] = {list(q.shape[:2])}")
+    check_tensors({"q": q}, {"positions": positions})
+    check_range("positions", positions, 0, None)
+    return positions if readable(positions) else positions.clamp(min=0)
 
 
 def _check(
@@ -115,7 +115,7 @@ def _check(
     k: Tensor,
     v: Tensor,
     window: int | None,
-    places: Tensor | None,
+    positions: Tensor | None,
     prefix: tuple[Tensor, Tensor, Tensor] | None,
 ) -> None:
     if window is not None and window < 1:

@@ -24,7 +24,7 @@ def read_blocks(
     k: Tensor,
     v: Tensor,
     window: int | None,
-    places: Tensor | None,
+    positions: Tensor | None,
     prefix: tuple[Tensor, Tensor, Tensor] | None,
     scale: float,
     attend: Attend,
@@ -39,23 +39,23 @@ def read_blocks(
         always = F.pad(own_k, (size, 0)), own_v
     length = q.shape[1]
     if window is None or window >= k.shape[1] or length == 0:
-        if always is None and places is None and length == k.shape[1]:
+        if always is None and positions is None and length == k.shape[1]:
             return attend(q, k, v, None, scale)
-        return _dense(q, k, v, window, places, always, scale, attend)
+        return _dense(q, k, v, window, positions, always, scale, attend)
     block = min(length, max(window, _MIN_BLOCK))
     pad, missing = -length % block, window - 1 - (k.shape[1] - length)
-    if places is None:
-        places = torch.arange(k.shape[1] - length, k.shape[1], device=q.device).expand(len(q), -1)
+    if positions is None:
+        positions = torch.arange(k.shape[1] - length, k.shape[1], device=q.device).expand(len(q), -1)
     # Overlapping views: block n of queries sees its own keys and the W - 1 before them.
     q_BNQ = F.pad(q, (0, 0, 0, 0, 0, pad)).unflatten(1, (-1, block))
     k_BNL, v_BNL = (
         F.pad(x, (0, 0, 0, 0, missing, pad)).unfold(1, block + window - 1, block).movedim(-1, 2) for x in (k, v)
     )
-    places_BNQ = F.pad(places, (0, pad)).unflatten(1, (-1, block))
+    positions_BNQ = F.pad(positions, (0, pad)).unflatten(1, (-1, block))
     if always is not None and len(always[0]) > 1:
         always = always[0].repeat_interleave(q_BNQ.shape[1], 0), always[1].repeat_interleave(q_BNQ.shape[1], 0)
     q, k, v = (x.flatten(0, 1) for x in (q_BNQ, k_BNL, v_BNL))
-    outputs = _dense(q, k, v, window, places_BNQ.flatten(0, 1), always, scale, attend)
+    outputs = _dense(q, k, v, window, positions_BNQ.flatten(0, 1), always, scale, attend)
     output, lse = (None if x is None else x.unflatten(0, q_BNQ.shape[:2]).flatten(1, 2)[:, :length] for x in outputs)
     assert output is not None
     return output, lse
@@ -66,7 +66,7 @@ def _dense(
     k: Tensor,
     v: Tensor,
     window: int | None,
-    places: Tensor | None,
+    positions: Tensor | None,
     always: tuple[Tensor, Tensor] | None,
     scale: float,
     attend: Attend,
@@ -74,8 +74,8 @@ def _dense(
     queries, keys = q.shape[1], k.shape[1]
     distance = torch.arange(keys - queries, keys, device=q.device)[:, None] - torch.arange(keys, device=q.device)
     seen = (distance >= 0)[None]
-    if places is not None:
-        seen = seen & (distance <= places[..., None])
+    if positions is not None:
+        seen = seen & (distance <= positions[..., None])
     if window:
         seen = seen & (distance < window)
     if always is not None:

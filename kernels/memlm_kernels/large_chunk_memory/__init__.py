@@ -7,6 +7,7 @@ Files:
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -20,7 +21,14 @@ from memlm_kernels.large_chunk_memory.reference import (
     large_chunk_memory_reference,
 )
 
-__all__ = ["MUON", "LargeChunkMemoryState", "large_chunk_memory"]
+__all__ = ["MUON", "LargeChunkMemoryOutput", "LargeChunkMemoryState", "large_chunk_memory"]
+
+
+class LargeChunkMemoryOutput(NamedTuple):
+    """o: [B, T, H, V] in v's dtype; state: after each row's last real token."""
+
+    o: Tensor
+    state: LargeChunkMemoryState
 
 
 def large_chunk_memory(
@@ -28,17 +36,17 @@ def large_chunk_memory(
     k: Tensor,
     v: Tensor,
     lr: Tensor,
-    momentum: Tensor | None,
+    momentum: Tensor | None = None,
     *,
     weights: Sequence[Tensor],
     chunk_size: int,
     muon_steps: int = 0,
-    state: LargeChunkMemoryState | None = None,
     positions: Tensor | None = None,
     lengths: Tensor | None = None,
     max_documents: int = 1,
+    state: LargeChunkMemoryState | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, LargeChunkMemoryState]:
+) -> LargeChunkMemoryOutput:
     """Large-chunk test-time training (LaCT, arXiv:2505.23884), apply then update.
 
     Every token of a chunk reads f(q) with the weights that the chunks before it wrote. The last one writes them: one
@@ -54,16 +62,16 @@ def large_chunk_memory(
     lr: [B, T, H, 3], at least 0, a token's own for each of W1, W2, W3
     weights: W1 [H, K, F], W2 [H, F, V], W3 [H, K, F] at the start of a document
     muon_steps: Newton-Schulz steps that make S_j ``orthogonal`` (Muon); 0 for none, which takes S_j as it is
-    state: what an earlier call returned; None starts every row at position 0 of a document
     positions: [B, T], tokens before each one in its own document; a 0 starts a document. None
         continues at ``state.position``
     lengths: [B], the real tokens of each row come first; the others write nothing and read zeros
     max_documents: an upper bound on the documents that one row has tokens of, as a Python int:
         it sizes buffers without asking the device
+    state: what an earlier call returned; None starts every row at position 0 of a document
 
-    Returns o [B, T, H, V] in v's dtype, and the state after each row's last real token. Accumulates in fp32 (fp64
-    for fp64 inputs). Raises ValueError if a size is out of range, shapes, types or devices disagree, the state is of
-    another memory, or the backend cannot run; positions and lengths as for ``neural_memory``.
+    Accumulates in fp32 (fp64 for fp64 inputs). Raises ValueError if a size is out of range, shapes, types or devices
+    disagree, the state is of another memory, or the backend cannot run; positions and lengths as for
+    ``neural_memory``.
     """
     _check(q, k, v, lr, momentum, weights)
     if chunk_size < 1:
@@ -77,8 +85,10 @@ def large_chunk_memory(
     check_start(positions, lengths, None if state is None else state.position)
     choose("large_chunk_memory", backend, ("reference",))
     tokens = Tokens(q, k, v, lr, momentum)
-    return large_chunk_memory_reference(
-        tokens, tuple(weights), chunk_size, muon_steps, state, positions, lengths, max_documents
+    return LargeChunkMemoryOutput(
+        *large_chunk_memory_reference(
+            tokens, tuple(weights), chunk_size, muon_steps, state, positions, lengths, max_documents
+        )
     )
 
 

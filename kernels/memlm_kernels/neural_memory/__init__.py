@@ -36,7 +36,7 @@ from memlm_kernels.neural_memory.reference import (
     block_size,
     neural_memory_reference,
 )
-from memlm_kernels.neural_memory.segmented import SegmentedMemoryState, segmented_neural_memory
+from memlm_kernels.neural_memory.segmented import SegmentedMemoryOutput, SegmentedMemoryState, segmented_neural_memory
 
 __all__ = [
     "ACTIVATIONS",
@@ -44,6 +44,7 @@ __all__ = [
     "InnerLoss",
     "NeuralMemoryOutput",
     "NeuralMemoryState",
+    "SegmentedMemoryOutput",
     "SegmentedMemoryState",
     "block_size",
     "dot_product",
@@ -69,8 +70,8 @@ def neural_memory(
     k: Tensor,
     v: Tensor,
     lr: Tensor,
-    momentum: Tensor | None,
-    decay: Tensor | None,
+    momentum: Tensor | None = None,
+    decay: Tensor | None = None,
     *,
     weights: Sequence[Tensor],
     chunk_size: int,
@@ -79,11 +80,11 @@ def neural_memory(
     loss: InnerLoss = squared_error,
     window: int = 1,
     weight: Tensor | None = None,
-    state: NeuralMemoryState | None = None,
     positions: Tensor | None = None,
     lengths: Tensor | None = None,
     max_documents: int = 1,
     aligned: bool = False,
+    state: NeuralMemoryState | None = None,
     backend: str = "auto",
 ) -> NeuralMemoryOutput:
     """Neural memory in its exact chunked dual form (Titans, arXiv:2501.00663, eqs. 9-15).
@@ -107,7 +108,6 @@ def neural_memory(
     loss: gradient of the inner loss in M(k), see ``losses``
     window: the step of token t descends on the losses of the last ``window`` tokens, each times its
         weight [B, T, H] (None: 1): the Omega rule (ATLAS, arXiv:2505.23735, eq. 9)
-    state: what an earlier call returned; None starts every row at position 0 of a document
     positions: [B, T], tokens before each one in its own document; a 0 starts a document. None
         continues at ``state.position``
     lengths: [B], the real tokens of each row come first; the others write nothing and read zeros
@@ -115,6 +115,7 @@ def neural_memory(
         it sizes buffers without asking the device
     aligned: a promise that every row goes on from the end of a chunk, with real tokens of the same document only,
         which saves looking for chunks; without a state that is known already
+    state: what an earlier call returned; None starts every row at position 0 of a document
 
     o has v's dtype. Accumulates in fp32 (fp64 for fp64 inputs). Differentiable once. Raises ValueError if
     a size is out of range, shapes, types or devices disagree, the state is of another memory, or the backend cannot

@@ -25,19 +25,26 @@ class SegmentedMemoryState(NamedTuple):
     position: Tensor
 
 
+class SegmentedMemoryOutput(NamedTuple):
+    """o: [B, T, H, V] in v's dtype, zeros at padding; state: after each segment's last token."""
+
+    o: Tensor
+    state: SegmentedMemoryState
+
+
 def segmented_neural_memory(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     lr: Tensor,
-    momentum: Tensor | None,
-    decay: Tensor | None,
+    momentum: Tensor | None = None,
+    decay: Tensor | None = None,
     *,
     chunk_size: int,
-    state: SegmentedMemoryState,
     cu_seqlens: Tensor | None = None,
+    state: SegmentedMemoryState,
     backend: str = "auto",
-) -> tuple[Tensor, SegmentedMemoryState]:
+) -> SegmentedMemoryOutput:
     """Titans' linear memory (arXiv:2501.00663, eqs. 9-15), one for each segment.
 
     q, k: [B, T, H, K]   v: [B, T, H, V]   lr, momentum, decay: [B, T, H], as for ``neural_memory``
@@ -45,8 +52,8 @@ def segmented_neural_memory(
     cu_seqlens: [B, S + 1] integers from 0 to T, as for ``linear_attention``
     state: before each segment's first token
 
-    Returns o [B, T, H, V] in v's dtype, zeros at padding, and the state after each segment's last token. Raises
-    ValueError if chunk_size < 1, shapes, types or devices disagree, cu_seqlens are outside, or the backend cannot run.
+    Raises ValueError if chunk_size < 1, shapes, types or devices disagree, cu_seqlens are outside, or the backend
+    cannot run.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1")
@@ -60,7 +67,7 @@ def segmented_neural_memory(
     with torch.autocast(q.device.type, enabled=False):
         memory, position = exact(state.memory), state.position
         if length == 0:
-            return v.clone(), SegmentedMemoryState(memory, position)
+            return SegmentedMemoryOutput(v.clone(), SegmentedMemoryState(memory, position))
         momentum, decay = (None if x is None else exact(x) for x in (momentum, decay))
         given = v.dtype
         q, k, v = in_one_type(q, k, v) if by_triton else map(exact, (q, k, v))
@@ -83,7 +90,7 @@ def segmented_neural_memory(
             from memlm_kernels.neural_memory.triton import segments_triton
 
             out, memory = segments_triton((q_c, k_c, v_c), gates, opens, segments, memory)
-            return segments.take(out).to(given), SegmentedMemoryState(memory, position)
+            return SegmentedMemoryOutput(segments.take(out).to(given), SegmentedMemoryState(memory, position))
         opens = opens.mT[:, :, None, None, None]
         C, beta = (x.unflatten(1, (batch, heads)) for x in (gates.C, gates.beta))
         f, P, m = (x.unflatten(1, (batch, heads)) for x in gates.momentum) if gates.momentum else (None, None, None)
@@ -108,7 +115,7 @@ def segmented_neural_memory(
         out = beta[..., None] * (q_c @ starts[:, :, 0]) - (C * (q_c @ k_c.mT)) @ torch.stack(errors)
         if f is not None:
             out = out + f[..., None] * (q_c @ starts[:, :, 1])
-        return segments.take(out).to(given), SegmentedMemoryState(memory, position)
+        return SegmentedMemoryOutput(segments.take(out).to(given), SegmentedMemoryState(memory, position))
 
 
 def _check_state(state: SegmentedMemoryState, momentum: Tensor | None) -> None:

@@ -13,5 +13,6 @@ Files:
 
 from memlm_kernels.recurrence.delta import delta_rule
 from memlm_kernels.recurrence.linear import linear_attention
+from memlm_kernels.segments import RecurrenceOutput
 
-__all__ = ["delta_rule", "linear_attention"]
+__all__ = ["RecurrenceOutput", "delta_rule", "linear_attention"]

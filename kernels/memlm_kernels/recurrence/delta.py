@@ -5,7 +5,7 @@ from torch import Tensor
 from memlm_kernels.backend import as_autocast, choose, with_triton
 from memlm_kernels.recurrence.delta_reference import delta_rule_reference
 from memlm_kernels.recurrence.fla import limit_of, recurrence, with_fla
-from memlm_kernels.segments import check_recurrence
+from memlm_kernels.segments import RecurrenceOutput, check_recurrence
 
 
 def delta_rule(
@@ -18,7 +18,7 @@ def delta_rule(
     cu_seqlens: Tensor | None = None,
     state: Tensor | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> RecurrenceOutput:
     """A matrix that forgets, then moves what it holds for a key towards the key's value::
 
         D_t = exp(log_decay_t) M_{t-1}
@@ -33,9 +33,8 @@ def delta_rule(
         at, one outside or below an earlier one counts as the nearest that is allowed
     state: [B, S, H, K, V], M before each segment's first token; None: zeros
 
-    Returns o [B, T, H, V] in v's dtype, zeros at padding, and M after each segment's last token. Accumulates in fp32
-    (fp64 for fp64 inputs). Raises ValueError if shapes, types or devices disagree, cu_seqlens are outside, or the
-    backend cannot run.
+    Accumulates in fp32 (fp64 for fp64 inputs). Raises ValueError if shapes, types or devices disagree, cu_seqlens are
+    outside, or the backend cannot run.
     """
     cu_seqlens = check_recurrence(q, k, v, {"beta": beta, "log_decay": log_decay}, cu_seqlens, state)
     q, k, v = as_autocast(q, k, v)
@@ -43,9 +42,9 @@ def delta_rule(
     known = with_triton(q, limit, v, cu_seqlens)
     chosen = choose("delta_rule", backend, *with_fla(known, backend, q, limit_of(q, v, log_decay, beta)))
     if chosen == "reference" or q.numel() == 0:
-        return delta_rule_reference(q, k, v, beta, log_decay, cu_seqlens, state)
+        return RecurrenceOutput(*delta_rule_reference(q, k, v, beta, log_decay, cu_seqlens, state))
     if chosen == "fla":
-        return recurrence(q, k, v, beta, log_decay, cu_seqlens, state)
+        return RecurrenceOutput(*recurrence(q, k, v, beta, log_decay, cu_seqlens, state))
     from memlm_kernels.recurrence.delta_triton import delta_rule_triton
 
-    return delta_rule_triton(q, k, v, beta, log_decay, cu_seqlens, state)
+    return RecurrenceOutput(*delta_rule_triton(q, k, v, beta, log_decay, cu_seqlens, state))

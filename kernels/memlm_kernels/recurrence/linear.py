@@ -5,7 +5,7 @@ from torch import Tensor
 from memlm_kernels.backend import as_autocast, choose, with_triton
 from memlm_kernels.recurrence.fla import limit_of, recurrence, with_fla
 from memlm_kernels.recurrence.linear_reference import linear_attention_reference
-from memlm_kernels.segments import check_recurrence
+from memlm_kernels.segments import RecurrenceOutput, check_recurrence
 
 
 def linear_attention(
@@ -17,7 +17,7 @@ def linear_attention(
     cu_seqlens: Tensor | None = None,
     state: Tensor | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> RecurrenceOutput:
     """A matrix that adds up outer products, and forgets::
 
         M_t = diag(exp(log_decay_t)) M_{t-1} + k_t^T v_t
@@ -32,21 +32,20 @@ def linear_attention(
         at, one outside or below an earlier one counts as the nearest that is allowed
     state: [B, S, H, K, V], M before each segment's first token; None: zeros
 
-    Returns o [B, T, H, V] in v's dtype, zeros at padding, and M after each segment's last token. Accumulates in fp32
-    (fp64 for fp64 inputs). Raises ValueError if shapes, types or devices disagree, cu_seqlens are outside, or the
-    backend cannot run.
+    Accumulates in fp32 (fp64 for fp64 inputs). Raises ValueError if shapes, types or devices disagree, cu_seqlens are
+    outside, or the backend cannot run.
     """
     cu_seqlens = check_recurrence(q, k, v, {"log_decay": log_decay}, cu_seqlens, state, ["log_decay"])
     q, k, v = as_autocast(q, k, v)
     known = with_triton(q, _limit(q, log_decay), v, cu_seqlens)
     chosen = choose("linear_attention", backend, *with_fla(known, backend, q, limit_of(q, v, log_decay, None)))
     if chosen == "reference" or q.numel() == 0:
-        return linear_attention_reference(q, k, v, log_decay, cu_seqlens, state)
+        return RecurrenceOutput(*linear_attention_reference(q, k, v, log_decay, cu_seqlens, state))
     if chosen == "fla":
-        return recurrence(q, k, v, None, log_decay, cu_seqlens, state)
+        return RecurrenceOutput(*recurrence(q, k, v, None, log_decay, cu_seqlens, state))
     from memlm_kernels.recurrence.linear_triton import linear_attention_triton
 
-    return linear_attention_triton(q, k, v, log_decay, cu_seqlens, state)
+    return RecurrenceOutput(*linear_attention_triton(q, k, v, log_decay, cu_seqlens, state))
 
 
 def _limit(q: Tensor, log_decay: Tensor | None) -> str | None:

@@ -31,8 +31,10 @@ from memlm_kernels.route_documents.reference import (
     merge_topk_reference,
     route_documents_reference,
 )
+from memlm_kernels.topk import Best
 
 __all__ = [
+    "Best",
     "RouterShard",
     "Routes",
     "Scored",
@@ -145,7 +147,7 @@ def nominate_documents(
     chunk_reduce: str = "max",
     held: int = 1 << 21,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> Best:
     """Of a whole bank, a few documents that hold all that ``route_documents`` would choose at some token.
 
     q: [B, M, H, K]   asks: [B, M], tokens that route (None: all)   the settings: as of ``route_documents``
@@ -157,10 +159,10 @@ def nominate_documents(
     rows = (len(q), q.shape[1] if running else 1)
     if not (shards and q.shape[1]):
         none = torch.full((*rows, top_k), -1, device=q.device)
-        return none, torch.full(none.shape, float("-inf"), device=q.device)
+        return Best(none, torch.full(none.shape, float("-inf"), device=q.device))
     if q.device.type == "cpu" and backend == "auto":
         rule = Rule(similarity, head_reduce, query_reduce, chunk_reduce, top_k, 0, running, 1)
-        return nominated_in_tiles(rule, q, shards, asks, held)
+        return Best(*nominated_in_tiles(rule, q, shards, asks, held))
     index = torch.full((*rows, 0), -1, device=q.device)
     score = torch.empty(index.shape, device=q.device)
     for shard in shards:
@@ -187,10 +189,10 @@ def nominate_documents(
             index, score = (torch.cat(x, -1) for x in zip((index, score), numbered(routes, shard), strict=True))
             # A document may lie across tiles.
             index, score = merge_topk_reference(index, score, top_k)
-    return index, score
+    return Best(index, score)
 
 
-def merge_topk(parts: Sequence[tuple[Tensor, Tensor]], top_k: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+def merge_topk(parts: Sequence[tuple[Tensor, Tensor]], *, top_k: int, backend: str = "auto") -> Best:
     """The best of several banks' best; of an index that several hold, the best score.
 
     parts: index and score [..., any] of each, -1 and -inf where there is none; indices are of one numbering
@@ -209,7 +211,7 @@ def merge_topk(parts: Sequence[tuple[Tensor, Tensor]], top_k: int, *, backend: s
         return merge_topk_reference(index, score, top_k)
     from memlm_kernels.route_documents.triton import merge_topk_triton
 
-    return merge_topk_triton(index, score, top_k)
+    return Best(*merge_topk_triton(index, score, top_k))
 
 
 def _too_many(top_k: int) -> str | None:

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from memlm_kernels.backend import outside_autocast
 from memlm_kernels.segments import exact
-from memlm_kernels.topk import NEVER, best_of
+from memlm_kernels.topk import NEVER, Best, best_of
 
 # Inside the square root, so that a vector of zeros has a gradient.
 _EPS = 1e-12
@@ -217,7 +217,7 @@ class _Walk:
         return Chosen(*self.best, Scored(score, count), token)
 
 
-def merge_topk_reference(index: Tensor, score: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def merge_topk_reference(index: Tensor, score: Tensor, top_k: int) -> Best:
     score = score.masked_fill(index < 0, NEVER)
     # Each index in a row, its best score first.
     score, order = score.sort(dim=-1, descending=True, stable=True)

@@ -16,30 +16,30 @@ from memlm_kernels.segment_mean_pool.reference import segment_mean_pool_referenc
 __all__ = ["segment_mean_pool"]
 
 
-def segment_mean_pool(x: Tensor, cu_segments: Tensor, *, longest: int, backend: str = "auto") -> Tensor:
+def segment_mean_pool(x: Tensor, cu_seqlens: Tensor, *, longest: int, backend: str = "auto") -> Tensor:
     """The mean of each segment's entries; a segment may have any length up to ``longest``, none too.
 
     x: [B, T, ...]
-    cu_segments: [B, S + 1] integers from 0 to T, ascending; segment s of row b holds x[b, cu[b, s] : cu[b, s + 1]]
+    cu_seqlens: [B, S + 1] integers from 0 to T, ascending; segment s of row b holds x[b, cu[b, s] : cu[b, s + 1]]
     longest: an upper bound on a segment's length, known without the device
 
     Returns [B, S, ...] in fp32 (fp64 for fp64), zeros where a segment is empty. What stands outside all segments is
-    ignored; on a GPU, where cu_segments are not looked at, they count as the nearest that are allowed, and of a longer
-    segment the first ``longest`` entries. Raises ValueError if shapes, types or devices disagree, cu_segments are
+    ignored; on a GPU, where cu_seqlens are not looked at, they count as the nearest that are allowed, and of a longer
+    segment the first ``longest`` entries. Raises ValueError if shapes, types or devices disagree, cu_seqlens are
     outside, longest < 1, or the backend cannot run.
     """
-    if x.ndim < 2 or cu_segments.ndim != 2 or len(cu_segments) != len(x) or cu_segments.shape[1] < 1:
-        shapes = f"x {list(x.shape)} and cu_segments {list(cu_segments.shape)}"
+    if x.ndim < 2 or cu_seqlens.ndim != 2 or len(cu_seqlens) != len(x) or cu_seqlens.shape[1] < 1:
+        shapes = f"x {list(x.shape)} and cu_seqlens {list(cu_seqlens.shape)}"
         raise ValueError(f"{shapes} must be [B, T, ...] and [B, S + 1]")
     if longest < 1:
         raise ValueError(f"longest={longest} must be at least 1")
-    check_tensors({"x": x}, {"cu_segments": cu_segments})
-    cu_segments = segments_within("cu_segments", cu_segments, x.shape[1])
-    check_range(f"lengths of segments, longest={longest},", cu_segments.diff(dim=1), 0, longest + 1)
+    check_tensors({"x": x}, {"cu_seqlens": cu_seqlens})
+    cu_seqlens = segments_within("cu_seqlens", cu_seqlens, x.shape[1])
+    check_range(f"lengths of segments, longest={longest},", cu_seqlens.diff(dim=1), 0, longest + 1)
     longest = min(longest, max(1, x.shape[1]))
-    chosen = choose("segment_mean_pool", backend, *with_triton(x, None, cu_segments, products=False))
-    if chosen == "reference" or x.numel() == 0 or cu_segments.shape[1] == 1:
-        return segment_mean_pool_reference(x, cu_segments, longest)
+    chosen = choose("segment_mean_pool", backend, *with_triton(x, None, cu_seqlens, products=False))
+    if chosen == "reference" or x.numel() == 0 or cu_seqlens.shape[1] == 1:
+        return segment_mean_pool_reference(x, cu_seqlens, longest)
     from memlm_kernels.segment_mean_pool.triton import segment_mean_pool_triton
 
-    return segment_mean_pool_triton(x, cu_segments, longest)
+    return segment_mean_pool_triton(x, cu_seqlens, longest)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 
-def segment_mean_pool(x: Tensor, cu_segments: Tensor) -> Tensor:
-    """x: [B, T, ...]; cu_segments: [B, S + 1]. Returns [B, S, ...] in fp64."""
+def segment_mean_pool(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """x: [B, T, ...]; cu_seqlens: [B, S + 1]. Returns [B, S, ...] in fp64."""
     rows = []
-    for row, cu in zip(x.double(), cu_segments.tolist(), strict=True):
+    for row, cu in zip(x.double(), cu_seqlens.tolist(), strict=True):
         pieces = [row[start:end] for start, end in itertools.pairwise(cu)]
         rows.append(torch.stack([p.mean(0) if len(p) else 0.0 * row[0] for p in pieces]))
     return torch.stack(rows)

@@ -9,20 +9,20 @@ from memlm_kernels.grid import place
 from memlm_kernels.segments import exact
 
 
-def segment_mean_pool_reference(x: Tensor, cu_segments: Tensor, longest: int) -> Tensor:
-    batch, count = len(x), cu_segments.shape[1] - 1
-    owner, place_in = owners(cu_segments, x.shape[1], longest)
+def segment_mean_pool_reference(x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+    batch, count = len(x), cu_seqlens.shape[1] - 1
+    owner, place_in = owners(cu_seqlens, x.shape[1], longest)
     # One slot more takes what belongs to no segment.
     slots = torch.where(owner < count, owner * longest + place_in, count * longest)
     laid = place(exact(x), slots, count * longest + 1)[:, :-1].unflatten(1, (count, longest))
-    sizes = cu_segments.diff(dim=1).clamp(1, longest).to(laid.dtype)
+    sizes = cu_seqlens.diff(dim=1).clamp(1, longest).to(laid.dtype)
     return laid.sum(2) / sizes.reshape(batch, count, *[1] * (x.ndim - 2))
 
 
-def owners(cu_segments: Tensor, length: int, longest: int) -> tuple[Tensor, Tensor]:
+def owners(cu_seqlens: Tensor, length: int, longest: int) -> tuple[Tensor, Tensor]:
     """The segment of each token, [B, T], S of none, and its place there."""
-    count = cu_segments.shape[1] - 1
-    tokens = torch.arange(length, device=cu_segments.device).expand(len(cu_segments), -1).contiguous()
-    owner = torch.searchsorted(cu_segments[:, 1:].contiguous(), tokens, right=True)
-    place_in = tokens - cu_segments.gather(1, owner.clamp(max=max(count - 1, 0)))
+    count = cu_seqlens.shape[1] - 1
+    tokens = torch.arange(length, device=cu_seqlens.device).expand(len(cu_seqlens), -1).contiguous()
+    owner = torch.searchsorted(cu_seqlens[:, 1:].contiguous(), tokens, right=True)
+    place_in = tokens - cu_seqlens.gather(1, owner.clamp(max=max(count - 1, 0)))
     return torch.where((place_in < 0) | (place_in >= longest), count, owner), place_in
