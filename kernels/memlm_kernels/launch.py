@@ -7,7 +7,7 @@ dim. A segment is the tokens cu[b, s] to cu[b, s + 1] of row b; without cu a row
 import contextlib
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -85,6 +85,11 @@ def precision(x: Tensor) -> str:
     which NVIDIA's matrix units take. AMD's take fp32 as it is.
     """
     return "ieee" if target() == "hip" or exact_products(x) else "tf32"
+
+
+def arguments_of(op: Any, given: Iterable[Any]) -> dict[str, Any]:
+    """What an op of torch is called with, by name; of the shapes that a FLOP counter has too."""
+    return {argument.name: x for argument, x in zip(op.default._schema.arguments, given, strict=True)}
 
 
 def no_products(*_: Any, **__: Any) -> int:

@@ -21,11 +21,13 @@ from memlm_kernels.attention.kernels import (
 )
 from memlm_kernels.backend import outside_autocast
 from memlm_kernels.checks import in_one_type
-from memlm_kernels.launch import Tiles, at_least_16, cdiv, laid, precision
+from memlm_kernels.launch import Tiles, arguments_of, at_least_16, cdiv, laid, precision
 
 # Programs that keep a GPU busy; readers of a chunk that one program sums up.
 ENOUGH, PER = 256, 1024
 _LOG2E = 1.4426950408889634
+# The inputs that have gradients.
+_LEARN = ("q", "k", "v", "other_q", "prefix_k", "prefix_v", "far_k")
 
 
 class Call:
@@ -204,7 +206,7 @@ def backward(
     most: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, other_q, prefix_k, prefix_v and far_k, of no size for what is not there."""
+    """Gradients of ``_LEARN``, of no size for what is not there."""
     q, k, v, other_q, far_k, index, starts = laid(q, k, v, other_q, far_k, index, starts)
     prefix_k, prefix_v, first, end, d_o, d_lse = laid(prefix_k, prefix_v, first, end, d_o, d_lse)
     call = Call(q, k, v, prefix_k, index, chunk_size)
@@ -320,39 +322,39 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, chunk_size, window, most, scale = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:11], *output)
-    ctx.settings = inputs[11:]
+    ctx.save_for_backward(*tensors, *output)
+    ctx.settings = chunk_size, window, most, scale
 
 
 @outside_autocast
 def _backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     *inputs, o, lse = ctx.saved_tensors
     d_o = torch.zeros_like(o) if d_o is None else d_o
-    gradients = backward(*inputs, o, lse, d_o, d_lse, *ctx.settings)
-    d_q, d_k, d_v, *others = gradients
-    present = [None if x is None else d for x, d in zip(inputs[5:9], others, strict=True)]
-    return d_q, d_k, d_v, None, None, *present, *[None] * 6
+    found = dict(zip(_LEARN, backward(*inputs, o, lse, d_o, d_lse, *ctx.settings), strict=True))
+    given = arguments_of(torch.ops.memlm.attention, (*inputs, *ctx.settings))
+    return tuple(None if x is None else found.get(name) for name, x in given.items())
 
 
 forward.register_autograd(_backward, setup_context=_setup)
 
 
-def _flops(shapes: tuple[Any, ...], products: int) -> int:
+def _flops(given: dict[str, Any], products: int) -> int:
     """Of a product with keys and one with values, or of all five of a backward."""
-    q, k, v, prefix, index, chunk_size, most = (shapes[i] for i in (0, 1, 2, 6, 9, 11, 13))
-    keys = min(most, k[1]) + (prefix[1] if prefix else 0) + (index[3] * chunk_size if index else 0)
+    q, k, v, prefix, index = (given[name] for name in ("q", "k", "v", "prefix_k", "index"))
+    keys = min(given["most"], k[1]) + (prefix[1] if prefix else 0) + (index[3] * given["chunk_size"] if index else 0)
     return 2 * q[0] * q[1] * q[2] * keys * ((products + 1) // 2 * q[3] + products // 2 * v[3])
 
 
 @register_flop_formula(torch.ops.memlm.attention)
 def _forward_flops(*shapes: Any, **_: Any) -> int:
-    return _flops(shapes, 2)
+    return _flops(arguments_of(torch.ops.memlm.attention, shapes), 2)
 
 
 @register_flop_formula(torch.ops.memlm.attention_backward)
 def _backward_flops(*shapes: Any, **_: Any) -> int:
-    return _flops((*shapes[:11], *shapes[15:]), 5)
+    return _flops(arguments_of(torch.ops.memlm.attention_backward, shapes), 5)
 
 
 def attend_triton(

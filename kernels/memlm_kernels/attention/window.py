@@ -67,8 +67,8 @@ def prefix_window_attention(
         o, lse = attend_triton(q, k, v, *spans, window or k.shape[1], scale, prefix=prefix)
         return WindowAttended(o.to(given), lse)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    read = read_blocks(q, k, v, window, positions, prefix, scale, sdpa if backend == "sdpa" else plain)
-    return WindowAttended(read[0].to(given), read[1])
+    o, lse = read_blocks(q, k, v, window, positions, prefix, scale, sdpa if backend == "sdpa" else plain)
+    return WindowAttended(o.to(given), lse)
 
 
 def window_spans(q: Tensor, k: Tensor, window: int | None, positions: Tensor | None) -> tuple[Tensor, Tensor]:

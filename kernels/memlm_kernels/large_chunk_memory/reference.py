@@ -180,7 +180,8 @@ class _Group(torch.autograd.Function):
 
 
 def _read_and_write(plan: _Plan, *tensors: Any) -> tuple[Tensor, ...]:
-    tokens, initial, memory = Tokens._make(tensors[:5]), tensors[5:8], _Memory.of(tensors[8:])
+    q, k, v, lr, momentum, w_1, w_2, w_3, *state = tensors
+    tokens, initial, memory = Tokens(q, k, v, lr, momentum), (w_1, w_2, w_3), _Memory.of(state)
     with torch.autocast(tokens.q.device.type, enabled=False):
         start = _Memory.fresh(initial, tokens.momentum is not None)
         norms = [torch.linalg.vector_norm(w, dim=-2, keepdim=True) for w in initial]

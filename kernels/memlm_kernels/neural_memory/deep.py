@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from memlm_kernels.backend import outside_autocast
 from memlm_kernels.checks import in_one_type
-from memlm_kernels.launch import Kernel, at_least_16, cdiv, laid, precision
+from memlm_kernels.launch import Kernel, arguments_of, at_least_16, cdiv, laid, precision
 from memlm_kernels.neural_memory.chunk import Plan
 from memlm_kernels.neural_memory.deep_backward_kernels import deep_tokens_backward, deep_write_backward
 from memlm_kernels.neural_memory.deep_kernels import deep_read, deep_write
@@ -309,7 +309,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     ctx.set_materialize_grads(False)
     ctx.counts = [len(x) for x in lists]
     # Whatever has a gradient comes back: out, then W, S and the anchor.
-    ctx.returned = 2 + len(lists[4]) + 2
+    _, _, _, _, memory, _ = lists
+    ctx.returned = 2 + len(memory) + 2
     ctx.save_for_backward(*(x for part in lists for x in part), *output[ctx.returned :])
 
 
@@ -324,32 +325,32 @@ def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
     parts = _split(saved, ctx.counts)
     kept = list(saved[sum(ctx.counts) :])
     d_out, _, *d_last = gradients[: ctx.returned]
-    d_out = torch.zeros_like(saved[2], dtype=torch.float32) if d_out is None else d_out
+    (_, _, v, *_), *_ = parts
+    d_out = torch.zeros_like(v, dtype=torch.float32) if d_out is None else d_out
     d_last = [torch.zeros_like(k[0]) if x is None else x for x, k in zip(d_last, kept, strict=True)]
-    counts = [0 if i == 3 else count for i, count in enumerate(ctx.counts)]
-    d_tokens, d_momentum, d_tail, _, d_memory, d_ragged = _split(
-        backward(*parts, kept, d_out, d_last, ctx.blocks, ctx.silu), counts
-    )
-    return d_tokens, d_momentum, d_tail, [None] * ctx.counts[3], d_memory, d_ragged, None, None, None
+    found = backward(*parts, kept, d_out, d_last, ctx.blocks, ctx.silu)
+    tokens, momentum, tail, flags, memory, ragged = ctx.counts
+    d_tokens, d_momentum, d_tail, d_memory, d_ragged = _split(found, (tokens, momentum, tail, memory, ragged))
+    return d_tokens, d_momentum, d_tail, [None] * flags, d_memory, d_ragged, None, None, None
 
 
 forward.register_autograd(_backward, setup_context=_setup)
 
 
 @register_flop_formula(torch.ops.memlm.deep_memory)
-def _forward_flops(tokens: Sequence[Sequence[int]], *arguments: Any, **__: Any) -> int:
-    """The products of ``deep_kernels``; momentum, the second list, may be empty."""
-    count, rows, width, keys = tokens[0]
-    _, hidden, values = arguments[3][1]
-    of_layers = hidden * ((5 if arguments[0] else 3) * (keys + values) + values)
+def _forward_flops(*shapes: Any, **_: Any) -> int:
+    """The products of ``deep_kernels``."""
+    given = arguments_of(torch.ops.memlm.deep_memory, shapes)
+    (count, rows, width, keys), (hidden, values) = given["tokens"][0], given["memory"][1][1:]
+    of_layers = hidden * ((5 if given["momentum"] else 3) * (keys + values) + values)
     return 2 * count * rows * width * (of_layers + width * (keys + values + 2 * hidden))
 
 
 @register_flop_formula(torch.ops.memlm.deep_memory_backward)
-def _backward_flops(tokens: Sequence[Sequence[int]], *arguments: Any, **__: Any) -> int:
+def _backward_flops(*shapes: Any, **_: Any) -> int:
     """Those of ``deep_read_backward_kernels`` and ``deep_backward_kernels``, and writing once more."""
-    count, rows, width, keys = tokens[0]
-    _, hidden, values = arguments[3][1]
+    given = arguments_of(torch.ops.memlm.deep_memory_backward, shapes)
+    (count, rows, width, keys), (hidden, values) = given["tokens"][0], given["memory"][1][1:]
     of_layers = hidden * (15 * keys + 17 * values)
     return 2 * count * rows * width * (of_layers + width * (4 * keys + 2 * values + 6 * hidden))
 

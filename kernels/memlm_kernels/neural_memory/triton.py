@@ -2,6 +2,7 @@
 and of the loop in ``segmented``.
 """
 
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from memlm_kernels.backend import outside_autocast
 from memlm_kernels.checks import in_one_type
-from memlm_kernels.launch import Tiles, at_least_16, cdiv, laid, precision
+from memlm_kernels.launch import Tiles, arguments_of, at_least_16, cdiv, laid, precision
 from memlm_kernels.neural_memory.chunk import Gates, Plan
 from memlm_kernels.neural_memory.kernels import memory_backward, memory_forward, tokens_backward
 from memlm_kernels.neural_memory.step_kernels import memory_step
@@ -19,7 +20,20 @@ from memlm_kernels.segments import Segments
 # Chunks between memories that are kept for backward; and chunks whose memories' gradients are kept during backward.
 GROUP, SPAN = 16, 64
 _STARTS = ("initial", "initial_anchor", "initial_S")
-_SHARED = ("d_q", "d_k", "d_C", "d_beta", "d_f", "d_P", "d_m")
+_SHARED = ("q", "k", "C", "beta", "f", "P", "m")
+
+
+def _outputs(has_S: bool, keep: bool) -> list[str]:
+    """What ``forward`` returns."""
+    state = ["W", "anchor", *(["S"] if has_S else [])]
+    return ["out", "squares", *state, *(["errors", *(f"kept_{name}" for name in state)] if keep else [])]
+
+
+def _gradients(f: Tensor | None, has_owners: bool, has_initial: bool) -> list[str]:
+    """Of which inputs of ``forward`` ``backward`` returns the gradients."""
+    momentum = ["f", "P", "m", "S"] if f is not None else []
+    anchor = ["anchor"] if has_owners or has_initial else []
+    return ["q", "k", "v", "C", "beta", "W", *momentum, *anchor, *(["initial"] if has_initial else [])]
 
 
 def _sizes(q: Tensor, v: Tensor, blocks: int) -> dict[str, Any]:
@@ -150,7 +164,7 @@ def backward(
     d_last: list[Tensor],
     blocks: int,
 ) -> list[Tensor]:
-    """Gradients of q, k, v, C, beta, W; with momentum of f, P, m, S; with documents of anchor, initial.
+    """Those of ``_gradients``.
 
     owned: W, anchor and S where they have owners, and then there is a gradient of the anchor and none of initial
     """
@@ -209,20 +223,18 @@ def backward(
             {},
             **given,
             **{"errors": errors, "d_c": d_c},
-            **dict.fromkeys(_STARTS) | dict(zip(_STARTS, owned or [initial], strict=False)),
-            **dict.fromkeys(_SHARED) | dict(zip(_SHARED, d_shared, strict=False)),
+            **dict(zip_longest(_STARTS, owned or [initial])),
+            **{f"d_{name}": x for name, x in zip_longest(_SHARED, d_shared)},
             **{"kept_W": kept[0], "kept_anchor": kept[1], "kept_S": kept[2] if f is not None else None},
             **span,
             **of_tokens,
         )
         carried = before
-    d_q, d_k, d_C, d_beta, *d_momentum = (d.sum(0).to(x.dtype) for d, x in zip(d_shared, shared, strict=True))
+    d = {name: d.sum(0).to(x.dtype) for name, d, x in zip(_SHARED, d_shared, shared, strict=False)}
     # The last row of C writes to the memory too.
-    d_C[:, :, -1] += d_c.sum(0)
-    d_memory = d_owned or carried
-    anchored = ["anchor"] if owned or initial is not None else []
-    last = [name for name in ("S", *anchored, "initial") if name in names]
-    return [d_q, d_k, -d_errors, d_C, d_beta, d_memory["W"], *d_momentum, *(d_memory[name] for name in last)]
+    d["C"][:, :, -1] += d_c.sum(0)
+    d |= {"v": -d_errors, **(d_owned or carried)}
+    return [d[name] for name in _gradients(f, bool(owned), initial is not None)]
 
 
 @backward.register_fake
@@ -247,51 +259,55 @@ def _(
     blocks: int,
 ) -> list[Tensor]:
     state = owned[0] if owned else kept[0][0]
-    like = [q, k, errors, C, beta, state, *(x for x in (f, P, m) if x is not None)]
-    like += [state] * ((f is not None) + bool(owned) + 2 * (initial is not None))
-    return [x.new_empty(x.shape) for x in like]
+    like = {"q": q, "k": k, "v": errors, "C": C, "beta": beta, "f": f, "P": P, "m": m}
+    like |= dict.fromkeys(("W", "S", "anchor", "initial"), state)
+    found = (like[name] for name in _gradients(f, bool(owned), initial is not None))
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in found if x is not None]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    q, k, _, *gates, W, S, anchor, initial, ctx.blocks, _keep = inputs
+    given = arguments_of(torch.ops.memlm.neural_memory, inputs)
     ctx.set_materialize_grads(False)
-    ctx.last = 2 if S is None else 3
-    ctx.state = W.shape
-    owned = [W, anchor, S] if gates[-1] is not None else [None] * 3
-    ctx.save_for_backward(q, k, *gates, initial, *owned, *output[2 + ctx.last :])
+    ctx.blocks, ctx.state = given["blocks"], given["W"].shape
+    ctx.returned = _outputs(given["S"] is not None, given["keep"])
+    ctx.given = tuple(given)
+    saved = {name: x for name, x in given.items() if name not in ("v", "W", "S", "anchor", "blocks", "keep")}
+    if given["owner"] is not None:
+        saved |= {f"owned_{name}": given[name] for name in ("W", "anchor", "S") if given[name] is not None}
+    results = dict(zip(ctx.returned, output, strict=True))
+    saved |= {name: x for name, x in results.items() if name == "errors" or name.startswith("kept_")}
+    ctx.names = tuple(saved)
+    ctx.save_for_backward(*saved.values())
 
 
 @outside_autocast
 def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    q, k, *saved = ctx.saved_tensors
-    gates, (initial, W, anchor, S, errors, *kept) = saved[:9], saved[9:]
-    f = gates[2]
-    owned = [x for x in (W, anchor, S) if x is not None]
-    d_out, _, *d_last = gradients[: 2 + ctx.last]
-    d_out = torch.zeros_like(errors) if d_out is None else d_out
-    d_last = [kept[0].new_zeros(ctx.state) if x is None else x for x in d_last]
-    rest = (initial, owned, errors, kept, d_out, d_last, ctx.blocks)
-    d_q, d_k, d_v, d_C, d_beta, d_W, *more = backward(q, k, *gates, *rest)
-    d_f, d_P, d_m = more[:3] if f is not None else [None] * 3
-    d_S = more[3] if f is not None else None
-    d_anchor, d_initial = more[-2:] if initial is not None else (more[-1] if owned else None, None)
-    return d_q, d_k, d_v, d_C, d_beta, d_f, d_P, d_m, *[None] * 4, d_W, d_S, d_anchor, d_initial, None, None
+    saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+    owned, kept = ([saved.pop(name) for name in ctx.names if name.startswith(part)] for part in ("owned_", "kept_"))
+    given = dict(zip(ctx.returned, gradients, strict=True))
+    d_out = torch.zeros_like(saved["errors"]) if given["out"] is None else given["out"]
+    last = [given[name] for name in ("W", "anchor", "S") if name in given]
+    d_last = [kept[0].new_zeros(ctx.state) if x is None else x for x in last]
+    found = backward(**saved, owned=owned, kept=kept, d_out=d_out, d_last=d_last, blocks=ctx.blocks)
+    d = dict(zip(_gradients(saved["f"], bool(owned), saved["initial"] is not None), found, strict=True))
+    return tuple(d.get(name) for name in ctx.given)
 
 
 forward.register_autograd(_backward, setup_context=_setup)
 
 
 @register_flop_formula(torch.ops.memlm.neural_memory)
-def _forward_flops(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *gates: Any, **_: Any) -> int:
-    """The products of ``kernels``; f, the third gate, is None without momentum."""
-    count, rows, width, keys = q
-    return 2 * count * rows * width * ((5 if gates[2] else 3) * keys * v[-1] + width * (keys + v[-1]))
+def _forward_flops(*shapes: Any, **_: Any) -> int:
+    """The products of ``kernels``."""
+    given = arguments_of(torch.ops.memlm.neural_memory, shapes)
+    (count, rows, width, keys), values, of_memory = given["q"], given["v"][-1], 5 if given["f"] else 3
+    return 2 * count * rows * width * (of_memory * keys * values + width * (keys + values))
 
 
 @register_flop_formula(torch.ops.memlm.neural_memory_backward)
-def _backward_flops(q: tuple[int, ...], *arguments: Any, **__: Any) -> int:
-    count, rows, width, keys = q
-    values, of_memory = arguments[12][-1], 12 if arguments[3] else 7
+def _backward_flops(*shapes: Any, **_: Any) -> int:
+    given = arguments_of(torch.ops.memlm.neural_memory_backward, shapes)
+    (count, rows, width, keys), values, of_memory = given["q"], given["errors"][-1], 12 if given["f"] else 7
     return 2 * count * rows * width * (of_memory * keys * values + width * (4 * keys + 2 * values))
 
 
@@ -304,9 +320,9 @@ def scan_triton(plan: Plan, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | Non
     tokens = in_one_type(q, k, v)
     tensors = (*tokens, C, beta, f, P, m, *flags, None, None, W, S, anchor, initial)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    out, squares, last_W, last_anchor, *more = forward(*tensors, plan.blocks, keep)
-    surprise = torch.linalg.vector_norm(k.detach().float(), dim=-1) * squares.detach().sqrt()
-    return out, surprise, last_W, *(more[:1] if S is not None else ()), last_anchor
+    found = dict(zip(_outputs(S is not None, keep), forward(*tensors, plan.blocks, keep), strict=True))
+    surprise = torch.linalg.vector_norm(k.detach().float(), dim=-1) * found["squares"].detach().sqrt()
+    return found["out"], surprise, *(found[name] for name in ("W", "S", "anchor") if name in found)
 
 
 def segments_triton(
@@ -319,7 +335,7 @@ def segments_triton(
     """
     assert segments.segment is not None and segments.index is not None
     assert segments.last is not None and segments.empty is not None
-    batch, count_of, parts, heads = memory.shape[:4]
+    batch, count_of, _, heads = memory.shape[:4]
     index = torch.arange(segments.grid.count, device=memory.device)
     # Chunks that no segment uses may be said to start an empty one.
     used = ~segments.empty.gather(1, segments.segment)
@@ -337,6 +353,7 @@ def segments_triton(
     q, k, v = (x.flatten(1, 2) for x in tokens)
     tensors = (q, k, v, gates.C, gates.beta, f, P, m, *flags, owner, ended, W, S[0] if S else None, anchor, None)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    out, _, last_W, last_anchor, *rest = forward(*tensors, 1, keep)
-    after = [x.unflatten(0, (batch, count_of, heads)) for x in (last_W, *rest[: parts - 2], last_anchor)]
-    return out.unflatten(1, (batch, heads)), torch.stack(after, 2)
+    found = dict(zip(_outputs(bool(S), keep), forward(*tensors, 1, keep), strict=True))
+    last = [found[name] for name in ("W", "S", "anchor") if name in found]
+    after = [x.unflatten(0, (batch, count_of, heads)) for x in last]
+    return found["out"].unflatten(1, (batch, heads)), torch.stack(after, 2)

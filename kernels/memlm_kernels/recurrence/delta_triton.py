@@ -173,9 +173,9 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    *tensors, _ = inputs
+    (*tensors, _), (_, _, *kept) = inputs, output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output[2:])
+    ctx.save_for_backward(*tensors, *kept)
 
 
 @outside_autocast

@@ -214,9 +214,9 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    q, k, v, log_decay, cu_seqlens, _ = inputs
+    (*tensors, _), (_, _, states) = inputs, output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, log_decay, cu_seqlens, output[2])
+    ctx.save_for_backward(*tensors, states)
 
 
 @outside_autocast

@@ -1,5 +1,6 @@
 """Choosing documents by Triton kernels, as ops of torch; takes the place of ``reference.walk``."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from memlm_kernels.backend import MOST
-from memlm_kernels.launch import at_least_16, cdiv, laid, no_products, precision
+from memlm_kernels.launch import arguments_of, at_least_16, cdiv, laid, no_products, precision
 from memlm_kernels.route_documents.kernels import choose_best, choose_running, score_chunks
 from memlm_kernels.route_documents.reference import Asked, Chosen, Rule, Scored, query_of, walk
 
@@ -147,12 +148,10 @@ def _(
 
 
 @register_flop_formula(torch.ops.memlm.route_documents)
-def _flops(query: tuple[int, ...] | None, k: tuple[int, ...], *rest: Any, **_: Any) -> int:
+def _flops(*shapes: Any, **_: Any) -> int:
     """A decision at each token makes the scores twice."""
-    if query is None:
-        return 0
-    batch, length, groups, heads, keys = query
-    return 2 * batch * length * groups * heads * keys * k[1] * (2 if rest[9] else 1)
+    given = arguments_of(torch.ops.memlm.route_documents, shapes)
+    return 2 * math.prod(given["query"] or [0]) * given["k"][1] * (2 if given["running"] else 1)
 
 
 @torch.library.custom_op("memlm::merge_topk", mutates_args=())

@@ -69,7 +69,8 @@ def _(d_y: Tensor, o: Tensor, place: Tensor, weight: Tensor) -> tuple[Tensor, Te
 
 
 def _setup_dispatch(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
+    _, place = inputs
+    ctx.save_for_backward(place)
 
 
 @outside_autocast
