@@ -11,6 +11,7 @@ Files:
     cache               ``MemoryCache``, the memory of one or many streams as an object
     layers              RMSNorm, rotary positions, SwiGLU, short convolution
     memory              the memory slot, and one file per memory
+    memory_layer        ``layer``, one memory as a layer of any model
     bank                ``MemoryBank``, a library of documents that a model has read
     interleave          ``Interleave``, rounds of asking a bank and reading on
     data                training data: text, recall tasks, documents with questions
@@ -34,6 +35,7 @@ from memlm.cache import MemoryCache
 from memlm.configuration import MemLMConfig
 from memlm.interleave import Interleave
 from memlm.loss import auxiliary_loss
+from memlm.memory_layer import MemoryLayer, layer
 from memlm.modeling import MemLMForCausalLM, MemLMModel
 
 try:
@@ -52,5 +54,7 @@ __all__ = [
     "MemLMModel",
     "MemoryBank",
     "MemoryCache",
+    "MemoryLayer",
     "auxiliary_loss",
+    "layer",
 ]

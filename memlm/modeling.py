@@ -12,16 +12,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from memlm.cache import MemoryCache
 from memlm.configuration import MemLMConfig
 from memlm.generation import MemoryGenerationMixin
-from memlm.layers import GroupedLinear, RMSNorm, ShortConv, SwiGLU
+from memlm.layers import RMSNorm, SwiGLU
 from memlm.loss import bound, weighted
-from memlm.memory.base import MixerContext, MixerOutput, RoleCounts, Roles, SequenceMixer, State, build_mixer, checked
+from memlm.memory.base import (
+    MixerContext,
+    MixerOutput,
+    RoleCounts,
+    Roles,
+    State,
+    build_mixer,
+    checked,
+    initialize,
+    most_documents,
+)
 from memlm.roles import QUERY
 
 
@@ -99,17 +108,8 @@ class MemLMPreTrainedModel(PreTrainedModel):
         decoder.gradient_checkpointing, decoder.checkpointed_layers = enable, every_n_layers
         decoder._gradient_checkpointing_func = gradient_checkpointing_func
 
-    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # Children come before their parents, so a mixer has the last word on what it owns.
-        if isinstance(module, nn.Linear | nn.Embedding | GroupedLinear):
-            init.normal_(module.weight, std=self.config.initializer_range)
-            if getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, RMSNorm):
-            init.ones_(module.weight)
-        elif isinstance(module, SequenceMixer | ShortConv):
-            module.reset_parameters()
+        initialize(module, self.config.initializer_range)
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         super().set_attn_implementation(*args, **kwargs)
@@ -289,7 +289,7 @@ class MemLMModel(MemLMPreTrainedModel):
         if position_ids is not None:
             state = memory.state(0) if memory is not None else None
             next_B = position_ids.new_zeros(batch) if state is None else state["position"]
-            documents = _documents(position_ids, lengths_B, max_documents, next_B)
+            documents = most_documents(position_ids, lengths_B, max_documents, next_B)
             # What is padding may have any.
             position_ids = position_ids.clamp(min=0)
         roles = None
@@ -363,36 +363,6 @@ class MemLMForCausalLM(MemLMPreTrainedModel, MemoryGenerationMixin):
 
 def _gather(x_BTD: Tensor, index_BT: Tensor) -> Tensor:
     return x_BTD.gather(1, index_BT[..., None].expand(-1, -1, x_BTD.shape[-1]))
-
-
-def _documents(positions_BT: Tensor, lengths_B: Tensor | None, given: int | None, next_B: Tensor) -> int:
-    """The most documents in a row, at most those given, or counted, which asks the device. Raises ValueError if there
-    are more, and for places that neither start a document nor follow the one before, of the first next_B; where the
-    device is not asked, the error is the device's.
-    """
-    length = positions_BT.shape[1]
-    if positions_BT.numel() == 0:
-        return 1
-    starts_BT = positions_BT == 0
-    follows_BT = torch.cat([next_B[:, None], positions_BT[:, :-1] + 1], 1)
-    astray_BT = (positions_BT != follows_BT) & ~starts_BT
-    if lengths_B is not None:
-        real_BT = torch.arange(length, device=positions_BT.device) < lengths_B[:, None]
-        starts_BT, astray_BT = starts_BT & real_BT, astray_BT & real_BT
-    counted, astray = 1 + starts_BT[:, 1:].sum(1).max(), astray_BT.sum()
-    few = f"max_documents={given} is less than the documents that position_ids start in a row; count them"
-    if positions_BT.device.type != "cpu" and given is not None:
-        torch._assert_async(astray == 0, "position_ids neither start a document at 0 nor go on from where it was")
-        torch._assert_async(counted <= given, few)
-        return min(given, length)
-    most, strays = torch.stack([counted, astray]).tolist()
-    if strays:
-        row, t = astray_BT.nonzero()[0].tolist()
-        found, follows = int(positions_BT[row, t]), int(follows_BT[row, t])
-        raise ValueError(f"position_ids: {found} in row {row} must be {follows}, to go on, or 0, to start a document")
-    if given is not None and given < most:
-        raise ValueError(few)
-    return most
 
 
 __all__ = [

@@ -24,6 +24,7 @@ ROOMS = {
     "memlm.configuration": {"memlm.settings", "memlm.memory"},
     "memlm.cache": {"memlm.files", "memlm.fingerprint", "memlm.memory"},
     "memlm.loss": set(),
+    "memlm.memory_layer": {"memlm.settings", "memlm.memory"},
     "memlm.generation": {"memlm.cache", "memlm.roles"},
     "memlm.modeling": {
         "memlm.roles",
@@ -44,7 +45,15 @@ ROOMS = {
         "memlm.modeling",
     },
     "memlm.interleave": {"memlm.settings", "memlm.roles", "memlm.data", "memlm.memory", "memlm.cache", "memlm.bank"},
-    "memlm": {"memlm.bank", "memlm.configuration", "memlm.cache", "memlm.interleave", "memlm.loss", "memlm.modeling"},
+    "memlm": {
+        "memlm.memory_layer",
+        "memlm.bank",
+        "memlm.configuration",
+        "memlm.cache",
+        "memlm.interleave",
+        "memlm.loss",
+        "memlm.modeling",
+    },
 }
 OUTER = {"memlm.hub", "memlm.training", "memlm.evaluation", "memlm.cli"}
 OUTSIDE = {

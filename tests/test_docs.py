@@ -70,7 +70,7 @@ EXAMPLES = {
 def test_every_example_of_a_page_is_run():
     """A block of Python elsewhere would be run by nobody."""
     found = {(page, i) for page in PAGES for i in range(len(blocks(page, "python"))) if page != "kernels/README.md"}
-    assert found - {("CONTRIBUTING.md", 0), ("CONTRIBUTING.md", 1)} == set(EXAMPLES)
+    assert found - {("CONTRIBUTING.md", 0), ("CONTRIBUTING.md", 1), ("memlm/README.md", 1)} == set(EXAMPLES)
 
 
 @pytest.mark.parametrize(("page", "example"), EXAMPLES, ids=lambda x: str(x))
@@ -92,6 +92,11 @@ def test_the_page_of_the_kernels_calls_every_op():
     exec(code, {})
     called = set(re.findall(r"\w+", code))
     assert set(memlm_kernels.__all__) - called <= {"NeuralMemoryState", "LargeChunkMemoryState"}
+
+
+def test_a_layer_is_three_lines(capsys):
+    exec(blocks("memlm/README.md", "python")[1], {})
+    assert capsys.readouterr().out == "torch.Size([2, 1, 384])\n"
 
 
 def test_a_library_is_ten_lines(tmp_path, monkeypatch, capsys):

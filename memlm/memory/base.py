@@ -14,7 +14,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 
+from memlm.layers import GroupedLinear, RMSNorm, ShortConv
 from memlm.settings import build_config, suggest
 from memlm_kernels import grid
 
@@ -190,11 +192,54 @@ def checked(output: Any, mixer: nn.Module, x_BTD: Tensor) -> MixerOutput:
     return output
 
 
+@torch.no_grad()
+def initialize(module: nn.Module, std: float) -> None:
+    """Initialise what a module itself owns; called on children before their parents, so that a mixer comes last."""
+    if isinstance(module, nn.Linear | nn.Embedding | GroupedLinear):
+        init.normal_(module.weight, std=std)
+        if isinstance(bias := getattr(module, "bias", None), Tensor):
+            init.zeros_(bias)
+    elif isinstance(module, RMSNorm):
+        init.ones_(module.weight)
+    elif isinstance(module, SequenceMixer | ShortConv):
+        module.reset_parameters()
+
+
 def token_positions(x_BTD: Tensor, state: State, ctx: MixerContext) -> Tensor:
     """Place of each token in its document, [B, T]."""
     if ctx.positions_BT is not None:
         return ctx.positions_BT
     return state["position"][:, None] + torch.arange(x_BTD.shape[1], device=x_BTD.device)
+
+
+def most_documents(positions_BT: Tensor, lengths_B: Tensor | None, given: int | None, next_B: Tensor) -> int:
+    """The most documents in a row, at most those given, or counted, which asks the device. Raises ValueError if there
+    are more, and for places that neither start a document nor follow the one before, of the first next_B; where the
+    device is not asked, the error is the device's.
+    """
+    length = positions_BT.shape[1]
+    if positions_BT.numel() == 0:
+        return 1
+    starts_BT = positions_BT == 0
+    follows_BT = torch.cat([next_B[:, None], positions_BT[:, :-1] + 1], 1)
+    astray_BT = (positions_BT != follows_BT) & ~starts_BT
+    if lengths_B is not None:
+        real_BT = torch.arange(length, device=positions_BT.device) < lengths_B[:, None]
+        starts_BT, astray_BT = starts_BT & real_BT, astray_BT & real_BT
+    counted, astray = 1 + starts_BT[:, 1:].sum(1).max(), astray_BT.sum()
+    few = f"max_documents={given} is less than the documents that position_ids start in a row; count them"
+    if positions_BT.device.type != "cpu" and given is not None:
+        torch._assert_async(astray == 0, "position_ids neither start a document at 0 nor go on from where it was")
+        torch._assert_async(counted <= given, few)
+        return min(given, length)
+    most, strays = torch.stack([counted, astray]).tolist()
+    if strays:
+        row, t = astray_BT.nonzero()[0].tolist()
+        found, follows = int(positions_BT[row, t]), int(follows_BT[row, t])
+        raise ValueError(f"position_ids: {found} in row {row} must be {follows}, to go on, or 0, to start a document")
+    if given is not None and given < most:
+        raise ValueError(few)
+    return most
 
 
 def next_position(positions_BT: Tensor, state: State, ctx: MixerContext) -> Tensor:

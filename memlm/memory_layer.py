@@ -1,0 +1,158 @@
+"""One memory as a layer of any PyTorch model: ``memlm.layer("titans_lmm", hidden_size=384)``.
+
+B batch, T tokens, D hidden.
+"""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from memlm.memory.base import (
+    Dims,
+    MixerContext,
+    RoleCounts,
+    Roles,
+    SequenceMixer,
+    build_mixer,
+    checked,
+    complete_settings,
+    initialize,
+    most_documents,
+)
+from memlm.settings import check_type, require
+
+
+class LayerState(dict[str, Tensor]):
+    """The state of a layer between two calls: named tensors, batch first.
+
+    A call never changes it in place, so that one state can be continued twice. ``torch.save(dict(state), path)`` saves
+    it, and a layer takes a plain dict too.
+    """
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same state on another device. Types stay as they are."""
+        return type(self)({name: x.to(device) for name, x in self.items()})
+
+    def detach(self) -> Self:
+        """The same state without its history: gradients of later calls end here (truncated backpropagation)."""
+        return type(self)({name: x.detach() for name, x in self.items()})
+
+
+class MemoryLayer(nn.Module):
+    """A memory that mixes the tokens of a stream, made by ``memlm.layer``."""
+
+    def __init__(self, mixer: SequenceMixer, dims: Dims) -> None:
+        super().__init__()
+        self.mixer, self.hidden_size = mixer, dims.hidden_size
+        self._state_keys = {*mixer.init_state(1, torch.device("cpu"), torch.float32)}
+
+    def forward(
+        self,
+        x: Tensor,
+        state: dict[str, Tensor] | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        lengths: Tensor | None = None,
+        max_documents: int | None = None,
+        doc_ids: Tensor | None = None,
+        positives: Tensor | None = None,
+        return_aux: bool = False,
+    ) -> tuple[Tensor, LayerState] | tuple[Tensor, LayerState, dict[str, Tensor]]:
+        """Mix the next T tokens of each stream. Any division of a stream into calls gives the same outputs.
+
+        x: [B, T, D], normalised, as behind an RMSNorm
+        state: where the last call ended; None before the first token
+        position_ids: int [B, T], for packed rows, the place of each token in its document; a 0 starts a document,
+            which sees nothing of those before it. None: each row continues its document
+        lengths: int [B], real tokens of each row. They come first; padding stands behind them and leaves no trace
+        max_documents: the most documents that one row has tokens of; counted on the device if not given
+        doc_ids: int [B, T], for msa, the role of each token (``memlm.roles``); None: all are a response
+        positives: [B, T], for msa, 1 for tokens of the documents that the query should find
+        return_aux: also return the auxiliary losses of this call, such as the load balance of mom
+
+        Returns y [B, T, D], unspecified at padding; the state after the last token; and with return_aux a dict of
+        losses [B], weighted: add the sum of their means to the loss of the model.
+        Raises ValueError for inputs that do not fit the layer or each other.
+        """
+        require(
+            x.ndim == 3 and x.shape[2] == self.hidden_size and x.is_floating_point(),
+            f"x {x.dtype} {list(x.shape)} must be floating, [batch, tokens, hidden_size={self.hidden_size}]",
+        )
+        if state is not None:
+            require(state.keys() == self._state_keys, f"state of {', '.join(state)} is of another kind of layer")
+            rows = len(state["position"])
+            require(rows == len(x), f"state has {rows} rows, and x has {len(x)}; give the state of the same streams")
+        for name, given in (("position_ids", position_ids), ("doc_ids", doc_ids), ("positives", positives)):
+            if given is not None:
+                require(given.shape == x.shape[:2], f"{name} {list(given.shape)} must be {list(x.shape[:2])}, as x is")
+        require(positives is None or doc_ids is not None, "positives mark tokens of documents; give doc_ids too")
+        if lengths is not None:
+            require(lengths.shape == x.shape[:1], f"lengths {list(lengths.shape)} must be [{len(x)}], one of each row")
+            padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+            # Weights of 0 times a NaN would be one.
+            x = x.masked_fill(padding[..., None], 0.0)
+        documents, roles = 1, None
+        if position_ids is not None:
+            next_position = position_ids.new_zeros(len(x)) if state is None else state["position"]
+            documents = most_documents(position_ids, lengths, max_documents, next_position)
+            # Padding may have any.
+            position_ids = position_ids.clamp(min=0)
+        if doc_ids is not None:
+            roles = Roles(doc_ids, positives, RoleCounts.of(doc_ids, position_ids, lengths))
+        ctx = MixerContext(position_ids, lengths, documents, roles=roles)
+        out = checked(self.mixer(x, state, ctx), self.mixer, x)
+        after = LayerState(out.state)
+        return (out.y_BTD, after, out.aux_losses) if return_aux else (out.y_BTD, after)
+
+
+def layer(
+    kind: str,
+    hidden_size: int,
+    *,
+    num_attention_heads: int | None = None,
+    num_key_value_heads: int | None = None,
+    rope_theta: float = 10000.0,
+    attn_implementation: str = "sdpa",
+    initializer_range: float = 0.02,
+    **settings: Any,
+) -> MemoryLayer:
+    """A memory as a layer for a model of your own.
+
+    >>> import torch, memlm
+    >>> layer = memlm.layer("titans_lmm", hidden_size=384)
+    >>> x, x_next = torch.randn(2, 100, 384), torch.randn(2, 1, 384)
+    >>> y, state = layer(x)
+    >>> y_next, state = layer(x_next, state)  # equal to the last token of layer(torch.cat([x, x_next], 1))
+    >>> y.shape, y_next.shape
+    (torch.Size([2, 100, 384]), torch.Size([2, 1, 384]))
+
+    It only mixes tokens. In a transformer it stands in place of attention: ``x = x + layer(norm(x))[0]``.
+
+    kind: a memory of ``memlm.memory``, such as "titans_mag", "gated_delta_net", "mom" or "attention"
+    hidden_size: channels of inputs and outputs, D
+    num_attention_heads: of kinds with attention; None: heads of 64 channels, or one head where 64 does not divide
+    num_key_value_heads: None for as many
+    rope_theta, attn_implementation: rotary base and backend ("sdpa", "flex_attention") of that attention
+    initializer_range: standard deviation of the initial weights of projections
+    settings: any setting of the kind, named as in ``configs/memory/*.yaml`` and with the defaults of its ``Config``
+
+    Raises ValueError in one line, with the value and a fix, for an unknown kind or setting and sizes that do not fit.
+    See ``MemoryLayer.forward`` for the arguments of a call: padding, packed rows, auxiliary losses.
+    """
+    given = {"hidden_size": hidden_size, "num_attention_heads": num_attention_heads}
+    for name, value in (given | {"num_key_value_heads": num_key_value_heads}).items():
+        check_type(value, int if name == "hidden_size" else int | None, f"layer.{name}")
+        require(value is None or value >= 1, f"layer.{name}={value} must be at least 1")
+    heads = num_attention_heads or (hidden_size // 64 if hidden_size % 64 == 0 else 1)
+    groups = num_key_value_heads or heads
+    require(
+        hidden_size % (2 * heads) == 0,
+        f"layer.hidden_size={hidden_size} does not divide into {heads} heads of an even size; change one of them",
+    )
+    require(heads % groups == 0, f"layer.num_key_value_heads={groups} does not divide num_attention_heads={heads}")
+    dims = Dims(hidden_size, heads, groups, hidden_size // heads, rope_theta, attn_implementation=attn_implementation)
+    mixer = build_mixer(complete_settings({"kind": kind, **settings}, "layer"), dims, 0, "layer")
+    # Children come before their parents, so a mixer has the last word on what it owns.
+    mixer.apply(lambda module: initialize(module, initializer_range))
+    return MemoryLayer(mixer, dims)
