@@ -67,8 +67,9 @@ def prefix_window_attention(
         o, lse = attend_triton(q, k, v, *spans, window or k.shape[1], scale, prefix=prefix)
         return WindowAttended(o.to(given), lse)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    o, lse = read_blocks(q, k, v, window, positions, prefix, scale, sdpa if backend == "sdpa" else plain)
-    return WindowAttended(o.to(given), lse)
+    read = read_blocks(q, k, v, window, positions, prefix, scale, sdpa if backend == "sdpa" else plain)
+    attended = WindowAttended(*read)
+    return attended._replace(o=attended.o.to(given))
 
 
 def window_spans(q: Tensor, k: Tensor, window: int | None, positions: Tensor | None) -> tuple[Tensor, Tensor]:
