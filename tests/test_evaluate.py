@@ -10,6 +10,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
+import memlm.evaluation.measures
 from memlm import Interleave
 from memlm.data import (
     MQAR,
@@ -28,7 +29,11 @@ from memlm.data import (
 from memlm.evaluation import run as evaluate
 from memlm.evaluation.ablation import memory_off
 from memlm.evaluation.data import read_on
-from memlm.evaluation.measures import bank, interleaved, needles, recall, text_by_position
+from memlm.evaluation.measures.bank import bank
+from memlm.evaluation.measures.interleaved import interleaved
+from memlm.evaluation.measures.needles import needles
+from memlm.evaluation.measures.recall import recall
+from memlm.evaluation.measures.text import text_by_position
 from memlm.training import run as train
 from memlm.training.objective import score
 from tests.conftest import build, composed
@@ -288,6 +293,49 @@ def test_an_evaluation_leaves_a_table_results_and_a_report_that_stands_alone(tra
         assert text in page
     pictures = {"needles", "recall", "text", "surprise", "loss", "validation", "gates"}
     assert {p.stem for p in (out / "plots").iterdir()} == pictures
+
+
+NEW_MEASURE = '''
+"""How many parameters a model has for each character of a word."""
+
+from dataclasses import dataclass
+
+from memlm.evaluation.measures import Measure
+
+
+@dataclass(frozen=True)
+class Letters(Measure):
+    name = "letters"
+    word: str = ""
+
+    def measures(self, source):
+        return bool(self.word)
+
+    def run(self, one, examined):
+        return [one.subject.model.num_parameters() // len(self.word)]
+
+    def table(self, models):
+        return ["letters", "parameters"], [[name, str(m["letters"][0])] for name, m in models.items()]
+
+    def section(self, report, models, first):
+        report.heading(f"Letters of {first.name}")
+        report.table(*self.table(models))
+'''
+
+
+def test_a_new_measure_is_one_file(trained, tmp_path, monkeypatch, capsys):
+    (tmp_path / "letters.py").write_text(NEW_MEASURE)
+    monkeypatch.setattr(memlm.evaluation.measures, "__path__", [*memlm.evaluation.measures.__path__, str(tmp_path)])
+    nothing = ("eval.factors=[]", "eval.depths=[]", "eval.text_documents=0")
+    evaluate(evaluated(trained, *nothing, "+eval.word=abc", f"out={tmp_path}/out"))
+    models = json.loads((tmp_path / "out" / "results.json").read_text())["models"]
+    assert models["titans_mag"]["letters"] == [models["titans_mag"]["parameters"] // 3]
+    assert models["titans_mag"]["recall"] == [] and models["titans_mag"]["text"] == {}
+    assert (
+        "letters" in capsys.readouterr().out and "Letters of titans_mag" in (tmp_path / "out/report.html").read_text()
+    )
+    with pytest.raises(ValueError, match=r"eval\.words='x' is not a setting; did you mean 'word'"):
+        evaluate(evaluated(trained, "+eval.words=x"))
 
 
 def test_an_evaluation_of_banks(tmp_path, capsys):

@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
+from omegaconf import OmegaConf
 
 from memlm.data import QuestionSource, build_data, token_bytes
 from memlm.evaluation import run as evaluate
 from memlm.evaluation.data import Examined, examine, texts
+from memlm.evaluation.measures import measures
 from memlm.evaluation.run import _check_measurable
-from memlm.evaluation.settings import EvalSettings
 from memlm.training import run as train
 from tests.conftest import ROOT, composed
 
@@ -162,7 +163,7 @@ def test_other_results_are_kept_and_the_same_ones_replaced(runs):
 def test_an_evaluation_that_would_measure_nothing_is_refused(runs):
     with pytest.raises(ValueError, match=r"eval measures nothing of data\.sources\.text; use eval=demo"):
         evaluated(runs, "eval.text_documents=0")
-    demo = EvalSettings(**composed(config="evaluate").eval)
+    demo = measures(OmegaConf.to_container(composed(config="evaluate").eval))
     source = QuestionSource.__new__(QuestionSource)
     with pytest.raises(ValueError, match=r"data\.sources\.questions; use eval=bank, which asks banks"):
         _check_measurable(demo, {"questions": source})

@@ -3,10 +3,9 @@
 Files:
 
     run                 the command
-    settings            its settings, checked
     subject             a model, and the facts of its checkpoint
     data                test data in the tokens of each model
-    measures            recall, needles, banks, text
+    measures            one file per measure: recall, needles, banks, text
     ablation            the model with its memory silenced
     page                tables, and the content of the HTML page
     plots               pictures

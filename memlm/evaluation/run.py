@@ -7,13 +7,12 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from omegaconf import DictConfig, OmegaConf
@@ -22,8 +21,7 @@ from rich.table import Table
 
 import memlm
 from memlm import files
-from memlm.bank import MemoryBank
-from memlm.data import Passkey, RecallSource, Source, TextSource, fingerprint, token_bytes
+from memlm.data import Source, TextSource, fingerprint
 from memlm.evaluation.ablation import memory_off
 from memlm.evaluation.data import (
     Examined,
@@ -31,16 +29,12 @@ from memlm.evaluation.data import (
     data_config,
     examine,
     has_documents,
-    library,
-    read_on,
-    texts,
     untrained,
 )
-from memlm.evaluation.measures import bank, interleaved, needles, plain, recall, text_by_position
+from memlm.evaluation.measures import Measure, measures
 from memlm.evaluation.page import page, tables
-from memlm.evaluation.settings import EvalSettings
 from memlm.evaluation.subject import differences, load_subject
-from memlm.settings import build_config, check_type, require
+from memlm.settings import check_type, require
 from memlm_kernels import set_backend
 
 
@@ -60,7 +54,8 @@ def _run(cfg: DictConfig) -> None:
         check_type(cfg[key], hint, key)
     require(0 <= cfg.seed < 2**63, f"seed={cfg.seed} must lie in [0, 2**63)")
     require(cfg.checkpoint != "", "checkpoint='' names no run, folder or hub name")
-    options = build_config(EvalSettings, OmegaConf.to_container(cfg.eval, resolve=True), "eval")
+    options: dict[str, Any] = OmegaConf.to_container(cfg.eval, resolve=True)
+    chosen = measures(options)
     device = _device(cfg.hardware)
     console = Console(highlight=False, soft_wrap=True)
     subject = load_subject(cfg.checkpoint, device)
@@ -69,39 +64,39 @@ def _run(cfg: DictConfig) -> None:
         with memory_off(subject.model):
             pass
     data = data_config(cfg.data, subject)
-    options.check_length(data["seq_len"])
     examined = [examine(subject, data, cfg.seed)]
     sources = examined[0].mixture.sources
-    _check_measurable(options, sources)
+    _check_measurable(chosen, sources)
     if cfg.control and Path(cfg.control) != subject.run_dir:
         examined += _control(cfg, data, examined[0], device, console)
-    if options.bank_documents:
-        examined = _with_banks(examined, console)
+    examined = _measurable(chosen, examined, console)
     results: dict[str, Any] = {
         "environment": {**_environment(device), "kernels": cfg.hardware.kernels},
-        "evaluation": {"seed": cfg.seed, "memory_off": cfg.memory_off, **asdict(options)},
+        "evaluation": {"seed": cfg.seed, "memory_off": cfg.memory_off, **options},
         "data": data,
         "corpora": {n: s.corpus.folder.name for n, s in sources.items() if isinstance(s, TextSource)},
         "models": {one.subject.name: one.subject.facts() for one in examined},
     }
     results["of"] = _of(results)
-    results["notes"] = _notes(examined, options, data)
+    results["notes"] = _notes(examined, chosen, data)
     for note in results["notes"]:
         console.print(note, markup=False)
     folder = "evaluation-memory_off" if cfg.memory_off else "evaluation"
     out = Path(cfg.out) if cfg.out else (subject.run_dir or Path("runs") / "evaluation") / folder
     _check_writable(out)
-    read = texts(examined, options.text_documents, options.text_length)
-    for one, documents in zip(examined, read, strict=True):
+    for one in examined:
         console.print(f"evaluating {one.subject.name}: {one.subject.folder}", markup=False)
         with memory_off(one.subject.model) if one.subject.memory_off else nullcontext():
-            results["models"][one.subject.name] |= _measure(options, one, documents)
+            for measure in chosen:
+                some = any(measure.measures(source) for source in sources.values())
+                found = measure.run(one, examined) if some else measure.nothing
+                results["models"][one.subject.name][measure.name] = found
     results["seconds"] = round(time.perf_counter() - started, 1)
-    report = page([one.subject for one in examined], results)
+    report = page([one.subject for one in examined], results, chosen)
     set_aside(out, results["of"])
     files.write(out / "results.json", json.dumps(results, indent=1, default=str))
     path = report.write(out)
-    for header, rows in tables(results).values():
+    for header, rows in tables(results, chosen).values():
         table = Table(*header)
         for row in rows:
             table.add_row(*row)
@@ -168,19 +163,17 @@ def _control(cfg: DictConfig, data: dict[str, Any], first: Examined, device: tor
         return []
 
 
-def _check_measurable(options: EvalSettings, sources: Mapping[str, Source]) -> None:
-    """Raise ValueError if the evaluation would ask nothing of the data."""
-    held = [name for name, source in sources.items() if has_documents(source)]
-    if options.bank_documents and not held:
-        raise ValueError("eval.bank_documents: the data has no documents; use data=facts, or a source of questions")
-    recalled = options.factors and any(isinstance(source, RecallSource) for source in sources.values())
-    read = options.text_documents and any(isinstance(source, TextSource) for source in sources.values())
-    if not (options.bank_documents or recalled or read):
+def _check_measurable(chosen: Sequence[Measure], sources: Mapping[str, Source]) -> None:
+    """Raise ValueError if the evaluation would ask nothing of the data, or what does not fit it."""
+    for measure in chosen:
+        measure.check(sources)
+    if not any(measure.measures(source) for measure in chosen for source in sources.values()):
+        held = any(has_documents(source) for source in sources.values())
         fix = "use eval=bank, which asks banks of its documents" if held else "use eval=demo"
         raise ValueError(f"eval measures nothing of data.sources.{next(iter(sources))}; {fix}")
 
 
-def _notes(examined: list[Examined], options: EvalSettings, data: dict[str, Any]) -> list[str]:
+def _notes(examined: list[Examined], chosen: Sequence[Measure], data: dict[str, Any]) -> list[str]:
     """What a reader of the figures must know, a line each."""
     subjects = [one.subject for one in examined]
     notes = [f"{s.name}: {line}" for s in subjects for line in s.lines]
@@ -203,11 +196,7 @@ def _notes(examined: list[Examined], options: EvalSettings, data: dict[str, Any]
     for subject, theirs in zip(subjects[1:], others, strict=True):
         if pair := differences([first, theirs]):
             notes.append(f"{subject.name} differs: {_told(pair, subjects[0].name, subject.name)}")
-    return notes + [
-        f"{name}: eval=bank asks banks of its documents"
-        for name, source in examined[0].mixture.sources.items()
-        if has_documents(source) and not options.bank_documents
-    ]
+    return notes + [note for measure in chosen for note in measure.notes(examined[0].mixture.sources)]
 
 
 def _told(pairs: Mapping[str, list[Any]], here: str, there: str) -> str:
@@ -215,43 +204,18 @@ def _told(pairs: Mapping[str, list[Any]], here: str, there: str) -> str:
     return "; ".join(first[:4]) + (f"; and {len(first) - 4} more" if len(first) > 4 else "")
 
 
-def _measure(options: EvalSettings, one: Examined, documents: Mapping[str, list[np.ndarray]]) -> dict[str, Any]:
-    model, questions = one.subject.model, options.bank_questions
-    measured: dict[str, Any] = {"recall": [], "needles": {}, "bank": [], "interleaved": [], "text": {}}
-    for name, source in one.mixture.sources.items():
-        for size in options.bank_documents:
-            if (held := library(source, size, questions)) is not None:
-                measured["bank"] += plain([bank(model, name, held)])
-            if (read := read_on(source, size, questions)) is not None:
-                measured["interleaved"] += plain([interleaved(model, one.tokenizer, name, *read, questions)])
-        if isinstance(source, RecallSource):
-            task = source.task
-            measured["recall"] += plain(recall(model, name, task, source.seed, options.factors, options.recall_rows))
-            if isinstance(task, Passkey) and options.factors and options.depths:
-                lengths = [task.length * f for f in options.factors]
-                cells = needles(model, task, source.seed, lengths, options.depths, options.needle_rows)
-                measured["needles"][name] = plain(cells)
-        elif isinstance(source, TextSource) and options.text_documents:
-            sizes = torch.from_numpy(token_bytes(one.tokenizer))
-            length = options.text_length
-            measured["text"][name] = {
-                how: asdict(text_by_position(model, documents[name], sizes, source.seq_len, how == "carried", length))
-                for how in ("carried", "reset")
-            }
-    return measured
-
-
-def _with_banks(examined: list[Examined], console: Console) -> list[Examined]:
-    """Those that can keep documents; raises ValueError if the first cannot."""
+def _measurable(chosen: Sequence[Measure], examined: list[Examined], console: Console) -> list[Examined]:
+    """Those that every measure can measure; raises ValueError if the first is none."""
     able = []
     for one in examined:
         try:
-            MemoryBank(one.subject.model)
+            for measure in chosen:
+                measure.check_model(one.subject.model)
             able.append(one)
         except ValueError as error:
             if one is examined[0]:
-                raise ValueError(f"{one.subject.folder} has no bank: {error}") from None
-            console.print(f"{one.subject.name} has no bank: {error}", markup=False)
+                raise ValueError(f"{one.subject.folder} {error}") from None
+            console.print(f"{one.subject.name} {error}", markup=False)
     return able
 
 

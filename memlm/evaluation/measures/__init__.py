@@ -1,0 +1,110 @@
+"""The measures of ``evaluate.py``. A new one is a module here, and its settings in a YAML of ``configs/eval``.
+
+A module holds a class that derives from ``Measure``. Its fields are its settings, keys of the ``eval`` group.
+
+Files:
+
+    bank                questions to a bank, over the number of its documents
+    interleaved         questions answered by reading on in a bank
+    needles             passkeys over length and depth
+    recall              recall tasks over length
+    text                text by position, with the memory carried and reset
+"""
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from memlm.data import Source
+from memlm.evaluation.data import Examined
+from memlm.evaluation.report import Report
+from memlm.evaluation.subject import Subject
+from memlm.modeling import MemLMForCausalLM
+from memlm.settings import build_config, require, suggest
+
+# Header and rows.
+Table = tuple[list[str], list[list[str]]]
+Models = Mapping[str, Mapping[str, Any]]
+# More rows, questions or documents than anyone waits for, and more tokens than one forward takes.
+MOST, LONGEST = 10**6, 2**24
+
+
+class Measure:
+    """One measure; derive a frozen dataclass whose fields are settings. Two measures may share a setting.
+
+    name: where its results stand in results.json; nothing: its results without a source that it measures
+    """
+
+    name: ClassVar[str]
+    nothing: ClassVar[Any] = []
+
+    def measures(self, source: Source) -> bool:
+        """Whether it measures something of a source, with these settings."""
+        raise NotImplementedError
+
+    def check(self, sources: Mapping[str, Source]) -> None:
+        """Raise ValueError if the settings do not fit the data."""
+
+    def check_model(self, model: MemLMForCausalLM) -> None:
+        """Raise ValueError if a model cannot be measured; the message follows the model's name."""
+
+    def notes(self, sources: Mapping[str, Source]) -> list[str]:
+        """Lines that a reader of the figures must know."""
+        return []
+
+    def run(self, one: Examined, examined: Sequence[Examined]) -> Any:
+        """JSON-ready results of one of the models examined."""
+        raise NotImplementedError
+
+    def table(self, models: Models) -> Table | None:
+        """The table for screen and page, if there is one. ``models[name][self.name]`` is the result of ``run``."""
+        raise NotImplementedError
+
+    def section(self, report: Report, models: Models, first: Subject) -> None:
+        """Add heading, table, pictures and notes to the page; first: the model that is evaluated."""
+        raise NotImplementedError
+
+
+def measures(settings: Mapping[str, Any]) -> list[Measure]:
+    """All measures with the settings of the ``eval`` group. Raises ValueError naming the key, the value and a fix."""
+    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    own = [x for m in modules for x in vars(m).values() if isinstance(x, type) and x.__module__ == m.__name__]
+    found = [x for x in own if issubclass(x, Measure)]
+    names = {kind: [field.name for field in dataclasses.fields(kind)] for kind in found}  # type: ignore[arg-type]
+    known = list(dict.fromkeys(name for fields in names.values() for name in fields))
+    for key, value in settings.items():
+        require(key in known, f"eval.{key}={value!r} is not a setting; {suggest(str(key), known)}")
+    return [
+        build_config(kind, {key: settings[key] for key in fields if key in settings}, "eval")
+        for kind, fields in names.items()
+    ]
+
+
+def check_range(settings: Any, **least: int) -> None:
+    """Raise ValueError unless each setting lies between its least value and the most that anyone waits for."""
+    for name, low in least.items():
+        value, most = getattr(settings, name), LONGEST if name.endswith("_length") else MOST
+        require(low <= value <= most, f"{name}={value} must lie in {low}..{most}")
+
+
+def check_counts(settings: Any, name: str) -> None:
+    """Raise ValueError unless a setting is a list of whole numbers."""
+    values = getattr(settings, name)
+    whole = all(type(n) is int and 1 <= n <= MOST for n in values)
+    require(whole, f"{name}={values} must be whole numbers in 1..{MOST}")
+
+
+def by_source(models: Models, name: str) -> dict[str, Any]:
+    """What was measured of each model and source; the source is named where there are several."""
+    return {
+        f"{model}, {source}" if len(results[name]) > 1 else model: measured
+        for model, results in models.items()
+        for source, measured in results[name].items()
+    }
+
+
+def plain(results: Iterable) -> list[dict]:
+    """Dataclasses as JSON-ready dicts."""
+    return [dataclasses.asdict(r) for r in results]

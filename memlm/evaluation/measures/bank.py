@@ -1,0 +1,173 @@
+"""Questions to a bank of documents that training never saw."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from memlm.bank import MemoryBank
+from memlm.data import IGNORE_INDEX, Inquiry, Library, Source, make_sample
+from memlm.evaluation import plots
+from memlm.evaluation.data import Examined, has_documents, library
+from memlm.evaluation.measures import Measure, Models, Table, check_counts, check_range, plain
+from memlm.evaluation.report import Report
+from memlm.evaluation.subject import Subject
+from memlm.modeling import MemLMForCausalLM
+from memlm.roles import RESPONSE
+
+
+@dataclass(frozen=True)
+class Routed:
+    """How one layer chose at the end of the questions, over all of them: whether its best document is one that the
+    question is about (hit_1), whether one of its ``top_k`` is (hit), the share of those to be found among them
+    (recall), and the share of them that are to be found (precision).
+    """
+
+    layer: int
+    top_k: int
+    hit_1: float
+    hit: float
+    recall: float
+    precision: float
+
+
+@dataclass(frozen=True)
+class Banked:
+    """Questions to a bank: the share answered exactly, every token (what greedy decoding says), and that share once
+    all documents asked about are deleted; chance: of a right answer, of who has read nothing.
+    """
+
+    source: str
+    documents: int
+    tokens: int
+    questions: int
+    chance: float
+    exact: float
+    exact_deleted: float
+    layers: list[Routed]
+
+
+@torch.no_grad()
+def bank(model: MemLMForCausalLM, source: str, library: Library, rows: int = 32) -> Banked:
+    """Read a library into a bank, and ask it. Raises ValueError for a model that has no bank."""
+    held = MemoryBank.build(model, {str(i): ids for i, ids in enumerate(library.documents)}, progress=False)
+    stats, asked = held.stats(), library.inquiries
+    batches = [_asked(library, asked[at : at + rows], model.device) for at in range(0, len(asked), rows)]
+    exact = torch.cat([_exact(held, *batch) for batch in batches]).double().mean().item()
+    layers = []
+    searches = [held.search(**inputs) for inputs, _ in batches]
+    for layer, settings in zip(held.layers, held.settings, strict=True):
+        best = [[int(name) for name in names] for search in searches for names in search[layer]]
+        right = [[n in inquiry.found for n in numbers] for inquiry, numbers in zip(asked, best, strict=True)]
+        recall = [sum(of) / len(inquiry.found) for inquiry, of in zip(asked, right, strict=True)]
+        precision = [sum(of) / max(1, len(of)) for of in right]
+        figures = [any(of[:1]) for of in right], [any(of) for of in right], recall, precision
+        layers.append(Routed(layer, settings["top_k"], *map(share, figures)))
+    held.delete({str(i) for inquiry in asked for i in inquiry.found})
+    deleted = torch.cat([_exact(held, *batch) for batch in batches]).double().mean().item()
+    return Banked(source, stats["documents"], stats["tokens"], len(asked), library.chance, exact, deleted, layers)
+
+
+def _asked(library: Library, inquiries: Sequence[Inquiry], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+    """Questions and their answers, without any document, as inputs of a model, and labels, [B, T]."""
+    samples = [
+        make_sample(library.template, [], inquiry.question, inquiry.answer, library.tail, library.opening)
+        for inquiry in inquiries
+    ]
+    ids_BT, labels_BT, place_BT, roles_BT = (
+        pad_sequence([torch.from_numpy(getattr(sample, name)) for sample in samples], True, fill).to(device)
+        for name, fill in (("input_ids", 0), ("labels", IGNORE_INDEX), ("position_ids", -1), ("doc_ids", RESPONSE))
+    )
+    return {"input_ids": ids_BT, "attention_mask": (place_BT >= 0).long(), "doc_ids": roles_BT}, labels_BT
+
+
+def _exact(held: MemoryBank, inputs: dict[str, Tensor], labels_BT: Tensor) -> Tensor:
+    """Whether every token of each answer is the likeliest, [B]."""
+    logits = held.model(**inputs, memory_bank=held, use_cache=False).logits
+    return ((logits[:, :-1].argmax(-1) == labels_BT[:, 1:]) | (labels_BT[:, 1:] == IGNORE_INDEX)).all(1)
+
+
+def share(flags: Iterable[bool]) -> float:
+    return float(np.mean([*flags]))
+
+
+@dataclass(frozen=True)
+class Bank(Measure):
+    """bank_documents: sizes of banks; [] for no bank. bank_questions: to each."""
+
+    name = "bank"
+    bank_documents: list
+    bank_questions: int
+
+    def __post_init__(self) -> None:
+        check_range(self, bank_questions=1)
+        check_counts(self, "bank_documents")
+
+    def measures(self, source: Source) -> bool:
+        return bool(self.bank_documents) and has_documents(source)
+
+    def check(self, sources: Mapping[str, Source]) -> None:
+        if self.bank_documents and not any(has_documents(source) for source in sources.values()):
+            raise ValueError(
+                "eval.bank_documents: the data has no documents; use data=facts, or a source of questions"
+            )
+
+    def check_model(self, model: MemLMForCausalLM) -> None:
+        if self.bank_documents:
+            try:
+                MemoryBank(model)
+            except ValueError as error:
+                raise ValueError(f"has no bank: {error}") from None
+
+    def notes(self, sources: Mapping[str, Source]) -> list[str]:
+        unasked = [name for name, source in sources.items() if has_documents(source) and not self.bank_documents]
+        return [f"{name}: eval=bank asks banks of its documents" for name in unasked]
+
+    def run(self, one: Examined, examined: Sequence[Examined]) -> list[dict]:
+        held = [
+            (name, documents)
+            for name, source in one.mixture.sources.items()
+            for size in self.bank_documents
+            if (documents := library(source, size, self.bank_questions)) is not None
+        ]
+        return plain(bank(one.subject.model, name, documents) for name, documents in held)
+
+    def table(self, models: Models) -> Table:
+        header = [
+            "a bank's documents",
+            "layer, k",
+            "hit@1, hit@k",
+            "recall@k, precision",
+            "answers, chance",
+            "deleted",
+        ]
+        rows = []
+        for name, measured in models.items():
+            for b in measured["bank"]:
+                rows += [
+                    [
+                        f"{name}, {b['documents']:,} of {b['source']}",
+                        f"{layer['layer']}, {layer['top_k']}",
+                        f"{layer['hit_1']:.3f}, {layer['hit']:.3f}",
+                        f"{layer['recall']:.3f}, {layer['precision']:.3f}",
+                        f"{b['exact']:.3f}, {b['chance']:.3f}",
+                        f"{b['exact_deleted']:.3f}",
+                    ]
+                    for layer in b["layers"]
+                ]
+        return header, rows
+
+    def section(self, report: Report, models: Models, first: Subject) -> None:
+        report.heading("A bank of documents that training never saw")
+        report.table(*self.table(models))
+        banks = {name: m["bank"] for name, m in models.items() if m["bank"]}
+        report.picture("bank", plots.by_documents(banks), "hits and answers by documents of a bank")
+        report.note(
+            f"{next(iter(banks.values()))[0]['questions']} questions, each about one document or a few. hit@1: the "
+            "best document is one of these; hit@k: one of those read is; recall@k: the share of these that is read; "
+            "precision: the share of what is read that is one of these; answers: every token right; deleted: the same "
+            "with every document asked about deleted from the bank."
+        )

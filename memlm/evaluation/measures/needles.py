@@ -1,0 +1,87 @@
+"""A needle in a haystack: a passkey at each depth of texts of each length."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from memlm.data import Passkey, RecallSource, Source
+from memlm.evaluation import plots
+from memlm.evaluation.data import Examined
+from memlm.evaluation.measures import Measure, Models, Table, by_source, check_counts, check_range, plain
+from memlm.evaluation.measures.recall import score_task
+from memlm.evaluation.report import Report
+from memlm.evaluation.subject import Subject
+from memlm.modeling import MemLMForCausalLM
+from memlm.settings import require
+
+
+@dataclass(frozen=True)
+class Needle:
+    """Accuracy, by token, of one cell of the grid; depth 0 is the front of the text."""
+
+    length: int
+    depth: float
+    rows: int
+    chance: float
+    accuracy: float
+
+
+def needles(
+    model: MemLMForCausalLM,
+    task: Passkey,
+    seed: int,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    rows: int,
+) -> list[Needle]:
+    """A passkey at each depth of texts of each length; the nearest is ``task.gap`` tokens away."""
+    cells = []
+    for length in lengths:
+        for depth in depths:
+            s = score_task(model, replace(task, length=length, depth=depth), seed, rows)
+            cells.append(Needle(length, depth, rows, task.chance, s.accuracy))
+    return cells
+
+
+@dataclass(frozen=True)
+class Needles(Measure):
+    """factors: as of recall; depths: of the needle, 0 is the front; [] for no needle. needle_rows: rows of a cell."""
+
+    name = "needles"
+    nothing = {}  # noqa: RUF012
+    factors: list
+    depths: list
+    needle_rows: int
+
+    def __post_init__(self) -> None:
+        check_range(self, needle_rows=1)
+        check_counts(self, "factors")
+        numbers = all(type(d) in (int, float) and 0 <= d <= 1 for d in self.depths)
+        require(numbers, f"depths={self.depths} must be numbers in 0..1")
+
+    def measures(self, source: Source) -> bool:
+        wanted = bool(self.factors) and bool(self.depths)
+        return wanted and isinstance(source, RecallSource) and isinstance(source.task, Passkey)
+
+    def run(self, one: Examined, examined: Sequence[Examined]) -> dict[str, Any]:
+        found = {}
+        for name, source in one.mixture.sources.items():
+            if isinstance(source, RecallSource) and isinstance(task := source.task, Passkey):
+                lengths = [task.length * f for f in self.factors]
+                cells = needles(one.subject.model, task, source.seed, lengths, self.depths, self.needle_rows)
+                found[name] = plain(cells)
+        return found
+
+    def table(self, models: Models) -> Table | None:
+        """None: its picture has all."""
+
+    def section(self, report: Report, models: Models, first: Subject) -> None:
+        report.heading("Needle in a haystack")
+        grids = by_source(models, "needles")
+        report.picture("needles", plots.needle_map(grids, first.trained_length), "needle accuracy")
+        cell = next(iter(grids.values()))[0]
+        report.note(
+            "A key and four symbols stand once in noise; the end asks for them. A cell is the share of the four "
+            f"recalled, teacher forced, over {cell['rows']} texts never trained on; chance is {cell['chance']:.3f}. "
+            "Right of the dashed line the texts are longer than any in training."
+        )

@@ -1,0 +1,110 @@
+"""Recall tasks at the trained length and beyond."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from memlm.data import Batch, RecallSource, RecallTask, Source
+from memlm.evaluation import plots
+from memlm.evaluation.data import Examined
+from memlm.evaluation.measures import LONGEST, Measure, Models, Table, check_counts, check_range, plain
+from memlm.evaluation.report import Report
+from memlm.evaluation.subject import Subject
+from memlm.modeling import MemLMForCausalLM
+from memlm.settings import require
+from memlm.training.objective import Score, score
+
+# Tokens of a forward over many rows: enough to keep the processor busy, few enough for small memories.
+_TOKENS_AT_ONCE = 16384
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """Accuracy of one task at one length: by token, and by row with every answer right."""
+
+    task: str
+    factor: int
+    length: int
+    rows: int
+    chance: float
+    accuracy: float
+    row_accuracy: float
+
+
+def recall(
+    model: MemLMForCausalLM, name: str, task: RecallTask, seed: int, factors: Sequence[int], rows: int
+) -> list[Recalled]:
+    """The task at ``factor`` times its length and gap, on test rows with all filler noise."""
+    results = []
+    for factor in factors:
+        scaled = task.scaled(factor)
+        s = score_task(model, scaled, seed, rows)
+        results.append(Recalled(name, factor, scaled.length, rows, task.chance, s.accuracy, s.row_accuracy))
+    return results
+
+
+def score_task(model: MemLMForCausalLM, task: RecallTask, seed: int, rows: int) -> Score:
+    size = max(1, min(rows, _TOKENS_AT_ONCE // task.length))
+    batches = (
+        Batch.from_rows(
+            [task.sample(seed, "test", i, 1.0) for i in range(start, min(start + size, rows))],
+            [0] * min(size, rows - start),
+        )
+        for start in range(0, rows, size)
+    )
+    return score(model, batches, ["task"], torch.ones(model.config.vocab_size, dtype=torch.long), model.device)["task"]
+
+
+@dataclass(frozen=True)
+class Recall(Measure):
+    """factors: lengths, times the training length; [] for no recall. recall_rows: test rows of a length."""
+
+    name = "recall"
+    factors: list
+    recall_rows: int
+
+    def __post_init__(self) -> None:
+        check_range(self, recall_rows=1)
+        check_counts(self, "factors")
+
+    def measures(self, source: Source) -> bool:
+        return bool(self.factors) and isinstance(source, RecallSource)
+
+    def check(self, sources: Mapping[str, Source]) -> None:
+        for source in sources.values():
+            length = source.task.length if isinstance(source, RecallSource) else 0
+            require(
+                max(self.factors, default=0) * length <= LONGEST,
+                f"eval.factors={self.factors} times data.seq_len={length} is more than {LONGEST} tokens; lower one",
+            )
+
+    def run(self, one: Examined, examined: Sequence[Examined]) -> list[dict]:
+        sources = [(name, s) for name, s in one.mixture.sources.items() if isinstance(s, RecallSource)]
+        return [
+            found
+            for name, s in sources
+            for found in plain(recall(one.subject.model, name, s.task, s.seed, self.factors, self.recall_rows))
+        ]
+
+    def table(self, models: Models) -> Table:
+        first = next(iter(models.values()))["recall"]
+        header = ["tokens (rows) recalled", *(f"{f}x length" for f in dict.fromkeys(r["factor"] for r in first))]
+        rows = []
+        for name, measured in models.items():
+            for task in dict.fromkeys(r["task"] for r in measured["recall"]):
+                mine = [r for r in measured["recall"] if r["task"] == task]
+                cells = [f"{r['accuracy']:.3f} ({r['row_accuracy']:.2f})" for r in mine]
+                rows.append([f"{name}, {task}", *cells])
+        for task, chance in {r["task"]: r["chance"] for r in first}.items():
+            rows.append([f"chance, {task}", *[f"{chance:.3f}"] * (len(header) - 1)])
+        return header, rows
+
+    def section(self, report: Report, models: Models, first: Subject) -> None:
+        report.heading("Recall at the trained length and beyond")
+        report.table(*self.table(models))
+        recalls: dict[str, Any] = {name: m["recall"] for name, m in models.items()}
+        report.picture("recall", plots.accuracy_by_length(recalls), "recall accuracy by length")
+        rows = models[first.name]["recall"][0]["rows"]
+        report.note(f"{rows} test rows a point; by row: every answer of the row right.")
