@@ -16,8 +16,8 @@ static int fault = NONE, counting = 0;
 static long at = -1, seen = 0;
 static char root[4096];
 
-/* Files with content that no fsync has covered, by a descriptor of our own. */
-static struct { dev_t dev; ino_t ino; int fd; } dirty[4096];
+/* Files with content that no fsync has covered, by a descriptor of our own; kept: their size before it. */
+static struct { dev_t dev; ino_t ino; int fd; off_t kept; } dirty[4096];
 static int dirty_count = 0;
 
 #define REAL(name, type) static __typeof__(type) real; if (!real) real = (__typeof__(type))dlsym(RTLD_NEXT, name)
@@ -49,7 +49,8 @@ void faults_lose(void) {
     counting = 0;
     for (int i = 0; i < dirty_count; i++) {
         struct stat s;
-        if (dirty[i].fd >= 0 && !fstat(dirty[i].fd, &s) && ftruncate(dirty[i].fd, s.st_size / 2)) {}
+        if (dirty[i].fd < 0 || fstat(dirty[i].fd, &s) || s.st_size <= dirty[i].kept) continue;
+        if (ftruncate(dirty[i].fd, (dirty[i].kept + s.st_size) / 2)) {}
     }
 }
 
@@ -78,7 +79,7 @@ static void mark(int fd) {
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
     REAL("open", int (*)(const char *, int, ...));
     if (dirty_count < 4096) {
-        dirty[dirty_count].dev = s.st_dev; dirty[dirty_count].ino = s.st_ino;
+        dirty[dirty_count].dev = s.st_dev; dirty[dirty_count].ino = s.st_ino; dirty[dirty_count].kept = s.st_size;
         dirty[dirty_count++].fd = real(link, O_RDWR);
     }
 }
