@@ -12,7 +12,7 @@ from torch import Tensor
 
 from memlm_kernels.segments import exact
 
-# q, k, v, mask [B, 1, T, L] (None: causal, T = L), scale -> output, lse
+# q, k, v, mask [B, 1, T, L] (None: causal, where T is L or 1), scale -> output, lse
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor | None]]
 
 # Narrow windows still make matrix products worth starting.
@@ -39,7 +39,7 @@ def read_blocks(
         always = F.pad(own_k, (size, 0)), own_v
     length = q.shape[1]
     if window is None or window >= k.shape[1] or length == 0:
-        if always is None and positions is None and length == k.shape[1]:
+        if always is None and positions is None and length in (1, k.shape[1]):
             return attend(q, k, v, None, scale)
         return _dense(q, k, v, window, positions, always, scale, attend)
     block = min(length, max(window, _MIN_BLOCK))
@@ -72,6 +72,10 @@ def _dense(
     attend: Attend,
 ) -> tuple[Tensor, Tensor | None]:
     queries, keys = q.shape[1], k.shape[1]
+    if queries == 1 and positions is None and (window is None or window >= keys):
+        if always is not None:
+            k, v = (torch.cat([p.expand(len(x), -1, -1, -1), x], 1) for p, x in zip(always, (k, v), strict=True))
+        return attend(q, k, v, None, scale)
     distance = torch.arange(keys - queries, keys, device=q.device)[:, None] - torch.arange(keys, device=q.device)
     seen = (distance >= 0)[None]
     if positions is not None:
@@ -91,7 +95,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> 
         v = F.pad(v, (0, q.shape[3] - size))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if mask is None:
-        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        causal = q.shape[2] > 1
+        output = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
     else:
         # With a mask it has no fast way for heads that share keys: they are queries of one head.
         shared = k.shape[1], heads // k.shape[1]
@@ -106,7 +111,8 @@ def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) ->
     groups = k.shape[2]
     scores = exact(q).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4) @ exact(k).permute(0, 2, 3, 1)[:, :, None]
     if mask is None:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()[None, None]
+        ones = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+        mask = ones.tril(scores.shape[-1] - scores.shape[-2])[None, None]
     scores = (scores * scale).masked_fill(~mask[:, :, None], torch.finfo(scores.dtype).min)
     lse = scores.logsumexp(-1)
     output = (scores - lse[..., None]).exp() @ exact(v).transpose(1, 2)[:, :, None]
