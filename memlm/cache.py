@@ -13,13 +13,13 @@ from transformers.cache_utils import Cache
 
 from memlm import files
 from memlm.fingerprint import Snapshot, digest_of, fingerprint, made_by
-from memlm.memory.base import State
+from memlm.memory.rows import Rows, State
 
 _FILE = "memory.safetensors"
 # Odd, so that no id is lost among the lower bits.
 _FACTOR = 6364136223846793005
 # Of a file; "digest" is of all that is in it but itself.
-_WORDS = ("fingerprint", "signature", "seen", "digest")
+_WORDS = ("fingerprint", "signature", "seen", "start", "digest")
 
 
 class MemoryCache(Cache):
@@ -46,6 +46,9 @@ class MemoryCache(Cache):
 
     def _forget(self) -> None:
         self.states: list[State] = []
+        # The place of each row's next token, and the same on the host where it is known (see ``Rows``).
+        self.position: Tensor | None = None
+        self.start: int | None = 0
         self.signature: str | None = None
         self.seen = 0
         self.read: Tensor | None = None
@@ -106,12 +109,13 @@ class MemoryCache(Cache):
         return fingerprint(self.model)
 
     def replace(
-        self, states: list[State], model: PreTrainedModel, dtype: torch.dtype, new_tokens: int, read: Tensor | None
+        self, states: list[State], rows: Rows, model: PreTrainedModel, dtype: torch.dtype, read: Tensor | None
     ) -> None:
-        """Store what a call returned, and the hash of all ids that it comes from."""
+        """Store the states after a call, where its rows stand, and the hash of all ids that they come from."""
         if self.model is not model:
             self.model, self.weights, self.signature = model, Snapshot(model), _signature(model, dtype)
-        self.states, self.seen, self.read = states, self.seen + new_tokens, read
+        self.states, self.seen, self.read = states, self.seen + rows.length, read
+        self.position, self.start = rows.after_B, rows.next_start
 
     def reading(self, ids_BT: Tensor | None, mask_BT: Tensor | None = None) -> Tensor | None:
         """The hash [B] after these ids [B, T], less those that the mask [B, T] leaves out; asks no device."""
@@ -134,7 +138,7 @@ class MemoryCache(Cache):
 
     @property
     def batch_size(self) -> int:
-        return len(next(iter(self.states[0].values()))) if self.states else -1
+        return -1 if self.position is None else len(self.position)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens given so far, padding included."""
@@ -151,8 +155,13 @@ class MemoryCache(Cache):
         return sum(x.numel() * x.element_size() for state in self.states for x in state.values())
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
-        self.states = [{name: function(x) for name, x in state.items()} for state in self.states]
+        # Layers may share tensors, and then go on to.
+        made: dict[int, Tensor] = {}
+        for state in self.states:
+            made |= {id(x): function(x) for x in state.values() if id(x) not in made}
+        self.states = [{name: made[id(x)] for name, x in state.items()} for state in self.states]
         self.read = None if self.read is None else function(self.read)
+        self.position = None if self.position is None else function(self.position)
 
     def _select(self, name: str, rows: Tensor | list[int]) -> None:
         rows = self._rows(name, rows)
@@ -198,7 +207,7 @@ class MemoryCache(Cache):
         if rows is None:
             self._forget()
         else:
-            rows, zero = self._rows("rows", rows), torch.zeros(())
+            rows, zero, self.start = self._rows("rows", rows), torch.zeros(()), None
             self._map(lambda x: x.clone().index_put_((rows.to(x.device),), zero.to(x)))
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -246,9 +255,12 @@ class MemoryCache(Cache):
         tensors = {
             f"{i}.{name}": x.detach().contiguous().clone() for i, s in enumerate(self.states) for name, x in s.items()
         }
+        assert self.position is not None
+        tensors["position"] = self.position.clone()
         if self.read is not None:
             tensors["read"] = self.read.clone()
-        words = {"fingerprint": made, "signature": self.signature or "", "seen": str(self.seen)}
+        start = "" if self.start is None else str(self.start)
+        words = {"fingerprint": made, "signature": self.signature or "", "seen": str(self.seen), "start": start}
         words["digest"] = _digest(tensors, words)
         files.write_tensors(Path(directory) / _FILE, tensors, words)
 
@@ -280,18 +292,21 @@ class MemoryCache(Cache):
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"{path}: damaged or not a memory ({reason}); restore it, or save it again") from None
-        if missing := [name for name in _WORDS if name not in words]:
+        if missing := [name for name in ("position", *_WORDS) if name not in words and name not in tensors]:
             raise ValueError(
                 f"{path}: not a memory, or one of an earlier version (it has no {missing[0]}); read the text again"
             )
         if _digest(tensors, words) != words["digest"]:
             raise ValueError(f"{path}: damaged, its content is not what was saved; restore it, or save it again")
         cache = cls()
-        cache.read = tensors.pop("read", None)
+        cache.position, cache.read = tensors.pop("position"), tensors.pop("read", None)
+        cache.start = _count(path, words["start"]) if words["start"] else None
         cache.states, cache.seen = _layers(path, tensors), _count(path, words["seen"])
         cache.signature, cache.fingerprint = words["signature"], words["fingerprint"] if strict else None
-        if cache.read is not None and (cache.read.shape, cache.read.dtype) != ((cache.batch_size,), torch.int64):
-            raise ValueError(f"{path}: its hashes of what was read are not one of each row; read the text again")
+        rows = len(next(iter(tensors.values())))
+        for x in (cache.position, cache.read):
+            if x is not None and (x.shape, x.dtype) != ((rows,), torch.int64):
+                raise ValueError(f"{path}: its position and its hashes must be one integer a row; read the text again")
         return cache
 
 

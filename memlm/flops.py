@@ -2,14 +2,16 @@
 
 import copy
 from collections import Counter
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from memlm.configuration import MemLMConfig
 from memlm.memory.base import SequenceMixer
+from memlm.memory.rows import Rows
 from memlm.modeling import MemLMDecoderLayer
 from memlm_kernels import set_backend
 
@@ -40,11 +42,13 @@ def count_flops(config: MemLMConfig, seq_len: int) -> float:
         x_BTD = torch.empty(1, seq_len, config.hidden_size)
         total = _flops(nn.Linear(config.hidden_size, config.vocab_size, bias=False), x_BTD)
         for name, layers in Counter(names).items():
-            total += layers * _flops(MemLMDecoderLayer(config, names.index(name)), x_BTD, None, None)
+            layer, rows = MemLMDecoderLayer(config, names.index(name)), Rows.of(x_BTD)
+            state = layer.mixer.init_state(1, x_BTD.device, x_BTD.dtype)
+            total += layers * _flops(layer, x_BTD, state, rows)
     return total / seq_len
 
 
-def _flops(module: nn.Module, *inputs: Tensor | None) -> int:
+def _flops(module: nn.Module, *inputs: Any) -> int:
     with FlopCounterMode(display=False) as counter:
         module(*inputs)
     return counter.get_total_flops()

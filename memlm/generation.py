@@ -93,7 +93,8 @@ class MemoryGenerationMixin(GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        # Mixers know their own positions; position_ids mean packing here.
+        inputs.setdefault("output_metrics", False)
+        # A memory knows its own positions; position_ids mean packing here.
         inputs.pop("position_ids", None)
         read = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         new, past = read.shape[1], past_key_values.get_seq_length() if past_key_values is not None else 0

@@ -8,23 +8,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from memlm.memory.base import (
-    Dims,
-    MixerContext,
-    RoleCounts,
-    Roles,
-    SequenceMixer,
-    build_mixer,
-    checked,
-    complete_settings,
-    initialize,
-    most_documents,
-)
+from memlm.memory.base import Dims, SequenceMixer, build_mixer, checked, complete_settings, initialize
+from memlm.memory.rows import RoleCounts, Roles, Rows, most_documents
 from memlm.settings import check_type, require
 
 
 class LayerState(dict[str, Tensor]):
-    """The state of a layer between two calls: named tensors, batch first.
+    """The state of a layer between two calls: named tensors, batch first, ``position`` of each row's next token.
 
     A call never changes it in place, so that one state can be continued twice. ``torch.save(dict(state), path)`` saves
     it, and a layer takes a plain dict too.
@@ -45,7 +35,7 @@ class MemoryLayer(nn.Module):
     def __init__(self, mixer: SequenceMixer, dims: Dims) -> None:
         super().__init__()
         self.mixer, self.hidden_size = mixer, dims.hidden_size
-        self._state_keys = {*mixer.init_state(1, torch.device("cpu"), torch.float32)}
+        self._state_keys = {"position", *mixer.init_state(1, torch.device("cpu"), torch.float32)}
 
     def forward(
         self,
@@ -92,17 +82,22 @@ class MemoryLayer(nn.Module):
             padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
             # Weights of 0 times a NaN would be one.
             x = x.masked_fill(padding[..., None], 0.0)
-        documents, roles = 1, None
+        documents, roles, start = 1, None, None if state is not None else 0
+        if state is None:
+            state = {"position": torch.zeros(len(x), dtype=torch.int64, device=x.device)}
+            state |= self.mixer.init_state(len(x), x.device, x.dtype)
+        before = state["position"]
         if position_ids is not None:
-            next_position = position_ids.new_zeros(len(x)) if state is None else state["position"]
-            documents = most_documents(position_ids, lengths, max_documents, next_position)
+            documents = most_documents(position_ids, lengths, max_documents, before)
             # Padding may have any.
             position_ids = position_ids.clamp(min=0)
         if doc_ids is not None:
             roles = Roles(doc_ids, positives, RoleCounts.of(doc_ids, position_ids, lengths))
-        ctx = MixerContext(position_ids, lengths, documents, roles=roles)
-        out = checked(self.mixer(x, state, ctx), self.mixer, x)
-        after = LayerState(out.state)
+        # Of a state that was given the host cannot be sure where it stands: it may have been cut, or changed.
+        rows = Rows(x.shape[1], before, start, position_ids, lengths, documents, roles, metrics=False)
+        own = {name: value for name, value in state.items() if name != "position"}
+        out = checked(self.mixer(x, own, rows), self.mixer, x)
+        after = LayerState({"position": rows.after_B, **out.state})
         return (out.y_BTD, after, out.aux_losses) if return_aux else (out.y_BTD, after)
 
 

@@ -20,17 +20,8 @@ from memlm.configuration import MemLMConfig
 from memlm.generation import MemoryGenerationMixin
 from memlm.layers import RMSNorm, SwiGLU
 from memlm.loss import bound, weighted
-from memlm.memory.base import (
-    MixerContext,
-    MixerOutput,
-    RoleCounts,
-    Roles,
-    State,
-    build_mixer,
-    checked,
-    initialize,
-    most_documents,
-)
+from memlm.memory.base import MixerOutput, build_mixer, checked, initialize
+from memlm.memory.rows import RoleCounts, Roles, Rows, State, most_documents
 from memlm.roles import QUERY
 
 
@@ -74,8 +65,8 @@ class MemLMDecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x_BTD: Tensor, state: State | None, ctx: MixerContext | None) -> MixerOutput:
-        mixed = checked(self.mixer(self.input_layernorm(x_BTD), state, ctx), self.mixer, x_BTD)
+    def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
+        mixed = checked(self.mixer(self.input_layernorm(x_BTD), state, rows), self.mixer, x_BTD)
         x_BTD = x_BTD + mixed.y_BTD
         return mixed._replace(y_BTD=x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)))
 
@@ -146,6 +137,7 @@ class MemLMModel(MemLMPreTrainedModel):
         write: bool = True,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        output_metrics: bool = True,
         token_type_ids: Tensor | None = None,
         cache_position: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
@@ -167,6 +159,7 @@ class MemLMModel(MemLMPreTrainedModel):
         memory_bank: a ``MemoryBank`` of this model, asked by the query of this call, all of whose tokens are it if
             doc_ids are not given; its documents stand behind the template. What may be chosen goes into the memory.
         write: False for a pure query: ``past_key_values`` is read and left as it was
+        output_metrics: False to leave out the mixers' metrics, which read whole activations
         token_type_ids, cache_position: taken, as transformers' models take them, and not used; so are cu_seq_lens_q,
             cu_seq_lens_k, max_length_q, max_length_k, seq_idx of collators that pack rows: position_ids have it all
         return_dict: False for a tuple; None, and output_hidden_states=None, for the configuration's
@@ -200,24 +193,25 @@ class MemLMModel(MemLMPreTrainedModel):
                 raise ValueError("position_ids: packed rows cannot ask a memory_bank; give one row to each question")
             if doc_ids is None:
                 doc_ids = torch.full((batch, length), QUERY, device=x_BTD.device)
-        x_BTD, ctx, order_BT = self._context(
+        x_BTD, rows, order_BT = self._rows(
             x_BTD, attention_mask, position_ids, max_documents, doc_ids, role_counts, positives, memory
         )
         if memory_bank is not None:
-            assert ctx is not None and ctx.roles is not None
-            if ctx.roles.counts.within:
+            assert rows.roles is not None
+            if rows.roles.counts.within:
                 raise ValueError("doc_ids: documents in the input cannot stand beside a memory_bank; add them to it")
-            ctx = dataclasses.replace(ctx, retriever=memory_bank)
+            rows = dataclasses.replace(rows, retriever=memory_bank)
+        rows = dataclasses.replace(rows, metrics=output_metrics)
         hidden_states, states, aux_losses, metrics = [], [], {}, {}
         for i, layer in enumerate(self.layers):
             if output_hidden_states:
                 hidden_states.append(x_BTD)
-            state = memory.state(i) if memory is not None else None
+            state = self._state(i, x_BTD, memory, rows)
             if self.gradient_checkpointing and self.training and i % self.checkpointed_layers == 0:
                 # The other way loses the gradient of what is not a tensor, states among them; results are the same.
-                out = self._gradient_checkpointing_func(layer.__call__, x_BTD, state, ctx, use_reentrant=False)
+                out = self._gradient_checkpointing_func(layer.__call__, x_BTD, state, rows, use_reentrant=False)
             else:
-                out = layer(x_BTD, state, ctx)
+                out = layer(x_BTD, state, rows)
             x_BTD = out.y_BTD
             states.append(out.state)
             aux_losses |= {f"layer{i}/{name}": x for name, x in out.aux_losses.items()}
@@ -232,7 +226,7 @@ class MemLMModel(MemLMPreTrainedModel):
             metrics = {name: x.gather(1, back_BT) if x.ndim == 2 else x for name, x in metrics.items()}
         if memory is not None and write:
             mask_BT = None if attention_mask is None else attention_mask[:, attention_mask.shape[1] - length :]
-            memory.replace(states, self, dtype, length, memory.reading(input_ids, mask_BT))
+            memory.replace(states, rows, self, dtype, memory.reading(input_ids, mask_BT))
         return MemLMOutput(
             last_hidden_state=hidden_states[-1],
             past_key_values=memory,
@@ -241,8 +235,16 @@ class MemLMModel(MemLMPreTrainedModel):
             metrics=metrics,
         )
 
+    def _state(self, i: int, x_BTD: Tensor, memory: MemoryCache | None, rows: Rows) -> State:
+        """The state of a layer; layers of one mixer begin with the same."""
+        if memory is not None and memory.states:
+            return memory.states[i]
+        mixer, name = self.layers[i].mixer, self.config.layer_mixers()[i]
+        key = ("empty", name, x_BTD.device, x_BTD.dtype)
+        return rows.once(key, lambda: mixer.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype))
+
     @staticmethod
-    def _context(
+    def _rows(
         x_BTD: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
@@ -251,8 +253,8 @@ class MemLMModel(MemLMPreTrainedModel):
         role_counts: RoleCounts | None,
         positives: Tensor | None,
         memory: MemoryCache | None,
-    ) -> tuple[Tensor, MixerContext | None, Tensor | None]:
-        """Inputs with real tokens first in each row, their context, and the order that did it (None: as it was)."""
+    ) -> tuple[Tensor, Rows, Tensor | None]:
+        """Inputs with real tokens first in each row, where they stand, and the order that did it (None: as it was)."""
         batch, length, _ = x_BTD.shape
         if position_ids is not None:
             if position_ids.shape not in ((batch, length), (1, length), (length,)):
@@ -283,19 +285,21 @@ class MemLMModel(MemLMPreTrainedModel):
                 position_ids, doc_ids, positives = (
                     x.gather(1, order_BT) if x is not None else None for x in (position_ids, doc_ids, positives)
                 )
-        if position_ids is None and lengths_B is None and doc_ids is None:
-            return x_BTD, None, None
+        before: dict[str, Any] = {"start": 0}
+        if memory is not None and memory.states:
+            before = {"before_B": memory.position, "start": memory.start}
+        else:
+            before["before_B"] = torch.zeros(batch, dtype=torch.int64, device=x_BTD.device)
         documents = 1
         if position_ids is not None:
-            state = memory.state(0) if memory is not None else None
-            next_B = position_ids.new_zeros(batch) if state is None else state["position"]
-            documents = most_documents(position_ids, lengths_B, max_documents, next_B)
+            documents = most_documents(position_ids, lengths_B, max_documents, before["before_B"])
             # What is padding may have any.
             position_ids = position_ids.clamp(min=0)
         roles = None
         if doc_ids is not None:
             roles = Roles(doc_ids, positives, role_counts or RoleCounts.of(doc_ids, position_ids, lengths_B))
-        return x_BTD, MixerContext(position_ids, lengths_B, documents, roles=roles), order_BT
+        rows = Rows(length, **before, given_BT=position_ids, lengths_B=lengths_B, max_documents=documents, roles=roles)
+        return x_BTD, rows, order_BT
 
 
 class MemLMForCausalLM(MemLMPreTrainedModel, MemoryGenerationMixin):

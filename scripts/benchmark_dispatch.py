@@ -4,7 +4,8 @@ python scripts/benchmark_dispatch.py [--memories titans_mag mom] [--write "label
 
 A layer's count is the count of a model of two layers minus the count of a model of one, at width 64, one row, in
 fp32 on a CPU. Views count as operations: each is a call through the dispatcher. ``decode`` is one token behind 257
-others, ``forward`` is 256 tokens without gradients, ``training`` is 256 tokens forward and backward. Two layers of
+others, without metrics, as in ``generate``; ``forward`` is 256 tokens without gradients, ``training`` is 256 tokens
+forward and backward. Two layers of
 transformers stand beside the memories. ``--write`` adds the counts to benchmarks/dispatch.jsonl, under a label.
 """
 
@@ -78,7 +79,8 @@ def counts(name: str, layers: int) -> list[int]:
     with torch.no_grad():
         model(ids, past_key_values=past)
         model(ids[:, :1], past_key_values=past)
-        decode = counted(lambda: model(ids[:, :1], past_key_values=past))
+        options = {} if name in PEERS else {"output_metrics": False}
+        decode = counted(lambda: model(ids[:, :1], past_key_values=past, **options))
         forward = counted(lambda: model(ids, use_cache=False))
     model.train()
     return [decode, forward, counted(lambda: model(ids, labels=ids, use_cache=False).loss.backward())]

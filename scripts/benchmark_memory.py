@@ -169,25 +169,31 @@ def build_peer(s: Setting) -> Callable:
 
 
 def layer_step(s: Setting) -> Callable:
-    """A pass over one layer."""
+    """A pass over one layer; decoding is ours alone."""
     import torch
+
+    from memlm.memory.rows import Rows
 
     torch.set_default_dtype(getattr(torch, s["dtype"]))
     layer = (build_memlm if s["what"] == "memlm" else build_peer)(s)
     x = torch.randn(s["batch"], s["tokens"], s["width"], requires_grad=True)
-    gradient, state = torch.randn_like(x), None
+    gradient, state, start = torch.randn_like(x), None, 0
+
+    def call(x: torch.Tensor) -> tuple:
+        if s["what"] != "memlm":
+            return layer(x)
+        rows = Rows(x.shape[1], torch.full((len(x),), start), start, metrics=False)
+        return layer(x, layer.init_state(len(x), x.device, x.dtype) if state is None else state, rows)
 
     def train() -> None:
-        torch.autograd.grad(layer(x)[0], [x, *layer.parameters()], gradient, allow_unused=True)
+        torch.autograd.grad(call(x)[0], [x, *layer.parameters()], gradient, allow_unused=True)
 
     @torch.no_grad()
     def decode() -> None:
-        nonlocal state
-        if state is None:
-            for _ in range(0, s["seen"], s["tokens"]):
-                state = layer(x, state).state
-        for t in range(s["tokens"]):
-            state = layer(x[:, t : t + 1], state).state
+        nonlocal state, start
+        pieces = [x] * -(-s["seen"] // s["tokens"]) if state is None else []
+        for piece in (*pieces, *x.split(1, 1)):
+            state, start = call(piece)[1], start + piece.shape[1]
 
     return decode if "seen" in s else train
 

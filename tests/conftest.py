@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
 from omegaconf import OmegaConf
 
 from memlm import MemLMConfig, MemLMForCausalLM, cli
+from memlm.memory.rows import Rows
 
 ROOT = Path(__file__).parent.parent
 MEMORIES = sorted(path.stem for path in (ROOT / "configs" / "memory").glob("*.yaml"))
@@ -60,3 +61,25 @@ def variants() -> list:
             label = "-".join(f"{key}={value}" for key, value in settings.items())
             found.append(pytest.param((name, settings), id=f"{name}-{label}"))
     return found
+
+
+class Stands(dict):
+    """A mixer's state, and where its rows stand, as a cache keeps them."""
+
+    def __init__(self, state, position, start=None):
+        super().__init__(state)
+        self.position, self.start = position, start
+
+    def like(self, state):
+        """Another state of rows that stand there."""
+        return Stands(state, self.position, self.start)
+
+
+def step(mixer, x, state=None, **facts):
+    """One call of a mixer alone, as the decoder makes it; ``facts`` are of ``Rows``. Its state is a ``Stands``."""
+    if isinstance(state, Stands):
+        facts = {"before_B": state.position, "start": state.start, **facts}
+    rows = Rows.of(x, **facts)
+    state = mixer.init_state(len(x), x.device, x.dtype) if state is None else state
+    out = mixer(x, state, rows)
+    return out._replace(state=Stands(out.state, rows.after_B, rows.next_start))

@@ -202,7 +202,8 @@ def test_files_of_wrong_states_are_named(names, message, tmp_path):
     from memlm.cache import _digest
 
     tensors = {name: torch.zeros(shape) for name, shape in names.items()}
-    words = {"fingerprint": "259-0", "signature": "s", "seen": "3"}
+    tensors["position"] = torch.zeros(2, dtype=torch.int64)
+    words = {"fingerprint": "259-0", "signature": "s", "seen": "3", "start": "3"}
     save_file(tensors, tmp_path / "memory.safetensors", words | {"digest": _digest(tensors, words)})
     with pytest.raises(ValueError, match=re.escape(message)):
         MemoryCache.load(tmp_path)
@@ -253,7 +254,7 @@ def test_rows_that_there_are_not_are_named():
         assert all(torch.equal(a[name], b[name]) for name in a)
     memory.reset(torch.tensor([False, True, False]))
     memory.reset([-1])
-    assert memory.states[0]["position"].tolist() == [20, 0, 0]
+    assert memory.position.tolist() == [20, 0, 0]
 
 
 def test_a_memory_of_no_rows(tmp_path):

@@ -36,7 +36,7 @@ from memlm.evaluation.measures.recall import recall
 from memlm.evaluation.measures.text import text_by_position
 from memlm.training import run as train
 from memlm.training.objective import score
-from tests.conftest import build, composed
+from tests.conftest import build, composed, step
 from tests.data.test_questions import records
 from tests.test_interleave import Script
 
@@ -217,11 +217,11 @@ def test_memory_off_leaves_the_attention_branch_and_every_state_as_they_are():
     mixer = build(memory_depth=2).model.layers[1].mixer
     x = torch.randn(2, 40, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        before = mixer(x)
+        before = step(mixer, x)
         with memory_off(mixer):
-            silent = mixer(x)
-        after = mixer(x)
-        seen = mixer.gate.attention_norm(mixer.attention(x).y_BTD)
+            silent = step(mixer, x)
+        after = step(mixer, x)
+        seen = mixer.gate.attention_norm(step(mixer.attention, x).y_BTD)
         share = torch.sigmoid(mixer.gate.gate(x))
     assert torch.equal(silent.y_BTD, torch.lerp(seen, torch.zeros_like(seen), share))
     assert torch.allclose(silent.y_BTD, (1 - share) * seen, rtol=0, atol=1e-14)

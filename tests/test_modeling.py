@@ -247,7 +247,7 @@ def test_saved_memories_know_how_much_they_have_seen(tmp_path):
     assert MemoryCache.load(tmp_path).get_seq_length() == 20
     assert all(not x.requires_grad for state in cache.detach().states for x in state.values())
     cache.reset([0])
-    assert cache.states[0]["position"].tolist() == [0, 20]
+    assert cache.position.tolist() == [0, 20]
     cache.reset()
     assert not cache.states and cache.signature is None and cache.get_seq_length() == 0
 
@@ -255,10 +255,12 @@ def test_saved_memories_know_how_much_they_have_seen(tmp_path):
 class WithAuxiliaryLoss(torch.nn.Module):
     """A mixer that adds 0.25 to the loss."""
 
-    def forward(self, x_BTD, state=None, ctx=None):
-        position = torch.zeros(len(x_BTD), dtype=torch.long)
+    def init_state(self, batch_size, device, dtype):
+        return {}
+
+    def forward(self, x_BTD, state, rows):
         loss = torch.full((len(x_BTD),), 0.25, dtype=x_BTD.dtype)
-        return MixerOutput(torch.zeros_like(x_BTD), {"position": position}, {"balance": loss}, {})
+        return MixerOutput(torch.zeros_like(x_BTD), state, {"balance": loss}, {})
 
 
 def test_auxiliary_losses_are_named_and_trained():
@@ -284,10 +286,10 @@ def test_auxiliary_losses_are_named_and_trained():
             lambda x, out: out._replace(y_BTD=x[:, :1]),
             r"returned y_BTD \[2, 1, 64\]; make it \[2, 9, 64\], as",
         ),
-        (lambda x, out: out._replace(state={"memory": x}), r"returned a state of memory; add position, \[B\]"),
+        (lambda x, out: out._replace(state=[x]), "returned a state that is a list; make it a dict of tensors"),
         (lambda x, out: out._replace(aux_losses={"own": x.mean()}), r"returned aux_losses own \[\]; make it \[B\]"),
     ],
-    ids=["a tensor", "a tuple", "one token", "no position", "a loss of all rows"],
+    ids=["a tensor", "a tuple", "one token", "no dict", "a loss of all rows"],
 )
 def test_a_mixer_that_returns_something_else_is_named(returned, message):
     model = build("titans_mag")

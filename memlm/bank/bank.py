@@ -41,7 +41,8 @@ from memlm.bank.resident import Resident
 from memlm.bank.shard import Shard, merged, sent
 from memlm.cache import MemoryCache
 from memlm.fingerprint import fingerprint, made_by
-from memlm.memory.base import State, substate
+from memlm.memory.base import substate
+from memlm.memory.rows import State
 from memlm.modeling import MemLMForCausalLM, MemLMModel
 from memlm_kernels.route_documents import RouterShard, Scored, bank_keys, nominate_documents, route_documents
 

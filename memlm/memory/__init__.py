@@ -2,7 +2,8 @@
 
 Files:
 
-    base                the slot: ``SequenceMixer``, ``MixerContext``, ``MixerOutput``, ``Dims``
+    base                the slot: ``SequenceMixer``, ``MixerOutput``, ``Dims``
+    rows                where the tokens of a call stand: ``Rows``, made once a call; roles of tokens
     parts               parts that several memories share: gates of two branches, starts
     kv                  keys and values that grow by a token per call, without copies of their past
     attention           full and sliding-window attention, persistent tokens, backends

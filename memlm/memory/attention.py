@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from memlm.layers import RMSNorm, ShortConv, rotary, rotary_angles
-from memlm.memory.base import Dims, MixerContext, MixerOutput, SequenceMixer, State, next_position, token_positions
+from memlm.layers import RMSNorm, ShortConv, rotary
+from memlm.memory.base import Dims, MixerOutput, SequenceMixer
 from memlm.memory.kv import append, join
+from memlm.memory.rows import Rows, State
 from memlm.settings import require
 from memlm_kernels import prefix_window_attention
 from memlm_kernels.attention import plain
@@ -86,7 +87,6 @@ class Mixer(SequenceMixer):
         kept = self.config.window_size - 1 if self.config.window_size else 0
         kv_shape = (batch_size, kept, self.dims.num_key_value_heads, self.dims.head_dim)
         state = {
-            "position": torch.zeros(batch_size, dtype=torch.int64, device=device),
             "k": torch.zeros(kv_shape, device=device, dtype=dtype),
             "v": torch.zeros(kv_shape, device=device, dtype=dtype),
         }
@@ -95,52 +95,44 @@ class Mixer(SequenceMixer):
             state["conv"] = torch.zeros(conv_shape, device=device, dtype=dtype)
         return state
 
-    def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
-        y_BTHK, _, new_state = self.heads(x_BTD, state, ctx)
+    def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
+        y_BTHK, _, new_state = self.heads(x_BTD, state, rows)
         return MixerOutput(self.o_proj(y_BTHK.flatten(2)), new_state, {}, {})
 
-    def heads(
-        self, x_BTD: Tensor, state: State | None, ctx: MixerContext | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], State]:
+    def heads(self, x_BTD: Tensor, state: State, rows: Rows) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], State]:
         """What the heads read, [B, T, H, K]; their q, k, v before any rotation; and the new state."""
-        batch, length, _ = x_BTD.shape
-        fresh = state is None and ctx is None
-        state = self.init_state(batch, x_BTD.device, x_BTD.dtype) if state is None else state
-        ctx = ctx or MixerContext()
-        positions_BT = token_positions(x_BTD, state, ctx)
-        new_state = {"position": next_position(positions_BT, state, ctx)}
-
-        (q_BTHK, k_BTGK, v_BTGK), history = self.project(x_BTD, state, None if fresh else positions_BT, ctx.lengths_B)
-        new_state |= history
-
-        angles = rotary_angles(positions_BT, self.dims.head_dim, self.dims.rope_theta)
+        length, fresh = rows.length, rows.fresh
+        (q_BTHK, k_BTGK, v_BTGK), new_state = self.project(x_BTD, state, rows)
+        angles = rows.rotary(self.dims.head_dim, self.dims.rope_theta, k_BTGK.dtype)
         seen = {"k": rotary(k_BTGK, angles), "v": v_BTGK}
         window = self.config.window_size
         for name, new in seen.items():
             if window is None:
-                seen[name], new_state[name] = append(state[name], new, ctx.lengths_B)
+                seen[name], new_state[name] = append(state[name], new, rows.lengths_B)
                 continue
             # A fresh call has no history: nothing to join, and zeros to keep where it is shorter than the window.
             seen[name] = new if fresh else join(state[name], new)
             source = F.pad(new, (0, 0, 0, 0, max(0, window - 1 - length), 0)) if fresh else seen[name]
-            new_state[name] = keep_last(source, window - 1, length, ctx.lengths_B)
+            new_state[name] = keep_last(source, window - 1, length, rows.lengths_B)
 
         prefix = self._prefix(q_BTHK) if self.config.persistent_tokens and length else None
         y_BTHK = q_BTHK
         if length:
-            rotated_BTHK = rotary(q_BTHK, angles)
-            y_BTHK = self._attend(rotated_BTHK, seen["k"], seen["v"], prefix, positions_BT, fresh, window)
+            rotated_BTHK, k, v = rotary(q_BTHK, angles), seen["k"], seen["v"]
+            if length == 1 and rows.goes_on and rows.start is not None:
+                # One token sees all the keys there are, so it needs no mask.
+                known = rows.start + 1 if window is None else min(rows.start + 1, window)
+                k, v, fresh, window = k[:, -known:], v[:, -known:], True, None
+            y_BTHK = self._attend(rotated_BTHK, k, v, prefix, None if fresh else rows.positions_BT, window)
         return y_BTHK, (q_BTHK, k_BTGK, v_BTGK), new_state
 
-    def project(
-        self, x_BTD: Tensor, state: State, positions_BT: Tensor | None, lengths_B: Tensor | None
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], State]:
-        """q, k, v before any rotation, and what their convolution keeps; positions as ``ShortConv`` takes them."""
+    def project(self, x_BTD: Tensor, state: State, rows: Rows) -> tuple[tuple[Tensor, Tensor, Tensor], State]:
+        """q, k, v before any rotation, and the inputs that their convolution keeps."""
         history = {}
         projected = [proj(x_BTD) for proj in (self.q_proj, self.k_proj, self.v_proj)]
         if self.config.conv_size:
             qkv = torch.cat(projected, -1)
-            qkv, history["conv"] = self.conv.over_rows(qkv, state["conv"], positions_BT, lengths_B)
+            qkv, history["conv"] = self.conv.over_rows(qkv, state["conv"], rows.history_BT, rows.lengths_B)
             projected = list(qkv.split(self.sizes, -1))
         q_BTHK, k_BTGK, v_BTGK = (x.unflatten(-1, (-1, self.dims.head_dim)) for x in projected)
         if self.config.qk_norm:
@@ -161,19 +153,21 @@ class Mixer(SequenceMixer):
         k: Tensor,
         v: Tensor,
         prefix: tuple[Tensor, Tensor, Tensor] | None,
-        positions_BT: Tensor,
-        fresh: bool,
+        positions_BT: Tensor | None,
         window: int | None,
     ) -> Tensor:
-        """softmax(q k^T) v over the keys each query sees; q [B, T, H, K], k and v [B, L, G, K]."""
+        """softmax(q k^T) v over the keys each query sees; q [B, T, H, K], k and v [B, L, G, K].
+
+        positions_BT: places of queries in their documents; None: all the keys are of the query's document
+        """
         backend = self.dims.attn_implementation
         if "flash" in backend:
-            return self._flash(q, k, v, prefix, fresh, window)
+            return self._flash(q, k, v, prefix, positions_BT is None, window)
         if backend == "flex_attention":
             return self._flex(q, k, v, prefix, positions_BT, window)
         known = ", ".join([*_BACKENDS, "flex_attention", "flash_attention_2"])
         require(backend in _BACKENDS, f"attn_implementation={backend!r} is unknown here; use one of {known}")
-        places_BT = None if fresh else positions_BT.expand(q.shape[:2])
+        places_BT = None if positions_BT is None else positions_BT.expand(q.shape[:2])
         options: Any = {"window": window, "positions": places_BT, "prefix": prefix, "backend": _BACKENDS[backend]}
         return prefix_window_attention(q, k, v, **options).o
 
@@ -183,7 +177,7 @@ class Mixer(SequenceMixer):
         k: Tensor,
         v: Tensor,
         prefix: tuple[Tensor, Tensor, Tensor] | None,
-        positions_BT: Tensor,
+        positions_BT: Tensor | None,
         window: int | None,
     ) -> Tensor:
         from torch.nn.attention.flex_attention import create_block_mask
@@ -197,11 +191,13 @@ class Mixer(SequenceMixer):
             k, v = (torch.cat([p.expand(len(x), -1, -1, -1), x], 1) for p, x in joined)
         past = k.shape[1] - always - q.shape[1]
         width = window or k.shape[1]
-        positions_BT = positions_BT.expand(q.shape[:2])
+        if positions_BT is None:
+            positions_BT = torch.arange(past, past + q.shape[1], device=q.device)
+        back_BT = positions_BT.expand(q.shape[:2])
 
         def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             distance = i + past - (j - always)
-            return (j < always) | ((distance >= 0) & (distance < width) & (distance <= positions_BT[b, i]))
+            return (j < always) | ((distance >= 0) & (distance < width) & (distance <= back_BT[b, i]))
 
         mask = create_block_mask(seen, len(q), None, q.shape[1], k.shape[1], device=q.device)
         return self._call("flex_attention", q, k, v, mask)[..., :size]
@@ -212,23 +208,15 @@ class Mixer(SequenceMixer):
         k: Tensor,
         v: Tensor,
         prefix: tuple[Tensor, Tensor, Tensor] | None,
-        fresh: bool,
+        whole: bool,
         window: int | None,
     ) -> Tensor:
         require(
-            prefix is None and fresh,
+            prefix is None and whole,
             f"attn_implementation={self.dims.attn_implementation!r} serves whole unpadded documents without "
             "persistent tokens; use 'sdpa' or 'flex_attention' for the rest",
         )
-        new = q.shape[1]
-        return self._call(
-            self.dims.attn_implementation,
-            q,
-            k[:, -new:],
-            v[:, -new:],
-            None,
-            sliding_window=window,
-        )
+        return self._call(self.dims.attn_implementation, q, k, v, None, sliding_window=window)
 
     def _call(self, backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Tensor:
         function = eager if backend == "eager" else ALL_ATTENTION_FUNCTIONS[backend]

@@ -9,18 +9,15 @@ import importlib
 import pkgutil
 import types
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from memlm.layers import GroupedLinear, RMSNorm, ShortConv
+from memlm.memory.rows import Rows, State
 from memlm.settings import build_config, suggest
-from memlm_kernels import grid
-
-State = dict[str, Tensor]
 
 # Without this line Hydra puts a memory's settings where nothing reads them.
 PACKAGE = "a YAML of configs/memory begins with '# @package model.mixers.memory'"
@@ -39,105 +36,17 @@ class Dims:
     attn_implementation: str = "sdpa"
 
 
-class RoleCounts(NamedTuple):
-    """What is known of roles without the device.
-
-    documents, longest: at most, documents that a row has tokens of, and tokens of one of them in this call
-    within, outside: at most, tokens of a row within documents, and outside of any
-    whole: whether some row may have all its tokens, or none, in one document
-    sizes: of all rows together at most, documents of 1 token, of 2, of 3 or 4, of 5 to 8, ...
-    """
-
-    documents: int
-    longest: int
-    within: int
-    outside: int
-    whole: bool
-    sizes: tuple[int, ...]
-
-    @classmethod
-    def of(cls, doc_ids_BT: Tensor, positions_BT: Tensor | None, lengths_B: Tensor | None = None) -> "RoleCounts":
-        """Counts, which asks the device once; the real tokens of a row stand first."""
-        length = doc_ids_BT.shape[1]
-        if length == 0:
-            return cls(0, 0, 0, 0, True, ())
-        place_T = torch.arange(length, device=doc_ids_BT.device)
-        real_BT = torch.ones_like(doc_ids_BT, dtype=torch.bool)
-        if lengths_B is not None:
-            real_BT = place_T < lengths_B[:, None]
-        within_BT = (doc_ids_BT > 0) & real_BT
-        starts_BT = F.pad(doc_ids_BT[:, 1:] != doc_ids_BT[:, :-1], (1, 0), value=True)
-        if positions_BT is not None:
-            starts_BT = starts_BT | (positions_BT == 0)
-        ends_BT = within_BT & F.pad(starts_BT[:, 1:] | ~within_BT[:, 1:], (0, 1), value=True)
-        size_BT = ends_BT * (place_T - (starts_BT * place_T).cummax(1).values + 1)
-        documents_B, outside_B = ends_BT.sum(1), (real_BT & ~within_BT).sum(1)
-        one_B = (documents_B <= 1) & (outside_B == 0)
-        counts = [x.max() for x in (documents_B, size_BT, within_BT.sum(1), outside_B, one_B)]
-        most = [2**i for i in range((length - 1).bit_length() + 1)]
-        counts += [((size_BT > n // 2) & (size_BT <= n)).sum() for n in most]
-        documents, longest, within, outside, one, *sizes = torch.stack([x.long() for x in counts]).tolist()
-        return cls(documents, longest, within, outside, bool(one), tuple(sizes))
-
-
-@dataclass(frozen=True)
-class Roles:
-    """What each token is to a memory of documents.
-
-    of_BT: as in ``memlm.roles``; a document goes on as far as its number does
-    found_BT: whether the query should find the document that a token is of; None: not known
-    """
-
-    of_BT: Tensor
-    found_BT: Tensor | None
-    counts: RoleCounts
-
-
-class Retriever(Protocol):
-    """Documents kept outside of a state, such as a ``MemoryBank``."""
-
-    def candidates(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor, held_BC: Tensor) -> State:
-        """A few documents that hold all that a layer's router can choose with these queries, without those of the
-        numbers held (-1: none), as ``with_documents`` of ``memlm.memory.msa`` takes them. Asks the device.
-        """
-
-
-@dataclass(frozen=True)
-class MixerContext:
-    """Where the tokens of this call stand. Without a context every row goes on from its state, all tokens real.
-
-    positions_BT: tokens before each one in its document; a 0 starts a document. None: go on from the state
-    lengths_B: real tokens of each row; they come first (the decoder moves padding to the end). None: all
-    max_documents: an upper bound on the documents that one row has tokens of, known without the device
-    aligned: every row goes on from where a chunk of the memory ends, all tokens real, in the same document
-    roles: for memories of documents, which are then parts of what is called a document here; None: all tokens
-        are a response
-    retriever: documents that stand, in the order of a sample, behind its leading template; None: no others
-    """
-
-    positions_BT: Tensor | None = None
-    lengths_B: Tensor | None = None
-    max_documents: int = 1
-    aligned: bool = False
-    roles: Roles | None = None
-    retriever: Retriever | None = None
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether every token is of a response, in the document that its row is in."""
-        return self.positions_BT is None and self.roles is None
-
-
 class MixerOutput(NamedTuple):
     """What a mixer returns.
 
     y_BTD: the output; rows beyond ``lengths_B`` are unspecified
-    state: where the next call goes on; batch-first tensors, ``position`` among them; never changed in place (keys that
-        grow may have room behind them, which nobody sees: ``memlm.memory.kv``)
+    state: from which the next call goes on; batch-first tensors, never changed in place (keys that grow may have room
+        behind them, which nobody sees: ``memlm.memory.kv``)
     aux_losses: already weighted, added to the training loss: [B], of each row, from its own tokens alone, so that a
         step's loss does not depend on how its rows are divided into calls and processes
-    metrics: detached; scalars; or [B], a figure of each row, nan where it has none; or [B, T], of each token; the log
-        shows their mean; of a call without tokens they mean nothing, and the decoder leaves them out
+    metrics: made where ``rows.metrics`` asks; detached; scalars; or [B], a figure of each row, nan where it has none;
+        or [B, T], of each token; the log shows their mean; of a call without tokens they mean nothing, and the
+        decoder leaves them out
     """
 
     y_BTD: Tensor
@@ -157,8 +66,11 @@ class SequenceMixer(nn.Module):
     long_term = False
     starts_silent: tuple[str, ...] = ()
 
-    def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
-        """Mix [B, T, D]; any division of a stream into calls gives the same outputs."""
+    def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
+        """Mix [B, T, D]; any division of a stream into calls gives the same outputs.
+
+        state: as ``init_state`` or an earlier call returned it; rows: where the tokens of this call stand
+        """
         raise NotImplementedError
 
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
@@ -183,8 +95,8 @@ def checked(output: Any, mixer: nn.Module, x_BTD: Tensor) -> MixerOutput:
         wrong = f"{type(output).__name__}; return MixerOutput(y_BTD, state, aux_losses, metrics) of memlm.memory.base"
     elif output.y_BTD.shape != x_BTD.shape:
         wrong = f"y_BTD {list(output.y_BTD.shape)}; make it {list(x_BTD.shape)}, as the input is"
-    elif "position" not in output.state:
-        wrong = f"a state of {', '.join(output.state) or 'nothing'}; add position, [B], of each row's next token"
+    elif not isinstance(output.state, dict):
+        wrong = f"a state that is a {type(output.state).__name__}; make it a dict of tensors with a row for each of x"
     elif unlike := [name for name, x in output.aux_losses.items() if x.shape != x_BTD.shape[:1]]:
         wrong = f"aux_losses {unlike[0]} {list(output.aux_losses[unlike[0]].shape)}; make it [B], a loss of each row"
     if wrong is not None:
@@ -205,57 +117,14 @@ def initialize(module: nn.Module, std: float) -> None:
         module.reset_parameters()
 
 
-def token_positions(x_BTD: Tensor, state: State, ctx: MixerContext) -> Tensor:
-    """Place of each token in its document, [B, T]."""
-    if ctx.positions_BT is not None:
-        return ctx.positions_BT
-    return state["position"][:, None] + torch.arange(x_BTD.shape[1], device=x_BTD.device)
-
-
-def most_documents(positions_BT: Tensor, lengths_B: Tensor | None, given: int | None, next_B: Tensor) -> int:
-    """The most documents in a row, at most those given, or counted, which asks the device. Raises ValueError if there
-    are more, and for places that neither start a document nor follow the one before, of the first next_B; where the
-    device is not asked, the error is the device's.
-    """
-    length = positions_BT.shape[1]
-    if positions_BT.numel() == 0:
-        return 1
-    starts_BT = positions_BT == 0
-    follows_BT = torch.cat([next_B[:, None], positions_BT[:, :-1] + 1], 1)
-    astray_BT = (positions_BT != follows_BT) & ~starts_BT
-    if lengths_B is not None:
-        real_BT = torch.arange(length, device=positions_BT.device) < lengths_B[:, None]
-        starts_BT, astray_BT = starts_BT & real_BT, astray_BT & real_BT
-    counted, astray = 1 + starts_BT[:, 1:].sum(1).max(), astray_BT.sum()
-    few = f"max_documents={given} is less than the documents that position_ids start in a row; count them"
-    if positions_BT.device.type != "cpu" and given is not None:
-        torch._assert_async(astray == 0, "position_ids neither start a document at 0 nor go on from where it was")
-        torch._assert_async(counted <= given, few)
-        return min(given, length)
-    most, strays = torch.stack([counted, astray]).tolist()
-    if strays:
-        row, t = astray_BT.nonzero()[0].tolist()
-        found, follows = int(positions_BT[row, t]), int(follows_BT[row, t])
-        raise ValueError(f"position_ids: {found} in row {row} must be {follows}, to go on, or 0, to start a document")
-    if given is not None and given < most:
-        raise ValueError(few)
-    return most
-
-
-def next_position(positions_BT: Tensor, state: State, ctx: MixerContext) -> Tensor:
-    """Place of the token that follows each row's last real one, [B]."""
-    return grid.next_position(positions_BT, ctx.lengths_B, state["position"])
-
-
 def substate(state: State, name: str) -> State:
     """The part of a state that ``joined`` put under ``name``."""
     return {key.removeprefix(f"{name}."): x for key, x in state.items() if key.startswith(f"{name}.")}
 
 
 def joined(parts: dict[str, State]) -> State:
-    """The states of a composed mixer's parts under their names, at the position of the first."""
-    position = next(iter(parts.values()))["position"]
-    return {"position": position} | {f"{name}.{key}": x for name, part in parts.items() for key, x in part.items()}
+    """The states of a composed mixer's parts, under their names."""
+    return {f"{name}.{key}": x for name, part in parts.items() for key, x in part.items()}
 
 
 def kinds() -> list[str]:

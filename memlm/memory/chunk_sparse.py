@@ -31,11 +31,12 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from memlm.layers import rotary, rotary_angles
+from memlm.layers import rotary
 from memlm.memory import attention
-from memlm.memory.base import Dims, MixerContext, MixerOutput, State, next_position, token_positions
+from memlm.memory.base import Dims, MixerOutput
 from memlm.memory.kv import append, join
 from memlm.memory.parts import memory_share, start_delayed
+from memlm.memory.rows import Rows, State
 from memlm.settings import require
 from memlm_kernels import chunk_mean_attention, chunk_sparse_attention, chunk_topk
 from memlm_kernels.grid import keep_last, pick, place
@@ -129,19 +130,20 @@ class Chunks(NamedTuple):
     document_BT: Tensor
 
     @staticmethod
-    def of(positions_BT: Tensor, state: State, ctx: MixerContext, config: Config) -> "Chunks":
-        size, length, past = config.chunk_size, positions_BT.shape[1], state["v"].shape[1]
+    def of(rows: Rows, past: int, kept: int, config: Config) -> "Chunks":
+        """past, kept: keys and chunks in the state."""
+        positions_BT, size, length = rows.positions_BT, config.chunk_size, rows.length
         token_T = torch.arange(length, device=positions_BT.device)
         ends_BT = (positions_BT + 1) % size == 0
-        if ctx.lengths_B is not None:
-            ends_BT = ends_BT & (token_T < ctx.lengths_B[:, None])
+        if rows.real_BT is not None:
+            ends_BT = ends_BT & rows.real_BT
         so_far_BT = ends_BT.long().cumsum(1)
-        kept, most = state["pooled.k"].shape[1], (length + size - 1) // size
+        most = (length + size - 1) // size
         # One more takes the tokens that end none.
         slot_BT = torch.where(ends_BT, so_far_BT - 1, most)
         new_BE = place(token_T.expand(len(ends_BT), -1)[..., None], slot_BT, most + 1)[:, :-1, 0]
         back_N = torch.arange(kept, 0, -1, device=positions_BT.device) * size
-        old_BN = past - (state["position"] % size)[:, None] - back_N
+        old_BN = past - (rows.before_B % size)[:, None] - back_N
         first_BT = kept + so_far_BT - (positions_BT + 1) // size
         known_BT = (positions_BT - config.window_size + size).clamp(min=0) // size
         return Chunks(
@@ -180,30 +182,27 @@ class Mixer(attention.Mixer):
         means = ("k", "v") if self.chunked.learning == "compressed" else ("k",)
         return state | {f"pooled.{name}": exact(state[name]) for name in means}
 
-    def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
-        config, length = self.chunked, x_BTD.shape[1]
-        state = self.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype) if state is None else state
-        ctx = ctx or MixerContext()
-        positions_BT = token_positions(x_BTD, state, ctx)
-        (q_BTHK, k_BTGK, v_BTGK), after = self.project(x_BTD, state, positions_BT, ctx.lengths_B)
+    def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
+        config, length, positions_BT = self.chunked, rows.length, rows.positions_BT
+        (q_BTHK, k_BTGK, v_BTGK), after = self.project(x_BTD, state, rows)
         if length == 0:
             return MixerOutput(self.o_proj(q_BTHK.flatten(2)), state, {}, {})
-        after["position"] = next_position(positions_BT, state, ctx)
-
-        chunks = Chunks.of(positions_BT, state, ctx, config)
-        turned_BTHK = self._turned(q_BTHK, positions_BT)
-        turned_BTGK = self._turned(k_BTGK, positions_BT)
+        past, kept = state["v"].shape[1], state["pooled.k"].shape[1]
+        settings = (config.chunk_size, config.window_size)
+        chunks = rows.once(("chunks", past, kept, settings), lambda: Chunks.of(rows, past, kept, config))
+        angles = rows.rotary(self.dims.head_dim, self.dims.rope_theta, q_BTHK.dtype)
+        turned_BTHK, turned_BTGK = rotary(q_BTHK, angles), rotary(k_BTGK, angles)
         # The past is kept rotated or not, and what needs it the other way is near: the window, and the open chunk.
         near = min(state["k"].shape[1], config.window_size - 1)
         recent_BSGK = state["k"][:, state["k"].shape[1] - near :]
-        places_BS = positions_BT[:, :1] - torch.arange(near, 0, -1, device=x_BTD.device)
+        recent_BSGK = rotary(recent_BSGK, self._recent_angles(rows, near, recent_BSGK.dtype))
         if config.far_positions:
-            seen_BLGK, after["k"] = append(state["k"], turned_BTGK, ctx.lengths_B)
-            far, plain_BLGK = None, join(self._turned(recent_BSGK, -places_BS), k_BTGK)
+            seen_BLGK, after["k"] = append(state["k"], turned_BTGK, rows.lengths_B)
+            far, plain_BLGK = None, join(recent_BSGK, k_BTGK)
         else:
-            plain_BLGK, after["k"] = append(state["k"], k_BTGK, ctx.lengths_B)
-            far, seen_BLGK = (q_BTHK, plain_BLGK), join(self._turned(recent_BSGK, places_BS), turned_BTGK)
-        v_BLGK, after["v"] = append(state["v"], v_BTGK, ctx.lengths_B)
+            plain_BLGK, after["k"] = append(state["k"], k_BTGK, rows.lengths_B)
+            far, seen_BLGK = (q_BTHK, plain_BLGK), join(recent_BSGK, turned_BTGK)
+        v_BLGK, after["v"] = append(state["v"], v_BTGK, rows.lengths_B)
         pooled_BNGK = self._pooled(plain_BLGK, chunks, "k", state, after)
         spans = (chunks.first_BT, chunks.end_BT)
 
@@ -226,18 +225,28 @@ class Mixer(attention.Mixer):
             means_BTHK = chunk_mean_attention(q_BTHK, pooled_BNGK, pooled_v_BNGK, spans=spans).o
             gate_BTH = self.share(self.gate(x_BTD))
             means_BTHK = gate_BTH[..., None] * means_BTHK
-            metrics = {"gate": gate_BTH.detach().mean(), "memory_share": memory_share(means_BTHK, seen_BTHK)}
+            if rows.metrics:
+                metrics = {"gate": gate_BTH.detach().mean(), "memory_share": memory_share(means_BTHK, seen_BTHK)}
             seen_BTHK = seen_BTHK + means_BTHK
         elif self.training and config.loss_weight:
             dense = far or (turned_BTHK, seen_BLGK)
             aux_losses["router"] = config.loss_weight * self._unlike_dense(
-                q_BTHK, pooled_BNGK, dense, chunks, positions_BT, state, ctx
+                q_BTHK, pooled_BNGK, dense, chunks, past, rows
             )
-            metrics["router"] = aux_losses["router"].detach().mean()
+            if rows.metrics:
+                metrics["router"] = aux_losses["router"].detach().mean()
         return MixerOutput(self.o_proj(seen_BTHK.flatten(2)), after, aux_losses, metrics)
 
-    def _turned(self, x_BTHK: Tensor, positions_BT: Tensor) -> Tensor:
-        return rotary(x_BTHK, rotary_angles(positions_BT, self.dims.head_dim, self.dims.rope_theta))
+    def _recent_angles(self, rows: Rows, near: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """To turn the last ``near`` keys of the past, or with far_positions to turn them back."""
+        back = self.chunked.far_positions
+
+        def make() -> Tensor:
+            places_BS = rows.positions_BT[:, :1] - torch.arange(near, 0, -1, device=rows.device)
+            return -places_BS if back else places_BS
+
+        places_BS = rows.once(("recent", near, back), make)
+        return rows.rotary(self.dims.head_dim, self.dims.rope_theta, dtype, places_BS)
 
     def _pooled(self, x_BLGK: Tensor, chunks: Chunks, name: str, state: State, after: State) -> Tensor:
         """Means of each chunk's x, [B, N, G, K]; x ends with the call's tokens."""
@@ -259,9 +268,8 @@ class Mixer(attention.Mixer):
         pooled_BNGK: Tensor,
         dense: tuple[Tensor, Tensor],
         chunks: Chunks,
-        positions_BT: Tensor,
-        state: State,
-        ctx: MixerContext,
+        past: int,
+        rows: Rows,
     ) -> Tensor:
         """The cross-entropy of softmax(q . mean k) from the shares of dense attention, in nats a token and head: the
         mean over those tokens of a row that have a choice, [B].
@@ -269,14 +277,15 @@ class Mixer(attention.Mixer):
         It is lse - sum_n share[n] q . mean k[n], and the sum over chunks one over keys: dense attention whose values
         are the means of their chunks. So nothing larger than for attention is held.
         """
-        config, past, length = self.chunked, state["v"].shape[1], positions_BT.shape[1]
+        config, length, positions_BT = self.chunked, rows.length, rows.positions_BT
         chunks_of_row = pooled_BNGK.shape[1]
-        boundary_B = past - state["position"] % config.chunk_size
+        kept = chunks.starts_BN.shape[1] - chunks.new_BE.shape[1]
+        boundary_B = past - rows.before_B % config.chunk_size
         old_BS = (torch.arange(past, device=q_BTHK.device) - boundary_B[:, None]).div(
             config.chunk_size, rounding_mode="floor"
         )
         new_BT = chunks.first_BT + positions_BT // config.chunk_size
-        owner_BL = torch.cat([old_BS + state["pooled.k"].shape[1], new_BT], 1).clamp(0, chunks_of_row - 1)
+        owner_BL = torch.cat([old_BS + kept, new_BT], 1).clamp(0, chunks_of_row - 1)
         before_T = past + torch.arange(length, device=q_BTHK.device) - config.window_size + 1
         spans = (chunks.document_BT, before_T.expand_as(chunks.document_BT))
         with torch.autocast(q_BTHK.device.type, enabled=False):
@@ -285,7 +294,7 @@ class Mixer(attention.Mixer):
             known = chunk_mean_attention(q_BTHK, pooled_BNGK, pooled_BNGK, spans=(chunks.first_BT, chunks.end_BT))
             score_BTH = (exact(q_BTHK) * wanted_BTHK).sum(-1) * self.dims.head_dim**-0.5
         taught_BT = chunks.end_BT > chunks.first_BT
-        if ctx.lengths_B is not None:
-            taught_BT = taught_BT & (torch.arange(length, device=q_BTHK.device) < ctx.lengths_B[:, None])
+        if rows.real_BT is not None:
+            taught_BT = taught_BT & rows.real_BT
         nats_BT = (known.lse - score_BTH).mean(-1).masked_fill(~taught_BT, 0.0)
         return nats_BT.sum(1) / taught_BT.sum(1).clamp(min=1)

@@ -24,8 +24,9 @@ from transformers import initialization as init
 
 from memlm.layers import ExactLinear, RMSNorm, unit
 from memlm.memory import attention
-from memlm.memory.base import Dims, MixerContext, MixerOutput, SequenceMixer, State, joined, substate
+from memlm.memory.base import Dims, MixerOutput, SequenceMixer, joined, substate
 from memlm.memory.parts import Parameters, gate_logits, memory_share
+from memlm.memory.rows import Rows, State
 from memlm.memory.titans import memory_norms
 from memlm.settings import require
 from memlm_kernels import LargeChunkMemoryState, large_chunk_memory
@@ -109,7 +110,7 @@ class FastWeights(nn.Module):
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         # Filled from the learned weights at position 0, so what stands here before is never read.
         dtype = torch.promote_types(dtype, torch.float32)
-        state = {"position": torch.zeros(batch_size, dtype=torch.int64, device=device)}
+        state: State = {}
         shapes = self.memory.shapes
         parts = {"weights": shapes, "gradient": shapes}
         if self._has_momentum:
@@ -119,9 +120,7 @@ class FastWeights(nn.Module):
                 state[f"{name}.{i}"] = torch.zeros(batch_size, *shape, device=device, dtype=dtype)
         return state
 
-    def forward(
-        self, x_BTD: Tensor, qkv: tuple[Tensor, Tensor, Tensor], state: State | None, ctx: MixerContext
-    ) -> MixerOutput:
+    def forward(self, x_BTD: Tensor, qkv: tuple[Tensor, Tensor, Tensor], state: State, rows: Rows) -> MixerOutput:
         """qkv: the attention's, [B, T, H, K], [B, T, G, K] and [B, T, G, K], before any rotation."""
         q_BTMC, k_BTMC, v_BTMC = self._features(*qkv)
         # Three learning rates of each head, and its momentum.
@@ -137,18 +136,19 @@ class FastWeights(nn.Module):
             weights=self.memory(),
             chunk_size=self.config.chunk_size,
             muon_steps=self.config.muon_steps,
-            state=_unpack(state) if state else None,
-            positions=ctx.positions_BT,
-            lengths=ctx.lengths_B,
-            max_documents=ctx.max_documents,
+            state=None if rows.fresh else _unpack(state, rows.before_B),
+            positions=rows.given_BT,
+            lengths=rows.lengths_B,
+            max_documents=rows.max_documents,
         )
         scale_BTM = F.silu(self.scale(x_BTD))
         y_BTMC = scale_BTM[..., None] * self.norm(o_BTMC)
-        metrics = {"scale": scale_BTM.detach().abs().mean(-1), "lr": lr_BTM3.detach().mean((-2, -1))}
-        if momentum_BTM is not None:
-            metrics["momentum"] = momentum_BTM.detach().mean(-1)
-        memory = _pack(after)
-        metrics |= memory_norms(self.memory(), state, memory, x_BTD.shape[1], ctx.lengths_B)
+        memory, metrics = _pack(after), {}
+        if rows.metrics:
+            metrics = {"scale": scale_BTM.detach().abs().mean(-1), "lr": lr_BTM3.detach().mean((-2, -1))}
+            if momentum_BTM is not None:
+                metrics["momentum"] = momentum_BTM.detach().mean(-1)
+            metrics |= memory_norms(self.memory(), state, memory, rows)
         return MixerOutput(y_BTMC.flatten(2), memory, {}, metrics)
 
     def _features(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,21 +176,20 @@ class Mixer(SequenceMixer):
         attention_state = self.attention.init_state(batch_size, device, dtype)
         return joined({"attention": attention_state, "memory": self.memory.init_state(batch_size, device, dtype)})
 
-    def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
-        own = {name: substate(state, name) if state else None for name in ("attention", "memory")}
-        seen_BTHK, qkv, attention_state = self.attention.heads(x_BTD, own["attention"], ctx)
-        recalled = self.memory(x_BTD, qkv, own["memory"], ctx or MixerContext())
-        seen_BTC = seen_BTHK.flatten(2)
-        metrics = recalled.metrics | {"memory_share": memory_share(recalled.y_BTD, seen_BTC)}
+    def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
+        seen_BTHK, qkv, attention_state = self.attention.heads(x_BTD, substate(state, "attention"), rows)
+        recalled = self.memory(x_BTD, qkv, substate(state, "memory"), rows)
+        seen_BTC, metrics = seen_BTHK.flatten(2), recalled.metrics
+        if rows.metrics:
+            metrics = metrics | {"memory_share": memory_share(recalled.y_BTD, seen_BTC)}
         y_BTD = self.attention.o_proj(seen_BTC + recalled.y_BTD)
         return MixerOutput(y_BTD, joined({"attention": attention_state, "memory": recalled.state}), {}, metrics)
 
 
 def _pack(memory: LargeChunkMemoryState) -> State:
-    parts = {f"{name}.{i}": x for name in _PARTS for i, x in enumerate(getattr(memory, name))}
-    return {"position": memory.position, **parts}
+    return {f"{name}.{i}": x for name in _PARTS for i, x in enumerate(getattr(memory, name))}
 
 
-def _unpack(state: State) -> LargeChunkMemoryState:
+def _unpack(state: State, position_B: Tensor) -> LargeChunkMemoryState:
     parts = {name: tuple(substate(state, name).values()) for name in _PARTS}
-    return LargeChunkMemoryState(**parts, position=state["position"])
+    return LargeChunkMemoryState(**parts, position=position_B)

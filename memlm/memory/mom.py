@@ -20,18 +20,10 @@ from transformers import initialization as init
 
 from memlm.layers import ExactLinear, GroupedLinear, ShortConv
 from memlm.memory import attention, parts, recurrence
-from memlm.memory.base import (
-    Dims,
-    MixerContext,
-    MixerOutput,
-    SequenceMixer,
-    State,
-    next_position,
-    substate,
-    token_positions,
-)
+from memlm.memory.base import Dims, MixerOutput, SequenceMixer, joined, substate
 from memlm.memory.parts import BranchGate, gate_logits
-from memlm.memory.recurrence import Segments, recur
+from memlm.memory.recurrence import recur
+from memlm.memory.rows import Rows, State
 from memlm.settings import require, suggest
 from memlm_kernels import MemoryRoutes, combine_reads, dispatch_tokens
 from memlm_kernels.segments import exact
@@ -143,7 +135,6 @@ class Mixer(SequenceMixer):
         return of_memories * (config.num_memories - config.top_k) // config.num_memories
 
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
-        position = torch.zeros(batch_size, dtype=torch.int64, device=device)
         memories = self.config.num_memories
         state = {"routed": self.recurrence.init_state(batch_size, memories, device, dtype)}
         if self.config.shared_memory:
@@ -153,23 +144,21 @@ class Mixer(SequenceMixer):
             state["input"] = {"conv": torch.zeros(shape, device=device, dtype=dtype)}
         if self.config.window_size is not None:
             state["attention"] = self.attention.init_state(batch_size, device, dtype)
-        return _joined(position, state)
+        return joined(state)
 
-    def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
-        start = self.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype)
-        before, context = state or start, ctx or MixerContext()
-        positions_BT = token_positions(x_BTD, before, context)
-        documents = Segments.of(x_BTD, before, context)
+    def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
+        documents = rows.segments()
+        start = self.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype) if documents else state
         after: dict[str, State] = {}
         input_BTD = x_BTD
         if hasattr(self, "conv"):
-            history = substate(before, "input")["conv"]
-            input_BTD, history = self.conv.over_rows(x_BTD, history, positions_BT, context.lengths_B)
+            history = substate(state, "input")["conv"]
+            input_BTD, history = self.conv.over_rows(x_BTD, history, rows.history_BT, rows.lengths_B)
             after["input"] = {"conv": history}
 
         q_BTC = self.q_proj(input_BTD)
         kv_BTC, logits_BTL = self._shared_projections(input_BTD)
-        weight_BTJ, memory_BTJ, aux_losses, metrics = self._choose(x_BTD, documents)
+        weight_BTJ, memory_BTJ, aux_losses, metrics = self._choose(x_BTD, rows)
         of_documents = (documents.index_BT, documents.most) if documents else ()
         routes = MemoryRoutes.of(memory_BTJ, self.config.num_memories, *of_documents)
         o_BRHV, after["routed"], of_rule = recur(
@@ -177,9 +166,10 @@ class Mixer(SequenceMixer):
             self._routed_inputs(input_BTD, q_BTC, kv_BTC, logits_BTL, routes),
             routes.cu_seqlens,
             documents,
-            substate(before, "routed"),
+            substate(state, "routed"),
             substate(start, "routed"),
             routes.ungrouped if self.config.conv_across_segments and self.training else None,
+            told=rows.metrics,
         )
         shared_BTHV = None
         if self.config.shared_memory and kv_BTC is not None:
@@ -188,21 +178,19 @@ class Mixer(SequenceMixer):
                 (torch.cat([q_BTC, kv_BTC], -1), logits_BTL),
                 documents.cu_seqlens if documents else None,
                 documents,
-                substate(before, "shared"),
+                substate(state, "shared"),
                 substate(start, "shared"),
+                told=False,
             )
         o_BTHV = combine_reads(o_BRHV, routes.place, weight_BTJ, shared_BTHV)
         y_BTD = self.reading(o_BTHV, x_BTD)
         if self.config.window_size is not None:
-            seen = self.attention(x_BTD, substate(state, "attention") if state else None, ctx)
-            y_BTD, of_gate = self.gate(x_BTD, seen.y_BTD, y_BTD)
+            seen = self.attention(x_BTD, substate(state, "attention"), rows)
+            y_BTD, of_gate = self.gate(x_BTD, seen.y_BTD, y_BTD, rows.metrics)
             after["attention"], metrics = seen.state, metrics | of_gate
-        state = _joined(next_position(positions_BT, before, context), after)
-        return MixerOutput(y_BTD, state, aux_losses, metrics | of_rule)
+        return MixerOutput(y_BTD, joined(after), aux_losses, metrics | of_rule)
 
-    def _choose(
-        self, x_BTD: Tensor, documents: Segments | None
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    def _choose(self, x_BTD: Tensor, rows: Rows) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Weights and memories of each token, [B, T, J], auxiliary losses of each row, [B], and metrics of the call;
         padding counts for nothing.
         """
@@ -215,8 +203,8 @@ class Mixer(SequenceMixer):
         weight_BTJ = chosen_BTJ / chosen_BTJ.sum(-1, keepdim=True)
 
         real_BT1 = torch.ones_like(p_BTM[..., :1])
-        if documents is not None:
-            real_BT1 = (documents.index_BT < documents.most)[..., None].to(p_BTM.dtype)
+        if rows.real_BT is not None:
+            real_BT1 = rows.real_BT[..., None].to(p_BTM.dtype)
         sent_BTM = torch.zeros_like(p_BTM).scatter(2, memory_BTJ, 1.0) * real_BT1
         tokens_B1, sent_BM = real_BT1.sum(1), sent_BTM.sum(1)
         share_B1 = 1 / tokens_B1.clamp(min=1)
@@ -231,6 +219,8 @@ class Mixer(SequenceMixer):
             # No value, only a gradient: the bias falls where the load is above its share.
             overload_BM = (sent_BM * config.num_memories / config.top_k - tokens_B1) * share_B1
             losses["balance_bias"] = ((self.bias - self.bias.detach()) * overload_BM).sum(1)
+        if not rows.metrics:
+            return weight_BTJ, memory_BTJ, losses, {}
         tokens, sent_M = tokens_B1.sum().clamp(min=1), sent_BM.sum(0)
         metrics = {f"load_{m}": load for m, load in enumerate(sent_M / tokens)}
         entropy_BT1 = -(p_BTM * logits_BTM.log_softmax(-1)).sum(-1, keepdim=True)
@@ -266,7 +256,3 @@ class Mixer(SequenceMixer):
 def _in_rows(y_NC: Tensor, routes: MemoryRoutes) -> Tensor:
     """Of routed tokens, memory after memory in all rows, to each row's, [B, R, C]."""
     return dispatch_tokens(y_NC[None], routes.ungrouped)[0].unflatten(0, routes.place.flatten(1).shape)
-
-
-def _joined(position_B: Tensor, parts: dict[str, State]) -> State:
-    return {"position": position_B} | {f"{name}.{key}": x for name, part in parts.items() for key, x in part.items()}

@@ -50,11 +50,16 @@ class BranchGate(nn.Module):
         init.zeros_(self.gate.weight)
         init.zeros_(self.gate.bias)
 
-    def forward(self, x_BTD: Tensor, seen_BTD: Tensor, recalled_BTD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, x_BTD: Tensor, seen_BTD: Tensor, recalled_BTD: Tensor, told: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The output, and metrics if told."""
         gate_BTD = torch.sigmoid(self.gate(x_BTD))
         seen_BTD, recalled_BTD = self.attention_norm(seen_BTD), self.memory_norm(recalled_BTD)
-        share = memory_share(gate_BTD * recalled_BTD, (1 - gate_BTD) * seen_BTD)
-        metrics = {"gate": gate_BTD.detach().mean(-1), "memory_share": share}
+        metrics = {}
+        if told:
+            share = memory_share(gate_BTD * recalled_BTD, (1 - gate_BTD) * seen_BTD)
+            metrics = {"gate": gate_BTD.detach().mean(-1), "memory_share": share}
         return torch.lerp(seen_BTD, recalled_BTD, gate_BTD), metrics
 
 

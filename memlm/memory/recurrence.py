@@ -16,7 +16,6 @@ C channels of q, k, v together, L logits of the gates.
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +23,9 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from memlm.layers import ExactLinear, GroupedLinear, RMSNorm, ShortConv
-from memlm.memory.base import Dims, MixerContext, MixerOutput, SequenceMixer, State, next_position, token_positions
+from memlm.memory.base import Dims, MixerOutput, SequenceMixer
 from memlm.memory.parts import Recalled, gate_logits, start_delayed
+from memlm.memory.rows import Rows, Segments, State
 from memlm.settings import require
 from memlm_kernels import (
     SegmentedMemoryState,
@@ -34,7 +34,7 @@ from memlm_kernels import (
     linear_attention,
     segmented_neural_memory,
 )
-from memlm_kernels.segments import counts, exact
+from memlm_kernels.segments import exact
 
 INITIALIZATIONS = ("default", "recall")
 
@@ -97,12 +97,12 @@ class Rule(nn.Module):
         return {"memory": torch.zeros(shape, device=device, dtype=torch.promote_types(dtype, torch.float32))}
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, logits_BTL: Tensor, cu_seqlens: Tensor | None, state: State
+        self, q: Tensor, k: Tensor, v: Tensor, logits_BTL: Tensor, cu_seqlens: Tensor | None, state: State, told: bool
     ) -> tuple[Tensor, State, dict[str, Tensor]]:
-        """q, k, v: [B, T, H, *]; state: [B, S, ...]. Returns reads [B, T, H, V], the new state, and metrics."""
+        """q, k, v: [B, T, H, *]; state: [B, S, ...]. Returns reads [B, T, H, V], the state, metrics if told."""
         log_decay = self.log_decay(logits_BTL)
         o, memory = linear_attention(q, k, v, log_decay, cu_seqlens=cu_seqlens, state=state["memory"])
-        return o, {"memory": memory}, _metrics(log_decay)
+        return o, {"memory": memory}, _metrics(log_decay) if told else {}
 
     def log_decay(self, logits_BTL: Tensor) -> Tensor | None:
         return None
@@ -177,12 +177,12 @@ class Delta(Rule):
         self.logits = config.num_heads
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, logits_BTL: Tensor, cu_seqlens: Tensor | None, state: State
+        self, q: Tensor, k: Tensor, v: Tensor, logits_BTL: Tensor, cu_seqlens: Tensor | None, state: State, told: bool
     ) -> tuple[Tensor, State, dict[str, Tensor]]:
         heads = self.config.num_heads
         beta, log_decay = logits_BTL[..., :heads].sigmoid(), self.log_decay(logits_BTL[..., heads:])
         o, memory = delta_rule(q, k, v, beta, log_decay, cu_seqlens=cu_seqlens, state=state["memory"])
-        return o, {"memory": memory}, {"beta": beta.detach().mean(), **_metrics(log_decay)}
+        return o, {"memory": memory}, {"beta": beta.detach().mean(), **_metrics(log_decay)} if told else {}
 
 
 class GatedDelta(Delta):
@@ -219,13 +219,14 @@ class Titans(Rule):
         return {"memory": torch.stack([memory] * 3, 1), "written": written}
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, logits_BTL: Tensor, cu_seqlens: Tensor | None, state: State
+        self, q: Tensor, k: Tensor, v: Tensor, logits_BTL: Tensor, cu_seqlens: Tensor | None, state: State, told: bool
     ) -> tuple[Tensor, State, dict[str, Tensor]]:
         gates = (logits_BTL + exact(self.bias)).sigmoid().chunk(3, -1)
         before = SegmentedMemoryState(state["memory"], state["written"])
         chunk_size = self.config.chunk_size
         o, after = segmented_neural_memory(q, k, v, *gates, chunk_size=chunk_size, state=before, cu_seqlens=cu_seqlens)
-        metrics = {name: g.detach().mean() for name, g in zip(("lr", "momentum", "decay"), gates, strict=True)}
+        named = zip(("lr", "momentum", "decay"), gates, strict=True)
+        metrics = {name: gate.detach().mean() for name, gate in named} if told else {}
         return o, {"memory": after.memory, "written": after.position}, metrics
 
 
@@ -269,10 +270,11 @@ class Recurrence(nn.Module):
         cu_seqlens: Tensor | None,
         state: State,
         across_1N1: Tensor | None = None,
+        told: bool = True,
     ) -> tuple[Tensor, State, dict[str, Tensor]]:
         """state: [B, S, ...]; across_1N1: all tokens in an order to convolve along, whatever their segments.
 
-        Returns reads [B, T, H, V] in fp32 at least, the new state, and metrics.
+        Returns reads [B, T, H, V] in fp32 at least, the new state, and metrics if told.
         """
         state, conv = dict(state), {}
         if self.conv is not None:
@@ -289,56 +291,9 @@ class Recurrence(nn.Module):
         q, k, v = (exact(x).unflatten(-1, (heads, -1)) for x in qkv_BTC.split(sizes, -1))
         if self.rule.unit_keys:
             q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
-        o, memory, metrics = self.rule(q * self.config.head_dim**-0.5, k, v, exact(logits_BTL), cu_seqlens, state)
+        q = q * self.config.head_dim**-0.5
+        o, memory, metrics = self.rule(q, k, v, exact(logits_BTL), cu_seqlens, state, told)
         return o, {**memory, **conv}, metrics
-
-
-class Segments(NamedTuple):
-    """The documents of the rows of a call; the first may go on from an earlier call.
-
-    most: that a row may have; index_BT: of each token's document, ``most`` for padding; cu_seqlens: [B, most + 1]
-    fresh_B: where the first document starts in this call; last_B: the document of a row's last token
-    """
-
-    most: int
-    index_BT: Tensor
-    cu_seqlens: Tensor
-    fresh_B: Tensor
-    last_B: Tensor
-
-    @staticmethod
-    def of(x_BTD: Tensor, state: State, ctx: MixerContext) -> "Segments | None":
-        """None where each row is one document that goes on, all its tokens real."""
-        if (ctx.positions_BT is None and ctx.lengths_B is None) or x_BTD.shape[1] == 0:
-            return None
-        positions_BT, most = token_positions(x_BTD, state, ctx), ctx.max_documents
-        starts_BT = positions_BT == 0
-        index_BT = starts_BT.cumsum(1) - starts_BT[:, :1].long()
-        fresh_B = starts_BT[:, 0]
-        if ctx.lengths_B is not None:
-            real_BT = torch.arange(x_BTD.shape[1], device=x_BTD.device) < ctx.lengths_B[:, None]
-            index_BT, fresh_B = torch.where(real_BT, index_BT, most), fresh_B & (ctx.lengths_B > 0)
-        sizes = counts(index_BT, most)
-        last_B = ((sizes > 0) * torch.arange(most, device=x_BTD.device)).amax(1)
-        return Segments(most, index_BT, F.pad(sizes.cumsum(1), (1, 0)), fresh_B, last_B)
-
-    def spread(self, before: State, start: State) -> State:
-        """[B, M, ...] -> [B, most * M, ...]: the first document goes on from ``before``, the others from ``start``."""
-        fresh_BD = torch.ones(len(self.fresh_B), self.most, dtype=torch.bool, device=self.fresh_B.device)
-        fresh_BD[:, 0] = self.fresh_B
-        return {
-            name: torch.where(
-                fresh_BD.reshape(*fresh_BD.shape, *[1] * (x.ndim - 1)), start[name][:, None], x[:, None]
-            ).flatten(1, 2)
-            for name, x in before.items()
-        }
-
-    def collect(self, after: State) -> State:
-        """[B, most * M, ...] -> [B, M, ...]: what each row goes on from."""
-        return {
-            name: x.unflatten(1, (self.most, -1))[torch.arange(len(x), device=x.device), self.last_B]
-            for name, x in after.items()
-        }
 
 
 def recur(
@@ -349,10 +304,11 @@ def recur(
     before: State,
     start: State,
     across_1N1: Tensor | None = None,
+    told: bool = True,
 ) -> tuple[Tensor, State, dict[str, Tensor]]:
     """``Recurrence.forward`` with each document's memories as segments; before, start and the result: [B, M, ...]."""
     state = documents.spread(before, start) if documents else before
-    o, after, metrics = recurrence(*inputs, cu_seqlens, state, across_1N1)
+    o, after, metrics = recurrence(*inputs, cu_seqlens, state, across_1N1, told)
     return o, documents.collect(after) if documents else after, metrics
 
 
@@ -397,20 +353,18 @@ class Layer(SequenceMixer):
             start_for_recall(self.q_proj, self.kv_proj, self.recurrence.conv, self.config, 1)
 
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
-        position = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        return {"position": position, **self.recurrence.init_state(batch_size, 1, device, dtype)}
+        return self.recurrence.init_state(batch_size, 1, device, dtype)
 
-    def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
-        start = self.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype)
-        state, ctx = state or start, ctx or MixerContext()
-        documents = Segments.of(x_BTD, state, ctx)
-        before = {name: x for name, x in state.items() if name != "position"}
+    def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
+        documents = rows.segments()
+        start = self.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype) if documents else state
         inputs = torch.cat([self.q_proj(x_BTD), self.kv_proj(x_BTD)], -1), gate_logits(self.gates, x_BTD)
         cu_seqlens = documents.cu_seqlens if documents else None
-        o_BTHV, after, metrics = recur(self.recurrence, inputs, cu_seqlens, documents, before, start)
-        position = next_position(token_positions(x_BTD, state, ctx), state, ctx)
-        metrics["memory_norm"] = torch.linalg.vector_norm(after["memory"].detach()) / len(x_BTD) ** 0.5
-        return MixerOutput(self.reading(o_BTHV, x_BTD), {"position": position, **after}, {}, metrics)
+        told = rows.metrics
+        o_BTHV, after, metrics = recur(self.recurrence, inputs, cu_seqlens, documents, state, start, told=told)
+        if told:
+            metrics["memory_norm"] = torch.linalg.vector_norm(after["memory"].detach()) / len(x_BTD) ** 0.5
+        return MixerOutput(self.reading(o_BTHV, x_BTD), after, {}, metrics)
 
 
 def start_for_recall(

@@ -26,8 +26,9 @@ from transformers import initialization as init
 
 from memlm.layers import ExactLinear, RMSNorm, ShortConv, unit
 from memlm.memory import attention
-from memlm.memory.base import Dims, MixerContext, MixerOutput, SequenceMixer, State, substate, token_positions
+from memlm.memory.base import Dims, MixerOutput, SequenceMixer, substate
 from memlm.memory.parts import Parameters, Recalled, gate_logits, memory_share, start_delayed
+from memlm.memory.rows import Rows, State
 from memlm.settings import require
 from memlm_kernels import NeuralMemoryState, neural_memory
 from memlm_kernels.neural_memory import ACTIVATIONS, BLOCKS, block_size, dot_product, huber, lp, squared_error
@@ -193,8 +194,7 @@ class Store(nn.Module):
             recent = (config.omega_window - 1, config.memory_heads)
             widths = ((config.features,), (config.memory_head_dim,), ())
             shapes |= {f"recent.{i}": (*recent, *width) for i, width in enumerate(widths)}
-        state = {name: torch.zeros(batch_size, *shape, device=device, dtype=dtype) for name, shape in shapes.items()}
-        return {"position": torch.zeros(batch_size, dtype=torch.int64, device=device), **state}
+        return {name: torch.zeros(batch_size, *shape, device=device, dtype=dtype) for name, shape in shapes.items()}
 
     def forward(
         self,
@@ -202,8 +202,8 @@ class Store(nn.Module):
         q_BTHK: Tensor,
         k_BTHK: Tensor,
         v_BTHK: Tensor,
-        state: State | None,
-        ctx: MixerContext,
+        state: State,
+        rows: Rows,
     ) -> tuple[Tensor, State, dict[str, Tensor]]:
         """x decides on the gates, q and k are ``NeuralMemory``'s features. Returns reads, state, metrics of tokens."""
         gates = self._gates(x_BTD)
@@ -220,20 +220,22 @@ class Store(nn.Module):
             weight=gates.get("weight"),
             loss=self.loss,
             **self.network(),
-            state=unpack(state) if state else None,
-            positions=ctx.positions_BT,
-            lengths=ctx.lengths_B,
-            max_documents=ctx.max_documents,
-            aligned=ctx.aligned,
+            state=None if rows.fresh else unpack(state, rows.before_B),
+            positions=rows.given_BT,
+            lengths=rows.lengths_B,
+            max_documents=rows.max_documents,
+            aligned=rows.aligned(self.config.chunk_size),
         )
+        if not rows.metrics:
+            return o_BTHK, pack(memory), {}
         metrics = {name: gate.detach().mean(-1) for name, gate in gates.items()} | {"surprise": surprise_BTH.mean(-1)}
         if self.config.memory_norm:
             metrics["known_share"] = memory_share(o_BTHK.detach() - q_BTHK.detach(), q_BTHK, (-2, -1))
         return o_BTHK, pack(memory), metrics
 
-    def norms(self, before: State | None, after: State, tokens: int, ctx: MixerContext | None) -> dict[str, Tensor]:
-        """Metrics of the memory after a call of so many tokens."""
-        return memory_norms(self.memory(), before, after, tokens, ctx.lengths_B if ctx else None)
+    def norms(self, before: State, after: State, rows: Rows) -> dict[str, Tensor]:
+        """Metrics of the memory after a call."""
+        return memory_norms(self.memory(), before, after, rows)
 
     def network(self) -> dict[str, Any]:
         """What M is besides its weights, as the op's arguments."""
@@ -281,21 +283,20 @@ class NeuralMemory(SequenceMixer):
         conv = torch.zeros(batch_size, self.conv.width - 1, self.conv.channels, device=device, dtype=dtype)
         return {"conv": conv, **self.store.init_state(batch_size, device, dtype)}
 
-    def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
+    def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
         """Metrics are those of tokens; ``Store.norms`` has the memory's."""
-        ctx = ctx or MixerContext()
-        q_BTHK, k_BTHK, v_BTHK, conv = self.project(x_BTD, state, ctx)
-        o_BTHK, memory, metrics = self.store(x_BTD, q_BTHK, k_BTHK, v_BTHK, state, ctx)
-        y_BTD, output_gate_BT = self.output(o_BTHK, x_BTD)
-        return MixerOutput(y_BTD, {"conv": conv, **memory}, {}, metrics | {"output_gate": output_gate_BT})
+        q_BTHK, k_BTHK, v_BTHK, conv = self.project(x_BTD, state, rows)
+        o_BTHK, memory, metrics = self.store(x_BTD, q_BTHK, k_BTHK, v_BTHK, state, rows)
+        y_BTD, of_gates = self.output(o_BTHK, x_BTD, rows.metrics)
+        return MixerOutput(y_BTD, {"conv": conv, **memory}, {}, metrics | of_gates)
 
-    def project(self, x_BTD: Tensor, state: State | None, ctx: MixerContext) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def project(self, x_BTD: Tensor, state: State, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Features of queries and keys, values, and the convolution's history for the next call."""
         qkv, conv = self.conv.over_rows(
             torch.cat([proj(x_BTD) for proj in (self.q_proj, self.k_proj, self.v_proj)], -1),
-            state["conv"] if state else x_BTD.new_zeros(len(x_BTD), self.conv.width - 1, self.conv.channels),
-            ctx.positions_BT if state is None else token_positions(x_BTD, state, ctx),
-            ctx.lengths_B,
+            state["conv"],
+            rows.history_BT,
+            rows.lengths_B,
         )
         q_BTHK, k_BTHK, v_BTHK = (self.heads(x) for x in qkv.chunk(3, -1))
         # In the precision of q and k: what is read is rounded once, at the end.
@@ -305,12 +306,12 @@ class NeuralMemory(SequenceMixer):
             v_BTHK = F.rms_norm(v_BTHK, v_BTHK.shape[-1:], eps=self.norm.eps)
         return self.features(q_BTHK), self.features(k_BTHK), v_BTHK, conv
 
-    def output(self, o_BTHK: Tensor, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Reads, normalised and gated by x, [B, T, D]; and the mean size of the gates, [B, T]."""
+    def output(self, o_BTHK: Tensor, x_BTD: Tensor, told: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Reads, normalised and gated by x, [B, T, D]; and, if told, the mean size of the gates as a metric."""
         gate_BTC = F.silu(self.output_gate_proj(x_BTD))
         y_BTHK = self.norm(o_BTHK) * self.heads(gate_BTC)
         y_BTD = self.o_proj(y_BTHK.flatten(2).to(x_BTD.dtype))
-        return self.recalled(y_BTD), gate_BTC.detach().abs().mean(-1)
+        return self.recalled(y_BTD), {"output_gate": gate_BTC.detach().abs().mean(-1)} if told else {}
 
     def heads(self, x_BTC: Tensor) -> Tensor:
         return x_BTC.unflatten(-1, (self.config.memory_heads, -1))
@@ -329,32 +330,32 @@ class NeuralMemory(SequenceMixer):
 
 
 def pack(memory: NeuralMemoryState) -> State:
-    state = {"position": memory.position}
+    state: State = {}
     for name in ("weights", "momentum", "anchor", "recent"):
         state |= {f"{name}.{i}": x for i, x in enumerate(getattr(memory, name))}
     return state
 
 
-def unpack(state: State) -> NeuralMemoryState:
+def unpack(state: State, position_B: Tensor) -> NeuralMemoryState:
     parts = (tuple(substate(state, name).values()) for name in ("weights", "momentum", "anchor", "recent"))
     weights, momentum, anchor, recent = parts
-    return NeuralMemoryState(weights, momentum, anchor, state["position"], recent)
+    return NeuralMemoryState(weights, momentum, anchor, position_B, recent)
 
 
 @torch.no_grad()
-def memory_norms(
-    initial: Iterable[Tensor], before: State | None, after: State, tokens: int, lengths_B: Tensor | None
-) -> dict[str, Tensor]:
-    """Frobenius norms of memory and momentum after a call, and of what the memory changed by, root mean square over
-    rows and heads. initial: M_0, [H, in, out] of each layer, with which a document starts. What stood in ``before``
-    for a row whose document has started in this call is another document's, or nothing.
+def memory_norms(initial: Iterable[Tensor], before: State, after: State, rows: Rows) -> dict[str, Tensor]:
+    """Frobenius norms of memory and momentum after a call, and of the memory's change, root mean square over rows and
+    heads. initial: M_0, [H, in, out] of each layer, with which a document starts. Where a row's document starts in
+    this call, ``before`` holds another document's memory, or nothing. None if no metrics are asked for.
     """
-    new_B = after["position"] <= (tokens if lengths_B is None else lengths_B)
-    if lengths_B is not None:
-        new_B = new_B & (lengths_B > 0)
+    if not rows.metrics:
+        return {}
     weights = list(substate(after, "weights").values())
     start = [w.to(now.dtype) for w, now in zip(initial, weights, strict=True)]
-    if before is not None:
+    if not rows.fresh:
+        new_B = rows.after_B <= (rows.length if rows.lengths_B is None else rows.lengths_B)
+        if rows.lengths_B is not None:
+            new_B = new_B & (rows.lengths_B > 0)
         old = substate(before, "weights").values()
         start = [torch.where(new_B[:, None, None, None], w, o) for w, o in zip(start, old, strict=True)]
 

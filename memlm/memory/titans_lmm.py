@@ -3,8 +3,9 @@
 from torch import Tensor
 
 from memlm.memory import titans
-from memlm.memory.base import Dims, MixerContext, MixerOutput, State
+from memlm.memory.base import Dims, MixerOutput
 from memlm.memory.parts import memory_share
+from memlm.memory.rows import Rows, State
 
 Config = titans.NeuralMemoryConfig
 
@@ -13,7 +14,9 @@ class Mixer(titans.NeuralMemory):
     def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
         super().__init__(config, dims)
 
-    def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
-        out = super().forward(x_BTD, state, ctx)
-        norms = self.store.norms(state, out.state, x_BTD.shape[1], ctx)
+    def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
+        out = super().forward(x_BTD, state, rows)
+        if not rows.metrics:
+            return out
+        norms = self.store.norms(state, out.state, rows)
         return out._replace(metrics=out.metrics | norms | {"memory_share": memory_share(out.y_BTD, x_BTD)})

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from memlm.layers import RMSNorm
 from memlm.memory import attention, titans
-from memlm.memory.base import Dims, MixerContext, MixerOutput, SequenceMixer, State, joined, substate, token_positions
+from memlm.memory.base import Dims, MixerOutput, SequenceMixer, joined, substate
 from memlm.memory.parts import BranchGate
+from memlm.memory.rows import Rows, State
 from memlm.settings import require
 from memlm_kernels import read_memory
 from memlm_kernels.grid import Grid, ragged_grid
@@ -58,20 +59,15 @@ class Config(titans.NeuralMemoryConfig):
 
 
 class Memory(titans.NeuralMemory):
-    def forward(
-        self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None, write: bool = True
-    ) -> MixerOutput:
-        """write: False for a pure query at ``ctx.positions_BT`` of a state that holds ``weights.*``, and in ``conv``
-        the queries' history alone.
-        """
+    def forward(self, x_BTD: Tensor, state: State, rows: Rows, write: bool = True) -> MixerOutput:
+        """write: False for a pure query, of a state with ``weights.*``, and the queries' history alone in ``conv``."""
         if write:
-            return super().forward(x_BTD, state, ctx)
-        assert state is not None and ctx is not None
+            return super().forward(x_BTD, state, rows)
         q_BTC = self.q_proj(x_BTD)
         channels = slice(q_BTC.shape[-1])
-        q_BTC, conv = self.conv.over_rows(q_BTC, state["conv"], ctx.positions_BT, ctx.lengths_B, channels)
+        q_BTC, conv = self.conv.over_rows(q_BTC, state["conv"], rows.history_BT, rows.lengths_B, channels)
         o_BTHK = read_memory(self.features(self.heads(q_BTC)), _weights(state), **self.store.network())
-        return MixerOutput(self.output(o_BTHK, x_BTD)[0], {**state, "conv": conv}, {}, {})
+        return MixerOutput(self.output(o_BTHK, x_BTD, False)[0], {**state, "conv": conv}, {}, {})
 
 
 class Mixer(SequenceMixer):
@@ -98,51 +94,55 @@ class Mixer(SequenceMixer):
         read |= {name: x for name, x in memory.items() if name.startswith("weights.")}
         return joined({"memory": memory, "attention": seen, "read": read})
 
-    def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
+    def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
         if x_BTD.shape[1] == 0:
-            return MixerOutput(x_BTD, state or self.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype), {}, {})
-        before = substate(state, "memory") if state else None
+            return MixerOutput(x_BTD, state, {}, {})
         grid = None
-        if state is None and ctx is None:
-            segments = self._whole_segments(x_BTD)
+        if rows.goes_on and rows.start is not None:
+            segments = self._known_segments(x_BTD, state, rows, rows.start)
         else:
-            segments, grid = self._pieces(x_BTD, state, ctx or MixerContext())
+            segments, grid = self._pieces(x_BTD, state, rows)
 
         def joined_up(parts: Sequence[Tensor]) -> Tensor:
             x = torch.cat(list(parts), 1)
             return x if grid is None else grid.take(x.unflatten(1, (grid.count, -1)))
 
         seen_BTD, recalled_BTD = (joined_up(parts) for parts in zip(*(s[:2] for s in segments), strict=True))
-        y_BTD, metrics = self.gate(x_BTD, seen_BTD, recalled_BTD)
+        y_BTD, metrics = self.gate(x_BTD, seen_BTD, recalled_BTD, rows.metrics)
         metrics |= {name: joined_up([s.metrics[name] for s in segments]) for name in segments[-1].metrics}
         after = segments[-1].state
-        metrics |= self.memory.store.norms(before, substate(after, "memory"), x_BTD.shape[1], ctx)
+        metrics |= self.memory.store.norms(substate(state, "memory"), substate(after, "memory"), rows)
         return MixerOutput(y_BTD, after, {}, metrics)
 
-    def _whole_segments(self, x_BTD: Tensor) -> list["_Segment"]:
-        """Rows from their document's start: segments need no search, and attention starts afresh in each."""
-        state = self.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype)
-        read, memory, segments = substate(state, "read"), None, []
-        starts = zip(self.memory.store.memory(), _weights(read), strict=True)
-        weights = tuple(start.to(kept.dtype).expand_as(kept) for start, kept in starts)
-        for x_BSD in x_BTD.split(self.config.segment_size, 1):
-            asked = _asked(read, weights)
-            segments.append(self._segment(x_BSD, asked, memory, MixerContext(aligned=True), None, None))
-            read, memory = (substate(segments[-1].state, name) for name in ("read", "memory"))
-            weights = _weights(memory)
+    def _known_segments(self, x_BTD: Tensor, state: State, rows: Rows, start: int) -> list["_Segment"]:
+        """Rows that stand at one place, which the host knows: no token has to be looked at."""
+        size, segments = self.config.segment_size, []
+        first = min(rows.length, size - start % size)
+        rest = rows.length - first
+        for x_BSD in x_BTD.split([first, *[size] * (rest // size), *([rest % size] if rest % size else [])], 1):
+            memory, read, seen = (substate(state, name) for name in ("memory", "read", "attention"))
+            here, pairs = _known(rows, x_BSD.shape[1], start, size)
+            place = start % size
+            if place == 0:
+                seen = self.attention.init_state(len(x_BSD), x_BSD.device, x_BSD.dtype)
+            weights = _weights(memory) if place == 0 else _weights(read)
+            if start == 0:
+                initial = zip(self.memory.store.memory(), weights, strict=True)
+                weights = tuple(w.to(kept.dtype).expand_as(kept) for w, kept in initial)
+            segments.append(self._segment(x_BSD, _asked(read, weights), memory, here, seen, pairs))
+            state, start = segments[-1].state, start + here.length
         return segments
 
-    def _pieces(self, x_BTD: Tensor, state: State | None, ctx: MixerContext) -> tuple[list["_Segment"], Grid]:
+    def _pieces(self, x_BTD: Tensor, state: State, rows: Rows) -> tuple[list["_Segment"], Grid]:
         """Rows that start anywhere: laid out so that piece n holds what each row has of its n-th segment, first."""
-        state = self.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype) if state is None else state
-        size, positions_BT = self.config.segment_size, token_positions(x_BTD, state, ctx)
+        size, positions_BT = self.config.segment_size, rows.positions_BT
         opens_BT = positions_BT % size == 0
         in_first_BT = opens_BT.cumsum(1) == opens_BT[:, :1]
         moved_BT = positions_BT - torch.where(in_first_BT, positions_BT[:, :1] % size, 0)
-        grid = ragged_grid(moved_BT, ctx.lengths_B, size, ctx.max_documents)
+        grid = ragged_grid(moved_BT, rows.lengths_B, size, rows.max_documents)
         x_BNSD, positions_BNS = grid.lay(x_BTD), grid.lay(positions_BT)
         lengths_BN = grid.lay(torch.ones_like(positions_BT)).sum(-1)
-        segments, starts = [], self.memory.store.memory()
+        segments, starts, before_B = [], self.memory.store.memory(), rows.before_B
         for n in range(grid.count):
             positions_BS, lengths_B = positions_BNS[:, n], lengths_BN[:, n]
             memory, read, first_B = substate(state, "memory"), substate(state, "read"), positions_BS[:, 0]
@@ -152,35 +152,24 @@ class Mixer(SequenceMixer):
                 for start, now, kept in zip(starts, _weights(memory), _weights(read), strict=True)
             ]
             places_BS = positions_BS % size
-            pairs = MixerContext(torch.stack([2 * places_BS, 2 * places_BS + 1], 2).flatten(1), 2 * lengths_B)
-            segments.append(
-                self._segment(
-                    x_BNSD[:, n],
-                    _asked(read, weights),
-                    memory,
-                    MixerContext(positions_BS, lengths_B),
-                    substate(state, "attention"),
-                    pairs,
-                )
-            )
-            state = segments[-1].state
+            doubled_BS = torch.stack([2 * places_BS, 2 * places_BS + 1], 2).flatten(1)
+            # The attention's own places; it goes on from none but those.
+            here = Rows(grid.width, before_B, None, positions_BS, lengths_B, metrics=rows.metrics)
+            pairs = Rows(2 * grid.width, before_B, None, doubled_BS, 2 * lengths_B, metrics=False)
+            seen, asked = substate(state, "attention"), _asked(read, weights)
+            segments.append(self._segment(x_BNSD[:, n], asked, memory, here, seen, pairs))
+            state, before_B = segments[-1].state, here.after_B
         return segments, grid
 
     def _segment(
-        self,
-        x_BSD: Tensor,
-        read: State,
-        memory: State | None,
-        ctx: MixerContext,
-        seen_state: State | None,
-        seen_ctx: MixerContext | None,
+        self, x_BSD: Tensor, read: State, memory: State, rows: Rows, seen_state: State, pairs: Rows
     ) -> "_Segment":
-        """read: for the first read; memory, ctx: for the write and the second; the rest for the attention."""
-        held = self.memory(x_BSD, read, ctx, write=False)
-        pairs = torch.stack([held.y_BTD, x_BSD], 2).flatten(1, 2)
-        seen = self.attention(pairs, seen_state, seen_ctx)
+        """read: for the first read; memory: for the write and the second; seen_state, pairs: of the attention."""
+        held = self.memory(x_BSD, read, rows, write=False)
+        both_BSD = torch.stack([held.y_BTD, x_BSD], 2).flatten(1, 2)
+        seen = self.attention(both_BSD, seen_state, pairs)
         seen_BSD = seen.y_BTD[:, 1::2]
-        recalled = self.memory(self.norm(x_BSD + seen_BSD), memory, ctx)
+        recalled = self.memory(self.norm(x_BSD + seen_BSD), memory, rows)
         state = joined({"memory": recalled.state, "attention": seen.state, "read": held.state})
         return _Segment(seen_BSD, recalled.y_BTD, state, recalled.metrics)
 
@@ -192,6 +181,17 @@ class _Segment(NamedTuple):
     recalled_BSD: Tensor
     state: State
     metrics: dict[str, Tensor]
+
+
+def _known(rows: Rows, length: int, start: int, size: int) -> tuple[Rows, Rows]:
+    """A segment's tokens, ``length`` from ``start`` on, and the pairs that its attention sees."""
+    place = start % size
+
+    def make() -> tuple[Rows, Rows]:
+        here = Rows(length, torch.full_like(rows.before_B, start), start, metrics=rows.metrics)
+        return here, Rows(2 * length, torch.full_like(rows.before_B, 2 * place), 2 * place, metrics=False)
+
+    return rows.once((_known, start, size), make)
 
 
 def _weights(state: State) -> tuple[Tensor, ...]:

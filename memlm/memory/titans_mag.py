@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from memlm.memory import attention, titans
-from memlm.memory.base import Dims, MixerContext, MixerOutput, SequenceMixer, State, joined, substate
+from memlm.memory.base import Dims, MixerOutput, SequenceMixer, joined, substate
 from memlm.memory.parts import BranchGate
+from memlm.memory.rows import Rows, State
 
 Config = titans.HybridConfig
 
@@ -31,11 +32,10 @@ class Mixer(SequenceMixer):
         parts = {"memory": self.memory, "attention": self.attention}
         return joined({name: part.init_state(batch_size, device, dtype) for name, part in parts.items()})
 
-    def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
-        seen = self.attention(x_BTD, substate(state, "attention") if state else None, ctx)
-        own = substate(state, "memory") if state else None
-        recalled = self.memory(x_BTD, own, ctx)
-        y_BTD, metrics = self.gate(x_BTD, seen.y_BTD, recalled.y_BTD)
+    def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
+        seen, own = self.attention(x_BTD, substate(state, "attention"), rows), substate(state, "memory")
+        recalled = self.memory(x_BTD, own, rows)
+        y_BTD, metrics = self.gate(x_BTD, seen.y_BTD, recalled.y_BTD, rows.metrics)
         state = joined({"memory": recalled.state, "attention": seen.state})
-        metrics |= recalled.metrics | self.memory.store.norms(own, recalled.state, x_BTD.shape[1], ctx)
+        metrics |= recalled.metrics | self.memory.store.norms(own, recalled.state, rows)
         return MixerOutput(y_BTD, state, {}, metrics)

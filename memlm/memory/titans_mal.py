@@ -11,8 +11,9 @@ from torch import Tensor
 
 from memlm.layers import RMSNorm
 from memlm.memory import attention, titans
-from memlm.memory.base import Dims, MixerContext, MixerOutput, SequenceMixer, State, joined, substate
+from memlm.memory.base import Dims, MixerOutput, SequenceMixer, joined, substate
 from memlm.memory.parts import memory_share
+from memlm.memory.rows import Rows, State
 
 Config = titans.HybridConfig
 
@@ -30,12 +31,13 @@ class Mixer(SequenceMixer):
         parts = {"memory": self.memory, "attention": self.attention}
         return joined({name: part.init_state(batch_size, device, dtype) for name, part in parts.items()})
 
-    def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
-        own = substate(state, "memory") if state else None
-        recalled = self.memory(x_BTD, own, ctx)
+    def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
+        own = substate(state, "memory")
+        recalled = self.memory(x_BTD, own, rows)
         input_BTD = self.norm(x_BTD + recalled.y_BTD)
-        seen = self.attention(input_BTD, substate(state, "attention") if state else None, ctx)
+        seen = self.attention(input_BTD, substate(state, "attention"), rows)
         state = joined({"memory": recalled.state, "attention": seen.state})
-        norms = self.memory.store.norms(own, recalled.state, x_BTD.shape[1], ctx)
-        metrics = recalled.metrics | norms | {"memory_share": memory_share(recalled.y_BTD, seen.y_BTD)}
+        metrics = recalled.metrics | self.memory.store.norms(own, recalled.state, rows)
+        if rows.metrics:
+            metrics["memory_share"] = memory_share(recalled.y_BTD, seen.y_BTD)
         return MixerOutput(recalled.y_BTD + seen.y_BTD, state, {}, metrics)

@@ -12,14 +12,16 @@ for no weight depends on them:
     python train.py memory=titans_tnt train.init_from=<run> model.mixers.memory.local_chunk_sizes=[4]
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from memlm.memory import titans
-from memlm.memory.base import Dims, MixerContext, MixerOutput, State, joined, substate, token_positions
+from memlm.memory.base import Dims, MixerOutput, joined, substate
 from memlm.memory.parts import memory_share
+from memlm.memory.rows import Rows, State
 from memlm.settings import require
 from memlm_kernels import neural_memory
 from memlm_kernels.neural_memory import dot_product
@@ -76,62 +78,48 @@ class Mixer(titans.NeuralMemory):
             parts[f"local{i}"] = store.init_state(batch_size, device, dtype)
         known = parts["global"]["weights.0"]
         keys = known.new_zeros(*known.shape[:-1], known.shape[-2])
-        parts["keys"] = {"position": parts["global"]["position"], "weights.0": keys, "anchor.0": keys}
+        parts["keys"] = {"weights.0": keys, "anchor.0": keys}
         conv = torch.zeros(batch_size, self.conv.width - 1, self.conv.channels, device=device, dtype=dtype)
         return {"conv": conv, **joined(parts)}
 
-    def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
+    def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
         batch, length, _ = x_BTD.shape
-        fresh, size = state is None and ctx is None, self.shard_size
-        state = self.init_state(batch, x_BTD.device, x_BTD.dtype) if state is None else state
-        ctx = ctx or MixerContext()
-        q_BTHK, k_BTHK, v_BTHK, conv = self.project(x_BTD, state, ctx)
-        inputs = (x_BTD, q_BTHK, k_BTHK, v_BTHK)
-        known_BTHK, memory, metrics = self.store(*inputs, None if fresh else substate(state, "global"), ctx)
-        if fresh and length > size:
-            # Shards side by side, and what is left of the last one.
+        size = self.shard_size
+        q_BTHK, k_BTHK, v_BTHK, conv = self.project(x_BTD, state, rows)
+        inputs, own = (x_BTD, q_BTHK, k_BTHK, v_BTHK), substate(state, "global")
+        known_BTHK, memory, metrics = self.store(*inputs, own, rows)
+        shards = rows.within(size)
+        if rows.fresh and length > size:
+            # Shards side by side, and the rest of the last one.
             whole = length - length % size
-            o_BTHK, parts, of_locals = self._recall_locals(
-                *(t[:, :whole].unflatten(1, (-1, size)).flatten(0, 1) for t in inputs), state=None, ctx=ctx
-            )
+            pieces = [t[:, :whole].unflatten(1, (-1, size)).flatten(0, 1) for t in inputs]
+            o_BTHK, parts, of_locals = self._recall_locals(pieces, {}, Rows.of(pieces[0], metrics=rows.metrics))
             o_BTHK = o_BTHK.unflatten(0, (batch, -1)).flatten(1, 2)
             of_locals = {name: x.unflatten(0, (batch, -1)).flatten(1) for name, x in of_locals.items()}
             if whole < length:
-                rest_BTHK, parts, of_rest = self._recall_locals(*(t[:, whole:] for t in inputs), state=None, ctx=ctx)
+                pieces = [t[:, whole:] for t in inputs]
+                rest_BTHK, parts, of_rest = self._recall_locals(pieces, {}, Rows.of(pieces[0], metrics=rows.metrics))
                 o_BTHK = torch.cat([o_BTHK, rest_BTHK], 1)
                 of_locals = {name: torch.cat([x, of_rest[name]], 1) for name, x in of_locals.items()}
             else:
                 parts = {name: _last(part, batch) for name, part in parts.items()}
         else:
-            shards = MixerContext(
-                token_positions(x_BTD, state, ctx) % size, ctx.lengths_B, ctx.max_documents + length // size + 1
-            )
-            o_BTHK, parts, of_locals = self._recall_locals(*inputs, state=state, ctx=shards)
-        y_BTD, output_gate_BT = self.output(known_BTHK + o_BTHK, x_BTD)
-        metrics |= of_locals | {
-            "output_gate": output_gate_BT,
-            "memory_share": memory_share(y_BTD, x_BTD),
-            "local_share": memory_share(o_BTHK, known_BTHK),
-            **self.store.norms(None if fresh else substate(state, "global"), memory, length, ctx),
-        }
-        for i, store in enumerate(self.local_stores):
-            assert isinstance(store, titans.Store)
-            name = f"local{i}"
-            norms = store.norms(None if fresh else substate(state, name), parts[name], length, ctx)
-            metrics |= {f"{name}_{key}": x for key, x in norms.items()}
+            o_BTHK, parts, of_locals = self._recall_locals(inputs, state, shards)
+        y_BTD, of_gates = self.output(known_BTHK + o_BTHK, x_BTD, rows.metrics)
+        if rows.metrics:
+            shares = {"memory_share": memory_share(y_BTD, x_BTD), "local_share": memory_share(o_BTHK, known_BTHK)}
+            metrics |= of_locals | of_gates | shares | self.store.norms(own, memory, rows)
+            for i, store in enumerate(self.local_stores):
+                assert isinstance(store, titans.Store)
+                norms = store.norms(substate(state, f"local{i}"), parts[f"local{i}"], shards)
+                metrics |= {f"local{i}_{name}": x for name, x in norms.items()}
         return MixerOutput(y_BTD, {"conv": conv, **joined({"global": memory, **parts})}, {}, metrics)
 
     def _recall_locals(
-        self,
-        x_BTD: Tensor,
-        q_BTHK: Tensor,
-        k_BTHK: Tensor,
-        v_BTHK: Tensor,
-        *,
-        state: State | None,
-        ctx: MixerContext,
+        self, inputs: Sequence[Tensor], state: State, rows: Rows
     ) -> tuple[Tensor, dict[str, State], dict[str, Tensor]]:
-        """Sum of the local memories' reads, states, metrics of tokens; ``ctx`` counts from starts of shards."""
+        """Sum of the local memories' reads, states, metrics of tokens; ``rows`` counts from starts of shards."""
+        x_BTD, q_BTHK, k_BTHK, v_BTHK = inputs
         heads, width = k_BTHK.shape[-2:]
         projected_BTHK, keys, _ = neural_memory(
             q_BTHK,
@@ -144,18 +132,17 @@ class Mixer(titans.NeuralMemory):
             # Hebbian writes do not depend on the chunk.
             chunk_size=min(self.shard_size, 64),
             loss=dot_product,
-            state=titans.unpack(substate(state, "keys")) if state else None,
-            positions=ctx.positions_BT,
-            lengths=ctx.lengths_B,
-            max_documents=ctx.max_documents,
+            state=None if rows.fresh else titans.unpack(substate(state, "keys"), rows.before_B),
+            positions=rows.given_BT,
+            lengths=rows.lengths_B,
+            max_documents=rows.max_documents,
         )
         q_BTHK = projected_BTHK / torch.linalg.vector_norm(projected_BTHK, dim=-1, keepdim=True).clamp(min=1.0)
         o_BTHK, parts = torch.zeros_like(v_BTHK), {"keys": titans.pack(keys)}
         metrics: dict[str, Tensor] = {}
         for i, store in enumerate(self.local_stores):
             name = f"local{i}"
-            part = substate(state, name) if state else None
-            read_BTHK, parts[name], of_store = store(x_BTD, q_BTHK, k_BTHK, v_BTHK, part, ctx)
+            read_BTHK, parts[name], of_store = store(x_BTD, q_BTHK, k_BTHK, v_BTHK, substate(state, name), rows)
             o_BTHK = o_BTHK + read_BTHK
             metrics |= {f"{name}_{key}": value for key, value in of_store.items()}
         return o_BTHK, parts, metrics

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memlm.data import IGNORE_INDEX, Batch
-from memlm.memory.base import RoleCounts
+from memlm.memory.rows import RoleCounts
 
 
 def token_losses(logits_BSV: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,9 +45,10 @@ class Objective(nn.Module):
         role_counts: RoleCounts | None = None,
         positives: Tensor | None = None,
         places: Tensor | None = None,
+        output_metrics: bool = True,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Returns the loss with auxiliary losses added, each row's own loss [B], and the mixers' metrics, scalars;
-        nan is a figure that no row has.
+        """Returns the loss with auxiliary losses added, each row's own loss [B], and the mixers' metrics, scalars, if
+        asked for; nan is a figure that no row has.
         """
         out = self.model(
             input_ids=input_ids,
@@ -58,6 +59,7 @@ class Objective(nn.Module):
             positives=positives,
             use_cache=False,
             logits_to_keep=0 if places is None else places,
+            output_metrics=output_metrics,
         )
         nats, scored = token_losses(*predictions(out.logits, labels, places))
         rows = nats.sum(1) / scored.sum(1).clamp(min=1)

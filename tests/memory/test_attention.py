@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from memlm.memory.attention import Config, Mixer
-from memlm.memory.base import Dims, MixerContext
+from memlm.memory.base import Dims
 from memlm_kernels.testing import Watch, assert_close
+from tests.conftest import step
 
 VARIANTS = [
     ("none", {"window_size": 1}),
@@ -67,7 +68,7 @@ def test_equals_a_loop_over_queries(backend, settings, length):
         for norm in (module.q_norm, module.k_norm):
             torch.nn.init.normal_(norm.weight)
     x = torch.randn(2, length, 24, dtype=torch.float64)
-    y = module(x).y_BTD
+    y = step(module, x).y_BTD
     for b in range(2):
         assert_close("y", loop(module, x[b]), y[b], 1e-10)
 
@@ -79,11 +80,10 @@ def test_low_precision_far_into_a_stream():
     x = torch.randn(1, 20, 24).bfloat16()
     for start in (0, 100_001):
         state = low.init_state(1, torch.device("cpu"), torch.bfloat16)
-        state["position"] += start
-        ctx = MixerContext(torch.arange(20)[None] + start)
+        facts = {"before_B": torch.tensor([start]), "start": None, "given_BT": torch.arange(20)[None] + start}
         exact = {k: t.double() if t.is_floating_point() else t for k, t in state.items()}
-        expected = copy.deepcopy(low).double()(x.double(), exact, ctx).y_BTD
-        assert_close(f"from {start}", expected, low(x, state, ctx).y_BTD, 2e-2)
+        expected = step(copy.deepcopy(low).double(), x.double(), exact, **facts).y_BTD
+        assert_close(f"from {start}", expected, step(low, x, state, **facts).y_BTD, 2e-2)
 
 
 def test_window_cost_is_linear():
@@ -92,7 +92,7 @@ def test_window_cost_is_linear():
     sizes = []
     for length in (512, 1024):
         with Watch() as watch:
-            module(torch.randn(1, length, 24, dtype=torch.float64))
+            step(module, torch.randn(1, length, 24, dtype=torch.float64))
         sizes.append(watch.largest)
     assert sizes[1] <= 2.2 * sizes[0]
 
@@ -104,17 +104,17 @@ def test_flex_attention_forward(persistent_tokens):
     torch.manual_seed(0)
     module = Mixer(Config(window_size=5, persistent_tokens=persistent_tokens), dims, 0)
     x = torch.randn(2, 33, 32)
-    ctx = MixerContext(torch.cat([torch.arange(20), torch.arange(13)]).repeat(2, 1), None, 2)
+    packed = {"given_BT": torch.cat([torch.arange(20), torch.arange(13)]).repeat(2, 1), "max_documents": 2}
     with torch.no_grad():
-        reference = module(x, None, ctx).y_BTD
+        reference = step(module, x, **packed).y_BTD
         module.dims = replace(dims, attn_implementation="flex_attention")
-        assert_close("y", reference, module(x, None, ctx).y_BTD, 1e-5)
+        assert_close("y", reference, step(module, x, **packed).y_BTD, 1e-5)
 
 
 def test_flash_attention_says_what_it_cannot_do():
     module = mixer("flash_attention_2", persistent_tokens=1)
     with pytest.raises(ValueError, match="without persistent tokens; use 'sdpa'"):
-        module(torch.randn(1, 4, 24, dtype=torch.float64))
+        step(module, torch.randn(1, 4, 24, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
@@ -131,6 +131,6 @@ def test_bad_settings_are_named(settings, message):
 
 
 def test_full_attention_keeps_no_more_than_its_keys_and_values():
-    state = mixer(conv_size=4)(torch.randn(2, 10, 24).double(), None, MixerContext()).state
+    state = step(mixer(conv_size=4), torch.randn(2, 10, 24).double()).state
     for name in ("k", "v"):
         assert state[name].untyped_storage().nbytes() == state[name].nbytes, name

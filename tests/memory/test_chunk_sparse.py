@@ -11,10 +11,10 @@ from memlm import MemLMForCausalLM, MemoryCache
 from memlm.evaluation.ablation import memory_off
 from memlm.layers import rotary, rotary_angles
 from memlm.memory import attention, chunk_sparse
-from memlm.memory.base import Dims, MixerContext
+from memlm.memory.base import Dims
 from memlm_kernels.attention import chunks_reference
 from memlm_kernels.testing import Watch, assert_close, relative_error
-from tests.conftest import build, model_config
+from tests.conftest import build, model_config, step
 
 VARIANTS = [
     ("chunk_sparse", {"far_positions": True}),
@@ -115,7 +115,12 @@ def loop(mixer, x):
 def test_the_layer_is_its_equations(learning, settings):
     mixer, x = mixer_of(learning=learning, loss_weight=0.5, **settings), inputs(31)
     gradients = []
-    for run in (loop, lambda m, x: (m(x[None]).y_BTD[0], sum(x.mean() for x in m(x[None]).aux_losses.values()) / 0.5)):
+
+    def whole(mixer, x):
+        out = step(mixer, x[None])
+        return out.y_BTD[0], sum(loss.mean() for loss in out.aux_losses.values()) / 0.5
+
+    for run in (loop, whole):
         copied = copy.deepcopy(mixer)
         y, loss = run(copied, x[0])
         total = (y * inputs(31, seed=1)[0]).sum()
@@ -144,16 +149,16 @@ def test_all_chunks_are_full_attention_with_its_weights(shared):
     assert missing.missing_keys == list(compressed.starts_silent) and not missing.unexpected_keys
     compressed.reset_parameters()
     x = inputs(75, batch=2)
-    expected = dense(x).y_BTD
+    expected = step(dense, x).y_BTD
     for mixer in (distilled, compressed):
-        assert_close("y", expected, mixer(x).y_BTD, 1e-12)
+        assert_close("y", expected, step(mixer, x).y_BTD, 1e-12)
     # Closed, and yet it learns.
     assert not compressed.gate(x).any()
-    compressed(x).y_BTD.square().sum().backward()
+    step(compressed, x).y_BTD.square().sum().backward()
     assert (compressed.gate.bias.grad.abs() > 1e-6).all() and (compressed.gate.weight.grad.abs().amax(1) > 1e-6).all()
     sparse = mixer_of(learning="distilled", **settings | {"top_k": 3})
     sparse.load_state_dict(dense.state_dict())
-    assert relative_error(expected, sparse(x).y_BTD) > 1e-3
+    assert relative_error(expected, step(sparse, x).y_BTD) > 1e-3
 
 
 def test_queries_and_keys_start_tied_for_each_group():
@@ -168,8 +173,8 @@ def test_the_distilling_loss_knows_documents_padding_and_pieces():
     mixer, lengths = mixer_of(learning="distilled"), [31, 9, 22, 3]
     pieces = [inputs(n, seed=n) for n in lengths]
 
-    def total(x, state=None, ctx=None):
-        out = mixer(x, state, ctx)
+    def total(x, state=None, **facts):
+        out = step(mixer, x, state, **facts)
         return out.aux_losses["router"].item(), out.state
 
     # Tokens that may choose are those from place window_size on.
@@ -177,19 +182,19 @@ def test_the_distilling_loss_knows_documents_padding_and_pieces():
     alone = sum(total(x)[0] * n for x, n in zip(pieces, taught, strict=True)) / sum(taught)
     x = torch.cat([*pieces, torch.full((1, 5, 32), 3.0, dtype=torch.float64)], 1)
     positions = torch.cat([*(torch.arange(n) for n in lengths), torch.full((5,), 9)])[None]
-    packed, _ = total(x, None, MixerContext(positions, torch.tensor([sum(lengths)]), max_documents=4))
+    packed, _ = total(x, given_BT=positions, lengths_B=torch.tensor([sum(lengths)]), max_documents=4)
     assert packed == pytest.approx(alone, rel=1e-10)
     state, loss = None, 0.0
     for piece, places in zip(
         x[:, :-5].split([3, 26, 5, 31], 1), positions[:, :-5].split([3, 26, 5, 31], 1), strict=True
     ):
-        part, state = total(piece, state, MixerContext(places, max_documents=3))
+        part, state = total(piece, state, given_BT=places, max_documents=3)
         loss += part * (places >= SMALL["window_size"]).sum().item()
     assert loss / sum(taught) == pytest.approx(alone, rel=1e-10)
 
 
 def test_only_training_pays_for_dense_attention():
-    assert not mixer_of(learning="distilled").eval()(inputs(31)).aux_losses
+    assert not step(mixer_of(learning="distilled").eval(), inputs(31)).aux_losses
 
 
 def test_choosing_reaches_where_the_windows_do_not():
@@ -211,7 +216,7 @@ def test_memory_off_is_the_window_alone(learning):
     window = attention.Mixer(attention.Config(SMALL["window_size"]), DIMS, 0).double()
     window.load_state_dict({name: w for name, w in mixer.state_dict().items() if "gate" not in name})
     with memory_off(mixer):
-        assert_close("y", window(inputs(31)).y_BTD, mixer(inputs(31)).y_BTD, 1e-12)
+        assert_close("y", step(window, inputs(31)).y_BTD, step(mixer, inputs(31)).y_BTD, 1e-12)
 
 
 def test_the_state_keeps_one_mean_a_chunk():
@@ -232,7 +237,7 @@ def test_the_state_keeps_one_mean_a_chunk():
 def test_no_tensor_of_all_tokens_with_all_tokens_or_chunks():
     length, size = 2048, 16
     with Watch() as watch:
-        mixer_of(chunk_size=size, window_size=size)(inputs(length)).y_BTD.sum().backward()
+        step(mixer_of(chunk_size=size, window_size=size), inputs(length)).y_BTD.sum().backward()
     assert watch.largest < length * length // size
 
 
@@ -246,9 +251,9 @@ def check_cost(mixer):
     products = groups + (2 * heads if mixer.chunked.learning == "compressed" else 0)
 
     def others(past, new):
-        state = mixer(inputs(past)).state
+        state = step(mixer, inputs(past)).state
         with FlopCounterMode(display=False) as counter:
-            mixer(inputs(new), state)
+            step(mixer, inputs(new), state)
         routing = 2 * dim * products * ((past + new) // size)
         return counter.get_total_flops() / new - routing
 

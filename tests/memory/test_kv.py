@@ -7,6 +7,7 @@ from memlm.memory import attention, chunk_sparse
 from memlm.memory.base import Dims
 from memlm.memory.kv import append
 from memlm_kernels.testing import Watch, assert_close
+from tests.conftest import step
 
 DIMS = Dims(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
 CHUNK = 64
@@ -20,10 +21,10 @@ def entries(length, seed, dtype=torch.float32):
 def test_it_is_concatenation_for_everyone_who_goes_on():
     """From each of many pasts two go on, by pieces of any length: the first may write in place, all read their own."""
     paths = [(entries(5, 0), entries(5, 0))]
-    for step in range(60):
-        expected, past = paths[step // 2]
+    for turn in range(60):
+        expected, past = paths[turn // 2]
         for twin in (0, 1):
-            new = entries(step % 4, 2 * step + twin + 1)
+            new = entries(turn % 4, 2 * turn + twin + 1)
             paths.append((torch.cat([expected, new], 1), append(past, new)[1]))
     for expected, got in paths:
         assert torch.equal(expected, got)
@@ -32,8 +33,8 @@ def test_it_is_concatenation_for_everyone_who_goes_on():
 @torch.no_grad()
 def test_places_stay_and_move_seldom():
     x, places = entries(20, 0), set()
-    for step in range(2000):
-        x, _ = append(x, entries(1, step))
+    for turn in range(2000):
+        x, _ = append(x, entries(1, turn))
         places.add(x.data_ptr())
     # From 20 to 2,020 in quarters; and no more room than that.
     assert len(places) < 25
@@ -69,11 +70,11 @@ def test_rows_keep_their_real_entries_last():
 def written(mixer, past):
     """Elements that a token's decoding writes, once the room is there."""
     x = torch.randn(2, past + 4, 32)
-    state = mixer(x[:, :past]).state
+    state = step(mixer, x[:, :past]).state
     for t in (past, past + 1):
-        state = mixer(x[:, t : t + 1], state).state
+        state = step(mixer, x[:, t : t + 1], state).state
     with Watch() as watch:
-        mixer(x[:, -2:-1], state)
+        step(mixer, x[:, -2:-1], state)
     return watch.written
 
 

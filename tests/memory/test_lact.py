@@ -8,7 +8,7 @@ from memlm.evaluation.ablation import memory_off
 from memlm.memory import attention, lact
 from memlm.memory.base import Dims
 from memlm_kernels.testing import assert_close, relative_error
-from tests.conftest import build, model_config
+from tests.conftest import build, model_config, step
 from tests.kernels.test_large_chunk_memory import token_by_token
 from tests.memory import test_contract as contract
 
@@ -48,7 +48,7 @@ def test_the_layer_is_its_equations(kv_heads, momentum):
     scale = memory.scale(x)
     recalled = window.o_proj((o * (scale * torch.sigmoid(scale))[..., None]).flatten(2))
     assert window.config == attention.Config(8)
-    assert_close("layer", window(x).y_BTD + recalled, mixer(x).y_BTD, 1e-10)
+    assert_close("layer", step(window, x).y_BTD + recalled, step(mixer, x).y_BTD, 1e-10)
 
 
 def test_gates_start_where_the_configuration_says():
@@ -102,7 +102,7 @@ def test_learning_rates_scale_a_gradient_step_and_not_a_step_of_muon(muon_steps)
     for initial_lr in (0.01, 0.02):
         torch.manual_seed(1)
         config = lact.Config(chunk_size=4, initial_lr=initial_lr, muon_steps=muon_steps)
-        after.append(lact.Mixer(config, Dims(24, 2, 2, 12), 0)(x).metrics["update_norm"])
+        after.append(step(lact.Mixer(config, Dims(24, 2, 2, 12), 0), x).metrics["update_norm"])
     assert after[1] / after[0] == pytest.approx(1.0 if muon_steps else 2.0, rel=2e-2)
 
 

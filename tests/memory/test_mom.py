@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 from memlm import MemLMForCausalLM, MemoryCache
 from memlm.hub import fla_mom
 from memlm.memory import mom
-from memlm.memory.base import Dims, MixerContext
+from memlm.memory.base import Dims
 from memlm.memory.recurrence import RULES
+from memlm.memory.rows import Rows
 from memlm_kernels.testing import assert_close, relative_error
-from tests.conftest import ROOT, build
+from tests.conftest import ROOT, build, step
 
 VARIANTS = [
     ("mom", {"rule": "linear_attention", "top_k": 1, "shared_memory": False}),
@@ -36,7 +37,7 @@ def tokens(batch, length, seed=0):
 
 def choices(mixer, x):
     """Weights and memories of each token, [B, T, M], 0 where it is not sent."""
-    weight, memory, *_ = mixer._choose(x, None)
+    weight, memory, *_ = mixer._choose(x, Rows.of(x))
     return torch.zeros(*x.shape[:2], mixer.config.num_memories, dtype=x.dtype).scatter(2, memory, weight)
 
 
@@ -64,7 +65,7 @@ def test_the_layer_is_dense_memories_that_ignore_what_others_get(rule, single_kv
         o = o + sent[..., m, None, None] * torch.cat(out, 1)
     shared_kv, shared_logits = mixer._shared_projections(x)
     o = o + mixer.recurrence(torch.cat([q, shared_kv], -1), shared_logits, None, start)[0]
-    assert_close("layer", mixer.reading(o, x), mixer(x).y_BTD, 1e-10)
+    assert_close("layer", mixer.reading(o, x), step(mixer, x).y_BTD, 1e-10)
 
 
 @pytest.mark.parametrize("settings", [{}, {"conv": "before_routing"}, {"top_k": 1}, {"rule": "titans"}], ids=str)
@@ -74,7 +75,7 @@ def test_the_last_token_changes_nothing_before_it_in_training_mode(settings):
     other = x.clone()
     other[:, -1] += 1.0
     # Products of other sizes round otherwise.
-    assert_close("before", mixer(x).y_BTD[:, :-1], mixer(other).y_BTD[:, :-1], 1e-14)
+    assert_close("before", step(mixer, x).y_BTD[:, :-1], step(mixer, other).y_BTD[:, :-1], 1e-14)
 
 
 def test_convolving_across_segments_sees_the_future_and_only_in_training():
@@ -83,16 +84,16 @@ def test_convolving_across_segments_sees_the_future_and_only_in_training():
     x = tokens(2, 60)
     other = x.clone()
     other[:, -1] += 1.0
-    assert torch.equal(mixer(x).y_BTD, plain(x).y_BTD)
+    assert torch.equal(step(mixer, x).y_BTD, step(plain, x).y_BTD)
     mixer.train()
-    assert (mixer(x).y_BTD - plain(x).y_BTD).abs().max() > 1e-3
-    assert (mixer(x).y_BTD - mixer(other).y_BTD)[:, :-1].abs().max() > 1e-3
+    assert (step(mixer, x).y_BTD - step(plain, x).y_BTD).abs().max() > 1e-3
+    assert (step(mixer, x).y_BTD - step(mixer, other).y_BTD)[:, :-1].abs().max() > 1e-3
 
 
 def test_other_rows_change_nothing():
     mixer = mixer_of().train()
     x = tokens(3, 60)
-    assert_close("row", mixer(x[1:2]).y_BTD, mixer(x).y_BTD[1:2], 1e-12)
+    assert_close("row", step(mixer, x[1:2]).y_BTD, step(mixer, x).y_BTD[1:2], 1e-12)
 
 
 @pytest.mark.parametrize("top_k", [1, 4])
@@ -104,8 +105,8 @@ def test_memories_with_no_token_one_token_and_all_tokens(top_k):
         mixer.router.weight.zero_()
         mixer.router.weight[1] = 100 * x[0, 7] / x[0, 7].square().sum() - 0.6 * x[0].mean(0)
         sent = choices(mixer, x)
-        whole = mixer(x)
-        cut = mixer(x[:, 19:], mixer(x[:, :19]).state)
+        whole = step(mixer, x)
+        cut = step(mixer, x[:, 19:], step(mixer, x[:, :19]).state)
     if top_k == 4:
         assert (sent > 0).all()
     assert torch.isfinite(whole.y_BTD).all()
@@ -134,27 +135,27 @@ def test_a_second_weight_that_underflows_in_fp16_moves_no_token():
     x = tokens(2, 30)
     with torch.no_grad():
         mixer.router.weight.mul_(400)
-        weight, *_ = mixer._choose(x.half(), None)
+        weight, *_ = mixer._choose(x.half(), Rows.of(x))
         assert (weight[..., 1].half() == 0).any()
-        got, exact = mixer(x.half()).y_BTD, mixer.float()(x.half().float()).y_BTD
+        got, exact = step(mixer, x.half()).y_BTD, step(mixer.float(), x.half().float()).y_BTD
     assert_close("fp16", exact, got.float(), 5e-3)
 
 
 def test_gradient_of_the_router_where_no_choice_turns():
     mixer = mixer_of()
     x, target = tokens(2, 20), tokens(2, 20, seed=1)
-    (mixer(x).y_BTD * target).sum().backward()
-    weight, step = mixer.router.weight, 1e-6
+    (step(mixer, x).y_BTD * target).sum().backward()
+    weight, small = mixer.router.weight, 1e-6
     before = choices(mixer, x) > 0
     for index in ((0, 3), (2, 60), (3, 11)):
         values = []
         for sign in (1, -1):
             with torch.no_grad():
-                weight[index] += sign * step
+                weight[index] += sign * small
                 assert torch.equal(choices(mixer, x) > 0, before)
-                values.append((mixer(x).y_BTD * target).sum().item())
-                weight[index] -= sign * step
-        assert weight.grad[index].item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5)
+                values.append((step(mixer, x).y_BTD * target).sum().item())
+                weight[index] -= sign * small
+        assert weight.grad[index].item() == pytest.approx((values[0] - values[1]) / (2 * small), rel=1e-5)
 
 
 def test_balance_loss_is_top_k_where_loads_are_even():
@@ -165,28 +166,28 @@ def test_balance_loss_is_top_k_where_loads_are_even():
         x = 0.01 * tokens(1, 32)
         for t in range(32):
             x[0, t, [t % 4, (t + 1) % 4]] += 0.1
-        out = mixer(x)
+        out = step(mixer, x)
     assert out.aux_losses["balance"].item() == pytest.approx(0.1 * 2, rel=0.02)
     assert [round(out.metrics[f"load_{m}"].item(), 6) for m in range(4)] == [0.5] * 4
     assert out.metrics["dead_memories"] == 0
     with torch.no_grad():
         mixer.router.weight[0] = 50 * x[0].sum(0) / x[0].sum(0).norm()
-        assert mixer(x).aux_losses["balance"] > 0.2
+        assert step(mixer, x).aux_losses["balance"] > 0.2
         square = (x @ mixer.router.weight.T).logsumexp(-1).square().mean()
-    assert mixer(x).aux_losses["router_z"].mean().item() == pytest.approx(0.01 * square.item())
+    assert step(mixer, x).aux_losses["router_z"].mean().item() == pytest.approx(0.01 * square.item())
 
 
 def test_the_bias_is_driven_towards_even_loads_and_has_no_other_effect():
     mixer = mixer_of(balance_bias=True, balance_loss=0.0)
     x = tokens(2, 50)
-    out = mixer(x)
+    out = step(mixer, x)
     loads = torch.stack([out.metrics[f"load_{m}"] for m in range(4)])
     assert not out.aux_losses["balance_bias"].any()
     out.aux_losses["balance_bias"].mean().backward()
     assert torch.equal(mixer.bias.grad.sign(), (loads - 0.5).sign()) and mixer.bias.grad.any()
     with torch.no_grad():
         mixer.bias[2] = 10.0
-    _, memory, *_ = mixer._choose(x, None)
+    _, memory, *_ = mixer._choose(x, Rows.of(x))
     assert (memory == 2).any(-1).all()
 
 
@@ -194,7 +195,7 @@ def test_losses_of_a_row_are_its_own_whatever_else_is_in_the_call():
     """The routers' losses too, and their gradients: a mean over rows does not depend on how rows share out calls."""
     mixer, x = mixer_of(balance_bias=True, z_loss=0.01), tokens(4, 30)
     lengths = torch.tensor([30, 17, 1, 0])
-    whole = mixer(x, None, MixerContext(lengths_B=lengths)).aux_losses
+    whole = step(mixer, x, lengths_B=lengths).aux_losses
     assert set(whole) == {"balance", "router_z", "balance_bias"} and all(x.shape == (4,) for x in whole.values())
 
     def gradients(losses, row):
@@ -202,7 +203,7 @@ def test_losses_of_a_row_are_its_own_whatever_else_is_in_the_call():
         return torch.autograd.grad(total, [mixer.router.weight, mixer.bias], retain_graph=True)
 
     for row, length in enumerate(lengths):
-        alone = mixer(x[row : row + 1, :length]).aux_losses
+        alone = step(mixer, x[row : row + 1, :length]).aux_losses
         for name in whole:
             assert_close(name, alone[name], whole[name][row : row + 1], 1e-12)
         for expected, got in zip(gradients(alone, 0), gradients(whole, row), strict=True):

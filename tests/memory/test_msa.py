@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from memlm import MemLMForCausalLM, MemoryCache
 from memlm.evaluation.ablation import memory_off
 from memlm.memory import msa
-from memlm.memory.base import Dims, MixerContext, RoleCounts, Roles
+from memlm.memory.base import Dims
+from memlm.memory.rows import RoleCounts, Roles
 from memlm_kernels.testing import assert_close, relative_error
-from tests.conftest import build
+from tests.conftest import build, step
 
 VARIANTS = [
     ("msa", {"routes": False, "qk_norm": False}),
@@ -53,7 +54,9 @@ def inputs(length, batch=1, seed=0, size=24):
 
 def context(doc_ids, positions=None, lengths=None, found=None, samples=1):
     counts = RoleCounts.of(doc_ids, positions, lengths)
-    return MixerContext(positions, lengths, samples, roles=Roles(doc_ids, found, counts))
+    """Facts of ``Rows``."""
+    roles = Roles(doc_ids, found, counts)
+    return {"given_BT": positions, "lengths_B": lengths, "max_documents": samples, "roles": roles}
 
 
 def loop(mixer, x, roles):
@@ -143,7 +146,7 @@ def loop(mixer, x, roles):
 def test_equals_a_loop_over_tokens(name, settings):
     mixer, doc_ids = mixer_of(**settings), roles_of(SAMPLES[name])
     x = inputs(doc_ids.shape[1])
-    assert_close("y", loop(mixer, x[0], doc_ids[0].tolist()), mixer(x, None, context(doc_ids)).y_BTD[0], EXACT)
+    assert_close("y", loop(mixer, x[0], doc_ids[0].tolist()), step(mixer, x, **context(doc_ids)).y_BTD[0], EXACT)
 
 
 @pytest.mark.parametrize("name", ["usual", "documents between queries", "one long document"])
@@ -151,7 +154,7 @@ def test_gradients_equal_those_of_the_loop(name):
     doc_ids, gradients = roles_of(SAMPLES[name]), []
     for run in (
         lambda m, x: loop(m, x, doc_ids[0].tolist()),
-        lambda m, x: m(x[None], None, context(doc_ids)).y_BTD[0],
+        lambda m, x: step(m, x[None], **context(doc_ids)).y_BTD[0],
     ):
         mixer, x = mixer_of(), inputs(doc_ids.shape[1])[0].requires_grad_()
         (run(mixer, x) * inputs(doc_ids.shape[1], seed=1)[0]).sum().backward()
@@ -164,7 +167,7 @@ def streamed(mixer, x, doc_ids, cuts, positions=None):
     state, out = None, []
     pieces = [z.split(cuts, 1) if z is not None else [None] * len(cuts) for z in (x, doc_ids, positions)]
     for piece, roles, places in zip(*pieces, strict=True):
-        y, state, *_ = mixer(piece, state, context(roles, places, samples=4))
+        y, state, *_ = step(mixer, piece, state, **context(roles, places, samples=4))
         out.append(y)
     return torch.cat(out, 1), state
 
@@ -178,7 +181,7 @@ def test_any_division_into_calls_is_the_same(name, routes, query_reduce, positio
     length = doc_ids.shape[1]
     x = inputs(length, batch=2)
     doc_ids = doc_ids.expand(2, -1)
-    whole = mixer(x, None, context(doc_ids)).y_BTD
+    whole = step(mixer, x, **context(doc_ids)).y_BTD
     for cuts in ([1] * length, [2, 1, 4, length - 7], [length - 1, 1], [5, length - 5]):
         assert_close(str(cuts), whole, streamed(mixer, x, doc_ids, cuts)[0], EXACT)
 
@@ -186,11 +189,11 @@ def test_any_division_into_calls_is_the_same(name, routes, query_reduce, positio
 def test_a_response_may_come_without_roles():
     mixer, doc_ids = mixer_of(), roles_of(SAMPLES["usual"])
     x = inputs(doc_ids.shape[1])
-    whole = mixer(x, None, context(doc_ids)).y_BTD
-    state = mixer(x[:, :-6], None, context(doc_ids[:, :-6])).state
+    whole = step(mixer, x, **context(doc_ids)).y_BTD
+    state = step(mixer, x[:, :-6], **context(doc_ids[:, :-6])).state
     rest = []
     for t in range(6):
-        y, state, *_ = mixer(x[:, t - 6 : x.shape[1] + t - 5], state)
+        y, state, *_ = step(mixer, x[:, t - 6 : x.shape[1] + t - 5], state)
         rest.append(y)
     assert_close("response", whole[:, -6:], torch.cat(rest, 1), EXACT)
 
@@ -207,9 +210,9 @@ def test_packed_samples_are_samples_alone(routing):
     # The third begins in a document of the number that the second ends in.
     alone, doc_ids, positions = packed(["usual", "documents last", "no template", "documents between queries"])
     x = inputs(doc_ids.shape[1])
-    got = mixer(x, None, context(doc_ids, positions, samples=4)).y_BTD
+    got = step(mixer, x, **context(doc_ids, positions, samples=4)).y_BTD
     sizes = [r.shape[1] for r in alone]
-    expected = [mixer(piece, None, context(r)).y_BTD for piece, r in zip(x.split(sizes, 1), alone, strict=True)]
+    expected = [step(mixer, piece, **context(r)).y_BTD for piece, r in zip(x.split(sizes, 1), alone, strict=True)]
     assert_close("y", torch.cat(expected, 1), got, EXACT)
     if routing == "causal":
         for cuts in ([1] * x.shape[1], [50, 3, 17, x.shape[1] - 70]):
@@ -303,11 +306,11 @@ def test_choosing_by_the_whole_query_shows_its_end_to_its_start():
         mixer, causal = mixer_of(routing="query"), mixer_of()
         other = x.clone()
         other[:, 29] += 3.0
-        before, after = (mixer(z, None, context(doc_ids)).y_BTD for z in (x, other))
+        before, after = (step(mixer, z, **context(doc_ids)).y_BTD for z in (x, other))
         assert relative_error(before[:, :24], after[:, :24]) < 1e-13
         leaks.append(relative_error(before[:, :29], after[:, :29]) > 1e-6)
         # What follows the query sees the same choice.
-        assert_close("response", causal(x, None, context(doc_ids)).y_BTD[:, 29:], before[:, 29:], EXACT)
+        assert_close("response", step(causal, x, **context(doc_ids)).y_BTD[:, 29:], before[:, 29:], EXACT)
     assert any(leaks)
 
 
@@ -356,12 +359,12 @@ def test_flex_attention_forward(name):
     mixer = msa.Mixer(msa.Config(**SMALL), Dims(32, 4, 2, 16), 0)
     x = torch.randn(1, doc_ids.shape[1], 32)
     with torch.no_grad():
-        reference = mixer(x, None, context(doc_ids)).y_BTD
+        reference = step(mixer, x, **context(doc_ids)).y_BTD
         mixer.dims = Dims(32, 4, 2, 16, attn_implementation="flex_attention")
-        assert_close("y", reference, mixer(x, None, context(doc_ids)).y_BTD, 1e-5)
+        assert_close("y", reference, step(mixer, x, **context(doc_ids)).y_BTD, 1e-5)
     mixer.dims = Dims(32, 4, 2, 16, attn_implementation="flash_attention_2")
     with pytest.raises(ValueError, match="use 'sdpa' or 'flex_attention'"):
-        mixer(x, None, context(doc_ids))
+        step(mixer, x, **context(doc_ids))
 
 
 def test_autocast_routes_in_fp32():

@@ -9,8 +9,10 @@ from torch.overrides import TorchFunctionMode
 from memlm.data import Batch, RetrievalRow
 from memlm.memory.base import Dims
 from memlm.memory.msa.layout import Layout
+from memlm.memory.rows import Rows
 from memlm.training.objective import Objective, model_inputs
 from memlm_kernels.testing import Watch, assert_close
+from tests.conftest import step
 from tests.memory.test_msa import EXACT, context, ids_like, inputs, mixer_of, model_of, packed, roles_of
 
 
@@ -22,17 +24,17 @@ def test_documents_of_like_length_are_laid_on_rows():
         ([[16, 1, 1, 1, 1, 1], [3, 2, 8], []], [(0, 1, 5), (1, 2, 1), (2, 4, 1), (4, 8, 1), (8, 16, 1)]),
     ):
         pieces = [roles_of([(n + 1, size) for n, size in enumerate(row)] + [(0, 40)])[:, :40] for row in rows]
-        ctx, x = context(torch.cat(pieces)), inputs(40, len(rows))
+        facts, x = context(torch.cat(pieces)), inputs(40, len(rows))
         mixer = mixer_of()
-        layout = Layout.of(x, mixer.init_state(len(rows), x.device, x.dtype), ctx, 4, 2)
+        layout = Layout.of(Rows.of(x, **facts), mixer.init_state(len(rows), x.device, x.dtype), 4, 2)
         assert layout.within.groups == groups
         slots, size = layout.within.on_rows()
         real = [
             slot for row, of in zip(slots.view(len(rows), -1).tolist(), rows, strict=True) for slot in row[: sum(of)]
         ]
         assert len({*real}) == len(real) and max(real) < size <= 2 * max(map(sum, rows)) * len(rows)
-        alone = [mixer(x[i : i + 1], None, context(piece)).y_BTD for i, piece in enumerate(pieces)]
-        assert_close("rows", torch.cat(alone), mixer(x, None, ctx).y_BTD, EXACT)
+        alone = [step(mixer, x[i : i + 1], **context(piece)).y_BTD for i, piece in enumerate(pieces)]
+        assert_close("rows", torch.cat(alone), step(mixer, x, **facts).y_BTD, EXACT)
 
 
 def test_a_long_document_among_short_ones_costs_what_it_is():
@@ -41,7 +43,7 @@ def test_a_long_document_among_short_ones_costs_what_it_is():
     doc_ids = roles_of([(1, 1500), *((n, 3) for n in range(2, 502)), (0, 2)])
     x = inputs(doc_ids.shape[1])
     with torch.no_grad(), Watch() as watch:
-        mixer(x, None, context(doc_ids))
+        step(mixer, x, **context(doc_ids))
     assert watch.largest <= 2 * 3000 * 24 + 24
 
 
@@ -50,10 +52,10 @@ def test_the_device_is_not_asked_and_cost_is_linear_in_documents():
     mixer.dims = Dims(24, 4, 2, 6, attn_implementation="eager")
     for count in (16, 32):
         doc_ids = roles_of([(n + 1, 37) for n in range(count)] + [(0, 5), (-1, 5)])
-        x, ctx = inputs(doc_ids.shape[1]), context(doc_ids, found=doc_ids == 2)
+        x, facts = inputs(doc_ids.shape[1]), context(doc_ids, found=doc_ids == 2)
         with Watch() as watch:
-            out = mixer(x, None, ctx)
-            mixer(x[:, :1], out.state)
+            out = step(mixer, x, **facts)
+            step(mixer, x[:, :1], out.state)
         assert not watch.asked
         sizes.append(watch.largest)
     assert sizes[1] <= 2.2 * sizes[0]
@@ -74,9 +76,9 @@ class Asking(TorchFunctionMode):
 
 
 def test_a_training_step_does_not_ask_the_device_for_what_the_collator_knows(monkeypatch):
-    """The context is made inside; without its counts the same forward asks once."""
+    """Roles are counted with the batch; without its counts the same forward asks once."""
     # On a CPU alone what is given is looked at, and checked at once.
-    monkeypatch.setattr("memlm.modeling._documents", lambda *given: given[2])
+    monkeypatch.setattr("memlm.modeling.most_documents", lambda *given: given[2])
     for name, module in sys.modules.items():
         if name.startswith("memlm_kernels") and hasattr(module, "readable"):
             monkeypatch.setattr(module, "readable", lambda _: False)

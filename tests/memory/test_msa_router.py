@@ -8,6 +8,7 @@ import torch
 
 from memlm.memory.msa import router
 from memlm_kernels.testing import assert_close
+from tests.conftest import step
 from tests.memory.test_msa import EXACT, SAMPLES, context, ids_like, inputs, mixer_of, model_of, packed, roles_of
 
 
@@ -68,9 +69,9 @@ def test_loss_and_metrics_of_packed_samples_are_means_over_samples():
     alone, doc_ids, positions = packed(["usual", "no documents", "no template", "no query"])
     found = torch.cat([r == number for r, number in zip(alone, (3, 1, 2, 1), strict=True)], 1)
     x = inputs(doc_ids.shape[1])
-    got = mixer(x, None, context(doc_ids, positions, found=found, samples=4))
+    got = step(mixer, x, **context(doc_ids, positions, found=found, samples=4))
     pieces = zip(x.split([r.shape[1] for r in alone], 1), alone, (3, 1, 2, 1), strict=True)
-    each = [mixer(piece, None, context(r, found=r == number)) for piece, r, number in pieces]
+    each = [step(mixer, piece, **context(r, found=r == number)) for piece, r, number in pieces]
     taught = [each[0], each[2]]
     expected = sum(out.aux_losses["router"] for out in taught) / 2
     assert_close("loss", expected, got.aux_losses["router"], EXACT)

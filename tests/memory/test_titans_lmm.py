@@ -6,10 +6,10 @@ import torch.nn.functional as F
 
 from memlm import MemLMForCausalLM
 from memlm.memory import titans, titans_lmm
-from memlm.memory.base import Dims, MixerContext
+from memlm.memory.base import Dims
 from memlm_kernels import read_memory
 from memlm_kernels.testing import assert_close
-from tests.conftest import build, model_config
+from tests.conftest import Stands, build, model_config, step
 from tests.kernels.test_neural_memory import HUBER, token_by_token
 
 VARIANTS = [
@@ -91,7 +91,7 @@ def test_the_layer_is_its_equations(settings, options):
     if "norm" in options:
         options = {**options, "norm": memory.store.memory_norm()}
     x = torch.randn(2, 21, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert_close("layer", written_out(memory, x, **options), memory(x).y_BTD, 1e-10)
+    assert_close("layer", written_out(memory, x, **options), step(memory, x).y_BTD, 1e-10)
 
 
 def metrics(**settings):
@@ -111,7 +111,7 @@ def test_gates_stay_below_their_caps():
     memory = memory_of(max_lr=0.1, max_momentum=0.5, max_decay=0.01, initial_lr=0.05)
     with torch.no_grad():
         memory.store.gates.bias.fill_(100.0)
-    got = memory(torch.randn(1, 9, 64, dtype=torch.float64)).metrics
+    got = step(memory, torch.randn(1, 9, 64, dtype=torch.float64)).metrics
     assert [round(got[name].mean().item(), 9) for name in ("lr", "momentum", "decay")] == [0.1, 0.5, 0.01]
 
 
@@ -142,23 +142,25 @@ def test_norms_are_of_the_calls_end_and_updates_of_all_the_call(memory):
 
     x = torch.randn(2, 75, 64, dtype=torch.float64)
     empty = mixer.init_state(2, x.device, x.dtype)
-    first = mixer(x)
-    packed = MixerContext(torch.cat([torch.arange(30), torch.arange(45)]).expand(2, 75), max_documents=2)
+    first = step(mixer, x)
+    places = torch.cat([torch.arange(30), torch.arange(45)]).expand(2, 75)
+    packed = {"given_BT": places, "max_documents": 2}
     reset = {name: x.clone().index_fill_(0, torch.tensor([1]), 0) for name, x in first.state.items()}
-    for state, ctx, start in (
-        (None, None, learned),
-        (empty, None, learned),
+    reset = Stands(reset, torch.tensor([75, 0]))
+    for state, facts, start in (
+        (None, {}, learned),
+        (empty, {}, learned),
         (None, packed, learned),
         (first.state, packed, learned),
-        (first.state, None, weights(first.state)),
-        (reset, None, [torch.stack([a[0], b[1]]) for a, b in zip(weights(first.state), learned, strict=True)]),
+        (first.state, {}, weights(first.state)),
+        (reset, {}, [torch.stack([a[0], b[1]]) for a, b in zip(weights(first.state), learned, strict=True)]),
     ):
-        got = mixer(x, state, ctx)
+        got = step(mixer, x, state, **facts)
         after = weights(got.state)
         assert_close("memory_norm", norm_of(after), got.metrics["memory_norm"], 1e-10)
         update = norm_of([a - b for a, b in zip(after, start, strict=True)])
         assert_close("update_norm", update, got.metrics["update_norm"], 1e-10)
-    idle = mixer(x[:, :3], empty, MixerContext(lengths_B=torch.zeros(2, dtype=torch.long)))
+    idle = step(mixer, x[:, :3], empty, lengths_B=torch.zeros(2, dtype=torch.long))
     assert idle.metrics["update_norm"] == 0
 
 
@@ -196,9 +198,9 @@ def test_what_a_memory_knows_is_told_apart_from_what_it_passes_through():
         memory.store.memory()[-1].zero_()
         memory.store.memory_norm()[1].zero_()
     x = torch.randn(1, 21, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    got = memory(x).metrics
+    got = step(memory, x).metrics
     assert got["known_share"].max() < 1e-6 and got["memory_share"] > 0.01
-    assert memory_of(memory_depth=2)(x).metrics["known_share"].mean() > 0.01
+    assert step(memory_of(memory_depth=2), x).metrics["known_share"].mean() > 0.01
 
 
 def test_recall_initialization_ties_queries_to_keys_and_delays_keys():
@@ -308,7 +310,7 @@ def test_gradients_do_not_grow_with_16k_tokens(settings):
     mixer = titans_lmm.Mixer(config, Dims(16, 1, 1, 16), 0)
     x, largest = torch.randn(1, 1, 16), []
     for length in (2048, 16384):
-        y = mixer(x.expand(1, length, 16)).y_BTD
+        y = step(mixer, x.expand(1, length, 16)).y_BTD
         grads = torch.autograd.grad(y.square().mean(), list(mixer.parameters()))
         largest.append(max(g.abs().max().item() for g in grads))
     assert 0 < largest[1] < 4 * largest[0]

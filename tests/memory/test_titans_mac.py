@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from memlm.memory import titans_mac
+from memlm.memory.rows import Rows
 from memlm_kernels.testing import assert_close
-from tests.conftest import build
+from tests.conftest import build, step
 
 VARIANTS = [
     ("titans_mac", {"memory_depth": 2, "segment_size": 8, "chunk_size": 4, "persistent_tokens": 0}),
@@ -26,11 +27,11 @@ def written_out(mixer, x):
             if memory is not None:
                 weights = tuple(memory[f"weights.{i}"] for i in range(mixer.config.memory_depth))
         read = {"conv": conv} | {f"weights.{i}": w for i, w in enumerate(weights)}
-        held = mixer.memory(x[:, t : t + 1], read, titans_mac.MixerContext(), write=False)
+        held = mixer.memory(x[:, t : t + 1], read, Rows.of(x[:, t : t + 1]), write=False)
         conv = held.state["conv"]
         pairs += [held.y_BTD, x[:, t : t + 1]]
-        seen.append(mixer.attention(torch.cat(pairs, 1)).y_BTD[:, -1:])
-        out = mixer.memory(mixer.norm(x[:, t : t + 1] + seen[-1]), memory)
+        seen.append(step(mixer.attention, torch.cat(pairs, 1)).y_BTD[:, -1:])
+        out = step(mixer.memory, mixer.norm(x[:, t : t + 1] + seen[-1]), memory)
         memory = out.state
         recalled.append(out.y_BTD)
     seen, recalled = torch.cat(seen, 1), torch.cat(recalled, 1)
@@ -42,7 +43,7 @@ def written_out(mixer, x):
 def test_the_layer_is_its_equations(length):
     mixer = build("titans_mac", segment_size=8, chunk_size=4, memory_depth=2).model.layers[0].mixer
     x = torch.randn(2, length, 64, dtype=torch.float64)
-    assert_close("layer", written_out(mixer, x), mixer(x).y_BTD, 1e-10)
+    assert_close("layer", written_out(mixer, x), step(mixer, x).y_BTD, 1e-10)
 
 
 def test_the_first_read_is_of_the_memory_before_the_segment():
@@ -51,8 +52,10 @@ def test_the_first_read_is_of_the_memory_before_the_segment():
     x = torch.randn(1, 24, 64, dtype=torch.float64)
     edited = x.clone()
     edited[:, 3] += 1.0
+    empty = mixer.init_state(1, x.device, x.dtype)
     with torch.no_grad():
-        one, two = ([s.seen_BSD for s in mixer._whole_segments(z)] for z in (x, edited))
+        segments = [mixer._known_segments(z, empty, Rows.of(z), 0) for z in (x, edited)]
+    one, two = ([segment.seen_BSD for segment in of] for of in segments)
     assert torch.equal(one[0][:, :3], two[0][:, :3])
     assert (one[1] - two[1]).abs().amin(-1).all(), "the next segment recalls what was written"
 
@@ -64,7 +67,7 @@ def test_nothing_leaks_from_later_tokens_of_a_segment(last):
     edited = x.clone()
     edited[:, last] += 1.0
     with torch.no_grad():
-        assert torch.equal(mixer(x).y_BTD[:, :last], mixer(edited).y_BTD[:, :last])
+        assert torch.equal(step(mixer, x).y_BTD[:, :last], step(mixer, edited).y_BTD[:, :last])
 
 
 def test_bad_settings_are_named():

@@ -7,7 +7,7 @@ from memlm import MemLMForCausalLM
 from memlm.memory import titans_mag
 from memlm.memory.base import Dims
 from memlm_kernels.testing import assert_close
-from tests.conftest import build, model_config
+from tests.conftest import build, model_config, step
 
 VARIANTS = [
     ("titans_mag", {"memory_depth": 3, "memory_heads": 2, "memory_head_dim": 12}),
@@ -21,8 +21,9 @@ def test_the_layer_is_its_equations():
     mixer = build().model.layers[0].mixer
     x = torch.randn(2, 21, 64, dtype=torch.float64)
     share = torch.sigmoid(mixer.gate.gate(x))
-    recalled, seen = mixer.gate.memory_norm(mixer.memory(x).y_BTD), mixer.gate.attention_norm(mixer.attention(x).y_BTD)
-    out = mixer(x)
+    recalled = mixer.gate.memory_norm(step(mixer.memory, x).y_BTD)
+    seen = mixer.gate.attention_norm(step(mixer.attention, x).y_BTD)
+    out = step(mixer, x)
     assert_close("layer", share * recalled + (1 - share) * seen, out.y_BTD, 1e-10)
     part, other = (share * recalled).norm(), ((1 - share) * seen).norm()
     assert out.metrics["memory_share"].item() == pytest.approx((part / (part + other)).item())

@@ -5,9 +5,10 @@ import torch
 
 from memlm import MemLMConfig, MemLMForCausalLM
 from memlm.memory import titans_tnt
-from memlm.memory.base import Dims, MixerContext
+from memlm.memory.base import Dims, substate
+from memlm.memory.rows import Rows
 from memlm_kernels.testing import assert_close
-from tests.conftest import build, model_config
+from tests.conftest import build, model_config, step
 
 VARIANTS = [
     ("titans_tnt", {"local_chunk_sizes": [4, 12], "shard_size": 24, "chunk_size": 10, "memory_depth": 2}),
@@ -19,8 +20,9 @@ def test_the_layer_is_its_equations():
     settings = dict(shard_size=8, local_chunk_sizes=[2, 5], chunk_size=16, memory_depth=2, memory_head_dim=12)
     mixer = build("titans_tnt", **settings).model.layers[0].mixer
     x = torch.randn(2, 27, 64, dtype=torch.float64)
-    q, k, v, _ = mixer.project(x, None, MixerContext())
-    o, *_ = mixer.store(x, q, k, v, None, MixerContext())
+    rows, empty = Rows.of(x), mixer.init_state(2, x.device, x.dtype)
+    q, k, v, _ = mixer.project(x, empty, rows)
+    o, *_ = mixer.store(x, q, k, v, substate(empty, "global"), rows)
     for start in range(0, 27, 8):
         at = slice(start, start + 8)
         scores = (q[:, at, None] * k[:, None, at]).sum(-1)  # query, key
@@ -29,27 +31,27 @@ def test_the_layer_is_its_equations():
         length = projected.norm(dim=-1, keepdim=True)
         projected = torch.where(length > 1, projected / length, projected)
         for store in mixer.local_stores:
-            local, *_ = store(x[:, at], projected, k[:, at], v[:, at], None, MixerContext())
+            local, *_ = store(x[:, at], projected, k[:, at], v[:, at], {}, Rows.of(x[:, at]))
             o[:, at] = o[:, at] + local
-    assert_close("layer", mixer.output(o, x)[0], mixer(x).y_BTD, 1e-10)
+    assert_close("layer", mixer.output(o, x, False)[0], step(mixer, x).y_BTD, 1e-10)
 
 
 def test_local_memories_start_afresh_and_the_global_one_goes_on():
     mixer = build("titans_tnt", shard_size=8, local_chunk_sizes=[4], chunk_size=16).model.layers[0].mixer
     x = torch.randn(1, 24, 64, dtype=torch.float64)
-    state = mixer(x[:, :17]).state
-    fresh = mixer.local_stores[0](*_inputs(mixer, x[:, 16:17]), None, MixerContext())[1]
+    state = step(mixer, x[:, :17]).state
+    fresh = mixer.local_stores[0](*_inputs(mixer, x[:, 16:17]), {}, Rows.of(x[:, 16:17]))[1]
     assert state["local0.weights.0"].shape == fresh["weights.0"].shape
     other = x.clone()
     other[:, :8] += 1.0
-    changed = mixer(other[:, :17]).state
+    changed = step(mixer, other[:, :17]).state
     conv_sees = 16 - (mixer.config.conv_size - 1) >= 8
     assert conv_sees and torch.equal(state["local0.weights.0"], changed["local0.weights.0"])
     assert not torch.equal(state["global.weights.0"], changed["global.weights.0"])
 
 
 def _inputs(mixer, x):
-    q, k, v, _ = mixer.project(x, None, MixerContext())
+    q, k, v, _ = mixer.project(x, mixer.init_state(len(x), x.device, x.dtype), Rows.of(x))
     return x, q, k, v
 
 

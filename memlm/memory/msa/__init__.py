@@ -42,12 +42,13 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from memlm.layers import rotary, rotary_angles
+from memlm.layers import rotary
 from memlm.memory import attention
-from memlm.memory.base import Dims, MixerContext, MixerOutput, Roles, State, substate
+from memlm.memory.base import Dims, MixerOutput, substate
 from memlm.memory.kv import append, join
 from memlm.memory.msa import held, router
 from memlm.memory.msa.layout import COUNTERS, Layout, Stream, Within, boundaries, sizes_of
+from memlm.memory.rows import Roles, Rows, State
 from memlm.settings import require
 from memlm_kernels import route_documents, segment_mean_pool
 from memlm_kernels.grid import keep_last, pick, place
@@ -166,19 +167,19 @@ class Mixer(attention.Mixer):
             state |= {"bank.score": exact(zeros[:, :, 0, 0]), "bank.found": none.bool()}
         return state
 
-    def forward(self, x_BTD: Tensor, state: State | None = None, ctx: MixerContext | None = None) -> MixerOutput:
-        config, given = self.msa, state is not None
-        ctx = ctx or MixerContext()
-        before = self.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype) if state is None else state
+    def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
+        config, before = self.msa, state
+        # Whether all tokens go on with a response.
+        answers = rows.given_BT is None and rows.roles is None
         count_template = config.positions == "template"
-        layout = Layout.of(x_BTD, before, ctx, config.chunk_size, config.top_k, count_template)
-        asks_retriever = config.routes and ctx.retriever is not None and layout.outside is not None
+        layout = Layout.of(rows, before, config.chunk_size, config.top_k, count_template)
+        asks_retriever = config.routes and rows.retriever is not None and layout.outside is not None
         if config.routes and x_BTD.shape[1]:
-            before = self._settled(before, layout) if ctx.goes_on else held.unsettled(before)
+            before = self._settled(before, layout) if answers else held.unsettled(before)
         if asks_retriever:
-            before, layout = self._retrieved(x_BTD, before, layout, ctx)
-        (q_BTHK, k_BTGK, v_BTGK), _ = self.project(x_BTD, before, None, None)
-        angles = rotary_angles(layout.rotary_BT, self.dims.head_dim, self.dims.rope_theta)
+            before, layout = self._retrieved(x_BTD, before, layout, rows)
+        (q_BTHK, k_BTGK, v_BTGK), _ = self.project(x_BTD, before, rows)
+        angles = rows.rotary(self.dims.head_dim, self.dims.rope_theta, k_BTGK.dtype, layout.rotary_BT)
         heads = Heads(rotary(q_BTHK, angles), rotary(k_BTGK, angles), v_BTGK)
 
         aux_losses: dict[str, Tensor] = {}
@@ -192,25 +193,28 @@ class Mixer(attention.Mixer):
             outputs.append(seen)
             after |= kept
             if config.routes:
-                bank = self._pooled(layout, layout.within, x_BTD, of_documents, bank, ctx.roles)
-        elif ctx.lengths_B is None and x_BTD.shape[1]:
+                bank = self._pooled(layout, layout.within, x_BTD, of_documents, bank, rows.roles)
+        elif rows.lengths_B is None and x_BTD.shape[1]:
             # No row is in a document any more.
             after |= {name: before[name][:, :0] for name in ("open.k", "open.v")}
         if layout.outside is not None and x_BTD.shape[1]:
             outside, chosen_BAC = layout.outside, None
-            if config.routes and ctx.goes_on:
+            if config.routes and answers:
                 front_B = self.choice(before["front"][:, None]).sum(2)
                 outside = outside._replace(place_BA=outside.place_BA + front_B)
             elif config.routes and bank["k"].shape[1]:
-                routes, document_BC = self._route(x_BTD, layout, bank, ctx.roles)
+                routes, document_BC = self._route(x_BTD, layout, bank, rows.roles)
                 bank["score"], bank["asked"] = routes.scored
                 chosen_BAC = self.choice(held.chunks_of(routes.document, document_BC))
-                if routes.scores is not None and ctx.roles is not None:
-                    aux_losses, metrics = self._taught(layout, routes.scores, bank["found"], document_BC, ctx)
-            fresh = not given and ctx.positions_BT is None
-            injected = given and ctx.roles is None and config.injection == "bidirectional"
+                if routes.scores is not None and rows.roles is not None:
+                    aux_losses, metrics = self._taught(layout, routes.scores, bank["found"], document_BC, rows)
+            injected = rows.start != 0 and rows.roles is None and config.injection == "bidirectional"
+            # Rows that begin, and a token that no document stands before, need no mask.
+            fronted = "front" in before and before["front"].shape[1] > 0
+            alone = rows.length == 1 and rows.goes_on and rows.start is not None and answers and not fronted
+            plain = alone or (rows.start == 0 and rows.given_BT is None)
             of_outside = heads.of(outside)
-            seen, kept = self._outside(outside, of_outside, before, bank, chosen_BAC, fresh, injected)
+            seen, kept = self._outside(outside, of_outside, before, bank, chosen_BAC, plain, injected)
             outputs.insert(0, seen)
             after |= kept
         y_BTHK = torch.cat(outputs, 1) if outputs else q_BTHK
@@ -229,7 +233,7 @@ class Mixer(attention.Mixer):
         if past == 0:
             y = self._on_rows(documents, heads)
         else:
-            y = self._attend(heads.q, k, v, None, stream.place_BA, False, past + counts.longest)
+            y = self._attend(heads.q, k, v, None, stream.place_BA, past + counts.longest)
         kept = min(past + new, counts.longest + (past if counts.whole else 0))
         open_k, open_v = (keep_last(x, kept, new, stream.lengths_B) for x in (k, v))
         return y, {"open.k": open_k, "open.v": open_v}
@@ -243,10 +247,9 @@ class Mixer(attention.Mixer):
         q, k, v = (place(x.flatten(0, 1)[None], slots_1N, size + 1)[0] for x in heads)
         outputs, first = [], 0
         for group in documents.groups:
-            rows = slice(first, first := first + group.most * group.rows)
-            of_q, of_k, of_v = (x[rows].unflatten(0, (group.rows, group.most)) for x in (q, k, v))
-            place_1W = torch.arange(group.most, device=q.device)[None]
-            outputs.append(self._attend(of_q, of_k, of_v, None, place_1W, True, None).flatten(0, 1))
+            here = slice(first, first := first + group.most * group.rows)
+            of_q, of_k, of_v = (x[here].unflatten(0, (group.rows, group.most)) for x in (q, k, v))
+            outputs.append(self._attend(of_q, of_k, of_v, None, None, None).flatten(0, 1))
         y = torch.cat([*outputs, torch.zeros_like(q[:1])])
         return pick(y[None], slots_1N)[0].view_as(heads.q)
 
@@ -257,7 +260,7 @@ class Mixer(attention.Mixer):
         before: State,
         bank: State,
         chosen_BAC: Tensor | None,
-        fresh: bool,
+        plain: bool,
         injected: bool,
     ) -> tuple[Tensor, State]:
         """Template, query and response: to the chosen chunks, and causally to each other."""
@@ -266,7 +269,7 @@ class Mixer(attention.Mixer):
         v, kept_v = append(before["v"], heads.v, stream.lengths_B)
         total, kept = k.shape[1], {"k": kept_k, "v": kept_v}
         if chosen_BAC is None and not injected:
-            return self._attend(q, k, v, None, stream.place_BA, fresh, None), kept
+            return self._attend(q, k, v, None, None if plain else stream.place_BA, None), kept
         key_L = torch.arange(total, device=q.device)
         distance = torch.arange(total - new, total, device=q.device)[:, None] - key_L
         seen_BAL = (distance >= 0) & (distance <= stream.place_BA[..., None])
@@ -343,13 +346,13 @@ class Mixer(attention.Mixer):
         merged["number"] = old["number"].masked_fill(written_BC, -1)
         return merged
 
-    def _retrieved(self, x_BTD: Tensor, before: State, layout: Layout, ctx: MixerContext) -> tuple[State, Layout]:
+    def _retrieved(self, x_BTD: Tensor, before: State, layout: Layout, rows: Rows) -> tuple[State, Layout]:
         """State and layout as if the documents that may be chosen had been read behind the template.
 
         What an earlier question chose stays, with its scores. Of a document that it did not only the new scores are
         known, which are all that can bring it among the best: by the old ones top_k others are better.
         """
-        assert ctx.retriever is not None
+        assert rows.retriever is not None
         assert layout.outside is not None and layout.asks_BA is not None and layout.within is None
         config, number_BC = self.msa, before["bank.number"].masked_fill(before["bank.size"] == 0, -1)
         require(
@@ -358,7 +361,7 @@ class Mixer(attention.Mixer):
             "memory_bank once: a mean needs the scores of all documents; ask with a fork of it from before",
         )
         q_BAHK = self.router_q_proj(layout.outside.take(x_BTD)).unflatten(-1, (-1, self.dims.head_dim))
-        found = ctx.retriever.candidates(self.layer_idx, q_BAHK, layout.asks_BA, number_BC)
+        found = rows.retriever.candidates(self.layer_idx, q_BAHK, layout.asks_BA, number_BC)
         before = held.with_documents(before, found)
         known = {name: before[name] for name in ("documents", "chunks")}
         end_BA = torch.where(layout.behind_BA, known["documents"][:, None], 0)
@@ -414,7 +417,7 @@ class Mixer(attention.Mixer):
         return routes, document_BC
 
     def _taught(
-        self, layout: Layout, scores_BN: Tensor, found_BC: Tensor, document_BC: Tensor, ctx: MixerContext
+        self, layout: Layout, scores_BN: Tensor, found_BC: Tensor, document_BC: Tensor, rows: Rows
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The router's loss, the mean over the samples of each row, [B], and how well it chose."""
         assert layout.outside is not None
@@ -422,7 +425,7 @@ class Mixer(attention.Mixer):
         found_BN = torch.zeros(len(found_BC), size + 1, device=found_BC.device, dtype=torch.int64)
         found_BN = found_BN.scatter_reduce(1, document_BC, found_BC.long(), "amax")[:, :size].bool()
         # Samples are told apart by the first document that they know of.
-        first_BS, end_BS = _samples(layout, ctx)
+        first_BS, end_BS = _samples(layout, rows)
         number_N = torch.arange(size, device=scores_BN.device)
         known_BSN = (number_N >= first_BS[..., None]) & (number_N < end_BS[..., None])
         known_BSN = known_BSN & (scores_BN > float("-inf"))[:, None]
@@ -437,11 +440,13 @@ class Mixer(attention.Mixer):
         )
         taught_BS = (known_BSN if config.router_loss == "bce" else found_BSN).any(-1)
         loss_B = config.loss_weight * nats_BS.sum(1) / taught_BS.sum(1).clamp(min=1)
-        metrics = router.router_metrics(scores_BSN.detach(), found_BSN, known_BSN, config.top_k)
+        metrics = {}
+        if rows.metrics:
+            metrics = router.router_metrics(scores_BSN.detach(), found_BSN, known_BSN, config.top_k)
         return ({"router": loss_B} if config.loss_weight else {}), metrics
 
 
-def _samples(layout: Layout, ctx: MixerContext) -> tuple[Tensor, Tensor]:
+def _samples(layout: Layout, rows: Rows) -> tuple[Tensor, Tensor]:
     """First and end of the documents of each sample of a row, [B, S]; equal where there is no sample."""
     assert layout.outside is not None
     first_BA, end_BA = layout.first_BA, layout.end_BA
@@ -450,7 +455,7 @@ def _samples(layout: Layout, ctx: MixerContext) -> tuple[Tensor, Tensor]:
     if layout.outside.lengths_B is not None:
         place_A = torch.arange(first_BA.shape[1], device=first_BA.device)
         real_BA = place_A < layout.outside.lengths_B[:, None]
-        sample_BA = torch.where(real_BA, sample_BA, ctx.max_documents)
-    zeros_BS = first_BA.new_zeros(len(first_BA), ctx.max_documents + 1)
+        sample_BA = torch.where(real_BA, sample_BA, rows.max_documents)
+    zeros_BS = first_BA.new_zeros(len(first_BA), rows.max_documents + 1)
     first_BS, end_BS = (zeros_BS.scatter_reduce(1, sample_BA, x, "amax")[:, :-1] for x in (first_BA, end_BA))
     return first_BS, end_BS

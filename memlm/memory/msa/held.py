@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlm.memory.base import State, substate
+from memlm.memory.base import substate
+from memlm.memory.rows import State
 from memlm.settings import require
 from memlm_kernels.grid import pick
 

@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlm.memory.base import MixerContext, RoleCounts, Roles, State, next_position, token_positions
+from memlm.memory.rows import RoleCounts, Roles, Rows, State
 from memlm.roles import QUERY, RESPONSE, TEMPLATE
 from memlm_kernels.grid import pick
 
-# Of each row, all 0 before a sample's first token: tokens of the sample; of these outside documents, of the leading
+# Counts of each row, all 0 before a sample's first token: the sample's tokens outside documents, of the leading
 # template, and of other roles than a template's; tokens of the document that stands open; role of the last token;
 # documents and chunks of the row; documents of the row before the sample.
-COUNTERS = ("position", "outside", "head", "begun", "place", "role", "documents", "chunks", "first")
+COUNTERS = ("outside", "head", "begun", "place", "role", "documents", "chunks", "first")
 
 
 class Stream(NamedTuple):
@@ -106,59 +106,51 @@ class Layout(NamedTuple):
     after: State
 
     @staticmethod
-    def of(
-        x_BTD: Tensor, state: State, ctx: MixerContext, chunk_size: int, offset: int, count_template: bool = True
-    ) -> "Layout":
-        """offset: what rotary positions skip before what follows the leading template; count_template: behind its
-        tokens.
+    def of(rows: Rows, state: State, chunk_size: int, offset: int, count_template: bool = True) -> "Layout":
+        """offset: rotary positions that are skipped before the tokens behind the leading template; count_template:
+        behind its tokens.
         """
-        positions_BT = token_positions(x_BTD, state, ctx)
-        after = {"position": next_position(positions_BT, state, ctx)}
-        if ctx.roles is None:
-            return _outside_only(positions_BT, state, ctx, after, offset, count_template)
-        return _with_documents(positions_BT, state, ctx, ctx.roles, after, chunk_size, offset, count_template)
+
+        def make() -> "Layout":
+            if rows.roles is None:
+                return _outside_only(rows, state, offset, count_template)
+            return _with_documents(rows, state, rows.roles, chunk_size, offset, count_template)
+
+        # Layers that agree so far share their counters, the tensors themselves, and so a layout.
+        counters = tuple(state[name] for name in COUNTERS)
+        return rows.once_for(counters, ("layout", chunk_size, offset, count_template), make)
 
 
-def _outside_only(
-    positions_BT: Tensor, state: State, ctx: MixerContext, after: State, offset: int, count_template: bool
-) -> Layout:
+def _outside_only(rows: Rows, state: State, offset: int, count_template: bool) -> Layout:
+    positions_BT = rows.positions_BT
     starts_BT, ones_BT = positions_BT == 0, torch.ones_like(positions_BT)
     outside_BT = running_count(ones_BT, starts_BT, state["outside"])
     head_BT = running_count(torch.zeros_like(ones_BT), starts_BT, state["head"])
     documents_BT = state["documents"][:, None].expand_as(positions_BT)
     first_BT = _latest(documents_BT, starts_BT, state["first"])
-    after |= {
-        "outside": _last(outside_BT, ctx, state["outside"]),
-        "head": _last(head_BT, ctx, state["head"]),
-        "begun": _last(outside_BT, ctx, state["begun"]),
+    after = {
+        "outside": _last(outside_BT, rows, state["outside"]),
+        "head": _last(head_BT, rows, state["head"]),
+        "begun": _last(outside_BT, rows, state["begun"]),
         "place": torch.zeros_like(state["place"]),
-        "role": _last(RESPONSE * ones_BT, ctx, state["role"]),
+        "role": _last(RESPONSE * ones_BT, rows, state["role"]),
         "documents": state["documents"],
         "chunks": state["chunks"],
-        "first": _last(first_BT, ctx, state["first"]),
+        "first": _last(first_BT, rows, state["first"]),
     }
-    if ctx.lengths_B is not None:
+    if rows.lengths_B is not None:
         # A row without tokens is still where it was, in a document perhaps.
-        after["place"] = torch.where(ctx.lengths_B > 0, 0, state["place"])
-    outside = Stream(None, ctx.lengths_B, outside_BT - 1)
+        after["place"] = torch.where(rows.lengths_B > 0, 0, state["place"])
+    outside = Stream(None, rows.lengths_B, outside_BT - 1)
     rotary_BT = outside_BT - 1 + offset - (0 if count_template else head_BT)
     return Layout(rotary_BT, outside, None, ones_BT.bool(), first_BT, documents_BT, None, None, after)
 
 
 def _with_documents(
-    positions_BT: Tensor,
-    state: State,
-    ctx: MixerContext,
-    roles: Roles,
-    after: State,
-    chunk_size: int,
-    offset: int,
-    count_template: bool,
+    rows: Rows, state: State, roles: Roles, chunk_size: int, offset: int, count_template: bool
 ) -> Layout:
-    role_BT, starts_BT = roles.of_BT, positions_BT == 0
-    real_BT = torch.ones_like(starts_BT)
-    if ctx.lengths_B is not None:
-        real_BT = torch.arange(role_BT.shape[1], device=role_BT.device) < ctx.lengths_B[:, None]
+    role_BT, starts_BT = roles.of_BT, rows.positions_BT == 0
+    real_BT = torch.ones_like(starts_BT) if rows.real_BT is None else rows.real_BT
     within_BT = (role_BT > 0) & real_BT
     outside_BT = ~(role_BT > 0) & real_BT
     opens_BT = within_BT & (starts_BT | (role_BT != torch.cat([state["role"][:, None], role_BT[:, :-1]], 1)))
@@ -180,7 +172,7 @@ def _with_documents(
         "chunks": chunks_BT,
         "first": first_BT,
     }
-    after |= {name: _last(x_BT, ctx, state[name]) for name, x_BT in counters.items()}
+    after = {name: _last(x_BT, rows, state[name]) for name, x_BT in counters.items()}
 
     # The leading template counts from 0, what follows from ``offset`` further on.
     behind_BT = begun_BT > 0
@@ -189,9 +181,9 @@ def _with_documents(
     outside, documents, source_BT = None, None, None
     counts = roles.counts
     if counts.outside:
-        outside = _compacted(outside_BT, counts.outside, outside_so_far_BT - 1, ctx, alone=not counts.within)
+        outside = _compacted(outside_BT, counts.outside, outside_so_far_BT - 1, rows, alone=not counts.within)
     if counts.within:
-        stream = _compacted(within_BT, counts.within, place_BT - 1, ctx, alone=not counts.outside)
+        stream = _compacted(within_BT, counts.within, place_BT - 1, rows, alone=not counts.outside)
         chunk_BN = stream.take(chunks_BT) - 1
         # Of each document the last chunk may be short, and of the first the first, which an earlier call began.
         most = min(counts.within, (counts.within + (counts.documents + 1) * (chunk_size - 1)) // chunk_size)
@@ -214,9 +206,9 @@ def _groups(counts: RoleCounts, tokens: int) -> list[Group]:
     return [Group(2**i // 2, min(2**i, counts.longest), count) for i, count in enumerate(counts.sizes) if count]
 
 
-def _compacted(flags_BT: Tensor, size: int, place_BT: Tensor, ctx: MixerContext, alone: bool) -> Stream:
+def _compacted(flags_BT: Tensor, size: int, place_BT: Tensor, rows: Rows, alone: bool) -> Stream:
     if alone:
-        return Stream(None, ctx.lengths_B, place_BT)
+        return Stream(None, rows.lengths_B, place_BT)
     index_BA = (~flags_BT).long().argsort(dim=1, stable=True)[:, :size]
     return Stream(index_BA, flags_BT.sum(1), pick(place_BT, index_BA))
 
@@ -236,14 +228,14 @@ def _latest(x_BT: Tensor, at_BT: Tensor, before_B: Tensor) -> Tensor:
     return torch.where(latest_BT < 0, before_B[:, None], latest_BT)
 
 
-def _last(x_BT: Tensor, ctx: MixerContext, before_B: Tensor) -> Tensor:
+def _last(x_BT: Tensor, rows: Rows, before_B: Tensor) -> Tensor:
     """What a row's last real token has; ``before`` where there is none."""
     if x_BT.shape[1] == 0:
         return before_B
-    if ctx.lengths_B is None:
+    if rows.lengths_B is None:
         return x_BT[:, -1].clone()
-    last_B = x_BT.gather(1, (ctx.lengths_B - 1).clamp(min=0)[:, None])[:, 0]
-    return torch.where(ctx.lengths_B > 0, last_B, before_B)
+    last_B = x_BT.gather(1, (rows.lengths_B - 1).clamp(min=0)[:, None])[:, 0]
+    return torch.where(rows.lengths_B > 0, last_B, before_B)
 
 
 def sizes_of(owner_BN: Tensor, lengths_B: Tensor | None, count: int) -> Tensor:

@@ -1,0 +1,305 @@
+"""Where the tokens of a call stand: made once a call by the decoder, read by every layer.
+
+B rows, T tokens of the call, D documents that a row may have.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memlm.layers import rotary_angles
+from memlm_kernels import grid
+from memlm_kernels.segments import counts
+
+Made = TypeVar("Made")
+State = dict[str, Tensor]
+
+
+class RoleCounts(NamedTuple):
+    """What is known of roles without the device.
+
+    documents, longest: at most, documents that a row has tokens of, and tokens of one of them in this call
+    within, outside: at most, tokens of a row within documents, and outside of any
+    whole: whether some row may have all its tokens, or none, in one document
+    sizes: of all rows together at most, documents of 1 token, of 2, of 3 or 4, of 5 to 8, ...
+    """
+
+    documents: int
+    longest: int
+    within: int
+    outside: int
+    whole: bool
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, doc_ids_BT: Tensor, positions_BT: Tensor | None, lengths_B: Tensor | None = None) -> "RoleCounts":
+        """Counts, which asks the device once; the real tokens of a row stand first."""
+        length = doc_ids_BT.shape[1]
+        if length == 0:
+            return cls(0, 0, 0, 0, True, ())
+        place_T = torch.arange(length, device=doc_ids_BT.device)
+        real_BT = torch.ones_like(doc_ids_BT, dtype=torch.bool)
+        if lengths_B is not None:
+            real_BT = place_T < lengths_B[:, None]
+        within_BT = (doc_ids_BT > 0) & real_BT
+        starts_BT = F.pad(doc_ids_BT[:, 1:] != doc_ids_BT[:, :-1], (1, 0), value=True)
+        if positions_BT is not None:
+            starts_BT = starts_BT | (positions_BT == 0)
+        ends_BT = within_BT & F.pad(starts_BT[:, 1:] | ~within_BT[:, 1:], (0, 1), value=True)
+        size_BT = ends_BT * (place_T - (starts_BT * place_T).cummax(1).values + 1)
+        documents_B, outside_B = ends_BT.sum(1), (real_BT & ~within_BT).sum(1)
+        one_B = (documents_B <= 1) & (outside_B == 0)
+        counts = [x.max() for x in (documents_B, size_BT, within_BT.sum(1), outside_B, one_B)]
+        most = [2**i for i in range((length - 1).bit_length() + 1)]
+        counts += [((size_BT > n // 2) & (size_BT <= n)).sum() for n in most]
+        documents, longest, within, outside, one, *sizes = torch.stack([x.long() for x in counts]).tolist()
+        return cls(documents, longest, within, outside, bool(one), tuple(sizes))
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What each token is to a memory of documents.
+
+    of_BT: as in ``memlm.roles``; a document goes on as far as its number does
+    found_BT: whether the query should find the document that a token is of; None: not known
+    """
+
+    of_BT: Tensor
+    found_BT: Tensor | None
+    counts: RoleCounts
+
+
+class Retriever(Protocol):
+    """Documents kept outside of a state, such as a ``MemoryBank``."""
+
+    def candidates(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor, held_BC: Tensor) -> State:
+        """A few documents that hold all that a layer's router can choose with these queries, without those of the
+        numbers held (-1: none), as ``with_documents`` of ``memlm.memory.msa`` takes them. Asks the device.
+        """
+
+
+class Segments(NamedTuple):
+    """The documents of packed or padded rows; the first of a row may go on from an earlier call.
+
+    most: that a row may have; index_BT: of each token's document, ``most`` for padding; cu_seqlens: [B, most + 1]
+    fresh_B: where the first document starts in this call; last_B: the document of a row's last token
+    """
+
+    most: int
+    index_BT: Tensor
+    cu_seqlens: Tensor
+    fresh_B: Tensor
+    last_B: Tensor
+
+    def spread(self, before: State, start: State) -> State:
+        """[B, M, ...] -> [B, most * M, ...]: the first document goes on from ``before``, the others from ``start``."""
+        fresh_BD = torch.ones(len(self.fresh_B), self.most, dtype=torch.bool, device=self.fresh_B.device)
+        fresh_BD[:, 0] = self.fresh_B
+        return {
+            name: torch.where(
+                fresh_BD.reshape(*fresh_BD.shape, *[1] * (x.ndim - 1)), start[name][:, None], x[:, None]
+            ).flatten(1, 2)
+            for name, x in before.items()
+        }
+
+    def collect(self, after: State) -> State:
+        """[B, most * M, ...] -> [B, M, ...]: the state from which each row goes on."""
+        return {
+            name: x.unflatten(1, (self.most, -1))[torch.arange(len(x), device=x.device), self.last_B]
+            for name, x in after.items()
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Given are shapes and facts that the host knows; everything else is made when a layer first asks for it.
+
+    length: tokens of the call, T
+    before_B: int64 [B], the place of each row's next token in its document
+    start: the same on the host, where it is known, equal in all rows, and no document was read by its role; else None
+    given_BT: int64 [B, T], places of tokens in their documents, where rows are packed; a 0 starts a document. None:
+        every row goes on
+    lengths_B: real tokens of each row, which come first (the decoder moves padding to the end); None: all
+    max_documents: an upper bound on the documents that one row has tokens of
+    roles: for memories of documents, which are then parts of a document as it is meant here; None: all tokens are a
+        response
+    retriever: documents that stand, in the order of a sample, behind its leading template; None: no others
+    metrics: whether mixers return metrics
+    """
+
+    length: int
+    before_B: Tensor
+    start: int | None = None
+    given_BT: Tensor | None = None
+    lengths_B: Tensor | None = None
+    max_documents: int = 1
+    roles: Roles | None = None
+    retriever: Retriever | None = None
+    metrics: bool = True
+    # An argument, for tools that rebuild dataclasses refuse other fields.
+    made: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, x_BTD: Tensor, **facts: Any) -> "Rows":
+        """Rows of x, from the start of a document if no fact names another place."""
+        if "before_B" not in facts:
+            facts = {"start": 0, "before_B": torch.zeros(len(x_BTD), dtype=torch.int64, device=x_BTD.device), **facts}
+        return cls(x_BTD.shape[1], **facts)
+
+    def once(self, key: Any, make: Callable[[], Made]) -> Made:
+        """The result of ``make``, which runs once a call; it may not require a gradient."""
+        if key not in self.made:
+            self.made[key] = make()
+        made: Made = self.made[key]
+        return made
+
+    def once_for(self, tensors: tuple[Tensor, ...], key: Any, make: Callable[[], Made]) -> Made:
+        """The same, for each of such tensors, the objects themselves."""
+        # Kept, so that no other tensor gets their ids.
+        return self.once((key, *map(id, tensors)), lambda: (tensors, make()))[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.before_B.device
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether every row goes on in the document that it is in, or starts its first, with real tokens alone."""
+        return self.given_BT is None and self.lengths_B is None
+
+    @property
+    def fresh(self) -> bool:
+        """Whether every row is the start of a document, with real tokens of it alone: no state matters."""
+        return self.start == 0 and self.goes_on
+
+    def aligned(self, chunk_size: int) -> bool:
+        """Whether every row goes on where a chunk ends, so that no token has to be looked at to lay out chunks."""
+        return self.goes_on and self.start is not None and self.start % chunk_size == 0
+
+    @property
+    def positions_BT(self) -> Tensor:
+        """The place of each token in its document."""
+        if self.given_BT is not None:
+            return self.given_BT
+        return self.once("positions", lambda: self.before_B[:, None] + torch.arange(self.length, device=self.device))
+
+    @property
+    def history_BT(self) -> Tensor | None:
+        """Positions for convolutions; None where their histories hold nothing of other documents."""
+        return None if self.goes_on and self.start is not None else self.positions_BT
+
+    @property
+    def real_BT(self) -> Tensor | None:
+        """Whether each token is none of padding; None: all are."""
+        lengths_B = self.lengths_B
+        if lengths_B is None:
+            return None
+        return self.once("real", lambda: torch.arange(self.length, device=self.device) < lengths_B[:, None])
+
+    @property
+    def after_B(self) -> Tensor:
+        """The place of the token that follows each row's last real one."""
+        if self.goes_on:
+            return self.once("after", lambda: self.before_B + self.length)
+        return self.once("after", lambda: grid.next_position(self.positions_BT, self.lengths_B, self.before_B))
+
+    @property
+    def next_start(self) -> int | None:
+        """``start`` of the next call."""
+        if self.start is None or not self.goes_on or (self.roles is not None and self.roles.counts.within):
+            return None
+        return self.start + self.length
+
+    def rotary(
+        self, head_dim: int, theta: float, dtype: torch.dtype, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the rotary embedding, as ``memlm.layers.rotary`` takes them, rounded once.
+
+        positions: others than the tokens' own
+        """
+        places = self.positions_BT if positions is None else positions
+
+        def make() -> tuple[Tensor, Tensor]:
+            cos, sin = rotary_angles(places, head_dim, theta)
+            return cos.to(dtype), sin.to(dtype)
+
+        return self.once_for((places,), ("rotary", head_dim, theta, dtype), make)
+
+    def within(self, size: int) -> "Rows":
+        """The same tokens where a document is cut into pieces of ``size`` tokens, and each piece counts as one."""
+
+        def make() -> "Rows":
+            before_B = self.before_B % size
+            if self.goes_on and self.start is not None and self.start % size + self.length <= size:
+                return Rows(self.length, before_B, self.start % size, metrics=self.metrics)
+            most, places_BT = self.max_documents + self.length // size + 1, self.positions_BT % size
+            return Rows(self.length, before_B, None, places_BT, self.lengths_B, most, metrics=self.metrics)
+
+        return self.once(("within", size), make)
+
+    def segments(self) -> Segments | None:
+        """The documents of the rows; None where each row is one that goes on, all its tokens real."""
+        if self.goes_on or self.length == 0:
+            return None
+        return self.once("segments", self._segments)
+
+    def _segments(self) -> Segments:
+        positions_BT, most = self.positions_BT, self.max_documents
+        starts_BT = positions_BT == 0
+        index_BT = starts_BT.cumsum(1) - starts_BT[:, :1].long()
+        fresh_B = starts_BT[:, 0]
+        if self.real_BT is not None and self.lengths_B is not None:
+            index_BT, fresh_B = torch.where(self.real_BT, index_BT, most), fresh_B & (self.lengths_B > 0)
+        sizes = counts(index_BT, most)
+        last_B = ((sizes > 0) * torch.arange(most, device=self.device)).amax(1)
+        return Segments(most, index_BT, F.pad(sizes.cumsum(1), (1, 0)), fresh_B, last_B)
+
+    def to(self, device: torch.device | str, **_: Any) -> "Rows":
+        """For models on several devices: made once for each."""
+        if torch.device(device) == self.device:
+            return self
+
+        def move(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device)
+
+        def make() -> "Rows":
+            roles = self.roles and Roles(self.roles.of_BT.to(device), move(self.roles.found_BT), self.roles.counts)
+            given, lengths, before = move(self.given_BT), move(self.lengths_B), self.before_B.to(device)
+            facts = (given, lengths, self.max_documents, roles, self.retriever, self.metrics)
+            return Rows(self.length, before, self.start, *facts)
+
+        return self.once(("to", str(device)), make)
+
+
+def most_documents(positions_BT: Tensor, lengths_B: Tensor | None, given: int | None, next_B: Tensor) -> int:
+    """The most documents in a row, at most those given, or counted, which asks the device. Raises ValueError if there
+    are more, and for places that neither start a document nor follow the one before, of the first next_B; where the
+    device is not asked, the error is the device's.
+    """
+    length = positions_BT.shape[1]
+    if positions_BT.numel() == 0:
+        return 1
+    starts_BT = positions_BT == 0
+    follows_BT = torch.cat([next_B[:, None], positions_BT[:, :-1] + 1], 1)
+    astray_BT = (positions_BT != follows_BT) & ~starts_BT
+    if lengths_B is not None:
+        real_BT = torch.arange(length, device=positions_BT.device) < lengths_B[:, None]
+        starts_BT, astray_BT = starts_BT & real_BT, astray_BT & real_BT
+    counted, astray = 1 + starts_BT[:, 1:].sum(1).max(), astray_BT.sum()
+    few = f"max_documents={given} is less than the documents that position_ids start in a row; count them"
+    if positions_BT.device.type != "cpu" and given is not None:
+        torch._assert_async(astray == 0, "position_ids neither start a document at 0 nor go on from where it was")
+        torch._assert_async(counted <= given, few)
+        return min(given, length)
+    most, strays = torch.stack([counted, astray]).tolist()
+    if strays:
+        row, t = astray_BT.nonzero()[0].tolist()
+        found, follows = int(positions_BT[row, t]), int(follows_BT[row, t])
+        raise ValueError(f"position_ids: {found} in row {row} must be {follows}, to go on, or 0, to start a document")
+    if given is not None and given < most:
+        raise ValueError(few)
+    return most
