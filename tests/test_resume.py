@@ -365,9 +365,9 @@ def test_a_run_draws_no_random_numbers_once_it_is_built(tmp_path, monkeypatch):
     """Else a checkpoint would have to hold the generators' states."""
     real, states = loop.Trainer._one_step, []
 
-    def step(self):
+    def step(self, logged):
         before = torch.get_rng_state()
-        figures = real(self)
+        figures = real(self, logged)
         states.append(torch.equal(before, torch.get_rng_state()))
         return figures
 

@@ -64,8 +64,8 @@ def test_resuming_is_exact(tmp_path, monkeypatch, overrides):
     stopping = config(tmp_path, "train.steps=8", *overrides)
     real = loop.Trainer._one_step
 
-    def step_then_stop(self):
-        out = real(self)
+    def step_then_stop(self, logged):
+        out = real(self, logged)
         if self.step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         return out
@@ -230,11 +230,11 @@ def test_checkpoints_sort_by_number(tmp_path):
 def test_accumulated_parts_are_one_batch(tmp_path):
     """Two parts of two rows take the step, and log the losses, of one batch of the same four rows."""
     one = trainer(config(tmp_path / "one"))
-    whole = one._one_step()
+    whole = one._one_step(logged=True)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     two = trainer(config(tmp_path / "two", "train.micro_batch_size=2"))
-    accumulated = two._one_step()
+    accumulated = two._one_step(logged=True)
     for name in ("loss", "rows", "grad_norm"):
         assert torch.allclose(whole[name], accumulated[name], rtol=1e-4), name
     for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True):

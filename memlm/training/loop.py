@@ -154,7 +154,7 @@ class Trainer:
         clock, clock_step = time.perf_counter(), self.step
         while self.step < settings.steps and not agreement.number:
             logged = self.step % settings.log_every == 0 or self.step == settings.steps - 1
-            figures = self._one_step()
+            figures = self._one_step(logged)
             agreement.poll()
             if logged:
                 values = self._read(figures)
@@ -189,8 +189,10 @@ class Trainer:
         self.display.say(f"step {self.step}  validation  {told}")
         self.shown |= {name: figure for name, figure in list(bits.items())[:1]}
 
-    def _one_step(self) -> dict[str, Tensor]:
-        """One optimiser step; figures stay on the device. ``rows``: loss and number of rows of each source."""
+    def _one_step(self, logged: bool) -> dict[str, Tensor]:
+        """One optimiser step; figures stay on the device, the mixers' metrics among them if it is logged. ``rows``:
+        loss and number of rows of each source.
+        """
         sources = len(self.mixture.sources)
         steps = self.optim.schedule_steps or self.settings.steps
         factor = lr_factor(self.step, steps, self.optim.warmup_steps, self.optim.final_lr)
@@ -201,7 +203,7 @@ class Trainer:
         for batch in self._batches(self.step, "train"):
             inputs = model_inputs(batch, self.accelerator.device)
             with self.accelerator.accumulate(self.objective):
-                loss, rows, metrics = self.objective(**inputs)
+                loss, rows, metrics = self.objective(**inputs, output_metrics=logged)
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.optim.clip)
