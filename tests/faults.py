@@ -11,7 +11,8 @@ A scenario is a class of a test module:
         every_fault("tests.test_foo:Saving", tmp_path, at_most=40)
 
 ``every_fault`` starts a Python in which ``faults.c`` stands before the C library, so that operations of Rust and C++
-count as well. Each fault happens in a fork. ``lost`` is a power loss: of the content that no fsync covers half is cut off.
+count as well. Each fault happens in a fork. ``lost`` is a power loss: half of the content that no fsync covers is cut
+off.
 """
 
 import ctypes
