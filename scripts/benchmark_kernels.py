@@ -1,13 +1,11 @@
-"""Time the ops on a GPU, each backend beside the others: one JSON line for each measurement.
+"""Time the ops on a GPU, each backend beside the others: one JSON line per measurement.
 
     python scripts/benchmark_kernels.py --out benchmarks/gpu/kernels.jsonl
-    python scripts/benchmark_kernels.py --part goals   only what the goals compare, or the rest; --plan prints a plan
+    python scripts/benchmark_kernels.py --part goals   only the goals' comparisons, or the rest; --plan prints a plan
 
-The sizes are those of the roofline in kernels/README.md. A time is the median over repeats, in milliseconds; what
-cannot run says why. What the goals compare is timed first, for a caller may be short of time, and then a line for each
-goal says how many times as fast we are. MEMLM_AUTOTUNE=1 times the best of a kernel's tiles, not the first. So many as
---processes says first call what is to be timed, each another call: Triton keeps what they compile. Without a GPU, at
-sizes that only try the script, once by the clock.
+Sizes are those of the roofline in kernels/README.md. A time is the median over repeats, in milliseconds. A case that
+cannot run gives its reason. The goals come first, and a line per goal gives our ratio. MEMLM_AUTOTUNE=1 times the best
+of a kernel's tiles. --processes compile all cases before, for Triton's cache. Without a GPU the script is only tried.
 """
 
 import argparse
@@ -58,8 +56,7 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 # Of a GPU's memory, by a part of its name.
 TB_A_SECOND = {"H200": 4.8, "H100": 3.35, "A100": 2.04, "MI300X": 5.3, "MI250X": 1.64}
-# Seconds that a measurement may take, compilation included.
-PATIENCE = 60
+PATIENCE = 60  # Seconds of a measurement, compilation included.
 
 
 class Size(NamedTuple):
