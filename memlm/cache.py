@@ -155,7 +155,7 @@ class MemoryCache(Cache):
         return sum(x.numel() * x.element_size() for state in self.states for x in state.values())
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
-        # Layers may share tensors, and then go on to.
+        # Layers that share a tensor share its image too.
         made: dict[int, Tensor] = {}
         for state in self.states:
             made |= {id(x): function(x) for x in state.values() if id(x) not in made}
@@ -266,7 +266,7 @@ class MemoryCache(Cache):
 
     @classmethod
     def load(cls, directory: str | Path, device: torch.device | str = "cpu", strict: bool = True) -> "MemoryCache":
-        """What ``save`` wrote, for the model that made it.
+        """The memory that ``save`` wrote, for the model that made it.
 
         strict: False for a model of other weights, which goes on with it all the same. Raises ValueError for a file
             that is damaged or not a memory.

@@ -168,7 +168,7 @@ class MemoryBank:
             self._append(shard)
 
     def update(self, documents: DocumentTokens) -> None:
-        """Read changed documents again, all or none; they then stand last. What has not changed costs nothing. Raises
+        """Read changed documents again, all or none; they then stand last. Unchanged documents cost nothing. Raises
         ValueError for a name that is not there.
         """
         self.check(self.model)
