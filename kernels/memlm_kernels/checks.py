@@ -75,7 +75,10 @@ def segments_within(name: str, cu: Tensor, length: int) -> Tensor:
 
 def in_one_type(*tensors: Tensor | None) -> list[Any]:
     """In the widest type of them, which products take; None stays None."""
-    dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors if x is not None))
+    types = {x.dtype for x in tensors if x is not None}
+    if len(types) == 1:
+        return list(tensors)
+    dtype = functools.reduce(torch.promote_types, types)
     return [None if x is None else x.to(dtype) for x in tensors]
 
 

@@ -123,7 +123,8 @@ def counts(index: Tensor, size: int) -> Tensor:
 
 def exact(x: Tensor) -> Tensor:
     """In fp32, or in fp64 if it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    # ``torch.promote_types`` is a dispatched operation.
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def state_of(x: Tensor, cu_seqlens: Tensor | None, *shape: int) -> Tensor:
