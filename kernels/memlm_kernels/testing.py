@@ -44,15 +44,16 @@ def grads_of(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[
 
 
 class Watch(TorchDispatchMode):
-    """``with Watch() as watch``: elements of the largest tensor computed, elements written in all, and what asked the
-    device for a number.
+    """``with Watch() as watch``: dispatched operations, elements of the largest tensor computed, elements written in
+    all, and what asked the device for a number.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.largest, self.written, self.asked = 0, 0, list[str]()
+        self.operations, self.largest, self.written, self.asked = 0, 0, 0, list[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
         name = func.overloadpacket.__name__
         if name in ("_local_scalar_dense", "nonzero", "_unique2", "masked_select"):
             self.asked.append(name)

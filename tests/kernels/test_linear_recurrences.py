@@ -11,7 +11,7 @@ from memlm_kernels import (
     segmented_neural_memory,
 )
 from memlm_kernels.recurrence.naive import recurrence
-from memlm_kernels.testing import assert_close, grads_of
+from memlm_kernels.testing import Watch, assert_close, grads_of
 
 OPS = ["linear", "linear_scalar", "linear_channel", "delta", "delta_decay"]
 # Segments of three rows: whole rows; empty, one-token and unfinished ones; rows of nothing but padding.
@@ -76,6 +76,25 @@ def test_gradients_equal_those_of_the_recurrence(op, cuts):
 
     for i, (expected, got) in enumerate(zip(both(token_by_token), both(run), strict=True)):
         assert_close(f"gradient {i}", expected, got, 1e-11)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_one_token_is_a_step_of_its_own(op):
+    """The same numbers and gradients, in few operations: no chunk, no grid, no mask."""
+    tensors = [*inputs(op, 1), torch.randn(3, 1, 2, 6, 5, dtype=torch.float64)]
+
+    def both(function):
+        def out(*tensors):
+            o, after = function(op, tensors[:-1], state=tensors[-1])
+            return torch.cat([o.flatten(), after.flatten()])
+
+        return [out(*tensors), *grads_of(out, tensors)]
+
+    for i, (expected, got) in enumerate(zip(both(token_by_token), both(run), strict=True)):
+        assert_close(f"{i}", expected, got, 1e-13)
+    with torch.no_grad(), Watch() as watch:
+        run(op, tensors[:-1], state=tensors[-1])
+    assert watch.operations <= 16
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 63, 64, 65, 500])

@@ -7,7 +7,8 @@ Files:
     linear_reference, delta_reference  their chunked form in plain PyTorch
     linear_kernels, linear_triton, delta_kernels, delta_triton  the same in Triton
     channel_kernels     the Triton kernels of a decay per channel
-    step                decoding: a few tokens, one after the other
+    one_token           decoding: one token of rows of one segment, in plain PyTorch
+    step                decoding: a few tokens, one after the other, in Triton
     fla                 the kernels of flash-linear-attention
 """
 

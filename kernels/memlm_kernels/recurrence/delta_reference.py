@@ -15,6 +15,7 @@ whose solution is linear in M: d = U - W M. Then, with E[i, j] = exp(g_i - g_j) 
 import torch
 from torch import Tensor
 
+from memlm_kernels.recurrence import one_token
 from memlm_kernels.segments import chunk_width, exact, lay_out, state_of, sums_after, sums_between
 
 _WIDTH = 64
@@ -35,6 +36,9 @@ def delta_rule_reference(
         state = state_of(exact_q, cu_seqlens, *k.shape[2:], values) if state is None else exact(state)
         if length == 0:
             return v.clone(), state
+        if length == 1 and cu_seqlens is None:
+            o, state = one_token.of_rows(exact_q, exact(k), exact(v), beta, log_decay, state)
+            return o.to(v.dtype), state
         segments = lay_out(cu_seqlens, length, chunk_width(length, cu_seqlens, _WIDTH))
         q_c, k_c, v_c = (segments.lay(x) for x in (exact_q, exact(k), exact(v)))
         beta_c = segments.lay(exact(beta)[..., None])

@@ -9,6 +9,7 @@ Differences of g are sums of numbers below zero, taken as such: nothing overflow
 import torch
 from torch import Tensor
 
+from memlm_kernels.recurrence import one_token
 from memlm_kernels.segments import chunk_width, exact, lay_out, state_of, sums_after, sums_between
 
 # With a decay for each channel a pair of tokens has a factor for each channel, so pairs must be few.
@@ -25,6 +26,9 @@ def linear_attention_reference(
         state = state_of(exact_q, cu_seqlens, *k.shape[2:], v.shape[-1]) if state is None else exact(state)
         if length == 0:
             return v.clone(), state
+        if length == 1 and cu_seqlens is None:
+            o, state = one_token.of_rows(exact_q, exact(k), exact(v), None, log_decay, state)
+            return o.to(v.dtype), state
         width = chunk_width(length, cu_seqlens, _CHANNEL_WIDTH if per_channel else _WIDTH)
         segments = lay_out(cu_seqlens, length, width)
         q_c, k_c, v_c = (segments.lay(x) for x in (exact_q, exact(k), exact(v)))
