@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from memlm.cache import MemoryCache
-from memlm.roles import QUERY, RESPONSE
+from memlm.roles import QUERY, RESPONSE, Roles
 
 
 class MemoryGenerationMixin(GenerationMixin):
@@ -103,11 +103,9 @@ class MemoryGenerationMixin(GenerationMixin):
             inputs.pop("attention_mask")
         if doc_ids is not None and past < doc_ids.shape[1]:
             # What is generated is a response.
-            inputs["doc_ids"] = F.pad(doc_ids, (0, max(0, past + new - doc_ids.shape[1])), value=RESPONSE)[
-                :, past : past + new
-            ]
-            # Asked once: the memory then holds what was chosen.
-            inputs["memory_bank"] = memory_bank
+            doc_ids = F.pad(doc_ids, (0, max(0, past + new - doc_ids.shape[1])), value=RESPONSE)
+            # The bank is asked once: the memory then holds what was chosen.
+            inputs["roles"] = Roles(doc_ids[:, past : past + new], bank=memory_bank)
         return inputs
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from memlm.bank import MemoryBank
 from memlm.cache import MemoryCache
 from memlm.data.templates import CONTROLS, Templates, Writer
-from memlm.roles import QUERY, RESPONSE, TEMPLATE
+from memlm.roles import QUERY, RESPONSE, TEMPLATE, Roles
 from memlm.settings import require
 
 
@@ -188,8 +188,7 @@ def _write(bank: MemoryBank, memory: MemoryCache, transcripts: Sequence[_Transcr
     out = bank.model(
         ids_BT,
         attention_mask=None if all(len(ids) == width for ids, _ in fed) else mask_BT,
-        doc_ids=None if width == 1 and said == {RESPONSE} else roles_BT,
-        memory_bank=bank if QUERY in said else None,
+        roles=None if width == 1 and said == {RESPONSE} else Roles(roles_BT, bank=bank if QUERY in said else None),
         past_key_values=memory,
         use_cache=True,
         logits_to_keep=1,

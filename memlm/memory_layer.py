@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from memlm.memory.base import Dims, SequenceMixer, build_mixer, checked, complete_settings, initialize
-from memlm.memory.rows import RoleCounts, Roles, Rows, most_documents
+from memlm.memory.rows import Rows, most_documents
+from memlm.roles import Roles
 from memlm.settings import check_type, require
 
 
@@ -45,8 +46,7 @@ class MemoryLayer(nn.Module):
         position_ids: Tensor | None = None,
         lengths: Tensor | None = None,
         max_documents: int | None = None,
-        doc_ids: Tensor | None = None,
-        positives: Tensor | None = None,
+        roles: Roles | None = None,
         return_aux: bool = False,
     ) -> tuple[Tensor, LayerState] | tuple[Tensor, LayerState, dict[str, Tensor]]:
         """Mix the next T tokens of each stream. Any division of a stream into calls gives the same outputs.
@@ -57,8 +57,7 @@ class MemoryLayer(nn.Module):
             which sees nothing of those before it. None: each row continues its document
         lengths: int [B], real tokens of each row. They come first; padding stands behind them and leaves no trace
         max_documents: the most documents that one row has tokens of; counted on the device if not given
-        doc_ids: int [B, T], for msa, the role of each token (``memlm.roles``); None: all are a response
-        positives: [B, T], for msa, 1 for tokens of the documents that the query should find
+        roles: for msa, the role of each token (``memlm.roles``); None: all are a response
         return_aux: also return the auxiliary losses of this call, such as the load balance of mom
 
         Returns y [B, T, D], unspecified at padding; the state after the last token; and with return_aux a dict of
@@ -73,16 +72,18 @@ class MemoryLayer(nn.Module):
             require(state.keys() == self._state_keys, f"state of {', '.join(state)} is of another kind of layer")
             rows = len(state["position"])
             require(rows == len(x), f"state has {rows} rows, and x has {len(x)}; give the state of the same streams")
-        for name, given in (("position_ids", position_ids), ("doc_ids", doc_ids), ("positives", positives)):
-            if given is not None:
-                require(given.shape == x.shape[:2], f"{name} {list(given.shape)} must be {list(x.shape[:2])}, as x is")
-        require(positives is None or doc_ids is not None, "positives mark tokens of documents; give doc_ids too")
+        if position_ids is not None:
+            shape = list(position_ids.shape)
+            require(shape == [*x.shape[:2]], f"position_ids {shape} must be {list(x.shape[:2])}, as x is")
+        if roles is not None:
+            roles.check(*x.shape[:2])
+            require(roles.bank is None, "roles.bank: a layer alone asks no bank; ask it through the model")
         if lengths is not None:
             require(lengths.shape == x.shape[:1], f"lengths {list(lengths.shape)} must be [{len(x)}], one of each row")
             padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
             # Weights of 0 times a NaN would be one.
             x = x.masked_fill(padding[..., None], 0.0)
-        documents, roles, start = 1, None, None if state is not None else 0
+        documents, start = 1, None if state is not None else 0
         if state is None:
             state = {"position": torch.zeros(len(x), dtype=torch.int64, device=x.device)}
             state |= self.mixer.init_state(len(x), x.device, x.dtype)
@@ -91,8 +92,7 @@ class MemoryLayer(nn.Module):
             documents = most_documents(position_ids, lengths, max_documents, before)
             # Padding may have any.
             position_ids = position_ids.clamp(min=0)
-        if doc_ids is not None:
-            roles = Roles(doc_ids, positives, RoleCounts.of(doc_ids, position_ids, lengths))
+        roles = None if roles is None else roles.counted(position_ids, lengths)
         # Of a state that was given the host cannot be sure where it stands: it may have been cut, or changed.
         rows = Rows(x.shape[1], before, start, position_ids, lengths, documents, roles, metrics=False)
         own = {name: value for name, value in state.items() if name != "position"}

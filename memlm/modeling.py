@@ -21,8 +21,8 @@ from memlm.generation import MemoryGenerationMixin
 from memlm.layers import RMSNorm, SwiGLU
 from memlm.loss import bound, weighted
 from memlm.memory.base import MixerOutput, build_mixer, checked, initialize
-from memlm.memory.rows import RoleCounts, Roles, Rows, State, most_documents
-from memlm.roles import QUERY
+from memlm.memory.rows import Rows, State, most_documents
+from memlm.roles import Roles
 
 
 @dataclass
@@ -130,10 +130,7 @@ class MemLMModel(MemLMPreTrainedModel):
         use_cache: bool | None = None,
         position_ids: Tensor | None = None,
         max_documents: int | None = None,
-        doc_ids: Tensor | None = None,
-        role_counts: RoleCounts | None = None,
-        positives: Tensor | None = None,
-        memory_bank: Any = None,
+        roles: Roles | None = None,
         write: bool = True,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -152,12 +149,8 @@ class MemLMModel(MemLMPreTrainedModel):
         position_ids: [B, T], only for packed rows: places in documents; a 0 starts a document, whose
             tokens see nothing of what came before; the first of a row goes on from the memory, or is 0
         max_documents: the most documents that one row has tokens of; counted on the device if not given
-        doc_ids: [B, T], for memories of documents, the role of each token: above 0 the number of its document, 0 a
-            query, -1 a response, -2 a template (``memlm.roles``); None: all are a response
-        role_counts: of doc_ids without padding, as ``RoleCounts.of`` counts them; counted on the device if not given
-        positives: [B, T], 1 for tokens of the documents that the query should find, to train its choice by
-        memory_bank: a ``MemoryBank`` of this model, asked by the query of this call, all of whose tokens are it if
-            doc_ids are not given; its documents stand behind the template. What may be chosen goes into the memory.
+        roles: for memories of documents, the role of each token, and a bank to ask (``memlm.roles``); None: all are a
+            response
         write: False for a pure query: ``past_key_values`` is read and left as it was
         output_metrics: False to leave out the mixers' metrics, which read whole activations
         token_type_ids, cache_position: taken, as transformers' models take them, and not used; so are cu_seq_lens_q,
@@ -187,20 +180,11 @@ class MemLMModel(MemLMPreTrainedModel):
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError("output_attentions=True: no attention maps are kept; read the mixers' metrics instead")
 
-        if memory_bank is not None:
-            memory_bank.check(self)
+        if roles is not None and roles.bank is not None:
+            roles.bank.check(self)
             if position_ids is not None:
-                raise ValueError("position_ids: packed rows cannot ask a memory_bank; give one row to each question")
-            if doc_ids is None:
-                doc_ids = torch.full((batch, length), QUERY, device=x_BTD.device)
-        x_BTD, rows, order_BT = self._rows(
-            x_BTD, attention_mask, position_ids, max_documents, doc_ids, role_counts, positives, memory
-        )
-        if memory_bank is not None:
-            assert rows.roles is not None
-            if rows.roles.counts.within:
-                raise ValueError("doc_ids: documents in the input cannot stand beside a memory_bank; add them to it")
-            rows = dataclasses.replace(rows, retriever=memory_bank)
+                raise ValueError("position_ids: packed rows cannot ask a bank; give one row to each question")
+        x_BTD, rows, order_BT = self._rows(x_BTD, attention_mask, position_ids, max_documents, roles, memory)
         rows = dataclasses.replace(rows, metrics=output_metrics)
         hidden_states, states, aux_losses, metrics = [], [], {}, {}
         for i, layer in enumerate(self.layers):
@@ -249,9 +233,7 @@ class MemLMModel(MemLMPreTrainedModel):
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         max_documents: int | None,
-        doc_ids: Tensor | None,
-        role_counts: RoleCounts | None,
-        positives: Tensor | None,
+        roles: Roles | None,
         memory: MemoryCache | None,
     ) -> tuple[Tensor, Rows, Tensor | None]:
         """Inputs with real tokens first in each row, where they stand, and the order that did it (None: as it was)."""
@@ -261,13 +243,11 @@ class MemLMModel(MemLMPreTrainedModel):
                 shape = list(position_ids.shape)
                 raise ValueError(f"position_ids {shape} must be [batch, tokens] = {[batch, length]}")
             position_ids = position_ids.expand(batch, length)
-        for name, given in (("doc_ids", doc_ids), ("positives", positives)):
-            if given is not None and given.shape != (batch, length):
-                raise ValueError(f"{name} {list(given.shape)} must be [batch, tokens] = {[batch, length]}")
-        if positives is not None and doc_ids is None:
-            raise ValueError("positives mark tokens of documents; give doc_ids too")
-        if role_counts is not None and (doc_ids is None or attention_mask is not None):
-            raise ValueError("role_counts are of doc_ids without an attention_mask; leave them out")
+        if roles is not None:
+            roles.check(batch, length)
+            roles = roles.to(x_BTD.device)
+            if roles.counts is not None and attention_mask is not None:
+                raise ValueError("roles.counts are of rows without an attention_mask; leave them out")
         order_BT, lengths_B = None, None
         if attention_mask is not None:
             widths = {length, length + (memory.get_seq_length() if memory is not None else 0)}
@@ -282,9 +262,8 @@ class MemLMModel(MemLMPreTrainedModel):
                 # Mixers then need to know lengths only.
                 order_BT = (~mask_BT).long().argsort(dim=1, stable=True)
                 x_BTD = _gather(x_BTD, order_BT)
-                position_ids, doc_ids, positives = (
-                    x.gather(1, order_BT) if x is not None else None for x in (position_ids, doc_ids, positives)
-                )
+                position_ids = None if position_ids is None else position_ids.gather(1, order_BT)
+                roles = None if roles is None else roles.in_order(order_BT)
         before: dict[str, Any] = {"start": 0}
         if memory is not None and memory.states:
             before = {"before_B": memory.position, "start": memory.start}
@@ -295,10 +274,11 @@ class MemLMModel(MemLMPreTrainedModel):
             documents = most_documents(position_ids, lengths_B, max_documents, before["before_B"])
             # What is padding may have any.
             position_ids = position_ids.clamp(min=0)
-        roles = None
-        if doc_ids is not None:
-            roles = Roles(doc_ids, positives, role_counts or RoleCounts.of(doc_ids, position_ids, lengths_B))
+        if roles is not None:
+            roles = roles.counted(position_ids, lengths_B)
         rows = Rows(length, **before, given_BT=position_ids, lengths_B=lengths_B, max_documents=documents, roles=roles)
+        if roles is not None and roles.bank is not None and rows.role_counts.within:
+            raise ValueError("roles: documents in the input cannot stand beside a bank; add them to it")
         return x_BTD, rows, order_BT
 
 

@@ -35,6 +35,8 @@ from typing import Any
 
 from benchmark_memory import ROOT, commit, cpu_name, rss_mb
 
+from memlm.roles import Roles
+
 CHUNK, LENGTH, QUERY = 64, 512, 32
 
 
@@ -112,9 +114,9 @@ def use(folder: Path, repeats: int, changes: int, threads: int) -> None:
     _, record["route_query_s"] = timed(route, repeats)
     bank.settings = causal
     with torch.no_grad():
-        _, record["ask_s"] = timed(lambda: it(question, memory_bank=bank), repeats)
+        _, record["ask_s"] = timed(lambda: it(question, roles=Roles.query(bank, question)), repeats)
         cache = MemoryCache()
-        it(question, memory_bank=bank, past_key_values=cache)
+        it(question, roles=Roles.query(bank, question), past_key_values=cache)
         _, record["decode_s"] = timed(lambda: it(question[:, :1], past_key_values=cache, write=False), repeats)
     document = torch.randint(259, (LENGTH,), generator=torch.Generator().manual_seed(3))
     numbers = iter(range(repeats))

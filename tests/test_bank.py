@@ -8,6 +8,7 @@ import torch
 import memlm.bank
 from memlm import MemLMForCausalLM, MemoryBank, MemoryCache
 from memlm.fingerprint import fingerprint
+from memlm.roles import Roles
 from memlm_kernels.testing import assert_close, relative_error
 from tests.conftest import build
 
@@ -38,7 +39,7 @@ def in_context(model, documents, parts, **options):
     pieces[at:at] = [(n + 1, ids) for n, ids in enumerate(documents.values())]
     ids, doc_ids = joined(pieces)
     skip = sum(len(x) for x in documents.values())
-    logits = model(ids, doc_ids=doc_ids, **options).logits
+    logits = model(ids, roles=Roles(doc_ids), **options).logits
     before = len(parts[0][1]) if at else 0
     return torch.cat([logits[:, :before], logits[:, before + skip :]], 1)
 
@@ -50,7 +51,7 @@ def joined(pieces):
 
 def asked(model, bank, parts, **options):
     ids, doc_ids = joined(parts)
-    return model(ids, doc_ids=doc_ids, memory_bank=bank, **options).logits
+    return model(ids, roles=Roles(doc_ids, bank=bank), **options).logits
 
 
 QUESTION = [(-2, tokens(3, 50)), (0, tokens(5, 51)), (-2, tokens(2, 52)), (-1, tokens(6, 53))]
@@ -80,9 +81,9 @@ def test_a_bank_equals_documents_in_the_context(settings, batch):
         # What was chosen is in the memory: the rest needs no bank.
         ids, doc_ids = joined(parts)
         cut = int((doc_ids == 0).nonzero()[-1, 1]) + 1
-        got = [model(ids[:, :cut], doc_ids=doc_ids[:, :cut], memory_bank=bank, past_key_values=cache).logits]
+        got = [model(ids[:, :cut], roles=Roles(doc_ids[:, :cut], bank=bank), past_key_values=cache).logits]
         got += [
-            model(i, doc_ids=d, past_key_values=cache).logits
+            model(i, roles=Roles(d), past_key_values=cache).logits
             for i, d in zip(ids[:, cut:].split(1, 1), doc_ids[:, cut:].split(1, 1), strict=True)
             if i.shape[1]
         ]
@@ -120,7 +121,7 @@ def test_rows_ask_for_themselves_and_padding_leaves_no_trace():
             where = slice(20 - n, 20) if left else slice(0, n)
             ids[b, where], doc_ids[b, where], mask[b, where] = row[0], roles[0], 1
         cache = MemoryCache()
-        got = model(ids, attention_mask=mask, doc_ids=doc_ids, memory_bank=bank, past_key_values=cache).logits
+        got = model(ids, attention_mask=mask, roles=Roles(doc_ids, bank=bank), past_key_values=cache).logits
         more = tokens(4, 64).expand(3, -1)
         after = model(more, past_key_values=cache).logits
         for b, parts in enumerate(rows):
@@ -308,7 +309,7 @@ def test_a_model_with_adapters_has_a_bank_of_its_own(tmp_path):
     adapted = peft.get_peft_model(copy.deepcopy(model), config).eval()
     bank_of(adapted, library()).save(tmp_path)
     bank = MemoryBank.load(tmp_path, adapted)
-    assert bank.search(question) and adapted(question, memory_bank=bank).logits.isfinite().all()
+    assert bank.search(question) and adapted(question, roles=Roles.query(bank, question)).logits.isfinite().all()
     for other in (model, adapted.merge_and_unload()):
         with pytest.raises(ValueError, match="a bank of the model of fingerprint"):
             MemoryBank.load(tmp_path, other)
@@ -364,10 +365,10 @@ def test_bad_requests_are_named():
     for change in (bank.delete, lambda name: bank.update({name: [1]})):
         with pytest.raises(ValueError, match="document 'x' is not in the bank of 10"):
             change("x")
-    with pytest.raises(ValueError, match="documents in the input cannot stand beside a memory_bank"):
-        model(ids, doc_ids=ids + 1, memory_bank=bank)
-    with pytest.raises(ValueError, match="packed rows cannot ask a memory_bank"):
-        model(ids, position_ids=torch.arange(4)[None], memory_bank=bank)
+    with pytest.raises(ValueError, match="documents in the input cannot stand beside a bank"):
+        model(ids, roles=Roles(ids + 1, bank=bank))
+    with pytest.raises(ValueError, match="packed rows cannot ask a bank"):
+        model(ids, position_ids=torch.arange(4)[None], roles=Roles.query(bank, ids))
     for options, message in (
         ({"tokens_per_batch": 0}, "tokens_per_batch=0 must be at least 1"),
         ({"content": "tape"}, "content='tape' must be one of mapped, host, device"),
@@ -399,7 +400,7 @@ def test_low_precision(autocast):
 def test_what_was_chosen_is_all_that_decoding_sees():
     model = model_of()
     bank, cache = bank_of(model, {f"{i}": tokens(8, i) for i in range(300)}), MemoryCache()
-    model(tokens(5, 1)[None], memory_bank=bank, past_key_values=cache)
+    model(tokens(5, 1)[None], roles=Roles.query(bank, tokens(5, 1)[None]), past_key_values=cache)
     # Two documents of two chunks each, at the last token.
     assert all(state["bank.k"].shape[1] == 2 * 2 and state["k"].shape[1] == 5 for state in cache.states)
     assert relative_error(model(tokens(5, 1)[None]).logits, asked(model, bank, [(0, tokens(5, 1))])) > 1e-3

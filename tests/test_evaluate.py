@@ -34,6 +34,7 @@ from memlm.evaluation.measures.interleaved import interleaved
 from memlm.evaluation.measures.needles import needles
 from memlm.evaluation.measures.recall import recall
 from memlm.evaluation.measures.text import text_by_position
+from memlm.roles import Roles
 from memlm.training import run as train
 from memlm.training.objective import score
 from tests.conftest import build, composed, step
@@ -107,7 +108,7 @@ def test_a_bank_is_asked_as_documents_in_the_context_are():
         parts += [(0, inquiry.question), (-1, inquiry.answer)]
         ids = torch.from_numpy(np.concatenate([part for _, part in parts]))[None]
         roles = torch.cat([torch.full((len(part),), role) for role, part in parts])[None]
-        out = model(ids, doc_ids=roles, output_hidden_states=True)
+        out = model(ids, roles=Roles(roles), output_hidden_states=True)
         return out, roles[0], [n for n, _ in kept]
 
     inquiries = []
@@ -301,6 +302,7 @@ NEW_MEASURE = '''
 from dataclasses import dataclass
 
 from memlm.evaluation.measures import Measure
+from memlm.roles import Roles
 
 
 @dataclass(frozen=True)

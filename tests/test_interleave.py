@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 import memlm.interleave
 from memlm import Interleave, MemLMForCausalLM, MemoryBank, MemoryCache
 from memlm.data import TEMPLATES, Questions, QuestionSource, RetrievalRow, byte_tokenizer
+from memlm.roles import Roles
 from memlm_kernels.testing import assert_close, relative_error
 from tests.conftest import model_config
 from tests.data.test_questions import records
@@ -26,8 +27,8 @@ def talked(model, bank, parts, cuts, **options):
     """Logits of calls on one memory, each of which may ask the bank, and the memory."""
     cache, logits = MemoryCache(), []
     for ids, doc_ids in zip(*(x.split(cuts, 1) for x in joined(parts)), strict=True):
-        asks = {"memory_bank": bank} if (doc_ids == 0).any() else {}
-        logits.append(model(ids, doc_ids=doc_ids, past_key_values=cache, **asks, **options).logits)
+        roles = Roles(doc_ids, bank=bank if (doc_ids == 0).any() else None)
+        logits.append(model(ids, roles=roles, past_key_values=cache, **options).logits)
     return torch.cat(logits, 1), cache
 
 
@@ -64,7 +65,7 @@ def test_choosing_by_all_of_a_call_is_asked_again_too():
     skip = sum(map(len, documents.values()))
     ids, doc_ids = joined([TALK[0], *pieces])
     for i, d in zip(*(x.split([3 + skip, *cuts[1:]], 1) for x in (ids, doc_ids)), strict=True):
-        logits.append(model(i, doc_ids=d, past_key_values=cache).logits)
+        logits.append(model(i, roles=Roles(d), past_key_values=cache).logits)
     expected = torch.cat(logits, 1)[:, 3 + skip :]
     assert_close("logits", expected, talked(model, bank_of(model, documents), TALK, cuts)[0][:, 3:], EXACT)
 
@@ -93,8 +94,8 @@ def test_rows_ask_when_they_will():
                 where = slice(width - len(part[1]), width) if c % 2 else slice(len(part[1]))
                 ids[b, where], doc_ids[b, where], mask[b, where] = part[1], part[0], 1
                 rows[b].append(part)
-        asks = {"memory_bank": bank} if c < 5 else {}
-        logits = model(ids, doc_ids=doc_ids, attention_mask=mask, past_key_values=cache, **asks).logits
+        roles = Roles(doc_ids, bank=bank if c < 5 else None)
+        logits = model(ids, roles=roles, attention_mask=mask, past_key_values=cache).logits
         for b in range(3):
             got[b].append(logits[b][mask[b].bool()])
         if c == 2:
@@ -115,7 +116,7 @@ def test_a_bank_may_grow_between_questions_and_a_memory_be_saved(tmp_path):
     _, cache = talked(model, bank, first, [3, 5, 3])
     pieces = [(n + 1, ids) for n, ids in enumerate(old.values())]
     ids, doc_ids = joined([first[0], *pieces, *first[1:], *((20 + n, x) for n, x in enumerate(new.values())), *second])
-    expected = model(ids, doc_ids=doc_ids).logits[:, -8:]
+    expected = model(ids, roles=Roles(doc_ids)).logits[:, -8:]
     bank.add(new)
     cache.save(tmp_path / "memory")
     bank.save(tmp_path / "bank")
@@ -126,11 +127,11 @@ def test_a_bank_may_grow_between_questions_and_a_memory_be_saved(tmp_path):
         (MemoryBank.load(tmp_path / "bank", model), MemoryCache.load(tmp_path / "memory")),
     ):
         ids, doc_ids = joined(second)
-        got = model(ids, doc_ids=doc_ids, memory_bank=it, past_key_values=memory, write=False).logits
+        got = model(ids, roles=Roles(doc_ids, bank=it), past_key_values=memory, write=False).logits
         assert_close("grown", expected, got, EXACT)
         held = [set(state["bank.number"][0].tolist()) for state in memory.states]
         it.delete(it._name(min(set.intersection(*held))))
-        again = model(ids, doc_ids=doc_ids, memory_bank=it, past_key_values=memory).logits
+        again = model(ids, roles=Roles(doc_ids, bank=it), past_key_values=memory).logits
         assert_close("deleted", expected, again, EXACT)
 
 
@@ -142,8 +143,8 @@ def test_what_was_chosen_stands_beside_another_bank():
     held = cache.states[0]["bank.number"]
     bank.delete(bank.documents())
     bank.add(new)
-    expected = model(ids, doc_ids=doc_ids, memory_bank=bank, past_key_values=cache.fork()).logits
-    got = model(ids, doc_ids=doc_ids, memory_bank=bank_of(model, new), past_key_values=cache).logits
+    expected = model(ids, roles=Roles(doc_ids, bank=bank), past_key_values=cache.fork()).logits
+    got = model(ids, roles=Roles(doc_ids, bank=bank_of(model, new)), past_key_values=cache).logits
     assert_close("both", expected, got, EXACT)
     after = set(cache.states[0]["bank.number"].flatten().tolist())
     assert after & set(held.flatten().tolist()) and len(after) == 2
@@ -162,7 +163,7 @@ def test_tidying_a_bank_changes_nothing_for_a_memory(monkeypatch):
         assert (bank.stats()["dead_chunks"] == 0) == tidies
         bank.add({"new": tokens(9, 77)})
         ids, doc_ids = joined(TALK[3:5])
-        got.append(model(ids, doc_ids=doc_ids, memory_bank=bank, past_key_values=cache).logits)
+        got.append(model(ids, roles=Roles(doc_ids, bank=bank), past_key_values=cache).logits)
     assert torch.equal(*got)
 
 
@@ -188,18 +189,18 @@ def test_generation_goes_on_from_an_answer():
 @torch.no_grad()
 def test_memories_of_other_documents_are_refused():
     model, ids = model_of(), tokens(4, 1)[None]
-    bank, question = bank_of(model, library()), dict(input_ids=ids, doc_ids=torch.zeros_like(ids))
+    bank = bank_of(model, library())
     read = MemoryCache()
-    model(ids, doc_ids=torch.ones_like(ids), past_key_values=read)
+    model(ids, roles=Roles(torch.ones_like(ids)), past_key_values=read)
     for memory, it in ((read, bank), (read, bank_of(model, {}))):
         with pytest.raises(ValueError, match="this memory holds documents that were read in it; ask with a fork"):
-            model(**question, memory_bank=it, past_key_values=memory)
+            model(ids, roles=Roles.query(it, ids), past_key_values=memory)
     for settings in ({"query_reduce": "mean"}, {"chunk_reduce": "mean"}):
         model = model_of(**settings)
         bank = bank_of(model, library())
         _, cache = talked(model, bank, TALK[:2], [3, 5])
         with pytest.raises(ValueError, match="let a memory ask a memory_bank once: a mean needs the scores of all"):
-            model(**question, memory_bank=bank, past_key_values=cache)
+            model(ids, roles=Roles.query(bank, ids), past_key_values=cache)
 
 
 class Script:
@@ -249,7 +250,7 @@ def checked(model, bank, templates, script, answers):
         cuts = [0, *((roles[1:] != roles[:-1]).nonzero()[:, 0] + 1).tolist(), len(roles)]
         parts = [(int(roles[a]), ids[a:b]) for a, b in itertools.pairwise(cuts)]
         logits, places = torch.stack(script.logits[question]), script.places[question]
-        again = model(ids[None], doc_ids=roles[None], memory_bank=bank).logits[0]
+        again = model(ids[None], roles=Roles(roles[None], bank=bank)).logits[0]
         assert_close(f"{question}, read again", again[places], logits, EXACT)
         in_one = in_context(model, documents, parts)[0]
         assert_close(f"{question}, in the context", in_one[places], logits, EXACT)

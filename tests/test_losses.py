@@ -7,6 +7,7 @@ import torch
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 import memlm
+from memlm.roles import Roles
 from memlm.training.objective import Objective
 from tests.conftest import build
 
@@ -34,7 +35,8 @@ def rows() -> dict[str, torch.Tensor]:
 
 def batch_of(kind: str, first: int, end: int) -> dict[str, torch.Tensor]:
     batch = {name: x[first:end] for name, x in rows().items() if kind == "msa" or name != "doc_ids"}
-    return batch | ({"positives": batch["doc_ids"] == 2} if kind == "msa" else {})
+    doc_ids = batch.pop("doc_ids", None)
+    return batch if doc_ids is None else batch | {"roles": Roles(doc_ids, doc_ids == 2)}
 
 
 def trained(kind: tuple[str, dict], size: int) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -89,11 +91,10 @@ def test_loss_is_the_cross_entropy_plus_what_is_reported(kind):
 def test_objective_is_the_mean_over_calls_of_as_many_rows(kind):
     """So gradient accumulation, and another number of processes, leave the loss of train.py as it is."""
     objective = Objective(build(kind[0], **kind[1]).train())
-    batch = batch_of(kind[0], 0, ROWS)
-    named = {name: batch.get(name) for name in ("input_ids", "labels", "doc_ids", "positives")}
 
     def loss(first, size):
-        part = {name: x if x is None else x[first : first + size] for name, x in named.items()}
+        part = batch_of(kind[0], first, first + size)
+        del part["attention_mask"]
         return objective(**part, position_ids=None, max_documents=1)[0]
 
     for size in (4, 2, 1):

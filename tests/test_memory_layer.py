@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 import memlm
 import memlm.memory_layer
+from memlm.roles import Roles
 from memlm_kernels.testing import assert_close
 from tests.conftest import MEMORIES, composed
 
@@ -85,7 +86,7 @@ def test_packed_rows_and_padding(memory):
 def test_documents_of_memory_sparse_attention():
     layer, x = layer_of("msa").train(), inputs(rows=1)
     doc_ids = torch.tensor([1] * 16 + [2] * 16 + [memlm.roles.QUERY] * 6 + [memlm.roles.RESPONSE] * 6)[None]
-    y, state, aux = layer(x, doc_ids=doc_ids, positives=doc_ids == 2, return_aux=True)
+    y, state, aux = layer(x, roles=Roles(doc_ids, doc_ids == 2), return_aux=True)
     assert aux["router"].shape == (1,) and state["documents"].tolist() == [2]
     assert (y[:, 38:] - layer(x)[0][:, 38:]).abs().max() > 1e-6
 
@@ -121,7 +122,7 @@ def test_a_wrong_layer_is_one_line(arguments, message):
         (dict(position_ids=torch.arange(5)), "position_ids [5] must be [2, 5]"),
         (dict(position_ids=torch.full((2, 5), 9)), "position_ids: 9 in row 0 must be 4, to go on"),
         (dict(lengths=torch.tensor([5])), "lengths [1] must be [2]"),
-        (dict(positives=torch.ones(2, 5)), "positives mark tokens of documents; give doc_ids too"),
+        (dict(roles=Roles(torch.ones(2, 4))), "roles.doc_ids [2, 4] must be [batch, tokens] = [2, 5]"),
     ],
 )
 def test_a_wrong_call_is_one_line(arguments, message):

@@ -28,6 +28,7 @@ from memlm.cli import user_errors
 from memlm.data import build_data
 from memlm.hub import load_model, load_tokenizer
 from memlm.memory.base import build_config
+from memlm.roles import Roles
 from memlm.training.loop import model_config
 from memlm.training.settings import OptimSettings, TrainSettings
 from memlm.training.tracking import read_metrics
@@ -110,7 +111,7 @@ class Bank:
     def load(self, folder):
         bank = MemoryBank.load(folder, _model("msa"))
         with torch.no_grad():
-            return _model("msa")(IDS[:, :3], memory_bank=bank).logits
+            return _model("msa")(IDS[:, :3], roles=Roles.query(bank, IDS[:, :3])).logits
 
     def right(self, logits, folder, original):
         torch.testing.assert_close(logits, self.load(original), rtol=0, atol=0)

@@ -44,6 +44,7 @@ from memlm.fingerprint import fingerprint, made_by
 from memlm.memory.base import substate
 from memlm.memory.rows import State
 from memlm.modeling import MemLMForCausalLM, MemLMModel
+from memlm.roles import Roles
 from memlm_kernels.route_documents import RouterShard, Scored, bank_keys, nominate_documents, route_documents
 
 _RULE = ("top_k", "similarity", "head_reduce", "query_reduce", "chunk_reduce")
@@ -271,13 +272,16 @@ class MemoryBank:
             )
 
     @torch.no_grad()
-    def search(self, input_ids: Tensor, **inputs: Any) -> dict[int, list[dict[str, float]]]:
+    def search(
+        self, input_ids: Tensor, doc_ids: Tensor | None = None, **inputs: Any
+    ) -> dict[int, list[dict[str, float]]]:
         """Names of the documents that each row's question reads, best first, and their scores, by layer.
 
-        input_ids [B, T], inputs: as the model takes them, which a question asks as it would in ``generate``
+        input_ids [B, T], doc_ids, inputs: as ``generate`` takes them
         """
+        roles = Roles.query(self, input_ids) if doc_ids is None else Roles(doc_ids, bank=self)
         memory, found = MemoryCache(), {}
-        decoder_of(self.model)(input_ids, memory_bank=self, past_key_values=memory, **inputs)
+        decoder_of(self.model)(input_ids, roles=roles, past_key_values=memory, **inputs)
         for layer, settings in zip(self.layers, self.settings, strict=True):
             bank = substate(memory.states[layer], "bank")
             chunks = bank["size"].shape[1]
@@ -299,7 +303,7 @@ class MemoryBank:
         return found
 
     def candidates(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor, held_BC: Tensor) -> State:
-        """See ``memlm.memory.base.Retriever``."""
+        """See ``memlm.roles.Bank``."""
         numbers = self._nominated(self.layers.index(layer_idx), q_BAHK, asks_BA)
         new = [sorted(set(row) - set(held)) for row, held in zip(numbers, held_BC.tolist(), strict=True)]
         return self._fetched(self.layers.index(layer_idx), new, q_BAHK)

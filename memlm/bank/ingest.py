@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from memlm.cache import MemoryCache
 from memlm.modeling import MemLMForCausalLM, MemLMModel
+from memlm.roles import Roles
 
 DocumentTokens = Mapping[str, Sequence[int]] | Iterable[tuple[str, Sequence[int]]]
 
@@ -63,7 +64,7 @@ def read_batch(
     training = model.training
     model.eval()
     for ids, doc_ids in zip(*(x.split(tokens_per_batch, 1) for x in (ids_BT, doc_ids_BT)), strict=True):
-        decoder_of(model)(ids, doc_ids=doc_ids, past_key_values=cache)
+        decoder_of(model)(ids, roles=Roles(doc_ids), past_key_values=cache)
     model.train(training)
     states = [cache.states[i] for i in layers]
     chunks = int(states[0]["chunks"])

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memlm.roles import RESPONSE
+from memlm.roles import RESPONSE, RoleCounts, Roles
 
 from .retrieval import RetrievalRow
 from .row import IGNORE_INDEX, Row, Source
@@ -31,35 +31,35 @@ class Batch:
     max_documents: int
     # int64 [B], places in Mixture.sources
     source_ids: Tensor
-    # int64 [B, T], see RetrievalRow; None where no row has documents
-    doc_ids: Tensor | None = None
-    positives: Tensor | None = None
+    # With their counts; None where no row has documents.
+    roles: Roles | None = None
     # int64 [S], ascending: where a token is scored next in some row, if these are few; None: anywhere
     places: Tensor | None = None
 
     @classmethod
     def from_rows(cls, rows: Sequence[Row | RetrievalRow], source_ids: Sequence[int]) -> Self:
         input_ids, labels, position_ids = (np.stack(parts) for parts in zip(*(row[:3] for row in rows), strict=True))
-        roles: list[Tensor | None] = [None, None]
+        positions, roles = torch.from_numpy(position_ids), None
         if any(isinstance(row, RetrievalRow) for row in rows):
             # Rows of text are what a response is.
             plain = np.full_like(input_ids[0], RESPONSE), np.zeros_like(input_ids[0])
             parts = (row[3:] if isinstance(row, RetrievalRow) else plain for row in rows)
-            roles = [torch.from_numpy(np.stack(part)) for part in zip(*parts, strict=True)]
+            doc_ids, positives = (torch.from_numpy(np.stack(part)) for part in zip(*parts, strict=True))
+            roles = Roles(doc_ids, positives, RoleCounts.of(doc_ids, positions))
         (places,) = np.nonzero((labels[:, 1:] != IGNORE_INDEX).any(0))
         few = 2 * len(places) < labels.shape[1]
         return cls(
             torch.from_numpy(input_ids),
             torch.from_numpy(labels),
-            torch.from_numpy(position_ids),
+            positions,
             int((position_ids == 0).sum(1).max()),
             torch.tensor(source_ids),
-            *roles,
+            roles,
             torch.from_numpy(places) if few else None,
         )
 
     def to(self, device: torch.device | str) -> Self:
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | Roles)}
         return type(self)(max_documents=self.max_documents, **moved)
 
 

@@ -5,81 +5,19 @@ B rows, T tokens of the call, D documents that a row may have.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from memlm.layers import rotary_angles
+from memlm.roles import RoleCounts, Roles
 from memlm_kernels import grid
 from memlm_kernels.segments import counts
 
 Made = TypeVar("Made")
 State = dict[str, Tensor]
-
-
-class RoleCounts(NamedTuple):
-    """What is known of roles without the device.
-
-    documents, longest: at most, documents that a row has tokens of, and tokens of one of them in this call
-    within, outside: at most, tokens of a row within documents, and outside of any
-    whole: whether some row may have all its tokens, or none, in one document
-    sizes: of all rows together at most, documents of 1 token, of 2, of 3 or 4, of 5 to 8, ...
-    """
-
-    documents: int
-    longest: int
-    within: int
-    outside: int
-    whole: bool
-    sizes: tuple[int, ...]
-
-    @classmethod
-    def of(cls, doc_ids_BT: Tensor, positions_BT: Tensor | None, lengths_B: Tensor | None = None) -> "RoleCounts":
-        """Counts, which asks the device once; the real tokens of a row stand first."""
-        length = doc_ids_BT.shape[1]
-        if length == 0:
-            return cls(0, 0, 0, 0, True, ())
-        place_T = torch.arange(length, device=doc_ids_BT.device)
-        real_BT = torch.ones_like(doc_ids_BT, dtype=torch.bool)
-        if lengths_B is not None:
-            real_BT = place_T < lengths_B[:, None]
-        within_BT = (doc_ids_BT > 0) & real_BT
-        starts_BT = F.pad(doc_ids_BT[:, 1:] != doc_ids_BT[:, :-1], (1, 0), value=True)
-        if positions_BT is not None:
-            starts_BT = starts_BT | (positions_BT == 0)
-        ends_BT = within_BT & F.pad(starts_BT[:, 1:] | ~within_BT[:, 1:], (0, 1), value=True)
-        size_BT = ends_BT * (place_T - (starts_BT * place_T).cummax(1).values + 1)
-        documents_B, outside_B = ends_BT.sum(1), (real_BT & ~within_BT).sum(1)
-        one_B = (documents_B <= 1) & (outside_B == 0)
-        counts = [x.max() for x in (documents_B, size_BT, within_BT.sum(1), outside_B, one_B)]
-        most = [2**i for i in range((length - 1).bit_length() + 1)]
-        counts += [((size_BT > n // 2) & (size_BT <= n)).sum() for n in most]
-        documents, longest, within, outside, one, *sizes = torch.stack([x.long() for x in counts]).tolist()
-        return cls(documents, longest, within, outside, bool(one), tuple(sizes))
-
-
-@dataclass(frozen=True)
-class Roles:
-    """What each token is to a memory of documents.
-
-    of_BT: as in ``memlm.roles``; a document goes on as far as its number does
-    found_BT: whether the query should find the document that a token is of; None: not known
-    """
-
-    of_BT: Tensor
-    found_BT: Tensor | None
-    counts: RoleCounts
-
-
-class Retriever(Protocol):
-    """Documents kept outside of a state, such as a ``MemoryBank``."""
-
-    def candidates(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor, held_BC: Tensor) -> State:
-        """A few documents that hold all that a layer's router can choose with these queries, without those of the
-        numbers held (-1: none), as ``with_documents`` of ``memlm.memory.msa`` takes them. Asks the device.
-        """
 
 
 class Segments(NamedTuple):
@@ -125,9 +63,8 @@ class Rows:
         every row goes on
     lengths_B: real tokens of each row, which come first (the decoder moves padding to the end); None: all
     max_documents: an upper bound on the documents that one row has tokens of
-    roles: for memories of documents, which are then parts of a document as it is meant here; None: all tokens are a
-        response
-    retriever: documents that stand, in the order of a sample, behind its leading template; None: no others
+    roles: with counts, for memories of documents, which are then parts of a document as it is meant here; None: all
+        tokens are a response
     metrics: whether mixers return metrics
     """
 
@@ -138,7 +75,6 @@ class Rows:
     lengths_B: Tensor | None = None
     max_documents: int = 1
     roles: Roles | None = None
-    retriever: Retriever | None = None
     metrics: bool = True
     # An argument, for tools that rebuild dataclasses refuse other fields.
     made: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -181,6 +117,12 @@ class Rows:
         return self.goes_on and self.start is not None and self.start % chunk_size == 0
 
     @property
+    def role_counts(self) -> RoleCounts:
+        """The counts of the roles."""
+        assert self.roles is not None and self.roles.counts is not None, "the decoder counts roles"
+        return self.roles.counts
+
+    @property
     def positions_BT(self) -> Tensor:
         """The place of each token in its document."""
         if self.given_BT is not None:
@@ -210,7 +152,7 @@ class Rows:
     @property
     def next_start(self) -> int | None:
         """``start`` of the next call."""
-        if self.start is None or not self.goes_on or (self.roles is not None and self.roles.counts.within):
+        if self.start is None or not self.goes_on or (self.roles is not None and self.role_counts.within):
             return None
         return self.start + self.length
 
@@ -267,9 +209,9 @@ class Rows:
             return None if x is None else x.to(device)
 
         def make() -> "Rows":
-            roles = self.roles and Roles(self.roles.of_BT.to(device), move(self.roles.found_BT), self.roles.counts)
+            roles = None if self.roles is None else self.roles.to(device)
             given, lengths, before = move(self.given_BT), move(self.lengths_B), self.before_B.to(device)
-            facts = (given, lengths, self.max_documents, roles, self.retriever, self.metrics)
+            facts = (given, lengths, self.max_documents, roles, self.metrics)
             return Rows(self.length, before, self.start, *facts)
 
         return self.once(("to", str(device)), make)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memlm.data import IGNORE_INDEX, Batch
-from memlm.memory.rows import RoleCounts
+from memlm.roles import Roles
 
 
 def token_losses(logits_BSV: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,9 +41,7 @@ class Objective(nn.Module):
         labels: Tensor,
         position_ids: Tensor | None,
         max_documents: int,
-        doc_ids: Tensor | None = None,
-        role_counts: RoleCounts | None = None,
-        positives: Tensor | None = None,
+        roles: Roles | None = None,
         places: Tensor | None = None,
         output_metrics: bool = True,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -54,9 +52,7 @@ class Objective(nn.Module):
             input_ids=input_ids,
             position_ids=position_ids,
             max_documents=max_documents,
-            doc_ids=doc_ids,
-            role_counts=role_counts,
-            positives=positives,
+            roles=roles,
             use_cache=False,
             logits_to_keep=0 if places is None else places,
             output_metrics=output_metrics,
@@ -70,10 +66,7 @@ class Objective(nn.Module):
 
 
 def model_inputs(batch: Batch, device: torch.device | str) -> dict:
-    """A batch as keyword arguments on a device, its roles counted before; rows that are one document each need no
-    positions.
-    """
-    counts = None if batch.doc_ids is None else RoleCounts.of(batch.doc_ids, batch.position_ids)
+    """A batch as keyword arguments on a device; rows that are one document each need no positions."""
     batch = batch.to(device)
     positions = batch.position_ids if batch.max_documents > 1 else None
     return {
@@ -81,9 +74,7 @@ def model_inputs(batch: Batch, device: torch.device | str) -> dict:
         "labels": batch.labels,
         "position_ids": positions,
         "max_documents": batch.max_documents,
-        "doc_ids": batch.doc_ids,
-        "role_counts": counts,
-        "positives": batch.positives,
+        "roles": batch.roles,
         "places": batch.places,
     }
 

@@ -127,6 +127,6 @@ def test_built_from_a_config(tmp_path):
         "sources": {"c": source},
     }
     _, mixture = build_data(cfg, seed=0, batch_size=4)
-    assert mixture.batch(0).doc_ids.shape == (4, 120)
+    assert mixture.batch(0).roles.doc_ids.shape == (4, 120)
     (built,) = mixture.sources.values()
     assert built == RecallSource(Chains(120, 4, name_length=2), built.seed, (0, 0))

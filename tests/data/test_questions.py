@@ -215,7 +215,7 @@ def test_built_from_a_config(tmp_path, questions):
     cfg = {"tokenizer": "byte", "noise_ramp": [0, 0], "seq_len": 200, "cache_dir": str(tmp_path), "sources": sources}
     _, mixture = build_data(cfg, seed=0, batch_size=4)
     batch = mixture.batch(0)
-    assert batch.doc_ids.shape == batch.positives.shape == (4, 200)
+    assert batch.roles.doc_ids.shape == batch.roles.positives.shape == (4, 200)
     del sources["questions"]["paths"]
     with pytest.raises(ValueError, match=r"data\.sources\.questions\.paths is missing"):
         build_data(cfg, seed=0, batch_size=4)

@@ -148,10 +148,11 @@ class Numbers:
 def test_rows_of_text_beside_documents_are_responses():
     mixture = Mixture({"facts": RecallSource(Facts(), 0, (0, 0)), "text": Numbers()}, {"facts": 1, "text": 1}, 4)
     batch = mixture.batch(0)
-    assert (batch.doc_ids[2:] == -1).all() and not batch.positives[2:].any() and batch.positives[:2].any()
-    assert batch.to("cpu").doc_ids is not None
+    doc_ids, positives = batch.roles.doc_ids, batch.roles.positives
+    assert (doc_ids[2:] == -1).all() and not positives[2:].any() and positives[:2].any()
+    assert batch.to("cpu").roles is not None
     plain = Mixture({"text": Numbers()}, {"text": 1}, 4).batch(0)
-    assert plain.doc_ids is None and model_inputs(plain, "cpu")["doc_ids"] is None
+    assert plain.roles is None and model_inputs(plain, "cpu")["roles"] is None
 
 
 def test_a_router_learns_which_document_to_read():

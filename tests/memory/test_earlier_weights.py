@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from memlm.roles import Roles
 from memlm.training.optim import parameter_groups
 from memlm_kernels.testing import assert_close
 from tests.conftest import ROOT, build, variants
@@ -36,7 +37,7 @@ def test_weights_mean_what_they_meant(variant, request):
     assert found == expected["parameters"]
     fill(model)
     roles = torch.tensor([-2] * 4 + [1] * 12 + [2] * 10 + [0] * 8 + [-1] * 6).expand(2, -1)
-    ids, more = (torch.arange(80).view(2, 40) * 7) % 259, {"doc_ids": roles} if name == "msa" else {}
+    ids, more = (torch.arange(80).view(2, 40) * 7) % 259, {"roles": Roles(roles)} if name == "msa" else {}
     with torch.no_grad():
         got = model(ids, **more).logits[:, -1, :3]
     assert_close("logits", torch.tensor(expected["logits"], dtype=torch.float64).view(2, 3), got, 1e-10)

@@ -12,6 +12,7 @@ from torch import nn
 
 from memlm import MemLMForCausalLM
 from memlm.evaluation.ablation import memory_off
+from memlm.roles import Roles
 from memlm_kernels.testing import assert_close, relative_error
 from tests.conftest import build, variants
 
@@ -34,7 +35,7 @@ def inputs(variant) -> dict[str, torch.Tensor]:
     if variant[0] != "msa":
         return {"input_ids": ids, "labels": ids}
     row = torch.tensor([-2] * 2 + [1] * 29 + [2] * 18 + [3] * 7 + [0] * 9 + [-1] * 10)
-    return {"input_ids": ids, "labels": ids, "doc_ids": row[None], "positives": (row == 2).long()[None]}
+    return {"input_ids": ids, "labels": ids, "roles": Roles(row[None], (row == 2).long()[None])}
 
 
 def outputs(model: nn.Module, given: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

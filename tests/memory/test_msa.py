@@ -11,7 +11,7 @@ from memlm import MemLMForCausalLM, MemoryCache
 from memlm.evaluation.ablation import memory_off
 from memlm.memory import msa
 from memlm.memory.base import Dims
-from memlm.memory.rows import RoleCounts, Roles
+from memlm.roles import RoleCounts, Roles
 from memlm_kernels.testing import assert_close, relative_error
 from tests.conftest import build, step
 
@@ -239,11 +239,11 @@ def test_padding_leaves_no_trace(side):
         ids[b, where], doc_ids[b, where], mask[b, where] = ids_like(row, b)[0], row[0], 1
     more, cache = ids_like(torch.zeros(3, 5), 9), MemoryCache()
     with torch.no_grad():
-        got = model(ids, attention_mask=mask, doc_ids=doc_ids, past_key_values=cache).logits
+        got = model(ids, attention_mask=mask, roles=Roles(doc_ids), past_key_values=cache).logits
         after = model(more, past_key_values=cache).logits
         for b, row in enumerate(rows):
             alone = F.pad(row, (0, 5), value=-1)
-            expected = model(torch.cat([ids_like(row, b), more[b : b + 1]], 1), doc_ids=alone).logits[0]
+            expected = model(torch.cat([ids_like(row, b), more[b : b + 1]], 1), roles=Roles(alone)).logits[0]
             assert_close(f"row {b}", expected[:-5], got[b][mask[b].bool()], EXACT)
             assert_close(f"after row {b}", expected[-5:], after[b], EXACT)
 
@@ -252,12 +252,12 @@ def test_a_row_that_waits_stays_in_its_document():
     model, doc_ids = model_of(), roles_of([(1, 7), (2, 9), (0, 3), (-1, 2)]).expand(2, -1)
     ids, cache, mask = ids_like(doc_ids), MemoryCache(), torch.tensor([[1, 1, 1], [0, 0, 0]])
     with torch.no_grad():
-        whole = model(ids, doc_ids=doc_ids).logits
-        model(ids[:, :10], doc_ids=doc_ids[:, :10], past_key_values=cache)
-        model(ids[:, 10:13], attention_mask=mask, doc_ids=doc_ids[:, 10:13], past_key_values=cache)
+        whole = model(ids, roles=Roles(doc_ids)).logits
+        model(ids[:, :10], roles=Roles(doc_ids[:, :10]), past_key_values=cache)
+        model(ids[:, 10:13], attention_mask=mask, roles=Roles(doc_ids[:, 10:13]), past_key_values=cache)
         # A call without roles closes documents, but not of a row that has no token in it.
         model(ids[:, :3], attention_mask=mask, past_key_values=cache)
-        got = model(ids[1:, 10:].expand(2, -1), doc_ids=doc_ids[:, 10:], past_key_values=cache).logits
+        got = model(ids[1:, 10:].expand(2, -1), roles=Roles(doc_ids[:, 10:]), past_key_values=cache).logits
     assert_close("row that waited", whole[1, 10:], got[1], EXACT)
 
 
@@ -265,10 +265,10 @@ def test_memory_of_documents_is_saved_moved_and_asked(tmp_path):
     model, doc_ids = model_of(), roles_of(SAMPLES["usual"]).expand(3, -1)
     ids, cache, cut = ids_like(doc_ids), MemoryCache(), 24
     with torch.no_grad():
-        whole = model(ids, doc_ids=doc_ids).logits
-        model(ids[:, :cut], doc_ids=doc_ids[:, :cut], past_key_values=cache)
+        whole = model(ids, roles=Roles(doc_ids)).logits
+        model(ids[:, :cut], roles=Roles(doc_ids[:, :cut]), past_key_values=cache)
         before = copy.deepcopy(cache.states)
-        rest = dict(input_ids=ids[:, cut:], doc_ids=doc_ids[:, cut:])
+        rest = dict(input_ids=ids[:, cut:], roles=Roles(doc_ids[:, cut:]))
         asked = model(**rest, past_key_values=cache, write=False).logits
         for a, b in zip(before, cache.states, strict=True):
             assert all(torch.equal(a[name], b[name]) for name in a)
@@ -277,10 +277,10 @@ def test_memory_of_documents_is_saved_moved_and_asked(tmp_path):
         assert torch.equal(asked, model(**rest, past_key_values=MemoryCache.load(tmp_path)).logits)
         moved, order = cache.fork(), torch.tensor([2, 0, 0])
         moved.reorder_cache(order)
-        rest = {name: x[order] for name, x in rest.items()}
+        rest = dict(input_ids=ids[order, cut:], roles=Roles(doc_ids[order, cut:]))
         assert_close("moved", whole[order, cut:], model(**rest, past_key_values=moved).logits, EXACT)
         cache.reset([1])
-        got = model(ids, doc_ids=doc_ids, past_key_values=cache).logits
+        got = model(ids, roles=Roles(doc_ids), past_key_values=cache).logits
         assert_close("forgotten", whole[1], got[1], EXACT)
 
 
@@ -289,11 +289,11 @@ def test_causality(name):
     model, doc_ids = model_of().train(), roles_of(SAMPLES[name])
     ids = ids_like(doc_ids)
     with torch.no_grad():
-        before = model(ids, doc_ids=doc_ids).logits
+        before = model(ids, roles=Roles(doc_ids)).logits
         for t in range(ids.shape[1]):
             other = ids.clone()
             other[:, t] = (other[:, t] + 1) % 259
-            after = model(other, doc_ids=doc_ids).logits
+            after = model(other, roles=Roles(doc_ids)).logits
             assert relative_error(before[:, :t], after[:, :t]) < 1e-13, t
 
 
@@ -323,7 +323,7 @@ def test_generation_from_documents():
     assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
     cache = MemoryCache()
     with torch.no_grad():
-        model(ids[:, :-5], doc_ids=doc_ids[:, :-5], attention_mask=mask[:, :-5], past_key_values=cache)
+        model(ids[:, :-5], roles=Roles(doc_ids[:, :-5]), attention_mask=mask[:, :-5], past_key_values=cache)
     options |= dict(doc_ids=doc_ids[:, -5:], attention_mask=mask[:, -5:], past_key_values=cache)
     assert torch.equal(cached[:, -11:], model.generate(ids[:, -5:], **options))
 
@@ -334,9 +334,11 @@ def test_memory_off_is_a_model_that_does_not_route():
     other.load_state_dict({name: w for name, w in model.state_dict().items() if "router" not in name})
     with torch.no_grad():
         with memory_off(model):
-            assert_close("logits", other(ids, doc_ids=doc_ids).logits, model(ids, doc_ids=doc_ids).logits, EXACT)
+            assert_close(
+                "logits", other(ids, roles=Roles(doc_ids)).logits, model(ids, roles=Roles(doc_ids)).logits, EXACT
+            )
             cache, states = MemoryCache(), []
-            model(ids, doc_ids=doc_ids, past_key_values=cache)
+            model(ids, roles=Roles(doc_ids), past_key_values=cache)
             for _ in range(2):
                 # What is not shown is still kept.
                 got = model(ids[:, :3], past_key_values=cache).logits
@@ -344,9 +346,9 @@ def test_memory_off_is_a_model_that_does_not_route():
             assert all(n > 0 for n in states)
         both = F.pad(doc_ids, (0, 6), value=-1)
         ids = torch.cat([ids, ids[:, :3], ids[:, :3]], 1)
-        assert_close("after", other(ids, doc_ids=both).logits[:, -3:], got, EXACT)
+        assert_close("after", other(ids, roles=Roles(both)).logits[:, -3:], got, EXACT)
         ids = ids[:, :-6]
-        assert relative_error(other(ids, doc_ids=doc_ids).logits, model(ids, doc_ids=doc_ids).logits) > 1e-3
+        assert relative_error(other(ids, roles=Roles(doc_ids)).logits, model(ids, roles=Roles(doc_ids)).logits) > 1e-3
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch compiles flex attention with a C++ compiler")
@@ -370,7 +372,7 @@ def test_flex_attention_forward(name):
 def test_autocast_routes_in_fp32():
     model, doc_ids = model_of().float(), roles_of(SAMPLES["usual"])
     ids, cache = ids_like(doc_ids), MemoryCache()
-    options = dict(doc_ids=doc_ids, positives=doc_ids == 2, labels=ids)
+    options = dict(roles=Roles(doc_ids, doc_ids == 2), labels=ids)
     expected = model(ids, **options)
     with torch.autocast("cpu", torch.bfloat16):
         got = model(ids, **options, past_key_values=cache)
@@ -385,7 +387,7 @@ def test_documents_are_kept_as_chunks():
     doc_ids = roles_of([(n + 1, 100) for n in range(10)] + [(0, 10)])
     cache = MemoryCache()
     with torch.no_grad():
-        model(ids_like(doc_ids), doc_ids=doc_ids, past_key_values=cache)
+        model(ids_like(doc_ids), roles=Roles(doc_ids), past_key_values=cache)
         state = cache.states[0]
         assert state["bank.k"].shape[1] <= 1000 // 16 + 2 * 10 and state["k"].shape[1] == 10
         assert state["open.k"].shape[1] <= 100
@@ -401,8 +403,8 @@ def test_low_precision_keeps_banks_and_scores_in_fp32(dtype):
     ids, cache = ids_like(doc_ids), MemoryCache()
     with torch.no_grad():
         # All documents chosen: rounding may turn a close choice, which is another question.
-        got = low(ids, doc_ids=doc_ids, past_key_values=cache).logits
-        exact = copy.deepcopy(low).double()(ids, doc_ids=doc_ids).logits
+        got = low(ids, roles=Roles(doc_ids), past_key_values=cache).logits
+        exact = copy.deepcopy(low).double()(ids, roles=Roles(doc_ids)).logits
     assert_close("logits", exact, got.double(), 1e-5 if dtype == torch.float32 else 2e-2)
     assert all(cache.states[0][f"bank.{name}"].dtype == torch.float32 for name in ("k", "v", "router_k", "score"))
 
@@ -413,7 +415,7 @@ def test_gradient_checkpointing_with_documents_changes_nothing():
     gradients = []
     for _ in range(2):
         model.zero_grad()
-        model(ids, doc_ids=doc_ids, positives=doc_ids == 2, labels=ids).loss.backward()
+        model(ids, roles=Roles(doc_ids, doc_ids == 2), labels=ids).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     for a, b in zip(*gradients, strict=True):
@@ -443,6 +445,6 @@ def test_bad_settings_are_named(settings, message):
 def test_bad_roles_are_named():
     model, ids = model_of(), torch.zeros(1, 5, dtype=torch.long)
     with pytest.raises(ValueError, match=r"doc_ids \[1, 4\] must be \[batch, tokens\] = \[1, 5\]"):
-        model(ids, doc_ids=ids[:, :4])
-    with pytest.raises(ValueError, match="give doc_ids too"):
-        model(ids, positives=ids)
+        model(ids, roles=Roles(ids[:, :4]))
+    with pytest.raises(ValueError, match=r"positives \[1, 4\] must be \[batch, tokens\] = \[1, 5\]"):
+        model(ids, roles=Roles(ids, ids[:, :4]))

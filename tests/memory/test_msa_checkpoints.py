@@ -16,6 +16,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from memlm import MemLMForCausalLM, MemoryCache
 from memlm.hub import load_model, msa
+from memlm.roles import Roles
 from memlm_kernels.testing import assert_close, relative_error
 from tests.conftest import ROOT
 
@@ -64,8 +65,7 @@ def test_parity_in_training(golden, dtype):
     out = model(
         inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
-        doc_ids=doc_ids,
-        positives=positives,
+        roles=Roles(doc_ids, positives),
         output_hidden_states=True,
         use_cache=False,
     )
@@ -109,7 +109,7 @@ def test_parity_in_inference(golden, similarity, dtype):
     pieces = [(-2, 3), *((n + 1, len(document)) for n, document in enumerate(memory["docs"]))]
     doc_ids = torch.cat([torch.full((n,), role) for role, n in pieces])[None]
     with torch.no_grad():
-        hidden = model.model(ids, doc_ids=doc_ids, past_key_values=cache).last_hidden_state
+        hidden = model.model(ids, roles=Roles(doc_ids), past_key_values=cache).last_hidden_state
     first, second = (stage["last_hidden_state"][0] for stage in memory["stage1"])
     assert_close("documents", torch.cat([first, second[3:]]), hidden[0], FORWARD)
     for i, state in enumerate(cache.states):
@@ -136,7 +136,7 @@ def test_parity_in_inference(golden, similarity, dtype):
         prefill = model(
             inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
-            doc_ids=inputs["doc_ids"],
+            roles=Roles(inputs["doc_ids"]),
             past_key_values=cache,
         ).logits
     assert_close("prefill", golden["prefill_logits"][real], prefill[real], FORWARD)
@@ -232,7 +232,7 @@ def test_it_starts_from_a_qwen3_backbone(tmp_path, tied):
     with torch.no_grad():
         assert_close("logits", theirs(ids).logits, ours(ids).logits, 1e-5)
         doc_ids = torch.tensor([1] * 12 + [2] * 9 + [0] * 4 + [-1] * 8).expand(2, -1)
-        assert torch.isfinite(ours(ids, doc_ids=doc_ids).logits).all()
+        assert torch.isfinite(ours(ids, roles=Roles(doc_ids)).logits).all()
     assert ours.config.mixer_pattern == ["documents", "documents", "memory", "memory"]
     routers = [p for name, p in ours.named_parameters() if "router" in name]
     assert len(routers) == 4 and all(0.015 < p.std() < 0.025 for p in routers)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from memlm import MemoryCache
 from memlm.memory import msa
 from memlm.memory.msa import held
+from memlm.roles import Roles
 from memlm_kernels.testing import assert_close, relative_error
 from tests.conftest import step
 from tests.memory.test_msa import EXACT, SAMPLES, context, ids_like, inputs, mixer_of, model_of, roles_of
@@ -86,8 +87,8 @@ def test_a_choice_that_stands_is_made_once(monkeypatch):
 def test_a_token_costs_no_copy_of_what_is_held():
     model, doc_ids, cache = model_of(), roles_of(SAMPLES["usual"]), MemoryCache()
     ids = torch.cat([ids_like(doc_ids), ids_like(torch.zeros(1, 90), 1)], 1)
-    whole = model(ids, doc_ids=F.pad(doc_ids, (0, 90), value=-1)).logits[:, -90:]
-    model(ids[:, :-90], doc_ids=doc_ids, past_key_values=cache)
+    whole = model(ids, roles=Roles(F.pad(doc_ids, (0, 90), value=-1))).logits[:, -90:]
+    model(ids[:, :-90], roles=Roles(doc_ids), past_key_values=cache)
     got, places = [], set()
     for t in range(90):
         if t in (20, 21, 40):

@@ -1,6 +1,7 @@
 """Roles of tokens in Memory Sparse Attention: counted once, documents laid on rows, the device not asked."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,14 +91,11 @@ def test_a_training_step_does_not_ask_the_device_for_what_the_collator_knows(mon
         rows.append(RetrievalRow(ids, ids, positions[0].numpy(), doc_ids[0].numpy(), (doc_ids[0] == 2).long().numpy()))
     objective, inputs = Objective(model_of().train()), model_inputs(Batch.from_rows(rows, [0, 0]), "cpu")
     results = []
-    for counts, asked in ((inputs["role_counts"], []), (None, ["tolist"])):
+    roles = inputs["roles"]
+    for given, asked in ((roles, []), (replace(roles, counts=None), ["tolist"])):
         with Asking() as asking, Watch() as watch:
-            results.append(objective(**inputs | {"role_counts": counts})[0])
+            results.append(objective(**inputs | {"roles": given})[0])
         assert watch.asked == [] and asking.asked == asked
     assert torch.equal(*results)
-    doc_ids = inputs["doc_ids"]
-    for more in ({"attention_mask": torch.ones_like(doc_ids)}, {"doc_ids": None}):
-        with pytest.raises(ValueError, match="role_counts are of doc_ids without an attention_mask; leave them out"):
-            model_of()(
-                **{"input_ids": doc_ids.abs(), "doc_ids": doc_ids, "role_counts": inputs["role_counts"], **more}
-            )
+    with pytest.raises(ValueError, match=r"roles\.counts are of rows without an attention_mask; leave them out"):
+        model_of()(inputs["input_ids"], roles=roles, attention_mask=torch.ones_like(roles.doc_ids))

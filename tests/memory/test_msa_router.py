@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from memlm.memory.msa import router
+from memlm.roles import Roles
 from memlm_kernels.testing import assert_close
 from tests.conftest import step
 from tests.memory.test_msa import EXACT, SAMPLES, context, ids_like, inputs, mixer_of, model_of, packed, roles_of
@@ -56,9 +57,9 @@ def test_only_the_routers_loss_reaches_the_router(kind):
     ids, positives = ids_like(doc_ids), (doc_ids == 4) | (doc_ids == 2)
     routers = {name: p for name, p in model.named_parameters() if "router" in name}
     assert len(routers) == (6 if kind == "bce" else 4)
-    model(ids, doc_ids=doc_ids, labels=ids).loss.backward()
+    model(ids, roles=Roles(doc_ids), labels=ids).loss.backward()
     assert all(p.grad is None for p in routers.values())
-    out = model(ids, doc_ids=doc_ids, labels=ids, positives=positives)
+    out = model(ids, roles=Roles(doc_ids, positives), labels=ids)
     out.loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in routers.values())
     assert set(out.aux_losses) == {"layer0/router", "layer1/router"}

@@ -5,7 +5,8 @@ import torch
 
 from memlm import MemoryCache
 from memlm.memory import rows as module
-from memlm.memory.rows import RoleCounts, Roles, Rows
+from memlm.memory.rows import Rows
+from memlm.roles import RoleCounts, Roles
 from tests.conftest import build
 
 PACKED = torch.tensor([[3, 4, 0, 1, 2, 0], [0, 1, 2, 3, 0, 1]])
@@ -64,9 +65,9 @@ def test_another_device_gets_all_facts_once():
     rows = rows_of(4, [0], start=0, given_BT=places, lengths_B=torch.tensor([3]), max_documents=2, roles=roles)
     moved = rows.to("meta", non_blocking=True)
     assert moved is rows.to("meta") and rows.to("cpu") is rows
-    tensors = (moved.before_B, moved.given_BT, moved.lengths_B, moved.roles.of_BT, moved.roles.found_BT)
+    tensors = (moved.before_B, moved.given_BT, moved.lengths_B, moved.roles.doc_ids, moved.roles.positives)
     assert all(x.is_meta for x in tensors) and moved.positions_BT.is_meta
-    for name in ("length", "start", "max_documents", "retriever", "metrics"):
+    for name in ("length", "start", "max_documents", "metrics"):
         assert getattr(moved, name) == getattr(rows, name)
 
 

@@ -16,7 +16,7 @@ from memlm.evaluation.measures import Measure, Models, Table, check_counts, chec
 from memlm.evaluation.report import Report
 from memlm.evaluation.subject import Subject
 from memlm.modeling import MemLMForCausalLM
-from memlm.roles import RESPONSE
+from memlm.roles import RESPONSE, Roles
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ def _asked(library: Library, inquiries: Sequence[Inquiry], device: torch.device)
 
 def _exact(held: MemoryBank, inputs: dict[str, Tensor], labels_BT: Tensor) -> Tensor:
     """Whether every token of each answer is the likeliest, [B]."""
-    logits = held.model(**inputs, memory_bank=held, use_cache=False).logits
+    ids_BT, mask_BT, roles = inputs["input_ids"], inputs["attention_mask"], Roles(inputs["doc_ids"], bank=held)
+    logits = held.model(ids_BT, attention_mask=mask_BT, roles=roles, use_cache=False).logits
     return ((logits[:, :-1].argmax(-1) == labels_BT[:, 1:]) | (labels_BT[:, 1:] == IGNORE_INDEX)).all(1)
 
 

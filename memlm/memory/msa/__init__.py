@@ -48,7 +48,8 @@ from memlm.memory.base import Dims, MixerOutput, substate
 from memlm.memory.kv import append, join
 from memlm.memory.msa import held, router
 from memlm.memory.msa.layout import COUNTERS, Layout, Stream, Within, boundaries, sizes_of
-from memlm.memory.rows import Roles, Rows, State
+from memlm.memory.rows import Rows, State
+from memlm.roles import Roles
 from memlm.settings import require
 from memlm_kernels import route_documents, segment_mean_pool
 from memlm_kernels.grid import keep_last, pick, place
@@ -173,10 +174,12 @@ class Mixer(attention.Mixer):
         answers = rows.given_BT is None and rows.roles is None
         count_template = config.positions == "template"
         layout = Layout.of(rows, before, config.chunk_size, config.top_k, count_template)
-        asks_retriever = config.routes and rows.retriever is not None and layout.outside is not None
+        bank_asked = (
+            config.routes and rows.roles is not None and rows.roles.bank is not None and layout.outside is not None
+        )
         if config.routes and x_BTD.shape[1]:
             before = self._settled(before, layout) if answers else held.unsettled(before)
-        if asks_retriever:
+        if bank_asked:
             before, layout = self._retrieved(x_BTD, before, layout, rows)
         (q_BTHK, k_BTGK, v_BTGK), _ = self.project(x_BTD, before, rows)
         angles = rows.rotary(self.dims.head_dim, self.dims.rope_theta, k_BTGK.dtype, layout.rotary_BT)
@@ -221,7 +224,7 @@ class Mixer(attention.Mixer):
         if layout.source_BT is not None:
             y_BTHK = pick(y_BTHK, layout.source_BT)
         after |= {f"bank.{name}": x for name, x in bank.items()}
-        if asks_retriever:
+        if bank_asked:
             after = held.arranged(after, bank, self._chosen(bank, after["chunks"]))
         return MixerOutput(self.o_proj(y_BTHK.flatten(2)), after, aux_losses, metrics)
 
@@ -324,8 +327,8 @@ class Mixer(attention.Mixer):
         first_BC = ends_BC[:, :-1].clamp(max=owner_BN.shape[1] - 1)
         new["document"] = documents.number_BN.gather(1, first_BC)
         found_BN = torch.zeros_like(owner_BN, dtype=torch.bool)
-        if roles is not None and roles.found_BT is not None:
-            found_BN = stream.take(roles.found_BT.bool())
+        if roles is not None and roles.positives is not None:
+            found_BN = stream.take(roles.positives.bool())
         new["found"] = found_BN.gather(1, first_BC)
 
         slot_C = torch.arange(bank["k"].shape[1] + count, device=x_BTD.device)
@@ -352,7 +355,7 @@ class Mixer(attention.Mixer):
         What an earlier question chose stays, with its scores. Of a document that it did not only the new scores are
         known, which are all that can bring it among the best: by the old ones top_k others are better.
         """
-        assert rows.retriever is not None
+        assert rows.roles is not None and rows.roles.bank is not None
         assert layout.outside is not None and layout.asks_BA is not None and layout.within is None
         config, number_BC = self.msa, before["bank.number"].masked_fill(before["bank.size"] == 0, -1)
         require(
@@ -361,7 +364,7 @@ class Mixer(attention.Mixer):
             "memory_bank once: a mean needs the scores of all documents; ask with a fork of it from before",
         )
         q_BAHK = self.router_q_proj(layout.outside.take(x_BTD)).unflatten(-1, (-1, self.dims.head_dim))
-        found = rows.retriever.candidates(self.layer_idx, q_BAHK, layout.asks_BA, number_BC)
+        found = rows.roles.bank.candidates(self.layer_idx, q_BAHK, layout.asks_BA, number_BC)
         before = held.with_documents(before, found)
         known = {name: before[name] for name in ("documents", "chunks")}
         end_BA = torch.where(layout.behind_BA, known["documents"][:, None], 0)
@@ -412,7 +415,7 @@ class Mixer(attention.Mixer):
                 head_reduce=config.head_reduce,
                 query_reduce=config.query_reduce,
                 chunk_reduce=config.chunk_reduce,
-                return_scores=roles is not None and roles.found_BT is not None,
+                return_scores=roles is not None and roles.positives is not None,
             )
         return routes, document_BC
 

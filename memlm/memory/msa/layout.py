@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlm.memory.rows import RoleCounts, Roles, Rows, State
-from memlm.roles import QUERY, RESPONSE, TEMPLATE
+from memlm.memory.rows import Rows, State
+from memlm.roles import QUERY, RESPONSE, TEMPLATE, RoleCounts, Roles
 from memlm_kernels.grid import pick
 
 # Counts of each row, all 0 before a sample's first token: the sample's tokens outside documents, of the leading
@@ -149,7 +149,7 @@ def _outside_only(rows: Rows, state: State, offset: int, count_template: bool) -
 def _with_documents(
     rows: Rows, state: State, roles: Roles, chunk_size: int, offset: int, count_template: bool
 ) -> Layout:
-    role_BT, starts_BT = roles.of_BT, rows.positions_BT == 0
+    role_BT, starts_BT = roles.doc_ids, rows.positions_BT == 0
     real_BT = torch.ones_like(starts_BT) if rows.real_BT is None else rows.real_BT
     within_BT = (role_BT > 0) & real_BT
     outside_BT = ~(role_BT > 0) & real_BT
@@ -179,7 +179,7 @@ def _with_documents(
     skipped_BT = torch.where(behind_BT, offset - (0 if count_template else head_BT), 0)
     rotary_BT = torch.where(within_BT, place_BT, outside_so_far_BT + skipped_BT) - 1
     outside, documents, source_BT = None, None, None
-    counts = roles.counts
+    counts = rows.role_counts
     if counts.outside:
         outside = _compacted(outside_BT, counts.outside, outside_so_far_BT - 1, rows, alone=not counts.within)
     if counts.within:
