@@ -24,7 +24,7 @@ ROOMS = {
     "memlm.configuration": {"memlm.settings", "memlm.memory"},
     "memlm.cache": {"memlm.files", "memlm.fingerprint", "memlm.memory"},
     "memlm.loss": set(),
-    "memlm.memory_layer": {"memlm.settings", "memlm.memory"},
+    "memlm.memory_layer": {"memlm.settings", "memlm.roles", "memlm.memory"},
     "memlm.generation": {"memlm.cache", "memlm.roles"},
     "memlm.modeling": {
         "memlm.roles",
@@ -40,6 +40,7 @@ ROOMS = {
         "memlm_kernels",
         "memlm.files",
         "memlm.fingerprint",
+        "memlm.roles",
         "memlm.memory",
         "memlm.cache",
         "memlm.modeling",

@@ -59,7 +59,9 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> Self:
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | Roles)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | Roles)
+        }
         return type(self)(max_documents=self.max_documents, **moved)
 
 
