@@ -228,9 +228,10 @@ class Store(nn.Module):
         )
         if not rows.metrics:
             return o_BTHK, pack(memory), {}
-        metrics = {name: gate.detach().mean(-1) for name, gate in gates.items()} | {"surprise": surprise_BTH.mean(-1)}
-        if self.config.memory_norm:
-            metrics["known_share"] = memory_share(o_BTHK.detach() - q_BTHK.detach(), q_BTHK, (-2, -1))
+        with torch.no_grad():
+            metrics = {name: x.mean(-1) for name, x in {**gates, "surprise": surprise_BTH}.items()}
+            if self.config.memory_norm:
+                metrics["known_share"] = memory_share(o_BTHK - q_BTHK, q_BTHK, (-2, -1))
         return o_BTHK, pack(memory), metrics
 
     def norms(self, before: State, after: State, rows: Rows) -> dict[str, Tensor]:
@@ -244,8 +245,10 @@ class Store(nn.Module):
 
     def _gates(self, x_BTD: Tensor) -> dict[str, Tensor]:
         """Each gate [B, T, H]."""
-        shares = gate_logits(self.gates, x_BTD).sigmoid().chunk(len(self.config.gates), -1)
-        return {name: cap * share for share, (name, (_, cap)) in zip(shares, self.config.gates.items(), strict=True)}
+        gates = self.config.gates
+        shares = gate_logits(self.gates, x_BTD).sigmoid().chunk(len(gates), -1)
+        capped = zip(gates.items(), shares, strict=True)
+        return {name: share if cap == 1 else cap * share for (name, (_, cap)), share in capped}
 
 
 class NeuralMemory(SequenceMixer):
@@ -287,8 +290,10 @@ class NeuralMemory(SequenceMixer):
         """Metrics are those of tokens; ``Store.norms`` has the memory's."""
         q_BTHK, k_BTHK, v_BTHK, conv = self.project(x_BTD, state, rows)
         o_BTHK, memory, metrics = self.store(x_BTD, q_BTHK, k_BTHK, v_BTHK, state, rows)
-        y_BTD, of_gates = self.output(o_BTHK, x_BTD, rows.metrics)
-        return MixerOutput(y_BTD, {"conv": conv, **memory}, {}, metrics | of_gates)
+        gate_BTC = self.output_gate(x_BTD)
+        if rows.metrics:
+            metrics["output_gate"] = mean_size(gate_BTC)
+        return MixerOutput(self.output(o_BTHK, gate_BTC), {"conv": conv, **memory}, {}, metrics)
 
     def project(self, x_BTD: Tensor, state: State, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Features of queries and keys, values, and the convolution's history for the next call."""
@@ -298,27 +303,29 @@ class NeuralMemory(SequenceMixer):
             rows.history_BT,
             rows.lengths_B,
         )
-        q_BTHK, k_BTHK, v_BTHK = (self.heads(x) for x in qkv.chunk(3, -1))
-        # In the precision of q and k: what is read is rounded once, at the end.
-        v_BTHK = exact(v_BTHK)
+        # Values too are exact: what is read is rounded once, at the end.
+        qk_BT2HK, v_BT1HK = exact(qkv).unflatten(-1, (3, self.config.memory_heads, -1)).split([2, 1], 2)
+        q_BTHK, k_BTHK = self.features(qk_BT2HK).unbind(2)
+        v_BTHK = v_BT1HK.squeeze(2)
         if self.config.memory_norm:
             # The size of what LayerNorm says.
             v_BTHK = F.rms_norm(v_BTHK, v_BTHK.shape[-1:], eps=self.norm.eps)
-        return self.features(q_BTHK), self.features(k_BTHK), v_BTHK, conv
+        return q_BTHK, k_BTHK, v_BTHK, conv
 
-    def output(self, o_BTHK: Tensor, x_BTD: Tensor, told: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Reads, normalised and gated by x, [B, T, D]; and, if told, the mean size of the gates as a metric."""
-        gate_BTC = F.silu(self.output_gate_proj(x_BTD))
-        y_BTHK = self.norm(o_BTHK) * self.heads(gate_BTC)
-        y_BTD = self.o_proj(y_BTHK.flatten(2).to(x_BTD.dtype))
-        return self.recalled(y_BTD), {"output_gate": gate_BTC.detach().abs().mean(-1)} if told else {}
+    def output_gate(self, x_BTD: Tensor) -> Tensor:
+        return F.silu(self.output_gate_proj(x_BTD))
+
+    def output(self, o_BTHK: Tensor, gate_BTC: Tensor) -> Tensor:
+        """Reads, normalised and gated, [B, T, D] in the gate's type."""
+        y_BTC = self.norm(o_BTHK).flatten(2) * gate_BTC
+        return self.recalled(self.o_proj(y_BTC.to(gate_BTC.dtype)))
 
     def heads(self, x_BTC: Tensor) -> Tensor:
         return x_BTC.unflatten(-1, (self.config.memory_heads, -1))
 
     def features(self, x_BTHK: Tensor) -> Tensor:
-        """Unit keys or queries, and with polynomial_degree 2 their products, in fp32: fp16 has no smallest norm."""
-        x_BTHK = unit(exact(x_BTHK))
+        """Unit keys or queries, and with polynomial_degree 2 their products. fp16 has no small norms: x is exact."""
+        x_BTHK = unit(x_BTHK)
         if self.config.polynomial_degree == 1:
             return x_BTHK
         row, column = torch.triu_indices(x_BTHK.shape[-1], x_BTHK.shape[-1], device=x_BTHK.device)
@@ -327,6 +334,12 @@ class NeuralMemory(SequenceMixer):
         products = x_BTHK[..., row] * x_BTHK[..., column] * scales
         first, second = self.feature_scales.to(x_BTHK.dtype)
         return unit(torch.cat([first * x_BTHK, second * products], -1))
+
+
+@torch.no_grad()
+def mean_size(gate_BTC: Tensor) -> Tensor:
+    """The metric ``output_gate``, [B, T]."""
+    return gate_BTC.abs().mean(-1)
 
 
 def pack(memory: NeuralMemoryState) -> State:

@@ -14,9 +14,10 @@ Ours too: what is written is norm(x + a), where the paper writes a; and the gate
 B batch, T tokens, S tokens of a piece (a segment, or what a call has of one), N pieces, D hidden.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from memlm.memory.rows import Rows, State
 from memlm.settings import require
 from memlm_kernels import read_memory
 from memlm_kernels.grid import Grid, ragged_grid
+from memlm_kernels.segments import exact
 
 
 @dataclass(frozen=True)
@@ -59,15 +61,33 @@ class Config(titans.NeuralMemoryConfig):
 
 
 class Memory(titans.NeuralMemory):
-    def forward(self, x_BTD: Tensor, state: State, rows: Rows, write: bool = True) -> MixerOutput:
-        """write: False for a pure query, of a state with ``weights.*``, and the queries' history alone in ``conv``."""
-        if write:
-            return super().forward(x_BTD, state, rows)
+    """The same memory in steps, so that what waits for no earlier segment is made of all tokens at once."""
+
+    def forward(self, *given: Any, step: str | None = None) -> Any:
+        """A step is run by a call, because tools that bring parameters do so at calls."""
+        return super().forward(*given) if step is None else getattr(self, step)(*given)
+
+    def ask(self, x_BTD: Tensor, history_BWC: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Features of the first read's queries, its output gate, and the queries' history for the next call."""
         q_BTC = self.q_proj(x_BTD)
         channels = slice(q_BTC.shape[-1])
-        q_BTC, conv = self.conv.over_rows(q_BTC, state["conv"], rows.history_BT, rows.lengths_B, channels)
-        o_BTHK = read_memory(self.features(self.heads(q_BTC)), _weights(state), **self.store.network())
-        return MixerOutput(self.output(o_BTHK, x_BTD, False)[0], {**state, "conv": conv}, {}, {})
+        q_BTC, history_BWC = self.conv.over_rows(q_BTC, history_BWC, rows.history_BT, rows.lengths_B, channels)
+        return self.features(exact(self.heads(q_BTC))), self.output_gate(x_BTD), history_BWC
+
+    def recall(self, q_BSHK: Tensor, gate_BSC: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """h, the first read."""
+        return self.output(read_memory(q_BSHK, weights, **self.store.network()), gate_BSC)
+
+    def write(self, u_BSD: Tensor, state: State, rows: Rows) -> tuple[Tensor, State, dict[str, Tensor]]:
+        """The second reads, not finished, the state, metrics of tokens."""
+        q_BSHK, k_BSHK, v_BSHK, conv = self.project(u_BSD, state, rows)
+        o_BSHK, memory, metrics = self.store(u_BSD, q_BSHK, k_BSHK, v_BSHK, state, rows)
+        return o_BSHK, {"conv": conv, **memory}, metrics
+
+    def finish(self, o_BTHK: Tensor, u_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """The second reads, and their output gate."""
+        gate_BTC = self.output_gate(u_BTD)
+        return self.output(o_BTHK, gate_BTC), gate_BTC
 
 
 class Mixer(SequenceMixer):
@@ -97,107 +117,107 @@ class Mixer(SequenceMixer):
     def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
         if x_BTD.shape[1] == 0:
             return MixerOutput(x_BTD, state, {}, {})
-        grid = None
+        memory, read, seen = before = [substate(state, name) for name in ("memory", "read", "attention")]
+        q_BTHK, gate_BTC, history_BWC = self.memory(x_BTD, read["conv"], rows, step="ask")
+        streams = (x_BTD, q_BTHK, gate_BTC)
         if rows.goes_on and rows.start is not None:
-            segments = self._known_segments(x_BTD, state, rows, rows.start)
+            pieces, grid = self._known(rows, rows.start), None
+            parts = [x.split([piece.rows.length for piece in pieces], 1) for x in streams]
         else:
-            segments, grid = self._pieces(x_BTD, state, rows)
+            pieces, grid = self._anywhere(rows)
+            parts = [grid.lay(x).unbind(1) for x in streams]
+        weights, empty = _weights(read), self.attention.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype)
+        seen_BSDs, inputs, reads, metrics = [], [], [], []
+        for piece, x_BSD, q_BSHK, gate_BSC in zip(pieces, *parts, strict=True):
+            weights = piece.enter(self.memory.store.memory(), _weights(memory), weights)
+            held_BSD = self.memory(q_BSHK, gate_BSC, weights, step="recall")
+            both_BSD = torch.stack([held_BSD, x_BSD], 2).flatten(1, 2)
+            out = self.attention(both_BSD, empty if piece.pairs.fresh else seen, piece.pairs)
+            seen_BSDs.append(out.y_BTD[:, 1::2])
+            inputs.append(self.norm(x_BSD + seen_BSDs[-1]))
+            o_BSHK, memory, of_tokens = self.memory(inputs[-1], memory, piece.rows, step="write")
+            seen = out.state
+            reads.append(o_BSHK)
+            metrics.append(of_tokens)
 
         def joined_up(parts: Sequence[Tensor]) -> Tensor:
-            x = torch.cat(list(parts), 1)
+            x = parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
             return x if grid is None else grid.take(x.unflatten(1, (grid.count, -1)))
 
-        seen_BTD, recalled_BTD = (joined_up(parts) for parts in zip(*(s[:2] for s in segments), strict=True))
-        y_BTD, metrics = self.gate(x_BTD, seen_BTD, recalled_BTD, rows.metrics)
-        metrics |= {name: joined_up([s.metrics[name] for s in segments]) for name in segments[-1].metrics}
-        after = segments[-1].state
-        metrics |= self.memory.store.norms(substate(state, "memory"), substate(after, "memory"), rows)
-        return MixerOutput(y_BTD, after, {}, metrics)
+        seen_BTD, u_BTD, o_BTHK = (joined_up(parts) for parts in (seen_BSDs, inputs, reads))
+        recalled_BTD, gate_BTC = self.memory(o_BTHK, u_BTD, step="finish")
+        y_BTD, told = self.gate(x_BTD, seen_BTD, recalled_BTD, rows.metrics)
+        if rows.metrics:
+            told |= {name: joined_up([of_tokens[name] for of_tokens in metrics]) for name in metrics[-1]}
+            told |= self.memory.store.norms(before[0], memory, rows) | {"output_gate": titans.mean_size(gate_BTC)}
+        read = {"conv": history_BWC, **{f"weights.{layer}": w for layer, w in enumerate(weights)}}
+        return MixerOutput(y_BTD, joined({"memory": memory, "attention": seen, "read": read}), {}, told)
 
-    def _known_segments(self, x_BTD: Tensor, state: State, rows: Rows, start: int) -> list["_Segment"]:
-        """Rows that stand at one place, which the host knows: no token has to be looked at."""
-        size, segments = self.config.segment_size, []
-        first = min(rows.length, size - start % size)
-        rest = rows.length - first
-        for x_BSD in x_BTD.split([first, *[size] * (rest // size), *([rest % size] if rest % size else [])], 1):
-            memory, read, seen = (substate(state, name) for name in ("memory", "read", "attention"))
-            here, pairs = _known(rows, x_BSD.shape[1], start, size)
-            place = start % size
-            if place == 0:
-                seen = self.attention.init_state(len(x_BSD), x_BSD.device, x_BSD.dtype)
-            weights = _weights(memory) if place == 0 else _weights(read)
-            if start == 0:
-                initial = zip(self.memory.store.memory(), weights, strict=True)
-                weights = tuple(w.to(kept.dtype).expand_as(kept) for w, kept in initial)
-            segments.append(self._segment(x_BSD, _asked(read, weights), memory, here, seen, pairs))
-            state, start = segments[-1].state, start + here.length
-        return segments
+    def _known(self, rows: Rows, start: int) -> list["_Piece"]:
+        """Of rows that stand at one place, which the host knows: no token has to be looked at."""
+        size, end = self.config.segment_size, start + rows.length
 
-    def _pieces(self, x_BTD: Tensor, state: State, rows: Rows) -> tuple[list["_Segment"], Grid]:
-        """Rows that start anywhere: laid out so that piece n holds what each row has of its n-th segment, first."""
-        size, positions_BT = self.config.segment_size, rows.positions_BT
-        opens_BT = positions_BT % size == 0
-        in_first_BT = opens_BT.cumsum(1) == opens_BT[:, :1]
-        moved_BT = positions_BT - torch.where(in_first_BT, positions_BT[:, :1] % size, 0)
-        grid = ragged_grid(moved_BT, rows.lengths_B, size, rows.max_documents)
-        x_BNSD, positions_BNS = grid.lay(x_BTD), grid.lay(positions_BT)
-        lengths_BN = grid.lay(torch.ones_like(positions_BT)).sum(-1)
-        segments, starts, before_B = [], self.memory.store.memory(), rows.before_B
-        for n in range(grid.count):
-            positions_BS, lengths_B = positions_BNS[:, n], lengths_BN[:, n]
-            memory, read, first_B = substate(state, "memory"), substate(state, "read"), positions_BS[:, 0]
-            new, opened = (((lengths_B > 0) & x)[:, None, None, None] for x in (first_B == 0, first_B % size == 0))
-            weights = [
-                torch.where(new, start.to(now.dtype), torch.where(opened, now, kept))
-                for start, now, kept in zip(starts, _weights(memory), _weights(read), strict=True)
+        def piece(first: int, last: int) -> _Piece:
+            def pairs() -> Rows:
+                place = 2 * (first % size)
+                return Rows(2 * (last - first), torch.full_like(rows.before_B, place), place, metrics=False)
+
+            here = Rows(last - first, torch.full_like(rows.before_B, first), first, metrics=rows.metrics)
+            of_place = rows.once((_Piece, "pairs", first % size, last - first), pairs)
+            return _Piece(here, of_place, first == 0, first % size == 0)
+
+        def make() -> list[_Piece]:
+            cuts = [start, *range((start // size + 1) * size, end, size), end]
+            return [piece(*cut) for cut in itertools.pairwise(cuts)]
+
+        return rows.once((_Piece, size), make)
+
+    def _anywhere(self, rows: Rows) -> tuple[list["_Piece"], Grid]:
+        """Of rows that start anywhere: piece n holds what each row has of its n-th segment, first."""
+        size = self.config.segment_size
+
+        def make() -> tuple[list[_Piece], Grid]:
+            positions_BT, before_B, pieces = rows.positions_BT, rows.before_B, []
+            opens_BT = positions_BT % size == 0
+            in_first_BT = opens_BT.cumsum(1) == opens_BT[:, :1]
+            moved_BT = positions_BT - torch.where(in_first_BT, positions_BT[:, :1] % size, 0)
+            grid = ragged_grid(moved_BT, rows.lengths_B, size, rows.max_documents)
+            positions_BNS, lengths_BN = grid.lay(positions_BT), grid.lay(torch.ones_like(positions_BT)).sum(-1)
+            for positions_BS, lengths_B in zip(positions_BNS.unbind(1), lengths_BN.unbind(1), strict=True):
+                first_B, places_BS = positions_BS[:, 0], positions_BS % size
+                new, opens = ((lengths_B > 0) & x for x in (first_B == 0, first_B % size == 0))
+                doubled_BS = torch.stack([2 * places_BS, 2 * places_BS + 1], 2).flatten(1)
+                # The attention's own places; it goes on from none but those.
+                here = Rows(grid.width, before_B, None, positions_BS, lengths_B, metrics=rows.metrics)
+                pairs = Rows(2 * grid.width, before_B, None, doubled_BS, 2 * lengths_B, metrics=False)
+                pieces.append(_Piece(here, pairs, *(x[:, None, None, None] for x in (new, opens))))
+                before_B = here.after_B
+            return pieces, grid
+
+        return rows.once((_Piece, size), make)
+
+
+class _Piece(NamedTuple):
+    """Where a piece's tokens stand; where the pairs h_i x_i of its attention do, in their segment; whether it starts
+    a document and a segment, for all rows, or [B, 1, 1, 1] for each.
+    """
+
+    rows: Rows
+    pairs: Rows
+    new: bool | Tensor
+    opens: bool | Tensor
+
+    def enter(self, start: Sequence[Tensor], now: Sequence[Tensor], kept: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The memory before the piece's segment: M_0, the memory now, or as it was kept."""
+        if isinstance(self.new, Tensor) and isinstance(self.opens, Tensor):
+            return [
+                torch.where(self.new, w.to(n.dtype), torch.where(self.opens, n, k))
+                for w, n, k in zip(start, now, kept, strict=True)
             ]
-            places_BS = positions_BS % size
-            doubled_BS = torch.stack([2 * places_BS, 2 * places_BS + 1], 2).flatten(1)
-            # The attention's own places; it goes on from none but those.
-            here = Rows(grid.width, before_B, None, positions_BS, lengths_B, metrics=rows.metrics)
-            pairs = Rows(2 * grid.width, before_B, None, doubled_BS, 2 * lengths_B, metrics=False)
-            seen, asked = substate(state, "attention"), _asked(read, weights)
-            segments.append(self._segment(x_BNSD[:, n], asked, memory, here, seen, pairs))
-            state, before_B = segments[-1].state, here.after_B
-        return segments, grid
-
-    def _segment(
-        self, x_BSD: Tensor, read: State, memory: State, rows: Rows, seen_state: State, pairs: Rows
-    ) -> "_Segment":
-        """read: for the first read; memory: for the write and the second; seen_state, pairs: of the attention."""
-        held = self.memory(x_BSD, read, rows, write=False)
-        both_BSD = torch.stack([held.y_BTD, x_BSD], 2).flatten(1, 2)
-        seen = self.attention(both_BSD, seen_state, pairs)
-        seen_BSD = seen.y_BTD[:, 1::2]
-        recalled = self.memory(self.norm(x_BSD + seen_BSD), memory, rows)
-        state = joined({"memory": recalled.state, "attention": seen.state, "read": held.state})
-        return _Segment(seen_BSD, recalled.y_BTD, state, recalled.metrics)
-
-
-class _Segment(NamedTuple):
-    """Outputs of both branches, the state after them, the memory's metrics of tokens."""
-
-    seen_BSD: Tensor
-    recalled_BSD: Tensor
-    state: State
-    metrics: dict[str, Tensor]
-
-
-def _known(rows: Rows, length: int, start: int, size: int) -> tuple[Rows, Rows]:
-    """A segment's tokens, ``length`` from ``start`` on, and the pairs that its attention sees."""
-    place = start % size
-
-    def make() -> tuple[Rows, Rows]:
-        here = Rows(length, torch.full_like(rows.before_B, start), start, metrics=rows.metrics)
-        return here, Rows(2 * length, torch.full_like(rows.before_B, 2 * place), 2 * place, metrics=False)
-
-    return rows.once((_known, start, size), make)
+        if self.new:
+            return [w.to(n.dtype).expand_as(n) for w, n in zip(start, now, strict=True)]
+        return now if self.opens else kept
 
 
 def _weights(state: State) -> tuple[Tensor, ...]:
     return tuple(substate(state, "weights").values())
-
-
-def _asked(read: State, weights: Sequence[Tensor]) -> State:
-    """What a segment's first read asks: the queries' history, and the memory before it."""
-    return {"conv": read["conv"], **{f"weights.{layer}": w for layer, w in enumerate(weights)}}

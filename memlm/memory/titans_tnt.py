@@ -23,8 +23,7 @@ from memlm.memory.base import Dims, MixerOutput, joined, substate
 from memlm.memory.parts import memory_share
 from memlm.memory.rows import Rows, State
 from memlm.settings import require
-from memlm_kernels import neural_memory
-from memlm_kernels.neural_memory import dot_product
+from memlm_kernels import linear_attention
 
 
 @dataclass(frozen=True)
@@ -77,77 +76,100 @@ class Mixer(titans.NeuralMemory):
             assert isinstance(store, titans.Store)
             parts[f"local{i}"] = store.init_state(batch_size, device, dtype)
         known = parts["global"]["weights.0"]
-        keys = known.new_zeros(*known.shape[:-1], known.shape[-2])
-        parts["keys"] = {"weights.0": keys, "anchor.0": keys}
+        parts["keys"] = _keys(known.new_zeros(*known.shape[:-1], known.shape[-2]))
         conv = torch.zeros(batch_size, self.conv.width - 1, self.conv.channels, device=device, dtype=dtype)
         return {"conv": conv, **joined(parts)}
 
     def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
-        batch, length, _ = x_BTD.shape
-        size = self.shard_size
         q_BTHK, k_BTHK, v_BTHK, conv = self.project(x_BTD, state, rows)
         inputs, own = (x_BTD, q_BTHK, k_BTHK, v_BTHK), substate(state, "global")
         known_BTHK, memory, metrics = self.store(*inputs, own, rows)
-        shards = rows.within(size)
-        if rows.fresh and length > size:
-            # Shards side by side, and the rest of the last one.
-            whole = length - length % size
-            pieces = [t[:, :whole].unflatten(1, (-1, size)).flatten(0, 1) for t in inputs]
-            o_BTHK, parts, of_locals = self._recall_locals(pieces, {}, Rows.of(pieces[0], metrics=rows.metrics))
-            o_BTHK = o_BTHK.unflatten(0, (batch, -1)).flatten(1, 2)
-            of_locals = {name: x.unflatten(0, (batch, -1)).flatten(1) for name, x in of_locals.items()}
-            if whole < length:
-                pieces = [t[:, whole:] for t in inputs]
-                rest_BTHK, parts, of_rest = self._recall_locals(pieces, {}, Rows.of(pieces[0], metrics=rows.metrics))
-                o_BTHK = torch.cat([o_BTHK, rest_BTHK], 1)
-                of_locals = {name: torch.cat([x, of_rest[name]], 1) for name, x in of_locals.items()}
-            else:
-                parts = {name: _last(part, batch) for name, part in parts.items()}
-        else:
-            o_BTHK, parts, of_locals = self._recall_locals(inputs, state, shards)
-        y_BTD, of_gates = self.output(known_BTHK + o_BTHK, x_BTD, rows.metrics)
+        pieces, reads, told = self._pieces(rows), [], []
+        parts: dict[str, State] = {}
+        cut = (
+            [inputs] if len(pieces) == 1 else zip(*(x.split([n for n, *_ in pieces], 1) for x in inputs), strict=True)
+        )
+        for i, ((_, count, here), part) in enumerate(zip(pieces, cut, strict=True)):
+            beside = [x.unflatten(1, (count, -1)).flatten(0, 1) if count > 1 else x for x in part]
+            o_BTHK, parts, of_tokens = self._recall_locals(beside, {} if i else state, here)
+            if count > 1:
+                o_BTHK = o_BTHK.unflatten(0, (-1, count)).flatten(1, 2)
+                of_tokens = {name: x.unflatten(0, (-1, count)).flatten(1) for name, x in of_tokens.items()}
+                parts = {name: _last(x, count) for name, x in parts.items()}
+            reads.append(o_BTHK)
+            told.append(of_tokens)
+        o_BTHK = _joined_up(reads)
+        parts["keys"] = _keys(parts["keys"]["weights.0"])
+        gate_BTC = self.output_gate(x_BTD)
+        y_BTD = self.output(known_BTHK + o_BTHK, gate_BTC)
         if rows.metrics:
             shares = {"memory_share": memory_share(y_BTD, x_BTD), "local_share": memory_share(o_BTHK, known_BTHK)}
-            metrics |= of_locals | of_gates | shares | self.store.norms(own, memory, rows)
+            of_gate = {"output_gate": titans.mean_size(gate_BTC)}
+            metrics |= {name: _joined_up([of_tokens[name] for of_tokens in told]) for name in told[0]}
+            metrics |= of_gate | shares | self.store.norms(own, memory, rows)
             for i, store in enumerate(self.local_stores):
                 assert isinstance(store, titans.Store)
-                norms = store.norms(substate(state, f"local{i}"), parts[f"local{i}"], shards)
+                norms = store.norms(substate(state, f"local{i}"), parts[f"local{i}"], rows.within(self.shard_size))
                 metrics |= {f"local{i}_{name}": x for name, x in norms.items()}
         return MixerOutput(y_BTD, {"conv": conv, **joined({"global": memory, **parts})}, {}, metrics)
+
+    def _pieces(self, rows: Rows) -> list[tuple[int, int, Rows]]:
+        """How many tokens of a row a piece of it has, of how many shards, side by side, and where they stand there."""
+        size, start, length = self.shard_size, rows.start, rows.length
+        if not rows.goes_on or start is None or start % size + length <= size:
+            return [(length, 1, rows.within(size))]
+        first = -start % size
+        whole, last = divmod(length - first, size)
+
+        def fresh(length: int, count: int) -> tuple[int, int, Rows]:
+            before_B = rows.before_B.new_zeros(len(rows.before_B) * count)
+            return length * count, count, Rows(length, before_B, 0, metrics=rows.metrics)
+
+        def make() -> list[tuple[int, int, Rows]]:
+            opened = Rows(first, rows.before_B % size, start % size, metrics=rows.metrics)
+            pieces = [(first, 1, opened), fresh(size, whole), fresh(last, 1)]
+            return [piece for piece in pieces if piece[0]]
+
+        return rows.once((Mixer, size), make)
 
     def _recall_locals(
         self, inputs: Sequence[Tensor], state: State, rows: Rows
     ) -> tuple[Tensor, dict[str, State], dict[str, Tensor]]:
         """Sum of the local memories' reads, states, metrics of tokens; ``rows`` counts from starts of shards."""
         x_BTD, q_BTHK, k_BTHK, v_BTHK = inputs
-        heads, width = k_BTHK.shape[-2:]
-        projected_BTHK, keys, _ = neural_memory(
-            q_BTHK,
-            k_BTHK,
-            k_BTHK,
-            k_BTHK.new_ones(k_BTHK.shape[:-1]),
-            None,
-            None,
-            weights=[k_BTHK.new_zeros(heads, width, width)],
-            # Hebbian writes do not depend on the chunk.
-            chunk_size=min(self.shard_size, 64),
-            loss=dot_product,
-            state=None if rows.fresh else titans.unpack(substate(state, "keys"), rows.before_B),
-            positions=rows.given_BT,
-            lengths=rows.lengths_B,
-            max_documents=rows.max_documents,
-        )
+        projected_BTHK, keys = _projected(q_BTHK, k_BTHK, substate(state, "keys"), rows)
         q_BTHK = projected_BTHK / torch.linalg.vector_norm(projected_BTHK, dim=-1, keepdim=True).clamp(min=1.0)
-        o_BTHK, parts = torch.zeros_like(v_BTHK), {"keys": titans.pack(keys)}
+        reads, parts = [], {"keys": keys}
         metrics: dict[str, Tensor] = {}
         for i, store in enumerate(self.local_stores):
             name = f"local{i}"
             read_BTHK, parts[name], of_store = store(x_BTD, q_BTHK, k_BTHK, v_BTHK, substate(state, name), rows)
-            o_BTHK = o_BTHK + read_BTHK
+            reads.append(read_BTHK)
             metrics |= {f"{name}_{key}": value for key, value in of_store.items()}
-        return o_BTHK, parts, metrics
+        return sum(reads[1:], reads[0]), parts, metrics
 
 
-def _last(state: State, batch: int) -> State:
-    """Of rows that were cut into shards, the last shard's."""
-    return {name: x.unflatten(0, (batch, -1))[:, -1].clone() for name, x in state.items()}
+def _projected(q_BTHK: Tensor, k_BTHK: Tensor, state: State, rows: Rows) -> tuple[Tensor, State]:
+    """Queries times the keys' outer products of their shard, which add up."""
+    memory_BSHKK = None if rows.fresh else state["weights.0"][:, None]
+    if (segments := rows.segments()) is None:
+        o_BTHK, memory_BSHKK = linear_attention(q_BTHK, k_BTHK, k_BTHK, state=memory_BSHKK)
+        return o_BTHK, {"weights.0": memory_BSHKK[:, 0]}
+    assert memory_BSHKK is not None
+    memory_BSHKK = segments.spread({"": memory_BSHKK}, {"": torch.zeros_like(memory_BSHKK)})[""]
+    o_BTHK, memory_BSHKK = linear_attention(q_BTHK, k_BTHK, k_BTHK, cu_seqlens=segments.cu_seqlens, state=memory_BSHKK)
+    return o_BTHK, {"weights.0": segments.collect({"": memory_BSHKK})[""][:, 0]}
+
+
+def _keys(memory: Tensor) -> State:
+    """The state of the keys' memory, whose writes do not depend on an anchor: it is its own."""
+    return {"weights.0": memory, "anchor.0": memory}
+
+
+def _joined_up(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
+
+
+def _last(state: State, count: int) -> State:
+    """The last shard's of rows that were cut into ``count``; copies, for a view would keep all."""
+    return {name: x.unflatten(0, (-1, count))[:, -1].clone() for name, x in state.items()}

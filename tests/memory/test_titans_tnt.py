@@ -33,7 +33,7 @@ def test_the_layer_is_its_equations():
         for store in mixer.local_stores:
             local, *_ = store(x[:, at], projected, k[:, at], v[:, at], {}, Rows.of(x[:, at]))
             o[:, at] = o[:, at] + local
-    assert_close("layer", mixer.output(o, x, False)[0], step(mixer, x).y_BTD, 1e-10)
+    assert_close("layer", mixer.output(o, mixer.output_gate(x)), step(mixer, x).y_BTD, 1e-10)
 
 
 def test_local_memories_start_afresh_and_the_global_one_goes_on():
