@@ -19,10 +19,38 @@ from memlm_kernels.grid import keep_last, pick, place
 from memlm_kernels.segments import exact
 
 
+class _Norm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, by hand: autograd takes some twenty passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    @outside_autocast
+    @once_differentiable
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        unit = x * scale
+        product = d_y * unit
+        d_weight = product.sum(list(range(x.ndim - 1)))
+        along = product.mul_(weight).mean(-1, keepdim=True)
+        d_x = torch.addcmul(d_y * weight, unit, along, value=-1).mul_(scale)
+        return d_x, d_weight, None
+
+
 class RMSNorm(nn.RMSNorm):
     """Root-mean-square norm (arXiv:1910.07467) in the input's dtype, so that it stays fused under autocast."""
 
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__(size, eps)
+
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and torch.is_grad_enabled():
+            # torch has a fused kernel for GPUs alone.
+            return _Norm.apply(exact(x), exact(self.weight), self.eps).to(x.dtype)
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -51,21 +79,22 @@ def unit(x: Tensor) -> Tensor:
 
 
 def rotary_angles(positions_BT: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, T, 1, head_dim / 2] of the rotary embedding (arXiv:2104.09864); nothing is stored.
+    """[c, c] and [-s, s], each [B, T, 1, head_dim], of the cosines and sines of the rotary embedding
+    (arXiv:2104.09864), as ``rotary`` takes them; nothing is stored.
 
     Angles are taken in fp64, so positions stay exact far beyond 2^24; callers round the results.
     """
     half = head_dim // 2
     frequency = theta ** -(torch.arange(half, device=positions_BT.device, dtype=torch.float64) / half)
     angle_BT1K = (positions_BT[..., None].double() * frequency)[:, :, None]
-    return angle_BT1K.cos(), angle_BT1K.sin()
+    cos, sin = angle_BT1K.cos(), angle_BT1K.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotary(x_BTHK: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """Turn the pairs (i, i + K/2) of each head by their angles, as in Llama."""
     cos, sin = (t.to(x_BTHK.dtype) for t in angles)
-    first, second = x_BTHK.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    return torch.addcmul(x_BTHK * cos, x_BTHK.roll(x_BTHK.shape[-1] // 2, -1), sin)
 
 
 class ExactLinear(nn.Linear):
@@ -109,7 +138,9 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        # One view before three products, not one around each.
+        x_ND = x_BTD.flatten(0, -2)
+        return self.down_proj(F.silu(self.gate_proj(x_ND)) * self.up_proj(x_ND)).view_as(x_BTD)
 
 
 # Numbers of what a short convolution makes that it works on at once, on a CPU: 1 MB, which stays in its cache.
@@ -128,9 +159,11 @@ class _Taps(torch.autograd.Function):
     def forward(ctx: Any, past_BSC: Tensor, taps_WC: Tensor, positions_BT: Tensor | None, silu: bool) -> Tensor:
         ctx.save_for_backward(past_BSC, taps_WC, positions_BT)
         ctx.silu = silu
-        y_BTC = torch.empty_like(past_BSC[:, len(taps_WC) - 1 :], memory_format=torch.contiguous_format)
+        batch, total, channels = past_BSC.shape
+        y_BTC = past_BSC.new_empty(batch, total - len(taps_WC) + 1, channels)
+        taps = taps_WC.unbind()
         for y_BPC, x_BSC, positions_BP in _Taps.pieces(y_BTC, past_BSC, positions_BT):
-            _Taps.convolve(x_BSC, taps_WC, positions_BP, y_BPC)
+            _Taps.convolve(_windows(x_BSC, len(taps)).unbind(), taps, positions_BP, y_BPC)
             if silu:
                 F.silu(y_BPC, inplace=True)
         return y_BTC
@@ -140,18 +173,21 @@ class _Taps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_y_BTC: Tensor) -> tuple[Tensor, Tensor, None, None]:
         past_BSC, taps_WC, positions_BT = ctx.saved_tensors
-        d_past_BSC, d_taps_WC = torch.zeros_like(past_BSC), torch.zeros_like(taps_WC)
-        pieces = _Taps.pieces(d_y_BTC, past_BSC, positions_BT, d_past_BSC)
-        for d_BPC, x_BSC, positions_BP, d_x_BSC in pieces:
+        d_past_BSC, sums, width = torch.zeros_like(past_BSC), [], len(taps_WC)
+        taps = taps_WC.unbind()
+        for d_BPC, x_BSC, positions_BP, d_x_BSC in _Taps.pieces(d_y_BTC, past_BSC, positions_BT, d_past_BSC):
+            seen, d_seen = _windows(x_BSC, width).unbind(), _windows(d_x_BSC, width).unbind()
             product_BPC = torch.empty_like(d_BPC, memory_format=torch.contiguous_format)
             if ctx.silu:
-                _Taps.convolve(x_BSC, taps_WC, positions_BP, product_BPC)
+                _Taps.convolve(seen, taps, positions_BP, product_BPC)
                 d_BPC = torch.ops.aten.silu_backward(d_BPC, product_BPC)
-            inputs, gradients = (_Taps.seen(x, taps_WC) for x in (x_BSC, d_x_BSC))
-            for back, ((seen_BPC, weight_C), (d_seen_BPC, _)) in enumerate(zip(inputs, gradients, strict=True)):
-                of_tap_BPC = _within(d_BPC, positions_BP, back)
-                d_seen_BPC.addcmul_(of_tap_BPC, weight_C)
-                d_taps_WC[-1 - back] += torch.mul(of_tap_BPC, seen_BPC, out=product_BPC).sum((0, 1))
+            for tap in range(width):
+                of_tap_BPC = _within(d_BPC, positions_BP, width - 1 - tap)
+                d_seen[tap].addcmul_(of_tap_BPC, taps[tap])
+                sums.append(torch.mul(of_tap_BPC, seen[tap], out=product_BPC).sum((0, 1)))
+        d_taps_WC = torch.stack(sums)
+        if len(sums) > width:
+            d_taps_WC = d_taps_WC.unflatten(0, (-1, width)).sum(0)
         return d_past_BSC, d_taps_WC, None, None
 
     @staticmethod
@@ -169,18 +205,15 @@ class _Taps(torch.autograd.Function):
             yield y_BTC[:, of_y], past_BSC[:, of_past], positions_BP, *(x[:, of_past] for x in more_BSC)
 
     @staticmethod
-    def convolve(past_BSC: Tensor, taps_WC: Tensor, positions_BT: Tensor | None, out: Tensor) -> None:
-        (x_BTC, weight_C), *before = _Taps.seen(past_BSC, taps_WC)
-        torch.mul(x_BTC, weight_C, out=out)
-        for back, (x_BTC, weight_C) in enumerate(before, 1):
-            out.addcmul_(_within(x_BTC, positions_BT, back), weight_C)
+    def convolve(seen: tuple[Tensor, ...], taps: tuple[Tensor, ...], positions_BT: Tensor | None, out: Tensor) -> None:
+        torch.mul(seen[-1], taps[-1], out=out)
+        for back in range(1, len(taps)):
+            out.addcmul_(_within(seen[-1 - back], positions_BT, back), taps[-1 - back])
 
-    @staticmethod
-    def seen(past_BSC: Tensor, taps_WC: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """For each ``back`` what stood that many tokens before, and its weight."""
-        spare = len(taps_WC) - 1
-        length = past_BSC.shape[1] - spare
-        return [(past_BSC[:, i : i + length], taps_WC[i]) for i in reversed(range(spare + 1))]
+
+def _windows(past_BSC: Tensor, width: int) -> Tensor:
+    """A view [W, B, T, C]: the input of each tap, the tokens themselves last."""
+    return past_BSC.unfold(1, past_BSC.shape[1] - width + 1, 1).permute(1, 0, 3, 2)
 
 
 def _within(x_BTC: Tensor, positions_BT: Tensor | None, back: int) -> Tensor:
@@ -204,10 +237,18 @@ class ShortConv(nn.Module):
         bound = self.width**-0.5
         init.uniform_(self.weight, -bound, bound)
 
-    def forward(self, past_BSC: Tensor, positions_BT: Tensor | None, channels: slice = slice(None)) -> Tensor:
+    def forward(self, past_BSC: Tensor, positions_BT: Tensor | None, channels: slice | None = None) -> Tensor:
         """y [B, T, C] of the last T tokens of past, W-1 fewer than it has; the rest as ``over_rows`` takes it."""
-        # Contiguous taps: as columns they would be several times slower.
-        return _Taps.apply(past_BSC, self.weight[channels].t().contiguous(), positions_BT, self.silu)
+        taps_WC = (self.weight if channels is None else self.weight[channels]).t()
+        if past_BSC.shape[1] != self.width:
+            # Contiguous taps: as columns they would be several times slower.
+            return _Taps.apply(past_BSC, taps_WC.contiguous(), positions_BT, self.silu)
+        # A token alone.
+        if positions_BT is not None:
+            back_W = torch.arange(self.width - 1, -1, -1, device=past_BSC.device)
+            past_BSC = past_BSC * (positions_BT >= back_W)[..., None]
+        y_B1C = (past_BSC * taps_WC).sum(1, keepdim=True)
+        return (F.silu(y_B1C) if self.silu else y_B1C).to(past_BSC.dtype)
 
     def over_rows(
         self,
@@ -215,12 +256,12 @@ class ShortConv(nn.Module):
         history_BWC: Tensor,
         positions_BT: Tensor | None,
         lengths_B: Tensor | None,
-        channels: slice = slice(None),
+        channels: slice | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Returns y [B, T, C] and the W-1 inputs that the next call needs.
 
         history_BWC: the last W-1 inputs. positions_BT: places in documents; None if the history is zero and no
-        document starts within this call. channels: those that x has.
+        document starts within this call. channels: those that x has; None: all.
         """
         past_BSC = torch.cat([history_BWC.to(x_BTC.dtype), x_BTC], 1)
         y_BTC = self(past_BSC, positions_BT, channels)

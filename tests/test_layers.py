@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from memlm.layers import ExactLinear, ShortConv, rotary, rotary_angles, unit
+from memlm.layers import ExactLinear, RMSNorm, ShortConv, SwiGLU, rotary, rotary_angles, unit
 from memlm_kernels.testing import assert_close
 
 
@@ -72,6 +72,57 @@ def test_a_long_short_conv_is_made_in_pieces_that_see_what_stands_before(silu, m
     for parts in results[1:]:
         for e, part in zip(results[0], parts, strict=True):
             assert_close("in pieces", e, part, 1e-14)
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_a_short_conv_gives_a_token_at_a_time_what_it_gives_at_once(width, silu):
+    """With its gradients, along documents too, whose first tokens see nothing of the history."""
+    torch.manual_seed(0)
+    conv = ShortConv(5, width, silu).double()
+    history, x, d_y = (
+        torch.randn(2, length, 5, dtype=torch.float64, requires_grad=True) for length in (width - 1, 9, 9)
+    )
+    packed = torch.tensor([[2, 3, 0, 0, 1, 2, 3, 4, 0], [0, 1, 2, 3, 4, 5, 6, 7, 8]])
+    for positions in (None, packed):
+        y, last = conv.over_rows(x, history, positions, None)
+        kept, tokens = history, []
+        for t in range(9):
+            at = None if positions is None else positions[:, t : t + 1]
+            token, kept = conv.over_rows(x[:, t : t + 1], kept, at, None)
+            tokens.append(token)
+        streamed = torch.cat(tokens, 1)
+        assert_close("y", y, streamed, 1e-15)
+        assert torch.equal(last, kept)
+        inputs = [x, conv.weight] + [history] * (width > 1)
+        both = (torch.autograd.grad(out, inputs, d_y) for out in (y, streamed))
+        for e, g in zip(*both, strict=True):
+            assert_close("gradient", e, g, 1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_an_rms_norm_is_torchs_with_and_without_a_gradient(dtype):
+    torch.manual_seed(0)
+    norm, x = RMSNorm(7, eps=1e-3).to(dtype), torch.randn(2, 3, 7).to(dtype).requires_grad_()
+    torch.nn.init.normal_(norm.weight)
+    expected = F.rms_norm(x, (7,), norm.weight, 1e-3)
+    tolerance = {torch.float64: 1e-15, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    with torch.no_grad():
+        assert_close("without", expected.detach(), norm(x), tolerance)
+    y, d_y = norm(x), torch.randn(2, 3, 7).to(dtype)
+    assert y.dtype == dtype
+    assert_close("y", expected.detach(), y.detach(), tolerance)
+    gradients = (torch.autograd.grad(out, [x, norm.weight], d_y) for out in (expected, y))
+    for name, e, g in zip(("x", "weight"), *gradients, strict=True):
+        assert_close(name, e, g, 2 * tolerance)
+
+
+@pytest.mark.parametrize("shape", [(3, 6), (2, 3, 6), (2, 0, 6)], ids=str)
+def test_a_feed_forward_layer_takes_any_shape(shape):
+    mlp, x = SwiGLU(6, 10), torch.randn(shape)
+    expected = mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+    assert mlp(x).shape == x.shape
+    torch.testing.assert_close(mlp(x), expected)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -132,8 +132,10 @@ def keep_last(x: Tensor, size: int, new: int, lengths: Tensor | None) -> Tensor:
     """
     total = x.shape[1]
     if lengths is None:
-        # A copy: a view would keep all of a long call alive.
-        return x.contiguous() if size == total else x[:, total - size :].clone()
+        if size == total:
+            return x.contiguous()
+        # A view keeps all of x alive, so of more than a token it is a copy.
+        return x[:, total - size :] if new == 1 else x[:, total - size :].clone()
     index = torch.arange(total - size, total, device=x.device) - new + lengths[:, None]
     return pick(x, index.clamp(0, total - 1))
 

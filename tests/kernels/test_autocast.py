@@ -12,7 +12,7 @@ from torch import Tensor
 
 import memlm.memory
 import memlm_kernels
-from memlm.layers import ShortConv, unit
+from memlm.layers import RMSNorm, ShortConv, unit
 from memlm_kernels.testing import assert_close
 from tests.conftest import MEMORIES, build
 from tests.kernels.test_inputs import BOTH, OPS
@@ -68,6 +68,7 @@ CALLS = {f"{name}-{by}": (lambda name=name, by=by: of_op(name, by)) for name, by
         "route_documents", "reference", query_reduce="mean", return_scores=True
     ),
     "grouped_linear-by_group": lambda: of_op("grouped_linear", "by_group"),
+    "norm": lambda: [RMSNorm(4, eps=1e-6)(torch.rand(2, 6, 4, device=DEVICE, requires_grad=True))],
     "unit": lambda: [unit(torch.rand(2, 6, 4, device=DEVICE, requires_grad=True))],
     "short convolution": short_conv,
 }  # fmt: skip
