@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from memlm_kernels.checks import check_sizes, check_tensors, segments_within
-from memlm_kernels.grid import Grid, aligned_grid, pick
+from memlm_kernels.grid import Grid, aligned_grid
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,31 @@ class Segments:
 
     def lay(self, x: Tensor, fill: float = 0.0) -> Tensor:
         """[B, T, H, ...] -> [N, B, H, C, ...]; a slot without a token holds ``fill``."""
+        x = self.grid.lay(x, fill)
         # Contiguous, else each product with it would copy it, and keep the copy.
-        return self.grid.lay(x, fill).movedim(3, 2).movedim(1, 0).contiguous()
+        return x.permute(1, 0, 3, 2, *range(4, x.ndim)).contiguous()
 
     def take(self, x: Tensor) -> Tensor:
         """[N, B, H, C, ...] -> [B, T, H, ...]; padding gets zeros."""
-        return self.grid.take(x.movedim(0, 1).movedim(2, 3))
+        return self.grid.take(x.permute(1, 0, 3, 2, *range(4, x.ndim)))
+
+    def before_chunks(self, state: Tensor) -> Tensor:
+        """[B, S, ...] -> [N, B, ...], of each chunk's segment; where rows are one segment [1, B, ...]."""
+        if self.segment is None:
+            return state.transpose(0, 1)
+        rows, count = state.shape[:2]
+        index = self.segment + count * torch.arange(rows, device=state.device)[:, None]
+        return state.flatten(0, 1).index_select(0, index.mT.flatten()).unflatten(0, (self.grid.count, rows))
+
+    def after_segments(self, after: Tensor, state: Tensor) -> Tensor:
+        """[N, B, ...], the state after each chunk -> [B, S, ...]; a segment without tokens keeps its state. Where rows
+        are one segment [1, B, ...] -> [B, 1, ...].
+        """
+        if self.last is None or self.empty is None:
+            return after.transpose(0, 1)
+        index = self.last * len(state) + torch.arange(len(state), device=state.device)[:, None]
+        last = after.flatten(0, 1).index_select(0, index.flatten()).view_as(state)
+        return torch.where(self.empty.reshape(*self.empty.shape, *[1] * (state.ndim - 2)), state, last)
 
     def scan(self, state: Tensor, step: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Carry a state through the chunks of each row, ``step(n, state) -> state``, both [B, ...].
@@ -48,24 +66,19 @@ class Segments:
         state: [B, S, ...], what each segment starts with. Returns the states that the chunks start with, [N, B, ...],
         and those after each segment's last token, [B, S, ...].
         """
-        if self.segment is None or self.index is None or self.last is None or self.empty is None:
-            starts, current = [], state[:, 0]
-            for n in range(self.grid.count):
-                starts.append(current)
-                current = step(n, current)
-            return torch.stack(starts), current[:, None]
-        trailing = [1] * (state.ndim - 2)
-        opens = (self.index == 0).mT.reshape(self.grid.count, -1, *trailing)
-        initial = pick(state, self.segment).unbind(1)
+        opens, initial = None, self.before_chunks(state).unbind()
+        if self.index is not None:
+            opens = (self.index == 0).mT.reshape(self.grid.count, -1, *[1] * (state.ndim - 2))
         # A copy: a view would keep the initial states of all chunks.
         current, starts, ends = initial[0].clone(), [], []
         for n in range(self.grid.count):
-            current = torch.where(opens[n], initial[n], current) if n else current
+            if opens is not None and n:
+                current = torch.where(opens[n], initial[n], current)
             starts.append(current)
             current = step(n, current)
             ends.append(current)
-        after = pick(torch.stack(ends, 1), self.last)
-        return torch.stack(starts), torch.where(self.empty.reshape(*self.empty.shape, *trailing), state, after)
+        after = current[None] if opens is None else torch.stack(ends)
+        return torch.stack(starts), self.after_segments(after, state)
 
 
 def lay_out(cu_seqlens: Tensor | None, length: int, width: int, offset: Tensor | None = None) -> Segments:
@@ -130,23 +143,6 @@ def exact(x: Tensor) -> Tensor:
 def state_of(x: Tensor, cu_seqlens: Tensor | None, *shape: int) -> Tensor:
     """Zeros [B, S, *shape] for rows x [B, ...]."""
     return x.new_zeros(len(x), segments_of(cu_seqlens), *shape)
-
-
-def sums_between(x: Tensor) -> Tensor:
-    """[..., C, K] -> [..., C, C, K]: entry (i, j) is the sum over j < l <= i, -inf above the diagonal.
-
-    A masked cumulative sum instead of a difference of sums: nothing cancels.
-    """
-    size = x.shape[-2]
-    ones = torch.ones(size, size, dtype=torch.bool, device=x.device)
-    each = x[..., :, None, :].expand(*x.shape[:-1], size, x.shape[-1])
-    below = each.masked_fill(~ones.tril(-1)[..., None], 0.0).cumsum(-3)
-    return below.masked_fill(~ones.tril()[..., None], float("-inf"))
-
-
-def sums_after(x: Tensor) -> Tensor:
-    """[..., C, K]: the sum over what follows along C."""
-    return F.pad(x[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
 
 
 class RecurrenceOutput(NamedTuple):

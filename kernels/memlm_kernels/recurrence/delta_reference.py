@@ -7,7 +7,8 @@ triangular system,
 
     (I + A) d = beta v - (beta exp(g) k) M        A[i, j] = beta_i exp(g_i - g_j) k_i . k_j  for j < i
 
-whose solution is linear in M: d = U - W M. Then, with E[i, j] = exp(g_i - g_j) for j <= i,
+whose solution is linear in M: with Y = (I + A)^-1 diag(beta), d = U - W M for U = Y v and W = Y (exp(g) k). Then, with
+E[i, j] = exp(g_i - g_j) for j <= i,
 
     o = (exp(g) q) M + (E * q k^T) d              M' = exp(g_C) M + (exp(g_C - g) k)^T d
 """
@@ -16,9 +17,12 @@ import torch
 from torch import Tensor
 
 from memlm_kernels.recurrence import one_token
-from memlm_kernels.segments import chunk_width, exact, lay_out, state_of, sums_after, sums_between
+from memlm_kernels.recurrence.carry import carry
+from memlm_kernels.recurrence.decay import within_chunks
+from memlm_kernels.segments import chunk_width, exact, lay_out, state_of
 
-_WIDTH = 64
+# Wider chunks are fewer, and take more time: what is inside of one grows with the square.
+_WIDTH = 32
 
 
 def delta_rule_reference(
@@ -34,34 +38,24 @@ def delta_rule_reference(
     with torch.autocast(q.device.type, enabled=False):
         exact_q = exact(q)
         state = state_of(exact_q, cu_seqlens, *k.shape[2:], values) if state is None else exact(state)
-        if length == 0:
+        if q.numel() == 0:
             return v.clone(), state
         if length == 1 and cu_seqlens is None:
             o, state = one_token.of_rows(exact_q, exact(k), exact(v), beta, log_decay, state)
             return o.to(v.dtype), state
         segments = lay_out(cu_seqlens, length, chunk_width(length, cu_seqlens, _WIDTH))
-        q_c, k_c, v_c = (segments.lay(x) for x in (exact_q, exact(k), exact(v)))
-        beta_c = segments.lay(exact(beta)[..., None])
-        weighted, scores = beta_c * k_c, q_c @ k_c.mT
-        A = weighted @ k_c.mT
-        if log_decay is None:
-            keep, reads, writes = None, q_c, k_c
-            A, scores, corrected = A.tril(-1), scores.tril(), weighted
-        else:
-            g = segments.lay(exact(log_decay)[..., None])
-            keep, from_start, E = g.sum(-2).exp()[..., None], g.cumsum(-2).exp(), sums_between(g).exp()[..., 0]
-            reads, writes, corrected = q_c * from_start, k_c * sums_after(g).exp(), weighted * from_start
-            A, scores = (A * E).tril(-1), scores * E
-        solved = torch.linalg.solve_triangular(
-            A, torch.cat([beta_c * v_c, corrected], -1), upper=False, unitriangular=True
-        )
-        # Unbound, for the gradient of an index is a tensor as large as all chunks.
-        U, W = (x.unbind() for x in solved.split([values, k.shape[-1]], -1))
-        to_memory, kept, corrections = writes.mT.unbind(), None if keep is None else keep.unbind(), []
-
-        def step(n: int, memory: Tensor) -> Tensor:
-            corrections.append(U[n] - W[n] @ memory)
-            return (memory if kept is None else memory * kept[n]) + to_memory[n] @ corrections[-1]
-
-        starts, state = segments.scan(state, step)
-        return segments.take(reads @ starts + scores @ torch.stack(corrections)).to(v.dtype), state
+        q_c, k_c, v_c = (segments.lay(x).flatten(0, 2) for x in (exact_q, exact(k), exact(v)))
+        gates = [exact(x) for x in (beta, log_decay) if x is not None]
+        beta_c, *g = segments.lay(torch.stack(gates, -1)).flatten(0, 2).split(1, -1)
+        scores, A = torch.bmm(q_c, k_c.mT), torch.bmm(k_c, k_c.mT)
+        reads, corrected, writes, keep = q_c, k_c, k_c, None
+        if g:
+            from_start, E, to_end, keep = within_chunks(*g)
+            scores, A = scores * E, A * E
+            reads, corrected, writes = q_c * from_start, k_c * from_start, k_c * to_end
+        eye = torch.eye(q_c.shape[1], dtype=q_c.dtype, device=q.device)
+        # The solver looks below the diagonal only.
+        Y = torch.linalg.solve_triangular(A * beta_c, eye, upper=False, unitriangular=True) * beta_c.mT
+        M, d, state = carry(segments, state, torch.bmm(Y, v_c), torch.bmm(Y, corrected), writes, keep)
+        o = torch.baddbmm(torch.bmm(scores.tril(), d), reads, M)
+        return segments.take(o.unflatten(0, (segments.grid.count, *state.shape[::2][:2]))).to(v.dtype), state

@@ -1,16 +1,16 @@
 """The chunked form in plain PyTorch. Inside a chunk, with g_i the sum of log_decay up to token i, i included,
 
-    o_i = (q_i exp(g_i)) M + sum_{j <= i} (q_i . exp(g_i - g_j) k_j) v_j
-    M' = diag(exp(g_C)) M + sum_j (exp(g_C - g_j) k_j)^T v_j
-
-Differences of g are sums of numbers below zero, taken as such: nothing overflows and nothing cancels.
+o_i = (q_i exp(g_i)) M + sum_{j <= i} (q_i . exp(g_i - g_j) k_j) v_j
+M' = diag(exp(g_C)) M + sum_j (exp(g_C - g_j) k_j)^T v_j
 """
 
 import torch
 from torch import Tensor
 
 from memlm_kernels.recurrence import one_token
-from memlm_kernels.segments import chunk_width, exact, lay_out, state_of, sums_after, sums_between
+from memlm_kernels.recurrence.carry import carry
+from memlm_kernels.recurrence.decay import sums_after, sums_between, within_chunks
+from memlm_kernels.segments import chunk_width, exact, lay_out, state_of
 
 # With a decay for each channel a pair of tokens has a factor for each channel, so pairs must be few.
 _WIDTH, _CHANNEL_WIDTH, _CHANNEL_BLOCK = 64, 16, 4
@@ -24,33 +24,27 @@ def linear_attention_reference(
     with torch.autocast(q.device.type, enabled=False):
         exact_q = exact(q)
         state = state_of(exact_q, cu_seqlens, *k.shape[2:], v.shape[-1]) if state is None else exact(state)
-        if length == 0:
+        if q.numel() == 0:
             return v.clone(), state
         if length == 1 and cu_seqlens is None:
             o, state = one_token.of_rows(exact_q, exact(k), exact(v), None, log_decay, state)
             return o.to(v.dtype), state
         width = chunk_width(length, cu_seqlens, _CHANNEL_WIDTH if per_channel else _WIDTH)
         segments = lay_out(cu_seqlens, length, width)
-        q_c, k_c, v_c = (segments.lay(x) for x in (exact_q, exact(k), exact(v)))
+        q_c, k_c, v_c = (segments.lay(x).flatten(0, 2) for x in (exact_q, exact(k), exact(v)))
         if log_decay is None:
-            scores, keep, reads, writes = (q_c @ k_c.mT).tril(), None, q_c, k_c
+            scores, keep, reads, writes = torch.bmm(q_c, k_c.mT).tril(), None, q_c, k_c
+        elif per_channel:
+            g = segments.lay(exact(log_decay)).flatten(0, 2)
+            from_start = g.cumsum(-2).exp()
+            reads, writes, keep = q_c * from_start, k_c * sums_after(g).exp(), from_start[:, -1:].mT
+            scores = _channel_scores(q_c, k_c, g)
         else:
-            g = segments.lay(exact(log_decay) if per_channel else exact(log_decay)[..., None])
-            keep = g.sum(-2).exp()[..., None]
-            reads, writes = q_c * g.cumsum(-2).exp(), k_c * sums_after(g).exp()
-            if per_channel:
-                scores = _channel_scores(q_c, k_c, g)
-            else:
-                scores = (q_c @ k_c.mT) * sums_between(g).exp()[..., 0]
-        # Unbound, for the gradient of an index is a tensor as large as all chunks.
-        new = (writes.mT @ v_c).unbind()
-        kept = None if keep is None else keep.unbind()
-
-        def step(n: int, memory: Tensor) -> Tensor:
-            return memory + new[n] if kept is None else torch.addcmul(new[n], memory, kept[n])
-
-        starts, state = segments.scan(state, step)
-        return segments.take(reads @ starts + scores @ v_c).to(v.dtype), state
+            from_start, E, to_end, keep = within_chunks(segments.lay(exact(log_decay)[..., None]).flatten(0, 2))
+            reads, writes, scores = q_c * from_start, k_c * to_end, (torch.bmm(q_c, k_c.mT) * E).tril()
+        M, _, state = carry(segments, state, v_c, None, writes, keep)
+        o = torch.baddbmm(torch.bmm(scores, v_c), reads, M)
+        return segments.take(o.unflatten(0, (segments.grid.count, *state.shape[::2][:2]))).to(v.dtype), state
 
 
 def _channel_scores(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
