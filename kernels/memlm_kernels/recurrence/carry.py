@@ -67,7 +67,8 @@ class _Carry(torch.autograd.Function):
             else:
                 torch.mul(M_n[n], keep_n[n], out=after_n[n]).baddbmm_(to_memory_n[n], d_n[n])
         ctx.save_for_backward(W, writes, keep, opens, M, d)
-        return M, after[-1:] if opens is None else after, None if W is None else d
+        # A copy: a view would keep the states of all chunks.
+        return M, after[-1:].clone() if opens is None else after, None if W is None else d
 
     @staticmethod
     @outside_autocast

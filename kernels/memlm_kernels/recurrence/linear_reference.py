@@ -13,7 +13,7 @@ from memlm_kernels.recurrence.decay import sums_after, sums_between, within_chun
 from memlm_kernels.segments import chunk_width, exact, lay_out, state_of
 
 # With a decay for each channel a pair of tokens has a factor for each channel, so pairs must be few.
-_WIDTH, _CHANNEL_WIDTH, _CHANNEL_BLOCK = 64, 16, 4
+_WIDTH, _CHANNEL_WIDTH, _CHANNEL_BLOCK = 32, 16, 4
 
 
 def linear_attention_reference(
