@@ -174,7 +174,8 @@ def memory(
     )
     norm = None if hidden is None else (torch.ones(v.shape[2:]), torch.zeros(v.shape[2:]))
     positions = torch.arange(q.shape[1]).expand(len(q), -1)
-    rest = (squared_error, 1, None, positions, None, 2, False, scan_triton if hidden is None else scan_deep, width)
+    scan = scan_triton if hidden is None else scan_deep
+    rest = (squared_error, 1, None, positions, None, 2, None, True, scan, width)
     o, state, _ = neural_memory_reference(tokens, weights, chunk_size, "gelu", norm, *rest)
     return o, *state.weights
 

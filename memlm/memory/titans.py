@@ -224,10 +224,12 @@ class Store(nn.Module):
             positions=rows.given_BT,
             lengths=rows.lengths_B,
             max_documents=rows.max_documents,
-            aligned=rows.aligned(self.config.chunk_size),
+            start=rows.start if rows.goes_on else None,
+            with_surprise=rows.metrics,
         )
         if not rows.metrics:
             return o_BTHK, pack(memory), {}
+        assert surprise_BTH is not None
         with torch.no_grad():
             metrics = {name: x.mean(-1) for name, x in {**gates, "surprise": surprise_BTH}.items()}
             if self.config.memory_norm:

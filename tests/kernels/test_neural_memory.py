@@ -404,6 +404,8 @@ def test_low_precision_inputs_accumulate_in_fp32(dtype):
         (dict(norm=make_norm(2, 4)), r"norm needs K=5 equal to V=4"),
         (dict(backend="triton"), "backend='triton' cannot run"),
         (dict(backend="fast"), "backend='fast'"),
+        (dict(start=4), "start=4 must be at least 0, and without a state 0"),
+        (dict(start=0, lengths=torch.tensor([3, 3])), "start=0 leaves no room for positions or lengths"),
     ],
 )
 def test_bad_options_are_named(change, message):

@@ -4,6 +4,7 @@ Files:
 
     naive               the op as its paper writes it, a token at a time, and why chunks give the same
     reference           the exact dual form in PyTorch, with the equations
+    step                one token of rows that go on
     scan                the loop over chunks, with its own backward
     chunk, chunk_backward  one step of that loop, and its gradients
     network, losses     the network that is written, and the losses that it descends on
@@ -58,11 +59,13 @@ __all__ = [
 
 
 class NeuralMemoryOutput(NamedTuple):
-    """o: [B, T, H, V]; state: after each row's last real token; surprise: [B, T, H], norm of each token's gradient."""
+    """o: [B, T, H, V]; state: after each row's last real token
+    surprise: [B, T, H], norm of each token's gradient; None where it was not asked for
+    """
 
     o: Tensor
     state: NeuralMemoryState
-    surprise: Tensor
+    surprise: Tensor | None
 
 
 def neural_memory(
@@ -83,8 +86,9 @@ def neural_memory(
     positions: Tensor | None = None,
     lengths: Tensor | None = None,
     max_documents: int = 1,
-    aligned: bool = False,
+    start: int | None = None,
     state: NeuralMemoryState | None = None,
+    with_surprise: bool = True,
     backend: str = "auto",
 ) -> NeuralMemoryOutput:
     """Neural memory in its exact chunked dual form (Titans, arXiv:2501.00663, eqs. 9-15).
@@ -113,9 +117,10 @@ def neural_memory(
     lengths: [B], the real tokens of each row come first; the others write nothing and read zeros
     max_documents: an upper bound on the documents that one row has tokens of, as a Python int:
         it sizes buffers without asking the device
-    aligned: a promise that every row goes on from the end of a chunk, with real tokens of the same document only,
-        which saves looking for chunks; without a state that is known already
+    start: a promise that every row goes on from this place of its document, with real tokens of it alone: then no
+        token has to be looked at to find chunks. At 0 no state matters; without a state it is known already
     state: what an earlier call returned; None starts every row at position 0 of a document
+    with_surprise: whether the norms of the tokens' gradients are made
 
     o has v's dtype. Accumulates in fp32 (fp64 for fp64 inputs). Differentiable once. Raises ValueError if
     a size is out of range, shapes, types or devices disagree, the state is of another memory, or the backend cannot
@@ -129,8 +134,11 @@ def neural_memory(
     if state is not None:
         _check_state(state, q, v, weights, momentum, window)
     check_start(positions, lengths, None if state is None else state.position)
-    if aligned and (positions is not None or lengths is not None):
-        raise ValueError("aligned=True leaves no room for positions or lengths; leave them out")
+    if start is not None:
+        if positions is not None or lengths is not None:
+            raise ValueError(f"start={start} leaves no room for positions or lengths; leave them out")
+        if start < 0 or (start > 0 and state is None):
+            raise ValueError(f"start={start} must be at least 0, and without a state 0")
     q, k, v = as_autocast(q, k, v)
     limit = memory_limit(q, v, weights, norm, loss, window, chunk_size)
     scan: LoopOverChunks | None = None
@@ -154,7 +162,8 @@ def neural_memory(
             positions=positions,
             lengths=lengths,
             max_documents=max_documents,
-            aligned=aligned,
+            start=start,
+            with_surprise=with_surprise,
             scan=scan,
             widest=widest,
         )

@@ -19,12 +19,15 @@ from memlm_kernels.neural_memory.network import Activation, OutputError, Tail
 
 
 class Plan(NamedTuple):
-    """What the memory is and minimises; blocks: how many share an anchor, where rows are not ragged."""
+    """What the memory is and minimises; blocks: how many share an anchor, where rows are not ragged; surprise: whether
+    the norms of the tokens' gradients are made.
+    """
 
     depth: int
     blocks: int
     activation: Activation
     loss: InnerLoss
+    surprise: bool
 
 
 class Momentum(NamedTuple):
@@ -227,14 +230,14 @@ def split_rows(tensors: Layers, rows: int, count: int) -> list[tuple[Tensor, ...
 
 
 def inner(
-    plan: Plan, k: Tensor, v: Tensor, anchor: Layers, tail: Tail | None
+    plan: Plan, k: Tensor, v: Tensor, weights: Layers, tail: Tail | None
 ) -> tuple[Inner, list[Tensor], list[Tensor]]:
-    """Forward to the inner loss and back, at the anchor. With the inputs a and the errors e of each layer: token i's
-    gradient is the outer product of a[i] and e[i].
+    """Forward to the inner loss and back, through the anchor's layers [G, in, out]. With the inputs a and the errors e
+    of each layer: token i's gradient is the outer product of a[i] and e[i].
     """
     hidden: list[Tensor] = []
     behind: list[Tensor] = []
-    inputs, weights = [k], maps(anchor, k)
+    inputs = [k]
     for w in weights[:-1]:
         hidden.append(torch.bmm(inputs[-1], w))
         inputs.append(plan.activation.value(hidden[-1]))
@@ -244,6 +247,12 @@ def inner(
         behind.insert(0, torch.bmm(errors[0], w.mT))
         errors.insert(0, plan.activation.pull_back(behind[0], h))
     return Inner(hidden, behind, f), inputs, errors
+
+
+def gradient_norm(inputs: Layers, errors: Layers) -> Tensor:
+    """Norm of each token's gradient over all layers; that of an outer product is the product of the norms."""
+    squares = [torch.linalg.vecdot(a, a) * torch.linalg.vecdot(e, e) for a, e in zip(inputs, errors, strict=True)]
+    return sum(squares[1:], squares[0]).sqrt()
 
 
 class Reads(NamedTuple):

@@ -355,7 +355,7 @@ def _backward_flops(*shapes: Any, **_: Any) -> int:
     return 2 * count * rows * width * (of_layers + width * (4 * keys + 2 * values + 6 * hidden))
 
 
-def scan_deep(plan: Plan, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> tuple[Tensor, ...]:
+def scan_deep(plan: Plan, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> tuple[Any, ...]:
     """As ``scan.scan`` for a plan of two layers."""
     C, beta, f, P, m, gain, bias, opens_document, opens_chunk, *weights = rest
     assert C is not None and beta is not None
@@ -370,4 +370,4 @@ def scan_deep(plan: Plan, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     silu = plan.activation is ACTIVATIONS["silu"]
     out, surprise, *last = forward(tokens, momentum, tail, flags, memory, ragged, plan.blocks, silu, keep)
-    return out, surprise.detach(), *last[: size + 2]
+    return out, surprise.detach() if plan.surprise else None, *last[: size + 2]

@@ -37,10 +37,18 @@ def _silu_curvature(x: Tensor) -> Tensor:
     return s * (1 - s) * (2 + x * (1 - 2 * s))
 
 
+def _silu_pull_back(d: Tensor, x: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return torch.ops.aten.silu_backward(d, x)
+    # torch's own has no derivative.
+    s = torch.sigmoid(x)
+    return d * s * (1 + x * (1 - s))
+
+
 # torch's own backward functions are single passes.
 ACTIVATIONS = {
     "gelu": Activation(F.gelu, torch.ops.aten.gelu_backward, _gelu_curvature),
-    "silu": Activation(F.silu, torch.ops.aten.silu_backward, _silu_curvature),
+    "silu": Activation(F.silu, _silu_pull_back, _silu_curvature),
 }
 
 

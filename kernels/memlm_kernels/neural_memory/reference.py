@@ -19,7 +19,7 @@ A slot that holds no token has lr 0, momentum 1, decay 0 and ``write`` 0, and ch
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,7 @@ from memlm_kernels.neural_memory.chunk import Gates, Momentum, Plan
 from memlm_kernels.neural_memory.losses import InnerLoss
 from memlm_kernels.neural_memory.network import ACTIVATIONS, Tail
 from memlm_kernels.neural_memory.scan import scan as scan_in_torch
+from memlm_kernels.neural_memory.step import Memory, Sources, step
 
 _TINY = 1e-30
 
@@ -47,7 +48,7 @@ _TINY = 1e-30
 BLOCKS = "must be at most 64, or a multiple of a number from 16 to 64"
 
 # What ``scan_in_torch`` is.
-LoopOverChunks = Callable[..., tuple[Tensor, ...]]
+LoopOverChunks = Callable[..., tuple[Any, ...]]
 
 
 class NeuralMemoryState(NamedTuple):
@@ -88,11 +89,12 @@ def neural_memory_reference(
     positions: Tensor | None,
     lengths: Tensor | None,
     max_documents: int,
-    aligned: bool,
+    start: int | None,
+    with_surprise: bool,
     scan: LoopOverChunks | None,
     widest: int,
-) -> tuple[Tensor, NeuralMemoryState, Tensor]:
-    """Returns o, the new state, and the norm of each token's gradient [B, T, H]; see ``neural_memory``.
+) -> tuple[Tensor, NeuralMemoryState, Tensor | None]:
+    """Returns o, the new state, and the norm of each token's gradient [B, T, H], if asked for; see ``neural_memory``.
 
     scan: takes the place of the loop over chunks in PyTorch, and the tokens in their own type; widest: the most slots
     that it takes at once
@@ -100,18 +102,24 @@ def neural_memory_reference(
     q, v = tokens.q, tokens.v
     batch, length, heads, _ = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    aligned = aligned or (state is None and positions is None and lengths is None)
+    goes_on = positions is None and lengths is None
     with torch.autocast(q.device.type, enabled=False):
         gates = (None if x is None else x.to(dtype) for x in tokens[3:])
         tokens = Tokens(*(x.to(dtype) if scan is None else x for x in tokens[:3]), *gates)
         initial = tuple(w.to(dtype).expand(batch, *w.shape) for w in weights)
-        if state is None:
-            state = _fresh(tokens, initial, window)
+        if start == 0 or state is None:
+            state, start = _fresh(tokens, initial, window), 0 if goes_on else None
         if q.numel() == 0:
-            return v.clone(), state, torch.zeros_like(tokens.lr)
+            return v.clone(), state, torch.zeros_like(tokens.lr) if with_surprise else None
+        width = block_size(chunk_size, widest)
+        plan = Plan(len(weights), chunk_size // width, ACTIVATIONS[activation], loss, with_surprise)
+        tail = None if norm is None else Tail(*(n.to(dtype).repeat(batch, 1)[:, None] for n in norm))
+        if length == 1 and goes_on and scan is None:
+            o, state, surprise = _step(plan, tokens, state, chunk_size, window, start, tail)
+            return o.to(v.dtype), state, surprise
         if positions is None:
             positions = state.position[:, None] + torch.arange(length, device=q.device)
-        width = block_size(chunk_size, widest)
+        aligned = start is not None and start % chunk_size == 0
         if aligned:
             grid = aligned_grid(length, width)
         else:
@@ -119,9 +127,8 @@ def neural_memory_reference(
         sources, U, recent = _sources(tokens, grid, positions, lengths, window, state)
         scalars = scalar_recurrences(tokens, grid, U)
         q_grid = to_rows(grid.lay(tokens.q))
-        tail = None if norm is None else Tail(*(n.to(dtype).repeat(batch, 1)[:, None] for n in norm))
         out, surprise, *memory = (scan or scan_in_torch)(
-            Plan(len(weights), chunk_size // width, ACTIVATIONS[activation], loss),
+            plan,
             q_grid,
             *sources,
             scalars.C,
@@ -135,11 +142,46 @@ def neural_memory_reference(
         if tail is not None:
             out = tail.read(q_grid, out)
         out = grid.take(from_rows(out, heads))
-        surprise = grid.take(from_rows(surprise[..., window - 1 :], heads))
+        if surprise is not None:
+            surprise = grid.take(from_rows(surprise[..., window - 1 :], heads))
     parts = [tuple(x.unflatten(0, (batch, heads)) for x in part) for part in _split(memory, len(weights))]
     momentum = parts[1] if tokens.momentum is not None else ()
     position = next_position(positions, lengths, state.position)
     return out.to(v.dtype), NeuralMemoryState(parts[0], momentum, parts[-1], position, recent), surprise
+
+
+def _step(
+    plan: Plan,
+    tokens: Tokens,
+    state: NeuralMemoryState,
+    chunk_size: int,
+    window: int,
+    start: int | None,
+    tail: Tail | None,
+) -> tuple[Tensor, NeuralMemoryState, Tensor | None]:
+    """One token of rows that go on."""
+    weights, momentum, anchor = ([x.to(tokens.lr.dtype) for x in part] for part in state[:3])
+    if start is None:
+        opens = (state.position % chunk_size == 0)[:, None, None, None]
+        anchor = [torch.where(opens, w, a) for w, a in zip(weights, anchor, strict=True)]
+    elif start % chunk_size == 0:
+        anchor = weights
+    sources = Sources(tokens.k, tokens.v, tokens.weight)
+    recent: tuple[Tensor, ...] = ()
+    if window > 1:
+        stream = _stream(tokens, state)
+        recent = tuple(keep_last(x, window - 1, 1, None) for x in stream)
+        if start is None:
+            distance = torch.arange(window, device=state.position.device).flip(0)
+            stream[2] = stream[2].masked_fill((distance > state.position[:, None])[..., None], 0.0)
+        elif start < window - 1:
+            stream = [x[:, window - 1 - start :] for x in stream]
+        sources = Sources(*stream)
+    o, weights, momentum, surprise = step(
+        plan, tokens.q, sources, tokens[3:6], Memory(weights, momentum or None, anchor), tail
+    )
+    state = NeuralMemoryState(tuple(weights), tuple(momentum), tuple(anchor), state.position + 1, recent)
+    return o, state, surprise
 
 
 def block_size(chunk_size: int, most: int = 64) -> int:
@@ -175,17 +217,18 @@ def _sources(
     of each slot, U: [N, B * H, C, J] (None: the identity), and the window - 1 last tokens of the call.
     """
     heads = tokens.k.shape[2]
-    weight = torch.ones_like(tokens.lr) if tokens.weight is None else tokens.weight
     if window == 1:
         k, v = (to_rows(grid.lay(x)) for x in (tokens.k, tokens.v))
-        U = None if tokens.weight is None else torch.diag_embed(to_rows(grid.lay(weight)))
+        U = None if tokens.weight is None else torch.diag_embed(to_rows(grid.lay(tokens.weight)))
         return (k, v), U, ()
-    new: tuple[Tensor, ...] = (tokens.k, tokens.v, weight)
     if lengths is not None:
         # Not only masked: 0 times what padding holds may be NaN.
         padding = torch.arange(grid.length, device=positions.device) >= lengths[:, None]
-        new = tuple(x.masked_fill(padding.view(*padding.shape, *[1] * (x.ndim - 2)), 0.0) for x in new)
-    stream = [torch.cat([old.to(x.dtype), x], 1) for old, x in zip(state.recent, new, strict=True)]
+        hidden = padding[..., None]
+        weight = None if tokens.weight is None else tokens.weight.masked_fill(hidden, 0.0)
+        k, v = (x.masked_fill(hidden[..., None], 0.0) for x in (tokens.k, tokens.v))
+        tokens = tokens._replace(k=k, v=v, weight=weight)
+    stream = _stream(tokens, state)
     recent = tuple(keep_last(x, window - 1, grid.length, lengths) for x in stream)
     # Slots of a chunk hold successive tokens: source j of a chunk is entry ``first + j`` of the stream.
     token = torch.arange(grid.length, device=positions.device).expand_as(positions)
@@ -198,6 +241,12 @@ def _sources(
     # A token's distance to its document's start is its position.
     band = (distance >= 0) & (distance < window) & (distance <= grid.lay(positions)[..., None])
     return (k, v), band.movedim(1, 0).repeat_interleave(heads, 1) * weight[:, :, None], recent
+
+
+def _stream(tokens: Tokens, state: NeuralMemoryState) -> list[Tensor]:
+    """k, v and weight of the recent tokens and of the call's."""
+    new = (tokens.k, tokens.v, torch.ones_like(tokens.lr) if tokens.weight is None else tokens.weight)
+    return [torch.cat([old.to(x.dtype), x], 1) for old, x in zip(state.recent, new, strict=True)]
 
 
 def scalar_recurrences(tokens: Tokens, grid: Grid, U: Tensor | None) -> Gates:

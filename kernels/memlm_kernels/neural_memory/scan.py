@@ -27,9 +27,11 @@ from memlm_kernels.neural_memory.chunk import (
     Plan,
     Rates,
     Reads,
+    gradient_norm,
     inner,
     lay_out,
     leave,
+    maps,
     read,
     set_anchor,
     start_documents,
@@ -64,7 +66,7 @@ def _sort(depth: int, arguments: Sequence[Any]) -> _Given:
 
 # A compiler would unroll the loop over chunks: minutes of work for a graph that runs no faster.
 @torch.compiler.disable
-def scan(plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+def scan(plan: Plan, *tensors: Tensor | None) -> tuple[Any, ...]:
     """As ``Scan.apply``, which keeps what backward needs only where there will be one."""
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     return Scan.apply(plan, keep, *tensors)
@@ -77,13 +79,13 @@ class Scan(torch.autograd.Function):
     the flags, anchor and initial only where rows are ragged. What is absent is None, or missing from the lists.
     keep: whether there will be a backward pass.
     Returns the MLP's reads before the tail [N, G, C, V]; surprise [N, G, J], the norm of each token's gradient, not
-    differentiable; and W, S, anchor after the last chunk.
+    differentiable, None if the plan has none; and W, S, anchor after the last chunk.
     """
 
     @staticmethod
     def forward(
         ctx: Any, plan: Plan, keep: bool, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Any, ...]:
         gates, tail, flags, memories, given, initial = _sort(plan.depth, rest)
         anchor: Layers
         chunks, rows = q.shape[:2]
@@ -109,7 +111,7 @@ class Scan(torch.autograd.Function):
                 if flags is not None:
                     start_documents(places[i], flags, fresh, n)
                 anchor = set_anchor(anchor, places[i], plan, flags, n)
-                tokens, a, e = inner(plan, k[n], v[n], anchor, tail)
+                tokens, a, e = inner(plan, k[n], v[n], maps(anchor, k), tail)
                 if keep:
                     passed.append([*tokens.hidden, *tokens.behind, tokens.f])
                 inputs.append(a)
@@ -118,7 +120,8 @@ class Scan(torch.autograd.Function):
             all_inputs, all_errors = _join(inputs), _join(errors)
             z, reads = read(plan, q[group].flatten(0, 1), room, of_group, all_inputs, all_errors)
             out.append(z)
-            surprise.append(_gradient_norm(all_inputs, all_errors))
+            if plan.surprise:
+                surprise.append(gradient_norm(all_inputs, all_errors))
             if keep:
                 kept[-1] += [*_join(passed), *reads.before, *reads.scores, *reads.recalled]
             if kept_whole:
@@ -131,8 +134,10 @@ class Scan(torch.autograd.Function):
         ctx.plan, ctx.present, ctx.counts = plan, [x is not None for x in rest], [len(of) for of in kept]
         if keep:
             ctx.save_for_backward(q, k, v, *[x for x in rest if x is not None], *(x for of in kept for x in of))
-        surprises = torch.cat(surprise).unflatten(0, (chunks, rows))
-        ctx.mark_non_differentiable(surprises)
+        surprises = None
+        if plan.surprise:
+            surprises = torch.cat(surprise).unflatten(0, (chunks, rows))
+            ctx.mark_non_differentiable(surprises)
         # Copies: a view would keep M and S and all of a group's alive.
         apart = [[x.clone() for x in take_apart(r[:rows], like)] for r, like in zip(room, memories, strict=True)]
         anchors = [take_apart(w, like)[0].clone() for w, like in zip(anchor, memories, strict=True)]
@@ -268,12 +273,6 @@ def _enter_backward(
         a.masked_fill_(opened, 0.0)
         i += W.masked_fill(~new, 0.0)
         d.masked_fill_(new, 0.0)
-
-
-def _gradient_norm(inputs: Sequence[Tensor], errors: Sequence[Tensor]) -> Tensor:
-    """Norm of each token's gradient over all layers; that of an outer product is the product of the norms."""
-    squares = [torch.linalg.vecdot(a, a) * torch.linalg.vecdot(e, e) for a, e in zip(inputs, errors, strict=True)]
-    return sum(squares[1:], squares[0]).sqrt()
 
 
 def _join(of_chunks: Sequence[Sequence[Tensor]]) -> list[Tensor]:

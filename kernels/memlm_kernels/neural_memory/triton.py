@@ -311,7 +311,7 @@ def _backward_flops(*shapes: Any, **_: Any) -> int:
     return 2 * count * rows * width * (of_memory * keys * values + width * (4 * keys + 2 * values))
 
 
-def scan_triton(plan: Plan, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> tuple[Tensor, ...]:
+def scan_triton(plan: Plan, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> tuple[Any, ...]:
     """As ``scan.scan`` for a plan of one layer; without anchor and initial the anchor is W."""
     C, beta, f, P, m, _, _, opens_document, opens_chunk, W, *weights = rest
     S = weights.pop(0) if f is not None else None
@@ -321,7 +321,9 @@ def scan_triton(plan: Plan, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | Non
     tensors = (*tokens, C, beta, f, P, m, *flags, None, None, W, S, anchor, initial)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     found = dict(zip(_outputs(S is not None, keep), forward(*tensors, plan.blocks, keep), strict=True))
-    surprise = torch.linalg.vector_norm(k.detach().float(), dim=-1) * found["squares"].detach().sqrt()
+    surprise = None
+    if plan.surprise:
+        surprise = torch.linalg.vector_norm(k.detach().float(), dim=-1) * found["squares"].detach().sqrt()
     return found["out"], surprise, *(found[name] for name in ("W", "S", "anchor") if name in found)
 
 
