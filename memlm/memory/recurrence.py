@@ -180,7 +180,8 @@ class Delta(Rule):
         self, q: Tensor, k: Tensor, v: Tensor, logits_BTL: Tensor, cu_seqlens: Tensor | None, state: State, told: bool
     ) -> tuple[Tensor, State, dict[str, Tensor]]:
         heads = self.config.num_heads
-        beta, log_decay = logits_BTL[..., :heads].sigmoid(), self.log_decay(logits_BTL[..., heads:])
+        beta_BTH, decay_BTL = logits_BTL.split([heads, self.logits - heads], -1)
+        beta, log_decay = beta_BTH.sigmoid(), self.log_decay(decay_BTL)
         o, memory = delta_rule(q, k, v, beta, log_decay, cu_seqlens=cu_seqlens, state=state["memory"])
         return o, {"memory": memory}, {"beta": beta.detach().mean(), **_metrics(log_decay)} if told else {}
 
@@ -288,9 +289,11 @@ class Recurrence(nn.Module):
         else:
             qkv_BTC = F.silu(qkv_BTC)
         heads, sizes = self.config.num_heads, self.config.sizes
-        q, k, v = (exact(x).unflatten(-1, (heads, -1)) for x in qkv_BTC.split(sizes, -1))
+        qk_BTC, v_BTC = exact(qkv_BTC).split([sizes[0] + sizes[1], sizes[2]], -1)
+        qk_BT2HK, v = qk_BTC.unflatten(-1, (2, heads, -1)), v_BTC.unflatten(-1, (heads, -1))
         if self.rule.unit_keys:
-            q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+            qk_BT2HK = qk_BT2HK * torch.rsqrt(qk_BT2HK.square().sum(-1, keepdim=True) + 1e-6)
+        q, k = qk_BT2HK.unbind(2)
         q = q * self.config.head_dim**-0.5
         o, memory, metrics = self.rule(q, k, v, exact(logits_BTL), cu_seqlens, state, told)
         return o, {**memory, **conv}, metrics

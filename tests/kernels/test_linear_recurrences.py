@@ -97,6 +97,21 @@ def test_one_token_is_a_step_of_its_own(op):
     assert watch.operations <= 16
 
 
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("op", OPS)
+def test_a_chunk_takes_few_operations(op, segmented):
+    """Forward and backward: all but the state's way from chunk to chunk is done for all chunks at once."""
+    operations, width = [], 16 if op == "linear_channel" else 32
+    for length in (512, 1024):
+        tensors = [x.requires_grad_() for x in inputs(op, length, heads=1, dtype=torch.float32)]
+        cu = torch.tensor([[0, 100, length]] * 3) if segmented else None
+        with Watch() as watch:
+            o, state = run(op, tensors, cu_seqlens=cu)
+            (o.sum() + state.sum()).backward()
+        operations.append(watch.operations)
+    assert operations[1] - operations[0] <= 8 * 512 / width
+
+
 @pytest.mark.parametrize("length", [1, 2, 5, 63, 64, 65, 500])
 @pytest.mark.parametrize("op", OPS)
 def test_any_length_in_fp32(op, length):

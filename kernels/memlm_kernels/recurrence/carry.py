@@ -55,11 +55,12 @@ class _Carry(torch.autograd.Function):
         M, after = _before_and_after(initial, len(U), opens)
         d = U if W is None else torch.empty_like(U, memory_format=torch.contiguous_format)
         M_n, after_n, d_n, to_memory_n = (x.unbind() for x in (M, after, d, writes.mT))
-        M_n[0].copy_(initial[0])
-        U_n, W_n, keep_n = (() if x is None else x.unbind() for x in (U, W, keep))
+        U_n, W_n, keep_n, opens_n = (() if x is None else x.unbind() for x in (U, W, keep, opens))
+        initial_n = initial.unbind()
+        M_n[0].copy_(initial_n[0])
         for n in range(len(U)):
-            if opens is not None and n:
-                torch.where(opens[n], initial[n], after_n[n - 1], out=M_n[n])
+            if opens_n and n:
+                torch.where(opens_n[n], initial_n[n], after_n[n - 1], out=M_n[n])
             if W is not None:
                 torch.baddbmm(U_n[n], W_n[n], M_n[n], alpha=-1, out=d_n[n])
             if keep is None:
@@ -75,17 +76,18 @@ class _Carry(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, of_M: Tensor, of_after: Tensor, of_d: Tensor | None) -> tuple[Tensor | None, ...]:
         W, writes, keep, opens, M, d = ctx.saved_tensors
-        count, goes_on = len(M), None if opens is None else (~opens).to(M.dtype)
+        count, goes_on_n = len(M), () if opens is None else (~opens).to(M.dtype).unbind()
         d_M, d_after = _before_and_after(of_M, count, opens)
         d_M_n, d_after_n = d_M.unbind(), d_after.unbind()
-        d_after_n[-1].copy_(of_after[-1])
+        of_after_n = of_after.unbind()
+        d_after_n[-1].copy_(of_after_n[-1])
         of_M_n, writes_n, keep_n = (() if x is None else x.unbind() for x in (of_M, writes, keep))
         if W is not None and of_d is not None:
             d_d, to_M_n, of_d_n = torch.empty_like(d), W.mT.unbind(), of_d.unbind()
             d_d_n = d_d.unbind()
         for n in reversed(range(count)):
-            if goes_on is not None and n + 1 < count:
-                torch.addcmul(of_after[n], d_M_n[n + 1], goes_on[n + 1], out=d_after_n[n])
+            if goes_on_n and n + 1 < count:
+                torch.addcmul(of_after_n[n], d_M_n[n + 1], goes_on_n[n + 1], out=d_after_n[n])
             if keep is None:
                 torch.add(of_M_n[n], d_after_n[n], out=d_M_n[n])
             else:
