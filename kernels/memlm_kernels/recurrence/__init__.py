@@ -5,6 +5,8 @@ Files:
     naive               the op as its paper writes it, a token at a time, and why chunks give the same
     linear, delta       the ops
     linear_reference, delta_reference  their chunked form in plain PyTorch
+    carry               the state's way from chunk to chunk
+    decay               what tokens of a chunk forget between each other
     linear_kernels, linear_triton, delta_kernels, delta_triton  the same in Triton
     channel_kernels     the Triton kernels of a decay per channel
     one_token           decoding: one token of rows of one segment, in plain PyTorch
