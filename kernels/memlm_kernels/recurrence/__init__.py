@@ -8,6 +8,8 @@ Files:
     carry               the state's way from chunk to chunk
     decay               what tokens of a chunk forget between each other
     linear_kernels, linear_triton, delta_kernels, delta_triton  the same in Triton
+    carry               the state from chunk to chunk, with gradients by hand
+    decay               decays within a chunk, as the chunked forms take them
     channel_kernels     the Triton kernels of a decay per channel
     one_token           decoding: one token of rows of one segment, in plain PyTorch
     step                decoding: a few tokens, one after the other, in Triton
