@@ -5,8 +5,6 @@ Files:
     naive               the op as its paper writes it, a token at a time, and why chunks give the same
     linear, delta       the ops
     linear_reference, delta_reference  their chunked form in plain PyTorch
-    carry               the state's way from chunk to chunk
-    decay               what tokens of a chunk forget between each other
     linear_kernels, linear_triton, delta_kernels, delta_triton  the same in Triton
     carry               the state from chunk to chunk, with gradients by hand
     decay               decays within a chunk, as the chunked forms take them
