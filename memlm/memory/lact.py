@@ -140,6 +140,7 @@ class FastWeights(nn.Module):
             positions=rows.given_BT,
             lengths=rows.lengths_B,
             max_documents=rows.max_documents,
+            start=rows.start if rows.goes_on else None,
         )
         scale_BTM = F.silu(self.scale(x_BTD))
         y_BTMC = scale_BTM[..., None] * self.norm(o_BTMC)
@@ -153,11 +154,16 @@ class FastWeights(nn.Module):
 
     def _features(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, M, C] each; q and k of unit length, in fp32 at least: fp16 has no smallest norm."""
-        heads = q_BTHK.shape[2]
-        q, k, v = (x.repeat_interleave(heads // x.shape[2], 2).flatten(2) for x in (q_BTHK, k_BTGK, v_BTGK))
-        q, k = (x * s + o for x, s, o in zip((q, k), self.qk_scale, self.qk_offset, strict=True))
-        q, k, v = (F.silu(x).unflatten(-1, (self.config.memory_heads, -1)) for x in (q, k, v))
-        return unit(exact(q)), unit(exact(k)), v
+        heads = self.config.memory_heads
+
+        def spread(x_BTGK: Tensor) -> Tensor:
+            shared = q_BTHK.shape[2] // x_BTGK.shape[2]
+            return (x_BTGK if shared == 1 else x_BTGK.repeat_interleave(shared, 2)).flatten(2)
+
+        scale, offset = (x[:, None, None] for x in (self.qk_scale, self.qk_offset))
+        qk = F.silu(torch.stack([q_BTHK.flatten(2), spread(k_BTGK)]) * scale + offset)
+        q, k = unit(exact(qk.unflatten(-1, (heads, -1)))).unbind()
+        return q, k, spread(F.silu(v_BTGK)).unflatten(-1, (heads, -1))
 
 
 class Mixer(SequenceMixer):

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memlm_kernels import large_chunk_memory
 from memlm_kernels.large_chunk_memory import MUON, naive
@@ -123,6 +124,81 @@ def test_any_division_into_calls_gives_the_same(cuts, muon_steps):
     assert torch.equal(expected_state.position, state.position)
 
 
+def in_calls(inputs, cuts, known, **options):
+    """Reads of all calls and the state after them; known: whether the host is told where each call starts."""
+    state, out, start = None, [], 0
+    for piece in zip(*(x.split(cuts, 1) for x in inputs[:5]), strict=True):
+        o, state = run([*piece, *inputs[5:]], 4, state=state, start=start if known else None, **options)
+        out.append(o)
+        start += o.shape[1]
+    return torch.cat(out, 1), state
+
+
+@EACH_RULE
+@pytest.mark.parametrize("cuts", [[1] * 23, [5, 1, 1, 9, 7], [4, 8, 11], [6, 2, 15]])
+def test_a_start_that_the_host_knows_changes_nothing(cuts, muon_steps):
+    inputs = make(key=4, value=5)
+    expected, expected_state = in_calls(inputs, cuts, False, muon_steps=muon_steps)
+    o, state = in_calls(inputs, cuts, True, muon_steps=muon_steps)
+    assert_close("o", expected, o, 1e-12)
+    assert_same_state(expected_state, state)
+    assert_close("momentum_sum", expected_state.momentum_sum[0], state.momentum_sum[0], 1e-12)
+    assert torch.equal(expected_state.position, state.position)
+    expected, got = (
+        grads_of(lambda *x, known=known: in_calls(x, cuts, known, muon_steps=muon_steps)[0], inputs)
+        for known in (False, True)
+    )
+    for name, e, g in zip(NAMES, expected, got, strict=True):
+        assert_close(f"gradient of {name}", e, g, 1e-12)
+
+
+@EACH_RULE
+@pytest.mark.parametrize("positions", [None, torch.tensor([[3, 4, 5, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 0]])])
+def test_gradcheck_of_the_state(positions, muon_steps):
+    """Of all that a call returns, in all that it takes, over a document's start and where a call starts in a chunk."""
+    tokens = make(length=7, key=2, value=3, width=2)
+    first = make(length=3, key=2, value=3, width=2, seed=1)
+    first[5:] = tokens[5:]
+    before = run(first, 3, muon_steps=muon_steps)[1]
+    kept = [x.detach() for part in before[:4] for x in part]
+    inputs = [x.requires_grad_() for x in (*tokens, *kept)]
+    given = {"start": 3} if positions is None else {"positions": positions, "max_documents": 2}
+
+    def call(*x):
+        state = before._replace(weights=x[8:11], gradient=x[11:14], momentum=x[14:17], momentum_sum=x[17:])
+        o, after = run(x[:8], 5, state=state, muon_steps=muon_steps, **given)
+        return o, *(x for part in after[:4] for x in part)
+
+    assert torch.autograd.gradcheck(call, inputs)
+
+
+def test_a_token_that_ends_no_chunk_and_a_chunk_take_few_operations():
+    inputs = [x.requires_grad_() for x in make(batch=1, length=32)]
+    state = run([x[:, :5] for x in inputs[:5]] + inputs[5:], 4)[1]
+    token = [x[:, :1] for x in inputs[:5]] + inputs[5:]
+    with torch.no_grad():
+        assert operations(lambda: run(token, 4, state=state, start=5)) <= 50
+
+    def training(length):
+        return operations(lambda: run([x[:, :length] for x in inputs[:5]] + inputs[5:], 4)[0].sum().backward())
+
+    # As many groups of chunks, and a chunk more in each.
+    assert training(4 * 6) - training(4 * 4) <= 2 * 110
+
+
+def operations(call):
+    class Count(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.found += 1
+            return func(*args, **(kwargs or {}))
+
+    with Count() as count:
+        call()
+    return count.found
+
+
 def test_packed_documents_equal_documents_alone():
     inputs, lengths = make(batch=1), [3, 1, 8, 11]
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
@@ -238,6 +314,8 @@ def test_low_precision_inputs_accumulate_in_fp32(dtype):
         (dict(positions=torch.zeros(2, 23)), "positions is float32; give int64 or int32"),
         (dict(lengths=torch.tensor([3])), r"lengths \[1\] must be integers \[B\] = \[2\]"),
         (dict(max_documents=0), "max_documents=0"),
+        (dict(start=-1), "start=-1 must be at least 0"),
+        (dict(start=3, lengths=torch.tensor([3, 3])), "start=3 must be .* without positions and lengths"),
     ],
 )
 def test_bad_options_are_named(change, message):

@@ -3,7 +3,8 @@
 Files:
 
     naive               the op as its paper writes it, a token at a time, and why chunks give the same
-    reference           the loop over chunks in PyTorch
+    reference           how tokens and states are laid out, and the step of one token
+    chunks              the loop over chunks in PyTorch, with its own backward
 """
 
 from collections.abc import Sequence
@@ -14,8 +15,8 @@ from torch import Tensor
 from memlm_kernels.backend import choose
 from memlm_kernels.checks import check_sizes, check_tensors, named
 from memlm_kernels.grid import check_places, check_start
+from memlm_kernels.large_chunk_memory.chunks import MUON
 from memlm_kernels.large_chunk_memory.reference import (
-    MUON,
     LargeChunkMemoryState,
     Tokens,
     large_chunk_memory_reference,
@@ -44,6 +45,7 @@ def large_chunk_memory(
     positions: Tensor | None = None,
     lengths: Tensor | None = None,
     max_documents: int = 1,
+    start: int | None = None,
     state: LargeChunkMemoryState | None = None,
     backend: str = "auto",
 ) -> LargeChunkMemoryOutput:
@@ -67,6 +69,8 @@ def large_chunk_memory(
     lengths: [B], the real tokens of each row come first; the others write nothing and read zeros
     max_documents: an upper bound on the documents that one row has tokens of, as a Python int:
         it sizes buffers without asking the device
+    start: a promise that every row has so many tokens of its document before the call, and goes on with real tokens
+        of it alone: the host knows then where chunks end. Without a state that is known already
     state: what an earlier call returned; None starts every row at position 0 of a document
 
     Accumulates in fp32 (fp64 for fp64 inputs). Raises ValueError if a size is out of range, shapes, types or devices
@@ -83,11 +87,13 @@ def large_chunk_memory(
     if state is not None:
         _check_state(state, q, momentum, weights)
     check_start(positions, lengths, None if state is None else state.position)
+    if start is not None and (start < 0 or positions is not None or lengths is not None):
+        raise ValueError(f"start={start} must be at least 0, and stand without positions and lengths")
     choose("large_chunk_memory", backend, ("reference",))
     tokens = Tokens(q, k, v, lr, momentum)
     return LargeChunkMemoryOutput(
         *large_chunk_memory_reference(
-            tokens, tuple(weights), chunk_size, muon_steps, state, positions, lengths, max_documents
+            tokens, tuple(weights), chunk_size, muon_steps, state, positions, lengths, max_documents, start
         )
     )
 

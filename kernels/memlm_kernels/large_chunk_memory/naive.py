@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlm_kernels.large_chunk_memory.reference import MUON
+from memlm_kernels.large_chunk_memory.chunks import MUON
 
 Weights = list[Tensor]
 

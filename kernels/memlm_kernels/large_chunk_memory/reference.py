@@ -1,4 +1,4 @@
-"""The loop over chunks in plain PyTorch.
+"""Tokens and states as the loop over chunks takes them, and the step of one token, in plain PyTorch.
 
 With W the memory that a chunk finds, every token of it reads, and adds to the chunk's ascent on f(k) . v,
 
@@ -10,32 +10,18 @@ and its last token writes, with n_j the norm of each column (the inputs of one o
 
 A slot that holds no token has k, v, lr and momentum 0, and adds nothing.
 
-G rows and heads; N, C as in ``grid``. Chunks run in groups of sqrt(N): each keeps the memory it found, and makes those
-in it again in backward.
+B rows, T tokens, H heads, G = B H; N, C as in ``grid``; K, V and P, the larger of both.
 """
 
-import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from memlm_kernels.backend import outside_autocast
-from memlm_kernels.grid import aligned_grid, from_rows, next_position, ragged_grid, row_flags, to_rows
-
-# Coefficients of x, x^3, x^5 in each Newton-Schulz step, those of the paper's released code.
-MUON = (
-    (4.0848, -6.8946, 2.9270),
-    (3.9505, -6.3029, 2.6377),
-    (3.7418, -5.5913, 2.3037),
-    (2.8769, -3.1427, 1.2046),
-    (2.8366, -3.0525, 1.2012),
-)
-# Below it a column counts as zero.
-_EPS = 1e-5
+from memlm_kernels.grid import next_position, ragged_grid
+from memlm_kernels.large_chunk_memory.chunks import Memory, Plan, WriteChunks
 
 
 class LargeChunkMemoryState(NamedTuple):
@@ -53,7 +39,7 @@ class LargeChunkMemoryState(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """q, k, v: [B, T, H, ...]; lr: [B, T, H, 3]; momentum: [B, T, H] or None. In the loop: [N, G, C, ...]."""
+    """q, k, v: [B, T, H, ...]; lr: [B, T, H, 3]; momentum: [B, T, H] or None."""
 
     q: Tensor
     k: Tensor
@@ -62,38 +48,72 @@ class Tokens(NamedTuple):
     momentum: Tensor | None
 
 
-class _Memory(NamedTuple):
-    """A state without its position, [G, ...] in the loop."""
+class _Layout(NamedTuple):
+    """Where tokens stand in chunks.
 
-    weights: tuple[Tensor, ...]
-    gradient: tuple[Tensor, ...]
-    momentum: tuple[Tensor, ...]
-    momentum_sum: tuple[Tensor, ...]
-
-    @staticmethod
-    def fresh(weights: tuple[Tensor, ...], has_momentum: bool) -> "_Memory":
-        zeros = tuple(torch.zeros_like(w) for w in weights)
-        momentum_sum = weights[0].new_zeros(len(weights[0]), 1, 1)
-        return _Memory(weights, zeros, zeros, (momentum_sum,)) if has_momentum else _Memory(weights, zeros, (), ())
-
-    @staticmethod
-    def of(tensors: Sequence[Tensor]) -> "_Memory":
-        """The same from ``flat``."""
-        return _Memory(*(tuple(tensors[i : i + 3]) for i in (0, 3, 6, 9)))
-
-    def flat(self) -> list[Tensor]:
-        return [x for part in self for x in part]
-
-
-class _Plan(NamedTuple):
-    """For each chunk of a group whether it is a document's first, and whether it is whole by its end: as the host
-    knows, or [G, 1, 1]. And how a whole one is written.
+    lay: [B, T, ...] -> [B, N, C, ...], zeros where there is no token; take: the other way round
+    chunks: N
+    opens, closes: [N, G], whether a document starts with a chunk, and whether the chunk is whole by its end; None
+        where the host knows: no document starts, all chunks but the last one are whole, and that one if ``whole``
+    goes_on: whether the first chunk may have tokens of earlier calls
     """
 
-    opens: Sequence[bool | Tensor]
-    closes: Sequence[bool | Tensor]
-    chunk_size: int
-    muon_steps: int
+    lay: Callable[[Tensor], Tensor]
+    take: Callable[[Tensor], Tensor]
+    chunks: int
+    opens: Tensor | None = None
+    closes: Tensor | None = None
+    whole: bool = False
+    goes_on: bool = True
+
+    @staticmethod
+    def known(start: int, length: int, chunk_size: int) -> "_Layout":
+        """Of rows whose first token has ``start`` before it, and which go on with real tokens of one document."""
+        before, end = start % chunk_size, start % chunk_size + length
+        count = -(-end // chunk_size)
+        width, pad = (chunk_size, (before, -end % chunk_size)) if count > 1 else (length, (0, 0))
+
+        def lay(x: Tensor) -> Tensor:
+            x = F.pad(x, (*(0, 0) * (x.ndim - 2), *pad)) if any(pad) else x
+            return x.unflatten(1, (count, width))
+
+        def take(x: Tensor) -> Tensor:
+            return x.flatten(1, 2)[:, pad[0] : pad[0] + length]
+
+        return _Layout(lay, take, count, whole=end % chunk_size == 0, goes_on=before > 0)
+
+    @staticmethod
+    def looked_up(
+        positions: Tensor, lengths: Tensor | None, chunk_size: int, max_documents: int, heads: int
+    ) -> "_Layout":
+        grid = ragged_grid(positions, lengths, chunk_size, max_documents)
+        ends = (grid.lay(x).any(-1) for x in (positions == 0, (positions + 1) % chunk_size == 0))
+        opens, closes = (x.mT.repeat_interleave(heads, 1) for x in ends)
+        return _Layout(grid.lay, grid.take, grid.count, opens, closes)
+
+    def plan(self, muon_steps: int) -> Plan:
+        if self.opens is None or self.closes is None:
+            return Plan([False] * self.chunks, [True] * (self.chunks - 1) + [self.whole], muon_steps)
+        opens, closes = (x.repeat(1, 3)[..., None, None].unbind() for x in (self.opens, self.closes))
+        return Plan(opens, closes, muon_steps)
+
+    def momentum(self, x: Tensor, before: Tensor | None, chunk_size: int) -> tuple[Tensor, Tensor]:
+        """The mean momentum of each chunk, [N, 3 G, 1, 1], and its sum over the open one, [G].
+
+        x: [B, T, H]; before: the sum over what the first chunk had in earlier calls, [G]
+        """
+        sums = self.lay(x).sum(2).movedim(1, 0).flatten(1)
+        if before is not None and self.goes_on:
+            if self.opens is not None:
+                before = before.masked_fill(self.opens[0], 0.0)
+            sums = sums + F.pad(before[None], (0, 0, 0, self.chunks - 1))
+        means = (sums / chunk_size).repeat(1, 3)[..., None, None]
+        if self.opens is None or self.closes is None:
+            return means, torch.zeros_like(sums[-1]) if self.whole else sums[-1]
+        # What stands before a chunk's end, or before a document's start, is over.
+        ends = self.closes + F.pad(self.opens[1:], (0, 0, 0, 1))
+        over = ends.flip(0).cumsum(0).flip(0) > 0
+        return means, sums.masked_fill(over, 0.0).sum(0)
 
 
 def large_chunk_memory_reference(
@@ -105,147 +125,100 @@ def large_chunk_memory_reference(
     positions: Tensor | None,
     lengths: Tensor | None,
     max_documents: int,
+    start: int | None,
 ) -> tuple[Tensor, LargeChunkMemoryState]:
     """Returns o and the new state; see ``large_chunk_memory``."""
-    q, v = tokens.q, tokens.v
-    batch, length, heads, _ = q.shape
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    aligned = state is None and positions is None and lengths is None
-    # Copies, so that no state shares memory with a parameter.
-    initial = tuple(w.to(dtype).repeat(batch, 1, 1) for w in weights)
-    if state is None:
-        memory, place = _Memory.fresh(initial, tokens.momentum is not None), q.new_zeros(batch, dtype=torch.int64)
-    else:
-        memory = _Memory(*(tuple(x.to(dtype).flatten(0, 1) for x in part) for part in state[:4]))
-        place = state.position
+    given, (batch, length, heads, _) = tokens.v.dtype, tokens.q.shape
+    dtype = torch.float64 if tokens.q.dtype == torch.float64 else torch.float32
+    tokens = Tokens(*(None if x is None else x.to(dtype) for x in tokens))  # type: ignore[arg-type]
+    place = tokens.q.new_zeros(batch, dtype=torch.int64) if state is None else state.position
+    if state is None and positions is None and lengths is None:
+        start = 0
+    if length == 1 and state is not None and start and (start + 1) % chunk_size:
+        with torch.autocast(tokens.q.device.type, enabled=False):
+            o, after = _step(tokens, state)
+        return o.to(given), after
+    sizes = heads, tokens.q.shape[3], tokens.v.shape[3]
+    initial = _joined([w.to(dtype).expand(batch, -1, -1, -1) for w in weights])
+    memory, before = Memory(initial, None, None), None
+    if state is not None and start != 0:
+        memory = Memory(*(_joined([x.to(dtype) for x in part]) if part else None for part in state[:3]))  # type: ignore[arg-type]
+        before = state.momentum_sum[0].to(dtype).flatten() if state.momentum_sum else None
+    means = None
+    total = before if tokens.momentum is None or before is not None else initial.new_zeros(batch * heads)
     if length == 0:
-        return v.clone(), _pack(memory, heads, place)
-    if positions is None:
-        positions = place[:, None] + torch.arange(length, device=q.device)
-    opens: Sequence[bool | Tensor]
-    closes: Sequence[bool | Tensor]
-    if aligned:
-        grid = aligned_grid(length, min(length, chunk_size))
-        opens, closes = [False] * grid.count, [n < length // chunk_size for n in range(grid.count)]
+        return tokens.v.to(given, copy=True), _state(memory, total, place, sizes)
+    if start is not None:
+        layout, place = _Layout.known(start, length, chunk_size), place + length
+        if not layout.goes_on:
+            memory = memory._replace(gradient=None)
     else:
-        grid = ragged_grid(positions, lengths, chunk_size, max_documents)
-        ends = (grid.lay(x).any(-1) for x in (positions == 0, (positions + 1) % chunk_size == 0))
-        opens, closes = (row_flags(x, heads).unbind() for x in ends)
-    laid = [None if x is None else to_rows(grid.lay(x.to(dtype))) for x in tokens]
-    size = math.isqrt(grid.count - 1) + 1
-    out = []
-    for n in range(0, grid.count, size):
-        group = slice(n, n + size)
-        plan = _Plan(opens[group], closes[group], chunk_size, muon_steps)
-        o, *after = _Group.apply(plan, *(None if x is None else x[group] for x in laid), *initial, *memory.flat())
-        memory = _Memory.of(after)
-        out.append(o)
-    o = grid.take(from_rows(torch.cat(out), heads))
-    return o.to(v.dtype), _pack(memory, heads, next_position(positions, lengths, place))
+        if positions is None:
+            positions = place[:, None] + torch.arange(length, device=place.device)
+        layout = _Layout.looked_up(positions, lengths, chunk_size, max_documents, heads)
+        place = next_position(positions, lengths, place)
+        memory = Memory(initial, *[torch.zeros_like(initial)] * 2) if memory.gradient is None else memory
+    if tokens.momentum is not None:
+        means, total = layout.momentum(tokens.momentum, before, chunk_size)
+    q, k, v = (layout.lay(x).permute(1, 0, 3, 2, 4).flatten(1, 2) for x in tokens[:3])
+    widest = max(sizes[1:])
+    q, k, v = (F.pad(x, (0, widest - x.shape[-1])) if x.shape[-1] < widest else x for x in (q, k, v))
+    of_gate, of_out, of_up = tokens.lr.unbind(-1)
+    lr = layout.lay(torch.stack([of_gate, of_up, of_out], 2)).permute(1, 3, 0, 4, 2).flatten(2, 3)[..., None]
+    o, *after = WriteChunks.apply(layout.plan(muon_steps), q, k, v, lr, means, initial, *memory)
+    o = layout.take(o[..., : sizes[2]].unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4))
+    return o.to(given), _state(Memory(*after), total, place, sizes)
 
 
-def _pack(memory: _Memory, heads: int, position: Tensor) -> LargeChunkMemoryState:
-    parts = (tuple(x.unflatten(0, (-1, heads)) for x in part) for part in memory)
-    return LargeChunkMemoryState._make((*parts, position))
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """[B, H, K, F], [B, H, F, V] and [B, H, K, F] -> [3 G, P, F], the second one transposed and last."""
+    gate, out, up = parts
+    joined = [x.flatten(0, 1) for x in (gate, up, out.mT)]
+    widest = max(x.shape[1] for x in joined)
+    return torch.cat([F.pad(x, (0, 0, 0, widest - x.shape[1])) if x.shape[1] < widest else x for x in joined])
 
 
-class _Group(torch.autograd.Function):
-    """apply(plan, *tokens, *initial, *memory) -> what the queries of several chunks read, [N, G, C, V], and the memory
-    after them. Keeps its inputs alone, and runs again in backward: torch.utils.checkpoint, without its price for
-    every small tensor.
-    """
+def _state(
+    memory: Memory, momentum_sum: Tensor | None, position: Tensor, sizes: tuple[int, int, int]
+) -> LargeChunkMemoryState:
+    heads, key, value = sizes
 
-    @staticmethod
-    def forward(ctx: Any, plan: _Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        ctx.plan = plan
-        ctx.save_for_backward(*tensors)
-        return _read_and_write(plan, *tensors)
+    def parts(x: Tensor | None) -> tuple[Tensor, ...]:
+        if x is None:
+            x = torch.zeros_like(memory.weights)
+        gate, up, out = x.unflatten(0, (3, -1, heads)).unbind()
+        # Copies: a view would keep all three.
+        return tuple(x.clone() for x in (gate[..., :key, :], out[..., :value, :].mT, up[..., :key, :]))
 
-    @staticmethod
-    @outside_autocast
-    @once_differentiable
-    def backward(ctx: Any, *d_out: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[1:]
-        inputs: list[Any] = [
-            None if x is None else x.detach().requires_grad_(w) for x, w in zip(ctx.saved_tensors, wanted, strict=True)
-        ]
-        with torch.enable_grad():
-            out = _read_and_write(ctx.plan, *inputs)
-        reached = [i for i, x in enumerate(out) if x.requires_grad]
-        leaves = [x for x, w in zip(inputs, wanted, strict=True) if w]
-        found = iter(
-            torch.autograd.grad([out[i] for i in reached], leaves, [d_out[i] for i in reached], allow_unused=True)
-        )
-        return None, *(next(found) if w else None for w in wanted)
+    weights, gradient = parts(memory.weights), parts(memory.gradient)
+    if momentum_sum is None:
+        return LargeChunkMemoryState(weights, gradient, (), (), position)
+    sums = momentum_sum.clone().view(-1, heads, 1, 1)
+    return LargeChunkMemoryState(weights, gradient, parts(memory.momentum), (sums,), position)
 
 
-def _read_and_write(plan: _Plan, *tensors: Any) -> tuple[Tensor, ...]:
-    q, k, v, lr, momentum, w_1, w_2, w_3, *state = tensors
-    tokens, initial, memory = Tokens(q, k, v, lr, momentum), (w_1, w_2, w_3), _Memory.of(state)
-    with torch.autocast(tokens.q.device.type, enabled=False):
-        start = _Memory.fresh(initial, tokens.momentum is not None)
-        norms = [torch.linalg.vector_norm(w, dim=-2, keepdim=True) for w in initial]
-        out = []
-        for n, (opened, closed) in enumerate(zip(plan.opens, plan.closes, strict=True)):
-            memory = _choose(opened, start, memory)
-            out.append(_swiglu(tokens.q[n], memory.weights))
-            momentum = None if tokens.momentum is None else tokens.momentum[n]
-            memory = _add(memory, tokens.k[n], tokens.v[n], tokens.lr[n], momentum)
-            if closed is not False:
-                memory = _choose(closed, _write(memory, start, norms, plan), memory)
-        return torch.stack(out), *memory.flat()
-
-
-def _add(memory: _Memory, k: Tensor, v: Tensor, lr: Tensor, momentum: Tensor | None) -> _Memory:
-    """The gradient of each token at the weights as they are."""
-    ascent = _ascent(k, v, lr, memory.weights)
-    gradient = tuple(d + a for d, a in zip(memory.gradient, ascent, strict=True))
-    if momentum is None:
-        return memory._replace(gradient=gradient)
-    total = memory.momentum_sum[0] + momentum.sum(-1)[:, None, None]
-    return memory._replace(gradient=gradient, momentum_sum=(total,))
-
-
-def _choose(flag: Tensor | bool, new: _Memory, old: _Memory) -> _Memory:
-    if isinstance(flag, bool):
-        return new if flag else old
-    parts = zip(new, old, strict=True)
-    return _Memory(*(tuple(torch.where(flag, n, o) for n, o in zip(*part, strict=True)) for part in parts))
-
-
-def _swiglu(x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
-    gate, out, up = weights
-    return (F.silu(x @ gate) * (x @ up)) @ out
-
-
-def _ascent(k: Tensor, v: Tensor, lr: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Gradient of the sum of f(k) . v in each matrix, each token times its lr for that matrix."""
-    gate, up = k @ weights[0], k @ weights[2]
-    share = torch.sigmoid(gate)
-    silu, slope = gate * share, share * (1 + gate * (1 - share))
-    d_hidden = v @ weights[1].mT
-    lr_gate, lr_out, lr_up = lr.split(1, -1)
-    return k.mT @ (lr_gate * d_hidden * up * slope), (lr_out * silu * up).mT @ v, k.mT @ (lr_up * d_hidden * silu)
-
-
-def _write(memory: _Memory, start: _Memory, norms: Sequence[Tensor], plan: _Plan) -> _Memory:
-    """What the last token of a chunk makes of the memory."""
-    step = memory.gradient
-    if memory.momentum:
-        mean = memory.momentum_sum[0] / plan.chunk_size
-        step = tuple(torch.addcmul(d, mean, s) for d, s in zip(step, memory.momentum, strict=True))
-    moved = (w + _orthogonal(s, plan.muon_steps) for w, s in zip(memory.weights, step, strict=True))
-    weights = tuple(n * F.normalize(w, dim=-2, eps=_EPS) for w, n in zip(moved, norms, strict=True))
-    return start._replace(weights=weights, momentum=step if memory.momentum else ())
-
-
-def _orthogonal(x: Tensor, steps: int) -> Tensor:
-    """Newton-Schulz: singular values of each matrix drawn to 1 (Muon); ``steps`` 0 leaves it as it is."""
-    if steps == 0:
-        return x
-    wide = x.mT if x.shape[-2] > x.shape[-1] else x
-    wide = F.normalize(wide.flatten(1), dim=-1, eps=1e-7).view_as(wide)
-    for a, b, c in MUON[:steps]:
-        square = wide @ wide.mT
-        wide = a * wide + (b * square + c * square @ square) @ wide
-    return wide.mT if x.shape[-2] > x.shape[-1] else wide
+def _step(tokens: Tokens, state: LargeChunkMemoryState) -> tuple[Tensor, LargeChunkMemoryState]:
+    """One token that ends no chunk: it reads, and adds to the gradient."""
+    gate, out, up = (w.to(tokens.q.dtype).flatten(0, 1) for w in state.weights)
+    # A token's query and key side by side.
+    x = torch.cat([tokens.q, tokens.k], 1).transpose(1, 2)
+    flat, v = x.flatten(0, 1), tokens.v.reshape(-1, 1, tokens.v.shape[-1])
+    a, b = torch.bmm(flat, gate), torch.bmm(flat, up)
+    share = torch.sigmoid(a)
+    h = a * share
+    product = h * b
+    o = torch.bmm(product[:, :1], out).view(tokens.v.shape)
+    d_hidden = torch.bmm(v, out.mT)
+    slope = torch.addcmul(share, h, 1 - share)
+    d_gate = d_hidden * (b * slope)[:, 1:]
+    rates = tokens.lr.reshape(-1, 3, 1, 1).unbind(1)
+    of_rows = zip((d_gate, v, d_hidden * h[:, 1:]), rates, strict=True)
+    rows = [(r * t).unflatten(0, x.shape[:2]) for t, r in of_rows]
+    k = x[:, :, 1:].mT
+    columns = (k, product[:, 1:].view(*x.shape[:2], product.shape[-1], 1), k)
+    gradient = tuple(torch.addcmul(d, c, r) for d, c, r in zip(state.gradient, columns, rows, strict=True))
+    state = state._replace(gradient=gradient, position=state.position + 1)
+    if tokens.momentum is not None:
+        total = state.momentum_sum[0]
+        state = state._replace(momentum_sum=(total + tokens.momentum.view(total.shape),))
+    return o, state
