@@ -22,6 +22,7 @@ Files:
     fingerprint         which weights made a memory or a bank; checksums of tensors
     roles               the roles of tokens: query, response, template
     settings            settings of a user: types, ranges and the nearest name, checked before anything is built
+    plugins             memories, data and measures of installed packages
     files               files and folders written whole, with digests and a lock; JSON with one-line errors
     flops               parameters and FLOPs, counted
 """

@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
 
 from omegaconf import OmegaConf
 
-from memlm import MemLMConfig, MemLMForCausalLM, cli
+from memlm import MemLMConfig, MemLMForCausalLM, cli, plugins
 from memlm.memory.rows import Rows
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +37,11 @@ def model_config(memory: str = "titans_mag", **settings) -> MemLMConfig:
 @functools.cache
 def _tiny(memory: str) -> dict:
     # Composing takes longer than most tests.
-    return OmegaConf.to_container(composed("model=tiny", f"memory={memory}").model, resolve=True)
+    own = memory in MEMORIES
+    model = OmegaConf.to_container(composed("model=tiny", f"memory={memory if own else 'none'}").model, resolve=True)
+    if not own:
+        model["mixers"]["memory"] = {"kind": memory}
+    return model
 
 
 def build(memory: str = "titans_mag", dtype=torch.float64, seed: int = 0, **settings) -> MemLMForCausalLM:
@@ -51,8 +55,10 @@ def build(memory: str = "titans_mag", dtype=torch.float64, seed: int = 0, **sett
 
 
 def variants() -> list:
-    """Every YAML of configs/memory, and the ``VARIANTS`` (changed settings) of tests/memory/test_<kind>.py."""
-    found = [pytest.param((name, {}), id=name) for name in MEMORIES]
+    """Every YAML of configs/memory, the ``VARIANTS`` (changed settings) of tests/memory/test_<kind>.py, and the
+    memories of installed packages.
+    """
+    found = [pytest.param((name, {}), id=name) for name in (*MEMORIES, *plugins.names("memlm.memory"))]
     for path in sorted((ROOT / "tests" / "memory").glob("test_*.py")):
         if path.stem == "test_contract":
             continue

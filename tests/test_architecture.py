@@ -17,10 +17,11 @@ ROOMS = {
     "memlm.fingerprint": set(),
     # Settings, roles and files are below every room.
     "memlm.settings": set(),
+    "memlm.plugins": {"memlm.settings"},
     "memlm.roles": set(),
-    "memlm.data": {"memlm.files", "memlm.settings", "memlm.roles"},
+    "memlm.data": {"memlm.files", "memlm.settings", "memlm.plugins", "memlm.roles"},
     "memlm.layers": {"memlm_kernels"},
-    "memlm.memory": {"memlm_kernels", "memlm.settings", "memlm.roles", "memlm.layers"},
+    "memlm.memory": {"memlm_kernels", "memlm.settings", "memlm.plugins", "memlm.roles", "memlm.layers"},
     "memlm.configuration": {"memlm.settings", "memlm.memory"},
     "memlm.cache": {"memlm.files", "memlm.fingerprint", "memlm.memory"},
     "memlm.loss": set(),

@@ -1,19 +1,26 @@
-"""From the `data` config to the tokenizer and the batches."""
+"""From the `data` config to the tokenizer and the batches.
 
+A kind of source is one of `_OPTIONS`, or a module of an installed package (`memlm.plugins`). The module has a `Task`,
+which derives from `RecallTask`, or a dataclass `Config` and a `Source(config, tokenizer, seq_len, seed)`.
+"""
+
+import dataclasses
+import functools
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from memlm.settings import suggest
+from memlm import plugins
+from memlm.settings import build_config, require, suggest
 
 from .chains import Chains
 from .documents import Documents
 from .mixture import Mixture
 from .questions import Questions, QuestionSource
-from .recall import MQAR, Passkey, RecallSource
+from .recall import MQAR, Passkey, RecallSource, RecallTask
 from .retrieval import Facts
 from .row import Source
 from .text import TextCorpus, TextSource
@@ -51,33 +58,45 @@ def build_data(cfg: Mapping[str, Any], *, seed: int, batch_size: int) -> tuple[P
         raise ValueError(f"data.cache_dir={cfg['cache_dir']!r} names no folder; name one")
     if not isinstance(cfg["sources"], Mapping) or not cfg["sources"]:
         raise ValueError(f"data.sources={cfg['sources']!r} must name at least one source, and its kind and weight")
+    outside = {}
     for name, options in cfg["sources"].items():
         # It is part of the names of files and figures.
         if not isinstance(name, str) or not name or {*"/\0"} & {*name}:
             raise ValueError(f"data.sources: {name!r} cannot be a name; use letters and digits")
-        _check_source(options, f"data.sources.{name}")
+        outside[name] = _check_source(options, f"data.sources.{name}", cfg["seq_len"])
     corpora = {}
     for name, options in cfg["sources"].items():
         if options["kind"] == "text":
             with _named(name):
                 corpora[name] = Documents(options.get("paths"), cfg["cache_dir"])
     tokenizer = load_tokenizer(cfg["tokenizer"], [*corpora.values()])
-    recall = [name for name, options in cfg["sources"].items() if options["kind"] in _TASKS]
+    tasks = [name for name, options in cfg["sources"].items() if options["kind"] in _TASKS]
+    recall = [*tasks, *(name for name, config in outside.items() if isinstance(config, RecallTask))]
     if recall and not is_byte_tokenizer(tokenizer):
         raise ValueError(f"data.sources.{recall[0]} is made of bytes; set data.tokenizer to byte, or leave it out")
     sources, weights = {}, {}
     for name, options in cfg["sources"].items():
         with _named(name):
-            sources[name] = _build_source(name, cfg, tokenizer, corpora.get(name), seed)
+            sources[name] = _build_source(name, cfg, tokenizer, corpora.get(name), outside[name], seed)
         weights[name] = options["weight"]
     return tokenizer, Mixture(sources, weights, batch_size)
 
 
 def _build_source(
-    name: str, cfg: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, documents: Documents | None, seed: int
+    name: str,
+    cfg: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerFast,
+    documents: Documents | None,
+    outside: RecallTask | Callable[..., Source] | None,
+    seed: int,
 ) -> Source:
+    """outside: as `_check_source` returns it"""
     options = cfg["sources"][name]
     own_seed = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8])
+    if isinstance(outside, RecallTask):
+        return RecallSource(outside, own_seed, _read_ramp(cfg))
+    if outside is not None:
+        return outside(tokenizer, cfg["seq_len"], own_seed)
     if documents is not None:
         return TextSource(TextCorpus(documents, tokenizer), cfg["seq_len"], own_seed)
     sizes = {key: options[key] for key in _OPTIONS[options["kind"]] if key in options and key != "paths"}
@@ -95,17 +114,32 @@ def _named(source: str) -> Iterator[None]:
         raise ValueError(f"data.sources.{source}: {error}") from error
 
 
-def _check_source(options: Mapping[str, Any], where: str) -> None:
+def _check_source(options: Mapping[str, Any], where: str, seq_len: int) -> RecallTask | Callable[..., Source] | None:
+    """None for a kind of the project; else the task of an installed package, or its `Source` with its settings."""
     kind = options.get("kind") if isinstance(options, Mapping) else options
-    if not isinstance(kind, str) or kind not in _OPTIONS:
-        raise ValueError(f"{where}.kind={kind!r} is unknown; {suggest(str(kind), list(_OPTIONS))}")
-    _check_keys(options, where, ("kind", "weight"), _OPTIONS[kind])
-    weight = options["weight"]
+    module = plugins.load("memlm.data", kind, [*_OPTIONS], f"{where}.kind={kind!r}")
+    if module is None:
+        _check_keys(options, where, ("kind", "weight"), _OPTIONS[kind])
+        _check_weight(options["weight"], where)
+        if kind == "questions" and not options.get("paths"):
+            raise ValueError(f"{where}.paths is missing; name JSONL files of questions")
+        _check_whole(options, where, (set(_OPTIONS[kind]) - {"paths", "templates"}) & options.keys())
+        return None
+    task = getattr(module, "Task", None)
+    whole = task or (hasattr(module, "Config") and hasattr(module, "Source"))
+    require(whole, f"{where}.kind={kind!r}: {module.__name__} must have Task, or Config and Source")
+    settings = [field.name for field in dataclasses.fields(task or module.Config) if field.name != "length"]
+    _check_keys(options, where, ("kind", "weight"), settings)
+    _check_weight(options["weight"], where)
+    given = {key: options[key] for key in settings if key in options}
+    if task:
+        return build_config(task, {"length": seq_len, **given}, where)
+    return functools.partial(module.Source, build_config(module.Config, given, where))
+
+
+def _check_weight(weight: Any, where: str) -> None:
     if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight <= _MOST_WEIGHT:
         raise ValueError(f"{where}.weight={weight!r} is not a number between 0 and {_MOST_WEIGHT:.0f}")
-    if kind == "questions" and not options.get("paths"):
-        raise ValueError(f"{where}.paths is missing; name JSONL files of questions")
-    _check_whole(options, where, (set(_OPTIONS[kind]) - {"paths", "templates"}) & options.keys())
 
 
 def _read_ramp(cfg: Mapping[str, Any]) -> tuple[int, int]:

@@ -53,12 +53,12 @@ class RecallTask:
         rng = np.random.default_rng([seed, split_id(split), index])
         noisy = rng.random(self.length) < noise
         input_ids = np.where(noisy, NOISE[rng.integers(len(NOISE), size=self.length)], FILLER)
-        scored = self._write(rng, input_ids)
+        scored = self.write(rng, input_ids)
         labels = np.full_like(input_ids, IGNORE_INDEX)
         labels[scored] = input_ids[scored]
         return Row(input_ids, labels, np.arange(self.length))
 
-    def _write(self, rng: np.random.Generator, input_ids: np.ndarray) -> np.ndarray:
+    def write(self, rng: np.random.Generator, input_ids: np.ndarray) -> np.ndarray:
         """Writes the task over the filler, in place; returns the places of the scored tokens."""
         raise NotImplementedError
 
@@ -99,7 +99,7 @@ class MQAR(RecallTask):
         """Tokens back, at least, from the query key, which predicts a value, to the value to be recalled."""
         return self.gap + 1
 
-    def _write(self, rng: np.random.Generator, input_ids: np.ndarray) -> np.ndarray:
+    def write(self, rng: np.random.Generator, input_ids: np.ndarray) -> np.ndarray:
         keys = rng.permutation(KEYS[: self.num_keys])[: self.num_pairs]
         values = VALUES[rng.integers(self.num_values, size=self.num_pairs)]
         start = 2 * self.num_pairs + self.gap
@@ -138,7 +138,7 @@ class Passkey(RecallTask):
         """Tokens back, at least, from the token that predicts a digit to the digit to be recalled."""
         return self.gap
 
-    def _write(self, rng: np.random.Generator, input_ids: np.ndarray) -> np.ndarray:
+    def write(self, rng: np.random.Generator, input_ids: np.ndarray) -> np.ndarray:
         message = np.concatenate(
             [rng.choice(KEYS[: self.num_keys], 1), VALUES[rng.integers(self.num_values, size=self.digits)]]
         )

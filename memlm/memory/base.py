@@ -1,7 +1,8 @@
 """The memory slot: what a mixer is given, what it returns, and how its configuration is read.
 
 A memory is a module of this package with a dataclass ``Config`` and a ``Mixer(SequenceMixer)``; the
-module's name is its ``kind``. Nothing else has to be told about it.
+module's name is its ``kind``. Nothing else has to be told about it. An installed package adds a memory by an entry
+point (``memlm.plugins``).
 """
 
 import dataclasses
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from memlm import plugins
 from memlm.layers import GroupedLinear, RMSNorm, ShortConv
 from memlm.memory.rows import Rows, State
-from memlm.settings import build_config, suggest
+from memlm.settings import build_config, require
 
 # Without this line Hydra puts a memory's settings where nothing reads them.
 PACKAGE = "a YAML of configs/memory begins with '# @package model.mixers.memory'"
@@ -128,17 +130,29 @@ def joined(parts: dict[str, State]) -> State:
 
 
 def kinds() -> list[str]:
-    """Names of the modules of this package that hold a memory."""
+    """Names of all memories: modules of this package that hold one, and those of installed packages."""
+    return [*_own_kinds(), *plugins.names("memlm.memory")]
+
+
+def _own_kinds() -> list[str]:
     package = importlib.import_module(__package__ or "memlm.memory")
     names = [module.name for module in pkgutil.iter_modules(package.__path__)]
     return [name for name in names if hasattr(importlib.import_module(f"{package.__name__}.{name}"), "Mixer")]
 
 
 def load_kind(kind: str, key: str) -> types.ModuleType:
-    """The module of a kind; ``key`` is the configuration key that named it, for the error."""
-    if not isinstance(kind, str) or kind not in kinds():
-        raise ValueError(f"{key}.kind={kind!r} is unknown; {suggest(str(kind), kinds())}")
-    return importlib.import_module(f"memlm.memory.{kind}")
+    """The module of a kind, from here or from an installed package (``memlm.plugins``).
+
+    key: the configuration key that named it. Raises ValueError, naming it, for a kind that cannot be loaded.
+    """
+    module = plugins.load("memlm.memory", kind, _own_kinds(), f"{key}.kind={kind!r}")
+    if module is None:
+        return importlib.import_module(f"memlm.memory.{kind}")
+    whole = hasattr(module, "Config") and hasattr(module, "Mixer")
+    require(
+        whole, f"{key}.kind={kind!r}: {module.__name__} must have Config and Mixer, as a module of memlm.memory has"
+    )
+    return module
 
 
 def build_mixer(settings: dict[str, Any], dims: Dims, layer_idx: int, key: str) -> SequenceMixer:

@@ -15,8 +15,10 @@ import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Iterable, Mapping, Sequence
+from types import ModuleType
 from typing import Any, ClassVar
 
+from memlm import plugins
 from memlm.data import Source
 from memlm.evaluation.data import Examined
 from memlm.evaluation.report import Report
@@ -68,18 +70,31 @@ class Measure:
 
 
 def measures(settings: Mapping[str, Any]) -> list[Measure]:
-    """All measures with the settings of the ``eval`` group. Raises ValueError naming the key, the value and a fix."""
+    """All measures with the settings of the ``eval`` group, and those of installed packages that it names.
+
+    A package's measure stands under the name of its entry point, ``eval.surprise={rows: 16}``.
+    Raises ValueError naming the key, the value and a fix.
+    """
     modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
-    own = [x for m in modules for x in vars(m).values() if isinstance(x, type) and x.__module__ == m.__name__]
-    found = [x for x in own if issubclass(x, Measure)]
-    names = {kind: [field.name for field in dataclasses.fields(kind)] for kind in found}  # type: ignore[arg-type]
-    known = list(dict.fromkeys(name for fields in names.values() for name in fields))
+    found = [kind for module in modules for kind in _measures_of(module)]
+    fields = {kind: [field.name for field in dataclasses.fields(kind)] for kind in found}  # type: ignore[arg-type]
+    own = list(dict.fromkeys(name for names in fields.values() for name in names))
+    known, outside = [*own, *plugins.names("memlm.measure")], []
     for key, value in settings.items():
         require(key in known, f"eval.{key}={value!r} is not a setting; {suggest(str(key), known)}")
-    return [
-        build_config(kind, {key: settings[key] for key in fields if key in settings}, "eval")
-        for kind, fields in names.items()
-    ]
+        if module := plugins.load("memlm.measure", key, own, f"eval.{key}={value!r}"):
+            of_key = [kind for kind in _measures_of(module) if kind.name == key]
+            free = len(of_key) == 1 and key not in [kind.name for kind in found]
+            require(free, f"eval.{key}: {module.__name__} must have one Measure, and its name={key!r} must be new")
+            require(isinstance(value, Mapping), f"eval.{key}={value!r} must be its settings, {{key: value}}")
+            outside.append(build_config(of_key[0], dict(value), f"eval.{key}"))
+    given = {kind: {key: settings[key] for key in names if key in settings} for kind, names in fields.items()}
+    return [*(build_config(kind, values, "eval") for kind, values in given.items()), *outside]
+
+
+def _measures_of(module: ModuleType) -> list[type[Measure]]:
+    own = [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == module.__name__]
+    return [x for x in own if issubclass(x, Measure)]
 
 
 def check_range(settings: Any, **least: int) -> None:
