@@ -112,10 +112,6 @@ class Rows:
         """Whether every row is the start of a document, with real tokens of it alone: no state matters."""
         return self.start == 0 and self.goes_on
 
-    def aligned(self, chunk_size: int) -> bool:
-        """Whether every row goes on where a chunk ends, so that no token has to be looked at to lay out chunks."""
-        return self.goes_on and self.start is not None and self.start % chunk_size == 0
-
     @property
     def role_counts(self) -> RoleCounts:
         """The counts of the roles."""
