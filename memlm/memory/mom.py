@@ -1,15 +1,16 @@
-"""Mixture of memories (MoM, arXiv:2502.13685): a router sends each token to some of many memories, any linear
-recurrence, and reads what these hold; the others neither write nor forget.
+"""Mixture of memories (MoM, arXiv:2502.13685): a router sends each token to a few of many memories, and the token
+reads the content of these. Each memory is a linear recurrence of any kind; the memories that are not chosen neither
+write nor forget.
 
     p = softmax(x W_router)        w = the top_k of p, renormalised to 1
     o = sum over chosen m of w_m q M_m, and q M_shared        y = (norm(o) * silu(x W_gate)) W_o
 
-Each memory has keys, values and gates of its own, queries are shared. A row's tokens are put in the order of their
-memories by one stable sort and run through the recurrence as segments: the cost is that of top_k memories, however
-many there are, and no size is asked of the device.
+Each memory has its own keys, values and gates; all memories share the queries. One stable sort puts a row's tokens in
+the order of their memories, and the recurrence runs over them as segments. The cost is that of top_k memories, however
+many memories there are, and the host never waits for a size from the device.
 
-B batch, T tokens, D hidden, M memories, J = top_k, R = T * J routed tokens of a row, documents and memories together
-make S segments, H heads, V value dim, C channels of q, k, v together.
+B batch, T tokens, D hidden, M memories, J = top_k, R = T * J routed tokens of a row, S segments (one per document and
+memory), H heads, V value dim, C channels of q, k, v together.
 """
 
 from dataclasses import dataclass
@@ -33,20 +34,22 @@ CONVOLUTIONS = ("per_memory", "before_routing", "none")
 
 @dataclass(frozen=True)
 class Config(recurrence.Config):
-    """rule: how a memory is written, a key of ``recurrence.RULES``, which ``recurrence.Config`` has settings for.
+    """rule: the update rule of the memories, a key of ``recurrence.RULES``; its settings are in ``recurrence.Config``.
     num_memories, top_k: memories, and how many of them a token is sent to.
     shared_memory: one memory more, that every token writes and reads with weight 1.
     single_kv: all memories, the shared one too, take keys, values and gates from the same projections.
     conv: "per_memory", along the tokens that a memory gets; "before_routing", of the layer's input; or "none".
     conv_across_segments: in training, convolve along all routed tokens of a batch, memory after memory, as
-        flash-linear-attention does. It sees the future and other rows: only to go on training its checkpoints.
+        flash-linear-attention does. Such a convolution sees later tokens and other rows, so use it only to continue
+        the training of checkpoints from there.
     balance_loss: weight of num_memories * sum_m (share of tokens sent to m) (mean probability of m) in the training
-        loss, whose floor is top_k (Switch, arXiv:2101.03961). Share and mean are of a row (as arXiv:2412.19437),
-        for its memories are its own: what other rows write fills none of them. And a mean over rows is the same
-        however a step is divided; the paper's own, over all rows of a call, is not.
+        loss, whose floor is top_k (Switch, arXiv:2101.03961). Share and mean are computed per row (as in
+        arXiv:2412.19437), because each row has its own memory states: other rows write nothing into them. Also, a mean
+        over rows does not depend on how a step is divided into calls. The paper's loss, computed over all rows of a
+        call, does.
     z_loss: weight of the mean square of the router's log-sum-exp (ST-MoE, arXiv:2202.08906).
     balance_bias: a learned bias that only the choice of memories sees, driven towards even loads (arXiv:2408.15664).
-    window_size: of an attention branch beside the memories, gated as in titans_mag; null for none.
+    window_size: the window of an attention branch beside the memories, gated as in titans_mag; null for no branch.
     """
 
     rule: str = "gated_delta_net"

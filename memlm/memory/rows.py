@@ -1,4 +1,4 @@
-"""Where the tokens of a call stand: made once a call by the decoder, read by every layer.
+"""The positions of the tokens of a call: the decoder computes them once per call, and every layer reads them.
 
 B rows, T tokens of the call, D documents that a row may have.
 """
@@ -23,8 +23,9 @@ State = dict[str, Tensor]
 class Segments(NamedTuple):
     """The documents of packed or padded rows; the first of a row may go on from an earlier call.
 
-    most: that a row may have; index_BT: of each token's document, ``most`` for padding; cu_seqlens: [B, most + 1]
-    fresh_B: where the first document starts in this call; last_B: the document of a row's last token
+    most: the most documents that a row may have; index_BT: the index of each token's document, ``most`` for padding;
+        cu_seqlens: [B, most + 1]
+    fresh_B: true where the row's first document starts in this call; last_B: the document of a row's last token
     """
 
     most: int
@@ -54,17 +55,19 @@ class Segments(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Given are shapes and facts that the host knows; everything else is made when a layer first asks for it.
+    """The fields are shapes and facts that the host knows. All other values are computed when a layer first asks for
+    them.
 
     length: tokens of the call, T
     before_B: int64 [B], the place of each row's next token in its document
-    start: the same on the host, where it is known, equal in all rows, and no document was read by its role; else None
-    given_BT: int64 [B, T], places of tokens in their documents, where rows are packed; a 0 starts a document. None:
-        every row goes on
+    start: the same as a Python int; None if the host does not know it, if rows differ, or if an earlier call read
+        tokens within documents (``roles``)
+    given_BT: int64 [B, T], positions of tokens in their documents, for packed rows; a 0 starts a document. None: every
+        row continues its document
     lengths_B: real tokens of each row, which come first (the decoder moves padding to the end); None: all
     max_documents: an upper bound on the documents that one row has tokens of
-    roles: with counts, for memories of documents, which are then parts of a document as it is meant here; None: all
-        tokens are a response
+    roles: roles of the tokens, with counts, for memories of documents. The documents of the roles are then parts of
+        one document in the sense of this class. None: all tokens are a response
     metrics: whether mixers return metrics
     """
 

@@ -3,15 +3,16 @@
 Paper to code (arXiv:2501.00663): theta = lr, eta = momentum, alpha = decay, M_0 = ``Store.memory``,
 b = chunk_size. B batch, T tokens, D hidden, H memory heads, K memory head dim, C channels.
 
-Conventions the paper leaves open: the inner loss is 1/2 |M(k) - v|^2; a token reads after it has
-written; M_0 is learned, its last layer starts at zero so that an empty memory says nothing, or with
-``memory_norm``, where M(q) = q + LayerNorm(MLP(q)), just q; gates are one number for each token and head.
+The paper leaves some conventions open; here: the inner loss is 1/2 |M(k) - v|^2; a token reads after it has written;
+M_0 is learned, and its last layer starts at zero, so that an empty memory outputs zero (with ``memory_norm``, where
+M(q) = q + LayerNorm(MLP(q)), it outputs q); gates are one number for each token and head.
 
-Metrics. Of each token, means over heads: the gates ``lr``, ``momentum``, ``decay``, ``weight``; ``surprise``, the norm
-of its gradient; ``output_gate``, the size of what multiplies its read; ``gate``, of the memory's branch beside the
-attention's (MAC, MAG); with ``memory_norm`` ``known_share``, the part of LayerNorm(MLP(q)) beside q. At the end of
-the call ``memory_norm`` and ``momentum_norm``, over the call ``update_norm``, and ``memory_share``, of the memory's
-branch in the mixer's output, or of a memory alone beside its input.
+Metrics. Per token, averaged over heads: the gates ``lr``, ``momentum``, ``decay``, ``weight``; ``surprise``, the norm
+of the token's gradient; ``output_gate``, the mean size of the gate on the token's read; ``gate``, the weight of the
+memory's branch against the attention's (MAC, MAG); and, with ``memory_norm``, ``known_share``, the share of
+LayerNorm(MLP(q)) in its sum with q. Per call: ``memory_norm`` and ``momentum_norm``, the norms at its end;
+``update_norm``, the norm of the change; and ``memory_share``, the share of the memory's branch in the mixer's output,
+or, for a memory alone, its share beside the layer's input.
 """
 
 import itertools
@@ -43,18 +44,20 @@ class NeuralMemoryConfig:
     """memory_heads, memory_head_dim: the memory is ``memory_heads`` independent MLPs on vectors of that size.
     memory_depth: layers of each MLP, 1 to 4; memory_expansion: width of its hidden layers over memory_head_dim.
     memory_activation: between its layers; memory_norm: M(x) = x + LayerNorm(MLP(x)) instead of MLP(x) (TTT), with
-        values of root mean square 1; null: for memories deeper than one layer, which diverge without it, unless
-        polynomial_degree is 2. The variance in this LayerNorm has .1 added, not 1e-5: what has decayed stays small.
+        values of root mean square 1; null: true for memories deeper than one layer, which diverge without it, unless
+        polynomial_degree is 2. This LayerNorm adds 0.1 to the variance, not 1e-5, so that an output that has decayed
+        stays small.
     chunk_size: tokens whose gradients are taken at the same weights; quality is best at the size trained on. Above
         64 it must be a multiple of a number from 16 to 64.
     conv_size: width of the causal convolution with SiLU on q, k, v; 1 for none.
-    max_lr, max_momentum, max_decay: what the gates cannot exceed; initial_lr, initial_momentum, initial_decay: where
-        they start. Momentum and decay 0: none. lr null: 0.047 for chunks of up to 16 tokens, for memories of more
-        layers 0.01 for up to 32, and in proportion less for longer ones: chunk_size * lr / (1 - momentum) stays below
-        1, beyond 2 a repeated key would make the inner loop diverge. decay null: 0.001, for more layers 0.0003.
-    inner_loss: what a write descends on; huber_delta, lp_power: its parameter (MIRAS).
-    omega_window: tokens whose losses each write descends on, weighted by a gate that starts at 1 / omega_window
-        (ATLAS); 1 for the token itself.
+    max_lr, max_momentum, max_decay: upper bounds of the gates; initial_lr, initial_momentum, initial_decay: where they
+        start. Momentum and decay 0: none. lr null: 0.047 for chunks of up to 16 tokens (memories of more than one
+        layer: 0.01, up to 32 tokens), and proportionally less for longer chunks. So chunk_size * lr / (1 - momentum)
+        stays below 1; above 2, a repeated key would make the inner loop diverge. decay null: 0.001, for more layers
+        0.0003.
+    inner_loss: the loss whose gradient a write follows; huber_delta, lp_power: its parameter (MIRAS).
+    omega_window: number of last tokens whose losses each write minimises, weighted by a gate that starts at 1 /
+        omega_window (ATLAS); 1: the token's own loss alone.
     polynomial_degree: 2 for keys and queries with all their products of two channels (ATLAS).
     initialization: "default", or "recall": an engineered prior for associative recall. Queries start equal
         to keys, and each key channel looks a random 0 to conv_size - 1 tokens back, so that a value can

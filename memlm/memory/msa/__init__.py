@@ -1,5 +1,5 @@
-"""Memory Sparse Attention (arXiv:2603.23516): documents are read once, each for itself, and kept as means of their
-chunks; a query chooses documents, and attention sees what is kept of them.
+"""Memory Sparse Attention (arXiv:2603.23516): each document is read once, independently of the others, and kept as the
+means of its chunks. A query chooses documents, and attention sees the means of those.
 
 A sample is ``[template | document 1 | document 2 | ... | query | response]``, as ``Roles`` says. Template and every
 document are causal segments of their own, positions from 0. Every chunk_size tokens of a document are kept as the
@@ -10,21 +10,24 @@ attends, in one softmax, to
 
     score[document] = max over its chunks of max over query tokens of mean over heads of sim(W_q x, R)
 
-and the top_k documents are chosen, hard and without a weight, so that the language-model loss does not reach the
-router's projections: only the router's own loss does (``router``). ``routes: false`` is a layer without a router,
-which sees template and itself; the paper routes in the upper half of the layers.
+The top_k documents are chosen by a hard selection, and their scores do not weight what attention reads. So the
+language-model loss gives no gradient to the router's projections: only the router's own loss does (``router``).
+``routes: false`` is a layer without a router, which sees template and itself; the paper routes in the upper half of
+the layers.
 
-The choice is made again at every token, over the query tokens up to it: a token sees nothing of the query behind
-it, whatever follows the query sees the choice of all of it, and any division of a sample into calls is the same.
-``routing: query`` is the released code's choice, which shows every query token what all query tokens of a call chose.
-A document is known once a token stands behind it, wherever it is in its sample. Without roles all tokens are a
-response: causal attention, to what is kept of documents read before too.
+The choice is made again at every query token, from the query tokens up to it. So a query token is not influenced by
+later query tokens, and the tokens after the query see the choice that the whole query made. Outputs do not depend on
+how a sample is divided into calls. ``routing: query`` is the rule of the released code: every query token sees the
+documents that all query tokens of the call chose together. A query token can choose any document before it in its
+sample. Without roles, all tokens are a response: they use causal attention, and also see the documents that were read
+before.
 
-What the state holds of documents, keys ``bank.*``, may come from elsewhere: see ``held``. Of a bank only
-the documents stay that its last question chose. Once a response goes on without roles the choice stands: the chosen
-chunks are then put before the keys of what stands outside documents, once, and what follows is plain attention.
+The keys ``bank.*`` of the state hold the documents. They may also be put in from outside, from a bank: see ``held``.
+After a question to a bank, the state keeps only the documents that this question chose. When a response continues
+without roles, the choice is final. The chosen chunks are then put once before the keys of the tokens outside
+documents, and later tokens run plain attention.
 
-Where the paper and its released code differ: a table in memlm/hub/README.md ("Paper and released code").
+The table "Paper and released code" in memlm/hub/README.md lists where the paper and its released code differ.
 
 Files:
 
