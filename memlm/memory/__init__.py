@@ -3,7 +3,7 @@
 Files:
 
     base                the slot: ``SequenceMixer``, ``MixerOutput``, ``Dims``
-    rows                where the tokens of a call stand: ``Rows``, made once a call; roles of tokens
+    rows                the positions of a call's tokens: ``Rows``, computed once per call
     parts               parts that several memories share: gates of two branches, starts
     kv                  keys and values that grow by a token per call, without copies of their past
     attention           full and sliding-window attention, persistent tokens, backends

@@ -1,8 +1,7 @@
-"""The memory slot: what a mixer is given, what it returns, and how its configuration is read.
+"""The memory slot: the inputs and outputs of a mixer, and its configuration.
 
-A memory is a module of this package with a dataclass ``Config`` and a ``Mixer(SequenceMixer)``; the
-module's name is its ``kind``. Nothing else has to be told about it. An installed package adds a memory by an entry
-point (``memlm.plugins``).
+A memory is a module of this package with a dataclass ``Config`` and a ``Mixer(SequenceMixer)``. The module's name is
+its ``kind``; nothing else registers it. An installed package adds a memory by an entry point (``memlm.plugins``).
 """
 
 import dataclasses
@@ -27,7 +26,7 @@ PACKAGE = "a YAML of configs/memory begins with '# @package model.mixers.memory'
 
 @dataclass(frozen=True)
 class Dims:
-    """Sizes of the decoder that a mixer lives in."""
+    """Sizes of the decoder around a mixer."""
 
     hidden_size: int
     num_attention_heads: int
@@ -39,16 +38,15 @@ class Dims:
 
 
 class MixerOutput(NamedTuple):
-    """What a mixer returns.
+    """The result of a mixer.
 
-    y_BTD: the output; rows beyond ``lengths_B`` are unspecified
-    state: from which the next call goes on; batch-first tensors, never changed in place (keys that grow may have room
-        behind them, which nobody sees: ``memlm.memory.kv``)
-    aux_losses: already weighted, added to the training loss: [B], of each row, from its own tokens alone, so that a
+    y_BTD: the output; tokens from ``lengths_B`` on are unspecified
+    state: the state for the next call: tensors, batch first, never changed in place (room after keys that grow is
+        invisible: ``memlm.memory.kv``)
+    aux_losses: losses [B], already weighted, added to the training loss. Each entry depends on its own row alone, so a
         step's loss does not depend on how its rows are divided into calls and processes
-    metrics: made where ``rows.metrics`` asks; detached; scalars; or [B], a figure of each row, nan where it has none;
-        or [B, T], of each token; the log shows their mean; of a call without tokens they mean nothing, and the
-        decoder leaves them out
+    metrics: detached; only if ``rows.metrics``. A scalar, [B] (nan where a row has none) or [B, T]; logs show the
+        mean. The decoder drops the metrics of a call without tokens
     """
 
     y_BTD: Tensor
@@ -60,18 +58,19 @@ class MixerOutput(NamedTuple):
 class SequenceMixer(nn.Module):
     """A token mixer with a state: attention, a memory, or both.
 
-    long_term: True for a part that reads long-term memory; the memory-off ablation silences its output.
-    starts_silent: parameters without which, as they are initialised, the mixer says the same: weights that lack them
-        are a start for it (``train.init_from``).
+    long_term: true for a part that reads long-term memory; the memory-off ablation replaces its output by zeros.
+    starts_silent: names of parameters that have no effect at initialisation; ``train.init_from`` accepts weights
+        without them.
     """
 
     long_term = False
     starts_silent: tuple[str, ...] = ()
 
     def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
-        """Mix [B, T, D]; any division of a stream into calls gives the same outputs.
+        """Mix x [B, T, D]. Outputs must not depend on how a stream is divided into calls.
 
-        state: as ``init_state`` or an earlier call returned it; rows: where the tokens of this call stand
+        state: from ``init_state`` or the last call; never None
+        rows: positions, padding, documents and roles of this call's tokens
         """
         raise NotImplementedError
 
@@ -80,18 +79,18 @@ class SequenceMixer(nn.Module):
         raise NotImplementedError
 
     def idle_parameters(self) -> int:
-        """How many of its parameters a token does not meet, where a router chooses among them."""
+        """The number of parameters that a token does not use, if a router chooses among them."""
         return 0
 
     def reset_parameters(self) -> None:
-        """Initialise what this module itself owns, with ``transformers.initialization`` only.
+        """Initialise the parameters that this module itself owns, with ``transformers.initialization`` only.
 
-        Called after the children's; functions of that module leave loaded parameters alone.
+        Runs after the children's. The functions of ``transformers.initialization`` leave loaded parameters alone.
         """
 
 
 def checked(output: Any, mixer: nn.Module, x_BTD: Tensor) -> MixerOutput:
-    """The output of a mixer for x. Raises ValueError where it is not what the slot takes."""
+    """The output of a mixer for x. Raises ValueError if it does not fit the slot."""
     wrong = None
     if not isinstance(output, MixerOutput):
         wrong = f"{type(output).__name__}; return MixerOutput(y_BTD, state, aux_losses, metrics) of memlm.memory.base"
@@ -108,7 +107,7 @@ def checked(output: Any, mixer: nn.Module, x_BTD: Tensor) -> MixerOutput:
 
 @torch.no_grad()
 def initialize(module: nn.Module, std: float) -> None:
-    """Initialise what a module itself owns; called on children before their parents, so that a mixer comes last."""
+    """Initialise a module's own parameters. Children come before their parents, so a mixer comes last."""
     if isinstance(module, nn.Linear | nn.Embedding | GroupedLinear):
         init.normal_(module.weight, std=std)
         if isinstance(bias := getattr(module, "bias", None), Tensor):
@@ -141,9 +140,11 @@ def _own_kinds() -> list[str]:
 
 
 def load_kind(kind: str, key: str) -> types.ModuleType:
-    """The module of a kind, from here or from an installed package (``memlm.plugins``).
+    """The module of a kind, from this package or an installed one (``memlm.plugins``).
 
-    key: the configuration key that named it. Raises ValueError, naming it, for a kind that cannot be loaded.
+    key: the configuration key that named it
+
+    Raises ValueError with the key if the kind cannot be loaded.
     """
     module = plugins.load("memlm.memory", kind, _own_kinds(), f"{key}.kind={kind!r}")
     if module is None:
@@ -156,7 +157,7 @@ def load_kind(kind: str, key: str) -> types.ModuleType:
 
 
 def build_mixer(settings: dict[str, Any], dims: Dims, layer_idx: int, key: str) -> SequenceMixer:
-    """The mixer that ``{kind: ..., **settings}`` describes."""
+    """The mixer described by ``{kind: ..., **settings}``. Raises ValueError with the key, the value and a fix."""
     module = load_kind(settings["kind"], key)
     config = build_config(module.Config, {k: v for k, v in settings.items() if k != "kind"}, key)
     try:
@@ -166,7 +167,7 @@ def build_mixer(settings: dict[str, Any], dims: Dims, layer_idx: int, key: str) 
 
 
 def complete_settings(settings: dict[str, Any], key: str) -> dict[str, Any]:
-    """The same settings with every default written out, so that a checkpoint does not depend on defaults."""
+    """The settings with every default written out, so a checkpoint does not depend on defaults."""
     if not isinstance(settings, dict):
         raise ValueError(f"{key}={settings!r} must be the settings of a mixer, {{kind: ..., ...}}; {PACKAGE}")
     if "kind" not in settings:

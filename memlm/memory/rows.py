@@ -35,7 +35,7 @@ class Segments(NamedTuple):
     last_B: Tensor
 
     def spread(self, before: State, start: State) -> State:
-        """[B, M, ...] -> [B, most * M, ...]: the first document goes on from ``before``, the others from ``start``."""
+        """[B, M, ...] -> [B, most * M, ...]: the first document continues ``before``, others begin with ``start``."""
         fresh_BD = torch.ones(len(self.fresh_B), self.most, dtype=torch.bool, device=self.fresh_B.device)
         fresh_BD[:, 0] = self.fresh_B
         return {
@@ -46,7 +46,7 @@ class Segments(NamedTuple):
         }
 
     def collect(self, after: State) -> State:
-        """[B, most * M, ...] -> [B, M, ...]: the state from which each row goes on."""
+        """[B, most * M, ...] -> [B, M, ...]: each row's state for the next call."""
         return {
             name: x.unflatten(1, (self.most, -1))[torch.arange(len(x), device=x.device), self.last_B]
             for name, x in after.items()
@@ -59,13 +59,13 @@ class Rows:
     them.
 
     length: tokens of the call, T
-    before_B: int64 [B], the place of each row's next token in its document
+    before_B: int64 [B], the position of each row's first token of this call in its document
     start: the same as a Python int; None if the host does not know it, if rows differ, or if an earlier call read
         tokens within documents (``roles``)
     given_BT: int64 [B, T], positions of tokens in their documents, for packed rows; a 0 starts a document. None: every
         row continues its document
     lengths_B: real tokens of each row, which come first (the decoder moves padding to the end); None: all
-    max_documents: an upper bound on the documents that one row has tokens of
+    max_documents: an upper bound on the number of documents in a row
     roles: roles of the tokens, with counts, for memories of documents. The documents of the roles are then parts of
         one document in the sense of this class. None: all tokens are a response
     metrics: whether mixers return metrics
@@ -79,26 +79,26 @@ class Rows:
     max_documents: int = 1
     roles: Roles | None = None
     metrics: bool = True
-    # An argument, for tools that rebuild dataclasses refuse other fields.
+    # A constructor argument, because tools that rebuild dataclasses refuse other fields.
     made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, x_BTD: Tensor, **facts: Any) -> "Rows":
-        """Rows of x, from the start of a document if no fact names another place."""
+        """Rows for x, at the start of a document unless ``before_B`` is given."""
         if "before_B" not in facts:
             facts = {"start": 0, "before_B": torch.zeros(len(x_BTD), dtype=torch.int64, device=x_BTD.device), **facts}
         return cls(x_BTD.shape[1], **facts)
 
     def once(self, key: Any, make: Callable[[], Made]) -> Made:
-        """The result of ``make``, which runs once a call; it may not require a gradient."""
+        """The result of ``make``, computed once per call. It must not require a gradient."""
         if key not in self.made:
             self.made[key] = make()
         made: Made = self.made[key]
         return made
 
     def once_for(self, tensors: tuple[Tensor, ...], key: Any, make: Callable[[], Made]) -> Made:
-        """The same, for each of such tensors, the objects themselves."""
-        # Kept, so that no other tensor gets their ids.
+        """Like ``once``, separately for each tuple of tensors, compared by identity."""
+        # The tensors are kept, so that no other tensor gets their ids.
         return self.once((key, *map(id, tensors)), lambda: (tensors, make()))[1]
 
     @property
@@ -107,35 +107,35 @@ class Rows:
 
     @property
     def goes_on(self) -> bool:
-        """Whether every row goes on in the document that it is in, or starts its first, with real tokens alone."""
+        """Whether every row continues its document, or starts its first one, without padding."""
         return self.given_BT is None and self.lengths_B is None
 
     @property
     def fresh(self) -> bool:
-        """Whether every row is the start of a document, with real tokens of it alone: no state matters."""
+        """Whether every row starts a document, without padding: no state matters."""
         return self.start == 0 and self.goes_on
 
     @property
     def role_counts(self) -> RoleCounts:
-        """The counts of the roles."""
+        """The counts of ``roles``, which must be given."""
         assert self.roles is not None and self.roles.counts is not None, "the decoder counts roles"
         return self.roles.counts
 
     @property
     def positions_BT(self) -> Tensor:
-        """The place of each token in its document."""
+        """The position of each token in its document."""
         if self.given_BT is not None:
             return self.given_BT
         return self.once("positions", lambda: self.before_B[:, None] + torch.arange(self.length, device=self.device))
 
     @property
     def history_BT(self) -> Tensor | None:
-        """Positions for convolutions; None where their histories hold nothing of other documents."""
+        """Positions for convolutions; None if their histories hold no tokens of other documents."""
         return None if self.goes_on and self.start is not None else self.positions_BT
 
     @property
     def real_BT(self) -> Tensor | None:
-        """Whether each token is none of padding; None: all are."""
+        """Whether each token is real, not padding; None: all are."""
         lengths_B = self.lengths_B
         if lengths_B is None:
             return None
@@ -143,7 +143,7 @@ class Rows:
 
     @property
     def after_B(self) -> Tensor:
-        """The place of the token that follows each row's last real one."""
+        """The position of the token after each row's last real token."""
         if self.goes_on:
             return self.once("after", lambda: self.before_B + self.length)
         return self.once("after", lambda: grid.next_position(self.positions_BT, self.lengths_B, self.before_B))
@@ -158,9 +158,9 @@ class Rows:
     def rotary(
         self, head_dim: int, theta: float, dtype: torch.dtype, positions: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the rotary embedding, as ``memlm.layers.rotary`` takes them, rounded once.
+        """Cosines and sines of the rotary embedding, as ``memlm.layers.rotary`` takes them, rounded once to ``dtype``.
 
-        positions: others than the tokens' own
+        positions: positions other than the tokens' own
         """
         places = self.positions_BT if positions is None else positions
 
@@ -171,7 +171,7 @@ class Rows:
         return self.once_for((places,), ("rotary", head_dim, theta, dtype), make)
 
     def within(self, size: int) -> "Rows":
-        """The same tokens where a document is cut into pieces of ``size`` tokens, and each piece counts as one."""
+        """The same tokens, with each document cut into pieces of ``size`` tokens that count as documents."""
 
         def make() -> "Rows":
             before_B = self.before_B % size
@@ -183,7 +183,7 @@ class Rows:
         return self.once(("within", size), make)
 
     def segments(self) -> Segments | None:
-        """The documents of the rows; None where each row is one that goes on, all its tokens real."""
+        """The documents of the rows; None if every row continues one document without padding."""
         if self.goes_on or self.length == 0:
             return None
         return self.once("segments", self._segments)
@@ -200,7 +200,7 @@ class Rows:
         return Segments(most, index_BT, F.pad(sizes.cumsum(1), (1, 0)), fresh_B, last_B)
 
     def to(self, device: torch.device | str, **_: Any) -> "Rows":
-        """For models on several devices: made once for each."""
+        """The same on another device, made once per device; for models on several devices."""
         if torch.device(device) == self.device:
             return self
 
@@ -217,9 +217,12 @@ class Rows:
 
 
 def most_documents(positions_BT: Tensor, lengths_B: Tensor | None, given: int | None, next_B: Tensor) -> int:
-    """The most documents in a row, at most those given, or counted, which asks the device. Raises ValueError if there
-    are more, and for places that neither start a document nor follow the one before, of the first next_B; where the
-    device is not asked, the error is the device's.
+    """The most documents in a row: ``given``, or counted, which synchronises with the device.
+
+    next_B: the position after each row's last token so far
+
+    Raises ValueError if there are more documents than given, or if a position neither is 0 nor follows the one before
+    it. If ``given`` is set on a GPU, the check runs there as a device assertion.
     """
     length = positions_BT.shape[1]
     if positions_BT.numel() == 0:

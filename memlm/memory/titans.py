@@ -43,22 +43,23 @@ LOSSES = ("squared_error", "huber", "lp", "dot_product")
 class NeuralMemoryConfig:
     """memory_heads, memory_head_dim: the memory is ``memory_heads`` independent MLPs on vectors of that size.
     memory_depth: layers of each MLP, 1 to 4; memory_expansion: width of its hidden layers over memory_head_dim.
-    memory_activation: between its layers; memory_norm: M(x) = x + LayerNorm(MLP(x)) instead of MLP(x) (TTT), with
-        values of root mean square 1; null: true for memories deeper than one layer, which diverge without it, unless
-        polynomial_degree is 2. This LayerNorm adds 0.1 to the variance, not 1e-5, so that an output that has decayed
-        stays small.
+    memory_activation: activation between its layers; memory_norm: M(x) = x + LayerNorm(MLP(x)) instead of MLP(x)
+        (TTT), with values of root mean square 1; null: true for memories deeper than one layer, which diverge without
+        it, unless polynomial_degree is 2. This LayerNorm adds 0.1 to the variance, not 1e-5, so that an output that
+        has decayed stays small.
     chunk_size: tokens whose gradients are taken at the same weights; quality is best at the size trained on. Above
         64 it must be a multiple of a number from 16 to 64.
-    conv_size: width of the causal convolution with SiLU on q, k, v; 1 for none.
+    conv_size: width of the causal convolution with SiLU on q, k, v; 1: each token alone.
     max_lr, max_momentum, max_decay: upper bounds of the gates; initial_lr, initial_momentum, initial_decay: where they
-        start. Momentum and decay 0: none. lr null: 0.047 for chunks of up to 16 tokens (memories of more than one
+        start. Momentum or decay 0 removes the gate. lr null: 0.047 for chunks of up to 16 tokens (memories of more
+        than one
         layer: 0.01, up to 32 tokens), and proportionally less for longer chunks. So chunk_size * lr / (1 - momentum)
         stays below 1; above 2, a repeated key would make the inner loop diverge. decay null: 0.001, for more layers
         0.0003.
     inner_loss: the loss whose gradient a write follows; huber_delta, lp_power: its parameter (MIRAS).
     omega_window: number of last tokens whose losses each write minimises, weighted by a gate that starts at 1 /
         omega_window (ATLAS); 1: the token's own loss alone.
-    polynomial_degree: 2 for keys and queries with all their products of two channels (ATLAS).
+    polynomial_degree: 2 adds all products of two channels to keys and queries (ATLAS).
     initialization: "default", or "recall": an engineered prior for associative recall. Queries start equal
         to keys, and each key channel looks a random 0 to conv_size - 1 tokens back, so that a value can
         be stored under the token before it from the first step.
@@ -120,12 +121,12 @@ class NeuralMemoryConfig:
         require(self.lp_power >= 1, f"lp_power={self.lp_power} must be at least 1")
         require(
             not self.memory_norm or self.polynomial_degree == 1,
-            "memory_norm=true needs polynomial_degree=1, for M(x) = x + LayerNorm(MLP(x)) has one width",
+            "memory_norm=true needs polynomial_degree=1, because M(x) = x + LayerNorm(MLP(x)) has one width",
         )
 
     @property
     def gates(self) -> dict[str, tuple[float, float]]:
-        """Start and cap of each gate that there is."""
+        """Initial value and upper bound of each gate in use."""
         names = ("lr", "momentum", "decay")
         gates = {name: (getattr(self, f"initial_{name}"), getattr(self, f"max_{name}")) for name in names}
         if self.omega_window > 1:
@@ -134,7 +135,7 @@ class NeuralMemoryConfig:
 
     @property
     def features(self) -> int:
-        """Width of keys and queries as the memory sees them."""
+        """Width of the memory's inputs: keys and queries after ``NeuralMemory.features``."""
         products = self.memory_head_dim * (self.memory_head_dim + 1) // 2
         return self.memory_head_dim + (products if self.polynomial_degree == 2 else 0)
 
@@ -159,7 +160,7 @@ class HybridConfig(NeuralMemoryConfig):
 
 
 class Store(nn.Module):
-    """The memory itself: its learned start, the gates of its writes, and the call of the op."""
+    """The memory itself: its learned initial weights, the gates of its writes, and the call of the op."""
 
     def __init__(self, config: NeuralMemoryConfig, dims: Dims) -> None:
         super().__init__()
@@ -186,10 +187,10 @@ class Store(nn.Module):
             gain, bias = self.memory_norm()
             init.ones_(gain)
             init.zeros_(bias)
-        init.zeros_(self.memory()[-1])  # An empty memory says nothing.
+        init.zeros_(self.memory()[-1])  # An empty memory outputs zero.
 
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
-        # Filled from M_0 at position 0, so what stands here before is never read.
+        # Filled from M_0 at position 0, so these zeros are never read.
         config, dtype = self.config, torch.promote_types(dtype, torch.float32)
         parts = ["weights", *(["momentum"] if "momentum" in config.gates else []), "anchor"]
         shapes = {f"{part}.{layer}": shape for part in parts for layer, shape in enumerate(self.memory.shapes)}
@@ -208,7 +209,7 @@ class Store(nn.Module):
         state: State,
         rows: Rows,
     ) -> tuple[Tensor, State, dict[str, Tensor]]:
-        """x decides on the gates, q and k are ``NeuralMemory``'s features. Returns reads, state, metrics of tokens."""
+        """x drives the gates; q and k come from ``NeuralMemory.features``. Returns reads, state, metrics [B, T]."""
         gates = self._gates(x_BTD)
         o_BTHK, memory, surprise_BTH = neural_memory(
             q_BTHK,
@@ -244,7 +245,7 @@ class Store(nn.Module):
         return memory_norms(self.memory(), before, after, rows)
 
     def network(self) -> dict[str, Any]:
-        """What M is besides its weights, as the op's arguments."""
+        """The activation and the norm of M, as arguments of the op."""
         norm = tuple(self.memory_norm()) if self.config.memory_norm else None
         return {"activation": self.config.memory_activation, "norm": norm}
 
@@ -281,7 +282,7 @@ class NeuralMemory(SequenceMixer):
             if isinstance(module, Store):
                 module.reset_parameters()
         if self.config.polynomial_degree == 2:
-            # phi(q) . phi(k) is then s + s^2 / 2 of s = q . k, up to the norm.
+            # Up to the norm, phi(q) . phi(k) = s + s^2 / 2 with s = q . k.
             init.copy_(self.feature_scales, torch.tensor([1.0, 0.5**0.5]))
         if self.config.initialization == "recall":
             init.copy_(self.q_proj.weight, self.k_proj.weight)
@@ -292,7 +293,7 @@ class NeuralMemory(SequenceMixer):
         return {"conv": conv, **self.store.init_state(batch_size, device, dtype)}
 
     def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
-        """Metrics are those of tokens; ``Store.norms`` has the memory's."""
+        """Metrics are per token; ``Store.norms`` has those of the memory."""
         q_BTHK, k_BTHK, v_BTHK, conv = self.project(x_BTD, state, rows)
         o_BTHK, memory, metrics = self.store(x_BTD, q_BTHK, k_BTHK, v_BTHK, state, rows)
         gate_BTC = self.output_gate(x_BTD)
@@ -301,19 +302,19 @@ class NeuralMemory(SequenceMixer):
         return MixerOutput(self.output(o_BTHK, gate_BTC), {"conv": conv, **memory}, {}, metrics)
 
     def project(self, x_BTD: Tensor, state: State, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Features of queries and keys, values, and the convolution's history for the next call."""
+        """Features of queries and keys; values; and the convolution's history for the next call."""
         qkv, conv = self.conv.over_rows(
             torch.cat([proj(x_BTD) for proj in (self.q_proj, self.k_proj, self.v_proj)], -1),
             state["conv"],
             rows.history_BT,
             rows.lengths_B,
         )
-        # Values too are exact: what is read is rounded once, at the end.
+        # Values are exact too: reads are rounded once, at the end.
         qk_BT2HK, v_BT1HK = exact(qkv).unflatten(-1, (3, self.config.memory_heads, -1)).split([2, 1], 2)
         q_BTHK, k_BTHK = self.features(qk_BT2HK).unbind(2)
         v_BTHK = v_BT1HK.squeeze(2)
         if self.config.memory_norm:
-            # The size of what LayerNorm says.
+            # The scale of a LayerNorm output.
             v_BTHK = F.rms_norm(v_BTHK, v_BTHK.shape[-1:], eps=self.norm.eps)
         return q_BTHK, k_BTHK, v_BTHK, conv
 
@@ -321,7 +322,7 @@ class NeuralMemory(SequenceMixer):
         return F.silu(self.output_gate_proj(x_BTD))
 
     def output(self, o_BTHK: Tensor, gate_BTC: Tensor) -> Tensor:
-        """Reads, normalised and gated, [B, T, D] in the gate's type."""
+        """Reads after norm and gate, [B, T, D], in the gate's dtype."""
         y_BTC = self.norm(o_BTHK).flatten(2) * gate_BTC
         return self.recalled(self.o_proj(y_BTC.to(gate_BTC.dtype)))
 
@@ -329,12 +330,14 @@ class NeuralMemory(SequenceMixer):
         return x_BTC.unflatten(-1, (self.config.memory_heads, -1))
 
     def features(self, x_BTHK: Tensor) -> Tensor:
-        """Unit keys or queries, and with polynomial_degree 2 their products. fp16 has no small norms: x is exact."""
+        """Keys or queries of unit norm; with polynomial_degree 2, also their products. x is fp32 or more: fp16 cannot
+        hold small norms.
+        """
         x_BTHK = unit(x_BTHK)
         if self.config.polynomial_degree == 1:
             return x_BTHK
         row, column = torch.triu_indices(x_BTHK.shape[-1], x_BTHK.shape[-1], device=x_BTHK.device)
-        # Twice what stands off the diagonal, so that the dot product is the square of the keys'.
+        # Products off the diagonal count twice, so that phi(q) . phi(k) = (q . k)^2.
         scales = x_BTHK.new_full(row.shape, 2**0.5).masked_fill(row == column, 1.0)
         products = x_BTHK[..., row] * x_BTHK[..., column] * scales
         first, second = self.feature_scales.to(x_BTHK.dtype)
@@ -362,9 +365,10 @@ def unpack(state: State, position_B: Tensor) -> NeuralMemoryState:
 
 @torch.no_grad()
 def memory_norms(initial: Iterable[Tensor], before: State, after: State, rows: Rows) -> dict[str, Tensor]:
-    """Frobenius norms of memory and momentum after a call, and of the memory's change, root mean square over rows and
-    heads. initial: M_0, [H, in, out] of each layer, with which a document starts. Where a row's document starts in
-    this call, ``before`` holds another document's memory, or nothing. None if no metrics are asked for.
+    """Frobenius norms of memory and momentum after a call, and of the memory's change: root mean squares over rows and
+    heads. Empty if no metrics are asked for.
+
+    initial: M_0, [H, in, out] of each layer. It replaces ``before`` in rows whose document starts in this call
     """
     if not rows.metrics:
         return {}

@@ -1,10 +1,10 @@
 """Memory Sparse Attention (arXiv:2603.23516): each document is read once, independently of the others, and kept as the
 means of its chunks. A query chooses documents, and attention sees the means of those.
 
-A sample is ``[template | document 1 | document 2 | ... | query | response]``, as ``Roles`` says. Template and every
-document are causal segments of their own, positions from 0. Every chunk_size tokens of a document are kept as the
-means of their rotated keys K, values V and router keys R (a document's last chunk may be short). What follows
-attends, in one softmax, to
+A sample is ``[template | document 1 | document 2 | ... | query | response]``, in the order of its ``Roles``. The
+template and each document are separate causal segments, with positions from 0. Every chunk_size tokens of a document
+are kept as the means of their rotated keys K, values V and router keys R (a document's last chunk may be short). Later
+tokens attend, in one softmax, to
 
     [template ; K, V of the chosen documents' chunks ; itself, causally, positions from len(template) + top_k on]
 
@@ -31,7 +31,7 @@ The table "Paper and released code" in memlm/hub/README.md lists where the paper
 
 Files:
 
-    layout              where the tokens of a call stand among documents
+    layout              the positions of a call's tokens among documents
     held                the state: the documents held
     router              the router's losses and metrics
 
@@ -59,23 +59,25 @@ from memlm_kernels.grid import keep_last, pick, place
 from memlm_kernels.route_documents import REDUCTIONS, SIMILARITIES, Routes, Scored
 from memlm_kernels.segments import exact
 
-_NO_LM_GRADIENT = "documents are chosen hard: only the router's loss, which needs positives, reaches it"
+_NO_LM_GRADIENT = "the choice of documents is hard: only the router's loss, which needs positives, reaches it"
 
 
 @dataclass(frozen=True)
 class Config:
-    """routes: whether this layer chooses documents; without, the settings of the choice are idle, but for top_k.
-    chunk_size: tokens that are kept as one.
+    """routes: whether this layer chooses documents; if false, only top_k of the routing settings matters.
+    chunk_size: tokens that are averaged into one key and value.
     top_k: documents that a query sees.
-    routing: "causal", by the query tokens so far; "query", by all query tokens of the call, as released.
-    similarity: "cosine", of router queries and pooled router keys, or "dot", over the root of the head dim.
-    head_reduce, query_reduce, chunk_reduce: "mean" or "max", in this order.
+    routing: "causal": by the query tokens so far; "query": by all query tokens of the call, as released.
+    similarity: of router queries and pooled router keys: "cosine", or "dot", over the root of the head dim.
+    head_reduce, query_reduce, chunk_reduce: "mean" or "max" over heads, then query tokens, then chunks.
     qk_norm: RMSNorm of each head's queries and keys (Qwen3).
-    router_loss: one of ``router.LOSSES``; loss_weight: of its mean over a row's samples, in each layer;
-        temperature: of its softmax.
-    injection: "causal"; or "bidirectional", where tokens of a call without roles that goes on from a state see each
-        other in both directions, as the released code shows text that is put in while it decodes.
-    positions: of what follows the documents, from len(template) + top_k on, "template", as released; or from "top_k".
+    router_loss: one of ``router.LOSSES``.
+    loss_weight: weight, in each layer, of the router's loss, a mean over a row's samples.
+    temperature: temperature of the router loss's softmax.
+    injection: "causal"; or "bidirectional": tokens of a later call without roles see each other in both directions.
+        The released code treats text inserted during decoding this way.
+    positions: where positions after the documents begin: "template", at len(template) + top_k, as released; or
+        "top_k".
     """
 
     routes: bool = True
@@ -124,7 +126,7 @@ class Heads(NamedTuple):
 
 
 class ChosenDocuments(nn.Module):
-    """Which chunks are seen, [B, A, C]: the way of long-term memory into a layer."""
+    """The chunks that tokens see, [B, A, C]. Long-term memory enters the layer here."""
 
     long_term = True
 
@@ -153,18 +155,18 @@ class Mixer(attention.Mixer):
 
     def reset_parameters(self) -> None:
         if self.msa.routes and self.msa.router_loss == "bce":
-            # Most documents are not to be found.
+            # Most documents are not positives.
             init.constant_(self.router_bias, -20.0)
 
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         kept = (batch_size, 0, self.dims.num_key_value_heads, self.dims.head_dim)
         zeros = torch.zeros(kept, device=device, dtype=dtype)
         state = {name: torch.zeros(batch_size, dtype=torch.int64, device=device) for name in COUNTERS}
-        # Outside documents, and of the document that stands open.
+        # Keys and values of tokens outside documents, and of the open document.
         state |= {"k": zeros, "v": zeros, "open.k": zeros, "open.v": zeros}
         if self.msa.routes:
             none = torch.zeros(batch_size, 0, dtype=torch.int64, device=device)
-            # Which of the first keys in ``k`` are chosen chunks; none while the choice may change.
+            # Marks the chosen chunks among the first keys in ``k``; empty while the choice may change.
             state["front"] = none.bool()
             state |= {f"bank.{name}": exact(zeros) for name in ("k", "v", "router_k")}
             state |= {f"bank.{name}": none for name in ("size", "document", "number", "asked")}
@@ -173,7 +175,7 @@ class Mixer(attention.Mixer):
 
     def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
         config, before = self.msa, state
-        # Whether all tokens go on with a response.
+        # Whether all tokens continue a response.
         answers = rows.given_BT is None and rows.roles is None
         count_template = config.positions == "template"
         layout = Layout.of(rows, before, config.chunk_size, config.top_k, count_template)
@@ -201,7 +203,7 @@ class Mixer(attention.Mixer):
             if config.routes:
                 bank = self._pooled(layout, layout.within, x_BTD, of_documents, bank, rows.roles)
         elif rows.lengths_B is None and x_BTD.shape[1]:
-            # No row is in a document any more.
+            # No row has an open document now.
             after |= {name: before[name][:, :0] for name in ("open.k", "open.v")}
         if layout.outside is not None and x_BTD.shape[1]:
             outside, chosen_BAC = layout.outside, None
@@ -215,7 +217,7 @@ class Mixer(attention.Mixer):
                 if routes.scores is not None and rows.roles is not None:
                     aux_losses, metrics = self._taught(layout, routes.scores, bank["found"], document_BC, rows)
             injected = rows.start != 0 and rows.roles is None and config.injection == "bidirectional"
-            # Rows that begin, and a token that no document stands before, need no mask.
+            # No mask is needed at the start of rows, or for one token without chosen chunks before it.
             fronted = "front" in before and before["front"].shape[1] > 0
             alone = rows.length == 1 and rows.goes_on and rows.start is not None and answers and not fronted
             plain = alone or (rows.start == 0 and rows.given_BT is None)
@@ -232,7 +234,7 @@ class Mixer(attention.Mixer):
         return MixerOutput(self.o_proj(y_BTHK.flatten(2)), after, aux_losses, metrics)
 
     def _within(self, documents: Within, heads: Heads, before: State) -> tuple[Tensor, State]:
-        """Each document for itself; what is kept is the one that stands open."""
+        """Attention inside each document. The state keeps the document that is still open."""
         self._check_backend()
         stream, counts, new, past = documents.stream, documents.counts, heads.q.shape[1], before["open.k"].shape[1]
         k, v = join(before["open.k"], heads.k), join(before["open.v"], heads.v)
@@ -245,11 +247,11 @@ class Mixer(attention.Mixer):
         return y, {"open.k": open_k, "open.v": open_v}
 
     def _on_rows(self, documents: Within, heads: Heads) -> Tensor:
-        """Of documents that begin in this call, each laid on a row of its own, where attention is plainly causal: a
-        long one among short ones costs what it is.
+        """Attention for documents that begin in this call: each gets its own row, so plain causal attention fits. Rows
+        are grouped by length, so one long document among short ones adds little padding.
         """
         slots_1N, size = documents.on_rows()
-        # A slot more takes what is not real.
+        # One more slot, for padding.
         q, k, v = (place(x.flatten(0, 1)[None], slots_1N, size + 1)[0] for x in heads)
         outputs, first = [], 0
         for group in documents.groups:
@@ -269,7 +271,7 @@ class Mixer(attention.Mixer):
         plain: bool,
         injected: bool,
     ) -> tuple[Tensor, State]:
-        """Template, query and response: to the chosen chunks, and causally to each other."""
+        """Attention of template, query and response tokens: to the chosen chunks, and causally to each other."""
         q, new = heads.q, heads.q.shape[1]
         k, kept_k = append(before["k"], heads.k, stream.lengths_B)
         v, kept_v = append(before["v"], heads.v, stream.lengths_B)
@@ -316,7 +318,7 @@ class Mixer(attention.Mixer):
         bank: State,
         roles: Roles | None,
     ) -> State:
-        """The bank with the chunks of this call; the first may go on where an earlier call left it."""
+        """The state's documents with the chunks of this call; the first chunk may continue one of an earlier call."""
         stream, count = documents.stream, documents.chunks
         owner_BN = (documents.chunk_BN - documents.first_chunk_B[:, None]).clamp(0, count)
         sizes_BC = sizes_of(owner_BN, stream.lengths_B, count)
@@ -326,7 +328,7 @@ class Mixer(attention.Mixer):
         new: dict[str, Any] = {
             name: segment_mean_pool(x, ends_BC, longest=self.msa.chunk_size) for name, x in parts.items()
         }
-        # Of a chunk's first token.
+        # The index of each chunk's first token.
         first_BC = ends_BC[:, :-1].clamp(max=owner_BN.shape[1] - 1)
         new["document"] = documents.number_BN.gather(1, first_BC)
         found_BN = torch.zeros_like(owner_BN, dtype=torch.bool)
@@ -348,15 +350,15 @@ class Mixer(attention.Mixer):
             merged[name] = torch.lerp(old[name], pick(new[name], source_BC), share_BC[..., None, None])
         for name in ("document", "found"):
             merged[name] = torch.where(written_BC, new[name].gather(1, source_BC), old[name])
-        # Of no bank.
+        # Chunks read here belong to no bank.
         merged["number"] = old["number"].masked_fill(written_BC, -1)
         return merged
 
     def _retrieved(self, x_BTD: Tensor, before: State, layout: Layout, rows: Rows) -> tuple[State, Layout]:
-        """State and layout as if the documents that may be chosen had been read behind the template.
+        """State and layout as if the bank's candidate documents had been read after the template.
 
-        What an earlier question chose stays, with its scores. Of a document that it did not only the new scores are
-        known, which are all that can bring it among the best: by the old ones top_k others are better.
+        Documents that an earlier question chose stay, with their scores. All others get scores from the new query
+        alone. That suffices: by the old scores, top_k documents were better.
         """
         assert rows.roles is not None and rows.roles.bank is not None
         assert layout.outside is not None and layout.asks_BA is not None and layout.within is None
@@ -381,7 +383,7 @@ class Mixer(attention.Mixer):
         return held.settled(before, self._chosen(substate(before, "bank"), before["chunks"], spans))
 
     def _chosen(self, bank: State, chunks_B: Tensor, spans: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Chunks that what follows sees, [B, C]; spans: what its tokens know, [B, 1] each"""
+        """Chunks that later tokens see, [B, C]; spans: first and end of the documents they may choose, [B, 1] each"""
         config, document_BC = self.msa, held.documents_of(bank, chunks_B)
         routes = route_documents(
             None,
@@ -397,7 +399,7 @@ class Mixer(attention.Mixer):
         return held.chunks_of(routes.document, document_BC)[:, 0]
 
     def _route(self, x_BTD: Tensor, layout: Layout, bank: State, roles: Roles | None) -> tuple[Routes, Tensor]:
-        """The choices of tokens outside documents, and the document of each chunk, C where there is none."""
+        """The choices of tokens outside documents, and the document of each chunk (C if none)."""
         assert layout.outside is not None
         config, document_BC = self.msa, held.documents_of(bank, layout.after["chunks"])
         q_BAHK = None
@@ -425,12 +427,12 @@ class Mixer(attention.Mixer):
     def _taught(
         self, layout: Layout, scores_BN: Tensor, found_BC: Tensor, document_BC: Tensor, rows: Rows
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The router's loss, the mean over the samples of each row, [B], and how well it chose."""
+        """The router's loss [B], a mean over each row's samples, and its metrics."""
         assert layout.outside is not None
         config, size = self.msa, scores_BN.shape[1]
         found_BN = torch.zeros(len(found_BC), size + 1, device=found_BC.device, dtype=torch.int64)
         found_BN = found_BN.scatter_reduce(1, document_BC, found_BC.long(), "amax")[:, :size].bool()
-        # Samples are told apart by the first document that they know of.
+        # Samples differ in the first document that they may choose.
         first_BS, end_BS = _samples(layout, rows)
         number_N = torch.arange(size, device=scores_BN.device)
         known_BSN = (number_N >= first_BS[..., None]) & (number_N < end_BS[..., None])
@@ -453,7 +455,7 @@ class Mixer(attention.Mixer):
 
 
 def _samples(layout: Layout, rows: Rows) -> tuple[Tensor, Tensor]:
-    """First and end of the documents of each sample of a row, [B, S]; equal where there is no sample."""
+    """First and end of each sample's documents, [B, S]; equal if there is no sample."""
     assert layout.outside is not None
     first_BA, end_BA = layout.first_BA, layout.end_BA
     opens_BA = torch.cat([torch.ones_like(first_BA[:, :1]), (first_BA[:, 1:] > first_BA[:, :-1]).long()], 1)

@@ -1,5 +1,4 @@
-"""What a state holds of documents, keys ``bank.*`` of ``msa``: put in from elsewhere, pruned, and put before the keys
-of other tokens once it is settled which of it they see.
+"""The documents in a layer's state (keys ``bank.*`` of ``msa``): insertion from a bank, pruning, and the final choice.
 
 B batch, A tokens, C chunks, J documents chosen, S local keys, L = C + S.
 """
@@ -15,11 +14,12 @@ from memlm_kernels.grid import pick
 
 
 def with_documents(state: State, bank: State) -> State:
-    """A state that knows of documents kept elsewhere too. Asks the device.
+    """A state that also holds documents of a bank. Synchronises with the device.
 
-    state: of a layer that routes, without documents but such that came in this way
-    bank: k, v, router_k [B or 1, C, G, K], means of chunks; size and number [B or 1, C], tokens of each (0: none), and
-        which document it is of, others than the state's; of equal scores the lowest number is chosen
+    state: state of a routing layer; its documents, if any, came in this way
+    bank: k, v, router_k [B or 1, C, G, K], means of chunks; size and number [B or 1, C], each chunk's tokens (0: no
+        chunk) and document. Numbers are new to the state; equal scores choose the lowest number
+
     Raises ValueError if the state holds documents that were read in it.
     """
     old = substate(state, "bank")
@@ -34,7 +34,7 @@ def with_documents(state: State, bank: State) -> State:
 
 
 def arranged(state: State, bank: State, kept_BC: Tensor) -> State:
-    """The state with these chunks of a bank alone, in the order of their documents' numbers. Asks the device."""
+    """The state with only these chunks of a bank, sorted by document number. Synchronises with the device."""
     count_B, last = kept_BC.sum(1), torch.iinfo(torch.int64).max
     order_BC = bank["number"].masked_fill(~kept_BC, last).argsort(dim=1, stable=True)[:, : int(count_B.max())]
     bank, kept_BC = {name: pick(x, order_BC) for name, x in bank.items()}, kept_BC.gather(1, order_BC)
@@ -46,15 +46,15 @@ def arranged(state: State, bank: State, kept_BC: Tensor) -> State:
 
 
 def documents_of(bank: State, chunks_B: Tensor) -> Tensor:
-    """Of each of a row's chunks the document, C behind the last, [B, C]."""
+    """The document of each chunk of a row, [B, C]; C for unused chunks at the end."""
     count = bank["document"].shape[1]
     return torch.where(torch.arange(count, device=chunks_B.device) < chunks_B[:, None], bank["document"], count)
 
 
 def chunks_of(document_BAJ: Tensor, document_BC: Tensor) -> Tensor:
-    """Whether each chunk is of a document chosen (-1: none), [B, A, C]."""
+    """Whether each chunk belongs to a chosen document (-1: none), [B, A, C]."""
     chunks = document_BC.shape[1]
-    # One document more takes what is none.
+    # One more document, for -1.
     index_BAJ = torch.where(document_BAJ < 0, chunks + 1, document_BAJ)
     is_BAN = torch.zeros(*index_BAJ.shape[:2], chunks + 2, device=index_BAJ.device, dtype=torch.bool)
     is_BAN = is_BAN.scatter(2, index_BAJ, True)
@@ -62,9 +62,9 @@ def chunks_of(document_BAJ: Tensor, document_BC: Tensor) -> Tensor:
 
 
 def settled(state: State, chosen_BC: Tensor) -> State:
-    """The state with the chosen chunks before its local keys, in ``k`` and ``v``; ``front`` says which those are."""
+    """The state with the chosen chunks before its local keys, in ``k`` and ``v``; ``front`` marks them."""
     (rows, chunks), local = chosen_BC.shape, state["k"].shape[1]
-    # The chosen come last, and then, without a gap, a row's local keys, which end with the tensor.
+    # The chosen chunks move to the end, directly before the local keys, which are aligned to the right.
     order_BC = chosen_BC.long().argsort(dim=1, stable=True)
     local_BS = torch.arange(chunks, chunks + local, device=order_BC.device).expand(rows, -1)
     place_L = torch.arange(chunks + local, device=order_BC.device)

@@ -1,8 +1,8 @@
-"""Where the tokens of a call stand in a memory of documents: bookkeeping on integers, without asking the device.
+"""The positions of a call's tokens among documents: integer bookkeeping, without synchronising with the device.
 
-A row holds samples (packed, or one), a sample holds ``[template | document 1 | document 2 | ... | query, response]``
-in any order that the roles of its tokens say. Tokens within documents and tokens outside of any go two ways, so that
-each is compacted to a stream of its own, at the front of its row.
+A row holds one or several (packed) samples. A sample holds ``[template | document 1 | document 2 | ... | query,
+response]``, in any order that the tokens' roles give. Tokens within documents and tokens outside documents form two
+streams; each is compacted to the front of its row.
 
 B batch, T tokens, A tokens outside documents, N tokens within, O documents.
 """
@@ -17,18 +17,18 @@ from memlm.memory.rows import Rows, State
 from memlm.roles import QUERY, RESPONSE, TEMPLATE, RoleCounts, Roles
 from memlm_kernels.grid import pick
 
-# Counts of each row, all 0 before a sample's first token: the sample's tokens outside documents, of the leading
-# template, and of other roles than a template's; tokens of the document that stands open; role of the last token;
-# documents and chunks of the row; documents of the row before the sample.
+# Counters of each row, 0 before its first token. In the sample: tokens outside documents (outside), those of the
+# leading template (head), tokens that are no template (begun). In the row: tokens of the open document (place), the
+# last role, documents, chunks, and documents before the sample (first).
 COUNTERS = ("outside", "head", "begun", "place", "role", "documents", "chunks", "first")
 
 
 class Stream(NamedTuple):
-    """Tokens of each row that go one way, in their order.
+    """The tokens of each row that are within documents, or those outside, in order.
 
-    index_BA: their places in the row; None where they are the row itself
-    lengths_B: how many are real; None: all
-    place_BA: tokens before each one in its sample, or in its document
+    index_BA: their indices in the row; None: the stream is the row itself
+    lengths_B: number of real tokens; None: all
+    place_BA: number of tokens before each token in its sample, or in its document
     """
 
     index_BA: Tensor | None
@@ -41,7 +41,9 @@ class Stream(NamedTuple):
 
 
 class Group(NamedTuple):
-    """See ``Within``."""
+    """At most ``rows`` documents, of all rows together, have more than ``least`` and at most ``most`` tokens in this
+    call.
+    """
 
     least: int
     most: int
@@ -51,11 +53,10 @@ class Group(NamedTuple):
 class Within(NamedTuple):
     """The tokens within documents.
 
-    chunk_BN, number_BN: which chunk and which document of the row each token is of
+    chunk_BN, number_BN: each token's chunk and document, counted in the row
     first_chunk_B: the first chunk that gets a token
-    chunks: at most, that get one
-    groups: documents of like length: of all rows together, as many as `rows` have more than `least` tokens in this
-        call, and not more than `most`; documents of fewer tokens are of an earlier group
+    chunks: the most chunks that get a token
+    groups: documents grouped by length, short ones first
     """
 
     stream: Stream
@@ -67,8 +68,8 @@ class Within(NamedTuple):
     counts: RoleCounts
 
     def on_rows(self) -> tuple[Tensor, int]:
-        """[1, B N], the slot of each token where documents lie on rows of their own, those of a group on rows as long
-        as its longest, group by group; and how many slots there are. What is not real has one behind the last.
+        """The slot of each token, [1, B N], if every document gets its own row; and the number of slots. The rows of a
+        group are as long as its ``most``; groups follow each other. Padding gets one slot after all others.
         """
         lengths_B, local_BN = self.stream.lengths_B, self.number_BN - self.number_BN[:, :1]
         sizes_BO = sizes_of(local_BN, lengths_B, self.counts.documents)
@@ -86,13 +87,13 @@ class Within(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """rotary_BT: the position of each token in its segment, as rotary positions see it
-    outside, within: None where a call has no such token
-    behind_BA: which tokens outside documents stand behind the leading template
-    first_BA, end_BA: tokens outside documents know of those from ``first`` to ``end`` - 1, counted in the row
-    asks_BA: which of them are of a query; None: none
-    source_BT: of each token in both streams' outputs, one after the other; None where there is one stream
-    after: the counters
+    """rotary_BT: the rotary position of each token in its segment
+    outside, within: None if the call has no such token
+    behind_BA: whether a token outside documents comes after the leading template
+    first_BA, end_BA: a token outside documents may choose documents ``first`` to ``end`` - 1, counted in the row
+    asks_BA: which of these tokens belong to a query; None: none
+    source_BT: the index of each token in the outputs of both streams, concatenated; None if there is one stream
+    after: the counters after this call
     """
 
     rotary_BT: Tensor
@@ -107,8 +108,8 @@ class Layout(NamedTuple):
 
     @staticmethod
     def of(rows: Rows, state: State, chunk_size: int, offset: int, count_template: bool = True) -> "Layout":
-        """offset: rotary positions that are skipped before the tokens behind the leading template; count_template:
-        behind its tokens.
+        """offset: rotary positions skipped between the leading template and later tokens; count_template: whether
+        these positions also count the template's tokens.
         """
 
         def make() -> "Layout":
@@ -116,7 +117,7 @@ class Layout(NamedTuple):
                 return _outside_only(rows, state, offset, count_template)
             return _with_documents(rows, state, rows.roles, chunk_size, offset, count_template)
 
-        # Layers that agree so far share their counters, the tensors themselves, and so a layout.
+        # Layers with the same counter tensors share one layout.
         counters = tuple(state[name] for name in COUNTERS)
         return rows.once_for(counters, ("layout", chunk_size, offset, count_template), make)
 
@@ -139,7 +140,7 @@ def _outside_only(rows: Rows, state: State, offset: int, count_template: bool) -
         "first": _last(first_BT, rows, state["first"]),
     }
     if rows.lengths_B is not None:
-        # A row without tokens is still where it was, in a document perhaps.
+        # A row without tokens keeps its place, perhaps in a document.
         after["place"] = torch.where(rows.lengths_B > 0, 0, state["place"])
     outside = Stream(None, rows.lengths_B, outside_BT - 1)
     rotary_BT = outside_BT - 1 + offset - (0 if count_template else head_BT)
@@ -174,7 +175,7 @@ def _with_documents(
     }
     after = {name: _last(x_BT, rows, state[name]) for name, x_BT in counters.items()}
 
-    # The leading template counts from 0, what follows from ``offset`` further on.
+    # Positions of the leading template start at 0; later tokens are shifted by ``offset``.
     behind_BT = begun_BT > 0
     skipped_BT = torch.where(behind_BT, offset - (0 if count_template else head_BT), 0)
     rotary_BT = torch.where(within_BT, place_BT, outside_so_far_BT + skipped_BT) - 1
@@ -185,7 +186,8 @@ def _with_documents(
     if counts.within:
         stream = _compacted(within_BT, counts.within, place_BT - 1, rows, alone=not counts.outside)
         chunk_BN = stream.take(chunks_BT) - 1
-        # Of each document the last chunk may be short, and of the first the first, which an earlier call began.
+        # The last chunk of a document may be short; so may the first of the first document, which an earlier call
+        # began.
         most = min(counts.within, (counts.within + (counts.documents + 1) * (chunk_size - 1)) // chunk_size)
         number_BN = stream.take(documents_BT) - 1
         groups = _groups(counts, counts.within * len(role_BT))
@@ -200,7 +202,7 @@ def _with_documents(
 
 
 def _groups(counts: RoleCounts, tokens: int) -> list[Group]:
-    """One, if rows of the longest document's length then hold not more than twice the tokens, as many groups do."""
+    """One group if padding to the longest document at most doubles the tokens; else groups by powers of two."""
     if sum(counts.sizes) * counts.longest <= 2 * tokens:
         return [Group(0, counts.longest, sum(counts.sizes))]
     return [Group(2**i // 2, min(2**i, counts.longest), count) for i, count in enumerate(counts.sizes) if count]
@@ -214,8 +216,8 @@ def _compacted(flags_BT: Tensor, size: int, place_BT: Tensor, rows: Rows, alone:
 
 
 def running_count(flags_BT: Tensor, restart_BT: Tensor, before_B: Tensor) -> Tensor:
-    """[B, T]: tokens flagged so far, itself included, since the last restart, which counts itself; where a row has
-    had none, from ``before`` on.
+    """[B, T]: flagged tokens so far, itself included, since the last restart (itself included); before any restart,
+    the count continues from ``before``.
     """
     total_BT = flags_BT.long().cumsum(1)
     base_BT = torch.where(restart_BT, total_BT - flags_BT.long(), -1).cummax(1).values
@@ -223,13 +225,13 @@ def running_count(flags_BT: Tensor, restart_BT: Tensor, before_B: Tensor) -> Ten
 
 
 def _latest(x_BT: Tensor, at_BT: Tensor, before_B: Tensor) -> Tensor:
-    """What never falls, as it was at the last token flagged; before any, ``before``."""
+    """The value of x, which never falls, at the last flagged token; ``before`` if there is none yet."""
     latest_BT = torch.where(at_BT, x_BT, -1).cummax(1).values
     return torch.where(latest_BT < 0, before_B[:, None], latest_BT)
 
 
 def _last(x_BT: Tensor, rows: Rows, before_B: Tensor) -> Tensor:
-    """What a row's last real token has; ``before`` where there is none."""
+    """The value at a row's last real token; ``before`` if the row has none."""
     if x_BT.shape[1] == 0:
         return before_B
     if rows.lengths_B is None:
@@ -239,7 +241,7 @@ def _last(x_BT: Tensor, rows: Rows, before_B: Tensor) -> Tensor:
 
 
 def sizes_of(owner_BN: Tensor, lengths_B: Tensor | None, count: int) -> Tensor:
-    """[B, count]: real tokens that are owned by 0, 1, ... count - 1."""
+    """[B, count]: the number of real tokens with owner 0, 1, ... count - 1."""
     if lengths_B is not None:
         real_BN = torch.arange(owner_BN.shape[1], device=owner_BN.device) < lengths_B[:, None]
         owner_BN = torch.where(real_BN, owner_BN, count)
