@@ -1,11 +1,11 @@
 """Causal softmax attention, full or in a sliding window: the baseline, and a part of hybrid memories.
 
-B batch, T tokens, S keys kept from earlier calls, L = S + T, D hidden, H query heads, G key-value
-heads, K head dim, P persistent tokens.
+B batch, T tokens, S keys kept from earlier calls, L = S + T, D hidden, H query heads, G key-value heads, K head dim, P
+persistent tokens.
 
-Everything about who sees whom follows from one number: the distance d from a query back to a key
-in the row. A key is seen if 0 <= d < W and d <= the query's place in its document, which covers
-causality, the window, document borders, and history that does not exist, in one comparison.
+One number decides which keys a query sees: the distance d from the query back to the key in the row. A key is seen if
+0 <= d < W and d <= the query's position in its document. This one comparison covers causality, the window, document
+borders, and missing history.
 """
 
 from dataclasses import dataclass
@@ -26,13 +26,13 @@ from memlm_kernels import prefix_window_attention
 from memlm_kernels.attention import plain
 from memlm_kernels.grid import keep_last
 
-# Of ``attn_implementation``, those that are the op's: its own choice, and plain products.
+# Values of ``attn_implementation`` that the op serves: its own choice, and plain products.
 _BACKENDS = {"sdpa": "auto", "eager": "reference"}
 
 
 @dataclass(frozen=True)
 class Config:
-    """window_size: tokens a query sees, itself included; None for all of the document.
+    """window_size: tokens a query sees, itself included; null for the whole document.
     conv_size: width of a causal convolution with SiLU on q, k, v; 0 for none.
     persistent_tokens: learned tokens that every query sees, without position (Titans, section 3.3).
     qk_norm: RMSNorm of each head's queries and keys (Qwen3).
@@ -100,7 +100,7 @@ class Mixer(SequenceMixer):
         return MixerOutput(self.o_proj(y_BTHK.flatten(2)), new_state, {}, {})
 
     def heads(self, x_BTD: Tensor, state: State, rows: Rows) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], State]:
-        """What the heads read, [B, T, H, K]; their q, k, v before any rotation; and the new state."""
+        """The heads' reads, [B, T, H, K]; q, k, v before rotation; and the new state."""
         length, fresh = rows.length, rows.fresh
         (q_BTHK, k_BTGK, v_BTGK), new_state = self.project(x_BTD, state, rows)
         angles = rows.rotary(self.dims.head_dim, self.dims.rope_theta, k_BTGK.dtype)
@@ -110,7 +110,7 @@ class Mixer(SequenceMixer):
             if window is None:
                 seen[name], new_state[name] = append(state[name], new, rows.lengths_B)
                 continue
-            # A fresh call has no history: nothing to join, and zeros to keep where it is shorter than the window.
+            # A fresh call has no history to join; zeros fill the window if the call is shorter.
             seen[name] = new if fresh else join(state[name], new)
             source = F.pad(new, (0, 0, 0, 0, max(0, window - 1 - length), 0)) if fresh else seen[name]
             new_state[name] = keep_last(source, window - 1, length, rows.lengths_B)
@@ -120,14 +120,14 @@ class Mixer(SequenceMixer):
         if length:
             rotated_BTHK, k, v = rotary(q_BTHK, angles), seen["k"], seen["v"]
             if length == 1 and rows.goes_on and rows.start is not None:
-                # One token sees all the keys there are, so it needs no mask.
+                # One token sees all keys, so it needs no mask.
                 known = rows.start + 1 if window is None else min(rows.start + 1, window)
                 k, v, fresh, window = k[:, -known:], v[:, -known:], True, None
             y_BTHK = self._attend(rotated_BTHK, k, v, prefix, None if fresh else rows.positions_BT, window)
         return y_BTHK, (q_BTHK, k_BTGK, v_BTGK), new_state
 
     def project(self, x_BTD: Tensor, state: State, rows: Rows) -> tuple[tuple[Tensor, Tensor, Tensor], State]:
-        """q, k, v before any rotation, and the inputs that their convolution keeps."""
+        """q, k, v before rotation, and the convolution's inputs for the next call."""
         history = {}
         projected = [proj(x_BTD) for proj in (self.q_proj, self.k_proj, self.v_proj)]
         if self.config.conv_size:
@@ -140,7 +140,7 @@ class Mixer(SequenceMixer):
         return (q_BTHK, k_BTGK, v_BTGK), history
 
     def _prefix(self, q_BTHK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries for the persistent tokens, unrotated as they are, their keys and values, [1, P, G, K]."""
+        """Queries for the persistent tokens, not rotated; their keys and values, [1, P, G, K]."""
         k, v = (proj(self.persistent)[None] for proj in (self.k_proj, self.v_proj))
         if self.config.conv_size:
             k, v = F.silu(k), F.silu(v)
@@ -158,7 +158,7 @@ class Mixer(SequenceMixer):
     ) -> Tensor:
         """softmax(q k^T) v over the keys each query sees; q [B, T, H, K], k and v [B, L, G, K].
 
-        positions_BT: places of queries in their documents; None: all the keys are of the query's document
+        positions_BT: positions of queries in their documents; None: all keys are in the query's document
         """
         backend = self.dims.attn_implementation
         if "flash" in backend:
@@ -184,7 +184,7 @@ class Mixer(SequenceMixer):
 
         always, size = 0, self.dims.head_dim
         if prefix is not None:
-            # Doubled head dim: tokens score in the one half, persistent tokens in the other.
+            # Double head dim: tokens score in one half, persistent tokens in the other.
             own_q, own_k, own_v = prefix
             always, q = own_k.shape[1], torch.cat([q, own_q], -1)
             joined = ((F.pad(own_k, (size, 0)), F.pad(k, (0, size))), (F.pad(x, (0, size)) for x in (own_v, v)))
@@ -228,6 +228,8 @@ class Mixer(SequenceMixer):
 def eager(
     module: Mixer, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
-    """Attention in plain matrix products, [B, H, T, K] in and [B, T, H, K] out; the oracle of the others."""
+    """Attention in plain matrix products, [B, H, T, K] in and [B, T, H, K] out; the reference for the other
+    backends.
+    """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return plain(q, k, v, mask, scaling)[0], None

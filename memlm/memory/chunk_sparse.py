@@ -1,27 +1,29 @@
-"""Attention to a window and to a few chunks of the past, which each token chooses by their pooled keys (the idea of
-Memory Sparse Attention inside one stream; NSA, arXiv:2502.11089, MoBA, arXiv:2502.13189, InfLLM, arXiv:2402.04617).
+"""Attention to a window and to a few past chunks, which each token chooses by their pooled keys.
+
+The idea of Memory Sparse Attention inside one stream; see also NSA (arXiv:2502.11089), MoBA (arXiv:2502.13189) and
+InfLLM (arXiv:2402.04617).
 
     score[t, n] = sum over the heads h of a group of q[t, h] . mean of the keys k of chunk n, none of them rotated
-    y[t] = softmax over the window and the tokens of the top_k chunks, in one
+    y[t] = one softmax over the window and the tokens of the top_k chunks
 
-Every chunk_size tokens of a document are a chunk. A token chooses, for each group of heads that share keys, among
-those that begin before its window; of them it sees what its window does not. With top_k at least as many as there
-are, and far_positions, this is full causal attention, with the weights of the kind ``attention``. Attention is the
-op's: ``attn_implementation`` has no say.
+Every chunk_size tokens of a document form a chunk. A token chooses among the chunks that begin before its window,
+separately for each group of heads that share keys; it sees those of their tokens that are not in its window. If top_k
+covers all chunks and ``far_positions`` is true, this is full causal attention, with the weights of the kind
+``attention``. The op computes the attention, so ``attn_implementation`` has no effect.
 
-The choice is hard: as such it has no gradient, and keys that are found well when they are seen need not be found by
-their mean. Two ways to teach it (``learning``):
+The choice is hard, so it has no gradient, and the mean of a chunk need not match the queries that its keys match.
+``learning`` selects how the choice is trained:
 
-- "compressed", as NSA: the token also attends to the means of keys and values of all the chunks that it may choose,
-  y[t] += gate[t] * softmax(q . mean k) mean v, and what makes this read better makes the choice better.
-- "distilled", as DeepSeek's DSA (arXiv:2512.02556): a loss, the cross-entropy of softmax(q . mean k) from the share of
-  attention that each chunk would get if all of them were seen; training then costs as much as full attention does.
+- "compressed", as in NSA: the token also attends to the means of keys and values of all chunks that it may choose,
+  y[t] += gate[t] * softmax(q . mean k) mean v. A better read of means makes a better choice.
+- "distilled", as in DeepSeek's DSA (arXiv:2512.02556): a loss, the cross-entropy of softmax(q . mean k) from each
+  chunk's share of dense attention. Training then costs as much as full attention.
 
-Either fits a trained backbone (``train.init_from`` of the kind ``attention``), whose outputs are as they were where
-all chunks are chosen: distilled has no other weights; compressed adds nothing at first where ``gate`` is "tanh".
+Both accept a trained backbone (``train.init_from`` of the kind ``attention``) and keep its outputs while all chunks
+are chosen: "distilled" adds no weights, and "compressed" with ``gate: tanh`` adds nothing at first.
 
-B batch, T tokens, S keys kept from earlier calls, L = S + T, D hidden, H query heads in G groups, K head dim,
-N chunks of the row, E of them new, C chunk_size.
+B batch, T tokens, S keys kept from earlier calls, L = S + T, D hidden, H query heads in G groups, K head dim, N chunks
+of the row, E of them new, C chunk_size.
 """
 
 from dataclasses import dataclass
@@ -49,12 +51,14 @@ INITIALIZATIONS = ("default", "recall")
 
 @dataclass(frozen=True)
 class Config:
-    """chunk_size: tokens that are chosen together; window_size: last tokens that are seen in any case, at least as
-        many; top_k: chunks that a token chooses.
-    learning: how the choice learns, "compressed" or "distilled"; loss_weight: of the latter's loss, in each layer.
-    gate: of the read of means; "sigmoid", 1/2 at first; or "tanh", 0 at first, for a trained backbone.
-    far_positions: whether rotary positions tell how far chosen tokens lie, as full attention has it; without them
-        what is far is as in training, however long the document.
+    """chunk_size: tokens of a chunk.
+    window_size: last tokens that are always seen, at least chunk_size.
+    top_k: chunks that a token chooses.
+    learning: how the choice is trained: "compressed" or "distilled".
+    loss_weight: weight of the distillation loss in each layer.
+    gate: the gate of the read of means: "sigmoid", 1/2 at first; or "tanh", 0 at first, for a trained backbone.
+    far_positions: whether rotary positions encode the distance of chosen tokens, as in full attention. Without them,
+        far tokens look as in training, however long the document.
     conv_size: width of a causal convolution with SiLU on q, k, v; 0 for none.
     qk_norm: RMSNorm of each head's queries and keys (Qwen3).
     initialization: "default", or "recall": an engineered prior for associative recall. Queries start equal to keys,
@@ -78,7 +82,7 @@ class Config:
         require(
             self.window_size >= self.chunk_size,
             f"window_size={self.window_size} must be chunk_size={self.chunk_size} at least, "
-            "for nothing else sees the open chunk; raise it, or lower chunk_size",
+            "because nothing else sees the open chunk; raise it, or lower chunk_size",
         )
         require(self.loss_weight >= 0, f"loss_weight={self.loss_weight} must not be negative")
         require(self.conv_size >= 0, f"conv_size={self.conv_size} must be 0 (none) or more")
@@ -92,7 +96,9 @@ class Config:
 
 
 class ChosenChunks(nn.Module):
-    """The way of chosen chunks into a layer: their numbers counted from 1, so that zeros are none."""
+    """The numbers of chosen chunks, counted from 1, so that zeros mean none. Long-term memory enters the layer
+    here.
+    """
 
     long_term = True
 
@@ -101,7 +107,7 @@ class ChosenChunks(nn.Module):
 
 
 class Share(nn.Module):
-    """The share of each head's read of means that is added; where it starts at 0 it has a gradient there."""
+    """The gate on each head's read of means. Its gradient is nonzero even where the gate starts at 0."""
 
     long_term = True
 
@@ -114,12 +120,13 @@ class Share(nn.Module):
 
 
 class Chunks(NamedTuple):
-    """The chunks of a row: those kept, of the document that stands open, the last one last; then those that end in
-    this call, as many as could, in their order. All places are among the row's L keys.
+    """The chunks of a row: first the kept ones of the open document, then the slots of chunks that end in this call.
+    All indices are among the row's L keys.
 
-    starts_BN: where each one starts; new_BE: the token of the call that each new one ends with; count_B: new ones
-    first_BT, end_BT: a token may choose first to end - 1, which begin before its window
-    document_BT: where each token's document starts
+    starts_BN: the start of each chunk
+    new_BE: the token of the call that ends each new chunk; count_B: number of new chunks
+    first_BT, end_BT: a token may choose chunks first to end - 1, which begin before its window
+    document_BT: the start of each token's document
     """
 
     starts_BN: Tensor
@@ -131,7 +138,7 @@ class Chunks(NamedTuple):
 
     @staticmethod
     def of(rows: Rows, past: int, kept: int, config: Config) -> "Chunks":
-        """past, kept: keys and chunks in the state."""
+        """past, kept: number of keys and chunks in the state."""
         positions_BT, size, length = rows.positions_BT, config.chunk_size, rows.length
         token_T = torch.arange(length, device=positions_BT.device)
         ends_BT = (positions_BT + 1) % size == 0
@@ -139,7 +146,7 @@ class Chunks(NamedTuple):
             ends_BT = ends_BT & rows.real_BT
         so_far_BT = ends_BT.long().cumsum(1)
         most = (length + size - 1) // size
-        # One more takes the tokens that end none.
+        # One more slot, for tokens that end no chunk.
         slot_BT = torch.where(ends_BT, so_far_BT - 1, most)
         new_BE = place(token_T.expand(len(ends_BT), -1)[..., None], slot_BT, most + 1)[:, :-1, 0]
         back_N = torch.arange(kept, 0, -1, device=positions_BT.device) * size
@@ -192,7 +199,8 @@ class Mixer(attention.Mixer):
         chunks = rows.once(("chunks", past, kept, settings), lambda: Chunks.of(rows, past, kept, config))
         angles = rows.rotary(self.dims.head_dim, self.dims.rope_theta, q_BTHK.dtype)
         turned_BTHK, turned_BTGK = rotary(q_BTHK, angles), rotary(k_BTGK, angles)
-        # The past is kept rotated or not, and what needs it the other way is near: the window, and the open chunk.
+        # Past keys are kept in one form, rotated or not. Only near keys are needed in the other: the window and the
+        # open chunk.
         near = min(state["k"].shape[1], config.window_size - 1)
         recent_BSGK = state["k"][:, state["k"].shape[1] - near :]
         recent_BSGK = rotary(recent_BSGK, self._recent_angles(rows, near, recent_BSGK.dtype))
@@ -238,7 +246,7 @@ class Mixer(attention.Mixer):
         return MixerOutput(self.o_proj(seen_BTHK.flatten(2)), after, aux_losses, metrics)
 
     def _recent_angles(self, rows: Rows, near: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """To turn the last ``near`` keys of the past, or with far_positions to turn them back."""
+        """Angles that rotate the last ``near`` keys of the past, or with far_positions rotate them back."""
         back = self.chunked.far_positions
 
         def make() -> Tensor:
@@ -249,12 +257,12 @@ class Mixer(attention.Mixer):
         return rows.rotary(self.dims.head_dim, self.dims.rope_theta, dtype, places_BS)
 
     def _pooled(self, x_BLGK: Tensor, chunks: Chunks, name: str, state: State, after: State) -> Tensor:
-        """Means of each chunk's x, [B, N, G, K]; x ends with the call's tokens."""
+        """Means of x over each chunk, [B, N, G, K]; x ends with the call's tokens."""
         size, length = self.chunked.chunk_size, chunks.first_BT.shape[1]
-        # All that chunks which end in this call can hold.
+        # All tokens of chunks that end in this call.
         x_BLGK = x_BLGK[:, max(0, x_BLGK.shape[1] - length - size + 1) :]
         token_C = torch.arange(x_BLGK.shape[1] - length - size + 1, x_BLGK.shape[1] - length + 1, device=x_BLGK.device)
-        # Of chunks that are not there any.
+        # Unused slots get any valid index.
         index_BEC = (chunks.new_BE[..., None] + token_C).clamp(min=0)
         new_BEGK = exact(pick(x_BLGK, index_BEC.flatten(1))).unflatten(1, index_BEC.shape[1:]).mean(2)
         pooled_BNGK = torch.cat([state[f"pooled.{name}"].to(new_BEGK.dtype), new_BEGK], 1)
@@ -271,11 +279,11 @@ class Mixer(attention.Mixer):
         past: int,
         rows: Rows,
     ) -> Tensor:
-        """The cross-entropy of softmax(q . mean k) from the shares of dense attention, in nats a token and head: the
-        mean over those tokens of a row that have a choice, [B].
+        """The cross-entropy of softmax(q . mean k) from the chunks' shares of dense attention, in nats per token and
+        head, [B]: a mean over a row's tokens that have a choice.
 
-        It is lse - sum_n share[n] q . mean k[n], and the sum over chunks one over keys: dense attention whose values
-        are the means of their chunks. So nothing larger than for attention is held.
+        It equals lse - sum_n share[n] q . mean k[n], and the sum over chunks is a sum over keys: dense attention whose
+        values are the means of their chunks. So no tensor is larger than those of attention.
         """
         config, length, positions_BT = self.chunked, rows.length, rows.positions_BT
         chunks_of_row = pooled_BNGK.shape[1]

@@ -1,6 +1,6 @@
-"""Keys and values that grow by a token a call, without a copy of their past at each.
+"""Keys and values that grow with each call, without a copy of their past each time.
 
-B batch, S entries so far, T of this call.
+B batch, S entries so far, T entries of this call.
 """
 
 import torch
@@ -9,26 +9,28 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from memlm_kernels.grid import keep_last
 
-# Room left behind S entries is S / _SPARE, so that over time each is copied 1 + _SPARE times; for few, _LEAST.
+# Room after S entries is S / _SPARE, so each entry is copied about 1 + _SPARE times over time; at least _LEAST.
 _SPARE, _LEAST = 4, 64
 
 
 class _Room:
-    """A longer tensor, whose first entries others see; ``end``, where the next one goes, can be taken once."""
+    """A longer buffer; tensors that others hold are its first entries. ``end`` is the next free entry, taken once."""
 
     def __init__(self, buffer: Tensor) -> None:
         self.buffer, self.end = buffer, dict[int, bool]()
 
     def take(self, end: int, new: Tensor) -> bool:
-        """Whether ``new`` may go behind the first ``end`` entries: it fits, and nobody has gone on from there."""
+        """Whether ``new`` was written after the first ``end`` entries: it must fit, and nobody else may have taken
+        them.
+        """
         fits = end + new.shape[1] <= self.buffer.shape[1] and new.dtype == self.buffer.dtype
-        # What inference mode made can be written there only.
+        # Tensors of inference mode can only be written in inference mode.
         writable = torch.is_inference_mode_enabled() or not self.buffer.is_inference()
-        # One step, for threads.
+        # One step, so that it is safe for threads.
         return fits and writable and self.end.pop(end, False)
 
 
-# What a tensor is the beginning of.
+# The buffer whose first entries a tensor is.
 _rooms: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -38,12 +40,12 @@ def join(past: Tensor, new: Tensor) -> Tensor:
 
 
 def append(past: Tensor, new: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``past`` [B, S, ...] followed by ``new`` [B, T, ...]; and what to keep of them, each row's real ones last.
+    """Returns ``past`` [B, S, ...] followed by ``new`` [B, T, ...]; and the entries to keep, real ones aligned right.
 
-    lengths: [B], real entries of ``new``, which come first (None: all); see ``keep_last``
+    lengths: [B], number of real entries of ``new``, which come first (None: all); see ``keep_last``
 
-    Neither is changed. Without gradients what is kept has room behind it, and the next call writes only its own: of
-    several calls that go on from one past the first does, the others copy.
+    Neither input changes. Without gradients, the kept tensor has room after it, and the next call writes only its own
+    entries. If several calls continue one past, the first one does so, and the others copy.
     """
     if not past.shape[1]:
         joined = new.contiguous()

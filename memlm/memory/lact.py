@@ -1,15 +1,16 @@
-"""LaCT: sliding-window attention whose heads also read a memory that is written once a chunk (arXiv:2505.23884).
+"""LaCT: sliding-window attention whose heads also read fast weights, written once per chunk (arXiv:2505.23884).
 
     y = W_o (attention(x) + silu(scale(x)) * norm(f(q))),    f(x) = (silu(x W1) * (x W3)) W2
 
-The window covers the chunk that is open, the fast weights f what came before it. As in the released language model,
-both read the same q, k, v: the memory takes them with a scale and an offset for each channel of q and k, SiLU, and
-unit length for q and k; each head has a learning rate for each of its three matrices, one momentum, a norm and a
-scale. Conventions of our own: the memory's q and k are not rotated (the release can do either), so that a memory
-means the same anywhere in a document; lr and momentum start at their named values at every token.
+The window covers the open chunk; the fast weights f hold everything before it. As in the released language model, both
+use the same q, k, v: the memory applies a scale and an offset per channel to q and k, SiLU to all, and normalises q
+and k. Each head has one learning rate for each of its three matrices, one momentum, a norm and a scale.
 
-Metrics as of ``titans``, and ``scale``, the mean size of a token's scales. There is no surprise: the gradient of
-f(k) . v is as large for what is known as for what is new.
+Our conventions: the memory's q and k are not rotated (the release supports both), so reads do not depend on the
+position in a document; and lr and momentum start at their configured values for every token.
+
+Metrics are those of ``titans``, and ``scale``, the mean absolute scale. There is no surprise: the gradient of f(k) . v
+is as large for known content as for new content.
 
 B batch, T tokens, D hidden, H attention heads of size K, G key-value heads, M memory heads of size C = H K / M.
 """
@@ -38,13 +39,14 @@ _PARTS = ("weights", "gradient", "momentum", "momentum_sum")
 
 @dataclass(frozen=True)
 class Config:
-    """chunk_size: tokens between two writes; window_size: tokens that attention sees, chunk_size at least.
-    memory_heads: the memory is so many independent networks, which share out the channels of all attention heads;
-        memory_expansion: width of their hidden layers over that of a head.
-    initial_lr: where learning rates start; the paper's sum to about 2 over a chunk (2048 of 0.001).
-    initial_momentum: where the share starts that a step keeps of the one before; 0 for none.
-    muon_steps: Newton-Schulz steps on each write, 5 in the paper; 0 for none. Every write is then as large as the
-        weights, of an lr only its share in the chunk matters, and rounding grows from chunk to chunk.
+    """chunk_size: tokens between two writes.
+    window_size: tokens that attention sees, at least chunk_size.
+    memory_heads: number of independent networks; they divide the channels of all attention heads among them.
+    memory_expansion: width of their hidden layers, relative to a head's.
+    initial_lr: initial learning rate; the paper's rates sum to about 2 over a chunk (2048 of 0.001).
+    initial_momentum: initial share of the last step in each step; 0 for none.
+    muon_steps: Newton-Schulz steps on each write, 5 in the paper; 0 for none. With them, every write is as large as
+        the weights, only the ratios of lr within a chunk matter, and rounding errors grow from chunk to chunk.
     """
 
     chunk_size: int = 32
@@ -61,7 +63,7 @@ class Config:
         require(
             self.window_size >= self.chunk_size,
             f"window_size={self.window_size} must be chunk_size={self.chunk_size} at least, "
-            "for nothing else remembers the open chunk; raise it, or lower chunk_size",
+            "because nothing else remembers the open chunk; raise it, or lower chunk_size",
         )
         require(self.initial_lr > 0, f"initial_lr={self.initial_lr} must be positive")
         start = self.initial_momentum
@@ -70,7 +72,7 @@ class Config:
 
 
 class FastWeights(nn.Module):
-    """The memory as a part: what is added to what the attention's heads read, [B, T, H K]."""
+    """The memory as a part: its output is added to the attention heads' reads, [B, T, H K]."""
 
     long_term = True
 
@@ -99,7 +101,7 @@ class FastWeights(nn.Module):
         init.ones_(self.qk_scale)
         init.zeros_(self.qk_offset)
         for w in self.memory():
-            # Columns of about unit norm, which the writes keep. Zeros would stay zeros.
+            # Columns start with about unit norm, which writes keep. Zeros would stay zeros.
             init.normal_(w, std=w.shape[1] ** -0.5)
         init.zeros_(self.gates.weight)
         start = [math.log(math.expm1(self.config.initial_lr))] * 3
@@ -108,7 +110,7 @@ class FastWeights(nn.Module):
         init.copy_(self.gates.bias, torch.tensor(start).repeat(self.config.memory_heads).to(self.gates.bias.dtype))
 
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
-        # Filled from the learned weights at position 0, so what stands here before is never read.
+        # Filled from the learned weights at position 0, so these zeros are never read.
         dtype = torch.promote_types(dtype, torch.float32)
         state: State = {}
         shapes = self.memory.shapes
@@ -121,9 +123,9 @@ class FastWeights(nn.Module):
         return state
 
     def forward(self, x_BTD: Tensor, qkv: tuple[Tensor, Tensor, Tensor], state: State, rows: Rows) -> MixerOutput:
-        """qkv: the attention's, [B, T, H, K], [B, T, G, K] and [B, T, G, K], before any rotation."""
+        """qkv: the attention's q [B, T, H, K], k and v [B, T, G, K], before rotation."""
         q_BTMC, k_BTMC, v_BTMC = self._features(*qkv)
-        # Three learning rates of each head, and its momentum.
+        # Three learning rates and one momentum per head.
         gates_BTMN = gate_logits(self.gates, x_BTD).unflatten(-1, (self.config.memory_heads, -1))
         lr_BTM3 = F.softplus(gates_BTMN[..., :3])
         momentum_BTM = torch.sigmoid(gates_BTMN[..., 3]) if self._has_momentum else None
@@ -153,7 +155,7 @@ class FastWeights(nn.Module):
         return MixerOutput(y_BTMC.flatten(2), memory, {}, metrics)
 
     def _features(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, T, M, C] each; q and k of unit length, in fp32 at least: fp16 has no smallest norm."""
+        """q, k, v, [B, T, M, C] each; q and k of unit norm, in fp32 or more: fp16 cannot hold small norms."""
         heads = self.config.memory_heads
 
         def spread(x_BTGK: Tensor) -> Tensor:
@@ -167,7 +169,7 @@ class FastWeights(nn.Module):
 
 
 class Mixer(SequenceMixer):
-    """What the attention's heads read and what the memory says are added before ``o_proj``."""
+    """The reads of the attention heads and of the memory are added before ``o_proj``."""
 
     def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
         super().__init__()

@@ -35,10 +35,11 @@ CONVOLUTIONS = ("per_memory", "before_routing", "none")
 @dataclass(frozen=True)
 class Config(recurrence.Config):
     """rule: the update rule of the memories, a key of ``recurrence.RULES``; its settings are in ``recurrence.Config``.
-    num_memories, top_k: memories, and how many of them a token is sent to.
-    shared_memory: one memory more, that every token writes and reads with weight 1.
+    num_memories, top_k: number of memories, and how many of them get each token.
+    shared_memory: one more memory, which every token writes and reads with weight 1.
     single_kv: all memories, the shared one too, take keys, values and gates from the same projections.
-    conv: "per_memory", along the tokens that a memory gets; "before_routing", of the layer's input; or "none".
+    conv: short convolution: "per_memory", along the tokens of each memory; "before_routing", on the layer's input; or
+        "none".
     conv_across_segments: in training, convolve along all routed tokens of a batch, memory after memory, as
         flash-linear-attention does. Such a convolution sees later tokens and other rows, so use it only to continue
         the training of checkpoints from there.
@@ -48,7 +49,7 @@ class Config(recurrence.Config):
         over rows does not depend on how a step is divided into calls. The paper's loss, computed over all rows of a
         call, does.
     z_loss: weight of the mean square of the router's log-sum-exp (ST-MoE, arXiv:2202.08906).
-    balance_bias: a learned bias that only the choice of memories sees, driven towards even loads (arXiv:2408.15664).
+    balance_bias: a bias on the choice of memories alone, trained towards even loads (arXiv:2408.15664).
     window_size: the window of an attention branch beside the memories, gated as in titans_mag; null for no branch.
     """
 
@@ -194,9 +195,7 @@ class Mixer(SequenceMixer):
         return MixerOutput(y_BTD, joined(after), aux_losses, metrics | of_rule)
 
     def _choose(self, x_BTD: Tensor, rows: Rows) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Weights and memories of each token, [B, T, J], auxiliary losses of each row, [B], and metrics of the call;
-        padding counts for nothing.
-        """
+        """Weights and memories of each token, [B, T, J]; auxiliary losses [B]; and metrics. Padding has no effect."""
         config = self.config
         logits_BTM = gate_logits(self.router, x_BTD)
         p_BTM = logits_BTM.softmax(-1)
@@ -232,7 +231,9 @@ class Mixer(SequenceMixer):
         return weight_BTJ, memory_BTJ, losses, metrics
 
     def _shared_projections(self, x_BTD: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Keys, values and logits that do not depend on the memory, if any: the shared memory's, or all."""
+        """Keys, values and gate logits that all memories share, or those of the shared memory; None if there
+        are none.
+        """
         if self.config.single_kv:
             return self.kv_proj(x_BTD), gate_logits(self.gates, x_BTD)
         if self.config.shared_memory:
@@ -257,5 +258,5 @@ class Mixer(SequenceMixer):
 
 
 def _in_rows(y_NC: Tensor, routes: MemoryRoutes) -> Tensor:
-    """Of routed tokens, memory after memory in all rows, to each row's, [B, R, C]."""
+    """From routed tokens, memory after memory over all rows, to those of each row, [B, R, C]."""
     return dispatch_tokens(y_NC[None], routes.ungrouped)[0].unflatten(0, routes.place.flatten(1).shape)

@@ -13,7 +13,7 @@ from memlm_kernels.segments import exact
 
 
 class Recalled(nn.Module):
-    """The memory's part of an output, as it is: the memory-off ablation silences it."""
+    """The identity on the memory's part of an output; the memory-off ablation replaces it by zeros."""
 
     long_term = True
 
@@ -22,7 +22,9 @@ class Recalled(nn.Module):
 
 
 class Parameters(nn.Module):
-    """Parameters that other modules read: by a call, for which tools that offload weights bring them."""
+    """Parameters that other modules read. They are read by a call, so that tools that offload weights can load
+    them.
+    """
 
     def __init__(self, *shapes: tuple[int, ...]) -> None:
         super().__init__()
@@ -35,9 +37,9 @@ class Parameters(nn.Module):
 
 
 class BranchGate(nn.Module):
-    """g * norm(memory) + (1 - g) * norm(attention), g = sigmoid(W x + b), one for each channel; 1/2 at first.
+    """g * norm(memory) + (1 - g) * norm(attention), g = sigmoid(W x + b), one per channel; 1/2 at first.
 
-    The paper multiplies the two normalised branches; the convex gate keeps either alive when the other is silent.
+    The paper multiplies the two normalised branches. With the convex gate, either branch works if the other is zero.
     """
 
     def __init__(self, dims: Dims) -> None:
@@ -64,29 +66,29 @@ class BranchGate(nn.Module):
 
 
 def gate_logits(gates: nn.Module | None, x_BTD: Tensor) -> Tensor:
-    """What an ``ExactLinear`` makes of x, or whatever stands in its place. None: no gates."""
+    """The output of an ``ExactLinear``, or of a module that replaces it, in fp32 or more. None: no gates."""
     return x_BTD.new_zeros(*x_BTD.shape[:2], 0) if gates is None else exact(gates(x_BTD))
 
 
 @torch.no_grad()
 def memory_share(recalled: Tensor, seen: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
-    """The memory's part of an output that is the sum of both: norm over norms (along ``dim``; None: of all), 0 to 1.
+    """The memory's share of a sum, |recalled| / (|recalled| + |seen|), 0 to 1; norms along ``dim`` (None: of all).
 
-    It is the share of what the memory-off ablation takes away: all that the memory's branch says, be it a query that a
-    memory with a norm passes through (``titans``' ``known_share`` tells these apart).
+    It covers everything that the memory-off ablation removes, also the query that a memory with a norm passes through
+    (``known_share`` of ``titans`` separates the two).
     """
     recalled, seen = (torch.linalg.vector_norm(x, dim=dim) for x in (recalled, seen))
     return recalled / (recalled + seen).clamp(min=torch.finfo(seen.dtype).tiny)
 
 
 def top_choices(scores: Tensor, count: int) -> Tensor:
-    """Indices of the ``count`` largest along the last dimension; of equals the first, whatever else is in the call."""
+    """Indices of the ``count`` largest along the last dimension; of equal values the first, in any call."""
     return scores.detach().sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
 def start_delayed(conv: ShortConv, queries: int, keys: int) -> None:
-    """The engineered start for associative recall: of channels [queries | keys | values], each key's looks a random 0
-    to W - 1 tokens back, and the others at the token itself.
+    """The engineered initialisation for associative recall: of channels [queries | keys | values], each key channel
+    looks a random 0 to W - 1 tokens back, and the others at the token itself.
     """
     width = conv.width
     taps = torch.zeros(conv.channels, width)

@@ -41,11 +41,12 @@ INITIALIZATIONS = ("default", "recall")
 
 @dataclass(frozen=True)
 class Config:
-    """num_heads, head_dim: of queries and keys; value_dim: of a head's values, null for head_dim.
+    """num_heads, head_dim: heads, and the size of queries and keys.
+    value_dim: size of a head's values, null for head_dim.
     conv_size: width of the causal convolution with SiLU on q, k, v; 1 for none.
-    initial_decay: what a token forgets at first, where the rule learns it; null for the usual start of each head at
-        random (rates uniform from 0 to 16, steps log-uniform from .001 to .1), for titans 0.001.
-    initial_lr, initial_momentum, chunk_size: of the titans rule, see ``NeuralMemoryConfig``.
+    initial_decay: initial decay per token, if the rule learns it. null: random per head, with rates uniform from 0 to
+        16 and steps log-uniform from 0.001 to 0.1; 0.001 for the titans rule.
+    initial_lr, initial_momentum, chunk_size: settings of the titans rule, see ``NeuralMemoryConfig``.
     initialization: "default", or "recall": an engineered prior for associative recall, see ``NeuralMemoryConfig``.
     """
 
@@ -79,7 +80,7 @@ class Config:
 
 
 class Rule(nn.Module):
-    """How a memory is written. unit_keys: keys and queries are of unit length; logits: of the gates of a token."""
+    """An update rule. unit_keys: whether keys and queries have unit norm; logits: number of gate logits per token."""
 
     unit_keys = False
     logits = 0
@@ -99,7 +100,9 @@ class Rule(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, logits_BTL: Tensor, cu_seqlens: Tensor | None, state: State, told: bool
     ) -> tuple[Tensor, State, dict[str, Tensor]]:
-        """q, k, v: [B, T, H, *]; state: [B, S, ...]. Returns reads [B, T, H, V], the state, metrics if told."""
+        """q, k, v: [B, T, H, *]; state: [B, S, ...]. Returns reads [B, T, H, V], the state, and metrics if
+        ``told``.
+        """
         log_decay = self.log_decay(logits_BTL)
         o, memory = linear_attention(q, k, v, log_decay, cu_seqlens=cu_seqlens, state=state["memory"])
         return o, {"memory": memory}, _metrics(log_decay) if told else {}
@@ -152,7 +155,7 @@ class ScalarDecay(Rule):
 
 
 class ChannelDecay(Rule):
-    """log a = log_sigmoid(low-rank logits) / 16: slow by construction."""
+    """log a = log_sigmoid(low-rank logits) / 16, so decay is slow."""
 
     logits = 16
 
@@ -200,7 +203,7 @@ class GatedDelta(Delta):
 
 
 class Titans(Rule):
-    """The state is M, momentum and anchor, which all start at zero, and the tokens written."""
+    """The state holds M, momentum and anchor, all zero at first, and the number of tokens written."""
 
     unit_keys = True
 
@@ -247,7 +250,7 @@ def _metrics(log_decay: Tensor | None) -> dict[str, Tensor]:
 
 
 class Recurrence(nn.Module):
-    """From projections to reads: convolution, SiLU, and a rule, along each segment."""
+    """From projections to reads: convolution, SiLU, and an update rule, along each segment."""
 
     def __init__(self, rule: str, config: Config, convolve: bool = True) -> None:
         super().__init__()
@@ -273,9 +276,9 @@ class Recurrence(nn.Module):
         across_1N1: Tensor | None = None,
         told: bool = True,
     ) -> tuple[Tensor, State, dict[str, Tensor]]:
-        """state: [B, S, ...]; across_1N1: all tokens in an order to convolve along, whatever their segments.
+        """state: [B, S, ...]; across_1N1: an order of all tokens to convolve along, across segments.
 
-        Returns reads [B, T, H, V] in fp32 at least, the new state, and metrics if told.
+        Returns reads [B, T, H, V] in fp32 or more, the new state, and metrics if ``told``.
         """
         state, conv = dict(state), {}
         if self.conv is not None:
@@ -309,14 +312,16 @@ def recur(
     across_1N1: Tensor | None = None,
     told: bool = True,
 ) -> tuple[Tensor, State, dict[str, Tensor]]:
-    """``Recurrence.forward`` with each document's memories as segments; before, start and the result: [B, M, ...]."""
+    """``Recurrence.forward`` with a segment for each document and memory; before, start and the new state: [B, M,
+    ...].
+    """
     state = documents.spread(before, start) if documents else before
     o, after, metrics = recurrence(*inputs, cu_seqlens, state, across_1N1, told)
     return o, documents.collect(after) if documents else after, metrics
 
 
 class Readout(nn.Module):
-    """What heads have read, normalised, gated by the token, and projected."""
+    """The heads' reads after a norm, a gate per token, and the output projection."""
 
     def __init__(self, config: Config, dims: Dims) -> None:
         super().__init__()
@@ -373,7 +378,7 @@ class Layer(SequenceMixer):
 def start_for_recall(
     q_proj: nn.Linear, kv_proj: nn.Linear | GroupedLinear, conv: ShortConv | None, config: Config, memories: int
 ) -> None:
-    """Queries equal the keys of every memory, and each key channel looks a random few tokens back."""
+    """Initialise queries equal to the keys of every memory; each key channel looks a random few tokens back."""
     queries, keys, values = config.sizes
     weight = kv_proj.weight.detach().unflatten(0, (memories, keys + values)).clone()
     weight[:, :keys] = weight[:1, :keys].clone()

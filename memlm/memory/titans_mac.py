@@ -1,17 +1,19 @@
-"""Titans, memory as a context (MAC): attention in segments, to what the memory held before the segment and to the
-segment itself, whose outputs the memory then writes (arXiv:2501.00663, section 4.1).
+"""Titans, memory as a context (MAC; arXiv:2501.00663, section 4.1): attention in segments, then a write of its
+outputs.
 
-For each segment x of C tokens, with M_0 the memory before it:
+A token attends to its segment and to the content of the memory before the segment. For each segment x of C tokens,
+with M_0 the memory before it:
 
     h = M_0*(x)        a = attention([persistent | h | x])        u = norm(x + a)        M <- M(u)
     y = g * norm(M*(u)) + (1 - g) * norm(a)
 
-Literally read, the paper's MAC looks into the future: a token attends to h_i of later tokens of its segment, and the
-second read sees a memory that has written them. Here token j attends to h_i and x_i of i <= j only, and its second
-read is of the memory that has written u_i of i <= j. Attention is causal over h_0 x_0 h_1 x_1 ..., which is just that.
-Ours too: what is written is norm(x + a), where the paper writes a; and the gate, where it multiplies both branches.
+Read literally, the paper's MAC sees the future: a token attends to h_i of later tokens of its segment, and its second
+read is of a memory that has written them. Here token j attends to h_i and x_i of i <= j only, and its second read is
+of the memory that has written u_i of i <= j. This equals causal attention over h_0 x_0 h_1 x_1 ... Two more choices
+are ours: the memory writes norm(x + a), where the paper writes a; and the convex gate g replaces the paper's product
+of both branches.
 
-B batch, T tokens, S tokens of a piece (a segment, or what a call has of one), N pieces, D hidden.
+B batch, T tokens, S tokens of a piece (a segment, or the part of one in a call), N pieces, D hidden.
 """
 
 import itertools
@@ -35,12 +37,14 @@ from memlm_kernels.segments import exact
 
 @dataclass(frozen=True)
 class Config(titans.NeuralMemoryConfig):
-    """segment_size: tokens of a segment, whole chunks of the memory; persistent_tokens: learned tokens that all see;
+    """segment_size: tokens of a segment, a multiple of chunk_size.
+    persistent_tokens: learned tokens that every token sees.
     attention_conv_size: width of the attention's own convolution over h_0 x_0 h_1 x_1 ..., 0 for none.
-    initial_lr null: as for the other forms, but 0.025 instead of 0.047.
+    initial_lr: null: as in ``NeuralMemoryConfig``, with 0.025 instead of 0.047.
     """
 
-    # The memory writes what attention read of it: with 0.047 noise drowns what is 512 tokens old.
+    # The memory writes the output of attention to its own reads: with 0.047, noise hides content that is 512 tokens
+    # old.
     linear_lr: ClassVar[float] = 0.025
 
     segment_size: int = 32
@@ -61,10 +65,10 @@ class Config(titans.NeuralMemoryConfig):
 
 
 class Memory(titans.NeuralMemory):
-    """The same memory in steps, so that what waits for no earlier segment is made of all tokens at once."""
+    """The same memory in steps, so that all work that needs no earlier segment is done for all tokens at once."""
 
     def forward(self, *given: Any, step: str | None = None) -> Any:
-        """A step is run by a call, because tools that bring parameters do so at calls."""
+        """Run a step by a call, because tools that load parameters on demand do so at calls."""
         return super().forward(*given) if step is None else getattr(self, step)(*given)
 
     def ask(self, x_BTD: Tensor, history_BWC: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,11 +79,11 @@ class Memory(titans.NeuralMemory):
         return self.features(exact(self.heads(q_BTC))), self.output_gate(x_BTD), history_BWC
 
     def recall(self, q_BSHK: Tensor, gate_BSC: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        """h, the first read."""
+        """The first read, h."""
         return self.output(read_memory(q_BSHK, weights, **self.store.network()), gate_BSC)
 
     def write(self, u_BSD: Tensor, state: State, rows: Rows) -> tuple[Tensor, State, dict[str, Tensor]]:
-        """The second reads, not finished, the state, metrics of tokens."""
+        """The second reads before ``finish``, the state, and metrics [B, T]."""
         q_BSHK, k_BSHK, v_BSHK, conv = self.project(u_BSD, state, rows)
         o_BSHK, memory, metrics = self.store(u_BSD, q_BSHK, k_BSHK, v_BSHK, state, rows)
         return o_BSHK, {"conv": conv, **memory}, metrics
@@ -91,7 +95,7 @@ class Memory(titans.NeuralMemory):
 
 
 class Mixer(SequenceMixer):
-    """Sequential over segments, for attention stands inside the memory's recurrence."""
+    """Sequential over segments, because attention is inside the memory's recurrence."""
 
     def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
         super().__init__()
@@ -108,7 +112,7 @@ class Mixer(SequenceMixer):
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         memory = self.memory.init_state(batch_size, device, dtype)
         seen = self.attention.init_state(batch_size, device, dtype)
-        # For the first read: the convolution of its queries, and the memory before the segment.
+        # State of the first read: its convolution history, and the memory before the segment.
         channels = self.memory.conv.channels // 3
         read = {"conv": memory["conv"][..., :channels].clone()}
         read |= {name: x for name, x in memory.items() if name.startswith("weights.")}
@@ -154,7 +158,7 @@ class Mixer(SequenceMixer):
         return MixerOutput(y_BTD, joined({"memory": memory, "attention": seen, "read": read}), {}, told)
 
     def _known(self, rows: Rows, start: int) -> list["_Piece"]:
-        """Of rows that stand at one place, which the host knows: no token has to be looked at."""
+        """Pieces of rows with one position that the host knows: no token is inspected."""
         size, end = self.config.segment_size, start + rows.length
 
         def piece(first: int, last: int) -> _Piece:
@@ -173,7 +177,7 @@ class Mixer(SequenceMixer):
         return rows.once((_Piece, size), make)
 
     def _anywhere(self, rows: Rows) -> tuple[list["_Piece"], Grid]:
-        """Of rows that start anywhere: piece n holds what each row has of its n-th segment, first."""
+        """Pieces of rows with different positions: piece n holds each row's tokens of its n-th segment, first."""
         size = self.config.segment_size
 
         def make() -> tuple[list[_Piece], Grid]:
@@ -187,7 +191,7 @@ class Mixer(SequenceMixer):
                 first_B, places_BS = positions_BS[:, 0], positions_BS % size
                 new, opens = ((lengths_B > 0) & x for x in (first_B == 0, first_B % size == 0))
                 doubled_BS = torch.stack([2 * places_BS, 2 * places_BS + 1], 2).flatten(1)
-                # The attention's own places; it goes on from none but those.
+                # The attention's own positions; it continues nothing else.
                 here = Rows(grid.width, before_B, None, positions_BS, lengths_B, metrics=rows.metrics)
                 pairs = Rows(2 * grid.width, before_B, None, doubled_BS, 2 * lengths_B, metrics=False)
                 pieces.append(_Piece(here, pairs, *(x[:, None, None, None] for x in (new, opens))))
@@ -198,8 +202,8 @@ class Mixer(SequenceMixer):
 
 
 class _Piece(NamedTuple):
-    """Where a piece's tokens stand; where the pairs h_i x_i of its attention do, in their segment; whether it starts
-    a document and a segment, for all rows, or [B, 1, 1, 1] for each.
+    """rows: the piece's tokens; pairs: the pairs h_i x_i of its attention, positions in their segment
+    new, opens: whether the piece starts a document, or a segment: for all rows, or [B, 1, 1, 1]
     """
 
     rows: Rows
@@ -208,7 +212,9 @@ class _Piece(NamedTuple):
     opens: bool | Tensor
 
     def enter(self, start: Sequence[Tensor], now: Sequence[Tensor], kept: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The memory before the piece's segment: M_0, the memory now, or as it was kept."""
+        """The memory before the piece's segment: M_0 (a new document), the memory now (a new segment), or the kept
+        one.
+        """
         if isinstance(self.new, Tensor) and isinstance(self.opens, Tensor):
             return [
                 torch.where(self.new, w.to(n.dtype), torch.where(self.opens, n, k))

@@ -1,7 +1,7 @@
 """Titans, memory as a gate (MAG): sliding-window attention beside a neural memory (arXiv:2501.00663, section 4.2).
 
-Persistent tokens stand before the attention's window; the memory does not write them, for its learned start M_0
-subsumes what they would write.
+Persistent tokens come before the attention's window. The memory does not write them, because its learned initial
+weights M_0 can hold as much.
 """
 
 import torch

@@ -2,8 +2,8 @@
 
     h = memory(x)        y = h + attention(norm(x + h))
 
-The residual around each of the two is the paper's "residual connections in all blocks". Persistent tokens stand before
-the attention's window only, where the paper has the memory write them first: its learned start M_0 can hold as much.
+The residual connections are the paper's "residual connections in all blocks". Persistent tokens come only before the
+attention's window. In the paper the memory writes them first; here its learned initial weights M_0 can hold as much.
 """
 
 import torch
@@ -19,7 +19,7 @@ Config = titans.HybridConfig
 
 
 class Mixer(SequenceMixer):
-    """Attention sees tokens with what the memory says of them."""
+    """Attention sees each token with its read of the memory added."""
 
     def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
         super().__init__()

@@ -1,13 +1,14 @@
-"""TNT's two levels (arXiv:2511.07343): a global memory of large chunks, and local memories of small ones that start
-afresh in every shard, so that shards are independent of each other.
+"""TNT's two levels (arXiv:2511.07343): a global memory with large chunks, and local memories with small chunks.
+
+Local memories restart in every shard, so shards are independent of each other.
 
     o = global(q) + sum_i local_i(q'),   q' = p / max(1, |p|),   p = sum_{j <= t, same shard} k_j (k_j . q)
 
-The query of a local memory is projected on the keys that its shard has written. Those are unit vectors; the length of
-the projection, which would grow with the shard, is cut to 1. The projection is itself a linear memory, Hebbian, of its
-own keys. Local memories start with smaller steps: what they read of other shards is noise, and drowns the global one's
-voice; the metric ``local_share`` is their part of it all. A second stage may go on with smaller ``local_chunk_sizes``,
-for no weight depends on them:
+The query of a local memory is projected on the keys of its shard. These are unit vectors, and the projection's length,
+which would grow with the shard, is limited to 1. The projection is itself a linear (Hebbian) memory of the keys. Local
+memories start with a smaller lr, because their reads of other shards' keys are noise beside the global memory; the
+metric ``local_share`` is their share of the output. A second stage may continue with smaller ``local_chunk_sizes``,
+because no weight depends on them:
 
     python train.py memory=titans_tnt train.init_from=<run> model.mixers.memory.local_chunk_sizes=[4]
 """
@@ -28,9 +29,10 @@ from memlm_kernels import linear_attention
 
 @dataclass(frozen=True)
 class Config(titans.NeuralMemoryConfig):
-    """chunk_size: of the global memory; local_chunk_sizes: of each local one; shard_size: tokens after which local
-        memories start afresh, counted from the document's start.
-    initial_local_lr: where the lr of local memories starts; null for a quarter of initial_lr.
+    """chunk_size: chunk size of the global memory.
+    local_chunk_sizes: chunk size of each local memory.
+    shard_size: local memories restart after this many tokens, counted from the document's start.
+    initial_local_lr: initial lr of the local memories; null for a quarter of initial_lr.
     """
 
     chunk_size: int = 64
@@ -40,7 +42,7 @@ class Config(titans.NeuralMemoryConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        assert self.initial_lr is not None  # It is by depth and chunk_size now.
+        assert self.initial_lr is not None  # Set from depth and chunk_size.
         if self.initial_local_lr is None:
             object.__setattr__(self, "initial_local_lr", self.initial_lr / 4)
         lr = self.initial_local_lr
@@ -114,7 +116,7 @@ class Mixer(titans.NeuralMemory):
         return MixerOutput(y_BTD, {"conv": conv, **joined({"global": memory, **parts})}, {}, metrics)
 
     def _pieces(self, rows: Rows) -> list[tuple[int, int, Rows]]:
-        """How many tokens of a row a piece of it has, of how many shards, side by side, and where they stand there."""
+        """Pieces of a row: the tokens of each, its number of shards, and the ``Rows`` of the shards side by side."""
         size, start, length = self.shard_size, rows.start, rows.length
         if not rows.goes_on or start is None or start % size + length <= size:
             return [(length, 1, rows.within(size))]
@@ -135,7 +137,9 @@ class Mixer(titans.NeuralMemory):
     def _recall_locals(
         self, inputs: Sequence[Tensor], state: State, rows: Rows
     ) -> tuple[Tensor, dict[str, State], dict[str, Tensor]]:
-        """Sum of the local memories' reads, states, metrics of tokens; ``rows`` counts from starts of shards."""
+        """Sum of the local memories' reads, states, and metrics [B, T]; positions of ``rows`` count from starts of
+        shards.
+        """
         x_BTD, q_BTHK, k_BTHK, v_BTHK = inputs
         projected_BTHK, keys = _projected(q_BTHK, k_BTHK, substate(state, "keys"), rows)
         q_BTHK = projected_BTHK / torch.linalg.vector_norm(projected_BTHK, dim=-1, keepdim=True).clamp(min=1.0)
@@ -150,7 +154,7 @@ class Mixer(titans.NeuralMemory):
 
 
 def _projected(q_BTHK: Tensor, k_BTHK: Tensor, state: State, rows: Rows) -> tuple[Tensor, State]:
-    """Queries times the keys' outer products of their shard, which add up."""
+    """Queries times the sum of the outer products k_j k_j of their shard."""
     memory_BSHKK = None if rows.fresh else state["weights.0"][:, None]
     if (segments := rows.segments()) is None:
         o_BTHK, memory_BSHKK = linear_attention(q_BTHK, k_BTHK, k_BTHK, state=memory_BSHKK)
@@ -162,7 +166,7 @@ def _projected(q_BTHK: Tensor, k_BTHK: Tensor, state: State, rows: Rows) -> tupl
 
 
 def _keys(memory: Tensor) -> State:
-    """The state of the keys' memory, whose writes do not depend on an anchor: it is its own."""
+    """The state of the keys' memory; its writes need no anchor, so the memory stands in for it."""
     return {"weights.0": memory, "anchor.0": memory}
 
 
@@ -171,5 +175,5 @@ def _joined_up(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _last(state: State, count: int) -> State:
-    """The last shard's of rows that were cut into ``count``; copies, for a view would keep all."""
+    """The state of the last of ``count`` shards; a copy, because a view would keep all shards alive."""
     return {name: x.unflatten(0, (-1, count))[:, -1].clone() for name, x in state.items()}
