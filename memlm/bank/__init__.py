@@ -3,7 +3,7 @@
 Files:
 
     bank                ``MemoryBank``
-    ingest              documents on their way into a bank
+    ingest              token ids of documents, and their kept chunks
     shard               a part of a bank, in memory or mapped from a file
     folder              the folder of a bank, and its one writer at a time
     resident            the routers' keys on a GPU

@@ -1,14 +1,16 @@
-"""A library of documents that a model has read, as a user's object: keep it, grow it, prune it, ask it.
+"""``MemoryBank``: a library of documents that a model has read. Build it, change it, save it, ask it.
 
-For models of Memory Sparse Attention (arXiv:2603.23516), where what is kept of a document depends on it alone. A bank
-is a list of shards of whole documents. A document has its number for good, by which memories that asked know it.
-Deletion marks; shards are written anew without their dead once these are the half, and two neighbours become one while
-they are small and the later one is not much the smaller, so that their number stays low and adding costs, over time,
-the documents added and a logarithm.
+For models of Memory Sparse Attention (arXiv:2603.23516), where the kept chunks of a document depend on that document
+alone. A bank is a list of shards; a shard holds whole documents. A document keeps its number forever; memories refer
+to documents by number.
 
-On disk a shard is a file that never changes, and ``index.json`` says which of them are the bank, and who in them is
-deleted: it is replaced last and at once, so that whoever is killed leaves the bank as it was. A folder has one writer
-at a time, who must know the index that is there.
+Deletion only marks a document. A shard is rewritten when half of its chunks are deleted. The last two shards are
+merged while they are small and the later one has at least half the chunks of the other. So there are few shards, and
+adding costs, over time, the new documents times a logarithm.
+
+On disk, a shard is a file that never changes. ``index.json`` lists the shards and the deleted documents. A save
+replaces it last, in one step, so a killed save leaves the old bank. A folder has one writer at a time, who must have
+loaded or saved its present index.
 
 B rows, A tokens, C chunks, G groups of H heads, K head dim, L layers that route.
 """
@@ -48,13 +50,13 @@ from memlm.roles import Roles
 from memlm_kernels.route_documents import RouterShard, Scored, bank_keys, nominate_documents, route_documents
 
 _RULE = ("top_k", "similarity", "head_reduce", "query_reduce", "chunk_reduce")
-# Merging stops here: what adding or deleting one document may cost at most.
+# Larger shards are not merged: this bounds the cost of adding or deleting one document.
 SHARD_BYTES = 1 << 25
-# Documents of like length share a batch, as far ahead as so many batches: their attention is then hardly padded.
+# Documents are sorted by length within so many batches, so that batches need little padding.
 AHEAD = 4
-# Of a build, what a kill may cost.
+# Seconds of a build that a kill may lose.
 COMMIT_SECONDS = 30.0
-# Where what attention sees may live, and what the routers' keys may be kept in; float64 for models that are.
+# Places of the content, and dtypes of the routers' keys (float64 for models in float64).
 TIERS = ("mapped", "host", "device")
 KEY_DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn")}
 
@@ -62,15 +64,23 @@ KEY_DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfl
 class MemoryBank:
     """Documents by name, for one model; ``model.generate(question, memory_bank=bank)`` asks it.
 
-    Keys of the routers are kept on the model's device; what attention sees is fetched from where it lives, for those
-    documents only that a query may choose. A document costs 1 / chunk_size of its tokens.
-    content: where that is: "mapped" from disk once it is saved; "host" memory, pinned for a GPU; or on the "device"
-    key_dtype: of the routers' keys: "auto" (the model's), "float32", "bfloat16", "float16", or "float8_e4m3fn", where
-        each head of a chunk has a scale; documents whose scores are nearly the same may change places
-    group: of torch.distributed, whose processes have the same model. Documents are dealt to them; all of them do the
-    same with the bank, in the same order, and ask it together, and all see its folder; bytes of ``stats`` are a
-    process's own.
-    Raises ValueError for a model that has no routers or another kind of layer.
+    >>> bank = memlm.MemoryBank.build(model, {"a": tokenizer("some text").input_ids}, "banks/mine")
+    >>> bank.add({"b": tokenizer("more text").input_ids})
+    >>> answer = model.generate(question_ids, memory_bank=bank)
+
+    The routers' keys stay on the model's device. The content, the keys and values of attention, is fetched only for
+    documents that a query may choose. Both need 1 / chunk_size of the space of a document's tokens in a cache.
+
+    model: a model with kind ``msa`` in every layer, of which at least one routes
+    tokens_per_batch: tokens that the model reads at a time
+    content: where the content is kept: "mapped" (from disk, once saved), "host" (host memory, pinned for a GPU) or
+        "device"
+    key_dtype: of the routers' keys: "auto" (the model's), "float32", "bfloat16", "float16", or "float8_e4m3fn" with a
+        scale per head and chunk; nearly equal scores may then change their order
+    group: a torch.distributed group whose processes share the bank. All have the same model, see the bank's folder,
+        and make the same calls in the same order. ``stats`` then counts the bytes of this process
+
+    Raises ValueError if the model has no routers, or a layer of another kind.
     """
 
     def __init__(
@@ -93,8 +103,8 @@ class MemoryBank:
         for mixer in settings:
             if mixer["kind"] != "msa":
                 raise ValueError(
-                    f"model.mixers.*.kind={mixer['kind']!r}: a bank needs 'msa' in every layer, where what is kept "
-                    "of a document depends on it alone"
+                    f"model.mixers.*.kind={mixer['kind']!r}: a bank needs 'msa' in every layer, where the kept "
+                    "chunks of a document depend on it alone"
                 )
         self.layers = [i for i, mixer in enumerate(settings) if mixer["routes"]]
         if not self.layers:
@@ -107,7 +117,7 @@ class MemoryBank:
         self.fingerprint, self.ranks = fingerprint(decoder_of(model)), Ranks(group)
         if len(said := set(self.ranks.all_say(self.fingerprint))) > 1:
             raise ValueError(f"group: its processes have models of {len(said)} fingerprints; load one in all of them")
-        # Documents ever read, deleted ones too.
+        # Number of documents ever read, deleted ones too.
         self.read = 0
         self.shards: list[Shard] = []
         self.resident = Resident(model.device) if model.device.type != "cpu" else None
@@ -126,10 +136,12 @@ class MemoryBank:
         content: str = "mapped",
         key_dtype: str = "auto",
     ) -> "MemoryBank":
-        """Read documents, name -> token ids (or pairs), batches of tokens_per_batch at a time.
+        """Read documents: name -> token ids, or pairs of these.
 
-        directory: where the bank is saved as it grows; a build that was killed goes on there, with the documents that
-        it had not read. Raises ValueError if a finished bank, or another model's, lies there.
+        directory: the bank is saved here while it grows. The same call continues a build that was killed: it reads
+            only the missing documents, and drops documents that are not given any more
+
+        Raises ValueError if the directory holds a finished bank or one of another model.
         """
         bank = cls(model, tokens_per_batch, group, content, key_dtype)
         if directory is None:
@@ -163,14 +175,15 @@ class MemoryBank:
             self._save(directory, complete=True)
 
     def add(self, documents: DocumentTokens) -> None:
-        """Read more documents, all or none. Raises ValueError for a name that is there."""
+        """Read new documents, all or none. Raises ValueError if a name exists."""
         self.check(self.model)
         for shard in list(self._read(self._new(documents), progress=False)):
             self._append(shard)
 
     def update(self, documents: DocumentTokens) -> None:
-        """Read changed documents again, all or none; they then stand last. Unchanged documents cost nothing. Raises
-        ValueError for a name that is not there.
+        """Read changed documents again, all or none; they move to the end. Unchanged documents cost nothing.
+
+        Raises ValueError if a name does not exist.
         """
         self.check(self.model)
         changed = {}
@@ -185,7 +198,7 @@ class MemoryBank:
             self._append(shard)
 
     def delete(self, names: str | Iterable[str]) -> None:
-        """Forget documents, all or none. Raises ValueError for a name that is not there."""
+        """Delete documents, all or none. Raises ValueError if a name does not exist."""
         names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
         for name in names:
             self._known(name)
@@ -202,7 +215,7 @@ class MemoryBank:
                 self._replace(at, at + 1)
 
     def documents(self) -> list[str]:
-        """Names, in the order of reading."""
+        """The names, in the order of reading."""
         return [name for shard in self.shards for name in shard.living()]
 
     def __contains__(self, name: str) -> bool:
@@ -212,8 +225,9 @@ class MemoryBank:
         return len(self._home)
 
     def stats(self) -> dict[str, Any]:
-        """Documents, their tokens and chunks; dead_chunks: of deleted ones, still kept; key_dtype, content: as given;
-        bytes of this process: on the device, where the routers' keys are, in host memory, and mapped from disk.
+        """Counts and bytes: documents, tokens, chunks; dead_chunks (deleted, not yet removed); shards; key_dtype and
+        content as given; and of this process device_bytes (with the routers' keys), host_bytes and disk_bytes
+        (mapped).
         """
         live, content = sum(s.live_chunks for s in self.shards), {"mapped": 0, "host": 0, "device": 0}
         keys = sum(x.nbytes for s in self.shards for x in (s.router_LCGK, s.scale_LCG1) if x is not None)
@@ -234,8 +248,10 @@ class MemoryBank:
         }
 
     def save(self, directory: str | Path) -> None:
-        """Write what the folder has not yet, and then, at once, its index. Raises ValueError if another bank lies
-        there, or one that was saved by others since this one was loaded or saved, or if somebody writes there now.
+        """Write the shards that the folder lacks, then replace its index in one step.
+
+        Raises ValueError if the folder holds another bank, if another process has saved there since this bank was
+        loaded or saved, or if another process is writing now.
         """
         with writing(Path(directory), self.ranks):
             self._save(Path(directory), complete=True)
@@ -249,21 +265,23 @@ class MemoryBank:
         content: str = "mapped",
         verify: bool = False,
     ) -> "MemoryBank":
-        """What ``save`` wrote.
+        """The bank that ``save`` wrote.
 
-        verify: read all files, and compare every bit. Otherwise files are compared by their sizes, samples, and tables
-            of documents; the routers' keys when they are first read, and contents if they are copied from the files.
-        Raises ValueError if the bank is of another model or not finished, or if a file is not as it was saved.
+        verify: read all files now and compare every bit. Otherwise ``load`` compares sizes, samples and tables of
+            documents; the routers' keys are compared at their first read, and the content when it is copied from the
+            files
+
+        Raises ValueError if the bank belongs to another model, is not finished, or has a damaged file.
         """
         index = Ranks(group).first(lambda: read_index(Path(directory)))
         bank = cls(model, group=group, content=content, key_dtype=index["key_dtype"])
         if not index["complete"]:
-            raise ValueError(f"{directory}: the build was not finished; run it again, it goes on where it was")
+            raise ValueError(f"{directory}: the build was not finished; run it again to continue it")
         bank._open(Path(directory), verify)
         return bank
 
     def check(self, model: MemLMForCausalLM | MemLMModel) -> None:
-        """Raise ValueError unless the bank is of this model, with these weights."""
+        """Raise ValueError unless the bank was made by this model with these weights."""
         if not made_by(decoder_of(model), self.fingerprint):
             found = fingerprint(decoder_of(model))
             raise ValueError(
@@ -275,9 +293,9 @@ class MemoryBank:
     def search(
         self, input_ids: Tensor, doc_ids: Tensor | None = None, **inputs: Any
     ) -> dict[int, list[dict[str, float]]]:
-        """Names of the documents that each row's question reads, best first, and their scores, by layer.
+        """The documents that each row's question reads, and their scores, best first: layer -> a dict per row.
 
-        input_ids [B, T], doc_ids, inputs: as ``generate`` takes them
+        input_ids [B, T], doc_ids, inputs: as for ``generate``
         """
         roles = Roles.query(self, input_ids) if doc_ids is None else Roles(doc_ids, bank=self)
         memory, found = MemoryCache(), {}
@@ -286,7 +304,7 @@ class MemoryBank:
             bank = substate(memory.states[layer], "bank")
             chunks = bank["size"].shape[1]
             document_BC = torch.where(bank["size"] > 0, bank["document"], chunks)
-            # As it is chosen for what follows the question.
+            # The choice that tokens after the question see.
             routes = route_documents(
                 None,
                 bank["router_k"],
@@ -295,7 +313,7 @@ class MemoryBank:
                 scored=Scored(bank["score"], bank["asked"]),
                 **{name: settings[name] for name in _RULE},
             )
-            # Each document by its first chunk; of an empty bank there is none.
+            # Find each document by its first chunk; an empty bank has none.
             first = torch.searchsorted(document_BC, routes.document[:, 0].clamp(min=0))
             numbers = F.pad(bank["number"], (0, 1), value=-1).gather(1, first)
             rows = zip(numbers.tolist(), routes.document[:, 0].tolist(), routes.score[:, 0].tolist(), strict=True)
@@ -309,7 +327,7 @@ class MemoryBank:
         return self._fetched(self.layers.index(layer_idx), new, q_BAHK)
 
     def _nominated(self, layer: int, q_BAHK: Tensor, asks_BA: Tensor) -> list[set[int]]:
-        """Of each row the numbers of a few documents that hold all that it can choose."""
+        """Each row's candidates: the numbers of a few documents, among them all that it can choose."""
         config = self.settings[layer]
         parts = self._parts(layer) if self.resident is None else self.resident.parts(layer)
         with torch.autocast(q_BAHK.device.type, enabled=False):
@@ -324,7 +342,7 @@ class MemoryBank:
         return [{*row} - {-1} for row in index.flatten(1).tolist()]
 
     def _parts(self, layer: int) -> list[RouterShard]:
-        """The keys where the shards have them."""
+        """The routers' keys as the shards hold them."""
         for shard in self.shards:
             shard.check_keys()
         scales = [None if s.scale_LCG1 is None else s.scale_LCG1[layer] for s in self.shards]
@@ -334,7 +352,7 @@ class MemoryBank:
         ]
 
     def _fetched(self, layer: int, numbers: Sequence[Sequence[int]], like: Tensor) -> State:
-        """Of each row's documents what ``candidates`` returns; like: where it is to go."""
+        """The result of ``candidates`` for each row's documents; like: a tensor of the target device and dtype."""
         rows = [self._fetched_row(layer, of_row, like) for of_row in numbers]
         width = max(len(row["size"]) for row in rows)
         state = {name: torch.stack([_padded(row[name], width) for row in rows]) for name in rows[0]}
@@ -342,7 +360,7 @@ class MemoryBank:
         return state | {"k": k, "v": v, "router_k": router_k}
 
     def _fetched_row(self, layer: int, numbers: Sequence[int], like: Tensor) -> State:
-        """Of documents the chunks: size, number, and what is kept of this process's, zeros of others'."""
+        """The chunks of documents: size, number, and this process's content and keys, zeros for others'."""
         none = torch.zeros(0, dtype=torch.int64)
         sizes, owners, own, contents, routers = [none], [none], [none.bool()], [], []
         for _, group in itertools.groupby(map(self._place, numbers), key=lambda place: id(place[0])):
@@ -372,7 +390,7 @@ class MemoryBank:
         return shard.names[i]
 
     def _place(self, number: int) -> tuple[Shard, int]:
-        """Where the document of a number is, which lives."""
+        """The shard and the index of a document that is not deleted."""
         at = bisect.bisect_right(self.shards, number, key=lambda shard: shard.numbers[0]) - 1
         return self.shards[at], bisect.bisect_left(self.shards[at].numbers, number)
 
@@ -388,7 +406,7 @@ class MemoryBank:
             self._replace(len(self.shards) - 2, len(self.shards))
 
     def _replace(self, start: int, end: int) -> None:
-        """Neighbours by one shard of what lives in them."""
+        """Merge neighbouring shards, without deleted documents."""
         new = merged(self.shards[start:end]).housed(self.content, self.model.device)
         self.shards[start:end] = [new] if len(new) else []
         self._home |= dict.fromkeys(new.names, new)
@@ -402,7 +420,7 @@ class MemoryBank:
             yield name, checked(name, tokens, self.model.config.vocab_size)
 
     def _not_read(self, documents: DocumentTokens, given: set[str]) -> Iterator[tuple[str, Tensor]]:
-        """Of a build those that it has not read yet; all names go into ``given``."""
+        """The documents that a build has not read yet. Adds all names to ``given``."""
         for name, tokens in pairs_of(documents):
             if name in given:
                 raise ValueError(f"documents[{name!r}] is given twice; names must differ")
@@ -425,7 +443,7 @@ class MemoryBank:
     def _read(
         self, documents: Iterable[tuple[str, Tensor]], progress: bool, total: int | None = None
     ) -> Iterator[Shard]:
-        """A shard of every few batches; total: documents, where known, for the bar."""
+        """Yields a shard for every few batches; total: the number of documents, if known, for the progress bar."""
         ahead: list[tuple[str, Tensor]] = []
         size = 0
         with progress_bar(progress, total) as advance:
@@ -453,7 +471,7 @@ class MemoryBank:
             batches[-1].append(documents[i])
         read = [read_batch(self.model, self.layers, batch, self.tokens_per_batch) for batch in batches]
         router, content = (torch.cat(parts, 1) for parts in zip(*read, strict=True))
-        # From the order of lengths to the order given.
+        # Back from the order of lengths to the given order.
         count_N = (lengths_N[order_N] + self.chunk_size - 1) // self.chunk_size
         back_C = order_N.repeat_interleave(count_N).argsort(stable=True)
         keys = [

@@ -1,4 +1,4 @@
-"""The folder of a bank: one writer, an index that is replaced at once, and files that it names."""
+"""The folder of a bank: one writer, an index that is replaced in one step, and the files that it names."""
 
 import dataclasses
 import hashlib
@@ -23,14 +23,16 @@ _SHARDS = re.compile(r"shard-[0-9a-f]{16}\.safetensors(\.partial-\w+)?|index\.js
 
 @contextmanager
 def writing(directory: Path, ranks: Ranks) -> Iterator[None]:
-    """Be the one who writes in a folder, with all processes of a group. Raises ValueError if another does."""
+    """Hold the folder's lock, together with all processes of a group. Raises ValueError if another process
+    holds it.
+    """
     with ExitStack() as held:
         ranks.first(lambda: held.enter_context(files.lock(directory)) or True)
         yield
 
 
 def read_index(directory: Path) -> dict[str, Any]:
-    """fingerprint, key_dtype, complete, read, shards: file, sample and deleted of each; digest: of all this."""
+    """The index: fingerprint, key_dtype, complete, read; shards (file, sample, deleted); digest, of all these."""
     path, advice = directory / INDEX, "restore it, or build the bank in another folder"
     if not path.exists():
         raise ValueError(f"{path}: no such file; a bank is written by MemoryBank.save")
@@ -46,8 +48,10 @@ def read_index(directory: Path) -> dict[str, Any]:
 
 
 def write_index(directory: Path, index: dict[str, Any]) -> None:
-    """Replaced at once. The shards that it does not name go, those of a save that was killed too: who holds the lock
-    is the only one who writes. They go also from who is about to load by the index that was there.
+    """Replace the index in one step, then remove the shards that it does not name, also those of killed saves.
+
+    Only the holder of the lock writes, so no other save needs them. A process that is loading by the old index starts
+    over.
     """
     files.sync(directory)
     files.write(directory / INDEX, json.dumps(index))
@@ -55,7 +59,7 @@ def write_index(directory: Path, index: dict[str, Any]) -> None:
 
 
 def drop(directory: Path, paths: Iterable[Path]) -> None:
-    """Unlink those that the index does not name."""
+    """Unlink the files among ``paths`` that the index does not name."""
     kept = {entry["file"] for entry in read_index(directory)["shards"]} if (directory / INDEX).exists() else set()
     for path in paths:
         if path.name not in kept:
@@ -68,16 +72,18 @@ def _digest(index: dict[str, Any]) -> str:
 
 
 class Folders:
-    """Where one bank is saved, by any number of processes; it replaces only what it knows."""
+    """The folders that one bank is saved in. It replaces only indices that it has read or written."""
 
     def __init__(self, model: MemLMForCausalLM, content: str, ranks: Ranks) -> None:
         self.model, self.content, self.ranks = model, content, ranks
-        # Digests of the indices that the bank was loaded by, or wrote.
+        # Digests of the indices that this bank has loaded or written.
         self._known: set[str] = set()
 
     def save(self, directory: Path, shards: Sequence[Shard], said: dict[str, Any]) -> list[Shard]:
-        """Write shards, unless their files are there, and an index that also has what is said. Who calls holds the
-        lock. Returns the shards as they are saved. Raises ValueError if another bank lies there.
+        """Write the shards that have no file yet, and an index with the entries of ``said``; the caller holds the
+        lock.
+
+        Returns the shards as saved. Raises ValueError if the folder holds another bank.
         """
         directory = directory.resolve()
         self.ranks.first(lambda: self._may_replace(directory))
@@ -89,7 +95,7 @@ class Folders:
             entries = [_entry(shard.file, shard.sample, shard) for shard in saved]
             index = said | {"shards": entries}
             index["digest"] = _digest(index)
-            # It may be there even if what follows fails.
+            # Known from here on: the index may be on disk even if the next lines fail.
             self._known.add(index["digest"])
             self.ranks.first(lambda: write_index(directory, index))
         except BaseException:
@@ -114,12 +120,12 @@ class Folders:
         written.append(path)
         if self.content != "mapped":
             return dataclasses.replace(shard, file=path, sample=sample)
-        # From now on what is saved needs no memory.
+        # A mapped bank now reads the saved file and frees the memory.
         entry = _entry(path, sample, shard)
         return self.ranks.each(lambda: read_shard(directory, entry, shard.chunk_size, self.ranks))
 
     def open(self, directory: Path, chunk_size: int, verify: bool) -> tuple[dict[str, Any], list[Shard]]:
-        """The index and the shards of a folder, of one moment, though others save there; see ``MemoryBank.load``."""
+        """The index and the shards of a folder, consistent even if others save meanwhile; see ``MemoryBank.load``."""
         directory = directory.resolve()
         index = self.ranks.first(lambda: read_index(directory))
         while True:
@@ -128,7 +134,7 @@ class Folders:
                 self._known.add(index["digest"])
                 return index, shards
             except ValueError:
-                # Who saved meanwhile has dropped files that this index names.
+                # Another save has removed files that this index names: read the new index.
                 before, index = index, self.ranks.first(lambda: read_index(directory))
                 if index == before:
                     raise

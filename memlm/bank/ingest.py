@@ -1,4 +1,4 @@
-"""Documents on their way into a bank: what is given, and what a model keeps of it."""
+"""From documents to a bank: check the token ids, and compute their kept chunks with the model."""
 
 import contextlib
 import hashlib
@@ -16,7 +16,7 @@ DocumentTokens = Mapping[str, Sequence[int]] | Iterable[tuple[str, Sequence[int]
 
 
 def decoder_of(model: nn.Module) -> MemLMModel:
-    """The decoder in a model, whether or not adapters are around it."""
+    """The decoder in a model, also inside adapters."""
     return next(module for module in model.modules() if isinstance(module, MemLMModel))
 
 
@@ -33,7 +33,7 @@ def checked(name: str, tokens: Sequence[int], vocab_size: int) -> Tensor:
     low, high = (int(x) for x in ids.aminmax())
     if low < 0 or high >= vocab_size:
         wrong = low if low < 0 else high
-        raise ValueError(f"documents[{name!r}] holds token {wrong}; the model knows 0 to vocab_size - 1")
+        raise ValueError(f"documents[{name!r}] holds token {wrong}; the model has tokens 0 to vocab_size - 1")
     return ids.to("cpu", torch.int64)
 
 
@@ -42,9 +42,9 @@ def hash_of(tokens: Tensor) -> str:
 
 
 def number_of(count: int, tokens: str) -> int:
-    """Of the document read after ``count`` others, hash ``tokens``: its own for good, in this bank and beside others.
+    """The permanent number of the document that is read after ``count`` others; tokens: the hash of its tokens.
 
-    Numbers ascend as documents are read, and fit a float64.
+    Numbers ascend in the order of reading and fit a float64. Documents of two banks almost never share one.
     """
     return count << 20 | int(tokens[:5], 16)
 
@@ -53,11 +53,12 @@ def number_of(count: int, tokens: str) -> int:
 def read_batch(
     model: MemLMForCausalLM, layers: Sequence[int], documents: Sequence[Tensor], tokens_per_batch: int
 ) -> tuple[Tensor, Tensor]:
-    """Means of documents' chunks on the host: keys of the router [L, C, G, K], not yet as a bank has them, and keys
-    and values of attention [L, C, 2, G, K], in the model's dtype.
+    """Means over documents' chunks, on the host, in the model's dtype.
+
+    Returns router keys [L, C, G, K], not yet in the bank's form, and attention's keys and values [L, C, 2, G, K].
     """
     device, cache = model.device, MemoryCache()
-    # Documents see nothing of each other, so that they need no rows of their own.
+    # Documents do not see each other, so they share one row.
     ids_BT = torch.cat([torch.zeros(0, dtype=torch.int64), *documents])[None].to(device)
     lengths_N = torch.tensor([len(ids) for ids in documents], dtype=torch.int64)
     doc_ids_BT = torch.arange(1, len(documents) + 1).repeat_interleave(lengths_N)[None].to(device)
@@ -78,7 +79,7 @@ def read_batch(
 
 @contextlib.contextmanager
 def progress_bar(shown: bool, total: int | None) -> Iterator[Any]:
-    """A function that counts tokens read, with a bar if shown; total: documents, where known."""
+    """Yields a function that counts tokens read; total: the number of documents, if known."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     text = TextColumn("reading documents: {task.completed:,} of {task.fields[tokens]:,} tokens")

@@ -1,4 +1,4 @@
-"""The processes that share a bank: whose each document is, and the few words between them."""
+"""The processes that share a bank: the owner of each document, and the communication between them."""
 
 import zlib
 from collections.abc import Callable, Sequence
@@ -14,9 +14,9 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """group: of torch.distributed; None: this process alone. Every method but ``own`` must be called by all of them.
+    """group: a torch.distributed group; None: this process alone. All processes must call every method but ``own``.
 
-    A document is of the process that its name says, so that adding and deleting moves nothing.
+    A document's name decides its process, so adding and deleting moves no document.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -25,31 +25,33 @@ class Ranks:
         self.size = dist.get_world_size(group) if group is not None else 1
 
     def own(self, names: Sequence[str]) -> Tensor:
-        """Which documents are this process's, [N]."""
+        """Which documents belong to this process, [N]."""
         if self.size == 1:
             return torch.ones(len(names), dtype=torch.bool)
         return torch.tensor([zlib.crc32(name.encode()) % self.size == self.rank for name in names], dtype=torch.bool)
 
     def best(self, index: Tensor, score: Tensor, top_k: int) -> Tensor:
-        """Of every process's best documents and scores [..., top_k] the best of all, of equals the lowest number."""
+        """The best top_k over all processes of each one's documents and scores [..., top_k]; on ties the lowest
+        number.
+        """
         if self.size == 1:
             return index
-        # One tensor, one collective; a float64 holds every number below 2 ** 53.
+        # One tensor, one collective; a float64 holds every number below 2 ** 53 exactly.
         mine = torch.stack([index.double(), score.double()])
         parts = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(parts, mine, group=self.group)
-        # Not by a kernel: numbers take more than 32 bits.
+        # Not by a kernel, because numbers take more than 32 bits.
         return merge_topk([(part[0].long(), part[1]) for part in parts], top_k=top_k, backend="reference").number
 
     def total(self, x: Tensor) -> Tensor:
-        """What processes hold together, each some entries and zeros for the rest; x, contiguous, is overwritten."""
+        """The sum over processes, where each entry is zero in all but one; x, contiguous, is overwritten."""
         if self.size > 1:
-            # Bytes add up whatever the dtype.
+            # Summing bytes works for every dtype.
             dist.all_reduce(x.view(torch.uint8), group=self.group)
         return x
 
     def told(self, x: Any) -> Any:
-        """What the first process says."""
+        """The value of the first process."""
         said = [x]
         if self.size > 1:
             dist.broadcast_object_list(said, group=self.group, group_src=0)
@@ -62,12 +64,14 @@ class Ranks:
         return said
 
     def first(self, do: Callable[[], T]) -> T:
-        """What ``do`` returns to the first process; its error is everyone's, so that nobody waits for who failed."""
+        """The result of ``do`` on the first process. Its error is raised everywhere, so that no process waits
+        for it.
+        """
         done = _attempted(do) if self.rank == 0 else None
         return _result(*self.told(done))
 
     def each(self, do: Callable[[], T]) -> T:
-        """What ``do`` returns to this process; an error of one is everyone's."""
+        """The result of ``do`` on this process. An error of one process is raised everywhere."""
         result, error = _attempted(do)
         errors = [e for e in self.all_say(error) if e is not None]
         return _result(result, errors[0] if errors else None)

@@ -1,7 +1,7 @@
-"""Routers' keys of many shards side by side on a device, so that a query reads few tensors, whatever the files are.
+"""The routers' keys of many shards in a few large tensors (slabs) on a GPU, so a query reads few tensors.
 
-Those of a CPU are read where the shards have them. Elsewhere slabs take them up, one after the other: a deletion
-marks, and a slab of which less than the half lives is written anew.
+On a CPU, keys are read from the shards. A deletion marks chunks; a slab is rewritten when less than half of it is in
+use.
 
 L layers that route, C chunks, G groups of heads, K head dim.
 """
@@ -16,14 +16,14 @@ from torch import Tensor
 from memlm.bank.shard import Shard
 from memlm_kernels.route_documents import RouterShard
 
-# Of a slab, in chunks: at least, and at least as a part of all that there is.
+# The size of a slab, in chunks: at least _LEAST, and at least 1 / _PART of all chunks.
 _LEAST, _PART = 4096, 4
 
 
 @dataclass
 class _Slab:
-    """k_LCGK, scale_LCG1, document_C, number_C: as of ``RouterShard``, with room behind ``used`` chunks
-    numbers, first: of its documents, the deleted ones too, and where their chunks begin
+    """k_LCGK, scale_LCG1, document_C, number_C: as in ``RouterShard``, with room after ``used`` chunks
+    numbers, first: its documents, deleted ones too, and the first chunk of each
     """
 
     k_LCGK: Tensor
@@ -64,12 +64,13 @@ class _Slab:
         self.used = end
 
     def forget(self, at: int) -> None:
+        """Delete a document, which may belong to another process."""
         start, end = self.first[at : at + 2]
         self.document_C[start:end] = -1
         self.dead += end - start
 
     def tidied(self) -> "_Slab":
-        """What lives in it."""
+        """A slab without the deleted documents."""
         alive_C = (self.document_C[: self.used] >= 0).nonzero()[:, 0]
         places = self.document_C[alive_C].unique_consecutive().tolist()
         scale = None if self.scale_LCG1 is None else self.scale_LCG1[:, alive_C]
@@ -80,7 +81,7 @@ class _Slab:
 
 
 class Resident:
-    """Keys of the documents that are this process's, by number."""
+    """The keys of this process's documents, by number."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -88,12 +89,12 @@ class Resident:
 
     @property
     def nbytes(self) -> int:
-        """Room and the dead counted."""
+        """Bytes, with free room and deleted chunks."""
         kept = [x for slab in self.slabs for x in (slab.k_LCGK, slab.scale_LCG1) if x is not None]
         return sum(x.nbytes for x in kept)
 
     def append(self, shard: Shard, expected: int = 0) -> None:
-        """What lives in a shard that is behind all others; expected: chunks that are still to come."""
+        """Add the documents of a shard that comes after all others; expected: chunks still to come."""
         own_N = (shard.own_N & shard.alive_N).nonzero()[:, 0]
         numbers, counts = ([of_all[i] for i in own_N.tolist()] for of_all in (shard.numbers, shard.count_N.tolist()))
         if not numbers:

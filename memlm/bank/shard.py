@@ -1,8 +1,7 @@
-"""A part of a bank: some documents, whole, as the means of their chunks. Shards never change but for deletions.
+"""A part of a bank: whole documents, as the means of their chunks. Only deletions change a shard.
 
-What attention sees of them may live on disk (a file of the bank, mapped), in host memory, or on the model's device.
-
-Where several processes share a bank, each has every shard's table of documents, and the keys of its own documents.
+The content, which attention reads, is on disk (mapped from the bank's file), in host memory, or on the model's device.
+If several processes share a bank, each has every shard's table of documents, and the keys of its own documents.
 
 L layers that route, C chunks, G groups of heads, K head dim, N documents.
 """
@@ -25,9 +24,9 @@ from memlm.bank.ranks import Ranks
 from memlm.fingerprint import digest_of
 from memlm_kernels.route_documents import restored_keys
 
-# Of a file, spread evenly over it, the first and the last among them.
+# Pages of ``sample_of``, spread evenly over the file, with its first and last.
 _PAGES, _PAGE_BYTES = 64, 4096
-# Of each document.
+# Columns of the table of documents.
 _TABLE = ("names", "hashes", "tokens", "numbers")
 _KEYS = ("router", "scale")
 _ADVICE = "restore the file, or build the bank again in an empty folder"
@@ -35,12 +34,12 @@ _ADVICE = "restore the file, or build the bank again in an empty folder"
 
 @dataclass
 class Shard:
-    """router_LCGK, scale_LCG1: keys of the router as ``bank_keys``, on the host, of this process's documents
-    content_LC2GK: keys and values of attention, likewise, or wherever they live; if ``mapped`` of all processes'
-    names, hashes, tokens, numbers: of each document, in the order of their chunks; numbers ascend over all shards
-    alive_N: False for the deleted; own_N: False for other processes'
-    file, sample: where all of it is saved, see ``sample_of``
-    unchecked: digests of the tensors of the file, which is mapped, that nobody has read whole yet
+    """router_LCGK, scale_LCG1: router keys from ``bank_keys``, on the host, of this process's documents
+    content_LC2GK: attention's keys and values of these documents; if ``mapped``, of all processes' documents
+    names, hashes, tokens, numbers: one per document, in the order of their chunks; numbers ascend over all shards
+    alive_N: false for deleted documents; own_N: false for documents of other processes
+    file, sample: the shard's file and its ``sample_of``
+    unchecked: digests of mapped tensors that were not read in full yet
     """
 
     router_LCGK: Tensor
@@ -69,12 +68,12 @@ class Shard:
         self.place = {name: i for i, name in enumerate(self.names)}
 
     def __len__(self) -> int:
-        """Documents, deleted ones too."""
+        """Number of documents, deleted ones too."""
         return len(self.names)
 
     @property
     def chunks(self) -> int:
-        """Of all processes."""
+        """Number of chunks of all processes."""
         return int(self.count_N.sum())
 
     @property
@@ -83,7 +82,7 @@ class Shard:
 
     @property
     def nbytes(self) -> int:
-        """Of all processes."""
+        """Bytes of all processes."""
         layers, _, groups, width = self.router_LCGK.shape
         kept = self.router_LCGK.element_size() + 2 * self.content_LC2GK.element_size()
         scales = 0 if self.scale_LCG1 is None else self.scale_LCG1.element_size()
@@ -99,7 +98,7 @@ class Shard:
             self.document_C[self.first_N[i] : self.first_N[i] + self.count_N[i]] = -1
 
     def chunks_of(self, documents: Tensor) -> tuple[Tensor, Tensor]:
-        """Places of the chunks of documents of this process, in their order: in router and in content."""
+        """Indices of the chunks of this process's documents, in order: among router keys, and in the content."""
         count = self.count_N[documents]
         within = torch.arange(int(count.sum())) - (count.cumsum(0) - count).repeat_interleave(count)
         first = (
@@ -109,14 +108,14 @@ class Shard:
         return first[0] + within, first[1] + within
 
     def kept(self, layer: int, documents: Tensor) -> tuple[Tensor, Tensor]:
-        """Of documents of this process, content [C, 2, G, K], where it lives, and the router's keys [C, G, K]."""
+        """Content [C, 2, G, K], where it is kept, and router keys [C, G, K], of this process's documents."""
         of_router, of_content = self.chunks_of(documents)
         scale = None if self.scale_LCG1 is None else self.scale_LCG1[layer, of_router]
         content = self.content_LC2GK[layer]
         return content[of_content.to(content.device)], restored_keys(self.router_LCGK[layer, of_router], scale)
 
     def housed(self, content: str, device: torch.device) -> "Shard":
-        """The same with its content where it is to live, see ``MemoryBank``; unless that is mapped already."""
+        """The shard with its content moved to where ``content`` of ``MemoryBank`` puts it; "mapped" moves nothing."""
         if content == "mapped":
             return self
         self.check("content")
@@ -126,12 +125,14 @@ class Shard:
         router, scale = self.router_LCGK, self.scale_LCG1
         if device.type == "cpu" and self.mapped:
             self.check(*_KEYS)
-            # A GPU has keys of its own, so that these are hardly read.
+            # Copies of the keys; a GPU holds its own copy, so there the mapped ones are rarely read.
             router, scale = router.clone(), None if scale is None else scale.clone()
         return dataclasses.replace(self, router_LCGK=router, scale_LCG1=scale, content_LC2GK=kept, mapped=False)
 
     def check(self, *names: str) -> None:
-        """Raise ValueError if tensors (none named: all) are not as they were saved; each is read whole, once."""
+        """Raise ValueError if the named tensors (default: all) differ from the saved ones. Each is read once,
+        in full.
+        """
         kept = {"router": self.router_LCGK, "scale": self.scale_LCG1, "content": self.content_LC2GK}
         for name in names or tuple(kept):
             if name in self.unchecked and digest_of([(name, kept[name])]) != self.unchecked[name]:
@@ -143,7 +144,7 @@ class Shard:
             self.check(*_KEYS)
 
     def write(self, directory: Path) -> tuple[Path, str]:
-        """A file of a name that no other has, whole once this returns, and its ``sample_of``."""
+        """Write a file with a unique name, complete when this returns; returns it and its ``sample_of``."""
         self.check()
         path = directory / f"shard-{uuid.uuid4().hex[:16]}.safetensors"
         documents = json.dumps({name: getattr(self, name) for name in _TABLE})
@@ -160,8 +161,9 @@ class Shard:
 
 
 def read_shard(directory: Path, entry: dict[str, Any], chunk_size: int, ranks: Ranks) -> Shard:
-    """What ``Shard.write`` wrote, mapped; entry: of the index. Raises ValueError if the file is not as it was, as far
-    as can be told without reading all of it; ``Shard.check`` reads on.
+    """Map the file that ``Shard.write`` wrote; entry: its entry in the index.
+
+    Raises ValueError if the file has visibly changed. This does not read all of it; ``Shard.check`` does.
     """
     path = directory / entry["file"]
     if not path.exists():
@@ -194,7 +196,7 @@ def read_shard(directory: Path, entry: dict[str, Any], chunk_size: int, ranks: R
 
 
 def merged(shards: Sequence[Shard]) -> Shard:
-    """One shard of what lives in several, none of it mapped."""
+    """One shard, not mapped, of several shards' documents without the deleted ones."""
     table, routers, scales, contents, own = {name: [] for name in _TABLE}, [], [], [], []
     for shard in shards:
         shard.check()
@@ -213,7 +215,7 @@ def merged(shards: Sequence[Shard]) -> Shard:
 
 
 def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """One after the other the chunks at some places, ascending, of each of several [L, C, ...]; copied once."""
+    """The chunks at ascending indices of each [L, C, ...], concatenated with one copy."""
     of_first, _ = parts[0]
     size, start = sum(len(place) for _, place in parts), 0
     joined = of_first.new_empty(len(of_first), size, *of_first.shape[2:])
@@ -229,7 +231,7 @@ def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def whole(shard: Shard, device: torch.device, ranks: Ranks) -> Shard:
-    """The same with what all processes have of it. Every one must call it."""
+    """The shard with the content of all processes. All of them must call it."""
     if ranks.size == 1:
         return shard
     own_C = shard.own_N.repeat_interleave(shard.count_N).to(device)
@@ -247,16 +249,16 @@ def whole(shard: Shard, device: torch.device, ranks: Ranks) -> Shard:
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
-    """On a device; to a GPU by way of pinned memory, so that nobody waits for it.
+    """The tensor on a device. On the way to a GPU it is pinned, so that the host does not wait.
 
-    Torch lends the same pinned memory out again and again, but only once a GPU has read it.
+    torch reuses pinned memory only after the GPU has read it.
     """
     staged = x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x
     return staged.to(device, non_blocking=True)
 
 
 def sample_of(path: Path) -> str:
-    """A digest of a file's size and some of its pages: a file cut, or with a stretch missing, has another."""
+    """A digest of a file's size and 64 of its pages; it detects a truncated file or a large missing part."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
