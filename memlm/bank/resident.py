@@ -64,7 +64,6 @@ class _Slab:
         self.used = end
 
     def forget(self, at: int) -> None:
-        """Delete a document, which may belong to another process."""
         start, end = self.first[at : at + 2]
         self.document_C[start:end] = -1
         self.dead += end - start
@@ -109,7 +108,7 @@ class Resident:
         self.slabs[-1].append(k, scale, numbers, counts)
 
     def forget(self, number: int) -> None:
-        """A document, which may be another process's."""
+        """Delete a document, which may belong to another process."""
         at = bisect.bisect_right(self.slabs, number, key=lambda slab: slab.numbers[0]) - 1
         if at < 0:
             return
