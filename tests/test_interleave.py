@@ -398,6 +398,6 @@ def test_benign_texts_are_what_the_tokenizer_makes_of_them():
 
 @pytest.mark.parametrize("name", ["a]", "a]b", "", "a<|object_ref_end|>", "<End-of-Retrieve>"])
 def test_names_that_a_model_could_not_write_are_refused(name):
-    with pytest.raises(ValueError, match="cannot be a name, for it would not be read as one") as caught:
+    with pytest.raises(ValueError, match="cannot be a name, because it would not be read as one") as caught:
         [*Interleave().documents({"fine [": "x", name: "y"}, byte_tokenizer())]
     assert "\n" not in str(caught.value)

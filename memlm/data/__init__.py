@@ -3,14 +3,14 @@
 Files:
 
     build               from the ``data`` config to tokenizer and batches
-    mixture             batches of several sources, as functions of the step
-    row                 the row that every source gives
+    mixture             batches of several sources, functions of the step
+    row                 the row that every source returns
     recall              recall tasks: MQAR and passkey
     text                text corpora: token files and their rows
     documents           documents of txt, md, py, jsonl and parquet files, read and split
     find                the files that ``paths`` name
     manifest            the files of a source, compared when a run continues
-    disk_cache          folders made once and checked when they are opened
+    disk_cache          folders built once and checked when opened
     tokenizer           byte, hub and BPE tokenizers
     retrieval           samples of documents, a question and its answer
     chains              chains of facts over several documents

@@ -40,10 +40,10 @@ _OPTIONS = {
 
 
 def build_data(cfg: Mapping[str, Any], *, seed: int, batch_size: int) -> tuple[PreTrainedTokenizerFast, Mixture]:
-    """Tokenizer and batches of `batch_size` rows over all processes, from a config like those in configs/data.
+    """The tokenizer, and batches of `batch_size` rows over all processes, from a config like those in configs/data.
 
-    Builds what the cache lacks. Each source draws from its own stream, seeded by `seed` and its name.
-    Raises ValueError, naming the key, for what is unknown, missing or does not fit.
+    Builds whatever the cache lacks. Each source has its own random stream, seeded by `seed` and its name.
+    Raises ValueError with the key if a setting is unknown, missing or does not fit.
     """
     _check_keys(cfg, "data", ("tokenizer", "seq_len", "cache_dir", "sources"), ("noise_ramp",))
     _check_whole(cfg, "data", ("seq_len",))
@@ -60,7 +60,7 @@ def build_data(cfg: Mapping[str, Any], *, seed: int, batch_size: int) -> tuple[P
         raise ValueError(f"data.sources={cfg['sources']!r} must name at least one source, and its kind and weight")
     outside = {}
     for name, options in cfg["sources"].items():
-        # It is part of the names of files and figures.
+        # The name becomes part of file names and metric names.
         if not isinstance(name, str) or not name or {*"/\0"} & {*name}:
             raise ValueError(f"data.sources: {name!r} cannot be a name; use letters and digits")
         outside[name] = _check_source(options, f"data.sources.{name}", cfg["seq_len"])
@@ -90,7 +90,7 @@ def _build_source(
     outside: RecallTask | Callable[..., Source] | None,
     seed: int,
 ) -> Source:
-    """outside: as `_check_source` returns it"""
+    """outside: the result of `_check_source`"""
     options = cfg["sources"][name]
     own_seed = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8])
     if isinstance(outside, RecallTask):
@@ -115,7 +115,9 @@ def _named(source: str) -> Iterator[None]:
 
 
 def _check_source(options: Mapping[str, Any], where: str, seq_len: int) -> RecallTask | Callable[..., Source] | None:
-    """None for a kind of the project; else the task of an installed package, or its `Source` with its settings."""
+    """None for a kind of the project; else the task of an installed package, or its `Source` with its settings
+    bound.
+    """
     kind = options.get("kind") if isinstance(options, Mapping) else options
     module = plugins.load("memlm.data", kind, [*_OPTIONS], f"{where}.kind={kind!r}")
     if module is None:

@@ -1,8 +1,8 @@
-"""Chains of facts: questions that one document cannot answer, to teach a model to ask for documents and to read on.
+"""Chains of facts: questions that need several documents, to teach a model to ask for documents and read on.
 
-Each document has a name, and somewhere in its text a fact, ``key>key`` of another document, or at a chain's end
-``key>value``. A question names the first key of a chain, ``?ab``. What a model is to write, and what it is then given,
-are a sample's turns, in characters that stand for nothing else::
+Each document has a name and holds one fact somewhere in its text: ``key>key`` of another document, or ``key>value`` at
+the end of a chain. A question names the first key of a chain, ``?ab``. The sample then alternates between the model's
+output (left) and the given text (right); these characters appear nowhere else::
 
     [x]| the document to read next        [x]..ab>cd..| its name and text
     [y]|                                  [y].cd>V...|
@@ -22,7 +22,7 @@ from .row import split_id
 from .templates import Templates, Writer
 from .tokenizer import byte_tokenizer
 
-# What is written around names, texts and questions, as ``memlm.Interleave`` takes it.
+# The texts around names, documents and answers, for ``memlm.Interleave``.
 TEMPLATES = {
     "document": "[{name}]{text}",
     "head": "#",
@@ -38,7 +38,7 @@ TEMPLATES = {
     "answer": "{answer}",
 }
 _ARROW = ">"
-# Letters: beyond these, symbols are bytes that no text holds.
+# Letters; further symbols are bytes that no text contains.
 _LETTERS = 32
 _END = byte_tokenizer().eos_token_id
 _WRITE = Writer(Templates(**TEMPLATES), byte_tokenizer())
@@ -46,12 +46,16 @@ _WRITE = Writer(Templates(**TEMPLATES), byte_tokenizer())
 
 @dataclass(frozen=True)
 class Chains(KeyedTask):
-    """Chains of `hops` documents, as many as make `num_documents`; a sample asks for one of them, and has been read so
-    far at random: from no document, where the next name is scored, to all of them, where the answer is. The router is
-    to find the document to read next.
+    """Chains of `hops` documents, as many as fit into `num_documents`. A sample asks about one chain.
 
-    length: tokens of a row; a sample is padded to it. document_length: of a text, at most. name_length: symbols of a
-    name, any of the values. Raises ValueError where the sizes do not fit.
+    A random number of its documents has been read: with none, the next name is scored; with all, the answer is. The
+    router must find the document to read next.
+
+    length: tokens of a row; samples are padded to it
+    document_length: the most tokens of a text
+    name_length: symbols of a name, each any of the values
+
+    Raises ValueError if the sizes do not fit.
     """
 
     length: int = 128
@@ -86,7 +90,7 @@ class Chains(KeyedTask):
         return 2 * self.key_length + len(_ARROW)
 
     def scaled(self, factor: float) -> Self:
-        """The same task at `factor` times the length and the documents, as far as there are keys and names."""
+        """The same task at `factor` times the length and the documents, limited by the number of keys and names."""
         most = min(self.keys_of_a_split, self.num_values**self.name_length)
         documents = min(round(self.num_documents * factor), most)
         fewest = self.min_documents and min(round(self.min_documents * factor), documents)
@@ -94,12 +98,12 @@ class Chains(KeyedTask):
         return replace(self, length=length, num_documents=documents, min_documents=fewest)
 
     def sample(self, seed: int, split: str, index: int, noise: float) -> RetrievalRow:
-        """Row `index` of `split`; noise: the probability that a token beside the facts is noise, and not blank."""
+        """Row `index` of `split`; noise: the probability that a token outside the facts is noise instead of blank."""
         rng = np.random.default_rng([seed, split_id(split), index])
         linked = self._linked(rng, split, self._count(rng), noise)
         question, answer, rounds = linked.chains[rng.integers(len(linked.chains))]
         read = rng.integers(self.hops + 1)
-        # All that is read is no longer to be found.
+        # Documents that were read are no positives any more.
         asked = rounds[read] if read < self.hops else ()
         parts = [Part(_WRITE("head"), TEMPLATE)]
         for i, (name, text) in enumerate(linked.texts.items(), 1):
@@ -109,14 +113,14 @@ class Chains(KeyedTask):
         return pack([joined(parts)], self.length, _END)
 
     def linked(self, seed: int, split: str, index: int, documents: int) -> Linked:
-        """Library `index` of `split`, of so many documents, less what makes no whole chain."""
+        """Library `index` of `split`, with `documents` documents, rounded down to whole chains."""
         rng = np.random.default_rng([seed, split_id(split), index, documents])
         length = self.length + (documents - self.num_documents) * (2 + self.name_length + self.document_length)
         many = replace(self, length=length, num_documents=documents, min_documents=None)
         return many._linked(rng, split, documents, 1.0)
 
     def _linked(self, rng: np.random.Generator, split: str, documents: int, noise: float) -> Linked:
-        """Documents in random order, chains too."""
+        """Documents and chains in random order."""
         count = documents // self.hops
         keys = [_text(key) for key in self._symbols(self._keys(rng, split, count * self.hops))]
         values = [_text(VALUES[[digit]]) for digit in rng.integers(self.num_values, size=count)]
@@ -133,7 +137,7 @@ class Chains(KeyedTask):
         return Linked({names[i]: texts[names[i]] for i in order}, chains, self.chance)
 
     def _written(self, rng: np.random.Generator, fact: str, noise: float) -> str:
-        """A text that holds a fact somewhere."""
+        """A text with a fact at a random place."""
         extra = rng.integers(self._least, self.document_length, endpoint=True) - len(fact)
         ids = np.where(rng.random(extra) < noise, NOISE[rng.integers(len(NOISE), size=extra)], FILLER)
         place = rng.integers(extra + 1)

@@ -1,4 +1,4 @@
-"""The cache on disk: folders made once from files and settings, checked when they are opened, made anew if damaged."""
+"""The cache on disk: folders built once from files and settings, checked when opened, and rebuilt if damaged."""
 
 import errno
 import fcntl
@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 from memlm import files
 
-# Clocks of file systems tick this seldom: a file may change within a tick and keep its times. Nanoseconds.
+# Resolution of file systems' clocks, in nanoseconds: within it, a file may change and keep its times.
 _TICK = 2 * 10**9
 
 
 class Content(NamedTuple):
-    """Of a file, when its SHA-256 was taken; `changed` in nanoseconds."""
+    """State of a file when its SHA-256 was taken; `changed` in nanoseconds."""
 
     num_bytes: int
     changed: int
@@ -35,7 +35,7 @@ class Content(NamedTuple):
 
 
 class Watched:
-    """A file that is read over a long time, and must not change meanwhile; another of its name does not count."""
+    """A file that is read over a long time. It must not change; a new file of the same name does not matter."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._descriptor = path, os.open(path, os.O_RDONLY)
@@ -49,17 +49,17 @@ class Watched:
 
 
 class DiskCache:
-    """Folders below `root`, each named after all that decides its content."""
+    """Folders below `root`; each one's name is a hash of everything that determines its content."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(os.path.expanduser(root)).absolute()
         self._known = self.root / "sha256.json"
 
     def folder(self, key: Sequence[Any], names: Iterable[str], fill: Callable[[Path], None], below: str = "") -> Path:
-        """The folder of a key, which `fill` has put files of these names into, now or earlier.
+        """The folder of a key, filled by `fill` with files of these names, now or earlier.
 
-        Processes may build it together: the first to finish counts. A folder that is not as it was made is replaced.
-        Raises ValueError where the disk does not take it.
+        Processes may build it together: the first one to finish counts. A damaged folder is replaced.
+        Raises ValueError if it cannot be written.
         """
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
         folder = self.root / below / digest[:32]
@@ -75,9 +75,9 @@ class DiskCache:
         return folder
 
     def contents(self, paths: Iterable[Path]) -> dict[Path, Content]:
-        """A file is read again only if its size or times are others than remembered, as in git.
+        """The state of each file. As in git, a file is read again only if its size or times have changed.
 
-        Raises ValueError, naming the file, if it cannot be read.
+        Raises ValueError with the file's name if it cannot be read.
         """
         known, fresh = self._remembered(), {}
         contents = {}
@@ -85,7 +85,7 @@ class DiskCache:
             try:
                 stat = path.stat()
                 if not S_ISREG(stat.st_mode):
-                    # A pipe or a device may have no end.
+                    # A pipe or a device may never end.
                     raise OSError(errno.EINVAL, "not a file", str(path))
                 times = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
                 match known.get(str(path)):
@@ -99,7 +99,7 @@ class DiskCache:
                 raise ValueError(f"{path} cannot be read ({error.strerror}); mend it, or leave it out") from error
             contents[path] = Content(stat.st_size, stat.st_mtime_ns, digest)
         if fresh:
-            # What is forgotten is only read again: a cache that cannot be written to may still be read.
+            # Files whose state is not stored are only read again, so a read-only cache works.
             with suppress(OSError):
                 files.write(self._known, json.dumps(known | fresh))
         return contents
@@ -122,7 +122,7 @@ class DiskCache:
         return now == sealed and sealed.keys() >= {*names}
 
     def _put_aside(self, folder: Path, names: Iterable[str]) -> None:
-        """Remove a damaged folder, unless another process has replaced it; who reads it still may."""
+        """Remove a damaged folder unless another process has replaced it; processes that read it may continue."""
         if not folder.exists():
             return
         with (self.root / ".lock").open("a") as lock:

@@ -28,8 +28,8 @@ _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "
 
 
 class File(NamedTuple):
-    """`name` is the path from the parent of what was asked for (a folder, a file, a glob's root), or from the
-    standard library's root.
+    """`name` is a path: relative to the parent of a given folder, file or glob root, or to the standard library's
+    root.
     """
 
     name: str
@@ -38,7 +38,7 @@ class File(NamedTuple):
 
 
 class Document(NamedTuple):
-    """`file` counts in `Documents.files`; `row` is the line or row, from 1, or 0 for a whole file."""
+    """`file` is an index into `Documents.files`; `row` is the line or row, from 1, or 0 for a whole file."""
 
     file: int
     row: int
@@ -46,12 +46,12 @@ class Document(NamedTuple):
 
 
 class Documents:
-    """The documents under `paths`: files, folders (with all below) or globs, see `find`; None or "stdlib" is the
-    Python standard library's own sources, without its tests. left_out: files that are not read, and why.
+    """The documents under `paths`: files, folders (recursively) or globs, see `find`. None or "stdlib" means the
+    Python standard library's own sources, without its tests. left_out: files that are not read, with reasons.
 
-    Iterating streams the documents in a fixed order, the empty ones left out. Where there are fewer than three, each
-    is cut into three of the same name: the first 90 %, the next 5 % and the last 5 % of its characters.
-    Raises ValueError, naming the path, the file or the line, for what cannot be read.
+    Iteration yields documents in a fixed order, without empty ones. If there are fewer than three, each is cut into
+    three of the same name: the first 90 %, the next 5 % and the last 5 % of its characters.
+    Raises ValueError with the path, file or line that cannot be read.
     """
 
     def __init__(self, paths: str | Sequence[str] | None, cache_dir: str | Path):
@@ -102,8 +102,10 @@ def _cut(document: Document) -> list[Document]:
 
 
 def assign_splits(names: Iterable[str]) -> np.ndarray:
-    """uint8 [documents], places in SPLITS: in the order of the names' hashes, the last 5 % (rounded up) are
-    test, the 5 % before them validation. The pieces of one or two documents that are cut take turns.
+    """The split of each document: uint8 [documents], indices into SPLITS.
+
+    In the order of the names' hashes, the last 5 % (rounded up) are test, the 5 % before them validation. The pieces
+    of one or two documents that were cut take turns.
     """
     hashes = (hashlib.sha256(os.fsencode(name)).digest() for name in names)
     keys = np.fromiter((int.from_bytes(digest[:8]) for digest in hashes), np.uint64)
@@ -128,7 +130,7 @@ def _find_stdlib() -> dict[Path, str]:
 
 
 def _read(file: File) -> Iterator[tuple[int, str]]:
-    """Row numbers and texts. Raises ValueError, naming the file, where it is damaged or not as it was when found."""
+    """Yields row numbers and texts. Raises ValueError with the file's name if it is damaged or has changed."""
     reader = _READERS[ending(file.path).removesuffix(_packing(file.path))]
     try:
         with file.path.open("rb") as raw:
@@ -175,7 +177,7 @@ def _jsonl_rows(file: BinaryIO, path: Path) -> Iterator[tuple[int, str]]:
             continue
         try:
             text = json.loads(line.decode())["text"]
-            # JSON may spell half of a surrogate pair, which no UTF-8 text holds.
+            # JSON can encode half a surrogate pair, which UTF-8 cannot.
             text.encode()
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
             raise ValueError(
@@ -208,5 +210,5 @@ _READERS = {
     ".jsonl": _jsonl_rows,
     ".parquet": _parquet_rows,
 }
-# Parquet packs its own columns.
+# Parquet compresses its own columns.
 _ENDINGS = (*_READERS, *(end + packed for end in _READERS if end != ".parquet" for packed in PACKED))

@@ -1,8 +1,7 @@
-"""Which files are meant by `paths`: files, folders with all below, or globs, by one rule.
+"""The files that `paths` names: files, folders (recursively), or globs, by one rule.
 
-Links are followed, a file counts once, and nothing is opened. A hidden file or folder (.git, .ipynb_checkpoints) is
-left out unless it is named; so is a file that is no text by its ending, no file at all (a pipe, a device), or a link
-to nothing.
+Links are followed, a file counts once, and no file is opened. Left out are: hidden files and folders (.git,
+.ipynb_checkpoints) unless named; files whose ending is not a text's; pipes and devices; broken links.
 """
 
 import glob
@@ -18,8 +17,10 @@ PACKED = (".gz", ".xz", ".zst")
 
 
 class Found(NamedTuple):
-    """files: names by path, in the order of the paths asked for, sorted by name within each; left_out: reasons by
-    name. A name is the path from the parent of what was asked for (a folder, a file, a glob's root).
+    """files: names by path, in the order of the given paths, sorted by name within each
+    left_out: reasons by name
+
+    A name is a path relative to the parent of the given folder, file or glob root.
     """
 
     files: dict[Path, str]
@@ -27,13 +28,13 @@ class Found(NamedTuple):
 
 
 def ending(path: Path) -> str:
-    """.txt of A.TXT, .jsonl.gz of a.b.jsonl.gz"""
+    """ ".txt" of A.TXT, ".jsonl.gz" of a.b.jsonl.gz"""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     return "".join(suffixes if suffixes[-1:] and suffixes[-1] in PACKED else suffixes[-1:])
 
 
 def find(paths: str | Sequence[str], endings: Collection[str]) -> Found:
-    """Files of these endings. Raises ValueError, naming the path, for one that holds no such file."""
+    """The files with these endings. Raises ValueError with the path if it contains no such file."""
     specs = [paths] if isinstance(paths, str) else paths
     if not isinstance(specs, Sequence) or not all(isinstance(spec, str) and spec.strip() for spec in specs):
         raise ValueError(f"paths={paths!r} must name a file, a folder or a glob, or be a list of such")
@@ -79,7 +80,8 @@ def _find(
         raise ValueError(f"paths: {path} holds no text{told}; supported are {known}")
     left_out |= {match: (match.relative_to(root.parent).as_posix(), reason) for match, reason in reasons.items()}
     mine: dict[str, tuple[str, Path, str]] = {}
-    # A file that has a path without a link has its name from there; of several specs, from the last in the alphabet.
+    # Within one spec, a file gets its name from a path without a link if it has one; of several specs, the last in
+    # alphabetical order counts.
     for _, name, real, match in sorted(good):
         mine.setdefault(real, (spec, match, name))
     for real, entry in sorted(mine.items(), key=lambda item: item[1][2]):
@@ -87,14 +89,15 @@ def _find(
 
 
 def _place(match: Path, root: Path) -> tuple[bool, str, str]:
-    """Whether a link lies on the way from the root, the name, and the path without links."""
+    """Whether the way from the root contains a link; the name; and the path without links."""
     real, below = os.path.realpath(match), match.relative_to(root)
     return real != os.path.join(os.path.realpath(root), below), match.relative_to(root.parent).as_posix(), real
 
 
 def _walk(root: Path, pattern: tuple[str, ...], hidden: list[Path]) -> Iterator[Path]:
-    """What is no folder and matches the pattern below the root, or lies in a folder that matches; each folder is
-    looked through once, those behind links last. What matches and is hidden is added to `hidden`.
+    """Matches of the pattern below the root that are no folders, and all files in matching folders.
+
+    Each folder is visited once, linked ones last. Hidden matches are added to `hidden`.
     """
     pending, seen = deque([(root, pattern)]), set()
     while pending:
@@ -104,13 +107,13 @@ def _walk(root: Path, pattern: tuple[str, ...], hidden: list[Path]) -> Iterator[
         seen.add(place)
         part, *rest = parts
         if part == "**" and rest:
-            # It may stand for no folder at all.
+            # ``**`` also matches no folder at all.
             pending.appendleft((folder, tuple(rest)))
         with os.scandir(folder) as entries:
-            # In order, so that a folder behind two links has its name from the same one everywhere.
+            # Sorted, so that a folder behind two links gets its name from the same link on every machine.
             for entry in sorted(entries, key=lambda entry: entry.name):
                 path = Path(entry.path)
-                # Not entry.is_dir(), which raises where a link leads to itself.
+                # Not entry.is_dir(), which raises on a link to itself.
                 is_folder = os.path.isdir(entry.path)
                 if (rest and not is_folder) or not (part == "**" or fnmatchcase(entry.name, part)):
                     continue
@@ -124,7 +127,7 @@ def _walk(root: Path, pattern: tuple[str, ...], hidden: list[Path]) -> Iterator[
 
 
 def _unfit(path: Path, endings: Collection[str]) -> str | None:
-    """Why a file is left out."""
+    """The reason to leave a file out; None for none."""
     try:
         mode = path.stat().st_mode
     except OSError as error:

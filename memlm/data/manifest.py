@@ -1,6 +1,4 @@
-"""Manifests: of which files a source is made, so that a run that goes on, or is evaluated, can tell that they are the
-same.
-"""
+"""Manifests: the files of a source, so that a run that continues, or an evaluation, can check they are the same."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,12 +12,12 @@ def file_entry(name: str, content: Content) -> dict[str, Any]:
 
 
 def left_out(manifest: Mapping[str, Any]) -> str:
-    """What was found and is not read, such as "2 hidden", for the screen; empty where there is nothing."""
+    """A summary of the files that were found but not read, such as "2 hidden"; empty if there are none."""
     return counted([file["reason"] for file in manifest["left_out"]])
 
 
 def check_manifest(source: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming the source and the first files, where they are not those of an earlier manifest."""
+    """Raise ValueError, with the source and the first files, unless they equal those of an earlier manifest."""
     try:
         then, today = ([(file["path"], file["sha256"]) for file in m["files"]] for m in (before, now))
         others = [(key, before[key], now[key]) for key in ("tokenizer", "splits") if key in now]
@@ -44,4 +42,4 @@ def _differ(then: Iterable[tuple[str, str]], today: Iterable[tuple[str, str]]) -
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             parts.append(f"{', '.join(names[:3])}{more} {told}")
-    return "; ".join(parts) or "they come in another order"
+    return "; ".join(parts) or "their order differs"

@@ -1,4 +1,4 @@
-"""Batches of several sources in fixed proportions, each a pure function of the optimiser step.
+"""Batches of several sources in fixed proportions; each batch is a pure function of the optimiser step.
 
 Legend: B rows of a batch, T tokens of a row.
 """
@@ -21,7 +21,7 @@ _MOST_ROWS = 2**20
 
 @dataclass(frozen=True)
 class Batch:
-    """Labels are not shifted: the output at t - 1 is scored against labels[:, t], unless that is -100."""
+    """Labels are not shifted: the output at t - 1 is scored against labels[:, t]; -100 is not scored."""
 
     # int64 [B, T]; position 0 marks the start of a document or of the row
     input_ids: Tensor
@@ -29,11 +29,11 @@ class Batch:
     position_ids: Tensor
     # the most documents that begin in one row
     max_documents: int
-    # int64 [B], places in Mixture.sources
+    # int64 [B], indices into Mixture.sources
     source_ids: Tensor
-    # With their counts; None where no row has documents.
+    # With their counts; None if no row has documents.
     roles: Roles | None = None
-    # int64 [S], ascending: where a token is scored next in some row, if these are few; None: anywhere
+    # int64 [S], ascending: positions whose next token is scored in some row, if these are few; None: any
     places: Tensor | None = None
 
     @classmethod
@@ -41,7 +41,7 @@ class Batch:
         input_ids, labels, position_ids = (np.stack(parts) for parts in zip(*(row[:3] for row in rows), strict=True))
         positions, roles = torch.from_numpy(position_ids), None
         if any(isinstance(row, RetrievalRow) for row in rows):
-            # Rows of text are what a response is.
+            # Rows of text are responses.
             plain = np.full_like(input_ids[0], RESPONSE), np.zeros_like(input_ids[0])
             parts = (row[3:] if isinstance(row, RetrievalRow) else plain for row in rows)
             doc_ids, positives = (torch.from_numpy(np.stack(part)) for part in zip(*parts, strict=True))
@@ -66,10 +66,12 @@ class Batch:
 
 
 class Mixture:
-    """Every batch has `batch_size` rows, those of one optimiser step over all processes, and the same number of rows
-    of a source in each, as near to its weight as whole rows allow. Weights are relative to their sum.
+    """Every batch has `batch_size` rows: those of one optimiser step over all processes.
 
-    Raises ValueError for weights that do not fit the sources, or that leave a source without a row.
+    Each source has the same number of rows in every batch, as close to its weight as whole rows allow. Weights are
+    relative to their sum.
+
+    Raises ValueError if weights do not fit the sources, or leave a source without a row.
     """
 
     def __init__(self, sources: Mapping[str, Source], weights: Mapping[str, float], batch_size: int):
@@ -82,15 +84,15 @@ class Mixture:
 
     @property
     def manifests(self) -> dict[str, dict[str, Any]]:
-        """Of the sources that are made of files: which these are, see `check_manifest`."""
+        """The manifest of each source that is made of files, see `check_manifest`."""
         found = ((name, getattr(source, "manifest", None)) for name, source in self.sources.items())
         return {name: manifest for name, manifest in found if manifest is not None}
 
     def batch(self, step: int, split: str = "train", part: int = 0, parts: int = 1) -> Batch:
-        """One of `parts` equal parts of batch `step`, a pure function of its arguments.
+        """Part `part` of `parts` equal parts of batch `step`, a pure function of its arguments.
 
-        Row g of the batch is in part g % parts. A step of W processes that takes A forwards on each has A * W parts;
-        forward a on rank r is part a * W + r. So parts do not depend on who takes them.
+        Row g of the batch is in part g % parts. A step of W processes with A forwards each has A * W parts; forward a
+        on rank r is part a * W + r. So the content of a part does not depend on the process that takes it.
         Raises ValueError if the parts cannot be equal.
         """
         if not 0 <= part < parts or self.batch_size % parts:
@@ -108,7 +110,7 @@ class Mixture:
 
 
 def _apportion(weights: Mapping[str, float], num_rows: int) -> dict[str, int]:
-    """Rows of each source by largest remainder, the first named winning a tie."""
+    """Rows of each source by largest remainder; ties go to the source named first."""
     total = sum(weights.values())
     if min(weights.values()) < 0 or not 0 < total < float("inf"):
         raise ValueError(f"data weights {dict(weights)} must not be negative, and not all zero")

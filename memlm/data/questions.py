@@ -1,5 +1,5 @@
-"""Questions about documents, from JSONL files: ``{"query": ..., "documents": [...], "positives": [indices], "answer":
-...}`` in each line. Lines are indexed once and read when they are drawn, so that files may be of any size.
+"""Questions about documents, from JSONL files. Each line is ``{"query": ..., "documents": [...], "positives":
+[indices], "answer": ...}``. Lines are indexed once and read on demand, so files may have any size.
 
 Legend: N questions, T tokens of a row.
 """
@@ -29,14 +29,14 @@ from .row import SPLITS, split_id
 from .templates import Templates, Writer
 from .tokenizer import shortener
 
-# Part of the name of every cached index; raise it when its files or what a line may be change.
+# Part of the name of every cached index; increase it if the index files or the form of a line change.
 _FORMAT = 1
 _MOST = 10**9
 _FILES = ("places.npy", "sizes.npy", "splits.npy")
 
 
 class Question(NamedTuple):
-    """A record's texts; positives: which of the documents the question is about, ascending."""
+    """The texts of a line; positives: indices, ascending, of the documents that answer the query."""
 
     query: str
     documents: tuple[str, ...]
@@ -45,11 +45,13 @@ class Question(NamedTuple):
 
 
 class Questions(Sequence[Question]):
-    """The questions of JSONL files, each read when asked for. An index of them is kept in `cache_dir`.
+    """The questions of JSONL files, each read on demand. `cache_dir` holds an index of them.
 
     paths: files, folders or globs, see `find`
-    splits: uint8 [N], places in SPLITS; sizes: int64 [N, 3], bytes of query and answer (0: none), number of positives
-    Raises ValueError, naming file, line and key, for a line that is not of the form, or a file that changes meanwhile.
+    splits: uint8 [N], indices into SPLITS
+    sizes: int64 [N, 3], bytes of query and answer (0: none), number of positives
+
+    Raises ValueError with file, line and key if a line is malformed, or if a file changes meanwhile.
     """
 
     def __init__(self, paths: str | Sequence[str], cache_dir: str | Path) -> None:
@@ -135,12 +137,12 @@ def _read(line: bytes, where: str) -> Question:
 
 
 def _is_text(value: object) -> bool:
-    # JSON may spell half of a surrogate pair, which no UTF-8 text holds.
+    # JSON can encode half a surrogate pair, which UTF-8 cannot.
     return isinstance(value, str) and bool(value) and not any("\ud800" <= sign <= "\udfff" for sign in value)
 
 
 def shuffled(rng: np.random.Generator, count: int) -> Iterator[int]:
-    """0 to count - 1 in random order: Fisher and Yates' shuffle as far as it is asked for, each at a constant cost."""
+    """0 to count - 1 in random order: Fisher and Yates' shuffle, one step at constant cost for each number drawn."""
     moved: dict[int, int] = {}
     for i in range(count):
         j = int(rng.integers(i, count))
@@ -150,19 +152,22 @@ def shuffled(rng: np.random.Generator, count: int) -> Iterator[int]:
 
 
 class QuestionSource:
-    """Endless rows of `seq_len` tokens: questions, each with its documents, and others' of the same split until there
-    are `num_documents`, in random order. A document is cut to `document_length` tokens; a row takes the next
-    questions as long as they fit, documents not asked for giving way first. A row costs what its tokens do, however
-    many questions there are.
+    """Endless rows of `seq_len` tokens: questions, each with its documents.
 
-    templates: "plain", "chat" (the tokenizer's chat template), "interleave" (``Templates``), or those of its texts
-    that are other ones. Where documents say their names, a sample is as ``memlm.Interleave`` would have it. It has
-    read nothing, and the names of the documents that the question is about are what it writes; or, as often, it has
-    read them, nothing is left to be found, and the answer follows. A question without an answer is of the first kind.
-    Names are numbers below `num_names`, drawn anew for each sample, and written in ascending order.
+    Documents of other questions of the same split fill up to `num_documents`, in random order. A document is cut to
+    `document_length` tokens. A row takes further questions while they fit whole. A question alone in a row first loses
+    negatives, then its documents are cut. The cost of a row does not depend on the number of questions.
 
-    Raises ValueError where a split has no question, a question is longer than a row, has no answer where one is
-    needed, or there is no chat template.
+    templates: "plain", "chat" (the tokenizer's chat template), "interleave" (``Templates``), or a dict of changes to
+        the latter's texts
+
+    If templates name documents, a sample follows the rounds of ``memlm.Interleave``, in one of two forms, equally
+    often. Either nothing has been read, and the model writes the names of the positives; or it has read them, nothing
+    is left to find, and the answer follows. A question without an answer always takes the first form. Names are
+    numbers below `num_names`, drawn anew for each sample and written in ascending order.
+
+    Raises ValueError if a split has no question, a question is longer than a row or lacks a needed answer, or there is
+    no chat template.
     """
 
     def __init__(
@@ -179,7 +184,7 @@ class QuestionSource:
         self.seq_len, self.seed, self.manifest = seq_len, seed, questions.manifest
         self.num_documents, self.document_length, self.num_names = num_documents, document_length, num_names
         for key, value, most in (
-            # A document is a token at least.
+            # A document has at least one token.
             ("num_documents", num_documents, seq_len),
             ("document_length", document_length, _MOST),
             ("num_names", num_names, _MOST),
@@ -208,11 +213,11 @@ class QuestionSource:
                 f"num_names={num_names} must be at least num_documents={num_documents} and {largest}, the most "
                 "positives of a question"
             )
-        # A token is a byte at least, so that few questions must be read to know that all fit.
+        # A token has at least one byte, so only few questions must be read to check that all fit.
         for index in np.flatnonzero(self._most_tokens() > seq_len):
             question, largest = questions[int(index)], num_names - 1
             names = [str(largest - i) for i in range(len(question.positives))]
-            # Names alone are less than names, what they name, and an answer.
+            # The first form of a sample is shorter than the second, with passages and an answer.
             self._about(question, names, question.answer is not None, seq_len)
 
     def row(self, index: int, split: str, step: int) -> RetrievalRow:
@@ -227,8 +232,8 @@ class QuestionSource:
         return pack(samples, self.seq_len, self._end)
 
     def linked(self, split: str, documents: int, questions: int) -> Linked:
-        """At most so many questions of a split; what they are about, and others' documents until there are enough,
-        named by their numbers.
+        """At most `questions` questions of a split, with their positives and others' documents up to `documents`,
+        named by numbers.
         """
         rng = np.random.default_rng([self.seed, split_id(split), documents, questions])
         members, numbers = self._of_split[split_id(split)], dict[str, int]()
@@ -249,7 +254,7 @@ class QuestionSource:
         return Linked(texts, chains, 0.0)
 
     def library(self, split: str, documents: int, questions: int) -> Library:
-        """The same as tokens. Where documents say their names, these are the answers."""
+        """The same as tokens. If templates name documents, these names are the answers."""
         linked, write = self.linked(split, documents, questions), self._write
         inquiries = []
         for query, answer, (names,) in linked.chains:
@@ -262,7 +267,9 @@ class QuestionSource:
     def _sample(
         self, question: Question, members: np.ndarray, rng: np.random.Generator, room: int
     ) -> RetrievalRow | None:
-        """None if it does not fit behind others; alone in a row it is made to."""
+        """A sample of at most `room` tokens, or None if it does not fit after others; alone in a row it is
+        shortened.
+        """
         named, alone = self.templates.named, room == self.seq_len
         read = question.answer is not None and not (named and rng.integers(2))
         count = max(self.num_documents, len(question.positives))
@@ -288,8 +295,9 @@ class QuestionSource:
     def _about(
         self, question: Question, names: Sequence[str], read: bool, room: int
     ) -> tuple[list[list[int]], list[Part]] | None:
-        """The documents that a question is about, and the parts of its sample beside documents. Alone in a row
-        documents are cut until all that fits; else it may be None.
+        """The positives of a question, and the parts of its sample that are no documents.
+
+        Alone in a row, documents are cut until everything fits; else the result may be None.
         """
         wanted = [*dict.fromkeys(question.documents[i] for i in question.positives)]
         names, limit, write = names[: len(wanted)], self.document_length, self._write
@@ -318,16 +326,16 @@ class QuestionSource:
             limit = max(1, min(limit, max(map(len, about))) - max(1, excess // (2 * len(about))))
 
     def _most_tokens(self) -> np.ndarray:
-        """[N]: of the parts of each question's sample that cannot be left out, a bound."""
+        """[N]: an upper bound on the tokens of each sample that cannot be dropped."""
         t = self.templates
         fixed = 1 + sum(len(getattr(t, f.name).encode()) for f in fields(t))
         named = (t.document + t.name + t.passage).replace("{name}", str(self.num_names - 1))
-        # Beside these a character of the document, twice.
+        # Besides these, one character of each document, twice.
         query_N, answer_N, positives_N = np.asarray(self._questions.sizes).T
         return fixed + 2 * query_N + answer_N + (len(named.encode()) + 2 * 4) * positives_N
 
     def _others(self, question: Question, members: np.ndarray, rng: np.random.Generator) -> Iterator[str]:
-        """Documents that the question is not about: its own first, for they are the harder."""
+        """Negatives: the question's own first, because they are harder."""
         given = {question.documents[i] for i in question.positives}
         own = [text for text in dict.fromkeys(question.documents) if text not in given]
         yield from (own[i] for i in rng.permutation(len(own)))

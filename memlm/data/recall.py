@@ -1,8 +1,8 @@
 """Synthetic recall: multi-query associative recall (Zoology, arXiv:2312.04927) and passkey retrieval.
 
-What must be recalled lies further back than a sliding window reaches, so only a memory can score above
-chance, one in as many as there are values. Symbols are bytes, whose value is their token id in the byte tokenizer:
-printable ASCII, and beyond 32 keys or values bytes that are not.
+The answer lies further back than a sliding window reaches, so only a memory can score above chance, 1 / num_values.
+Symbols are bytes; their value is their token id in the byte tokenizer. The first 32 keys and values are printable
+ASCII.
 """
 
 from dataclasses import dataclass, replace
@@ -32,8 +32,9 @@ def ramp(step: int, start: int, end: int) -> float:
 
 
 class RecallTask:
-    """What both tasks share; each is a frozen dataclass of sizes in tokens, `length` and `gap` among them, and of
-    `num_keys` and `num_values`, how many there are to choose from.
+    """The common part of both tasks. Each is a frozen dataclass of sizes in tokens.
+
+    These include `length` and `gap`, and the numbers of symbols to choose from, `num_keys` and `num_values`.
     """
 
     @property
@@ -46,9 +47,9 @@ class RecallTask:
         return replace(self, length=round(self.length * factor), gap=round(self.gap * factor))
 
     def sample(self, seed: int, split: str, index: int, noise: float) -> Row:
-        """Row `index` of `split`, of `length` tokens; only what must be recalled is scored.
+        """Row `index` of `split`, of `length` tokens; only recalled values are scored.
 
-        noise: the probability, in [0, 1], that a filler token is a random noise symbol; 1 to evaluate.
+        noise: the probability, in [0, 1], that a filler token is a random noise symbol; 1 in evaluation
         """
         rng = np.random.default_rng([seed, split_id(split), index])
         noisy = rng.random(self.length) < noise
@@ -59,7 +60,7 @@ class RecallTask:
         return Row(input_ids, labels, np.arange(self.length))
 
     def write(self, rng: np.random.Generator, input_ids: np.ndarray) -> np.ndarray:
-        """Writes the task over the filler, in place; returns the places of the scored tokens."""
+        """Write the task over the filler, in place; returns the indices of the scored tokens."""
         raise NotImplementedError
 
     def _check_sizes(self, least_gap: int, least_length: int) -> None:
@@ -76,11 +77,11 @@ class RecallTask:
 
 @dataclass(frozen=True)
 class MQAR(RecallTask):
-    """`num_pairs` key-value pairs, `gap` filler tokens, then each key once more, its value to be predicted.
+    """`num_pairs` key-value pairs, `gap` filler tokens, then each key once more; its value must be predicted.
 
-    The queries (key, value) lie at random even offsets behind the gap, in random order; the rest is filler.
-    Keys are distinct. Values are independent, so that seeing other answers tells nothing.
-    Raises ValueError where the sizes do not fit.
+    The queries (key, value) are at random even offsets after the gap, in random order; the rest is filler. Keys are
+    distinct. Values are independent, so other answers give no hint.
+    Raises ValueError if the sizes do not fit.
     """
 
     length: int = 128
@@ -96,7 +97,7 @@ class MQAR(RecallTask):
 
     @property
     def min_distance(self) -> int:
-        """Tokens back, at least, from the query key, which predicts a value, to the value to be recalled."""
+        """The least distance in tokens from the query key, which predicts a value, back to that value."""
         return self.gap + 1
 
     def write(self, rng: np.random.Generator, input_ids: np.ndarray) -> np.ndarray:
@@ -112,11 +113,11 @@ class MQAR(RecallTask):
 
 @dataclass(frozen=True)
 class Passkey(RecallTask):
-    """`MARK key d1..dn` somewhere in filler, `ASK key d1..dn` at the end, the n digits to be predicted.
+    """`MARK key d1..dn` somewhere in filler and `ASK key d1..dn` at the end; the n digits must be predicted.
 
-    Digits are any of the values. A digit lies at least `gap` tokens before the token that must predict it.
-    The needle's place is random; `depth` fixes it: 0 at the front, 1 as late as the gap allows.
-    Raises ValueError where the sizes do not fit.
+    Digits are any of the values. A digit is at least `gap` tokens before the token that predicts it. The needle's
+    place is random; `depth` fixes it: 0 at the front, 1 as late as the gap allows.
+    Raises ValueError if the sizes do not fit.
     """
 
     length: int = 128
@@ -135,7 +136,7 @@ class Passkey(RecallTask):
 
     @property
     def min_distance(self) -> int:
-        """Tokens back, at least, from the token that predicts a digit to the digit to be recalled."""
+        """The least distance in tokens from the token that predicts a digit back to that digit."""
         return self.gap
 
     def write(self, rng: np.random.Generator, input_ids: np.ndarray) -> np.ndarray:
@@ -154,7 +155,7 @@ class Passkey(RecallTask):
 
 @dataclass(frozen=True)
 class RecallSource:
-    """Rows of a task; in training the noise rises over `noise_ramp` (start, end; steps), else it is 1."""
+    """Rows of a task. In training, noise rises over the steps `noise_ramp` (start, end); otherwise it is 1."""
 
     task: RecallTask
     seed: int

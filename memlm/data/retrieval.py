@@ -1,7 +1,7 @@
-"""Samples of documents and a question, to teach a memory which documents to read and what to take from them.
+"""Samples of documents and a question, to teach a memory which documents to read and how to use them.
 
-A sample is ``[template | document 1 | ... | document N | question | template | answer]``; ``doc_ids`` hold
-the role of each token, as in ``memlm.roles``: the question is a query, the answer a response. Answers are scored.
+A sample is ``[template | document 1 | ... | document N | question | template | answer]``. ``doc_ids`` hold the role of
+each token, as in ``memlm.roles``: the question is a query, the answer a response. Answers are scored.
 
 Legend: T tokens of a row or a sample.
 """
@@ -20,8 +20,10 @@ from .templates import Writer
 
 
 class RetrievalRow(NamedTuple):
-    """int64 [T] each; the first three as in ``Row``. doc_ids: what each token is of; positives: 1 for tokens of the
-    documents that the question is about.
+    """int64 [T] each; the first three as in ``Row``.
+
+    doc_ids: the role of each token
+    positives: 1 for tokens of documents that answer the question
     """
 
     input_ids: np.ndarray
@@ -32,7 +34,7 @@ class RetrievalRow(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Token ids that are of one thing; role as in ``doc_ids``, found as in ``positives``."""
+    """Token ids with one role, as in ``doc_ids``; found as in ``positives``."""
 
     ids: Sequence[int]
     role: int
@@ -41,7 +43,7 @@ class Part(NamedTuple):
 
 
 def joined(parts: Sequence[Part]) -> RetrievalRow:
-    """A sample of parts in their order."""
+    """A sample from its parts, in order."""
     input_ids = np.concatenate([np.asarray(part.ids, np.int64) for part in parts])
     sizes = [len(part.ids) for part in parts]
     doc_ids, positives, scored = (np.repeat([int(p[i]) for p in parts], sizes).astype(np.int64) for i in (1, 2, 3))
@@ -57,8 +59,9 @@ def make_sample(
     tail: Sequence[int] = (),
     opening: Sequence[int] = (),
 ) -> RetrievalRow:
-    """Token ids of each part, and whether the question is about each document; tail: of the template, behind the
-    question; opening: what a response begins with, and nobody scores.
+    """A sample from token ids; each document comes with a flag that marks a positive.
+
+    tail: the template after the question; opening: the start of the response, which is not scored
     """
     parts = [Part(template, TEMPLATE)]
     parts += [Part(ids, number, found=found) for number, (ids, found) in enumerate(documents, 1)]
@@ -78,10 +81,11 @@ def transcript(
     asked: Sequence[str] = (),
     answer: str | None = None,
 ) -> list[Part]:
-    """What follows the documents, as ``memlm.Interleave`` would have it; scored is what the model writes.
+    """The parts of a sample after its documents, as in ``memlm.Interleave``; text that the model writes is scored.
 
-    read: texts by name of what it has asked for so far, round by round; asked: names that it asks for next; answer:
-    what it says, where that is all, as soon as it has read something
+    read: texts by name that were given so far, round by round
+    asked: names that the model asks for next
+    answer: the answer of a finished sample, directly after the last reading
     """
     parts = [
         Part(write("question", question=question), QUERY),
@@ -109,7 +113,7 @@ class Chain(NamedTuple):
 
 
 class Linked(NamedTuple):
-    """Texts of documents by name, questions about them, and the chance of a right answer of who has read nothing."""
+    """Texts of documents by name, and questions; chance: of a right answer without reading."""
 
     texts: dict[str, str]
     chains: list[Chain]
@@ -117,7 +121,7 @@ class Linked(NamedTuple):
 
 
 def pack(samples: Sequence[RetrievalRow], length: int, pad_id: int) -> RetrievalRow:
-    """One row of samples, and behind them padding, which is a document of its own that nobody scores."""
+    """One row of samples, then padding, which is a document of its own and not scored."""
     missing = length - sum(len(sample.input_ids) for sample in samples)
     if missing < 0:
         raise ValueError(f"samples have {length - missing} tokens, more than a row of {length}; raise data.seq_len")
@@ -129,7 +133,7 @@ def pack(samples: Sequence[RetrievalRow], length: int, pad_id: int) -> Retrieval
 
 
 class Inquiry(NamedTuple):
-    """Token ids of a question and its answer, and the numbers of the documents that it is about."""
+    """Token ids of a question and its answer, and the indices of the documents that it is about."""
 
     question: np.ndarray
     answer: np.ndarray
@@ -137,9 +141,9 @@ class Inquiry(NamedTuple):
 
 
 class Library(NamedTuple):
-    """Token ids of documents, what questions about them begin with, and the questions.
+    """Token ids of documents, the template before questions, and the questions.
 
-    chance: of a right answer, of who has read nothing; tail, opening: as ``make_sample`` takes them
+    chance: of a right answer without reading; tail, opening: as in ``make_sample``
     """
 
     template: np.ndarray
@@ -151,8 +155,10 @@ class Library(NamedTuple):
 
 
 class KeyedTask(RecallTask):
-    """A task of documents that hold keys of `key_length` symbols, each one of `num_keys`; from two symbols on splits
-    share no key. Samples have `num_documents` documents, or with `min_documents` any number between the two.
+    """A task of documents that hold keys of `key_length` symbols, each one of `num_keys`.
+
+    Keys of two or more symbols are different in each split. Samples have `num_documents` documents, or, if
+    `min_documents` is set, a random number between the two.
     """
 
     num_documents: int
@@ -167,11 +173,11 @@ class KeyedTask(RecallTask):
 
     @property
     def _sharing(self) -> int:
-        """How many splits the keys are dealt to."""
+        """The number of splits that the keys are divided among."""
         return len(SPLITS) if self.key_length > 1 else 1
 
     def _check_keys(self, symbols: int) -> None:
-        """symbols: how many keys and values may be made of."""
+        """symbols: the number of symbols available for keys and values."""
         for name, known in (("num_keys", KEYS), ("num_values", VALUES)):
             most = min(symbols, len(known))
             if not 1 <= getattr(self, name) <= most:
@@ -193,12 +199,12 @@ class KeyedTask(RecallTask):
         return self.num_documents if self.min_documents is None else self.min_documents
 
     def _count(self, rng: np.random.Generator) -> int:
-        """Documents of a sample."""
+        """The number of documents of a sample."""
         most = self.num_documents
         return most if self.min_documents is None else int(rng.integers(self.min_documents, most, endpoint=True))
 
     def _keys(self, rng: np.random.Generator, split: str, count: int) -> np.ndarray:
-        """Distinct keys of a split as numbers, whose digits are their symbols, [count]."""
+        """Distinct keys of a split as numbers, whose digits are the symbols, [count]."""
         numbers = rng.choice(self.keys_of_a_split, count, replace=False)
         return numbers * self._sharing + split_id(split) % self._sharing
 
@@ -209,12 +215,16 @@ class KeyedTask(RecallTask):
 
 @dataclass(frozen=True)
 class Facts(KeyedTask):
-    """`num_documents` documents of noise, in each somewhere a fact, `k1..km d1..dn`; the question is `ASK k1..km`,
-    the answer the fact's n digits. Keys are distinct, and those of two symbols and more are other ones in each split;
-    digits are any of the values, lengths of documents at random.
+    """`num_documents` documents of noise, each with one fact `k1..km d1..dn` at a random place.
 
-    length: tokens of the sample. key_length: symbols of a key. alike: of a sample's keys, how many, if there are such,
-    differ from the one asked for in a single symbol. Raises ValueError where the sizes do not fit.
+    The question is `ASK k1..km`, the answer the fact's n digits. Keys are distinct; those of two or more symbols are
+    different in each split. Digits are any of the values; documents have random lengths.
+
+    length: tokens of the sample
+    key_length: symbols of a key
+    alike: number of keys that differ from the asked one in a single symbol, if there are as many
+
+    Raises ValueError if the sizes do not fit.
     """
 
     length: int = 128
@@ -238,14 +248,14 @@ class Facts(KeyedTask):
             raise ValueError(f"length={self.length} is too short for {self}; make it at least {least}")
 
     def scaled(self, factor: float) -> Self:
-        """The same task at `factor` times the length and the documents, as far as there are keys."""
+        """The same task at `factor` times the length and the documents, limited by the number of keys."""
         documents = min(round(self.num_documents * factor), self.keys_of_a_split)
         fewest = self.min_documents and min(round(self.min_documents * factor), documents)
         length = round(self.length * factor)
         return replace(self, length=length, num_documents=documents, min_documents=fewest)
 
     def sample(self, seed: int, split: str, index: int, noise: float) -> RetrievalRow:
-        """Row `index` of `split`; noise: the probability that a token beside the facts is noise, and not blank."""
+        """Row `index` of `split`; noise: the probability that a token outside the facts is noise instead of blank."""
         rng = np.random.default_rng([seed, split_id(split), index])
         count = self._count(rng)
         numbers, asked = self._keys(rng, split, count), rng.integers(count)
@@ -257,7 +267,9 @@ class Facts(KeyedTask):
         return make_sample([MARK], told, [ASK, *keys[asked]], digits[asked])
 
     def library(self, seed: int, split: str, documents: int, questions: int) -> Library:
-        """So many documents as long as those of a sample, and questions about as many of them as there are."""
+        """`documents` documents as long as those of a sample, and at most `questions` questions, each about another
+        one.
+        """
         rest = 2 + self.key_length + self.digits
         length = rest + -(-(self.length - rest) * documents // self.num_documents)
         many = replace(self, length=length, num_documents=documents, min_documents=None, alike=0)

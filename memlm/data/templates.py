@@ -1,7 +1,6 @@
-"""The texts around names, documents, questions and answers, in one place: training samples are written in them, a bank
-reads documents in them, and ``memlm.Interleave`` asks in them.
+"""The texts around names, documents, questions and answers. Training samples, banks and ``memlm.Interleave`` use them.
 
-A question's transcript, in the roles of ``doc_ids``, with what the model writes in capitals::
+The transcript of a question, with the roles of ``doc_ids`` below; capitals mark the model's output::
 
     head | question | tail, response | NAME NAME END_OF_NAMES | passage passage end_of_passages | NAME END_OF_NAMES
     -2     0          -2, -1           -1                       0                                  -1
@@ -33,16 +32,16 @@ _QUESTION, _ANSWER = "<the question>", "<the answer>"
 
 @dataclass(frozen=True)
 class Templates:
-    """As released with MSA-4B, which puts no token into Qwen3's vocabulary.
+    """The texts of the released MSA-4B, which adds no token to Qwen3's vocabulary.
 
-    document: what a bank reads of one, with {name} and {text}
-    head, question ({question}), tail, response: what a model is asked
-    name ({name}), end_of_names: how it asks to read, one or more
-    passage ({name}, {text}) of each, end_of_passages: what it is then given
-    end_of_retrieval: how it says that it has read enough; restated ({question}): what it is then given
-    answer ({answer}): how it answers; its end-of-text token follows
+    document: a document in the bank, with {name} and {text}
+    head, question ({question}), tail, response: the question to the model
+    name ({name}), end_of_names: the model's request for one or more documents
+    passage ({name}, {text}) for each, end_of_passages: the documents that are then given
+    end_of_retrieval: the model's signal that it has read enough; restated ({question}): the text that is then given
+    answer ({answer}): the answer; an end-of-text token follows
 
-    Raises ValueError where a text lacks what must stand in it, or holds what cannot.
+    Raises ValueError if a text lacks a required field or has an unknown one.
     """
 
     document: str = "<|im_start|>[{name}]. {text}[{name}]<|im_end|>"
@@ -82,14 +81,14 @@ class Templates:
 
     @classmethod
     def plain(cls) -> Self:
-        """Documents as they are, the question on a line of its own, and the answer at once."""
+        """Documents as they are, the question on its own line, and the answer directly after it."""
         return cls(document="{text}", head="", question="\n{question}\n", tail="", response="", answer="{answer}")
 
     @classmethod
     def chat(cls, tokenizer: PreTrainedTokenizerFast) -> Self:
-        """The same within the tokenizer's chat template: documents and question in the user's turn.
+        """The same inside the tokenizer's chat template: documents and question in the user's turn.
 
-        Raises ValueError for a tokenizer without a template, or with one that does not tell the turns.
+        Raises ValueError if the tokenizer has no template, or one that does not separate the turns.
         """
         if not tokenizer.chat_template:
             raise ValueError(
@@ -117,33 +116,33 @@ class Templates:
 
     @property
     def named(self) -> bool:
-        """Whether documents say their names, so that a model can ask for them."""
+        """Whether documents show their names, so that a model can ask for them."""
         return "{name}" in self.document
 
     def pieces(self, key: str, **given: str) -> list[Piece]:
-        """A text with what is given in its places, as it is: it may hold braces. Only the text's own special tokens
-        are such.
+        """A template with its fields filled in. The given texts are inserted literally: braces and names of special
+        tokens in them are plain text.
         """
         parts = re.split(r"\{(\w+)\}", getattr(self, key))
         return [Piece(given[part], False) if i % 2 else Piece(part, True) for i, part in enumerate(parts)]
 
     def named_in(self, written: str) -> list[str]:
-        """The names that what a model has written asks for, each once."""
+        """The names in a request that a model has written, each once."""
         before, behind = map(re.escape, self.name.split("{name}", 1))
         text = written.split(self.end_of_names)[0]
         return list(dict.fromkeys(re.findall(f"{before}(.+?){behind}", text, re.DOTALL)))
 
     def check_name(self, name: str) -> None:
-        """Raise ValueError for a name that could not be told from what stands around it."""
+        """Raise ValueError if a name cannot be told from the text around it."""
         written = self.name.replace("{name}", name)
         if self.named_in(written + self.end_of_names) != [name] or any(getattr(self, key) in name for key in CONTROLS):
             raise ValueError(
-                f"documents: {name!r} cannot be a name, for it would not be read as one between the texts of "
+                f"documents: {name!r} cannot be a name, because it would not be read as one between the texts of "
                 f"name={self.name!r} and {CONTROLS[0]}={self.end_of_names!r}; name it otherwise"
             )
 
     def answer_in(self, written: str) -> str:
-        """The answer, where what a model has written holds one; or all of it."""
+        """The answer within a model's output, or all of the output if it has no marked answer."""
         before, behind = self.answer.split("{answer}", 1)
         text = written.rpartition(before.rstrip())[2] if before.strip() else written
         return text.strip().removesuffix(behind.strip()).rstrip()
@@ -160,18 +159,18 @@ class Writer:
         return self._encode(self.templates.pieces(key, **given))
 
     def names(self, names: Iterable[str]) -> list[int]:
-        """What asks for documents."""
+        """The request for these documents."""
         pieces = [piece for name in names for piece in self.templates.pieces("name", name=name)]
         return self._encode(pieces + self.templates.pieces("end_of_names"))
 
     def passages(self, texts: Mapping[str, str]) -> list[int]:
-        """What is then given of them, by name."""
+        """The passages that are given of documents, by name."""
         passages = (self.templates.pieces("passage", name=name, text=text) for name, text in texts.items())
         pieces = [piece for passage in passages for piece in passage]
         return self._encode(pieces + self.templates.pieces("end_of_passages"))
 
     def told_enough(self, question: str, said: bool) -> list[int]:
-        """What stands before an answer; said: by the model itself, that it has read enough."""
+        """The text before an answer; said: whether the model itself wrote ``end_of_retrieval``."""
         pieces = [] if said else self.templates.pieces("end_of_retrieval")
         return self._encode(pieces + self.templates.pieces("restated", question=question))
 

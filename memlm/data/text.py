@@ -1,4 +1,4 @@
-"""Text corpora: documents encoded once into a token file, kept on disk and read as endless rows.
+"""Text corpora: documents encoded once into a token file on disk, and read as endless rows.
 
 Legend: T tokens of a row.
 """
@@ -22,17 +22,16 @@ from .row import IGNORE_INDEX, SPLITS, Row, split_id
 from .tokenizer import encoder, fingerprint
 
 _FILES = ("tokens.bin", "documents.npy", "manifest.json")
-# Part of every corpus's fingerprint; raise it when the files or the way of splitting change.
+# Part of every corpus's fingerprint; increase it if the files or the splitting change.
 _FORMAT = 2
 
 
 class TextCorpus:
-    """Documents, encoded, each ended by the end-of-text token.
+    """Encoded documents, each followed by the end-of-text token.
 
-    They are encoded once, into a folder of their cache: `tokens.bin`, `documents.npy` and `manifest.json`,
-    named after the files' and the tokenizer's content. `manifest` is the last of these and the files left out.
-    Processes that start together should let one of them build first; if they do not, each builds and the first to
-    finish counts.
+    They are encoded once, into a cache folder named after the content of the files and the tokenizer: `tokens.bin`,
+    `documents.npy` and `manifest.json`. `manifest` holds the last one, and the files left out. Processes that start
+    together should let one of them build first; otherwise each builds, and the first one to finish counts.
     """
 
     def __init__(self, documents: Documents, tokenizer: PreTrainedTokenizerFast):
@@ -54,13 +53,13 @@ class TextCorpus:
             yield (f"{name}:{row}" if row else name), self.tokens(*self._spans[index])
 
     def spans(self, split: str) -> np.ndarray:
-        """int64 [documents, 2]: where the tokens of each document of the split begin and end."""
+        """int64 [documents, 2]: the start and end of each document's tokens in the token file."""
         return self._spans[self._splits == split_id(split)]
 
     def tokens(self, start: int, end: int) -> np.ndarray:
-        """[end - start] of the token file, in its own small integer type; a view, not a copy.
+        """[end - start] tokens of the token file, in its own small integer type; a view, not a copy.
 
-        Raises ValueError if the file has changed: behind its end, the process would be killed.
+        Raises ValueError if the file has changed: reading a truncated mapped file would kill the process.
         """
         self._file.check()
         return self._tokens[start:end]
@@ -69,10 +68,10 @@ class TextCorpus:
 class TextSource:
     """Endless rows of `seq_len` tokens of a corpus, drawn anew each epoch.
 
-    An epoch puts the split's documents in random order, one behind the other, cuts them into rows (less than
-    a row is left over) and puts these in random order. Nothing is copied: a row is looked up when asked for.
-    Positions restart at 0 at each document's start; there nothing is scored, for nothing before it is known.
-    Raises ValueError where a split is smaller than one row.
+    An epoch concatenates the split's documents in random order, cuts them into rows (the last, shorter one is
+    dropped), and shuffles the rows. Nothing is copied: a row is looked up on demand. Positions restart at 0 at each
+    document's start; the first token is not scored, because nothing before it predicts it.
+    Raises ValueError if a split is smaller than one row.
     """
 
     def __init__(self, corpus: TextCorpus, seq_len: int, seed: int):
@@ -107,7 +106,7 @@ class TextSource:
         return Row(input_ids, np.where(position_ids == 0, IGNORE_INDEX, input_ids), position_ids)
 
     def _draw_epoch(self, split: str, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Spans of the documents in this epoch's order, their ends when laid in a line, the rows' order."""
+        """Spans of the documents in this epoch's order, their cumulative ends, and the order of the rows."""
         rng = np.random.default_rng([self.seed, split_id(split), epoch])
         spans = rng.permutation(self.corpus.spans(split))
         ends = np.cumsum(spans[:, 1] - spans[:, 0])

@@ -1,4 +1,4 @@
-"""Tokenizers: the byte tokenizer, any of Hugging Face's, or a BPE trained on the corpus itself."""
+"""Tokenizers: the byte tokenizer, any tokenizer of Hugging Face, or a BPE trained on the corpus."""
 
 import hashlib
 import json
@@ -16,18 +16,18 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from .documents import Documents
 
 _SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
-# Part of the name of every cached BPE; raise it when the way of training changes.
+# Part of the name of every cached BPE; increase it if training changes.
 _BPE_FORMAT = 1
-# Tables of this size are made before a token is read.
+# Tables of this size are allocated before a token is read.
 _MOST_ENTRIES = 2**22
-# Characters of a token, beyond what the mean over any text comes to.
+# Characters of the longest token, above the mean of any text.
 _LONGEST = 64
 _ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """259 entries: ids 0..255 are the bytes of the text in UTF-8, then <pad>, <bos>, <eos>, never added."""
-    # The byte-level alphabet writes printable Latin-1 bytes as themselves, the others as signs from 256 on.
+    # The byte-level alphabet maps printable Latin-1 bytes to themselves, and the others to code points from 256 on.
     printable = {ord(sign): sign for sign in _ALPHABET if ord(sign) < 256}
     others = (sign for sign in _ALPHABET if ord(sign) >= 256)
     backend = Tokenizer(models.BPE({printable.get(byte) or next(others): byte for byte in range(256)}, []))
@@ -36,10 +36,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(spec: str | Mapping[str, int], corpora: Sequence[Documents] = ()) -> PreTrainedTokenizerFast:
-    """spec: "byte"; a folder or hub name for AutoTokenizer; or {"bpe": vocab_size}, trained on the training
-    split of `corpora`, the same for the same files, and kept in their cache.
+    """spec: "byte"; a folder or hub name for AutoTokenizer; or {"bpe": vocab_size}: a BPE trained on the training
+        split of `corpora`, deterministic, and kept in their cache.
 
-    Raises ValueError for any other spec, a tokenizer without <eos>, or a BPE the corpora cannot fill.
+    Raises ValueError for another spec, a tokenizer without <eos>, or a BPE larger than the corpora can fill.
     """
     if spec == "byte":
         return byte_tokenizer()
@@ -56,18 +56,18 @@ def load_tokenizer(spec: str | Mapping[str, int], corpora: Sequence[Documents] =
 
 
 def read_tokenizer(kind: type[AutoTokenizer | PreTrainedTokenizerFast], source: str | Path) -> PreTrainedTokenizerFast:
-    """``kind.from_pretrained``. Raises ValueError, one line, whatever the files hold."""
+    """``kind.from_pretrained``. Raises ValueError in one line, whatever the files contain."""
     try:
         return kind.from_pretrained(source)
     except (KeyboardInterrupt, SystemExit):
         raise
-    # `tokenizers` raises plain Exceptions, and panics, which are none; transformers what its code meets first.
+    # `tokenizers` raises plain Exceptions, and panics, which are not Exceptions; transformers raises anything.
     except BaseException as error:
         raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from error
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Raises OSError where the disk does not take it; `tokenizers` raises a plain Exception there."""
+    """Raises OSError if it cannot be written, where `tokenizers` raises a plain Exception."""
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:
@@ -86,7 +86,7 @@ def _check(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """sha256 of all that decides how a text is encoded."""
+    """SHA-256 of everything that determines how a text is encoded."""
     content = f"{tokenizer.eos_token_id} {_plain_backend(tokenizer).to_str()}"
     return hashlib.sha256(content.encode()).hexdigest()
 
@@ -96,7 +96,7 @@ def is_byte_tokenizer(tokenizer: PreTrainedTokenizerFast) -> bool:
 
 
 def encoder(tokenizer: PreTrainedTokenizerFast, special: bool = False) -> Callable[[str], np.ndarray]:
-    """text -> its token ids [T]; names of special tokens in the text are text unless special, and none is added."""
+    """text -> token ids [T]. Names of special tokens count as text unless `special`, and no token is added."""
     if is_byte_tokenizer(tokenizer):
         return lambda text: np.frombuffer(text.encode(), np.uint8)
     backend = _plain_backend(tokenizer)
@@ -105,24 +105,24 @@ def encoder(tokenizer: PreTrainedTokenizerFast, special: bool = False) -> Callab
 
 
 class Piece(NamedTuple):
-    """A piece of a text; own: whether names of special tokens in it are such."""
+    """A piece of a text; own: whether names of special tokens in it stand for these tokens."""
 
     text: str
     own: bool
 
 
 def piece_encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[Iterable[Piece]], list[int]]:
-    """pieces -> token ids of their texts as one: between special tokens, tokens may be of several pieces."""
+    """pieces -> token ids of their concatenation; between special tokens, a token may span several pieces."""
     return _piece_encoder(tokenizer, len(tokenizer))
 
 
 @lru_cache(maxsize=4)
 def _piece_encoder(tokenizer: PreTrainedTokenizerFast, entries: int) -> Callable[[Iterable[Piece]], list[int]]:
-    # Copying a large tokenizer takes longer than a question; entries: it may have got more since.
+    # Copying a large tokenizer takes longer than encoding a question; entries may have been added since.
     encode = encoder(tokenizer)
     ids = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     ids = {} if is_byte_tokenizer(tokenizer) else ids
-    # The longest first; the group keeps what it splits at.
+    # The longest first; the group keeps the separators.
     names = "|".join(map(re.escape, sorted(ids, key=len, reverse=True)))
     special = re.compile(f"({names})" if names else "(?!)")
 
@@ -140,7 +140,9 @@ def _piece_encoder(tokenizer: PreTrainedTokenizerFast, entries: int) -> Callable
 
 
 def shortener(tokenizer: PreTrainedTokenizerFast) -> Callable[[str, int], str]:
-    """(text, limit) -> its beginning of at most so many tokens, but a character at least. It costs what is left."""
+    """(text, limit) -> a beginning of at most `limit` tokens and at least one character. The cost depends on the
+    result's length.
+    """
     if is_byte_tokenizer(tokenizer):
         return lambda text, limit: text[:limit].encode()[:limit].decode(errors="ignore") or text[:1]
     backend = _plain_backend(tokenizer)
@@ -149,7 +151,7 @@ def shortener(tokenizer: PreTrainedTokenizerFast) -> Callable[[str, int], str]:
     def shortened(text: str, limit: int) -> str:
         text = text[: _LONGEST * limit]
         while len(text) > 1 and len(tokens := backend.encode(text, add_special_tokens=False).offsets) > limit:
-            # Of a beginning alone the tokens may be others, and more.
+            # The beginning alone may be encoded differently, into more tokens.
             text = text[: max(1, min(tokens[limit][0], len(text) - 1))]
         return text
 
@@ -157,10 +159,10 @@ def shortener(tokenizer: PreTrainedTokenizerFast) -> Callable[[str, int], str]:
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
-    """int64 [vocabulary]: how many UTF-8 bytes of text each token stands for, 0 for special tokens.
+    """int64 [vocabulary]: the number of UTF-8 bytes of text for each token, 0 for special tokens.
 
-    Bits per byte are the summed nats of the tokens / (ln 2 * their summed bytes). Exact for byte-level
-    tokenizers; a SentencePiece one counts one space too many where it puts one before a text.
+    Bits per byte are the summed nats of the tokens / (ln 2 * their summed bytes). Exact for byte-level tokenizers; a
+    SentencePiece one that prepends a space to a text counts one byte too many.
     Raises ValueError for tokenizers that lose bytes of the text, such as WordPiece.
     """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -228,7 +230,7 @@ def _byte_level(backend: Tokenizer, use_regex: bool) -> PreTrainedTokenizerFast:
 
 
 def _plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """A copy without what earlier calls may have left in it."""
+    """A copy without state from earlier calls."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
