@@ -5,9 +5,9 @@ Importing memlm registers its model with transformers' Auto classes. README.md b
 Files:
 
     configuration       ``MemLMConfig``, the one schema of a model
-    modeling            the decoder and its head; a call's padding is moved to the end of each row here
+    modeling            the decoder and its head; moves padding to the end of each row
     loss                the training loss: the cross-entropy, and the losses that mixers add
-    generation          transformers' ``generate`` over a memory
+    generation          transformers' ``generate`` with a memory
     cache               ``MemoryCache``, the memory of one or many streams as an object
     layers              RMSNorm, rotary positions, SwiGLU, short convolution
     memory              the memory slot, and one file per memory
@@ -18,12 +18,12 @@ Files:
     training            ``train.py``: the loop, checkpoints, resumption
     evaluation          ``evaluate.py``: measures, tables, the report
     hub                 checkpoints: loading, and conversion of foreign ones
-    cli                 the command line: a user's mistake in one line, the preset for a GPU
-    fingerprint         which weights made a memory or a bank; checksums of tensors
+    cli                 the command line: one-line errors, the preset for a GPU
+    fingerprint         fingerprints of weights, for memories and banks; checksums of tensors
     roles               the roles of tokens: query, response, template
-    settings            settings of a user: types, ranges and the nearest name, checked before anything is built
+    settings            checks of settings: types, ranges, the nearest name
     plugins             memories, data and measures of installed packages
-    files               files and folders written whole, with digests and a lock; JSON with one-line errors
+    files               files and folders that appear completely or not at all; digests, a lock, JSON
     flops               parameters and FLOPs, counted
 """
 

@@ -1,4 +1,4 @@
-"""What a model remembers, as a user's object: keep it, copy it, save it, go on from it."""
+"""``MemoryCache``: the memory of a model as a user's object. Keep it, copy it, save it, continue from it."""
 
 import re
 from collections.abc import Callable
@@ -16,26 +16,30 @@ from memlm.fingerprint import Snapshot, digest_of, fingerprint, made_by
 from memlm.memory.rows import Rows, State
 
 _FILE = "memory.safetensors"
-# Odd, so that no id is lost among the lower bits.
+# Odd, so that no id gets lost in the lower bits.
 _FACTOR = 6364136223846793005
-# Of a file; "digest" is of all that is in it but itself.
+# Metadata of a file; "digest" covers everything in it except itself.
 _WORDS = ("fingerprint", "signature", "seen", "start", "digest")
 
 
 class MemoryCache(Cache):
-    """The states of all layers of one model for a batch of streams.
+    """The states of all layers of one model, for a batch of streams. Pass it as ``past_key_values``.
 
-    read: [B], a hash of the ids that each stream has read, by which ``generate`` recognises them at the start of a
-        prompt; None where some were not ids
+    >>> memory = memlm.MemoryCache()
+    >>> model(book_ids, past_key_values=memory)
+    >>> memory.save("memories/book")
+    >>> answer = model.generate(question_ids, past_key_values=memory.fork())
 
-    What states say never changes in place, so ``fork`` is free and a failed call leaves the memory as it
-    was. Pass it as ``past_key_values``; once filled, it refuses models of another configuration, dtype or weights.
+    States are never changed in place, so ``fork`` is free, and a failed call leaves the memory as it was. A filled
+    memory refuses models of another configuration, dtype or weights.
 
-    The model that goes on with a memory is known by being the same object, so that it costs nothing, and may be
-    trained meanwhile, as truncated backpropagation does. Weights are compared where a file or another object comes
-    in: ``save`` refuses if they changed since the memory began or was loaded, and the first call after ``load``, and
-    each call with another model than before, refuses if they are not those that made the memory. A memory keeps its
-    model alive.
+    A model object that continues its own memory is recognised by identity, at no cost. It may be trained meanwhile, as
+    in truncated backpropagation. Weights are compared in two cases. ``save`` compares the model with its weights when
+    the memory began or was loaded. The first call after ``load``, or with another model object, compares the model's
+    fingerprint. A memory keeps its model alive.
+
+    read: [B], a hash of the ids that each stream has read; ``generate`` recognises these ids at the start of a prompt.
+        None if some inputs were not ids
     """
 
     is_compileable = False
@@ -46,16 +50,16 @@ class MemoryCache(Cache):
 
     def _forget(self) -> None:
         self.states: list[State] = []
-        # The place of each row's next token, and the same on the host where it is known (see ``Rows``).
+        # The position of each row's next token, and the same as a Python int if known (see ``Rows``).
         self.position: Tensor | None = None
         self.start: int | None = 0
         self.signature: str | None = None
         self.seen = 0
         self.read: Tensor | None = None
-        # The model that goes on with it, and its weights when it began.
+        # The model that continues it, and a snapshot of its weights.
         self.model: PreTrainedModel | None = None
         self.weights: Snapshot | None = None
-        # Of the weights that a file names, until a model with them goes on; None: any will do.
+        # The fingerprint in the file, until a model continues the memory; None accepts any weights.
         self.fingerprint: str | None = None
 
     def __len__(self) -> int:
@@ -69,7 +73,7 @@ class MemoryCache(Cache):
         return self.states[layer_idx] if self.states else None
 
     def check(self, model: PreTrainedModel, dtype: torch.dtype, batch_size: int) -> None:
-        """Raise ValueError if this memory belongs to another decoder, to inputs of another dtype, or batch size."""
+        """Raise ValueError if this memory belongs to another decoder, dtype or batch size."""
         if not self.states:
             return
         if model is not self.model or not (self.signature or "").endswith(f"-{_name(dtype)}"):
@@ -97,36 +101,40 @@ class MemoryCache(Cache):
 
     def made_of(self) -> str | None:
         """The fingerprint of the weights that made this memory; None if it was loaded with strict=False and not used
-        since. Raises ValueError if they were changed meanwhile, so that nobody can tell.
+        yet.
+
+        Raises ValueError if the model's weights have changed since the memory began.
         """
         if self.model is None or self.weights is None:
             return self.fingerprint
         if not self.weights.holds(self.model):
             raise ValueError(
-                "the model was trained or changed since this memory began, so that its weights are not those that "
-                "made it; read again with a new MemoryCache, or save it with strict=False, as made by those of now"
+                "the model was trained or changed since this memory began, so its present weights did not make the "
+                "memory; read again with a new MemoryCache, or save with strict=False, under the present weights"
             )
         return fingerprint(self.model)
 
     def replace(
         self, states: list[State], rows: Rows, model: PreTrainedModel, dtype: torch.dtype, read: Tensor | None
     ) -> None:
-        """Store the states after a call, where its rows stand, and the hash of all ids that they come from."""
+        """Store the states after a call, the positions of its rows, and the hash of all ids read."""
         if self.model is not model:
             self.model, self.weights, self.signature = model, Snapshot(model), _signature(model, dtype)
         self.states, self.seen, self.read = states, self.seen + rows.length, read
         self.position, self.start = rows.after_B, rows.next_start
 
     def reading(self, ids_BT: Tensor | None, mask_BT: Tensor | None = None) -> Tensor | None:
-        """The hash [B] after these ids [B, T], less those that the mask [B, T] leaves out; asks no device."""
+        """The hash [B] after these ids [B, T], without ids that the mask [B, T] excludes. Does not wait for the
+        device.
+        """
         if ids_BT is None or (self.states and self.read is None):
             return None
         read_B = ids_BT.new_zeros(len(ids_BT), dtype=torch.int64) if self.read is None else self.read
         return _hashed(read_B.to(ids_BT.device), ids_BT, mask_BT)
 
     def begins(self, ids_BT: Tensor, mask_BT: Tensor) -> bool:
-        """Whether every row of a prompt begins with all that its stream, or each of its beams, has read; asks the
-        device once.
+        """Whether each row of a prompt begins with all ids that its stream, or each of its beams, has read. Waits once
+        for the device.
         """
         if self.read is None or ids_BT.shape[1] < self.seen or not len(ids_BT) or len(self.read) % len(ids_BT):
             return False
@@ -141,7 +149,7 @@ class MemoryCache(Cache):
         return -1 if self.position is None else len(self.position)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens given so far, padding included."""
+        """Tokens passed so far, with padding."""
         return self.seen
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
@@ -151,11 +159,11 @@ class MemoryCache(Cache):
         return -1
 
     def nbytes(self) -> int:
-        """Bytes of state for the whole batch, without the room in which keys grow (``memlm.memory.kv``)."""
+        """Bytes of state for the whole batch, without spare room for growing keys (``memlm.memory.kv``)."""
         return sum(x.numel() * x.element_size() for state in self.states for x in state.values())
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
-        # Layers that share a tensor share its image too.
+        # Layers that share a tensor also share its result.
         made: dict[int, Tensor] = {}
         for state in self.states:
             made |= {id(x): function(x) for x in state.values() if id(x) not in made}
@@ -168,9 +176,9 @@ class MemoryCache(Cache):
         self._map(lambda x: x.index_select(0, rows.to(x.device)))
 
     def _rows(self, name: str, rows: Tensor | list[int]) -> Tensor:
-        """Indices of rows, from indices or a mask, which may count from the end. Raises ValueError for others."""
+        """Indices of rows, from indices (negative ones count from the end) or a mask. Raises ValueError for others."""
         rows = torch.as_tensor(rows)
-        # An empty list is of floats to torch.
+        # An empty list has dtype float in torch.
         rows = rows if rows.numel() else rows.long()
         size = max(self.batch_size, 0)
         if rows.dtype == torch.bool and rows.shape == (size,):
@@ -178,7 +186,7 @@ class MemoryCache(Cache):
         if rows.ndim != 1 or rows.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
             shape = list(rows.shape)
             raise ValueError(f"{name}: {rows.dtype} {shape} must be indices of the memory's {size} rows, or a mask")
-        # Indices on a GPU are torch's to check, so that nobody waits for it.
+        # torch checks indices on a GPU, so the host does not wait.
         if rows.device.type == "cpu" and len(wrong := rows[(rows < -size) | (rows >= size)]):
             raise ValueError(
                 f"{name}: there is no row {int(wrong[0])} in a memory of {size} rows; give 0 to {size - 1}"
@@ -194,15 +202,15 @@ class MemoryCache(Cache):
         self._select("indices", indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row ``repeats`` times."""
+        """Repeat every row ``repeats`` times."""
         if repeats < 0:
             raise ValueError(f"repeats={repeats} must be at least 0")
         self._map(lambda x: x.repeat_interleave(repeats, 0))
 
     def reset(self, rows: Tensor | list[int] | None = None) -> None:
-        """Forget everything, or what the given rows (indices, or a mask) remember.
+        """Forget everything, or the content of the given rows (indices, or a mask).
 
-        A row at position 0 is a new document to every mixer, whatever else its state holds.
+        A row at position 0 begins a new document in every mixer; the rest of its state has no effect.
         """
         if rows is None:
             self._forget()
@@ -214,7 +222,7 @@ class MemoryCache(Cache):
         raise ValueError("a recurrent memory cannot be cropped; fork() it before the tokens you may take back")
 
     def fork(self) -> "MemoryCache":
-        """An independent copy; costs nothing until one of the two goes on."""
+        """An independent copy. It shares the tensors, so it costs nothing until one of the two continues."""
         other = MemoryCache()
         other.__dict__ |= self.__dict__
         other.states = [dict(s) for s in self.states]
@@ -223,17 +231,17 @@ class MemoryCache(Cache):
     __copy__ = fork
 
     def __deepcopy__(self, memo: Any) -> "MemoryCache":
-        # The model is not the memory's to copy, and tensors with a gradient history cannot be.
+        # The model is not copied, and tensors with a gradient history cannot be.
         other = self.fork()
         other._map(lambda x: x.detach().clone())
         return other
 
     def __getstate__(self) -> dict[str, Any]:
-        # Whoever unpickles it has a model of its own.
+        # The process that unpickles it has its own model.
         return self.__dict__ | {"model": None, "weights": None, "fingerprint": self.made_of()}
 
     def detach(self) -> "MemoryCache":
-        """The same memory without its gradient history, for truncated backpropagation."""
+        """Cut the gradient history, for truncated backpropagation; returns the memory itself."""
         self._map(Tensor.detach)
         return self
 
@@ -242,10 +250,12 @@ class MemoryCache(Cache):
         return self
 
     def save(self, directory: str | Path, strict: bool = True) -> None:
-        """Write ``directory/memory.safetensors``, whole or not at all; of several who write, one stays.
+        """Write ``directory/memory.safetensors`` completely or not at all. Of several writers, one wins.
 
-        strict: False for a memory whose model has been trained since it began, which is then known as made by the
-            weights of now, or which was loaded so. Raises ValueError for an empty memory.
+        strict: if false, save even if the model was trained after the memory began, or if the memory was loaded with
+            strict=False. The file then has the fingerprint of the present weights
+
+        Raises ValueError for an empty memory.
         """
         if not self.states:
             raise ValueError("an empty memory cannot be saved; run the model with it first")
@@ -268,8 +278,9 @@ class MemoryCache(Cache):
     def load(cls, directory: str | Path, device: torch.device | str = "cpu", strict: bool = True) -> "MemoryCache":
         """The memory that ``save`` wrote, for the model that made it.
 
-        strict: False for a model of other weights, which goes on with it all the same. Raises ValueError for a file
-            that is damaged or not a memory.
+        strict: if false, a model with other weights may continue it
+
+        Raises ValueError if the file is damaged or not a memory.
         """
         path = Path(directory) / _FILE
         if not path.is_file():
@@ -279,7 +290,7 @@ class MemoryCache(Cache):
             try:
                 return cls._read(path, device, strict)
             except ValueError:
-                # safetensors opens a file twice: somebody may have replaced it in between.
+                # safetensors opens a file twice; another process may have replaced it in between.
                 if _identity(path) == before:
                     raise
 
@@ -329,7 +340,7 @@ def _digest(tensors: dict[str, Tensor], words: dict[str, str]) -> str:
 
 
 def _layers(path: Path, tensors: dict[str, Tensor]) -> list[State]:
-    """States by layer from tensors named ``layer.name``, which must be of all layers, and of one number of rows."""
+    """States by layer from tensors named ``layer.name``. All layers and equal numbers of rows are required."""
     layers: dict[str, State] = {}
     for key, x in tensors.items():
         layer, _, name = key.partition(".")
@@ -349,12 +360,12 @@ def _count(path: Path, seen: str) -> int:
 
 
 def _hashed(before_B: Tensor, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
-    """A hash modulo 2 ** 64 that goes on over any division of a text into calls."""
+    """A hash modulo 2 ** 64 that does not depend on how a text is divided into calls."""
     value_BT, factor_BT = ids_BT.long() + 1, torch.full_like(ids_BT, _FACTOR, dtype=torch.int64)
     if mask_BT is not None:
         real_BT = mask_BT.to(ids_BT.device).bool()
         value_BT, factor_BT = value_BT * real_BT, factor_BT.where(real_BT, 1)
-    # The product of the factors from each token to the end.
+    # The product of the factors from each token to the last.
     after_BT = factor_BT.flip(1).cumprod(1).flip(1)
     whole_B = after_BT[:, 0] if ids_BT.shape[1] else 1
     return before_B * whole_B + (value_BT * after_BT).sum(1)

@@ -1,4 +1,4 @@
-"""Between the command line and ``run(cfg)``: one readable line for a user's mistake, and the preset for a GPU."""
+"""Between the command line and ``run(cfg)``: one line for a user's mistake, and the preset for a GPU."""
 
 import io
 import itertools
@@ -27,7 +27,7 @@ from memlm.settings import require, suggest
 _MISTAKES = (ValueError, OSError, HydraException, OmegaConfBaseException, YAMLError, RecursionError)
 TRACED = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
-# Keys of earlier versions, and where to turn.
+# Keys of earlier versions, and their replacements.
 _GONE = {
     "train.gradient_accumulation": "train.batch_size is all rows of a step, train.micro_batch_size those of a forward"
 }
@@ -35,18 +35,18 @@ _GONE = {
 
 @contextmanager
 def user_errors(config_dir: Path, config: str) -> Iterator[None]:
-    """Print mistakes in configuration or input as one line and exit with code 2, or, after a signal, with 128 and its
+    """Print mistakes in configuration or input as one line and exit with code 2; after a signal, exit with 128 + its
     number.
 
     HYDRA_FULL_ERROR=1 shows the traceback instead.
     """
     for stream in (sys.stdout, sys.stderr):
-        # Names may have letters that a terminal lacks.
+        # Names may have letters that the terminal cannot show.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    # Saving and loading are instant beside training, and one progress bar is enough.
+    # Saving and loading are fast compared with training, and one progress bar is enough.
     disable_progress_bar()
-    # Hydra then raises what it would otherwise print over many lines.
+    # Hydra then raises errors instead of printing them over many lines.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield
@@ -62,10 +62,10 @@ def user_errors(config_dir: Path, config: str) -> Iterator[None]:
 
 
 def leave_group(code: int = 0) -> None:
-    """End a process that is one of several, at once, with this exit code.
+    """End one process of several at once, with this exit code.
 
-    A thread of gloo's may still need the interpreter to let go of its last tensors. Taking the process group down
-    waits for that thread with the interpreter held, for ever; the interpreter's end aborts it (torch 2.13).
+    A thread of gloo may still need the interpreter's lock to release its last tensors. Destroying the process group
+    waits for that thread while it holds the lock: a deadlock. A normal exit aborts the thread (torch 2.13).
     """
     if torch.distributed.is_initialized():
         sys.stdout.flush()
@@ -74,24 +74,25 @@ def leave_group(code: int = 0) -> None:
 
 
 def use_gpu_preset(argv: list[str], preset: str, unless: tuple[str, ...]) -> list[str]:
-    """``argv``, with ``preset`` added where there is a GPU and no key of ``unless`` is set by hand."""
+    """``argv``, plus ``preset`` if there is a GPU and the user sets no key of ``unless``."""
     chosen = any(argument.startswith(unless) for argument in argv)
     return argv if chosen or not torch.cuda.is_available() else [*argv, preset]
 
 
 def mixer_settings(argv: list[str]) -> list[str]:
-    """``argv``, with settings of a mixer that its YAML leaves at their defaults open to being set.
+    """``argv``, where a mixer's settings that its YAML leaves at their defaults can be set too.
 
-    Hydra refuses keys that no YAML names; whether a mixer has them is for its own configuration to say.
+    Hydra refuses keys that no YAML names; the mixer's own configuration then checks whether they exist.
     """
     return [f"++{a}" if re.match(r"model\.mixers\.\w+\.\w+=", a) else a for a in argv]
 
 
 def of_memory(cfg: DictConfig, hydra: DictConfig) -> DictConfig:
-    """``cfg`` with the settings that its ``of_memory`` has for the chosen memory in ``model.mixers.memory``.
+    """``cfg`` with the settings that ``of_memory`` lists for the chosen memory applied to ``model.mixers.memory``.
 
-    hydra: the ``hydra`` node of the same composition. Its overrides, the command line, come first. Raises ValueError
-    for a memory that does not exist.
+    hydra: the ``hydra`` node of the same composition; its overrides, from the command line, take precedence
+
+    Raises ValueError for a memory that does not exist.
     """
     if "of_memory" not in cfg:
         return cfg
@@ -165,9 +166,9 @@ def check_arguments(argv: list[str], config_dir: Path, config: str) -> None:
 
 
 def help_text(config_dir: Path, config: str) -> str:
-    """The groups of a command, their choices with a line of meaning each, and its keys: all from the YAML files.
+    """The groups of a command, their choices with one line each, and its keys, all from the YAML files.
 
-    The top of ``<config>.yaml`` describes the command and has examples; a comment behind an item of its defaults
+    The top of ``<config>.yaml`` describes the command and has examples. A comment after an item of its defaults
     describes a group, and the first comment of a choice's file the choice.
     """
     own = (config_dir / f"{config}.yaml").read_text()
@@ -185,13 +186,13 @@ def help_text(config_dir: Path, config: str) -> str:
 
 
 def _comment(text: str) -> str:
-    """The comment that a YAML file begins with, behind the package that it may name."""
+    """The comment at the start of a YAML file, after an optional package line."""
     lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
     return "\n".join(line[2:] for line in lines if not line.startswith("# @package"))
 
 
 def _quoted(key: str, value: str) -> str:
-    """A value, or the items of a list, in quotes for Hydra, within those for a shell."""
+    """A value, or the items of a list, quoted for Hydra, and the whole quoted for a shell."""
     items = [item.strip(" '\"") for item in value.strip("[]{}").split(",")]
     text = ", ".join(f'"{item}"' for item in items)
     return f"'{key}=[{text}]'" if value.startswith("[") else f"'{key}={text}'"
@@ -202,12 +203,12 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    # torch's allocator on CPUs has no type of its own.
+    # torch's CPU allocator raises no specific type.
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def one_line(error: Exception, config_dir: Path, config: str) -> str:
-    """The message of a composition error with the key, and the nearest key or the choices there are."""
+    """The message of a composition error in one line, with the key and the nearest key or the available choices."""
     text = str(error).strip() or type(error).__name__
     missing_key = r"Could not override '([^']+)'|Key '([^']+)' is not in struct"
     if match := re.search(missing_key, text):
@@ -234,7 +235,7 @@ def one_line(error: Exception, config_dir: Path, config: str) -> str:
 
 
 def _meant(wrong: str, config_dir: Path, config: str) -> str:
-    """The key that was probably meant; of one that is the end of a longer key, that."""
+    """A hint at the key that was probably meant: a key that ends with the wrong one, or the nearest."""
     if wrong in _GONE:
         return _GONE[wrong]
     keys = _keys(config_dir, config)
@@ -243,7 +244,7 @@ def _meant(wrong: str, config_dir: Path, config: str) -> str:
 
 
 def _no_choice(path: str, config_dir: Path) -> str:
-    """For a YAML that is missing: which of its group there are."""
+    """The message for a missing YAML: the choices of its group."""
     group = max((name for name in _groups(config_dir) if path.startswith(f"{name}/")), key=len, default="")
     name = path.removeprefix(f"{group}/")
     choices = _choices(config_dir, group)

@@ -1,4 +1,4 @@
-"""The one model schema: sizes, and which mixer stands in which layer."""
+"""The model configuration: sizes, and the mixer of each layer."""
 
 import hashlib
 import json
@@ -15,13 +15,13 @@ from memlm.settings import check_type, suggest
 class MemLMConfig(PreTrainedConfig):
     """Configuration of a decoder whose layers hold mixers.
 
-    mixers: name -> {"kind": ..., its settings}; defaults are written out, so ``config.json`` alone
-        rebuilds the model
-    mixer_pattern: names of mixers, tiled over the layers
-    intermediate_size, num_key_value_heads, head_dim: None for 8/3 hidden_size rounded up to a
-        multiple of 8, num_attention_heads, and hidden_size / num_attention_heads
+    mixers: name -> {"kind": ..., its settings}. Defaults are written out, so ``config.json`` alone rebuilds the model
+    mixer_pattern: names of mixers, repeated over the layers
+    intermediate_size: None: 8/3 hidden_size, rounded up to a multiple of 8
+    num_key_value_heads: None: num_attention_heads
+    head_dim: None: hidden_size / num_attention_heads
 
-    Raises ValueError naming the key, the value and a fix.
+    Raises ValueError with the key, the value and a fix.
     """
 
     model_type = "memlm"
@@ -62,7 +62,7 @@ class MemLMConfig(PreTrainedConfig):
             _require(0 <= value < 1e30, name, value, "must be a number from 0 on, and not infinite")
         _require(self.rope_theta > 0, "rope_theta", self.rope_theta, "must be above 0")
         self._check_transformers(kwargs)
-        # An int and a float of one value are one setting.
+        # An int and a float of equal value are the same setting.
         self.rope_theta, self.rms_norm_eps = float(self.rope_theta), float(self.rms_norm_eps)
         heads = self.num_attention_heads
         if self.head_dim is None:
@@ -99,7 +99,7 @@ class MemLMConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _check_transformers(self, kwargs: dict[str, Any]) -> None:
-        """Raise ValueError for values of transformers' own keys that it would stumble over, or run code for."""
+        """Raise ValueError for values of transformers' own keys that would crash it, or make it run foreign code."""
         for name in ("attn_implementation", "_attn_implementation"):
             value = kwargs.get(name)
             _require("/" not in (value or ""), name, value, "would run code of the hub; use 'sdpa' or 'eager' here")
@@ -118,11 +118,11 @@ class MemLMConfig(PreTrainedConfig):
 
     @classmethod
     def from_hydra(cls, settings: Mapping[str, Any]) -> "MemLMConfig":
-        """The configuration that a composed ``model`` group describes; unknown keys are refused."""
+        """The configuration of a composed ``model`` group. Raises ValueError for unknown keys."""
         return cls(**{name: _plain(value) for name, value in settings.items()})
 
     def dims(self) -> Dims:
-        """Sizes as a mixer is given them."""
+        """The sizes that a mixer receives."""
         assert self.head_dim and self.num_key_value_heads
         return Dims(
             hidden_size=self.hidden_size,
@@ -140,7 +140,9 @@ class MemLMConfig(PreTrainedConfig):
         return [self.mixer_pattern[i % len(self.mixer_pattern)] for i in range(self.num_hidden_layers)]
 
     def memory_signature(self) -> str:
-        """A short hash of all that a ``MemoryCache`` depends on: caches of other models are refused by it."""
+        """A short hash of everything that a ``MemoryCache`` depends on; caches of models with another hash are
+        refused.
+        """
         relevant = {name: getattr(self, name) for name in _SETTINGS if name not in _NOT_IN_STATE}
         return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -163,7 +165,7 @@ _SETTINGS = [name for name in MemLMConfig.__annotations__ if name not in ("model
 _HINTS = {name: MemLMConfig.__annotations__[name] for name in _SETTINGS}
 _VOCABULARY = {"vocab_size", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"}
 _NOT_IN_STATE = {"use_cache", "initializer_range", *_VOCABULARY}
-# Bounds far above any model, so that a number from a damaged file allocates nothing.
+# Bounds far above any model, so that a damaged file cannot cause a huge allocation.
 _MOST = {
     "vocab_size": 2**24,
     "hidden_size": 2**17,
@@ -173,7 +175,7 @@ _MOST = {
     "head_dim": 2**14,
     "intermediate_size": 2**20,
 }
-# Fields of every configuration of transformers, and what it passes through a configuration's constructor.
+# Fields of every transformers configuration, and the keys that it passes to the constructor.
 _INHERITED = {
     "transformers_version": str | None,
     "architectures": list | None,

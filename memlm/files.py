@@ -1,6 +1,6 @@
-"""Files and folders that appear whole or not at all, outlast a crash of the machine, and have one writer.
+"""Files and folders that appear completely or not at all, survive a crash of the machine, and have one writer.
 
-A file or a folder is made beside its place, written to the disk, and renamed. A process that dies leaves
+A file or a folder is made beside its place, flushed to the disk, and renamed. A process that dies leaves
 ``*.partial-*`` behind, which nothing reads. A sealed folder has a digest of each file, written last.
 """
 
@@ -20,7 +20,7 @@ DIGESTS = "digests.json"
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold a file's content, or the names in a folder."""
+    """Flush a file's content, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -29,7 +29,7 @@ def sync(path: Path) -> None:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Replace a file in one step, whoever reads or writes it meanwhile."""
+    """Replace a file in one step, also while others read or write it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _beside(path)
     try:
@@ -45,16 +45,16 @@ def write(path: Path, content: str | bytes) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Any], words: dict[str, str]) -> None:
-    """Replace a safetensors file in one step; words: kept beside the tensors."""
+    """Replace a safetensors file in one step; words: its metadata."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    # A folder of its own: safetensors makes another file beside the one that it writes, which a kill would leave.
+    # A separate folder: safetensors makes another file beside the one it writes, which a kill would leave behind.
     partial = _beside(path)
     partial.mkdir(parents=True)
     try:
         save_file(tensors, partial / path.name, words)
-        # safetensors makes it its user's alone, whatever the umask.
+        # safetensors makes the file private to its user, whatever the umask.
         (partial / path.name).chmod(partial.stat().st_mode & 0o666)
         sync(partial / path.name)
         (partial / path.name).replace(path)
@@ -67,9 +67,9 @@ def write_tensors(path: Path, tensors: dict[str, Any], words: dict[str, str]) ->
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which is sealed, and takes its name at the end of the block; removed if the block raises.
+    """A folder to fill. At the end of the block it is sealed and gets its name; if the block raises, it is removed.
 
-    A folder that has the name by then stays as it is, and the new one is dropped.
+    A folder that has the name by then stays, and the new one is dropped.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = _beside(folder)
@@ -88,12 +88,14 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _beside(path: Path) -> Path:
-    # Not tempfile's names, which are private to their user: others may read a shared cache.
+    # Not tempfile, whose files are private to their user: others may read a shared cache.
     return path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:12]}")
 
 
 def seal(folder: Path) -> None:
-    """Write the size and the SHA-256 of each file below ``folder`` to ``digests.json``, and all to the disk."""
+    """Write the size and SHA-256 of each file below ``folder`` to ``digests.json``, and flush everything to
+    the disk.
+    """
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / DIGESTS]
     digests = {path.relative_to(folder).as_posix(): [path.stat().st_size, digest(path)] for path in files}
     for path in [*files, *(path for path in folder.rglob("*") if path.is_dir())]:
@@ -106,7 +108,7 @@ def is_sealed(folder: Path) -> bool:
 
 
 def check_seal(folder: Path) -> None:
-    """Raise ValueError, naming the first file below ``folder`` that is missing or is not as it was sealed."""
+    """Raise ValueError with the first file below ``folder`` that is missing or differs from the sealed one."""
     digests = read_json(folder / DIGESTS)
     for name, entry in digests.items():
         path = folder / name
@@ -124,9 +126,9 @@ def digest(path: Path) -> str:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Be the one process that writes below ``folder``; the lock ends with the process, however that ends.
+    """Be the only process that writes below ``folder``. The lock ends with the process, also after a crash.
 
-    Raises ValueError, naming who writes there, if another process is.
+    Raises ValueError with the other process if one holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+") as file:
@@ -143,7 +145,7 @@ def lock(folder: Path) -> Iterator[None]:
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
-    """The content of a JSON file. Raises ValueError, naming the file, if it is not JSON of this kind."""
+    """The content of a JSON file. Raises ValueError with the file's name if it is not JSON of this kind."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -1,4 +1,5 @@
-"""One identity of weights and states: by it memories and banks know the model that made them, and files their content.
+"""Fingerprints of weights and checksums of tensors. They identify the model that made a memory or a bank, and detect
+damaged files.
 
 V rows of the vocabulary.
 """
@@ -16,20 +17,20 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
-# By the golden ratio, so that places near each other have factors that are far apart.
+# From the golden ratio, so that neighbouring indices have very different factors.
 _FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)
-# As many as stay in a CPU's cache, which is ten times faster; a GPU takes more.
+# As many as fit into a CPU's cache, which is ten times faster; a GPU takes more.
 _AT_ONCE, _ON_GPU = 1 << 18, 1 << 25
-# Eight bytes count as four and four: modulo 2 ** 64 the signs of an even number of them would count for nothing.
+# Eight bytes count as two times four: in sums modulo 2 ** 64 with odd factors, two changed sign bits would cancel.
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32, 16: torch.int32}
 _VOCABULARY = "embed_tokens."
 
 
 class Snapshot:
-    """Which tensors a model's weights are now, and how often each was changed; cheap, and no device is asked.
+    """The identity of a model's weight tensors and the number of changes to each. Cheap, without waiting for a device.
 
-    Torch counts changes, but not those through ``.data``, nor those of tensors made under inference_mode. Weights
-    that are offloaded count as unchanged.
+    torch does not count changes through ``.data`` or of tensors made under inference_mode. Offloaded weights count as
+    unchanged.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -37,14 +38,14 @@ class Snapshot:
         self._seen = {name: (weakref.ref(x), _version(x), _place(x)) for name, x in _weights(model)}
 
     def holds(self, model: PreTrainedModel) -> bool:
-        """Whether the weights are those still, but for rows that ``resize_token_embeddings`` added or took."""
+        """Whether the weights are unchanged, apart from rows that ``resize_token_embeddings`` added or removed."""
         resized, now = model.config.vocab_size != self.rows, dict(_weights(model))
         if now.keys() != self._seen.keys():
             return False
         for name, x in now.items():
             ref, version, place = self._seen[name]
             moved = place != _place(x) and not (resized and name.startswith(_VOCABULARY))
-            # What is offloaded is another tensor after each forward.
+            # An offloaded weight is a new tensor after each forward.
             if moved or not (x.is_meta or (ref() is x and version == _version(x))):
                 return False
         return True
@@ -64,7 +65,7 @@ def _place(x: Tensor) -> tuple[int, torch.dtype]:
 
 
 def _count_fused_step(optimizer: Optimizer, *_: Any) -> None:
-    """Fused optimisers change weights without torch's counting it."""
+    """Count the changes of fused optimisers, which torch does not count."""
     for group in optimizer.param_groups:
         if group.get("fused"):
             torch.autograd.graph.increment_version(group["params"])
@@ -72,15 +73,15 @@ def _count_fused_step(optimizer: Optimizer, *_: Any) -> None:
 
 register_optimizer_step_post_hook(_count_fused_step)
 
-# Of a model that has been asked for: its weights then, and the fingerprints found by rows of the vocabulary.
+# For each model: a snapshot of its weights, and its fingerprints by rows of the vocabulary.
 _found: weakref.WeakKeyDictionary[PreTrainedModel, tuple[Snapshot, dict[int, str]]] = weakref.WeakKeyDictionary()
 
 
 def fingerprint(model: PreTrainedModel, rows: int | None = None) -> str:
-    """Of a decoder's configuration and of every bit of its weights; any device has the same.
+    """A hash of a decoder's configuration and of every bit of its weights, the same on every device.
 
-    Of the embeddings the first ``rows`` count (None: all), so that a model whose vocabulary has grown since is known
-    again, see ``made_by``; the head does not. Made once, and again when a ``Snapshot`` no longer holds.
+    Only the first ``rows`` of the embeddings count (None: all), and the head does not. So a model is recognised after
+    its vocabulary has grown, see ``made_by``. The result is cached until a ``Snapshot`` no longer holds.
     """
     snapshot, found = _found.get(model, (None, {}))
     if snapshot is None or snapshot.rows != model.config.vocab_size or not snapshot.holds(model):
@@ -92,7 +93,7 @@ def fingerprint(model: PreTrainedModel, rows: int | None = None) -> str:
 
 
 def made_by(model: PreTrainedModel, found: str) -> bool:
-    """Whether ``found`` is the fingerprint of this decoder, or was before its vocabulary grew."""
+    """Whether ``found`` is this decoder's fingerprint, now or before its vocabulary grew."""
     rows = found.partition("-")[0]
     return (
         rows.isdecimal()
@@ -103,7 +104,7 @@ def made_by(model: PreTrainedModel, found: str) -> bool:
 
 
 def _stored(model: PreTrainedModel, rows: int) -> Iterator[tuple[str, Any]]:
-    """What a checkpoint would hold of a decoder, one module after the other, also where weights are offloaded."""
+    """A decoder's checkpoint tensors, one module after the other, also if weights are offloaded."""
     for path, module in model.named_modules():
         with _at_hand(module):
             own: dict[str, Any] = {}
@@ -125,7 +126,7 @@ def _at_hand(module: nn.Module) -> Iterator[None]:
 
 
 def digest_of(named: Iterable[tuple[str, Any]], *words: str) -> str:
-    """Of words, and of names, dtypes, shapes and every bit of tensors, wherever they are."""
+    """A hash of words, and of the names, dtypes, shapes and all bits of tensors, on any device."""
     digest, sums = hashlib.sha256("\n".join(words).encode()), []
     for name, value in named:
         for leaf in _leaves(value):
@@ -140,7 +141,7 @@ def digest_of(named: Iterable[tuple[str, Any]], *words: str) -> str:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """A value of a state_dict as plain tensors and words: quantised weights are several."""
+    """A value of a state_dict as plain tensors and words; a quantised weight consists of several."""
     if isinstance(value, tuple | list):
         for item in value:
             yield from _leaves(item)
@@ -160,9 +161,9 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _checksum(x: Tensor) -> Tensor:
-    """The sum, modulo 2 ** 64, of a tensor's bits, element by element, times an odd factor of each place."""
+    """The sum, modulo 2 ** 64, of a tensor's elements as integers, each times an odd factor of its index."""
     flat = x.detach().flatten()
-    # One element may have any stride, which a view of other bits does not take.
+    # A single element may have any stride, but a view as another dtype needs stride 1.
     flat = flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)
     bits, total, size = flat.view(_BITS[x.element_size()]), 0, _AT_ONCE if x.device.type == "cpu" else _ON_GPU
     for start in range(0, len(bits), size):

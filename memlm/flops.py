@@ -1,4 +1,4 @@
-"""How many parameters a model has, and how many FLOPs a token costs."""
+"""The number of parameters of a model, and the FLOPs of a token."""
 
 import copy
 from collections import Counter
@@ -17,27 +17,27 @@ from memlm_kernels import set_backend
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters, tied ones once."""
+    """The number of parameters; tied ones count once."""
     return sum(p.numel() for p in model.parameters())
 
 
 def count_active_parameters(model: nn.Module) -> int:
-    """Of these, the ones that a token meets."""
+    """The number of parameters that one token uses."""
     mixers = [module for module in model.modules() if isinstance(module, SequenceMixer)]
     return count_parameters(model) - sum(mixer.idle_parameters() for mixer in mixers)
 
 
 def count_flops(config: MemLMConfig, seq_len: int) -> float:
-    """FLOPs of one token's forward, the mean over a document of ``seq_len`` tokens.
+    """FLOPs of one token's forward, averaged over a document of ``seq_len`` tokens.
 
-    The matrix products of layers and head, counted as they run on tensors without data: a multiply-add is
-    two, scores that a mask hides count, elementwise work does not.
+    The matrix products of layers and head are counted by a run on tensors without data. A multiply-add counts as two.
+    Masked scores count; elementwise work does not.
     """
     config = copy.deepcopy(config)
     # Fused attention hides its products from the counter.
     config._attn_implementation = "eager"
     names = config.layer_mixers()
-    # Not the meta device: autocast, which every memory switches off for its gates, does not know it.
+    # Not the meta device: autocast, which every memory disables for its gates, does not support it.
     with FakeTensorMode(), torch.no_grad(), set_backend("reference"):
         x_BTD = torch.empty(1, seq_len, config.hidden_size)
         total = _flops(nn.Linear(config.hidden_size, config.vocab_size, bias=False), x_BTD)

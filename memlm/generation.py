@@ -1,4 +1,4 @@
-"""transformers' ``generate`` over a memory. B rows, T tokens."""
+"""transformers' ``generate`` with a memory. B rows, T tokens."""
 
 from typing import Any
 
@@ -12,18 +12,21 @@ from memlm.roles import QUERY, RESPONSE, Roles
 
 
 class MemoryGenerationMixin(GenerationMixin):
-    """Generation that goes on from what a ``MemoryCache`` has read."""
+    """Generation that continues a ``MemoryCache``."""
 
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
-        """transformers' ``generate``; with a filled ``past_key_values``, ``inputs`` are what follows the memory.
+        """transformers' ``generate``; with a filled ``past_key_values``, ``inputs`` continue the memory.
 
-        Inputs that begin with all ids that the memory has read are taken for the whole text, as transformers passes
-        it, and only the rest is read; to repeat that text behind itself, pass it twice. ``inputs_embeds`` are always
-        what follows. An ``attention_mask`` is of the inputs, or of the memory and the inputs. With a ``memory_bank``
-        the inputs are a query to it, unless ``doc_ids``, of the inputs, say otherwise. Returns the inputs and what
-        was generated.
+        >>> output_ids = model.generate(question_ids, past_key_values=memory.fork(), max_new_tokens=20)
 
-        Raises ValueError for inputs of which the memory has read all.
+        inputs: [B, T]. If they begin with all ids that the memory has read, they are the whole text, as transformers'
+            chats pass it, and only the rest is read. To repeat that text after itself, pass it twice
+        inputs_embeds: always continue the memory
+        attention_mask: of the inputs, or of the memory and the inputs
+        memory_bank: a bank; the inputs are a query to it, unless ``doc_ids`` [B, T] gives other roles
+
+        Returns the inputs and the generated tokens.
+        Raises ValueError if the memory has already read all inputs.
         """
         memory, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
         ids = inputs if inputs is not None else kwargs.get("input_ids")
@@ -52,7 +55,7 @@ class MemoryGenerationMixin(GenerationMixin):
                     "pass tokens that follow, or read all but the last before"
                 )
             if not whole and mask.shape[1] == length:
-                # transformers tells new tokens from old ones by the width of the mask.
+                # transformers finds the number of old tokens from the width of the mask.
                 mask = torch.cat([mask.new_ones(batch, seen), mask], 1)
             kwargs["attention_mask"] = mask
             if kwargs.get("doc_ids") is not None and not whole:
@@ -62,7 +65,7 @@ class MemoryGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            # Before the first call: prefill_chunk_size looks for it there.
+            # Set before the first call, because prefill_chunk_size looks for it.
             model_kwargs["past_key_values"] = MemoryCache()
 
     def prepare_inputs_for_generation(
@@ -79,10 +82,10 @@ class MemoryGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         if inputs_embeds is not None and is_first_iteration:
-            # transformers takes them for the whole text; here they are what follows the memory.
+            # transformers treats them as the whole text; here they continue the memory.
             next_sequence_length = None
         for name in ("tokenizer", "assistant_tokenizer"):
-            # Of stop_strings: transformers passes them on to the model.
+            # Arguments of stop_strings, which transformers passes on to the model.
             kwargs.pop(name, None)
         inputs = super().prepare_inputs_for_generation(
             input_ids,
@@ -94,17 +97,17 @@ class MemoryGenerationMixin(GenerationMixin):
             **kwargs,
         )
         inputs.setdefault("output_metrics", False)
-        # A memory knows its own positions; position_ids mean packing here.
+        # A memory has its own positions; here position_ids would mean packing.
         inputs.pop("position_ids", None)
         read = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         new, past = read.shape[1], past_key_values.get_seq_length() if past_key_values is not None else 0
         if attention_mask is not None and bool(attention_mask[:, attention_mask.shape[1] - new :].all()):
-            # Without padding the faster paths are open. Generation waits for the device at every token anyway.
+            # Without a mask the faster paths are open. Generation waits for the device at every token anyway.
             inputs.pop("attention_mask")
         if doc_ids is not None and past < doc_ids.shape[1]:
-            # What is generated is a response.
+            # Generated tokens are a response.
             doc_ids = F.pad(doc_ids, (0, max(0, past + new - doc_ids.shape[1])), value=RESPONSE)
-            # The bank is asked once: the memory then holds what was chosen.
+            # The bank is asked once; after that, the memory holds the chosen documents.
             inputs["roles"] = Roles(doc_ids[:, past : past + new], bank=memory_bank)
         return inputs
 
@@ -113,7 +116,7 @@ class MemoryGenerationMixin(GenerationMixin):
 
 
 def _check_positions(position_ids: Tensor | None, mask_BT: Tensor) -> None:
-    """Raise ValueError unless the real tokens of each row follow each other, as transformers counts them."""
+    """Raise ValueError unless the positions of each row's real tokens are consecutive."""
     if position_ids is None or position_ids.shape[-1] < 2:
         return
     width = position_ids.shape[-1]

@@ -1,10 +1,10 @@
-"""Memory Interleave (arXiv:2603.23516): a model asks a bank, names the documents that it wants to read, is given their
-text, asks again with it, and so on until it answers.
+"""Memory Interleave (arXiv:2603.23516): a model reads documents in rounds before it answers.
 
-A question's transcript (``memlm.data.templates``) goes through one memory, each token once, and equals the same
-tokens and roles in one call. Question and passages (role 0) choose documents together: what the question chose stands
-beside what a passage chooses, as far as top_k goes. (The released code reads the whole transcript again in each round,
-and all passages but the last choose no more.)
+In each round the model asks a bank and names the documents that it wants to read; then their text is added to the
+question. A question's transcript (``memlm.data.templates``) goes through one memory, each token once, and equals one
+call with the same tokens and roles. Question and passages (role 0) choose documents together: the documents that the
+question chose compete with those that a passage chooses, for top_k places. The released code reads the whole
+transcript again in each round, and only the last passage chooses.
 
 B rows, T tokens.
 """
@@ -25,10 +25,11 @@ from memlm.settings import require
 
 
 class Answer(NamedTuple):
-    """text: the answer in what was written last, or all of this
-    read: names of the documents given, round by round; unknown: names written that the bank does not have
+    """text: the answer within the last output, or all of that output
+    read: names of the documents given, round by round
+    unknown: requested names that the bank does not have
     finished: whether the model ended its answer; otherwise ``max_new_tokens`` did
-    input_ids, doc_ids: the transcript, as one call takes it
+    input_ids, doc_ids: the transcript, as inputs of one call
     """
 
     text: str
@@ -41,14 +42,19 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Interleave(Templates):
-    """How far a question may go, in the texts of ``Templates``.
+    """Questions answered by reading in a bank, with the texts of ``Templates``.
 
-    max_rounds: of reading; max_new_tokens: that it may write, all rounds together
+    >>> way = memlm.Interleave(max_rounds=4)
+    >>> bank = memlm.MemoryBank.build(model, way.documents(texts, tokenizer))
+    >>> way.answers(["Who wrote it?"], bank, texts, tokenizer)[0].text
 
-    A round is the last if it names nothing that can be given: no document of the bank, or none that was not given
-    already; so is one that comes when max_rounds have been. The model is then told ``end_of_retrieval``, as if it had
-    written it, and ``restated``, and answers. It may also answer at once: its end-of-text token always ends.
-    Names of special tokens in documents, names and questions are text.
+    max_rounds: the most rounds of reading
+    max_new_tokens: the most tokens that the model writes, over all rounds
+
+    Reading ends after ``max_rounds``, or if a round names no document of the bank that is new. ``end_of_retrieval``,
+    as if the model had written it, and ``restated`` are then added, and the model answers. The model may also answer
+    at once; its end-of-text token always ends the transcript. Names of special tokens in documents, names and
+    questions are plain text.
     """
 
     max_rounds: int = 8
@@ -62,7 +68,7 @@ class Interleave(Templates):
     def documents(
         self, texts: Mapping[str, str], tokenizer: PreTrainedTokenizerFast
     ) -> Iterator[tuple[str, list[int]]]:
-        """Names and token ids, as a bank reads them. Raises ValueError for a name that a model could not write."""
+        """Names and token ids for a bank. Raises ValueError for a name that a model could not write."""
         write = Writer(self, tokenizer)
         for name, text in texts.items():
             self.check_name(name)
@@ -76,10 +82,10 @@ class Interleave(Templates):
         texts: Mapping[str, str],
         tokenizer: PreTrainedTokenizerFast,
     ) -> list[Answer]:
-        """Greedy answers to questions, which go through the rounds side by side.
+        """Greedy answers to questions, which are processed as one batch.
 
-        bank: of what ``documents`` says; texts: of its documents by name, to be read
-        Raises ValueError if the texts lack a document that the model asks for and the bank has.
+        bank: a bank of ``documents``; texts: the texts of its documents by name
+        Raises ValueError if ``texts`` lacks a document of the bank that the model asks for.
         """
         transcripts = [_Transcript(self, question, tokenizer) for question in questions]
         memory, going = MemoryCache(), transcripts
@@ -97,9 +103,10 @@ class Interleave(Templates):
 
 @dataclass
 class _Transcript:
-    """A question on its way.
+    """A question in progress.
 
-    ids, roles: all of it; fed: how many of them the memory has; turn: what was written since text was given
+    ids, roles: the whole transcript; fed: how many of its tokens the memory has read; turn: the model's output since
+        the last text was given
     """
 
     config: Interleave
@@ -126,7 +133,7 @@ class _Transcript:
         self.roles += [role] * len(ids)
 
     def take(self) -> tuple[list[int], list[int]]:
-        """What the memory is to be fed."""
+        """The ids and roles that the memory has not read yet."""
         first, self.fed = self.fed, len(self.ids)
         return self.ids[first:], self.roles[first:]
 
@@ -139,16 +146,16 @@ class _Transcript:
         self.writing = not self.finished and self.left > 0 and self._ended() is None
 
     def _ended(self) -> str | None:
-        """Which control string the turn ends in, if any."""
+        """The control string that ends the turn, if any."""
         if self.answering:
             return None
-        # A token has a byte at least.
+        # A token has at least one byte.
         longest = max(len(getattr(self.config, key).encode()) for key in CONTROLS)
         text = self._said(self.turn[-longest:])
         return next((key for key in CONTROLS if getattr(self.config, key) in text), None)
 
     def go_on(self, bank: MemoryBank, texts: Mapping[str, str]) -> None:
-        """Give what the turn asks for, so that the next one is written."""
+        """Add the documents that the turn asks for."""
         ended = self._ended()
         if self.finished or self.left == 0 or ended is None:
             return
@@ -174,10 +181,10 @@ class _Transcript:
 
 
 def _write(bank: MemoryBank, memory: MemoryCache, transcripts: Sequence[_Transcript]) -> None:
-    """A token of each that writes; the others wait."""
+    """Generate one token for each unfinished transcript."""
     fed = [transcript.take() if transcript.writing else ([], []) for transcript in transcripts]
     width, device = max(len(ids) for ids, _ in fed), bank.model.device
-    # To the right, so that the last token is everyone's last.
+    # Aligned to the right, so that the last token is the last of every row.
     ids_BT, roles_BT = (
         torch.tensor([[0] * (width - len(part)) + part for part in parts], device=device)
         for parts in zip(*fed, strict=True)

@@ -20,7 +20,9 @@ from memlm_kernels.segments import exact
 
 
 class _Norm(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, by hand: autograd takes some twenty passes."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, with its own backward: autograd's takes about 20
+    passes.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -49,13 +51,13 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and torch.is_grad_enabled():
-            # torch has a fused kernel for GPUs alone.
+            # torch has a fused kernel only for GPUs.
             return _Norm.apply(exact(x), exact(self.weight), self.eps).to(x.dtype)
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class _Unit(torch.autograd.Function):
-    """By hand, for autograd takes some ten passes."""
+    """x / |x| with its own backward: autograd's takes about ten passes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -79,10 +81,10 @@ def unit(x: Tensor) -> Tensor:
 
 
 def rotary_angles(positions_BT: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """[c, c] and [-s, s], each [B, T, 1, head_dim], of the cosines and sines of the rotary embedding
-    (arXiv:2104.09864), as ``rotary`` takes them; nothing is stored.
+    """Cosines and sines of the rotary embedding (arXiv:2104.09864), as ``rotary`` takes them.
 
-    Angles are taken in fp64, so positions stay exact far beyond 2^24; callers round the results.
+    Returns [c, c] and [-s, s], each [B, T, 1, head_dim]. Angles are computed in fp64, so positions are exact far
+    beyond 2^24; callers round the results.
     """
     half = head_dim // 2
     frequency = theta ** -(torch.arange(half, device=positions_BT.device, dtype=torch.float64) / half)
@@ -92,16 +94,16 @@ def rotary_angles(positions_BT: Tensor, head_dim: int, theta: float) -> tuple[Te
 
 
 def rotary(x_BTHK: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pairs (i, i + K/2) of each head by their angles, as in Llama."""
+    """Rotate the pairs (i, i + K/2) of each head by their angles, as in Llama."""
     cos, sin = (t.to(x_BTHK.dtype) for t in angles)
     return torch.addcmul(x_BTHK * cos, x_BTHK.roll(x_BTHK.shape[-1] // 2, -1), sin)
 
 
 class ExactLinear(nn.Linear):
-    """A Linear in fp32 at least, whatever the type of the model or of autocast: a gate is a small number that adds up.
+    """A Linear in fp32 or more, in any dtype of the model or autocast, because the errors of a gate accumulate.
 
-    It stays an affine map, so adapters, hooks and quantisation may wrap or replace it; a caller that needs fp32 takes
-    ``exact`` of the output, for theirs may be rounded.
+    It is an affine map, so adapters, hooks and quantisation may wrap or replace it. Their output may be rounded; a
+    caller that needs fp32 applies ``exact`` to it.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,20 +112,20 @@ class ExactLinear(nn.Linear):
 
 
 class GroupedLinear(nn.Module):
-    """Each row through the matrix of its group. weight: [G * O, D], one matrix above the other.
+    """Multiply each row by the matrix of its group. weight: [G * O, D], the groups' matrices stacked.
 
-    No ``nn.Linear``: the output is no affine map of the input alone, so tools for Linears must leave it as it is.
+    Not an ``nn.Linear``: the output also depends on the groups, so tools for Linears must leave it alone.
     """
 
     def __init__(self, groups: int, in_features: int, out_features: int) -> None:
         super().__init__()
         self.groups = groups
         self.weight = nn.Parameter(torch.empty(groups * out_features, in_features))
-        # As nn.Linear: a seed then gives the same model.
+        # As nn.Linear, so that a seed gives the same model.
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
     def forward(self, x_ND: Tensor, sizes_G: Tensor) -> Tensor:
-        """x: group after group, sizes_G rows each. Returns [N, O]."""
+        """x [N, D]: the rows of each group in turn, sizes_G of them. Returns [N, O]."""
         (x_ND,) = as_autocast(x_ND)
         return grouped_linear(x_ND, self.weight.to(x_ND.dtype).unflatten(0, (self.groups, -1)), sizes_G)
 
@@ -138,20 +140,20 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        # Not flattened to [B T, D], which would save two views: an adapter for each row needs the rows.
+        # Not flattened to [B T, D], which would save two views: a per-row adapter needs the rows.
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
 
 
-# Numbers of what a short convolution makes that it works on at once, on a CPU: 1 MB, which stays in its cache.
+# Elements of a short convolution's output that a CPU works on at once: 1 MB, which fits its cache.
 _AT_ONCE = 2**18
 
 
 class _Taps(torch.autograd.Function):
-    """y[:, t] = sum over ``back`` of past[:, W - 1 + t - back] * weight[:, W - 1 - back], within a document; SiLU of
-    it, if asked for.
+    """y[:, t] = sum over ``back`` of past[:, W - 1 + t - back] * weight[:, W - 1 - back] within a document, then SiLU
+    if asked.
 
-    Gradients add up in place: autograd would make two tensors as large as the input for each tap. What SiLU is
-    taken of is made again, not kept.
+    Gradients are summed in place: autograd would make two tensors as large as the input for each tap. The backward
+    recomputes the input of SiLU.
     """
 
     @staticmethod
@@ -191,7 +193,7 @@ class _Taps(torch.autograd.Function):
 
     @staticmethod
     def pieces(y_BTC: Tensor, past_BSC: Tensor, positions_BT: Tensor | None, *more_BSC: Tensor) -> Iterator[Any]:
-        """Parts of all of them: some of y's tokens and what those see."""
+        """Parts of y, each with the inputs that its tokens see."""
         length, spare = y_BTC.shape[1], past_BSC.shape[1] - y_BTC.shape[1]
         of_token = y_BTC.shape[0] * y_BTC.shape[2]
         if y_BTC.device.type != "cpu" or length * of_token <= _AT_ONCE:
@@ -211,19 +213,19 @@ class _Taps(torch.autograd.Function):
 
 
 def _windows(past_BSC: Tensor, width: int) -> Tensor:
-    """A view [W, B, T, C]: the input of each tap, the tokens themselves last."""
+    """A view [W, B, T, C]: the input of each tap; the last tap is the token itself."""
     return past_BSC.unfold(1, past_BSC.shape[1] - width + 1, 1).permute(1, 0, 3, 2)
 
 
 def _within(x_BTC: Tensor, positions_BT: Tensor | None, back: int) -> Tensor:
-    """0 where a document has no token so far back."""
+    """x, with zeros where a document has no token ``back`` places earlier."""
     return x_BTC if positions_BT is None or not back else x_BTC * (positions_BT >= back)[..., None]
 
 
 class ShortConv(nn.Module):
-    """Causal depthwise convolution along each document, the last tap is the token itself; then SiLU, if ``silu``.
+    """Causal depthwise convolution along each document; the last tap is the token itself. SiLU follows if ``silu``.
 
-    weight: [C, W]. Tokens before a document's first count as zero.
+    weight: [C, W]. Missing tokens before a document's first count as zero.
     """
 
     def __init__(self, channels: int, width: int, silu: bool = False) -> None:
@@ -237,12 +239,12 @@ class ShortConv(nn.Module):
         init.uniform_(self.weight, -bound, bound)
 
     def forward(self, past_BSC: Tensor, positions_BT: Tensor | None, channels: slice | None = None) -> Tensor:
-        """y [B, T, C] of the last T tokens of past, W-1 fewer than it has; the rest as ``over_rows`` takes it."""
+        """y [B, T, C] of the last T tokens of ``past``, which has W - 1 more; other arguments as in ``over_rows``."""
         taps_WC = (self.weight if channels is None else self.weight[channels]).t()
         if past_BSC.shape[1] != self.width:
-            # Contiguous taps: as columns they would be several times slower.
+            # Contiguous taps: strided ones would be several times slower.
             return _Taps.apply(past_BSC, taps_WC.contiguous(), positions_BT, self.silu)
-        # A token alone.
+        # A single token.
         if positions_BT is not None:
             back_W = torch.arange(self.width - 1, -1, -1, device=past_BSC.device)
             past_BSC = past_BSC * (positions_BT >= back_W)[..., None]
@@ -257,10 +259,13 @@ class ShortConv(nn.Module):
         lengths_B: Tensor | None,
         channels: slice | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Returns y [B, T, C] and the W-1 inputs that the next call needs.
+        """Returns y [B, T, C] and the last W - 1 inputs for the next call.
 
-        history_BWC: the last W-1 inputs. positions_BT: places in documents; None if the history is zero and no
-        document starts within this call. channels: those that x has; None: all.
+        history_BWC: the last W - 1 inputs
+        positions_BT: positions in documents; None: the history is zero or of the same document, and none starts in
+            this call
+        lengths_B: number of real tokens of each row; None: all
+        channels: the channels of the weight that x has; None: all
         """
         past_BSC = torch.cat([history_BWC.to(x_BTC.dtype), x_BTC], 1)
         y_BTC = self(past_BSC, positions_BT, channels)
@@ -269,17 +274,17 @@ class ShortConv(nn.Module):
     def over_segments(
         self, x_BTC: Tensor, history_BSWC: Tensor, cu_seqlens_BS: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The same along each segment of a row, see ``memlm_kernels.segments``: each has its own last inputs."""
+        """The same along each segment of a row (``memlm_kernels.segments``); each segment has its own history."""
         length, spare = x_BTC.shape[1], self.width - 1
         if cu_seqlens_BS is None:
             y_BTC, history_BWC = self.over_rows(x_BTC, history_BSWC[:, 0], None, None)
             return y_BTC, history_BWC[:, None]
-        # One row of segments, before each its history.
+        # One row of all segments, each after its history.
         segments = history_BSWC.shape[1]
         ends_BS = cu_seqlens_BS[:, 1:].contiguous()
         token_T = torch.arange(length, device=x_BTC.device)
         owner_BT = torch.searchsorted(ends_BS, token_T.expand(len(x_BTC), -1).contiguous(), right=True)
-        # Padding stands behind all segments, and takes no segment's history.
+        # Padding comes after all segments and uses no history.
         place_BT = token_T + (owner_BT.clamp(max=segments - 1) + 1) * spare
         before_SW = torch.arange(segments, device=x_BTC.device)[:, None] * spare + torch.arange(
             spare, device=x_BTC.device
@@ -287,7 +292,7 @@ class ShortConv(nn.Module):
         before_BS = (cu_seqlens_BS[:, :-1, None] + before_SW).flatten(1)
         inputs_BLC = torch.cat([x_BTC, history_BSWC.flatten(1, 2).to(x_BTC.dtype)], 1)
         row_BLC = place(inputs_BLC, torch.cat([place_BT, before_BS], 1), length + segments * spare)
-        # The first segment's history stands before all.
+        # The history of the first segment comes first.
         y_BLC = self(row_BLC, None)
         after_BS = (ends_BS[..., None] + before_SW).flatten(1)
         return pick(y_BLC, place_BT - spare), pick(row_BLC, after_BS).unflatten(1, (segments, spare))

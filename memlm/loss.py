@@ -1,4 +1,4 @@
-"""The training loss of a language model whose mixers bring losses of their own. B rows, T tokens, D hidden."""
+"""The training loss of a language model whose mixers add losses. B rows, T tokens, D hidden."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ IGNORED = -100
 
 
 def auxiliary_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor | int:
-    """All that the mixers add to a loss that is made from the logits, as a trainer's ``compute_loss_func`` may.
+    """The sum of the mixers' losses, to add to a loss computed from logits, as in a trainer's ``compute_loss_func``.
 
-    outputs: of a ``MemLMForCausalLM`` that was given no labels; with labels its loss has everything
+    outputs: of a ``MemLMForCausalLM`` called without labels; with labels its loss is already complete
     labels: [B, T], label t predicted from position t - 1; -100: not scored
     num_items_in_batch: scored tokens of the whole step, of which this call is a part; None: the call is the step
     """
@@ -21,8 +21,10 @@ def auxiliary_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | in
 def weighted(
     aux_losses: dict[str, Tensor], labels: Tensor, num_items_in_batch: Tensor | int | None
 ) -> dict[str, Tensor]:
-    """Losses [B] of rows as parts of the step's loss, scalars: a row's weight is its share of the scored tokens, so
-    the sum over a step does not depend on how its rows are divided into calls.
+    """Each loss [B] as a scalar part of the step's loss.
+
+    A row's weight is its share of the scored tokens, so a step's sum does not depend on how rows are divided into
+    calls.
     """
     scored_B = (labels[:, 1:] != IGNORED).sum(1)
     whole = scored_B.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
@@ -31,7 +33,9 @@ def weighted(
 
 
 def bound(x_BTD: Tensor, aux_losses: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The same, bound together: a backward from ``x`` alone, which would lose the auxiliary losses, is refused."""
+    """The same tensors, tied together: a backward through ``x`` alone would lose the auxiliary losses, and is
+    refused.
+    """
     x_BTD, *losses = _Bound.apply(tuple(aux_losses), x_BTD, *aux_losses.values())
     return x_BTD, dict(zip(aux_losses, losses, strict=True))
 

@@ -15,23 +15,23 @@ from memlm.settings import check_type, require
 
 
 class LayerState(dict[str, Tensor]):
-    """The state of a layer between two calls: named tensors, batch first, ``position`` of each row's next token.
+    """The state of a layer between two calls: named tensors, batch first, and ``position`` of each row's next token.
 
-    A call never changes it in place, so that one state can be continued twice. ``torch.save(dict(state), path)`` saves
-    it, and a layer takes a plain dict too.
+    A call never changes it in place, so one state can be continued twice. ``torch.save(dict(state), path)`` saves it,
+    and a layer accepts a plain dict.
     """
 
     def to(self, device: torch.device | str) -> Self:
-        """The same state on another device. Types stay as they are."""
+        """The state on another device; dtypes do not change."""
         return type(self)({name: x.to(device) for name, x in self.items()})
 
     def detach(self) -> Self:
-        """The same state without its history: gradients of later calls end here (truncated backpropagation)."""
+        """The state without its gradient history, for truncated backpropagation."""
         return type(self)({name: x.detach() for name, x in self.items()})
 
 
 class MemoryLayer(nn.Module):
-    """A memory that mixes the tokens of a stream, made by ``memlm.layer``."""
+    """A memory that mixes the tokens of a stream, built by ``memlm.layer``."""
 
     def __init__(self, mixer: SequenceMixer, dims: Dims) -> None:
         super().__init__()
@@ -51,18 +51,18 @@ class MemoryLayer(nn.Module):
     ) -> tuple[Tensor, LayerState] | tuple[Tensor, LayerState, dict[str, Tensor]]:
         """Mix the next T tokens of each stream. Any division of a stream into calls gives the same outputs.
 
-        x: [B, T, D], normalised, as behind an RMSNorm
-        state: where the last call ended; None before the first token
-        position_ids: int [B, T], for packed rows, the place of each token in its document; a 0 starts a document,
-            which sees nothing of those before it. None: each row continues its document
-        lengths: int [B], real tokens of each row. They come first; padding stands behind them and leaves no trace
-        max_documents: the most documents that one row has tokens of; counted on the device if not given
-        roles: for msa, the role of each token (``memlm.roles``); None: all are a response
+        x: [B, T, D], normalised, for example by an RMSNorm
+        state: the state that the last call returned; None before the first token
+        position_ids: int [B, T], for packed rows: the position of each token in its document; a 0 starts a document,
+            which is independent of those before it. None: each row continues its document
+        lengths: int [B], real tokens of each row. They come first; padding follows and has no effect. None: all
+        max_documents: the most documents in a row; counted on the device if not given
+        roles: for msa: the role of each token (``memlm.roles``); None: all are responses
         return_aux: also return the auxiliary losses of this call, such as the load balance of mom
 
         Returns y [B, T, D], unspecified at padding; the state after the last token; and with return_aux a dict of
-        losses [B], weighted: add the sum of their means to the loss of the model.
-        Raises ValueError for inputs that do not fit the layer or each other.
+        weighted losses [B]: add the sum of their means to the model's loss. Raises ValueError for inputs that do not
+        fit the layer or each other.
         """
         require(
             x.ndim == 3 and x.shape[2] == self.hidden_size and x.is_floating_point(),
@@ -81,7 +81,7 @@ class MemoryLayer(nn.Module):
         if lengths is not None:
             require(lengths.shape == x.shape[:1], f"lengths {list(lengths.shape)} must be [{len(x)}], one of each row")
             padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
-            # Weights of 0 times a NaN would be one.
+            # A NaN in padding would pass through a weight of 0.
             x = x.masked_fill(padding[..., None], 0.0)
         documents, start = 1, None if state is not None else 0
         if state is None:
@@ -90,10 +90,10 @@ class MemoryLayer(nn.Module):
         before = state["position"]
         if position_ids is not None:
             documents = most_documents(position_ids, lengths, max_documents, before)
-            # Padding may have any.
+            # Positions of padding may be anything.
             position_ids = position_ids.clamp(min=0)
         roles = None if roles is None else roles.counted(position_ids, lengths)
-        # Of a state that was given the host cannot be sure where it stands: it may have been cut, or changed.
+        # A given state may have been cut or changed, so the host cannot know its positions.
         rows = Rows(x.shape[1], before, start, position_ids, lengths, documents, roles, metrics=False)
         own = {name: value for name, value in state.items() if name != "position"}
         out = checked(self.mixer(x, own, rows), self.mixer, x)
@@ -126,8 +126,8 @@ def layer(
 
     kind: a memory of ``memlm.memory``, such as "titans_mag", "gated_delta_net", "mom" or "attention"
     hidden_size: channels of inputs and outputs, D
-    num_attention_heads: of kinds with attention; None: heads of 64 channels, or one head where 64 does not divide
-    num_key_value_heads: None for as many
+    num_attention_heads: for kinds with attention; None: heads of 64 channels, or one head if 64 does not divide
+    num_key_value_heads: None: num_attention_heads
     rope_theta, attn_implementation: rotary base and backend ("sdpa", "flex_attention") of that attention
     initializer_range: standard deviation of the initial weights of projections
     settings: any setting of the kind, named as in ``configs/memory/*.yaml`` and with the defaults of its ``Config``
@@ -148,6 +148,6 @@ def layer(
     require(heads % groups == 0, f"layer.num_key_value_heads={groups} does not divide num_attention_heads={heads}")
     dims = Dims(hidden_size, heads, groups, hidden_size // heads, rope_theta, attn_implementation=attn_implementation)
     mixer = build_mixer(complete_settings({"kind": kind, **settings}, "layer"), dims, 0, "layer")
-    # Children come before their parents, so a mixer has the last word on what it owns.
+    # Children come before their parents, so a mixer initialises its own parameters last.
     mixer.apply(lambda module: initialize(module, initializer_range))
     return MemoryLayer(mixer, dims)

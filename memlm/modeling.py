@@ -1,4 +1,4 @@
-"""The decoder: embeddings, layers with one mixer slot each, head. No mixer is named here.
+"""The decoder: embeddings, layers with one mixer slot each, and the head. It never names a mixer.
 
 B batch, T tokens, D hidden, V vocabulary.
 """
@@ -27,8 +27,9 @@ from memlm.roles import Roles
 
 @dataclass
 class MemLMOutput(ModelOutput):
-    """last_hidden_state: [B, T, D]; hidden_states: each layer's input, and the final norm's output;
-    aux_losses: [B], of each row; metrics; both under ``layer{i}/{name}``, see ``MixerOutput``.
+    """last_hidden_state: [B, T, D]
+    hidden_states: each layer's input, and the output of the final norm
+    aux_losses, metrics: under ``layer{i}/{name}``, see ``MixerOutput``; losses [B]
     """
 
     last_hidden_state: Tensor | None = None
@@ -40,9 +41,11 @@ class MemLMOutput(ModelOutput):
 
 @dataclass
 class MemLMCausalLMOutput(ModelOutput):
-    """loss: the cross-entropy plus all aux_losses; logits: [B, T, V]; the rest as in ``MemLMOutput``.
+    """loss: the cross-entropy plus all aux_losses
+    logits: [B, T, V]
+    aux_losses: with labels the scalar parts of the loss; without labels [B], for ``auxiliary_loss``
 
-    aux_losses: with labels the parts of the loss, scalars; without, of each row [B], for ``auxiliary_loss``
+    The rest is as in ``MemLMOutput``.
     """
 
     loss: Tensor | None = None
@@ -81,7 +84,7 @@ class MemLMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    # Recurrent states cannot be cropped: refuses assisted decoding cleanly.
+    # Recurrent states cannot be cropped, so transformers must refuse assisted decoding.
     _is_stateful = True
 
     @classmethod
@@ -89,7 +92,7 @@ class MemLMPreTrainedModel(PreTrainedModel):
         return False
 
     def _initialize_weights(self, module: nn.Module, *_: Any) -> None:
-        # Without the flag for custom code, which skips modules that own no parameter directly, mixers among them.
+        # Without the flag for custom code, which skips modules without own parameters, such as mixers.
         super()._initialize_weights(module)
 
     def _set_gradient_checkpointing(
@@ -145,19 +148,19 @@ class MemLMModel(MemLMPreTrainedModel):
     ) -> MemLMOutput | tuple:
         """Run [B, T] tokens through the decoder.
 
-        attention_mask: [B, T] or [B, past + T], 0 for padding, which may stand anywhere and leaves no trace
-        position_ids: [B, T], only for packed rows: places in documents; a 0 starts a document, whose
-            tokens see nothing of what came before; the first of a row goes on from the memory, or is 0
-        max_documents: the most documents that one row has tokens of; counted on the device if not given
-        roles: for memories of documents, the role of each token, and a bank to ask (``memlm.roles``); None: all are a
-            response
-        write: False for a pure query: ``past_key_values`` is read and left as it was
-        output_metrics: False to leave out the mixers' metrics, which read whole activations
-        token_type_ids, cache_position: taken, as transformers' models take them, and not used; so are cu_seq_lens_q,
-            cu_seq_lens_k, max_length_q, max_length_k, seq_idx of collators that pack rows: position_ids have it all
+        attention_mask: [B, T] or [B, past + T], 0 for padding, which may be anywhere and has no effect
+        position_ids: [B, T], only for packed rows: positions in documents; a 0 starts a document, which is independent
+            of all tokens before it. The first of a row continues the memory, or is 0
+        max_documents: the most documents in a row; counted on the device if not given
+        roles: for memories of documents: the role of each token, and a bank to ask (``memlm.roles``); None: all are
+            responses
+        write: False: read ``past_key_values`` and leave it unchanged
+        output_metrics: False: no metrics, which read whole activations
+        token_type_ids, cache_position, and from packing collators cu_seq_lens_q, cu_seq_lens_k, max_length_q,
+            max_length_k, seq_idx: accepted for compatibility and not used; position_ids suffice
         return_dict: False for a tuple; None, and output_hidden_states=None, for the configuration's
 
-        Raises ValueError for inputs that contradict each other or the memory.
+        Raises ValueError if inputs contradict each other or the memory.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -192,7 +195,7 @@ class MemLMModel(MemLMPreTrainedModel):
                 hidden_states.append(x_BTD)
             state = self._state(i, x_BTD, memory, rows)
             if self.gradient_checkpointing and self.training and i % self.checkpointed_layers == 0:
-                # The other way loses the gradient of what is not a tensor, states among them; results are the same.
+                # The reentrant way loses gradients of non-tensor arguments, such as states; results are equal.
                 out = self._gradient_checkpointing_func(layer.__call__, x_BTD, state, rows, use_reentrant=False)
             else:
                 out = layer(x_BTD, state, rows)
@@ -220,7 +223,7 @@ class MemLMModel(MemLMPreTrainedModel):
         )
 
     def _state(self, i: int, x_BTD: Tensor, memory: MemoryCache | None, rows: Rows) -> State:
-        """The state of a layer; layers of one mixer begin with the same."""
+        """The state of a layer; before the first call, layers of one mixer share a state."""
         if memory is not None and memory.states:
             return memory.states[i]
         mixer, name = self.layers[i].mixer, self.config.layer_mixers()[i]
@@ -236,7 +239,7 @@ class MemLMModel(MemLMPreTrainedModel):
         roles: Roles | None,
         memory: MemoryCache | None,
     ) -> tuple[Tensor, Rows, Tensor | None]:
-        """Inputs with real tokens first in each row, where they stand, and the order that did it (None: as it was)."""
+        """Inputs with each row's real tokens first, their ``Rows``, and the order that did this (None: unchanged)."""
         batch, length, _ = x_BTD.shape
         if position_ids is not None:
             if position_ids.shape not in ((batch, length), (1, length), (length,)):
@@ -256,10 +259,10 @@ class MemLMModel(MemLMPreTrainedModel):
                 raise ValueError(f"attention_mask {list(attention_mask.shape)} must be [batch, {allowed}]")
             mask_BT = attention_mask[:, attention_mask.shape[1] - length :].bool()
             lengths_B = mask_BT.sum(1)
-            # Weights of 0 times a NaN would be one.
+            # A NaN in padding would pass through a weight of 0.
             x_BTD = x_BTD.masked_fill(~mask_BT[..., None], 0.0)
             if length > 1:
-                # Mixers then need to know lengths only.
+                # Mixers then only need the lengths.
                 order_BT = (~mask_BT).long().argsort(dim=1, stable=True)
                 x_BTD = _gather(x_BTD, order_BT)
                 position_ids = None if position_ids is None else position_ids.gather(1, order_BT)
@@ -272,7 +275,7 @@ class MemLMModel(MemLMPreTrainedModel):
         documents = 1
         if position_ids is not None:
             documents = most_documents(position_ids, lengths_B, max_documents, before["before_B"])
-            # What is padding may have any.
+            # Positions of padding may be anything.
             position_ids = position_ids.clamp(min=0)
         if roles is not None:
             roles = roles.counted(position_ids, lengths_B)
@@ -306,12 +309,15 @@ class MemLMForCausalLM(MemLMPreTrainedModel, MemoryGenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> MemLMCausalLMOutput | tuple:
-        """As ``MemLMModel.forward``, which takes ``kwargs``, and with ``labels`` [B, T] (-100: not scored) the loss.
+        """As ``MemLMModel.forward``, which takes ``kwargs``; with ``labels``, also the loss.
 
-        The loss is the mean over scored tokens, label t predicted from position t - 1, plus the mixers' auxiliary
-        losses, in which each row counts with its scored tokens. num_items_in_batch: scored tokens of a step of
-        several calls: all parts of the loss then are this call's share of the step's.
-        logits_to_keep: the last so many positions, or their indices; 0 for all.
+        labels: [B, T]; label t is predicted from position t - 1; -100: not scored
+        num_items_in_batch: scored tokens of a step of several calls; all parts of the loss are then this call's share
+            of the step's
+        logits_to_keep: number of last positions, or their indices, with logits; 0 for all
+
+        The loss is the mean over scored tokens plus the mixers' auxiliary losses, in which a row counts by its scored
+        tokens.
         """
         out = self.model(
             input_ids=input_ids,

@@ -20,17 +20,16 @@ from memlm.settings import require, suggest
 
 
 def names(group: str) -> list[str]:
-    """Names of the parts of a group that installed packages bring."""
+    """Names of a group's parts in installed packages."""
     return sorted({point.name for point in _points(group, tuple(sys.path))})
 
 
 def load(group: str, name: Any, own: Collection[str], where: str) -> ModuleType | None:
-    """The module that an installed package brings under ``name``; None if the project has the name itself.
+    """The module that an installed package provides under ``name``; None if ``name`` is the project's own.
 
-    own: the project's names; where: the setting of the user, ``key=value``, for errors
+    own: the project's names; where: the user's setting, ``key=value``, for errors
 
-    Raises ValueError in one line for an unknown name, a name that two packages have, and a module that cannot be
-    imported.
+    Raises ValueError in one line if the name is unknown, two packages have it, or its module cannot be imported.
     """
     found = [point for point in _points(group, tuple(sys.path)) if point.name == name]
     packages = [f"{point.dist.name} {point.dist.version}" for point in found if point.dist]
@@ -50,5 +49,7 @@ def load(group: str, name: Any, own: Collection[str], where: str) -> ModuleType 
 
 @functools.cache
 def _points(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
-    """Entry points of the packages on ``path``; a mixer is built for every layer, and a search reads many files."""
+    """Entry points of the packages on ``path``. Cached: a mixer is built for every layer, and a search reads many
+    files.
+    """
     return tuple(entry_points(group=group))

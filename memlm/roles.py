@@ -1,4 +1,4 @@
-"""Roles of tokens: a document, a query, a response, a template. Data gives them, and memories of documents read them.
+"""Roles of tokens: document, query, response, template. Data sources set them; memories of documents use them.
 
 B rows, T tokens of a call.
 """
@@ -10,18 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A token of a document has the document's number, above 0. A query chooses documents, and a template stands before
+# A token of a document has the document's number, above 0. A query chooses documents. A template comes before
 # everything else in a sample.
 QUERY, RESPONSE, TEMPLATE = 0, -1, -2
 
 
 class RoleCounts(NamedTuple):
-    """Bounds on roles, which the host needs to size buffers without the device.
+    """Upper bounds on roles. With them the host sizes buffers without waiting for the device.
 
-    documents, longest: at most, documents that a row has tokens of, and tokens of one of them in this call
-    within, outside: at most, tokens of a row within documents, and outside of any
+    documents, longest: documents with tokens in one row, and tokens of one document, in this call
+    within, outside: tokens of a row within documents, and outside
     whole: whether some row may have all its tokens, or none, in one document
-    sizes: of all rows together at most, documents of 1 token, of 2, of 3 or 4, of 5 to 8, ...
+    sizes: documents of 1 token, of 2, of 3 or 4, of 5 to 8, ..., of all rows together
     """
 
     documents: int
@@ -33,8 +33,10 @@ class RoleCounts(NamedTuple):
 
     @classmethod
     def of(cls, doc_ids: Tensor, positions: Tensor | None, lengths: Tensor | None = None) -> "RoleCounts":
-        """Count doc_ids [B, T], which asks the device once. positions [B, T]: places in documents, where rows are
-        packed; lengths [B]: real tokens of each row, which come first.
+        """Count doc_ids [B, T], which waits once for the device.
+
+        positions: [B, T], positions in documents, for packed rows; lengths: [B], real tokens of each row, which come
+            first
         """
         length = doc_ids.shape[1]
         if length == 0:
@@ -59,14 +61,16 @@ class RoleCounts(NamedTuple):
 
 
 class Bank(Protocol):
-    """Documents outside of the call, such as those of a ``memlm.MemoryBank``."""
+    """Documents outside the call, such as those of a ``memlm.MemoryBank``."""
 
     def check(self, model: Any) -> None:
         """Raise ValueError unless the bank belongs to the model."""
 
     def candidates(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor, held_BC: Tensor) -> dict[str, Tensor]:
-        """A few documents that hold all that a layer's router can choose with these queries, without those of the
-        numbers held (-1: none), as ``with_documents`` of ``memlm.memory.msa`` takes them. Asks the device.
+        """A few documents, among them all that a layer's router can choose with these queries, as ``with_documents``
+        of ``memlm.memory.msa`` takes them. Waits for the device.
+
+        held_BC: numbers to leave out; -1: none
         """
 
 
@@ -79,10 +83,11 @@ class Roles:
 
     doc_ids: int [B, T], the number of a token's document, above 0, or QUERY, RESPONSE, TEMPLATE; a document continues
         as long as its number does
-    positives: [B, T], nonzero for tokens of documents that the query should find, to train the choice; None: unknown
-    counts: of rows without padding, made on the CPU with a batch; None: the decoder counts, and waits for the device
-    bank: documents that the query chooses among too. They stand behind the leading template. The memory keeps those
-        that may be chosen
+    positives: [B, T], nonzero for tokens of documents that the query should choose, to train the router; None: unknown
+    counts: counts of rows without padding, made on the CPU with the batch; None: the decoder counts, and waits for the
+        device
+    bank: more documents that the query chooses among; their place is after the leading template. The memory keeps
+        those that may be chosen
     """
 
     doc_ids: Tensor
@@ -103,12 +108,12 @@ class Roles:
                 raise ValueError(f"roles.{name} {list(given.shape)} must be [batch, tokens] = {[batch, length]}")
 
     def in_order(self, order_BT: Tensor) -> "Roles":
-        """The roles of tokens that move along their rows."""
+        """The roles after tokens were reordered within their rows."""
         positives = None if self.positives is None else self.positives.gather(1, order_BT)
         return replace(self, doc_ids=self.doc_ids.gather(1, order_BT), positives=positives)
 
     def counted(self, positions: Tensor | None, lengths: Tensor | None) -> "Roles":
-        """The same with ``counts``."""
+        """The roles with ``counts``."""
         if self.counts is not None:
             return self
         return replace(self, counts=RoleCounts.of(self.doc_ids, positions, lengths))

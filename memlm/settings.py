@@ -1,4 +1,4 @@
-"""Settings of a user, checked before anything is built: each mistake is one line with the key, the value and a fix."""
+"""Checks of a user's settings before anything is built: each mistake is one line with the key, the value and a fix."""
 
 import dataclasses
 import difflib
@@ -15,13 +15,13 @@ def require(condition: bool, message: str) -> None:
 
 
 def suggest(wrong: str, known: Sequence[str], otherwise: str = "") -> str:
-    """'did you mean ...' for a misspelt name; else ``otherwise``, or all the names there are."""
+    """'did you mean ...' for a misspelt name; otherwise ``otherwise``, or a list of all names."""
     close = difflib.get_close_matches(wrong, known, n=1)
     return f"did you mean {close[0]!r}?" if close else otherwise or f"one of: {', '.join(known)}"
 
 
 def check_type(value: Any, hint: Any, key: str) -> None:
-    """Raise ValueError naming ``key`` unless the value is of the annotated type; an int will do for a float."""
+    """Raise ValueError with ``key`` unless the value has the annotated type; an int may stand for a float."""
     union = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     allowed = [typing.get_origin(t) or t for t in union]
     number = float in allowed and type(value) is int
@@ -31,9 +31,9 @@ def check_type(value: Any, hint: Any, key: str) -> None:
 
 
 def build_config(cls: type, values: dict[str, Any], key: str) -> Any:
-    """A configuration dataclass from plain values; ``key`` is where they stand.
+    """A configuration dataclass from plain values; ``key`` is their place in the configuration.
 
-    Raises ValueError naming the key for unknown names, wrong types, and whatever ``__post_init__`` refuses.
+    Raises ValueError with the key for unknown names, wrong types, and values that ``__post_init__`` refuses.
     """
     hints = typing.get_type_hints(cls)
     for name, value in values.items():
