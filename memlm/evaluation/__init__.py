@@ -3,10 +3,10 @@
 Files:
 
     run                 the command
-    subject             a model, and the facts of its checkpoint
+    subject             a model, and its checkpoint's information
     data                test data in the tokens of each model
     measures            one file per measure: recall, needles, banks, text
-    ablation            the model with its memory silenced
+    ablation            the model without its long-term memory
     page                tables, and the content of the HTML page
     plots               pictures
     report              the HTML page

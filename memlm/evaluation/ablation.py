@@ -1,4 +1,4 @@
-"""A trained model without its long-term memory: what the memory itself adds to what was measured."""
+"""The memory-off ablation: a trained model without its long-term memory, to measure the memory's contribution."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from memlm.memory.base import MixerOutput
 
 @contextmanager
 def memory_off(model: nn.Module) -> Iterator[None]:
-    """Every part with ``long_term = True`` says zeros; its states go on as they are.
+    """Replace the output of every part with ``long_term = True`` by zeros; states continue as usual.
 
     Raises ValueError if the model has no such part.
     """

@@ -43,8 +43,8 @@ class Examined:
 
 
 def data_config(given: DictConfig, subject: Subject) -> dict[str, Any]:
-    """The data to evaluate on: sources as named, or those of the run; tokens and length of a row are the checkpoint's
-    unless named.
+    """The evaluation data: named sources, or those of the run. Tokenizer and row length are the checkpoint's unless
+    set.
     """
     named = OmegaConf.to_container(given, resolve=True)
     trained = subject.record.config.get("data")
@@ -65,10 +65,10 @@ def data_config(given: DictConfig, subject: Subject) -> dict[str, Any]:
 
 
 def examine(subject: Subject, data: dict[str, Any], seed: int) -> Examined:
-    """Raises ValueError for data that the model cannot read."""
+    """The data in a subject's tokens. Raises ValueError if the model cannot read it."""
     sources, rows = data["sources"], 1
     if isinstance(sources, dict):
-        # Sources are measured one by one: weights, which would have to fit a batch, mean nothing.
+        # Sources are measured one by one, so their weights have no effect.
         sources = {name: {**o, "weight": 1} if isinstance(o, dict) else o for name, o in sources.items()}
         rows = max(1, len(sources))
     try:
@@ -85,7 +85,7 @@ def examine(subject: Subject, data: dict[str, Any], seed: int) -> Examined:
 
 
 def untrained(data: dict[str, Any], subject: Subject) -> dict[str, list[Any]]:
-    """Settings of the data that differ from those that a subject was trained on, here and there."""
+    """Data settings that differ from the training's: key -> [value here, value in training]."""
     trained = subject.record.config.get("data")
     if not isinstance(trained, dict):
         return {}
@@ -95,7 +95,7 @@ def untrained(data: dict[str, Any], subject: Subject) -> dict[str, list[Any]]:
 
 
 def changed_files(one: Examined) -> list[str]:
-    """A line for each source whose files are not those that the model was trained on."""
+    """A line for each source whose files differ from those of the training."""
     changed = []
     for name, manifest in one.mixture.manifests.items():
         try:
@@ -109,7 +109,7 @@ def changed_files(one: Examined) -> list[str]:
 def texts(examined: Sequence[Examined], documents: int, length: int) -> list[dict[str, list[np.ndarray]]]:
     """Tokens [T] of test documents of each source of text, for each model.
 
-    Models of other tokens are given the same bytes: those that the first ``length`` tokens of every model hold.
+    Models with different tokenizers read the same bytes: those within the first ``length`` tokens of every model.
     """
     names = [name for name, source in examined[0].mixture.sources.items() if isinstance(source, TextSource)]
     sizes = {fingerprint(one.tokenizer): token_bytes(one.tokenizer) for one in examined} if names else {}
@@ -128,20 +128,20 @@ def texts(examined: Sequence[Examined], documents: int, length: int) -> list[dic
 
 
 def has_documents(source: Source) -> bool:
-    """Whether there are test documents, and questions about them."""
+    """Whether a source has test documents with questions."""
     task = source.task if isinstance(source, RecallSource) else source
     return isinstance(task, Facts | Chains | QuestionSource)
 
 
 def library(source: Source, documents: int, questions: int) -> Library | None:
-    """Test documents of a source that has such, and questions about them."""
+    """Test documents of a source, with questions; None if it has none."""
     if isinstance(source, RecallSource) and isinstance(source.task, Facts):
         return source.task.library(source.seed, "test", documents, questions)
     return source.library("test", documents, questions) if isinstance(source, QuestionSource) else None
 
 
 def read_on(source: Source, documents: int, questions: int) -> tuple[Interleave, Iterable[Linked]] | None:
-    """How questions of a source are answered by reading on, and test documents with such, where it has any."""
+    """The ``Interleave`` of a source whose questions are answered by reading on, and its test documents; else None."""
     if isinstance(source, RecallSource) and isinstance(task := source.task, Chains):
         way = Interleave(**TEMPLATES, max_rounds=task.hops, max_new_tokens=task.length)
         return way, (task.linked(source.seed, "test", index, documents) for index in count())

@@ -1,4 +1,4 @@
-"""What an evaluation shows: tables, for the screen and the page alike, and the page itself."""
+"""The output of an evaluation: tables, for screen and page alike, and the page itself."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from memlm.training.tracking import read_metrics
 
 
 def tables(results: dict[str, Any], measures: Sequence[Measure]) -> dict[str, Table]:
-    """Header and rows of each table by what it tells, for the screen and the page alike."""
+    """Header and rows of each table, by title, for screen and page."""
     models = results["models"]
     first = next(iter(models.values()))
     header = ["model", "parameters", "tokens are", "step", "tokens seen"]
@@ -51,7 +51,7 @@ def page(subjects: list[Subject], results: dict[str, Any], measures: Sequence[Me
     for measure in measures:
         if models[subjects[0].name][measure.name]:
             measure.section(report, models, subjects[0])
-    # What trained did so with its memory on.
+    # Training always has the memory on.
     trained = [s for s in subjects if s.run_dir and not s.memory_off]
     runs = {s.name: read_metrics(s.run_dir / "metrics.jsonl") for s in trained}
     if any(runs.values()):

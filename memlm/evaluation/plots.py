@@ -17,7 +17,7 @@ _COLOURS = ("#2563eb", "#64748b", "#d97706", "#0f766e")
 
 
 def needle_map(grids: dict[str, list[dict]], training_length: int | None) -> Figure:
-    """Heat maps side by side, length to the right, depth downwards; the training length is a dashed line."""
+    """Heat maps side by side: length to the right, depth downwards, training length as a dashed line."""
     figure, axes = plt.subplots(
         1, len(grids), figsize=(1.2 + 4.4 * len(grids), 4.0), sharey=True, layout="constrained", squeeze=False
     )
@@ -48,7 +48,7 @@ def needle_map(grids: dict[str, list[dict]], training_length: int | None) -> Fig
 
 
 def curves(runs: dict[str, list[dict]], prefix: str, label: str, logarithmic: bool = False) -> Figure | None:
-    """One panel for each figure of metrics.jsonl that starts with ``prefix``, one line for each run."""
+    """One panel for each metric of metrics.jsonl whose name starts with ``prefix``, one line per run."""
     names = sorted({key for lines in runs.values() for line in lines for key in line if key.startswith(prefix)})
     if not names:
         return None
@@ -76,7 +76,7 @@ def curves(runs: dict[str, list[dict]], prefix: str, label: str, logarithmic: bo
 
 
 def accuracy_by_length(results: dict[str, list[dict]]) -> Figure:
-    """Recall accuracy against length, one panel a task, one line a model."""
+    """Recall accuracy against length: one panel per task, one line per model."""
     tasks = sorted({r["task"] for rs in results.values() for r in rs})
     figure, axes = plt.subplots(
         1, len(tasks), figsize=(4.2 * len(tasks), 3.2), layout="constrained", squeeze=False, sharey=True
@@ -101,7 +101,7 @@ def accuracy_by_length(results: dict[str, list[dict]]) -> Figure:
 
 
 def by_documents(results: dict[str, list[dict]]) -> Figure:
-    """What a bank finds and answers against the number of its documents: one panel a model and source."""
+    """A bank's hit rates and answers against its number of documents: one panel per model and source."""
     panels = {(name, b["source"]): [] for name, banks in results.items() for b in banks}
     for name, banks in results.items():
         for b in banks:
@@ -130,7 +130,7 @@ def by_documents(results: dict[str, list[dict]]) -> Figure:
 
 
 def by_position(lines: dict[str, Sequence[float]], edges: Sequence[int], label: str, legend: str = "") -> Figure:
-    """A figure by distance from the document's start: one line a name, one value a bucket."""
+    """A value by distance from the document's start: one line per name, one point per bucket."""
     figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     buckets = [f"{a}-{b}" for a, b in itertools.pairwise(edges)]
     for i, (name, values) in enumerate(lines.items()):

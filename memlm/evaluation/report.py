@@ -1,4 +1,4 @@
-"""One self-contained HTML page of an evaluation: pictures inside, no network."""
+"""One self-contained HTML page of an evaluation: pictures are embedded, no network is needed."""
 
 import base64
 import html
@@ -20,7 +20,7 @@ img { max-width: 100%; height: auto } .note { color: #475569 }
 
 
 class Report:
-    """Sections in the order they are added; ``write`` also leaves each picture as a PNG."""
+    """Sections in the order of their addition; ``write`` also saves each picture as a PNG."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -39,7 +39,7 @@ class Report:
         self._parts.append(f"<table><tr>{head}</tr>{body}</table>")
 
     def picture(self, name: str, figure: Figure | None, alt: str) -> None:
-        """Add a figure, and close it; None adds nothing."""
+        """Add a figure and close it; None adds nothing."""
         if figure is None:
             return
         import matplotlib.pyplot as plt

@@ -1,4 +1,4 @@
-"""Measure a checkpoint, and its control beside it; write results.json, report.html, and a table on the screen."""
+"""Evaluate a checkpoint and its control; write results.json and report.html, and print a table."""
 
 import hashlib
 import json
@@ -39,10 +39,10 @@ from memlm_kernels import set_backend
 
 
 def run(cfg: DictConfig) -> None:
-    """Evaluate ``cfg.checkpoint``, a run directory, a checkpoint folder or a hub name.
+    """Evaluate ``cfg.checkpoint``: a run directory, a checkpoint folder or a hub name.
 
-    With ``cfg.memory_off`` its long-term memory is silent, and the results stand beside the others.
-    Raises ValueError, one line, for what the user can mend; earlier results stay until new ones are whole.
+    With ``cfg.memory_off``, the model runs without its long-term memory, and the results go to a separate folder.
+    Raises ValueError, one line, for mistakes that the user can fix. Earlier results stay until new ones are complete.
     """
     with set_backend(cfg.hardware.kernels, "hardware.kernels"):
         _run(cfg)
@@ -108,7 +108,7 @@ _KEYS = {"checkpoint": str, "control": str | None, "memory_off": bool, "out": st
 
 
 def _check_writable(out: Path) -> None:
-    """Raise ValueError before minutes of measuring, not after them."""
+    """Raise ValueError before the measurements, not after them."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         files.write(out / ".writable", "")
@@ -118,7 +118,9 @@ def _check_writable(out: Path) -> None:
 
 
 def set_aside(out: Path, of: str) -> None:
-    """Move what ``out`` has of another checkpoint, other data or other settings to ``out/earlier/<its name>``."""
+    """Move results of another checkpoint, other data or other settings from ``out`` to ``out/earlier/<their
+    name>``.
+    """
     before = out / "results.json"
     if not before.exists():
         return
@@ -131,7 +133,7 @@ def set_aside(out: Path, of: str) -> None:
     named = isinstance(earlier, str) and re.fullmatch(r"[\w-]+", earlier)
     kept = out / "earlier" / (earlier if named else files.digest(before)[:8])
     kept.mkdir(parents=True, exist_ok=True)
-    # The results go last: after a kill, the next evaluation moves the rest.
+    # The results move last: after a kill, the next evaluation moves the rest.
     for file in ("plots", "report.html", "results.json"):
         if (out / file).exists():
             shutil.rmtree(kept / file, ignore_errors=True)
@@ -139,7 +141,7 @@ def set_aside(out: Path, of: str) -> None:
 
 
 def _of(results: dict[str, Any]) -> str:
-    """A name for all that results depend on, but the machine and the code: the step, and a hash."""
+    """A name for everything that determines results, except machine and code: the step, and a hash."""
     what = json.dumps(
         [results[key] for key in ("evaluation", "data", "corpora", "models")], sort_keys=True, default=str
     )
@@ -148,7 +150,7 @@ def _of(results: dict[str, Any]) -> str:
 
 
 def _control(cfg: DictConfig, data: dict[str, Any], first: Examined, device: torch.device, console: Console) -> list:
-    """The control, if it is there and can be compared; a line if not."""
+    """The control, if it exists and is comparable; otherwise prints a line."""
     if not Path(cfg.control).exists():
         console.print(f"no control at {cfg.control}; 'python train.py memory=none' trains it", markup=False)
         return []
@@ -164,7 +166,7 @@ def _control(cfg: DictConfig, data: dict[str, Any], first: Examined, device: tor
 
 
 def _check_measurable(chosen: Sequence[Measure], sources: Mapping[str, Source]) -> None:
-    """Raise ValueError if the evaluation would ask nothing of the data, or what does not fit it."""
+    """Raise ValueError if no measure applies to the data, or one does not fit it."""
     for measure in chosen:
         measure.check(sources)
     if not any(measure.measures(source) for measure in chosen for source in sources.values()):
@@ -174,7 +176,7 @@ def _check_measurable(chosen: Sequence[Measure], sources: Mapping[str, Source]) 
 
 
 def _notes(examined: list[Examined], chosen: Sequence[Measure], data: dict[str, Any]) -> list[str]:
-    """What a reader of the figures must know, a line each."""
+    """Notes for readers of the results, one line each."""
     subjects = [one.subject for one in examined]
     notes = [f"{s.name}: {line}" for s in subjects for line in s.lines]
     notes += [
@@ -187,7 +189,7 @@ def _notes(examined: list[Examined], chosen: Sequence[Measure], data: dict[str, 
             notes.append(f"{one.subject.name} was trained on other data: {_told(others, 'here', 'in training')}")
         else:
             notes += [f"{one.subject.name}: {changed}" for changed in changed_files(one)]
-    # Mixers are what is compared, and data has a line of its own.
+    # Mixers are compared on purpose, and data has its own line.
     first, *others = (
         {"tokens": facts["tokenizer"], "dtype": facts["dtype"]}
         | {key: value for key, value in facts["settings"].items() if not key.startswith(("model.mixers.", "data."))}
@@ -205,7 +207,7 @@ def _told(pairs: Mapping[str, list[Any]], here: str, there: str) -> str:
 
 
 def _measurable(chosen: Sequence[Measure], examined: list[Examined], console: Console) -> list[Examined]:
-    """Those that every measure can measure; raises ValueError if the first is none."""
+    """The models that every measure can measure. Raises ValueError if the first is not among them."""
     able = []
     for one in examined:
         try:

@@ -1,4 +1,4 @@
-"""What is evaluated: a model, and the facts that its checkpoint and its run hold of it."""
+"""The evaluated model, with the information in its checkpoint and its run."""
 
 import math
 import re
@@ -20,10 +20,12 @@ from memlm.training.resume import FREE, Record
 
 @dataclass
 class Subject:
-    """A model under evaluation and where it comes from.
+    """A model under evaluation and its origin.
 
-    record: of its run, empty where there is none; step: of the checkpoint, None if unknown; lines: on newer
-    checkpoints that are damaged; memory_off: measured without its long-term memory.
+    record: information on its run, empty if there is no run
+    step: of the checkpoint, None if unknown
+    lines: messages on newer, damaged checkpoints
+    memory_off: whether it is measured without its long-term memory
     """
 
     name: str
@@ -38,7 +40,7 @@ class Subject:
 
     @property
     def steps(self) -> int | None:
-        """Steps that its run is to take."""
+        """The configured number of steps of its run."""
         return _at(self.record.config, "train.steps", int)
 
     @property
@@ -47,7 +49,7 @@ class Subject:
         return _at(self.record.config, "data.seq_len", int)
 
     def facts(self) -> dict[str, Any]:
-        """What tells it from other models, ready for JSON."""
+        """Facts that distinguish it from other models, ready for JSON."""
         seed = _at(self.record.config, "seed", int)
         return {
             "checkpoint": str(self.folder),
@@ -67,13 +69,15 @@ class Subject:
         known = [_at(self.record.config, key, int) for key in ("train.batch_size", "data.seq_len")]
         if None in known or self.step is None:
             return None
-        # Of an earlier version: then batch_size counted the rows of a forward.
+        # In an earlier version, batch_size counted the rows of a forward.
         parts = _at(self.record.config, "train.gradient_accumulation", int) or 1
         return math.prod([*known, parts, self.step])
 
 
 def load_subject(source: str, device: torch.device, key: str = "checkpoint") -> Subject:
-    """A run directory's last checkpoint, a checkpoint folder, or a hub name. Raises ValueError if there is none."""
+    """The last checkpoint of a run directory, a checkpoint folder, or a hub name. Raises ValueError if there
+    is none.
+    """
     path = Path(source)
     folder, lines = checkpoint.newest_whole(path)
     run_dir = path if folder else None
@@ -97,20 +101,20 @@ def tokenizer_name(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def without_seed(settings: Mapping[str, Any], seed: int | None) -> dict[str, Any]:
-    """Settings that change the result, by their full key; paths that name the seed name it no more."""
+    """Settings that change the result, by full key, with the seed removed from paths."""
     kept = {key: value for key, value in flat(settings).items() if key != "seed" and not FREE.fullmatch(key)}
     return {key: re.sub(rf"seed{seed}\b", "seed*", x) if isinstance(x, str) else x for key, x in kept.items()}
 
 
 def differences(models: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Keys of ``settings`` in which some of the models differ, and the value of each."""
+    """Settings that differ between the models: key -> each model's value."""
     keys = dict.fromkeys(key for model in models for key in model)
     found = {key: [model.get(key) for model in models] for key in keys}
     return {key: values for key, values in found.items() if any(value != values[0] for value in values)}
 
 
 def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their full key."""
+    """Nested settings as full key -> value."""
     leaves = {}
     for key, value in node.items():
         leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -118,6 +122,6 @@ def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _at(settings: Mapping[str, Any], key: str, kind: type) -> Any:
-    """The value of a key, None if it is missing or is of another type."""
+    """The value of a key; None if it is missing or has another type."""
     value = flat(settings).get(key)
     return value if type(value) is kind else None

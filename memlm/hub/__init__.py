@@ -1,6 +1,4 @@
-"""Checkpoints: loading ours, with errors that name the file, and converting foreign ones.
-
-README.md beside this file explains how.
+"""Checkpoints: loading our own, with errors that name the file, and converting foreign ones. See README.md here.
 
 Files:
 
@@ -25,7 +23,7 @@ from memlm.modeling import MemLMForCausalLM
 
 
 class Fields(dict[str, Any]):
-    """What a foreign config.json holds; to ask for a field that is not there is a ValueError."""
+    """The content of a foreign config.json; a missing field raises ValueError."""
 
     def __init__(self, values: Mapping[str, Any], where: str = "") -> None:
         super().__init__(values)
@@ -36,13 +34,13 @@ class Fields(dict[str, Any]):
 
 
 def load_model(source: str | Path) -> MemLMForCausalLM:
-    """A model from a checkpoint folder or a hub name, every weight accounted for.
+    """A model from a checkpoint folder or a hub name; every weight must match.
 
-    Raises ValueError naming the folder where the configuration, the weights, or their match is wrong.
+    Raises ValueError with the folder if configuration or weights are invalid or do not fit each other.
     """
     if Path(source).is_dir() and not (Path(source) / "config.json").exists():
         raise ValueError(f"{source}: no config.json there; name a folder that save_pretrained wrote")
-    # What transformers would report over many lines becomes one error below.
+    # transformers would report this over many lines; below it is one error.
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:
@@ -50,7 +48,7 @@ def load_model(source: str | Path) -> MemLMForCausalLM:
             _check_files(Path(source))
         config = MemLMConfig.from_pretrained(source)
         _check_size(Path(source), config)
-        # Nothing is unpickled.
+        # safetensors only: nothing is unpickled.
         model, report = MemLMForCausalLM.from_pretrained(
             source, config=config, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True
         )
@@ -69,7 +67,7 @@ def load_model(source: str | Path) -> MemLMForCausalLM:
 
 
 def _check_files(folder: Path) -> None:
-    """Raise ValueError for JSON of another form than transformers takes for granted."""
+    """Raise ValueError for JSON whose form would crash transformers."""
     kind = files.read_json(folder / "config.json").get("model_type", MemLMConfig.model_type)
     if kind != MemLMConfig.model_type:
         raise ValueError(f"config.json: model_type={kind!r:.80} is not {MemLMConfig.model_type!r}; convert it first")
@@ -79,7 +77,7 @@ def _check_files(folder: Path) -> None:
         try:
             GenerationConfig.from_dict(settings)
         except Exception as error:
-            # Its checks raise anything.
+            # Its checks raise exceptions of any type.
             raise ValueError(f"{generation}: {_first_line(error)}; mend it, or remove it for the defaults") from None
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists() or not index.exists():
@@ -94,13 +92,13 @@ def _check_files(folder: Path) -> None:
 
 
 def _check_size(folder: Path, config: MemLMConfig) -> None:
-    """Raise ValueError before anything is allocated where a folder's weights cannot fill the model of its config."""
+    """Raise ValueError, before any allocation, if a folder's weights cannot fill the model of its config."""
     held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if not held:
         return
     with torch.device("meta"):
         needed = count_parameters(MemLMForCausalLM(config))
-    # Two numbers in a byte are the most that quantised weights have.
+    # Quantised weights hold at most two numbers in a byte.
     if needed > 2 * held:
         raise ValueError(
             f"config.json describes {needed:,} parameters, and {held:,} bytes of safetensors cannot hold them; "
@@ -109,7 +107,7 @@ def _check_size(folder: Path, config: MemLMConfig) -> None:
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer saved beside a model. Raises ValueError where there is none."""
+    """The tokenizer saved with a model. Raises ValueError if there is none."""
     try:
         return read_tokenizer(PreTrainedTokenizerFast, source)
     except ValueError as error:

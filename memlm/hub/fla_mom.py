@@ -1,6 +1,6 @@
-"""Checkpoints of flash-linear-attention's MoM (model type ``mom``, gated delta rule), to ours and back.
+"""Checkpoints of flash-linear-attention's MoM (model type ``mom``, gated delta rule), in both directions.
 
-Theirs has a projection for each memory and each of k, v, beta and decay; ours has them one above the other.
+fla has a projection for each memory and each of k, v, beta and decay; memlm stacks them in one matrix.
 """
 
 from typing import Any
@@ -33,12 +33,12 @@ _OF_LAYER = {
     "attn.o_proj.weight": "mixer.reading.o_proj.weight",
 }
 _CONVOLUTIONS = ("q_conv1d", "k_conv1d", "v_conv1d")
-# What this reader knows no other value of; theirs ignores capacity and the last one.
+# Fields with only one supported value; fla itself ignores capacity and the last one.
 _FIXED = {"mom_backend": "gated_deltanet", "attn": None, "use_output_gate": True, "hidden_act": "swish"}
 
 
 def config_from_fla(theirs: dict[str, Any]) -> MemLMConfig:
-    """Raises ValueError for a configuration that is not MoM's, or that ours cannot be."""
+    """theirs: fla's config.json. Raises ValueError if it is not a MoM, or memlm has no equivalent."""
     theirs = Fields(theirs)
     for name, value in {"model_type": "mom", **_FIXED}.items():
         if theirs.get(name, value) != value:
@@ -80,7 +80,7 @@ def config_from_fla(theirs: dict[str, Any]) -> MemLMConfig:
 
 
 def config_to_fla(config: MemLMConfig) -> dict[str, Any]:
-    """Raises ValueError for a model that theirs cannot be."""
+    """fla's config.json. Raises ValueError if fla has no equivalent."""
     mixers = [config.mixers[name] for name in config.layer_mixers()]
     mixer = mixers[0]
     wanted = {"kind": "mom", "rule": "gated_delta_net", "balance_bias": False, "window_size": None}
@@ -121,7 +121,9 @@ def config_to_fla(config: MemLMConfig) -> dict[str, Any]:
 
 
 def weights_from_fla(theirs: Weights, config: MemLMConfig) -> Weights:
-    """Of weights, or of their gradients. Raises ValueError for a weight too few or too many."""
+    """memlm's weights from fla's (or gradients from gradients). Raises ValueError if a weight is missing or
+    left over.
+    """
     rest = dict(theirs)
 
     def take(name: str) -> Tensor:
@@ -167,7 +169,7 @@ def _outside(config: MemLMConfig) -> dict[str, str]:
 
 
 def _stacks(mixer: dict[str, Any]) -> dict[str, list[str]]:
-    """Our weights, and theirs that stand one above the other in each."""
+    """memlm's weights, each with fla's weights that are stacked in it."""
     if mixer["single_kv"]:
         return {"kv_proj": ["shared_k", "shared_v"], "gates": ["shared_b", "shared_a"]}
     memories = range(mixer["num_memories"])

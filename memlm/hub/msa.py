@@ -1,14 +1,15 @@
-"""Checkpoints of Memory Sparse Attention as released (model type ``msa``, MSA-4B), to ours and back; and Qwen3's,
-which it starts from, with fresh routers, or which other kinds of attention take as they are.
+"""Checkpoints of the released Memory Sparse Attention (model type ``msa``, MSA-4B), in both directions; and Qwen3's.
 
-Released weights are Qwen3's and, in the layers that route, ``router_q_proj.0`` and ``router_k_proj.0``; beside them
-stands ``temperature`` (a setting here), or ``b`` for the loss BCE (of each layer here). Theirs teaches routers in the
-upper half of the layers only, ours wherever they are.
+A Qwen3 becomes ``msa`` with fresh routers, or one of the other kinds of attention, with its weights unchanged.
 
-What ours has no setting for (``max_position_embeddings``, ``aux_loss``; ``ansloss_weight``, ``recloss_weight`` and
-``lmloss_weigth``, weights of losses that are the trainer's here) goes back as it came, from a copy of their
-config.json beside the converted checkpoint; without one, as released. Theirs has no setting for the similarity: with
-the losses INFONCE_* it trains by cosine and serves by dot product, so that both are written alike, and read as cosine.
+Released weights are Qwen3's, plus ``router_q_proj.0`` and ``router_k_proj.0`` in the layers that route. Another tensor
+is ``temperature`` (a setting here), or with the loss BCE ``b`` (one per layer here). The release trains routers only
+in the upper half of the layers, memlm trains all.
+
+memlm has no settings for ``max_position_embeddings``, ``aux_loss``, ``ansloss_weight``, ``recloss_weight`` and
+``lmloss_weigth``. The conversion back takes them from a copy of the original config.json beside the converted
+checkpoint, or else the released values. The release has no setting for the similarity: with the losses INFONCE_* it
+trains by cosine and serves by dot product. So both are written alike, and read as cosine.
 """
 
 from typing import Any
@@ -29,9 +30,9 @@ _OF_LAYER = {
     **{f"{name}.weight": f"{name}.weight" for name in ("input_layernorm", "post_attention_layernorm")},
 }
 _ROUTERS = {f"self_attn.{name}.0.weight": f"mixer.{name}.weight" for name in ("router_q_proj", "router_k_proj")}
-# What a backbone must be, where it says; the rest is sizes.
+# Required values of a backbone's fields, if present.
 _FIXED = {"attention_bias": False, "hidden_act": "silu", "use_sliding_window": False}
-# Where a released config.json says nothing else.
+# Defaults of a released config.json.
 _WRITTEN = {
     "architectures": ["MSAForCausalLM"],
     "model_type": "msa",
@@ -51,7 +52,7 @@ RETROFITS = ("msa", "attention", "chunk_sparse")
 
 
 def config_from_msa(theirs: dict[str, Any], weights: Weights) -> MemLMConfig:
-    """Raises ValueError for a configuration that is not of the released kind, or that ours cannot be."""
+    """theirs: a released config.json. Raises ValueError if it is of another kind, or memlm has no equivalent."""
     theirs = Fields(theirs)
     _expect(theirs, {"model_type": "msa", **_FIXED}, "")
     rules = Fields(theirs["msa_config"], "msa_config.")
@@ -68,7 +69,7 @@ def config_from_msa(theirs: dict[str, Any], weights: Weights) -> MemLMConfig:
         "query_reduce": rules["query_reduce_method"],
         "chunk_reduce": rules["chunk_reduce_method"],
         "router_loss": method.lower(),
-        # Theirs is the mean over layers, ours a sum.
+        # The release averages over layers, memlm sums.
         "loss_weight": rules["auxloss_weight"] / max(1, len(routing)),
         "temperature": min(max(temperature, _TEMPERATURES[0]), _TEMPERATURES[1]),
     }
@@ -76,8 +77,11 @@ def config_from_msa(theirs: dict[str, Any], weights: Weights) -> MemLMConfig:
 
 
 def config_from_qwen3(theirs: dict[str, Any], weights: Weights, memory: str = "msa") -> MemLMConfig:
-    """memory, one of RETROFITS: "msa" with the paper's settings, routing in the upper half of the layers; "attention",
-    which is Qwen3; or "chunk_sparse", its choice distilled, so that it has no weight that Qwen3 has not.
+    """theirs: Qwen3's config.json.
+
+    memory: one of RETROFITS: "msa", with the paper's settings and routers in the upper half of the layers;
+        "attention", which is Qwen3 itself; or "chunk_sparse", with ``learning: distilled``, which adds no weights to
+        Qwen3
     """
     theirs = Fields(theirs)
     _expect(theirs, {"model_type": "qwen3", **_FIXED}, "")
@@ -98,8 +102,9 @@ def config_from_qwen3(theirs: dict[str, Any], weights: Weights, memory: str = "m
 
 
 def config_to_msa(config: MemLMConfig, before: dict[str, Any]) -> dict[str, Any]:
-    """before: the config.json that the model was converted from, or nothing. Raises ValueError for a model that theirs
-    cannot be.
+    """The config.json of the release; before: the one that the model was converted from, or empty.
+
+    Raises ValueError if the release has no equivalent.
     """
     mixers = [config.mixers[name] for name in config.layer_mixers()]
     for mixer in mixers:
@@ -147,7 +152,9 @@ def config_to_msa(config: MemLMConfig, before: dict[str, Any]) -> dict[str, Any]
 
 
 def weights_from_msa(theirs: Weights, config: MemLMConfig) -> Weights:
-    """Of weights, or of their gradients. Raises ValueError for a weight too few or too many."""
+    """memlm's weights from the release's (or gradients from gradients). Raises ValueError if a weight is missing or
+    left over.
+    """
     rest = dict(theirs)
     rest.pop("temperature", None)
     if config.tie_word_embeddings:
@@ -161,7 +168,7 @@ def weights_from_msa(theirs: Weights, config: MemLMConfig) -> Weights:
 
 
 def weights_from_qwen3(theirs: Weights, config: MemLMConfig, seed: int = 0) -> Weights:
-    """The backbone's, and routers drawn as a fresh model's are."""
+    """Qwen3's weights, and routers initialised as in a new model."""
     rest = dict(theirs)
     if config.tie_word_embeddings:
         rest.pop("lm_head.weight", None)
@@ -190,7 +197,7 @@ def weights_to_msa(ours: Weights, config: MemLMConfig) -> Weights:
 
 
 def _layers(settings: dict[str, Any], routing: list[int], layers: int) -> tuple[dict[str, Any], list[str]]:
-    """Mixers that route, those that do not, and where each stands."""
+    """Mixers with and without routing, and the mixer of each layer."""
     shared = {name: settings[name] for name in ("chunk_size", "top_k") if name in settings}
     mixers = {
         "memory": {"kind": "msa", "routes": True, **settings},
@@ -230,7 +237,7 @@ def _expect(found: dict[str, Any], wanted: dict[str, Any], where: str) -> None:
 
 
 def _names(config: MemLMConfig, routers: bool) -> list[tuple[str, str]]:
-    """Their name and ours of every weight."""
+    """The release's name and memlm's name of every weight."""
     names = [(name, name) for name in _OUTSIDE if not (config.tie_word_embeddings and name == "lm_head.weight")]
     for layer, mixer in enumerate(config.mixers[name] for name in config.layer_mixers()):
         of_layer = {**_OF_LAYER, **(_ROUTERS if routers and mixer.get("routes") else {})}

@@ -6,11 +6,11 @@ Files:
     objective           a batch becomes a loss here; scores of validation
     optim               Muon, AdamW, the schedule
     settings            the run's settings, checked
-    checkpoint          checkpoints that are whole or absent
-    resume              whether a checkpoint belongs to the run that is asked for
+    checkpoint          checkpoints that exist completely or not at all
+    resume              checks whether a checkpoint belongs to the requested run
     interrupt           signals
-    sweep               members of a sweep, each a process
-    tracking            metrics, in ``metrics.jsonl`` and elsewhere
+    sweep               members of a sweep, one process each
+    tracking            metrics, in ``metrics.jsonl`` and on Weights & Biases
     display             the screen
 """
 

@@ -1,11 +1,11 @@
-"""Checkpoints that are whole or not at all, and the run directory they live in.
+"""Checkpoints that exist completely or not at all, and the run directory that holds them.
 
 runs/<name>/.../config.yaml  manifest-<source>.json  metrics.jsonl  checkpoints/step_000200/  checkpoints/latest
 
-A checkpoint holds all that a run needs to go on: the model, the tokenizer, ``trainer.pt`` (optimisers),
-``config.yaml`` and ``manifest-<source>.json`` (settings and data of the run), ``run.json`` (its step, and where it
-ran), and ``digests.json``, written last. Those of before digests
-have the model, the tokenizer and ``trainer.pt`` alone.
+A checkpoint holds everything that a run needs to continue: the model; the tokenizer; ``trainer.pt`` (optimisers);
+``config.yaml`` and ``manifest-<source>.json`` (settings and data of the run); ``run.json`` (its step, and where it
+ran); and ``digests.json``, written last. Checkpoints of versions without digests have only the model, the tokenizer
+and ``trainer.pt``.
 """
 
 import re
@@ -29,21 +29,23 @@ _NAME = re.compile(r"step_\d{6,}")
 
 
 def latest(run_dir: Path) -> Path | None:
-    """The newest checkpoint of a run by its name, or None; ``newest_whole`` looks inside."""
+    """The newest checkpoint of a run by its name, or None; ``newest_whole`` checks the content."""
     return max(_checkpoints(run_dir), key=_step, default=None)
 
 
 def newest_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is as it was written, and why each newer one is not; None if the run has none yet.
+    """The newest undamaged checkpoint, and the reasons why newer ones were skipped; None if the run has no checkpoint.
 
-    Raises ValueError if there are checkpoints and none is whole.
+    Raises ValueError if there are checkpoints and all are damaged.
     """
     found, damaged = _newest_whole(run_dir)
     return found, [f"{reason}; using {found.name}" for reason in damaged.values() if found]
 
 
 def recover(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The same to the process that writes there: damaged ones are set aside, remains of a killed save go."""
+    """``newest_whole`` for the process that writes there: damaged checkpoints are renamed, remains of killed saves
+    removed.
+    """
     found, damaged = _newest_whole(run_dir)
     for remains in [*(run_dir / "checkpoints").glob("*.partial-*"), *(run_dir / "checkpoints").glob("step_*.tmp")]:
         shutil.rmtree(remains, ignore_errors=True)
@@ -72,9 +74,9 @@ def _newest_whole(run_dir: Path) -> tuple[Path | None, dict[Path, str]]:
 
 
 def check(folder: Path) -> None:
-    """Raise ValueError, naming the file, unless a checkpoint is as it was written.
+    """Raise ValueError, with the file, unless a checkpoint is as written.
 
-    Without digests it is one of an earlier version: then its files must be readable, and of its step.
+    A checkpoint without digests is from an earlier version: its files must then be readable and belong to its step.
     """
     try:
         if files.is_sealed(folder):
@@ -87,7 +89,7 @@ def check(folder: Path) -> None:
             if not (weights := [*folder.glob("*.safetensors")]):
                 raise ValueError(f"{folder / 'model.safetensors'}: missing")
             for path in weights:
-                # Its header's sizes are compared with the file's.
+                # Compares the sizes in its header with the file.
                 with safe_open(path, "pt"):
                     pass
             step = load_trainer(folder).get("step")
@@ -106,7 +108,7 @@ def _step(folder: Path) -> int:
 
 
 def _set_aside(folder: Path) -> Path:
-    """Give a damaged checkpoint a name that nothing reads; what it holds may still be rescued."""
+    """Rename a damaged checkpoint so that nothing reads it; the user may still rescue its content."""
     names = (folder.with_name(f"{folder.name}.damaged{n or ''}") for n in count())
     aside = next(name for name in names if not name.exists())
     folder.rename(aside)
@@ -123,10 +125,11 @@ def save(
     record: Mapping[str, str],
     keep: int,
 ) -> Path:
-    """Write checkpoint ``step``, then point ``latest`` at it, then drop all but the newest ``keep``.
+    """Write checkpoint ``step``, then point ``latest`` at it, then remove all but the newest ``keep``.
 
-    record: further text files, among them ``run.json``. A failure, a full disk among them, leaves the earlier
-    checkpoints as they were.
+    record: further text files, among them ``run.json``
+
+    If it fails, for example on a full disk, the earlier checkpoints are unchanged.
     """
     folder = run_dir / "checkpoints" / f"step_{step:06d}"
     try:
@@ -140,10 +143,10 @@ def save(
                 (partial / name).write_text(text, encoding="utf-8")
         files.write(folder.parent / "latest", folder.name)
     except Exception as error:
-        # Libraries wrap the system's errors in exceptions of their own; that of tokenizers is a bare one.
+        # Libraries wrap system errors in their own exceptions; tokenizers raises a bare Exception.
         raise OSError(f"{folder}: could not be written ({error}); free disk space and run the same command") from error
     for old in sorted(_checkpoints(run_dir), key=_step)[:-keep]:
-        # Half a checkpoint must not have the name of one.
+        # A partly removed checkpoint must not keep its name.
         shutil.rmtree(old.rename(old.with_name(f"{old.name}.partial-old")), ignore_errors=True)
     return folder
 
@@ -162,12 +165,12 @@ def load_trainer(folder: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def copy_weights(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Path, list[str]]:
-    """Give ``model`` the weights of ``source``, a run directory or a checkpoint's folder; returns that folder, and why
-    newer ones of the run were passed over.
+    """Copy the weights of ``source``, a run directory or a checkpoint's folder, to ``model``.
 
-    Raises ValueError unless every parameter is there with the same shape, or starts silent (see ``SequenceMixer``),
-    none is left over, and the tokens and what else the weights were made for are the same; mixers may have other
-    settings, or be of another kind.
+    Returns that folder, and the reasons why newer checkpoints were skipped. Mixers may have other settings or kinds.
+
+    Raises ValueError unless parameters match by name and shape, tokens are the same, and the models' other settings
+    agree. A parameter may be missing in ``source`` only if it starts silent (``SequenceMixer``).
     """
     key = f"train.init_from={source}"
     newest, passed_over = newest_whole(Path(source))

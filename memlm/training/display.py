@@ -1,4 +1,4 @@
-"""What a person sees while training: a banner, one progress bar, or plain lines where there is no terminal."""
+"""The screen during training: a banner and one progress bar, or plain lines if there is no terminal."""
 
 import time
 from types import TracebackType
@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 
 class _Screen(Console):
-    """A terminal, or a pipe, that may go while a run goes on."""
+    """A terminal or a pipe that may close while a run continues."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -22,7 +22,7 @@ class _Screen(Console):
 
 
 class Display:
-    """Progress of a run of ``steps`` steps; silent where ``shown`` is False (ranks above 0)."""
+    """Progress of a run of ``steps`` steps; silent unless ``shown`` (ranks above 0 are silent)."""
 
     def __init__(self, steps: int, shown: bool) -> None:
         self.console = _Screen(quiet=not shown, highlight=False, soft_wrap=True)
@@ -33,7 +33,7 @@ class Display:
         self._bar = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=None),
-            # Sources bring names of their own, which are no markup.
+            # Sources have user-chosen names, which are not markup.
             TextColumn("{task.description}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left"),
@@ -51,7 +51,7 @@ class Display:
         self._bar.stop()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line."""
         (self._bar.console if self.live else self.console).print(text, markup=False)
 
     def advance(self, step: int, figures: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Signals: a run that is asked to stop ends with a checkpoint, and with the exit code that shells expect."""
+"""Signals: a run that is asked to stop saves a checkpoint, and exits with the code that shells expect."""
 
 import signal
 from types import FrameType
@@ -11,7 +11,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(KeyboardInterrupt):
-    """A run ended by a signal, whose number it carries."""
+    """A signal ended the run; holds its number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -19,8 +19,8 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interrupt:
-    """Ctrl-C, SIGTERM or a terminal that closes stops a run: at once, or, once it is ``patient``, where ``number`` is
-    looked at. A second Ctrl-C stops at once.
+    """Ctrl-C, SIGTERM or a closed terminal stops a run: at once, or, if ``patient``, when the run looks at ``number``.
+    A second Ctrl-C stops at once.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Interrupt:
         self.patient = False
 
     def __enter__(self) -> Self:
-        # nohup has SIGHUP ignored; so it stays.
+        # nohup ignores SIGHUP, and so must the run.
         taken = [s for s in _SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
         self._before = {s: signal.signal(s, self._ask) for s in taken}
         return self
@@ -38,7 +38,7 @@ class Interrupt:
             signal.signal(s, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        # Launchers repeat their SIGTERM, and send their own after a terminal's Ctrl-C.
+        # Launchers repeat SIGTERM, and send it after a Ctrl-C in the terminal.
         again = self.number == number == signal.SIGINT and not dist.is_initialized()
         if again or not self.patient:
             raise Stopped(number)
@@ -46,10 +46,10 @@ class Interrupt:
 
 
 class Agreement:
-    """The signal that any process was sent, agreed on by all.
+    """The signal that any process has received, agreed on by all.
 
-    ``poll`` is called once a step by every process. It gives what the last one gathered, so that nobody waits for a
-    device: several processes stop one step later than one alone, which looks at once.
+    Every process calls ``poll`` once per step. It returns the result gathered at the last step, so that nobody waits
+    for a device: several processes stop one step later than a single one.
     """
 
     def __init__(self, interrupt: Interrupt, processes: int) -> None:

@@ -1,4 +1,4 @@
-"""The training loop: batches that are pure functions of the step, so a run is its configuration and a step number."""
+"""The training loop. Batches are pure functions of the step, so configuration and step number determine a run."""
 
 import math
 import time
@@ -34,9 +34,9 @@ from memlm_kernels import set_backend
 
 
 def run(cfg: DictConfig) -> None:
-    """Train what the configuration describes, or go on where its run directory stops.
+    """Train what the configuration describes, or continue the run in its directory.
 
-    Raises ValueError, one line, for what the user can mend, and ``Stopped`` where a signal ends it.
+    Raises ValueError, one line, for mistakes that the user can fix, and ``Stopped`` if a signal ends the run.
     """
     settings = RunSettings.of(cfg)
     with set_backend(settings.hardware.kernels, "hardware.kernels"), Interrupt() as interrupt:
@@ -46,7 +46,7 @@ def run(cfg: DictConfig) -> None:
 
 
 class Trainer:
-    """Everything that a run needs, built once. Only the holder of the run directory's lock makes one."""
+    """All parts of a run, built once, by the holder of the run directory's lock."""
 
     def __init__(self, settings: RunSettings, accelerator: Accelerator) -> None:
         self.config, self.run_dir, self.settings = settings.config, settings.run_dir, settings.train
@@ -75,7 +75,7 @@ class Trainer:
             for optimizer, state in zip(self.optimizers, self.trainer_state["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
         if any(getattr(module, "without_gradient", None) for module in self.model.modules()):
-            # Ranks would wait for gradients that may not come.
+            # Otherwise ranks may wait for gradients that never come.
             accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         objective = Objective(self.model, self.settings.lm_weight)
         if settings.hardware.compile:
@@ -85,7 +85,7 @@ class Trainer:
             accelerator.scaler.load_state_dict(self.trainer_state["scaler"])
 
     def _find_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint, which the main process finds for all."""
+        """The newest undamaged checkpoint; the main process finds it for all."""
         found: list[Path | None] = [None]
         if self.accelerator.is_main_process:
             found[0], lines = checkpoint.recover(self.run_dir)
@@ -98,7 +98,7 @@ class Trainer:
         if self.folder:
             model = load_model(self.folder)
             for tensor in chain(model.parameters(), model.buffers()):
-                # A mapped file's tensors lie at other addresses than a fresh model's, and sums there round otherwise.
+                # Tensors of a mapped file are aligned differently from a new model's, so sums would round differently.
                 tensor.data = tensor.data.clone()
             resume.compare_models(self.run_dir, model.config, config)
         else:
@@ -114,9 +114,9 @@ class Trainer:
         return model.train()
 
     def train(self, interrupt: Interrupt) -> None:
-        """Take the steps that are left; say so where there are none. Raises ``Stopped`` where a signal ends it."""
+        """Take the remaining steps; if there are none, print a line. Raises ``Stopped`` if a signal ends the run."""
         steps, main = self.settings.steps, self.accelerator.is_main_process
-        # A run that was stopped when it was about to validate does so before it goes on.
+        # A run that was stopped before a validation does it first.
         due = 0 < self.step <= steps and (self.step % self.settings.validate_every == 0 or self.step == steps)
         pending = self._any(main and due and not is_validated(self.run_dir, self.step))
         if self.step >= steps and not pending:
@@ -149,7 +149,7 @@ class Trainer:
         self.display.say(f"Done: {checkpoint.latest(self.run_dir)}")
 
     def _steps(self, tracker: Tracker | None, agreement: Agreement) -> None:
-        """Train to the end, or until a signal asks for it to stop; either way the last step is saved."""
+        """Train to the end, or until a signal. In both cases the last step is saved."""
         settings, saved = self.settings, self.step
         clock, clock_step = time.perf_counter(), self.step
         while self.step < settings.steps and not agreement.number:
@@ -177,7 +177,7 @@ class Trainer:
             self._save(figures, tracker)
 
     def _validate(self, tracker: Tracker | None, agreement: Agreement) -> None:
-        """Log the scores of the validation split, unless a signal comes first."""
+        """Log the scores on the validation split, unless a signal arrives first."""
         scores = self.validate(agreement)
         if agreement.number:
             return
@@ -190,8 +190,8 @@ class Trainer:
         self.shown |= {name: figure for name, figure in list(bits.items())[:1]}
 
     def _one_step(self, logged: bool) -> dict[str, Tensor]:
-        """One optimiser step; figures stay on the device, the mixers' metrics among them if it is logged. ``rows``:
-        loss and number of rows of each source.
+        """One optimiser step. Returns figures on the device: losses; ``rows``, loss and number of rows by source; and
+        if the step is logged, the mixers' metrics.
         """
         sources = len(self.mixture.sources)
         steps = self.optim.schedule_steps or self.settings.steps
@@ -226,8 +226,9 @@ class Trainer:
         return (self.mixture.batch(step, split, part, parts) for part in range(rank, parts, processes))
 
     def _read(self, figures: dict[str, Tensor]) -> dict[str, float]:
-        """Figures as numbers, losses over all processes; stops a run whose loss is not finite. A metric that no row
-        has is left out.
+        """Figures as numbers, losses averaged over all processes. Metrics that no row has are left out.
+
+        Stops the run if the loss is not finite.
         """
         rows, loss = figures["rows"], figures["loss"]
         if self.accelerator.num_processes > 1:
@@ -236,7 +237,7 @@ class Trainer:
         for name, (total, count) in zip(self.mixture.sources, rows.tolist(), strict=True):
             if count:
                 values[f"loss/{name}"] = total / count
-        # fp16's loss scaling skips steps whose gradients overflow; there only the loss tells.
+        # With fp16, loss scaling skips steps whose gradients overflow, so only the loss is checked.
         told = ("loss", "grad_norm") if self.accelerator.scaler is None else ("loss",)
         if not all(math.isfinite(values[name]) for name in told):
             kept = checkpoint.latest(self.run_dir)
@@ -247,8 +248,8 @@ class Trainer:
         return {name: value for name, value in values.items() if name in told or not math.isnan(value)}
 
     def validate(self, agreement: Agreement) -> dict[str, Score]:
-        """Score of each source on ``validation_batches`` batches of the validation split, over all ranks; of
-        fewer, and of no use, where a signal comes before.
+        """The score of each source on ``validation_batches`` batches of the validation split, over all ranks.
+        Incomplete, and to be ignored, if a signal arrives meanwhile.
         """
         model = self.accelerator.unwrap_model(self.objective).model
         steps = range(self.settings.validation_batches)
@@ -257,7 +258,7 @@ class Trainer:
         with self.accelerator.autocast():
             scores = score(model, batches, list(self.mixture.sources), self.token_bytes, self.accelerator.device)
         if self.accelerator.num_processes > 1:
-            # Objects, for ranks may have had rows of different sources, and other metrics.
+            # Objects, because ranks may have different sources and metrics.
             ranks = gather_object([scores])
             scores = {name: sum((of_rank[name] for of_rank in ranks), Score()) for name in scores}
         return scores
@@ -272,7 +273,7 @@ class Trainer:
         return figures
 
     def _save(self, figures: dict[str, Tensor], tracker: Tracker | None) -> None:
-        """Save a checkpoint of weights whose last loss and gradients were finite."""
+        """Save a checkpoint if its last loss and gradients were finite."""
         self._read(figures)
         self.accelerator.wait_for_everyone()
         if tracker:
@@ -330,7 +331,7 @@ class Trainer:
 
 
 def build_accelerator(hardware: HardwareSettings) -> Accelerator:
-    """accelerate's view of the machine; ``mixed_precision: auto`` is bf16 on GPUs that have it, else fp32."""
+    """accelerate's ``Accelerator``; ``mixed_precision: auto`` is bf16 on GPUs that support it, else fp32."""
     if hardware.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("hardware.device='cuda' but torch sees no GPU; use hardware.device=auto")
     precision = hardware.mixed_precision
@@ -341,7 +342,7 @@ def build_accelerator(hardware: HardwareSettings) -> Accelerator:
 
 
 def model_config(settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> MemLMConfig:
-    """The model group as a configuration, its vocabulary taken from the tokenizer unless set."""
+    """The model group as a configuration, with the tokenizer's vocabulary size unless it is set."""
     entries = len(tokenizer)
     check_type(settings.get("vocab_size"), int | None, "model.vocab_size")
     size = settings.get("vocab_size") or entries

@@ -1,4 +1,4 @@
-"""What is minimised, and how a batch is scored. B rows, T tokens, S places that predict, V vocabulary, N sources."""
+"""The training loss, and the scores of a batch. B rows, T tokens, S places that predict, V vocabulary, N sources."""
 
 import math
 from collections.abc import Iterable
@@ -13,22 +13,22 @@ from memlm.roles import Roles
 
 
 def token_losses(logits_BSV: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """Nats of each target, 0 where it is not scored; and which are. [B, S]"""
+    """[B, S]: nats of each target, 0 where it is not scored; and which targets are scored."""
     nats = F.cross_entropy(logits_BSV.float().transpose(1, 2), targets_BS, ignore_index=IGNORE_INDEX, reduction="none")
     return nats, targets_BS != IGNORE_INDEX
 
 
 def predictions(logits: Tensor, labels_BT: Tensor, places_S: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Logits [B, S, V] and their targets [B, S]: all logits are of these places, or but for the last of all tokens."""
+    """Logits [B, S, V] and targets [B, S]. The logits are those at ``places``, or all but the last token's."""
     return (logits[:, :-1], labels_BT[:, 1:]) if places_S is None else (logits, labels_BT[:, places_S + 1])
 
 
 class Objective(nn.Module):
-    """The training loss around a model, so that only small things leave a wrapped or compiled forward.
+    """The training loss around a model, so that a wrapped or compiled forward returns only small tensors.
 
-    A row's loss is the mean over its scored tokens, the batch's the mean over its rows: a source's
-    weight is its share of the loss, however few of its tokens are scored. lm_weight multiplies it; the mixers' own
-    losses bring weights of theirs.
+    A row's loss is the mean over its scored tokens, and the batch's loss the mean over its rows. So a source's weight
+    is its share of the loss, however few of its tokens are scored. ``lm_weight`` multiplies this loss; the mixers'
+    losses have their own weights.
     """
 
     def __init__(self, model: nn.Module, lm_weight: float = 1.0) -> None:
@@ -45,8 +45,11 @@ class Objective(nn.Module):
         places: Tensor | None = None,
         output_metrics: bool = True,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Returns the loss with auxiliary losses added, each row's own loss [B], and the mixers' metrics, scalars, if
-        asked for; nan is a figure that no row has.
+        """Returns the loss with the auxiliary losses, each row's own loss [B], and, if asked for, the mixers' metrics:
+        scalars, nan if no row has a value.
+
+        labels: [B, T], not shifted; -100 is not scored; the other arguments are as in ``MemLMModel.forward`` and
+            ``Batch``
         """
         out = self.model(
             input_ids=input_ids,
@@ -66,7 +69,7 @@ class Objective(nn.Module):
 
 
 def model_inputs(batch: Batch, device: torch.device | str) -> dict:
-    """A batch as keyword arguments on a device; rows that are one document each need no positions."""
+    """A batch as keyword arguments on a device; without positions if each row is one document."""
     batch = batch.to(device)
     positions = batch.position_ids if batch.max_documents > 1 else None
     return {
@@ -81,8 +84,8 @@ def model_inputs(batch: Batch, device: torch.device | str) -> dict:
 
 @dataclass
 class Score:
-    """Sums over scored tokens of one source; told: of what mixers tell of rows, such as how well their routers chose,
-    the sum and the number of rows, by name.
+    """Sums over scored tokens of one source; told: for each metric of rows, such as the routers' hit rate, its sum and
+    the number of rows.
     """
 
     nats: float = 0.0
@@ -118,7 +121,7 @@ class Score:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Means over the rows that have such a figure."""
+        """Means over the rows that have a value."""
         return {name: total / count for name, (total, count) in self.told.items() if count}
 
     @property
@@ -130,7 +133,9 @@ class Score:
 def score(
     model: nn.Module, batches: Iterable[Batch], names: list[str], token_bytes: Tensor, device: torch.device
 ) -> dict[str, Score]:
-    """Score every source of the batches; the model's mode is left as it was."""
+    """Score every source of the batches; names: the sources, in the order of their ids. Runs in eval mode and restores
+    the model's mode.
+    """
     training = model.training
     model.eval()
     sums = torch.zeros(len(names), 6, dtype=torch.float64, device=device)

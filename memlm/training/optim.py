@@ -12,10 +12,10 @@ from memlm.training.settings import OptimSettings
 
 
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """``matrices``, ``head`` and ``rest`` of a model, every trained parameter in exactly one.
+    """The trained parameters of a model in three groups: ``matrices``, ``head`` and ``rest``.
 
-    matrices: weights of linear layers named ``*_proj``, the blocks' projections; of memories too. rest: norms, gates,
-    biases, convolutions, embeddings, learned memories: nothing that weight decay may touch.
+    matrices: weights of linear layers named ``*_proj``, in blocks and memories
+    rest: norms, gates, biases, convolutions, embeddings, learned memories; without weight decay
     """
     matrices = {
         module.weight
@@ -33,9 +33,9 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon with Nesterov momentum, faster: matrices of one shape together, and on a CPU in fp32, not bf16."""
+    """torch's Muon with Nesterov momentum, but faster: it batches matrices of equal shape, and on a CPU uses fp32."""
 
-    # Elements orthogonalised at once: small matrices are slow one by one, large ones need no company.
+    # Elements orthogonalised at once: batching speeds up small matrices; large ones gain nothing.
     _AT_ONCE = 2**22
 
     @torch.no_grad()
@@ -63,7 +63,7 @@ class Muon(torch.optim.Muon):
 
 
 def _orthogonalised(x: Tensor, group: dict[str, Any]) -> Tensor:
-    """[N, rows, columns]: the Newton-Schulz iteration of Muon, whose singular values end near 1."""
+    """[N, rows, columns]: Muon's Newton-Schulz iteration; the resulting singular values are near 1."""
     a, b, c = group["ns_coefficients"]
     y = x.float() if x.device.type == "cpu" else x.bfloat16()
     if x.shape[1] > x.shape[2]:
@@ -76,7 +76,7 @@ def _orthogonalised(x: Tensor, group: dict[str, Any]) -> Tensor:
 
 
 def build_optimizers(model: nn.Module, optim: OptimSettings) -> list[torch.optim.Optimizer]:
-    """One AdamW, and with ``name: muon`` a Muon for the matrices. Each group keeps its peak as ``peak_lr``."""
+    """An AdamW, and with ``name: muon`` a Muon for the matrices. Each group stores its peak as ``peak_lr``."""
     groups = parameter_groups(model)
     decayed = groups["head"] if optim.name == "muon" else groups["head"] + groups["matrices"]
     adamw = [
@@ -95,7 +95,7 @@ def build_optimizers(model: nn.Module, optim: OptimSettings) -> list[torch.optim
 
 
 def lr_factor(step: int, steps: int, warmup_steps: int, final: float) -> float:
-    """Share of the peak learning rate at a step: linear warm-up, then a cosine down to ``final``."""
+    """Share of the peak learning rate at a step: linear warm-up, then a cosine to ``final``."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, steps - warmup_steps)

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is one of the run that is asked for: settings that change the result, the model, the data."""
+"""Checks whether a checkpoint belongs to the requested run: settings that change the result, the model, the data."""
 
 import json
 import re
@@ -19,20 +19,21 @@ from memlm.hub import load_tokenizer
 from memlm.training.checkpoint import FACTS
 
 CONFIG = "config.yaml"
-# Settings of a run, not of its result: where it is, how its rows are cut, how often it is shown and saved.
+# Settings that do not change the result: places, the division of rows, display and saving.
 _PLACES = r"name|run_dir|tracker\..*|data\.cache_dir"
 FREE = re.compile(
     rf"{_PLACES}|hardware\..*|train\.(micro_batch_size|gradient_checkpointing|keep)"
     r"|train\.((log|validate|save)_every|validation_batches)"
 )
-# Compared by what they lead to: the schedule, the model's configuration, the tokens.
+# Compared by their effect: the schedule, the model's configuration, the tokens.
 _ELSEWHERE = re.compile(r"train\.steps|optim\.schedule_steps|model\..*|data\.tokenizer(\..*)?")
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a checkpoint tells of its run: ``config``, its settings; ``manifests``, the files of each source that has
-    any; ``facts``, its step and where it ran. What earlier versions did not keep is empty.
+    """A checkpoint's information on its run. Parts that earlier versions did not keep are empty.
+
+    config: the settings; manifests: the files of each source that has any; facts: the step, and where it ran
     """
 
     config: dict[str, Any]
@@ -40,14 +41,14 @@ class Record:
     facts: dict[str, Any]
 
     def texts(self) -> dict[str, str]:
-        """The files that hold it, by name."""
+        """The record's files, name -> content."""
         manifests = {f"manifest-{name}.json": json.dumps(m, indent=1) for name, m in self.manifests.items()}
         config = OmegaConf.to_yaml(OmegaConf.create(self.config))
         return {CONFIG: config, **manifests, FACTS: json.dumps(self.facts, indent=1)}
 
     @classmethod
     def read(cls, run_dir: Path, folder: Path) -> "Record":
-        """That of a checkpoint, or, if it is of an earlier version, what can be read of it in the run directory."""
+        """The record of a checkpoint; for one of an earlier version, as far as the run directory has it."""
         facts = files.read_json(folder / FACTS) if (folder / FACTS).exists() else {}
         place = folder if facts else run_dir
         try:
@@ -68,9 +69,9 @@ class Record:
         return cls(config, manifests, facts)
 
     def compare_settings(self, run_dir: Path, now: dict[str, Any], processes: int) -> list[str]:
-        """Lines on what differs and may.
+        """Lines on settings that differ and may differ.
 
-        Raises ValueError, naming the key and the way on, for the first setting that changes the result.
+        Raises ValueError, with the key and a fix, for the first difference that changes the result.
         """
         if not self.config:
             return [
@@ -98,7 +99,7 @@ class Record:
         return [*lines, *([f"changed since: {', '.join(changed)}"] if changed else [])]
 
     def compare_data(self, folder: Path, tokenizer: PreTrainedTokenizerBase, manifests: dict[str, Any]) -> None:
-        """Raise ValueError, naming the source, if texts or tokens are not those that the run began with."""
+        """Raise ValueError, with the source, if texts or tokens differ from those that the run began with."""
         if fingerprint(load_tokenizer(folder)) != fingerprint(tokenizer):
             raise ValueError(
                 f"data.tokenizer: its tokens are others than those of {folder}; set data.tokenizer={folder} to go on "
@@ -110,7 +111,7 @@ class Record:
 
 
 def compare_models(run_dir: Path, before: MemLMConfig, now: MemLMConfig) -> None:
-    """Raise ValueError for the first setting of the model that differs, defaults written out."""
+    """Raise ValueError for the first setting of the model that differs, defaults included."""
     there, here = ({name: getattr(c, name) for name in MemLMConfig.__annotations__} for c in (before, now))
     for key, old, new in _differences(there, here, "model"):
         if key != "model.use_cache":
@@ -122,7 +123,7 @@ def compare_models(run_dir: Path, before: MemLMConfig, now: MemLMConfig) -> None
 
 def _compare_schedules(run_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     old, new = (c["optim"].get("schedule_steps") or c["train"]["steps"] for c in (before, now))
-    # A share of 1 at the end is a constant rate.
+    # A final share of 1 is a constant rate.
     if old == new or now["optim"]["final_lr"] == 1:
         return
     key = "optim.schedule_steps" if now["optim"].get("schedule_steps") else "train.steps"
@@ -134,7 +135,7 @@ def _compare_schedules(run_dir: Path, before: dict[str, Any], now: dict[str, Any
 
 
 def _with_global_batch(config: dict[str, Any], processes: int) -> tuple[dict[str, Any], list[str]]:
-    """Settings of before train.batch_size counted all rows of a step, as today's; a line where rows change by it."""
+    """Settings from before ``train.batch_size`` counted all rows of a step, converted; and a line if rows change."""
     train = dict(config["train"])
     if "gradient_accumulation" not in train:
         return config, []
@@ -163,5 +164,5 @@ def _has(config: Any, key: str) -> bool:
 
 
 def _as_typed(value: Any) -> str:
-    """A value as on a command line."""
+    """A value as typed on a command line."""
     return value if isinstance(value, str) else json.dumps(value)

@@ -1,4 +1,4 @@
-"""What a run is told, as dataclasses: types and ranges are checked before anything is built."""
+"""The settings of a run, as dataclasses. Types and ranges are checked before anything is built."""
 
 import math
 from dataclasses import dataclass
@@ -10,14 +10,15 @@ from omegaconf import DictConfig, OmegaConf
 from memlm.memory.base import PACKAGE
 from memlm.settings import build_config, check_type, require, suggest
 
-# Of any number of steps, rows or batches: more is a slip of the hand.
+# The largest number of steps, rows or batches; more is a typing mistake.
 _MOST = 10**9
 
 
 @dataclass(frozen=True)
 class OptimSettings:
-    """lr, muon_lr: peaks for AdamW and Muon; final_lr: share of the peak at the last step, or from ``schedule_steps``
-    on where that is set; clip: gradient norm.
+    """lr, muon_lr: peak learning rates of AdamW and Muon
+    final_lr: share of the peak at the last step, or from ``schedule_steps`` on if set
+    clip: largest gradient norm
     """
 
     name: str
@@ -50,10 +51,14 @@ class OptimSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """steps: optimiser steps; batch_size: rows of one step, over all processes; micro_batch_size: the most rows of one
-    forward on one device, null for all that fall to it; lm_weight: of the language model's loss, beside the mixers'
-    own; *_every: in steps; validation_batches: batches of each validation; keep: checkpoints that stay; init_from: the
-    run, or the checkpoint's folder, whose weights a new run starts with.
+    """steps: optimiser steps
+    batch_size: rows of one step, over all processes
+    micro_batch_size: the most rows of one forward on one device; null: all rows of the device
+    lm_weight: weight of the language model's loss, beside the mixers' losses
+    log_every, validate_every, save_every: intervals in steps
+    validation_batches: batches of each validation
+    keep: number of checkpoints that are kept
+    init_from: the run, or checkpoint folder, whose weights a new run starts with
     """
 
     steps: int
@@ -71,13 +76,15 @@ class TrainSettings:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if name not in ("gradient_checkpointing", "init_from", "lm_weight") and value is not None:
-                # A million rows are a list of as many places for them.
+                # The host keeps lists of rows, so their number is limited further.
                 most = 10**6 if name == "batch_size" else _MOST
                 require(1 <= value <= most, f"{name}={value} must be a whole number in [1, {most:,}]")
         require(0 <= self.lm_weight < math.inf, f"lm_weight={self.lm_weight} must not be negative, and be finite")
 
     def forwards(self, processes: int) -> int:
-        """Forwards of one process in a step. Raises ValueError if the processes cannot have equally many rows."""
+        """Forwards of one process in a step. Raises ValueError if the rows cannot be divided equally among
+        processes.
+        """
         require(
             self.batch_size % processes == 0,
             f"train.batch_size={self.batch_size} rows of a step cannot be shared equally by {processes} processes; "
@@ -115,7 +122,7 @@ class TrackerSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """All groups of a run; ``config`` is where they came from, as plain values."""
+    """All groups of a run; ``config``: the same as plain values."""
 
     config: dict[str, Any]
     name: str
@@ -128,7 +135,7 @@ class RunSettings:
 
     @classmethod
     def of(cls, cfg: DictConfig) -> "RunSettings":
-        """Raises ValueError naming the key, the value and a fix."""
+        """The settings of a composed configuration. Raises ValueError with the key, the value and a fix."""
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         types = (TrainSettings, OptimSettings, HardwareSettings, TrackerSettings)
         groups = ("train", "optim", "hardware", "tracker")

@@ -1,6 +1,4 @@
-"""Members of a Hydra sweep (``-m``): each is a process with a folder of its own, and one that fails ends none of the
-others.
-"""
+"""Members of a Hydra sweep (``-m``). Each is a process with its own folder; a failed member stops no other."""
 
 import hashlib
 import os
@@ -23,7 +21,7 @@ from memlm.cli import TRACED
 from memlm.training.interrupt import Stopped
 
 FAILED = "failed.txt"
-# These stand in the default run_dir.
+# These are part of the default run_dir.
 _NAMED = {"name", "seed", "memory"}
 _failed: list[str] = []
 
@@ -33,9 +31,9 @@ def is_member() -> bool:
 
 
 def run_member(cfg: DictConfig) -> None:
-    """Run the member that ``cfg`` describes as a command of its own.
+    """Run the member that ``cfg`` describes as a separate command.
 
-    Its failure is recorded in its folder. Raises ``Stopped`` where a signal ends it, and with it the sweep.
+    A failure is recorded in its folder. Raises ``Stopped`` if a signal ends the member, and with it the sweep.
     """
     if "WORLD_SIZE" in os.environ:
         raise ValueError("a sweep starts its members one after another; call torchrun for each, without -m")
@@ -62,7 +60,7 @@ def end_sweep() -> None:
 
 
 def member_dir(run_dir: str, overrides: list[str], arguments: list[str]) -> str:
-    """``run_dir`` with those overrides behind it that differ between members and that its name does not tell."""
+    """``run_dir`` plus the overrides that differ between members, unless they already appear in it."""
     plain = [a for a in arguments if not a.startswith("-")]
     parsed = OverridesParser.create().parse_overrides(plain)
     swept = {o.key_or_group for o in parsed if o.is_sweep_override()}
@@ -81,10 +79,11 @@ def _key(override: str) -> str:
 
 
 def _passed_on(command: list[str]) -> tuple[int, str]:
-    """Exit code of a command, and the end of its errors, which appear as they come. It is sent this process's signals
-    once: in a session of its own, a terminal does not send them too.
+    """The exit code of a command, and the last lines of its errors, which are also printed.
+
+    Signals of this process are passed on once: the child has its own session, so a terminal does not send them again.
     """
-    # Where user_errors has Hydra raise, the child's is to print.
+    # user_errors makes Hydra raise here; the child prints its own errors.
     environment = {name: value for name, value in os.environ.items() if TRACED or name != "HYDRA_FULL_ERROR"}
     process = subprocess.Popen(
         command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
@@ -104,5 +103,5 @@ def _passed_on(command: list[str]) -> tuple[int, str]:
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
-    # A child that a signal killed has its number below 0, where shells have it above 128.
+    # A child killed by a signal has a negative exit code; shells use 128 + its number.
     return (128 - code if code < 0 else code), "".join(tail)

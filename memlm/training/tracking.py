@@ -1,4 +1,4 @@
-"""Figures of a run: always ``metrics.jsonl``, and Weights & Biases where asked for."""
+"""Metrics of a run: always in ``metrics.jsonl``, and on Weights & Biases if configured."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from memlm.training.settings import RunSettings
 
 
 class Tracker:
-    """Appends to ``run_dir/metrics.jsonl``; a resumed run first drops what lies beyond its step."""
+    """Appends to ``run_dir/metrics.jsonl``; a resumed run first removes lines after its step."""
 
     def __init__(self, settings: RunSettings, step: int) -> None:
         self.path = settings.run_dir / "metrics.jsonl"
@@ -37,7 +37,7 @@ class Tracker:
             self._run.log(figures, step=step)
 
     def sync(self) -> None:
-        """Have the disk hold all lines: a checkpoint is never ahead of them."""
+        """Flush all lines to the disk, so that a checkpoint is never ahead of them."""
         os.fsync(self._file.fileno())
 
     def close(self, failed: bool) -> None:
@@ -47,7 +47,7 @@ class Tracker:
 
 
 def _wandb_id(run_dir: Path) -> str:
-    """The run's name at Weights & Biases, drawn once: folders of one name on two machines are two runs."""
+    """The run's id at Weights & Biases, drawn once, so equally named folders on two machines are two runs."""
     path = run_dir / "wandb-id"
     if not path.exists():
         files.write(path, uuid.uuid4().hex[:12])
@@ -55,7 +55,7 @@ def _wandb_id(run_dir: Path) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a ``metrics.jsonl``. Torn ones are left out, and figures that are no numbers."""
+    """The lines of a ``metrics.jsonl``, without torn lines and values that are not numbers."""
     if not path.exists():
         return []
     lines = []
@@ -70,12 +70,12 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def is_validated(run_dir: Path, step: int) -> bool:
-    """Whether the figures of a validation after ``step`` steps stand in the run's ``metrics.jsonl``."""
+    """Whether ``metrics.jsonl`` has the validation after ``step`` steps."""
     return any(line["step"] == step and "loss" not in line for line in read_metrics(run_dir / "metrics.jsonl"))
 
 
 def _before(line: dict[str, float], step: int) -> bool:
-    """Whether a line was written before the checkpoint of ``step``: batches up to step - 1, validation of step."""
+    """Whether a line precedes the checkpoint of ``step``: batches up to step - 1, validations up to step."""
     return line["step"] < step or (line["step"] == step and "loss" not in line)
 
 

@@ -29,51 +29,52 @@ from memlm.settings import build_config, require, suggest
 # Header and rows.
 Table = tuple[list[str], list[list[str]]]
 Models = Mapping[str, Mapping[str, Any]]
-# More rows, questions or documents than anyone waits for, and more tokens than one forward takes.
+# Upper bounds: on rows, questions or documents, and on the tokens of one forward.
 MOST, LONGEST = 10**6, 2**24
 
 
 class Measure:
-    """One measure; derive a frozen dataclass whose fields are settings. Two measures may share a setting.
+    """One measure. Derive a frozen dataclass whose fields are its settings; measures may share a setting.
 
-    name: where its results stand in results.json; nothing: its results without a source that it measures
+    name: the key of its results in results.json
+    nothing: its result for data without a source that it measures
     """
 
     name: ClassVar[str]
     nothing: ClassVar[Any] = []
 
     def measures(self, source: Source) -> bool:
-        """Whether it measures something of a source, with these settings."""
+        """Whether it measures a source, with these settings."""
         raise NotImplementedError
 
     def check(self, sources: Mapping[str, Source]) -> None:
         """Raise ValueError if the settings do not fit the data."""
 
     def check_model(self, model: MemLMForCausalLM) -> None:
-        """Raise ValueError if a model cannot be measured; the message follows the model's name."""
+        """Raise ValueError if it cannot measure a model; the message follows the model's name."""
 
     def notes(self, sources: Mapping[str, Source]) -> list[str]:
-        """Lines that a reader of the figures must know."""
+        """Notes for readers of the results, one line each."""
         return []
 
     def run(self, one: Examined, examined: Sequence[Examined]) -> Any:
-        """JSON-ready results of one of the models examined."""
+        """JSON-ready results of one model; examined: all models of the evaluation."""
         raise NotImplementedError
 
     def table(self, models: Models) -> Table | None:
-        """The table for screen and page, if there is one. ``models[name][self.name]`` is the result of ``run``."""
+        """The table for screen and page, or None. ``models[name][self.name]`` is the result of ``run``."""
         raise NotImplementedError
 
     def section(self, report: Report, models: Models, first: Subject) -> None:
-        """Add heading, table, pictures and notes to the page; first: the model that is evaluated."""
+        """Add heading, table, pictures and notes to the page; first: the evaluated model, without its control."""
         raise NotImplementedError
 
 
 def measures(settings: Mapping[str, Any]) -> list[Measure]:
-    """All measures with the settings of the ``eval`` group, and those of installed packages that it names.
+    """All measures with the settings of the ``eval`` group, and measures of installed packages that it names.
 
-    A package's measure stands under the name of its entry point, ``eval.surprise={rows: 16}``.
-    Raises ValueError naming the key, the value and a fix.
+    The settings of a package's measure are under the name of its entry point, ``eval.surprise={rows: 16}``.
+    Raises ValueError with the key, the value and a fix.
     """
     modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
     found = [kind for module in modules for kind in _measures_of(module)]
@@ -98,7 +99,7 @@ def _measures_of(module: ModuleType) -> list[type[Measure]]:
 
 
 def check_range(settings: Any, **least: int) -> None:
-    """Raise ValueError unless each setting lies between its least value and the most that anyone waits for."""
+    """Raise ValueError unless each setting lies between its least value and a reasonable maximum."""
     for name, low in least.items():
         value, most = getattr(settings, name), LONGEST if name.endswith("_length") else MOST
         require(low <= value <= most, f"{name}={value} must lie in {low}..{most}")
@@ -112,7 +113,7 @@ def check_counts(settings: Any, name: str) -> None:
 
 
 def by_source(models: Models, name: str) -> dict[str, Any]:
-    """What was measured of each model and source; the source is named where there are several."""
+    """The results of each model and source; sources are named if there are several."""
     return {
         f"{model}, {source}" if len(results[name]) > 1 else model: measured
         for model, results in models.items()

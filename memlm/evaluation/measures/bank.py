@@ -21,9 +21,10 @@ from memlm.roles import RESPONSE, Roles
 
 @dataclass(frozen=True)
 class Routed:
-    """How one layer chose at the end of the questions, over all of them: whether its best document is one that the
-    question is about (hit_1), whether one of its ``top_k`` is (hit), the share of those to be found among them
-    (recall), and the share of them that are to be found (precision).
+    """The choices of one layer at the end of the questions, averaged over questions.
+
+    hit_1: whether its best document is positive; hit: whether one of its ``top_k`` is
+    recall: the share of positives among these; precision: the positive share of these
     """
 
     layer: int
@@ -36,8 +37,11 @@ class Routed:
 
 @dataclass(frozen=True)
 class Banked:
-    """Questions to a bank: the share answered exactly, every token (what greedy decoding says), and that share once
-    all documents asked about are deleted; chance: of a right answer, of who has read nothing.
+    """Results of questions to a bank.
+
+    exact: share of answers with every token right, as in greedy decoding
+    exact_deleted: the same after all documents asked about are deleted
+    chance: probability of a right answer without reading
     """
 
     source: str
@@ -52,7 +56,7 @@ class Banked:
 
 @torch.no_grad()
 def bank(model: MemLMForCausalLM, source: str, library: Library, rows: int = 32) -> Banked:
-    """Read a library into a bank, and ask it. Raises ValueError for a model that has no bank."""
+    """Read a library into a bank and ask all its questions. Raises ValueError if the model supports no bank."""
     held = MemoryBank.build(model, {str(i): ids for i, ids in enumerate(library.documents)}, progress=False)
     stats, asked = held.stats(), library.inquiries
     batches = [_asked(library, asked[at : at + rows], model.device) for at in range(0, len(asked), rows)]
@@ -72,7 +76,7 @@ def bank(model: MemLMForCausalLM, source: str, library: Library, rows: int = 32)
 
 
 def _asked(library: Library, inquiries: Sequence[Inquiry], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
-    """Questions and their answers, without any document, as inputs of a model, and labels, [B, T]."""
+    """Questions with their answers, without documents, as inputs of a model; and labels [B, T]."""
     samples = [
         make_sample(library.template, [], inquiry.question, inquiry.answer, library.tail, library.opening)
         for inquiry in inquiries
@@ -85,7 +89,7 @@ def _asked(library: Library, inquiries: Sequence[Inquiry], device: torch.device)
 
 
 def _exact(held: MemoryBank, inputs: dict[str, Tensor], labels_BT: Tensor) -> Tensor:
-    """Whether every token of each answer is the likeliest, [B]."""
+    """Whether every token of each answer has the highest logit, [B]."""
     ids_BT, mask_BT, roles = inputs["input_ids"], inputs["attention_mask"], Roles(inputs["doc_ids"], bank=held)
     logits = held.model(ids_BT, attention_mask=mask_BT, roles=roles, use_cache=False).logits
     return ((logits[:, :-1].argmax(-1) == labels_BT[:, 1:]) | (labels_BT[:, 1:] == IGNORE_INDEX)).all(1)
@@ -97,7 +101,9 @@ def share(flags: Iterable[bool]) -> float:
 
 @dataclass(frozen=True)
 class Bank(Measure):
-    """bank_documents: sizes of banks; [] for no bank. bank_questions: to each."""
+    """bank_documents: sizes of banks; [] for none
+    bank_questions: questions to each bank
+    """
 
     name = "bank"
     bank_documents: list

@@ -18,9 +18,12 @@ from memlm.modeling import MemLMForCausalLM
 
 @dataclass(frozen=True)
 class Interleaved:
-    """Questions that a model answers by reading on in a bank: the share answered exactly, and that share once the
-    documents last read on the way are deleted; hops: the share that had read right so far, round by round; chance: of
-    a right answer, of who has read nothing.
+    """Results of questions that a model answers by reading on in a bank.
+
+    hops: share of questions with all documents so far read right, round by round
+    exact: share of answers that are exactly right
+    exact_deleted: the same after the documents of the last round are deleted
+    chance: probability of a right answer without reading
     """
 
     source: str
@@ -41,9 +44,9 @@ def interleaved(
     questions: int,
     rows: int = 32,
 ) -> Interleaved:
-    """Banks of test documents, one after another, and all questions of each until there are enough or no more.
+    """Ask the questions of one bank of test documents after another, up to ``questions`` in total.
 
-    Raises ValueError for a model that has no bank.
+    Raises ValueError if the model supports no bank.
     """
     of_chains: list[tuple[Chain, Answer, Answer]] = []
     for linked in libraries:
@@ -81,7 +84,7 @@ def _answers(
 
 @dataclass(frozen=True)
 class ReadingOn(Measure):
-    """Settings as of a bank, whose checks hold here."""
+    """Uses the settings of the measure ``bank``, which checks them."""
 
     name = "interleaved"
     bank_documents: list

@@ -17,7 +17,7 @@ from memlm.settings import require
 
 @dataclass(frozen=True)
 class Needle:
-    """Accuracy, by token, of one cell of the grid; depth 0 is the front of the text."""
+    """Accuracy by token in one cell of the grid; depth 0 is the front of the text."""
 
     length: int
     depth: float
@@ -34,7 +34,7 @@ def needles(
     depths: Sequence[float],
     rows: int,
 ) -> list[Needle]:
-    """A passkey at each depth of texts of each length; the nearest is ``task.gap`` tokens away."""
+    """A passkey at each depth of texts of each length, at least ``task.gap`` tokens from the question."""
     cells = []
     for length in lengths:
         for depth in depths:
@@ -45,7 +45,10 @@ def needles(
 
 @dataclass(frozen=True)
 class Needles(Measure):
-    """factors: as of recall; depths: of the needle, 0 is the front; [] for no needle. needle_rows: rows of a cell."""
+    """factors: lengths, as in ``recall``
+    depths: depths of the needle in 0..1, 0 is the front; [] for no needles
+    needle_rows: rows of a cell
+    """
 
     name = "needles"
     nothing = {}  # noqa: RUF012
@@ -73,7 +76,7 @@ class Needles(Measure):
         return found
 
     def table(self, models: Models) -> Table | None:
-        """None: its picture has all."""
+        """None: the picture shows all results."""
 
     def section(self, report: Report, models: Models, first: Subject) -> None:
         report.heading("Needle in a haystack")

@@ -16,7 +16,7 @@ from memlm.modeling import MemLMForCausalLM
 from memlm.settings import require
 from memlm.training.objective import Score, score
 
-# Tokens of a forward over many rows: enough to keep the processor busy, few enough for small memories.
+# Tokens of a forward: enough to keep the processor busy, few enough for small memories.
 _TOKENS_AT_ONCE = 16384
 
 
@@ -36,7 +36,7 @@ class Recalled:
 def recall(
     model: MemLMForCausalLM, name: str, task: RecallTask, seed: int, factors: Sequence[int], rows: int
 ) -> list[Recalled]:
-    """The task at ``factor`` times its length and gap, on test rows with all filler noise."""
+    """The task at ``factor`` times its length and gap, on test rows with full filler noise."""
     results = []
     for factor in factors:
         scaled = task.scaled(factor)
@@ -59,7 +59,9 @@ def score_task(model: MemLMForCausalLM, task: RecallTask, seed: int, rows: int) 
 
 @dataclass(frozen=True)
 class Recall(Measure):
-    """factors: lengths, times the training length; [] for no recall. recall_rows: test rows of a length."""
+    """factors: multiples of the training length; [] for no recall
+    recall_rows: test rows for each length
+    """
 
     name = "recall"
     factors: list

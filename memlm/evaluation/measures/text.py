@@ -1,4 +1,4 @@
-"""Held-out text by position, with the memory carried over segments and with a new one for each.
+"""Held-out text by position, with the memory carried across segments, and with a new memory for each segment.
 
 B rows, T tokens of a segment, V vocabulary.
 """
@@ -28,8 +28,8 @@ from memlm.training.objective import token_losses
 class TextByPosition:
     """Bits per byte of held-out text by distance from the document's start, and over all of it.
 
-    edges: bucket i holds positions [edges[i], edges[i + 1]); nan where no token fell.
-    of_tokens: means over the same buckets of what mixers tell of each token, such as a memory's surprise.
+    edges: bucket i holds positions [edges[i], edges[i + 1]); nan if it has no token
+    of_tokens: means over the same buckets of the mixers' metrics per token, such as a memory's surprise
     """
 
     carried: bool
@@ -52,9 +52,9 @@ def text_by_position(
     max_length: int,
     rows: int = 16,
 ) -> TextByPosition:
-    """Read documents in segments, with one memory for a document (carried) or a new one each segment.
+    """Read documents in segments, with one memory per document (carried) or a new one for each segment.
 
-    The same tokens are scored either way: all but the first of each segment, which a new memory cannot know.
+    Both ways score the same tokens: all but the first of each segment, which a new memory cannot predict.
     """
     documents = sorted((d[:max_length] for d in documents), key=len)
     nats = torch.zeros(max_length, dtype=torch.float64)
@@ -84,7 +84,7 @@ def text_by_position(
                     sums[here] += x.double().masked_fill(mask == 0, 0.0).sum(0).cpu()
             piece_nats, scored = token_losses(out.logits[:, :-1], piece.masked_fill(mask == 0, -100)[:, 1:])
             sizes = token_bytes.to(model.device)[piece[:, 1:]] * scored
-            # Tokens that stand for no text, such as the end of a document, are not text.
+            # Tokens without text, such as the end of a document, are not scored as text.
             piece_nats = piece_nats * (sizes > 0)
             where = slice(begin + 1, begin + piece.shape[1])
             nats[where] += piece_nats.double().sum(0).cpu()
@@ -116,7 +116,9 @@ def _mean(total: float, count: float) -> float:
 
 @dataclass(frozen=True)
 class Text(Measure):
-    """text_documents: held-out documents; 0 for no text. text_length: tokens of each."""
+    """text_documents: held-out documents; 0 for no text
+    text_length: tokens of each
+    """
 
     name = "text"
     nothing = {}  # noqa: RUF012
