@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +53,7 @@ def build(name: str, layers: int) -> torch.nn.Module:
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes))
     from memlm import MemLMConfig, MemLMForCausalLM
 
-    mixer = yaml.safe_load((ROOT / "configs" / "memory" / f"{name}.yaml").read_text())
+    mixer = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "memory" / f"{name}.yaml"))
     return MemLMForCausalLM(MemLMConfig(**SIZES, num_hidden_layers=layers, mixers={"memory": mixer}))
 
 

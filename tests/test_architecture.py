@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
+from itertools import chain
 
 import pytest
 
@@ -153,6 +155,35 @@ def test_every_op_opens_with_the_paper():
         assert len(lines) <= 60 and lines[0].startswith('"""')
         used = rf"from memlm_kernels\.{folder.name}(\.naive import| import (.*, )?naive)"
         assert re.search(used, tests), f"no test compares with {folder.name}/naive.py"
+
+
+# Packages whose module has another name; and tools, and an attention of transformers, which nothing imports by name.
+MODULES = {"hydra-core": "hydra", "pyyaml": "yaml", "flash-linear-attention": "fla"}
+TOOLS = {"pytest-xdist", "ruff", "mypy", "pre-commit", "flash-attn"}
+
+
+def declared(*extras):
+    """The modules of the packages that pyproject.toml declares, for the project itself or for some of its extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = project["dependencies"] if not extras else chain(*map(project["optional-dependencies"].get, extras))
+    names = {re.match(r"[\w-]+", line)[0] for line in lines}
+    return {MODULES.get(name, name) for name in names - TOOLS}
+
+
+def used(*patterns):
+    """The modules from elsewhere that the files import, or skip a test without."""
+    paths = [path for pattern in patterns for path in ROOT.glob(pattern)]
+    names = {name for path in paths for name in imports(path, "")}
+    skipped = (re.findall(r"importorskip\(\"(\w+)", path.read_text()) for path in paths)
+    own = {"", "memlm", "memlm_kernels", "tests", *(path.stem for path in ROOT.glob("scripts/*.py"))}
+    return {name.split(".")[0] for name in chain(names, *skipped)} - own - set(sys.stdlib_module_names)
+
+
+def test_packages_are_declared_if_and_only_if_they_are_imported():
+    needed, optional = declared(), declared("parquet", "cpu-kernels", "fla")
+    # The peer of a benchmark lives in an environment of its own; the tests write a package outside of the repository.
+    assert used("*.py", "memlm/**/*.py", "kernels/**/*.py", "scripts/*.py") - {"titans_pytorch"} == needed | optional
+    assert used("tests/**/*.py") - {"foo"} - needed - optional == declared("dev") - optional
 
 
 def test_kernels_is_a_source_root_not_a_package():

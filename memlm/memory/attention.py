@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -97,7 +98,7 @@ class Mixer(SequenceMixer):
 
     def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
         y_BTHK, _, new_state = self.heads(x_BTD, state, rows)
-        return MixerOutput(self.o_proj(y_BTHK.flatten(2)), new_state, {}, {})
+        return MixerOutput(self.o_proj(rearrange(y_BTHK, "b t h k -> b t (h k)")), new_state, {}, {})
 
     def heads(self, x_BTD: Tensor, state: State, rows: Rows) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], State]:
         """The heads' reads, [B, T, H, K]; q, k, v before rotation; and the new state."""
@@ -134,17 +135,20 @@ class Mixer(SequenceMixer):
             qkv = torch.cat(projected, -1)
             qkv, history["conv"] = self.conv.over_rows(qkv, state["conv"], rows.history_BT, rows.lengths_B)
             projected = list(qkv.split(self.sizes, -1))
-        q_BTHK, k_BTGK, v_BTGK = (x.unflatten(-1, (-1, self.dims.head_dim)) for x in projected)
+        q_BTHK, k_BTGK, v_BTGK = (self._heads(x) for x in projected)
         if self.config.qk_norm:
             q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
         return (q_BTHK, k_BTGK, v_BTGK), history
+
+    def _heads(self, x_BTC: Tensor) -> Tensor:
+        return rearrange(x_BTC, "b t (h k) -> b t h k", k=self.dims.head_dim)
 
     def _prefix(self, q_BTHK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries for the persistent tokens, not rotated; their keys and values, [1, P, G, K]."""
         k, v = (proj(self.persistent)[None] for proj in (self.k_proj, self.v_proj))
         if self.config.conv_size:
             k, v = F.silu(k), F.silu(v)
-        k, v = (x.unflatten(-1, (-1, self.dims.head_dim)) for x in (k, v))
+        k, v = self._heads(k), self._heads(v)
         return q_BTHK, self.k_norm(k) if self.config.qk_norm else k, v
 
     def _attend(

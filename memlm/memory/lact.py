@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import initialization as init
 
@@ -126,7 +127,7 @@ class FastWeights(nn.Module):
         """qkv: the attention's q [B, T, H, K], k and v [B, T, G, K], before rotation."""
         q_BTMC, k_BTMC, v_BTMC = self._features(*qkv)
         # Three learning rates and one momentum per head.
-        gates_BTMN = gate_logits(self.gates, x_BTD).unflatten(-1, (self.config.memory_heads, -1))
+        gates_BTMN = rearrange(gate_logits(self.gates, x_BTD), "b t (m n) -> b t m n", m=self.config.memory_heads)
         lr_BTM3 = F.softplus(gates_BTMN[..., :3])
         momentum_BTM = torch.sigmoid(gates_BTMN[..., 3]) if self._has_momentum else None
         o_BTMC, after = large_chunk_memory(
@@ -152,7 +153,7 @@ class FastWeights(nn.Module):
             if momentum_BTM is not None:
                 metrics["momentum"] = momentum_BTM.detach().mean(-1)
             metrics |= memory_norms(self.memory(), state, memory, rows)
-        return MixerOutput(y_BTMC.flatten(2), memory, {}, metrics)
+        return MixerOutput(rearrange(y_BTMC, "b t m c -> b t (m c)"), memory, {}, metrics)
 
     def _features(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v, [B, T, M, C] each; q and k of unit norm, in fp32 or more: fp16 cannot hold small norms."""
@@ -160,12 +161,13 @@ class FastWeights(nn.Module):
 
         def spread(x_BTGK: Tensor) -> Tensor:
             shared = q_BTHK.shape[2] // x_BTGK.shape[2]
-            return (x_BTGK if shared == 1 else x_BTGK.repeat_interleave(shared, 2)).flatten(2)
+            x_BTHK = x_BTGK if shared == 1 else x_BTGK.repeat_interleave(shared, 2)
+            return rearrange(x_BTHK, "b t h k -> b t (h k)")
 
         scale, offset = (x[:, None, None] for x in (self.qk_scale, self.qk_offset))
-        qk = F.silu(torch.stack([q_BTHK.flatten(2), spread(k_BTGK)]) * scale + offset)
-        q, k = unit(exact(qk.unflatten(-1, (heads, -1)))).unbind()
-        return q, k, spread(F.silu(v_BTGK)).unflatten(-1, (heads, -1))
+        qk = F.silu(torch.stack([spread(q_BTHK), spread(k_BTGK)]) * scale + offset)
+        q, k = unit(exact(rearrange(qk, "s b t (m c) -> s b t m c", m=heads))).unbind()
+        return q, k, rearrange(spread(F.silu(v_BTGK)), "b t (m c) -> b t m c", m=heads)
 
 
 class Mixer(SequenceMixer):
@@ -187,7 +189,7 @@ class Mixer(SequenceMixer):
     def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
         seen_BTHK, qkv, attention_state = self.attention.heads(x_BTD, substate(state, "attention"), rows)
         recalled = self.memory(x_BTD, qkv, substate(state, "memory"), rows)
-        seen_BTC, metrics = seen_BTHK.flatten(2), recalled.metrics
+        seen_BTC, metrics = rearrange(seen_BTHK, "b t h k -> b t (h k)"), recalled.metrics
         if rows.metrics:
             metrics = metrics | {"memory_share": memory_share(recalled.y_BTD, seen_BTC)}
         y_BTD = self.attention.o_proj(seen_BTC + recalled.y_BTD)

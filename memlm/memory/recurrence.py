@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import initialization as init
 
@@ -169,7 +170,8 @@ class ChannelDecay(Rule):
         init.constant_(self.decay.bias, math.log(share / (1 - share)))
 
     def log_decay(self, logits_BTL: Tensor) -> Tensor:
-        return F.logsigmoid(exact(self.decay(logits_BTL))).unflatten(-1, (self.config.num_heads, -1)) / 16
+        log_decay_BTC = F.logsigmoid(exact(self.decay(logits_BTL))) / 16
+        return rearrange(log_decay_BTC, "b t (h k) -> b t h k", h=self.config.num_heads)
 
 
 class Delta(Rule):
@@ -293,7 +295,8 @@ class Recurrence(nn.Module):
             qkv_BTC = F.silu(qkv_BTC)
         heads, sizes = self.config.num_heads, self.config.sizes
         qk_BTC, v_BTC = exact(qkv_BTC).split([sizes[0] + sizes[1], sizes[2]], -1)
-        qk_BT2HK, v = qk_BTC.unflatten(-1, (2, heads, -1)), v_BTC.unflatten(-1, (heads, -1))
+        qk_BT2HK = rearrange(qk_BTC, "b t (s h k) -> b t s h k", s=2, h=heads)
+        v = rearrange(v_BTC, "b t (h v) -> b t h v", h=heads)
         if self.rule.unit_keys:
             qk_BT2HK = qk_BT2HK * torch.rsqrt(qk_BT2HK.square().sum(-1, keepdim=True) + 1e-6)
         q, k = qk_BT2HK.unbind(2)
@@ -332,7 +335,7 @@ class Readout(nn.Module):
         self.recalled = Recalled()
 
     def forward(self, o_BTHV: Tensor, x_BTD: Tensor) -> Tensor:
-        y_BTC = self.norm(o_BTHV).flatten(2) * F.silu(self.output_gate_proj(x_BTD))
+        y_BTC = rearrange(self.norm(o_BTHV), "b t h v -> b t (h v)") * F.silu(self.output_gate_proj(x_BTD))
         return self.recalled(self.o_proj(y_BTC.to(x_BTD.dtype)))
 
 

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import initialization as init
 
@@ -310,7 +311,8 @@ class NeuralMemory(SequenceMixer):
             rows.lengths_B,
         )
         # Values are exact too: reads are rounded once, at the end.
-        qk_BT2HK, v_BT1HK = exact(qkv).unflatten(-1, (3, self.config.memory_heads, -1)).split([2, 1], 2)
+        qkv_BT3HK = rearrange(exact(qkv), "b t (s h k) -> b t s h k", s=3, h=self.config.memory_heads)
+        qk_BT2HK, v_BT1HK = qkv_BT3HK.split([2, 1], 2)
         q_BTHK, k_BTHK = self.features(qk_BT2HK).unbind(2)
         v_BTHK = v_BT1HK.squeeze(2)
         if self.config.memory_norm:
@@ -323,11 +325,11 @@ class NeuralMemory(SequenceMixer):
 
     def output(self, o_BTHK: Tensor, gate_BTC: Tensor) -> Tensor:
         """Reads after norm and gate, [B, T, D], in the gate's dtype."""
-        y_BTC = self.norm(o_BTHK).flatten(2) * gate_BTC
+        y_BTC = rearrange(self.norm(o_BTHK), "b t h k -> b t (h k)") * gate_BTC
         return self.recalled(self.o_proj(y_BTC.to(gate_BTC.dtype)))
 
     def heads(self, x_BTC: Tensor) -> Tensor:
-        return x_BTC.unflatten(-1, (self.config.memory_heads, -1))
+        return rearrange(x_BTC, "b t (h k) -> b t h k", h=self.config.memory_heads)
 
     def features(self, x_BTHK: Tensor) -> Tensor:
         """Keys or queries of unit norm; with polynomial_degree 2, also their products. x is fp32 or more: fp16 cannot

@@ -42,6 +42,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import initialization as init
 
@@ -231,7 +232,7 @@ class Mixer(attention.Mixer):
         after |= {f"bank.{name}": x for name, x in bank.items()}
         if bank_asked:
             after = held.arranged(after, bank, self._chosen(bank, after["chunks"]))
-        return MixerOutput(self.o_proj(y_BTHK.flatten(2)), after, aux_losses, metrics)
+        return MixerOutput(self.o_proj(rearrange(y_BTHK, "b t h k -> b t (h k)")), after, aux_losses, metrics)
 
     def _within(self, documents: Within, heads: Heads, before: State) -> tuple[Tensor, State]:
         """Attention inside each document. The state keeps the document that is still open."""
@@ -323,7 +324,7 @@ class Mixer(attention.Mixer):
         owner_BN = (documents.chunk_BN - documents.first_chunk_B[:, None]).clamp(0, count)
         sizes_BC = sizes_of(owner_BN, stream.lengths_B, count)
         ends_BC = boundaries(sizes_BC)
-        router_k = self.router_k_proj(stream.take(x_BTD)).unflatten(-1, (-1, self.dims.head_dim))
+        router_k = self._heads(self.router_k_proj(stream.take(x_BTD)))
         parts = {"k": heads.k, "v": heads.v, "router_k": router_k}
         new: dict[str, Any] = {
             name: segment_mean_pool(x, ends_BC, longest=self.msa.chunk_size) for name, x in parts.items()
@@ -368,7 +369,7 @@ class Mixer(attention.Mixer):
             f"query_reduce={config.query_reduce!r} and chunk_reduce={config.chunk_reduce!r} let a memory ask a "
             "memory_bank once: a mean needs the scores of all documents; ask with a fork of it from before",
         )
-        q_BAHK = self.router_q_proj(layout.outside.take(x_BTD)).unflatten(-1, (-1, self.dims.head_dim))
+        q_BAHK = self._heads(self.router_q_proj(layout.outside.take(x_BTD)))
         found = rows.roles.bank.candidates(self.layer_idx, q_BAHK, layout.asks_BA, number_BC)
         before = held.with_documents(before, found)
         known = {name: before[name] for name in ("documents", "chunks")}
@@ -404,7 +405,7 @@ class Mixer(attention.Mixer):
         config, document_BC = self.msa, held.documents_of(bank, layout.after["chunks"])
         q_BAHK = None
         if layout.asks_BA is not None:
-            q_BAHK = self.router_q_proj(layout.outside.take(x_BTD)).unflatten(-1, (-1, self.dims.head_dim))
+            q_BAHK = self._heads(self.router_q_proj(layout.outside.take(x_BTD)))
         with torch.autocast(x_BTD.device.type, enabled=False):
             routes = route_documents(
                 q_BAHK,
