@@ -16,6 +16,7 @@ from transformers import initialization as init
 from memlm_kernels import grouped_linear
 from memlm_kernels.backend import as_autocast, outside_autocast
 from memlm_kernels.grid import keep_last, pick, place
+from memlm_kernels.grouped_linear import linear_of_group
 from memlm_kernels.segments import exact
 
 
@@ -124,10 +125,24 @@ class GroupedLinear(nn.Module):
         # As nn.Linear, so that a seed gives the same model.
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
-    def forward(self, x_ND: Tensor, sizes_G: Tensor) -> Tensor:
-        """x [N, D]: the rows of each group in turn, sizes_G of them. Returns [N, O]."""
+    def forward(self, x_ND: Tensor, sizes_G: Tensor | None = None, group_N: Tensor | None = None) -> Tensor:
+        """x [N, D]: the rows of each group in turn, sizes_G of them, or rows in any order with their groups. Returns
+        [N, O].
+        """
         (x_ND,) = as_autocast(x_ND)
-        return grouped_linear(x_ND, self.weight.to(x_ND.dtype).unflatten(0, (self.groups, -1)), sizes_G)
+        weight_GOD = self.weight.to(x_ND.dtype).unflatten(0, (self.groups, -1))
+        if group_N is not None:
+            return linear_of_group(x_ND, weight_GOD, group_N)
+        assert sizes_G is not None
+        return grouped_linear(x_ND, weight_GOD, sizes_G)
+
+
+class ExactGroupedLinear(GroupedLinear):
+    """A ``GroupedLinear`` in fp32 or more, as ``ExactLinear``."""
+
+    def forward(self, x_ND: Tensor, sizes_G: Tensor | None = None, group_N: Tensor | None = None) -> Tensor:
+        with torch.autocast(x_ND.device.type, enabled=False):
+            return super().forward(exact(x_ND), sizes_G, group_N)
 
 
 class SwiGLU(nn.Module):

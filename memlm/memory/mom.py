@@ -13,13 +13,15 @@ B batch, T tokens, D hidden, M memories, J = top_k, R = T * J routed tokens of a
 memory), H heads, V value dim, C channels of q, k, v together.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from memlm.layers import ExactLinear, GroupedLinear, ShortConv
+from memlm.layers import ExactGroupedLinear, ExactLinear, GroupedLinear, ShortConv
 from memlm.memory import attention, parts, recurrence
 from memlm.memory.base import Dims, MixerOutput, SequenceMixer, joined, substate
 from memlm.memory.parts import BranchGate, gate_logits
@@ -101,7 +103,7 @@ class Mixer(SequenceMixer):
             self.gates = ExactLinear(inputs, logits, bias=False) if logits else None
         else:
             self.kv_proj = GroupedLinear(config.num_memories, inputs, keys + values)
-            self.gates = GroupedLinear(config.num_memories, inputs, logits) if logits else None
+            self.gates = ExactGroupedLinear(config.num_memories, inputs, logits) if logits else None
         if config.shared_memory and not config.single_kv:
             self.shared_kv_proj = nn.Linear(inputs, keys + values, bias=False)
             self.shared_gates = ExactLinear(inputs, logits, bias=False) if logits else None
@@ -151,8 +153,6 @@ class Mixer(SequenceMixer):
         return joined(state)
 
     def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
-        documents = rows.segments()
-        start = self.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype) if documents else state
         after: dict[str, State] = {}
         input_BTD = x_BTD
         if hasattr(self, "conv"):
@@ -160,39 +160,110 @@ class Mixer(SequenceMixer):
             input_BTD, history = self.conv.over_rows(x_BTD, history, rows.history_BT, rows.lengths_B)
             after["input"] = {"conv": history}
 
-        q_BTC = self.q_proj(input_BTD)
-        kv_BTC, logits_BTL = self._shared_projections(input_BTD)
         weight_BTJ, memory_BTJ, aux_losses, metrics = self._choose(x_BTD, rows)
-        of_documents = (documents.index_BT, documents.most) if documents else ()
-        routes = MemoryRoutes.of(memory_BTJ, self.config.num_memories, *of_documents)
-        o_BRHV, after["routed"], of_rule = recur(
-            self.recurrence,
-            self._routed_inputs(input_BTD, q_BTC, kv_BTC, logits_BTL, routes),
-            routes.cu_seqlens,
-            documents,
-            substate(state, "routed"),
-            substate(start, "routed"),
-            routes.ungrouped if self.config.conv_across_segments and self.training else None,
-            told=rows.metrics,
-        )
-        shared_BTHV = None
-        if self.config.shared_memory and kv_BTC is not None:
-            shared_BTHV, after["shared"], _ = recur(
-                self.recurrence,
-                (torch.cat([q_BTC, kv_BTC], -1), logits_BTL),
-                documents.cu_seqlens if documents else None,
-                documents,
-                substate(state, "shared"),
-                substate(start, "shared"),
-                told=False,
-            )
-        o_BTHV = combine_reads(o_BRHV, routes.place, weight_BTJ, shared_BTHV)
+        if self.config.shared_memory:
+            weight_BTJ = F.pad(weight_BTJ, (0, 1), value=1.0)
+        across = self.config.conv_across_segments and self.training
+        mix = self._mix_token if rows.length == 1 and rows.goes_on and not across else self._mix
+        o_BTHV, of_memories, of_rule = mix(input_BTD, state, rows, weight_BTJ, memory_BTJ)
         y_BTD = self.reading(o_BTHV, x_BTD)
         if self.config.window_size is not None:
             seen = self.attention(x_BTD, substate(state, "attention"), rows)
             y_BTD, of_gate = self.gate(x_BTD, seen.y_BTD, y_BTD, rows.metrics)
             after["attention"], metrics = seen.state, metrics | of_gate
-        return MixerOutput(y_BTD, joined(after), aux_losses, metrics | of_rule)
+        return MixerOutput(y_BTD, joined(after | of_memories), aux_losses, metrics | of_rule)
+
+    def _mix(
+        self, x_BTD: Tensor, state: State, rows: Rows, weight_BTJ: Tensor, memory_BTJ: Tensor
+    ) -> tuple[Tensor, dict[str, State], dict[str, Tensor]]:
+        """Reads [B, T, H, V], the memories after the call, and metrics. A document's last memory is the shared one."""
+        config, documents = self.config, rows.segments()
+        of_documents = (documents.index_BT, documents.most) if documents else ()
+        routes = MemoryRoutes.of(memory_BTJ, config.num_memories, *of_documents, shared=config.shared_memory)
+        x_ND = x_BTD if config.single_kv else dispatch_tokens(x_BTD.flatten(0, 1)[None], routes.grouped)[0]
+
+        def of_memories(linear: nn.Module, shared_BTC: Tensor | None) -> Tensor:
+            y_NC = linear(x_ND, sizes_G=routes.sizes)
+            if shared_BTC is not None:
+                y_NC = torch.cat([y_NC, shared_BTC.flatten(0, 1)])
+            return dispatch_tokens(y_NC[None], routes.ungrouped)[0].unflatten(0, routes.place.flatten(1).shape)
+
+        before = start = self._memories(state)
+        if documents:
+            start = self._memories(self.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype))
+        across = config.conv_across_segments and self.training
+        o_BRHV, after, metrics = recur(
+            self.recurrence,
+            self._inputs(x_BTD, lambda y_BTC: dispatch_tokens(y_BTC, routes.place), of_memories),
+            routes.cu_seqlens,
+            documents,
+            before,
+            start,
+            routes.ungrouped[0, : memory_BTJ.numel(), 0] if across else None,
+            told=rows.metrics,
+        )
+        # Copies, because a view would keep the whole tensor alive.
+        kept = {"routed": {name: x[:, : config.num_memories].clone() for name, x in after.items()}}
+        if config.shared_memory:
+            kept["shared"] = {name: x[:, config.num_memories :].clone() for name, x in after.items()}
+        return combine_reads(o_BRHV, routes.place, weight_BTJ), kept, metrics
+
+    def _memories(self, state: State) -> State:
+        """[B, M, ...] of all memories."""
+        routed, shared = substate(state, "routed"), substate(state, "shared")
+        return {name: torch.cat([x, shared[name]], 1) for name, x in routed.items()} if shared else routed
+
+    def _mix_token(
+        self, x_B1D: Tensor, state: State, rows: Rows, weight_B1J: Tensor, memory_B1J: Tensor
+    ) -> tuple[Tensor, dict[str, State], dict[str, Tensor]]:
+        """``_mix`` of one token a row, where every row goes on. It steps only the memories that get a token, as rows
+        of one token: first the N chosen ones (first choices of all rows, then second, ...), then the shared ones.
+        """
+        config, x_BD, memory_N = self.config, x_B1D[:, 0], memory_B1J[:, 0].T.flatten()
+        batch, choices, memories = len(x_BD), weight_B1J.shape[2], config.num_memories
+        row_N = memory_N
+        if batch > 1:
+            row_N = memory_N + (memories * torch.arange(batch, device=x_BD.device)).repeat(config.top_k)
+
+        def spread(y_BC: Tensor, copies: int = choices) -> Tensor:
+            return y_BC.expand(copies, -1, -1).flatten(0, 1)
+
+        def of_memories(linear: nn.Module, shared_BC: Tensor | None) -> Tensor:
+            y_NC = linear(spread(x_BD, config.top_k), group_N=memory_N)
+            return y_NC if shared_BC is None else torch.cat([y_NC, shared_BC])
+
+        routed = {name: x.flatten(0, 1) for name, x in substate(state, "routed").items()}
+        shared = substate(state, "shared")
+        before = {name: x.index_select(0, row_N)[:, None] for name, x in routed.items()}
+        if shared:
+            before = {name: torch.cat([x, shared[name]]) for name, x in before.items()}
+        qkv_RC, logits_RL = self._inputs(x_BD, spread, of_memories)
+        o_R1HV, after, metrics = self.recurrence(qkv_RC[:, None], logits_RL[:, None], None, before, told=rows.metrics)
+        weight_JB111 = weight_B1J.movedim(2, 0)[..., None, None]
+        o_B1HV = (o_R1HV.unflatten(0, (choices, batch)) * weight_JB111).sum(0)
+        kept: dict[str, State] = {"routed": {}}
+        for name, x in after.items():
+            of_all = routed[name].to(x.dtype).index_copy(0, row_N, x[: len(row_N), 0])
+            kept["routed"][name] = of_all.unflatten(0, (batch, memories))
+        if shared:
+            kept["shared"] = {name: x[len(row_N) :].clone() for name, x in after.items()}
+        return o_B1HV, kept, metrics
+
+    def _inputs(
+        self, x: Tensor, spread: Callable[[Tensor], Tensor], of_memories: Callable[[nn.Module, Tensor | None], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """q, k, v and gate logits of tokens x [..., D], for each of their memories.
+
+        spread: copies the values of a token to all its memories
+        of_memories: applies each chosen memory's own linear map to x, and takes the shared memory's values as given
+        """
+        q, (kv, logits) = self.q_proj(x), self._shared_projections(x)
+        if self.config.single_kv and kv is not None:
+            return spread(torch.cat([q, kv], -1)), spread(logits)
+        qkv = torch.cat([spread(q), of_memories(self.kv_proj, kv)], -1)
+        if self.gates is None:
+            return qkv, logits.new_zeros(*qkv.shape[:-1], 0)
+        return qkv, of_memories(self.gates, logits if self.config.shared_memory else None)
 
     def _choose(self, x_BTD: Tensor, rows: Rows) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Weights and memories of each token, [B, T, J]; auxiliary losses [B]; and metrics. Padding has no effect."""
@@ -204,59 +275,45 @@ class Mixer(SequenceMixer):
         chosen_BTJ = p_BTM.gather(2, memory_BTJ)
         weight_BTJ = chosen_BTJ / chosen_BTJ.sum(-1, keepdim=True)
 
-        real_BT1 = torch.ones_like(p_BTM[..., :1])
-        if rows.real_BT is not None:
-            real_BT1 = rows.real_BT[..., None].to(p_BTM.dtype)
-        sent_BTM = torch.zeros_like(p_BTM).scatter(2, memory_BTJ, 1.0) * real_BT1
-        tokens_B1, sent_BM = real_BT1.sum(1), sent_BTM.sum(1)
-        share_B1 = 1 / tokens_B1.clamp(min=1)
+        real_BT1: Tensor | None = None
+        tokens: Tensor | int = rows.length
+        share: Tensor | float = 1 / max(rows.length, 1)
+        if rows.real_BT is not None and rows.lengths_B is not None:
+            real_BT1, tokens = rows.real_BT[..., None].to(p_BTM.dtype), rows.lengths_B[:, None].to(p_BTM.dtype)
+            share = 1 / tokens.clamp(min=1)
+
+        def total(x_BTK: Tensor) -> Tensor:
+            """The sum over each row's real tokens, [B, K]."""
+            return (x_BTK if real_BT1 is None else x_BTK * real_BT1).sum(1)
+
+        load_BM = total(torch.zeros_like(p_BTM).scatter_(2, memory_BTJ, 1.0)) * share
         losses = {}
         if config.balance_loss:
-            load_BM, mean_BM = sent_BM * share_B1, (p_BTM * real_BT1).sum(1) * share_B1
-            losses["balance"] = config.balance_loss * config.num_memories * (load_BM * mean_BM).sum(1)
+            scale = config.balance_loss * config.num_memories
+            losses["balance"] = (load_BM * (scale * share) * total(p_BTM)).sum(1)
         if config.z_loss:
-            square_BT1 = logits_BTM.logsumexp(-1, keepdim=True).square() * real_BT1
-            losses["router_z"] = config.z_loss * (square_BT1.sum(1) * share_B1)[:, 0]
+            square_BT1 = logits_BTM.logsumexp(-1, keepdim=True).square()
+            losses["router_z"] = config.z_loss * (total(square_BT1) * share)[:, 0]
         if config.balance_bias:
             # No value, only a gradient: the bias falls where the load is above its share.
-            overload_BM = (sent_BM * config.num_memories / config.top_k - tokens_B1) * share_B1
+            overload_BM = load_BM * config.num_memories / config.top_k - tokens * share
             losses["balance_bias"] = ((self.bias - self.bias.detach()) * overload_BM).sum(1)
         if not rows.metrics:
             return weight_BTJ, memory_BTJ, losses, {}
-        tokens, sent_M = tokens_B1.sum().clamp(min=1), sent_BM.sum(0)
-        metrics = {f"load_{m}": load for m, load in enumerate(sent_M / tokens)}
+        sent_M = (load_BM * tokens).sum(0)
+        whole = (sent_M.sum() / config.top_k).clamp(min=1)
+        metrics = {f"load_{m}": load for m, load in enumerate(sent_M / whole)}
         entropy_BT1 = -(p_BTM * logits_BTM.log_softmax(-1)).sum(-1, keepdim=True)
-        metrics["router_entropy"] = (entropy_BT1 * real_BT1).sum().detach() / tokens
+        metrics["router_entropy"] = total(entropy_BT1).sum().detach() / whole
         metrics["dead_memories"] = (sent_M == 0).sum().to(p_BTM.dtype)
         return weight_BTJ, memory_BTJ, losses, metrics
 
-    def _shared_projections(self, x_BTD: Tensor) -> tuple[Tensor | None, Tensor]:
+    def _shared_projections(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
         """Keys, values and gate logits that all memories share, or those of the shared memory; None if there
         are none.
         """
         if self.config.single_kv:
-            return self.kv_proj(x_BTD), gate_logits(self.gates, x_BTD)
+            return self.kv_proj(x), gate_logits(self.gates, x)
         if self.config.shared_memory:
-            return self.shared_kv_proj(x_BTD), gate_logits(self.shared_gates, x_BTD)
-        return None, gate_logits(None, x_BTD)
-
-    def _routed_inputs(
-        self, x_BTD: Tensor, q_BTC: Tensor, kv_BTC: Tensor | None, logits_BTL: Tensor, routes: MemoryRoutes
-    ) -> tuple[Tensor, Tensor]:
-        """q, k, v [B, R, C] and logits [B, R, L] of routed tokens, in the order of their memories."""
-        if self.config.single_kv and kv_BTC is not None:
-            qkv_BTC = torch.cat([q_BTC, kv_BTC], -1)
-            return dispatch_tokens(qkv_BTC, routes.place), dispatch_tokens(logits_BTL, routes.place)
-        q_BRC = dispatch_tokens(q_BTC, routes.place)
-        x_ND = dispatch_tokens(x_BTD.flatten(0, 1)[None], routes.grouped)[0]
-        kv_BRC = _in_rows(self.kv_proj(x_ND, routes.sizes), routes)
-        with torch.autocast(x_BTD.device.type, enabled=False):
-            logits_BRL = logits_BTL.new_zeros(*q_BRC.shape[:2], 0)
-            if self.gates is not None:
-                logits_BRL = _in_rows(self.gates(exact(x_ND), routes.sizes), routes)
-        return torch.cat([q_BRC, kv_BRC], -1), logits_BRL
-
-
-def _in_rows(y_NC: Tensor, routes: MemoryRoutes) -> Tensor:
-    """From routed tokens, memory after memory over all rows, to those of each row, [B, R, C]."""
-    return dispatch_tokens(y_NC[None], routes.ungrouped)[0].unflatten(0, routes.place.flatten(1).shape)
+            return self.shared_kv_proj(x), gate_logits(self.shared_gates, x)
+        return None, gate_logits(None, x)

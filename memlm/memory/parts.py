@@ -67,7 +67,7 @@ class BranchGate(nn.Module):
 
 def gate_logits(gates: nn.Module | None, x_BTD: Tensor) -> Tensor:
     """The output of an ``ExactLinear``, or of a module that replaces it, in fp32 or more. None: no gates."""
-    return x_BTD.new_zeros(*x_BTD.shape[:2], 0) if gates is None else exact(gates(x_BTD))
+    return x_BTD.new_zeros(*x_BTD.shape[:-1], 0) if gates is None else exact(gates(x_BTD))
 
 
 @torch.no_grad()

@@ -31,7 +31,6 @@ from memlm.settings import require
 from memlm_kernels import (
     SegmentedMemoryState,
     delta_rule,
-    dispatch_tokens,
     linear_attention,
     segmented_neural_memory,
 )
@@ -275,21 +274,21 @@ class Recurrence(nn.Module):
         logits_BTL: Tensor,
         cu_seqlens: Tensor | None,
         state: State,
-        across_1N1: Tensor | None = None,
+        across_N: Tensor | None = None,
         told: bool = True,
     ) -> tuple[Tensor, State, dict[str, Tensor]]:
-        """state: [B, S, ...]; across_1N1: an order of all tokens to convolve along, across segments.
+        """state: [B, S, ...]; across_N: an order of tokens of all rows to convolve along, across segments.
 
         Returns reads [B, T, H, V] in fp32 or more, the new state, and metrics if ``told``.
         """
         state, conv = dict(state), {}
         if self.conv is not None:
             convolved_BTC, conv["conv"] = self.conv.over_segments(qkv_BTC, state.pop("conv"), cu_seqlens)
-            if across_1N1 is not None:
-                row_1NC = qkv_BTC.flatten(0, 1)[across_1N1.flatten()][None]
+            if across_N is not None:
+                row_1NC = qkv_BTC.flatten(0, 1)[across_N][None]
                 start_1WC = row_1NC.new_zeros(1, self.config.conv_size - 1, row_1NC.shape[2])
-                convolved_1NC = self.conv.over_rows(row_1NC, start_1WC, None, None)[0]
-                convolved_BTC = dispatch_tokens(convolved_1NC, across_1N1).view_as(qkv_BTC)
+                row_1NC, _ = self.conv.over_rows(row_1NC, start_1WC, None, None)
+                convolved_BTC = convolved_BTC.flatten(0, 1).index_copy(0, across_N, row_1NC[0]).view_as(qkv_BTC)
             qkv_BTC = convolved_BTC
         else:
             qkv_BTC = F.silu(qkv_BTC)
@@ -312,14 +311,14 @@ def recur(
     documents: Segments | None,
     before: State,
     start: State,
-    across_1N1: Tensor | None = None,
+    across_N: Tensor | None = None,
     told: bool = True,
 ) -> tuple[Tensor, State, dict[str, Tensor]]:
     """``Recurrence.forward`` with a segment for each document and memory; before, start and the new state: [B, M,
     ...].
     """
     state = documents.spread(before, start) if documents else before
-    o, after, metrics = recurrence(*inputs, cu_seqlens, state, across_1N1, told)
+    o, after, metrics = recurrence(*inputs, cu_seqlens, state, across_N, told)
     return o, documents.collect(after) if documents else after, metrics
 
 

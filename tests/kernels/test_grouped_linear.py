@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from memlm_kernels import grouped_linear
-from memlm_kernels.grouped_linear import naive
+from memlm_kernels.grouped_linear import linear_of_group, naive
 from memlm_kernels.testing import assert_close, grads_of
 
 SIZES = [[3, 0, 50, 7], [0, 0, 0, 60], [15, 15, 15, 15], [60, 0, 0, 0]]
@@ -43,6 +43,23 @@ def test_one_row_and_odd_sizes():
         x, sizes = torch.randn(1, 7), torch.nn.functional.one_hot(torch.tensor(group), 5)
         assert_close("y", x @ weight[group].T, grouped_linear(x, weight, sizes), 1e-6)
     assert grouped_linear(torch.zeros(0, 7), weight, torch.zeros(5, dtype=torch.long)).shape == (0, 3)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 4, 5, 40])
+def test_rows_in_any_order_meet_the_matrix_of_their_group(rows):
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, 7, dtype=torch.float64), torch.randn(4, 3, 7, dtype=torch.float64)
+    group = torch.randint(0, 4, (rows,))
+
+    def one_by_one(x, weight):
+        return torch.einsum("nd,nod->no", x, weight[group])
+
+    def together(x, weight):
+        return linear_of_group(x, weight, group)
+
+    assert_close("y", one_by_one(x, weight), together(x, weight), 1e-14)
+    for expected, got in zip(grads_of(one_by_one, [x, weight]), grads_of(together, [x, weight]), strict=True):
+        assert_close("gradient", expected, got, 1e-14)
 
 
 def test_bad_shapes_are_named():

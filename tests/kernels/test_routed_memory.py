@@ -80,6 +80,22 @@ def test_routes_are_the_loop_over_documents_and_memories(name, documents):
     assert routes.sizes.tolist() == sizes
 
 
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_shared_memory_is_the_last_of_each_document_and_stands_behind_the_batch(name, documents):
+    memory, document = choices(name), DOCUMENTS[documents]
+    facts = () if document is None else (torch.tensor(document), 3)
+    plain, routes = MemoryRoutes.of(memory, MEMORIES, *facts), MemoryRoutes.of(memory, MEMORIES, *facts, shared=True)
+    more = torch.cat([memory, torch.full_like(memory[..., :1], MEMORIES)], -1)
+    as_chosen = MemoryRoutes.of(more, MEMORIES + 1, *facts)
+    assert torch.equal(routes.place, as_chosen.place) and torch.equal(routes.cu_seqlens, as_chosen.cu_seqlens)
+    assert torch.equal(routes.grouped, plain.grouped) and torch.equal(routes.sizes, plain.sizes)
+    row = (torch.arange(len(more)) * more[0].numel())[:, None, None]
+    routed, shared = (routes.place + row).split([memory.shape[-1], 1], -1)
+    assert torch.equal(routes.ungrouped[0, memory.numel() :, 0], shared.flatten())
+    assert torch.equal(routes.ungrouped[0, routes.grouped.flatten(), 0], routed.flatten())
+
+
 def by_hand(q, k, v, weight, shared, memory, documents, op):
     """Each document's memories one after the other, a token at a time; padding reads nothing."""
 

@@ -12,7 +12,7 @@ from memlm.memory import mom
 from memlm.memory.base import Dims
 from memlm.memory.recurrence import RULES
 from memlm.memory.rows import Rows
-from memlm_kernels.testing import assert_close, relative_error
+from memlm_kernels.testing import Watch, assert_close, relative_error
 from tests.conftest import ROOT, build, step
 
 VARIANTS = [
@@ -128,6 +128,44 @@ def test_continuation_by_a_few_tokens(piece):
     with torch.no_grad():
         parts = [model(p, past_key_values=cache).logits for p in (ids[:, :20], *ids[:, 20:].split(piece, 1))]
         assert_close("logits", model(ids).logits, torch.cat(parts, 1), 1e-10)
+
+
+TOKENS = [{"rule": rule} for rule in RULES] + [
+    {"single_kv": True, "num_heads": 2},
+    {"shared_memory": False, "top_k": 1, "conv": "before_routing"},
+    {"rule": "titans", "shared_memory": False, "top_k": 3, "conv": "none"},
+]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("settings", TOKENS, ids=str)
+def test_one_token_meets_its_memories_alone_and_is_as_routed(settings, rows):
+    """Against the same token with a row's length given, which takes the path of many tokens."""
+    mixer, x = mixer_of(**settings), tokens(rows, 10)
+    before = step(mixer, x[:, :9])
+    calls = []
+    for facts in ({}, {"lengths_B": torch.ones(rows, dtype=torch.long)}):
+        state = {name: t.detach() for name, t in before.state.items()}
+        place = {"before_B": torch.full((rows,), 9), "start": None if facts else 9, "metrics": False, **facts}
+        token = x[:, 9:].clone().requires_grad_()
+        with Watch() as watch:
+            out = mixer(token, state, Rows.of(token, **place))
+        loss = out.y_BTD.square().sum() + sum(t.square().sum() for t in out.state.values() if t.is_floating_point())
+        gradients = torch.autograd.grad(loss, [token, *mixer.parameters()], allow_unused=True)
+        calls.append((watch.operations, out, gradients))
+    (few, got, gradients), (_, expected, routed) = calls
+    # The neural memory's op has no step of one token.
+    assert few <= (520 if mixer.config.rule == "titans" else 180)
+    assert_close("y", expected.y_BTD, got.y_BTD, 1e-12)
+    assert got.state.keys() == expected.state.keys()
+    for name, t in expected.state.items():
+        assert_close(name, t.double(), got.state[name].double(), 1e-12)
+    for loss in expected.aux_losses:
+        assert_close(loss, expected.aux_losses[loss], got.aux_losses[loss], 1e-12)
+    assert [g is None for g in routed] == [g is None for g in gradients]
+    # Of all at once: a router of one choice has a gradient of 0, and rounding.
+    expected, got = (torch.cat([g.flatten() for g in of_all if g is not None]) for of_all in (routed, gradients))
+    assert_close("gradients", expected, got, 1e-12)
 
 
 def test_a_second_weight_that_underflows_in_fp16_moves_no_token():

@@ -8,13 +8,15 @@ Files:
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from memlm_kernels.backend import choose
 from memlm_kernels.checks import check_range, check_tensors, number, readable
 from memlm_kernels.grouped_linear.reference import by_group, by_tile, grouped_mm, takes_grouped_mm
+from memlm_kernels.segments import counts
 
-__all__ = ["grouped_linear"]
+__all__ = ["grouped_linear", "linear_of_group"]
 
 _BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "grouped_mm": grouped_mm,
@@ -45,3 +47,16 @@ def grouped_linear(x: Tensor, weight: Tensor, sizes: Tensor, *, backend: str = "
         raise ValueError(f"sizes add up to {total} rows, but x has {len(x)}")
     fast = ["by_group"] if x.device.type == "cpu" else ["grouped_mm"] if takes_grouped_mm(x, weight) else []
     return _BACKENDS[choose("grouped_linear", backend, (*fast, "reference"))](x, weight, sizes)
+
+
+def linear_of_group(x: Tensor, weight: Tensor, group: Tensor) -> Tensor:
+    """The same, y_i = x_i weight[group_i]^T, with rows in any order; group: [N] int64.
+
+    A few rows, as in decoding, are not sorted: each takes a copy of its matrix.
+    """
+    groups = len(weight)
+    if len(x) <= groups:
+        return torch.bmm(weight.index_select(0, group), x[..., None])[..., 0]
+    order = group.argsort(stable=True)
+    y = grouped_linear(x.index_select(0, order), weight, counts(group[None], groups)[0])
+    return torch.empty_like(y).index_copy(0, order, y)

@@ -72,10 +72,10 @@ def _collect(rows: Tensor, place: Tensor, weight: Tensor | None, more: Tensor | 
 
 def _choices(rows: Tensor, place: Tensor) -> Iterator[Tensor]:
     """What stands at the place of each token's first choice, [B, T, ...], then of the second, ..."""
-    last = place.numel() - 1
+    last, known, rows = place.numel() - 1, readable(place), rows.flatten(0, 1)
     for index in _flat(place).unbind(-1):
-        x = exact(rows.flatten(0, 1).index_select(0, index.clamp(max=last))).unflatten(0, place.shape[:2])
-        if not readable(place):
+        x = exact(rows.index_select(0, index if known else index.clamp(max=last))).unflatten(0, place.shape[:2])
+        if not known:
             x = x.masked_fill_((index > last).view(*place.shape[:2], *[1] * (x.ndim - 2)), 0.0)
         yield x
 
@@ -83,10 +83,12 @@ def _choices(rows: Tensor, place: Tensor) -> Iterator[Tensor]:
 def _flat(place: Tensor) -> Tensor:
     """[B, T, J] -> [B * T, J], into rows one after the other; what is outside of its row stands behind the last."""
     batch, length, choices = place.shape
-    size = length * choices
-    first = torch.arange(batch, device=place.device) * size
-    inside = (place >= 0) & (place < size)
-    return torch.where(inside, place + first[:, None, None], batch * size).flatten(0, 1)
+    size, at = length * choices, place
+    if batch > 1:
+        at = place + size * torch.arange(batch, device=place.device)[:, None, None]
+    if not readable(place):
+        at = torch.where((place >= 0) & (place < size), at, batch * size)
+    return at.flatten(0, 1)
 
 
 def _times(x: Tensor, weight: Tensor) -> Tensor:

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlm_kernels.checks import check_range, check_tensors
-from memlm_kernels.segments import counts
+from memlm_kernels.checks import check_range, check_tensors, readable
 
 
 class MemoryRoutes(NamedTuple):
@@ -22,6 +21,9 @@ class MemoryRoutes(NamedTuple):
         memory, row by row, document by document, and padding behind them
     ungrouped: [1, B * T * J, 1], the place in the rows, one after the other, of what stands in that order
     sizes: [M], how many each memory has in that order, padding counted to the last
+
+    A shared memory counts as one more choice in ``place`` and one more memory in ``cu_seqlens``, the last in both. In
+    ``ungrouped`` its tokens, which are all, follow those of the other memories.
     """
 
     place: Tensor
@@ -32,12 +34,18 @@ class MemoryRoutes(NamedTuple):
 
     @staticmethod
     def of(
-        memory: Tensor, num_memories: int, document: Tensor | None = None, num_documents: int = 1
+        memory: Tensor,
+        num_memories: int,
+        document: Tensor | None = None,
+        num_documents: int = 1,
+        *,
+        shared: bool = False,
     ) -> "MemoryRoutes":
         """memory: [B, T, J] integers, choices of each token, J different ones
 
         document: [B, T], of each token, ``num_documents`` for padding; None: each row is one document
         num_documents: that a row may have, known without the device
+        shared: whether there is one more memory, which gets every token
 
         Raises ValueError if shapes, types or devices disagree or a number is outside; on a GPU, where they are not
         looked at, such a choice is padding.
@@ -53,30 +61,38 @@ class MemoryRoutes(NamedTuple):
         if document is not None:
             check_range("document", document, 0, num_documents + 1)
         batch, length, choices = memory.shape
-        routed, segments = length * choices, num_documents * num_memories
-        owner, real = memory.long(), memory == memory.clamp(0, num_memories - 1)
-        if document is not None:
-            owner = document.long()[..., None] * num_memories + owner
-            real = real & (document == document.clamp(0, num_documents - 1))[..., None]
-        owner = torch.where(real, owner, segments)
+        memories, device = num_memories + shared, memory.device
+        segments, chosen = num_documents * memories, memory.long()
+        if not readable(memory):
+            chosen = torch.where(chosen < num_memories, chosen, -1)
+        if shared:
+            chosen = F.pad(chosen, (0, 1), value=num_memories)
+        owner = group = chosen
+        if document is not None or not readable(memory):
+            real = chosen >= 0
+            if document is not None:
+                real = real & (document == document.clamp(0, num_documents - 1))[..., None]
+                owner = document.long()[..., None] * memories + chosen
+            owner = torch.where(real, owner, segments)
+            # Padding comes after the tokens of all memories, and the shared memory's tokens come last.
+            group = torch.where(real, chosen, num_memories).masked_fill(chosen == num_memories, num_memories + 1)
+
         # Stable, for a memory reads its tokens in their order.
         owner, by_owner = owner.flatten(1).sort(dim=1, stable=True)
-        here = torch.arange(routed, device=memory.device).expand(batch, -1)
-        place = torch.empty_like(by_owner).scatter(1, by_owner, here)
-        sizes = counts(owner, segments)
-        cu_seqlens = F.pad(sizes.cumsum(1), (1, 0))
+        place = _places(by_owner)
+        cu_seqlens = torch.searchsorted(owner, torch.arange(segments + 1, device=device).repeat(batch, 1))
+        group, by_group = group.flatten().sort(stable=True)
+        grouped = _places(by_group).view(1, batch * length, choices + shared)[..., :choices]
+        starts = torch.searchsorted(group, torch.arange(num_memories, device=device))
+        sizes = F.pad(starts, (0, 1), value=memory.numel()).diff()
+        in_batch = place
+        if batch > 1:
+            in_batch = place + place.shape[1] * torch.arange(batch, device=device)[:, None]
+        ungrouped = in_batch.flatten().index_select(0, by_group).view(1, -1, 1)
+        return MemoryRoutes(place.view(chosen.shape), cu_seqlens, grouped, ungrouped, sizes)
 
-        # A run is what one memory gets of one document of one row; the paddings of rows are runs of their own.
-        row = torch.arange(batch, device=memory.device)[:, None]
-        sizes = sizes.unflatten(1, (num_documents, num_memories)).permute(2, 0, 1)
-        runs = torch.cat([sizes.flatten(), routed - cu_seqlens[:, -1]])
-        starts = runs.cumsum(0) - runs
-        run = (owner % num_memories * batch + row) * num_documents + owner // num_memories
-        run = torch.where(owner < segments, run, len(runs) - batch + row)
-        in_batch = starts[run] + here - cu_seqlens.gather(1, owner)
-        grouped = in_batch.gather(1, place).view(1, batch * length, choices)
-        ungrouped = torch.empty_like(in_batch.flatten())
-        ungrouped = ungrouped.scatter(0, in_batch.flatten(), (row * routed + here).flatten()).view(1, -1, 1)
-        of_memory = sizes.sum((1, 2))
-        of_memory = torch.cat([of_memory[:-1], batch * routed - of_memory[:-1].sum(0, keepdim=True)])
-        return MemoryRoutes(place.view(memory.shape), cu_seqlens, grouped, ungrouped, of_memory)
+
+def _places(order: Tensor) -> Tensor:
+    """Where each number of a permutation stands, along the last dimension."""
+    here = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, here)
