@@ -1,6 +1,6 @@
 """Memory operators: a plain PyTorch reference for each, and faster backends behind the same signature.
 
-Imports torch, and Triton lazily, and nothing else.
+The package imports only torch; it imports Triton lazily.
 
 Files:
 
@@ -8,16 +8,16 @@ Files:
     large_chunk_memory  LaCT's memory
     recurrence          linear recurrences: linear attention and the delta rule
     attention           attention to a window, a prefix and chosen chunks
-    routed_memory       tokens to the memories that a router chose, and back
-    grouped_linear      rows times the matrix of their group
-    route_documents     the choice of documents, without keeping scores
+    routed_memory       tokens sent to the memories that a router chose, and their reads summed
+    grouped_linear      products of rows with the matrix of their group
+    route_documents     the choice of the best documents for a query
     segment_mean_pool   means of short segments
-    grid                rows of tokens, ragged and packed, laid on chunks
-    segments            rows as segments with states of their own, laid on chunks
+    grid                rows of tokens, ragged or packed, laid on chunks
+    segments            rows as segments, each with its own state, laid on chunks
     checks              checks of types, devices and indices, shared by all ops
     backend             the choice of a backend, per call or for all (``hardware.kernels``)
     launch              launching Triton kernels: tiles and shared code
-    topk                the largest of scores, and their places
+    topk                the largest scores and their entries
     testing             comparison and gradients for tests
 """
 

@@ -1,5 +1,5 @@
-"""Which implementation of an op runs: ``auto``, ``reference`` (plain PyTorch, any device), ``triton``; ``fla``, see
-``recurrence.fla``. ``set_backend`` sets it for all ops at once.
+"""The choice of an op's implementation: ``auto``, ``reference`` (plain PyTorch, any device), ``triton``, or ``fla``
+(see ``recurrence.fla``). ``set_backend`` sets it for all ops at once.
 """
 
 import functools
@@ -12,28 +12,30 @@ import torch
 from torch import Tensor
 
 # Compute capabilities and gfx names on which tests/kernels/test_triton*.py have passed. Elsewhere Triton's kernels run
-# when asked for, and ``auto`` takes the reference: what never ran may be wrong without a word.
+# when asked for, and ``auto`` takes the reference: a kernel that never ran may be wrong without an error.
 PROVEN: frozenset[str] = frozenset()
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 BACKENDS = ("auto", "reference", "triton", "fla")
 
-# What kernels count within a row has 32 bits, with room to count a little further; places of elements have 64.
+# Kernels count within a row in 32 bits, with room to count a little further; offsets of elements have 64 bits.
 MOST = 2**31 - 2**16
 
 logger = logging.getLogger(__name__)
 _announced: set[tuple[str, str]] = set()
-# What a call without a backend of its own takes, and how errors call it. No ContextVar: torch.compile guards globals.
+# The backend of calls that name none, and its name in errors. No ContextVar: torch.compile guards globals.
 _asked, _key = "auto", "backend"
 
 
 class set_backend:
-    """What every op takes whose call names no backend: from now on, or as a context until its end.
+    """Set the backend of every call that names none: from now on, or as a context until its end.
 
-    ``reference``: torch's own operations alone. ``triton``, ``fla``: those kernels for each op that has them, which
-    raises ValueError where they cannot run; the other ops are as with ``auto``. Holds for the whole process.
-    key: what errors call it. Raises ValueError for another name.
+    backend: ``reference``: torch's own operations alone. ``triton``, ``fla``: those kernels for each op that has them;
+        such an op raises ValueError where they cannot run, and the other ops behave as with ``auto``
+    key: the name of this setting in errors
+
+    The setting holds for the whole process. Raises ValueError if the backend is unknown.
     """
 
     def __init__(self, backend: str, key: str = "backend") -> None:
@@ -52,11 +54,14 @@ class set_backend:
 
 
 def choose(op: str, backend: str, available: tuple[str, ...], refused: Mapping[str, str] | None = None) -> str:
-    """Resolve ``backend`` for ``op``; ``available`` lists what can run here, the one for ``auto`` first, and
-    ``refused`` says why others cannot.
+    """The backend that a call of ``op`` runs.
 
-    ``auto`` is what ``set_backend`` asks for; unless it asks for another it logs its choice once for each op. Raises
-    ValueError for a backend that cannot run: there is no silent fallback.
+    backend: the name that the call gives; ``auto`` takes the one of ``set_backend``, or else the first available one,
+        and then logs the choice once for each op
+    available: backends that can run here, the one for ``auto`` first
+    refused: for other backends, the reason why they cannot run
+
+    Raises ValueError for a backend that cannot run: there is no silent fallback.
     """
     refused, key = refused or {}, "backend"
     if backend == "auto":
@@ -79,10 +84,13 @@ def choose(op: str, backend: str, available: tuple[str, ...], refused: Mapping[s
 def with_triton(
     x: Tensor, limit: str | None, *others: Tensor | None, products: bool = True
 ) -> tuple[tuple[str, ...], dict[str, str]]:
-    """What ``choose`` takes, for an op that has the backends ``reference`` and ``triton``.
+    """``available`` and ``refused`` of ``choose``, for an op with the backends ``reference`` and ``triton``.
 
-    limit: what of the call Triton's kernels do not take, None if they take it; others: more of its tensors; products:
-    whether they have any. ``auto`` takes them unless there is ``against_triton``.
+    x, others: tensors of the call
+    limit: the reason why Triton's kernels do not take this call; None if they take it
+    products: whether the kernels multiply matrices
+
+    ``auto`` takes Triton's kernels unless ``against_triton`` gives a reason.
     """
     reason = missing_triton(x.device.type) or limit
     if x.is_floating_point() and x.dtype not in DTYPES:
@@ -111,12 +119,12 @@ def against_triton(x: Tensor, products: bool) -> str | None:
 
 
 def exact_products(x: Tensor) -> bool:
-    """Whether torch rounds nothing in products of x, which is its default for fp32."""
+    """Whether torch multiplies x without rounding its entries first, which is its default for fp32."""
     return x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
 
 
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors as torch's own products take them: under autocast fp32 in its type."""
+    """The tensors in the type that torch's own products take: under autocast, fp32 becomes autocast's type."""
     device = tensors[0].device.type
     # Autocast knows no meta device.
     if device == "meta" or not torch.is_autocast_enabled(device):
@@ -126,8 +134,8 @@ def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def outside_autocast(backward: Callable[..., Any]) -> Any:
-    """A ``backward(ctx, *gradients)`` that multiplies in the types that its forward kept, wherever it is called: torch
-    runs it in the autocast of the caller.
+    """Wrap a ``backward(ctx, *gradients)`` so that it multiplies in the types that its forward kept. Without this,
+    torch runs it in the autocast of the caller.
     """
 
     @functools.wraps(backward)
@@ -145,13 +153,13 @@ def outside_autocast(backward: Callable[..., Any]) -> Any:
 
 @torch.compiler.assume_constant_result
 def architecture(device: torch.device) -> str:
-    """Of a GPU: sm_90, gfx942."""
+    """The name of a GPU's architecture, such as sm_90 or gfx942."""
     found = torch.cuda.get_device_properties(device)
     return found.gcnArchName.partition(":")[0] if torch.version.hip else f"sm_{found.major}{found.minor}"
 
 
 def asks_for(name: str, backend: str) -> bool:
-    """Whether a call with ``backend`` asks for the backend ``name``, or the setting does."""
+    """Whether a call with ``backend``, or else the setting, asks for the backend ``name``."""
     return name == (_asked if backend == "auto" else backend)
 
 
@@ -169,7 +177,7 @@ def missing_triton(device_type: str) -> str | None:
 
 @functools.cache
 def missing(name: str, module: str, fix: str) -> str | None:
-    """Why a package cannot be used, None if it can: only importing it, once, tells."""
+    """Why a package cannot be used, None if it can. It is imported once to find out."""
     try:
         importlib.import_module(module)
     except Exception as error:

@@ -1,8 +1,8 @@
-"""What every op asks of its tensors, whatever its backend, and of numbers that say where something stands.
+"""Checks that every op makes, whatever its backend: of its tensors, and of indices (positions, places, segments).
 
-On a CPU those numbers are looked at, and a wrong one raises ValueError. Elsewhere looking would stop the device, and
-an error inside a kernel ends the program: there an op ignores what lies outside, as its docstring says, and touches no
-memory but its own.
+On a CPU the values of indices are read, and an index out of range raises ValueError. On other devices reading them
+would stop the device, and an error inside a kernel ends the program. There an op ignores entries out of range, as its
+docstring describes, and touches no memory but its own.
 """
 
 import functools
@@ -18,8 +18,10 @@ INTEGERS = (torch.int64, torch.int32)
 
 
 def check_tensors(floats: Mapping[str, Tensor | None], integers: Mapping[str, Tensor | None] | None = None) -> None:
-    """Raise ValueError unless all, by name, lie on one device, and have types that ops take: float64 mixes with none,
-    the other floats with each other. None: not given
+    """Raise ValueError unless all tensors lie on one device and have types that ops take: float64 mixes with no other
+    type, the other floats with each other.
+
+    floats, integers: tensors by their names in errors; None for one that is not given
     """
     integers = integers or {}
     given = {name: x for name, x in {**floats, **integers}.items() if x is not None}
@@ -47,7 +49,7 @@ def check_sizes(name: str, x: Tensor) -> None:
 
 
 def check_range(name: str, index: Tensor, low: int | None, high: int | None) -> None:
-    """Raise ValueError, where index can be looked at, unless it has numbers from low to high - 1 (None: any)."""
+    """Raise ValueError unless index holds numbers from low to high - 1 (None: no bound). Checked if ``readable``."""
     if readable(index) and index.numel():
         least, most = (number(x) for x in index.aminmax())
         if (high is not None and most >= high) or (low is not None and least < low):
@@ -57,15 +59,15 @@ def check_range(name: str, index: Tensor, low: int | None, high: int | None) -> 
 
 
 def check_ascending(name: str, x: Tensor) -> None:
-    """Raise ValueError, where x can be looked at, if a number along its last dimension is below one before. Negative
-    ones do not count.
+    """Raise ValueError if a number is below an earlier one along the last dimension. Negative numbers are skipped.
+    Checked if ``readable``.
     """
     if readable(x) and x.numel() and number(((x >= 0) & (x < x.cummax(-1).values)).any()):
         raise ValueError(f"{name} decreases along a row; give ascending numbers")
 
 
 def segments_within(name: str, cu: Tensor, length: int) -> Tensor:
-    """cu [B, S + 1], the ends of segments in rows of ``length`` tokens, checked, or cut to segments that are there."""
+    """cu [B, S + 1], the ends of segments in rows of ``length`` tokens: checked if ``readable``, else clamped."""
     if readable(cu):
         check_range(name, cu, 0, length + 1)
         check_ascending(name, cu)
@@ -74,7 +76,7 @@ def segments_within(name: str, cu: Tensor, length: int) -> Tensor:
 
 
 def in_one_type(*tensors: Tensor | None) -> list[Any]:
-    """In the widest type of them, which products take; None stays None."""
+    """The tensors in their widest type, so that they can be multiplied; None stays None."""
     types = {x.dtype for x in tensors if x is not None}
     if len(types) == 1:
         return list(tensors)
@@ -83,12 +85,12 @@ def in_one_type(*tensors: Tensor | None) -> list[Any]:
 
 
 def readable(x: Tensor) -> bool:
-    """Whether reading x waits for nothing: on a CPU, unless it has no data or is compiled."""
+    """Whether x can be read without waiting: it lies on a CPU, has data, and is not compiled."""
     return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
 
 
 def number(x: Tensor) -> int:
-    """The only element of x, which can be looked at."""
+    """The only element of x, which must be ``readable``."""
     found: Any = x.tolist()
     return found
 

@@ -1,7 +1,7 @@
-"""Launching Triton kernels: the tiles of each target, and what all kernels share.
+"""Launching Triton kernels: the tiles of each target, and code that all kernels share.
 
 B batch, T tokens of a row, S segments of a row, N chunks of a row, BT tokens of a chunk, H heads, K key dim, V value
-dim. A segment is the tokens cu[b, s] to cu[b, s + 1] of row b; without cu a row is one segment.
+dim. Segment s of row b holds the tokens cu[b, s] to cu[b, s + 1] - 1; without cu a row is one segment.
 """
 
 import contextlib
@@ -19,14 +19,14 @@ from memlm_kernels.backend import exact_products
 
 Tiles = dict[str, int]
 
-# Triton warns where it is not set, for its default is about to change.
+# Triton warns where it is not set, because its default is about to change.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
 class Kernel:
     """A Triton function with the tiles it may be launched with, the best guess first.
 
-    ``MEMLM_AUTOTUNE=1`` times them all, once for each kind of argument; else the first is taken.
+    ``MEMLM_AUTOTUNE=1`` times all of them, once for each kind of argument; otherwise the first is taken.
     """
 
     def __init__(self, function: Any, tiles: Mapping[str, list[Tiles]]) -> None:
@@ -34,7 +34,7 @@ class Kernel:
         self.best: dict[tuple, Tiles] = {}
 
     def __call__(self, programs: Callable[[Tiles], int], limits: Tiles, **arguments: Any) -> None:
-        """programs: how many programs a choice of tiles needs; limits: of each tile, from the sizes of the call."""
+        """programs: the number of programs that a choice of tiles needs; limits: the largest size of each tile."""
         choices = fitting(self.tiles[target()], limits)
         tiles = choices[0]
         if len(choices) > 1 and os.environ.get("MEMLM_AUTOTUNE") == "1":
@@ -81,14 +81,14 @@ def target() -> str:
 
 
 def precision(x: Tensor) -> str:
-    """Of products of fp32 tiles for tokens x. Of fp32 tokens what torch's own have; 16-bit ones lose nothing by tf32,
-    which NVIDIA's matrix units take. AMD's take fp32 as it is.
+    """The precision of products of fp32 tiles, for tokens x. fp32 tokens get the precision of torch's own products.
+    16-bit tokens lose nothing in tf32, which NVIDIA's matrix units take. AMD's units take fp32 as it is.
     """
     return "ieee" if target() == "hip" or exact_products(x) else "tf32"
 
 
 def arguments_of(op: Any, given: Iterable[Any]) -> dict[str, Any]:
-    """What an op of torch is called with, by name; of the shapes that a FLOP counter has too."""
+    """The arguments of a call of a torch op, by name; also for the shapes that a FLOP counter gives."""
     return {argument.name: x for argument, x in zip(op.default._schema.arguments, given, strict=True)}
 
 
@@ -107,7 +107,7 @@ def at_least_16(size: int) -> int:
 
 
 def powers_of_two(**sizes: int) -> Tiles:
-    """The smallest that hold each size: how large its tile may be."""
+    """The smallest power of two that holds each size: the limit of its tile."""
     return {name: triton.next_power_of_2(size) for name, size in sizes.items()}
 
 
@@ -122,8 +122,8 @@ def laid(*tensors: Tensor | None) -> list[Any]:
 
 
 def spans(cu_seqlens: Tensor | None, length: int, width: int) -> tuple[int, Tensor | None, Tensor | None]:
-    """N; [B, N, 2], each chunk's first token and its segment's end, no token between them where a chunk is not used;
-    and [B, S], the first chunk of each segment. None where each row is one segment.
+    """N, the chunks [B, N, 2] and the first chunk of each segment [B, S]; both tensors are None where each row is one
+    segment. A chunk has its first token and its segment's end; in a chunk that is not used they hold no token.
     """
     if cu_seqlens is None:
         return cdiv(length, width), None, None
@@ -158,7 +158,7 @@ def chunk_span(chunks, row, n, N, T, BT: tl.constexpr):
 
 @triton.jit
 def segment_span(cu, first, row, s, S, T):
-    """First token of segment s of a row, its end, and its first chunk; first: None where no chunks are."""
+    """First token of segment s of a row, its end, and its first chunk; first: None where there are no chunks."""
     n = s * 0
     if cu is None:
         begin = s * 0
@@ -175,7 +175,7 @@ def segment_span(cu, first, row, s, S, T):
 def load_tile(x, base, rows, columns, mask, width: tl.constexpr):
     """Rows base + ``rows`` of a matrix of ``width``, in its own type; 0 where ``mask`` (of rows) or the width ends.
 
-    base is int64 and one for all; what differs between elements is int32, for pointers take many registers.
+    base is one int64 for all elements; offsets between elements are int32, because pointers take many registers.
     """
     inside = mask[:, None] & (columns < width)[None, :]
     return tl.load(x + base * width + (rows[:, None] * width + columns[None, :]), mask=inside, other=0.0)
@@ -198,7 +198,7 @@ def decay_between(b_g, BT: tl.constexpr):
 
 @triton.jit
 def decay_behind(log_decay, base, start, end, H: tl.constexpr, BT: tl.constexpr):
-    """[BT]: of a chunk's tokens, from ``start`` on, the sum of the decays that follow each."""
+    """[BT]: for each token of a chunk that begins at ``start``, the sum of the log decays behind it."""
     i = tl.arange(0, BT)
     follows = (i + 1 < BT) & (start + i + 1 < end)
     b_after = tl.load(log_decay + base + H + i * H, mask=follows, other=0.0).to(tl.float32)
@@ -207,7 +207,7 @@ def decay_behind(log_decay, base, start, end, H: tl.constexpr, BT: tl.constexpr)
 
 @triton.jit
 def channels_behind(log_decay, base, start, end, i_k, H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr):
-    """[BT, BK]: the same for some channels of a decay for each."""
+    """[BT, BK]: the same for some channels of a decay per channel."""
     i = tl.arange(0, BT)
     follows = (i + 1 < BT) & (start + i + 1 < end)
     return tl.cumsum(load_tile(log_decay, base + H, i * H, i_k, follows, K).to(tl.float32), 0, reverse=True)

@@ -1,8 +1,8 @@
-"""Rows of tokens as segments, each with a state of its own, laid on chunks; no size depends on the device's data.
+"""Rows of tokens as segments, each with its own state, laid on chunks. No size depends on the device's data.
 
 B batch, T tokens of a row, S segments of a row, N chunks, C slots of a chunk, H heads. Segment s of row b holds the
-tokens from cu_seqlens[b, s] to cu_seqlens[b, s + 1], which may be none; what lies before the first or behind the last
-one is padding. Documents of a packed row are segments, and so are the tokens that a router sent to one memory.
+tokens cu_seqlens[b, s] to cu_seqlens[b, s + 1] - 1, possibly none. Tokens before the first segment or behind the last
+one are padding. Segments are the documents of a packed row, or the tokens that a router sent to each memory.
 """
 
 import math
@@ -21,8 +21,10 @@ from memlm_kernels.grid import Grid, aligned_grid
 class Segments:
     """Chunks of rows of segments; a chunk belongs to one segment.
 
-    segment: [B, N], any for chunks without tokens; index: [B, N], of a chunk in its segment
-    last: [B, S], a segment's last chunk, any if it is empty; empty: [B, S]
+    segment: [B, N], the segment of each chunk, arbitrary for chunks without tokens
+    index: [B, N], the number of each chunk in its segment
+    last: [B, S], the last chunk of each segment, arbitrary if it is empty
+    empty: [B, S], whether a segment has no tokens
     All four are None where each row is one segment of all its tokens.
     """
 
@@ -35,7 +37,7 @@ class Segments:
     def lay(self, x: Tensor, fill: float = 0.0) -> Tensor:
         """[B, T, H, ...] -> [N, B, H, C, ...]; a slot without a token holds ``fill``."""
         x = self.grid.lay(x, fill)
-        # Contiguous, else each product with it would copy it, and keep the copy.
+        # Contiguous: otherwise each product with it would copy it and keep the copy.
         return x.permute(1, 0, 3, 2, *range(4, x.ndim)).contiguous()
 
     def take(self, x: Tensor) -> Tensor:
@@ -43,7 +45,7 @@ class Segments:
         return self.grid.take(x.permute(1, 0, 3, 2, *range(4, x.ndim)))
 
     def before_chunks(self, state: Tensor) -> Tensor:
-        """[B, S, ...] -> [N, B, ...], of each chunk's segment; where rows are one segment [1, B, ...]."""
+        """[B, S, ...] -> [N, B, ...], the entry of each chunk's segment; [1, B, ...] where rows are one segment."""
         if self.segment is None:
             return state.transpose(0, 1)
         rows, count = state.shape[:2]
@@ -51,8 +53,8 @@ class Segments:
         return state.flatten(0, 1).index_select(0, index.mT.flatten()).unflatten(0, (self.grid.count, rows))
 
     def after_segments(self, after: Tensor, state: Tensor) -> Tensor:
-        """[N, B, ...], the state after each chunk -> [B, S, ...]; a segment without tokens keeps its state. Where rows
-        are one segment [1, B, ...] -> [B, 1, ...].
+        """[N, B, ...], the state after each chunk -> [B, S, ...]. A segment without tokens keeps its ``state``. Where
+        rows are one segment: [1, B, ...] -> [B, 1, ...].
         """
         if self.last is None or self.empty is None:
             return after.transpose(0, 1)
@@ -63,8 +65,9 @@ class Segments:
     def scan(self, state: Tensor, step: Callable[[int, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Carry a state through the chunks of each row, ``step(n, state) -> state``, both [B, ...].
 
-        state: [B, S, ...], what each segment starts with. Returns the states that the chunks start with, [N, B, ...],
-        and those after each segment's last token, [B, S, ...].
+        state: [B, S, ...], the state at the start of each segment
+
+        Returns the states at the start of the chunks, [N, B, ...], and after each segment's last token, [B, S, ...].
         """
         opens, initial = None, self.before_chunks(state).unbind()
         if self.index is not None:
@@ -84,13 +87,13 @@ class Segments:
 def lay_out(cu_seqlens: Tensor | None, length: int, width: int, offset: Tensor | None = None) -> Segments:
     """Chunks of ``width`` slots for rows of ``length`` tokens.
 
-    offset: [B, S], the slot in which a segment's first token stands (None: the first)
+    offset: [B, S], the slot of a segment's first token in its first chunk (None: the first slot)
     """
     if cu_seqlens is None:
         return Segments(aligned_grid(length, width))
     cu = cu_seqlens.long()
     count_of = cu.shape[1] - 1
-    # Each segment adds less than one chunk, or two where it starts inside one; a chunk has a token.
+    # Each segment adds less than one chunk, or two if it starts inside one; every chunk in use has a token.
     spare = min(count_of, length) * (width - 1) * (1 if offset is None else 2)
     count = min(length, (length + spare) // width)
     sizes = cu.diff(dim=1)
@@ -111,8 +114,8 @@ def lay_out(cu_seqlens: Tensor | None, length: int, width: int, offset: Tensor |
 
 
 def chunk_width(length: int, cu_seqlens: Tensor | None, most: int) -> int:
-    """A power of two for recurrences that any chunk leaves as they are: small where segments are short, for each may
-    leave all but one slot of its last chunk empty.
+    """The width of chunks, a power of two, for recurrences whose result does not depend on it. It is small where
+    segments are short, because each may leave all but one slot of its last chunk empty.
     """
     share = length / segments_of(cu_seqlens)
     return min(most, max(_power_of_two(share / 8), min(16, _power_of_two(share))))
@@ -124,18 +127,18 @@ def _power_of_two(x: float) -> int:
 
 
 def segments_of(cu_seqlens: Tensor | None) -> int:
-    """S, of each row."""
+    """S, the number of segments of each row."""
     return 1 if cu_seqlens is None else cu_seqlens.shape[1] - 1
 
 
 def counts(index: Tensor, size: int) -> Tensor:
-    """[B, size]: how often each row of index [B, T] holds 0, 1, ... size - 1; ``size`` itself counts for nothing."""
+    """[B, size]: how often each row of index [B, T] holds 0, 1, ... size - 1; ``size`` itself is not counted."""
     zeros = torch.zeros(len(index), size + 1, dtype=torch.int64, device=index.device)
     return zeros.scatter_add(1, index, torch.ones_like(index))[:, :size]
 
 
 def exact(x: Tensor) -> Tensor:
-    """In fp32, or in fp64 if it is."""
+    """x in fp32; fp64 stays fp64."""
     # ``torch.promote_types`` is a dispatched operation.
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
@@ -161,9 +164,9 @@ def check_recurrence(
     state: Tensor | None,
     by_channel: Collection[str] = (),
 ) -> Tensor | None:
-    """cu_seqlens, within the rows. Raises ValueError unless a linear recurrence's inputs agree.
+    """cu_seqlens, within the rows. Raises ValueError unless the inputs of a linear recurrence agree.
 
-    gates: [B, T, H], those of ``by_channel`` also as q
+    gates: [B, T, H]; those named in ``by_channel`` may also have the shape of q
     """
     if q.ndim != 4 or q.shape != k.shape or v.ndim != 4 or v.shape[:3] != q.shape[:3]:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What tests share: one comparison, one way to get gradients, one look at what is computed."""
+"""Helpers that tests share: a comparison, gradients, and a watch on dispatched operations."""
 
 import importlib
 import weakref
@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def import_triton_ops() -> None:
-    """torch's FlopCounterMode counts ops that it knows when it starts; those of Triton come with their first call."""
+    """Import all Triton ops, so that torch's FlopCounterMode counts them: it counts only ops known when it starts."""
     for path in Path(__file__).parent.glob("*/*.py"):
         if "custom_op(" in path.read_text():
             importlib.import_module(f"memlm_kernels.{path.parent.name}.{path.stem}")
@@ -29,7 +29,7 @@ def relative_error(reference: Tensor, got: Tensor) -> float:
 
 
 def assert_close(name: str, reference: Tensor, got: Tensor, tolerance: float) -> None:
-    """Relative RMS error of ``got`` at most ``tolerance``; the message names what differs."""
+    """Assert that the relative RMS error of ``got`` is at most ``tolerance``; the message has ``name``."""
     error = relative_error(reference, got)
     assert error <= tolerance, f"{name}: relative error {error:.3g} > {tolerance:.3g}"
 
@@ -44,8 +44,8 @@ def grads_of(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[
 
 
 class Watch(TorchDispatchMode):
-    """``with Watch() as watch``: dispatched operations, elements of the largest tensor computed, elements written in
-    all, and what asked the device for a number.
+    """``with Watch() as watch``: counts dispatched operations, elements of the largest computed tensor, all elements
+    written, and operations that read a number from the device.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class Watch(TorchDispatchMode):
 
 
 class Held(TorchDispatchMode):
-    """``with Held() as held``: the most elements of 4 bytes that tensors held at once which were made inside."""
+    """``with Held() as held``: the peak, in elements of 4 bytes, of tensors that were made inside."""
 
     def __init__(self) -> None:
         super().__init__()
