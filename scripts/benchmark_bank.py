@@ -1,23 +1,27 @@
-"""Time and memory of a bank of documents, from 1M to 100M tokens, and the pace of reading: JSON lines.
+"""Time and memory of a bank of 1M to 100M tokens, and the speed of reading documents: JSON lines.
 
     python scripts/benchmark_bank.py --tokens 1e6 1e7 1e8
     python scripts/benchmark_bank.py --encode 512
 
-The bank holds seeded vectors in place of a model's: two layers that route, 2 heads of keys and values of 32, chunks of
-64 tokens, documents of 512. One process fills and saves it, another, with --threads, loads and uses it. Times are
-seconds, the best and the median of --repeats: ``load`` maps the bank; ``route`` is one query of 32 tokens, from their
-router queries to the chunks fetched for them, in both layers, every token with its own choice of 16 documents, and
-``route_query`` with one choice for all; ``ask`` is the whole model on that query, ``decode`` a token after it;
-``add`` (one document, read), ``delete`` and ``save`` (of that addition and deletion); ``add_most`` and ``delete_most``
-are the slowest of --changes more of each, of documents that stand together, among which parts of the bank are written
-anew, as often as ``tidied`` says. Memory is in MB (2**20 bytes):
-``bank_mb`` is keys and content of all chunks, ``peak_rss_mb`` the highest of the process that uses them, and
-``base_rss_mb`` its highest before it loads them.
+The bank holds random vectors in place of a model's: two layers that route, 2 heads of keys and values of 32, chunks of
+64 tokens, documents of 512. One process fills and saves it; another, with --threads, loads and uses it. Times are in
+seconds, the best and the median of --repeats:
 
-``--encode WIDTH`` builds banks with a model of that hidden size and four layers in Qwen3's proportions, of which two
-route, from documents of 512 tokens, of 128 to 896, and of 16 to 128. ``plain`` is transformers' Qwen3 with the same
-weights, without its head, on rows of 512 tokens without padding. Rates are tokens per second of CPU time, of passes
-that alternate; ``ratio`` is of the best to the best of ``plain``.
+- ``load`` maps the bank.
+- ``route`` is one query of 32 tokens in both layers, from router queries to the fetched chunks; every token chooses
+  its own 16 documents. In ``route_query``, all tokens share one choice.
+- ``ask`` is the whole model on that query, ``decode`` one token after it.
+- ``add`` reads one document; ``delete`` removes one; ``save`` saves both changes.
+- ``add_most`` and ``delete_most`` are the slowest of --changes neighbouring documents, and include rewrites of shards,
+  ``tidied`` times.
+
+Memory is in MB (2**20 bytes). ``bank_mb`` is the size of keys and content of all chunks. ``peak_rss_mb`` is the peak
+of the process that uses them, and ``base_rss_mb`` its peak before it loads them.
+
+``--encode WIDTH`` instead builds banks with a model of that hidden size and four layers in Qwen3's proportions, two of
+which route. Documents have 512 tokens, 128 to 896, or 16 to 128. ``plain`` is transformers' Qwen3 with the same
+weights, without its head, on rows of 512 tokens without padding. Rates are tokens per second of CPU time, in
+alternating passes; ``ratio`` compares the best pass with the best of ``plain``.
 """
 
 import argparse
@@ -81,7 +85,7 @@ def fill(tokens: int, folder: Path) -> None:
         alive = torch.ones(n, dtype=torch.bool)
         table = names, [f"{i:032x}" for i in range(n)], [LENGTH] * n, [i << 20 for i in range(first, first + n)]
         bank._append(Shard(router, None, content, *table, CHUNK, alive, alive.clone()))
-        # As a build does: what is saved needs no memory.
+        # As in a build, saved shards need no memory.
         start = time.perf_counter()
         bank.save(folder)
         seconds += time.perf_counter() - start
@@ -196,7 +200,7 @@ def encode(width: int, repeats: int) -> None:
         for name, take in passes.items():
             start = time.process_time()
             tokens = take()
-            # The first is to warm up.
+            # The first pass is a warm-up.
             rates[name] += [tokens / (time.process_time() - start)] if i else []
     told = {n: {"best": round(max(r), 1), "median": round(statistics.median(r), 1)} for n, r in rates.items()}
     ratios = {name: round(max(rates[name]) / max(rates["plain"]), 3) for name in passes if name != "plain"}
@@ -237,9 +241,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=float, nargs="+", default=[1e6, 1e7, 1e8], help="sizes of the bank")
     parser.add_argument("--changes", type=int, default=4000, help="additions and deletions, to find the slowest")
-    parser.add_argument("--threads", type=int, default=1, help="of the process that uses the bank")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the process that uses the bank")
     parser.add_argument("--repeats", type=int, default=5, help="passes of each measurement")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/bank.jsonl", help="where lines are appended")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/bank.jsonl", help="file to append lines to")
     parser.add_argument("--encode", type=int, metavar="WIDTH", help="measure reading instead, at this hidden size")
     parser.add_argument("--read", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--fill", type=Path, help=argparse.SUPPRESS)

@@ -1,12 +1,13 @@
-"""Count the operations that PyTorch dispatches for one layer of each memory: exact on any machine, unlike times.
+"""Count the operations that PyTorch dispatches for one layer of each memory. Unlike times, counts are exact on any
+machine.
 
-python scripts/benchmark_dispatch.py [--memories titans_mag mom] [--write "label"]
+    python scripts/benchmark_dispatch.py [--memories titans_mag mom] [--write "label"]
 
-A layer's count is the count of a model of two layers minus the count of a model of one, at width 64, one row, in
-fp32 on a CPU. Views count as operations: each is a call through the dispatcher. ``decode`` is one token behind 257
-others, without metrics, as in ``generate``; ``forward`` is 256 tokens without gradients, ``training`` is 256 tokens
-forward and backward. Two layers of
-transformers stand beside the memories. ``--write`` adds the counts to benchmarks/dispatch.jsonl, under a label.
+A layer's count is the count of a model of two layers minus that of a model of one, at width 64, one row, in fp32 on a
+CPU. Views count as operations, because each one is a call through the dispatcher. ``decode`` is one token after 257
+others, without metrics, as in ``generate``. ``forward`` is 256 tokens without gradients; ``training`` is 256 tokens
+forward and backward. Two layers of transformers are counted for comparison. ``--write`` adds the counts to
+benchmarks/dispatch.jsonl, under a label.
 """
 
 import argparse
@@ -28,7 +29,7 @@ PEERS = ("llama", "qwen3")
 
 
 class Count(TorchDispatchMode):
-    """Counts what is dispatched below it."""
+    """Counts the operations dispatched inside it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +45,7 @@ def memories() -> list[str]:
 
 
 def build(name: str, layers: int) -> torch.nn.Module:
-    """A model of ``layers`` layers of a memory of configs/memory, or of a peer of transformers."""
+    """A model of ``layers`` layers of a memory of configs/memory, or of a layer of transformers."""
     torch.manual_seed(0)
     if name in PEERS:
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -87,7 +88,7 @@ def counts(name: str, layers: int) -> list[int]:
 
 
 def measure(names: list[str]) -> Iterator[tuple[str, dict[str, int]]]:
-    """Operations of one layer of each."""
+    """Yields the operations of one layer of each."""
     for name in names:
         one, two = counts(name, 1), counts(name, 2)
         yield name, {case: b - a for case, a, b in zip(CASES, one, two, strict=True)}

@@ -1,11 +1,11 @@
-"""Time the ops on a GPU, each backend beside the others: one JSON line per measurement.
+"""Time the ops on a GPU with each backend: one JSON line per measurement.
 
     python scripts/benchmark_kernels.py --out benchmarks/gpu/kernels.jsonl
     python scripts/benchmark_kernels.py --part goals   only the goals' comparisons, or the rest; --plan prints a plan
 
 Sizes are those of the roofline in kernels/README.md. A time is the median over repeats, in milliseconds. A case that
-cannot run gives its reason. The goals come first, and a line per goal gives our ratio. MEMLM_AUTOTUNE=1 times the best
-of a kernel's tiles. --processes compile all cases before, for Triton's cache. Without a GPU the script is only tried.
+cannot run records its reason. Goals come first, with a line each. MEMLM_AUTOTUNE=1 times the best of a kernel's tiles.
+--processes first compiles all cases, for Triton's cache. Without a GPU this only tests the script.
 """
 
 import argparse
@@ -54,13 +54,13 @@ from memlm_kernels import (  # noqa: E402
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-# Of a GPU's memory, by a part of its name.
+# Bandwidths of GPU memories, by a part of the GPU's name.
 TB_A_SECOND = {"H200": 4.8, "H100": 3.35, "A100": 2.04, "MI300X": 5.3, "MI250X": 1.64}
-PATIENCE = 60  # Seconds of a measurement, compilation included.
+PATIENCE = 60  # Seconds for a measurement, with compilation.
 
 
 class Size(NamedTuple):
-    """chunks: of the bank that routing sees"""
+    """chunks: number of chunks in the bank that routing reads"""
 
     rows: int = 8
     tokens: int = 4096
@@ -69,7 +69,7 @@ class Size(NamedTuple):
 
 
 class Case(NamedTuple):
-    """run(*inputs) -> a tensor; learns: whether it has a backward; gb: 10^9 bytes that forward must move"""
+    """run(*inputs) -> a tensor; learns: whether it has a backward; gb: 10^9 bytes that a forward must move"""
 
     inputs: list[Tensor]
     run: Callable[..., Tensor]
@@ -107,7 +107,7 @@ def recurrence(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:
 
 
 def attention(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:
-    """Causal, by torch's own kernels, four heads to a key."""
+    """Causal attention by torch's kernels; four heads share a key."""
     q, k, v = (
         torch.randn(size.rows, heads, size.tokens, 128, device=DEVICE, dtype=dtype)
         for heads in (size.heads, *[-(-size.heads // 4)] * 2)
@@ -129,8 +129,8 @@ def attention(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:
 
 
 def near_and_far(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:
-    """Of the chunks of 64 tokens before the window 16, a window of 512 and a prefix of 16; four heads share keys.
-    With selection the window is a chunk, and what chooses is timed too.
+    """16 chunks of 64 tokens before a window of 512, a prefix of 16; four heads share keys. With selection, the window
+    is one chunk, and the choice is timed too.
     """
     chunk, groups, whole = min(64, size.tokens), -(-size.heads // 4), op.endswith("with selection")
     window = chunk if whole else min(512, size.tokens)
@@ -251,7 +251,7 @@ OPS: dict[str, tuple[Callable[..., Case], tuple[str, ...]]] = {
 
 
 class Timed(NamedTuple):
-    """What one measurement is of."""
+    """One measurement."""
 
     op: str
     backend: str
@@ -261,7 +261,7 @@ class Timed(NamedTuple):
 
 
 class Goal(NamedTuple):
-    """ours takes at most 1 / least of the time of theirs; None: of what its bytes take, at the GPU's bandwidth."""
+    """ours takes at most 1 / least of theirs' time; None: of the time to move its bytes at the GPU's bandwidth."""
 
     ours: Timed
     theirs: Timed | None
@@ -287,7 +287,7 @@ def goals(dtype: torch.dtype, size: Size) -> list[Goal]:
 
 
 def plan(size: Size, dtypes: list[torch.dtype], only: str, part: str) -> list[Timed]:
-    """All measurements, each once, what the goals compare first and references last; or one part of them."""
+    """All measurements, each once, or one part of them: the goals' comparisons first, references last."""
     of_goals = dict.fromkeys(x for goal in goals(dtypes[0], size) for x in goal[:2] if x)
     rest = []
     for dtype in dtypes:
@@ -296,7 +296,7 @@ def plan(size: Size, dtypes: list[torch.dtype], only: str, part: str) -> list[Ti
                 one = Timed(op, backend, dtype, size)
                 rest += [one._replace(what="forward"), one]
                 if make is recurrence:
-                    # A step of decoding.
+                    # A decoding step.
                     rest.append(Timed(op, backend, dtype, size._replace(tokens=1), "forward"))
     rest.sort(key=lambda one: one.backend == "reference")
     parts = {"goals": list(of_goals), "rest": [x for x in dict.fromkeys(rest) if x not in of_goals]}
@@ -310,7 +310,7 @@ def about(one: Timed) -> dict[str, Any]:
 
 
 def measured(one: Timed, once: bool) -> dict[str, Any] | None:
-    """None: there is no such call. once: it is called, and not timed."""
+    """The result of one measurement, or None if there is no such call; once: call without timing."""
     record = about(one)
     try:
         case = OPS[one.op][0](one.op, one.backend, one.dtype, one.size)
@@ -332,7 +332,7 @@ def measured(one: Timed, once: bool) -> dict[str, Any] | None:
         if once:
             return record
         if GPU:
-            # The first call tunes, and do_bench has a buffer: neither is the op's.
+            # Not measured: the first call, which tunes, and do_bench's buffer.
             torch.cuda.reset_peak_memory_stats()
             call()
             record["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
@@ -340,14 +340,14 @@ def measured(one: Timed, once: bool) -> dict[str, Any] | None:
         record["ms"] = round(ms, 4)
         if case.gb and one.what == "forward":
             record |= {"gb": round(case.gb, 3)} | floor(case.gb, ms)
-    # What does not run is a result too, and the others are still wanted.
+    # A failure is a result too, and the other cases must still run.
     except Exception as error:
         record["error"] = f"{type(error).__name__}: {error}"[:300]
     return record
 
 
 def works() -> bool:
-    """Whether the GPU still answers this process: after a kernel's fault no call does."""
+    """Whether the GPU still works in this process; after a kernel's fault every call fails."""
     try:
         if GPU:
             torch.cuda.synchronize()
@@ -364,7 +364,7 @@ def serve(pipe: Connection) -> None:
 
 
 class Process:
-    """Measures in another process: a kernel that faults or never ends costs one measurement, not those after it."""
+    """Measures in another process, so a kernel that faults or never ends costs only its own measurement."""
 
     def __init__(self) -> None:
         self.running: multiprocessing.context.SpawnProcess | None = None
@@ -394,7 +394,7 @@ class Process:
 
 
 def compile_all(chosen: list[Timed], processes: int) -> None:
-    """Each is called once, by the next process that is free."""
+    """Run each case once, in parallel processes."""
     ours = iter([one for one in chosen if one.backend == "triton"])
 
     def work(_: int) -> None:
@@ -408,7 +408,7 @@ def compile_all(chosen: list[Timed], processes: int) -> None:
 
 
 def floor(gb: float, ms: float) -> dict[str, float]:
-    """The time that a GPU's memory takes for its bytes, and how many times that a measurement is."""
+    """The time to move the bytes at the GPU's bandwidth, and the measured time as a multiple of it."""
     name = torch.cuda.get_device_name() if GPU else ""
     known = [bandwidth for part, bandwidth in TB_A_SECOND.items() if part in name]
     return {"floor_ms": round(gb / known[0], 4), "of_floor": round(ms * known[0] / gb, 3)} if known else {}
@@ -439,7 +439,7 @@ def measurements(chosen: list[Timed], wanted: list[Goal]) -> Iterator[dict[str, 
 
 
 def judged(goal: Goal, found: dict[Timed, dict[str, Any]]) -> dict[str, Any]:
-    """ratio: how many times as fast we are, None where one of both did not run."""
+    """The goal's result; ratio: our speed over theirs, None if one of the two did not run."""
     ours = found[goal.ours]
     theirs = ours.get("floor_ms") if goal.theirs is None else found[goal.theirs].get("ms")
     ratio = round(theirs / ours["ms"], 3) if theirs and ours.get("ms") else None
@@ -449,7 +449,7 @@ def judged(goal: Goal, found: dict[Timed, dict[str, Any]]) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Of the checkout; a copy without its history is told by COMMIT."""
+    """The commit of the checkout; COMMIT names it in a copy without history."""
     if told := os.environ.get("COMMIT"):
         return told
     try:
@@ -491,9 +491,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/gpu/kernels.jsonl")
     parser.add_argument("--op", default="", help="only ops whose name contains this")
-    parser.add_argument("--part", default="all", choices=["all", "goals", "rest"], help="of the plan")
-    parser.add_argument("--plan", action="store_true", help="print what would be timed")
-    parser.add_argument("--processes", type=int, default=0, help="that compile first what is to be timed; 0: none")
+    parser.add_argument("--part", default="all", choices=["all", "goals", "rest"], help="which part to run")
+    parser.add_argument("--plan", action="store_true", help="print the measurements, without running them")
+    parser.add_argument("--processes", type=int, default=0, help="processes that compile all cases first; 0: none")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     for name, value in Size()._asdict().items():
         parser.add_argument(f"--{name}", type=int, default=value)

@@ -1,28 +1,32 @@
-"""Speed and memory of memory layers, Titans' beside a peer's: one JSON line for each measurement.
+"""Speed and memory of memory layers, with Titans' beside titans-pytorch: one JSON line per measurement.
 
     python scripts/benchmark_memory.py --suite wide --peer-python ../peer/bin/python
     python scripts/benchmark_memory.py --table
 
-Suites ``wide``, ``heads``, ``linear``, ``length`` and ``decode`` measure ``memory=titans_lmm``; the peer is
-``titans_pytorch.NeuralMemory``, which lives in an environment of its own (torch as in constraints.txt, then
-titans-pytorch). Both layers map [B, T, width] to the same shape, own their projections and gates, and have a
-residual and a LayerNorm around their MLP; in ``linear`` it has one layer, and ours nothing around it. The peer
-keeps its defaults: no convolution and no output gate, and momentum and decay shared by all tokens of a chunk,
-where ours has one for each token. Its gradients are taken at the ``anchor``: the weights at the start of the
-call (its default), or those at the start of the chunk, as ours and the paper's are (its
-``batch_size=chunk_size``). Suites ``mom``, ``mom_length`` and ``mom_decode`` measure a mixture of memories
-beside the one memory that it is a mixture of, ``attention_decode`` what keeps all keys. ``train``, for a GPU,
-measures steps of training a language model of Titans' 340M with ``memory=titans_mag`` beside the same decoder
-with full attention (``memory=attention``).
+Suites:
 
-A measurement is a process of its own with one thread. It makes its layer and input, takes a pass to warm up, and then
-one whenever it is told to, so that the runs of a group alternate and share the noise of the machine. A pass is forward
-and backward, to the input and all parameters; for ``decode`` it is a chunk of one-token calls without gradients, for
-``train`` a step of AdamW on one row, in bf16 and with gradient checkpointing as in ``experiment=titans_paper``. Rates
-are tokens per second of that process's own CPU time (``user`` leaves out the kernel's, which maps memory), of wall
-time, and of CUDA's where there is a GPU. Memory is in MB (2**20 bytes): ``base_rss_mb`` is the highest before the
-first pass, ``peak_rss_mb`` after the last. glibc gives freed tensors of more than 32 MB back to the kernel, which
-clears their pages again for the next ones; ``--keep-memory`` leaves that work out.
+- ``wide``, ``heads``, ``linear``, ``length`` and ``decode`` measure ``memory=titans_lmm``. The peer is
+  ``titans_pytorch.NeuralMemory``, in its own environment (torch as in constraints.txt, then titans-pytorch).
+- ``mom``, ``mom_length`` and ``mom_decode`` measure a mixture of memories beside a single one.
+- ``attention_decode`` measures attention that keeps all keys.
+- ``train``, for a GPU, measures training steps of a language model of Titans' 340M with ``memory=titans_mag`` beside
+  the same decoder with full attention (``memory=attention``).
+
+Both layers map [B, T, width] to the same shape, have their own projections and gates, and have a residual and a
+LayerNorm around their MLP. In ``linear`` the memory is one layer, and ours has nothing around it. The peer keeps its
+defaults: no convolution, no output gate, and momentum and decay shared by all tokens of a chunk, where ours has one
+per token. Its gradients are taken at the ``anchor``: the weights at the start of the call (its default), or at the
+start of the chunk, as in the paper and here (its ``batch_size=chunk_size``).
+
+A measurement is a process with one thread. It builds its layer and input, runs one pass to warm up, and then one pass
+per request, so the runs of a group alternate and share the noise of the machine. A pass is forward and backward, to
+the input and all parameters. For ``decode`` it is a chunk of one-token calls without gradients; for ``train`` a step
+of AdamW on one row, in bf16 with gradient checkpointing, as in ``experiment=titans_paper``.
+
+Rates are tokens per second of the process's CPU time (``user`` excludes the operating system, which maps memory), of
+wall time, and of CUDA time on a GPU. Memory is in MB (2**20 bytes): ``base_rss_mb`` is the peak before the first pass,
+``peak_rss_mb`` the peak after the last. glibc returns freed tensors of more than 32 MB to the operating system, which
+clears their pages again for later ones; ``--keep-memory`` avoids that work.
 """
 
 import argparse
@@ -41,7 +45,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-# The peer keeps whole weights for every chunk: 4096 tokens in chunks of 4 would take it 18 GB. It reads fewer.
+# The peer keeps whole weights for every chunk: 4096 tokens in chunks of 4 would need 18 GB. So it reads fewer tokens.
 PEER_CHUNKS = 128
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**35), "MALLOC_TRIM_THRESHOLD_": str(2**35)}
 
@@ -66,7 +70,7 @@ def beside_peer(shape: Setting, chunk_size: int) -> list[Setting]:
 
 
 def linear(tokens: int, **more: Any) -> Setting:
-    """A gated delta rule, or with ``num_memories`` a mixture of them."""
+    """A gated delta rule, or with ``num_memories`` a mixture of several."""
     kind = "mom" if "num_memories" in more else "gated_delta_net"
     return {"what": "memlm", "kind": kind, **HEADS, "tokens": tokens, **more}
 
@@ -77,7 +81,7 @@ def model_of(overrides: list[str], memory: str, tokens: int, dtype: str) -> Sett
 
 
 def attending(kind: str, seen: int) -> Setting:
-    """Attention that keeps all keys, with the settings that its kind has by itself."""
+    """Attention that keeps all keys, with its kind's default settings."""
     return {"what": "memlm", "kind": kind, **HEADS, "tokens": 64, "seen": seen}
 
 
@@ -86,7 +90,7 @@ SUITES = {
     "wide": [beside_peer(WIDE, 64)],
     "heads": [beside_peer(HEADS, chunk_size) for chunk_size in (4, 8, 16, 32, 64, 128, 256)],
     "linear": [beside_peer(HEADS | {"depth": 1}, chunk_size) for chunk_size in (4, 16, 64, 256)],
-    # One at a time: a process that waits keeps its memory.
+    # One at a time: a waiting process keeps its memory.
     "length": [[ours(HEADS, 64, tokens=1024 * 2**i)] for i in range(6)],
     "decode": [[ours(HEADS, 64, tokens=64, seen=seen) for seen in (1024, 4096, 16384)]],
     "mom": [[linear(2048), *(linear(2048, num_memories=m, top_k=2) for m in (4, 16))]],
@@ -95,11 +99,11 @@ SUITES = {
         [linear(64, seen=seen, num_memories=m, top_k=2) for m in (4, 16) for seen in (1024, 16384)],
     ],
     "attention_decode": [[attending(kind, seen) for seen in (1024, 4096, 16384)] for kind in ATTENTION],
-    # One at a time, for a GPU's memory.
+    # One at a time, because of the GPU's memory.
     "train": [
         [model_of([*PAPER, f"hardware.kernels={kernels}"], memory, 4096 * 4**i, "bfloat16")]
         for i in range(3)
-        # Full attention by torch's own, which is what there is to beat.
+        # Full attention by torch's own kernels, the baseline.
         for memory, kernels in (("attention", "auto"), ("titans_mag", "triton"))
     ],
     "train_smoke": [[model_of(TINY_MODEL, memory, 64, "float32")] for memory in ("attention", "titans_mag")],
@@ -169,7 +173,7 @@ def build_peer(s: Setting) -> Callable:
 
 
 def layer_step(s: Setting) -> Callable:
-    """A pass over one layer; decoding is ours alone."""
+    """A pass over one layer; ``decode`` has no peer."""
     import torch
 
     from memlm.memory.rows import Rows
@@ -199,7 +203,7 @@ def layer_step(s: Setting) -> Callable:
 
 
 def measure(s: Setting) -> None:
-    """The measured process: a line that tells what runs here, then one line for each line read."""
+    """The measuring process: prints a line on its software, then one line for each line read."""
     import torch
 
     torch.set_num_threads(1)
@@ -239,7 +243,7 @@ def say(**values: Any) -> None:
 
 
 def rss_mb() -> float:
-    # A process starts from the highest its parent had: the parent must not import torch.
+    # A process inherits the peak of its parent, so the parent must not import torch.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -258,7 +262,7 @@ def commit() -> str:
 
 
 def run_group(group: list[Setting], repeats: int, peer_python: str | None, keep_memory: bool = False) -> list[dict]:
-    """Start a process for each run, let them take their passes in turn, and return their measurements."""
+    """Start a process for each run, let them take turns, and return their measurements."""
     environment = (
         os.environ
         | {
@@ -320,7 +324,7 @@ def run_suite(suite: str, repeats: int, peer_python: str | None, keep_memory: bo
     }
     for group in SUITES[suite]:
         for record in run_group(group, repeats, peer_python, keep_memory):
-            # Ours are of this commit: asked once, for what is appended below makes the tree differ from it.
+            # Our commit is asked for once, because the lines appended below change the tree.
             line = json.dumps({"suite": suite} | record | {"version": record["version"] or about["commit"]} | about)
             print(line, flush=True)
             with out.open("a") as file:
@@ -328,7 +332,7 @@ def run_suite(suite: str, repeats: int, peer_python: str | None, keep_memory: bo
 
 
 def table(path: Path) -> None:
-    """Print the newest measurement of every setting. Rates are the best pass's; MB what a pass adds, per 1K tokens."""
+    """Print the newest measurement of every setting: rates of the best pass, and MB added by a pass per 1K tokens."""
     newest: dict[tuple, dict] = {}
     for record in map(json.loads, path.read_text().splitlines()):
         names = (
@@ -411,12 +415,12 @@ def used_mb(record: dict) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=SUITES, help="what to measure")
+    parser.add_argument("--suite", choices=SUITES, help="the measurements to run")
     parser.add_argument("--repeats", type=int, default=5, help="passes of each measurement")
-    parser.add_argument("--peer-python", help="the interpreter that has titans-pytorch; without it only ours is run")
-    parser.add_argument("--keep-memory", action="store_true", help="tell glibc to keep what is freed")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/memory.jsonl", help="where lines are appended")
-    parser.add_argument("--table", action="store_true", help="print what --out holds as Markdown")
+    parser.add_argument("--peer-python", help="an interpreter with titans-pytorch; without it, no peer is measured")
+    parser.add_argument("--keep-memory", action="store_true", help="tell glibc to keep freed memory")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/memory.jsonl", help="file to append lines to")
+    parser.add_argument("--table", action="store_true", help="print the measurements in --out as Markdown")
     parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:

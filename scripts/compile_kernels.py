@@ -1,14 +1,14 @@
-"""Compile every Triton kernel, with all its tiles, for GPUs that need not be there, and say what came out.
+"""Compile every Triton kernel, with all its tiles, for GPUs that need not be present, and report the results.
 
     python scripts/compile_kernels.py --out kernels/compiled.md                all of it, an hour and more
     python scripts/compile_kernels.py --out kernels/compiled.md --kernel pool  these rows once more, and so with --case
     python scripts/compile_kernels.py --sample                                 a launch of each kernel, for two targets
 
-Triton keeps what it compiled, so a run that was stopped goes on where it was when it is started again.
+Triton caches compiled code, so a run that was stopped continues when it is started again.
 
-The ops are called on the CPU, and what they would launch is compiled instead. Fails on a spill, on more shared memory
-than a target has, on more than 1,024 threads, on a size that code would be compiled for, and on a product that no
-matrix instruction computes.
+The ops are called on the CPU, and their launches are compiled instead of run. A compilation fails if it spills
+registers, needs more shared memory than the target has or more than 1,024 threads, specialises on a size, or has a
+product without matrix instructions.
 """
 
 import argparse
@@ -49,7 +49,7 @@ from memlm_kernels.route_documents.triton import choose_triton, merge_topk_trito
 from memlm_kernels.routed_memory.triton import combine_reads_triton, dispatch_tokens_triton  # noqa: E402
 from memlm_kernels.segment_mean_pool.triton import segment_mean_pool_triton  # noqa: E402
 
-# Each with the shared memory that a block may have, in bytes.
+# Targets, each with the shared memory of a block in bytes.
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 166_912),
     "sm_90": (GPUTarget("cuda", 90, 32), 232_448),
@@ -68,7 +68,7 @@ POINTERS = {
     torch.bool: "*i1",
 }
 INSTRUCTIONS = {"cuda": r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", "hip": r"v_mfma"}
-# What is compiled whole; what only in the calls and for the targets of a sample, with the first tiles.
+# Dtypes and head sizes compiled for all targets and tiles, and those only in a sample's calls and targets.
 SIZES = [("bfloat16", 128), ("float32", 64)]
 MORE = [("bfloat16", 256), ("bfloat16", 96), ("float16", 64), ("float32", 128)]
 SAMPLE = ["sm_90", "gfx942"]
@@ -76,7 +76,7 @@ OPTIONS = ("num_warps", "num_stages", "waves_per_eu")
 
 
 class Launch(NamedTuple):
-    """whole: for all targets with all tiles"""
+    """whole: compiled for all targets with all tiles"""
 
     case: str
     kernel: Kernel
@@ -86,7 +86,7 @@ class Launch(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """registers: of a thread; shared: bytes; spills: bytes on CUDA, registers on HIP; problems: why it fails."""
+    """registers: per thread; shared: bytes; spills: bytes on CUDA, registers on HIP; problems: reasons to fail."""
 
     registers: int
     spills: int
@@ -96,7 +96,7 @@ class Compiled(NamedTuple):
 
 
 def cases(dtype: str, size: int, sample: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Calls of the ops that between them launch every kernel in every way that changes its code."""
+    """Calls of the ops that together launch every kernel in every way that changes its code."""
     name, kind = f"{dtype} {size}", getattr(torch, dtype)
     q, k, v = (torch.empty(2, 1024, 2, size, dtype=kind, requires_grad=True) for _ in "qkv")
     gate, channel = (torch.empty(shape, requires_grad=True) for shape in (q.shape[:3], q.shape))
@@ -134,7 +134,7 @@ def cases(dtype: str, size: int, sample: bool) -> Iterator[tuple[str, Callable[[
 
 
 def attentions(name: str, kind: torch.dtype, size: int, sample: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Four heads share keys; a token's window is 512 keys."""
+    """Four heads share keys; the window is 512 keys."""
     q = torch.empty(2, 1024, 8, size, dtype=kind, requires_grad=True)
     k, v = (torch.empty(2, 1024, 2, size, dtype=kind, requires_grad=True) for _ in "kv")
     spans = [torch.zeros(2, 1024, dtype=torch.int64)] * 2
@@ -148,7 +148,7 @@ def attentions(name: str, kind: torch.dtype, size: int, sample: bool) -> Iterato
         return attend_triton(token[0], k.detach(), v.detach(), *token[1:], 512, None, choice=near)
 
     yield f"{name} choice", once(choose_chunks, q.detach(), k.detach().float(), *(x.int() for x in spans), 16)
-    # Numbers of two digits.
+    # Chunk numbers of two digits.
     yield f"{name} inverse", once(invert, choice[0], 300)
     yield f"{name} chunks", both(lambda: call(q, k, v, choice=choice))
     yield f"{name} chunks, step", step
@@ -166,7 +166,7 @@ def first(*tensors: Tensor) -> list[Tensor]:
 def memory(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, chunk_size: int, width: int, hidden: int | None = None
 ) -> tuple[Tensor, ...]:
-    """Over documents, with momentum and decay; with ``hidden`` channels two layers and a norm."""
+    """A memory over documents, with momentum and decay; with ``hidden`` channels, two layers and a norm."""
     tokens = Tokens(q, k, v, gate, gate, gate, None)
     sizes = [q.shape[3], *([] if hidden is None else [hidden]), v.shape[3]]
     weights = tuple(
@@ -181,7 +181,7 @@ def memory(
 
 
 def route(q: Tensor, k: Tensor, reductions: tuple[str, str, str], running: bool, top_k: int) -> tuple[Any, ...]:
-    """Of documents of eight chunks; what no token asks too, in 64 lists."""
+    """Routing to documents of eight chunks, by queries and by 64 lists of other scores."""
     document = torch.arange(k.shape[1]).expand(len(k), -1) // 8
     rule = Rule(*reductions, "max", top_k, 128, running, 1)
     asks, spans = torch.ones(q.shape[:2], dtype=torch.bool), (torch.zeros(q.shape[:2]), torch.ones(q.shape[:2]))
@@ -195,7 +195,7 @@ def route(q: Tensor, k: Tensor, reductions: tuple[str, str, str], running: bool,
 
 
 def routed(x: Tensor, place: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens and their reads of two memories, and of a shared one."""
+    """Tokens sent to two memories, and their reads of these and of a shared one."""
     rows = dispatch_tokens_triton(x, place)
     return rows, combine_reads_triton(rows, place, gate, x.float())
 
@@ -204,7 +204,7 @@ def segmented(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, cu: Tensor, memory:
     """Linear memories, one for each segment."""
     state = SegmentedMemoryState(memory, torch.zeros(memory.shape[:2], dtype=torch.int64))
     given = {"chunk_size": 16, "state": state, "cu_seqlens": cu, "backend": "triton"}
-    # The op takes tensors on a CPU for the interpreter's sake alone.
+    # The op accepts CPU tensors only with the interpreter.
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.interpret = True
         o, after = segmented_neural_memory(q, k, v, gate, gate, gate, **given)
@@ -226,7 +226,7 @@ def both(op: Callable, *arguments: Any) -> Callable[[], None]:
 
 
 def recorded(sample: bool) -> list[Launch]:
-    """What the ops would launch, the same launch once."""
+    """The launches of the ops, each once."""
     sizes = {("bfloat16", 64): False} if sample else dict.fromkeys(SIZES, True) | dict.fromkeys(MORE, False)
     launches: dict[tuple, Launch] = {}
     run, before = Kernel.__call__, torch.get_float32_matmul_precision()
@@ -238,7 +238,7 @@ def recorded(sample: bool) -> list[Launch]:
 
     Kernel.__call__ = record
     try:
-        # With "highest" auto takes no Triton for fp32 on CUDA; AMD has it as it is, see ``compile_one``.
+        # With "highest", auto does not choose Triton for fp32 on CUDA; for AMD see ``compile_one``.
         torch.set_float32_matmul_precision("high")
         for (dtype, size), whole in sizes.items():
             for case, call in cases(dtype, size, not whole):
@@ -268,7 +268,7 @@ def compile_one(one: Launch, tiles: dict[str, int], target: GPUTarget, most_shar
     function = one.kernel.function
     arguments = one.arguments | {n: x for n, x in tiles.items() if n not in OPTIONS}
     if target.backend == "hip" and "PRECISION" in arguments:
-        # It was recorded for CUDA; see ``launch.precision``.
+        # The launch was recorded for CUDA; see ``launch.precision``.
         arguments["PRECISION"] = "ieee"
     types = signature(one.kernel, arguments)
     constants = {name: arguments.get(name) for name, kind in types.items() if kind == "constexpr"}
@@ -309,7 +309,7 @@ def resources_cuda(asm: dict[str, Any]) -> tuple[int, int]:
 
 def resources_hip(asm: dict[str, Any]) -> tuple[int, int]:
     use = {name: int(value) for name, value in re.findall(r"\.(\w+_count):\s+(\d+)", asm["amdgcn"])}
-    # Scalar registers are spilled to lanes of vector registers, not to memory.
+    # Scalar registers spill to lanes of vector registers, not to memory.
     return use["vgpr_count"], use["vgpr_spill_count"]
 
 
@@ -331,7 +331,7 @@ def main(args: argparse.Namespace) -> int:
             for tiles in choices:
                 try:
                     done = compile_one(one, tiles, target, most_shared)
-                # The compiler's own failures are of many kinds, and the other kernels are still wanted.
+                # The compiler fails with many exceptions, and the other kernels must still be compiled.
                 except Exception as error:
                     done = Compiled(0, 0, 0, "", [f"{type(error).__name__} in the compiler"])
                 cells = " ".join(f"{n}={x}" for n, x in tiles.items())

@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Convert a checkpoint folder from another format to ours, or back.
+"""Convert a checkpoint folder from another format to memlm's, or back.
 
     python scripts/convert_checkpoint.py --from-format fla-mom --source DIR --target DIR
     python scripts/convert_checkpoint.py --to-format fla-mom --source DIR --target DIR
 
-fla-mom: flash-linear-attention's MoM. msa: Memory Sparse Attention as released. qwen3: transformers' Qwen3, which
-``--memory`` gives a memory: msa, its routers fresh; chunk_sparse; or none, attention. Files of a tokenizer are copied.
+fla-mom: flash-linear-attention's MoM. msa: the released Memory Sparse Attention. qwen3: transformers' Qwen3;
+``--memory`` selects its memory: msa, with fresh routers; chunk_sparse; or attention, for none. Tokenizer files are
+copied.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import memlm
 from memlm import files
 from memlm.hub import fla_mom, load_model, msa
 
-# Configurations and weights, from theirs and to theirs.
+# Conversions of configurations and weights, from and to the foreign format.
 READERS = {
     "fla-mom": (lambda theirs, _: fla_mom.config_from_fla(theirs), fla_mom.weights_from_fla),
     "msa": (msa.config_from_msa, msa.weights_from_msa),
@@ -34,7 +35,7 @@ WRITERS = {
     "fla-mom": (lambda ours, _: fla_mom.config_to_fla(ours), fla_mom.weights_to_fla),
     "msa": (msa.config_to_msa, msa.weights_to_msa),
 }
-# A copy of their config.json, beside what was converted.
+# A copy of the foreign config.json, beside the converted checkpoint.
 THEIRS = "config.{}.json"
 
 
@@ -43,7 +44,7 @@ def main() -> None:
     direction = parser.add_mutually_exclusive_group(required=True)
     direction.add_argument("--from-format", choices=READERS)
     direction.add_argument("--to-format", choices=WRITERS)
-    parser.add_argument("--memory", choices=msa.RETROFITS, help="what a Qwen3 becomes, msa if not given")
+    parser.add_argument("--memory", choices=msa.RETROFITS, help="the memory of a converted Qwen3; default: msa")
     parser.add_argument("--source", type=Path, required=True)
     parser.add_argument("--target", type=Path, required=True)
     arguments = parser.parse_args()
@@ -75,7 +76,7 @@ def read(form: str, source: Path, target: Path, memory: str | None = None) -> No
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         load_model(folder)
         if form in WRITERS:
-            # For what ours has no setting for, on the way back.
+            # Used on the way back, for settings that memlm lacks.
             shutil.copy(source / "config.json", folder / THEIRS.format(form))
         _copy_tokenizer(source, folder)
 
@@ -92,7 +93,7 @@ def write(form: str, source: Path, target: Path) -> None:
 
 
 def _load(source: Path) -> dict:
-    """The weights of one file or of several."""
+    """The weights of one or several files."""
     parts = sorted(source.glob("*.safetensors"))
     if not parts:
         raise ValueError("no *.safetensors there")
@@ -107,7 +108,9 @@ def _load(source: Path) -> dict:
 
 @contextmanager
 def _new(target: Path) -> Iterator[Path]:
-    """A folder that takes the name of ``target`` once it is whole; what is there already stays."""
+    """A folder that gets the name ``target`` once it is complete. Raises ValueError if ``target`` already has
+    files.
+    """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} holds files already; name another --target")
     if target.exists():

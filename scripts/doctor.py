@@ -1,4 +1,4 @@
-"""Print what this machine has, and which backend each op takes here, and why.
+"""Print the machine's hardware and software, and the backend that each op uses here, with the reason.
 
 python scripts/doctor.py
 """
@@ -20,7 +20,7 @@ try:
 except ImportError:
     pass
 except Exception as error:
-    # torch's compiler, which the ops need, does not import then.
+    # torch's compiler, which the ops need, cannot be imported then.
     said = f"{type(error).__name__}: {error}"
     sys.exit(f"triton is installed and does not import: {said}; mend it, or pip uninstall triton")
 
@@ -71,7 +71,7 @@ def documents(**options: Any) -> Any:
 
 
 ATTENTIONS = ("chunk_sparse_attention", "chunk_mean_attention", "prefix_window_attention")
-# Of each op with Triton's kernels, calls that are too much for them: the op itself says where they end.
+# For each op with Triton's kernels, calls beyond its limits; the op's error states the limit.
 TOO_MUCH: dict[str, list[Callable[[], Any]]] = {
     "linear_attention": [lambda: ops.linear_attention(*[x(1, 1, 1, 999)] * 4, backend="triton")],
     "delta_rule": [lambda: ops.delta_rule(*[x(1, 1, 1, 999)] * 3, x(1, 1, 1), backend="triton")],
@@ -94,7 +94,7 @@ TOO_MUCH: dict[str, list[Callable[[], Any]]] = {
 
 
 def limits(op: str) -> list[str]:
-    """What the op says that Triton's kernels take."""
+    """The limits of Triton's kernels, from the op's own errors."""
     said = []
     for call in TOO_MUCH[op]:
         try:
@@ -121,20 +121,20 @@ def device() -> str:
 
 
 def float32() -> str:
-    """How Triton's kernels multiply it here."""
+    """How Triton's kernels multiply fp32 here."""
     if (missing := missing_triton(DEVICE.type)) or DEVICE.type != "cuda" or torch.version.hip:
         return missing or "multiplied as it is"
     if not exact_products(x(1).float()):
         return "multiplied as tf32, as torch's float32_matmul_precision allows"
     return (
-        "not by auto; when asked for multiplied as it is, without matrix units, for torch's float32_matmul_precision "
+        "not by auto; on request without matrix units, because torch's float32_matmul_precision "
         "is 'highest': use bfloat16, or torch.set_float32_matmul_precision('high') for tf32"
     )
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    # Where a GPU is but its driver is not, torch says so by a warning.
+    # torch warns if a GPU has no driver.
     warnings.simplefilter("ignore")
     say("python", f"{platform.python_version()}, {platform.platform()}")
     for package in PACKAGES:
@@ -148,8 +148,8 @@ def main() -> None:
         first, because = available[0], None if "triton" in refused else against_triton(x(1, 1), products=True)
         if op == "prefix_window_attention" and first == "reference":
             first = "sdpa"
-        said = [f"{first}, for {because}" if because else first]
-        said += [f"{name} can run when asked for" for name in available[1:] if name != "reference"]
+        said = [f"{first}, because {because}" if because else first]
+        said += [f"{name} can run on request" for name in available[1:] if name != "reference"]
         if "triton" not in refused:
             said += [f"triton's kernels {limit}" for limit in limits(op)]
         say(op, "; ".join([*said, *(f"{name} cannot: {reason}" for name, reason in refused.items())]))

@@ -9,12 +9,12 @@ if [ ! -x .venv/bin/python ]; then
     "$python" -m venv .venv
 fi
 
-# A stamp spares the minutes of resolving when nothing has changed.
+# A stamp file skips minutes of dependency resolution when nothing has changed.
 stamp=".venv/.installed$1"
 wanted=$(cat pyproject.toml constraints.txt | cksum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "installing memlm into .venv (minutes, the first time)"
-    # torch first, pinned and alone: everything after it then keeps the build that is there.
+    # torch first, pinned and alone, so that the next install keeps this build.
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$1"
     echo "$wanted" >"$stamp"

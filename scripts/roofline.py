@@ -1,10 +1,10 @@
-"""The least time that each op can take on a GPU, as Markdown: what its kernels move and multiply.
+"""The least time that each op can take on a GPU, from the bytes and products of its kernels, as Markdown.
 
     python scripts/roofline.py
 
-Nothing runs: the ops of benchmark_kernels.py are called on the CPU, and their launches counted. Bytes are those of
-every tensor that a kernel is given, once for each kernel, intermediate results included (what tiles read again is
-taken to be cached; what torch adds up afterwards is left out). Work is what torch's FLOP counter says of the ops, see
+Nothing runs on a GPU: the ops of benchmark_kernels.py are called on the CPU, and their launches are counted. Bytes are
+those of every tensor argument, once per kernel, with intermediate results. Repeated reads by tiles count as cached,
+and sums that torch makes afterwards are left out. Work is the result of torch's FLOP counter, see
 tests/kernels/test_flops.py. The floor is the larger of the two times.
 """
 
@@ -25,7 +25,7 @@ from memlm_kernels.testing import import_triton_ops
 # TB/s; TFLOP/s of bf16, and of fp32 tokens: NVIDIA's matrix units take them as tf32, AMD's as they are.
 GPUS = {"H200": (4.8, 989, 494), "MI300X": (5.3, 1307, 163)}
 WHOLE, BF16, FP32 = Size(), torch.bfloat16, torch.float32
-# Rows and heads all cost the same, and so do chunks of a bank: a few stand for all.
+# All rows, heads and chunks of a bank cost the same, so a few stand for all.
 FEW = Size(rows=1, heads=4, chunks=1 << 16)
 LONG = Size(rows=1, heads=4)
 STEP = FEW._replace(tokens=1)
@@ -44,7 +44,7 @@ ROWS = [
 
 
 def scale(op: str, size: Size) -> float:
-    """How many times as much the whole is."""
+    """The factor from the reduced size to the whole."""
     if op.startswith("route_documents"):
         return WHOLE.chunks / size.chunks
     if op == "merge_topk":
@@ -55,25 +55,25 @@ def scale(op: str, size: Size) -> float:
 
 
 def moved(arguments: dict[str, Any]) -> float:
-    """Bytes of a launch; one for a span of chunks meets as much of what all chunks have."""
+    """Bytes of a launch; a launch for a span of chunks counts only its share of tensors over all chunks."""
     share, counts = 1.0, set()
     if "begin" in arguments:
         end = arguments.get("end", min(arguments["begin"] + SPAN, arguments["N"]))
         share = (end - arguments["begin"]) / arguments["N"]
         counts = {arguments["N"], *([cdiv(arguments["N"], arguments["GROUP"])] if "GROUP" in arguments else [])}
     tensors = [x for x in arguments.values() if isinstance(x, Tensor)]
-    # Of the tiles of values each has its own share of a gradient.
+    # Each tile of values has its own share of a gradient.
     return sum(x.nbytes * (share if x.ndim > 2 and {*x.shape[:2]} & counts else 1) for x in tensors)
 
 
 def counted(call: Callable[[], Any]) -> tuple[float, float]:
-    """Bytes and FLOPs."""
+    """Bytes and FLOPs of a call."""
     launches: list[float] = []
     run = Kernel.__call__
     Kernel.__call__ = lambda kernel, programs, limits, **arguments: launches.append(moved(arguments))
     try:
         with triton.knobs.runtime.scope(), FlopCounterMode(display=False) as counter:
-            # The ops take tensors on a CPU for the interpreter's sake alone.
+            # The ops accept CPU tensors only with the interpreter.
             triton.knobs.runtime.interpret = True
             call()
     finally:
@@ -90,7 +90,7 @@ def parts(case: Case) -> dict[str, tuple[float, float]]:
         def forward() -> None:
             out.append(case.run(*(x.requires_grad_() for x in case.inputs)))
 
-        # What forward keeps for backward is forward's.
+        # Tensors saved for backward count as forward.
         found["forward"] = counted(forward)
         found["backward"] = counted(lambda: out[0].sum().backward())
     return found

@@ -3,7 +3,7 @@
 
     python scripts/summarize.py runs/demo/titans_mag-seed*/evaluation/results.json
 
-A row holds runs that differ in nothing but the seed; settings in which rows differ are columns.
+A row averages runs that differ only in the seed; settings that differ between rows are columns.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# (kind, task or source, length or way of reading) -> its figures
+# (kind, task or source, length or way of reading) -> its values
 Figures = dict[tuple[str, str, str], tuple[float, ...]]
 
 TITLES = {
@@ -25,7 +25,7 @@ COLUMNS = {"carried": "memory carried", "reset": "reset each segment"}
 
 @dataclass
 class Row:
-    """A model of one configuration; the figures of each seed, and the file that holds them."""
+    """A model of one configuration, with the results of each seed and their files."""
 
     model: str
     settings: dict[str, Any]
@@ -44,8 +44,9 @@ def main() -> None:
 
 
 def grouped(paths: list[Path]) -> list[Row]:
-    """Rows in the order of the files. Raises ValueError for a file that does not hold results, and for a seed with two
-    different results; the same ones count once, which a line on stderr tells.
+    """Rows in the order of the files. Equal results of one seed count once, with a line on stderr.
+
+    Raises ValueError if a file holds no results, or if a seed has two different results.
     """
     rows: dict[tuple[str, str], Row] = {}
     for path in paths:
@@ -73,7 +74,7 @@ def grouped(paths: list[Path]) -> list[Row]:
 
 
 def read(results: dict[str, Any], model: str) -> tuple[dict[str, Any], int | None, Figures]:
-    """Settings of a model and of its evaluation, less the seed; the seed; figures."""
+    """Settings of a model and its evaluation, without the seed; the seed; and the results."""
     held = results["models"][model]
     settings = {**held["settings"], "step": held["step"], "tokens": held["tokenizer"], "dtype": held["dtype"]}
     settings |= {f"eval.{key}": value for key, value in results["evaluation"].items() if key != "seed"}
@@ -89,7 +90,7 @@ def read(results: dict[str, Any], model: str) -> tuple[dict[str, Any], int | Non
 
 
 def tabled(rows: list[Row], kind: str) -> list[str]:
-    """Lines of the table of one kind of figures, none if no row has such."""
+    """Lines of the table of one kind of results; none if no row has any."""
     keys = dict.fromkeys(key for row in rows for _, figures in row.seeds.values() for key in figures if key[0] == kind)
     if not keys:
         return []
@@ -107,7 +108,9 @@ def tabled(rows: list[Row], kind: str) -> list[str]:
 
 
 def differing(rows: list[Row]) -> list[str]:
-    """Settings that are columns: those in which rows differ; of mixers, only if they differ within one model."""
+    """Settings that become columns: those that differ between rows; of mixers, only if they differ within one
+    model.
+    """
     keys = dict.fromkeys(key for row in rows for key in row.settings)
 
     def differ(key: str, among: list[Row]) -> bool:

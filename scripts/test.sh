@@ -7,10 +7,10 @@ if [ $# -eq 0 ]; then
     mypy
     python scripts/compile_kernels.py --sample
 fi
-# One thread a worker: threads of several processes on the same cores wait for each other.
+# One thread per worker: threads of several processes on the same cores slow each other down.
 export OMP_NUM_THREADS=1
 python -m pytest -n auto --maxprocesses 8 "$@"
 if [ $# -eq 0 ] && [ "$(uname -m)" = x86_64 ]; then
-    # Triton's interpreter multiplies with numpy: the tests must hold for the sums of CPUs without AVX-512 too.
+    # Triton's interpreter multiplies with numpy: the tests must also pass with the sums of CPUs without AVX-512.
     OPENBLAS_CORETYPE=Haswell ATEN_CPU_CAPABILITY=avx2 python -m pytest -n auto --maxprocesses 8 tests/kernels -k triton
 fi

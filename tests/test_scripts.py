@@ -96,7 +96,7 @@ def test_the_doctor_knows_every_op():
     assert ops | {"torch", "triton", "device", "nominate_documents"} <= said.keys()
     for op in ("delta_rule", "chunk_topk", "prefix_window_attention", "merge_topk", "neural_memory"):
         if not torch.cuda.is_available():
-            assert ", for Triton's interpreter is for tests; triton can run when asked for;" in said[op]
+            assert ", because Triton's interpreter is for tests; triton can run on request;" in said[op]
         assert "triton's kernels " in said[op]
     assert "take keys of at most 256 channels" in said["delta_rule"]
     assert "take heads of at most 256; triton's kernels take at most 32 heads" in said["chunk_sparse_attention"]

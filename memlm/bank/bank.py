@@ -1,16 +1,14 @@
 """``MemoryBank``: a library of documents that a model has read. Build it, change it, save it, ask it.
 
-For models of Memory Sparse Attention (arXiv:2603.23516), where the kept chunks of a document depend on that document
-alone. A bank is a list of shards; a shard holds whole documents. A document keeps its number forever; memories refer
-to documents by number.
+For models of Memory Sparse Attention (arXiv:2603.23516), where a document's kept chunks depend on it alone. A bank is
+a list of shards of whole documents. A document keeps its number forever; memories refer to documents by number.
 
 Deletion only marks a document. A shard is rewritten when half of its chunks are deleted. The last two shards are
-merged while they are small and the later one has at least half the chunks of the other. So there are few shards, and
-adding costs, over time, the new documents times a logarithm.
+merged while they are small and the later one has at least half the chunks of the other, so there are few shards.
 
-On disk, a shard is a file that never changes. ``index.json`` lists the shards and the deleted documents. A save
-replaces it last, in one step, so a killed save leaves the old bank. A folder has one writer at a time, who must have
-loaded or saved its present index.
+On disk, a shard never changes. ``index.json`` lists shards and deleted documents. A save replaces it last, in one
+step, so a killed save leaves the old bank. A folder has one writer at a time, who must have loaded or saved its
+present index.
 
 B rows, A tokens, C chunks, G groups of H heads, K head dim, L layers that route.
 """
@@ -65,21 +63,16 @@ class MemoryBank:
     """Documents by name, for one model; ``model.generate(question, memory_bank=bank)`` asks it.
 
     >>> bank = memlm.MemoryBank.build(model, {"a": tokenizer("some text").input_ids}, "banks/mine")
-    >>> bank.add({"b": tokenizer("more text").input_ids})
     >>> answer = model.generate(question_ids, memory_bank=bank)
 
-    The routers' keys stay on the model's device. The content, the keys and values of attention, is fetched only for
-    documents that a query may choose. Both need 1 / chunk_size of the space of a document's tokens in a cache.
-
+    The routers' keys stay on the model's device. The content, keys and values of attention, is fetched only for
+    documents that a query may choose. Both take 1 / chunk_size of the space of a document's tokens in a cache.
     model: a model with kind ``msa`` in every layer, of which at least one routes
-    tokens_per_batch: tokens that the model reads at a time
-    content: where the content is kept: "mapped" (from disk, once saved), "host" (host memory, pinned for a GPU) or
-        "device"
+    content: place of the content: "mapped" (from disk, once saved), "host" (pinned for a GPU) or "device"
     key_dtype: of the routers' keys: "auto" (the model's), "float32", "bfloat16", "float16", or "float8_e4m3fn" with a
         scale per head and chunk; nearly equal scores may then change their order
     group: a torch.distributed group whose processes share the bank. All have the same model, see the bank's folder,
         and make the same calls in the same order. ``stats`` then counts the bytes of this process
-
     Raises ValueError if the model has no routers, or a layer of another kind.
     """
 
@@ -136,11 +129,10 @@ class MemoryBank:
         content: str = "mapped",
         key_dtype: str = "auto",
     ) -> "MemoryBank":
-        """Read documents: name -> token ids, or pairs of these.
+        """Read documents, name -> token ids (or pairs), ``tokens_per_batch`` tokens at a time.
 
         directory: the bank is saved here while it grows. The same call continues a build that was killed: it reads
-            only the missing documents, and drops documents that are not given any more
-
+            only missing documents, and drops documents that are no longer given
         Raises ValueError if the directory holds a finished bank or one of another model.
         """
         bank = cls(model, tokens_per_batch, group, content, key_dtype)
