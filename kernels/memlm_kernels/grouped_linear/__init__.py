@@ -1,9 +1,9 @@
-"""Rows that each belong to a group, times the matrix of their group.
+"""Products of rows with matrices: each row belongs to a group, and each group has its own matrix.
 
 Files:
 
-    naive               the definition as a loop
-    reference           three ways to the product
+    naive               the definition as a loop over groups, and the form in tiles
+    reference           three ways to compute the product
 """
 
 from collections.abc import Callable
@@ -26,14 +26,16 @@ _BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def grouped_linear(x: Tensor, weight: Tensor, sizes: Tensor, *, backend: str = "auto") -> Tensor:
-    """y_i = x_i weight[group of i]^T, at the cost of the rows, however many the groups.
+    """y_i = x_i weight[group of i]^T. The cost grows with the rows, not with the number of groups.
 
-    x: [N, D], group after group   weight: [G, O, D]   sizes: [G] integers, rows of each group, N together
-    backend: ``grouped_mm``, torch's, for bf16 on Hopper and later; ``by_group``, one product a group, on CPUs, where
-        sizes may be read; ``reference``, a product for each few rows, with copies of their matrices
+    x: [N, D], group after group   weight: [G, O, D], one matrix per group
+    sizes: [G] integers, the number of rows of each group; their sum is N
+    backend: ``grouped_mm``, torch's, for bf16 on Hopper and later; ``by_group``, one product per group, on CPUs, where
+        sizes may be read; ``reference``, a batched product of tiles of few rows, with a copy of the matrix per tile
 
-    Returns [N, O]. On a GPU, where sizes are not looked at, groups end where x does, and what is left of x may become
-    anything. Raises ValueError if shapes, types or devices disagree, sizes are others, or the backend cannot run.
+    Returns [N, O]. On a GPU the sizes are not checked: groups end where x ends, and rows without a group have arbitrary
+    results. Raises ValueError if shapes, types or devices disagree, the sizes do not add up to N, or the backend cannot
+    run.
     """
     if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != weight.shape[2] or sizes.shape != weight.shape[:1]:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Three ways to one product."""
+"""Three ways to compute the product of rows with the matrix of their group."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 
 
 def by_tile(x: Tensor, weight: Tensor, sizes: Tensor) -> Tensor:
-    """Rows in tiles of one group each, batched: what a tile costs more is a copy of its matrix."""
+    """A batched product of tiles of rows, each of one group; the overhead of a tile is a copy of its matrix."""
     cu_seqlens = F.pad(_ends(sizes, x), (1, 0))[None]
     segments = lay_out(cu_seqlens, len(x), chunk_width(len(x), cu_seqlens, _WIDTH))
     assert segments.segment is not None
@@ -25,7 +25,7 @@ def by_tile(x: Tensor, weight: Tensor, sizes: Tensor) -> Tensor:
 
 
 def takes_grouped_mm(x: Tensor, weight: Tensor) -> bool:
-    """Where torch's product does not read the sizes back from the device."""
+    """Whether torch's product runs without reading the sizes back from the device."""
     aligned = all(size % 8 == 0 for size in weight.shape[1:])
     hopper = torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0)
     return x.dtype == torch.bfloat16 and len(x) > 0 and aligned and hopper
@@ -39,10 +39,10 @@ def _ends(sizes: Tensor, x: Tensor) -> Tensor:
     return sizes.long().clamp(min=0).cumsum(0).clamp(max=len(x))
 
 
-# An operator of its own, so that a compiler and a tensor without data need not know the sizes.
+# A custom operator, so that a compiler, or a tensor without data, needs no sizes.
 @torch.library.custom_op("memlm::grouped_linear_by_group", mutates_args=())
 def by_group(x: Tensor, weight: Tensor, sizes: Tensor) -> Tensor:
-    """One product a group; reads the sizes, which on a CPU costs nothing."""
+    """One product per group; reads the sizes, which costs nothing on a CPU."""
     y = x.new_empty(len(x), weight.shape[1])
     for rows, w, out in zip(*_split(sizes, x), weight, y.split(sizes.tolist()), strict=True):
         torch.mm(rows, w.mT, out=out)

@@ -1,9 +1,9 @@
-"""Large-chunk test-time training: a SwiGLU whose weights are written once a chunk.
+"""Large-chunk test-time training (LaCT): a SwiGLU whose weights are written once per chunk.
 
 Files:
 
-    naive               the op as its paper writes it, a token at a time, and why chunks give the same
-    reference           how tokens and states are laid out, and the step of one token
+    naive               the paper's recurrence, one token at a time, and the derivation of the chunked form
+    reference           the layout of tokens and states, and the step of one token
     chunks              the loop over chunks in PyTorch, with its own backward
 """
 
@@ -51,31 +51,33 @@ def large_chunk_memory(
 ) -> LargeChunkMemoryOutput:
     """Large-chunk test-time training (LaCT, arXiv:2505.23884), apply then update.
 
-    Every token of a chunk reads f(q) with the weights that the chunks before it wrote. The last one writes them: one
-    step along the chunk's gradient of f(k) . v, after which each column has the norm that it had at first::
+    Every token of a chunk reads f(q) with the weights that earlier chunks wrote. The last token of a chunk writes the
+    weights: one step along the chunk's gradient of f(k) . v, after which each column gets its initial norm again::
 
         f(x) = (silu(x W1) * (x W3)) W2
         S_j = mean(momentum) S_j + sum_t lr_tj d(f(k_t) . v_t) / dW_j
         W_j = |column of the learned W_j| * normalize(W_j + orthogonal(S_j))
 
-    Chunks are counted from the first token of each document, and both mean and sum are over the chunk's tokens.
+    Chunks are counted from the first token of each document. The mean and the sum are over the chunk's tokens.
 
-    q, k: [B, T, H, K]   v: [B, T, H, V]   momentum: [B, T, H] in (0, 1); None for none (S_j is the sum alone)
-    lr: [B, T, H, 3], at least 0, a token's own for each of W1, W2, W3
+    q, k: [B, T, H, K]   v: [B, T, H, V]   momentum: [B, T, H] in (0, 1); None for no momentum (S_j is the sum alone)
+    lr: [B, T, H, 3], at least 0, the learning rates of each token for W1, W2, W3
     weights: W1 [H, K, F], W2 [H, F, V], W3 [H, K, F] at the start of a document
-    muon_steps: Newton-Schulz steps that make S_j ``orthogonal`` (Muon); 0 for none, which takes S_j as it is
+    chunk_size: tokens of a chunk, at least 1
+    muon_steps: Newton-Schulz steps of ``orthogonal`` (Muon); with 0, orthogonal(S_j) = S_j
     positions: [B, T], tokens before each one in its own document; a 0 starts a document. None
         continues at ``state.position``
-    lengths: [B], the real tokens of each row come first; the others write nothing and read zeros
-    max_documents: an upper bound on the documents that one row has tokens of, as a Python int:
-        it sizes buffers without asking the device
-    start: a promise that every row has so many tokens of its document before the call, and goes on with real tokens
-        of it alone: the host knows then where chunks end. Without a state that is known already
-    state: what an earlier call returned; None starts every row at position 0 of a document
+    lengths: [B], the number of real tokens of each row, which come first; the others write nothing and read zeros
+    max_documents: an upper bound on the documents in one row, as a Python int: it sizes buffers without asking the
+        device
+    start: a promise: in every row, ``start`` tokens of a document came before the call, and all tokens of the call are
+        real and continue that document. The host then knows where chunks end. Not needed without a state
+    state: the state that an earlier call returned; None starts every row at position 0 of a document
 
-    Accumulates in fp32 (fp64 for fp64 inputs). Raises ValueError if a size is out of range, shapes, types or devices
-    disagree, the state is of another memory, or the backend cannot run; positions and lengths as for
-    ``neural_memory``.
+    Returns o [B, T, H, V] in v's dtype and the state after each row's last real token. Accumulates in fp32 (fp64 for
+    fp64 inputs). Raises ValueError if a size is out of range, shapes, types or devices disagree, the state is of
+    another memory, or the backend cannot run; positions and lengths are checked as in ``neural_memory``. ``naive``
+    derives the chunked form.
     """
     _check(q, k, v, lr, momentum, weights)
     if chunk_size < 1:

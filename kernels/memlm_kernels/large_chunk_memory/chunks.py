@@ -1,15 +1,16 @@
-"""The loop over chunks, and its backward by hand.
+"""The loop over chunks, and its backward, written by hand.
 
-The three matrices are one tensor: inputs X = (K, K, V) meet W = (W_1, W_3, W_2^T) in one product. In a chunk
+The three matrices are one tensor: the inputs X = (K, K, V) and W = (W_1, W_3, W_2^T) are one batched product. In a
+chunk
 
     Z = (A, B, E) = X W      U = grad phi(Z), phi(Z) = silu(A) B E      D = (L X)^T U
     S' = mean S + D          M = W + muon(S')                           W' = M n / |M|, for each column of W_j
 
-So the backward of the ascent needs phi's second derivative alone: dZ = phi''(Z) dU. The reads of all chunks,
+So the backward of the ascent only needs phi's second derivative: dZ = phi''(Z) dU. The reads of all chunks,
 o = (silu(Q W_1) * (Q W_3)) W_2, are products outside of the loop, and so are the gradients of tokens.
 
-G rows and heads; N chunks of C slots; P the larger of K and V, zeros behind the smaller; F hidden. Chunks run in
-groups of sqrt(N): each group keeps the memory that it found, and makes those in it again in backward.
+G rows and heads; N chunks of C slots; P the larger of K and V, the smaller is padded with zeros; F hidden. Chunks run
+in groups of sqrt(N): a group keeps the memory before it, and backward computes the memories inside the group again.
 """
 
 import math
@@ -23,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from memlm_kernels.backend import outside_autocast
 
-# Coefficients of x, x^3, x^5 in each Newton-Schulz step, those of the paper's released code.
+# Coefficients of x, x^3, x^5 in each Newton-Schulz step, as in the paper's released code.
 MUON = (
     (4.0848, -6.8946, 2.9270),
     (3.9505, -6.3029, 2.6377),
@@ -31,15 +32,15 @@ MUON = (
     (2.8769, -3.1427, 1.2046),
     (2.8366, -3.0525, 1.2012),
 )
-# Below it a column counts as zero, and for Muon a matrix.
+# A column whose norm is below it counts as zero, and for Muon a matrix.
 _EPS, _EPS_MUON = 1e-5, 1e-7
 
 _silu_backward = torch.ops.aten.silu_backward
 
 
 class Plan(NamedTuple):
-    """For each chunk whether a document starts with it, False or [3 G, 1, 1]; and whether it is whole by its end, as
-    the host knows, or [3 G, 1, 1].
+    """For each chunk, whether a document starts with it (False, or [3 G, 1, 1]), and whether it is complete at its end
+    (a bool that the host knows, or [3 G, 1, 1]).
     """
 
     opens: Sequence[Any]
@@ -70,7 +71,7 @@ class Memory(NamedTuple):
 class WriteChunks(torch.autograd.Function):
     """apply(plan, *Laid, initial, *Memory) -> o [N, G, C, P], and the Memory after the last chunk.
 
-    initial: [3 G, P, F], with which a document starts; each write keeps its columns' norms
+    initial: [3 G, P, F], the memory at the start of a document; each write restores its columns' norms
     """
 
     @staticmethod
@@ -92,7 +93,7 @@ class WriteChunks(torch.autograd.Function):
     @outside_autocast
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, *d_after: Any) -> tuple[Tensor | None, ...]:
-        # Asked for once: checkpointing makes them again at each time.
+        # Read once: checkpointing computes saved tensors again at each access.
         saved = ctx.saved_tensors
         laid, initial, starts = Laid(*saved[:5]), saved[5], saved[6:]
         norms, d_memory, d_initial = _column_norms(initial), Memory(*d_after), torch.zeros_like(initial)
@@ -112,7 +113,7 @@ def _groups(count: int) -> list[slice]:
 
 
 class _Orthogonal(NamedTuple):
-    """What Newton-Schulz makes of x, each iterate's y, y y^T and polynomial of it, and |x|, by which it scales x."""
+    """The result of Newton-Schulz on x; y, y y^T and its polynomial of each iterate; and |x|, by which x is scaled."""
 
     out: Tensor
     iterates: list[tuple[Tensor, Tensor, Tensor]]
@@ -120,7 +121,7 @@ class _Orthogonal(NamedTuple):
 
 
 class _Write(NamedTuple):
-    """What S' was made to, the momentum S before it, W', and of W_1 and W_3, and of W_2, |M| of each column and
+    """The orthogonalised S', the momentum S before it, W', and, for W_1 with W_3 and for W_2, |M| of each column and
     n / |M|.
     """
 
@@ -132,10 +133,10 @@ class _Write(NamedTuple):
 
 
 class _Run:
-    """One pass over the chunks of a group, and what its backward needs.
+    """One pass over the chunks of a group, with the tensors that its backward needs.
 
-    after: the memory behind the group; found: the weights that each chunk reads; z, u: [3, G, C, F] of each;
-    writes: of each chunk that may be whole, and none is after one that is not
+    after: the memory after the group; found: the weights that each chunk reads; z, u: [3, G, C, F] of each chunk;
+    writes: one for each chunk that may be complete; only the last chunk may be known as incomplete
     """
 
     def __init__(
@@ -185,7 +186,7 @@ class _Run:
         d_q, d_read = _read_backward(d_out, q, found)
         curvature = _curvature(_stacked(self.z)).unbind(2)
         inverse = [_inverse(norm.square()) for norm in self.norms]
-        # A column that counts as zero was not normalized.
+        # A column that counts as zero was not normalised.
         sizes = zip(*(write.sizes for write in self.writes), strict=True)
         shares = [((torch.stack(x) > _EPS) * i).unbind() for x, i in zip(sizes, inverse, strict=False)]
         d_initial = torch.zeros_like(self.initial)
@@ -212,7 +213,7 @@ class _Run:
                 d_weights, d_gradient, d_momentum = (_without(opened, x) for x in (d_weights, d_gradient, d_momentum))
             d_memory = Memory(d_weights, d_gradient, d_momentum)
         if along:
-            # Of n, the norms of initial's columns.
+            # The gradient of n, the norms of initial's columns.
             totals = [torch.stack(x).sum(0) * i for x, i in zip(zip(*along, strict=True), inverse, strict=True)]
             d_initial += torch.cat([w * x for w, x in zip(_apart(self.initial), totals, strict=True)])
         d_weighted = torch.bmm(_stacked(self.u).flatten(0, 2), _stacked(d_gradients[::-1]).flatten(0, 2).mT)
@@ -222,15 +223,15 @@ class _Run:
         d_gate, d_up, d_v = d_x.addcmul_(d_weighted, lr.movedim(1, 0)).unbind()
         if means is not None:
             means = torch.stack([torch.zeros_like(means[0]) if x is None else x for x in d_means[::-1]])
-        # Zeros that were not there have no gradient.
+        # A memory given as None (zeros) has no gradient.
         d_memory = Memory(*(None if x is None else d for x, d in zip(self.start, d_memory, strict=True)))
         return Laid(d_q, d_gate + d_up, d_v, d_lr, means), d_memory, d_initial
 
     def _write_backward(
         self, n: int, d_after: Memory, shares: list[Tensor]
     ) -> tuple[Memory, Tensor | None, list[Tensor]]:
-        """Gradients of the memory before the write and of the mean momentum, and of each column the sum of
-        W' times its gradient. shares: 1 / n^2 of each column that was normalized.
+        """Gradients of the memory before the write and of the mean momentum, and for each column the sum of
+        W' times its gradient. shares: 1 / n^2 of each column that was normalised.
         """
         write, mean = self.writes[n], self.momentum[n]
         products = _apart(write.written * d_after.weights)
@@ -245,7 +246,7 @@ class _Run:
 
 
 def _plus(x: Any, y: Any) -> Any:
-    """None is zeros."""
+    """The sum; None stands for zeros."""
     return y if x is None else x if y is None else x + y
 
 
@@ -258,7 +259,7 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([x.view(3, -1, *x.shape[-2:]) for x in tensors], 1)
 
 
-# Where a column lies in W_1 and W_3, and in W_2^T.
+# The dimension along which a column lies in W_1 and W_3, and in W_2^T.
 _COLUMNS = (-2, -1)
 
 
@@ -272,7 +273,7 @@ def _column_norms(x: Tensor) -> list[Tensor]:
 
 
 def _inverse(x: Tensor) -> Tensor:
-    """1 / x, 0 where x is."""
+    """1 / x, and 0 where x is 0."""
     return x.reciprocal().masked_fill_(x == 0, 0.0)
 
 
@@ -325,7 +326,7 @@ def _read_backward(d_o: Tensor, q: Tensor, weights: Tensor) -> tuple[Tensor, tup
 
 
 def _orthogonal(x: Tensor, steps: int) -> _Orthogonal:
-    """Newton-Schulz: singular values of each matrix drawn to 1 (Muon); ``steps`` 0 leaves it as it is."""
+    """Newton-Schulz: move the singular values of each matrix towards 1 (Muon); 0 steps leave it as it is."""
     if steps == 0:
         return _Orthogonal(x, [], None)
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_(min=_EPS_MUON)
@@ -339,7 +340,7 @@ def _orthogonal(x: Tensor, steps: int) -> _Orthogonal:
 
 
 def _turned(like: Tensor, x: Tensor) -> Tensor:
-    """x, or its transpose where ``like`` is higher than wide: Newton-Schulz squares the smaller side."""
+    """x, or its transpose if ``like`` has more rows than columns: Newton-Schulz squares the smaller side."""
     return x.mT if like.shape[-2] > like.shape[-1] else x
 
 

@@ -6,12 +6,12 @@ and at the end of a chunk, with the mean over its tokens::
 
     S_j <- mean(momentum) S_j + D_j      W_j <- |columns of the first W_j| normalize(W_j + muon(S_j))      D_j <- 0
 
-The chunked form. W changes at the end of a chunk only, so each line above is a few products for all its tokens. With
-K, V and L_j (the lr of W_j) of the chunk as rows, A = K W_1, B = K W_3, H = silu(A) * B and E = V W_2^T,
+The chunked form. W changes only at the end of a chunk, so each line above is a few products for all tokens of a chunk.
+With a row per token in Q, K, V and L_j (the lr of W_j), and A = K W_1, B = K W_3, H = silu(A) * B, E = V W_2^T,
 
     o = f(Q; W)     D_2 = H^T (L_2 * V)     D_3 = K^T (L_3 * E * silu(A))     D_1 = K^T (L_1 * E * B * silu'(A))
 
-which are the sums over the chunk's tokens.
+where each D_j is the sum over the chunk's tokens of lr_tj times the gradient above.
 """
 
 from collections.abc import Sequence

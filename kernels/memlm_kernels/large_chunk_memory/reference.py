@@ -1,14 +1,14 @@
-"""Tokens and states as the loop over chunks takes them, and the step of one token, in plain PyTorch.
+"""The layout of tokens and states for the loop over chunks, and the step of one token, in plain PyTorch.
 
-With W the memory that a chunk finds, every token of it reads, and adds to the chunk's ascent on f(k) . v,
+With W the memory before a chunk, every token of the chunk reads, and adds to the chunk's ascent on f(k) . v,
 
     o = f(q; W),    f(x; W) = (silu(x W1) * (x W3)) W2,    D_j += lr_j d(f(k; W) . v) / dW_j
 
-and its last token writes, with n_j the norm of each column (the inputs of one output) of the learned W_j:
+and the chunk's last token writes, with n_j the norm of each column (the inputs of one output) of the learned W_j:
 
     S_j <- mean(momentum) S_j + D_j,    W_j <- n_j normalize(W_j + orthogonal(S_j)),    D_j <- 0
 
-A slot that holds no token has k, v, lr and momentum 0, and adds nothing.
+A slot without a token has k, v, lr and momentum 0, and adds nothing.
 
 B rows, T tokens, H heads, G = B H; N, C as in ``grid``; K, V and P, the larger of both.
 """
@@ -25,10 +25,11 @@ from memlm_kernels.large_chunk_memory.chunks import Memory, Plan, WriteChunks
 
 
 class LargeChunkMemoryState(NamedTuple):
-    """weights W, gradient D of the open chunk, momentum S (empty without momentum): three fp32 [B, H, in, out] each.
+    """The state after each row's last real token. The open chunk is the one that is not complete yet.
 
-    momentum_sum: one fp32 [B, H, 1, 1], over the tokens of the open chunk; empty without momentum
-    position: [B] int64, tokens of the current document
+    weights W, gradient D of the open chunk, momentum S (empty without momentum): three fp32 [B, H, in, out] each
+    momentum_sum: one fp32 [B, H, 1, 1], the sum of momentum over the open chunk's tokens; empty without momentum
+    position: [B] int64, the number of tokens of the current document so far
     """
 
     weights: tuple[Tensor, ...]
@@ -49,12 +50,12 @@ class Tokens(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """Where tokens stand in chunks.
+    """The places of tokens in chunks.
 
-    lay: [B, T, ...] -> [B, N, C, ...], zeros where there is no token; take: the other way round
+    lay: [B, T, ...] -> [B, N, C, ...], zeros where there is no token; take: the inverse
     chunks: N
-    opens, closes: [N, G], whether a document starts with a chunk, and whether the chunk is whole by its end; None
-        where the host knows: no document starts, all chunks but the last one are whole, and that one if ``whole``
+    opens, closes: [N, G], whether a document starts with a chunk, and whether the chunk is complete at its end; None
+        if the host knows: then no document starts, and all chunks are complete, the last one only if ``whole``
     goes_on: whether the first chunk may have tokens of earlier calls
     """
 
@@ -68,7 +69,7 @@ class _Layout(NamedTuple):
 
     @staticmethod
     def known(start: int, length: int, chunk_size: int) -> "_Layout":
-        """Of rows whose first token has ``start`` before it, and which go on with real tokens of one document."""
+        """The layout of rows with ``start`` tokens before the call, whose tokens are real and of one document."""
         before, end = start % chunk_size, start % chunk_size + length
         count = -(-end // chunk_size)
         width, pad = (chunk_size, (before, -end % chunk_size)) if count > 1 else (length, (0, 0))
@@ -98,9 +99,9 @@ class _Layout(NamedTuple):
         return Plan(opens, closes, muon_steps)
 
     def momentum(self, x: Tensor, before: Tensor | None, chunk_size: int) -> tuple[Tensor, Tensor]:
-        """The mean momentum of each chunk, [N, 3 G, 1, 1], and its sum over the open one, [G].
+        """The mean momentum of each chunk, [N, 3 G, 1, 1], and the sum over the open one, [G].
 
-        x: [B, T, H]; before: the sum over what the first chunk had in earlier calls, [G]
+        x: [B, T, H]; before: the sum over the first chunk's tokens of earlier calls, [G]
         """
         sums = self.lay(x).sum(2).movedim(1, 0).flatten(1)
         if before is not None and self.goes_on:
@@ -110,7 +111,7 @@ class _Layout(NamedTuple):
         means = (sums / chunk_size).repeat(1, 3)[..., None, None]
         if self.opens is None or self.closes is None:
             return means, torch.zeros_like(sums[-1]) if self.whole else sums[-1]
-        # What stands before a chunk's end, or before a document's start, is over.
+        # Sums end at a chunk's end and at a document's start.
         ends = self.closes + F.pad(self.opens[1:], (0, 0, 0, 1))
         over = ends.flip(0).cumsum(0).flip(0) > 0
         return means, sums.masked_fill(over, 0.0).sum(0)
@@ -127,7 +128,7 @@ def large_chunk_memory_reference(
     max_documents: int,
     start: int | None,
 ) -> tuple[Tensor, LargeChunkMemoryState]:
-    """Returns o and the new state; see ``large_chunk_memory``."""
+    """o and the new state; see ``large_chunk_memory``."""
     given, (batch, length, heads, _) = tokens.v.dtype, tokens.q.shape
     dtype = torch.float64 if tokens.q.dtype == torch.float64 else torch.float32
     tokens = Tokens(*(None if x is None else x.to(dtype) for x in tokens))  # type: ignore[arg-type]
@@ -171,7 +172,7 @@ def large_chunk_memory_reference(
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """[B, H, K, F], [B, H, F, V] and [B, H, K, F] -> [3 G, P, F], the second one transposed and last."""
+    """[B, H, K, F], [B, H, F, V] and [B, H, K, F] -> [3 G, P, F]; the second one is transposed and comes last."""
     gate, out, up = parts
     joined = [x.flatten(0, 1) for x in (gate, up, out.mT)]
     widest = max(x.shape[1] for x in joined)
@@ -198,7 +199,7 @@ def _state(
 
 
 def _step(tokens: Tokens, state: LargeChunkMemoryState) -> tuple[Tensor, LargeChunkMemoryState]:
-    """One token that ends no chunk: it reads, and adds to the gradient."""
+    """One token that does not end a chunk: it reads, and adds to the gradient."""
     gate, out, up = (w.to(tokens.q.dtype).flatten(0, 1) for w in state.weights)
     # A token's query and key side by side.
     x = torch.cat([tokens.q, tokens.k], 1).transpose(1, 2)

@@ -1,17 +1,17 @@
-"""Linear recurrences over segments: linear attention, which adds, and the delta rule, which corrects.
+"""Linear recurrences over segments: linear attention, which adds values, and the delta rule, which corrects them.
 
 Files:
 
-    naive               the op as its paper writes it, a token at a time, and why chunks give the same
+    naive               the paper's recurrences, one token at a time, and the derivation of the chunked form
     linear, delta       the ops
     linear_reference, delta_reference  their chunked form in plain PyTorch
-    linear_kernels, linear_triton, delta_kernels, delta_triton  the same in Triton
-    carry               the state from chunk to chunk, with gradients by hand
-    decay               decays within a chunk, as the chunked forms take them
+    linear_kernels, linear_triton, delta_kernels, delta_triton  their chunked form in Triton
+    carry               the loop that carries the state from chunk to chunk, with its own backward
+    decay               decays between the tokens of a chunk
     channel_kernels     the Triton kernels of a decay per channel
-    one_token           decoding: one token of rows of one segment, in plain PyTorch
+    one_token           decoding: one token per row, in plain PyTorch
     step                decoding: a few tokens, one after the other, in Triton
-    fla                 the kernels of flash-linear-attention
+    fla                 the backend of flash-linear-attention's kernels
 """
 
 from memlm_kernels.recurrence.delta import delta_rule

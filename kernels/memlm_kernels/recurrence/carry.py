@@ -1,5 +1,5 @@
-"""A state from chunk to chunk, all that goes one after the other: few operations a chunk, and gradients by hand, for
-autograd's bookkeeping would take more time than the products.
+"""The loop that carries a state from chunk to chunk; all other work is done for all chunks at once. A chunk takes few
+operations, and the backward is written by hand, because autograd's bookkeeping would take longer than the products.
 
 N chunks, B rows, S segments of a row, H heads, Z = B * H, C slots of a chunk.
 """
@@ -17,7 +17,7 @@ from memlm_kernels.segments import Segments
 def carry(
     segments: Segments, state: Tensor, U: Tensor, W: Tensor | None, writes: Tensor, keep: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The states M that chunks start with, and what they write, d, which depends on M if there is W::
+    """The states M at the start of the chunks, and the values d that the chunks write; d depends on M if W is given::
 
         d = U - W M        M' = keep M + writes^T d
 
@@ -38,8 +38,8 @@ def carry(
 
 
 class _Carry(torch.autograd.Function):
-    """On [N, Z, ...]. A chunk that ``opens`` starts with its own ``initial``. With opens None only the first does, and
-    of the states after chunks only the last is returned.
+    """The loop on tensors [N, Z, ...]. A chunk where ``opens`` is set starts with its own ``initial``. If opens is
+    None, only the first chunk does, and only the state after the last chunk is returned.
     """
 
     @staticmethod
@@ -109,7 +109,9 @@ class _Carry(torch.autograd.Function):
 
 
 def _before_and_after(like: Tensor, count: int, opens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Room for two states of each chunk. One chunk's last is the next one's first, unless some open."""
+    """Buffers for the states before and after each chunk. They overlap unless some chunks open a segment: the state
+    after a chunk is then the one before the next.
+    """
     if opens is None:
         states = like.new_empty(count + 1, *like.shape[1:])
         return states[:-1], states[1:]

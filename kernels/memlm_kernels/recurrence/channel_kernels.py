@@ -1,7 +1,7 @@
-"""What a decay for each channel needs: pairs of tokens have a factor for each channel.
+"""The kernels of a decay per channel, where each pair of tokens has a factor per channel.
 
-A chunk is cut into blocks of BC tokens. Inside a block pairs are taken one by one; between blocks the factor is split
-at the start of the query's block, so that both parts are sums of what lies on one side of it and nothing overflows.
+A chunk is cut into blocks of BC tokens. Inside a block, pairs are taken one by one. Between blocks, the factor is split
+at the start of the query's block: each part sums the log decays on one side of it, so nothing overflows.
 """
 
 import triton
@@ -216,7 +216,7 @@ def channel_keys_backward(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Gradients of some channels of a chunk's q, k and decay; inner_q, inner_k: what came through the scores."""
+    """Gradients of some channels of a chunk's q, k and decay; inner_q, inner_k: their parts through the scores."""
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (K + BK - 1) // BK
     tile, h, n, row = part_of(program, tiles, H, N)

@@ -1,5 +1,5 @@
-"""What tokens of a chunk forget between each other: exp of sums of log_decay, taken as sums of numbers below zero.
-Nothing overflows, and as no sum is the difference of two, nothing cancels.
+"""The decays between the tokens of a chunk: exp of sums of log_decay. The sums have terms of at most zero, so nothing
+overflows, and no sum is computed as a difference of two, so nothing cancels.
 """
 
 import torch
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 def within_chunks(g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """g: [..., C, 1], log_decay of a head. With g_i its sum up to token i of a chunk, i included,
+    """g: [..., C, 1], log_decay of a head.
 
-    exp(g_i) [..., C, 1]; exp(g_i - g_j) [..., C, C], of use where j <= i; exp(g_C - g_j) [..., C, 1]; exp(g_C)
-    [..., 1, 1]
+    With g_i its sum over the tokens of a chunk up to i, returns exp(g_i) [..., C, 1]; exp(g_i - g_j) [..., C, C], valid
+    where j <= i; exp(g_C - g_j) [..., C, 1]; exp(g_C) [..., 1, 1].
     """
     from_start = g.cumsum(-2).exp()
     between = g.expand(*g.shape[:-1], g.shape[-2]).tril(-1).cumsum(-2).exp()
@@ -28,5 +28,5 @@ def sums_between(x: Tensor) -> Tensor:
 
 
 def sums_after(x: Tensor) -> Tensor:
-    """[..., C, K]: the sum over what follows along C."""
+    """[..., C, K]: for each entry, the sum over the later ones along C."""
     return F.pad(x[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)

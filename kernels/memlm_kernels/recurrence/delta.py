@@ -1,4 +1,4 @@
-"""The delta rule with an optional decay: linear recurrences that correct what they hold."""
+"""The delta rule with an optional decay: linear recurrences that correct their stored values."""
 
 from torch import Tensor
 
@@ -19,22 +19,25 @@ def delta_rule(
     state: Tensor | None = None,
     backend: str = "auto",
 ) -> RecurrenceOutput:
-    """A matrix that forgets, then moves what it holds for a key towards the key's value::
+    """The delta rule: a matrix M decays, then moves the value that it holds for a key towards the key's new value::
 
         D_t = exp(log_decay_t) M_{t-1}
         M_t = D_t + beta_t k_t^T (v_t - k_t D_t)
         o_t = q_t M_t
 
-    DeltaNet (arXiv:2406.06484), with a decay Gated DeltaNet (arXiv:2412.06464, eq. 10). Keys are of unit length.
+    This is the rule of DeltaNet (arXiv:2406.06484), with a decay that of Gated DeltaNet (arXiv:2412.06464, eq. 10).
+    Keys should have unit length, otherwise the recurrence may diverge.
 
-    q, k: [B, T, H, K]   v: [B, T, H, V]   beta: [B, T, H], 0 to 1   log_decay: [B, T, H], at most 0
-    cu_seqlens: [B, S + 1] integers from 0 to T, ascending; segment s of row b is its tokens cu_seqlens[b, s:s + 2],
-        end excluded; what lies in none is padding. None: each row is one segment. On a GPU, where they are not looked
-        at, one outside or below an earlier one counts as the nearest that is allowed
+    q, k: [B, T, H, K]   v: [B, T, H, V]   beta: [B, T, H], 0 to 1   log_decay: [B, T, H], natural logarithms, at most
+        0; None: 0
+    cu_seqlens: [B, S + 1] integers from 0 to T, ascending; segment s of row b holds the tokens cu_seqlens[b, s] to
+        cu_seqlens[b, s + 1] - 1, and tokens outside all segments are padding. None: each row is one segment. On a
+        GPU the values are not checked: one out of range, or below an earlier one, counts as the nearest allowed
     state: [B, S, H, K, V], M before each segment's first token; None: zeros
 
+    Returns o [B, T, H, V] in v's dtype, zeros at padding, and state [B, S, H, K, V], M after each segment's last token.
     Accumulates in fp32 (fp64 for fp64 inputs). Raises ValueError if shapes, types or devices disagree, cu_seqlens are
-    outside, or the backend cannot run.
+    out of range, or the backend cannot run. ``naive`` derives the chunked form.
     """
     cu_seqlens = check_recurrence(q, k, v, {"beta": beta, "log_decay": log_decay}, cu_seqlens, state)
     q, k, v = as_autocast(q, k, v)

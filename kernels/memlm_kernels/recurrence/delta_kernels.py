@@ -1,8 +1,8 @@
-"""The chunked form of ``delta_reference`` in Triton, as far as ``linear_attention`` does not have it.
+"""The parts of ``delta_reference``'s chunked form in Triton that ``linear_kernels`` does not have.
 
-With Y = (I + A)^-1 for each chunk, U = Y (beta v) and W = Y (beta exp(g) k), what a chunk corrects is d = U - W M, and
-its reads and writes are linear attention's with d for v. Backward needs no gradient of Y: that of A is
--(Y^T dU) U^T - (Y^T dW) W^T below the diagonal.
+With Y = (I + A)^-1 for each chunk, U = Y (beta v) and W = Y (beta exp(g) k), a chunk's corrections are d = U - W M.
+Its reads and writes are those of linear attention with d in place of v. Backward needs no gradient of Y: the gradient
+of A is -(Y^T dU) U^T - (Y^T dW) W^T below the diagonal.
 """
 
 import triton
@@ -30,8 +30,8 @@ _NARROW = [
 def invert(b_A, BT: tl.constexpr, PRECISION: tl.constexpr):
     """(I + A)^-1 for [BT, BT] below the diagonal: row by row in blocks of 16, all at once, then between blocks.
 
-    With D the inverse of the blocks on the diagonal and L what is left of them, it is (I + D L)^-1 D, and D L to the
-    power of the blocks is 0: at most four.
+    With D the inverse of the blocks on the diagonal and L the blocks left of them, it is (I + D L)^-1 D. D L to the
+    power of the number of blocks, which is at most four, is 0.
     """
     blocks: tl.constexpr = BT // 16
     i_b, i_r = tl.arange(0, blocks), tl.arange(0, 16)
@@ -158,7 +158,7 @@ def delta_states_forward(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Some columns of a segment's state, from chunk to chunk, and d: [B, T, H, V], what it corrects."""
+    """Some columns of a segment's state, from chunk to chunk, and the corrections d: [B, T, H, V]."""
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (V + BV - 1) // BV
     tile, h, s, row = part_of(program, tiles, H, S)
@@ -280,7 +280,7 @@ def solutions_backward(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Gradients of what made a chunk's U and W, from those of d = U - W M.
+    """Gradients of the inputs of a chunk's U and W, from those of d = U - W M.
 
     d_k: through beta exp(g) k alone; d_decay: through U and W; d_pairs: [B, N, H, BT, BT], of the products k k^T
     """
@@ -358,7 +358,7 @@ def pairs_backward(
     BT: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Adds up the gradient of some channels of k: through k k^T, and what ``of_reads`` and ``of_solutions`` hold."""
+    """Sums the gradient of some channels of k: through k k^T, and the parts ``of_reads`` and ``of_solutions``."""
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (K + BK - 1) // BK
     tile, h, n, row = part_of(program, tiles, H, N)

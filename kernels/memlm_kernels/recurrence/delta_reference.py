@@ -2,8 +2,8 @@
 
     d_i = beta_i (v_i - exp(g_i - g_{i-1}) k_i M_{i-1})
 
-what token i corrects, so that M_i = exp(g_i - g_{i-1}) M_{i-1} + k_i^T d_i. Unrolled to the chunk's start M this is a
-triangular system,
+the correction of token i, so that M_i = exp(g_i - g_{i-1}) M_{i-1} + k_i^T d_i. Unrolled to the state M before the
+chunk, this is a triangular system,
 
     (I + A) d = beta v - (beta exp(g) k) M        A[i, j] = beta_i exp(g_i - g_j) k_i . k_j  for j < i
 
@@ -21,7 +21,7 @@ from memlm_kernels.recurrence.carry import carry
 from memlm_kernels.recurrence.decay import within_chunks
 from memlm_kernels.segments import chunk_width, exact, lay_out, state_of
 
-# Wider chunks are fewer, and take more time: what is inside of one grows with the square.
+# Wider chunks are fewer but slower: the work inside a chunk grows with the square of its width.
 _WIDTH = 32
 
 
@@ -54,7 +54,7 @@ def delta_rule_reference(
             scores, A = scores * E, A * E
             reads, corrected, writes = q_c * from_start, k_c * from_start, k_c * to_end
         eye = torch.eye(q_c.shape[1], dtype=q_c.dtype, device=q.device)
-        # The solver looks below the diagonal only.
+        # The solver reads only the entries below the diagonal.
         Y = torch.linalg.solve_triangular(A * beta_c, eye, upper=False, unitriangular=True) * beta_c.mT
         M, d, state = carry(segments, state, torch.bmm(Y, v_c), torch.bmm(Y, corrected), writes, keep)
         o = torch.baddbmm(torch.bmm(scores.tril(), d), reads, M)

@@ -45,7 +45,7 @@ def forward(
     cu_seqlens: Tensor | None,
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """o, the state after each segment, and for backward: the states that chunks start with [B, N, H, K, V], d, Y."""
+    """o, the state after each segment, and for backward: the states before the chunks [B, N, H, K, V], d, Y."""
     q, k, v, beta, log_decay, state = laid(q, k, v, beta, log_decay, state)
     call = Call(q, v, cu_seqlens)
     sizes = {**call.sizes, "K": call.keys, "V": call.values}
@@ -104,7 +104,7 @@ def backward(
     d_o: Tensor,
     d_final: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, beta, log_decay (of no size without one) and the state before each segment."""
+    """Gradients of q, k, v, beta, log_decay (empty without one) and the state before each segment."""
     q, k, v, beta, log_decay, d_o, d_final = laid(q, k, v, beta, log_decay, d_o, d_final)
     call = Call(q, v, cu_seqlens)
     sizes = {**call.sizes, "K": call.keys, "V": call.values}
@@ -228,7 +228,7 @@ def delta_rule_triton(
     cu_seqlens: Tensor | None,
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    # One type for what is multiplied; sums are fp32 in any case.
+    # One type for all factors of products; sums are fp32 in any case.
     tokens = in_one_type(q, k, v)
     if is_step(*tokens, beta, log_decay, state):
         o, final = step(*tokens, beta, log_decay, cu_seqlens, state)

@@ -1,8 +1,8 @@
 """flash-linear-attention's kernels (fla, 0.6) behind our signatures: the backend ``fla`` of the linear recurrences.
 
-Its tensors lie as ours do, [B, T, H, K] and states [.., H, K, V], and its decays are logarithms too; it multiplies
-queries by 1/sqrt(K) unless told 1. It takes segments as one row of them without gaps: rows are laid one behind the
-other, and what is padding becomes a last segment of its row. Then it asks the device how long they are.
+Its tensors have our shapes, [B, T, H, K] and states [.., H, K, V], and its decays are logarithms too. It multiplies
+queries by 1/sqrt(K) unless the scale is given as 1. It takes segments as one row without gaps: rows are laid one behind
+the other, and the padding of a row becomes its last segment. It then reads the lengths from the device.
 
 B rows, T tokens of a row, S segments of a row, H heads, K key dim, V value dim.
 """
@@ -23,12 +23,12 @@ from memlm_kernels.segments import segments_of
 def with_fla(
     known: tuple[tuple[str, ...], dict[str, str]], backend: str, q: Tensor, limit: str | None
 ) -> tuple[tuple[str, ...], dict[str, str]]:
-    """What ``choose`` takes, with the backend ``fla``, which runs when asked for: ``auto`` never takes it.
+    """``available`` and ``refused`` of ``choose``, with the backend ``fla``; ``auto`` never takes it.
 
-    known: what ``with_triton`` gave; limit: what of the call fla does not take
+    known: the result of ``with_triton``; limit: the reason why fla does not take this call, None if it takes it
     """
     if not asks_for("fla", backend):
-        # Importing it takes seconds.
+        # The import takes seconds.
         return known
     available, refused = known
     reason = _missing(q.device.type) or limit
@@ -51,7 +51,7 @@ def _missing(device_type: str) -> str | None:
 
 
 def limit_of(q: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None) -> str | None:
-    """What of a call fla does not take."""
+    """The reason why fla does not take a call, None if it takes it."""
     keys, values = q.shape[-1], v.shape[-1]
     if q.dtype != torch.float32 and (keys % 2 or values % 2):
         return f"flash-linear-attention takes even heads in 16 bits, not K={keys}, V={values}"
@@ -82,7 +82,7 @@ def recurrence(
     cu_seqlens: Tensor | None,
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """``delta_rule``, or without beta ``linear_attention``, by fla."""
+    """``delta_rule``, or ``linear_attention`` if beta is None, by fla."""
     op, gates = _op(beta, log_decay)
     tokens = {**dict(zip("qkv", in_one_type(q, k, v), strict=True)), **gates}
     batch, length, heads, keys = q.shape

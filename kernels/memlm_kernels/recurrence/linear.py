@@ -18,22 +18,23 @@ def linear_attention(
     state: Tensor | None = None,
     backend: str = "auto",
 ) -> RecurrenceOutput:
-    """A matrix that adds up outer products, and forgets::
+    """Linear attention: a matrix M adds up outer products of keys and values, and decays::
 
         M_t = diag(exp(log_decay_t)) M_{t-1} + k_t^T v_t
         o_t = q_t M_t
 
-    Without a decay linear attention (arXiv:2006.16236); with one number a head RetNet's (arXiv:2307.08621) or
-    Mamba-2's (arXiv:2405.21060); with one a channel of the key GLA's (arXiv:2312.06635).
+    Without a decay this is linear attention (arXiv:2006.16236). With one decay per head it is the rule of RetNet
+    (arXiv:2307.08621) or Mamba-2 (arXiv:2405.21060), with one per channel of the key that of GLA (arXiv:2312.06635).
 
-    q, k: [B, T, H, K]   v: [B, T, H, V]   log_decay: [B, T, H] or [B, T, H, K], at most 0
-    cu_seqlens: [B, S + 1] integers from 0 to T, ascending; segment s of row b is its tokens cu_seqlens[b, s:s + 2],
-        end excluded; what lies in none is padding. None: each row is one segment. On a GPU, where they are not looked
-        at, one outside or below an earlier one counts as the nearest that is allowed
+    q, k: [B, T, H, K]   v: [B, T, H, V]   log_decay: [B, T, H] or [B, T, H, K], natural logarithms, at most 0; None: 0
+    cu_seqlens: [B, S + 1] integers from 0 to T, ascending; segment s of row b holds the tokens cu_seqlens[b, s] to
+        cu_seqlens[b, s + 1] - 1, and tokens outside all segments are padding. None: each row is one segment. On a
+        GPU the values are not checked: one out of range, or below an earlier one, counts as the nearest allowed
     state: [B, S, H, K, V], M before each segment's first token; None: zeros
 
+    Returns o [B, T, H, V] in v's dtype, zeros at padding, and state [B, S, H, K, V], M after each segment's last token.
     Accumulates in fp32 (fp64 for fp64 inputs). Raises ValueError if shapes, types or devices disagree, cu_seqlens are
-    outside, or the backend cannot run.
+    out of range, or the backend cannot run. ``naive`` derives the chunked form.
     """
     cu_seqlens = check_recurrence(q, k, v, {"log_decay": log_decay}, cu_seqlens, state, ["log_decay"])
     q, k, v = as_autocast(q, k, v)

@@ -1,9 +1,9 @@
 """The chunked form of ``linear_reference`` in Triton; ``channel_kernels`` has the parts for a decay of each channel.
 
-Forward is two passes: along each segment the states that its chunks start with, then all chunks at once. Backward is
-the same the other way round: along each segment the gradients of the states that its chunks end with, then all chunks
-at once. States between chunks are kept for backward in the type of q, as which products take them; those of the
-segments' ends are fp32. ``delta_rule`` uses these kernels too, with what it corrects for v.
+Forward has two passes: first, along each segment, the states before its chunks; then all chunks at once. Backward is
+the reverse: first, along each segment, the gradients of the states after its chunks; then all chunks at once. States
+between chunks are kept for backward in the type of q, in which products take them; the states after segments are fp32.
+``delta_rule`` uses these kernels too, with its corrections in place of v.
 """
 
 import triton
@@ -32,7 +32,7 @@ _WIDE_HIP = [
     {"BK": 32, "BV": 64, "num_warps": 4, "num_stages": 1},
     {"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1},
 ]
-# Sixteen tiles are alive at once: more of them than these would spill.
+# Sixteen tiles are alive at once: larger ones would spill.
 _NARROW = [
     {"BK": 32, "BV": 32, "num_warps": 8, "num_stages": 2},
     {"BK": 32, "BV": 32, "num_warps": 8, "num_stages": 1},
@@ -120,7 +120,7 @@ def outputs_forward(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Some values of what a chunk reads; scores: [B, N, H, BT, BT] of a decay for each channel, else None."""
+    """Some value channels of a chunk's reads; scores: [B, N, H, BT, BT] with a decay per channel, else None."""
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (V + BV - 1) // BV
     tile, h, n, row = part_of(program, tiles, H, N)
@@ -182,7 +182,7 @@ def states_backward(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Gradients of a tile of the states that chunks end with, from the last to the first."""
+    """Gradients of a tile of the states after the chunks, from the last to the first."""
     program = tl.program_id(0).to(tl.int64)
     across: tl.constexpr = (V + BV - 1) // BV
     tiles: tl.constexpr = (K + BK - 1) // BK * across
@@ -239,7 +239,7 @@ def values_backward(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Gradients of some values of a chunk; d_states: None leaves out what reaches v through the state."""
+    """Gradients of some value channels of a chunk; d_states: None leaves out the part through the state."""
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (V + BV - 1) // BV
     tile, h, n, row = part_of(program, tiles, H, N)
@@ -303,7 +303,7 @@ def keys_backward(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Gradients of some channels of a chunk's q and k, and what they add to that of the decay.
+    """Gradients of some channels of a chunk's q and k, and the part of the decay's gradient from these channels.
 
     d_decay: [K tiles, B, T, H]
     """
@@ -340,8 +340,8 @@ def keys_backward(
         b_scores *= decay_between(b_g, BT)
         b_dq *= tl.exp(tl.cumsum(b_g, 0))[:, None]
         b_dk *= tl.exp(decay_behind(log_decay, base, start, end, H, BT))[:, None]
-        # Entry (i, j) of the scores has the decays of j < l <= i, a read of the state those up to it, a write to it
-        # those behind it, and what is kept all of them.
+        # The decays of a score (i, j) are those of j < l <= i, of a read of the state those up to the token, of a
+        # write those behind it, and of the kept state all of them.
         b_pairs = b_scores * tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         b_up_to = tl.sum(b_pairs, 1) - tl.sum(b_pairs, 0) + tl.sum(b_dq * b_q, 1)
         b_behind = tl.sum(b_dk * b_k, 1)

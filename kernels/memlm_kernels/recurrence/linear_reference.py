@@ -12,7 +12,7 @@ from memlm_kernels.recurrence.carry import carry
 from memlm_kernels.recurrence.decay import sums_after, sums_between, within_chunks
 from memlm_kernels.segments import chunk_width, exact, lay_out, state_of
 
-# With a decay for each channel a pair of tokens has a factor for each channel, so pairs must be few.
+# With a decay per channel, a pair of tokens has a factor per channel, so pairs must be few.
 _WIDTH, _CHANNEL_WIDTH, _CHANNEL_BLOCK = 32, 16, 4
 
 
@@ -50,8 +50,8 @@ def linear_attention_reference(
 def _channel_scores(q: Tensor, k: Tensor, g: Tensor) -> Tensor:
     """q, k, g: [..., C, K] -> [..., C, C]: sum over K of q_i k_j exp(g_{j+1} + ... + g_i), 0 above the diagonal.
 
-    Inside a small block the factors as they are; between blocks split at the start of the query's block, so that both
-    parts are sums of what lies on one side of it.
+    Inside a small block, the factors are used as they are. Between blocks, they are split at the start of the query's
+    block, so that each part sums terms on one side of it.
     """
     size = q.shape[-2]
     block = min(_CHANNEL_BLOCK, size)

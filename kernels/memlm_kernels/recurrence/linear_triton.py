@@ -49,7 +49,7 @@ class Call:
         # fp32 takes twice the registers.
         most = 32 if q.dtype == torch.float32 else 64
         self.limits = {"BK": at_least_16(self.keys), "BV": min(most, at_least_16(self.values))}
-        # So do decays of their own for all channels.
+        # So do decays per channel.
         self.limits_with_channels = {**self.limits, "BV": min(32, self.limits["BV"])}
         self.sizes = {"T": self.length, "N": self.count, "H": self.heads, "BT": self.width, "PRECISION": precision(q)}
 
@@ -72,7 +72,7 @@ class Call:
         return lambda tiles: chunks * (size if tile is None else cdiv(size, tiles[tile]))
 
     def room(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Like x; zeros if there may be padding, which no chunk holds."""
+        """A tensor like x; zeros if there may be padding, which no program writes."""
         make = torch.empty_like if self.cu is None else torch.zeros_like
         return make(x, dtype=dtype, memory_format=torch.contiguous_format)
 
@@ -81,7 +81,7 @@ class Call:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, state: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """o, the state after each segment, and those that chunks start with, [B, N, H, K, V]."""
+    """o, the state after each segment, and the states before the chunks, [B, N, H, K, V]."""
     q, k, v, log_decay, state = laid(q, k, v, log_decay, state)
     call = Call(q, v, cu_seqlens)
     channels = log_decay is not None and log_decay.ndim == 4
@@ -136,7 +136,7 @@ def backward(
     d_o: Tensor,
     d_final: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, log_decay (of no size without one) and the state before each segment."""
+    """Gradients of q, k, v, log_decay (empty without one) and the state before each segment."""
     q, k, v, log_decay, d_o, d_final = laid(q, k, v, log_decay, d_o, d_final)
     call = Call(q, v, cu_seqlens)
     channels = log_decay is not None and log_decay.ndim == 4
@@ -169,7 +169,7 @@ def backward(
 def decay_gradient(
     call: Call, log_decay: Tensor | None, given: dict[str, Any], sizes: dict[str, Any], out: dict[str, Tensor]
 ) -> Tensor:
-    """Fills ``out`` by ``keys_backward``, and returns the gradient of a decay for each head, [B, T, H]."""
+    """Fill ``out`` by ``keys_backward``, and return the gradient of a decay per head, [B, T, H]."""
     q = given["q"]
     tiles = cdiv(call.keys, min(32, call.limits["BK"]))
     parts = q.new_zeros(0 if log_decay is None else tiles, *q.shape[:3], dtype=torch.float32)
@@ -241,8 +241,9 @@ def flops(
     of_values: int,
     inside: int = 0,
 ) -> int:
-    """Of products of each token with a state, and of those that make or read [C, C] of a chunk, by their other size:
-    the keys', the values', or C. What a mask hides counts; what each tile of a size makes again counts once.
+    """FLOPs of the products of each token with a state, and of the products that make or read the [C, C] matrices of a
+    chunk, listed by their other size: that of keys, of values, or C. Masked entries count; a product that several tiles
+    repeat counts once.
     """
     batch, length, heads, keys = q
     width = width_of(length, None if cu_seqlens is None else torch.empty(cu_seqlens, device="meta"))
@@ -267,7 +268,7 @@ def _backward_flops(
 def linear_attention_triton(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    # One type for what is multiplied; sums are fp32 in any case.
+    # One type for all factors of products; sums are fp32 in any case.
     tokens = in_one_type(q, k, v)
     if is_step(*tokens, log_decay, state):
         o, final = step(*tokens, None, log_decay, cu_seqlens, state)

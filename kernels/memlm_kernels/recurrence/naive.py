@@ -4,19 +4,20 @@
     delta rule          M_t = a_t M_{t-1} + beta_t k_t^T (v_t - k_t a_t M_{t-1})
     both                o_t = q_t M_t
 
-The chunked form. Both rules are M_t = a_t M_{t-1} + k_t^T d_t, where d_t is v_t or what the delta rule corrects. Let a
-chunk start with M, and let g_i be the sum of log_decay over its tokens up to i. Unrolled,
+The chunked form. Both rules are M_t = a_t M_{t-1} + k_t^T d_t, where d_t is v_t for linear attention and the
+correction beta_t (v_t - k_t a_t M_{t-1}) for the delta rule. Let M be the state before a chunk, and g_i the sum of
+log_decay over the chunk's tokens up to i. Unrolled,
 
     M_i = exp(g_i) M + sum_{j <= i} exp(g_i - g_j) k_j^T d_j
     o_i = exp(g_i) q_i M + sum_{j <= i} exp(g_i - g_j) (q_i . k_j) d_j
 
-so all reads of a chunk are two products of matrices and a mask, and only M goes from chunk to chunk. A decay for each
-channel stands inside the products: exp(g_i - g_j) is then a factor of each channel of q_i . k_j. For the delta rule
-the first line gives a_i M_{i-1}, and with it
+so all reads of a chunk are matrix products with a mask, and only M goes from chunk to chunk. With a decay per channel,
+exp(g_i - g_j) is a factor of each channel inside q_i . k_j. For the delta rule, a_i M_{i-1} is the first line without
+its term j = i, and so
 
     d_i = beta_i (v_i - exp(g_i) k_i M - sum_{j < i} exp(g_i - g_j) (k_i . k_j) d_j)
 
-which is a triangular system: ``delta_reference`` solves it once a chunk.
+which is a triangular system; ``delta_reference`` solves it once per chunk.
 """
 
 import torch
@@ -32,7 +33,7 @@ def recurrence(
     cu_seqlens: Tensor | None = None,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``delta_rule``, or without beta ``linear_attention``; arguments and results are theirs."""
+    """``delta_rule``, or ``linear_attention`` if beta is None, with the same arguments and results."""
     batch, length, heads, keys = q.shape
     cu = torch.tensor([[0, length]] * batch) if cu_seqlens is None else cu_seqlens
     segments = cu.shape[1] - 1

@@ -1,7 +1,7 @@
-"""One token of each of many memories: no chunk around it.
+"""One token for each of many memories, without a chunk around it.
 
-Z memories, of rows and heads alike. A router's memories are rows here: with the states that the token writes gathered,
-``linear_attention`` and ``delta_rule`` on rows of one token take them all at once.
+Z memories, one for each row and head. The memories that a router chose are rows here: once the states that the token
+writes are gathered, ``linear_attention`` and ``delta_rule`` take rows of one token and update all of them at once.
 """
 
 import torch
@@ -29,7 +29,7 @@ def step(
 def of_rows(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, log_decay: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same on what the ops take, rows of one segment and one token; all in one type."""
+    """``step`` with the shapes of the ops: rows of one segment and one token, all in one type."""
     keys, values = state.shape[3:]
     of_beta = None if beta is None else exact(beta).reshape(-1, 1, 1)
     decay = None

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 from memlm_kernels.launch import at_least_16, cdiv, laid, load_tile, part_of, segment_span, store_tile, tiled
 from memlm_kernels.segments import segments_of
 
-# More tokens than these gain from chunks.
+# Above this number of tokens, chunks are faster.
 MOST = 16
 
 
@@ -36,7 +36,7 @@ def tokens_forward(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Some columns of a segment's state, from token to token; beta: None for linear attention."""
+    """Carry some columns of a segment's state from token to token; beta: None for linear attention."""
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (V + BV - 1) // BV
     tile, h, s, row = part_of(program, tiles, H, S)
@@ -113,7 +113,7 @@ def _flops(
 
 
 def is_step(*tensors: Tensor | None) -> bool:
-    """Whether a call is short, the first tensor being q, and asks for no gradient."""
+    """Whether a call is short and needs no gradient; the first tensor is q."""
     q = tensors[0]
     assert q is not None
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
