@@ -33,9 +33,9 @@ def grouped_linear(x: Tensor, weight: Tensor, sizes: Tensor, *, backend: str = "
     backend: ``grouped_mm``, torch's, for bf16 on Hopper and later; ``by_group``, one product per group, on CPUs, where
         sizes may be read; ``reference``, a batched product of tiles of few rows, with a copy of the matrix per tile
 
-    Returns [N, O]. On a GPU the sizes are not checked: groups end where x ends, and rows without a group have arbitrary
-    results. Raises ValueError if shapes, types or devices disagree, the sizes do not add up to N, or the backend cannot
-    run.
+    Returns [N, O]. On a GPU the sizes are not checked: groups end where x ends, and rows without a group have
+    arbitrary results. Raises ValueError if shapes, types or devices disagree, the sizes do not add up to N, or the
+    backend cannot run.
     """
     if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != weight.shape[2] or sizes.shape != weight.shape[:1]:
         raise ValueError(

@@ -1,7 +1,7 @@
 """The kernels of a decay per channel, where each pair of tokens has a factor per channel.
 
-A chunk is cut into blocks of BC tokens. Inside a block, pairs are taken one by one. Between blocks, the factor is split
-at the start of the query's block: each part sums the log decays on one side of it, so nothing overflows.
+A chunk is cut into blocks of BC tokens. Inside a block, pairs are taken one by one. Between blocks, the factor is
+split at the start of the query's block: each part sums the log decays on one side of it, so nothing overflows.
 """
 
 import triton

@@ -10,8 +10,8 @@ from torch import Tensor
 def within_chunks(g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """g: [..., C, 1], log_decay of a head.
 
-    With g_i its sum over the tokens of a chunk up to i, returns exp(g_i) [..., C, 1]; exp(g_i - g_j) [..., C, C], valid
-    where j <= i; exp(g_C - g_j) [..., C, 1]; exp(g_C) [..., 1, 1].
+    With g_i its sum over the tokens of a chunk up to i, returns exp(g_i) [..., C, 1]; exp(g_i - g_j) [..., C, C],
+    valid where j <= i; exp(g_C - g_j) [..., C, 1]; exp(g_C) [..., 1, 1].
     """
     from_start = g.cumsum(-2).exp()
     between = g.expand(*g.shape[:-1], g.shape[-2]).tril(-1).cumsum(-2).exp()

@@ -35,9 +35,9 @@ def delta_rule(
         GPU the values are not checked: one out of range, or below an earlier one, counts as the nearest allowed
     state: [B, S, H, K, V], M before each segment's first token; None: zeros
 
-    Returns o [B, T, H, V] in v's dtype, zeros at padding, and state [B, S, H, K, V], M after each segment's last token.
-    Accumulates in fp32 (fp64 for fp64 inputs). Raises ValueError if shapes, types or devices disagree, cu_seqlens are
-    out of range, or the backend cannot run. ``naive`` derives the chunked form.
+    Returns o [B, T, H, V] in v's dtype, zeros at padding, and state [B, S, H, K, V], M after each segment's last
+    token. Accumulates in fp32 (fp64 for fp64 inputs). Raises ValueError if shapes, types or devices disagree,
+    cu_seqlens are out of range, or the backend cannot run. ``naive`` derives the chunked form.
     """
     cu_seqlens = check_recurrence(q, k, v, {"beta": beta, "log_decay": log_decay}, cu_seqlens, state)
     q, k, v = as_autocast(q, k, v)

@@ -1,8 +1,8 @@
 """flash-linear-attention's kernels (fla, 0.6) behind our signatures: the backend ``fla`` of the linear recurrences.
 
 Its tensors have our shapes, [B, T, H, K] and states [.., H, K, V], and its decays are logarithms too. It multiplies
-queries by 1/sqrt(K) unless the scale is given as 1. It takes segments as one row without gaps: rows are laid one behind
-the other, and the padding of a row becomes its last segment. It then reads the lengths from the device.
+queries by 1/sqrt(K) unless the scale is given as 1. It takes segments as one row without gaps: rows are laid one
+behind the other, and the padding of a row becomes its last segment. It then reads the lengths from the device.
 
 B rows, T tokens of a row, S segments of a row, H heads, K key dim, V value dim.
 """

@@ -242,8 +242,8 @@ def flops(
     inside: int = 0,
 ) -> int:
     """FLOPs of the products of each token with a state, and of the products that make or read the [C, C] matrices of a
-    chunk, listed by their other size: that of keys, of values, or C. Masked entries count; a product that several tiles
-    repeat counts once.
+    chunk, listed by their other size: that of keys, of values, or C. Masked entries count; a product that several
+    tiles repeat counts once.
     """
     batch, length, heads, keys = q
     width = width_of(length, None if cu_seqlens is None else torch.empty(cu_seqlens, device="meta"))

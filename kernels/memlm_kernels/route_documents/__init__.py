@@ -1,10 +1,10 @@
-"""Which documents a query reads: scores of pooled chunks, reduced to documents, of which the best are kept.
+"""The choice of documents that a query reads: scores of pooled chunks are reduced to documents, and the best are kept.
 
 Files:
 
-    naive               the scores as loops, and why tiles give the same
+    naive               the scores as loops, and the derivation of the tiled form
     reference           routing in tiles of chunks, in PyTorch
-    bank                the few documents of a large bank that a query can choose
+    bank                routing over a large bank: the few documents that a query can choose
     kernels, triton     Triton kernels, and the ops around them
 """
 
@@ -70,25 +70,29 @@ def route_documents(
 ) -> Routes:
     """The top_k documents of each row or token (Memory Sparse Attention, arXiv:2603.23516).
 
-    A chunk's score is its similarity to a token, reduced over heads, then over the tokens that ask; a document's is
-    its chunks', reduced::
+    The score of a chunk is its similarity to a token, reduced over heads, and then over the tokens that route. The
+    score of a document is the scores of its chunks, reduced::
 
         s[doc] = chunk_reduce_c query_reduce_t head_reduce_h sim(q[t, h], k[c, group of h])
 
-    q: [B, M, H, K], or None if no token asks   k: [B or 1, C, G, K], pooled; 1 for a bank that all rows share
-    document: [B or 1, C] integers, the document of each chunk, ascending; negative, or num_documents or more: none
-    asks: [B, M] bool, tokens that route (None: all)
-    spans: first and end, [B, M] each: a token knows of documents first to end - 1 (None: all)
-    running: reduce over the tokens up to each one, so that no decision sees a later token; otherwise over all
-    scored: what an earlier call returned, for the same chunks: its tokens count too
-    similarity: "cosine" (of the pooled key), or "dot", over the root of K
-    return_scores: also the score of every document, with a gradient; -inf where no token that asks knows of it
+    q: [B, M, H, K], or None if no token routes   k: [B or 1, C, G, K], pooled keys; 1 for a bank that all rows share
+    document: [B or 1, C] integers, the document of each chunk, ascending; a chunk with a negative number, or with
+        num_documents or more, belongs to no document
+    top_k: documents of a decision, at least 1   num_documents: N, above every document's number
+    asks: [B, M] bool, the tokens that route (None: all)
+    spans: first and end, [B, M] each: a token may choose documents first to end - 1 (None: all)
+    running: reduce over the tokens up to each one, so that no decision depends on a later token; otherwise over all
+    scored: ``scored`` of an earlier call with the same chunks: the tokens of that call count too
+    similarity: "cosine" (of the pooled key), or "dot" for q . k / sqrt(K)
+    head_reduce, query_reduce, chunk_reduce: "mean" or "max"
+    return_scores: return the score of every document too, with a gradient; -inf where no token may choose it
+    tile: chunks that are scored at once
 
-    Returns the documents [B, R, top_k], -1 where there are fewer, and their scores, best first and of equals the
-    lowest number; R = M if ``running`` or ``spans``, else 1. Only ``scores`` has a gradient. At no time is more held
-    than the scores of ``tile`` chunks. Accumulates in fp32; Triton multiplies what heads sum up to in the type of q
-    and k.
-    Raises ValueError if a setting is unknown, shapes, types or devices disagree, or the backend cannot run.
+    Returns ``Routes``: the documents [B, R, top_k], -1 where there are fewer, and their scores, best first, among
+    equal scores the lowest number; R = M if ``running`` or ``spans``, else 1. Only ``scores`` has a gradient. At no
+    time are the scores of more than ``tile`` chunks held. Accumulates in fp32; Triton multiplies sums over heads in
+    the type of q and k. Raises ValueError if a setting is unknown, shapes, types or devices disagree, or the backend
+    cannot run. ``naive`` derives the tiled form.
     """
     for name, value, known in (
         ("similarity", similarity, SIMILARITIES),
@@ -148,13 +152,15 @@ def nominate_documents(
     held: int = 1 << 21,
     backend: str = "auto",
 ) -> Best:
-    """Of a whole bank, a few documents that hold all that ``route_documents`` would choose at some token.
+    """A few documents of a whole bank, among which are all that ``route_documents`` would choose at any token.
 
-    q: [B, M, H, K]   asks: [B, M], tokens that route (None: all)   the settings: as of ``route_documents``
-    held: scores at a time, about
-    Returns the documents' numbers [B, R, top_k], R = M if ``running``, else 1, and their scores, -1 and -inf where
-    there is none: so in a row where no token asks. Each part is a call of ``route_documents``, and the device is not
-    asked; ``auto`` on a CPU takes each token's own best, and of a tile of chunks looks only at those that beat them.
+    q: [B, M, H, K]   asks: [B, M], the tokens that route (None: all)   shards: the parts of the bank
+    held: about the number of scores held at a time; the other settings are those of ``route_documents``
+
+    Returns the documents' numbers [B, R, top_k] and scores, R = M if ``running``, else 1; -1 and -inf where there are
+    fewer, as in a row where no token routes. Each shard is a call of ``route_documents``, which reads nothing back
+    from the device. With ``auto`` on a CPU, each token keeps its own best, and only the chunks of a tile that beat
+    them are examined. No gradient.
     """
     rows = (len(q), q.shape[1] if running else 1)
     if not (shards and q.shape[1]):
@@ -166,7 +172,7 @@ def nominate_documents(
     index = torch.full((*rows, 0), -1, device=q.device)
     score = torch.empty(index.shape, device=q.device)
     for shard in shards:
-        # Of float8 keys a tile at a time is restored; a mean over chunks needs a document's at once.
+        # float8 keys are restored tile by tile; but a mean over chunks needs all keys of a document at once.
         whole = shard.scale is None or chunk_reduce == "mean"
         size = max(1, len(shard.k) if whole else 32 * held // shard.k[0].numel())
         for start in range(0, len(shard.k), size):
@@ -193,11 +199,12 @@ def nominate_documents(
 
 
 def merge_topk(parts: Sequence[tuple[Tensor, Tensor]], *, top_k: int, backend: str = "auto") -> Best:
-    """The best of several banks' best; of an index that several hold, the best score.
+    """Merge the best entries of several banks; an index in several parts keeps its best score.
 
-    parts: index and score [..., any] of each, -1 and -inf where there is none; indices are of one numbering
-    Returns index and score [..., top_k], best first, of equals the lowest index; without a gradient. Raises ValueError
-    if there are no parts, shapes, types or devices disagree, top_k < 1, or the backend cannot run.
+    parts: index and score [..., any] of each bank, -1 and -inf where there is none; all use one numbering
+
+    Returns index and score [..., top_k], best first, among equal scores the lowest index; no gradient. Raises
+    ValueError if there are no parts, shapes, types or devices disagree, top_k < 1, or the backend cannot run.
     """
     if top_k < 1 or not parts:
         raise ValueError(f"top_k={top_k} and the number of parts, {len(parts)}, must be at least 1")

@@ -1,9 +1,9 @@
-"""Routing over a bank too large for a mask: which few of its documents a query can choose at all.
+"""Routing over a bank too large for a mask: find the few documents that a query can choose at all.
 
-Where a document's score is a maximum over tokens and chunks, the top_k at any token are among the top_k of that token
-or of one before it: what outranks a document at the token that gave it its score outranks it ever after. So each token
-keeps its own best, and of a tile of chunks only those that beat a token's worst are looked at further: beside one
-product and one maximum a chunk costs nothing.
+If a document's score is a maximum over tokens and chunks, the top_k at any token are among the top_k of that token
+alone or of an earlier token alone: a document that outranks another at the token that gave the other its score
+outranks it at all later tokens too. So each token keeps its own best. In a tile of chunks, only those that beat a
+token's worst are examined further; the others cost one product and one maximum.
 
 B rows, M tokens, C chunks, H query heads in G groups, K key dim, D decisions, J = top_k.
 """
@@ -27,10 +27,11 @@ from memlm_kernels.topk import NEVER, best_of
 
 
 class RouterShard(NamedTuple):
-    """A part of a bank, of whole documents.
+    """A part of a bank, which holds whole documents.
 
-    k, scale: [C, G, K] and [C, G, 1] or None, as ``bank_keys``   document: [C], places in ``number`` [N], ascending;
-    -1: none any more   number: of the documents, ascending, over the parts too
+    k, scale: [C, G, K] and [C, G, 1] or None, from ``bank_keys``
+    document: [C], the index of each chunk's document in ``number``, ascending; -1: deleted
+    number: [N], the numbers of the documents, ascending, also from part to part
     """
 
     k: Tensor
@@ -40,8 +41,8 @@ class RouterShard(NamedTuple):
 
 
 def bank_keys(k: Tensor, similarity: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
-    """Pooled router keys [..., K] as a bank keeps them, for cosines of length 1, and of float8 the scale of each key,
-    [..., 1], that they are divided by. dtype: None for fp32 (or fp64)
+    """Pooled router keys [..., K] in the form that a bank stores: of length 1 for the cosine, and, for float8, divided
+    by a scale per key, [..., 1], which is returned too. dtype: None for fp32 (or fp64)
     """
     k = _prepared(Rule(similarity, "mean", "max", "max", 1, 0, False, 1), k)
     if dtype != torch.float8_e4m3fn:
@@ -51,17 +52,17 @@ def bank_keys(k: Tensor, similarity: str, dtype: torch.dtype | None = None) -> t
 
 
 def restored_keys(k: Tensor, scale: Tensor | None) -> Tensor:
-    """What ``bank_keys`` returned, in fp32 (or fp64)."""
+    """The keys that ``bank_keys`` returned, in fp32 (or fp64)."""
     return exact(k) if scale is None else k.float() * scale
 
 
 def nominated_in_tiles(
     rule: Rule, q: Tensor, shards: Sequence[RouterShard], asks: Tensor | None, held: int
 ) -> tuple[Tensor, Tensor]:
-    """See ``nominate_documents``. Asks the device."""
+    """See ``nominate_documents``. Reads values back from the device."""
     batch, tokens = q.shape[:2]
     asks = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device) if asks is None else asks
-    # In place of a token that does not ask, one that does.
+    # A token that does not route is replaced by one that does.
     place = torch.where(asks, torch.arange(tokens, device=q.device), asks.long().argmax(1, keepdim=True))
     rule = rule._replace(tile=max(1, held // q[..., 0, 0].numel()))
     q = _prepared(rule, q)
@@ -74,7 +75,7 @@ def nominated_in_tiles(
 
 
 def _best(rule: Rule, q: Tensor, shards: Sequence[RouterShard], idle: Tensor) -> tuple[Tensor, Tensor]:
-    """The best of each decision, and their scores, [D, J]; they are the rows', or running the tokens'."""
+    """The best of each decision and their scores, [D, J]. A decision is one row, or one token if ``running``."""
     query = query_of(rule, q, shards[0].k.shape[1])
     none = torch.full((len(idle), 0), -1, device=q.device)
     index, score = best_of(none, none.to(q.dtype), rule.top_k)
@@ -82,7 +83,7 @@ def _best(rule: Rule, q: Tensor, shards: Sequence[RouterShard], idle: Tensor) ->
     for shard in shards:
         start = 0
         while start < len(shard.k):
-            # Of the first few all are among the best.
+            # The first chunks are all among the best, so the first tiles are small.
             tile, size = slice(start, start + size), min(2 * size, rule.tile)
             start, k = tile.stop, _tile_of(rule, shard, tile, q.dtype)
             if rule.head_reduce == "mean":
@@ -101,16 +102,16 @@ def _best(rule: Rule, q: Tensor, shards: Sequence[RouterShard], idle: Tensor) ->
 
 
 def _tile_of(rule: Rule, shard: RouterShard, tile: slice, dtype: torch.dtype) -> Tensor:
-    """Keys as they are multiplied; cosines of keys that were rounded are of length 1 again."""
+    """Keys in the type of the product; for the cosine, rounded keys are scaled to length 1 again."""
     return shard.k[tile] if shard.k.dtype == dtype else _prepared(rule, keys_of(shard, tile, dtype))
 
 
 def _entered(rule: Rule, index: Tensor, score: Tensor, number: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The best with chunks of documents ``number`` [n] and their scores [D, n]."""
+    """The best after entering chunks of documents ``number`` [n] with their scores [D, n]."""
     name, owner = number.unique_consecutive(return_inverse=True)
     value = torch.full((len(scores), len(name)), NEVER, device=scores.device, dtype=scores.dtype)
     value = value.scatter_reduce(1, owner.expand(scores.shape), scores, "amax")
-    # The first may have begun in the tile before, and stand among the best.
+    # The first document may have begun in the tile before, and be among the best already.
     again = index == name[0]
     value[:, 0] = torch.maximum(value[:, 0], score.masked_fill(~again, NEVER).amax(1))
     score = score.masked_fill(again, NEVER)
@@ -118,7 +119,7 @@ def _entered(rule: Rule, index: Tensor, score: Tensor, number: Tensor, scores: T
 
 
 def _best_of_means(rule: Rule, q: Tensor, asks: Tensor, shards: Sequence[RouterShard]) -> tuple[Tensor, Tensor]:
-    """[B, D, J] where a mean needs every score."""
+    """The best and their scores, [B, D, J], for a mean, which needs every score."""
     parts = []
     for shard in shards:
         of_shard = rule._replace(num_documents=len(shard.number), tile=4096)
@@ -130,11 +131,11 @@ def _best_of_means(rule: Rule, q: Tensor, asks: Tensor, shards: Sequence[RouterS
 
 
 def keys_of(shard: RouterShard, tile: slice, dtype: torch.dtype) -> Tensor:
-    """As ``route_documents`` takes them with queries of ``dtype``."""
+    """Keys in a type that ``route_documents`` takes with queries of ``dtype``."""
     k = shard.k[tile] if shard.scale is None else restored_keys(shard.k[tile], shard.scale[tile])
     return k.double() if dtype == torch.float64 else k
 
 
 def numbered(routes: Routes, shard: RouterShard) -> tuple[Tensor, Tensor]:
-    """Numbers and scores of documents that were chosen by their places in a shard."""
+    """Numbers and scores of the chosen documents, from their indices in a shard."""
     return torch.where(routes.document < 0, -1, shard.number[routes.document]), routes.score

@@ -1,12 +1,12 @@
 """Routing in Triton; see ``reference`` for the mathematics.
 
-``score_chunks`` reduces each chunk's scores over tokens, a tile of chunks a program. Where decisions differ from token
-to token by more than what each knows of, ``choose_running`` makes the scores again, a tile of tokens a program, from
-what ``score_chunks`` kept at the start of that tile. ``choose_best`` chooses among values that are there.
+``score_chunks`` reduces each chunk's scores over tokens; a program has a tile of chunks. If ``running``, decisions
+differ from token to token: ``choose_running`` computes the scores again, a tile of tokens per program, from the values
+that ``score_chunks`` kept at the start of that tile. ``choose_best`` chooses among values that are given.
 
-The best are kept as a set without an order; a tile's best candidate takes the place of the worst until none is better,
-which costs next to nothing once the set is good. A document that is in the set has its place there, so that it may lie
-across tiles.
+The best are kept as a set without an order. A tile's best candidate replaces the worst of the set until none is
+better, which costs almost nothing once the set is good. A document in the set keeps its place when a later tile has
+more of its chunks.
 
 B rows, M tokens, C chunks, N documents, G groups of P heads, K key dim, R decisions of a row, J documents of each.
 """
@@ -46,7 +46,7 @@ def similarities(
     BC: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """[BM, BC], added up over heads or their maximum; of_query, of_k: the first token and the first chunk."""
+    """[BM, BC], the sum or the maximum over heads; of_query, of_k: the first token and the first chunk."""
     b_scores = tl.zeros([BM, BC], tl.float32)
     if not MEAN:
         b_scores += _NEVER
@@ -72,7 +72,7 @@ def similarities(
 
 @triton.jit
 def knows(b_document, asks, first, end, at, inside):
-    """[BM, BC], which tokens, from ``at`` on, know of which documents; and which of them ask."""
+    """Which tokens from ``at`` on may choose which documents, [BM, BC], and which of these tokens route."""
     sees = inside[:, None] & (b_document >= 0)[None, :]
     if first is not None:
         b_first = tl.load(first + at, mask=inside, other=0)
@@ -114,8 +114,8 @@ def score_chunks(
     BC: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """score: the maximum over tokens, or with SUM the sum; so_far: [B, tiles of tokens, C], before each tile, how many
-    asked only with SUM.
+    """score: the maximum over tokens, or with SUM the sum; so_far: [B, tiles of tokens, C], the score before each
+    tile; the number of tokens only with SUM.
     """
     program = tl.program_id(0).to(tl.int64)
     tiles_c, tiles_m = (C + BC - 1) // BC, (M + BM - 1) // BM
@@ -161,7 +161,7 @@ def score_chunks(
 
 @triton.jit
 def candidate(b_values, b_names, b_best, b_best_name, LAST: tl.constexpr):
-    """Of each row the best value and its name, the worst name of the set, and whether that must give way."""
+    """For each row: the best value and its name, the name of the set's worst, and whether it must be replaced."""
     b_value = tl.max(b_values, 1)
     b_name = tl.min(tl.where(b_values == b_value[:, None], b_names, LAST), 1)
     b_least = tl.min(b_best, 1)
@@ -172,8 +172,8 @@ def candidate(b_values, b_names, b_best, b_best_name, LAST: tl.constexpr):
 
 @triton.jit
 def keep_best(b_values, b_names, b_best, b_best_name, LAST: tl.constexpr):
-    """The best of a set and of values [D, n] with names [D or 1, n] below LAST, the highest of their type; of equal
-    values the lowest name wins.
+    """The best among a set and values [D, n] with names [D or 1, n] below LAST, the largest number of their type;
+    among equal values the lowest name wins.
     """
     b_value, b_name, b_worst, better = candidate(b_values, b_names, b_best, b_best_name, LAST)
     while tl.max(better.to(tl.int32), 0) > 0:
@@ -190,14 +190,14 @@ def keep_best(b_values, b_names, b_best, b_best_name, LAST: tl.constexpr):
 
 @triton.jit
 def empty_set(names, BD: tl.constexpr, BJ: tl.constexpr, LAST: tl.constexpr):
-    """No two places have the same name; names: where such are stored."""
+    """A set whose empty places have different names; names: a pointer of the names' type."""
     b_name = tl.zeros([BD, BJ], names.dtype.element_ty) - tl.arange(0, BJ)[None, :] + (LAST - 1)
     return tl.zeros([BD, BJ], tl.float32) + _NEVER, b_name
 
 
 @triton.jit
 def store_best(best, best_name, b_best, b_best_name, at, inside, J, LAST: tl.constexpr):
-    """In their order, J of them for each row from ``at`` on."""
+    """Store the set in order, J entries for each row from ``at`` on."""
     for j in range(J):
         b_value = tl.max(b_best, 1)
         b_name = tl.min(tl.where(b_best == b_value[:, None], b_best_name, LAST), 1)
@@ -239,7 +239,7 @@ def choose_running(
     BC: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """best: [B, M, SPLITS, J], of each token among SPLIT chunks, by the tokens up to it."""
+    """best: [B, M, SPLITS, J], for each token the best among SPLIT chunks, by the tokens up to it."""
     program = tl.program_id(0).to(tl.int64)
     tiles_m = (M + BM - 1) // BM
     split, tile, row = program % SPLITS, program // SPLITS % tiles_m, program // SPLITS // tiles_m
@@ -301,7 +301,7 @@ def choose_best(
     BD: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """best: [B, R, SPLITS, J], of each decision among SPLIT of the values [B, C], whose names are [B or 1, C]."""
+    """best: [B, R, SPLITS, J], for each decision the best among SPLIT values of [B, C] with names [B or 1, C]."""
     program = tl.program_id(0).to(tl.int64)
     tiles_d = (R + BD - 1) // BD
     split, tile, row = program % SPLITS, program // SPLITS % tiles_d, program // SPLITS // tiles_d

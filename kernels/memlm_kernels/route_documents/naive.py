@@ -2,13 +2,19 @@
 
     s[d] = reduce over chunks c of d, reduce over tokens t, reduce over heads h of sim(q[t, h], k[c, group of h])
 
-where each reduction is a mean or a maximum, and sim a cosine or q . k / sqrt(K).
+where each reduction is a mean or a maximum, and sim is the cosine or q . k / sqrt(K).
 
-The tiled form. A maximum of maxima is the maximum, and a mean is a sum that goes on: what the tiles before a chunk
-gave is one number for each document, so no tile's scores are kept. A mean over heads is linear and folds into the
-query (q~ = sum_{h in g} q[t, h] / H, scaled to unit length before, for the cosine), which leaves one product:
+The tiled form. Let the chunks of document d come in tiles C_1, C_2, ... Then
+
+    max_{c in d} s_c = max(max_{c in C_1} s_c, max_{c in C_2} s_c, ...)
+    mean_{c in d} s_c = (sum_{c in C_1} s_c + sum_{c in C_2} s_c + ...) / |d|
+
+so one number per document carries over from tile to tile, and no tile's scores are kept. A mean over heads is linear
+in q and goes into the query, q~[t, g] = sum_{h in g} q[t, h] / H (with q[t, h] of unit length for the cosine), so that
 
     mean_h q[t, h] . k[c, group of h] = sum_g q~[t, g] . k[c, g]
+
+is one product for each token and chunk.
 """
 
 from collections.abc import Callable
@@ -29,9 +35,9 @@ def document_scores(
     q: Tensor, k: Tensor, document: Tensor, num_documents: int, rule: tuple[str, str, str, str], knows: Tensor
 ) -> Tensor:
     """q: [M, H, K]   k: [C, G, K]   document: [C]   rule: similarity, and reductions over heads, tokens and chunks
-    knows: [M, N] bool, documents that a token asks about
+    knows: [M, N] bool, the documents that a token may choose
 
-    Returns the scores of one row, [N], -inf where no token asks.
+    Returns the scores of one row, [N], -inf where no token may choose the document.
     """
     kind, heads, tokens, chunks = rule
     share, scores = q.shape[1] // k.shape[1], []
@@ -48,6 +54,6 @@ def document_scores(
 
 
 def best(scores: Tensor, top_k: int) -> list[int]:
-    """Documents with the largest scores, of equals the lowest; -1 where there are fewer."""
+    """The documents with the largest scores, among equal scores the lowest; -1 where there are fewer."""
     order = sorted((d for d in range(len(scores)) if scores[d] > float("-inf")), key=lambda d: (-scores[d].item(), d))
     return (order + [-1] * top_k)[:top_k]

@@ -1,12 +1,13 @@
-"""Routing in tiles of chunks. The mean over heads is linear, so that it folds into the query:
+"""Routing in tiles of chunks. The mean over heads is linear, so it goes into the query:
 
     mean_h q[t, h] . k[c, group of h] = q~[t] . k[c],    q~[t, g] = sum_{h in g} q[t, h] / H
 
-one product of depth G * K for each token and chunk. A document may lie across tiles: what the last one of a tile has
-so far is carried into the next.
+which is one product of depth G * K for each token and chunk. A document may lie across tiles: the partial score of a
+tile's last document is carried into the next tile.
 
-Gradients do not need the scores: with maxima each document's depends on one token and one chunk, whose places are
-kept, and the score is made again from these two. A mean over tokens makes a tile of scores again at a time.
+Gradients do not need the scores. With maxima, the score of a document depends on one token and one chunk; their
+indices are kept, and the score is computed again from these two. A mean over tokens computes the scores again, tile by
+tile.
 
 B rows, M tokens, C chunks, N documents, H query heads in G groups, K key dim, R decisions of a row, J = top_k.
 """
@@ -39,9 +40,8 @@ class Rule(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """Of each chunk, [B, C]: the maximum (or the sum) of its scores over the tokens so far that asked, and how many.
-
-    0 where none did.
+    """For each chunk, [B, C]: the maximum (or the sum) of its scores over the tokens that routed so far, and the
+    number of these tokens. Both are 0 where none did.
     """
 
     score: Tensor
@@ -49,7 +49,7 @@ class Scored(NamedTuple):
 
 
 class Routes(NamedTuple):
-    """document, score: [B, R, J]; scored: for the next call; scores: [B, N], or None if not asked for."""
+    """document, score: [B, R, J]; scored: an argument of the next call; scores: [B, N], or None if not requested."""
 
     document: Tensor
     score: Tensor
@@ -68,7 +68,7 @@ def route_documents_reference(
     return_scores: bool,
     choose: Callable[[Rule, "Asked"], "Chosen"] | None = None,
 ) -> Routes:
-    """choose: what chooses in place of ``walk``"""
+    """See ``route_documents``. choose: a function that chooses in place of ``walk``."""
     batch = len(q) if q is not None else len(spans[0]) if spans else len(k)
     # A call may have no tokens.
     q = _prepared(rule, q) if q is not None and q.shape[1] else None
@@ -90,7 +90,7 @@ def walk(rule: Rule, asked: "Asked") -> "Chosen":
 
 
 class Chosen(NamedTuple):
-    """document, score: [B, R, J]; after: the chunks' scores; token: [B, C], which gave each its maximum, if any did"""
+    """document, score: [B, R, J]; after: the chunks' scores; token: [B, C], the token of each chunk's maximum"""
 
     document: Tensor
     score: Tensor
@@ -109,14 +109,14 @@ class Asked(NamedTuple):
     before: Scored
 
     def decisions(self, rule: Rule) -> int:
-        # Where all tokens count, tokens decide differently only if they know of different documents.
+        # If all tokens count, decisions differ between tokens only if these may choose different documents.
         return self.tokens() if rule.running or self.spans is not None else 1
 
     def tokens(self) -> int:
         return self.q.shape[1] if self.q is not None else self.spans[0].shape[1] if self.spans else 1
 
     def knows(self, document: Tensor) -> Tensor:
-        """Which tokens ask a chunk, [B, M, n]."""
+        """Which tokens score each chunk, [B, M, n]."""
         known = (document >= 0)[:, None].expand(-1, self.tokens(), -1)
         if self.asks is not None:
             known = known & self.asks[..., None]
@@ -127,8 +127,11 @@ class Asked(NamedTuple):
 
 
 class _Walk:
-    """Visits the tiles in order. best: the decisions so far, index and score, [B, R, J]; open: name, value and size
-    of the document that the last tile ends in; parts: of each tile, what ``finish`` returns of chunks.
+    """Visits the tiles in order.
+
+    best: the decisions so far, index and score, [B, R, J]
+    open: name, value and size of the document at the end of the last tile, which may continue
+    parts: for each tile, the values of chunks that ``finish`` returns
     """
 
     def __init__(self, rule: Rule, asked: Asked) -> None:
@@ -151,7 +154,7 @@ class _Walk:
         self._over_chunks(self.asked.document[:, tile], values[:, -self.values :])
 
     def _over_tokens(self, tile: slice) -> tuple[Tensor, Tensor]:
-        """Scores of the tile's chunks and how many tokens gave them, after each token, [B, M, n]."""
+        """Scores of the tile's chunks, and the number of tokens in them, after each token, [B, M, n]."""
         document = self.asked.document[:, tile]
         before, token = Scored(*(x[:, tile] for x in self.asked.before)), torch.zeros_like(document)
         if self.query is None:
@@ -172,7 +175,7 @@ class _Walk:
         return score, count
 
     def _over_chunks(self, document: Tensor, values: Tensor) -> None:
-        """Documents that end in the tile enter the best; the last one is carried on."""
+        """Enter the documents that end in the tile into the best; carry the last one on."""
         width = values.shape[2]
         changes = (document[:, 1:] != document[:, :-1]).long()
         segment = F.pad(changes.cumsum(1), (1, 0))
@@ -186,7 +189,7 @@ class _Walk:
         joined = torch.where(goes_on[..., None], _join(self.rule, open_value, total[..., :1]), total[..., :1])
         total = torch.cat([joined, total[..., 1:]], -1)
         size = torch.cat([size[:, :1] + torch.where(goes_on, open_size, 0), size[:, 1:]], 1)
-        # In the order of their numbers, the one that stood open first.
+        # In the order of their numbers; the open one comes first.
         self._enter(open_name, open_value.masked_fill(goes_on[..., None], NEVER), open_size)
 
         last = segment[:, -1:]
@@ -227,7 +230,7 @@ def merge_topk_reference(index: Tensor, score: Tensor, top_k: int) -> Best:
 
 
 def _similarities(rule: Rule, query: Tensor, k: Tensor) -> Tensor:
-    """Of what ``query_of`` gives and keys as ``_prepared``, reduced over heads, [B, M, n]."""
+    """Similarities of ``query_of``'s queries and ``_prepared`` keys, reduced over heads, [B, M, n]."""
     if rule.head_reduce == "mean":
         return query.flatten(2) @ k.flatten(2).mT
     grouped = query.permute(0, 2, 1, 3, 4)
@@ -236,7 +239,7 @@ def _similarities(rule: Rule, query: Tensor, k: Tensor) -> Tensor:
 
 
 def _document_scores(rule: Rule, asked: Asked, after: Scored, token: Tensor) -> Tensor:
-    """[B, N], made again from the few products that they depend on, with a gradient."""
+    """The scores of documents, [B, N], with a gradient: computed again from the few products that they depend on."""
     q, k, before = asked.q, asked.k, asked.before
     size, chunks = rule.num_documents, k.shape[1]
     name = asked.document.clamp(min=0)
@@ -252,7 +255,7 @@ def _document_scores(rule: Rule, asked: Asked, after: Scored, token: Tensor) -> 
         return _of_documents(rule, known, name)
     chunk = torch.arange(chunks, device=k.device).expand_as(name)
     if rule.chunk_reduce == "max":
-        # The first chunk of each document that has its maximum.
+        # The first chunk of each document with the document's maximum.
         best = _reduced(rule, known, name, size + 1)
         first = chunk.masked_fill(known < best.gather(1, name), chunks)
         chunk = torch.full_like(best, chunks, dtype=torch.int64).scatter_reduce(1, name, first, "amin")
@@ -262,21 +265,21 @@ def _document_scores(rule: Rule, asked: Asked, after: Scored, token: Tensor) -> 
     of_q, of_k = _at(query_of(rule, q, k.shape[2]), token), _prepared(rule, _at(k, chunk))
     again = (of_q * of_k[:, :, :, None]).sum(-1).flatten(2)
     again = again.sum(-1) if rule.head_reduce == "mean" else again.amax(-1)
-    # What an earlier call gave has no gradient here.
+    # Scores of an earlier call have no gradient here.
     new = (known > NEVER) & ((before.asked == 0) | (before.score < known))
     value = torch.where(new, again, known)
     return value if rule.chunk_reduce == "max" else _of_documents(rule, value, name)
 
 
 def _at(x: Tensor, index: Tensor) -> Tensor:
-    """[B or 1, T, ...], [B, S] -> [B, S, ...]. Unlike those of ``pick``, gradients of an entry that is taken more than
-    once add up in one order on a GPU too.
+    """[B or 1, T, ...], [B, S] -> [B, S, ...]. Unlike in ``pick``, the gradients of an entry that is taken more than
+    once are added in a fixed order, also on a GPU.
     """
     return x[torch.arange(len(x), device=x.device)[:, None], index]
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over tokens of each chunk's scores, [B, C], which is known: only backward makes the scores, in tiles."""
+    """The sum over tokens of each chunk's scores, [B, C], which is known. Backward computes the scores in tiles."""
 
     @staticmethod
     def forward(ctx: Any, rule: Rule, asked: Asked, query: Tensor, k: Tensor, total: Tensor) -> Tensor:
@@ -311,7 +314,7 @@ def _of_documents(rule: Rule, value: Tensor, name: Tensor) -> Tensor:
 
 
 def _reduced(rule: Rule, values: Tensor, owner: Tensor, size: int) -> Tensor:
-    """[..., n] by owner, [..., size]: maxima or sums; -inf where there is nothing."""
+    """[..., n] reduced by owner to [..., size]: maxima or sums; -inf where an owner has no entry."""
     start = torch.full((*values.shape[:-1], size), NEVER, device=values.device, dtype=values.dtype)
     if rule.chunk_reduce == "max":
         return start.scatter_reduce(-1, owner, values, "amax")
@@ -323,13 +326,13 @@ def _join(rule: Rule, a: Tensor, b: Tensor) -> Tensor:
 
 
 def query_of(rule: Rule, q: Tensor, groups: int) -> Tensor:
-    """q as ``_prepared``, scaled, by groups of heads [B, M, G, P, K]; for a mean over heads folded, P = 1."""
+    """q, ``_prepared`` and scaled, in groups of heads [B, M, G, P, K]; summed to P = 1 for a mean over heads."""
     scale = 1.0 if rule.similarity == "cosine" else q.shape[3] ** -0.5
     grouped = q.unflatten(2, (groups, -1))
     return grouped.sum(3, keepdim=True) * (scale / q.shape[2]) if rule.head_reduce == "mean" else grouped * scale
 
 
 def _prepared(rule: Rule, x: Tensor) -> Tensor:
-    """In fp32, and of length 1 for cosines."""
+    """x in fp32 (or fp64), and of length 1 for the cosine."""
     x = exact(x)
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + _EPS) if rule.similarity == "cosine" else x

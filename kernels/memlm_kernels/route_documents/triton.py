@@ -13,12 +13,12 @@ from memlm_kernels.launch import arguments_of, at_least_16, cdiv, laid, no_produ
 from memlm_kernels.route_documents.kernels import choose_best, choose_running, score_chunks
 from memlm_kernels.route_documents.reference import Asked, Chosen, Rule, Scored, query_of, walk
 
-# Places of a set of the best, at most, for the tokens of a program together.
+# The largest number of places in the sets of all tokens of a program.
 _PLACES = 4096
 
 
 def _split(size: int, programs: int, least: int) -> tuple[int, int]:
-    """Of how many chunks a program sees, and how many such parts there are, enough to keep a GPU busy."""
+    """The number of chunks of a program, and the number of such parts: enough to keep a GPU busy."""
     parts = max(1, 1024 // max(1, programs))
     each = cdiv(max(least, cdiv(size, parts)), 256) * 256
     return each, cdiv(size, each)
@@ -32,7 +32,7 @@ def _best(
     top_k: int,
     known: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Of values [B, C] and names [B or 1, C] below ``known``: names and values [B, R, J]."""
+    """The best of values [B, C] with names [B or 1, C] below ``known``: names and values [B, R, J]."""
     last = torch.iinfo(names.dtype).max
     batch, size = values.shape
     set_size = triton.next_power_of_2(top_k)
@@ -77,7 +77,7 @@ def forward(
     mean_tokens: bool,
     cosine: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What ``Chosen`` has. query: [B, M, G, P, K]; without it the choice is by what was asked before.
+    """The fields of ``Chosen``. query: [B, M, G, P, K]; without it the choice uses only the scores of earlier calls.
 
     document, first, end: int32
     """
@@ -94,7 +94,7 @@ def forward(
         # fp32 takes twice the registers.
         most = 32 if query.dtype == torch.float32 else 64
         limits = {"BC": at_least_16(chunks), "BK": min(most, at_least_16(keys))}
-        # The mean alone needs to know how many asked.
+        # Only the mean needs the number of tokens that routed.
         so_far_score = score.new_empty(batch, tiles, chunks) if running else None
         so_far_asked = asked.new_empty(batch, tiles, chunks) if running and mean_tokens else None
         score_chunks(
@@ -149,7 +149,7 @@ def _(
 
 @register_flop_formula(torch.ops.memlm.route_documents)
 def _flops(*shapes: Any, **_: Any) -> int:
-    """A decision at each token makes the scores twice."""
+    """A decision at each token computes the scores twice."""
     given = arguments_of(torch.ops.memlm.route_documents, shapes)
     return 2 * math.prod(given["query"] or [0]) * given["k"][1] * (2 if given["running"] else 1)
 
@@ -177,14 +177,14 @@ def merge_topk_triton(index: Tensor, score: Tensor, top_k: int) -> tuple[Tensor,
 
 
 def choose_triton(rule: Rule, asked: Asked, dtype: torch.dtype) -> Chosen:
-    """dtype: of q; it and k's are multiplied in the wider of the two."""
+    """dtype: the type of q; products take the wider of it and k's type."""
     before, query = asked.before, None
     decisions = asked.decisions(rule)
     if not (len(asked.document) and asked.k.shape[1] and decisions):
         return walk(rule, asked)
     if asked.q is not None:
         query = query_of(rule, asked.q, asked.k.shape[2]).to(torch.promote_types(dtype, asked.k.dtype))
-    # Numbers of 32 bits are half of what is read; those above are no documents.
+    # 32-bit numbers are half the bytes to read; larger numbers are no documents.
     document, *spans = (
         x.clamp(-1, MOST).to(torch.int32) for x in (asked.document[: len(asked.k)], *(asked.spans or ()))
     )
