@@ -1,16 +1,16 @@
-"""Tokens that a router sends to some of many memories: what stands before and behind the memories' recurrence.
+"""Mixtures of memories: send tokens to the memories that a router chose, and sum what their memories read.
 
     routes = MemoryRoutes.of(memory, num_memories)
     k, v = (dispatch_tokens(x, routes.place) for x in (k, v))
     o, state = linear_attention(..., cu_seqlens=routes.cu_seqlens)
     y = combine_reads(o, routes.place, weight)
 
-There is no op that does all three: memories have projections and convolutions of their own, which stand between.
+No single op does all of this, because each memory has its own projections and convolution between these steps.
 
 Files:
 
-    naive               a mixture, one memory at a time, and why a sort gives the same
-    routes              the place of each token in the order of its memories
+    naive               a mixture, one memory at a time, and the derivation of the routed form
+    routes              the places of tokens in the order of memories
     reference           the copies and sums in PyTorch
     kernels, triton     Triton kernels, and the ops around them
 """
@@ -27,13 +27,13 @@ __all__ = ["MemoryRoutes", "combine_reads", "dispatch_tokens"]
 
 
 def dispatch_tokens(x: Tensor, place: Tensor, *, backend: str = "auto") -> Tensor:
-    """Each token to its J places: y[b, place[b, t, j]] = x[b, t].
+    """Copy each token to its J places: y[b, place[b, t, j]] = x[b, t].
 
-    x: [B, T, ...]   place: [B, T, J] int64, the numbers from 0 to T * J - 1 in each row, each once
+    x: [B, T, ...]   place: [B, T, J] int64; each row holds the numbers from 0 to T * J - 1, each once
 
-    Returns [B, T * J, ...] in x's dtype. The gradient of a token is the sum of its J rows, in their order. On a GPU,
-    where place is not looked at, what is sent outside is lost, and a row that no token is sent to may hold anything.
-    Raises ValueError if shapes, types or devices disagree, place is another, or the backend cannot run.
+    Returns [B, T * J, ...] in x's dtype. The gradient of a token is the sum of its J rows, in order of j. On a GPU the
+    places are not checked: a token sent out of range is lost, and a row without a token holds arbitrary values. Raises
+    ValueError if shapes, types or devices disagree, place holds other numbers, or the backend cannot run.
     """
     _check("x", x, place, routed=False)
     check_tensors({"x": x}, {"place": place})
@@ -51,15 +51,16 @@ def dispatch_tokens(x: Tensor, place: Tensor, *, backend: str = "auto") -> Tenso
 def combine_reads(
     o: Tensor, place: Tensor, weight: Tensor, shared: Tensor | None = None, *, backend: str = "auto"
 ) -> Tensor:
-    """What a token's memories answer, weighted and summed::
+    """The weighted sum of the reads of a token's memories::
 
         y[b, t] = shared[b, t] + sum_j weight[b, t, j] o[b, place[b, t, j]]
 
     o: [B, T * J, ...], reads in the order of ``dispatch_tokens``   place: [B, T, J], as there   weight: [B, T, J]
-    shared: [B, T, ...], what else is read, with weight 1
+    shared: [B, T, ...], a read that is added with weight 1; None: none
 
-    Returns [B, T, ...] in o's dtype, summed in fp32 (fp64 for fp64). What stands outside counts as 0, see there.
-    Raises ValueError if shapes, types or devices disagree, place is another, or the backend cannot run.
+    Returns [B, T, ...] in o's dtype, summed in fp32 (fp64 for fp64). A place out of range, which is not checked on a
+    GPU, counts as a read of 0. Raises ValueError if shapes, types or devices disagree, place holds other numbers, or
+    the backend cannot run.
     """
     _check("o", o, place, routed=True)
     if weight.shape != place.shape:
@@ -78,7 +79,7 @@ def combine_reads(
 
 
 def _check_places(place: Tensor) -> None:
-    """Raise ValueError, where place can be looked at, unless each row has each number once."""
+    """Raise ValueError unless each row has each number once. Checked if ``readable``."""
     if readable(place):
         size = place.shape[1] * place.shape[2]
         check_range("place", place, 0, size)

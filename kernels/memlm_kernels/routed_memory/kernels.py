@@ -1,5 +1,5 @@
-"""Rows of tokens to their places and back in Triton. A program has some tokens, and with them all of their places, for
-every place is one token's: what it writes, no other does.
+"""Copies of tokens to their places, and sums over these places, in Triton. A program has some tokens and all of their
+places. A place belongs to one token, so no two programs write to the same place.
 
 T tokens of a row, J choices of a token, F features of a token.
 """
@@ -32,7 +32,7 @@ def spread(
     BT: tl.constexpr,
     BF: tl.constexpr,
 ):
-    """Each token, times its weights, at its places; with o, products of the token and what stands there."""
+    """Copy each token, times its weights, to its places; with o, also dot products of the token with the rows of o."""
     program = tl.program_id(0).to(tl.int64)
     tiles_t = (T + BT - 1) // BT
     t, row = program % tiles_t * BT, program // tiles_t
@@ -74,7 +74,7 @@ def collect(
     BT: tl.constexpr,
     BF: tl.constexpr,
 ):
-    """The sum of what stands at a token's places, times its weights, and of what there is more."""
+    """The sum of the rows at a token's places, times its weights, and of ``more``."""
     program = tl.program_id(0).to(tl.int64)
     tiles_f: tl.constexpr = (F + BF - 1) // BF
     tiles_t = (T + BT - 1) // BT

@@ -1,5 +1,5 @@
-"""Whole rows copied and added up, a choice at a time: no tensor has one more of each routed row than it is given or
-returns, and nothing is added up in an order that changes. Each function is the other's gradient.
+"""Whole rows are copied and added, one choice at a time. So no tensor is larger than the inputs and the result, and
+the order of all sums is fixed. Each of the two functions is the gradient of the other.
 """
 
 import math
@@ -48,9 +48,9 @@ class _Combine(torch.autograd.Function):
 
 
 def _spread(x: Tensor, place: Tensor, weight: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-    """Each token, times its weights, at its places."""
+    """Copy each token, times its weights, to its places."""
     batch, length, choices = place.shape
-    # One row more takes what is sent outside, where that is not known.
+    # One more row takes the tokens that are sent out of range, where that is not checked.
     size = batch * length * choices
     rows = x.new_empty(size if readable(place) else size + 1, *x.shape[2:], dtype=dtype)
     for j, index in enumerate(_flat(place).unbind(-1)):
@@ -60,7 +60,7 @@ def _spread(x: Tensor, place: Tensor, weight: Tensor | None, dtype: torch.dtype 
 
 
 def _collect(rows: Tensor, place: Tensor, weight: Tensor | None, more: Tensor | None) -> Tensor:
-    """The sum of what stands at a token's places, times its weights, and of what there is more."""
+    """The sum of the rows at a token's places, times its weights, and of ``more``."""
     y = None if more is None else exact(more).clone()
     for j, x in enumerate(_choices(rows, place)):
         if weight is not None:
@@ -71,7 +71,7 @@ def _collect(rows: Tensor, place: Tensor, weight: Tensor | None, more: Tensor | 
 
 
 def _choices(rows: Tensor, place: Tensor) -> Iterator[Tensor]:
-    """What stands at the place of each token's first choice, [B, T, ...], then of the second, ..."""
+    """The rows at the place of each token's first choice, [B, T, ...], then of the second, ..."""
     last, known, rows = place.numel() - 1, readable(place), rows.flatten(0, 1)
     for index in _flat(place).unbind(-1):
         x = exact(rows.index_select(0, index if known else index.clamp(max=last))).unflatten(0, place.shape[:2])
@@ -81,7 +81,7 @@ def _choices(rows: Tensor, place: Tensor) -> Iterator[Tensor]:
 
 
 def _flat(place: Tensor) -> Tensor:
-    """[B, T, J] -> [B * T, J], into rows one after the other; what is outside of its row stands behind the last."""
+    """[B, T, J] -> [B * T, J], places in rows one behind the other; one out of range is behind all."""
     batch, length, choices = place.shape
     size, at = length * choices, place
     if batch > 1:

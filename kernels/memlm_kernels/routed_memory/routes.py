@@ -1,5 +1,5 @@
-"""Where routed tokens stand once they are put in the order of their memories: one stable sort, and sizes that follow
-from shapes alone.
+"""The places of routed tokens in the order of their memories: one stable sort, and sizes that follow from shapes
+alone.
 """
 
 from typing import NamedTuple
@@ -14,16 +14,17 @@ from memlm_kernels.checks import check_range, check_tensors, readable
 class MemoryRoutes(NamedTuple):
     """B rows, T tokens of a row, J choices of a token, M memories, S segments: documents x memories.
 
-    place: [B, T, J], of each choice in its row: document by document, memory by memory, each memory's tokens in their
-        order, and padding behind them
+    place: [B, T, J], the place of each choice in its row, which is sorted by document, then by memory, then by token;
+        padding comes last
     cu_seqlens: [B, S + 1], the segments of that order
-    grouped: [1, B * T, J], the place of each choice in the order of the whole batch, for ``grouped_linear``: memory by
-        memory, row by row, document by document, and padding behind them
-    ungrouped: [1, B * T * J, 1], the place in the rows, one after the other, of what stands in that order
-    sizes: [M], how many each memory has in that order, padding counted to the last
+    grouped: [1, B * T, J], the place of each choice in the whole batch, for ``grouped_linear``: sorted by memory, then
+        by row, then by document; padding comes last
+    ungrouped: [1, B * T * J, 1], the inverse: for each entry of that order its place in the rows, laid one behind the
+        other
+    sizes: [M], the number of entries of each memory in that order; padding counts as the last memory's
 
-    A shared memory counts as one more choice in ``place`` and one more memory in ``cu_seqlens``, the last in both. In
-    ``ungrouped`` its tokens, which are all, follow those of the other memories.
+    A shared memory is one more choice in ``place`` and one more memory in ``cu_seqlens``, the last in both. It gets
+    all tokens; in ``ungrouped`` they follow those of the other memories.
     """
 
     place: Tensor
@@ -41,14 +42,15 @@ class MemoryRoutes(NamedTuple):
         *,
         shared: bool = False,
     ) -> "MemoryRoutes":
-        """memory: [B, T, J] integers, choices of each token, J different ones
+        """Sort the choices of all tokens.
 
-        document: [B, T], of each token, ``num_documents`` for padding; None: each row is one document
-        num_documents: that a row may have, known without the device
+        memory: [B, T, J] integers, the J different memories of each token
+        document: [B, T], the document of each token, ``num_documents`` for padding; None: each row is one document
+        num_documents: the largest number of documents in a row, as a Python int
         shared: whether there is one more memory, which gets every token
 
-        Raises ValueError if shapes, types or devices disagree or a number is outside; on a GPU, where they are not
-        looked at, such a choice is padding.
+        Raises ValueError if shapes, types or devices disagree or a number is out of range. On a GPU numbers are not
+        checked: such a choice counts as padding.
         """
         if memory.ndim != 3:
             raise ValueError(f"memory {list(memory.shape)} of {memory.dtype} must be integers [B, T, J]")
@@ -77,7 +79,7 @@ class MemoryRoutes(NamedTuple):
             # Padding comes after the tokens of all memories, and the shared memory's tokens come last.
             group = torch.where(real, chosen, num_memories).masked_fill(chosen == num_memories, num_memories + 1)
 
-        # Stable, for a memory reads its tokens in their order.
+        # Stable, because a memory reads its tokens in their order.
         owner, by_owner = owner.flatten(1).sort(dim=1, stable=True)
         place = _places(by_owner)
         cu_seqlens = torch.searchsorted(owner, torch.arange(segments + 1, device=device).repeat(batch, 1))
@@ -93,6 +95,6 @@ class MemoryRoutes(NamedTuple):
 
 
 def _places(order: Tensor) -> Tensor:
-    """Where each number of a permutation stands, along the last dimension."""
+    """The inverse of a permutation, along the last dimension."""
     here = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, here)

@@ -12,7 +12,7 @@ from memlm_kernels.routed_memory.kernels import collect, spread
 
 
 def _spread(x: Tensor, place: Tensor, weight: Tensor | None, o: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows [B, T * J, F], like o if there is one, and then the gradient of weight (else of no size)."""
+    """Rows [B, T * J, F], in the type of o if it is given, and then also the gradient of weight (else empty)."""
     x, place, weight, o = laid(x, place, weight, o)
     (batch, length, choices), features = place.shape, x.shape[2]
     rows = x.new_empty(batch, length * choices, features, dtype=x.dtype if o is None else o.dtype)

@@ -2,7 +2,7 @@
 
 Files:
 
-    naive               the definition as a loop
+    naive               the definition as a loop, and the form on a grid
     reference           the means in PyTorch
     kernels, triton     Triton kernels, and the op around them
 """
@@ -17,16 +17,16 @@ __all__ = ["segment_mean_pool"]
 
 
 def segment_mean_pool(x: Tensor, cu_seqlens: Tensor, *, longest: int, backend: str = "auto") -> Tensor:
-    """The mean of each segment's entries; a segment may have any length up to ``longest``, none too.
+    """The mean of each segment: y_s = mean(x[start_s : end_s]). A segment may be empty.
 
     x: [B, T, ...]
     cu_seqlens: [B, S + 1] integers from 0 to T, ascending; segment s of row b holds x[b, cu[b, s] : cu[b, s + 1]]
-    longest: an upper bound on a segment's length, known without the device
+    longest: an upper bound on a segment's length, as a Python int
 
-    Returns [B, S, ...] in fp32 (fp64 for fp64), zeros where a segment is empty. What stands outside all segments is
-    ignored; on a GPU, where cu_seqlens are not looked at, they count as the nearest that are allowed, and of a longer
-    segment the first ``longest`` entries. Raises ValueError if shapes, types or devices disagree, cu_seqlens are
-    outside, longest < 1, or the backend cannot run.
+    Returns [B, S, ...] in fp32 (fp64 for fp64), zeros where a segment is empty. Entries outside all segments are
+    ignored. On a GPU cu_seqlens are not checked: a number out of range counts as the nearest allowed, and a longer
+    segment as its first ``longest`` entries. Raises ValueError if shapes, types or devices disagree, cu_seqlens are
+    out of range, longest < 1, or the backend cannot run.
     """
     if x.ndim < 2 or cu_seqlens.ndim != 2 or len(cu_seqlens) != len(x) or cu_seqlens.shape[1] < 1:
         shapes = f"x {list(x.shape)} and cu_seqlens {list(cu_seqlens.shape)}"

@@ -1,4 +1,5 @@
-"""Means of segments in Triton: forward a segment a program, backward some tokens, each of which is written once.
+"""Means of segments in Triton. Forward has a program for each segment, backward one for some tokens; each token's
+gradient is written once.
 
 B rows, T tokens, S segments, F features of a token.
 """
@@ -18,7 +19,7 @@ _TILES = [
 @tiled(_TILES)
 @triton.jit(do_not_specialize=_SIZES)
 def pool(x, cu, mean, T, S, LONGEST, F: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr):
-    """Some features of the mean of a segment's first LONGEST entries; 0 of none."""
+    """Some features of the mean of a segment's first LONGEST entries; 0 if it is empty."""
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (F + BF - 1) // BF
     tile, s, row = program % tiles, program // tiles % S, program // tiles // S
@@ -35,7 +36,7 @@ def pool(x, cu, mean, T, S, LONGEST, F: tl.constexpr, BT: tl.constexpr, BF: tl.c
 @tiled(_TILES)
 @triton.jit(do_not_specialize=_SIZES)
 def pool_backward(d_mean, cu, owner, d_x, T, S, LONGEST, F: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr):
-    """owner: [B, T], the segment of each token, S of none"""
+    """owner: [B, T], the segment of each token, S if it has none"""
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (F + BF - 1) // BF
     tiles_t = (T + BT - 1) // BT

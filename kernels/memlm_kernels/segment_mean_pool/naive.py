@@ -1,7 +1,10 @@
 """The mean of each segment, one segment after the other: y_s = mean(x[start_s : end_s]), zeros where it is empty.
 
-The op lays the segments of a row on a grid [S, longest] and sums along it: sum_t x_t [t in s] is the sum over the
-slots of s, because slots without a token hold zeros. No difference of running sums is taken, so nothing cancels.
+The form on a grid. The op lays the segments of a row on a grid g[S, longest], with zeros in slots without a token, so
+
+    y_s = sum_{start_s <= t < end_s} x_t / (end_s - start_s) = sum_i g[s, i] / (end_s - start_s)
+
+No difference of running sums is taken, so nothing cancels.
 """
 
 import itertools
