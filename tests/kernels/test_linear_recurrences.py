@@ -170,6 +170,36 @@ def test_segmented_memories_are_memories_alone(momentum, chunk_size):
             assert state.position[b, s] == len(index)
 
 
+@pytest.mark.parametrize("momentum", [True, False])
+def test_one_token_of_a_neural_memory_is_a_step_of_its_own(momentum):
+    """A token a call, from different places in a chunk: the numbers and gradients of one call, in few operations."""
+    torch.manual_seed(0)
+    rows = (torch.randn(3, 9, 2, n, dtype=torch.float64) for n in (4, 4, 5))
+    gates = (0.3 * torch.rand(3, 9, 2, dtype=torch.float64) for _ in range(3 if momentum else 1))
+    inputs = [*rows, *gates, torch.randn(3, 1, 3 if momentum else 2, 2, 4, 5, dtype=torch.float64)]
+    operations = []
+
+    def of_pieces(length):
+        def out(*x):
+            state, o = SegmentedMemoryState(x[-1], torch.tensor([[0], [3], [5]])), []
+            for pieces in zip(*(y.split(length, 1) for y in x[:-1]), strict=True):
+                with Watch() as watch:
+                    of_piece, state = segmented_neural_memory(*pieces, chunk_size=4, state=state)
+                operations.append(watch.operations)
+                o.append(of_piece)
+            assert state.position.flatten().tolist() == [9, 12, 14]
+            return torch.cat([torch.cat(o, 1).flatten(), state.memory.flatten()])
+
+        return out
+
+    at_once, streamed = ([of_pieces(n)(*inputs), *grads_of(of_pieces(n), inputs)] for n in (9, 1))
+    for i, (expected, got) in enumerate(zip(at_once, streamed, strict=True)):
+        assert_close(f"{i}", expected, got, 1e-12)
+    operations.clear()
+    of_pieces(1)(*inputs)
+    assert max(operations) <= 44
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

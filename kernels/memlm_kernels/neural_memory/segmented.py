@@ -11,8 +11,12 @@ from torch import Tensor
 
 from memlm_kernels.backend import as_autocast, choose, with_triton
 from memlm_kernels.checks import check_tensors, in_one_type
+from memlm_kernels.neural_memory.chunk import Plan
 from memlm_kernels.neural_memory.limits import blocks_limit, keys_limit, most_slots
+from memlm_kernels.neural_memory.losses import squared_error
+from memlm_kernels.neural_memory.network import ACTIVATIONS
 from memlm_kernels.neural_memory.reference import Tokens, scalar_recurrences
+from memlm_kernels.neural_memory.step import Memory, Sources, step
 from memlm_kernels.segments import check_recurrence, chunk_width, exact, lay_out
 
 
@@ -72,6 +76,9 @@ def segmented_neural_memory(
         given = v.dtype
         q, k, v = in_one_type(q, k, v) if by_triton else map(exact, (q, k, v))
         tokens = Tokens(q, k, v, exact(lr), momentum, decay, None)
+        if length == 1 and cu_seqlens is None and not by_triton:
+            o, memory = _one_token(tokens, memory, position % chunk_size == 0)
+            return SegmentedMemoryOutput(o.to(given), SegmentedMemoryState(memory, position + 1))
         if cu_seqlens is None:
             # Not from a list, which would be copied to the device.
             cu_seqlens = (torch.arange(2, device=q.device) * length).expand(batch, 2)
@@ -101,7 +108,7 @@ def segmented_neural_memory(
         if f is not None and P is not None and m is not None:
             of_S = [x.unbind() for x in ((k_c * P[..., None]).mT, f[..., -1, None, None], m[..., None, None])]
 
-        def step(n: int, memory: Tensor) -> Tensor:
+        def write(n: int, memory: Tensor) -> Tensor:
             W, *S, anchor = memory.unbind(1)
             anchor = torch.where(opens[n], W, anchor)
             errors.append(keys[n] @ anchor - values[n])
@@ -111,11 +118,21 @@ def segmented_neural_memory(
             to_S, enters, momentum = (x[n] for x in of_S)
             return torch.stack([new + enters * S[0], momentum * S[0] - to_S @ errors[-1], anchor], 1)
 
-        starts, memory = segments.scan(memory, step)
+        starts, memory = segments.scan(memory, write)
         out = beta[..., None] * (q_c @ starts[:, :, 0]) - (C * (q_c @ k_c.mT)) @ torch.stack(errors)
         if f is not None:
             out = out + f[..., None] * (q_c @ starts[:, :, 1])
         return SegmentedMemoryOutput(segments.take(out).to(given), SegmentedMemoryState(memory, position))
+
+
+def _one_token(tokens: Tokens, memory: Tensor, opens: Tensor) -> tuple[Tensor, Tensor]:
+    """One token of each row of one segment. opens: [B, 1], whether it starts a chunk of its memory."""
+    W, *S, anchor = memory[:, 0].unbind(1)
+    anchor = torch.where(opens[..., None, None], W, anchor)
+    plan = Plan(1, 1, ACTIVATIONS["silu"], squared_error, False)
+    sources, before = Sources(tokens.k, tokens.v, None), Memory([W], S or None, [anchor])
+    o, W_after, S_after, _ = step(plan, tokens.q, sources, tokens[3:6], before, None)
+    return o, torch.stack([*W_after, *S_after, anchor], 1)[:, None]
 
 
 def _check_state(state: SegmentedMemoryState, momentum: Tensor | None) -> None:
