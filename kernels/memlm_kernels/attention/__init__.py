@@ -2,9 +2,9 @@
 
 Files:
 
-    naive               attention a query at a time, and why tiles give the same
+    naive               attention, one query at a time, and the derivation of the tiled form
     window, chunks      the ops
-    window_reference, chunks_reference, choice_reference  their form in plain PyTorch
+    window_reference, chunks_reference, choice_reference  the ops in plain PyTorch
     kernels, chunk_kernels, triton  attention of all ops in Triton
     choice_kernels, choice_triton   the choice of chunks in Triton
 """

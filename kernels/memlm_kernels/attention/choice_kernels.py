@@ -1,7 +1,8 @@
 """The choice of chunks in Triton, and its inverse, a radix sort that reads each chunk's number a digit at a time.
 
-The best so far are kept as integers, in any order: the score's bits above, in an order that integers have, and the
-chunk's number below, counted down, so that of equals the lowest chunk is the best and no two are the same.
+The best so far are kept as integers, in any order. The high bits hold the score, in an order that integers have. The
+low bits hold the chunk's number, counted down, so that among equal scores the lowest chunk is the best and all
+integers differ.
 """
 
 import triton
@@ -10,7 +11,7 @@ import triton.language as tl
 from memlm_kernels.attention.kernels import NEVER
 from memlm_kernels.launch import load_tile, tiled
 
-# Below all scores, and so are a few numbers behind it.
+# Below all scores, with room for a few numbers behind it.
 EMPTY = tl.constexpr(-(2**63))
 # Above all scores.
 FULL = tl.constexpr(2**63 - 1)
@@ -60,15 +61,15 @@ def best_chunks(
     for n in range(low, high, BN):
         b_k = load_tile(k, (row * N + n) * G + g, i_n * G, i_k, n + i_n < N, K).to(tl.float32)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        # There are two zeros.
+        # Floats have two zeros.
         b_bits = tl.where(b_s == 0, 0.0, b_s).to(tl.int32, bitcast=True)
         b_bits = tl.where(b_bits < 0, b_bits ^ 0x7FFFFFFF, b_bits)
-        # The interpreter has no difference of a constant and a tensor.
+        # The interpreter cannot subtract a tensor from a constant.
         b_number = -(n + i_n) + NEVER
         b_new = b_bits.to(tl.int64) * (1 << 32) + b_number[None, :]
         seen = (n + i_n >= b_first[:, None]) & (n + i_n < b_end[:, None])
         b_new = tl.where(seen, b_new, EMPTY)
-        # The best new one takes the place of the worst, until no token gains.
+        # The best new chunk replaces the worst, until no token gains.
         b_top, b_worst = tl.max(b_new, 1), tl.min(b_best, 1)
         while tl.max((b_top > b_worst).to(tl.int32)) > 0:
             gains = (b_top > b_worst)[:, None]
@@ -88,7 +89,7 @@ def load_digit(keys, index, at, i, LENGTH, N, T, G: tl.constexpr, J: tl.constexp
     """Entries i of one row and group: chunk, token, and the chunk's digit; behind the last one the highest digit."""
     real = i < LENGTH
     if keys is None:
-        # Straight from the choice [B, T, G, J]; those who chose none come behind all chunks.
+        # Read from the choice [B, T, G, J]; entries without a chunk come behind all chunks.
         row, g = at // G, at % G
         n = tl.load(index + (row * T * G + g) * J + (i // J).to(tl.int64) * G * J + i % J, mask=real, other=0)
         n = tl.where((n < 0) | (n > N), N, n)
@@ -114,7 +115,7 @@ def count_digits(
     SHIFT: tl.constexpr,
     W: tl.constexpr,
 ):
-    """How often each digit stands in a tile of W entries; counts: [B, G, 16, TILES]."""
+    """Count each digit in a tile of W entries; counts: [B, G, 16, TILES]."""
     program = tl.program_id(0).to(tl.int64)
     tile, at = program % TILES, program // TILES
     i = (tile * W).to(tl.int32) + tl.arange(0, W)
@@ -140,8 +141,8 @@ def place_by_digit(
     SHIFT: tl.constexpr,
     W: tl.constexpr,
 ):
-    """Entries in the order of a digit, those with the same one in the order that they have; before: [B, G, 16, TILES],
-    how many stand before those of a tile with a digit.
+    """Sort entries stably by a digit; before: [B, G, 16, TILES], the number of entries before those of a tile with
+    that digit.
     """
     program = tl.program_id(0).to(tl.int64)
     tile, at = program % TILES, program // TILES

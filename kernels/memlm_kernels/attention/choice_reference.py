@@ -1,6 +1,6 @@
-"""Which chunks a token reads, and who reads a chunk.
+"""The chunks that each token reads, and the tokens that read each chunk.
 
-The sum over heads is linear, so that it folds into the query: one product for each token, group and chunk.
+The sum over heads is linear, so it goes into the query: one product for each token, group and chunk.
 
 B rows, T tokens, H query heads in G groups, K key dim, N chunks, J = top_k.
 """
@@ -28,7 +28,7 @@ def chunk_topk_reference(q: Tensor, k: Tensor, top_k: int, spans: tuple[Tensor, 
             if spans is not None:
                 starts, ends = (x[:, None, of_tile, None] for x in spans)
                 score = score.masked_fill((number < starts) | (number >= ends), NEVER)
-            # Those so far stand first, for their numbers are lower.
+            # The best so far come first, because their numbers are lower.
             index = torch.cat([best[0], number.expand(score.shape)], -1)
             best = best_of(index, torch.cat([best[1], score], -1), top_k)
         parts.append(best[0].movedim(1, 2))

@@ -23,7 +23,7 @@ def choose_chunks(q: Tensor, k: Tensor, first: Tensor | None, end: Tensor | None
         {},
         **{"q": q, "k": k, "first": first, "end": end, "index": index, "T": length, "N": k.shape[1], "H": heads},
         **{"G": groups, "K": keys, "J": top_k, "BJ": next_power_of_2(top_k), "BK": at_least_16(keys), "BN": 64},
-        # Summed up and pooled in fp32, whatever is given; of 16-bit tokens NVIDIA's matrix units take them as tf32.
+        # Sums and pooled keys are fp32 for every type; for 16-bit tokens, NVIDIA's matrix units take them as tf32.
         PRECISION=precision(q),
     )
     return index

@@ -1,8 +1,8 @@
-"""What the kernels of ``prefix_window_attention`` lack for chosen chunks: the union of a tile's choices, and the
-gradients of chunks' keys by those who chose them.
+"""The kernels that chosen chunks need beside ``kernels``: the union of a tile's choices, and the gradients of chunks'
+keys from the tokens that chose them.
 
-A chunk's readers are cut into parts of at most PER, for one may be chosen by all; each part is summed up on its own,
-and then the parts of a chunk in their order.
+A chunk's readers are cut into parts of at most PER, because all tokens may choose the same chunk. Each part is summed
+on its own, and then the parts of a chunk in their order.
 """
 
 import triton
@@ -74,7 +74,7 @@ def chunks_backward(
     BV: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """Gradients of a tile of a chunk's keys by a part of its readers; d_k, d_v: [B, G, PARTS, C, K or V].
+    """Gradients of a tile of a chunk's keys from a part of its readers; d_k, d_v: [B, G, PARTS, C, K or V].
 
     readers: [B, G, T J], offsets: [B, G, N + 1], see ``ChunkReaders``; owner: [B, G, PARTS], a part's chunk; first:
     [B, G, N + 1], a chunk's first part, and how many there are
@@ -101,7 +101,7 @@ def chunks_backward(
     for i in range(begin, stop, BT):
         inside = (i + i_m // RP < stop) & (i_m % RP < R)
         token = tl.load(readers + at * T * J + i + i_m // RP, mask=inside, other=0)
-        # Tokens that lie anywhere in the row: int32 would not hold their places.
+        # Tokens may lie anywhere in the row: their offsets may exceed int32.
         rows = token.to(tl.int64) * H + g * R + i_m % RP
         b_q = load_tile(q, row * T * H, rows, i_k, inside, K)
         b_do = load_tile(d_o, row * T * H, rows, i_v, inside, V)
@@ -131,7 +131,7 @@ def add_parts(
     BC: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Adds the parts of a tile of a chunk's keys to theirs in d_x, [B, L, G, K]: chunks share none."""
+    """Add the parts of a tile of a chunk's keys to the gradients d_x, [B, L, G, K]: chunks share no keys."""
     tiles: tl.constexpr = (C + BC - 1) // BC
     program = tl.program_id(0).to(tl.int64)
     tile, n, at = program % tiles, program // tiles % N, program // tiles // N

@@ -1,4 +1,4 @@
-"""Attention to a window and to a few chunks of the past that each token chooses by their pooled keys."""
+"""Attention to a window and to a few chunks of the past, which each token chooses by their pooled keys."""
 
 from typing import NamedTuple
 
@@ -13,17 +13,17 @@ from memlm_kernels.checks import check_range, check_sizes, check_tensors, named
 
 
 class Attended(NamedTuple):
-    """o: [B, T, H, V]; lse: [B, T, H], the log of the sum of exponentials of the scores, in fp32 at least."""
+    """o: [B, T, H, V]; lse: [B, T, H], the log of the sum of exponentials of the scores, at least in fp32."""
 
     o: Tensor
     lse: Tensor
 
 
 class ChunkReaders(NamedTuple):
-    """Of each row and group the tokens that chose chunk 0, those that chose chunk 1, and so on, each ascending.
+    """For each row and group, the tokens that chose chunk 0, then those that chose chunk 1, and so on, each ascending.
 
-    token: [B, G, T J], behind the last chunk's any; offsets: [B, G, N + 1], chunk n's are offsets[n] to
-    offsets[n + 1] - 1
+    token: [B, G, T J]; entries behind those of the last chunk are arbitrary
+    offsets: [B, G, N + 1]; the tokens of chunk n are the entries offsets[n] to offsets[n + 1] - 1
     """
 
     token: Tensor
@@ -39,18 +39,19 @@ def chunk_topk(
     tile: int = 256,
     backend: str = "auto",
 ) -> Tensor:
-    """The chunks that each token reads, for each group of heads that share keys (NSA, arXiv:2502.11089; MoBA,
+    """Choose the chunks that each token reads, for each group of heads that share keys (NSA, arXiv:2502.11089; MoBA,
     arXiv:2502.13189)::
 
         score[t, g, n] = sum over the heads h of group g of q[t, h] . k[n, g]
 
-    q: [B, T, H, K]   k: [B, N, G, K], pooled keys, one of each chunk
-    spans: first and end, integers [B, T]: a token knows of those of chunks first to end - 1 that there are (None: all)
+    q: [B, T, H, K]   k: [B, N, G, K], the pooled key of each chunk   top_k: chunks to choose, at least 1
+    spans: first and end, integers [B, T]: a token may choose chunks first to end - 1, within 0 to N - 1 (None: all)
+    tile: tokens, and chunks, that are scored at once
 
-    Returns their numbers [B, T, G, top_k], best first and of equals the lowest, -1 where there are fewer. Has no
-    gradient. At no time more than the scores of ``tile`` tokens with ``tile`` chunks is held. Scores in fp32,
-    of 16-bit q by Triton on NVIDIA in tf32.
-    Raises ValueError if shapes, types or devices disagree, top_k or tile < 1, or the backend cannot run.
+    Returns the chunks' numbers [B, T, G, top_k], best first, among equal scores the lowest, -1 where there are fewer;
+    no gradient. At no time are more scores held than those of ``tile`` tokens with ``tile`` chunks. Scores are in
+    fp32; for 16-bit q, Triton computes them in tf32 on NVIDIA. Raises ValueError if shapes, types or devices disagree,
+    top_k or tile < 1, or the backend cannot run.
     """
     if top_k < 1 or tile < 1:
         raise ValueError(f"top_k={top_k} and tile={tile} must be at least 1")
@@ -69,11 +70,12 @@ def chunk_topk(
 
 
 def invert_chunks(index: Tensor, *, num_chunks: int, backend: str = "auto") -> ChunkReaders:
-    """Who reads each chunk: what a backward needs that gives each chunk's keys to one program, without atomics.
+    """The tokens that read each chunk. With it, a backward gives each chunk's keys to one program, without atomics.
 
-    index: [B, T, G, J] integers, chunks that each token chose, as of ``chunk_topk``; negative: none
-    Raises ValueError if the shape or type is another, a chunk is num_chunks or more (on a GPU: none), or the backend
-    cannot run.
+    index: [B, T, G, J] integers, the chunks that each token chose, as ``chunk_topk`` returns them; negative: none
+
+    Returns ``ChunkReaders``. Raises ValueError if index has another shape or type or holds num_chunks or more, or the
+    backend cannot run. On a GPU values are not checked, and num_chunks or more counts as none.
     """
     if index.ndim != 4:
         raise ValueError(f"index {list(index.shape)} of {index.dtype} must be integers [B, T, G, J]")
@@ -105,25 +107,28 @@ def chunk_sparse_attention(
     positions: Tensor | None = None,
     backend: str = "auto",
 ) -> Attended:
-    """softmax(q k^T) v of each token over its window and the chunks that it chose, a key that is in both once.
+    """softmax(scale q k^T) v of each token over its window and the chunks that it chose; a key in both counts once
+    (NSA, arXiv:2502.11089; MoBA, arXiv:2502.13189).
 
     The tokens of the call are the last T keys. With T = 1 this is a step of decoding.
 
     q: [B, T, H, K]   k: [B, L, G, K]   v: [B, L, G, V]
-    index: [B, T, G, J] integers, chunks that each token and group chose; negative: none; no chunk twice; N or more
-        raises on a CPU, and is none on a GPU, where index is not looked at
-    starts: [B, N] integers, the key that each chunk starts with; any for chunks that nobody chose; of those that are
-        chosen no two share keys
-    chunk_size: keys of a chunk; a token sees those of them that stand before its window
-    window: last keys that a token sees, itself included; 1 at least
-    far: queries [B, T, H, K] and keys [B, L, G, K] that score what is seen of chunks, where their positions are given
-        otherwise; k may then be shorter than v: its last keys (None: q and k)
-    scale: of the scores; None for 1 / sqrt(K)
-    positions: [B, T], keys before each token in its document: it sees none beyond (None: all that there are)
+    index: [B, T, G, J] integers, the chunks that each token and group chose, each at most once; negative: none. N or
+        more raises on a CPU, and counts as none on a GPU, where values are not checked
+    starts: [B, N] integers, the first key of each chunk; arbitrary for chunks that no token chose. No two chosen
+        chunks may share keys
+    chunk_size: keys of a chunk; a token sees those before its window
+    window: the number of last keys that a token sees, itself included; at least 1
+    far: queries [B, T, H, K] and keys [B, L, G, K] that score the keys of chunks, for other position encodings than in
+        the window; k may then hold only the last keys of v (None: q and k)
+    scale: factor of the scores; None for 1 / sqrt(K)
+    positions: [B, T], the number of keys before each token in its document: a token sees only these and itself (None:
+        all keys before it)
+    tile: tokens that are scored at once
 
-    Work is that of T (window + tile + at most 4 J chunk_size) scores, memory that of ``tile`` tokens', in the backward
-    too. Accumulates in fp32. Raises ValueError if shapes, types or devices disagree, chunk_size, window or tile < 1,
-    or the backend cannot run.
+    Returns ``Attended``. The work is T (window + tile + at most 4 J chunk_size) scores; the scores of ``tile`` tokens
+    are held at once, in the backward too. Accumulates in fp32. Raises ValueError if shapes, types or devices disagree,
+    chunk_size, window or tile < 1, or the backend cannot run. ``naive`` derives the tiled form.
     """
     for name, value in (("chunk_size", chunk_size), ("window", window), ("tile", tile)):
         if value < 1:
@@ -176,15 +181,16 @@ def chunk_mean_attention(
     tile: int = 128,
     backend: str = "auto",
 ) -> Attended:
-    """softmax(q k^T) v of each token over pooled chunks, through which the choice of ``chunk_topk`` learns (NSA's
-    compressed branch, arXiv:2502.11089).
+    """softmax(scale q k^T) v of each token over pooled chunks (NSA's compressed branch, arXiv:2502.11089). Its
+    gradient teaches the choice of ``chunk_topk``.
 
-    q: [B, T, H, K]   k: [B, N, G, K]   v: [B, N, G, V], one of each chunk
-    spans: as of ``chunk_topk``; a token that knows of none reads zeros, lse -inf
-    scale: of the scores; None for 1 / sqrt(K)
+    q: [B, T, H, K]   k: [B, N, G, K] and v: [B, N, G, V], the pooled key and value of each chunk
+    spans: as in ``chunk_topk``; a token without chunks reads zeros, with lse -inf
+    scale: factor of the scores; None for 1 / sqrt(K)
+    tile: tokens that are scored at once
 
-    At no time more than the scores of ``tile`` tokens is held, in the backward neither. Accumulates in fp32.
-    Raises ValueError if shapes, types or devices disagree, tile < 1, or the backend cannot run.
+    Returns ``Attended``. At no time are the scores of more than ``tile`` tokens held, in the backward too. Accumulates
+    in fp32. Raises ValueError if shapes, types or devices disagree, tile < 1, or the backend cannot run.
     """
     if tile < 1:
         raise ValueError(f"tile={tile} must be at least 1")
@@ -215,7 +221,7 @@ def _check_spans(q: Tensor, spans: tuple[Tensor, Tensor] | None) -> None:
 
 
 def _too_many(index: Tensor, num_chunks: int) -> str | None:
-    """What Triton's radix sort does not take."""
+    """The reason why Triton's radix sort does not take a call, None if it takes it."""
     entries = index.shape[1] * index.shape[3]
     if max(entries, num_chunks) <= MOST:
         return None

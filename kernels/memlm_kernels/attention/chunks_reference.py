@@ -1,7 +1,7 @@
-"""Softmax attention of tiles of queries to sets of keys; scores are made again in the backward, so that none is kept.
+"""Softmax attention of tiles of queries to sets of keys. The backward computes scores again, so none are kept.
 
-A tile's queries share some keys (the window's, or all), and have others each for itself (chosen chunks'); one softmax
-goes over both. The backward's sums over queries add up in one tensor as large as the keys.
+The queries of a tile share some keys (those of the window, or all); others belong to one query (those of its chosen
+chunks). One softmax covers both. The backward adds gradients of keys into one tensor as large as the keys.
 
 B rows, T tokens, Q of a tile, H query heads in G groups of R, K key dim, V value dim, L keys, S that a tile scores.
 """
@@ -17,7 +17,7 @@ from memlm_kernels.backend import outside_autocast
 from memlm_kernels.segments import exact
 
 _NEVER = float("-inf")
-# Up to so many times the keys that a token sees of chunks, it scores all and gathers none.
+# All keys are scored, and none gathered, if they are at most so many times the keys of a token's chunks.
 _DENSE = 4
 
 
@@ -30,8 +30,8 @@ class Keys(NamedTuple):
 
 
 class Look(NamedTuple):
-    """Keys that a tile scores: a slice that all its queries share, or [B, Q, G, S], of each its own; seen: which of
-    them, [B, Q, 1 or G, 1, S].
+    """The keys that a tile scores: a slice that all its queries share, or [B, Q, G, S], the keys of each query; seen:
+    which of them a query sees, [B, Q, 1 or G, 1, S].
     """
 
     where: slice | Tensor
@@ -40,7 +40,7 @@ class Look(NamedTuple):
 
 class Plan(Protocol):
     def looks(self, keys: list[Keys], tile: slice) -> list[Look]:
-        """What the queries of a tile see of each of ``keys``."""
+        """The keys of each of ``keys`` that the queries of a tile see."""
 
 
 class Pooled(NamedTuple):
@@ -79,7 +79,7 @@ class Chosen(NamedTuple):
 
         choice = self.choice[:, tile]
         choice = torch.where(choice < self.starts.shape[1], choice, -1)
-        # One chunk more, for those who chose none.
+        # One more chunk, for entries without a choice.
         starts = F.pad(self.starts, (1, 0))[:, None, None].expand(*choice.shape[:3], -1)
         first = starts.gather(3, choice.clamp(min=-1) + 1)
         key = first[..., None] + torch.arange(self.chunk_size, device=choice.device)
@@ -88,7 +88,7 @@ class Chosen(NamedTuple):
         key, known, last = key.flatten(3), known.flatten(3), far.k.shape[1] - 1
         if far.k.shape[1] > _DENSE * key.shape[3]:
             return [window, Look(key.clamp(0, last), known[:, :, :, None])]
-        # Few keys are scored sooner than gathered. One more takes those that are not known.
+        # Scoring few keys is faster than gathering them. One more entry takes the unknown ones.
         seen = torch.zeros(*known.shape[:3], last + 2, device=key.device, dtype=torch.bool)
         seen = seen.scatter(3, torch.where(known, key, last + 1), True)[..., :-1]
         return [window, Look(slice(None), seen[:, :, :, None])]
@@ -156,7 +156,7 @@ def _grouped(x: Tensor, part: slice, groups: int) -> Tensor:
 
 
 def _scores(keys: Keys, k: Tensor, look: Look, part: slice, scale: float) -> Tensor:
-    """[B, Q, G, R, S]; k: as ``_take`` takes them."""
+    """[B, Q, G, R, S]; k: the result of ``_take``."""
     q = _grouped(keys.q, part, keys.k.shape[2])
     return (_product(q, k, look) * scale).masked_fill(~look.seen, _NEVER)
 
@@ -175,7 +175,7 @@ def _take(x: Tensor, look: Look) -> Tensor:
 
 
 def _add(x: Tensor, look: Look, d: Tensor) -> None:
-    """Adds to what ``_take`` takes."""
+    """Add d to the entries of x that ``_take`` reads."""
     if isinstance(look.where, slice):
         x[:, look.where] += d
     else:
@@ -184,8 +184,8 @@ def _add(x: Tensor, look: Look, d: Tensor) -> None:
 
 
 def _vectors(x: Tensor) -> tuple[Tensor, int]:
-    """[B, L, G, K] as vectors, one after the other, and how many from one row to the next: rows may have room behind
-    them, which is no reason to copy them.
+    """[B, L, G, K] as a list of vectors, and the number of vectors from one row to the next. Rows may have free space
+    behind them; this needs no copy.
     """
     _, length, groups, size = x.shape
     if x.is_contiguous() or x.stride()[1:] != (groups * size, size, 1):
@@ -209,14 +209,14 @@ def _product(q: Tensor, k: Tensor, look: Look) -> Tensor:
 
 
 def _sum(weights: Tensor, v: Tensor, look: Look) -> Tensor:
-    """Over keys, [B, Q, G, R, V]"""
+    """Sums over keys, [B, Q, G, R, V]"""
     if isinstance(look.where, slice):
         return torch.einsum("bqgrs,bsgv->bqgrv", weights, v)
     return weights @ v
 
 
 def _outer(weights: Tensor, q: Tensor, look: Look) -> Tensor:
-    """Sums over queries that share a key, or each its own: as ``_take``."""
+    """The gradient of ``_product`` or ``_sum`` in k or v, with the shape of ``_take``'s result."""
     if isinstance(look.where, slice):
         return torch.einsum("bqgrs,bqgrk->bsgk", weights, q)
     return weights.mT @ q

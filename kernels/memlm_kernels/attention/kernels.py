@@ -1,10 +1,10 @@
-"""Softmax attention of tiles of queries: to a prefix, to a span of keys of each token, to chunks that it chose, in one
-softmax. ``chunk_sparse_attention`` uses these kernels too.
+"""Softmax attention of tiles of queries, in one softmax, to a prefix, to a span of keys of each token, and to the
+chunks that a token chose. All ops of attention use these kernels.
 
-A program holds BM rows: the RP heads of a group (R of them real) of each of BT = BM / RP tokens in a row. It walks
-through tiles of the keys that any of them sees, and masks what the others do not. Backward makes the scores again:
-gradients of q by tiles of queries, those of k and v by tiles of keys, each with one owner, so that nothing is added up
-in an order that changes. Scores carry the base 2, lse does not.
+A program holds BM rows: the RP heads of a group (R of them real) of each of BT = BM / RP successive tokens. It goes
+through tiles of the keys that any of them sees, and masks the keys that a row does not see. Backward computes the
+scores again: gradients of q by tiles of queries, gradients of k and v by tiles of keys. Each gradient has one owner,
+so the order of sums is fixed. Scores have the base 2, lse the base e.
 
 L keys of a row (LK of them with a span, the last ones), P keys of the prefix, N chunks of C keys, J chosen, U of a
 tile's union.
@@ -35,11 +35,11 @@ _KEYS_HIP = [
 
 @triton.jit
 def read_tile(b_o, b_max, b_sum, b_q, b_k, b_v, seen, scale, PRECISION: tl.constexpr):
-    """Adds what a tile of keys is read with to an output that is not yet divided by the sum of its weights."""
+    """Add a tile of keys to an output that is not yet divided by the sum of its weights."""
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
     b_s = tl.where(seen, b_s, float("-inf"))
     b_new = tl.maximum(b_max, tl.max(b_s, 1))
-    # Of a row that has seen nothing yet any number.
+    # Any finite number for a row that has seen no key yet.
     b_top = tl.where(b_new == float("-inf"), 0.0, b_new)
     b_w = tl.exp2(b_s - b_top[:, None])
     b_kept = tl.exp2(b_max - b_top)
@@ -50,7 +50,7 @@ def read_tile(b_o, b_max, b_sum, b_q, b_k, b_v, seen, scale, PRECISION: tl.const
 
 @triton.jit
 def query_gradient(b_dq, b_q, b_k, b_v, b_do, b_lse, b_delta, seen, scale, PRECISION: tl.constexpr):
-    """Adds a tile of keys' part, not yet scaled."""
+    """Add the part of a tile of keys, not yet scaled."""
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
     b_w = tl.where(seen, tl.exp2(b_s - b_lse[:, None]), 0.0)
     b_ds = b_w * (tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION) - b_delta[:, None])
@@ -59,7 +59,7 @@ def query_gradient(b_dq, b_q, b_k, b_v, b_do, b_lse, b_delta, seen, scale, PRECI
 
 @triton.jit
 def key_gradients(b_dk, b_dv, b_q, b_k, b_v, b_do, b_lse, b_delta, seen, scale, PRECISION: tl.constexpr):
-    """Adds a tile of queries' part, that of k not yet scaled; seen: [keys, queries]."""
+    """Add the part of a tile of queries; the gradient of k is not yet scaled. seen: [keys, queries]."""
     b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale
     b_w = tl.where(seen, tl.exp2(b_s - b_lse[None, :]), 0.0)
     b_dv += tl.dot(b_w.to(b_do.dtype), b_do, input_precision=PRECISION)
@@ -70,7 +70,7 @@ def key_gradients(b_dk, b_dv, b_q, b_k, b_v, b_do, b_lse, b_delta, seen, scale, 
 
 @triton.jit
 def load_spans(first, end, at, inside):
-    """Each row's first key and end, and those of all together; a row that sees nothing has no part in them."""
+    """Each row's first key and end, and those of all rows together, without the rows that see no key."""
     b_first = tl.load(first + at, mask=inside, other=0)
     b_end = tl.load(end + at, mask=inside, other=0)
     some = b_first < b_end
@@ -80,7 +80,7 @@ def load_spans(first, end, at, inside):
 
 @triton.jit
 def load_item(united, starts, b_index, item, begin, row, N, C: tl.constexpr, BC: tl.constexpr):
-    """A tile of the keys of a chunk of the union: its first key, how many, and the rows that chose the chunk."""
+    """A tile of the keys of a chunk of the union: its first key, their number, and the rows that chose the chunk."""
     parts: tl.constexpr = (C + BC - 1) // BC
     n = tl.load(united + begin + item // parts)
     start = tl.load(starts + row * N + tl.maximum(n, 0))
@@ -133,9 +133,9 @@ def attend_forward(
     BV: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """What a tile of queries reads of every SPLITS-th tile of keys, and lse; o: [SPLITS, B, T, H, V].
+    """The reads of a tile of queries over every SPLITS-th tile of keys, and lse; o: [SPLITS, B, T, H, V].
 
-    other_q: queries for the prefix, or for what is chosen; None: q
+    other_q: queries for the prefix, or for chosen chunks; None: q
     """
     BT: tl.constexpr = BM // RP
     R: tl.constexpr = H // G
@@ -196,7 +196,7 @@ def attend_forward(
 def merge_splits(
     parts, lse_parts, o, lse, ROWS, SPLITS, H: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr
 ):
-    """One softmax of those of every split; parts: [SPLITS, ROWS, V], lse_parts: [SPLITS, ROWS]."""
+    """Merge the softmaxes of all splits into one; parts: [SPLITS, ROWS, V], lse_parts: [SPLITS, ROWS]."""
     base = tl.program_id(0).to(tl.int64) * BM
     i_m, i_v = tl.arange(0, BM), tl.arange(0, BV)
     inside = base + i_m < ROWS
@@ -267,8 +267,8 @@ def queries_backward(
     BV: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Gradients of a tile of queries; what the gradients of keys need of each query, delta: [B, T, H], and of each
-    tile, bounds: [B, tiles, 2], the span of keys that it sees. factor: the scale without the base's.
+    """Gradients of a tile of queries, and two inputs of the gradients of keys: delta, [B, T, H], for each query, and
+    bounds, [B, tiles, 2], the span of keys that each tile sees. factor: the scale without the factor of the base.
     """
     BT: tl.constexpr = BM // RP
     R: tl.constexpr = H // G
@@ -361,9 +361,10 @@ def attended_keys_backward(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Gradients of a tile of keys by a part of the queries that see it; d_k, d_v: [PARTS, B, LK, G, K or V].
+    """Gradients of a tile of keys from a part of the queries that see it; d_k, d_v: [PARTS, B, LK, G, K or V].
 
-    bounds: of tiles of BOUND tokens; None: all see all, and keys are rows' own where shared is 1, else one row's
+    bounds: spans of tiles of BOUND tokens; None: all queries see all keys. Each row has its own keys if shared is 1,
+        otherwise all rows have the same
     """
     BT: tl.constexpr = BM // RP
     R: tl.constexpr = H // G
@@ -398,7 +399,7 @@ def attended_keys_backward(
         b_do = load_tile(d_o, base, rows, i_v, inside, V)
         b_lse = tl.load(lse + base + rows, mask=inside, other=0.0) * LOG2E
         b_delta = tl.load(delta + base + rows, mask=inside, other=0.0)
-        # Keys behind the last have gradients too, which nothing stores.
+        # Keys behind the last one get gradients too; these are not stored.
         seen = inside[None, :]
         if bounds is not None:
             b_first = tl.load(first + row * T + token + i_m // RP, mask=inside, other=0)

@@ -1,6 +1,6 @@
 """Softmax attention by Triton kernels, as an op of torch: it compiles whole, and its floating-point work is counted.
 
-One op for all that ``kernels`` does; ``chunks`` calls it with chosen chunks.
+One op serves all ops of attention; ``chunks`` calls it with chosen chunks.
 """
 
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ from memlm_kernels.backend import outside_autocast
 from memlm_kernels.checks import in_one_type
 from memlm_kernels.launch import Tiles, arguments_of, at_least_16, cdiv, laid, precision
 
-# Programs that keep a GPU busy; readers of a chunk that one program sums up.
+# The number of programs that keeps a GPU busy; the number of a chunk's readers that one program sums.
 ENOUGH, PER = 256, 1024
 _LOG2E = 1.4426950408889634
 # The inputs that have gradients.
@@ -38,7 +38,7 @@ class Call:
         self.groups, self.values = k.shape[2], v.shape[-1]
         self.padded = next_power_of_2(self.heads // self.groups)
         wide = max(at_least_16(self.keys), at_least_16(self.values)) * q.element_size()
-        # As large as registers hold, of which fp32 takes twice as many.
+        # As large as registers can hold; fp32 takes twice as many.
         most = 64 if wide <= 256 and q.element_size() == 2 else 32
         self.rows = min(most, max(self.padded, at_least_16(self.length * self.padded)))
         self.tiles = cdiv(self.length, self.rows // self.padded)
@@ -64,7 +64,9 @@ class Call:
         return {"BN": min(self.most_keys, at_least_16(keys)), "num_stages": self.most_stages}
 
     def splits(self, most: int) -> int:
-        """Of the keys that a program sees at most, where there are too few programs: a power of two."""
+        """The number of splits of the keys (at most ``most``) of a program, a power of two: more than 1 where there
+        are too few programs.
+        """
         if self.tiles > 1:
             return 1
         programs, tile = self.batch * self.groups, self.limits["BN"]
@@ -72,13 +74,13 @@ class Call:
         return 1 << max(0, min(ENOUGH // programs, items, 32).bit_length() - 1)
 
     def parts(self, keys: int, tiles: Tiles) -> int:
-        """Of the queries, for a program to go through where keys are few: a power of two."""
+        """The number of parts of the queries, a power of two: more than 1 where there are few keys."""
         programs = max(1, self.batch * self.groups * cdiv(keys, tiles["BN"]))
         return 1 << max(0, min(ENOUGH // programs, cdiv(self.tiles, 8)).bit_length() - 1)
 
 
 def _united(call: Call, index: Tensor | None, chunks: int) -> dict[str, Any]:
-    """The chunks that each tile of queries goes through."""
+    """The union of the chunks that the queries of each tile chose."""
     if index is None:
         return {"united": None, "count": None, "U": 0, "BJ": 1}
     taken = {"U": call.chosen, "BJ": next_power_of_2(call.chosen)}
@@ -206,7 +208,7 @@ def backward(
     most: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of ``_LEARN``, of no size for what is not there."""
+    """Gradients of ``_LEARN``; empty for an input that is None."""
     q, k, v, other_q, far_k, index, starts = laid(q, k, v, other_q, far_k, index, starts)
     prefix_k, prefix_v, first, end, d_o, d_lse = laid(prefix_k, prefix_v, first, end, d_o, d_lse)
     call = Call(q, k, v, prefix_k, index, chunk_size)
@@ -244,7 +246,7 @@ def backward(
 
 
 def _keys_gradients(call: Call, queries: dict[str, Any], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Of keys that queries see in spans, or all of them, in fp32."""
+    """Gradients of keys that queries see in spans, or as a whole, in fp32."""
     limits = call.limit(k.shape[1])
     parts = call.parts(k.shape[1], limits)
     shape = (parts, call.batch, k.shape[1], call.groups)
@@ -266,7 +268,7 @@ def _sum_parts(x: Tensor, rows: int) -> Tensor:
 
 
 def _add_chunks(call: Call, given: dict[str, Any], index: Tensor, starts: Tensor, d_k: Tensor, d_v: Tensor) -> None:
-    """Adds the gradients of chosen keys."""
+    """Add the gradients of chosen keys to d_k and d_v."""
     chunks = starts.shape[1]
     token, offsets = invert(index, chunks)
     sizes = (offsets.diff(dim=-1) + PER - 1) // PER
@@ -341,7 +343,7 @@ forward.register_autograd(_backward, setup_context=_setup)
 
 
 def _flops(given: dict[str, Any], products: int) -> int:
-    """Of a product with keys and one with values, or of all five of a backward."""
+    """FLOPs of ``products`` products: one with keys and one with values, or the five of a backward."""
     q, k, v, prefix, index = (given[name] for name in ("q", "k", "v", "prefix_k", "index"))
     keys = min(given["most"], k[1]) + (prefix[1] if prefix else 0) + (index[3] * given["chunk_size"] if index else 0)
     return 2 * q[0] * q[1] * q[2] * keys * ((products + 1) // 2 * q[3] + products // 2 * v[3])
@@ -375,11 +377,11 @@ def attend_triton(
     far_q, far_k = far or (None, None)
     index, starts, chunk_size, window = choice or (None, None, 1, 1)
     given = [q, k, v, other_q if far is None else far_q, prefix_k, prefix_v, far_k]
-    # One type for what is multiplied; sums are fp32 in any case.
+    # One type for all factors of products; sums are fp32 in any case.
     q_, k_, v_, *others = in_one_type(*given)
     seen = [x.to(torch.int32) for x in (first, end)]
     if index is not None and starts is not None:
-        # Chunks that there are not are none: in the kernels that test costs registers, which spill on sm_100.
+        # Numbers out of range become -1 here: in the kernels this test costs registers, which spill on sm_100.
         index = torch.where(index < starts.shape[1], index, -1).clamp(min=-1).to(torch.int32)
         starts = starts.to(torch.int32)
     scale = q.shape[3] ** -0.5 if scale is None else scale

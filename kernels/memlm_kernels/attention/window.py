@@ -11,8 +11,8 @@ from memlm_kernels.checks import check_range, check_sizes, check_tensors, in_one
 
 
 class WindowAttended(NamedTuple):
-    """o: [B, T, H, V]; lse: [B, T, H], the log of the sum of exponentials of the scores, in fp32 at least, if it
-    was asked for.
+    """o: [B, T, H, V]; lse: [B, T, H], the log of the sum of exponentials of the scores, at least in fp32, or None if
+    it was not requested.
     """
 
     o: Tensor
@@ -31,21 +31,22 @@ def prefix_window_attention(
     positions: Tensor | None = None,
     backend: str = "auto",
 ) -> WindowAttended:
-    """softmax(q k^T) v of each token over the last keys and a prefix, in one (persistent tokens before a window:
-    Titans, arXiv:2501.00663, sections 3.3 and 4).
+    """softmax(scale q k^T) v of each token over a window of the last keys and a prefix, in one softmax: persistent
+    tokens before a window (Titans, arXiv:2501.00663, sections 3.3 and 4).
 
-    The tokens of the call are the last T keys. Heads share keys in groups.
+    The tokens of the call are the last T keys. H / G heads of queries share one head of keys.
 
     q: [B, T, H, K]   k: [B, L, G, K]   v: [B, L, G, V]
-    window: last keys that a token sees, itself included; None: all
-    prefix: queries [B, T, H, K], keys [1 or B, P, G, K] and values [1 or B, P, G, V] of what every token sees too
-    scale: of the scores; None for 1 / sqrt(K)
-    positions: integers [B, T], keys before each token in its document: it sees none beyond, itself always (None: all
-        that there are)
+    window: the number of last keys that a token sees, itself included; None: all
+    prefix: queries [B, T, H, K], keys [1 or B, P, G, K] and values [1 or B, P, G, V]; every token sees all P keys
+    scale: factor of the scores; None for 1 / sqrt(K)
+    positions: integers [B, T], the number of keys before each token in its document: a token sees these and itself
+        (None: all keys before it)
 
-    Backends: ``sdpa``, torch's own in blocks of queries, which knows no lse; ``reference``, plain products in blocks;
-    ``triton``. Work and memory grow with T window, without one with T L. Accumulates in fp32.
-    Raises ValueError if shapes, types or devices disagree, window < 1, or the backend cannot run.
+    Backends: ``sdpa``, torch's own attention in blocks of queries, which has no lse; ``reference``, plain products in
+    blocks; ``triton``. Work and memory grow with T * window, without a window with T * L. Accumulates in fp32. Raises
+    ValueError if shapes, types or devices disagree, window < 1, or the backend cannot run. ``naive`` derives the tiled
+    form.
     """
     _check(q, k, v, window, positions, prefix)
     q, k, v, *rest = as_autocast(q, k, v, *(prefix or ()))
@@ -73,7 +74,7 @@ def prefix_window_attention(
 
 
 def window_spans(q: Tensor, k: Tensor, window: int | None, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The first key that each token sees, and the end, [B, T]; the tokens are those of the last keys."""
+    """The first key that each token sees, and the end of its keys, [B, T] each; the tokens are the last keys."""
     batch, length, past = len(q), q.shape[1], k.shape[1] - q.shape[1]
     here = torch.arange(past, past + length, device=q.device).expand(batch, -1)
     back = here if positions is None else torch.minimum(here, positions)
@@ -82,7 +83,7 @@ def window_spans(q: Tensor, k: Tensor, window: int | None, positions: Tensor | N
 
 
 def too_large(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """What Triton's kernels of attention do not take of a call."""
+    """The reason why Triton's kernels of attention do not take a call, None if they take it."""
     if max(q.shape[3], v.shape[3]) > 256:
         return f"its kernels take heads of at most 256, not K={q.shape[3]} and V={v.shape[3]}"
     if q.shape[2] > 32 * k.shape[2]:
@@ -91,7 +92,7 @@ def too_large(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 
 def check_heads(q: Tensor, k: Tensor) -> None:
-    """Raise ValueError unless q is [B, T, H, K] and k [B, any, G, K], no size of them 0, H a multiple of G."""
+    """Raise ValueError unless q is [B, T, H, K] and k [B, any, G, K], with heads and channels, H a multiple of G."""
     if q.ndim != 4 or k.ndim != 4 or len(q) != len(k) or q.shape[3] != k.shape[3]:
         raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} must be [B, T, H, K] and [B, any, G, K]")
     check_sizes("q", q)
@@ -101,7 +102,7 @@ def check_heads(q: Tensor, k: Tensor) -> None:
 
 
 def check_positions(q: Tensor, positions: Tensor | None) -> Tensor | None:
-    """positions, none below 0. Raises ValueError where they can be looked at and are, and for another shape."""
+    """positions, clamped to at least 0. Raises ValueError for another shape, and, if ``readable``, below 0."""
     if positions is None:
         return None
     if positions.shape != q.shape[:2]:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from memlm_kernels.segments import exact
 
-# q, k, v, mask [B, 1, T, L] (None: causal, where T is L or 1), scale -> output, lse
+# q, k, v, mask [B, 1, T, L] (None: causal, if T is L or 1), scale -> output, lse
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor | None]]
 
-# Narrow windows still make matrix products worth starting.
+# Blocks are this wide even for narrow windows, because small products are slow.
 _MIN_BLOCK = 64
 
 
@@ -29,10 +29,10 @@ def read_blocks(
     scale: float,
     attend: Attend,
 ) -> tuple[Tensor, Tensor | None]:
-    """Arguments as of ``prefix_window_attention``."""
+    """The arguments are those of ``prefix_window_attention``."""
     always = None
     if prefix is not None:
-        # Keys of doubled size: those of tokens score in one half of the queries, those of the prefix in the other.
+        # Keys of doubled size: tokens' keys meet one half of the queries, the prefix's keys the other half.
         own_q, own_k, own_v = prefix
         size = q.shape[3]
         q, k = torch.cat([q, own_q], -1), F.pad(k, (0, size))
@@ -89,7 +89,7 @@ def _dense(
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, None]:
-    """torch's own; values as wide as keys let it take its fast ways."""
+    """torch's own attention; values are padded to the width of keys, which its fast kernels need."""
     size, heads = v.shape[3], q.shape[2]
     if q.shape[3] > size:
         v = F.pad(v, (0, q.shape[3] - size))
@@ -98,7 +98,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> 
         causal = q.shape[2] > 1
         output = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
     else:
-        # With a mask it has no fast way for heads that share keys: they are queries of one head.
+        # With a mask, torch has no fast kernel for shared keys: heads that share keys become queries of one head.
         shared = k.shape[1], heads // k.shape[1]
         mask = mask[:, :, None].expand(-1, -1, shared[1], -1, -1).flatten(2, 3)
         output = F.scaled_dot_product_attention(q.unflatten(1, shared).flatten(2, 3), k, v, mask, scale=scale)
@@ -107,7 +107,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> 
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Plain matrix products, the oracle of the others."""
+    """Plain matrix products, with which tests compare the others."""
     groups = k.shape[2]
     scores = exact(q).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4) @ exact(k).permute(0, 2, 3, 1)[:, :, None]
     if mask is None:
