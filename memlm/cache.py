@@ -250,7 +250,7 @@ class MemoryCache(Cache):
         return self
 
     def save(self, directory: str | Path, strict: bool = True) -> None:
-        """Write ``directory/memory.safetensors`` completely or not at all. Of several writers, one wins.
+        """Write ``directory/memory.safetensors`` completely or not at all. If several write at once, one file remains.
 
         strict: if false, save even if the model was trained after the memory began, or if the memory was loaded with
             strict=False. The file then has the fingerprint of the present weights

@@ -123,4 +123,4 @@ def _check_positions(position_ids: Tensor | None, mask_BT: Tensor) -> None:
     real_BT = mask_BT[:, mask_BT.shape[1] - width :].to(position_ids.device).bool()
     step_BT = position_ids.expand(len(mask_BT), -1).diff(dim=1)
     if bool(((step_BT != 1) & real_BT[:, 1:] & real_BT[:, :-1]).any()):
-        raise ValueError("position_ids: generate goes on with one document in each row; leave them out")
+        raise ValueError("position_ids: generate continues one document in each row; leave them out")

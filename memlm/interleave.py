@@ -85,6 +85,7 @@ class Interleave(Templates):
         """Greedy answers to questions, which are processed as one batch.
 
         bank: a bank of ``documents``; texts: the texts of its documents by name
+
         Raises ValueError if ``texts`` lacks a document of the bank that the model asks for.
         """
         transcripts = [_Transcript(self, question, tokenizer) for question in questions]

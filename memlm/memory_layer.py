@@ -51,7 +51,7 @@ class MemoryLayer(nn.Module):
     ) -> tuple[Tensor, LayerState] | tuple[Tensor, LayerState, dict[str, Tensor]]:
         """Mix the next T tokens of each stream. Any division of a stream into calls gives the same outputs.
 
-        x: [B, T, D], normalised, for example by an RMSNorm
+        x: [B, T, D], normalised, for example by RMSNorm
         state: the state that the last call returned; None before the first token
         position_ids: int [B, T], for packed rows: the position of each token in its document; a 0 starts a document,
             which is independent of those before it. None: each row continues its document

@@ -281,7 +281,7 @@ class MemLMModel(MemLMPreTrainedModel):
             roles = roles.counted(position_ids, lengths_B)
         rows = Rows(length, **before, given_BT=position_ids, lengths_B=lengths_B, max_documents=documents, roles=roles)
         if roles is not None and roles.bank is not None and rows.role_counts.within:
-            raise ValueError("roles: documents in the input cannot stand beside a bank; add them to it")
+            raise ValueError("roles: documents in the input cannot be combined with a bank; add them to the bank")
         return x_BTD, rows, order_BT
 
 

@@ -5,8 +5,8 @@ The groups are ``memlm.memory``, ``memlm.data`` and ``memlm.measure``. In a pack
     [project.entry-points."memlm.memory"]
     ema = "foo.ema"
 
-makes ``kind: ema`` the module ``foo.ema``, which is written as a module of ``memlm.memory`` is. CONTRIBUTING.md has an
-example of each group.
+makes ``kind: ema`` the module ``foo.ema``, written like a module of ``memlm.memory``. CONTRIBUTING.md has an example
+of each group.
 """
 
 import functools

@@ -365,7 +365,7 @@ def test_bad_requests_are_named():
     for change in (bank.delete, lambda name: bank.update({name: [1]})):
         with pytest.raises(ValueError, match="document 'x' is not in the bank of 10"):
             change("x")
-    with pytest.raises(ValueError, match="documents in the input cannot stand beside a bank"):
+    with pytest.raises(ValueError, match="documents in the input cannot be combined with a bank"):
         model(ids, roles=Roles(ids + 1, bank=bank))
     with pytest.raises(ValueError, match="packed rows cannot ask a bank"):
         model(ids, position_ids=torch.arange(4)[None], roles=Roles.query(bank, ids))

@@ -301,10 +301,10 @@ def test_texts_that_cannot_be_are_named(monkeypatch):
     for settings, message in (
         ({"document": "[{name}]"}, r"document='\[\{name\}\]' must hold \{text\}"),
         ({"head": "{name}"}, r"head='\{name\}' holds \{name\}, which it is not given"),
-        ({"name": "doc {name}"}, "must hold something behind"),
+        ({"name": "doc {name}"}, "must hold something after"),
         ({"answer": "yes"}, r"answer='yes' must hold \{answer\}"),
         ({"end_of_names": ""}, "end_of_names='' and end_of_retrieval='<End-of-Retrieve>' must be texts"),
-        ({"end_of_names": "Retrieve"}, "and none stand in the other"),
+        ({"end_of_names": "Retrieve"}, "and neither may contain the other"),
         ({"max_rounds": -1}, "max_rounds=-1 must not be negative"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
     ):

@@ -120,7 +120,7 @@ def test_a_wrong_layer_is_one_line(arguments, message):
         (dict(state={"position": torch.zeros(2)}), "state of position is of another kind of layer"),
         (dict(x=torch.zeros(3, 5, 32)), "state has 2 rows, and x has 3"),
         (dict(position_ids=torch.arange(5)), "position_ids [5] must be [2, 5]"),
-        (dict(position_ids=torch.full((2, 5), 9)), "position_ids: 9 in row 0 must be 4, to go on"),
+        (dict(position_ids=torch.full((2, 5), 9)), "position_ids: 9 in row 0 must be 4, to continue"),
         (dict(lengths=torch.tensor([5])), "lengths [1] must be [2]"),
         (dict(roles=Roles(torch.ones(2, 4))), "roles.doc_ids [2, 4] must be [batch, tokens] = [2, 5]"),
     ],

@@ -200,8 +200,8 @@ def test_inputs_are_one_of_two():
         (dict(attention_mask=torch.ones(2, 1, 20, 20)), "attention_mask"),
         (dict(position_ids=torch.arange(20) % 2, max_documents=3), "max_documents=3 is less than the documents"),
         (dict(position_ids=torch.arange(19)), r"position_ids \[19\] must be \[batch, tokens\] = \[2, 20\]"),
-        (dict(position_ids=torch.arange(5, 25)), "position_ids: 5 in row 0 must be 0, to go on, or 0, to start"),
-        (dict(position_ids=2 * torch.arange(20)), "position_ids: 2 in row 0 must be 1, to go on"),
+        (dict(position_ids=torch.arange(5, 25)), "position_ids: 5 in row 0 must be 0, to continue, or 0, to start"),
+        (dict(position_ids=2 * torch.arange(20)), "position_ids: 2 in row 0 must be 1, to continue"),
         (dict(position_ids=torch.arange(20).clamp(max=18).expand(2, 20)), "position_ids: 18 in row 0 must be 19"),
         (dict(position_ids=torch.arange(0, -20, -1)), "position_ids: -1 in row 0 must be 1"),
         (dict(output_attentions=True), "output_attentions=True"),
@@ -216,7 +216,7 @@ def test_positions_that_contradict_the_memory_are_refused():
     model, cache = build(), MemoryCache()
     model(ids(), past_key_values=cache)
     for start in (7, 21):
-        with pytest.raises(ValueError, match=f"position_ids: {start} in row 0 must be 20, to go on"):
+        with pytest.raises(ValueError, match=f"position_ids: {start} in row 0 must be 20, to continue"):
             model(ids(), position_ids=torch.arange(start, start + 20), past_key_values=cache)
     right = model(ids(), position_ids=torch.arange(20, 40), past_key_values=cache, write=False).logits
     assert torch.equal(right, model(ids(), past_key_values=cache).logits)

@@ -160,7 +160,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_its_steps_taken_again(copied, sav
         (copied / name).write_bytes(b"")
     run(smallest(copied.parent, "train.steps=6"))
     screen = capsys.readouterr().out
-    assert f"{path}: damaged" in screen and "kept as step_000006.damaged, going on from step_000003" in screen
+    assert f"{path}: damaged" in screen and "kept as step_000006.damaged, continuing from step_000003" in screen
     assert (path.parent.with_suffix(".damaged") / "trainer.pt").exists()
     weights = [folder / "checkpoints" / "step_000006" / "model.safetensors" for folder in (copied, saved)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
@@ -196,7 +196,7 @@ def test_checkpoints_of_before_digests_are_taken(copied, capsys, accumulation):
         run(smallest(copied.parent, "train.steps=6", "optim.lr=0.5"))
     run(smallest(copied.parent, "train.steps=7", "optim.schedule_steps=6"))
     screen = capsys.readouterr().out
-    assert "going on from step 6" in screen
+    assert "continuing from step 6" in screen
     line = "begun with train.gradient_accumulation=2 and train.batch_size=2 rows of a forward"
     assert (line in screen) == (accumulation == 2)
 

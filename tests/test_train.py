@@ -147,7 +147,7 @@ def test_a_dense_model_is_a_start_for_chosen_chunks(tmp_path):
         ("model.num_hidden_layers=3", r"layers\.2\.input_layernorm\.weight is missing there and \[32\] here"),
         ("+model.tie_word_embeddings=true", r"lm_head\.weight is \[259, 32\] there and missing here; set model"),
         ("+model.rope_theta=5.0e5", r"its rope_theta is 10000\.0, not 500000\.0; set model\.rope_theta=10000\.0"),
-        ("data.tokenizer={bpe: 300}", r"its tokens are others .* set data\.tokenizer=\S+step_000001"),
+        ("data.tokenizer={bpe: 300}", r"its tokens differ .* set data\.tokenizer=\S+step_000001"),
     ],
 )
 def test_weights_that_do_not_fit_are_named(tmp_path, override, message):
@@ -166,7 +166,7 @@ def test_another_run_in_the_same_place_is_refused(tmp_path):
     run(config(tmp_path, "train.steps=3"))
     with pytest.raises(
         ValueError,
-        match=r"optim\.lr=0\.1, but the run in .* has 0\.003; set optim\.lr=0\.003 to go on with that run, or choose",
+        match=r"optim\.lr=0\.1, but the run in .* has 0\.003; set optim\.lr=0\.003 to continue that run, or choose",
     ):
         run(config(tmp_path, "train.steps=3", "optim.lr=0.1"))
 

@@ -147,7 +147,7 @@ def test_tokenizers_and_old_callers_may_pass_what_is_not_used(model):
     assert torch.equal(model(ids(), token_type_ids=zeros, cache_position=places).logits, expected)
     expected = model.generate(ids(), **GREEDY)
     assert torch.equal(model.generate(ids(), token_type_ids=zeros, position_ids=places[None], **GREEDY), expected)
-    with pytest.raises(ValueError, match="position_ids: generate goes on with one document"):
+    with pytest.raises(ValueError, match="position_ids: generate continues one document"):
         model.generate(ids(), position_ids=places[None] % 4, **GREEDY)
 
 

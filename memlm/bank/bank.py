@@ -133,6 +133,7 @@ class MemoryBank:
 
         directory: the bank is saved here while it grows. The same call continues a build that was killed: it reads
             only missing documents, and drops documents that are no longer given
+
         Raises ValueError if the directory holds a finished bank or one of another model.
         """
         bank = cls(model, tokens_per_batch, group, content, key_dtype)
@@ -260,8 +261,7 @@ class MemoryBank:
         """The bank that ``save`` wrote.
 
         verify: read all files now and compare every bit. Otherwise ``load`` compares sizes, samples and tables of
-            documents; the routers' keys are compared at their first read, and the content when it is copied from the
-            files
+            documents. The routers' keys are compared at their first read, the content when it is copied
 
         Raises ValueError if the bank belongs to another model, is not finished, or has a damaged file.
         """

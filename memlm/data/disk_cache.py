@@ -96,7 +96,7 @@ class DiskCache:
                         if time.time_ns() - stat.st_mtime_ns > _TICK:
                             fresh[str(path)] = [*times, digest]
             except OSError as error:
-                raise ValueError(f"{path} cannot be read ({error.strerror}); mend it, or leave it out") from error
+                raise ValueError(f"{path} cannot be read ({error.strerror}); repair it, or leave it out") from error
             contents[path] = Content(stat.st_size, stat.st_mtime_ns, digest)
         if fresh:
             # Files whose state is not stored are only read again, so a read-only cache works.

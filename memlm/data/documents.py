@@ -1,7 +1,7 @@
 """Text documents on disk: read one by one, and split into train, validation and test.
 
-One document is one txt, md or py file, or one row of a jsonl or parquet file (its field "text"). Files but parquet's
-may be packed: a.txt.gz, .xz or .zst.
+A document is one txt, md or py file, or one row of a jsonl or parquet file (its field "text"). Files other than
+parquet may be compressed: a.txt.gz, .xz or .zst.
 """
 
 import codecs
@@ -137,7 +137,7 @@ def _read(file: File) -> Iterator[tuple[int, str]]:
             yield from reader(_unpacked(raw, file.path), file.path)
         file.content.check(file.path.stat(), file.path)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise ValueError(f"{file.path} cannot be read ({error}); mend it, or leave it out") from error
+        raise ValueError(f"{file.path} cannot be read ({error}); repair it, or leave it out") from error
 
 
 def _packing(path: Path) -> str:

@@ -80,7 +80,7 @@ def _find(
         raise ValueError(f"paths: {path} holds no text{told}; supported are {known}")
     left_out |= {match: (match.relative_to(root.parent).as_posix(), reason) for match, reason in reasons.items()}
     mine: dict[str, tuple[str, Path, str]] = {}
-    # Within one spec, a file gets its name from a path without a link if it has one; of several specs, the last in
+    # Within one spec, a path without a link names a file, if there is one. Among several specs, the last in
     # alphabetical order counts.
     for _, name, real, match in sorted(good):
         mine.setdefault(real, (spec, match, name))

@@ -27,7 +27,7 @@ class Batch:
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor
-    # the most documents that begin in one row
+    # The most documents in one row.
     max_documents: int
     # int64 [B], indices into Mixture.sources
     source_ids: Tensor

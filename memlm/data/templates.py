@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .tokenizer import Piece, piece_encoder
 
-# What may stand in a text, and whether it must.
+# Fields that a template may have, and whether it must.
 _PLACES = {
     "document": {"name": False, "text": True},
     "question": {"question": True},
@@ -72,11 +72,11 @@ class Templates:
                 if other not in places:
                     raise ValueError(f"{key}={text!r} holds {{{other}}}, which it is not given; take it out")
         if self.name.endswith("{name}"):
-            raise ValueError(f"name={self.name!r} must hold something behind {{name}}, which ends it")
+            raise ValueError(f"name={self.name!r} must hold something after {{name}}, which ends it")
         one, other = (getattr(self, key) for key in CONTROLS)
         if not one or not other or one in other or other in one:
             raise ValueError(
-                f"end_of_names={one!r} and end_of_retrieval={other!r} must be texts, and none stand in the other"
+                f"end_of_names={one!r} and end_of_retrieval={other!r} must be texts, and neither may contain the other"
             )
 
     @classmethod
@@ -103,7 +103,7 @@ class Templates:
                 "templates='chat', but the tokenizer's chat template changes what is said; set templates=plain"
             )
         head, tail = asked.split(_QUESTION)
-        # What ends the turn, up to the token that ends a text.
+        # The end of the turn, up to the token that ends a text.
         closing = answered.split(_ANSWER)[1].split(tokenizer.eos_token)[0]
         return cls(
             document="{text}",

@@ -52,14 +52,12 @@ def data_config(given: DictConfig, subject: Subject) -> dict[str, Any]:
     data = named if "sources" in named else {**trained, **{k: v for k, v in named.items() if v is not None}}
     if "sources" not in data:
         raise ValueError(
-            f"{subject.folder}: no config.yaml can be read that tells its data; add data=... and data.seq_len=..."
+            f"{subject.folder}: no readable config.yaml names its data; add data=... and data.seq_len=..."
         )
     data["tokenizer"] = str(subject.folder) if named["tokenizer"] is None else named["tokenizer"]
     data["seq_len"] = trained.get("seq_len") if named["seq_len"] is None else named["seq_len"]
     if data["seq_len"] is None:
-        raise ValueError(
-            f"{subject.folder}: no config.yaml can be read that tells its data.seq_len; add data.seq_len=..."
-        )
+        raise ValueError(f"{subject.folder}: no readable config.yaml has its data.seq_len; add data.seq_len=...")
     check_type(data["seq_len"], int, "data.seq_len")
     return data
 

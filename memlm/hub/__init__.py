@@ -78,7 +78,7 @@ def _check_files(folder: Path) -> None:
             GenerationConfig.from_dict(settings)
         except Exception as error:
             # Its checks raise exceptions of any type.
-            raise ValueError(f"{generation}: {_first_line(error)}; mend it, or remove it for the defaults") from None
+            raise ValueError(f"{generation}: {_first_line(error)}; repair it, or remove it for the defaults") from None
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists() or not index.exists():
         return

@@ -20,7 +20,7 @@ from memlm.layers import GroupedLinear, RMSNorm, ShortConv
 from memlm.memory.rows import Rows, State
 from memlm.settings import build_config, require
 
-# Without this line Hydra puts a memory's settings where nothing reads them.
+# Without this line Hydra puts a memory's settings into an unused key.
 PACKAGE = "a YAML of configs/memory begins with '# @package model.mixers.memory'"
 
 

@@ -6,9 +6,9 @@ InfLLM (arXiv:2402.04617).
     score[t, n] = sum over the heads h of a group of q[t, h] . mean of the keys k of chunk n, none of them rotated
     y[t] = one softmax over the window and the tokens of the top_k chunks
 
-Every chunk_size tokens of a document form a chunk. A token chooses among the chunks that begin before its window,
-separately for each group of heads that share keys; it sees those of their tokens that are not in its window. If top_k
-covers all chunks and ``far_positions`` is true, this is full causal attention, with the weights of the kind
+Every chunk_size tokens of a document form a chunk. A token chooses among the chunks that begin before its window. Each
+group of heads that share keys chooses separately. It sees those tokens of a chosen chunk that are not in its window.
+If top_k covers all chunks and ``far_positions`` is true, this is full causal attention, with the weights of the kind
 ``attention``. The op computes the attention, so ``attn_implementation`` has no effect.
 
 The choice is hard, so it has no gradient, and the mean of a chunk need not match the queries that its keys match.

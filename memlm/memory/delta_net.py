@@ -1,4 +1,4 @@
-"""DeltaNet (arXiv:2406.06484): a memory that corrects what it holds for a key."""
+"""DeltaNet (arXiv:2406.06484): a write corrects the value that the memory holds for its key."""
 
 from memlm.memory import recurrence
 

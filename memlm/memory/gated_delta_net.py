@@ -1,4 +1,4 @@
-"""Gated DeltaNet (arXiv:2412.06464): the delta rule on a memory that forgets."""
+"""Gated DeltaNet (arXiv:2412.06464): the delta rule on a memory with decay."""
 
 from memlm.memory import recurrence
 

@@ -3,11 +3,11 @@
     y = W_o (attention(x) + silu(scale(x)) * norm(f(q))),    f(x) = (silu(x W1) * (x W3)) W2
 
 The window covers the open chunk; the fast weights f hold everything before it. As in the released language model, both
-use the same q, k, v: the memory applies a scale and an offset per channel to q and k, SiLU to all, and normalises q
-and k. Each head has one learning rate for each of its three matrices, one momentum, a norm and a scale.
+use the same q, k, v: the memory applies a scale and an offset per channel to q and k, then SiLU to all three, and
+normalises q and k. Each head has one learning rate for each of its three matrices, one momentum, a norm and a scale.
 
-Our conventions: the memory's q and k are not rotated (the release supports both), so reads do not depend on the
-position in a document; and lr and momentum start at their configured values for every token.
+Two conventions are ours. The memory's q and k are not rotated (the release supports both), so reads do not depend on
+the position in a document. And lr and momentum start at their configured values for every token.
 
 Metrics are those of ``titans``, and ``scale``, the mean absolute scale. There is no surprise: the gradient of f(k) . v
 is as large for known content as for new content.

@@ -55,7 +55,7 @@ class BranchGate(nn.Module):
     def forward(
         self, x_BTD: Tensor, seen_BTD: Tensor, recalled_BTD: Tensor, told: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The output, and metrics if told."""
+        """Returns the output, and metrics if ``told``."""
         gate_BTD = torch.sigmoid(self.gate(x_BTD))
         seen_BTD, recalled_BTD = self.attention_norm(seen_BTD), self.memory_norm(recalled_BTD)
         metrics = {}

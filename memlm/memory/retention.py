@@ -1,4 +1,4 @@
-"""RetNet's retention (arXiv:2307.08621): each head forgets at a pace of its own, fixed."""
+"""RetNet's retention (arXiv:2307.08621): a linear memory with a fixed decay per head."""
 
 from memlm.memory import recurrence
 

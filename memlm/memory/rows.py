@@ -243,7 +243,9 @@ def most_documents(positions_BT: Tensor, lengths_B: Tensor | None, given: int | 
     if strays:
         row, t = astray_BT.nonzero()[0].tolist()
         found, follows = int(positions_BT[row, t]), int(follows_BT[row, t])
-        raise ValueError(f"position_ids: {found} in row {row} must be {follows}, to go on, or 0, to start a document")
+        raise ValueError(
+            f"position_ids: {found} in row {row} must be {follows}, to continue, or 0, to start a document"
+        )
     if given is not None and given < most:
         raise ValueError(few)
     return most

@@ -1,4 +1,4 @@
-"""Linear attention with one learned decay a head and token, Mamba-2's (arXiv:2405.21060)."""
+"""Linear attention with one learned decay per head and token, as in Mamba-2 (arXiv:2405.21060)."""
 
 from memlm.memory import recurrence
 

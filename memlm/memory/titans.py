@@ -4,8 +4,8 @@ Paper to code (arXiv:2501.00663): theta = lr, eta = momentum, alpha = decay, M_0
 b = chunk_size. B batch, T tokens, D hidden, H memory heads, K memory head dim, C channels.
 
 The paper leaves some conventions open; here: the inner loss is 1/2 |M(k) - v|^2; a token reads after it has written;
-M_0 is learned, and its last layer starts at zero, so that an empty memory outputs zero (with ``memory_norm``, where
-M(q) = q + LayerNorm(MLP(q)), it outputs q); gates are one number for each token and head.
+M_0 is learned; gates are one number for each token and head. The last layer of M_0 starts at zero, so an empty memory
+outputs zero; with ``memory_norm``, where M(q) = q + LayerNorm(MLP(q)), it outputs q.
 
 Metrics. Per token, averaged over heads: the gates ``lr``, ``momentum``, ``decay``, ``weight``; ``surprise``, the norm
 of the token's gradient; ``output_gate``, the mean size of the gate on the token's read; ``gate``, the weight of the
@@ -45,9 +45,9 @@ class NeuralMemoryConfig:
     """memory_heads, memory_head_dim: the memory is ``memory_heads`` independent MLPs on vectors of that size.
     memory_depth: layers of each MLP, 1 to 4; memory_expansion: width of its hidden layers over memory_head_dim.
     memory_activation: activation between its layers; memory_norm: M(x) = x + LayerNorm(MLP(x)) instead of MLP(x)
-        (TTT), with values of root mean square 1; null: true for memories deeper than one layer, which diverge without
-        it, unless polynomial_degree is 2. This LayerNorm adds 0.1 to the variance, not 1e-5, so that an output that
-        has decayed stays small.
+        (TTT), with values of root mean square 1. null: true for memories of several layers, which diverge without it,
+        except with polynomial_degree 2. This LayerNorm adds 0.1 to the variance, not 1e-5, so that an output that has
+        decayed stays small.
     chunk_size: tokens whose gradients are taken at the same weights; quality is best at the size trained on. Above
         64 it must be a multiple of a number from 16 to 64.
     conv_size: width of the causal convolution with SiLU on q, k, v; 1: each token alone.
@@ -143,7 +143,8 @@ class NeuralMemoryConfig:
 
 @dataclass(frozen=True)
 class HybridConfig(NeuralMemoryConfig):
-    """window_size: tokens the attention branch sees; persistent_tokens: learned tokens it always sees.
+    """window_size: tokens that the attention branch sees.
+    persistent_tokens: learned tokens that it always sees.
     attention_conv_size: width of the attention branch's own convolution, 0 for none.
     """
 
@@ -348,7 +349,7 @@ class NeuralMemory(SequenceMixer):
 
 @torch.no_grad()
 def mean_size(gate_BTC: Tensor) -> Tensor:
-    """The metric ``output_gate``, [B, T]."""
+    """The metric ``output_gate`` [B, T]: mean absolute gate."""
     return gate_BTC.abs().mean(-1)
 
 

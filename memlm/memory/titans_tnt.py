@@ -6,9 +6,9 @@ Local memories restart in every shard, so shards are independent of each other.
 
 The query of a local memory is projected on the keys of its shard. These are unit vectors, and the projection's length,
 which would grow with the shard, is limited to 1. The projection is itself a linear (Hebbian) memory of the keys. Local
-memories start with a smaller lr, because their reads of other shards' keys are noise beside the global memory; the
-metric ``local_share`` is their share of the output. A second stage may continue with smaller ``local_chunk_sizes``,
-because no weight depends on them:
+memories start with a smaller lr, because their reads of other shards' keys are noise. The metric ``local_share`` is
+their share of the output. A second stage may continue with smaller ``local_chunk_sizes``, because no weight depends on
+them:
 
     python train.py memory=titans_tnt train.init_from=<run> model.mixers.memory.local_chunk_sizes=[4]
 """

@@ -52,7 +52,7 @@ def recover(run_dir: Path) -> tuple[Path | None, list[str]]:
     lines = []
     for folder, reason in damaged.items():
         assert found
-        lines.append(f"{reason}; kept as {_set_aside(folder).name}, going on from {found.name}")
+        lines.append(f"{reason}; kept as {_set_aside(folder).name}, continuing from {found.name}")
     return found, lines
 
 
@@ -180,7 +180,7 @@ def copy_weights(source: str, model: PreTrainedModel, tokenizer: PreTrainedToken
     if newest is None and files.is_sealed(folder):
         files.check_seal(folder)
     if load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"{key}: its tokens are others than this run's; set data.tokenizer={folder}")
+        raise ValueError(f"{key}: its tokens differ from this run's; set data.tokenizer={folder}")
     source_model = load_model(folder)
     theirs, ours = (dict(m.named_parameters()) for m in (source_model, model))
     shapes = [{name: list(p.shape) for name, p in parameters.items()} for parameters in (theirs, ours)]

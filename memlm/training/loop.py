@@ -327,7 +327,7 @@ class Trainer:
         for name, manifest in self.mixture.manifests.items():
             if reasons := left_out(manifest):
                 say(f"data.sources.{name}: {len(manifest['files'])} files; not read: {reasons} (manifest-{name}.json)")
-        say(f"run: {self.run_dir}" + (f", going on from step {self.step}" if self.step else ""))
+        say(f"run: {self.run_dir}" + (f", continuing from step {self.step}" if self.step else ""))
 
 
 def build_accelerator(hardware: HardwareSettings) -> Accelerator:

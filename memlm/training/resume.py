@@ -74,9 +74,7 @@ class Record:
         Raises ValueError, with the key and a fix, for the first difference that changes the result.
         """
         if not self.config:
-            return [
-                f"{run_dir / CONFIG}: cannot be read; going on, but the run's settings are not compared with these"
-            ]
+            return [f"{run_dir / CONFIG}: cannot be read; continuing without a comparison of settings"]
         before, lines = _with_global_batch(self.config, processes)
         changed = []
         for key, old, new in _differences(before, now, ""):
@@ -88,7 +86,7 @@ class Record:
                 said = f"has {_as_typed(old)}" if known else "was begun without it"
                 fix = f"set {key}={_as_typed(old)}" if known else "leave it out"
                 raise ValueError(
-                    f"{key}={_as_typed(new)}, but the run in {run_dir} {said}; {fix} to go on with that run, or "
+                    f"{key}={_as_typed(new)}, but the run in {run_dir} {said}; {fix} to continue that run, or "
                     "choose another name=..."
                 )
         _compare_schedules(run_dir, before, now)
@@ -102,8 +100,8 @@ class Record:
         """Raise ValueError, with the source, if texts or tokens differ from those that the run began with."""
         if fingerprint(load_tokenizer(folder)) != fingerprint(tokenizer):
             raise ValueError(
-                f"data.tokenizer: its tokens are others than those of {folder}; set data.tokenizer={folder} to go on "
-                "with that run, or choose another name=..."
+                f"data.tokenizer: its tokens differ from those of {folder}; set data.tokenizer={folder} to "
+                "continue that run, or choose another name=..."
             )
         for name, now in manifests.items():
             if name in self.manifests:
@@ -117,7 +115,7 @@ def compare_models(run_dir: Path, before: MemLMConfig, now: MemLMConfig) -> None
         if key != "model.use_cache":
             raise ValueError(
                 f"{key}={_as_typed(new)}, but the model of the run in {run_dir} has {_as_typed(old)}; set "
-                f"{key}={_as_typed(old)} to go on with that run, or choose another name=..."
+                f"{key}={_as_typed(old)} to continue that run, or choose another name=..."
             )
 
 

@@ -177,7 +177,7 @@ def test_packed_files(tmp_path, end):
 )
 def test_packed_files_that_are_damaged(tmp_path, end, damage):
     (tmp_path / f"a.txt{end}").write_bytes(damage(PACK[end](np.random.default_rng(0).bytes(1000).hex().encode())))
-    with pytest.raises(ValueError, match=rf"a\.txt{end} cannot be read \(.*\); mend it, or leave it out") as caught:
+    with pytest.raises(ValueError, match=rf"a\.txt{end} cannot be read \(.*\); repair it, or leave it out") as caught:
         [*Documents(str(tmp_path / f"a.txt{end}"), tmp_path / "cache")]
     assert "\n" not in str(caught.value)
 

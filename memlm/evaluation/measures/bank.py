@@ -175,6 +175,6 @@ class Bank(Measure):
         report.note(
             f"{next(iter(banks.values()))[0]['questions']} questions, each about one document or a few. hit@1: the "
             "best document is one of these; hit@k: one of those read is; recall@k: the share of these that is read; "
-            "precision: the share of what is read that is one of these; answers: every token right; deleted: the same "
+            "precision: the share of these among the documents read; answers: every token right; deleted: the same "
             "with every document asked about deleted from the bank."
         )

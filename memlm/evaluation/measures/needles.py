@@ -84,7 +84,7 @@ class Needles(Measure):
         report.picture("needles", plots.needle_map(grids, first.trained_length), "needle accuracy")
         cell = next(iter(grids.values()))[0]
         report.note(
-            "A key and four symbols stand once in noise; the end asks for them. A cell is the share of the four "
+            "A key and four symbols appear once in noise; the end asks for them. A cell is the share of the four "
             f"recalled, teacher forced, over {cell['rows']} texts never trained on; chance is {cell['chance']:.3f}. "
             "Right of the dashed line the texts are longer than any in training."
         )

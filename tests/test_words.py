@@ -1,0 +1,58 @@
+"""Wording that is hard for international readers and easy for a machine to find, in docstrings, comments and pages."""
+
+import ast
+import io
+import re
+import tokenize
+
+import pytest
+
+from tests.conftest import ROOT
+
+CODE = [path for room in ("memlm", "scripts") for path in sorted((ROOT / room).rglob("*.py"))]
+CODE += [ROOT / "train.py", ROOT / "evaluate.py"]
+NOTES = [
+    path for room, end in (("configs", "yaml"), ("scripts", "sh")) for path in sorted((ROOT / room).rglob(f"*.{end}"))
+]
+PAGES = [ROOT / page for page in ("README.md", "CONTRIBUTING.md", "configs/README.md", "benchmarks/README.md")]
+PAGES += sorted((ROOT / "memlm").rglob("*.md"))
+
+HABITS = {
+    r"(?<![\w./*\])`-])\.\d": "a figure begins with a point; write 0.5",
+    r"(?:^|[.:;!?]\s+)Of (?!course)": "a sentence begins with 'Of'; begin with its subject",
+    r"^What\b(?!.*\?)": "'what' as a noun; name the thing",
+    r", for (?:it|they|there|nobody|nothing)\b": "'for' as because; write because",
+    r"\b(?:[Mm]odel|[Mm]emory|[Oo]p|[Mm]ixer|[Rr]outer)s? (?:says?|said|knows?|knew)\b": "only people say and know",
+}
+
+
+def comments(text):
+    """Comments of Python, consecutive lines as one."""
+    last, block = -1, []
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            if token.start[0] != last + 1:
+                yield " ".join(block)
+                block = []
+            block.append(token.string.lstrip("# "))
+            last = token.start[0] if token.line.lstrip().startswith("#") else -1
+    yield " ".join(block)
+
+
+def prose(path):
+    text = path.read_text()
+    if path.suffix == ".py":
+        nodes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        docs = [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(text)) if isinstance(node, nodes)]
+        return [*(part for doc in docs for part in doc.split("\n\n")), *comments(text)]
+    if path.suffix == ".md":
+        return re.sub(r"```.*?```", "", text, flags=re.S).split("\n\n")
+    return re.findall(r"(?:^|\s)# (.*)$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", [*CODE, *NOTES, *PAGES], ids=lambda path: str(path.relative_to(ROOT)))
+def test_wording_is_plain(path):
+    for part in prose(path):
+        for habit, advice in HABITS.items():
+            found = re.search(habit, " ".join(part.split()))
+            assert not found, f"{advice}: {found[0]!r} in {part!r}"
