@@ -1,19 +1,19 @@
-"""Titans' neural long-term memory: an MLP whose weights are written by gradient descent as it reads.
+"""Titans' neural long-term memory: an MLP whose weights gradient descent writes, token by token.
 
 Files:
 
-    naive               the op as its paper writes it, a token at a time, and why chunks give the same
+    naive               the paper's recurrence, one token at a time, and the derivation of the chunked form
     reference           the exact dual form in PyTorch, with the equations
-    step                one token of rows that go on
+    step                one token of rows that continue
     scan                the loop over chunks, with its own backward
     chunk, chunk_backward  one step of that loop, and its gradients
-    network, losses     the network that is written, and the losses that it descends on
+    network, losses     the network of the memory, and the inner losses
     segmented           the linear memory over segments: many memories in a row of tokens
     kernels, triton     Triton: a memory of one layer, and the op around it
     deep, deep_kernels  Triton: a memory of two layers
-    deep_backward_kernels, deep_read_backward_kernels  its gradients: of writes, of reads
+    deep_backward_kernels, deep_read_backward_kernels  Triton: the gradients of its writes and of its reads
     step_kernels        Triton: decoding a token, for one layer and for two
-    limits              Triton: the memories that its kernels take
+    limits              Triton: the memories that the kernels take
 """
 
 import itertools
@@ -60,7 +60,7 @@ __all__ = [
 
 class NeuralMemoryOutput(NamedTuple):
     """o: [B, T, H, V]; state: after each row's last real token
-    surprise: [B, T, H], norm of each token's gradient; None where it was not asked for
+    surprise: [B, T, H], norm of each token's gradient; None if it was not requested
     """
 
     o: Tensor
@@ -93,38 +93,41 @@ def neural_memory(
 ) -> NeuralMemoryOutput:
     """Neural memory in its exact chunked dual form (Titans, arXiv:2501.00663, eqs. 9-15).
 
-    The memory M is an MLP without biases. Each token takes one step of gradient descent with momentum
-    on the inner loss of (M(k), v), then reads M(q)::
+    The memory M is an MLP without biases. Each token takes one step of gradient descent with momentum on the inner
+    loss of (M(k), v), then reads M(q)::
 
         S_t = momentum_t S_{t-1} - lr_t grad(M_anchor; k_t, v_t)
         M_t = (1 - decay_t) M_{t-1} + S_t
         o_t = M_t(q_t)
 
-    where ``anchor`` is M at the start of the token's chunk. Chunks are counted from the first
-    token of each document.
+    where ``anchor`` is M at the start of the token's chunk. Chunks are counted from the first token of each document.
 
-    q, k: [B, T, H, K]   v: [B, T, H, V]   lr, momentum, decay: [B, T, H], momentum and decay in (0, 1);
-        None for no momentum (S_t is the step alone), for no decay
+    q, k: [B, T, H, K]   v: [B, T, H, V]
+    lr: [B, T, H], the learning rate of each token
+    momentum, decay: [B, T, H] in (0, 1); None for no momentum (S_t is the step alone), for no decay
     weights: M at the start of a document, one [H, in, out] for each layer, from K to V
     chunk_size: tokens whose gradients are taken at one anchor; above 64 a multiple of a number from 16 to 64
     activation: between layers, one of ``ACTIVATIONS``
     norm: gain and bias [H, V]; M(x) is then x + LayerNorm(MLP(x)) (TTT, arXiv:2407.04620), and K = V
     loss: gradient of the inner loss in M(k), see ``losses``
-    window: the step of token t descends on the losses of the last ``window`` tokens, each times its
-        weight [B, T, H] (None: 1): the Omega rule (ATLAS, arXiv:2505.23735, eq. 9)
-    positions: [B, T], tokens before each one in its own document; a 0 starts a document. None
-        continues at ``state.position``
-    lengths: [B], the real tokens of each row come first; the others write nothing and read zeros
-    max_documents: an upper bound on the documents that one row has tokens of, as a Python int:
-        it sizes buffers without asking the device
-    start: a promise that every row goes on from this place of its document, with real tokens of it alone: then no
-        token has to be looked at to find chunks. At 0 no state matters; without a state it is known already
-    state: what an earlier call returned; None starts every row at position 0 of a document
-    with_surprise: whether the norms of the tokens' gradients are made
+    window: the step of token t descends on the losses of the last ``window`` tokens, each times its weight: the Omega
+        rule (ATLAS, arXiv:2505.23735, eq. 9)
+    weight: [B, T, H], the weights of these losses; None: 1
+    positions: [B, T], tokens before each one in its own document; a 0 starts a document. None continues at
+        ``state.position``
+    lengths: [B], the number of real tokens of each row, which come first; the others write nothing and read zeros
+    max_documents: an upper bound on the documents in one row, as a Python int: it sizes buffers without asking the
+        device
+    start: a promise: in every row, ``start`` tokens of a document came before the call, and all tokens of the call are
+        real and continue that document. The op then finds chunks without reading positions. With 0 the state is not
+        used; without a state, 0 is assumed anyway
+    state: the state that an earlier call returned; None starts every row at position 0 of a document
+    with_surprise: whether to compute the norms of the tokens' gradients
 
-    o has v's dtype. Accumulates in fp32 (fp64 for fp64 inputs). Differentiable once. Raises ValueError if
-    a size is out of range, shapes, types or devices disagree, the state is of another memory, or the backend cannot
-    run; on a CPU, if positions or lengths are not such, of which a GPU takes what there is room for.
+    o has v's dtype. Accumulates in fp32 (fp64 for fp64 inputs). Differentiable once. Raises ValueError if a size is
+    out of range, shapes, types or devices disagree, the state is of another memory, or the backend cannot run.
+    Positions and lengths are checked on a CPU; on a GPU, tokens for which there is no room count as not real.
+    ``naive`` derives the chunked form.
     """
     gates = {"lr": lr, "momentum": momentum, "decay": decay, "weight": weight}
     _check(q, k, v, gates, weights)
@@ -177,7 +180,12 @@ def read_memory(
     activation: str = "gelu",
     norm: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """M(q) without writing: q [B, T, H, K], weights [B, H, in, out] for each layer -> [B, T, H, V] in q's dtype."""
+    """Read M(q) without writing.
+
+    q: [B, T, H, K]   weights: [B, H, in, out] for each layer   activation, norm: as in ``neural_memory``
+
+    Returns [B, T, H, V] in q's dtype.
+    """
     x = start = q.transpose(1, 2).to(weights[0].dtype)
     with torch.autocast(q.device.type, enabled=False):
         for layer, w in enumerate(weights):

@@ -1,8 +1,8 @@
-"""The loop over chunks of a memory of two layers by Triton kernels, as an op of torch; takes the place of
-``scan.Scan``. See ``deep_kernels``.
+"""The loop over chunks of a memory of two layers by Triton kernels, as an op of torch. It replaces ``scan.Scan``. See
+``deep_kernels``.
 
-A span of chunks at a time: its memories are made and read, and only the one it starts with is kept for backward, which
-makes the others again.
+It works on a span of chunks at a time: the memories of all its chunks are computed and read. Only the memory before
+the span is kept for backward, which computes the others again.
 """
 
 import itertools
@@ -23,14 +23,14 @@ from memlm_kernels.neural_memory.deep_read_backward_kernels import deep_read_bac
 from memlm_kernels.neural_memory.network import ACTIVATIONS, EPS
 from memlm_kernels.neural_memory.step_kernels import deep_step
 
-# Chunks whose memories are there at once.
+# The number of chunks whose memories exist at once.
 SPAN = 16
 
 Named = dict[str, Tensor]
 
 
 class _Call(NamedTuple):
-    """What the op gets, laid out; the layers' tensors end in _1 and _2. See ``scan.Scan``; flags are int32 [N, G]."""
+    """The op's inputs, laid out; the layers' tensors end in _1 and _2. See ``scan.Scan``; flags are int32 [N, G]."""
 
     q: Tensor
     k: Tensor
@@ -55,13 +55,13 @@ class _Call(NamedTuple):
 
     @staticmethod
     def of(*parts: list[Tensor]) -> "_Call":
-        """Of the op's lists of tensors, each of which has all of its own or none."""
+        """Make it from the op's lists of tensors, each of which is complete or empty."""
         sizes = (5, 3, 2, 2, 4, 4)
         each = (x for part, size in zip(parts, sizes, strict=True) for x in [*part, *[None] * (size - len(part))])
         return _Call(*laid(*each))
 
     def state(self) -> list[str]:
-        """Names of the state that the op returns."""
+        """The names of the state tensors that the op returns."""
         return ["W_1", "W_2", *(["S_1", "S_2"] if self.S_1 is not None else []), "A_1", "A_2"]
 
     def sizes(self, silu: bool) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class _Call(NamedTuple):
         return {**sizes, **tiles, "SILU": silu, "EPS": EPS, "PRECISION": precision(self.q)}
 
     def memory(self) -> Named:
-        """What the first chunk enters with; A: the anchor, unless that chunk opens one."""
+        """The memory before the first chunk; A: the anchor, unless that chunk sets one."""
         names = ("W_1", "W_2", "S_1", "S_2", "A_1", "A_2")
         memory = {name: x for name in names if (x := getattr(self, name)) is not None}
         if self.opens_document is not None:
@@ -86,7 +86,7 @@ class _Call(NamedTuple):
 
 
 class _Span:
-    """Chunks ``begin`` to ``end`` with all their memories, and what their tokens wrote."""
+    """Chunks ``begin`` to ``end`` with all their memories and the writes of their tokens."""
 
     def __init__(self, call: _Call, sizes: dict[str, Any], begin: int, blocks: int, memory: Named) -> None:
         self.call, self.sizes, self.begin, self.end = call, sizes, begin, min(begin + SPAN, sizes["N"])
@@ -112,14 +112,14 @@ class _Span:
         return call.W_1.new_empty(self.count, *call.q.shape[1:3], width)
 
     def _launch(self, kernel: Kernel, programs: int, **given: Tensor | None) -> None:
-        """Of what the span and its call have, the kernel gets what it names."""
+        """Launch a kernel with those tensors of the span and its call that the kernel names."""
         rooms: dict[str, Tensor | None] = {"S_1": None, "S_2": None, **self.rooms}
         tensors = {**self.call._asdict(), **rooms, **self.written, **given, "anchors": self.anchors}
         there = {**tensors, "begin": self.begin, "end": self.end, **self.sizes}
         kernel(lambda _: programs, {}, **{name: there[name] for name in kernel.function.arg_names})
 
     def read(self, out: Tensor) -> Tensor:
-        """Into its place in ``out``, [N, G, C, V]; returns the norm of each token's gradient, [chunks, G, C]."""
+        """Write the reads into ``out``, [N, G, C, V]; return the norm of each token's gradient, [chunks, G, C]."""
         self._launch(deep_read, self.count * self.sizes["G"], out=out)
         a = ACTIVATIONS["silu" if self.sizes["SILU"] else "gelu"].value(self.written["hidden"])
         layers = ((self.call.k[self.begin : self.end].float(), "errors_1"), (a, "errors_2"))
@@ -127,7 +127,7 @@ class _Span:
         return torch.linalg.vector_norm(torch.stack(norms), dim=0)
 
     def after(self) -> Named:
-        """The memory that its last chunk left; copied, for a view would keep all rooms."""
+        """The memory after its last chunk; a copy, because a view would keep all rooms."""
         after = {name: room[-1].clone() for name, room in self.rooms.items()}
         anchors = {name.replace("W", "A"): self._at_anchor(self.rooms[name]) for name in ("W_1", "W_2")}
         return after | anchors
@@ -136,7 +136,9 @@ class _Span:
         return room[self.anchors[-1], torch.arange(room.shape[1], device=room.device)]
 
     def backward(self, d_out: Tensor, d_after: Named, d: Named) -> Named:
-        """Gradients of the memory it entered with from those of what it left; tokens' and scalars' go to ``d``."""
+        """Gradients of the memory before the span, from those of the memory after it; those of tokens and scalars are
+        written to ``d``.
+        """
         d_rooms = {name: torch.empty_like(room) for name, room in self.rooms.items()}
         names = ("hidden", "errors_1", "errors_2")
         d_written = {f"d_{name}": torch.empty_like(self.written[name]) for name in names}
@@ -157,7 +159,7 @@ class _Span:
         self._launch(deep_write_backward, rows, **of_writes)
         self._launch(deep_tokens_backward, chunks, **of_writes)
         if self.call.opens_document is not None:
-            # Of documents that start behind the span's first chunk.
+            # The gradients of documents that start behind the span's first chunk.
             new = self.call.opens_document[self.begin + 1 : self.end + 1, :, None, None]
             for i in ("1", "2"):
                 d[f"initial_{i}"] += (d_rooms[f"W_{i}"][2 : 2 + len(new)] * new).sum(0)
@@ -185,10 +187,11 @@ def forward(
     keep: bool,
 ) -> Tensors:
     """tokens: q, k, v, C, beta; momentum: f, P, m; tail: gain, bias; flags: opens_document, opens_chunk; memory: W
-    and, with momentum, S; ragged: anchor and initial. What the call has not is empty; of layers there are two.
+    and, with momentum, S; ragged: anchor and initial. A list that the call does not have is empty; there are two
+    layers.
 
-    Returns out [N, G, C, V], norms of the tokens' gradients [N, G, C], then W, S and the anchor; with ``keep`` all
-    three of each span's start.
+    Returns out [N, G, C, V], norms of the tokens' gradients [N, G, C], then W, S and the anchor; with ``keep`` also
+    these three before each span.
     """
     call = _Call.of(tokens, momentum, tail, flags, memory, ragged)
     sizes = call.sizes(silu)
@@ -234,7 +237,7 @@ def _(
     keep: bool,
 ) -> Tensors:
     q, _, v, _, beta = tokens
-    # The anchor is as W.
+    # The anchor has the shapes of W.
     last = [x.new_empty(x.shape) for x in (*memory, *memory[:2])]
     kept = [x.new_empty(cdiv(len(q), SPAN), *x.shape) for x in last] if keep else []
     return [beta.new_empty(*q.shape[:3], v.shape[-1]), beta.new_empty(beta.shape), *last, *kept]
@@ -260,7 +263,7 @@ def backward(
     d = {name: torch.empty_like(getattr(call, name), dtype=torch.float32) for name in ("q", "k", "v", "C", "beta")}
     d |= {name: torch.empty_like(getattr(call, name)) for name in ("f", "P", "m") if momentum}
     d |= {name: torch.zeros_like(getattr(call, name)) for name in ("gain", "bias") if tail}
-    # What the last slot has besides, as the one whose scalars write.
+    # The additional gradients of the last slot, whose scalars also write.
     d |= {"last_c": torch.empty_like(d["beta"]), "last_beta": torch.empty_like(call.beta[..., 0])}
     if momentum:
         d["last_f"] = torch.empty_like(d["last_beta"])
@@ -308,7 +311,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     *lists, ctx.blocks, ctx.silu, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.counts = [len(x) for x in lists]
-    # Whatever has a gradient comes back: out, then W, S and the anchor.
+    # The outputs with a gradient: out, then W, S and the anchor.
     _, _, _, _, memory, _ = lists
     ctx.returned = 2 + len(memory) + 2
     ctx.save_for_backward(*(x for part in lists for x in part), *output[ctx.returned :])
@@ -339,7 +342,7 @@ forward.register_autograd(_backward, setup_context=_setup)
 
 @register_flop_formula(torch.ops.memlm.deep_memory)
 def _forward_flops(*shapes: Any, **_: Any) -> int:
-    """The products of ``deep_kernels``."""
+    """FLOPs of the products of ``deep_kernels``."""
     given = arguments_of(torch.ops.memlm.deep_memory, shapes)
     (count, rows, width, keys), (hidden, values) = given["tokens"][0], given["memory"][1][1:]
     of_layers = hidden * ((5 if given["momentum"] else 3) * (keys + values) + values)
@@ -348,7 +351,7 @@ def _forward_flops(*shapes: Any, **_: Any) -> int:
 
 @register_flop_formula(torch.ops.memlm.deep_memory_backward)
 def _backward_flops(*shapes: Any, **_: Any) -> int:
-    """Those of ``deep_read_backward_kernels`` and ``deep_backward_kernels``, and writing once more."""
+    """FLOPs of ``deep_read_backward_kernels`` and ``deep_backward_kernels``, and of the repeated writes."""
     given = arguments_of(torch.ops.memlm.deep_memory_backward, shapes)
     (count, rows, width, keys), (hidden, values) = given["tokens"][0], given["memory"][1][1:]
     of_layers = hidden * (15 * keys + 17 * values)
@@ -356,7 +359,7 @@ def _backward_flops(*shapes: Any, **_: Any) -> int:
 
 
 def scan_deep(plan: Plan, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> tuple[Any, ...]:
-    """As ``scan.scan`` for a plan of two layers."""
+    """``scan.scan`` for a plan of two layers."""
     C, beta, f, P, m, gain, bias, opens_document, opens_chunk, *weights = rest
     assert C is not None and beta is not None
     present = [[x for x in part if x is not None] for part in ((f, P, m), (gain, bias), weights)]

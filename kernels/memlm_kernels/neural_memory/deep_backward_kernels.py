@@ -1,4 +1,4 @@
-"""Gradients of what ``deep_kernels`` writes, which has the shapes; of a room's memory they stand in a room like it."""
+"""Gradients of the writes of ``deep_kernels``, which has the shapes. The gradients of memories lie in rooms too."""
 
 import triton
 import triton.language as tl
@@ -15,7 +15,7 @@ from memlm_kernels.neural_memory.deep_kernels import (
 )
 from memlm_kernels.neural_memory.kernels import load_slots
 
-# With four warps it spills on sm_80 where the hidden layer is wider than the keys.
+# With four warps it spills on sm_80 if the hidden layer is wider than the keys.
 _WRITE = [{"num_warps": 8, "num_stages": 1}]
 
 
@@ -23,7 +23,7 @@ _WRITE = [{"num_warps": 8, "num_stages": 1}]
 def leave_backward(
     d_M, b_a, b_e, b_gate, new, room, rows, columns, height: tl.constexpr, width: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Of the write -a (gate e) to what ``room`` holds: gradients of a, e and the gate."""
+    """Gradients of a, e and the gate through the write -a (gate e) to the memory of ``room``."""
     b_d = load_tile(d_M, room * height, rows, columns, rows < tl.where(new, 0, height), width)
     b_da = tl.dot(b_d, b_e, input_precision=PRECISION)
     b_de = tl.dot(tl.trans(b_d), b_a, input_precision=PRECISION)
@@ -37,7 +37,7 @@ def add_tile(x, value, base, rows, columns, mask, width: tl.constexpr):
 
 @triton.jit
 def pass_on(d_W, d_S, b_beta, b_f, b_m, new, base, after, rows, columns, height: tl.constexpr, width: tl.constexpr):
-    """Adds to the gradients of room ``base`` what the next one, ``after``, has."""
+    """Add to the gradients of room ``base`` the part from the next room, ``after``."""
     inside, there = rows < height, rows < tl.where(new, 0, height)
     b_dW = load_tile(d_W, after * height, rows, columns, there, width)
     add_tile(d_W, b_dW * b_beta, base * height, rows, columns, inside, width)
@@ -48,7 +48,7 @@ def pass_on(d_W, d_S, b_beta, b_f, b_m, new, base, after, rows, columns, height:
 
 @triton.jit
 def of_scalars(W, S, d_W, d_S, new, base, after, rows, columns, height: tl.constexpr, width: tl.constexpr):
-    """Gradients of the beta, f and m with which the memory of room ``base`` went on to the next one."""
+    """Gradients of beta, f and m, by which the memory of room ``base`` was scaled into the next room."""
     inside, there = rows < height, rows < tl.where(new, 0, height)
     b_dW = load_tile(d_W, after * height, rows, columns, there, width)
     of_beta = tl.sum(b_dW * load_tile(W, base * height, rows, columns, inside, width))
@@ -118,17 +118,17 @@ def deep_write_backward(
     BX: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Of ``deep_write``, which it goes back through; adds to the rooms of d_W and d_S, to d_hidden and, as sums over
-    its chunks, to d_gain and d_bias.
+    """The gradients of ``deep_write``, from the last chunk to the first. Adds to the rooms of d_W and d_S, to d_hidden
+    and, as sums over the chunks, to d_gain and d_bias.
 
-    d_c, d_P: [N, G, C], of the last rows of C and P as what writes, the second layer's part
+    d_c, d_P: [N, G, C], the second layer's part of the gradients of the last rows of C and P through the writes
     """
     g = tl.program_id(0).to(tl.int64)
     i_c, i_k, i_v = tl.arange(0, BT), tl.arange(0, BK), tl.arange(0, BV)
     real, keys = i_c < W_C, i_k < K
     b_dgain = tl.zeros([BV], tl.float32)
     b_dbias = tl.zeros([BV], tl.float32)
-    # What is the same for all chunks would take registers all the way.
+    # Values that are the same for all chunks would occupy registers all the time.
     for back in tl.range(end - begin, disable_licm=True):
         i = end - begin - 1 - back
         at, here, after = (begin + i) * G + g, i * G + g, (i + 2) * G + g
@@ -168,11 +168,11 @@ def deep_write_backward(
         tl.store(d_c + at * W_C + i_c, b_dc, mask=real)
         if f is not None:
             tl.store(d_P + at * W_C + i_c, b_dp, mask=real)
-        # Other threads than stored d_hidden and d_errors_1 read them.
+        # Other threads than those that stored d_hidden and d_errors_1 read them.
         tl.debug_barrier()
         for j in range((X + BX - 1) // BX):
             i_x = j * BX + tl.arange(0, BX)
-            # The first layer's error is the second's, through the anchor and the slope.
+            # The first layer's error is the second's, pulled back through the anchor and the slope.
             b_de1 = load_columns(d_errors_1, here * W_C, i_c, i_x, real, X)
             b_h = load_columns(hidden, here * W_C, i_c, i_x, real, X)
             b_dbehind = b_de1 * slope(b_h, SILU)
@@ -264,9 +264,9 @@ def deep_tokens_backward(
     BX: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """What ``deep_write_backward`` leaves to be made for all chunks at once; adds to d_k, d_c and d_P.
+    """The gradients that can be computed for all chunks at once, after ``deep_write_backward``. Adds to d_k, d_c, d_P.
 
-    d_beta, d_f, d_m: [N, G], of the last slots
+    d_beta, d_f, d_m: [N, G], gradients of the last slots' scalars
     """
     here = tl.program_id(0).to(tl.int64)
     at, room, after, g = begin * G + here, G + here, 2 * G + here, here % G
@@ -281,7 +281,7 @@ def deep_tokens_backward(
         b_p = load_slots(P, at * W_C, i_c, W_C)
     b_dk = load_columns(d_k, at * W_C, i_c, i_k, real, K)
     if gain is not None:
-        # M(k) has k itself in it.
+        # M(k) contains k itself.
         b_dk -= load_columns(d_v, at * W_C, i_c, i_k, real, K)
     b_dc = load_slots(d_c, at * W_C, i_c, W_C)
     b_dp = tl.zeros([BT], tl.float32)

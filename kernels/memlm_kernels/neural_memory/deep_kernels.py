@@ -1,14 +1,14 @@
 """The loop over chunks in Triton for a memory of two layers, with or without a norm; see ``reference``.
 
 N chunks, G rows and heads, C slots of a chunk, K key dim, X hidden dim, V value dim. The layers depend on each other
-in every chunk, so one program has all of a row's memory, which is more than registers hold: it lies in rooms, [R, G,
-in, out] for each layer, that stay in caches, and is worked on in tiles of X. Chunk i of a span of chunks enters with
-what room i + 1 holds and leaves room i + 2, its successor's start where that is a document's first. Room 0 holds the
-anchor that the span came with; ``anchors`` [chunks, G] says in which room each chunk's lies.
+in every chunk, so one program has all of a row's memory, which is more than registers can hold. The memory lies in
+rooms, [R, G, in, out] for each layer, which stay in caches, and is processed in tiles of X. Chunk i of a span reads
+the memory of room i + 1 and writes that of room i + 2; if the next chunk starts a document, room i + 2 gets the
+document's initial memory. Room 0 holds the anchor before the span; ``anchors`` [chunks, G] holds the room of each
+chunk's anchor.
 
-Writing, and what comes back through it, goes from chunk to chunk; reads are for all chunks at once. Tokens are
-columns, for the warps of a product divide its rows among them, and a chunk has few tokens. All products are of fp32
-tiles.
+Writes, and their gradients, go from chunk to chunk; reads are for all chunks at once. Tokens are columns, because the
+warps of a product divide its rows, and a chunk has few tokens. All products are of fp32 tiles.
 """
 
 import triton
@@ -61,7 +61,7 @@ def store_columns(x, value, base, tokens, channels, real, width: tl.constexpr):
 
 @triton.jit
 def normalised(b_f, i_v, V: tl.constexpr, EPS: tl.constexpr):
-    """y and the scale of LayerNorm, along the rows."""
+    """y and the scale of LayerNorm; the channels lie along the rows."""
     b_centred = tl.where((i_v < V)[:, None], b_f - (tl.sum(b_f, 0) / V)[None, :], 0.0)
     b_scale = tl.rsqrt(tl.sum(b_centred * b_centred, 0) / V + EPS)[None, :]
     return b_centred * b_scale, b_scale
@@ -81,7 +81,7 @@ def load_tail(x, g, i_v, V: tl.constexpr):
 
 @triton.jit
 def output_error(b_f, b_k, b_v, gain, bias, g, i_v, V: tl.constexpr, EPS: tl.constexpr):
-    """Gradient of the squared error in the MLP's output, as ``network.output_error``."""
+    """Gradient of the squared error in the MLP's output, as in ``network.OutputError``."""
     if gain is None:
         b_error = b_f - b_v
     else:
@@ -94,7 +94,7 @@ def output_error(b_f, b_k, b_v, gain, bias, g, i_v, V: tl.constexpr, EPS: tl.con
 
 @triton.jit
 def output_error_backward(b_d, b_f, b_k, b_v, gain, bias, g, i_v, V: tl.constexpr, EPS: tl.constexpr):
-    """Gradients of b_f, of the error M(k) - v and, a token's shares, of the gain; as in ``chunk_backward``."""
+    """Gradients of b_f, of the error M(k) - v and, per token, of the gain; as in ``network.OutputError.backward``."""
     b_df = b_d
     b_dr = b_d
     b_share = b_d
@@ -135,8 +135,8 @@ def leave(
     width: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Some columns of one layer in room i + 2: inputs b_a [rows, C] and errors b_e [columns, C] written to room i + 1,
-    or the start of the next chunk's document.
+    """Some columns of one layer in room i + 2: the memory of room i + 1 after the write of inputs b_a [rows, C] and
+    errors b_e [columns, C], or the initial memory of the next chunk's document.
     """
     base, after = ((i + 1) * G + g) * height, ((i + 2) * G + g) * height
     inside = rows < height
@@ -193,8 +193,8 @@ def deep_write(
     BX: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """From chunk ``begin`` to ``end``: each one's memory, and [end - begin, G, C, ...] what its tokens wrote: before
-    the activation, the MLP's output, and the errors of both layers.
+    """From chunk ``begin`` to ``end``: the memory of each chunk, and the tensors that its tokens write, [end - begin,
+    G, C, ...]: hidden values before the activation, the MLP's output, and the errors of both layers.
     """
     g = tl.program_id(0).to(tl.int64)
     i_c, i_k, i_v = tl.arange(0, BT), tl.arange(0, BK), tl.arange(0, BV)
@@ -227,7 +227,7 @@ def deep_write(
         new = False
         if opens_document is not None:
             new = tl.load(opens_document + at + G, mask=begin + i + 1 < N, other=0) != 0
-        # Hidden activations come back to other threads than stored them.
+        # Other threads than those that stored the hidden activations read them.
         tl.debug_barrier()
         for j in range((X + BX - 1) // BX):
             i_x = j * BX + tl.arange(0, BX)
@@ -260,7 +260,7 @@ def read_hidden(
     W_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What stands before the activation, [X, C]; b_R: [C written, C reading], the first layer's weights of pairs."""
+    """Hidden values before the activation, [X, C]; b_R: [C written, C reading], the first layer's weights of pairs."""
     b_W = load_tile(W_1, room * K, i_k, i_x, i_k < K, X)
     b_z = tl.dot(tl.trans(b_W), b_q, input_precision=PRECISION) * b_beta[None, :]
     if S_1 is not None:
@@ -300,7 +300,7 @@ def deep_read(
     BX: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """out: [N, G, C, V], what the MLP says to each query."""
+    """out: [N, G, C, V], the MLP's output for each query."""
     here = tl.program_id(0).to(tl.int64)
     at, room = begin * G + here, G + here
     i_c, i_k, i_v = tl.arange(0, BT), tl.arange(0, BK), tl.arange(0, BV)

@@ -1,4 +1,4 @@
-"""Gradients of what ``deep_kernels`` reads, layer by layer, for registers do not hold both; see
+"""Gradients of the reads of ``deep_kernels``, layer by layer, because registers cannot hold both layers; see
 ``deep_backward_kernels``.
 """
 
@@ -55,8 +55,8 @@ def deep_read_backward_2(
     BX: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Of the second layer. d_before: [chunks, G, C, X], of what stands before the activation, which is kept there
-    first.
+    """Gradients of the second layer. d_before: [chunks, G, C, X], the gradient of the hidden values before the
+    activation; the values themselves are stored there first.
     """
     here = tl.program_id(0).to(tl.int64)
     at, room = begin * G + here, G + here
@@ -79,7 +79,7 @@ def deep_read_backward_2(
         store_columns(d_before, b_z, here * W_C, i_c, i_x, real, X)
         b_a = activate(load_columns(hidden, here * W_C, i_c, i_x, real, X), SILU)
         b_s2 += tl.dot(tl.trans(b_a), activate(b_z, SILU), input_precision=PRECISION)
-    # Weights of pairs; rows are what was written, columns who reads.
+    # Weights of pairs; rows are written tokens, columns reading tokens.
     b_o = load_columns(d_out, at * W_C, i_c, i_v, real, V)
     b_e = load_columns(errors_2, here * W_C, i_c, i_v, real, V)
     b_pairs2 = tl.dot(tl.trans(b_e), b_o, input_precision=PRECISION)
@@ -89,7 +89,7 @@ def deep_read_backward_2(
     b_ds = b_C * b_pairs2
     b_dbeta = tl.zeros([BT], tl.float32)
     b_df = tl.zeros([BT], tl.float32)
-    # Other threads than stored it read d_before.
+    # Other threads than those that stored d_before read it.
     tl.debug_barrier()
     for j in range((X + BX - 1) // BX):
         i_x = j * BX + tl.arange(0, BX)
@@ -149,7 +149,7 @@ def deep_read_backward_1(
     BK: tl.constexpr,
     BX: tl.constexpr,
 ):
-    """Of the first layer; adds to what the second left in d_C, d_beta and d_f."""
+    """Gradients of the first layer; adds to d_C, d_beta and d_f of the second."""
     here = tl.program_id(0).to(tl.int64)
     at, room = begin * G + here, G + here
     i_c, i_k = tl.arange(0, BT), tl.arange(0, BK)
@@ -198,7 +198,7 @@ def deep_read_backward_1(
 def through(
     M, b_x, b_d, b_scale, room, rows, columns, height: tl.constexpr, width: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Of scale (x M), some columns of it: gradients of x and of the scale."""
+    """Gradients of x and of the scale through some columns of scale (x M)."""
     b_M = load_tile(M, room * height, rows, columns, rows < height, width)
     b_back = tl.dot(b_M, b_d, input_precision=PRECISION)
     return b_back * b_scale[None, :], tl.sum(b_back * b_x, 0)
@@ -208,6 +208,6 @@ def through(
 def store_product(
     d_M, b_x, b_d, room, rows, columns, height: tl.constexpr, width: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """That of M, for an x that is scaled."""
+    """Store the gradient of M, for an x that is already scaled."""
     b_dM = tl.dot(b_x, tl.trans(b_d), input_precision=PRECISION)
     store_tile(d_M, b_dM, room * height, rows, columns, rows < height, width)

@@ -7,9 +7,9 @@ the last rows of C and P,
     e = k A - v        o = beta (q W) + f (q S) - (C * q k^T) e
     W' = beta W + f S - k^T (c e)                  S' = m S - k^T (p e)
 
-Backward goes through the chunks from the last, for gradients of memories and errors, and then through groups of them
-at once, each from the memory it starts with, for those of tokens; a span of chunks at a time, for the gradient of each
-chunk's memory waits in between.
+Backward has two passes. The first goes through the chunks from the last one, for gradients of memories and errors. The
+second takes all groups of chunks at once, each from the memory before it, for gradients of tokens. Both work on a span
+of chunks at a time, because the gradient of each chunk's memory is kept in between.
 """
 
 import triton
@@ -41,8 +41,8 @@ def enter(
     V: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """The memory that chunk n sees: a document starts afresh, a segment with its owner's, and a new chunk sets the
-    anchor.
+    """The memory before chunk n: a new document starts with the initial memory, a new segment with its owner's, and a
+    new chunk sets the anchor.
     """
     if opens_document is not None:
         new = tl.load(opens_document + n * G + g) != 0
@@ -134,7 +134,7 @@ def memory_forward(
 ):
     """out, errors: [N, G, C, V]; squares: [tiles of V, N, G, C]; kept_*: [N / GROUP, G, K, V]; without it no errors.
 
-    owner: None, or of each chunk which W, S and anchor its segment has; closes: [N, G], where a segment ends
+    owner: None, or for each chunk the index of its segment's W, S and anchor; closes: [N, G], where a segment ends
     """
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (V + BV - 1) // BV
@@ -146,7 +146,7 @@ def memory_forward(
         b_W += load_tile(W, g * K, i_k, i_v, i_k < K, V)
     b_S = b_W * 0.0
     b_A = b_W
-    # Not conditions in one: what is None is known when this is compiled.
+    # Two nested conditions: whether a tensor is None is known at compile time.
     if owner is None:
         if S is not None:
             b_S += load_tile(S, g * K, i_k, i_v, i_k < K, V)
@@ -235,9 +235,9 @@ def memory_backward(
 ):
     """From the last chunk before ``end`` to ``begin``: gradients of W, S, the anchor, and each token's error.
 
-    d_next_W, d_next_S: [end - begin, G, K, V], of the memory that follows each chunk; d_last_*: of what follows the
-    last; d_W, d_S, d_anchor, d_initial: of what the first starts with; d_of_*: with owners, what comes in for a
-    segment's last memory, and goes out for its first
+    d_next_W, d_next_S: [end - begin, G, K, V], gradients of the memory after each chunk; d_last_*: of the memory after
+    the last chunk; d_W, d_S, d_anchor, d_initial: of the memory before the first; d_of_*: with owners, the gradients
+    of a segment's last memory on entry, and of its first memory on return
     """
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (V + BV - 1) // BV
@@ -257,7 +257,7 @@ def memory_backward(
         n = begin + i
         at = n * G + g
         if owner is not None:
-            # Nothing is there when a segment closes.
+            # The gradients in registers are 0 where a segment closes.
             base, ended = tl.load(owner + at) * K, i_k < tl.where(tl.load(closes + at) != 0, K, 0)
             b_dW += load_tile(d_of_W, base, i_k, i_v, ended, V)
             b_dA += load_tile(d_of_anchor, base, i_k, i_v, ended, V)
@@ -287,7 +287,7 @@ def memory_backward(
         if opens_document is not None:
             new = tl.load(opens_document + n * G + g) != 0
             opened = tl.load(opens_chunk + n * G + g) != 0
-            # Products, for Triton 3.9 fails on choices between what tensor memory holds (sm_100).
+            # Products, because Triton 3.9 fails on ``where`` between values in tensor memory (sm_100).
             is_open, is_new = opened.to(tl.float32), new.to(tl.float32)
             b_dW += b_dA * is_open
             b_dA *= 1.0 - is_open
@@ -359,11 +359,11 @@ def tokens_backward(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Gradients of a group's tokens and scalars, of each tile of values its share: [tiles of V, ...].
+    """Gradients of a group's tokens and scalars; each tile of values stores its own part: [tiles of V, ...].
 
-    Tokens are columns, for the warps of a product divide its rows among them, and a chunk has few tokens.
+    Tokens are columns, because the warps of a product divide its rows, and a chunk has few tokens.
 
-    d_c: [tiles of V, N, G, C], of the last row of C as what writes to W; d_C: as what reads
+    d_c: [tiles of V, N, G, C], the gradient of the last row of C through the write to W; d_C: that through the reads
     """
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (V + BV - 1) // BV

@@ -17,7 +17,7 @@ def memory_limit(
     window: int,
     chunk_size: int,
 ) -> str | None:
-    """Why the kernels do not take a call of ``neural_memory``, None if they take it."""
+    """The reason why the kernels do not take a call of ``neural_memory``, None if they take it."""
     taken = len(weights) == 2 or (len(weights) == 1 and norm is None)
     if not taken or loss is not squared_error or window > 1:
         return "its kernels take two layers, or one without a norm, the squared error and window=1"
@@ -44,5 +44,5 @@ def keys_limit(q: Tensor) -> str | None:
 
 
 def most_slots(q: Tensor, depth: int) -> int:
-    """The slots that Triton's kernels take at once: more would not fit into registers, next to the memory."""
+    """The most slots that Triton's kernels take at once: more would not fit into registers beside the memory."""
     return 32 if depth == 1 and q.shape[-1] * q.element_size() <= 128 else 16

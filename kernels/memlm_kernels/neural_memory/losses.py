@@ -1,5 +1,6 @@
-"""What the memory minimises as it writes: each is the gradient of a loss with respect to M(k), [..., V] from
-prediction and target [..., V]. A loss of your own is any differentiable function of that form.
+"""The inner losses that the memory minimises as it writes. Each function returns the gradient of a loss with respect
+to the prediction M(k), [..., V], from prediction and target, [..., V] each. Any differentiable function of this form
+is a loss too.
 """
 
 from collections.abc import Callable
@@ -16,12 +17,12 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def dot_product(prediction: Tensor, target: Tensor) -> Tensor:
-    """-M(k) . v (LaCT, arXiv:2505.23884): Hebbian, what is written does not depend on what is known."""
+    """-M(k) . v (LaCT, arXiv:2505.23884): a Hebbian rule, whose writes do not depend on the prediction."""
     return -target
 
 
 def huber(delta: float) -> InnerLoss:
-    """Huber's loss of |M(k) - v| (MIRAS, arXiv:2504.13173): errors longer than ``delta`` are cut to that length."""
+    """Huber's loss of |M(k) - v| (MIRAS, arXiv:2504.13173): gradients longer than ``delta`` are cut to that length."""
 
     def gradient(prediction: Tensor, target: Tensor) -> Tensor:
         error = prediction - target

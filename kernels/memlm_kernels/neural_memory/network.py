@@ -12,8 +12,8 @@ from torch import Tensor
 
 from memlm_kernels.neural_memory.losses import InnerLoss, squared_error
 
-# Large: decay shrinks a function that its norm scales up again, and with less of a floor the gradient through
-# thousands of writes explodes. So a memory that has decayed adds nothing to x, which passes through.
+# Large: decay shrinks the MLP's output, and the norm scales it up again. With a smaller floor, the gradient through
+# thousands of writes explodes. With this one, a memory that has decayed adds nothing to x.
 EPS = 0.1
 
 Function = Callable[[Tensor], Tensor]
@@ -40,7 +40,7 @@ def _silu_curvature(x: Tensor) -> Tensor:
 def _silu_pull_back(d: Tensor, x: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return torch.ops.aten.silu_backward(d, x)
-    # torch's own has no derivative.
+    # torch's own backward function has no derivative.
     s = torch.sigmoid(x)
     return d * s * (1 + x * (1 - s))
 
@@ -63,7 +63,7 @@ class Tail(NamedTuple):
 
 
 class OutputError(NamedTuple):
-    """Where the inner loss meets the MLP's output f = MLP(k), [..., J, V].
+    """The error of the MLP's output f = MLP(k), [..., J, V], under the inner loss.
 
     error: gradient of the loss with respect to f; r: the prediction M(k); loss: the gradient with respect to r
     y, mean, scale: LayerNorm(f) = y = (f - mean) * scale, scale = 1 / deviation; None without a tail
@@ -90,7 +90,7 @@ class OutputError(NamedTuple):
     def backward(
         self, loss: InnerLoss, d_error: Tensor, v: Tensor, tail: Tail | None
     ) -> tuple[Tensor, Tensor | None, Tensor, Tail | None]:
-        """Gradients of f, k (None: none), v and the tail. What is pulled back:
+        """Gradients of f, k (None: none), v and the tail, through these equations:
 
         r = k + y gain + bias   u = loss(r, v) gain   error = scale (u - mean(u) - y mean(u y))
         """
@@ -100,7 +100,7 @@ class OutputError(NamedTuple):
         u = self.loss * tail.gain
         d_u = _through_norm(d_error, self.f, self.mean, self.scale)
         d_r, d_v = _loss_backward(loss, d_u * tail.gain, self.r, v)
-        # The error holds y twice, and scale; d_error . error is the gradient of log(scale).
+        # The error depends on y twice, and on scale; d_error . error is the gradient of log(scale).
         of_y = (d_error * _mean(u, self.y)).addcmul_(u, _mean(d_error, self.y))
         d_y = (d_r * tail.gain).addcmul_(of_y, self.scale, value=-1)
         d_f = _through_norm(d_y, self.f, self.mean, self.scale)
@@ -123,6 +123,6 @@ def _mean(x: Tensor, y: Tensor) -> Tensor:
 def _loss_backward(loss: InnerLoss, d: Tensor, r: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the prediction and the target."""
     if loss is squared_error:
-        # The common case without the cost of tracing.
+        # The common case, without the cost of autograd.
         return d, -d
     return torch.func.vjp(loss, r, v)[1](d)

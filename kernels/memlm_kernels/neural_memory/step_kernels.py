@@ -1,7 +1,7 @@
 """Decoding in Triton: one token of each row and head in one kernel, for memories of one layer and of two.
 
-A token makes no matrix product: what a program has of the memory is read once (of two layers twice), meets the token
-in fp32 and is written once. G rows and heads, K key dim, X hidden dim, V value dim. See ``reference``.
+A token needs no matrix product. A program reads its part of the memory once (twice for two layers), computes in fp32,
+and writes it once. G rows and heads, K key dim, X hidden dim, V value dim. See ``reference``.
 """
 
 import triton
@@ -19,7 +19,7 @@ def load_vector(x, g, i, size: tl.constexpr):
 
 @triton.jit
 def load_scalars(C, beta, f, P, m, g):
-    """c, p, beta, f and m of a chunk of one token; without momentum no use is made of p, f and m."""
+    """c, p, beta, f and m of a chunk of one token; without momentum p, f and m are not used."""
     b_c, b_beta = tl.load(C + g), tl.load(beta + g)
     b_p = b_c
     b_f = b_beta
@@ -57,7 +57,7 @@ def memory_step(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """squares: [tiles of V, G]; anchor: None where it opens a chunk, in a document that goes on"""
+    """squares: [tiles of V, G]; anchor: None if the token starts a chunk in a document that continues"""
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (V + BV - 1) // BV
     tile, g = program % tiles, program // tiles
@@ -119,7 +119,7 @@ def deep_step(
     BX: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """One token of each row and head; A_*: None where it opens a chunk, in a document that goes on."""
+    """One token of each row and head; A_*: None if the token starts a chunk in a document that continues."""
     g = tl.program_id(0).to(tl.int64)
     i_k, i_v = tl.arange(0, BK), tl.arange(0, BV)
     keys = i_k < K
@@ -164,7 +164,7 @@ def deep_step(
 
 @triton.jit
 def entered(W, A, initial, new, opened, g, rows, columns, height: tl.constexpr, width: tl.constexpr):
-    """Some columns of a layer's memory and anchor, as a token finds them."""
+    """Some columns of a layer's memory and anchor before a token."""
     b_W = load_tile(W, g * height, rows, columns, rows < height, width)
     b_A = b_W
     if A is not None:
@@ -194,7 +194,7 @@ def stepped(
     height: tl.constexpr,
     width: tl.constexpr,
 ):
-    """Some columns of a layer after the token, stored and returned."""
+    """Store and return some columns of a layer after the token."""
     inside = rows < height
     b_W = b_W * b_beta - b_gradient * b_c
     if S is not None:

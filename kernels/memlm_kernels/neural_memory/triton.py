@@ -1,5 +1,5 @@
-"""The loop over chunks of a linear memory by Triton kernels, as an op of torch; takes the place of ``scan.Scan``,
-and of the loop in ``segmented``.
+"""The loop over chunks of a linear memory by Triton kernels, as an op of torch. It replaces ``scan.Scan`` and the loop
+in ``segmented``.
 """
 
 from itertools import zip_longest
@@ -17,20 +17,20 @@ from memlm_kernels.neural_memory.kernels import memory_backward, memory_forward,
 from memlm_kernels.neural_memory.step_kernels import memory_step
 from memlm_kernels.segments import Segments
 
-# Chunks between memories that are kept for backward; and chunks whose memories' gradients are kept during backward.
+# A memory is kept for backward every so many chunks; and so many chunks' gradients of memories are kept in backward.
 GROUP, SPAN = 16, 64
 _STARTS = ("initial", "initial_anchor", "initial_S")
 _SHARED = ("q", "k", "C", "beta", "f", "P", "m")
 
 
 def _outputs(has_S: bool, keep: bool) -> list[str]:
-    """What ``forward`` returns."""
+    """The names of the tensors that ``forward`` returns."""
     state = ["W", "anchor", *(["S"] if has_S else [])]
     return ["out", "squares", *state, *(["errors", *(f"kept_{name}" for name in state)] if keep else [])]
 
 
 def _gradients(f: Tensor | None, has_owners: bool, has_initial: bool) -> list[str]:
-    """Of which inputs of ``forward`` ``backward`` returns the gradients."""
+    """The inputs of ``forward`` whose gradients ``backward`` returns."""
     momentum = ["f", "P", "m", "S"] if f is not None else []
     anchor = ["anchor"] if has_owners or has_initial else []
     return ["q", "k", "v", "C", "beta", "W", *momentum, *anchor, *(["initial"] if has_initial else [])]
@@ -39,7 +39,7 @@ def _gradients(f: Tensor | None, has_owners: bool, has_initial: bool) -> list[st
 def _sizes(q: Tensor, v: Tensor, blocks: int) -> dict[str, Any]:
     count, rows, width, keys = q.shape
     values = v.shape[-1]
-    # Columns that a program carries: three matrices of them stay in registers.
+    # The columns that a program carries: three matrices of them stay in registers.
     columns = 32 if keys <= 64 else 16
     tiles = {"BT": at_least_16(width), "BK": at_least_16(keys), "BV": min(columns, at_least_16(values))}
     sizes = {"N": count, "G": rows, "K": keys, "V": values, "W_C": width, "BLOCKS": blocks, "GROUP": GROUP}
@@ -74,18 +74,19 @@ def forward(
     blocks: int,
     keep: bool,
 ) -> list[Tensor]:
-    """out [N, G, C, V], squares of the errors' norms [N, G, C], W, anchor, then S if there is one; with ``keep`` the
-    errors and what backward starts from: W, anchor and S before every ``GROUP``-th chunk.
+    """out [N, G, C, V], squares of the errors' norms [N, G, C], W, anchor, then S if there is momentum. With ``keep``
+    also the errors, and W, anchor and S before every ``GROUP``-th chunk, from which backward starts.
 
-    owner: [N, G], of each chunk which W, S and anchor its segment has, and closes, where segments end; ``opens_*``
-    then say where segments and their chunks start, and there is no initial. None: W, S and anchor are the rows'
+    owner: [N, G], for each chunk the index of its segment's W, S and anchor. ``closes`` then has the ends of segments,
+        ``opens_*`` the starts of segments and of their chunks, and initial is None. None: each row has one W, S and
+        anchor
     """
     q, k, v, C, beta, f, P, m = laid(q, k, v, C, beta, f, P, m)
     opens_document, opens_chunk, W, S, anchor, initial = laid(opens_document, opens_chunk, W, S, anchor, initial)
     sizes = _sizes(q, v, blocks)
     out, squares, last, errors, kept = _room(q, v, W, S, keep, sizes)
     if owner is not None:
-        # What a segment without tokens keeps.
+        # A segment without tokens keeps its state.
         last = [None if x is None else x.clone() for x in (W, anchor, S)]
     there: dict[str, Any] = {
         **{"q": q, "k": k, "v": v, "C": C, "beta": beta, "f": f, "P": P, "m": m},
@@ -164,18 +165,18 @@ def backward(
     d_last: list[Tensor],
     blocks: int,
 ) -> list[Tensor]:
-    """Those of ``_gradients``.
+    """The gradients that ``_gradients`` names.
 
-    owned: W, anchor and S where they have owners, and then there is a gradient of the anchor and none of initial
+    owned: W, anchor and S if chunks have owners; then there is a gradient of the anchor and none of initial
     """
     q, k, C, beta, f, P, m = laid(q, k, C, beta, f, P, m)
     opens_document, opens_chunk, initial, d_out = laid(opens_document, opens_chunk, initial, d_out)
     owned = laid(*owned)
     sizes = _sizes(q, errors, blocks)
-    # More columns would not fit into registers, next to what they learned from.
+    # More columns would not fit into registers beside the tokens.
     of_tokens = sizes | {"BV": 16}
     tiles = cdiv(sizes["V"], of_tokens["BV"])
-    # Each tile of values has its own share in the gradients of what they have in common.
+    # Each tile of values stores its own part of the gradients of tensors that all tiles read.
     shared = [q, k, C, beta, *((f, P, m) if f is not None else ())]
     d_shared = [x.new_empty(tiles, *x.shape, dtype=torch.float32) for x in shared]
     d_c = beta.new_empty(tiles, *beta.shape)
@@ -231,7 +232,7 @@ def backward(
         )
         carried = before
     d = {name: d.sum(0).to(x.dtype) for name, d, x in zip(_SHARED, d_shared, shared, strict=False)}
-    # The last row of C writes to the memory too.
+    # The last row of C also scales the write to the memory.
     d["C"][:, :, -1] += d_c.sum(0)
     d |= {"v": -d_errors, **(d_owned or carried)}
     return [d[name] for name in _gradients(f, bool(owned), initial is not None)]
@@ -312,7 +313,7 @@ def _backward_flops(*shapes: Any, **_: Any) -> int:
 
 
 def scan_triton(plan: Plan, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> tuple[Any, ...]:
-    """As ``scan.scan`` for a plan of one layer; without anchor and initial the anchor is W."""
+    """``scan.scan`` for a plan of one layer; without anchor and initial the anchor is W."""
     C, beta, f, P, m, _, _, opens_document, opens_chunk, W, *weights = rest
     S = weights.pop(0) if f is not None else None
     anchor, initial = weights or (None, None)
@@ -330,16 +331,16 @@ def scan_triton(plan: Plan, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | Non
 def segments_triton(
     tokens: tuple[Tensor, ...], gates: Gates, opens: Tensor, segments: Segments, memory: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Reads [N, B, H, C, V] and the memory after each segment.
+    """The reads [N, B, H, C, V] and the memory after each segment.
 
-    tokens: q, k, v [N, B, H, C, ...]; opens: [B, N], where a chunk opens its segment's anchor; memory: [B, S, 3, H, K,
-    V], of each segment W, S and the anchor, 2 without S
+    tokens: q, k, v [N, B, H, C, ...]; opens: [B, N], where a chunk sets its segment's anchor
+    memory: [B, S, 3, H, K, V], W, S and the anchor of each segment; 2 without S
     """
     assert segments.segment is not None and segments.index is not None
     assert segments.last is not None and segments.empty is not None
     batch, count_of, _, heads = memory.shape[:4]
     index = torch.arange(segments.grid.count, device=memory.device)
-    # Chunks that no segment uses may be said to start an empty one.
+    # Chunks that no segment uses may count as the start of an empty one.
     used = ~segments.empty.gather(1, segments.segment)
     starts, closes = (segments.index == 0) & used, (index == segments.last.gather(1, segments.segment)) & used
 
