@@ -120,46 +120,48 @@ class Share(nn.Module):
 
 
 class Chunks(NamedTuple):
-    """The chunks of a row: first the kept ones of the open document, then the slots of chunks that end in this call.
-    All indices are among the row's L keys.
+    """The chunks of a row: those kept, of the document that stands open, the last one last; then those that end in
+    this call, in their order. All places are among the row's L keys.
 
-    starts_BN: the start of each chunk
-    new_BE: the token of the call that ends each new chunk; count_B: number of new chunks
-    first_BT, end_BT: a token may choose chunks first to end - 1, which begin before its window
-    document_BT: the start of each token's document
+    starts_BN: where each one starts; None: the keys are cut into chunks from the first on
+    first_BT, end_BT: a token may choose first to end - 1, which begin before its window
+    document_BT: where each token's document starts
+    new: those that end in the call: how many; or the token [B, E] that each one ends with, as many as could, and how
+        many do, [B]
     """
 
-    starts_BN: Tensor
-    new_BE: Tensor
-    count_B: Tensor
+    starts_BN: Tensor | None
     first_BT: Tensor
     end_BT: Tensor
     document_BT: Tensor
+    new: int | tuple[Tensor, Tensor]
 
     @staticmethod
     def of(rows: Rows, past: int, kept: int, config: Config) -> "Chunks":
-        """past, kept: number of keys and chunks in the state."""
+        """past, kept: keys and chunks in the state."""
         positions_BT, size, length = rows.positions_BT, config.chunk_size, rows.length
+        known_BT = (positions_BT - config.window_size + size).clamp(min=0) // size
+        if rows.goes_on and rows.start == past and kept == past // size:
+            none_BT = torch.zeros_like(positions_BT)
+            return Chunks(None, none_BT, known_BT, none_BT, (past + length) // size - kept)
         token_T = torch.arange(length, device=positions_BT.device)
         ends_BT = (positions_BT + 1) % size == 0
         if rows.real_BT is not None:
             ends_BT = ends_BT & rows.real_BT
         so_far_BT = ends_BT.long().cumsum(1)
         most = (length + size - 1) // size
-        # One more slot, for tokens that end no chunk.
+        # One more takes the tokens that end none.
         slot_BT = torch.where(ends_BT, so_far_BT - 1, most)
         new_BE = place(token_T.expand(len(ends_BT), -1)[..., None], slot_BT, most + 1)[:, :-1, 0]
         back_N = torch.arange(kept, 0, -1, device=positions_BT.device) * size
         old_BN = past - (rows.before_B % size)[:, None] - back_N
         first_BT = kept + so_far_BT - (positions_BT + 1) // size
-        known_BT = (positions_BT - config.window_size + size).clamp(min=0) // size
         return Chunks(
             starts_BN=torch.cat([old_BN, past + new_BE - size + 1], 1),
-            new_BE=new_BE,
-            count_B=so_far_BT[:, -1],
             first_BT=first_BT,
             end_BT=first_BT + known_BT,
             document_BT=past + token_T - positions_BT,
+            new=(new_BE, so_far_BT[:, -1]),
         )
 
 
@@ -212,9 +214,15 @@ class Mixer(attention.Mixer):
             far, seen_BLGK = (q_BTHK, plain_BLGK), join(recent_BSGK, turned_BTGK)
         v_BLGK, after["v"] = append(state["v"], v_BTGK, rows.lengths_B)
         pooled_BNGK = self._pooled(plain_BLGK, chunks, "k", state, after)
-        spans = (chunks.first_BT, chunks.end_BT)
+        spans: tuple[Tensor, Tensor] | None = (chunks.first_BT, chunks.end_BT)
+        known, top_k = pooled_BNGK.shape[1], config.top_k
+        if length == 1 and chunks.starts_BN is None:
+            # The host knows what the token may choose.
+            spans, known = None, max(0, past - config.window_size + config.chunk_size) // config.chunk_size
+            top_k = min(top_k, max(1, known))
+        may_BNGK = pooled_BNGK[:, :known]
 
-        chosen_BTGJ = chunk_topk(q_BTHK, pooled_BNGK, top_k=config.top_k, spans=spans)
+        chosen_BTGJ = chunk_topk(q_BTHK, may_BNGK, top_k=top_k, spans=spans)
         seen_BTHK = chunk_sparse_attention(
             turned_BTHK,
             seen_BLGK,
@@ -223,14 +231,14 @@ class Mixer(attention.Mixer):
             chunks.starts_BN,
             chunk_size=config.chunk_size,
             window=config.window_size,
-            positions=positions_BT,
+            positions=None if chunks.starts_BN is None else positions_BT,
             far=far,
         ).o
         aux_losses: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         if config.learning == "compressed":
             pooled_v_BNGK = self._pooled(v_BLGK, chunks, "v", state, after)
-            means_BTHK = chunk_mean_attention(q_BTHK, pooled_BNGK, pooled_v_BNGK, spans=spans).o
+            means_BTHK = chunk_mean_attention(q_BTHK, may_BNGK, pooled_v_BNGK[:, :known], spans=spans).o
             gate_BTH = self.share(self.gate(x_BTD))
             means_BTHK = gate_BTH[..., None] * means_BTHK
             if rows.metrics:
@@ -239,7 +247,7 @@ class Mixer(attention.Mixer):
         elif self.training and config.loss_weight:
             dense = far or (turned_BTHK, seen_BLGK)
             aux_losses["router"] = config.loss_weight * self._unlike_dense(
-                q_BTHK, pooled_BNGK, dense, chunks, past, rows
+                q_BTHK, pooled_BNGK, dense, chunks, state, rows
             )
             if rows.metrics:
                 metrics["router"] = aux_losses["router"].detach().mean()
@@ -257,17 +265,27 @@ class Mixer(attention.Mixer):
         return rows.rotary(self.dims.head_dim, self.dims.rope_theta, dtype, places_BS)
 
     def _pooled(self, x_BLGK: Tensor, chunks: Chunks, name: str, state: State, after: State) -> Tensor:
-        """Means of x over each chunk, [B, N, G, K]; x ends with the call's tokens."""
-        size, length = self.chunked.chunk_size, chunks.first_BT.shape[1]
-        # All tokens of chunks that end in this call.
+        """Means of each chunk's x, [B, N, G, K]; x ends with the call's tokens."""
+        size, length, kept_BNGK = self.chunked.chunk_size, chunks.first_BT.shape[1], state[f"pooled.{name}"]
+        past = state["v"].shape[1]
+        if isinstance(chunks.new, int):
+            pooled_BNGK = kept_BNGK
+            if chunks.new:
+                start = x_BLGK.shape[1] - length - past % size
+                new_BEGK = exact(x_BLGK[:, start : start + chunks.new * size]).unflatten(1, (-1, size)).mean(2)
+                pooled_BNGK = join(kept_BNGK, new_BEGK)
+            after[f"pooled.{name}"] = pooled_BNGK
+            return pooled_BNGK
+        new_BE, count_B = chunks.new
+        # All that chunks which end in this call can hold.
         x_BLGK = x_BLGK[:, max(0, x_BLGK.shape[1] - length - size + 1) :]
         token_C = torch.arange(x_BLGK.shape[1] - length - size + 1, x_BLGK.shape[1] - length + 1, device=x_BLGK.device)
-        # Unused slots get any valid index.
-        index_BEC = (chunks.new_BE[..., None] + token_C).clamp(min=0)
+        # Of chunks that are not there any.
+        index_BEC = (new_BE[..., None] + token_C).clamp(min=0)
         new_BEGK = exact(pick(x_BLGK, index_BEC.flatten(1))).unflatten(1, index_BEC.shape[1:]).mean(2)
-        pooled_BNGK = torch.cat([state[f"pooled.{name}"].to(new_BEGK.dtype), new_BEGK], 1)
-        most = (state["v"].shape[1] + length) // size
-        after[f"pooled.{name}"] = keep_last(pooled_BNGK, most, new_BEGK.shape[1], chunks.count_B)
+        pooled_BNGK = torch.cat([kept_BNGK.to(new_BEGK.dtype), new_BEGK], 1)
+        most = (past + length) // size
+        after[f"pooled.{name}"] = keep_last(pooled_BNGK, most, new_BEGK.shape[1], count_B)
         return pooled_BNGK
 
     def _unlike_dense(
@@ -276,7 +294,7 @@ class Mixer(attention.Mixer):
         pooled_BNGK: Tensor,
         dense: tuple[Tensor, Tensor],
         chunks: Chunks,
-        past: int,
+        state: State,
         rows: Rows,
     ) -> Tensor:
         """The cross-entropy of softmax(q . mean k) from the chunks' shares of dense attention, in nats per token and
@@ -287,7 +305,9 @@ class Mixer(attention.Mixer):
         """
         config, length, positions_BT = self.chunked, rows.length, rows.positions_BT
         chunks_of_row = pooled_BNGK.shape[1]
-        kept = chunks.starts_BN.shape[1] - chunks.new_BE.shape[1]
+        if chunks_of_row == 0:
+            return exact(q_BTHK.new_zeros(len(q_BTHK)))
+        past, kept = state["v"].shape[1], state["pooled.k"].shape[1]
         boundary_B = past - rows.before_B % config.chunk_size
         old_BS = (torch.arange(past, device=q_BTHK.device) - boundary_B[:, None]).div(
             config.chunk_size, rounding_mode="floor"

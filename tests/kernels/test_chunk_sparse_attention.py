@@ -175,6 +175,38 @@ def test_documents_and_far_positions():
         assert_close(f"gradient {i}", a, b, 1e-11)
 
 
+def test_one_token_equals_a_loop_and_so_do_its_gradients():
+    """Rows of other lengths, k of last keys only, chunks that are none, begin before the keys or reach the window."""
+    q, k, v = heads_of(2, 1, 21)
+    far_q, far_k, _ = heads_of(2, 1, 21, seed=1)
+    index = torch.tensor([[[[2, 0, -1], [1, -1, 2]]], [[[-1, -1, -1], [3, 4, 0]]]])
+    starts, positions = torch.tensor([[-2, 2, 8, 12, 16], [0, 4, 9, 13, 17]]), torch.tensor([[2], [20]])
+    options = dict(chunk_size=4, window=6, positions=positions)
+
+    def expected(q, k, v, far_q, far_k):
+        return sparse_oracle(q, k, v, index, starts, 4, 6, positions, (far_q, far_k))
+
+    def got(q, k, v, far_q, far_k):
+        return side_by_side(chunk_sparse_attention(q, k[:, 14:], v, index, starts, far=(far_q, far_k), **options))
+
+    inputs = [q, k, v, far_q, far_k]
+    assert_close("output and lse", expected(*inputs), got(*inputs), 1e-12)
+    for i, (a, b) in enumerate(zip(grads_of(expected, inputs), grads_of(got, inputs), strict=True)):
+        assert_close(f"gradient {i}", a, b, 1e-11)
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_without_starts_the_keys_are_cut_into_chunks(tokens):
+    q, k, v = heads_of(2, tokens, 30)
+    index, starts = choices(2, tokens, 2, 7, 3), torch.arange(0, 30, 4).expand(2, -1)
+    expected, got = (
+        side_by_side(chunk_sparse_attention(q, k, v, index, s, chunk_size=4, window=5)) for s in (starts, None)
+    )
+    assert torch.equal(expected, got)
+    with pytest.raises(ValueError, match="numbers from 8 to 8; give such of less than 8"):
+        chunk_sparse_attention(q, k, v, torch.full_like(index, 8), None, chunk_size=4, window=5)
+
+
 def test_all_chunks_are_full_attention():
     q, k, v = heads_of(2, 33, 33)
     starts = torch.arange(0, 32, 4).expand(2, -1)

@@ -12,6 +12,7 @@ from memlm.evaluation.ablation import memory_off
 from memlm.layers import rotary, rotary_angles
 from memlm.memory import attention, chunk_sparse
 from memlm.memory.base import Dims
+from memlm.memory.rows import Rows
 from memlm_kernels.attention import chunks_reference
 from memlm_kernels.testing import Watch, assert_close, relative_error
 from tests.conftest import build, model_config, step
@@ -284,6 +285,22 @@ def test_cost_that_grows_otherwise_is_found_out(wrong, monkeypatch):
         mixer.chunked = chunk_sparse.Config(**COST)
     with pytest.raises(AssertionError, match="others"):
         check_cost(mixer)
+
+
+@pytest.mark.parametrize("length", [40, 43])
+def test_a_token_takes_few_operations(length):
+    """One that ends no chunk, and one that does."""
+    mixer = mixer_of(conv_size=4, far_positions=False).eval()
+    with torch.no_grad():
+        state = step(mixer, inputs(length), metrics=False).state
+        facts = {"before_B": state.position, "start": state.start, "metrics": False}
+        x = inputs(1)
+        rows = Rows.of(x, **facts)
+        mixer(x, state, rows)
+        # What all layers share is made.
+        with Watch() as watch:
+            mixer(x, state, rows)
+    assert watch.operations <= (150 if length == 40 else 160)
 
 
 def test_autocast_chooses_in_fp32():

@@ -6,32 +6,40 @@ B rows, T tokens, H query heads in G groups, K key dim, N chunks, J = top_k.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from memlm_kernels.segments import exact
-from memlm_kernels.topk import NEVER, best_of
+from memlm_kernels.topk import NEVER
 
 
 @torch.no_grad()
 def chunk_topk_reference(q: Tensor, k: Tensor, top_k: int, spans: tuple[Tensor, Tensor] | None, tile: int) -> Tensor:
-    length, chunks, groups = q.shape[1], k.shape[1], k.shape[2]
-    parts = [q.new_zeros(len(q), 0, groups, top_k, dtype=torch.int64)]
+    (batch, length, *_), (_, chunks, groups, _) = q.shape, k.shape
+    if length == 0 or chunks == 0:
+        return torch.full((batch, length, groups, top_k), -1, device=q.device)
+    keys = exact(k).transpose(1, 2).flatten(0, 1)
+    parts = []
     for token in range(0, length, tile):
         of_tile = slice(token, token + tile)
-        folded = exact(q[:, of_tile]).unflatten(2, (groups, -1)).sum(3).movedim(2, 1)
-        index = torch.full((*folded.shape[:3], 0), -1, device=q.device, dtype=torch.int64)
-        best = best_of(index, folded.new_zeros(index.shape), top_k)
+        folded = exact(q[:, of_tile]).unflatten(2, (groups, -1)).sum(3).transpose(1, 2).flatten(0, 1)
+        best: tuple[Tensor, Tensor] | None = None
         for first in range(0, chunks, tile):
-            keys = exact(k[:, first : first + tile]).permute(0, 2, 3, 1)
-            score = folded @ keys
-            number = torch.arange(first, first + keys.shape[3], device=q.device)
+            score = torch.bmm(folded, keys[:, first : first + tile].mT).unflatten(0, (batch, groups))
+            number = torch.arange(first, first + score.shape[3], device=q.device)
             if spans is not None:
                 starts, ends = (x[:, None, of_tile, None] for x in spans)
                 score = score.masked_fill((number < starts) | (number >= ends), NEVER)
-            # The best so far come first, because their numbers are lower.
-            index = torch.cat([best[0], number.expand(score.shape)], -1)
-            best = best_of(index, torch.cat([best[1], score], -1), top_k)
-        parts.append(best[0].movedim(1, 2))
+            if best is not None:
+                # The best so far come first, because their numbers are lower.
+                number = torch.cat([best[0], number.expand(score.shape)], -1)
+                score = torch.cat([best[1], score], -1)
+            score, order = score.sort(dim=-1, descending=True, stable=True)
+            score, order = score[..., :top_k], order[..., :top_k]
+            best = (order if best is None else number.gather(-1, order)), score
+        assert best is not None
+        index = best[0].masked_fill(best[1] == NEVER, -1)
+        parts.append(F.pad(index, (0, top_k - index.shape[3]), value=-1).transpose(1, 2))
     return torch.cat(parts, 1)
 
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from memlm_kernels.attention.choice_reference import chunk_topk_reference, invert_chunks_reference
-from memlm_kernels.attention.chunks_reference import Chosen, Keys, Pooled, attend
+from memlm_kernels.attention.chunks_reference import Chosen, Keys, Pooled, attend, first_keys
+from memlm_kernels.attention.one_token import read_all, read_chosen
 from memlm_kernels.attention.window import check_heads, check_positions, too_large, window_spans
 from memlm_kernels.backend import MOST, as_autocast, choose, with_triton
 from memlm_kernels.checks import check_range, check_sizes, check_tensors, named
@@ -97,7 +98,7 @@ def chunk_sparse_attention(
     k: Tensor,
     v: Tensor,
     index: Tensor,
-    starts: Tensor,
+    starts: Tensor | None,
     *,
     chunk_size: int,
     window: int,
@@ -116,7 +117,7 @@ def chunk_sparse_attention(
     index: [B, T, G, J] integers, the chunks that each token and group chose, each at most once; negative: none. N or
         more raises on a CPU, and counts as none on a GPU, where values are not checked
     starts: [B, N] integers, the first key of each chunk; arbitrary for chunks that no token chose. No two chosen
-        chunks may share keys
+        chunks may share keys (None: chunk n starts at key n chunk_size)
     chunk_size: keys of a chunk; a token sees those before its window
     window: the number of last keys that a token sees, itself included; at least 1
     far: queries [B, T, H, K] and keys [B, L, G, K] that score the keys of chunks, for other position encodings than in
@@ -145,27 +146,37 @@ def chunk_sparse_attention(
         )
     if index.shape[:3] != (batch, length, groups) or index.ndim != 4:
         raise ValueError(f"index {list(index.shape)} must be integers [B, T, G, J], {[batch, length, groups]} and any")
-    if starts.ndim != 2 or len(starts) != batch:
+    if starts is not None and (starts.ndim != 2 or len(starts) != batch):
         raise ValueError(f"starts {list(starts.shape)} must be integers [B, N] with B={batch}")
     check_sizes("v", v)
     check_tensors({"q": q, "k": k, "v": v, **named("far", far or ())}, {"index": index, "starts": starts})
     q, k, v, far_q, far_k = as_autocast(q, k, v, far_q, far_k)
     far = None if far is None else (far_q, far_k)
-    limit = too_large(q, k, v) or _too_many(index, starts.shape[1])
+    chunks = -(-v.shape[1] // chunk_size) if starts is None else starts.shape[1]
+    limit = too_large(q, k, v) or _too_many(index, chunks)
     if index.shape[3] > 128:
         limit = limit or f"its kernels take at most 128 chunks of each token, not {index.shape[3]}"
     available = with_triton(q, limit, v, index, starts)
     by = choose("chunk_sparse_attention", backend, *available)
-    check_range("index", index, None, starts.shape[1])
+    check_range("index", index, None, chunks)
     positions = check_positions(q, positions)
-    has_chunks = index.shape[3] > 0 and starts.shape[1] > 0
+    has_chunks = index.shape[3] > 0 and chunks > 0
+    near = Keys(q, k, v[:, v.shape[1] - k.shape[1] :])
+    if by == "reference" and length == 1:
+        first = None
+        if has_chunks:
+            first = (index * chunk_size if starts is None else first_keys(index, starts))[:, 0]
+        with torch.autocast(q.device.type, enabled=False):
+            scale = q.shape[3] ** -0.5 if scale is None else scale
+            return Attended(*read_chosen(near, Keys(far_q, far_k, v), first, chunk_size, window, positions, scale))
+    if starts is None:
+        starts = (torch.arange(chunks, device=v.device) * chunk_size).expand(batch, -1)
     if by == "triton" and q.numel():
         from memlm_kernels.attention.triton import attend_triton
 
         choice = (index, starts, chunk_size, window) if has_chunks else None
         spans = window_spans(q, k, window, positions)
         return Attended(*attend_triton(q, k, v, *spans, window, scale, far=far, choice=choice))
-    near = Keys(q, k, v[:, v.shape[1] - k.shape[1] :])
     chosen = Chosen(index, starts, chunk_size, window, positions)
     with torch.autocast(q.device.type, enabled=False):
         return Attended(*attend(chosen, [near, Keys(far_q, far_k, v)], scale, tile))
@@ -210,6 +221,8 @@ def chunk_mean_attention(
             first, end = (x.clamp(0, k.shape[1]) for x in (first, end))
             return Attended(*attend_triton(q, k, v, first, end, k.shape[1], scale))
     with torch.autocast(q.device.type, enabled=False):
+        if q.shape[1] == 1 and spans is None and k.shape[1]:
+            return Attended(*read_all(q, k, v, q.shape[3] ** -0.5 if scale is None else scale))
         return Attended(*attend(Pooled(spans), [Keys(q, k, v)], scale, tile))
 
 

@@ -19,6 +19,8 @@ from memlm_kernels.segments import exact
 _NEVER = float("-inf")
 # All keys are scored, and none gathered, if they are at most so many times the keys of a token's chunks.
 _DENSE = 4
+# A key that there is not.
+_NONE = 2**31 - 2**16
 
 
 class Keys(NamedTuple):
@@ -77,14 +79,10 @@ class Chosen(NamedTuple):
             seen = seen & (distance <= self.positions[:, tile, None])
         window = Look(slice(start, end), seen[:, :, None, None])
 
-        choice = self.choice[:, tile]
-        choice = torch.where(choice < self.starts.shape[1], choice, -1)
-        # One more chunk, for entries without a choice.
-        starts = F.pad(self.starts, (1, 0))[:, None, None].expand(*choice.shape[:3], -1)
-        first = starts.gather(3, choice.clamp(min=-1) + 1)
-        key = first[..., None] + torch.arange(self.chunk_size, device=choice.device)
+        first = first_keys(self.choice[:, tile], self.starts)
+        key = first[..., None] + torch.arange(self.chunk_size, device=first.device)
         distance = (far.k.shape[1] - far.q.shape[1] + tokens)[:, None, None, None] - key
-        known = (choice >= 0)[..., None] & (distance >= self.window) & (key >= 0)
+        known = (distance >= self.window) & (key >= 0)
         key, known, last = key.flatten(3), known.flatten(3), far.k.shape[1] - 1
         if far.k.shape[1] > _DENSE * key.shape[3]:
             return [window, Look(key.clamp(0, last), known[:, :, :, None])]
@@ -92,6 +90,14 @@ class Chosen(NamedTuple):
         seen = torch.zeros(*known.shape[:3], last + 2, device=key.device, dtype=torch.bool)
         seen = seen.scatter(3, torch.where(known, key, last + 1), True)[..., :-1]
         return [window, Look(slice(None), seen[:, :, :, None])]
+
+
+def first_keys(choice: Tensor, starts: Tensor) -> Tensor:
+    """The key that each chosen chunk [B, T, G, J] starts with; of none one far behind all."""
+    choice = torch.where(choice < starts.shape[1], choice, -1)
+    # One more chunk, for entries without a choice.
+    starts = F.pad(starts, (1, 0), value=_NONE)[:, None, None].expand(*choice.shape[:3], -1)
+    return starts.gather(3, choice.clamp(min=-1) + 1)
 
 
 def attend(plan: Plan, keys: list[Keys], scale: float | None, tile: int) -> tuple[Tensor, Tensor]:
@@ -170,8 +176,8 @@ def _take(x: Tensor, look: Look) -> Tensor:
     """[B, L, G, K] -> [B, S, G, K], which all queries share, or [B, Q, G, S, K]"""
     if isinstance(look.where, slice):
         return exact(x[:, look.where])
-    vectors, apart = _vectors(x)
-    return exact(vectors.index_select(0, _flat(look.where, apart)).unflatten(0, look.where.shape))
+    each, apart = vectors(x)
+    return exact(each.index_select(0, flat_keys(look.where, apart)).unflatten(0, look.where.shape))
 
 
 def _add(x: Tensor, look: Look, d: Tensor) -> None:
@@ -179,11 +185,11 @@ def _add(x: Tensor, look: Look, d: Tensor) -> None:
     if isinstance(look.where, slice):
         x[:, look.where] += d
     else:
-        vectors, apart = _vectors(x)
-        vectors.index_add_(0, _flat(look.where, apart), d.flatten(0, 3))
+        each, apart = vectors(x)
+        each.index_add_(0, flat_keys(look.where, apart), d.flatten(0, 3))
 
 
-def _vectors(x: Tensor) -> tuple[Tensor, int]:
+def vectors(x: Tensor) -> tuple[Tensor, int]:
     """[B, L, G, K] as a list of vectors, and the number of vectors from one row to the next. Rows may have free space
     behind them; this needs no copy.
     """
@@ -194,8 +200,8 @@ def _vectors(x: Tensor) -> tuple[Tensor, int]:
     return x.as_strided((apart * (len(x) - 1) + length * groups, size), (size, 1)), apart
 
 
-def _flat(where: Tensor, apart: int) -> Tensor:
-    """[B, Q, G, S] -> [B Q G S], into ``_vectors``."""
+def flat_keys(where: Tensor, apart: int) -> Tensor:
+    """[B, Q, G, S] -> [B Q G S], into ``vectors``."""
     batch, _, groups, _ = where.shape
     row, group = (torch.arange(n, device=where.device) for n in (batch, groups))
     return (row[:, None, None, None] * apart + where * groups + group[:, None]).flatten()
