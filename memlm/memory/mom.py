@@ -216,8 +216,9 @@ class Mixer(SequenceMixer):
     def _mix_token(
         self, x_B1D: Tensor, state: State, rows: Rows, weight_B1J: Tensor, memory_B1J: Tensor
     ) -> tuple[Tensor, dict[str, State], dict[str, Tensor]]:
-        """``_mix`` of one token a row, where every row goes on. It steps only the memories that get a token, as rows
-        of one token: first the N chosen ones (first choices of all rows, then second, ...), then the shared ones.
+        """``_mix`` for one token per row, if every row continues its document. Only the memories that get a token take
+        a step, as rows of one token: first the N chosen ones (first choices of all rows, then second, ...), then the
+        shared ones.
         """
         config, x_BD, memory_N = self.config, x_B1D[:, 0], memory_B1J[:, 0].T.flatten()
         batch, choices, memories = len(x_BD), weight_B1J.shape[2], config.num_memories

@@ -21,7 +21,7 @@ State = dict[str, Tensor]
 
 
 class Segments(NamedTuple):
-    """The documents of packed or padded rows; the first of a row may go on from an earlier call.
+    """The documents of packed or padded rows. The first of a row may continue one of an earlier call.
 
     most: the most documents that a row may have; index_BT: the index of each token's document, ``most`` for padding;
         cu_seqlens: [B, most + 1]

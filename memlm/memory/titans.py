@@ -51,12 +51,11 @@ class NeuralMemoryConfig:
     chunk_size: tokens whose gradients are taken at the same weights; quality is best at the size trained on. Above
         64 it must be a multiple of a number from 16 to 64.
     conv_size: width of the causal convolution with SiLU on q, k, v; 1: each token alone.
-    max_lr, max_momentum, max_decay: upper bounds of the gates; initial_lr, initial_momentum, initial_decay: where they
-        start. Momentum or decay 0 removes the gate. lr null: 0.047 for chunks of up to 16 tokens (memories of more
-        than one
-        layer: 0.01, up to 32 tokens), and proportionally less for longer chunks. So chunk_size * lr / (1 - momentum)
-        stays below 1; above 2, a repeated key would make the inner loop diverge. decay null: 0.001, for more layers
-        0.0003.
+    max_lr, max_momentum, max_decay: upper bounds of the gates; initial_lr, initial_momentum, initial_decay: their
+        initial values. Momentum or decay 0 removes the gate. lr null: 0.047 for chunks of up to 16 tokens (memories of
+        more than one layer: 0.01, up to 32 tokens), and proportionally less for longer chunks. So chunk_size * lr / (1
+        - momentum) stays below 1; above 2, a repeated key would make the inner loop diverge. decay null: 0.001, for
+        more layers 0.0003.
     inner_loss: the loss whose gradient a write follows; huber_delta, lp_power: its parameter (MIRAS).
     omega_window: number of last tokens whose losses each write minimises, weighted by a gate that starts at 1 /
         omega_window (ATLAS); 1: the token's own loss alone.
