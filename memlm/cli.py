@@ -65,7 +65,7 @@ def leave_group(code: int = 0) -> None:
     """End one process of several at once, with this exit code.
 
     A thread of gloo may still need the interpreter's lock to release its last tensors. Destroying the process group
-    waits for that thread while it holds the lock: a deadlock. A normal exit aborts the thread (torch 2.13).
+    waits for that thread while it holds the lock: a deadlock. A normal exit of the interpreter aborts (torch 2.13).
     """
     if torch.distributed.is_initialized():
         sys.stdout.flush()

@@ -15,6 +15,9 @@ from memlm.settings import check_type, suggest
 class MemLMConfig(PreTrainedConfig):
     """Configuration of a decoder whose layers hold mixers.
 
+    >>> mixers = {"memory": {"kind": "titans_mag", "chunk_size": 32}, "full": {"kind": "attention"}}
+    >>> config = MemLMConfig(hidden_size=64, mixers=mixers, mixer_pattern=["memory", "full"])  # alternating layers
+
     mixers: name -> {"kind": ..., its settings}. Defaults are written out, so ``config.json`` alone rebuilds the model
     mixer_pattern: names of mixers, repeated over the layers
     intermediate_size: None: 8/3 hidden_size, rounded up to a multiple of 8

@@ -11,6 +11,9 @@ IGNORED = -100
 def auxiliary_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor | int:
     """The sum of the mixers' losses, to add to a loss computed from logits, as in a trainer's ``compute_loss_func``.
 
+    >>> outputs = model(input_ids)
+    >>> loss = my_loss(outputs.logits, labels) + memlm.auxiliary_loss(outputs, labels)
+
     outputs: of a ``MemLMForCausalLM`` called without labels; with labels its loss is already complete
     labels: [B, T], label t predicted from position t - 1; -100: not scored
     num_items_in_batch: scored tokens of the whole step, of which this call is a part; None: the call is the step

@@ -7,9 +7,9 @@ InfLLM (arXiv:2402.04617).
     y[t] = one softmax over the window and the tokens of the top_k chunks
 
 Every chunk_size tokens of a document form a chunk. A token chooses among the chunks that begin before its window. Each
-group of heads that share keys chooses separately. It sees those tokens of a chosen chunk that are not in its window.
-If top_k covers all chunks and ``far_positions`` is true, this is full causal attention, with the weights of the kind
-``attention``. The op computes the attention, so ``attn_implementation`` has no effect.
+group of heads that share keys chooses separately. A token sees those tokens of a chosen chunk that are not in its
+window. If top_k covers all chunks and ``far_positions`` is true, this is full causal attention, with the weights of
+the kind ``attention``. The op computes the attention, so ``attn_implementation`` has no effect.
 
 The choice is hard, so it has no gradient, and the mean of a chunk need not match the queries that its keys match.
 ``learning`` selects how the choice is trained:
@@ -120,14 +120,14 @@ class Share(nn.Module):
 
 
 class Chunks(NamedTuple):
-    """The chunks of a row: those kept, of the document that stands open, the last one last; then those that end in
-    this call, in their order. All places are among the row's L keys.
+    """The chunks of a row: first the kept ones of the open document, then those that end in this call. All indices are
+    among the row's L keys.
 
-    starts_BN: where each one starts; None: the keys are cut into chunks from the first on
-    first_BT, end_BT: a token may choose first to end - 1, which begin before its window
-    document_BT: where each token's document starts
-    new: those that end in the call: how many; or the token [B, E] that each one ends with, as many as could, and how
-        many do, [B]
+    starts_BN: the start of each chunk; None: the keys are cut into chunks from the first key on
+    first_BT, end_BT: a token may choose chunks first to end - 1, which begin before its window
+    document_BT: the start of each token's document
+    new: the chunks that end in this call: their number; or, for a fixed number of slots, the last token [B, E] of
+        each, and the number [B] in use
     """
 
     starts_BN: Tensor | None
@@ -150,7 +150,7 @@ class Chunks(NamedTuple):
             ends_BT = ends_BT & rows.real_BT
         so_far_BT = ends_BT.long().cumsum(1)
         most = (length + size - 1) // size
-        # One more takes the tokens that end none.
+        # One more slot, for tokens that end no chunk.
         slot_BT = torch.where(ends_BT, so_far_BT - 1, most)
         new_BE = place(token_T.expand(len(ends_BT), -1)[..., None], slot_BT, most + 1)[:, :-1, 0]
         back_N = torch.arange(kept, 0, -1, device=positions_BT.device) * size
@@ -217,7 +217,7 @@ class Mixer(attention.Mixer):
         spans: tuple[Tensor, Tensor] | None = (chunks.first_BT, chunks.end_BT)
         known, top_k = pooled_BNGK.shape[1], config.top_k
         if length == 1 and chunks.starts_BN is None:
-            # The host knows what the token may choose.
+            # The host knows which chunks the token may choose.
             spans, known = None, max(0, past - config.window_size + config.chunk_size) // config.chunk_size
             top_k = min(top_k, max(1, known))
         may_BNGK = pooled_BNGK[:, :known]
@@ -277,10 +277,10 @@ class Mixer(attention.Mixer):
             after[f"pooled.{name}"] = pooled_BNGK
             return pooled_BNGK
         new_BE, count_B = chunks.new
-        # All that chunks which end in this call can hold.
+        # All tokens of chunks that end in this call.
         x_BLGK = x_BLGK[:, max(0, x_BLGK.shape[1] - length - size + 1) :]
         token_C = torch.arange(x_BLGK.shape[1] - length - size + 1, x_BLGK.shape[1] - length + 1, device=x_BLGK.device)
-        # Of chunks that are not there any.
+        # Unused slots get any valid index.
         index_BEC = (new_BE[..., None] + token_C).clamp(min=0)
         new_BEGK = exact(pick(x_BLGK, index_BEC.flatten(1))).unflatten(1, index_BEC.shape[1:]).mean(2)
         pooled_BNGK = torch.cat([kept_BNGK.to(new_BEGK.dtype), new_BEGK], 1)

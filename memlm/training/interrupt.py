@@ -48,8 +48,8 @@ class Interrupt:
 class Agreement:
     """The signal that any process has received, agreed on by all.
 
-    Every process calls ``poll`` once per step. It returns the result gathered at the last step, so that nobody waits
-    for a device: several processes stop one step later than a single one.
+    Every process calls ``poll`` once per step. ``number`` is then the result gathered during the last step, so nobody
+    waits for a device. So several processes stop one step later than a single one.
     """
 
     def __init__(self, interrupt: Interrupt, processes: int) -> None:

@@ -108,8 +108,8 @@ class Layout(NamedTuple):
 
     @staticmethod
     def of(rows: Rows, state: State, chunk_size: int, offset: int, count_template: bool = True) -> "Layout":
-        """offset: rotary positions skipped between the leading template and later tokens; count_template: whether
-        these positions also count the template's tokens.
+        """offset: rotary positions skipped between the leading template and later tokens; count_template: whether the
+        positions of later tokens also count the template's tokens.
         """
 
         def make() -> "Layout":
