@@ -1,4 +1,4 @@
-"""Shared by all tests: configurations composed as the scripts compose them, and small models."""
+"""Helpers of all tests: configurations, composed in the way of the scripts, and small models."""
 
 import copy
 import functools
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# Before anything imports Triton: where no GPU can run its kernels they are interpreted.
+# Set before anything imports Triton: without a GPU that can run its kernels, they are interpreted.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -45,7 +45,7 @@ def _tiny(memory: str) -> dict:
 
 
 def build(memory: str = "titans_mag", dtype=torch.float64, seed: int = 0, **settings) -> MemLMForCausalLM:
-    """A tiny model at its initialisation, gates and all, moved off the points where they are symmetric."""
+    """A tiny model at its initialisation, with all parameters moved off the points where they are symmetric."""
     torch.manual_seed(seed)
     model = MemLMForCausalLM(model_config(memory, **settings))
     with torch.no_grad():
@@ -70,19 +70,19 @@ def variants() -> list:
 
 
 class Stands(dict):
-    """A mixer's state, and where its rows stand, as a cache keeps them."""
+    """A mixer's state and the positions of its rows, which a cache keeps too."""
 
     def __init__(self, state, position, start=None):
         super().__init__(state)
         self.position, self.start = position, start
 
     def like(self, state):
-        """Another state of rows that stand there."""
+        """Another state of rows with the same positions."""
         return Stands(state, self.position, self.start)
 
 
 def step(mixer, x, state=None, **facts):
-    """One call of a mixer alone, as the decoder makes it; ``facts`` are of ``Rows``. Its state is a ``Stands``."""
+    """Call a mixer as the decoder does. ``facts`` are arguments of ``Rows``; the state is a ``Stands``."""
     if isinstance(state, Stands):
         facts = {"before_B": state.position, "start": state.start, **facts}
     rows = Rows.of(x, **facts)

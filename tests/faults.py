@@ -1,18 +1,18 @@
-"""Faults at every file operation of a save: kills, torn writes, a power loss, a full disk, an error of the disk.
+"""Faults at every file operation of a save: kills, torn writes, a power loss, a full disk, a disk error.
 
 A scenario is a class of a test module:
 
     class Saving:
-        def __init__(self, folder): ...    # makes what lies in the folder before (a Path; its content is copied)
-        def save(self, folder): ...        # the save itself, in a process of its own; it may raise OSError, ValueError
-        def check(self, folder, done): ... # asserts that the old or the new content is whole; done: save returned
+        def __init__(self, folder): ...    # writes the content before the save (folder is a Path; it is copied)
+        def save(self, folder): ...        # the save itself, in its own process; it may raise OSError, ValueError
+        def check(self, folder, done): ... # asserts that the old or the new content is complete; done: save returned
 
     def test_a_save_survives_any_fault(tmp_path):
         every_fault("tests.test_foo:Saving", tmp_path, at_most=40)
 
-``every_fault`` starts a Python in which ``faults.c`` stands before the C library, so that operations of Rust and C++
-count as well. Each fault happens in a fork. ``lost`` is a power loss: half of the content that no fsync covers is cut
-off.
+``every_fault`` starts a Python process in which ``faults.c`` is loaded before the C library, so that operations of
+Rust and C++ count too. Each fault happens in a fork. ``lost`` is a power loss: half of the content that no fsync
+covers is cut off.
 """
 
 import ctypes
@@ -32,10 +32,10 @@ _SOURCE = Path(__file__).with_name("faults.c")
 
 
 def every_fault(scenario: str, folder: Path, at_most: int | None = None) -> dict[str, int]:
-    """Run a scenario with each fault at each operation, or about ``at_most`` of these pairs, spread evenly.
+    """Run a scenario with each fault at each operation, or with about ``at_most`` of these pairs, spread evenly.
 
-    Returns how many operations there are, and how many faults were tried. Fails the test, naming them, if some left
-    the folder in a state that ``check`` does not accept.
+    Returns the number of operations and the number of faults that were tried. Fails the test if some faults left the
+    folder in a state that ``check`` does not accept, and names them.
     """
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None or sys.platform != "linux":
@@ -66,7 +66,7 @@ def _main(scenario: str, folder: str, at_most: str) -> None:
     operations, done, _ = _fork(case, before, work, -1, 0)
     assert done, "the save fails without a fault"
     case.check(work, True)
-    # The last one: the power fails once the save has returned.
+    # The last one: the power fails after the save has returned.
     pairs = [*((at, name) for at in range(operations) for name in FAULTS), (operations, "lost")]
     if limit := int(at_most):
         pairs = pairs[:: -max(1, len(pairs) // limit)][::-1]
@@ -82,7 +82,7 @@ def _main(scenario: str, folder: str, at_most: str) -> None:
 
 
 def _fork(case, before: Path, work: Path, at: int, fault: int) -> tuple[int, bool, str]:
-    """Operations of a save with a fault, whether it returned, and an exception that is none of a user's errors."""
+    """The operations of a save with a fault, whether it returned, and an exception that is not a user's error."""
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(before, work, symlinks=True)
     reader, writer = os.pipe()

@@ -1,9 +1,9 @@
-"""Runs that random signals end, started again until they are done.
+"""Runs that random signals stop, started again until they are done.
 
     python -m tests.interrupted FOLDER SIGNALS SEED
 
-Each attempt is a fork, so that nothing is imported twice. Prints how many signals of each kind came, and how many runs
-were done with the files of one that nobody disturbed; exits with 1 at the first that differ.
+Each attempt is a fork, so that nothing is imported twice. The script prints the number of signals of each kind, and
+the number of runs whose files equal those of a run without signals. It exits with 1 at the first difference.
 """
 
 import json
@@ -28,7 +28,7 @@ KINDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL)
 
 
 def attempt(folder: Path, number: int = 0, after: float = 0.0) -> int:
-    """Exit code of the run in ``folder``, sent a signal after so many seconds."""
+    """The exit code of the run in ``folder``, which gets a signal after so many seconds."""
     cfg = config(folder, f"train.steps={STEPS}", "tracker=none", small=SMALLEST)
     pid = os.fork()
     if pid == 0:
@@ -51,14 +51,14 @@ def attempt(folder: Path, number: int = 0, after: float = 0.0) -> int:
 
 
 def left(folder: Path) -> dict[str, object]:
-    """What a run left at its end, but for its speed; earlier checkpoints stand where it was stopped."""
+    """The files of a finished run, without its speed and without earlier checkpoints, which depend on the signals."""
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     contents: dict[str, object] = {
         "metrics": [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
     }
     newest, damaged = checkpoint.newest_whole(folder / "run")
     assert newest and not damaged
-    # Pickles of one content may differ in what they share.
+    # Pickles of equal content may differ in the objects that they share.
     contents["trainer.pt"] = plain(checkpoint.load_trainer(newest))
     names = ("config.json", "model.safetensors", "run.json", "tokenizer.json")
     return contents | {f"{newest.name}/{name}": (newest / name).read_bytes() for name in names}

@@ -1,4 +1,4 @@
-"""Chains of facts: every step of a sample follows from what stands before it, and from the documents alone."""
+"""Chains of facts: every step of a sample follows from the tokens before it and from the documents alone."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def text(ids):
 
 
 def fact(document):
-    """Its text, and what stands on both sides of the arrow."""
+    """The text of a document, and the texts on both sides of its arrow."""
     document = document[document.index("]") + 1 :]
     keys, values = (set("abcdefghijklmnopqrstuvwxyz012345"), set("ABCDEFGHIJKLMNOPQRSTUVWXYZ6789@&"))
     before, behind = document.split(">")
@@ -47,7 +47,7 @@ def test_a_sample_is_written_as_a_reader_of_the_documents_would(task):
         first = int((roles == QUERY).argmax())
         rest, said = ids[first:].tolist(), row.labels[first:end]
         question = "?" + fact(named[by_key["".join(map(chr, rest[1 : 1 + task.key_length]))]])[1]
-        # What a reader writes is scored, what it is given is not.
+        # The tokens that a reader writes are scored; the tokens that it is given are not.
         expected, scored, key = list(question.encode()), [False] * len(question), question[1:]
         step, wanted = 0, by_key[key]
         while len(expected) < len(rest):
@@ -108,7 +108,7 @@ def test_sizes_that_do_not_fit_are_named():
 
 
 def test_rows_of_different_numbers_of_documents():
-    """As alone, but for what the numbers are drawn with."""
+    """The number of documents varies from row to row; a library may have any number."""
     task = Facts(length=80, num_documents=8, min_documents=3, key_length=2, alike=2)
     counts = [int(task.sample(0, "train", i, 1.0).doc_ids.max()) for i in range(60)]
     assert set(counts) == set(range(3, 9))

@@ -1,4 +1,4 @@
-"""The cache: made whole or made again, whatever happens to it, and read with the eyes open."""
+"""The cache of a corpus: it is complete or built again, whatever happens to it, and damage is detected."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def write_files(folder):
         (folder / "books" / f"{i}.txt").write_text(f"the cat {i} and the hat " * (i + 1))
     lines = (json.dumps({"query": f"question {i}?"} | QUESTION) for i in range(24))
     (folder / "asked.jsonl").write_text("\n".join(lines))
-    # Long ago, so that digests are remembered.
+    # The files are old, so that their digests are kept.
     for path in [*(folder / "books").iterdir(), folder / "asked.jsonl"]:
         os.utime(path, (1e9, 1e9))
 
@@ -101,7 +101,7 @@ def test_digests_that_are_torn_are_taken_anew(tmp_path, junk):
 
 
 def test_a_change_that_keeps_size_and_time_is_seen(tmp_path):
-    """Where it is later than the clock's tick, or changes the time of the entry."""
+    """If it comes later than the clock's tick, or changes the time of the folder's entry."""
     path, cache = tmp_path / "a.txt", DiskCache(tmp_path / "cache")
     for age in (0, 10**9):
         digests = set()
@@ -130,7 +130,7 @@ def test_a_cache_that_cannot_be_written_to_can_be_read(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("damaged", [False, True])
 def test_processes_build_at_once(tmp_path, damaged):
-    """Six at the same moment, which all find nothing, or a damaged folder."""
+    """Six processes at the same moment, which all find no folder or a damaged one."""
     write_files(tmp_path)
     if damaged:
         folder, right = corpus(tmp_path)
@@ -167,7 +167,7 @@ def test_a_token_file_that_changes_while_it_is_read(tmp_path):
         change(path)
         with pytest.raises(ValueError, match=r"tokens\.bin has changed since this run opened it"):
             source.row(0, "train", 0)
-        # Another process makes it again; who has the one before open goes on with that.
+        # Another process builds it again; a process that has the old one open continues with that.
         source = TextSource(TextCorpus(documents, byte_tokenizer()), 16, seed=0)
         shutil.rmtree(source.corpus.folder)
         assert source.row(0, "train", 0).input_ids.tolist() == before

@@ -1,4 +1,4 @@
-"""Which files a folder or a glob means, and what is read of them."""
+"""The files that a folder or a glob selects, and the content that is read from them."""
 
 import gzip
 import json
@@ -48,7 +48,7 @@ def test_a_folder_and_a_glob_have_one_rule(corpus):
     assert names("near/**/*.txt") == [*FAR, "near/own.txt"]
     assert names("near/*.TXT") == ["near/B.TXT"] and names("near/*/below") == [FAR[2]]
     assert names("*/**/2.txt") == [f"{corpus.parent.name}/far/below/2.txt"]
-    # As a shell has it, what begins with a dot is meant only where it is named.
+    # As in a shell, a name that begins with a dot is selected only if it is given.
     assert names("near/.*") == ["near/.git/no.txt", "near/.hidden.txt", "near/.ipynb_checkpoints/own-checkpoint.txt"]
     assert names("near/.git") == [".git/no.txt"] and names("near/.hidden.txt") == [".hidden.txt"]
 
@@ -158,7 +158,7 @@ TEXTS = ["one ünï", "two", "three\nlines\n"]
 def pack(folder, end):
     jsonl = "\n".join(json.dumps({"text": text}) for text in TEXTS).encode()
     (folder / f"a.JSONL{end}").write_bytes(PACK[end](jsonl))
-    # Twice packed one behind the other, as parallel packers do.
+    # Two packed parts one behind the other, as parallel packers write them.
     (folder / f"b.txt{end.upper()}").write_bytes(PACK[end](b"\xef\xbb\xbffour ") + PACK[end](b"times" * 50_000))
 
 

@@ -1,4 +1,4 @@
-"""Files of data with anything done to them: one line that names the file, or content of the right form."""
+"""Mutated data files: they give an error of one line that names the file, or content of the right form."""
 
 import json
 import tempfile
@@ -13,7 +13,7 @@ from memlm.data import Documents, Questions, byte_tokenizer, load_tokenizer
 QUESTION = {"query": "a", "documents": ["b", "ü"], "positives": [1, 0], "answer": "d"}
 JSONL = "\n".join(json.dumps({"id": i, "text": f"text {i} \u2028 ü"}, ensure_ascii=bool(i)) for i in range(3))
 ASKED = "\n".join(json.dumps(QUESTION | {"query": f"{i}?"}, ensure_ascii=bool(i)) for i in range(4))
-# Pieces of JSON, and bytes that are none.
+# Pieces of JSON, and bytes that are not JSON.
 JUNK = b"""null -1 1e999 NaN [ ] { } " , : \\ \\ud800 "text": "positives":""".split()
 DEEP = [b"9" * 4400, b"[" * 3000, b'{"a":' * 3000]
 PIECES = st.sampled_from([*JUNK, *DEEP, b"", b"\n", b"\x00", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf"])

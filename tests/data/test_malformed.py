@@ -1,4 +1,4 @@
-"""Files and settings that are not as they should be: one line that names the file or the key, or the right content."""
+"""Malformed files and settings: an error of one line that names the file or the key, or the right content."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from memlm.data import build_data, byte_tokenizer, save_tokenizer
 
 QUESTION = {"query": "a", "documents": ["b", "c"], "positives": [0], "answer": "d"}
 DEEP = "[" * 100_000
-# Which of these parsers of JSON and repr() refuse depends on the depth that is left.
+# Which of these the parser of JSON and repr() refuse depends on the remaining stack depth.
 DEPTHS = (90, 300, 450, 700, 950, 1500, 20_000)
 JUNK = [
     "",
@@ -105,7 +105,7 @@ def parquet(path):
 
 @pytest.mark.parametrize("seed", range(25))
 def test_damaged_parquet(tmp_path, seed):
-    """Cut anywhere, or 8 bytes changed: refused, or read as some other strings, for it has no checksums."""
+    """Cut anywhere, or 8 bytes changed: refused, or read as other strings, because the format has no checksums."""
     (tmp_path / "corpus").mkdir()
     path = tmp_path / "corpus" / "a.parquet"
     data, rng = bytearray(parquet(path)), np.random.default_rng(seed)
@@ -159,7 +159,7 @@ def test_a_broken_tokenizer(tmp_path, name, junk):
     except ValueError as error:
         assert str(folder) in str(error) and "\n" not in str(error)
     else:
-        # Where its settings are of no use, all is in the other file.
+        # If this file has no usable settings, the other file has all of them.
         assert tokenizer("ab")["input_ids"] == [97, 98]
 
 
@@ -196,7 +196,7 @@ HUGE = (10**12, 10**30, 2**63)
     ],
 )
 def test_sizes_without_measure(tmp_path, kind, key, value):
-    """Before anything of that size is made."""
+    """An error comes before anything of that size is allocated."""
     if kind == "questions":
         cfg = questions(tmp_path, *[json.dumps(QUESTION | {"query": f"{i}"}) for i in range(40)])
     elif kind is None:

@@ -22,7 +22,7 @@ def books(tmp_path):
 
 def manifest(folder, tokenizer=None):
     documents = Documents(str(folder), folder.parent / "cache")
-    # As read from a run's folder.
+    # In the form that is read from a run's folder.
     return json.loads(json.dumps(TextCorpus(documents, tokenizer or byte_tokenizer()).manifest))
 
 

@@ -28,7 +28,7 @@ def config(cache, monkeypatch):
 
 
 class Numbers:
-    """Rows that say which they are."""
+    """Rows that hold their own number."""
 
     def row(self, index, split, step):
         values = np.array([index, step, len(split)])
@@ -142,7 +142,7 @@ TENSORS = ("input_ids", "labels", "position_ids", "source_ids")
     ],
 )
 def test_batches_are_those_recorded(config, name, step, split, digest):
-    """In one part, so that runs of earlier versions stay comparable."""
+    """In one part, so that runs remain comparable with those of earlier versions."""
     batch = build_data(config(name), seed=0, batch_size=8)[1].batch(step, split)
     assert sha256(b"".join(getattr(batch, n).numpy().tobytes() for n in TENSORS)).hexdigest()[:16] == digest
 
@@ -150,7 +150,7 @@ def test_batches_are_those_recorded(config, name, step, split, digest):
 @pytest.mark.parametrize("split", ["train", "validation"])
 @pytest.mark.parametrize(("world_size", "forwards"), [(1, 2), (2, 1), (3, 2), (1, 12)])
 def test_parts_make_the_same_batch(world_size, forwards, split):
-    """The rows of a step, their order in it and their noise are the same, however many processes and forwards."""
+    """The rows of a step, their order and their noise do not depend on the number of processes and forwards."""
     mixture, parts = recall_mixture(batch_size=12), world_size * forwards
     whole = mixture.batch(5, split)
     for part in range(parts):

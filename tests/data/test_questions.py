@@ -1,4 +1,4 @@
-"""Questions from JSONL files: drawn, written as samples, and the same as a bank and ``Interleave`` have them."""
+"""Questions from JSONL files: how they are drawn and written as samples, and that a bank and ``Interleave`` agree."""
 
 import itertools
 import json
@@ -68,7 +68,7 @@ TEMPLATE = (
 
 
 def chat_tokenizer(template=TEMPLATE):
-    """Bytes, and tokens of their own for what begins and ends a turn."""
+    """A byte tokenizer with special tokens for the start and the end of a turn."""
     tokenizer = byte_tokenizer()
     tokenizer.split_special_tokens = False
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"})
@@ -95,7 +95,7 @@ def test_a_chat_template_surrounds_what_is_asked_and_answered(tmp_path):
         "<|im_start|>assistant\nc<|im_end|>",
     ]
     assert tokenizer.decode(row.input_ids[row.positives == 1]) == "an owl"
-    # What stands in a question is text, even if it looks like the end of a turn.
+    # The content of a question is text, even if it looks like the end of a turn.
     assert (row.input_ids[:length] == end).sum() == 3 and end not in row.input_ids[:length][row.doc_ids[:length] == 0]
     assert row.labels[row.labels != -100].tolist() == [ord("c"), end]
     library = source.library("train", 9, 9)
@@ -119,7 +119,7 @@ def test_a_chat_template_that_cannot_serve_is_named(questions, template, message
 
 
 def test_what_a_question_is_told_from(tmp_path):
-    """Its own documents first; no text twice, and none that answers it."""
+    """The question's own documents come first; no text comes twice, and no other document has the answer."""
     shared = [{"documents": ["yes", "near", "near", "yes"], "positives": [3]}, {"documents": ["far", "yes", "near"]}]
     (tmp_path / "questions.jsonl").write_text("\n".join([record(query=f"{i}", **shared[i % 2]) for i in range(60)]))
     questions = Questions(str(tmp_path / "questions.jsonl"), tmp_path)
@@ -234,7 +234,7 @@ def test_built_from_a_config(tmp_path, questions):
 
 
 def test_a_row_costs_what_its_tokens_do(tmp_path, monkeypatch):
-    """However many questions there are, and though the last one drawn does not fit."""
+    """The cost does not depend on the number of questions, and the last one drawn may not fit."""
     read, getitem = [], Questions.__getitem__
     monkeypatch.setattr(Questions, "__getitem__", lambda self, i: read.append(i) or getitem(self, i))
     counts = []

@@ -109,7 +109,7 @@ def test_passkey_depth():
 
 @pytest.mark.parametrize("task", TASKS, ids=str)
 def test_min_distance(task):
-    """Brute force: from the token that predicts a scored one, back to where its key was first answered."""
+    """Brute force: the distance from the token that predicts a scored one back to the first answer to its key."""
     task = replace(task, depth=1.0) if isinstance(task, Passkey) else task
     least = task.length
     for row in rows(task, 300):
@@ -143,7 +143,7 @@ def test_noise(task):
         noisy = [np.isin(row.input_ids, NOISE) for row in rows(task, noise=noise)]
         share = sum(n.sum() for n in noisy) / max(1, sum(f.sum() for f in filler))
         assert abs(share - noise) < 0.1
-    # Noise changes the filler only.
+    # Noise changes only the filler.
     for clean, full in zip(rows(task, noise=0.0), rows(task, noise=1.0), strict=True):
         assert (clean.labels == full.labels).all()
         assert np.isin(full.input_ids[clean.input_ids != full.input_ids], NOISE).all()
@@ -151,7 +151,7 @@ def test_noise(task):
 
 @pytest.mark.parametrize("task", [MQAR(), Passkey(), MQAR(num_keys=96, num_values=8)], ids=str)
 def test_answers_are_independent(task):
-    """Chance is what it says, whatever else the row shows: all values equally likely, also beside each other."""
+    """Chance is as documented, whatever else the row has: all values are equally likely, also next to each other."""
     answers = np.array([row.labels[row.labels != -100] for row in rows(task, 3000)])
     counts = np.bincount(answers.ravel(), minlength=256)[VALUES]
     assert (counts[task.num_values :] == 0).all()
@@ -218,7 +218,7 @@ def test_smallest_sizes_fit(task):
 
 
 def test_a_batch_takes_less_time_than_one_draw_for_each_token():
-    """Rows are made in every training step, 32 in 2 to 4 ms; a loop over their tokens costs several times that."""
+    """Every training step makes rows, 32 in 2 to 4 ms; a loop over their tokens would take several times as long."""
     task, rng = MQAR(), np.random.default_rng(0)
 
     def cost(work):

@@ -128,7 +128,7 @@ def test_single_document_is_cut_by_position(tmp_path, content):
 @pytest.mark.parametrize("form", ["txt", "jsonl"])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_few_documents_fill_every_split(tmp_path, form, count):
-    """One or two are cut; no text is lost, none is in two splits, and a model can be trained, validated and tested."""
+    """One or two documents are cut: no text is lost or in two splits, and every split has rows for a model."""
     texts = [f"{i}{'abcdefgh' * 200 * i}" for i in range(1, count + 1)]
     (tmp_path / "in").mkdir()
     if form == "jsonl":
@@ -187,7 +187,7 @@ def test_tokenizer_without_end_of_text(books, tmp_path):
 def test_cache_is_reused_without_reading(books, tmp_path, monkeypatch):
     first = build([books], tmp_path)
     content = everything(first)
-    # As if long ago: a file that has just changed is read again.
+    # With an old time: a file that has just changed is read again.
     for path in [*books.rglob("*.*"), *first.folder.iterdir()]:
         os.utime(path, (1e9, 1e9))
     build([books], tmp_path)
@@ -199,7 +199,7 @@ def test_cache_is_reused_without_reading(books, tmp_path, monkeypatch):
 
 def test_killed_build_is_done_again(books, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        # As a kill would: the folder is filled, but neither renamed nor removed.
+        # As after a kill: the folder is filled, but neither renamed nor removed.
         patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)
         with pytest.raises(KeyboardInterrupt):
@@ -232,7 +232,7 @@ def test_failed_build_leaves_nothing_and_the_slower_of_two_yields(books, tmp_pat
 
 @pytest.mark.parametrize("seq_len", [2, 16, 63, 75])
 def test_rows_are_the_documents_in_a_line(books, tmp_path, seq_len):
-    """Each epoch's rows hold every token of the split once, up to the remainder, positions restarting."""
+    """An epoch's rows hold every token of the split once, except the remainder; positions restart per document."""
     corpus = build([books], tmp_path)
     source = TextSource(corpus, seq_len, seed=5)
     size = corpus.manifest["splits"]["train"]["tokens"]

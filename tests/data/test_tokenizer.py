@@ -34,7 +34,7 @@ def corpus(tmp_path):
 
 
 def plain(folder):
-    """The text of a BPE's cache folder, to compare two of them."""
+    """The text of a BPE's cache folder, to compare two folders."""
     return {file.name: file.read_text() for file in folder.iterdir()}
 
 
@@ -60,7 +60,7 @@ def test_byte_tokenizer_pads_and_saves(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     loaded = load_tokenizer(str(tmp_path))
     assert loaded(["abc", "a"], padding=True)["input_ids"] == [[97, 98, 99], [97, 256, 256]]
-    # Padding leaves its setting in the backend; it is no part of what the tokenizer is.
+    # Padding leaves a setting in the backend, which is not part of the tokenizer's identity.
     assert fingerprint(loaded) == fingerprint(tokenizer) == fingerprint(load_tokenizer("byte"))
 
 
@@ -158,7 +158,7 @@ def test_encoder_gives_arrays(tokenizer):
 
 @pytest.mark.parametrize("limit", [1, 2, 7, 30, 1000])
 def test_texts_are_shortened_to_so_many_tokens(limit, tmp_path):
-    """At most, and hardly fewer."""
+    """Texts have at most so many tokens, and hardly fewer."""
     corpus = tmp_path / "a.txt"
     corpus.write_text("the owl and the cat and the owl " * 40)
     bpe = load_tokenizer({"bpe": 270}, [Documents([str(corpus)], tmp_path / "cache")])

@@ -1,4 +1,4 @@
-"""Every backward that is written here multiplies as it does outside of autocast, wherever it is called."""
+"""Every backward that is written here gives the same products inside autocast as outside."""
 
 import importlib
 import inspect
@@ -34,7 +34,7 @@ def written_here() -> set[str]:
 
 
 def name_of(node: Any) -> str | None:
-    """As in ``written_here``, None for a backward of torch's own."""
+    """The name in ``written_here``; None for a backward of torch's own."""
     cls = getattr(node, "_forward_cls", None)
     if cls is None or "memlm" not in f"{cls.__module__}.{cls.__name__}":
         return None
@@ -96,7 +96,7 @@ def test_gradients_inside_of_autocast_are_those_outside():
 
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_a_model_learns_inside_of_autocast(memory):
-    """As behind it, but for what torch's own backward rounds there."""
+    """Gradients equal those outside autocast, except for the rounding of torch's own backward."""
     model = build(memory, torch.float32).train()
     ids = torch.randint(0, 200, (2, 37), generator=torch.Generator().manual_seed(0))
     found = []

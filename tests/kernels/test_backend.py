@@ -1,4 +1,4 @@
-"""Which backend runs: what a call names, what ``set_backend`` asks for, what is refused."""
+"""The choice of a backend: by a call, by ``set_backend``, and the refusals."""
 
 import logging
 from typing import NamedTuple
@@ -125,7 +125,7 @@ def test_the_kernels_that_run_are_those_that_were_asked_for(monkeypatch):
 
 
 def test_products_under_autocast_are_of_its_type():
-    """As torch's own: what a mixer hands over may have been made fp32 on the way, by a norm or a convolution."""
+    """As in torch's own products: a norm or a convolution may have turned a mixer's tensors into fp32."""
     q, k, v = (torch.randn(1, 20, 2, 16) for _ in "qkv")
     gate, memory = torch.rand(1, 20, 2), [torch.randn(2, 16, 16)]
     ops = {

@@ -1,4 +1,4 @@
-"""A Triton or flash-linear-attention that is installed and does not import is as one that is not there."""
+"""A Triton or flash-linear-attention that is installed but does not import counts as absent."""
 
 import os
 import subprocess
@@ -47,7 +47,7 @@ def test_what_does_not_import_is_told_where_it_is_asked_for(tmp_path):
             assert len(lines) == 2, done.stdout
             assert lines[0].startswith(f"{op}: backend='{package}' cannot run here: ")
             assert f"{package} cannot: {reason}" in lines[1]
-    # torch takes an ImportError for no Triton, and does not itself import behind another error.
+    # For torch, an ImportError means that there is no Triton; after another error torch itself does not import.
     broken("triton", "OSError('no such file')")
     doctor = run("scripts/doctor.py")
     assert doctor.returncode == 1 and doctor.stderr.startswith("triton is installed and does not import: OSError: no")

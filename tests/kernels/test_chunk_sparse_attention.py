@@ -1,4 +1,4 @@
-"""Choice of chunks and attention to them against loops over rows, tokens, heads and keys in fp64."""
+"""The choice of chunks and attention to them, against loops over rows, tokens, heads and keys in fp64."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ def heads_of(batch, tokens, keys, heads=4, groups=2, dim=6, value_dim=5, seed=0,
 
 
 def spans_of(batch, tokens, chunks, seed=0):
-    """Of any length, none too."""
+    """Spans of any length, also empty."""
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(chunks + 1, (batch, tokens), generator=generator)
     return first, first + torch.randint(chunks + 2, (batch, tokens), generator=generator) - 1
@@ -51,7 +51,7 @@ def test_topk_equals_a_loop(heads, groups, tile, spanned):
 
 @pytest.mark.parametrize("tile", [1, 2, 4, 1024])
 def test_equal_scores_take_the_lowest_chunk(tile):
-    # Small integers have products that are exact however they are summed.
+    # Products and sums of small integers are exact in any order.
     k = (8 * heads_of(1, 3, 9)[1]).round()
     k[:, 3:] = k[:, :1]
     k[:, 1:3] = -k[:, :1]
@@ -64,7 +64,7 @@ def test_equal_scores_take_the_lowest_chunk(tile):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_topk_scores_in_fp32(dtype):
-    """No chunk that was left has a score above one that was taken, by more than fp32 rounds."""
+    """No chunk that was not chosen has a higher score than a chosen one, beyond the rounding of fp32."""
     q, k, _ = heads_of(2, 20, 50, dim=64, dtype=torch.float32)
     q, k = q.to(dtype), k.to(dtype)
     got = chunk_topk(q, k, top_k=5, tile=16)
@@ -125,8 +125,8 @@ def side_by_side(attended):
     return torch.cat([attended.o, attended.lse[..., None]], -1)
 
 
-# Keys, tokens, chunk size, window: the first chunk may start before the first key, a token may choose what lies ahead.
-# More than twelve times the chunk's size are gathered, fewer scored one and all.
+# Keys, tokens, chunk size, window: the first chunk may start before the first key, a token may choose later chunks.
+# If there are more keys than twelve times the chunk's size, chosen keys are gathered; otherwise all are scored.
 SIZES = [(23, 23, 4, 5), (30, 9, 2, 7), (12, 1, 3, 4), (41, 3, 3, 4), (15, 15, 1, 1), (8, 8, 4, 20)]
 
 
@@ -154,7 +154,7 @@ def test_attention_equals_a_loop_and_so_do_its_gradients(heads, groups, keys, to
 
 
 def test_documents_and_far_positions():
-    """A window ends where its document does; chunks are scored by other queries and keys; k is the last keys only."""
+    """A window stops at its document's start; chunks have their own queries and keys; k holds only the last keys."""
     q, k, v = heads_of(2, 14, 21)
     far_q, far_k, _ = heads_of(2, 14, 21, seed=1)
     positions = torch.tensor([[7, 8, 9, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [20 - i for i in range(13, -1, -1)]])
@@ -176,7 +176,7 @@ def test_documents_and_far_positions():
 
 
 def test_one_token_equals_a_loop_and_so_do_its_gradients():
-    """Rows of other lengths, k of last keys only, chunks that are none, begin before the keys or reach the window."""
+    """Rows of other lengths, k with the last keys only; chunks that are -1, before the keys or within the window."""
     q, k, v = heads_of(2, 1, 21)
     far_q, far_k, _ = heads_of(2, 1, 21, seed=1)
     index = torch.tensor([[[[2, 0, -1], [1, -1, 2]]], [[[-1, -1, -1], [3, 4, 0]]]])
@@ -224,7 +224,7 @@ def test_attention_to_means_equals_a_loop_and_so_do_its_gradients(heads, groups,
     first, end = spans = spans_of(2, 11, 6)
 
     def expected(q, k, v):
-        # Zeros where nothing is seen, which the test makes of -inf too.
+        # Zeros where nothing is seen; the test replaces -inf by zeros too.
         return naive.attend([(q, k, v)], lambda b, t, g: [range(max(0, first[b, t]), min(6, end[b, t]))])
 
     def got(q, k, v):

@@ -1,5 +1,5 @@
-"""The backend ``fla`` against the references, where flash-linear-attention is installed: its own kernels on a GPU, in
-Triton's interpreter without one.
+"""The backend ``fla`` against the references, if flash-linear-attention is installed. Its kernels run on a GPU, or
+else in Triton's interpreter.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ needs_fla = pytest.mark.skipif(
 
 @pytest.fixture
 def fla(monkeypatch):
-    """Without a GPU its kernels need two things: no search for tiles, which asks a driver, and loops over tensors."""
+    """Its kernels without a GPU need no search for tiles, for which a driver is necessary, and loops over tensors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import fla.ops  # noqa: F401

@@ -1,4 +1,4 @@
-"""The FLOPs that torch counts for Triton's ops, against the products that their kernels make in the interpreter."""
+"""The FLOPs that torch counts for Triton's ops, against the products of their kernels in the interpreter."""
 
 import itertools
 
@@ -26,13 +26,13 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.
 import_triton_ops()
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="only the interpreter says what its products are")
 
-# Keys, values, hidden channels; no larger than a tile, so that nothing is made twice.
+# Keys, values, hidden channels; no larger than a tile, so that nothing is computed twice.
 KEYS, VALUES, HIDDEN = 32, 16, 32
 
 
 @pytest.fixture
 def made(monkeypatch):
-    """Twice the multiply-adds of every product so far."""
+    """Twice the multiply-adds of all products so far."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     products, create = [], InterpreterBuilder.create_dot
@@ -46,7 +46,7 @@ def made(monkeypatch):
 
 
 def counted(counter):
-    """Of our ops; torch counts what else it multiplies."""
+    """The FLOPs of this package's ops; torch counts its own products too."""
     return sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if str(op).startswith("memlm."))
 
 
@@ -95,8 +95,8 @@ CALLS = {
 }
 
 
-# The backward of two layers has a helper that makes two products, of which a call may read one: four of K X for each
-# token that only the interpreter makes, for a compiler drops what nobody reads.
+# The backward of two layers has a helper with two products, and some calls read only one of them. So the interpreter
+# computes four products of K X per token that a compiler would drop.
 UNREAD = {"memory of two layers": 2 * 2 * 32 * 4 * KEYS * HIDDEN}
 
 
@@ -112,7 +112,7 @@ def test_what_is_counted_is_what_the_kernels_multiply(call, made):
 
 
 def test_a_step_counts_as_what_it_would_be_in_products(made):
-    """It goes from token to token without any: a read, a correction and a write of each state."""
+    """It goes from token to token without products: a read, a correction and a write of each state."""
     for op, gates, times in ((linear_attention, 1, 2), (delta_rule, 2, 3)):
         with FlopCounterMode(display=False) as counter:
             recurrence(op, gates, learns=False)

@@ -1,4 +1,4 @@
-"""Laying ragged rows on a grid, and keeping their ends."""
+"""Laying ragged rows on a grid, and keeping the last tokens of rows."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What every op does with tensors that its kernels do not survive: it takes them, or names what is wrong."""
+"""Every op on unusual tensors, which a kernel alone would not survive: it takes them, or its error names the fault."""
 
 import logging
 from collections.abc import Callable
@@ -34,12 +34,12 @@ from tests.kernels.test_triton import DEVICE, poisoned  # noqa: F401
 pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[cpu-kernels]'")
 
 TOKENS = 6
-# Kernels would count with narrow ones, which overflow.
+# Kernels would count with narrow integers, which overflow.
 NO_INTEGERS = [torch.float32, torch.bool, torch.int16, torch.int8, torch.uint8]
 
 
 class Op(NamedTuple):
-    """call: tensors by name -> what comes out; floats: shapes, in which T stands for the tokens; integers: of T"""
+    """call: tensors by name -> results; floats: shapes, where T is the number of tokens; integers: functions of T"""
 
     call: Callable[..., Any]
     floats: dict[str, tuple[int | str, ...]]
@@ -75,7 +75,7 @@ def cut(length: int) -> Tensor:
 
 
 def choices(length: int) -> Tensor:
-    """Chunks that tokens chose, of three."""
+    """The chunks, out of three, that tokens chose."""
     return torch.stack([torch.arange(length) % 3, torch.full((length,), -1)], -1).expand(2, -1, -1)[:, :, None]
 
 
@@ -171,7 +171,7 @@ by_triton = pytest.mark.parametrize("name", [name for name, op in OPS.items() if
 
 @pytest.fixture
 def unread(monkeypatch):
-    """Numbers are not looked at, as on a GPU."""
+    """Values of indices are not checked, as on a GPU."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
 
 
@@ -181,7 +181,7 @@ def test_types_that_no_op_takes(name):
     for changed, shape in op.make().items():
         wrong = [torch.int32, torch.bool, torch.complex64] if changed in op.floats else NO_INTEGERS
         for dtype in wrong:
-            # Of scores every op makes one tensor.
+            # Errors name the type in one of three ways.
             with pytest.raises(ValueError, match=f"is {str(dtype)[6:]}; give|of torch.{str(dtype)[6:]} must|is torch"):
                 op.run(op.make() | {changed: torch.zeros(shape.shape, device=DEVICE, dtype=dtype)})
 
@@ -209,7 +209,7 @@ def test_what_the_kernels_do_not_take_names_what_does(name):
 
 @by_triton
 def test_rows_too_long_for_32_bits(name, unread):
-    """Refused by their shapes, before there is memory for anything of that size."""
+    """They are refused by their shapes, before anything of that size is allocated."""
     op = OPS[name]
     if name == "merge_topk":
         return
@@ -245,7 +245,7 @@ def test_no_heads_and_no_channels(name):
 
 @both
 def test_layouts(name, by):
-    """Strides of all kinds, an offset by one element, rows that are one in memory."""
+    """All kinds of strides, an offset by one element, rows that share memory."""
     op = OPS[name]
     tensors = op.make()
     strided = {n: torch.stack([x, x], -1)[..., 0] for n, x in tensors.items()}
@@ -264,7 +264,7 @@ def test_layouts(name, by):
 
 @by_triton
 def test_types_that_mix(name):
-    """The first in 16 bits, the others in 32."""
+    """The first tensor has 16 bits, the others have 32."""
     op = OPS[name]
     if len(op.floats) < 2 or name in ("chunk_topk", "route_documents"):
         return
@@ -281,7 +281,7 @@ def test_types_that_mix(name):
 @pytest.mark.parametrize(("length", "rows"), [(0, 2), (TOKENS, 0), (0, 0)])
 def test_no_tokens_and_no_rows(name, by, length, rows):
     op = OPS[name]
-    # What all rows share has other sizes, and so have the groups of a product.
+    # Tensors that all rows share, and the groups of a product, have other sizes.
     tensors = {n: x[:rows] if len(x) == 2 and name != "grouped_linear" else x for n, x in op.make(length).items()}
     for n in op.floats:
         tensors[n].requires_grad_()
@@ -360,7 +360,7 @@ def test_an_empty_prefix():
 
 @every
 def test_nothing_is_copied_to_the_device_nor_asked_of_it(name, monkeypatch):
-    """But what a CPU is asked for, where it costs nothing."""
+    """Except for values that are read on a CPU, where reading costs nothing."""
     op = OPS[name]
     tensors = op.make()
 

@@ -1,4 +1,4 @@
-"""The chunked form against LaCT's update, one token at a time, the inner gradients taken by autograd."""
+"""The chunked form against LaCT's update, one token at a time, with inner gradients by autograd."""
 
 import itertools
 
@@ -16,7 +16,7 @@ NAMES = ("q", "k", "v", "lr", "momentum", "W1", "W2", "W3")
 
 
 def token_by_token(q, k, v, lr, momentum, *initial, **options):
-    """What is read, and after the last token weights, gradient and momentum: a list [B, H, in, out] each."""
+    """The reads, and the weights, gradient and momentum after the last token, a list of [B, H, in, out] each."""
     out, after = torch.zeros_like(v), []
     for b, h in itertools.product(range(len(q)), range(q.shape[2])):
         tokens = [None if x is None else x[b, :, h] for x in (q, k, v, lr, momentum)]
@@ -125,7 +125,7 @@ def test_any_division_into_calls_gives_the_same(cuts, muon_steps):
 
 
 def in_calls(inputs, cuts, known, **options):
-    """Reads of all calls and the state after them; known: whether the host is told where each call starts."""
+    """The reads of all calls and the state after them; known: whether calls get their ``start``."""
     state, out, start = None, [], 0
     for piece in zip(*(x.split(cuts, 1) for x in inputs[:5]), strict=True):
         o, state = run([*piece, *inputs[5:]], 4, state=state, start=start if known else None, **options)
@@ -155,7 +155,7 @@ def test_a_start_that_the_host_knows_changes_nothing(cuts, muon_steps):
 @EACH_RULE
 @pytest.mark.parametrize("positions", [None, torch.tensor([[3, 4, 5, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 0]])])
 def test_gradcheck_of_the_state(positions, muon_steps):
-    """Of all that a call returns, in all that it takes, over a document's start and where a call starts in a chunk."""
+    """All results of a call, in all its inputs, over a document's start and over a call that starts inside a chunk."""
     tokens = make(length=7, key=2, value=3, width=2)
     first = make(length=3, key=2, value=3, width=2, seed=1)
     first[5:] = tokens[5:]
@@ -182,7 +182,7 @@ def test_a_token_that_ends_no_chunk_and_a_chunk_take_few_operations():
     def training(length):
         return operations(lambda: run([x[:, :length] for x in inputs[:5]] + inputs[5:], 4)[0].sum().backward())
 
-    # As many groups of chunks, and a chunk more in each.
+    # The same number of groups of chunks, with one more chunk in each.
     assert training(4 * 6) - training(4 * 4) <= 2 * 110
 
 
@@ -246,7 +246,7 @@ def test_a_written_column_keeps_the_norm_it_had():
 
 
 def test_muon_steps_draw_singular_values_to_one():
-    """A first chunk's step has the gradient's singular vectors, and values that the polynomials give."""
+    """The first chunk's step has the gradient's singular vectors, and the polynomials give its singular values."""
     inputs = make(batch=1, length=4, heads=1, key=3, value=3, width=3)
     inputs[4] = None
     _, _, gradient, _ = token_by_token(
@@ -283,7 +283,7 @@ def test_a_state_is_no_view_of_the_parameters():
 
 
 def test_what_is_kept_for_backward_is_a_memory_for_each_group_of_chunks():
-    """256 chunks pass through 256 memories; 16 are kept, each of weights, gradient, momentum, beside the tokens."""
+    """256 chunks have 256 memories. 16 of them (weights, gradient, momentum) are kept beside the tokens."""
     inputs = make(batch=1, length=1024, heads=1, key=64, value=64, width=64, dtype=torch.float32)
     kept = {}
 

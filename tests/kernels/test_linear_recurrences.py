@@ -1,4 +1,4 @@
-"""linear_attention, delta_rule and segmented_neural_memory against the recurrences, a token at a time."""
+"""linear_attention, delta_rule and segmented_neural_memory against their recurrences, one token at a time."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from memlm_kernels.recurrence.naive import recurrence
 from memlm_kernels.testing import Watch, assert_close, grads_of
 
 OPS = ["linear", "linear_scalar", "linear_channel", "delta", "delta_decay"]
-# Segments of three rows: whole rows; empty, one-token and unfinished ones; rows of nothing but padding.
+# Segments of three rows: whole rows; empty, one-token and unfinished segments; rows of padding alone.
 CUTS = {
     "whole": None,
     "segments": [[0, 0, 10, 10, 70], [0, 75, 75, 75, 75], [0, 4, 5, 40, 75]],
@@ -80,7 +80,7 @@ def test_gradients_equal_those_of_the_recurrence(op, cuts):
 
 @pytest.mark.parametrize("op", OPS)
 def test_one_token_is_a_step_of_its_own(op):
-    """The same numbers and gradients, in few operations: no chunk, no grid, no mask."""
+    """The same numbers and gradients, in few operations: without a chunk, a grid or a mask."""
     tensors = [*inputs(op, 1), torch.randn(3, 1, 2, 6, 5, dtype=torch.float64)]
 
     def both(function):
@@ -100,7 +100,7 @@ def test_one_token_is_a_step_of_its_own(op):
 @pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize("op", OPS)
 def test_a_chunk_takes_few_operations(op, segmented):
-    """Forward and backward: all but the state's way from chunk to chunk is done for all chunks at once."""
+    """Forward and backward: only the state goes from chunk to chunk; all else is done for all chunks at once."""
     operations, width = [], 16 if op == "linear_channel" else 32
     for length in (512, 1024):
         tensors = [x.requires_grad_() for x in inputs(op, length, heads=1, dtype=torch.float32)]
@@ -141,7 +141,7 @@ def test_no_tokens(op):
 @pytest.mark.parametrize("momentum", [True, False])
 @pytest.mark.parametrize("chunk_size", [1, 3, 16, 128])
 def test_segmented_memories_are_memories_alone(momentum, chunk_size):
-    """Three memories of a row, over two calls, each the neural memory of its own tokens."""
+    """Three memories of a row, over two calls: each equals the neural memory of its own tokens."""
     torch.manual_seed(0)
     start = 0.3 * torch.randn(2, 4, 5, dtype=torch.float64)
     q, k, v = (torch.randn(2, 80, 2, n, dtype=torch.float64) for n in (4, 4, 5))
@@ -172,7 +172,7 @@ def test_segmented_memories_are_memories_alone(momentum, chunk_size):
 
 @pytest.mark.parametrize("momentum", [True, False])
 def test_one_token_of_a_neural_memory_is_a_step_of_its_own(momentum):
-    """A token a call, from different places in a chunk: the numbers and gradients of one call, in few operations."""
+    """One token per call, at different places in a chunk: the results and gradients of one call, in few operations."""
     torch.manual_seed(0)
     rows = (torch.randn(3, 9, 2, n, dtype=torch.float64) for n in (4, 4, 5))
     gates = (0.3 * torch.rand(3, 9, 2, dtype=torch.float64) for _ in range(3 if momentum else 1))

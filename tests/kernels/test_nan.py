@@ -1,4 +1,4 @@
-"""Where a NaN goes: never to another row, nor from padding, and to earlier tokens as kernels/README.md lists it."""
+"""The reach of a NaN: never another row, never from padding, and earlier tokens only as kernels/README.md lists."""
 
 import re
 
@@ -10,7 +10,7 @@ from tests.conftest import MEMORIES, ROOT, build
 from tests.kernels.test_inputs import BOTH, DEVICE, OPS, rows
 
 NAN = float("nan")
-# Those whose first output has tokens.
+# The ops whose first output has tokens.
 OF_TOKENS = [
     (name, by)
     for name, by in BOTH
@@ -21,8 +21,8 @@ BY_SEGMENTS = ("linear_attention", "delta_rule", "segmented_neural_memory")
 
 
 def sizes(name):
-    """Tokens, and the one that is NaN or where padding starts, which is not the first of a chunk."""
-    # Few tokens of a recurrence take another kernel, one by one.
+    """The number of tokens, and the token that is NaN or starts the padding; it is not the first of a chunk."""
+    # A recurrence takes few tokens one by one, in another kernel.
     return (20, 17) if name in ("linear_attention", "delta_rule") else (12, 9)
 
 
@@ -100,10 +100,10 @@ def test_a_nan_stays_in_its_row_and_padding_holds_any(memory):
     nothing, one = torch.zeros_like(ids).bool(), torch.zeros_like(ids).bool()
     one[0, 20] = True
     expected, got = run(nothing), run(one)
-    # What rows share products with may change how they round.
+    # A row may round differently when other rows of the same product change.
     assert_close("other row", expected[1], got[1], 1e-6)
     assert got[0, 20:].isnan().all()
-    # As kernels/README.md has it.
+    # As kernels/README.md describes.
     assert got[0, :20].isnan().any()
     for mask in (left, right):
         assert torch.equal(run(nothing, mask)[mask > 0], run(mask == 0, mask)[mask > 0])
