@@ -3,20 +3,19 @@ inner loss, A the memory at the start of the token's chunk::
 
     S_t = momentum_t S_{t-1} - lr_t grad l(A(k_t), v_t)      M_t = (1 - decay_t) M_{t-1} + S_t      o_t = M_t(q_t)
 
-The chunked form. A is the same for a whole chunk, so one pass forward and backward gives all its gradients G_i. Both
-recurrences are linear. Unrolled from W and S, the memory and the momentum before the chunk,
+A is the same for a whole chunk, so one pass forward and backward gives all its gradients G_i. Unrolled from W and S,
+the memory and the momentum before the chunk, the two linear recurrences are
 
     S_r = m_r S - sum_{i <= r} P_ri G_i              P_ri = lr_i prod_{i < j <= r} momentum_j
     M_r = b_r W + f_r S - sum_{i <= r} C_ri G_i      C_ri = sum_{i <= l <= r} P_li prod_{l < j <= r} (1 - decay_j)
+    m_r = prod_{j <= r} momentum_j                   b_r = prod_{j <= r} (1 - decay_j)
+    f_r = sum_{l <= r} m_l prod_{l < j <= r} (1 - decay_j)
 
-with m_r = prod_{j <= r} momentum_j, b_r = prod_{j <= r} (1 - decay_j) and f_r = sum_{l <= r} m_l prod_{l < j <= r}
-(1 - decay_j). In each layer G_i = x_i^T e_i, the outer product of input and error. So a layer with input h returns
+In each layer G_i = x_i^T e_i, the outer product of input and error. So a layer with input h returns, without M_r,
 
     h M_r = b_r h W + f_r h S - sum_{i <= r} C_ri (h . x_i) e_i
 
-without the matrix M_r: the last term is masked attention from h to the inputs x, with the errors e as values. See
-``reference``.
-"""
+The last term is masked attention from h to x, with values e. See ``reference``."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -44,9 +43,7 @@ def neural_memory(
     tokens: Sequence[Any], M: Any, chunk_size: int, loss: Any = squared_error, window: int = 1, **network: Any
 ) -> Tensor:
     """tokens: q, k, v [T, K or V], lr, momentum, decay [T] or None, the weights of losses [T] (None: 1)
-    M: weights [in, out] of the layers; window: the number of last losses of a step (ATLAS, arXiv:2505.23735)
-
-    Returns o [T, V].
+    M: weights [in, out] of the layers; window: number of losses per step (ATLAS, arXiv:2505.23735). Returns o [T, V].
     """
     q, k, v, lr, momentum, decay, weight = tokens
     A, S, o = M, [0.0 * w for w in M], []
