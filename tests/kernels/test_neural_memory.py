@@ -1,4 +1,4 @@
-"""The dual form against the paper's recurrence, one token at a time, its gradients taken by autograd."""
+"""The dual form against the paper's recurrence, one token at a time, with inner gradients by autograd."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from memlm_kernels import neural_memory, read_memory
 from memlm_kernels.neural_memory import dot_product, huber, lp, naive, reference, scan
 from memlm_kernels.testing import Held, assert_close, grads_of
 
-# Each loss as the number that is minimised; the op is given the gradient.
+# Each loss as the number that is minimised; the op gets its gradient.
 LOSSES = {
     None: naive.squared_error,
     dot_product: lambda y, v: -(y * v).sum(),
@@ -46,11 +46,11 @@ def make_norm(heads=2, value=5):
 
 
 def make_weight(batch=2, length=23, heads=2):
-    # Small enough that six of them do not make the inner descent diverge, which would amplify rounding.
+    # So small that six of them do not make the inner descent diverge, which would amplify rounding.
     return 0.3 * torch.rand(batch, length, heads, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
 
-# name: what the op takes besides the tensors, and how the tensors are made.
+# name: the op's settings, and how the tensors are made.
 OPTIONS = {
     "plain": ({}, {}),
     "silu": (dict(activation="silu"), {}),
@@ -88,7 +88,7 @@ def test_every_option_equals_the_token_recurrence(depth, option):
 
 
 def test_fast_gates_leave_no_denormal_numbers():
-    """A product of 64 gates of .25 is one; with them a pass over chunks of 64 takes twice as long on CPUs."""
+    """A product of 64 gates of 0.25 is denormal; with such numbers, chunks of 64 take twice as long on CPUs."""
     inputs = [x.requires_grad_() for x in make(length=128, key=16, value=16, depth=2, dtype=torch.float32)]
     inputs[4] = torch.full_like(inputs[4], 0.25)
     saved = []
@@ -166,7 +166,7 @@ def test_gradcheck(extra, options):
 
 @pytest.mark.parametrize("option", ["plain", "window"])
 def test_gradients_through_the_state_equal_those_of_one_call(option):
-    """Through weights, momentum, anchor and recent tokens, at a cut inside a chunk and for packed, ragged rows."""
+    """Through weights, momentum, anchor and recent tokens, with a cut inside a chunk and for packed, ragged rows."""
     options, sizes = OPTIONS[option]
     inputs = make(depth=2, length=19, **sizes)
 
@@ -197,7 +197,7 @@ def test_gradients_of_packed_documents_equal_those_of_documents_alone():
 
 
 def test_a_linear_memory_without_momentum_is_the_gated_delta_rule():
-    """M_t = (1 - decay_t) M_{t-1} - lr_t k_t (k_t M_{t-1} - v_t): one rank-one step a token, in closed form."""
+    """M_t = (1 - decay_t) M_{t-1} - lr_t k_t (k_t M_{t-1} - v_t): one rank-one step per token, in closed form."""
     q, k, v, lr, _, decay, w = make(length=31)
     memory, out = w.expand(2, *w.shape), []
     for t in range(31):
@@ -211,7 +211,7 @@ def test_a_linear_memory_without_momentum_is_the_gated_delta_rule():
 
 @pytest.mark.parametrize(("chunk_size", "length"), [(128, 300), (96, 200), (85, 210)])
 def test_long_chunks_are_cut_into_blocks_that_share_an_anchor(chunk_size, length):
-    """In one call, over cuts, packed, and backward: all the same as chunks that nobody cut."""
+    """In one call, in several, packed, and in backward, the results equal those of chunks that are not cut."""
     inputs = make(batch=1, length=length, heads=1, depth=2)
     inputs[3] = inputs[3] / 30
     expected = grads_of(lambda *x: token_by_token(*x, chunk_size=chunk_size), inputs)
@@ -306,7 +306,7 @@ def test_reading_a_memory_is_what_its_last_token_read(norm):
 @pytest.mark.parametrize("grouping", [(1, True), (3, True), (1, False), (2, False), (5, False)], ids=str)
 @pytest.mark.parametrize("ragged", [False, True])
 def test_groups_change_nothing(monkeypatch, grouping, ragged):
-    """Chunks of four blocks that begin and end inside groups, whose memories are kept or made again."""
+    """Chunks of four blocks begin and end inside groups, whose memories are kept or computed again."""
     inputs = make(length=500, heads=1, depth=2)
     inputs[3] = inputs[3] / 30
     places = {"positions": torch.stack([torch.arange(500), torch.arange(500) % 230]), "max_documents": 3}
@@ -328,7 +328,7 @@ def test_groups_change_nothing(monkeypatch, grouping, ragged):
 
 @pytest.mark.parametrize(("depth", "of_token"), [(1, 4 * 64), (2, 4 * 64 + 3 * 128)])
 def test_what_backward_keeps_grows_with_tokens_not_with_memories(depth, of_token):
-    """1024 tokens in chunks of 4 pass through 256 memories, W and S: two million numbers, of two layers eight."""
+    """1024 tokens in chunks of 4 have 256 memories W and S: two million numbers, or eight million for two layers."""
     sizes = dict(length=1024, key=64, value=64, depth=depth, hidden=128)
     inputs = [x.requires_grad_() for x in make(batch=1, heads=1, dtype=torch.float32, **sizes)]
     kept = {}
@@ -343,14 +343,14 @@ def test_what_backward_keeps_grows_with_tokens_not_with_memories(depth, of_token
 
 
 def large_memory(tokens):
-    """W and S of two layers, and one token's activations a chunk, a 64th of them."""
+    """A call in which W and S of two layers are 64 times as large as the activations of a chunk of one token."""
     sizes = dict(length=tokens, key=64, value=64, depth=2, hidden=256)
     return make(batch=1, heads=1, dtype=torch.float32, **sizes), 2 * 2 * 64 * 256
 
 
 @pytest.mark.parametrize("chunks", [36, 144])
 def test_memories_that_are_there_at_once_are_few(chunks):
-    """A group of 64 chunks would have all its memories there, and those of the next."""
+    """A group of 64 chunks would hold all its memories at once, and those of the next group."""
     inputs, memory = large_memory(chunks)
     with Held() as held:
         grads_of(lambda *x: run(x, 1).o, inputs)
@@ -358,7 +358,7 @@ def test_memories_that_are_there_at_once_are_few(chunks):
 
 
 def test_reading_without_gradients_keeps_nothing():
-    """Four times the tokens take what they need for themselves, and not one memory more."""
+    """Four times the tokens need space for themselves, and not one memory more."""
     peaks = []
     for tokens in (36, 144):
         inputs, memory = large_memory(tokens)
@@ -377,7 +377,7 @@ def test_gates_at_their_ends_stay_finite():
 
 
 def test_full_decay_forgets_all_but_the_last_write():
-    """A Hebbian write without momentum is lr k^T v, whatever was there."""
+    """A Hebbian write without momentum is lr k^T v, whatever the memory was before."""
     q, k, v, lr, _, decay, w = make(length=9)
     got = neural_memory(q, k, v, lr, None, torch.ones_like(decay), weights=[w], chunk_size=4, loss=dot_product).o
     assert_close("o", lr[..., None] * (q * k).sum(-1, keepdim=True) * v, got, 1e-6)

@@ -11,7 +11,7 @@ from tests.kernels.test_neural_memory import EACH_OPTION, OPTIONS, make, names, 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("told", [True, False], ids=["place known to the host", "place on the device"])
 def test_a_token_a_call_equals_one_call(depth, option, told):
-    """Forward, state and gradients of the step alone, over ends of chunks."""
+    """Forward, state and gradients of the step, over ends of chunks."""
     options, sizes = OPTIONS[option]
     inputs = make(length=11, depth=depth, **sizes)
     options = {name: x[:, :11] if name == "weight" else x for name, x in options.items()}

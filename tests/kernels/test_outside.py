@@ -1,4 +1,4 @@
-"""Numbers that say where something stands, and point outside: named on a CPU, and harmless where they are not read."""
+"""Indices out of range: an error on a CPU, and harmless where values are not checked."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.kernels.test_triton import DEVICE, poisoned  # noqa: F401
 pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[cpu-kernels]'")
 
 LENGTHS = (torch.tensor([2, TOKENS + 9]), torch.tensor([2, TOKENS]))
-# What is outside, what it counts as where it is not looked at, and what is said where it is.
+# The index out of range, the index that it counts as without checks, and the error with checks.
 OUTSIDE = {
     **{
         (op, str(wrong[0].tolist())): ({name: wrong}, {name: right}, f"{name}.* {message}")
@@ -74,14 +74,14 @@ def test_numbers_outside_are_named(case):
 @pytest.mark.usefixtures("unread")
 @pytest.mark.parametrize("case", OUTSIDE, ids=" ".join)
 def test_numbers_outside_touch_nothing_where_they_are_not_looked_at(case):
-    """Both backends return the same, and what numbers that stand for the wrong ones give."""
+    """Both backends return the same result, that of the indices which the wrong ones count as."""
     op, (wrong, right, _) = OPS[case[0]], OUTSIDE[case]
     wrong, right = ({n: x.to(DEVICE) for n, x in given.items()} for given in (wrong, right or wrong))
     results = [op.run(op.make() | wrong, backend=b) for b in ("reference", "triton") if op.triton or b == "reference"]
     results.append(op.run(op.make() | right, backend="reference"))
     if case[0] == "dispatch_tokens":
         sent = torch.zeros(2, 2 * TOKENS, dtype=torch.bool, device=DEVICE)
-        # Other rows hold anything.
+        # Other rows are arbitrary.
         sent[:, : 2 * TOKENS - 3] = True
         results = [[x[sent] for x in result] for result in results]
     for other in results[1:]:
@@ -108,7 +108,7 @@ def test_segments_longer_than_was_said_are_named():
 
 @pytest.mark.usefixtures("unread")
 def test_routes_outside():
-    """Choices of memories and documents that there are not are padding."""
+    """Choices of memories and documents that do not exist count as padding."""
     memory = torch.tensor([[[0], [7], [1], [-1]]], device=DEVICE)
     assert MemoryRoutes.of(memory, 2).cu_seqlens.tolist() == [[0, 1, 2]]
     document = torch.tensor([[0, 0, 3, -2]], device=DEVICE)

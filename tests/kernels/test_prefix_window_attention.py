@@ -20,7 +20,7 @@ def oracle(q, k, v, window, positions, prefix):
     return naive.attend([(q, k, v), *([prefix] if prefix else [])], sees)
 
 
-# Tokens, keys, window, rows of the prefix (0: none), documents: blocks that do not fill up, history longer than it.
+# Tokens, keys, window, rows of the prefix (0: none), documents; some blocks are not full, some history is longer.
 CASES = [
     (1, 1, None, 0, False),
     (1, 9, 4, 1, False),

@@ -10,7 +10,7 @@ from memlm_kernels.route_documents import naive
 from memlm_kernels.testing import Watch, assert_close, grads_of
 
 NEVER = float("-inf")
-# Chunks of each document; 1 is a document of one chunk, two tiles of 4 cut the others anywhere.
+# The number of chunks of each document; tiles of 4 chunks cut the documents at different places.
 SIZES = [[3, 1, 5, 1, 2], [1] * 9, [12], [4, 4, 4]]
 
 
@@ -23,7 +23,7 @@ def inputs(sizes, batch=2, tokens=7, heads=6, groups=2, dim=5, dtype=torch.float
 
 
 def oracle(q, k, document, n, *rule, asks=None, spans=None, upto=None):
-    """Scores of documents as the last of the tokens ``upto`` knows them, [B, N]."""
+    """The scores of documents after the last of the tokens ``upto``, [B, N]."""
     first, end = spans or (torch.zeros(q.shape[:2]), torch.full(q.shape[:2], n))
     knows = (torch.arange(n) >= first[..., None]) & (torch.arange(n) < end[..., None])
     if asks is not None:
@@ -71,7 +71,7 @@ def test_scores_choices_and_gradients(sizes, rule):
 @pytest.mark.parametrize("chunk", ["max", "mean"])
 @pytest.mark.parametrize("running", [False, True])
 def test_each_token_by_what_it_knows_and_across_calls(running, query, chunk):
-    """Two samples of a packed row, documents among the tokens; the second call goes on where the first ended."""
+    """Two samples of a packed row, with documents among the tokens; the second call continues the first."""
     q, k, document = inputs([2, 1, 3, 1, 2])
     first = torch.tensor([[0, 0, 0, 0, 3, 3, 3], [0] * 7])
     end = torch.tensor([[1, 1, 3, 3, 3, 5, 5], [0, 2, 2, 2, 5, 5, 5]])
@@ -108,7 +108,7 @@ def test_each_token_by_what_it_knows_and_across_calls(running, query, chunk):
 
 
 def test_equal_scores_take_the_lowest_index():
-    """Small integers have products that are exact however they are summed."""
+    """Products and sums of small integers are exact in any order."""
     _, k, document = inputs([1] * 9, dim=4)
     k = (8 * k).round()
     k[:, 3:] = k[:, :1]
@@ -128,7 +128,7 @@ def test_a_bank_that_all_rows_share():
 
 
 def test_shards_merged_are_the_whole():
-    """Of small integers, whose products are exact however they are summed; a document lies in two shards."""
+    """Products and sums of small integers are exact in any order; one document lies in two shards."""
     q, k, document = inputs([3, 1, 5, 1, 2, 4, 1], heads=4, dim=4)
     q, k = q.round(), k.round()
     k[:, 10] = k[:, 4]

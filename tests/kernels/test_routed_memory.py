@@ -21,7 +21,7 @@ CHOICES = {"top_1": 1, "top_2": 2, "all_memories": 4, "one_has_all": 1, "nobody_
 
 @pytest.fixture(autouse=True)
 def poisoned():
-    """What is not written is NaN."""
+    """Fill unwritten memory with NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -44,7 +44,7 @@ def route(memory, documents=None):
 
 
 def loop(memory, documents):
-    """Of each row the (token, choice) pairs of its segments, and those of padding."""
+    """For each row, the (token, choice) pairs of its segments, and those of padding."""
     count = 1 if documents is None else 3
     documents = [[0] * memory.shape[1]] * len(memory) if documents is None else documents
     rows = zip(memory.tolist(), documents, strict=True)
@@ -61,7 +61,7 @@ def test_routes_are_the_loop_over_documents_and_memories(name, documents):
         order = [x for segment in segments for x in segment] + padding
         assert [routes.place[b, t, j].item() for t, j in order] == list(range(length * top_k))
         assert routes.cu_seqlens[b].diff().tolist() == [len(s) for s in segments] and routes.cu_seqlens[b, 0] == 0
-    # Memory by memory, row by row, document by document, padding behind all.
+    # Sorted by memory, then by row, then by document; padding comes last.
     whole = [
         (b, t, j)
         for m in range(MEMORIES)
@@ -97,7 +97,7 @@ def test_a_shared_memory_is_the_last_of_each_document_and_stands_behind_the_batc
 
 
 def by_hand(q, k, v, weight, shared, memory, documents, op):
-    """Each document's memories one after the other, a token at a time; padding reads nothing."""
+    """Each document's memories one after the other, one token at a time; padding reads zeros."""
 
     def read(q, k, v):
         beta = torch.ones_like(q[..., 0]) if op == "delta" else None
@@ -138,7 +138,7 @@ def test_a_mixture_is_its_memories_one_by_one(name, documents, op):
 @pytest.mark.parametrize("features", [(), (3,), (2, 5)], ids=str)
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_both_are_products_with_a_permutation(top_k, features):
-    """Bit for bit where nothing is added; gradients too, as autograd has them of plain indexing."""
+    """Bitwise equal where nothing is added. Gradients equal those of plain indexing by autograd."""
     torch.manual_seed(0)
     place = torch.stack([torch.randperm(7 * top_k) for _ in range(3)]).view(3, 7, top_k)
     row = torch.arange(3)[:, None, None]

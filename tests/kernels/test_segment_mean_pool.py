@@ -34,7 +34,7 @@ def test_means_and_gradients_of_ragged_segments(cu_seqlens, dtype, tolerance):
 
 
 def test_far_from_zero_nothing_cancels():
-    """Differences of running sums lose what a long prefix weighs more than a segment."""
+    """Differences of running sums would lose precision: a long prefix is much larger than a segment."""
     x = 1000 + torch.randn(1, 5000, 1)
     cu_seqlens = torch.arange(0, 5001, 8).clamp(max=5000)[None]
     expected, got = naive.segment_mean_pool(x, cu_seqlens), segment_mean_pool(x, cu_seqlens, longest=8)

@@ -1,4 +1,4 @@
-"""One style over all ops: a reader who knows one call can write the next."""
+"""All ops share one style: a reader who knows one call can write the next."""
 
 import inspect
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 import memlm_kernels
 
-# What ops share, in the order in which they take it: inputs, settings, where tokens stand, the state, the backend.
+# The arguments that ops share, in their order: inputs, settings, places of tokens, the state, the backend.
 ORDER = (
     *("q", "k", "v", "beta", "lr", "log_decay", "momentum", "decay"),
     *("weights", "chunk_size", "window", "scale", "tile"),

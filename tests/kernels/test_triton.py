@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-# Of outputs and of gradients. bf16 is for GPUs alone: the interpreter's products of it are garbage.
+# Tolerances of outputs and of gradients. bf16 runs on GPUs only: its products are wrong in the interpreter.
 TOLERANCES = {
     torch.float32: (1e-5, 1e-4) if GPU else (1e-6, 2e-6),
     torch.float16: (1e-3, 2e-3),
@@ -33,9 +33,9 @@ SEGMENTS = [[0, 0, 10, 10, 70], [0, 4, 5, 40, 75]]
 
 @pytest.fixture(autouse=True)
 def poisoned():
-    """What is not written is NaN."""
+    """Fill unwritten memory with NaN."""
     before = torch.are_deterministic_algorithms_enabled()
-    # On a GPU the references have products and sums without an order.
+    # On a GPU the references' products and sums have no fixed order.
     torch.use_deterministic_algorithms(True, warn_only=GPU)
     yield
     torch.use_deterministic_algorithms(before)
@@ -43,7 +43,8 @@ def poisoned():
         try:
             torch.cuda.synchronize()
         except RuntimeError:
-            # After a kernel's fault no later call of this process works: xdist starts another for the other tests.
+            # After a kernel's fault, no later call of this process works: xdist starts another process for the other
+            # tests.
             os._exit(1)
 
 
@@ -93,7 +94,7 @@ def test_recurrence_over_segments(op):
 @pytest.mark.parametrize("op", OPS)
 def test_recurrence_in_16_bits(op, dtype):
     tensors = [x[:1] for x in inputs(op, heads=1, keys=20, values=20)]
-    # Queries of unit length, for sums of any size to be compared.
+    # Queries of unit length, so that sums of any size can be compared.
     tensors[0] = F.normalize(tensors[0], dim=-1)
     compare(recurrence(op), [*tensors, torch.randn(1, 1, 1, 20, 20, dtype=torch.float64)], dtype)
 
@@ -106,10 +107,11 @@ def test_strong_decay_neither_overflows_nor_loses_digits(op):
 
 
 def test_keys_that_are_all_alike_do_not_blow_up_the_inverse():
-    """Products k.k of K channels round to 1 + e, |e| <= K 2^-24, and each BLAS places the e elsewhere.
+    """Products k.k of K channels round to 1 + e, |e| <= K 2^-24; the errors e depend on the BLAS.
 
-    With E of these in the matrix I + L of a chunk of C tokens, x = (I + L)^-1 v is off by (I + L)^-1 E x. A read sums
-    x over the chunk, so it is off by E x: sqrt(C) K 2^-24 |x|, where x is v less the v before it, sqrt(2) as large.
+    With a matrix E of these errors in I + L of a chunk of C tokens, x = (I + L)^-1 v has the error (I + L)^-1 E x. A
+    read sums x over the chunk, so its error is E x: sqrt(C) K 2^-24 |x|, where x is v minus the v before, sqrt(2) as
+    large.
     """
     q, k, v, beta = (x[:1] for x in inputs("delta", 300, heads=1))
     k, beta = k[:, :1].expand_as(k), torch.ones_like(beta)
@@ -132,7 +134,7 @@ def test_a_few_tokens_without_gradients(op, dtype):
             assert_close("o or state", expected, got, TOLERANCES[dtype][0])
 
 
-# length, keys, values, chunk_size; documents: positions of two, the first going on; without momentum.
+# length, keys, values, chunk_size; documents: positions of two, the first continues; without momentum.
 MEMORIES = {
     "one_token": (1, 20, 20, 16, {}),
     "more_chunks_than_a_span": (70, 6, 5, 1, {}),
@@ -153,7 +155,7 @@ def memory_inputs(length, keys, values, rows=1):
 
 
 def places_of(documents):
-    """Of a row of 75 tokens: two documents, the first going on from its sixth token, and padding."""
+    """Places of a row of 75 tokens: two documents, the first continues from its sixth token, and padding."""
     row = torch.cat([torch.arange(5, 35), torch.arange(45)])
     places = {"positions": row[None].to(DEVICE), "lengths": torch.tensor([70], device=DEVICE), "max_documents": 2}
     return places if documents else {}
@@ -166,7 +168,7 @@ def memory(chunk_size, momentum=True, documents=False):
         q, k, v, lr, eta, alpha, start, *state = x
         before = None
         if documents:
-            # The first document has come to its sixth token.
+            # The first document continues at its sixth token.
             kept = [(w[None],) for w in state]
             before = neural_memory(
                 q[:, :5],
@@ -211,7 +213,7 @@ def test_linear_memory_in_16_bits(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BFLOAT16])
 @pytest.mark.parametrize("layers", [1, 2])
 def test_decoding_continues_the_memory(layers, dtype, momentum, monkeypatch):
-    """Three rows: one goes on past the end of a chunk, one starts a document on the way, one ends before the last."""
+    """Three rows: one continues past the end of a chunk, one starts a document in between, one ends early."""
     from memlm_kernels.launch import Kernel
 
     launched, run = [], Kernel.__call__
@@ -259,7 +261,7 @@ DEEP = {
 
 
 def deep_inputs(length, keys, hidden, values, rows=1):
-    """With W, and M, S and anchor of the first document, of two layers each, and gain and bias."""
+    """Inputs, with W, with M, S and anchor of the first document (two layers each), and gain and bias."""
     g = torch.Generator().manual_seed(1)
     rand = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
     layers = [0.3 * rand(1, *shape) for _ in range(4) for shape in ((keys, hidden), (hidden, values))]
@@ -331,7 +333,7 @@ def test_the_memory_keeps_the_rules_of_torch():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BFLOAT16])
 @pytest.mark.parametrize(("chunk_size", "momentum"), [(12, False), (64, True)])
 def test_memories_of_segments(chunk_size, momentum, dtype):
-    """Over two calls: the second goes on inside chunks."""
+    """Over two calls: the second continues inside chunks."""
     tensors = memory_inputs(80, 20, 6, rows=2)[:6]
     start = 0.3 * torch.randn(2, 4, 3 if momentum else 2, 1, 20, 6, dtype=torch.float64)
     cu = torch.tensor([[0, 0, 10, 10, 37], [0, 4, 20, 40, 40]], device=DEVICE)
@@ -413,7 +415,7 @@ def test_kernels_keep_to_what_every_target_has():
     for source in sources.values():
         assert not re.search(r"inline_asm|tensor_descriptor|block_ptr|tf32x3|atomic", source)
         loads += re.findall(r"tl\.load\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)", source)
-    # A masked load without it reads anything.
+    # A masked load without ``other`` reads arbitrary values.
     assert loads and all("other=" in load for load in loads if "mask=" in load)
 
 

@@ -1,4 +1,4 @@
-"""Triton's kernels of attention and of the choice of chunks against the references, as ``test_triton``."""
+"""Triton's kernels of attention and of the choice of chunks against the references; see ``test_triton``."""
 
 import pytest
 import torch
@@ -18,12 +18,12 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.
 
 
 def finite(attended):
-    """What ``compare`` takes: where nothing is seen lse is -inf."""
+    """Outputs for ``compare``: -inf, the lse of a token without keys, is replaced."""
     return attended.o, attended.lse.masked_fill(attended.lse == float("-inf"), 0.0)
 
 
 def chosen(tokens, keys, chunk_size, window, count, groups=2, batch=1, documents=False, kept=None):
-    """A call; with ``documents`` a row has two, with ``kept`` k is the last keys only and chunks have others."""
+    """A call; with ``documents`` a row has two, with ``kept`` k has only the last keys and chunks have their own."""
     chunks = keys // chunk_size
     index = choices(batch, tokens, groups, chunks, count).to(DEVICE)
     # The first chunk of the second row starts before the first key.
@@ -41,7 +41,7 @@ def chosen(tokens, keys, chunk_size, window, count, groups=2, batch=1, documents
     return call
 
 
-# Heads, groups, sizes of keys and values; then as ``chosen``.
+# Heads, groups, sizes of keys and values; then the arguments of ``chosen``.
 CHOSEN = {
     "one_token": ((6, 1, 20, 7), dict(tokens=1, keys=40, chunk_size=3, window=4, count=3, groups=1)),
     "odd": ((3, 1, 60, 100), dict(tokens=63, keys=75, chunk_size=16, window=17, count=2, groups=1)),
@@ -67,7 +67,7 @@ def test_attention_to_chosen_chunks_in_16_bits(dtype):
 
 @torch.no_grad()
 def test_a_chunk_read_by_more_than_a_part_holds(monkeypatch):
-    """Its parts add up; and keys of splits are one softmax, those of chunks that nobody chose too."""
+    """Its parts are summed. All splits of keys are one softmax, also with chunks that no token chose."""
     from memlm_kernels.attention import triton
 
     monkeypatch.setattr(triton, "PER", 5)
@@ -90,7 +90,7 @@ WINDOWS = {
 
 
 def windowed(tokens, window, prefix, documents=False, own=False):
-    """A call; the prefix is the first keys, of the first row for all rows, or of each its own."""
+    """A call; the prefix is the first keys: those of the first row for all rows, or each row's own."""
     row = torch.cat([torch.arange(5, 5 + tokens // 2), torch.arange(tokens - tokens // 2)]).to(DEVICE)
 
     def call(x, backend):
@@ -118,7 +118,7 @@ def test_attention_to_a_window_in_16_bits(dtype):
 
 @pytest.mark.parametrize("tokens", [1, 75])
 def test_attention_to_means(tokens):
-    """A token alone that knows of none reads zeros; few keys are shared out among queries."""
+    """A token without chunks reads zeros; few keys are handled in several parts of the queries."""
     first, end = spans_of(1, tokens, 6)
     spans = (first.to(DEVICE), (end * 0 if tokens == 1 else end).to(DEVICE))
 
@@ -132,9 +132,9 @@ def test_attention_to_means(tokens):
     ("tokens", "chunks", "top_k"), [(1, 3, 12), (11, 10, 1), pytest.param(40, 150, 5, id="tiles"), (5, 70, 70)]
 )
 def test_choice(tokens, chunks, top_k):
-    # Small integers, whose products and sums are exact in any order: equal keys have equal scores.
+    # Products and sums of small integers are exact in any order: equal keys have equal scores.
     q, k, _ = ((8 * x).round().float().to(DEVICE) for x in heads_of(2, tokens, chunks))
-    # Of equal scores the lowest chunk is the best.
+    # Among equal scores the lowest chunk is the best.
     k[:, chunks // 2 :] = k[:, :1]
     spans = tuple(x.to(DEVICE) - 1 for x in spans_of(2, tokens, chunks))
     for known in (spans, None):
@@ -143,7 +143,7 @@ def test_choice(tokens, chunks, top_k):
 
 
 def test_choice_among_equal_scores_of_both_signs():
-    """Zeros of both signs are equal, and so are scores below them."""
+    """Zeros of both signs are equal, and so are equal scores below zero."""
     q, k = torch.zeros(1, 3, 4, 6, device=DEVICE), torch.ones(1, 9, 2, 6, device=DEVICE)
     k[:, ::2] = -1
     for scale in (0.0, 1.0, -1.0):
@@ -191,7 +191,7 @@ def test_work_of_attention_is_counted():
     q, k, v = (x.float().to(DEVICE).requires_grad_() for x in heads_of(1, 5, 9, dim=6, value_dim=5))
     with FlopCounterMode(display=False) as counter:
         chosen(5, 9, 2, 3, 2)((q, k, v), "triton")[0].sum().backward()
-    # Seven keys of each token and head: a product with keys, one with values; backward three, and two.
+    # Seven keys per token and head: one product with keys, one with values; in backward three and two.
     assert counter.get_total_flops() == 2 * 5 * 4 * 7 * ((6 + 5) + (3 * 6 + 2 * 5))
 
 

@@ -8,7 +8,7 @@ from memlm_kernels.testing import assert_close
 from tests.kernels.test_triton import BFLOAT16, DEVICE, compare, poisoned  # noqa: F401
 
 DTYPES = [torch.float32, torch.float16, BFLOAT16]
-# Rows, tokens, choices, features: one of each, tiles and features that are not whole, more choices than features.
+# Rows, tokens, choices, features: one of each, incomplete tiles and features, more choices than features.
 SIZES = [(1, 1, 1, ()), (2, 11, 2, (3,)), (3, 8, 3, (2, 130)), (1, 3, 7, (5,)), (2, 19, 1, (300,))]
 
 
@@ -43,7 +43,7 @@ def test_combination(size, dtype, shared):
     def call(x, backend):
         return [combine_reads(x[0], place, x[3], x[1] if shared else None, backend=backend)]
 
-    # The fourth is in fp32 whatever the others are, as a router's weights.
+    # The fourth is always in fp32, as a router's weights are.
     compare(call, [*tensors, *filler, weight], dtype)
 
 
@@ -65,7 +65,7 @@ def test_no_tokens():
 
 
 def test_the_same_bits_again():
-    """Every gradient has one owner: a token has 7 rows whose sum depends on its order."""
+    """Every gradient has one owner. A token has 7 rows, whose sum depends on the order."""
     place, x = places(2, 40, 7), torch.randn(2, 40, 33, device=DEVICE)
     weight, given = torch.rand(place.shape, device=DEVICE), torch.randn(2, 280, 33, device=DEVICE)
     found = []

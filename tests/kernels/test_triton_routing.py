@@ -20,7 +20,7 @@ def bank(sizes, rows=2, tokens=7, heads=4, groups=2, dim=5, shared=False):
 
 
 def agree(q, k, document, dtype=torch.float32, **settings):
-    """Choices, scores, what goes on to the next call, and gradients."""
+    """Compare choices, scores, the scores for the next call, and gradients."""
     chosen = {}
 
     def call(x, backend):
@@ -39,7 +39,7 @@ RULES = list(itertools.product(["cosine", "dot"], ["mean", "max"], ["mean", "max
 @pytest.mark.parametrize("running", [False, True])
 @pytest.mark.parametrize("rule", RULES, ids="-".join)
 def test_routing(rule, running):
-    """Two samples of a packed row, a row that knows little; tokens that do not ask; scores of an earlier call."""
+    """Two samples of a packed row; a row with few documents; tokens that do not route; scores of an earlier call."""
     q, k, document = bank([2, 1, 3, 1, 2])
     document[1, 7:] = 9
     first = torch.tensor([[0, 0, 0, 0, 3, 3, 3], [0] * 7], device=DEVICE)
@@ -53,7 +53,7 @@ def test_routing(rule, running):
 @pytest.mark.parametrize("running", [False, True])
 @pytest.mark.parametrize(("tokens", "dim", "top_k", "shared"), [(1, 60, 1, False), (19, 100, 3, True)])
 def test_routing_over_tiles_and_parts(tokens, dim, top_k, shared, running, monkeypatch):
-    """Documents lie across tiles of chunks, tiles of 16 tokens, and the parts that programs share."""
+    """Documents lie across tiles of chunks, tiles of 16 tokens, and the parts of programs."""
     monkeypatch.setattr(routing, "_split", lambda size, programs, least: (64, -(-size // 64)))
     monkeypatch.setattr(routing, "_PLACES", 64)
     inputs = bank([1, 30, 50, 1, 7, 2], 2, tokens, dim=dim, shared=shared)
@@ -67,7 +67,7 @@ def test_routing_in_16_bits(dtype):
 
 @pytest.mark.parametrize("running", [False, True])
 def test_of_equal_scores_the_lowest_number(running):
-    """Small integers, whose products are exact: all documents but the first two are alike."""
+    """Products of small integers are exact: all documents except the first two have equal scores."""
     q, k, document = bank([1, 2] + [1] * 70, heads=4, dim=4)
     q, k = q.round(), k.round()
     k[:, 3:] = k[:, 3:4]
@@ -96,7 +96,7 @@ def test_routing_without_tokens_chunks_or_documents():
 
 @torch.no_grad()
 def test_merged_lists():
-    """A number that stands in several lists, equal scores, and places without any."""
+    """A number in several lists, equal scores, and empty places."""
     g = torch.Generator().manual_seed(0)
     index = torch.stack([torch.randperm(20, generator=g)[:9] for _ in range(10)]).view(5, 2, 9).to(DEVICE)
     score = torch.randint(4, (5, 2, 9), generator=g).float().to(DEVICE)

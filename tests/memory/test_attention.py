@@ -74,7 +74,7 @@ def test_equals_a_loop_over_queries(backend, settings, length):
 
 
 def test_low_precision_far_into_a_stream():
-    """Positions are not rounded to the model's dtype: bf16 knows 8 bits of them."""
+    """Positions are not rounded to the model's dtype: bf16 would keep 8 bits of them."""
     module = mixer("eager", window_size=8)
     low = copy.deepcopy(module).bfloat16()
     x = torch.randn(1, 20, 24).bfloat16()

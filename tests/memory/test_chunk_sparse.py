@@ -1,4 +1,4 @@
-"""What the contract cannot know: the layer is its equations, all chunks are full attention, the choice is taught."""
+"""Tests beside the contract: the layer's equations, all chunks equal full attention, and the choice is taught."""
 
 import copy
 import dataclasses
@@ -54,7 +54,7 @@ def inputs(length, batch=1, seed=0):
 
 
 def loop(mixer, x):
-    """One row, token by token: the output, and what the distilling loss is before its weight."""
+    """One row, token by token: the output, and the distilling loss before its weight."""
     config = mixer.chunked
     size, window = config.chunk_size, config.window_size
     positions = torch.arange(len(x))[None]
@@ -139,7 +139,7 @@ def test_the_layer_is_its_equations(learning, settings):
 
 @pytest.mark.parametrize("shared", [{"conv_size": 0}, {"conv_size": 4}, {"qk_norm": True}], ids=str)
 def test_all_chunks_are_full_attention_with_its_weights(shared):
-    """What makes it fit a trained backbone: every weight of the kind ``attention``, and with all chunks its output."""
+    """It fits a trained backbone: it takes every weight of ``attention``, and with all chunks gives its output."""
     torch.manual_seed(0)
     dense = attention.Mixer(attention.Config(**shared), DIMS, 0).double()
     settings = dict(top_k=20, far_positions=True, **shared)
@@ -153,7 +153,7 @@ def test_all_chunks_are_full_attention_with_its_weights(shared):
     expected = step(dense, x).y_BTD
     for mixer in (distilled, compressed):
         assert_close("y", expected, step(mixer, x).y_BTD, 1e-12)
-    # Closed, and yet it learns.
+    # The gate is closed, but it learns.
     assert not compressed.gate(x).any()
     step(compressed, x).y_BTD.square().sum().backward()
     assert (compressed.gate.bias.grad.abs() > 1e-6).all() and (compressed.gate.weight.grad.abs().amax(1) > 1e-6).all()
@@ -170,7 +170,7 @@ def test_queries_and_keys_start_tied_for_each_group():
 
 
 def test_the_distilling_loss_knows_documents_padding_and_pieces():
-    """It is the mean over the real tokens of a row that have a choice, in whichever calls they stand."""
+    """It is the mean over the real tokens of a row that have a choice, over all calls."""
     mixer, lengths = mixer_of(learning="distilled"), [31, 9, 22, 3]
     pieces = [inputs(n, seed=n) for n in lengths]
 
@@ -178,7 +178,7 @@ def test_the_distilling_loss_knows_documents_padding_and_pieces():
         out = step(mixer, x, state, **facts)
         return out.aux_losses["router"].item(), out.state
 
-    # Tokens that may choose are those from place window_size on.
+    # Tokens may choose from position window_size on.
     taught = [max(0, n - SMALL["window_size"]) for n in lengths]
     alone = sum(total(x)[0] * n for x, n in zip(pieces, taught, strict=True)) / sum(taught)
     x = torch.cat([*pieces, torch.full((1, 5, 32), 3.0, dtype=torch.float64)], 1)
@@ -199,7 +199,7 @@ def test_only_training_pays_for_dense_attention():
 
 
 def test_choosing_reaches_where_the_windows_do_not():
-    """Two layers with windows of 16 and a convolution of 4 see 36 tokens back; memory off, no further."""
+    """Two layers with windows of 16 and a convolution of 4 reach 36 tokens back; with the memory off, no further."""
     model, ids = build("chunk_sparse"), torch.arange(60)[None]
     other = ids.clone()
     other[0, 0] += 100
@@ -221,7 +221,7 @@ def test_memory_off_is_the_window_alone(learning):
 
 
 def test_the_state_keeps_one_mean_a_chunk():
-    """However it was read: by tokens, too, for which only the device knows when a chunk ends."""
+    """However the stream was read, also token by token, where only the device has the ends of chunks."""
     torch.manual_seed(0)
     model = MemLMForCausalLM(model_config("chunk_sparse")).eval()
     shapes = []
@@ -244,9 +244,9 @@ def test_no_tensor_of_all_tokens_with_all_tokens_or_chunks():
 
 @torch.no_grad()
 def check_cost(mixer):
-    """FLOPs of a token: those of routing are a product for each chunk and group, and two for each head where means are
-    read; all others are as many whatever the past. Of calls that go on from a past exactly; of one call of a whole
-    stream but for its first tokens, which see less.
+    """FLOPs of a token: routing takes one product per chunk and group, and two per head if means are read. All other
+    FLOPs do not depend on the past. This is exact for calls that continue; in one call of a whole stream, the first
+    tokens take less.
     """
     size, heads, groups, dim = 16, 4, 2, 8
     products = groups + (2 * heads if mixer.chunked.learning == "compressed" else 0)
@@ -289,7 +289,7 @@ def test_cost_that_grows_otherwise_is_found_out(wrong, monkeypatch):
 
 @pytest.mark.parametrize("length", [40, 43])
 def test_a_token_takes_few_operations(length):
-    """One that ends no chunk, and one that does."""
+    """One token inside a chunk, and one that ends a chunk."""
     mixer = mixer_of(conv_size=4, far_positions=False).eval()
     with torch.no_grad():
         state = step(mixer, inputs(length), metrics=False).state
@@ -297,7 +297,7 @@ def test_a_token_takes_few_operations(length):
         x = inputs(1)
         rows = Rows.of(x, **facts)
         mixer(x, state, rows)
-        # What all layers share is made.
+        # Tensors that all layers share are made before.
         with Watch() as watch:
             mixer(x, state, rows)
     assert watch.operations <= (150 if length == 40 else 160)

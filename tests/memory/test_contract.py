@@ -1,4 +1,4 @@
-"""What every memory promises, whatever it is: run on every YAML of configs/memory and every VARIANT.
+"""The contract of every memory: run on every YAML of configs/memory and every VARIANT.
 
 All comparisons are between whole models in fp64, so that 1e-10 means equal.
 """
@@ -29,7 +29,7 @@ def tokens(batch, length, seed=0):
 
 
 def stream(model, ids, cuts, cache=None, **kwargs):
-    """Feed a stream in pieces; outputs joined, and the memory after it."""
+    """Feed a stream in pieces. Returns the joined outputs, and the memory after it."""
     cache = MemoryCache() if cache is None else cache
     with torch.no_grad():
         out = [model(piece, past_key_values=cache, **kwargs).logits for piece in ids.split(cuts, 1)]
@@ -54,7 +54,7 @@ def test_streaming_any_division_of_the_stream_is_the_same(variant, cuts):
 
 
 def test_writes_stand_at_absolute_positions(variant):
-    """The memory after a stream does not know how the stream was cut; nor does what follows."""
+    """The memory after a stream does not depend on how the stream was cut; nor do later outputs."""
     model, ids = model_of(variant), tokens(2, 60)
     _, one = stream(model, ids, [60])
     _, many = stream(model, ids, [7, 20, 1, 32])
@@ -111,7 +111,7 @@ def test_packed_documents_stream_over_any_cut(variant):
 
 @pytest.mark.parametrize("tail", [1, 2, 5])
 def test_a_stream_goes_on_from_the_last_packed_document(variant, tail):
-    """What follows without positions belongs to the document that stood last, however short."""
+    """Tokens that follow without positions belong to the last document, however short it is."""
     model, ids, more = model_of(variant), tokens(1, 20 + tail), tokens(1, 30, seed=2)
     positions = torch.cat([torch.arange(20), torch.arange(tail)])[None]
     cache = MemoryCache()
@@ -123,7 +123,7 @@ def test_a_stream_goes_on_from_the_last_packed_document(variant, tail):
 
 
 def test_rows_without_tokens_wait(variant):
-    """A row whose tokens are all padding in one call is as if the call had not been."""
+    """A call does not change a row whose tokens are all padding in it."""
     model, ids = model_of(variant), tokens(2, 40)
     mask = torch.ones(2, 10, dtype=torch.long)
     mask[1] = 0
@@ -180,7 +180,7 @@ def test_padding_leaves_no_trace(variant, side):
 
 
 def test_a_place_in_the_stream_is_only_a_place_in_its_document(variant):
-    """Stored keys carry nothing of the row they were written in: a document is the same wherever it stands."""
+    """Stored keys do not depend on the place in the row: a document is the same wherever it begins."""
     model, ids = model_of(variant), tokens(1, 30)
     with torch.no_grad():
         alone = model(ids).logits
@@ -200,7 +200,7 @@ def test_save_load_continue_is_exact(variant, tmp_path):
     for (name, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
     for p in again.parameters():
-        # Loaded weights lie unaligned in the mapped file, where other SIMD paths round differently.
+        # Loaded weights lie unaligned in the mapped file; other SIMD paths then round differently.
         p.data = p.data.clone()
     expected, _ = stream(model, ids[:, 41:], [29], cache)
     got, _ = stream(again, ids[:, 41:], [29], MemoryCache.load(tmp_path))
@@ -276,7 +276,7 @@ def test_finite_at_initialisation(variant, length, dtype, repeated):
 
 
 def test_low_precision_models_accumulate_in_fp32(variant, monkeypatch):
-    """With the same choices of memories and chunks: rounding may turn a close one, which is another question."""
+    """With the same choices of memories and chunks, because rounding may change a close choice."""
     low = model_of(variant, dtype=torch.bfloat16)
     ids = tokens(1, 500)
     chosen = []
@@ -320,7 +320,7 @@ def test_generate_with_memory_equals_without(variant):
 
 
 def test_generate_goes_on_from_a_memory(variant):
-    """Read once, ask later: the same as one prompt, and a fork can be asked again."""
+    """Reading first and asking later equals one prompt, and a fork can be asked again."""
     model, book, question = model_of(variant), tokens(2, 50), tokens(2, 6, seed=1)
     options = dict(max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
     expected = model.generate(torch.cat([book, question], 1), **options)[:, 50:]
@@ -340,13 +340,13 @@ def test_no_tokens_and_one_token(variant):
         nothing = model(tokens(2, 0), past_key_values=cache)
         one = model(tokens(2, 1), past_key_values=cache)
         assert nothing.logits.shape == (2, 0, VOCAB) and not nothing.metrics
-        # A figure of rows may be one that a row does not have.
+        # A row may lack a figure that other rows have.
         assert all(torch.isfinite(x).all() for x in one.metrics.values() if x.ndim != 1)
         assert_close("first token", model(tokens(2, 1)).logits, one.logits, EXACT)
 
 
 def test_state_is_bounded_or_says_so(variant):
-    """Decode cost: unless it is full attention, the state after 200 tokens is as large as after 50."""
+    """Except for full attention, the state after 200 tokens is as large as after 50."""
     model = model_of(variant)
     _, short = stream(model, tokens(1, 50), [50])
     _, long = stream(model, tokens(1, 200), [200])

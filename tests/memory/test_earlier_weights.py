@@ -1,5 +1,5 @@
-"""Weights of earlier versions: the same names, shapes and order, by which an optimiser's state goes on, and the same
-function of them. tests/reference/weights.json was written by version 0.1 (commit 78b8980).
+"""Weights of earlier versions: names, shapes and order are the same, so an optimiser's state can continue, and so is
+their function. Version 0.1 (commit 78b8980) wrote tests/reference/weights.json.
 """
 
 import json
@@ -17,7 +17,7 @@ PREFIX = "model.layers.0.mixer."
 
 
 def fill(model) -> None:
-    """Numbers from -0.3 to 0.3 that any machine makes alike."""
+    """Fill with numbers from -0.3 to 0.3 that are equal on every machine."""
     with torch.no_grad():
         for i, p in enumerate(model.parameters()):
             n = torch.arange(1, p.numel() + 1)

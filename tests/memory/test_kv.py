@@ -1,4 +1,4 @@
-"""Keys grow without copies of the past, and nobody sees what another has put behind it."""
+"""Keys grow without copies of the past, and no reader sees keys that another has added behind it."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def entries(length, seed, dtype=torch.float32):
 
 @torch.no_grad()
 def test_it_is_concatenation_for_everyone_who_goes_on():
-    """From each of many pasts two go on, by pieces of any length: the first may write in place, all read their own."""
+    """Two continue from each of many pasts, in pieces of any length. The first may write in place."""
     paths = [(entries(5, 0), entries(5, 0))]
     for turn in range(60):
         expected, past = paths[turn // 2]
@@ -36,7 +36,7 @@ def test_places_stay_and_move_seldom():
     for turn in range(2000):
         x, _ = append(x, entries(1, turn))
         places.add(x.data_ptr())
-    # From 20 to 2,020 in quarters; and no more room than that.
+    # From 20 to 2,020 in steps of a quarter, and no more room than that.
     assert len(places) < 25
     assert x.untyped_storage().nbytes() <= 1.25 * x.nbytes
 
@@ -68,7 +68,7 @@ def test_rows_keep_their_real_entries_last():
 
 
 def written(mixer, past):
-    """Elements that a token's decoding writes, once the room is there."""
+    """Elements that decoding one token writes, once there is room."""
     x = torch.randn(2, past + 4, 32)
     state = step(mixer, x[:, :past]).state
     for t in (past, past + 1):
@@ -82,7 +82,7 @@ def written(mixer, past):
 @pytest.mark.parametrize("far_positions", [True, False])
 @pytest.mark.parametrize("learning", chunk_sparse.LEARNING)
 def test_a_token_of_chosen_chunks_copies_no_past(learning, far_positions):
-    """But for what each chunk costs: a copy of either keys or values would be 32,768 more."""
+    """Only the cost of each chunk remains: a copy of keys or of values would write 32,768 elements more."""
     settings = dict(chunk_size=CHUNK, window_size=CHUNK, top_k=2, learning=learning, far_positions=far_positions)
     mixer = chunk_sparse.Mixer(chunk_sparse.Config(**settings), DIMS, 0).eval()
     more = written(mixer, 2048) - written(mixer, 1024)
@@ -91,6 +91,6 @@ def test_a_token_of_chosen_chunks_copies_no_past(learning, far_positions):
 
 @torch.no_grad()
 def test_a_token_of_full_attention_copies_no_past():
-    """But for its mask, some numbers a key: keys and values have 32 in each row."""
+    """Only the mask remains, with a few numbers per key; keys and values have 32 in each row."""
     mixer = attention.Mixer(attention.Config(), DIMS, 0)
     assert written(mixer, 2048) - written(mixer, 1024) < 2 * 2 * 8 * 1024

@@ -1,7 +1,7 @@
-"""What wraps, moves or replaces a module, run on every memory: hooks, adapters, weights on a disk, eight bits.
+"""Tools that wrap, move or replace a module, on every memory: hooks, adapters, offloaded weights, eight bits.
 
-Each of them stands between a module and its parameters, so a parameter is read by its owner's ``forward`` alone, and
-an ``nn.Linear`` is called, and is an affine map of its input.
+Each of them acts between a module and its parameters. So only the owner's ``forward`` may read a parameter, and an
+``nn.Linear`` must be called, as an affine map of its input.
 """
 
 import pytest
@@ -16,7 +16,7 @@ from memlm.roles import Roles
 from memlm_kernels.testing import assert_close, relative_error
 from tests.conftest import build, variants
 
-# Features with scales of their own, which the memory of this form reads in a second way.
+# Features with their own scales, which a memory of this form reads in a second way.
 MORE = [
     pytest.param(("titans_mac", {"polynomial_degree": 2, "memory_head_dim": 8}), id="titans_mac-polynomial_degree=2")
 ]
@@ -30,7 +30,7 @@ def model_of(variant, **kwargs) -> MemLMForCausalLM:
 
 
 def inputs(variant) -> dict[str, torch.Tensor]:
-    """Tokens, and for a memory of documents what its routers need."""
+    """Tokens, and the roles that a memory of documents needs."""
     ids = torch.randint(259, (1, 75), generator=torch.Generator().manual_seed(0))
     if variant[0] != "msa":
         return {"input_ids": ids, "labels": ids}
@@ -61,7 +61,7 @@ def test_every_linear_is_called_and_is_an_affine_map(variant):
     assert called == set(linears)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # Of peft.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # From peft.
 def test_adapters_of_all_linears_are_trained_and_can_be_merged(variant):
     config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     model, given = get_peft_model(model_of(variant), config).train(), inputs(variant)
@@ -92,7 +92,7 @@ def test_layers_on_a_disk_change_nothing(variant, tmp_path):
 
 
 class EightBits(nn.Module):
-    """Stands where a Linear stood, as quantisers' modules do: no Linear, and no ``weight`` of floating point."""
+    """Replaces a Linear, as quantisers do: a module that is no Linear and has no floating-point ``weight``."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class EightBits(nn.Module):
         return F.linear(x, self.rounded, self.bias)
 
 
-# Of torch's own quantisation, which is to move to another package.
+# From torch's own quantisation, which will move to another package.
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 def test_linears_of_eight_bits_run_and_err_by_their_rounding_alone(variant):
@@ -119,7 +119,7 @@ def test_linears_of_eight_bits_run_and_err_by_their_rounding_alone(variant):
             model.get_submodule(name).weight.copy_(eight.get_submodule(name).rounded)
         expected = model(**given).logits
         assert_close("logits", expected, eight(**given).logits, EXACT)
-        # torch's rounds activations too, to seven bits or eight by the machine.
+        # torch's quantisation rounds activations too, to seven or eight bits, depending on the machine.
         torchs = torch.ao.quantization.quantize_dynamic(model.float(), {nn.Linear}, dtype=torch.qint8)
         assert isinstance(torchs.lm_head, torch.ao.nn.quantized.dynamic.Linear)
         assert relative_error(expected, torchs(**given).logits) < 0.5

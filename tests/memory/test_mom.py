@@ -1,4 +1,4 @@
-"""Mixture of memories: routing, against dense memories and flash-linear-attention's outputs."""
+"""Mixture of memories: routing against dense memories and against flash-linear-attention's outputs."""
 
 import json
 
@@ -44,7 +44,7 @@ def choices(mixer, x):
 @pytest.mark.parametrize("single_kv", [False, True])
 @pytest.mark.parametrize("rule", [name for name in RULES if name != "titans"])
 def test_the_layer_is_dense_memories_that_ignore_what_others_get(rule, single_kv):
-    """No sorting: every memory sees every token, and those that it does not get neither write nor decay."""
+    """Without sorting: every memory sees every token; a token sent elsewhere neither writes nor decays."""
     mixer = mixer_of(rule=rule, conv="none", single_kv=single_kv, num_heads=2)
     config, x = mixer.config, tokens(2, 75)
     sent = choices(mixer, x)
@@ -74,12 +74,12 @@ def test_the_last_token_changes_nothing_before_it_in_training_mode(settings):
     x = tokens(3, 60)
     other = x.clone()
     other[:, -1] += 1.0
-    # Products of other sizes round otherwise.
+    # Products of other sizes round differently.
     assert_close("before", step(mixer, x).y_BTD[:, :-1], step(mixer, other).y_BTD[:, :-1], 1e-14)
 
 
 def test_convolving_across_segments_sees_the_future_and_only_in_training():
-    """What the option is for is a defect; it must be that one, and no default."""
+    """The option reproduces a defect; it must be exactly this defect, and not the default."""
     mixer, plain = mixer_of(conv_across_segments=True), mixer_of()
     x = tokens(2, 60)
     other = x.clone()
@@ -101,7 +101,7 @@ def test_memories_with_no_token_one_token_and_all_tokens(top_k):
     mixer = mixer_of(top_k=top_k)
     x = tokens(1, 40)
     with torch.no_grad():
-        # Memory 0 gets everything; with top_k=1 the others nothing, but memory 1 what looks like token 7.
+        # Memory 0 gets every token. With top_k=1 the others get none, except memory 1, which gets tokens like token 7.
         mixer.router.weight.zero_()
         mixer.router.weight[1] = 100 * x[0, 7] / x[0, 7].square().sum() - 0.6 * x[0].mean(0)
         sent = choices(mixer, x)
@@ -140,7 +140,7 @@ TOKENS = [{"rule": rule} for rule in RULES] + [
 @pytest.mark.parametrize("rows", [1, 2, 5])
 @pytest.mark.parametrize("settings", TOKENS, ids=str)
 def test_one_token_meets_its_memories_alone_and_is_as_routed(settings, rows):
-    """Against the same token with a row's length given, which takes the path of many tokens."""
+    """Compared with the same token and a given row length, which takes the path of many tokens."""
     mixer, x = mixer_of(**settings), tokens(rows, 10)
     before = step(mixer, x[:, :9])
     calls = []
@@ -162,13 +162,13 @@ def test_one_token_meets_its_memories_alone_and_is_as_routed(settings, rows):
     for loss in expected.aux_losses:
         assert_close(loss, expected.aux_losses[loss], got.aux_losses[loss], 1e-12)
     assert [g is None for g in routed] == [g is None for g in gradients]
-    # Of all at once: a router of one choice has a gradient of 0, and rounding.
+    # All gradients together: that of a router with one choice is 0, and rounding.
     expected, got = (torch.cat([g.flatten() for g in of_all if g is not None]) for of_all in (routed, gradients))
     assert_close("gradients", expected, got, 1e-12)
 
 
 def test_many_tokens_take_few_operations():
-    """Forward and backward: the tokens of all memories go through one recurrence."""
+    """Forward and backward: one recurrence takes the tokens of all memories."""
     mixer, x = mixer_of().float(), tokens(1, 256).float().requires_grad_()
     with Watch() as watch:
         step(mixer, x).y_BTD.sum().backward()
@@ -237,7 +237,7 @@ def test_the_bias_is_driven_towards_even_loads_and_has_no_other_effect():
 
 
 def test_losses_of_a_row_are_its_own_whatever_else_is_in_the_call():
-    """The routers' losses too, and their gradients: a mean over rows does not depend on how rows share out calls."""
+    """The routers' losses and gradients too: a mean over rows does not depend on the division into calls."""
     mixer, x = mixer_of(balance_bias=True, z_loss=0.01), tokens(4, 30)
     lengths = torch.tensor([30, 17, 1, 0])
     whole = step(mixer, x, lengths_B=lengths).aux_losses
@@ -269,7 +269,7 @@ def test_padding_counts_for_no_load():
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_parity_with_flash_linear_attention(name):
-    """Within 1e-5; gradients within twice what one rounding of the weights changes, where that is more."""
+    """Within 1e-5; gradients within twice the change by one rounding of the weights, if that is more."""
     folder = ROOT / "tests" / "reference" / "mom_tiny" / name
     config = fla_mom.config_from_fla(json.loads((folder / "config.json").read_text()))
     weights = fla_mom.weights_from_fla(load_file(folder / "model.safetensors"), config)
