@@ -113,7 +113,7 @@ class Chain(NamedTuple):
 
 
 class Linked(NamedTuple):
-    """Texts of documents by name, and questions; chance: of a right answer without reading."""
+    """Texts of documents by name, and chains of questions; chance: of a right answer without reading."""
 
     texts: dict[str, str]
     chains: list[Chain]
@@ -267,9 +267,7 @@ class Facts(KeyedTask):
         return make_sample([MARK], told, [ASK, *keys[asked]], digits[asked])
 
     def library(self, seed: int, split: str, documents: int, questions: int) -> Library:
-        """`documents` documents as long as those of a sample, and at most `questions` questions, each about another
-        one.
-        """
+        """`documents` documents as long as those of a sample, and `questions` questions, spread evenly over them."""
         rest = 2 + self.key_length + self.digits
         length = rest + -(-(self.length - rest) * documents // self.num_documents)
         many = replace(self, length=length, num_documents=documents, min_documents=None, alike=0)
