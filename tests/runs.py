@@ -1,4 +1,4 @@
-"""Small runs for tests: their configuration, and what they wrote."""
+"""Small runs for tests: their configuration and their files."""
 
 import json
 
@@ -30,7 +30,7 @@ SMALLEST = (
 
 
 def config(folder, *overrides, small=SMALL):
-    # Interpolations that only a Hydra job resolves are given.
+    # These interpolations are given, because only a Hydra job resolves them.
     return composed(*small, f"run_dir={folder}/run", f"data.cache_dir={folder}/cache", *overrides)
 
 

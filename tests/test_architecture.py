@@ -1,4 +1,4 @@
-"""The rooms of the repository: who may import whom, and names that must not collide."""
+"""The rooms of the repository: which may import which, and names that must not collide."""
 
 import ast
 import os
@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-# A module may import from the rooms listed for its own; the longest prefix decides which room it is in.
+# A module may import from the rooms listed for its own room, which the longest prefix decides.
 ROOMS = {
     "memlm_kernels": set(),
     "memlm.files": set(),
@@ -130,7 +130,7 @@ def test_roles_of_tokens_have_their_numbers_in_one_place():
 
 @pytest.mark.parametrize(("path", "module"), FILES)
 def test_rooms_of_the_kernels_show_only_their_names(path, module):
-    """Only an op's folder imports its files, others import the folder; and files that all share import no folder."""
+    """Only an op's folder imports its files; others import the folder. Shared files import no folder."""
     kernels = ROOT / "kernels" / "memlm_kernels"
     shared = path.parent == kernels and path.name != "__init__.py"
     for name in imports(path, module):
@@ -146,7 +146,7 @@ def test_files_are_short(path, module):
 
 
 def test_every_op_opens_with_the_paper():
-    """A loop over tokens in plain PyTorch that fits on a page, and a test that takes it for the truth."""
+    """A loop over tokens in plain PyTorch that fits on a page, and a test that compares with it."""
     folders = [path.parent for path in (ROOT / "kernels/memlm_kernels").glob("*/__init__.py")]
     tests = "".join(path.read_text() for path in (ROOT / "tests/kernels").glob("test_*.py"))
     assert len(folders) >= 8
@@ -157,7 +157,7 @@ def test_every_op_opens_with_the_paper():
         assert re.search(used, tests), f"no test compares with {folder.name}/naive.py"
 
 
-# Packages whose module has another name; and tools, and an attention of transformers, which nothing imports by name.
+# Packages whose module has another name; and packages that no file imports by name, such as tools.
 MODULES = {"hydra-core": "hydra", "pyyaml": "yaml", "flash-linear-attention": "fla"}
 TOOLS = {"pytest-xdist", "ruff", "mypy", "pre-commit", "flash-attn"}
 
@@ -171,7 +171,7 @@ def declared(*extras):
 
 
 def used(*patterns):
-    """The modules from elsewhere that the files import, or skip a test without."""
+    """The external modules that the files import, or without which they skip a test."""
     paths = [path for pattern in patterns for path in ROOT.glob(pattern)]
     names = {name for path in paths for name in imports(path, "")}
     skipped = (re.findall(r"importorskip\(\"(\w+)", path.read_text()) for path in paths)
@@ -181,7 +181,7 @@ def used(*patterns):
 
 def test_packages_are_declared_if_and_only_if_they_are_imported():
     needed, optional = declared(), declared("parquet", "cpu-kernels", "fla")
-    # The peer of a benchmark lives in an environment of its own; the tests write a package outside of the repository.
+    # The peer of a benchmark has its own environment; the tests write a package outside the repository.
     assert used("*.py", "memlm/**/*.py", "kernels/**/*.py", "scripts/*.py") - {"titans_pytorch"} == needed | optional
     assert used("tests/**/*.py") - {"foo"} - needed - optional == declared("dev") - optional
 
@@ -196,7 +196,7 @@ def test_scripts_are_thin_and_free_of_side_effects():
     for script in ("train.py", "evaluate.py"):
         lines = (ROOT / script).read_text().splitlines()
         assert len(lines) < 40
-    # The root's evaluate.py shadows Hugging Face's evaluate for whoever imports it from here.
+    # The root's evaluate.py shadows Hugging Face's evaluate for imports from here.
     body = ast.parse((ROOT / "evaluate.py").read_text()).body
     allowed = (ast.Expr, ast.Import, ast.ImportFrom, ast.Assign, ast.FunctionDef, ast.If)
     assert all(isinstance(node, allowed) for node in body)

@@ -1,4 +1,4 @@
-"""The bank: documents kept elsewhere are documents in the context, whatever was added, deleted, saved or killed."""
+"""The bank: its documents act as documents in the context, whatever was added, deleted, saved or killed."""
 
 import copy
 
@@ -33,7 +33,7 @@ def bank_of(model, documents, **options) -> MemoryBank:
 
 
 def in_context(model, documents, parts, **options):
-    """Logits of ``parts``, (role, ids) each, behind the leading template of which the documents stand."""
+    """Logits of ``parts``, (role, ids) each; the documents come behind the leading template."""
     pieces = list(parts)
     at = 1 if pieces and pieces[0][0] == -2 else 0
     pieces[at:at] = [(n + 1, ids) for n, ids in enumerate(documents.values())]
@@ -78,7 +78,7 @@ def test_a_bank_equals_documents_in_the_context(settings, batch):
     for parts in (QUESTION, QUESTION[1:], [(0, tokens(1, 7))], [(0, tokens(3, 8)), (-1, tokens(2, 9))]):
         expected, cache = in_context(model, documents, parts), MemoryCache()
         assert_close("logits", expected, asked(model, bank, parts), EXACT)
-        # What was chosen is in the memory: the rest needs no bank.
+        # The chosen documents are in the memory: later calls need no bank.
         ids, doc_ids = joined(parts)
         cut = int((doc_ids == 0).nonzero()[-1, 1]) + 1
         got = [model(ids[:, :cut], roles=Roles(doc_ids[:, :cut], bank=bank), past_key_values=cache).logits]
@@ -96,7 +96,7 @@ def test_generation():
     bank, question = bank_of(model, documents), tokens(5, 3)[None]
     options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
     ids, doc_ids = joined([*((n + 1, x) for n, x in enumerate(documents.values())), (0, question[0])])
-    # transformers takes what looks like padding for it, unless a mask says otherwise.
+    # transformers treats ids that look like padding as padding, unless there is a mask.
     mask = torch.ones_like(ids)
     expected = model.generate(ids, doc_ids=doc_ids, attention_mask=mask, **options)[:, ids.shape[1] :]
     options["attention_mask"] = torch.ones_like(question)
@@ -215,7 +215,7 @@ def test_adding_reads_and_writes_what_is_new(tmp_path):
 
 
 def interrupted(documents, after):
-    """Documents, of which some come, and then a Ctrl-C."""
+    """An iterator over documents that ends with a Ctrl-C."""
     yield from list(documents.items())[:after]
     raise KeyboardInterrupt
 
@@ -325,7 +325,7 @@ def test_every_weight_counts_and_is_counted_once(dtype, monkeypatch):
     monkeypatch.setattr(memlm.fingerprint, "_checksum", lambda x: counted.append(x) or checksum(x))
     assert fingerprint(model.model) == found and not counted
     seen = {found}
-    # One value by one bit, two that change places, and values that move by one place.
+    # One flipped bit, two swapped values, and values that move by one place.
     for row, others in ((7, weight[7] * (1 + torch.finfo(dtype).eps)), (2, weight[2].flip(0)), (5, weight[5].roll(1))):
         old = weight[row].clone()
         weight[row, 3:9] = others[3:9]
@@ -385,7 +385,7 @@ def test_bad_requests_are_named():
 @pytest.mark.parametrize("autocast", [False, True])
 @torch.no_grad()
 def test_low_precision(autocast):
-    # All documents chosen: rounding may turn a close choice, which is another question.
+    # All documents are chosen, because rounding may change a close choice.
     model, documents = model_of(top_k=12), library()
     expected = in_context(model, documents, QUESTION)
     low = model.float() if autocast else model.bfloat16()

@@ -1,4 +1,4 @@
-"""A bank's folder: one writer at a time, nothing lost to faults, damage that is seen and named in a line."""
+"""A bank's folder: one writer at a time, nothing lost to faults, damage detected and named in one line."""
 
 import copy
 import json
@@ -29,10 +29,10 @@ def named(folder):
 
 
 class Saves:
-    """A memory, a bank that is changed, and a bank that is built, each in a folder of its own."""
+    """A memory, a bank that is changed, and a bank that is built, each in its own folder."""
 
     def __init__(self, folder):
-        # Every batch is a shard, and is saved.
+        # Every batch is a shard and is saved.
         memlm.bank.bank.AHEAD, memlm.bank.bank.COMMIT_SECONDS, memlm.bank.bank.SHARD_BYTES = 1, 0, 2000
         self.model = model_of()
         self.memories = [MemoryCache(), MemoryCache()]
@@ -68,7 +68,7 @@ class Saves:
         bank = MemoryBank.load(folder / "changed", self.model, verify=True)
         assert tuple(bank.documents()) in self.answers and (tuple(bank.documents()) == self.after or not done)
         assert_close("answers", self.answers[tuple(bank.documents())], asked(self.model, bank, QUESTION), EXACT)
-        # What a dead process left over goes, and nobody waits for its lock.
+        # Leftovers of a dead process are removed, and no process waits for its lock.
         bank.save(folder / "changed")
         assert shards(folder / "changed") == named(folder / "changed"), shards(folder / "changed")
         if (folder / "built" / INDEX).exists() and read_index(folder / "built")["complete"]:
@@ -96,7 +96,7 @@ def test_a_writer_that_does_not_know_what_is_there_is_refused(tmp_path):
         with pytest.raises(ValueError, match="holds a bank that this one does not know, perhaps saved by another"):
             bank.save(tmp_path)
     assert MemoryBank.load(tmp_path, model).documents() == ["d9"] and shards(tmp_path) == named(tmp_path)
-    # What it had mapped is its own still.
+    # The files that it has mapped are still its own.
     other.save(tmp_path / "other")
     assert MemoryBank.load(tmp_path / "other", model, verify=True).documents() == list(library())
     one.add({"more": tokens(3, 1)})
@@ -185,7 +185,7 @@ def tensor_ranges(path):
 @pytest.mark.parametrize("key_dtype", ["auto", "float8_e4m3fn"])
 @torch.no_grad()
 def test_damage_of_files_is_seen(key_dtype, tmp_path):
-    """Of an index and a table at once, of keys when they are asked, of contents when they are copied or verified."""
+    """Damage of an index or a table is seen at once, of keys on a query, of contents on a copy or by ``verify``."""
     model = model_of().float()
     bank_of(model, {f"{i}": tokens(150, i) for i in range(30)}, key_dtype=key_dtype).save(tmp_path)
     (shard,) = tmp_path.glob("shard-*")
@@ -239,7 +239,7 @@ def test_a_damaged_shard_is_refused_again_and_again(tmp_path):
 
 @pytest.mark.parametrize("cases", [100, pytest.param(3000, marks=pytest.mark.slow)])
 def test_any_json_in_the_place_of_a_value_is_one_line_or_the_same_content(cases, tmp_path):
-    """In an index, and in the header of a memory's or a shard's file, of which some words are left out."""
+    """In an index, and in the header of a memory's or a shard's file, except for some words."""
     model, memory = model_of().float(), MemoryCache()
     bank_of(model, library()).save(tmp_path)
     model(tokens(5, 1)[None], past_key_values=memory)

@@ -1,4 +1,4 @@
-"""What a bank keeps, in which type and where: routers' keys in low precision, contents in tiers, what is nominated."""
+"""The storage of a bank: routers' keys in low precision, contents in tiers, and nominated documents."""
 
 import functools
 
@@ -53,7 +53,7 @@ def test_keys_in_low_precision_find_what_is_clear(dtype, most, similarity, backe
     """Errors of the scores stay below ``most`` of the largest, and a document that stands out is found."""
     generator, sizes = torch.Generator().manual_seed(0), torch.tensor([5, 1, 40, 3, 17] * 20)
     document, q = torch.arange(100).repeat_interleave(sizes), torch.randn(2, 5, 4, 32, generator=generator)
-    # Norms differ by far, as those of pooled keys may.
+    # Norms differ much, as those of pooled keys may.
     k = torch.randn(len(document), 2, 32, generator=generator) * torch.rand(len(document), 1, 1, generator=generator)
     k[700] = 3 * q[0, 2].unflatten(0, (2, 2)).sum(1)
     exact = route_documents(q, k[None], document[None], top_k=100, num_documents=100, similarity=similarity)
@@ -73,7 +73,7 @@ def test_keys_in_low_precision_find_what_is_clear(dtype, most, similarity, backe
 @pytest.mark.parametrize("key_dtype", ["auto", "bfloat16", "float8_e4m3fn"])
 @torch.no_grad()
 def test_contents_live_where_they_are_told_to(content, key_dtype, tmp_path, monkeypatch):
-    """Saved, loaded, grown and pruned; the answers are those of a bank that was never saved."""
+    """The bank is saved, loaded, grown and pruned; its answers are those of a bank that was never saved."""
     monkeypatch.setattr(memlm.bank.bank, "SHARD_BYTES", 4000)
     model, documents = model_of().float(), library()
     bank = bank_of(model, documents, tokens_per_batch=16, content=content, key_dtype=key_dtype)
@@ -104,7 +104,7 @@ def test_contents_live_where_they_are_told_to(content, key_dtype, tmp_path, monk
 
 @torch.no_grad()
 def test_a_device_of_its_own_has_the_keys_side_by_side(monkeypatch, tmp_path):
-    """As on a GPU, where routing reads slabs, which grow, are marked and tidied, whatever the shards are."""
+    """As on a GPU: routing reads slabs of keys, which grow, are marked and cleaned up, independently of the shards."""
     monkeypatch.setattr(memlm.bank.bank, "SHARD_BYTES", 2000)
     monkeypatch.setattr(memlm.bank.resident, "_LEAST", 8)
     made, nominate = MemoryBank.__init__, memlm.bank.bank.nominate_documents

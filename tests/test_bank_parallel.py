@@ -1,4 +1,4 @@
-"""A bank dealt to several processes is the bank of one: routes, contents, tokens, folders."""
+"""A bank divided among several processes equals the bank of one: routes, contents, tokens, folders."""
 
 import contextlib
 
@@ -20,12 +20,12 @@ SETTINGS = [
     {"similarity": "dot", "routing": "query", "top_k": 3},
     {"head_reduce": "max", "query_reduce": "mean", "chunk_reduce": "mean"},
 ]
-# Of each of these banks.
+# How each of these banks keeps its keys and contents.
 KEPT = [{}, {"key_dtype": "float8_e4m3fn"}, {"key_dtype": "bfloat16", "content": "host"}]
 
 
 def told(bank):
-    """What a user can see of a bank."""
+    """Everything of a bank that a user can see."""
     ids, doc_ids = joined(QUESTION[:-1])
     rows = [tokens(5, 3), tokens(5, 4)]
     found = bank.search(torch.stack(rows))
@@ -41,7 +41,7 @@ def told(bank):
 
 @torch.no_grad()
 def story(group, folder):
-    """Banks are built, changed, saved, and loaded, among them one that a single process saved."""
+    """Build, change, save and load banks, one of which a single process saved."""
     said = []
     for i, (settings, kept) in enumerate(zip(SETTINGS, KEPT, strict=True)):
         model, where = model_of(**settings), folder / f"{i}"
@@ -80,7 +80,7 @@ def work(rank, folder):
 
 
 def alone(rank, group):
-    """What each process keeps, ties, models that differ, and how many collectives a layer costs."""
+    """The share of each process, ties, differing models, and the number of collectives per layer."""
     bank = MemoryBank.build(model_of(), library(), progress=False, group=group)
     ranks, said = Ranks(group), {"kept": sum(shard.router_LCGK.shape[1] for shard in bank.shards)}
     mine = torch.tensor([[9 - rank, 20 + rank, -1]]), torch.tensor([[0.5, 0.25, float("-inf")]])
@@ -107,7 +107,7 @@ def alone(rank, group):
 
 
 def failing(rank, group, folder):
-    """The errors of who saves, loads and locks, of which one process has the cause."""
+    """The errors of all processes when one of them fails to save, load or lock."""
     bank = MemoryBank.build(model_of(), library(), progress=False, group=group)
     errors, write, read = [], Shard.write, memlm.bank.folder.read_shard
 

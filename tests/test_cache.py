@@ -1,4 +1,4 @@
-"""Memories in files: known by the weights that made them, whole or named as damaged; rows that there are not."""
+"""Memories in files: bound to the weights that made them, complete or reported as damaged; calls without rows."""
 
 import copy
 import json
@@ -51,11 +51,11 @@ def test_a_memory_is_of_the_weights_that_made_it(name, tmp_path):
         memory.save(tmp_path / "more")
     expected = before(x, past_key_values=MemoryCache.load(tmp_path)).logits
     assert torch.equal(expected, before(x, past_key_values=memory_of(before)).logits)
-    # Whoever wants it all the same.
+    # A user may want it all the same.
     model(x, past_key_values=MemoryCache.load(tmp_path, strict=False))
     memory.save(tmp_path / "more", strict=False)
     model(x, past_key_values=MemoryCache.load(tmp_path / "more"))
-    # Truncated backpropagation goes on with what other weights began.
+    # Truncated backpropagation continues a memory that other weights began.
     model(x, past_key_values=memory.detach())
 
 
@@ -70,7 +70,7 @@ def test_what_was_loaded_and_goes_on_is_saved_as_its_models(tmp_path):
     other(ids(), past_key_values=MemoryCache.load(tmp_path))
     with pytest.raises(ValueError, match="made by weights of fingerprint"):
         model(ids(), past_key_values=MemoryCache.load(tmp_path))
-    # A memory that was never in a file, too.
+    # Also a memory that was never in a file.
     with pytest.raises(ValueError, match="made by weights of fingerprint"):
         model(ids(), past_key_values=memory_of(other))
     model(ids(), past_key_values=memory_of(copy.deepcopy(model)))

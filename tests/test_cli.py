@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
-    """``python <script> *arguments`` in this process, all but the training itself: exit code and stderr."""
+    """``python <script> *arguments`` in this process, without the training itself: exit code and stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.setattr(Trainer, "train", lambda self, interrupt: None)
@@ -37,7 +37,7 @@ def command(monkeypatch, capsys, tmp_path):
     return run
 
 
-# Of train.py, behind "data=recall run_dir=run", and of evaluate.py; a part of the line.
+# Arguments of train.py (behind "data=recall run_dir=run") or of evaluate.py, and a part of the error.
 TRAIN = {
     "--steps 10": "--steps: settings are written key=value, without dashes; did you mean 'train.steps'?",
     "--steps=10": "without dashes; did you mean 'train.steps'?",
@@ -181,7 +181,7 @@ def test_a_file_of_settings_that_is_wrong(command, tmp_path, text, message):
 )
 def test_mistakes_as_a_user_sees_them(tmp_path, script, argument, message):
     done = subprocess.run([sys.executable, ROOT / script, argument], cwd=tmp_path, capture_output=True, text=True)
-    # Packages may warn when they are imported.
+    # Packages may warn on import.
     line = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 2 and line.startswith(f"error: {argument}: ") and message in line, done.stderr
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
@@ -207,7 +207,7 @@ def test_folders_that_cannot_be_written_are_told_before_anything_is_measured(tmp
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").glob("*.py")))
 def test_scripts_show_their_help_without_optional_packages(script, monkeypatch, capsys):
-    # These two are of Triton's kernels alone.
+    # These two are only for Triton's kernels.
     of_triton = script in ("compile_kernels.py", "roofline.py")
     packages = ("fla", "flash_attn", "matplotlib", "hydra", "wandb", "datasets", *(() if of_triton else ("triton",)))
     for package in packages:

@@ -1,4 +1,4 @@
-"""A config.json that is wrong is one line with the key, the value and a fix, and costs no memory."""
+"""A wrong config.json gives an error of one line with the key, the value and a fix, and allocates no memory."""
 
 import json
 import resource

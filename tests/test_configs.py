@@ -1,4 +1,4 @@
-"""Every YAML composes, and builds what it says."""
+"""Every YAML composes and builds its model."""
 
 import re
 import shutil
@@ -52,7 +52,7 @@ def test_overrides_reach_the_memory():
     ],
 )
 def test_a_memory_whose_yaml_lands_elsewhere_is_told_so(tmp_path, first_line, message):
-    """Of a file that only adds settings nothing else would speak: they would be left out."""
+    """Without this error, the settings of a file that only adds settings would be silently left out."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     name, override = ("of_model/mine", "memory/of_model=mine") if first_line == "of_model" else ("mine", "memory=mine")
     line = first_line if first_line.startswith("#") else ""
@@ -66,7 +66,7 @@ def test_a_memory_whose_yaml_lands_elsewhere_is_told_so(tmp_path, first_line, me
 
 @pytest.mark.parametrize("run", ["model=tiny", "experiment=recall", "experiment=recall_hard", "experiment=gpu"])
 def test_the_control_cannot_know_the_answers(run):
-    """gap > layers * (window - 1 + conv - 1), checked by perturbation, not by the formula alone."""
+    """gap > layers * (window - 1 + conv - 1), checked by perturbation too."""
     cfg = composed("memory=none", run)
     settings = OmegaConf.to_container(cfg.model, resolve=True)
     settings["hidden_size"], settings["num_attention_heads"] = 32, 2
@@ -92,19 +92,19 @@ def test_the_control_cannot_know_the_answers(run):
 
 
 def counted(*overrides):
-    """The configuration, and millions of parameters."""
+    """The configuration, and its parameters in millions."""
     config = MemLMConfig.from_hydra(OmegaConf.to_container(composed(*overrides).model, resolve=True))
     with torch.device("meta"):
         return config, count_parameters(MemLMForCausalLM(config)) / 1e6
 
 
-# Titans' sizes are their names; MoM's are those of the release, which its README calls 380M and 1.3B.
+# Titans' sizes are those of the names; MoM's are those of the release, whose README has 380M and 1.3B.
 PAPERS = {f"titans_{n}m": n for n in (170, 340, 400, 760)} | {"mom_340m": 512, "mom_1.3b": 1553, "qwen3_4b": 4022}
 
 
 @pytest.mark.parametrize(("model", "millions"), PAPERS.items())
 def test_a_papers_model_alone_is_the_papers(model, millions):
-    """Its size, and a memory with the paper's heads and start, as in the experiment that trains it."""
+    """It has the paper's size, and a memory with the paper's heads and start, as in the experiment that trains it."""
     config, parameters = counted(f"model={model}")
     assert parameters == pytest.approx(millions, rel=0.03)
     memory = config.mixers["memory"]
@@ -115,7 +115,7 @@ def test_a_papers_model_alone_is_the_papers(model, millions):
     )
     if model.startswith("titans"):
         assert memory["memory_heads"] * memory["memory_head_dim"] == config.hidden_size
-        # Two FLOPs a weight, and more for the memory's, which are also written.
+        # Two FLOPs per weight, and more for the memory's weights, which are also written.
         assert 2 < count_flops(config, 128) / parameters / 1e6 < 3
     if (experiment := model.split("_")[0]) != "qwen3":
         trained, _ = counted(f"experiment={experiment}_paper", f"model={model}")
@@ -134,7 +134,7 @@ def test_the_stages_of_msa_train_one_model(stage):
 
 
 def test_a_memory_that_a_papers_model_has_no_settings_for_is_refused():
-    """Its YAML's own are those of a tiny model; they are taken where they are asked for."""
+    """The YAML's own settings are for a tiny model; they are taken only on request."""
     with pytest.raises(MissingConfigException) as caught:
         composed("model=titans_340m", "memory=chunk_sparse")
     line = one_line(caught.value, ROOT / "configs", "train")
@@ -145,7 +145,7 @@ def test_a_memory_that_a_papers_model_has_no_settings_for_is_refused():
 
 
 def test_every_memory_can_have_the_size_that_a_name_says():
-    """With the MLP's width that the experiment names, of which one is built for each memory."""
+    """With the MLP width that the experiment gives for each memory."""
     text = (ROOT / "configs" / "experiment" / "titans_paper.yaml").read_text()
     rows = re.findall(r"^#   (\w+) +(\d+) +(\d+) +(\d+) +(\d+)$", text, re.MULTILINE)
     assert len(rows) == 7
@@ -160,7 +160,7 @@ def test_every_memory_can_have_the_size_that_a_name_says():
 
 @pytest.mark.parametrize("memory", [m for m in MEMORIES if m.startswith("titans_") or m in ("omeganet", "lact")])
 def test_titans_paper_has_settings_of_its_own_for_each_of_its_kind(memory):
-    """None takes the tiny default run's."""
+    """No memory takes the settings of the tiny default run."""
     cfg = composed("experiment=titans_paper", f"memory={memory}")
     config = MemLMConfig.from_hydra(OmegaConf.to_container(cfg.model, resolve=True))
     settings = config.mixers["memory"]
@@ -198,7 +198,7 @@ def test_titans_paper_is_the_paper_and_has_a_control():
 
 
 def test_settings_of_a_memory_in_a_papers_model_are_of_one_that_exists():
-    """A misspelt name would be read by nothing."""
+    """A misspelt name would have no effect."""
     of_models = [*(ROOT / "configs" / "memory" / "of_model").glob("*/*.yaml")]
     assert of_models and all(path.stem in MEMORIES for path in of_models)
 

@@ -18,7 +18,7 @@ from memlm.cli import help_text, mixer_settings
 from memlm.data import byte_tokenizer
 from tests.conftest import ROOT, build, composed
 
-# All but the log, whose commands are of their commits.
+# All but the log, whose commands are those of its commits.
 PAGES = [
     str(path.relative_to(ROOT))
     for pattern in ("*.md", "configs/*.md", "memlm/**/*.md", "benchmarks/*.md", "kernels/README.md")
@@ -40,7 +40,7 @@ def test_a_new_memory_is_three_files_and_passes_the_contract(tmp_path):
     (tmp_path / "configs/memory/ema.yaml").write_text(blocks("CONTRIBUTING.md", "yaml")[0])
     (tmp_path / "tests/memory/test_ema.py").write_text(variants)
     paths = os.pathsep.join([str(tmp_path), str(tmp_path / "kernels")])
-    # The loop over tokens of the example is too slow for thousands of them.
+    # The example loops over tokens, which is too slow for thousands of them.
     command = [
         sys.executable,
         "-m",
@@ -58,7 +58,7 @@ def test_a_new_memory_is_three_files_and_passes_the_contract(tmp_path):
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 40
 
 
-# Each block of Python of a page: a memory for its model, what it prints, what it writes.
+# Each block of Python of a page: the memory of its model, the text it prints, the file it writes.
 EXAMPLES = {
     ("README.md", 0): ("titans_mag", "It was the ", None),
     ("memlm/README.md", 0): ("titans_mag", "It was the ", "memories/book/memory.safetensors"),
@@ -68,8 +68,8 @@ EXAMPLES = {
 
 
 def test_every_example_of_a_page_is_run():
-    """A block of Python elsewhere would be run by nobody."""
-    # Blocks of kernels/README.md are run in a row, those of CONTRIBUTING.md as files: above and in test_plugins.py.
+    """No test would run a block of Python elsewhere."""
+    # Blocks of kernels/README.md run in a row; those of CONTRIBUTING.md as files, above and in test_plugins.py.
     pages = [page for page in PAGES if page not in ("kernels/README.md", "CONTRIBUTING.md")]
     found = {(page, i) for page in pages for i in range(len(blocks(page, "python")))}
     assert found - {("memlm/README.md", 1)} == set(EXAMPLES)
@@ -77,7 +77,7 @@ def test_every_example_of_a_page_is_run():
 
 @pytest.mark.parametrize(("page", "example"), EXAMPLES, ids=lambda x: str(x))
 def test_an_example_runs(tmp_path, monkeypatch, capsys, page, example):
-    """To the letter, on a model that has learnt nothing."""
+    """As written, on an untrained model."""
     code, (memory, said, written) = blocks(page, "python")[example], EXAMPLES[page, example]
     monkeypatch.chdir(tmp_path)
     checkpoint = re.search(r'checkpoint = "(.*)"', code)[1]
@@ -89,7 +89,7 @@ def test_an_example_runs(tmp_path, monkeypatch, capsys, page, example):
 
 
 def test_the_page_of_the_kernels_calls_every_op():
-    """Its blocks go on from each other."""
+    """Each block continues the one before."""
     code = "".join(blocks("kernels/README.md", "python"))
     exec(code, {})
     called = set(re.findall(r"\w+", code))
@@ -102,7 +102,7 @@ def test_a_layer_is_three_lines(capsys):
 
 
 def test_a_library_is_ten_lines(tmp_path, monkeypatch, capsys):
-    """On the model that the page names: the question is answered, and no more once its document is deleted."""
+    """On the model that the page names: the question is answered, but not after its document is deleted."""
     code = blocks("memlm/bank/README.md", "python")[0]
     lines = [line for line in code.splitlines() if line]
     assert len(lines) <= 10
@@ -139,7 +139,7 @@ def test_a_command_of_a_page_composes(script, arguments):
     """Its experiment, choices and keys exist."""
     config = script.removesuffix(".py")
     if arguments[:1] == ["-m"]:
-        # The first member of the sweep.
+        # Only the first member of the sweep.
         arguments = [word.partition(",")[0] for word in arguments[1:]]
     overrides = mixer_settings(arguments)
     cfg = composed(*overrides, config=config)
@@ -153,7 +153,7 @@ def test_a_command_of_a_page_composes(script, arguments):
 
 @pytest.mark.parametrize("config", ["train", "evaluate"])
 def test_help_has_a_line_for_every_group_and_choice(config):
-    """A choice is explained by the first line of its file, a group where it is chosen."""
+    """The first line of its file explains a choice; the line that chooses explains a group."""
     text = help_text(ROOT / "configs", config)
     (defaults,) = re.findall(
         r"^defaults:\n((?: .*\n)+)", (ROOT / "configs" / f"{config}.yaml").read_text(), re.MULTILINE

@@ -1,4 +1,4 @@
-"""Measures that are right on models whose behaviour is known, and a report that stands alone."""
+"""Measures on models with a known behaviour, and a self-contained report."""
 
 import json
 import re
@@ -82,7 +82,7 @@ def test_recall_and_needles_on_an_oracle():
 
 
 def chosen_one_by_one(model, layer, top_k, x_TD, documents_T, asks_T):
-    """Documents by their score, a loop over all there is: of cosines, the mean over heads, the most of any token."""
+    """Documents by score, in loops: the maximum over tokens of the mean over heads of the cosine."""
     mixer = model.model.layers[layer].mixer
     x_TD = model.model.layers[layer].input_layernorm(x_TD)
     q_THK, r_TGK = (p(x_TD).unflatten(-1, (2, -1)) for p in (mixer.router_q_proj, mixer.router_k_proj))
@@ -97,7 +97,7 @@ def chosen_one_by_one(model, layer, top_k, x_TD, documents_T, asks_T):
 
 @torch.no_grad()
 def test_a_bank_is_asked_as_documents_in_the_context_are():
-    """Hits are those of a loop; answers those of a forward over all documents, with and without what is asked for."""
+    """Hits equal a loop; answers equal a forward over all documents, with and without the queried document."""
     model, top_k = build("msa", chunk_size=4, top_k=2), 2
     plain = Facts(key_length=2, digits=2, length=64, num_documents=5).library(3, "test", 17, 11)
     assert len(plain.documents) == 17 and len(plain.inquiries) == 11 and plain.chance == 1 / 1024
@@ -113,12 +113,12 @@ def test_a_bank_is_asked_as_documents_in_the_context_are():
 
     inquiries = []
     for i, inquiry in enumerate(plain.inquiries):
-        # Of different lengths, and every other answer is what the model says.
+        # Answers of different lengths; every other one is the model's own.
         inquiry = inquiry._replace(question=np.append(inquiry.question, np.full(i % 3, 7)))
         for place in range(2 if i % 2 else 0):
             said = forward(inquiry)[0].logits[0, -3 + place].argmax().item()
             inquiry.answer[place] = said
-        # About two documents, every third.
+        # Every third question has two documents.
         inquiries.append(inquiry._replace(found=inquiry.found | ({0} if i % 3 == 0 else set())))
     library = Library(plain.template, plain.documents, inquiries, plain.chance)
     gone = frozenset().union(*(inquiry.found for inquiry in inquiries))
@@ -145,7 +145,7 @@ def test_a_bank_is_asked_as_documents_in_the_context_are():
 
 def test_reading_on_is_measured_by_what_is_read_and_said(monkeypatch):
     model, task, written = build("msa", chunk_size=4, top_k=2), Chains(length=105, num_documents=6), {}
-    # Of six chains each; of the second library four are asked.
+    # Libraries of six chains; four of the second are asked.
     for chains in (task.linked(3, "test", index, 12).chains for index in (0, 1)):
         for i, (question, answer, ((first,), (second,))) in enumerate(chains):
             other = chains[i - 1].rounds[0][0]
@@ -158,12 +158,12 @@ def test_reading_on_is_measured_by_what_is_read_and_said(monkeypatch):
     got = interleaved(model, byte_tokenizer(), "chains", way, libraries, 10, rows=4)
     assert (got.documents, got.questions, got.chance) == (12, 10, 1 / 32)
     assert got.hops == pytest.approx([0.7, 0.4])
-    # Who was right without the last document is so once it is deleted.
+    # An answer that is right without the last document is right after its deletion too.
     assert got.exact == pytest.approx(0.7) and got.exact_deleted == pytest.approx(0.3)
 
 
 def test_questions_are_read_on_too(tmp_path, monkeypatch):
-    """Of four the second reads another document, the third says another answer, the fourth answers at once."""
+    """Four questions: one reads another document, one gets another answer, one is answered at once."""
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, records(80))))
     questions = Questions(str(tmp_path / "questions.jsonl"), tmp_path)
     source = QuestionSource(questions, byte_tokenizer(), 900, 0, templates="interleave")
@@ -183,7 +183,7 @@ def test_questions_are_read_on_too(tmp_path, monkeypatch):
 
 
 def test_text_by_position_equals_one_long_forward():
-    """Carried over segments is one forward over the document; reset is each segment alone."""
+    """Carried over segments equals one forward over the document; reset equals each segment alone."""
     torch.manual_seed(0)
     model = build(dtype=torch.float64)
     documents = [np.random.default_rng(n).integers(0, 256, n) for n in (7, 100, 33, 64)]
@@ -436,7 +436,7 @@ def test_a_checkpoint_without_a_run_needs_data(trained, tmp_path):
 
 
 def test_what_rows_tell_is_summed_by_source():
-    """Over batches and ranks; a row that has no such figure does not count."""
+    """Over batches and ranks; a row without a figure does not count."""
     rows = [Row(np.arange(8), np.arange(8), np.arange(8)) for _ in range(3)]
     batches = [Batch.from_rows(rows, [0, 1, 1]), Batch.from_rows(rows, [1, 0, 1])]
     told = iter([torch.tensor([0.5, torch.nan, 1.0]), torch.tensor([0.0, torch.nan, 0.25])])

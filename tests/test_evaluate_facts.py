@@ -1,4 +1,4 @@
-"""What the checkpoint holds is the checkpoint's; what differs is shown; results are kept; a table of several."""
+"""Facts of a checkpoint come from the checkpoint; differences are shown; results are kept; a table of several runs."""
 
 import json
 import re
@@ -73,7 +73,7 @@ def runs(tmp_path_factory):
 
 
 def evaluated(folder, *overrides, run="bpe", control="null"):
-    """The results of an evaluation, and where they lie."""
+    """The results of an evaluation, and their path."""
     control = control if control == "null" else f"{folder}/{control}-seed0"
     evaluate(composed(f"checkpoint={folder}/{run}-seed0", f"control={control}", *TEXT, *overrides, config="evaluate"))
     out = folder / f"{run}-seed0" / "evaluation"
@@ -102,7 +102,7 @@ def test_a_control_of_other_tokens_reads_the_same_bytes_and_differences_are_told
     assert re.search(r"control \(bytes\) differs: tokens: 300 entries \(\w{8}\) bpe, byte control \(bytes\); ", screen)
     assert "train.steps: 1 bpe, 2 control (bytes)" in screen
     alone, _ = evaluated(runs, run="bytes", control="null")
-    # Not the tokens of the first model, which are bytes' only by chance.
+    # Not the tokens of the first model, which equal bytes only by chance.
     assert bits(results, "control (bytes)") == pytest.approx(bits(alone, "bytes"), rel=0.2)
     page = (out / "report.html").read_text()
     assert "each was given the same bytes" in page and "<td>data.tokenizer</td>" in page
@@ -154,7 +154,7 @@ def test_other_results_are_kept_and_the_same_ones_replaced(runs):
     kept = folder / "earlier" / first["of"]
     assert json.loads((kept / "results.json").read_text()) == again
     assert (kept / "report.html").exists() and (kept / "plots" / "text.png").exists()
-    # Results of an earlier version, and what is no JSON, are kept as well.
+    # Results of an earlier version, and files without JSON, are kept too.
     (folder / "results.json").write_text("{")
     evaluated(runs, run="bytes")
     assert len(list((folder / "earlier").iterdir())) == 2 and shorter["of"] != first["of"]
@@ -183,7 +183,7 @@ def test_weights_of_sources_need_not_fit_a_batch_and_every_source_of_text_is_mea
 
 @pytest.fixture
 def summarized(monkeypatch, capsys):
-    """``python scripts/summarize.py``: what it writes, and its exit code."""
+    """``python scripts/summarize.py``: its output and its exit code."""
     main = runpy.run_path(str(ROOT / "scripts" / "summarize.py"))["main"]
 
     def run(*paths):
@@ -203,7 +203,7 @@ def test_seeds_are_averaged_and_other_settings_are_columns(runs, tmp_path, summa
     paths = []
     for run in ("bytes", "bytes1", "long"):
         results, _ = evaluated(runs, run=run)
-        # Of one name, as runs of one name are.
+        # They have one name, as repeated runs have.
         results["models"] = {"none": results["models"][run]}
         paths.append(tmp_path / f"{run}.json")
         paths[-1].write_text(json.dumps(results))

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the harness that shows it."""
+"""Files appear complete or not at all, and the harness of faults detects violations."""
 
 import json
 import os

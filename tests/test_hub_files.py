@@ -1,4 +1,4 @@
-"""Folders that are no checkpoint, or a damaged one: a line that names the folder or the file; nothing is unpickled."""
+"""Folders without a checkpoint or with a damaged one: a line names the folder or the file; nothing is unpickled."""
 
 import errno
 import json
@@ -70,7 +70,7 @@ def test_configurations_of_other_types(broken, values):
 
 
 def header(change):
-    """A safetensors file whose header says something else."""
+    """A safetensors file with a changed header."""
 
     def edit(data):
         length = struct.unpack("<Q", data[:8])[0]
@@ -188,5 +188,5 @@ def test_foreign_values_of_other_types(convert, tmp_path):
             try:
                 convert(source, tmp_path / "target")
             except pytest.fail.Exception:
-                # Of what ours has no setting for, or does not read.
+                # Keys for which our model has no setting, or which it does not read.
                 shutil.rmtree(tmp_path / "target")

@@ -1,4 +1,4 @@
-"""Asking a bank again and again on one memory, and reading on until a question is answered."""
+"""Several queries of a bank on one memory, and reading in turns until a question is answered."""
 
 import itertools
 import json
@@ -18,13 +18,13 @@ from tests.conftest import model_config
 from tests.data.test_questions import records
 from tests.test_bank import EXACT, bank_of, in_context, joined, library, model_of, tokens
 
-# A template, then three questions with what was said between them.
+# A template, then three questions with text between them.
 TALK = [(-2, tokens(3, 50)), *((role, tokens(n, 60 + i)) for i, (role, n) in enumerate([(0, 5), (-1, 3)] * 3))]
 CUTS = {"each part": [3, 5, 3, 5, 3, 5, 3], "together": [11, 8, 8], "tokens": [3, *[1] * 24], "odd": [5, 4, 9, 2, 7]}
 
 
 def talked(model, bank, parts, cuts, **options):
-    """Logits of calls on one memory, each of which may ask the bank, and the memory."""
+    """The logits of calls on one memory, each of which may query the bank, and the memory."""
     cache, logits = MemoryCache(), []
     for ids, doc_ids in zip(*(x.split(cuts, 1) for x in joined(parts)), strict=True):
         roles = Roles(doc_ids, bank=bank if (doc_ids == 0).any() else None)
@@ -33,7 +33,7 @@ def talked(model, bank, parts, cuts, **options):
 
 
 def twice() -> dict[str, torch.Tensor]:
-    """Some documents stand in the bank again, so that scores are equal."""
+    """Some documents are in the bank twice, so that scores are equal."""
     documents = library()
     return documents | {f"{name} again": documents[name] for name in ("d5", "d0", "d8")}
 
@@ -72,10 +72,10 @@ def test_choosing_by_all_of_a_call_is_asked_again_too():
 
 @torch.no_grad()
 def test_rows_ask_when_they_will():
-    """A row waits, goes on, or asks while others do: each is as alone."""
+    """Rows wait, continue or query independently: each is as alone."""
     model, documents = model_of(), twice()
     bank, cache = bank_of(model, documents), MemoryCache()
-    # Of each call, a row's role and tokens.
+    # For each call, the role and the tokens of each row.
     calls = [
         [(0, 4), (0, 2), (-1, 3)],
         [(-1, 2), None, (0, 3)],
@@ -109,7 +109,7 @@ def test_rows_ask_when_they_will():
 
 @torch.no_grad()
 def test_a_bank_may_grow_between_questions_and_a_memory_be_saved(tmp_path):
-    """What is added stands behind the first question; what is deleted stays where it was chosen."""
+    """Added documents come behind the first question; deleted ones stay where they were chosen."""
     model, old, new = model_of(), library(), {"new": tokens(9, 77), "newer": tokens(5, 78)}
     bank = bank_of(model, old)
     first, second = TALK[:3], TALK[3:5]
@@ -176,7 +176,7 @@ def test_generation_goes_on_from_an_answer():
     said = model.generate(
         first[None], memory_bank=bank, past_key_values=cache, attention_mask=torch.ones(1, 5), **options
     )
-    # What was generated last is not in the memory yet.
+    # The last generated token is not in the memory yet.
     question = torch.cat([said[0, -1:], second])
     doc_ids = torch.tensor([[-1, 0, 0, 0, 0]])
     options["attention_mask"] = torch.ones(1, 5)
@@ -204,7 +204,7 @@ def test_memories_of_other_documents_are_refused():
 
 
 class Script:
-    """Writes for the model, question by question, and keeps what the model would have said."""
+    """Writes in place of the model, question by question, and keeps the model's own predictions."""
 
     def __init__(self, monkeypatch, written: dict[str, str]) -> None:
         end = byte_tokenizer().eos_token_id
@@ -225,7 +225,7 @@ class Script:
 
 TEXTS = {"a": "one", "b": "some two", "c7": "{name}, or three", "d": "4", "e": "{5}"}
 SHORT = Interleave(**TEMPLATES, max_rounds=3, max_new_tokens=30)
-# Of each question: what is written (~: the end of text), and what comes of it.
+# For each question: the written text (~: the end of text), and its result.
 WRITTEN = {
     "at once": ("42~", ("42", [], [], True)),
     "one round": ("[b]|=yes~", ("yes", [["b"]], [], True)),
@@ -242,7 +242,7 @@ WRITTEN = {
 
 
 def checked(model, bank, templates, script, answers):
-    """A transcript in one call, beside the bank and with its documents in the context, says the same everywhere."""
+    """A transcript in one call has the same logits with the bank and with its documents in the context."""
     texts = {name: TEXTS[name] for name in bank.documents()}
     documents = {name: torch.tensor(ids) for name, ids in templates.documents(texts, byte_tokenizer())}
     for question, answer in zip(script.written, answers, strict=True):
@@ -325,7 +325,7 @@ MARKS = ["<|im_start|>", "<|object_ref_end|>"]
 
 
 def marked_tokenizer(merges):
-    """Special tokens as Qwen's; merges: tokens of several bytes too."""
+    """A tokenizer with Qwen's special tokens; merges: with tokens of several bytes too."""
     tokenizer = byte_tokenizer()
     if merges:
         backend = Tokenizer(models.BPE())
@@ -343,7 +343,7 @@ def marked_tokenizer(merges):
 
 @pytest.mark.parametrize("merges", [False, True])
 def test_a_training_sample_is_what_a_reader_is_fed_and_writes(merges, tmp_path, monkeypatch):
-    """Token by token, documents too; what looks like a special token in a text is text."""
+    """Token by token, documents too; text that looks like a special token is text."""
     tokenizer, questions = marked_tokenizer(merges), records(30)
     for number, question in enumerate(questions):
         question["documents"][number % 3] += " x<|im_end|>[7]<|object_ref_end|>"

@@ -19,7 +19,7 @@ def test_rotary_scores_depend_on_distance_only_even_far_out():
 
 
 def test_rotary_turns_as_in_llama():
-    """Distances alone do not tell in which direction positions turn a head; weights of other models rest on it."""
+    """Scores depend on distances only, so they hide the direction of the rotation; weights of other models need it."""
     q, k = torch.randn(2, 1, 5, 2, 8, dtype=torch.float64)
     angles_TK = torch.arange(3, 8)[:, None] * 10000.0 ** -(torch.arange(4, dtype=torch.float64) / 4).repeat(2)
     cos, sin = angles_TK.cos()[None], angles_TK.sin()[None]
@@ -88,7 +88,7 @@ def test_a_long_short_conv_is_made_in_pieces_that_see_what_stands_before(silu, m
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("width", [1, 2, 4])
 def test_a_short_conv_gives_a_token_at_a_time_what_it_gives_at_once(width, silu):
-    """With its gradients, along documents too, whose first tokens see nothing of the history."""
+    """With gradients, and over documents, whose first tokens see nothing of the history."""
     torch.manual_seed(0)
     conv = ShortConv(5, width, silu).double()
     history, x, d_y = (

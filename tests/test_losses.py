@@ -12,7 +12,7 @@ from memlm.training.objective import Objective
 from tests.conftest import build
 
 ROWS, LENGTH, STEPS = 8, 40, 2
-# One without, and each kind that has losses of its own.
+# One memory without its own losses, and each kind that has some.
 KINDS = [
     ("titans_mag", {}),
     ("mom", {"balance_loss": 0.7, "z_loss": 0.5, "balance_bias": True}),
@@ -23,7 +23,7 @@ kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind[0])
 
 
 def rows() -> dict[str, torch.Tensor]:
-    """Rows of unlike lengths, padded; in most of them two documents, one to be found, then a query and an answer."""
+    """Padded rows of different lengths; most have two documents, one to be found, then a query and an answer."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(259, (STEPS * ROWS, LENGTH), generator=generator)
     mask = torch.arange(LENGTH) < torch.randint(24, LENGTH + 1, (STEPS * ROWS, 1), generator=generator)
@@ -40,7 +40,7 @@ def batch_of(kind: str, first: int, end: int) -> dict[str, torch.Tensor]:
 
 
 def trained(kind: tuple[str, dict], size: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses of the steps, and the weights after them, with so many rows a call; counted as transformers counts."""
+    """The losses of the steps and the weights after them, with ``size`` rows per call, counted as in transformers."""
     model, losses = build(kind[0], **kind[1]).train(), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(STEPS):
@@ -89,7 +89,7 @@ def test_loss_is_the_cross_entropy_plus_what_is_reported(kind):
 
 @kinds
 def test_objective_is_the_mean_over_calls_of_as_many_rows(kind):
-    """So gradient accumulation, and another number of processes, leave the loss of train.py as it is."""
+    """So the loss of train.py does not depend on gradient accumulation or on the number of processes."""
     objective = Objective(build(kind[0], **kind[1]).train())
 
     def loss(first, size):
@@ -183,7 +183,7 @@ def test_trainer_trains_the_same_in_calls_of_any_size(tmp_path):
 
 
 def test_collators_that_pack_rows_train_the_same(tmp_path):
-    """Rows laid behind each other, with transformers' names for where each starts."""
+    """Rows laid behind each other, with transformers' names for their starts."""
     model, each = build("chunk_sparse", **KINDS[3][1]).train(), examples().items[:3]
     pack = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
     batch = pack([{name: x.tolist() for name, x in example.items()} for example in each])
@@ -204,7 +204,7 @@ def test_label_smoothing_that_would_lose_the_auxiliary_losses_is_refused(tmp_pat
     Trainer(build(dtype=torch.float32), smooth, train_dataset=examples()).train()
 
 
-# Its own default carries transformers' old name.
+# Its own default still has transformers' old name.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
 def test_trl_trains_as_trainer_does_or_is_refused(tmp_path):
     trl = pytest.importorskip("trl")

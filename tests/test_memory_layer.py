@@ -1,4 +1,4 @@
-"""``memlm.layer``: every memory as a layer of a model of one's own."""
+"""``memlm.layer``: every memory as a layer of a user's own model."""
 
 import copy
 import doctest
@@ -17,7 +17,7 @@ EXACT = 1e-10
 
 
 def layer_of(memory, **changed):
-    """The layer of a YAML of configs/memory, moved off its start, where gates are symmetric."""
+    """The layer of a YAML of configs/memory, moved off its initialisation, where gates are symmetric."""
     torch.manual_seed(0)
     settings = OmegaConf.to_container(composed(f"memory={memory}").model.mixers.memory, resolve=True) | changed
     layer = memlm.layer(settings.pop("kind"), hidden_size=32, num_attention_heads=2, **settings).double()
@@ -134,7 +134,7 @@ def test_a_wrong_call_is_one_line(arguments, message):
 
 
 def test_a_layer_is_initialised_as_in_the_decoder():
-    """Its recall start, its zeros and its norms; the same numbers from the same seed."""
+    """Its engineered start, its zeros and its norms; the same numbers from the same seed."""
     weights = []
     for _ in range(2):
         torch.manual_seed(3)

@@ -1,4 +1,4 @@
-"""The model as transformers sees it: Auto classes, saving, caches of the wrong kind, inputs of the wrong shape."""
+"""The model's interface to transformers: Auto classes, saving, wrong kinds of caches, wrong shapes of inputs."""
 
 import json
 
@@ -38,7 +38,7 @@ def test_auto_classes_rebuild_the_model_from_its_folder_to_the_bit(tmp_path, tie
 
 
 def test_the_model_has_no_buffers():
-    """Non-persistent buffers come back as garbage from from_pretrained; there are none."""
+    """Non-persistent buffers have arbitrary content after from_pretrained, so there are none."""
     assert not list(build().buffers())
 
 
@@ -340,7 +340,7 @@ def test_flops_are_those_of_a_forward_of_the_whole_model(pattern, tied, length):
 
 
 def test_flops_of_attention_are_the_formula():
-    """Two a weight of projections and head; two products of T x K scores a head, masked or not."""
+    """Two per weight of projections and head; two products of T x K scores per head, also masked ones."""
     config = MemLMConfig(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=3)
     assert count_flops(config, 64) == 2 * (3 * (4 * 32 * 32 + 3 * 32 * 48) + 32 * 100) + 3 * 2 * 2 * 64 * 32
 

@@ -1,4 +1,4 @@
-"""The stages by which Memory Sparse Attention is trained, from a Qwen3 on."""
+"""The stages of the training of Memory Sparse Attention, starting from a Qwen3."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def fresh_accelerate():
 
 
 def trained(stage, *overrides):
-    """The figures of a run in the working folder, at the place that its configuration says."""
+    """The figures of a run in the working folder, at the path of its configuration."""
     run(composed(f"experiment={stage}", *SMALL, f"run_dir=runs/{stage}/msa-seed0", "data.cache_dir=cache", *overrides))
     with open(f"runs/{stage}/msa-seed0/metrics.jsonl") as lines:
         return [line for line in map(json.loads, lines) if "loss" in line]
@@ -73,12 +73,12 @@ def test_two_stages_on_facts(tmp_path, monkeypatch, capsys):
             assert {"layer1/hit@1", "layer1/recall@1", "layer1/precision"} <= line.keys()
             assert not any(name.startswith("layer0/") for name in line)
     assert "weights: runs/msa_tiny/msa-seed0/checkpoints/step_000002" in capsys.readouterr().out
-    # Eight documents, of which the router knows nothing yet: about ln 8, and a tenth of it.
+    # Eight documents and an untrained router: about ln 8, and a tenth of it.
     assert 1.5 < trained_loss("msa_tiny") < 3 and 0.15 < trained_loss("msa_tiny_main") < 0.3
 
 
 def test_how_routers_choose_is_logged_over_all_of_a_step_and_when_validated(tmp_path, monkeypatch):
-    """Micro-batches tell what their rows tell together; rows with nothing to find do not count."""
+    """Micro-batches together give the figures of all rows; rows with nothing to find do not count."""
     monkeypatch.chdir(tmp_path)
     mqar = "+data.sources.mqar={kind:mqar,weight:1.0,num_pairs:4,gap:10}"
     told = []

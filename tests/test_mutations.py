@@ -1,8 +1,8 @@
-"""Files that are not as they should be: an error of one line that names the file or the key, or the right content.
+"""Mutated files: an error of one line that names the file or the key, or the right content.
 
-Each kind of file is written whole, mutated, and loaded as a user loads it: JSON by values of other types and sizes,
-keys lost and added, deep nesting; bytes by cuts, flips and splices. Loading may take neither gigabytes nor seconds.
-CI tries few of them, ``-m slow`` many; both are the same on each run.
+Each kind of file is written, mutated, and loaded as a user loads it. JSON gets values of other types and sizes, lost
+and added keys, and deep nesting; bytes get cuts, flips and splices. Loading may take neither gigabytes nor seconds. CI
+tries few mutations, ``-m slow`` many; both are the same on each run.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ class Checkpoint:
         return load_model(folder)
 
     def right(self, model, folder, _):
-        # A configuration may be another one that fits the weights; it is the one that the file holds.
+        # The configuration may differ and still fit the weights; then it is the one in the file.
         assert isinstance(model, MemLMForCausalLM)
         held = json.loads((folder / "config.json").read_text())
         for name in ("hidden_size", "num_hidden_layers", "vocab_size", "mixer_pattern", "rope_theta"):
@@ -79,7 +79,7 @@ class Vocabulary:
 
 
 class Memory:
-    """What MemoryCache.save writes."""
+    """The file that MemoryCache.save writes."""
 
     mutated = "*"
 
@@ -99,7 +99,7 @@ class Memory:
 
 
 class Bank:
-    """What MemoryBank.save writes."""
+    """The files that MemoryBank.save writes."""
 
     mutated = "*"
 
@@ -118,7 +118,7 @@ class Bank:
 
 
 class Corpus:
-    """The cache of an encoded corpus, which is made again where it is not as it was written."""
+    """The cache of an encoded corpus, which is built again if it is not as it was written."""
 
     mutated = "cache/**/*"
 
@@ -233,7 +233,7 @@ def _places(value, path=()):
 
 @st.composite
 def mutated_json(draw, value):
-    """The value with one or two places replaced, lost, added, or spelt twice."""
+    """The value with one or two entries replaced, lost, added, or repeated."""
     value = copy.deepcopy(value)
     for _ in range(draw(st.integers(1, 2))):
         places = list(_places(value))
@@ -263,8 +263,8 @@ def _text(value) -> bytes:
 
 @st.composite
 def mutated_bytes(draw, content):
-    """The content cut, with bits flipped, or with something in it that does not belong there."""
-    # Headers are where most can go wrong.
+    """The content cut, with flipped bits, or with foreign bytes inserted."""
+    # Most faults are possible in headers.
     where = st.integers(0, max(0, min(len(content), draw(st.sampled_from([64, 4096, 2**40]))) - 1))
     at = draw(where)
     kind = draw(st.sampled_from(["cut", "flip", "splice", "empty", "garbage"]))
@@ -312,7 +312,7 @@ def _deep(value):
 
 @contextlib.contextmanager
 def _bounded(seconds=20, gigabytes=3):
-    """Fail, instead of taking all of the machine."""
+    """Fail before a load takes all of the machine."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
 

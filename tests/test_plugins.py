@@ -22,7 +22,7 @@ TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 
 
 def package_of_the_page() -> tuple[dict[str, str], dict[str, dict[str, str]]]:
-    """Its files by their path, and its entry points: every block stands behind the name of its file."""
+    """Its files by their path, and its entry points: every block follows the name of its file."""
     files, points = {"foo/__init__.py": "", "foo/configs/__init__.py": ""}, {}
     for before, language, code in re.findall(r"(.*?)```(\w*)\n(.*?)```", TEXT, re.S):
         if language == "toml":
@@ -36,7 +36,7 @@ def package_of_the_page() -> tuple[dict[str, str], dict[str, dict[str, str]]]:
 
 
 def install(folder, name, files, points):
-    """As pip leaves a package: its files, and a folder of facts beside them."""
+    """Install as pip does: the files, and a folder of metadata beside them."""
     for path, text in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text)
@@ -64,7 +64,7 @@ def installed(site, monkeypatch):
 
 @pytest.fixture
 def bar(tmp_path, monkeypatch):
-    """A second package with these entry points, of one module that is broken and one that has nothing."""
+    """A second package with these entry points: one module is broken, and one is empty."""
 
     def bar(**points):
         files = {"bar/__init__.py": "", "bar/broken.py": "import nowhere", "bar/empty.py": ""}
@@ -128,7 +128,7 @@ def test_a_memory_of_a_package_is_a_layer_and_a_checkpoint(installed, tmp_path):
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_an_op_of_a_package_has_backends(installed, backend):
-    """The memory with the op is the memory with the loop, and its gradients are."""
+    """The memory with the op equals the memory with the loop, gradients included."""
     if backend == "triton":
         pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[cpu-kernels]'")
     from memlm_kernels import set_backend
@@ -227,7 +227,7 @@ def test_packages_that_collide_or_are_broken(installed, bar, points, call, given
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         call(**given)
     assert "\n" not in str(caught.value)
-    # Other names are free of it.
+    # Other names are not affected.
     assert memory(kind="gla") and source(kind="mqar", gap=10, num_pairs=2)
 
 

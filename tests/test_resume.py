@@ -1,4 +1,4 @@
-"""Nothing of a run is lost, and none goes on as another: faults, damage, signals, locks, and what a run compares."""
+"""No work of a run is lost, and no run continues as another: faults, damage, signals, locks, compared settings."""
 
 import copy
 import json
@@ -68,13 +68,13 @@ class SaveACheckpoint:
         assert newest.name == "step_000003" or (newest.name == "step_000002" and not done)
         assert not damaged and checkpoint.load_trainer(newest)["step"] == int(newest.name[-1])
         assert (newest / "config.yaml").read_text() == "seed: 0\n"
-        # The next start goes on from the same, and leaves nothing of the failed save.
+        # The next start continues from the same checkpoint, and removes the files of the failed save.
         assert checkpoint.recover(folder) == (newest, [])
         assert not [p for p in (folder / "checkpoints").glob("step_*") if "partial" in p.name]
 
 
 class GoOn:
-    """All that a run writes, from its start to its end."""
+    """All files that a run writes, from its start to its end."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -82,7 +82,7 @@ class GoOn:
         self.metrics = (folder / "run" / "metrics.jsonl").read_text().splitlines()
 
     def run(self, folder, *overrides):
-        # In a fork: the harness forks again, which a process that has trained does badly.
+        # In a fork: the harness forks again, which often fails in a process that has trained.
         if (pid := os.fork()) == 0:
             run(smallest(folder, "train.save_every=1", "optim.schedule_steps=9", *overrides))
             os._exit(0)
@@ -97,7 +97,7 @@ class GoOn:
         assert not damaged and (step == 3 or (step == 2 and not done))
         lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
         assert [line for line in lines if line in self.metrics][:2] == self.metrics[:2]
-        # Its settings lie in it, whatever became of the run's copy.
+        # The checkpoint has its own settings, even if the run's copy is lost.
         assert resume.Record.read(folder / "run", newest).config["train"]["save_every"] == 1
 
 
@@ -130,7 +130,7 @@ def test_thirty_signals_change_nothing(tmp_path):
 
 
 def test_every_damage_of_a_checkpoint_is_found(copied):
-    """Every file cut at each quarter, and 200 flipped bits over all of them: the checkpoint before is used."""
+    """Every file is cut at each quarter, and 200 bits are flipped over all files: the checkpoint before is used."""
     newest, before = (copied / "checkpoints" / f"step_00000{step}" for step in (6, 3))
     contents = {path: path.read_bytes() for path in sorted(newest.iterdir())}
     assert {"config.yaml", "run.json", "trainer.pt", "model.safetensors", "digests.json"} <= {p.name for p in contents}
@@ -178,7 +178,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(copied):
 
 
 def as_of_before(run_dir, accumulation=1):
-    """A run as the version before digests left it."""
+    """A run as written by the version before digests."""
     for folder in (run_dir / "checkpoints").glob("step_*"):
         for name in ("digests.json", "run.json", "config.yaml"):
             (folder / name).unlink()
@@ -237,7 +237,7 @@ def leaves(node, prefix=""):
 
 
 def test_only_settings_that_change_the_result_make_another_run():
-    """Every key of the default run but the model's, whose configuration is compared."""
+    """Every key of the default run except the model's, whose configuration is compared as a whole."""
     cfg = OmegaConf.to_container(composed("run_dir=here"), resolve=True)
     del cfg["model"]
     record = resume.Record(cfg, {"text": {}}, {})
@@ -253,7 +253,7 @@ def test_only_settings_that_change_the_result_make_another_run():
         try:
             record.compare_settings(Path("here"), other, 1)
         except ValueError as error:
-            # The way on is named.
+            # The error names the way to continue.
             told = str(error)
             assert f"optim.schedule_steps={cfg['train']['steps']}" in told or f"set {key}=" in told, told
             assert "another name" in told and "delete" not in told
@@ -291,7 +291,7 @@ def test_models_are_compared_with_their_defaults(copied):
 
 
 def test_the_corpus_is_the_same_wherever_it_lies(tmp_path):
-    """Moved it is the same; a file that changes, is another, and is named before anything is written."""
+    """A moved corpus is the same. A changed file makes another one, and is named before anything is written."""
     for i in range(60):
         (tmp_path / "corpus").mkdir(exist_ok=True)
         (tmp_path / "corpus" / f"{i}.txt").write_text(f"document {i}: it was the best of times " * 4)
@@ -321,7 +321,7 @@ def test_one_process_writes_a_run(copied):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("place", ["build_data", "score", "save_trainer", "first step"])
 def test_a_signal_anywhere_leaves_a_run_that_goes_on(tmp_path, monkeypatch, saved, number, place):
-    """While data are built, in a validation, while a checkpoint is written, before the first."""
+    """While data are built, in a validation, while a checkpoint is written, before the first checkpoint."""
     if place != "build_data" and number != signal.SIGINT:
         pytest.skip("the same code, whichever signal")
     owner, name = {
@@ -362,7 +362,7 @@ def test_a_second_ctrl_c_stops_at_once():
 
 
 def test_a_run_draws_no_random_numbers_once_it_is_built(tmp_path, monkeypatch):
-    """Else a checkpoint would have to hold the generators' states."""
+    """Otherwise a checkpoint would have to hold the states of random generators."""
     real, states = loop.Trainer._one_step, []
 
     def step(self, logged):

@@ -1,4 +1,4 @@
-"""Scripts, run as their users run them; benchmarks on memories too small to say anything."""
+"""Scripts, run as their users run them; benchmarks on memories too small for useful figures."""
 
 import json
 import os
@@ -90,7 +90,7 @@ def test_conversion_there_and_back_as_a_command(tmp_path):
 
 
 def test_the_doctor_knows_every_op():
-    """And why ``auto`` takes what it takes, and where Triton's kernels end, from the ops themselves."""
+    """It also prints the reasons of ``auto`` and the limits of Triton's kernels, which it reads from the ops."""
     said = dict(line.split(maxsplit=1) for line in run(script="doctor.py").splitlines())
     ops = {name for name in memlm_kernels.__all__ if name.islower() and name not in ("choose", "set_backend")}
     assert ops | {"torch", "triton", "device", "nominate_documents"} <= said.keys()
@@ -105,7 +105,7 @@ def test_the_doctor_knows_every_op():
 
 def test_roofline_counts_what_kernels_move():
     forward = run("--op", "segment_mean_pool", script="roofline.py").splitlines()[2]
-    # Tokens of 8 x 128 in bf16 are read, a mean in fp32 of each 64 is written, and the segments' ends are known.
+    # It reads tokens of 8 x 128 in bf16 and the segments' ends, and writes an fp32 mean of each 64 tokens.
     gb = (8 * 4096 * 1024 * 2 + 8 * 64 * 1024 * 4 + 8 * 65 * 8) / 1e9
     assert forward.startswith(f"| `segment_mean_pool`, forward | {gb:.3g} | 0 | {1e3 * gb / 4.8:.0f}, 0 us |")
 
@@ -121,14 +121,14 @@ def test_benchmark_times_what_the_goals_compare_first():
 
 
 def test_benchmark_of_the_kernels(tmp_path):
-    """Every op and every backend that runs without a GPU; what does not says why."""
+    """Every op and every backend that runs without a GPU; for the others it prints the reason."""
     out = tmp_path / "kernels.jsonl"
     sizes = ("--rows", "1", "--tokens", "32", "--heads", "1", "--chunks", "20", "--dtypes", "float32")
     run(*sizes, "--out", str(out), script="benchmark_kernels.py", TRITON_INTERPRET="0")
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     records = [line for line in lines if "op" in line]
     goals = [line for line in lines if "goal" in line]
-    # Nothing of ours runs here, and so no goal is met; each says so.
+    # No kernel runs here, so no goal is met, and each goal is reported as such.
     assert len(goals) == 10 and not any(line["met"] or line["ratio"] for line in goals)
     assert {line["tokens"] for line in goals if "with selection" in line["goal"]} == {64, 256, 1024}
     for backend in ("triton", "fla"):

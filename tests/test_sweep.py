@@ -116,7 +116,7 @@ def test_folders_of_odd_values_differ_and_stay_in_place():
 
 @pytest.mark.slow
 def test_a_diverging_run_ends_no_sweep(tmp_path):
-    """As users call it."""
+    """Run as users run it."""
     rates = ("optim=adamw", "optim.lr=1e30,1e-3", "optim.warmup_steps=0", "train.steps=4")
     run_dir = f"run_dir={tmp_path}/run"
     command = [sys.executable, str(ROOT / "train.py"), "-m", *SMALLEST, *rates, run_dir, f"name={tmp_path.name}"]

@@ -31,7 +31,7 @@ from tests.runs import SMALL, config, figures, trainer
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
-    """accelerate keeps one state for a process, whatever its precision."""
+    """accelerate keeps one state per process, whatever the precision."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -59,7 +59,7 @@ def test_a_run_leaves_what_it_promises(tmp_path, capsys):
 
 @pytest.mark.parametrize("overrides", [(), ("optim=adamw", "train.micro_batch_size=2")], ids=["muon", "adamw"])
 def test_resuming_is_exact(tmp_path, monkeypatch, overrides):
-    """Stopped after 4 of 8 steps and started again: every later loss is the same to the bit."""
+    """A run that is stopped after 4 of 8 steps and started again has bitwise equal losses."""
     run(config(tmp_path / "straight", "train.steps=8", *overrides))
     stopping = config(tmp_path, "train.steps=8", *overrides)
     real = loop.Trainer._one_step
@@ -107,8 +107,8 @@ def test_a_run_starts_with_the_weights_of_another(tmp_path, capsys):
 
 
 def test_a_dense_model_is_a_start_for_chosen_chunks(tmp_path):
-    """Where all chunks are chosen the first loss is the dense model's on the same rows, whichever way the choice
-    learns; where few are, nearly. A gate that starts closed opens; one that does not is refused.
+    """If all chunks are chosen, the first loss is the dense model's on the same rows, however the choice learns; if
+    few are chosen, nearly. A gate that starts closed opens; one that does not start closed is refused.
     """
     start, first = f"train.init_from={tmp_path}/first/run", ("train.steps=20", "optim.lr=1e-2")
     shared = ("+model.num_key_value_heads=1", "+model.mixers.memory.qk_norm=true")
@@ -212,7 +212,7 @@ def test_a_diverging_run_stops_with_a_fix(tmp_path):
 
 
 def test_broken_weights_are_never_saved(tmp_path):
-    """Between logged steps too: the last good checkpoint stays."""
+    """Also between logged steps: the last good checkpoint stays."""
     rates = ("optim.lr=1e7", "optim.muon_lr=1e6", "optim.warmup_steps=0")
     with pytest.raises(ValueError, match=r"lower optim\.lr"):
         run(config(tmp_path, "train.steps=50", "train.log_every=100", "train.save_every=1", *rates))
@@ -311,8 +311,8 @@ def test_options_train(tmp_path, option):
     assert len(figures(tmp_path)) == 2
 
 
-# Dynamo looks at the .grad of each of a graph's inputs, makes objects of autograd functions, and hides what torch says
-# to that; an error comes before it can.
+# Dynamo reads the .grad of each input of a graph and makes objects of autograd functions, and hides the warnings of
+# torch; as errors they come before it can hide them.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor", "ignore:.*should not be instantiated")
 @pytest.mark.slow
 @pytest.mark.parametrize("memory", ["titans_mag", "mom"])
@@ -378,7 +378,7 @@ def test_the_loss_weighs_rows_not_tokens():
 
 
 def test_logits_of_scored_tokens_are_all_that_is_needed():
-    """Rows that are scored here and there, and one that is not at all."""
+    """Rows with a few scored tokens, and one without any."""
     labels = torch.full((3, 40), -100)
     labels[0, [5, 39]], labels[1, 17] = torch.tensor([3, 4]), 0
     rows = [Row(torch.arange(40).numpy(), row.numpy(), torch.arange(40).numpy()) for row in labels]
@@ -403,7 +403,7 @@ def test_logits_of_scored_tokens_are_all_that_is_needed():
 
 
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path, capsys):
-    """One process, then two, then one with two forwards a step: rows, losses and validation of one alone."""
+    """One process, then two, then one with two forwards per step: rows, losses and validation are those of one."""
     straight, changing = (tmp_path / name for name in ("straight", "changing"))
     run(config(straight, "train.steps=6"))
     schedule = "optim.schedule_steps=6"
@@ -423,7 +423,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, capsys):
 
 
 def test_two_processes_train_what_the_loss_does_not_reach(tmp_path):
-    """Plain text says nothing to a router of documents."""
+    """Plain text gives no gradient to a router of documents."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     options = [*SMALL, "memory=msa", "train.steps=2", "train.batch_size=2", f"run_dir={tmp_path}/run"]
     done = subprocess.run([*command, str(ROOT / "train.py"), *options], capture_output=True, text=True)
@@ -431,7 +431,7 @@ def test_two_processes_train_what_the_loss_does_not_reach(tmp_path):
 
 
 def test_muon_is_torchs_but_for_rounding():
-    """Several shapes, one of them three times; torch's rounds to bf16, so updates differ by less than a hundredth."""
+    """Several shapes, one of them three times. torch's Muon rounds to bf16, so updates differ by less than 0.01."""
     torch.manual_seed(0)
     shapes = [(64, 64), (176, 64), (64, 64), (8, 100), (64, 64)]
     ours = [torch.nn.Parameter(torch.randn(s)) for s in shapes]

@@ -1,4 +1,4 @@
-"""What transformers offers works as with its own models, or is refused in one line."""
+"""Every feature of transformers works as with its own models, or is refused in one line."""
 
 import copy
 import io
@@ -87,7 +87,7 @@ def test_a_text_may_be_repeated_and_one_that_was_read_to_its_end_is_refused(mode
 
 
 def test_a_conversation_passes_all_ids(model):
-    """As transformers' chats do: each prompt holds what was generated before."""
+    """As in transformers' chats: each prompt contains the text generated before."""
     memory, text = MemoryCache(), ids()
     for turn in range(3):
         expected = model.generate(text, **GREEDY)
@@ -170,7 +170,7 @@ def test_options_of_generate_are_as_without_a_memory(model, options):
     found = []
     for use_cache in (True, False):
         torch.manual_seed(0)
-        # Guidance keeps a cache of its own.
+        # Guidance keeps its own cache.
         model.generation_config.use_cache = use_cache
         out = model.generate(ids(), **GREEDY | options)
         found.append(out if isinstance(out, torch.Tensor) else out.sequences)
@@ -211,7 +211,7 @@ def test_models_outputs_and_memories_are_copied_and_pickled(model):
     assert torch.equal(pickle.loads(pickle.dumps(model))(text).logits, out.logits)
     file = io.BytesIO()
     torch.save(out.to_tuple()[1], file)
-    # The README's lines read without torch.no_grad().
+    # The lines of the README read without torch.no_grad().
     memory = copy.deepcopy(out.past_key_values)
     assert torch.equal(
         model(text, past_key_values=memory).logits, model(text, past_key_values=out.past_key_values).logits
@@ -241,7 +241,7 @@ def test_checkpointing_of_either_kind_changes_nothing(model, reentrant):
     for m in (plain, kept):
         memory = MemoryCache()
         for piece in ids(length=20).split(10, 1):
-            # The gradient goes back through the memory.
+            # The gradient flows back through the memory.
             loss = m(piece, labels=piece, past_key_values=memory).loss
         loss.backward()
     for (name, p), q in zip(plain.named_parameters(), kept.parameters(), strict=True):
@@ -274,7 +274,7 @@ def test_a_batch_of_no_rows(model):
 
 
 def test_no_call_waits_for_the_device_to_recognise_a_prompt(model):
-    """The hash is made of tensors alone: it runs on tensors without data."""
+    """The hash uses only tensor operations, so it runs on tensors without data."""
     with torch.device("meta"):
         memory = MemoryCache()
         assert memory.reading(torch.zeros(2, 5, dtype=torch.long), torch.ones(2, 5)).shape == (2,)

@@ -21,7 +21,7 @@ VARIANTS = [
 ]
 EXACT = 1e-10
 SMALL = {"chunk_size": 4, "top_k": 2}
-# Roles: (role, tokens) of each piece.
+# Roles: (role, number of tokens) of each piece.
 SAMPLES = {
     "usual": [(-2, 3), (1, 9), (2, 1), (3, 4), (4, 13), (0, 5), (-2, 2), (-1, 6)],
     "no template": [(1, 5), (2, 8), (3, 3), (0, 3), (-1, 4)],
@@ -60,7 +60,7 @@ def context(doc_ids, positions=None, lengths=None, found=None, samples=1):
 
 
 def loop(mixer, x, roles):
-    """One token at a time, as the text has it: one sample, [T, D] and a list of roles -> [T, D]."""
+    """One token at a time, by the text of the paper: one sample, [T, D] and a list of roles -> [T, D]."""
     config, size = mixer.msa, 6
 
     def heads(projection, norm, position):
@@ -207,7 +207,7 @@ def packed(names):
 @pytest.mark.parametrize("routing", ["causal", "query"])
 def test_packed_samples_are_samples_alone(routing):
     mixer = mixer_of(routing=routing)
-    # The third begins in a document of the number that the second ends in.
+    # The third begins in a document with the number in which the second ends.
     alone, doc_ids, positions = packed(["usual", "documents last", "no template", "documents between queries"])
     x = inputs(doc_ids.shape[1])
     got = step(mixer, x, **context(doc_ids, positions, samples=4)).y_BTD
@@ -255,7 +255,7 @@ def test_a_row_that_waits_stays_in_its_document():
         whole = model(ids, roles=Roles(doc_ids)).logits
         model(ids[:, :10], roles=Roles(doc_ids[:, :10]), past_key_values=cache)
         model(ids[:, 10:13], attention_mask=mask, roles=Roles(doc_ids[:, 10:13]), past_key_values=cache)
-        # A call without roles closes documents, but not of a row that has no token in it.
+        # A call without roles closes documents, except those of a row without a token in the call.
         model(ids[:, :3], attention_mask=mask, past_key_values=cache)
         got = model(ids[1:, 10:].expand(2, -1), roles=Roles(doc_ids[:, 10:]), past_key_values=cache).logits
     assert_close("row that waited", whole[1, 10:], got[1], EXACT)
@@ -298,7 +298,7 @@ def test_causality(name):
 
 
 def test_choosing_by_the_whole_query_shows_its_end_to_its_start():
-    """What the option is for: it must be that leak, within the query, and no other."""
+    """The option reproduces a leak; it must be exactly this leak, within the query."""
     doc_ids = roles_of([(1, 8), (2, 8), (3, 8), (0, 6), (-1, 4)])
     leaks = []
     for seed in range(8):
@@ -309,7 +309,7 @@ def test_choosing_by_the_whole_query_shows_its_end_to_its_start():
         before, after = (step(mixer, z, **context(doc_ids)).y_BTD for z in (x, other))
         assert relative_error(before[:, :24], after[:, :24]) < 1e-13
         leaks.append(relative_error(before[:, :29], after[:, :29]) > 1e-6)
-        # What follows the query sees the same choice.
+        # Tokens after the query see the same choice.
         assert_close("response", step(causal, x, **context(doc_ids)).y_BTD[:, 29:], before[:, 29:], EXACT)
     assert any(leaks)
 
@@ -340,7 +340,7 @@ def test_memory_off_is_a_model_that_does_not_route():
             cache, states = MemoryCache(), []
             model(ids, roles=Roles(doc_ids), past_key_values=cache)
             for _ in range(2):
-                # What is not shown is still kept.
+                # Keys that no token sees are still kept.
                 got = model(ids[:, :3], past_key_values=cache).logits
                 states += [state["front"].sum() for state in cache.states if "front" in state]
             assert all(n > 0 for n in states)
@@ -354,7 +354,7 @@ def test_memory_off_is_a_model_that_does_not_route():
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch compiles flex attention with a C++ compiler")
 @pytest.mark.parametrize("name", ["documents between queries"])
 def test_flex_attention_forward(name):
-    # Where other shapes have been compiled before, Inductor's C++ for any shape is not valid C++.
+    # After other shapes have been compiled, Inductor's C++ for dynamic shapes is not valid C++.
     torch.compiler.reset()
     doc_ids = roles_of(SAMPLES[name])
     torch.manual_seed(0)
@@ -402,7 +402,7 @@ def test_low_precision_keeps_banks_and_scores_in_fp32(dtype):
     doc_ids = roles_of(SAMPLES["usual"])
     ids, cache = ids_like(doc_ids), MemoryCache()
     with torch.no_grad():
-        # All documents chosen: rounding may turn a close choice, which is another question.
+        # All documents are chosen, because rounding may change a close choice.
         got = low(ids, roles=Roles(doc_ids), past_key_values=cache).logits
         exact = copy.deepcopy(low).double()(ids, roles=Roles(doc_ids)).logits
     assert_close("logits", exact, got.double(), 1e-5 if dtype == torch.float32 else 2e-2)

@@ -1,4 +1,4 @@
-"""Memory Sparse Attention against what its released code computes, and checkpoints in other formats."""
+"""Memory Sparse Attention against the outputs of its released code, and checkpoints in other formats."""
 
 import copy
 import dataclasses
@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 
 FOLDER = ROOT / "tests" / "reference" / "msa_tiny"
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-# Ours in fp64 too: what remains is the rounding of theirs, which is fp32.
+# Our model in fp64 too: the difference is then the rounding of the released code, which is fp32.
 FORWARD, GRADIENT = 1e-5, 1e-4
 
 
@@ -54,7 +54,7 @@ def labels_loss(logits, labels):
 @DTYPES
 def test_parity_in_training(golden, dtype):
     golden, inputs = golden["train"], golden["train"]["inputs"]
-    # Nothing in it is random; in training mode a backward without the auxiliary losses is refused.
+    # The model has no randomness; but in training mode a backward without the auxiliary losses is refused.
     model, doc_ids, real = model_of(dtype).eval(), inputs["doc_ids"], inputs["attention_mask"].bool()
     positives = torch.zeros_like(doc_ids)
     for row, labels in enumerate(inputs["batch_aux_labels"]):
@@ -84,7 +84,7 @@ def test_parity_in_training(golden, dtype):
         assert torch.equal(scores.isfinite(), expected.isfinite())
         assert_close(f"scores {i}", expected[expected.isfinite()], scores[expected.isfinite()], FORWARD)
 
-    # Theirs is a mean over samples, one in each row; a loss from labels weighs rows by their scored tokens.
+    # The released loss is a mean over samples, one per row; a loss from labels weights rows by their scored tokens.
     aux = sum(x.mean() for x in out.aux_losses.values())
     lm, qa = labels_loss(out.logits, inputs["labels"]), inputs["train_qa_samples"].bool()
     answer = labels_loss(out.logits[qa], inputs["batch_answer_labels"][qa])
@@ -102,7 +102,7 @@ def test_parity_in_training(golden, dtype):
 @DTYPES
 @pytest.mark.parametrize("similarity", ["dot", "cosine"])
 def test_parity_in_inference(golden, similarity, dtype):
-    """Banks, prefill, decoding, and a segment put in, which theirs attends to in both directions."""
+    """Banks, prefill, decoding, and an inserted segment, to which the released code attends in both directions."""
     golden = golden["infer"][similarity]
     model, memory, cache = model_of(dtype, similarity=similarity), golden["memory"], MemoryCache()
     ids = torch.cat([memory["head_ids"], *memory["docs"]])[None]
@@ -121,7 +121,7 @@ def test_parity_in_inference(golden, similarity, dtype):
         assert torch.equal(state["bank.document"][0, :chunks] + 1, memory["pool_doc_ids"])
         for expected, name in ((bank["k"], "k"), (bank["v"], "v"), (bank["rk"], "router_k")):
             got = state[f"bank.{name}"][:, :chunks].transpose(1, 2)
-            # For cosines theirs keeps router keys normalised.
+            # For cosines the released code keeps normalised router keys.
             got = F.normalize(got, dim=-1) if name == "router_k" and similarity == "cosine" else got
             assert_close(f"bank {name} {i}", expected, got, FORWARD)
 
@@ -169,14 +169,14 @@ def test_parity_in_inference(golden, similarity, dtype):
 
 
 def convert(*arguments):
-    """Status and output of the script, run here: starting another Python takes longer than what it does."""
+    """Exit code and output of the script, run in this process: another Python would take longer to start."""
     script, said = ROOT / "scripts" / "convert_checkpoint.py", io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
         patch.setattr(sys, "argv", [str(script), *map(str, arguments)])
         try:
             runpy.run_path(str(script), run_name="__main__")
         except SystemExit as done:
-            # As Python ends: a text is an error's.
+            # As Python exits: a text means an error.
             return (
                 (1, f"{said.getvalue()}{done.code}\n") if isinstance(done.code, str) else (done.code, said.getvalue())
             )
@@ -193,7 +193,7 @@ def test_the_released_format_goes_there_and_back(tmp_path):
     theirs, written = (json.loads((folder / "config.json").read_text()) for folder in (FOLDER, tmp_path / "theirs"))
     for found in (theirs, written):
         found |= {f"msa_config.{name}": value for name, value in found.pop("msa_config").items()}
-    # The temperature as fp32 has it.
+    # The temperature, rounded to fp32.
     assert {name for name in theirs if theirs[name] != written.get(name)} == {"msa_config.infonce_loss_temp"}
     plain = msa.config_to_msa(load_model(tmp_path / "ours").config, {})
     assert plain["max_position_embeddings"] == 262144 and plain["msa_config"]["aux_loss"] is False
@@ -223,7 +223,7 @@ def qwen3(tied=True):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_it_starts_from_a_qwen3_backbone(tmp_path, tied):
-    """Plain text is what Qwen3 makes of it; routers are fresh, and routes stand in the upper half of the layers."""
+    """On plain text it equals Qwen3. Routers are new, and the upper half of the layers routes."""
     theirs = qwen3(tied)
     theirs.save_pretrained(tmp_path / "qwen3")
     code, said = convert("--from-format", "qwen3", "--source", tmp_path / "qwen3", "--target", tmp_path / "ours")

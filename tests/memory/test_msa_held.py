@@ -1,4 +1,4 @@
-"""Documents that a layer holds: put in from elsewhere, chosen for good, at no cost for a token that goes on."""
+"""Documents that a layer holds: inserted from outside, chosen once, at no cost for later tokens."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tests.memory.test_msa import EXACT, SAMPLES, context, ids_like, inputs, mix
 
 
 def test_a_bank_from_elsewhere():
-    """Documents read one by one, in any order, and put together, are documents read in one sample."""
+    """Documents that are read one by one, in any order, and then joined, equal documents read in one sample."""
     mixer, doc_ids = mixer_of(), roles_of(SAMPLES["usual"])
     x, parts = inputs(doc_ids.shape[1], batch=2), []
     x[1, 3:30] = x[0, 3:30]
@@ -45,13 +45,13 @@ def test_documents_chosen_elsewhere_are_seen_without_a_query():
     state |= {"bank.asked": chosen_C.long()[None], "bank.score": chosen_C.double()[None]}
     chosen = step(mixer, x[:, 20:], state).y_BTD
     assert relative_error(unseen, chosen) > 1e-3
-    # Document 2, which was not chosen, is nothing to them.
+    # Document 2, which was not chosen, does not change them.
     state["bank.k"] = state["bank.k"] + 9.0 * ~chosen_C[:, None, None]
     assert torch.equal(chosen, step(mixer, x[:, 20:], state).y_BTD)
 
 
 def test_a_choice_that_stands_is_made_once(monkeypatch):
-    """Rows of different pasts, responses with and without roles by turns, and a new question."""
+    """Rows with different pasts, responses alternately with and without roles, and a new question."""
     mixer, pieces = mixer_of(), [(-2, 2), (1, 9), (2, 5), (3, 6), (0, 4), (-1, 12), (0, 3), (-1, 4)]
     rows = [roles_of(pieces), roles_of([(1, 3), (2, 13), (0, 2), (-1, 10), (0, 1), (-1, 4)])]
     x, lengths = inputs(45, batch=2), [r.shape[1] for r in rows]
@@ -60,7 +60,7 @@ def test_a_choice_that_stands_is_made_once(monkeypatch):
     monkeypatch.setattr(
         msa, "route_documents", lambda *a, **options: routed.append(a[0] is None) or route(*a, **options)
     )
-    # Up to the last token of the first question; then responses, some with roles; then the second question.
+    # The first question to its last token; then responses, some with roles; then the second question.
     at, state, got = [0, 0], None, [[], []]
     for turn, (one, other) in enumerate(
         [(26, 18), (1, 1), (2, 1), (0, 1), (3, 2), (1, 1), (1, 0), (4, 4), (3, 1), (1, 1), (3, 3)]
@@ -92,7 +92,7 @@ def test_a_token_costs_no_copy_of_what_is_held():
     got, places = [], set()
     for t in range(90):
         if t in (20, 21, 40):
-            # Others that go on from the same memory, and one that only asks.
+            # Others that continue from the same memory, and one that only asks.
             others = [cache.fork(), cache.fork()]
             for other in others:
                 model(ids[:, :3], past_key_values=other)
@@ -101,5 +101,5 @@ def test_a_token_costs_no_copy_of_what_is_held():
         got.append(model(ids[:, t - 90][:, None], past_key_values=cache).logits)
         places |= {state["k"].data_ptr() for state in cache.states}
     assert_close("logits", whole, torch.cat(got, 1), EXACT)
-    # Room for a quarter more each time it is full, from 43 tokens to 133, and again after each time others went on.
+    # Room grows by a quarter whenever it is full, from 43 tokens to 133, and after each continuation by others.
     assert len(places) <= (6 + 3) * len(cache.states)

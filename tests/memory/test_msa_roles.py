@@ -1,4 +1,4 @@
-"""Roles of tokens in Memory Sparse Attention: counted once, documents laid on rows, the device not asked."""
+"""Roles of tokens in Memory Sparse Attention: counted once, documents laid on rows, no read from the device."""
 
 import sys
 from dataclasses import replace
@@ -18,7 +18,7 @@ from tests.memory.test_msa import EXACT, context, ids_like, inputs, mixer_of, mo
 
 
 def test_documents_of_like_length_are_laid_on_rows():
-    """Rows of one length where that is not twice the tokens; else a long one would make padding of the others."""
+    """Rows have one length unless this doubles the tokens: a long document would fill short rows with padding."""
     for rows, groups in (
         ([[9, 1, 4, 13]], [(0, 13, 4)]),
         ([[2, 1, 25, 2]], [(0, 1, 1), (1, 2, 2), (16, 25, 1)]),
@@ -39,7 +39,7 @@ def test_documents_of_like_length_are_laid_on_rows():
 
 
 def test_a_long_document_among_short_ones_costs_what_it_is():
-    """No mask of it and the others: what is made is no larger than heads of twice the tokens."""
+    """There is no mask over all documents: no tensor is larger than heads of twice the tokens."""
     mixer = mixer_of(routes=False)
     doc_ids = roles_of([(1, 1500), *((n, 3) for n in range(2, 502)), (0, 2)])
     x = inputs(doc_ids.shape[1])
@@ -63,7 +63,7 @@ def test_the_device_is_not_asked_and_cost_is_linear_in_documents():
 
 
 class Asking(TorchFunctionMode):
-    """Notes what takes numbers out of tensors, which ``Watch`` does not see where these are on a CPU."""
+    """Records reads of numbers from tensors, which ``Watch`` does not see on a CPU."""
 
     def __init__(self):
         super().__init__()
@@ -77,8 +77,8 @@ class Asking(TorchFunctionMode):
 
 
 def test_a_training_step_does_not_ask_the_device_for_what_the_collator_knows(monkeypatch):
-    """Roles are counted with the batch; without its counts the same forward asks once."""
-    # On a CPU alone what is given is looked at, and checked at once.
+    """Roles are counted when the batch is made; without these counts the same forward reads the device once."""
+    # Only on a CPU values are read, and all are checked at once.
     monkeypatch.setattr("memlm.modeling.most_documents", lambda *given: given[2])
     for name, module in sys.modules.items():
         if name.startswith("memlm_kernels") and hasattr(module, "readable"):

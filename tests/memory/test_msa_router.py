@@ -83,7 +83,7 @@ def test_loss_and_metrics_of_packed_samples_are_means_over_samples():
 
 @pytest.mark.parametrize("top_k", [1, 3, 9])
 def test_metrics_equal_a_naive_count(top_k):
-    """Ties, documents that a sample does not know of, samples with nothing to find, fewer documents than top_k."""
+    """Ties, documents outside a sample, samples with nothing to find, fewer documents than top_k."""
     generator = torch.Generator().manual_seed(top_k)
     scores = torch.randint(4, (5, 3, 7), generator=generator) / 4
     known = torch.rand(5, 3, 7, generator=generator) < 0.6

@@ -1,4 +1,4 @@
-"""``Rows``: what the host knows of a call, and what is made once for all layers."""
+"""``Rows``: the facts of a call that are known on the host, and tensors made once for all layers."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def rows_of(length, before, **facts):
 
 
 def test_pieces_of_documents_count_from_their_starts():
-    """Where the host knows the place, a call within one piece needs no positions; else each piece is a document."""
+    """If the host knows the position, a call within one piece needs no positions; else each piece is a document."""
     inside = rows_of(3, [21, 21], start=21).within(8)
     assert (inside.start, inside.given_BT, inside.max_documents) == (5, None, 1)
     assert inside.positions_BT.tolist() == [[5, 6, 7]] * 2 and inside.after_B.tolist() == [8, 8]
@@ -72,7 +72,7 @@ def test_another_device_gets_all_facts_once():
 
 
 def test_what_is_made_for_a_tensor_is_of_that_tensor_alone():
-    """Even where another gets its id, once nobody else holds it."""
+    """Even if another tensor gets the same ``id`` after the first is freed."""
     rows, seen = Rows.of(torch.zeros(1, 2, 4)), set()
     for place in range(50):
         positions = torch.full((1, 2), place)
@@ -84,7 +84,7 @@ def test_what_is_made_for_a_tensor_is_of_that_tensor_alone():
 
 @pytest.mark.parametrize("memory", ["attention", "titans_mag", "chunk_sparse", "msa"])
 def test_angles_are_made_once_for_all_layers(memory, monkeypatch):
-    """In each call of a model of two layers, the first, one that goes on, and a token."""
+    """In each call of a model of two layers: the first call, a continuation, and one token."""
     model, made, real = build(memory), [], module.rotary_angles
 
     def counted(positions, head_dim, theta):
@@ -98,7 +98,7 @@ def test_angles_are_made_once_for_all_layers(memory, monkeypatch):
             model(piece, past_key_values=cache)
             calls.append(len(made))
             made.clear()
-    # The past of chosen chunks is turned too, by angles of its own.
+    # The keys of chosen chunks are rotated too, by their own angles.
     each = 2 if memory == "chunk_sparse" else 1
     assert calls == [each] * 3
 

@@ -1,4 +1,4 @@
-"""The memory part of every Titans: its equations, options, caps, and what it logs."""
+"""The memory part of every Titans: its equations, options, caps and metrics."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def memory_of(**settings) -> titans.NeuralMemory:
 
 
 def written_out(memory, x, **options):
-    """The layer once more: projections, convolution, SiLU, unit keys and queries, the recurrence, norm, gates."""
+    """The layer, written out: projections, convolution, SiLU, unit keys and queries, the recurrence, norm, gates."""
     config, streams = memory.config, []
     for proj, taps in zip((memory.q_proj, memory.k_proj, memory.v_proj), memory.conv.weight.chunk(3), strict=True):
         y = F.pad(proj(x).mT, (config.conv_size - 1, 0))
@@ -125,13 +125,13 @@ def test_metrics_show_a_memory_that_is_written():
 
 
 def norm_of(tensors):
-    """Over layers, of [B, H, in, out] each; root mean square over rows and heads."""
+    """The norm over layers of [B, H, in, out] each; root mean square over rows and heads."""
     return sum(x.square().sum() for x in tensors).sqrt() / tensors[0][..., 0, 0].numel() ** 0.5
 
 
 @pytest.mark.parametrize("memory", ["titans_lmm", "titans_mac", "titans_mag", "titans_mal", "titans_tnt", "lact"])
 def test_norms_are_of_the_calls_end_and_updates_of_all_the_call(memory):
-    """However the memory is given that a row starts with: not at all, as zeros, or as another document's."""
+    """Whether a row starts without a memory, with zeros, or with the memory of another document."""
     mixer = build(memory).model.layers[0].mixer
     part = {"titans_lmm": "", "titans_tnt": "global."}.get(memory, "memory.")
     owner = getattr(mixer, "memory", mixer)
@@ -166,7 +166,7 @@ def test_norms_are_of_the_calls_end_and_updates_of_all_the_call(memory):
 
 @pytest.mark.parametrize("memory", ["titans_lmm", "titans_mac", "titans_mag", "titans_mal", "titans_tnt", "lact"])
 def test_a_gate_that_dies_shows(memory):
-    """Silenced as training would do it: by the gate behind the read."""
+    """The gate behind the read is closed, as training might do."""
     model = build(memory)
     ids = torch.randint(259, (2, 40), generator=torch.Generator().manual_seed(0))
     mixer = model.model.layers[0].mixer
@@ -215,8 +215,8 @@ def test_recall_initialization_ties_queries_to_keys_and_delays_keys():
 
 
 def test_defaults_follow_depth_and_chunk():
-    """A deep memory diverges where a linear one learns: it has a norm and a smaller lr, unless told otherwise; and a
-    long chunk of one token overshoots. A deep memory needs to forget less."""
+    """A deep memory diverges where a linear one learns, so by default it has a norm, a smaller lr and a smaller decay.
+    Long chunks have a smaller lr, because a repeated token overshoots there."""
     for settings, norm, lr, decay in (
         ({}, False, 0.047, 0.001),
         ({"chunk_size": 64}, False, 0.047 / 4, 0.001),
@@ -279,7 +279,7 @@ TRAINED += [trained(m, d, pytest.mark.slow) for m, d in (("titans_mal", 4), ("ti
 @pytest.mark.parametrize(("memory", "settings"), TRAINED)
 @pytest.mark.parametrize("length", [1024, pytest.param(16384, marks=pytest.mark.slow)])
 def test_finite_after_training(memory, settings, length):
-    """50 steps at the default caps, then far beyond the length trained on, of one token and of random ones."""
+    """50 steps at the default caps, then far beyond the trained length, with one repeated token or random ones."""
     torch.manual_seed(0)
     model = MemLMForCausalLM(model_config(memory, memory_head_dim=16, **settings))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -302,8 +302,8 @@ def test_finite_after_training(memory, settings, length):
     ids=str,
 )
 def test_gradients_do_not_grow_with_16k_tokens(settings):
-    """One token again and again, at initialisation: what overflowed with less of a floor under the norm, or with as
-    large an lr in long chunks as in short ones.
+    """One repeated token, at initialisation. This overflowed with a smaller floor under the norm, and with the same lr
+    for long chunks as for short ones.
     """
     torch.manual_seed(0)
     config = titans_lmm.Config(memory_head_dim=16, memory_expansion=1, **settings)

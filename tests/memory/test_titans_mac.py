@@ -1,4 +1,4 @@
-"""MAC's own promises: its equations, one token at a time, and that neither read looks ahead."""
+"""Tests of MAC beside the contract: its equations, one token at a time, and no read of later tokens."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ VARIANTS = [
 
 def written_out(mixer, x):
     """Token by token: h from the memory before the segment, attention to h_i and x_i of i <= j of the segment, write
-    and second read; every part called through the slot with what the equations name, and nothing later.
+    and second read. Each part gets only the inputs that the equations name, and nothing later.
     """
     size, empty = mixer.config.segment_size, mixer.memory.init_state(len(x), x.device, x.dtype)
     weights = tuple(w.expand(len(x), *w.shape) for w in mixer.memory.store.memory())
@@ -45,7 +45,7 @@ def test_the_layer_is_its_equations(length):
 
 
 def test_the_first_read_is_of_the_memory_before_the_segment():
-    """A change in one segment reaches the attention of the next one through h, and not its own."""
+    """A change in one segment reaches the attention of the next one through h, but not that of its own."""
     mixer = build("titans_mac", segment_size=8, chunk_size=4).model.layers[0].mixer
     x = torch.randn(1, 24, 64, dtype=torch.float64)
     edited = x.clone()

@@ -1,4 +1,4 @@
-"""MAG's own promises: two branches and a gate between them."""
+"""Tests of MAG beside the contract: two branches and a gate between them."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""MAL's own promise: the memory first, then attention on what it says."""
+"""Tests of MAL beside the contract: the memory first, then attention on its output."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""TNT's own promises: its two levels, shards that know nothing of each other, a second stage with smaller chunks."""
+"""Tests of TNT beside the contract: two levels, independent shards, a second stage with smaller chunks."""
 
 import pytest
 import torch
