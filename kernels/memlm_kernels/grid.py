@@ -1,4 +1,4 @@
-"""Laying rows of tokens on a grid of chunks, whose sizes follow from shapes alone: the device is never asked.
+"""Laying rows of tokens on a grid of chunks. All sizes follow from shapes, so nothing is read from the device.
 
 B batch, T tokens of the call, N chunks, C slots of a chunk, H heads. Chunks are counted from the first token of
 each document; a row may start inside a chunk, hold several documents, and end in padding.
@@ -15,10 +15,10 @@ from memlm_kernels.checks import check_range, check_tensors, number, readable
 
 @dataclass(frozen=True)
 class Grid:
-    """Where each token of a call stands.
+    """The place of each token of a call.
 
-    slots: [B, T], each token's slot; None if every row fills the grid from its first slot on
-    opens_document, opens_chunk: [B, N], where a document or a chunk starts; None if ``slots`` is
+    slots: [B, T], each token's slot; None if every row fills the grid from the first slot on
+    opens_document, opens_chunk: [B, N], where a document or a chunk starts; None if ``slots`` is None
     """
 
     length: int
@@ -35,7 +35,7 @@ class Grid:
             if size > self.length:
                 x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, size - self.length), value=fill)
         else:
-            # One slot more takes the tokens that are not real.
+            # One more slot takes the tokens that are not real.
             x = place(x, self.slots, size + 1, fill)[:, :-1]
         return x.unflatten(1, (self.count, self.width))
 
@@ -48,7 +48,7 @@ class Grid:
 
 
 def aligned_grid(length: int, width: int) -> Grid:
-    """Rows that start where a chunk starts, have only real tokens, and hold one document."""
+    """The grid of rows that start at a chunk's start, have only real tokens, and hold one document."""
     if length == 1:
         # A single token needs no chunk around it.
         width = 1
@@ -58,10 +58,13 @@ def aligned_grid(length: int, width: int) -> Grid:
 def ragged_grid(
     positions: Tensor, lengths: Tensor | None, width: int, max_documents: int, chunk_size: int | None = None
 ) -> Grid:
-    """positions: [B, T], places in documents, a 0 starts one; lengths: [B], real tokens, which come first (None: all);
-    chunk_size: tokens of what ``opens_chunk`` tells the start of, a multiple of width (None: width).
+    """The grid of any rows.
 
-    The first chunk of a row and the last of each document may be short, which bounds the number of chunks.
+    positions: [B, T], positions in documents; a 0 starts one
+    lengths: [B], the number of real tokens of each row, which come first (None: all)
+    chunk_size: the chunks whose start ``opens_chunk`` marks, in tokens, a multiple of width (None: width)
+
+    Only the first chunk of a row and the last one of each document may be short, which bounds the number of chunks.
     """
     length = positions.shape[1]
     opens_chunk = positions % (chunk_size or width) == 0
@@ -81,21 +84,21 @@ def ragged_grid(
 
 
 def pick(x: Tensor, index: Tensor) -> Tensor:
-    """[B, T, ...], [B, S] -> [B, S, ...]: of each row the entries at its indices. Whole entries are copied, which is
-    several times faster than ``gather``.
+    """[B, T, ...], [B, S] -> [B, S, ...]: the entries of each row at its indices. Whole entries are copied, which is
+    several times as fast as ``gather``.
     """
     return x.flatten(0, 1).index_select(0, _flat(index, x.shape[1])).unflatten(0, index.shape)
 
 
 def place(x: Tensor, index: Tensor, size: int, fill: float = 0.0) -> Tensor:
-    """[B, T, ...], [B, T] -> [B, size, ...]: each entry at its index, ``fill`` where there is none."""
+    """[B, T, ...], [B, T] -> [B, size, ...]: each entry at its index, ``fill`` elsewhere."""
     out = x.new_full((len(x) * size, *x.shape[2:]), fill)
     # As fast as ``index_copy_``, whose gradient keeps x.
     return out.index_put_((_flat(index, size),), x.flatten(0, 1)).unflatten(0, (len(x), size))
 
 
 def _flat(index: Tensor, size: int) -> Tensor:
-    """[B, S] -> [B * S], into rows of ``size`` entries one after the other."""
+    """[B, S] -> [B * S], indices into rows of ``size`` entries that lie one after the other."""
     return (index + size * torch.arange(len(index), device=index.device)[:, None]).flatten()
 
 
@@ -115,7 +118,7 @@ def row_flags(flags: Tensor, heads: int) -> Tensor:
 
 
 def next_position(positions: Tensor, lengths: Tensor | None, before: Tensor) -> Tensor:
-    """[B], the place of what follows each row's last real token; ``before`` where a row has none."""
+    """[B], the position after each row's last real token; ``before`` if a row has none."""
     if positions.shape[1] == 0:
         return before
     if lengths is None:
@@ -125,24 +128,24 @@ def next_position(positions: Tensor, lengths: Tensor | None, before: Tensor) -> 
 
 
 def keep_last(x: Tensor, size: int, new: int, lengths: Tensor | None) -> Tensor:
-    """The last ``size`` real entries of history followed by ``new`` entries of this call, along dimension 1.
+    """The last ``size`` real entries of x along dimension 1. x holds history, then ``new`` entries of this call.
 
-    Row b has ``lengths[b]`` real entries among the new ones, first (None: all are real). Where there
-    are fewer than ``size``, what fills the left is arbitrary: callers mask by position.
+    The first ``lengths[b]`` of the new entries of row b are real (None: all). If there are fewer than ``size`` real
+    entries, the left ones are arbitrary: callers mask by position.
     """
     total = x.shape[1]
     if lengths is None:
         if size == total:
             return x.contiguous()
-        # A view keeps all of x alive, so of more than a token it is a copy.
+        # A copy if x has more than one new token, because a view would keep all of x alive.
         return x[:, total - size :] if new == 1 else x[:, total - size :].clone()
     index = torch.arange(total - size, total, device=x.device) - new + lengths[:, None]
     return pick(x, index.clamp(0, total - 1))
 
 
 def check_places(x: Tensor, positions: Tensor | None, lengths: Tensor | None, max_documents: int) -> None:
-    """Raise ValueError unless they fit the tokens of x, [B, T, ...]; see ``ragged_grid``, which takes a token that it
-    has no room for as not real.
+    """Raise ValueError unless positions and lengths fit the tokens of x, [B, T, ...]. Where they are not checked, a
+    token for which ``ragged_grid`` has no room counts as not real.
     """
     batch, length = x.shape[:2]
     if max_documents < 1:
@@ -167,8 +170,8 @@ def check_places(x: Tensor, positions: Tensor | None, lengths: Tensor | None, ma
 
 
 def check_start(positions: Tensor | None, lengths: Tensor | None, before: Tensor | None) -> None:
-    """Raise ValueError unless each row's first token starts a document or stands where its state goes on, ``before``
-    [B] (None: at 0). Looked at on a CPU only, for a GPU would have to wait.
+    """Raise ValueError unless each row's first token starts a document or continues at its state's position,
+    ``before`` [B] (None: 0). Checked on a CPU only, because a GPU would have to wait.
     """
     if positions is None or positions.numel() == 0 or not readable(positions):
         return

@@ -1,7 +1,7 @@
 """The linear neural memory over segments: many memories in a row of tokens, each written by its own tokens.
 
-As ``neural_memory`` with one layer, no norm and the squared error, except for who holds the states; see there, and
-``reference`` for the equations.
+It is ``neural_memory`` with one layer, no norm and the squared error, but with a state for each segment. ``naive`` and
+``reference`` have the equations.
 """
 
 from typing import NamedTuple
@@ -21,8 +21,8 @@ from memlm_kernels.segments import check_recurrence, chunk_width, exact, lay_out
 
 
 class SegmentedMemoryState(NamedTuple):
-    """memory: [B, S, 3, H, K, V], M, the momentum and the anchor of each segment; 2 without momentum
-    position: [B, S] int64, tokens that each memory has written
+    """memory: [B, S, 3, H, K, V]: M, the momentum and the anchor of each segment; 2 without momentum
+    position: [B, S] int64, the number of tokens that each memory has taken so far
     """
 
     memory: Tensor
@@ -49,15 +49,22 @@ def segmented_neural_memory(
     state: SegmentedMemoryState,
     backend: str = "auto",
 ) -> SegmentedMemoryOutput:
-    """Titans' linear memory (arXiv:2501.00663, eqs. 9-15), one for each segment.
+    """Titans' linear memory (arXiv:2501.00663, eqs. 9-15), one for each segment::
 
-    q, k: [B, T, H, K]   v: [B, T, H, V]   lr, momentum, decay: [B, T, H], as for ``neural_memory``
+        S_t = momentum_t S_{t-1} - lr_t k_t^T (k_t A - v_t)
+        M_t = (1 - decay_t) M_{t-1} + S_t
+        o_t = q_t M_t
+
+    where the anchor A is M at the start of the token's chunk.
+
+    q, k: [B, T, H, K]   v: [B, T, H, V]   lr, momentum, decay: [B, T, H], as in ``neural_memory``
     chunk_size: tokens of one memory whose gradients are taken at the same weights
-    cu_seqlens: [B, S + 1] integers from 0 to T, as for ``linear_attention``
-    state: before each segment's first token
+    cu_seqlens: [B, S + 1] integers from 0 to T, as in ``linear_attention``; None: each row is one segment
+    state: the state before each segment's first token
 
-    Raises ValueError if chunk_size < 1, shapes, types or devices disagree, cu_seqlens are outside, or the backend
-    cannot run.
+    Returns o [B, T, H, V] in v's dtype, zeros at padding, and the state after each segment's last token. Raises
+    ValueError if chunk_size < 1, shapes, types or devices disagree, cu_seqlens are out of range, or the backend cannot
+    run. ``naive`` derives the chunked form.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1")
@@ -82,7 +89,7 @@ def segmented_neural_memory(
         if cu_seqlens is None:
             # Not from a list, which would be copied to the device.
             cu_seqlens = (torch.arange(2, device=q.device) * length).expand(batch, 2)
-        # Blocks divide chunks, so that none reaches over a chunk's end.
+        # Blocks divide chunks, so no block crosses a chunk's end.
         widest = chunk_width(length, cu_seqlens, most_slots(q, 1) if by_triton else 64)
         width = max(size for size in range(1, widest + 1) if chunk_size % size == 0)
         segments = lay_out(cu_seqlens, length, width, position % width)
@@ -101,7 +108,7 @@ def segmented_neural_memory(
         opens = opens.mT[:, :, None, None, None]
         C, beta = (x.unflatten(1, (batch, heads)) for x in (gates.C, gates.beta))
         f, P, m = (x.unflatten(1, (batch, heads)) for x in gates.momentum) if gates.momentum else (None, None, None)
-        # Unbound, for the gradient of an index is a tensor as large as all chunks.
+        # Unbound, because the gradient of an index is a tensor as large as all chunks.
         keys, values, to_W = k_c.unbind(), v_c.unbind(), (k_c * C[..., -1, :, None]).mT.unbind()
         keep, errors = beta[..., -1, None, None].unbind(), []
         of_S = None

@@ -1,6 +1,6 @@
-"""One token of rows that go on, as in decoding: the two recurrences of the op themselves, with no chunk around them.
+"""One token of rows that continue, as in decoding: the op's two recurrences themselves, without a chunk around them.
 
-B batch, H heads, G rows and heads, J tokens whose losses the step descends on, the last of them its own.
+B batch, H heads, G rows and heads, J tokens on whose losses the step descends, the last of which is its own.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class Sources(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """[B, H, in, out] for each layer; momentum: None without."""
+    """[B, H, in, out] for each layer; momentum: None for a memory without momentum."""
 
     weights: Sequence[Tensor]
     momentum: Sequence[Tensor] | None
@@ -37,9 +37,9 @@ def step(
     memory: Memory,
     tail: Tail | None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None]:
-    """q: [B, 1, H, K]; gates: lr, momentum, decay [B, 1, H]; memory: before the token, and the anchor that it has.
+    """q: [B, 1, H, K]; gates: lr, momentum, decay [B, 1, H]; memory: the memory before the token, and its anchor.
 
-    Returns o [B, 1, H, V], weights and momentum after the token, and the norm of its gradient [B, 1, H], if asked for.
+    Returns o [B, 1, H, V], weights and momentum after the token, and the norm of its gradient [B, 1, H], if requested.
     """
     batch, _, heads, _ = q.shape
     lr = gates[0].reshape(-1, 1, 1)
