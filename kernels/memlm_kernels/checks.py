@@ -55,7 +55,7 @@ def check_range(name: str, index: Tensor, low: int | None, high: int | None) -> 
         if (high is not None and most >= high) or (low is not None and least < low):
             limits = [f"{low} or more" if low is not None else "", f"less than {high}" if high is not None else ""]
             wanted = " and ".join(filter(None, limits))
-            raise ValueError(f"{name} has numbers from {least} to {most}; give such of {wanted}")
+            raise ValueError(f"{name} has numbers from {least} to {most}; give numbers of {wanted}")
 
 
 def check_ascending(name: str, x: Tensor) -> None:

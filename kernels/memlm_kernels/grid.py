@@ -163,10 +163,12 @@ def check_places(x: Tensor, positions: Tensor | None, lengths: Tensor | None, ma
         if lengths is not None:
             real = torch.arange(1, length) < lengths[:, None]
         if number((real & (after != 0) & (after != before + 1)).any()):
-            raise ValueError("positions neither go on by 1 nor start at 0; give tokens before each in its document")
+            raise ValueError(
+                "positions neither increase by 1 nor start at 0; give the number of tokens before each in its document"
+            )
         most = 1 + number((real & (after == 0)).sum(1).amax())
         if most > max_documents:
-            raise ValueError(f"positions have {most} documents in a row; max_documents={max_documents} is too few")
+            raise ValueError(f"positions have {most} documents in a row; max_documents={max_documents} is too small")
 
 
 def check_start(positions: Tensor | None, lengths: Tensor | None, before: Tensor | None) -> None:
@@ -183,4 +185,4 @@ def check_start(positions: Tensor | None, lengths: Tensor | None, before: Tensor
     if number(wrong.any()):
         row = int(wrong.nonzero()[0])
         found, goes_on = int(first[row]), int(follows[row])
-        raise ValueError(f"positions start row {row} at {found}; 0 starts a document, {goes_on} goes on")
+        raise ValueError(f"positions start row {row} at {found}; 0 starts a document, {goes_on} continues one")

@@ -203,7 +203,7 @@ def test_without_starts_the_keys_are_cut_into_chunks(tokens):
         side_by_side(chunk_sparse_attention(q, k, v, index, s, chunk_size=4, window=5)) for s in (starts, None)
     )
     assert torch.equal(expected, got)
-    with pytest.raises(ValueError, match="numbers from 8 to 8; give such of less than 8"):
+    with pytest.raises(ValueError, match="numbers from 8 to 8; give numbers of less than 8"):
         chunk_sparse_attention(q, k, v, torch.full_like(index, 8), None, chunk_size=4, window=5)
 
 
@@ -279,7 +279,7 @@ def test_nothing_to_attend_to():
         (dict(positions=torch.zeros(1, 4, dtype=torch.int64)), r"positions \[1, 4\] must be integers"),
         (dict(k=torch.zeros(1, 4, 2, 6, dtype=torch.float64)), "L at least T=5"),
         (dict(v=torch.zeros(1, 6, 2, 5, dtype=torch.float64)), r"keys \[1, 5, 2, 6\] of chunks"),
-        (dict(q=torch.zeros(1, 5, 3, 6, dtype=torch.float64)), "3 heads, which do not divide by the 2"),
+        (dict(q=torch.zeros(1, 5, 3, 6, dtype=torch.float64)), "3 heads, not a multiple of the 2"),
     ],
 )
 def test_bad_inputs_are_named(settings, message):

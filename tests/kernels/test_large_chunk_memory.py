@@ -353,5 +353,5 @@ def test_bad_states_are_named():
         with pytest.raises(ValueError, match=message):
             run(inputs, 4, state=changed)
     for before, goes_on in ((None, 0), (state, 6)):
-        with pytest.raises(ValueError, match=f"start row 0 at 5; 0 starts a document, {goes_on} goes on"):
+        with pytest.raises(ValueError, match=f"start row 0 at 5; 0 starts a document, {goes_on} continues one"):
             run(inputs, 4, state=before, positions=torch.arange(5, 11).expand(2, 6))

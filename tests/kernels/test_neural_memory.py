@@ -405,7 +405,7 @@ def test_low_precision_inputs_accumulate_in_fp32(dtype):
         (dict(backend="triton"), "backend='triton' cannot run"),
         (dict(backend="fast"), "backend='fast'"),
         (dict(start=4), "start=4 must be at least 0, and without a state 0"),
-        (dict(start=0, lengths=torch.tensor([3, 3])), "start=0 leaves no room for positions or lengths"),
+        (dict(start=0, lengths=torch.tensor([3, 3])), "start=0 excludes positions and lengths"),
     ],
 )
 def test_bad_options_are_named(change, message):
@@ -438,8 +438,8 @@ def test_bad_places_are_named():
         (dict(state=state._replace(position=state.position[:1])), r"state.position \[1\] must be \[B\] = \[2\]"),
         (dict(state=state._replace(anchor=other.anchor)), r"state.anchor holds \[\[3, 2, 5, 4\]\]"),
         (dict(state=state._replace(momentum=other.momentum)), r"state.momentum holds \[\[3, 2, 5, 4\]\]"),
-        (dict(positions=later), "positions start row 0 at 5; 0 starts a document, 0 goes on"),
-        (dict(positions=later, state=state), "positions start row 0 at 5; 0 starts a document, 6 goes on"),
+        (dict(positions=later), "positions start row 0 at 5; 0 starts a document, 0 continues one"),
+        (dict(positions=later, state=state), "positions start row 0 at 5; 0 starts a document, 6 continues one"),
         (dict(state=state._replace(momentum=())), "state lacks momentum"),
         (dict(state=state, window=3), r"state.recent holds \[\], expected \[\[2, 2, 2, 5\]"),
         (dict(state=run(inputs, 4, window=2).state, window=3), r"state.recent holds \[\[2, 1, 2, 5\]"),

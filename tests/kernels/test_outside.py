@@ -20,7 +20,7 @@ OUTSIDE = {
             ("segment_mean_pool", "cu_seqlens"),
         ]
         for wrong, right, message in (
-            (rows(0, 3, 99), rows(0, 3, 6), "from 0 to 99; give such of 0 or more and less than 7"),
+            (rows(0, 3, 99), rows(0, 3, 6), "from 0 to 99; give numbers of 0 or more and less than 7"),
             (rows(-5, 3, 6), rows(0, 3, 6), "from -5 to 6"),
             (rows(0, 5, 2), rows(0, 5, 5), "decreases"),
             (rows(4, 99, 2), rows(4, 6, 6), "from 2 to 99"),
@@ -56,7 +56,7 @@ OUTSIDE = {
     **{
         (op, "positions"): ({"positions": rows(*numbers)}, None, message)
         for op in ("neural_memory", "neural_memory of two", "large_chunk_memory")
-        for numbers, message in (((0, 4, 8, 12, 16, 20), "neither go on by 1"), ((0, 1, 0, 1, 0, 1), "3 documents"))
+        for numbers, message in (((0, 4, 8, 12, 16, 20), "neither increase by 1"), ((0, 1, 0, 1, 0, 1), "3 documents"))
     },
     ("grouped_linear", "sizes"): ({"sizes": torch.tensor([4, 99])}, {"sizes": torch.tensor([4, 2])}, "sizes"),
 }
@@ -102,7 +102,9 @@ def test_segments_longer_than_was_said():
 
 def test_segments_longer_than_was_said_are_named():
     x = torch.rand(1, 6, 2)
-    with pytest.raises(ValueError, match="longest=2, has numbers from 1 to 5; give such of 0 or more and less than 3"):
+    with pytest.raises(
+        ValueError, match="longest=2, has numbers from 1 to 5; give numbers of 0 or more and less than 3"
+    ):
         segment_mean_pool(x, torch.tensor([[0, 5, 6]]), longest=2)
 
 
@@ -116,7 +118,9 @@ def test_routes_outside():
 
 
 def test_routes_outside_are_named():
-    with pytest.raises(ValueError, match="memory has numbers from 0 to 2; give such of 0 or more and less than 2"):
+    with pytest.raises(ValueError, match="memory has numbers from 0 to 2; give numbers of 0 or more and less than 2"):
         MemoryRoutes.of(torch.tensor([[[0], [2]]]), 2)
-    with pytest.raises(ValueError, match="document has numbers from 0 to 3; give such of 0 or more and less than 2"):
+    with pytest.raises(
+        ValueError, match="document has numbers from 0 to 3; give numbers of 0 or more and less than 2"
+    ):
         MemoryRoutes.of(torch.tensor([[[0], [1]]]), 2, torch.tensor([[0, 3]]))

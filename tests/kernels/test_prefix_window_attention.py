@@ -67,7 +67,7 @@ def test_auto_is_torchs_own_unless_lse_is_wanted():
         (dict(positions=torch.zeros(1, 4, dtype=torch.int64)), r"positions \[1, 4\] must be integers"),
         (dict(k=torch.zeros(1, 4, 2, 6), v=torch.zeros(1, 4, 2, 5)), "L at least T=5"),
         (dict(v=torch.zeros(1, 5, 1, 5)), r"v \[1, 5, 1, 5\] must be"),
-        (dict(q=torch.zeros(1, 5, 3, 6)), "3 heads, which do not divide by the 2"),
+        (dict(q=torch.zeros(1, 5, 3, 6)), "3 heads, not a multiple of the 2"),
         (dict(prefix=[torch.zeros(1, 5, 4, 6)] + [torch.zeros(2, 3, 2, n) for n in (6, 5)]), "of the prefix must be"),
         (dict(with_lse=True, backend="sdpa"), "backend='sdpa' cannot run here: it gives no lse; use one of auto, ref"),
         (dict(backend="triton"), "backend='triton' cannot run here"),

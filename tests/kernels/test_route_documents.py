@@ -208,5 +208,5 @@ def test_bad_settings_are_named(settings, message):
     q, k, document = inputs([2, 1])
     with pytest.raises(ValueError, match=message):
         route_documents(q, k, document, **{"top_k": 1, "num_documents": 2, **settings})
-    with pytest.raises(ValueError, match="7 heads, which do not divide"):
+    with pytest.raises(ValueError, match="7 heads, not a multiple"):
         route_documents(torch.zeros(2, 3, 7, 5), k.float(), document, top_k=1, num_documents=2)

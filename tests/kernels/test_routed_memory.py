@@ -197,7 +197,7 @@ def test_nothing_is_asked_of_the_device_and_nothing_is_padded():
         ),
         (
             lambda place: combine_reads(torch.zeros(2, 5, 3), place, torch.zeros(2, 5, 2)),
-            r"o \[2, 5, 3\] must be \[B, T \* J, ...\] = \[2, 10\], for place is \[2, 5, 2\]",
+            r"o \[2, 5, 3\] must be \[B, T \* J, ...\] = \[2, 10\], because place is \[2, 5, 2\]",
         ),
         (lambda place: dispatch_tokens(torch.zeros(2, 5), place.int()), r"place \[2, 5, 2\] of torch.int32"),
         (lambda place: dispatch_tokens(torch.zeros(2, 5), place[0]), r"place \[5, 2\] of torch.int64 must be"),

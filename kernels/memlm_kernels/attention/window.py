@@ -98,7 +98,7 @@ def check_heads(q: Tensor, k: Tensor) -> None:
     check_sizes("q", q)
     check_sizes("k", k)
     if q.shape[2] % k.shape[2]:
-        raise ValueError(f"q has {q.shape[2]} heads, which do not divide by the {k.shape[2]} of k")
+        raise ValueError(f"q has {q.shape[2]} heads, not a multiple of the {k.shape[2]} heads of k")
 
 
 def check_positions(q: Tensor, positions: Tensor | None) -> Tensor | None:

@@ -90,7 +90,7 @@ def large_chunk_memory(
         _check_state(state, q, momentum, weights)
     check_start(positions, lengths, None if state is None else state.position)
     if start is not None and (start < 0 or positions is not None or lengths is not None):
-        raise ValueError(f"start={start} must be at least 0, and stand without positions and lengths")
+        raise ValueError(f"start={start} must be at least 0, without positions and lengths")
     choose("large_chunk_memory", backend, ("reference",))
     tokens = Tokens(q, k, v, lr, momentum)
     return LargeChunkMemoryOutput(
@@ -123,7 +123,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lr: Tensor, momentum: Tensor | None,
 def _check_state(state: LargeChunkMemoryState, q: Tensor, momentum: Tensor | None, weights: Sequence[Tensor]) -> None:
     batch = len(q)
     if bool(state.momentum) != (momentum is not None):
-        raise ValueError(f"state {'has' if state.momentum else 'lacks'} momentum, the call does not agree")
+        raise ValueError(f"state {'has' if state.momentum else 'lacks'} momentum, unlike the call")
     memory, has_momentum = [[batch, *w.shape] for w in weights], bool(state.momentum)
     of_momentum = {"momentum": memory, "momentum_sum": [[batch, len(weights[0]), 1, 1]]}
     expected = {"weights": memory, "gradient": memory}

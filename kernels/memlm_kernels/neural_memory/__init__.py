@@ -139,7 +139,7 @@ def neural_memory(
     check_start(positions, lengths, None if state is None else state.position)
     if start is not None:
         if positions is not None or lengths is not None:
-            raise ValueError(f"start={start} leaves no room for positions or lengths; leave them out")
+            raise ValueError(f"start={start} excludes positions and lengths; leave them out")
         if start < 0 or (start > 0 and state is None):
             raise ValueError(f"start={start} must be at least 0, and without a state 0")
     q, k, v = as_autocast(q, k, v)
@@ -227,7 +227,7 @@ def _check_memory(
     if norm is not None and any(n.shape != v.shape[2:] for n in norm):
         raise ValueError(f"norm {[list(n.shape) for n in norm]} must be gain and bias [H, V] = {list(v.shape[2:])}")
     if norm is not None and q.shape[-1] != v.shape[-1]:
-        raise ValueError(f"norm needs K={q.shape[-1]} equal to V={v.shape[-1]}, for M(x) is x + LayerNorm(MLP(x))")
+        raise ValueError(f"norm needs K={q.shape[-1]} equal to V={v.shape[-1]}, because M(x) is x + LayerNorm(MLP(x))")
 
 
 def _check_state(
@@ -235,7 +235,7 @@ def _check_state(
 ) -> None:
     batch, _, heads, keys = q.shape
     if bool(state.momentum) != (momentum is not None):
-        raise ValueError(f"state {'has' if state.momentum else 'lacks'} momentum, the call does not agree")
+        raise ValueError(f"state {'has' if state.momentum else 'lacks'} momentum, unlike the call")
     memory, past = [[batch, *w.shape] for w in weights], [batch, window - 1, heads]
     recent = [[*past, keys], [*past, v.shape[-1]], past] if window > 1 else []
     expected = {"weights": memory, "momentum": memory if state.momentum else [], "anchor": memory, "recent": recent}

@@ -112,7 +112,7 @@ def route_documents(
     if q is not None:
         check_sizes("q", q)
     if q is not None and q.shape[2] % k.shape[2]:
-        raise ValueError(f"q has {q.shape[2]} heads, which do not divide by the {k.shape[2]} of k")
+        raise ValueError(f"q has {q.shape[2]} heads, not a multiple of the {k.shape[2]} heads of k")
     for name, x in {"asks": asks, **named("spans", spans or ())}.items():
         if x is not None and q is not None and x.shape != q.shape[:2]:
             raise ValueError(f"{name} {list(x.shape)} must be [B, M] = {list(q.shape[:2])}")
@@ -210,7 +210,9 @@ def merge_topk(parts: Sequence[tuple[Tensor, Tensor]], *, top_k: int, backend: s
         raise ValueError(f"top_k={top_k} and the number of parts, {len(parts)}, must be at least 1")
     for i, s in parts:
         if i.shape != s.shape or i.shape[:-1] != parts[0][0].shape[:-1] or i.ndim == 0:
-            raise ValueError(f"index {list(i.shape)} and score {list(s.shape)} must be alike but for the last size")
+            raise ValueError(
+                f"index {list(i.shape)} and score {list(s.shape)} must have equal shapes except for the last size"
+            )
         check_tensors({"score": s, "score of the first": parts[0][1]}, {"index": i})
     index, score = (torch.cat(tensors, -1).detach() for tensors in zip(*parts, strict=True))
     chosen = choose("merge_topk", backend, *with_triton(score, _too_many(top_k), products=False))

@@ -96,5 +96,5 @@ def _check(name: str, x: Tensor, place: Tensor, *, routed: bool) -> None:
     if x.shape[:2] != expected:
         raise ValueError(
             f"{name} {list(x.shape)} must be [B, {'T * J' if routed else 'T'}, ...] = {list(expected)}, "
-            f"for place is {list(place.shape)}"
+            f"because place is {list(place.shape)}"
         )
