@@ -141,8 +141,8 @@ def outside_autocast(backward: Callable[..., Any]) -> Any:
     @functools.wraps(backward)
     def wrapped(ctx: Any, *gradients: Any) -> Any:
         tensors = [x for d in gradients for x in (d if isinstance(d, list) else [d]) if x is not None]
-        device = tensors[0].device.type
         # Autocast knows no meta device.
+        device = tensors[0].device.type if tensors else "meta"
         if device == "meta" or not torch.is_autocast_enabled(device):
             return backward(ctx, *gradients)
         with torch.autocast(device, enabled=False):

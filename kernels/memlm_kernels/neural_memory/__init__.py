@@ -7,6 +7,7 @@ Files:
     step                one token of rows that continue
     scan                the loop over chunks, with its own backward
     chunk, chunk_backward  one step of that loop, and its gradients
+    rates               the scalars of the dual form, and their gradients
     network, losses     the network of the memory, and the inner losses
     segmented           the linear memory over segments: many memories in a row of tokens
     kernels, triton     Triton: a memory of one layer, and the op around it

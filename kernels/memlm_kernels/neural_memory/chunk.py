@@ -16,6 +16,7 @@ from torch import Tensor
 
 from memlm_kernels.neural_memory.losses import InnerLoss
 from memlm_kernels.neural_memory.network import Activation, OutputError, Tail
+from memlm_kernels.neural_memory.rates import Rates
 
 
 class Plan(NamedTuple):
@@ -30,63 +31,6 @@ class Plan(NamedTuple):
     surprise: bool
 
 
-class Momentum(NamedTuple):
-    """f: [N, G, C]; P: [N, G, J] and m: [N, G], the last rows of theirs."""
-
-    f: Tensor
-    P: Tensor
-    m: Tensor
-
-
-class Gates(NamedTuple):
-    """C: [N, G, C, J]; beta: [N, G, C]."""
-
-    C: Tensor
-    beta: Tensor
-    momentum: Momentum | None
-
-
-class Rates(NamedTuple):
-    """The gates as products take them. C: [N, G, C, J]; reads: [N, G, C, s], beta and f; writes: [N, G, J, s], minus
-    the last rows of C and P; carries: [N, G, s, s, 1, 1], the last beta and f above 0 and m. Several chunks at once,
-    and one, have no N.
-    """
-
-    C: Tensor
-    reads: Tensor
-    writes: Tensor
-    carries: Tensor
-
-    @staticmethod
-    def of(gates: Gates) -> "Rates":
-        C, beta, momentum = gates
-        reads, writes = [beta], [C[:, :, -1]]
-        if momentum is not None:
-            reads.append(momentum.f)
-            writes.append(momentum.P)
-        s = len(reads)
-        carries = beta.new_zeros(*beta.shape[:2], s, s, 1, 1)
-        for i, x in enumerate(reads):
-            carries[:, :, 0, i, 0, 0] = x[:, :, -1]
-        if momentum is not None:
-            carries[:, :, 1, 1, 0, 0] = momentum.m
-        return Rates(C, torch.stack(reads, -1), torch.stack(writes, -1).neg_(), carries)
-
-    def gradients(self, d: "Rates") -> tuple[Tensor | None, ...]:
-        """Of C, beta, f, P, m, from those of these."""
-        d.C[:, :, -1] -= d.writes[..., 0]
-        d.reads[:, :, -1] += d.carries[:, :, 0, :, 0, 0]
-        if self.reads.shape[-1] == 1:
-            return d.C, d.reads[..., 0], None, None, None
-        return d.C, d.reads[..., 0], d.reads[..., 1], -d.writes[..., 1], d.carries[:, :, 1, 1, 0, 0]
-
-    def at(self, chunks: slice) -> "Rates":
-        return Rates(*(x[chunks].flatten(0, 1) for x in self))
-
-    def split(self, rows: int) -> list["Rates"]:
-        return [Rates(*x) for x in zip(*(x.split(rows) for x in self), strict=True)]
-
-
 class Flags(NamedTuple):
     """[N, G, 1, 1], where a document and where a chunk starts."""
 
@@ -99,10 +43,7 @@ Layers = Sequence[Tensor]
 
 def spread(x: Tensor, scales: Tensor) -> Tensor:
     """[..., n] times each of [..., s] -> [..., s n]"""
-    out = x.new_empty(*x.shape[:-1], scales.shape[-1], x.shape[-1])
-    for part, scale in zip(out.unbind(-2), scales.split(1, -1), strict=True):
-        torch.mul(x, scale, out=part)
-    return out.flatten(-2)
+    return (x.unsqueeze(-2) * scales.unsqueeze(-1)).flatten(-2)
 
 
 def collect(parts: Tensor, scales: Tensor, out: Tensor | None = None) -> Tensor:
@@ -149,14 +90,11 @@ def start_documents(M: Layers, flags: Flags, initial: Layers, n: int) -> None:
         torch.where(flags.opens_document[n], i, x, out=x)
 
 
-def set_anchor(anchor: Sequence[Tensor], M: Layers, plan: Plan, flags: Flags | None, n: int) -> Sequence[Tensor]:
+def set_anchor(anchor: Layers, W: Layers, plan: Plan, flags: Flags | None, n: int) -> Layers:
     """Where block n opens a chunk its W is its anchor, [G, n, w]."""
-    if flags is None and n % plan.blocks:
-        return anchor
-    weights = [x[:, : a.shape[1]] for x, a in zip(M, anchor, strict=True)]
     if flags is None:
-        return weights
-    return [torch.where(flags.opens_chunk[n], w, a) for w, a in zip(weights, anchor, strict=True)]
+        return anchor if n % plan.blocks else W
+    return [torch.where(flags.opens_chunk[n], w, a) for w, a in zip(W, anchor, strict=True)]
 
 
 def maps(anchor: Layers, k: Tensor) -> list[Tensor]:
@@ -168,21 +106,50 @@ def maps(anchor: Layers, k: Tensor) -> list[Tensor]:
     return out
 
 
-def leave(M: Layers, rates: Rates, writes: Sequence[tuple[Tensor, Tensor]], out: Layers) -> None:
-    """``out`` is the memory after a chunk; writes: for each layer what the gradients are the products of."""
-    for old, new, (narrow, wide) in zip(M, out, writes, strict=True):
-        (W, *S), (new_W, *new_S) = (x.chunk(rates.carries.shape[1], 1) for x in (old, new))
-        torch.mul(W, rates.carries[:, 0, 0], out=new_W)
-        for s, new_s in zip(S, new_S, strict=True):
-            new_W.addcmul_(s, rates.carries[:, 0, 1])
-            torch.mul(s, rates.carries[:, 1, 1], out=new_s)
-        new.baddbmm_(narrow.mT, wide)
+class Places(NamedTuple):
+    """A layer's memories where chunks start, and after the last one. all: [P, G, s n, w]; of each place M, ``parts``
+    [G, s, n w], W and S apart, and ``W`` [G, n, w].
+    """
+
+    all: Tensor
+    M: Layers
+    parts: Layers
+    W: Layers
+
+    @staticmethod
+    def of(memories: Tensor, s: int) -> "Places":
+        W = memories[:, :, : memories.shape[2] // s]
+        return Places(memories, memories.unbind(), by_part(memories, s).unbind(), W.unbind())
 
 
-def writes_of(rates: Rates, inputs: Layers, errors: Layers) -> list[tuple[Tensor, Tensor]]:
-    """What each layer's M changes by, as the factors of a product: narrow.mT @ wide."""
-    pairs = (narrow_first(a, e) for a, e in zip(inputs, errors, strict=True))
-    return [(spread(narrow, rates.writes), wide) for narrow, wide in pairs]
+def by_part(memories: Tensor, s: int) -> Tensor:
+    """[..., s n, w] -> [..., s, n w]: W and, with momentum, S."""
+    return memories.view(*memories.shape[:-2], s, -1)
+
+
+def leave(places: Places, i: int, carry: Tensor, to_M: Tensor, wide: Tensor) -> None:
+    """From place i to the next. to_M: [G, s n, J], the narrow side of what is written, times ``rates.writes``."""
+    torch.bmm(carry, places.parts[i], out=places.parts[i + 1])
+    places.M[i + 1].baddbmm_(to_M, wide)
+
+
+class Writes(NamedTuple):
+    """What chunks change a layer's M by, ``to_M`` times ``wide`` for each. scaled: the narrow side times
+    ``rates.writes``, to_M: the same transposed; of_keys: whether the narrow side is the keys.
+    """
+
+    narrow: Tensor
+    scaled: Layers
+    to_M: Layers
+    wide: Layers
+    of_keys: bool
+
+    @staticmethod
+    def of(a: Tensor, e: Tensor, k: Tensor, scales: Tensor, rows: int) -> "Writes":
+        """a, e: the layer's inputs and errors of several chunks at once; k: the keys."""
+        narrow, wide = narrow_first(a, e)
+        scaled = spread(narrow, scales)
+        return Writes(narrow, scaled.split(rows), scaled.mT.split(rows), wide.split(rows), narrow is k)
 
 
 class Inner(NamedTuple):
@@ -267,7 +234,7 @@ class Reads(NamedTuple):
 
 def read(plan: Plan, q: Tensor, M: Layers, rates: Rates, inputs: Layers, errors: Layers) -> tuple[Tensor, Reads]:
     """The MLP's output of M_r(q_r) at every slot of n chunks, [n G, C, V]."""
-    x, weights = q, -rates.C
+    x = q
     before: list[Tensor] = []
     scores: list[Tensor] = []
     recalled: list[Tensor] = []
@@ -278,7 +245,7 @@ def read(plan: Plan, q: Tensor, M: Layers, rates: Rates, inputs: Layers, errors:
             recalled.append(torch.bmm(x, M[layer].mT))
             z = collect(recalled[-1], rates.reads)
         scores.append(torch.bmm(x, a.mT))
-        z.baddbmm_(weights * scores[-1], e)
+        z.baddbmm_(rates.C * scores[-1], e)
         if layer < plan.depth - 1:
             before.append(z)
             x = plan.activation.value(z)

@@ -4,7 +4,7 @@ For one layer: memory M, next memory M', inputs a and errors e of the tokens' gr
 is read. ``(r x)`` is ``spread(x, r)``, r and w the scalars of reads and of writes; where the output is the narrower
 side, r and w multiply what is read and the errors instead:
 
-    z = (r x) M - (C * x a^T) e        M' = carry M + (w a)^T e
+    z = (r x) M + (C * x a^T) e        M' = carry M + (w a)^T e
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,11 @@ from torch import Tensor
 from memlm_kernels.neural_memory.chunk import (
     Again,
     Layers,
+    Places,
     Plan,
-    Rates,
     Reads,
+    Writes,
+    by_part,
     collect,
     dots,
     maps,
@@ -27,81 +29,94 @@ from memlm_kernels.neural_memory.chunk import (
     spread,
 )
 from memlm_kernels.neural_memory.network import Tail
+from memlm_kernels.neural_memory.rates import Rates
 
 
 class ReadGradients(NamedTuple):
-    """d_M[l] of chunk n is ``to_M[l][0][n]^T to_M[l][1][n]``: left as factors, for it is large."""
-
     q: Tensor
     C: Tensor
     reads: Tensor
     inputs: list[Tensor]
     errors: list[Tensor]
-    to_M: list[tuple[Tensor, Tensor]]
 
 
 def read_backward(
-    plan: Plan, d_z: Tensor, q: Tensor, kept: Reads, M: Layers, rates: Rates, inputs: Layers, errors: Layers
+    plan: Plan, d_z: Tensor, q: Tensor, kept: Reads, M: Layers, rates: Rates, tokens: Again, d_M: Layers
 ) -> ReadGradients:
+    """d_M: where the gradients of each layer's M are laid."""
     x_of, recalled = [q, *(plan.activation.value(z) for z in kept.before)], list(kept.recalled)
-    d_C, d_reads = torch.zeros_like(rates.C), torch.zeros_like(rates.reads)
+    of_C, of_reads = [], []
     d_inputs: list[Tensor] = []
     d_errors: list[Tensor] = []
-    factors: list[tuple[Tensor, Tensor]] = []
-    weights = -rates.C
     for layer in reversed(range(plan.depth)):
-        x, a, e, scores = x_of[layer], inputs[layer], errors[layer], kept.scores[layer]
-        d_errors.insert(0, torch.bmm((weights * scores).mT, d_z))
+        x, a, e, scores = x_of[layer], tokens.inputs[layer], tokens.errors[layer], kept.scores[layer]
+        d_errors.insert(0, torch.bmm((rates.C * scores).mT, d_z))
         d_scores = torch.bmm(d_z, e.mT)
-        d_C.addcmul_(d_scores, scores, value=-1)
-        d_scores.mul_(weights)
+        of_C.append(d_scores * scores)
+        d_scores.mul_(rates.C)
         d_inputs.insert(0, torch.bmm(d_scores.mT, x))
         if narrows(a, e):
             back = torch.bmm(d_z, M[layer].mT)
-            d_reads += dots(back, x)
+            of_reads.append(dots(back, x))
             d_x = collect(back, rates.reads)
-            factors.insert(0, (spread(x, rates.reads), d_z))
+            torch.bmm(spread(x, rates.reads).mT, d_z, out=d_M[layer])
         else:
-            d_reads += dots(recalled.pop(), d_z)
-            factors.insert(0, (spread(d_z, rates.reads), x))
-            d_x = torch.bmm(factors[0][0], M[layer])
+            of_reads.append(dots(recalled.pop(), d_z))
+            scaled = spread(d_z, rates.reads)
+            torch.bmm(scaled.mT, x, out=d_M[layer])
+            d_x = torch.bmm(scaled, M[layer])
         d_x.baddbmm_(d_scores, a)
         d_z = plan.activation.pull_back(d_x, kept.before[layer - 1]) if layer else d_x
-    return ReadGradients(d_z, d_C, d_reads, d_inputs, d_errors, factors)
+    return ReadGradients(d_z, sum(of_C[1:], of_C[0]), sum(of_reads[1:], of_reads[0]), d_inputs, d_errors)
 
 
 def leave_backward(
-    d_M: Layers,
-    M: Layers,
-    rates: Rates,
-    tokens: Again,
-    writes: Sequence[tuple[Tensor, Tensor]],
+    d_places: Sequence[Places],
+    i: int,
+    carry: Tensor,
+    scales: Tensor,
+    writes: Sequence[Writes],
     d_inputs: Layers,
     d_errors: Layers,
-) -> tuple[Tensor, Tensor]:
-    """Turns d_M, of the memory after the chunk, into that before it, and adds to d_inputs and d_errors, in place.
-    Returns the gradients of ``rates.writes`` and ``rates.carries``.
+) -> list[Tensor]:
+    """Of chunk i: from what ``d_places`` hold behind it to what they hold before it, and to d_inputs and d_errors, in
+    place. carry: transposed; scales: ``rates.writes``. Keys wait for ``writes_backward``, for no other chunk waits for
+    them. Returns the gradients of what is scaled of the other layers.
     """
-    d_writes, d_carries = torch.zeros_like(rates.writes), torch.zeros_like(rates.carries[..., 0, 0])
-    for layer, (g, (scaled, wide)) in enumerate(zip(d_M, writes, strict=True)):
-        a, e, d_a, d_e = tokens.inputs[layer], tokens.errors[layer], d_inputs[layer], d_errors[layer]
-        narrow, d_narrow, d_wide = (a, d_a, d_e) if narrows(a, e) else (e, d_e, d_a)
-        back = torch.bmm(wide, g.mT)
-        collect(back, rates.writes, d_narrow)
-        d_writes += dots(back, narrow)
-        d_wide.baddbmm_(scaled, g)
-        by_memory = (d_carries.shape[1], -1)
-        d_carries.baddbmm_(g.unflatten(1, by_memory).flatten(2), M[layer].unflatten(1, by_memory).flatten(2).mT)
-        W, *S = g.chunk(d_carries.shape[1], 1)
-        for s in S:
-            s.mul_(rates.carries[:, 1, 1]).addcmul_(W, rates.carries[:, 0, 1])
-        W.mul_(rates.carries[:, 0, 0])
-    return d_writes, d_carries[..., None, None]
+    backs = []
+    for place, x, d_a, d_e in zip(d_places, writes, d_inputs, d_errors, strict=True):
+        d_narrow, d_wide = narrow_first(d_a, d_e)
+        d_wide.baddbmm_(x.scaled[i], place.M[i + 1])
+        if not x.of_keys:
+            backs.append(torch.bmm(x.wide[i], place.M[i + 1].mT))
+            collect(backs[-1], scales, d_narrow)
+        place.parts[i].baddbmm_(carry, place.parts[i + 1])
+    return backs
+
+
+def writes_backward(
+    d_after: Layers, M: Layers, rates: Rates, tokens: Again, writes: Sequence[Writes], backs: list[Tensor], d_k: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of a group of chunks at once, the rest: adds to the keys' gradient in place, and returns those of
+    ``rates.writes`` and ``rates.carries``. backs: of ``leave_backward``
+    """
+    d_writes, d_carries, s = [], [], rates.reads.shape[-1]
+    for g, memory, x, a, e in zip(d_after, M, writes, tokens.inputs, tokens.errors, strict=True):
+        if x.of_keys:
+            back = torch.bmm(narrow_first(a, e)[1], g.mT)
+            collect(back, rates.writes, d_k)
+        else:
+            back = backs.pop(0)
+        d_writes.append(dots(back, x.narrow))
+        d_carries.append(torch.bmm(by_part(g, s), by_part(memory, s).mT))
+    return sum(d_writes[1:], d_writes[0]), sum(d_carries[1:], d_carries[0])
 
 
 class InnerGradients(NamedTuple):
-    k: Tensor
-    v: Tensor
+    """Of keys, None without a tail; of values, None where they are minus those of the last layer's output."""
+
+    k: Tensor | None
+    v: Tensor | None
     tail: Tail | None
 
 
@@ -110,18 +125,21 @@ def inner_backward(
     d_inputs: Layers,
     d_errors: Layers,
     v: Tensor,
+    keys: Tensor,
     anchor: Layers,
     tail: Tail | None,
     tokens: Again,
     d_anchor: Layers,
 ) -> InnerGradients:
-    """Adds to d_inputs, d_errors and d_anchor in place."""
+    """Of one chunk. Adds to d_inputs and d_anchor in place; then ``d_errors[0]`` is the gradient of what comes out of
+    the first layer. keys: [G, K, J]
+    """
     inputs, errors, slopes, bends, output = tokens
-    weights = maps(anchor, inputs[0])
+    weights = maps(anchor, inputs[0]) if plan.depth > 1 else []
 
     def to_anchor(layer: int, a: Tensor, e: Tensor) -> None:
         narrow, wide = narrow_first(a, e)
-        d_anchor[layer].baddbmm_(narrow.mT, wide)
+        d_anchor[layer].baddbmm_(narrow.mT if layer or narrow is not a else keys, wide)
 
     d_hidden = []
     d_error = d_errors[0]
@@ -134,7 +152,23 @@ def inner_backward(
     d_out, d_k, d_v, d_tail = output.backward(plan.loss, d_error, v, tail)
     for layer in reversed(range(plan.depth)):
         to_anchor(layer, inputs[layer], d_out)
-        d_in = d_inputs[layer].baddbmm_(d_out, weights[layer].mT)
         if layer:
+            d_in = d_inputs[layer].baddbmm_(d_out, weights[layer].mT)
             d_out = d_hidden[layer - 1].addcmul_(d_in, slopes[layer - 1])
-    return InnerGradients(d_in if d_k is None else d_in.add_(d_k), d_v, d_tail)
+    if d_out is not d_errors[0]:
+        d_errors[0].copy_(d_out)
+    return InnerGradients(d_k, d_v, d_tail)
+
+
+def enter_backward(
+    d_places: Sequence[Places], d_anchor: Layers, d_initial: Layers, new: Tensor, opened: Tensor, i: int
+) -> None:
+    """In place: gradients of the memory and the anchor before chunk i entered, and of ``initial``. new, opened: [G, 1,
+    1], where it opens a document and where a chunk
+    """
+    for place, a, initial in zip(d_places, d_anchor, d_initial, strict=True):
+        W = place.W[i]
+        W += a.masked_fill(~opened, 0.0)
+        a.masked_fill_(opened, 0.0)
+        initial += W.masked_fill(~new, 0.0)
+        place.M[i].masked_fill_(new, 0.0)

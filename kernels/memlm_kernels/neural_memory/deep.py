@@ -21,6 +21,7 @@ from memlm_kernels.neural_memory.deep_backward_kernels import deep_tokens_backwa
 from memlm_kernels.neural_memory.deep_kernels import deep_read, deep_write
 from memlm_kernels.neural_memory.deep_read_backward_kernels import deep_read_backward_1, deep_read_backward_2
 from memlm_kernels.neural_memory.network import ACTIVATIONS, EPS
+from memlm_kernels.neural_memory.rates import Gates
 from memlm_kernels.neural_memory.step_kernels import deep_step
 
 # The number of chunks whose memories exist at once.
@@ -360,17 +361,18 @@ def _backward_flops(*shapes: Any, **_: Any) -> int:
 
 def scan_deep(plan: Plan, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> tuple[Any, ...]:
     """``scan.scan`` for a plan of two layers."""
-    C, beta, f, P, m, gain, bias, opens_document, opens_chunk, *weights = rest
-    assert C is not None and beta is not None
-    present = [[x for x in part if x is not None] for part in ((f, P, m), (gain, bias), weights)]
-    momentum, tail, weights_of = present
+    C, reads, last, gain, bias, opens_document, opens_chunk, *weights = rest
+    assert C is not None and reads is not None
+    gates = Gates(C, reads, last)
+    tail, weights_of = ([x for x in part if x is not None] for part in ((gain, bias), weights))
+    momentum = list(gates.momentum or ())
     flags = [x.flatten(1).to(torch.int32) for x in (opens_document, opens_chunk) if x is not None]
     size = 4 if momentum else 2
-    tokens = [*in_one_type(q, k, v), C, beta]
+    tokens = [*in_one_type(q, k, v), gates.C, gates.beta]
     tail = [x.flatten(1) for x in tail]
     memory, ragged = weights_of[:size], weights_of[size:]
     tensors = (*tokens, *momentum, *tail, *memory, *ragged)
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     silu = plan.activation is ACTIVATIONS["silu"]
-    out, surprise, *last = forward(tokens, momentum, tail, flags, memory, ragged, plan.blocks, silu, keep)
-    return out, surprise.detach() if plan.surprise else None, *last[: size + 2]
+    out, surprise, *after = forward(tokens, momentum, tail, flags, memory, ragged, plan.blocks, silu, keep)
+    return out, surprise.detach() if plan.surprise else None, *after[: size + 2]

@@ -65,14 +65,15 @@ class Tail(NamedTuple):
 class OutputError(NamedTuple):
     """The error of the MLP's output f = MLP(k), [..., J, V], under the inner loss.
 
-    error: gradient of the loss with respect to f; r: the prediction M(k); loss: the gradient with respect to r
+    error: gradient of the loss with respect to f
+    r: the prediction M(k); loss: the gradient with respect to r; None without a tail, where r is f
     y, mean, scale: LayerNorm(f) = y = (f - mean) * scale, scale = 1 / deviation; None without a tail
     """
 
     error: Tensor
     f: Tensor
-    r: Tensor
-    loss: Tensor
+    r: Tensor | None = None
+    loss: Tensor | None = None
     y: Tensor | None = None
     mean: Tensor | None = None
     scale: Tensor | None = None
@@ -80,8 +81,7 @@ class OutputError(NamedTuple):
     @staticmethod
     def of(loss: InnerLoss, f: Tensor, k: Tensor, v: Tensor, tail: Tail | None) -> "OutputError":
         if tail is None:
-            of_r = loss(f, v)
-            return OutputError(of_r, f, f, of_r)
+            return OutputError(loss(f, v), f)
         y, mean, scale = torch.ops.aten.native_layer_norm(f, f.shape[-1:], None, None, EPS)
         r = torch.addcmul(k + tail.bias, y, tail.gain)
         of_r = loss(r, v)
@@ -89,14 +89,16 @@ class OutputError(NamedTuple):
 
     def backward(
         self, loss: InnerLoss, d_error: Tensor, v: Tensor, tail: Tail | None
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tail | None]:
-        """Gradients of f, k (None: none), v and the tail, through these equations:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tail | None]:
+        """Gradients of f, k (None: none), v (None: minus that of f) and the tail, through these equations:
 
         r = k + y gain + bias   u = loss(r, v) gain   error = scale (u - mean(u) - y mean(u y))
         """
-        if tail is None or self.y is None or self.mean is None or self.scale is None:
-            d_f, d_v = _loss_backward(loss, d_error, self.f, v)
+        if tail is None or self.r is None or self.loss is None:
+            # The common case, without the cost of autograd.
+            d_f, d_v = (d_error, None) if loss is squared_error else _loss_backward(loss, d_error, self.f, v)
             return d_f, None, d_v, None
+        assert self.y is not None and self.mean is not None and self.scale is not None
         u = self.loss * tail.gain
         d_u = _through_norm(d_error, self.f, self.mean, self.scale)
         d_r, d_v = _loss_backward(loss, d_u * tail.gain, self.r, v)
@@ -123,6 +125,5 @@ def _mean(x: Tensor, y: Tensor) -> Tensor:
 def _loss_backward(loss: InnerLoss, d: Tensor, r: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the prediction and the target."""
     if loss is squared_error:
-        # The common case, without the cost of autograd.
         return d, -d
     return torch.func.vjp(loss, r, v)[1](d)

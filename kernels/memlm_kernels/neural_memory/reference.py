@@ -22,7 +22,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from memlm_kernels.grid import (
@@ -36,13 +35,12 @@ from memlm_kernels.grid import (
     row_flags,
     to_rows,
 )
-from memlm_kernels.neural_memory.chunk import Gates, Momentum, Plan
+from memlm_kernels.neural_memory.chunk import Plan
 from memlm_kernels.neural_memory.losses import InnerLoss
 from memlm_kernels.neural_memory.network import ACTIVATIONS, Tail
+from memlm_kernels.neural_memory.rates import scalar_recurrences
 from memlm_kernels.neural_memory.scan import scan as scan_in_torch
 from memlm_kernels.neural_memory.step import Memory, Sources, step
-
-_TINY = 1e-30
 
 # What a chunk_size is told that would be one block of more than 64, see ``block_size``.
 BLOCKS = "must be at most 64, or a multiple of a number from 16 to 64"
@@ -104,8 +102,8 @@ def neural_memory_reference(
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     goes_on = positions is None and lengths is None
     with torch.autocast(q.device.type, enabled=False):
-        gates = (None if x is None else x.to(dtype) for x in tokens[3:])
-        tokens = Tokens(*(x.to(dtype) if scan is None else x for x in tokens[:3]), *gates)
+        of_gates = (None if x is None else x.to(dtype) for x in tokens[3:])
+        tokens = Tokens(*(x.to(dtype) if scan is None else x for x in tokens[:3]), *of_gates)
         initial = tuple(w.to(dtype).expand(batch, *w.shape) for w in weights)
         if start == 0 or state is None:
             state, start = _fresh(tokens, initial, window), 0 if goes_on else None
@@ -125,15 +123,15 @@ def neural_memory_reference(
         else:
             grid = ragged_grid(positions, lengths, width, max_documents, chunk_size)
         sources, U, recent = _sources(tokens, grid, positions, lengths, window, state)
-        scalars = scalar_recurrences(tokens, grid, U)
+        # What a chunk writes and reads of its gradients is minus; Triton's kernels subtract.
+        lr = tokens.lr if scan else -tokens.lr
+        gates = scalar_recurrences(lr, tokens.momentum, tokens.decay, grid, U)
         q_grid = to_rows(grid.lay(tokens.q))
         out, surprise, *memory = (scan or scan_in_torch)(
             plan,
             q_grid,
             *sources,
-            scalars.C,
-            scalars.beta,
-            *(scalars.momentum or (None, None, None)),
+            *gates,
             *(tail or (None, None)),
             *(None if x is None else row_flags(x, heads) for x in (grid.opens_document, grid.opens_chunk)),
             *(x.to(dtype).flatten(0, 1) for part in (state.weights, state.momentum) for x in part),
@@ -247,44 +245,3 @@ def _stream(tokens: Tokens, state: NeuralMemoryState) -> list[Tensor]:
     """k, v and weight of the recent tokens and of the call's."""
     new = (tokens.k, tokens.v, torch.ones_like(tokens.lr) if tokens.weight is None else tokens.weight)
     return [torch.cat([old.to(x.dtype), x], 1) for old, x in zip(state.recent, new, strict=True)]
-
-
-def scalar_recurrences(tokens: Tokens, grid: Grid, U: Tensor | None) -> Gates:
-    """The scalar recurrences of every chunk."""
-
-    def lay(x: Tensor, fill: float = 0.0) -> Tensor:
-        return to_rows(grid.lay(x, fill))
-
-    lr, write = lay(tokens.lr), lay(torch.ones_like(tokens.lr))
-    decay = torch.zeros_like(lr) if tokens.decay is None else lay(tokens.decay)
-    log_keep = torch.log1p(-decay.clamp(max=1 - 2**-24))
-    L = _products(log_keep) * write[..., None, :]
-    beta = _exp(log_keep.cumsum(-1))
-
-    def of_tokens(x: Tensor) -> Tensor:
-        return x * lr[..., None, :] if U is None else x @ (lr[..., None] * U)
-
-    if tokens.momentum is None:
-        return Gates(of_tokens(L), beta, None)
-    log_momentum = lay(tokens.momentum, 1.0).clamp(min=_TINY).log()
-    P = of_tokens(_products(log_momentum))
-    m = _exp(log_momentum.cumsum(-1))
-    return Gates(L @ P, beta, Momentum((L @ m[..., None]).squeeze(-1), P[..., -1, :], m[..., -1]))
-
-
-def _products(log_factor: Tensor) -> Tensor:
-    """[..., C] -> [..., C, C]: entry (r, i) is exp(sum of log_factor over i < l <= r), 0 above the diagonal.
-
-    Masked sums instead of differences of sums: no cancellation at long chunks. As products, for torch's cumulative sum
-    and its gradient are slow along this dimension.
-    """
-    size = log_factor.shape[-1]
-    ones = log_factor.new_ones(size, size).tril()
-    return _exp(ones @ (log_factor[..., None] * ones.tril(-1))) * ones
-
-
-def _exp(x: Tensor) -> Tensor:
-    """Zero instead of less than 1e-18: far below rounding beside a weight of 1, and so that products of two are not
-    denormal numbers, over which CPUs take some thirty times as long.
-    """
-    return F.threshold(x.exp(), 1e-18, 0.0)

@@ -20,26 +20,36 @@ from torch.autograd.function import once_differentiable
 from memlm_kernels.backend import outside_autocast
 from memlm_kernels.neural_memory.chunk import (
     Flags,
-    Gates,
     Inner,
     Layers,
-    Momentum,
+    Places,
     Plan,
-    Rates,
     Reads,
+    Writes,
     gradient_norm,
     inner,
     lay_out,
     leave,
     maps,
+    narrow_first,
     read,
     set_anchor,
+    spread,
     start_documents,
     take_apart,
-    writes_of,
 )
-from memlm_kernels.neural_memory.chunk_backward import inner_backward, leave_backward, read_backward
+from memlm_kernels.neural_memory.chunk_backward import (
+    enter_backward,
+    inner_backward,
+    leave_backward,
+    read_backward,
+    writes_backward,
+)
 from memlm_kernels.neural_memory.network import Tail
+from memlm_kernels.neural_memory.rates import Gates, Rates
+
+# Numbers of memories that are always few.
+_FEW = 2**18
 
 
 class _Given(NamedTuple):
@@ -54,14 +64,13 @@ class _Given(NamedTuple):
 
 
 def _sort(depth: int, arguments: Sequence[Any]) -> _Given:
-    C, beta, f, P, m, gain, bias, opens_document, opens_chunk, *weights = arguments
+    C, reads, last, gain, bias, opens_document, opens_chunk, *weights = arguments
     parts = [weights[i : i + depth] for i in range(0, len(weights), depth)]
-    momentum = None if f is None else Momentum(f, P, m)
-    memories = list(zip(*parts[: 1 if f is None else 2], strict=True))
+    memories = list(zip(*parts[: reads.shape[-1]], strict=True))
     anchor, initial = parts[-2:] if opens_document is not None else (parts[0], [])
     tail = None if gain is None else Tail(gain, bias)
     flags = None if opens_document is None else Flags(opens_document, opens_chunk)
-    return _Given(Gates(C, beta, momentum), tail, flags, memories, anchor, initial)
+    return _Given(Gates(C, reads, last), tail, flags, memories, anchor, initial)
 
 
 # A compiler would unroll the loop over chunks: minutes of work for a graph that runs no faster.
@@ -73,11 +82,11 @@ def scan(plan: Plan, *tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 class Scan(torch.autograd.Function):
-    """apply(plan, keep, q, k, v, C, beta, f, P, m, gain, bias, opens_document, opens_chunk, *W, *S, *anchor, *initial)
+    """apply(plan, keep, q, k, v, C, reads, last, gain, bias, opens_document, opens_chunk, *W, *S, *anchor, *initial)
 
-    q: [N, G, C, K], k: [N, G, J, K], v: [N, G, J, V]; f, P, m, S only with momentum; gain, bias only with a tail;
-    the flags, anchor and initial only where rows are ragged. What is absent is None, or missing from the lists.
-    keep: whether there will be a backward pass.
+    q: [N, G, C, K], k: [N, G, J, K], v: [N, G, J, V]; C, reads, last: ``Gates`` of minus lr; last, S only with
+    momentum; gain, bias only with a tail; the flags, anchor and initial only where rows are ragged. What is absent is
+    None, or missing from the lists. keep: whether there will be a backward pass.
     Returns the MLP's reads before the tail [N, G, C, V]; surprise [N, G, J], the norm of each token's gradient, not
     differentiable, None if the plan has none; and W, S, anchor after the last chunk.
     """
@@ -87,137 +96,170 @@ class Scan(torch.autograd.Function):
         ctx: Any, plan: Plan, keep: bool, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None
     ) -> tuple[Any, ...]:
         gates, tail, flags, memories, given, initial = _sort(plan.depth, rest)
-        anchor: Layers
-        chunks, rows = q.shape[:2]
+        (chunks, rows), s = q.shape[:2], len(memories[0])
         size, kept_whole = _groups(memories, k, keep)
         rates, fresh = Rates.of(gates), _fresh(memories, initial)
-        anchor, M = [lay_out(w) for w in given], [lay_out(*x) for x in memories]
-        room = _room(M, min(size, chunks))
-        for place, x in zip(room, M, strict=True):
-            place[:rows] = x
+        by_keys = k.shape[-1] <= memories[0][0].shape[-1]
+        anchor: Layers = [lay_out(w) for w in given]
+        M = [lay_out(*x) for x in memories]
+        room: list[Tensor] = []
         out, surprise, kept = [], [], []
-        for start in range(0, chunks, size):
-            group = slice(start, min(start + size, chunks))
-            room = [x[: (group.stop - start) * rows] for x in room]
-            following = _room(M, max(1, min(size, chunks - group.stop)) if kept_whole else 1)
-            places = [*_split(room, rows), _split(following, rows)[0]]
+        groups = zip(*(x.split(size) for x in (q, k, v)), rates.split(size), strict=True)
+        for start, (q_group, k_group, v_group, of_group) in zip(range(0, chunks, size), groups, strict=True):
+            count, at_once = len(q_group), of_group.at_once()
+            if kept_whole or not start:
+                room = _room(memories, count + 1)
+            places = _places(room, s, count + 1)
+            _enter(places, 0, M)
             if keep:
-                entered = room if kept_whole else [x.clone() for x in places[0]]
+                entered = room if kept_whole else M
                 kept.append([*entered, *(anchor if _goes_on(start, plan, flags) else ())])
-            of_group = rates.at(group)
             passed, inputs, errors = [], [], []
-            for i, of_chunk in enumerate(of_group.split(rows)):
-                n = start + i
+            k_n, v_n, carry_n, writes_n = (x.unbind() for x in (k_group, v_group, of_group.carries, of_group.writes))
+            # Of the first layer's inputs, which are known.
+            to_M_n = spread(k_group, of_group.writes).mT.unbind() if by_keys else ()
+            for i in range(count):
                 if flags is not None:
-                    start_documents(places[i], flags, fresh, n)
-                anchor = set_anchor(anchor, places[i], plan, flags, n)
-                tokens, a, e = inner(plan, k[n], v[n], maps(anchor, k), tail)
-                if keep:
-                    passed.append([*tokens.hidden, *tokens.behind, tokens.f])
-                inputs.append(a)
+                    start_documents([x.M[i] for x in places], flags, fresh, start + i)
+                anchor = set_anchor(anchor, [x.W[i] for x in places], plan, flags, start + i)
+                tokens, a, e = inner(plan, k_n[i], v_n[i], maps(anchor, k), tail)
+                for layer, of_layer in enumerate(places):
+                    narrow, wide = narrow_first(a[layer], e[layer])
+                    to_M = to_M_n[i] if by_keys and layer == 0 else spread(narrow, writes_n[i]).mT
+                    leave(of_layer, i, carry_n[i], to_M, wide)
+                passed.append([*tokens.hidden, *tokens.behind, tokens.f])
+                inputs.append(a[1:])
                 errors.append(e)
-                leave(places[i], of_chunk, writes_of(of_chunk, a, e), places[i + 1])
-            all_inputs, all_errors = _join(inputs), _join(errors)
-            z, reads = read(plan, q[group].flatten(0, 1), room, of_group, all_inputs, all_errors)
+            all_inputs, all_errors = [k_group.flatten(0, 1), *_join(inputs)], _join(errors)
+            entered = [x.all[:count].flatten(0, 1) for x in places]
+            z, reads = read(plan, q_group.flatten(0, 1), entered, at_once, all_inputs, all_errors)
             out.append(z)
             if plan.surprise:
                 surprise.append(gradient_norm(all_inputs, all_errors))
             if keep:
                 kept[-1] += [*_join(passed), *reads.before, *reads.scores, *reads.recalled]
-            if kept_whole:
-                room = following
-            else:
+            M = [x.M[count] for x in places]
+            if not kept_whole:
                 # The next group stands where this one stood.
-                anchor = [x.clone() for x in anchor]
-                for place, x in zip(room, following, strict=True):
-                    place[:rows] = x
+                M = [x.clone() for x in M]
+                if _goes_on(start + count, plan, flags):
+                    anchor = [x.clone() for x in anchor]
+        ctx.set_materialize_grads(False)
         ctx.plan, ctx.present, ctx.counts = plan, [x is not None for x in rest], [len(of) for of in kept]
         if keep:
             ctx.save_for_backward(q, k, v, *[x for x in rest if x is not None], *(x for of in kept for x in of))
         surprises = None
         if plan.surprise:
-            surprises = torch.cat(surprise).unflatten(0, (chunks, rows))
+            surprises = _join_up(surprise).unflatten(0, (chunks, rows))
             ctx.mark_non_differentiable(surprises)
         # Copies: a view would keep M and S and all of a group's alive.
-        apart = [[x.clone() for x in take_apart(r[:rows], like)] for r, like in zip(room, memories, strict=True)]
+        apart = [[x.clone() for x in take_apart(r, like)] for r, like in zip(M, memories, strict=True)]
         anchors = [take_apart(w, like)[0].clone() for w, like in zip(anchor, memories, strict=True)]
         after = [x for part in zip(*apart, strict=True) for x in part]
-        return torch.cat(out).unflatten(0, (chunks, rows)), surprises, *after, *anchors
+        return _join_up(out).unflatten(0, (chunks, rows)), surprises, *after, *anchors
 
     @staticmethod
     @outside_autocast
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor, _: Tensor, *d_after: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, d_out: Tensor | None, _: Tensor | None, *d_after: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         plan, depth = ctx.plan, ctx.plan.depth
         q, k, v, *saved = ctx.saved_tensors
         arguments = [saved.pop(0) if present else None for present in ctx.present]
         gates, tail, flags, memories, _anchor, initial = _sort(depth, arguments)
-        chunks, rows = q.shape[:2]
+        (chunks, rows), s = q.shape[:2], len(memories[0])
+        if d_out is None:
+            d_out = q.new_zeros(*q.shape[:3], v.shape[-1])
         size, kept_whole = _groups(memories, k, keep=True)
         rates, fresh, counts = Rates.of(gates), _fresh(memories, initial), list(ctx.counts)
         *d_parts, d_anchors = (d_after[i : i + depth] for i in range(0, len(d_after), depth))
-        d_M = [lay_out(*x).clone() for x in zip(*d_parts, strict=True)]
-        room = [] if kept_whole else _room(d_M, min(size, chunks))
-        d_anchor = [lay_out(w).clone() for w in d_anchors]
+        most = min(size, chunks)
+        room, d_room = [] if kept_whole else _room(memories, most), _room(memories, most + 1)
+        # A group leaves the gradient of the memory that it started with at the first place.
+        for x, given, like in zip(d_room, zip(*d_parts, strict=True), memories, strict=True):
+            _lay_gradient(x[0], given, like)
+        # Whether each block is its own anchor.
+        own = flags is None and plan.blocks == 1
+        d_anchor = [x[0] for x in _room([like[:1] for like in memories], 1)]
+        for x, of_layer, like in zip(d_anchor, d_anchors, memories, strict=True):
+            _lay_gradient(x, [of_layer], like)
         d_initial = [torch.zeros_like(x) for x in d_anchor] if flags else []
         d_tail = None if tail is None else Tail(*(torch.zeros_like(x) for x in tail))
-        d_q, d_k, d_v, d_C, d_reads, d_writes, d_carries = ([] for _ in range(7))
-        for start in reversed(range(0, chunks, size)):
-            group = slice(start, min(start + size, chunks))
-            count, of_group = group.stop - start, _pop(saved, -counts.pop())
-            M = _pop(of_group, depth)
+        d_q, d_k, d_v, d_rates = ([] for _ in range(4))
+        groups = [*zip(*(x.split(size) for x in (q, k, v, d_out)), rates.split(size), strict=True)]
+        for start, group in reversed([*zip(range(0, chunks, size), groups, strict=True)]):
+            q_group, k_group, v_group, d_group, of_group = group
+            count, of_saved = len(q_group), _pop(saved, -counts.pop())
+            M = _pop(of_saved, depth)
             # Where the group opens a chunk, for their shapes.
-            anchor: Layers = _pop(of_group, depth) if _goes_on(start, plan, flags) else d_anchor
-            tokens = Inner(_pop(of_group, depth - 1), _pop(of_group, depth - 1), of_group.pop(0))
-            kept = Reads(_pop(of_group, depth - 1), _pop(of_group, depth), of_group)
-            k_group, v_group, of_group_rates = k[group].flatten(0, 1), v[group].flatten(0, 1), rates.at(group)
+            anchor: Layers = _pop(of_saved, depth) if _goes_on(start, plan, flags) else d_anchor
+            tokens = Inner(_pop(of_saved, depth - 1), _pop(of_saved, depth - 1), of_saved.pop(0))
+            kept = Reads(_pop(of_saved, depth - 1), _pop(of_saved, depth), of_saved)
             tails = None if tail is None else Tail(*(x.repeat(count, 1, 1) for x in tail))
-            again = tokens.again(plan, k_group, v_group, tails)
-            each, of_chunk = again.split(rows), of_group_rates.split(rows)
-            writes = [writes_of(r, x.inputs, x.errors) for r, x in zip(of_chunk, each, strict=True)]
+            k_once, at_once = k_group.flatten(0, 1), of_group.at_once()
+            again = tokens.again(plan, k_once, v_group.flatten(0, 1), tails)
+            writes = [
+                Writes.of(a, e, k_once, at_once.writes, rows) for a, e in zip(again.inputs, again.errors, strict=True)
+            ]
+            places, anchors = _places(M if kept_whole else room, s, count + kept_whole), []
             if not kept_whole:
-                first, M = M, [x[: count * rows] for x in room]
-                for place, x in zip(M, first, strict=True):
-                    place[:rows] = x
-            entered, anchors = _split(M, rows), []
-            for i in range(count):
-                n = start + i
+                _enter(places, 0, M)
+            for i, carry in enumerate(of_group.carries.unbind()):
                 if not kept_whole and flags is not None:
-                    start_documents(entered[i], flags, fresh, n)
-                anchor = set_anchor(anchor, entered[i], plan, flags, n)
+                    start_documents([x.M[i] for x in places], flags, fresh, start + i)
+                anchor = set_anchor(anchor, [x.W[i] for x in places], plan, flags, start + i)
                 anchors.append(anchor)
                 if not kept_whole and i + 1 < count:
-                    leave(entered[i], of_chunk[i], writes[i], entered[i + 1])
-            d_z = d_out[group].flatten(0, 1)
-            reads = read_backward(
-                plan, d_z, q[group].flatten(0, 1), kept, M, of_group_rates, again.inputs, again.errors
+                    for place, written in zip(places, writes, strict=True):
+                        leave(place, i, carry, written.to_M[i], written.wide[i])
+            d_places = _places(d_room, s, count + 1)
+            for place in d_places:
+                place.M[count].copy_(place.M[0])
+            entered, d_entered = ([x.all[:count].flatten(0, 1) for x in of] for of in (places, d_places))
+            d = read_backward(
+                plan, d_group.flatten(0, 1), q_group.flatten(0, 1), kept, entered, at_once, again, d_entered
             )
-            d_q.append(reads.q)
-            d_C.append(reads.C)
-            d_reads.append(reads.reads)
-            d_inputs, d_errors = _split(reads.inputs, rows), _split(reads.errors, rows)
-            factors = _split([x for pair in reads.to_M for x in pair], rows)
+            if own and start + count == chunks and d_anchors[0] is not None:
+                for place, of_anchor in zip(d_places, d_anchor, strict=True):
+                    place.W[count - 1].add_(of_anchor)
+            d_inputs, d_errors = _split(d.inputs, rows), _split(d.errors, rows)
+            each, keys = again.split(rows), k_group.mT.unbind()
+            carries, scales, values = of_group.carries.mT.unbind(), of_group.writes.unbind(), v_group.unbind()
+            backs: list[list[Tensor]] = []
+            of_k: list[Tensor] = []
+            of_v: list[Tensor] = []
             for i in reversed(range(count)):
-                n = start + i
-                left = leave_backward(d_M, entered[i], of_chunk[i], each[i], writes[i], d_inputs[i], d_errors[i])
-                d_writes.append(left[0])
-                d_carries.append(left[1])
-                for layer, d_old in enumerate(d_M):
-                    narrow, wide = factors[i][2 * layer : 2 * layer + 2]
-                    d_old.baddbmm_(narrow.mT, wide)
-                back = inner_backward(plan, d_inputs[i], d_errors[i], v[n], anchors[i], tail, each[i], d_anchor)
-                d_k.append(back.k)
-                d_v.append(back.v)
+                backs.append(leave_backward(d_places, i, carries[i], scales[i], writes, d_inputs[i], d_errors[i]))
+                to_anchor = [x.W[i] for x in d_places] if own else d_anchor
+                back = inner_backward(
+                    plan, d_inputs[i], d_errors[i], values[i], keys[i], anchors[i], tail, each[i], to_anchor
+                )
+                of_k += [] if back.k is None else [back.k]
+                of_v += [] if back.v is None else [back.v]
                 if d_tail is not None and back.tail is not None:
                     d_tail = Tail(d_tail.gain + back.tail.gain, d_tail.bias + back.tail.bias)
                 if flags is not None:
-                    _enter_backward(d_M, d_anchor, d_initial, flags, n)
-                elif n % plan.blocks == 0:
-                    for d_old, of_anchor in zip(d_M, d_anchor, strict=True):
-                        d_old[:, : of_anchor.shape[1]] += of_anchor
+                    new, opened = flags.opens_document[start + i], flags.opens_chunk[start + i]
+                    enter_backward(d_places, d_anchor, d_initial, new, opened, i)
+                elif not own and (start + i) % plan.blocks == 0:
+                    for place, of_anchor in zip(d_places, d_anchor, strict=True):
+                        place.W[i].add_(of_anchor)
                         of_anchor.zero_()
-        d_rates = Rates(*(_in_order(x, chunks) for x in (d_C, d_reads, d_writes, d_carries)))
-        d_memories = zip(*(take_apart(x, like) for x, like in zip(d_M, memories, strict=True)), strict=True)
+            d_left = [x.all[1:].flatten(0, 1) for x in d_places]
+            joined = [torch.cat(x[::-1]) for x in zip(*backs, strict=True)]
+            of_writes, of_carries = writes_backward(d_left, entered, at_once, again, writes, joined, d.inputs[0])
+            first = entered[0][:, : d_anchor[0].shape[1]] if own else torch.cat([x[0] for x in anchors])
+            d_k.append(d.inputs[0].baddbmm_(d.errors[0], maps([first], k)[0].mT))
+            if of_k:
+                d_k[-1].add_(torch.cat(of_k[::-1]))
+            d_v.append(torch.cat(of_v[::-1]) if of_v else d.errors[-1].neg())
+            d_q.append(d.q)
+            d_rates.append(Rates(d.C, d.reads, of_writes, of_carries))
+        d_gates = Rates(*(_in_order(x, chunks) for x in zip(*d_rates, strict=True))).gradients()
+        d_memories = zip(
+            *(take_apart(x[0].clone(), like) for x, like in zip(d_room, memories, strict=True)), strict=True
+        )
         at_start = [
             take_apart(x, like)[0]
             for part in ((d_anchor, d_initial) if flags else ())
@@ -225,12 +267,13 @@ class Scan(torch.autograd.Function):
         ]
         d_tokens = (_in_order(x, chunks) for x in (d_q, d_k, d_v))
         weights = [*(x for part in d_memories for x in part), *at_start]
-        return None, None, *d_tokens, *rates.gradients(d_rates), *(d_tail or (None, None)), None, None, *weights
+        return None, None, *d_tokens, *d_gates, *(d_tail or (None, None)), None, None, *weights
 
 
 def _groups(memories: Sequence[Sequence[Tensor]], k: Tensor, keep: bool) -> tuple[int, bool]:
     """Blocks of a group: as many as make the memory kept for it no larger than the activations kept for its tokens,
     256 tokens at least, for small products are slow one by one, and no more than sqrt(N); without gradients 8 at most.
+    But always as many as have memories of ``_FEW`` numbers.
     And whether the memory is kept for every block: where it is no larger than the block's own activations.
     """
     of_memory = sum(x.numel() for of_layer in memories for x in of_layer)
@@ -239,9 +282,9 @@ def _groups(memories: Sequence[Sequence[Tensor]], k: Tensor, keep: bool) -> tupl
     chunks, rows, slots = k.shape[:3]
     blocks_worth = of_memory / (of_token * rows * slots)
     size = math.ceil(max(blocks_worth, 256 / (rows * slots)))
-    if blocks_worth <= 1:
-        return size, keep
-    return min(size, math.isqrt(chunks - 1) + 1 if keep else 8), False
+    if blocks_worth > 1:
+        size = min(size, math.ceil(math.sqrt(chunks / 2)) if keep else 8)
+    return max(size, _FEW // of_memory), keep and blocks_worth <= 1
 
 
 def _goes_on(start: int, plan: Plan, flags: Flags | None) -> bool:
@@ -257,26 +300,36 @@ def _fresh(memories: Sequence[Sequence[Tensor]], initial: Sequence[Tensor]) -> l
     ]
 
 
-def _room(like: Sequence[Tensor], size: int) -> list[Tensor]:
-    """Where the memories of ``size`` chunks lie."""
-    return [x.new_empty(size * len(x), *x.shape[1:]) for x in like]
+def _room(memories: Sequence[Sequence[Tensor]], size: int) -> list[Tensor]:
+    """Where each layer's memories of ``size`` places lie, as ``lay_out`` lays them."""
+    sides = ((W, min(W.shape[1:]), max(W.shape[1:]), 1 + len(S)) for W, *S in memories)
+    return [W.new_empty(size, len(W), parts * narrow, wide) for W, narrow, wide, parts in sides]
 
 
-def _enter_backward(
-    d_M: Sequence[Tensor], d_anchor: Sequence[Tensor], d_initial: Sequence[Tensor], flags: Flags, n: int
-) -> None:
-    """In place: gradients of the memory and the anchor before chunk n entered, and of ``initial``."""
-    new, opened = flags.opens_document[n], flags.opens_chunk[n]
-    for d, a, i in zip(d_M, d_anchor, d_initial, strict=True):
-        W = d[:, : a.shape[1]]
-        W += a.masked_fill(~opened, 0.0)
-        a.masked_fill_(opened, 0.0)
-        i += W.masked_fill(~new, 0.0)
-        d.masked_fill_(new, 0.0)
+def _lay_gradient(room: Tensor, d: Sequence[Tensor | None], like: Sequence[Tensor]) -> None:
+    """Of a layer's W and S, of which either may have none."""
+    if all(x is None for x in d):
+        room.zero_()
+    else:
+        room.copy_(lay_out(*(torch.zeros_like(y) if x is None else x for x, y in zip(d, like, strict=False))))
+
+
+def _places(room: Sequence[Tensor], s: int, count: int) -> list[Places]:
+    """The first ``count`` of them, of each layer."""
+    return [Places.of(x if len(x) == count else x[:count], s) for x in room]
+
+
+def _enter(places: Sequence[Places], i: int, M: Sequence[Tensor]) -> None:
+    for place, x in zip(places, M, strict=True):
+        place.M[i].copy_(x)
 
 
 def _join(of_chunks: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    return [x[0] if len(x) == 1 else torch.cat(x) for x in zip(*of_chunks, strict=True)]
+    return [_join_up(x) for x in zip(*of_chunks, strict=True)]
+
+
+def _join_up(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _split(tensors: Sequence[Tensor], rows: int) -> list[tuple[Tensor, ...]]:
@@ -284,9 +337,9 @@ def _split(tensors: Sequence[Tensor], rows: int) -> list[tuple[Tensor, ...]]:
     return list(zip(*(x.split(rows) for x in tensors), strict=True))
 
 
-def _in_order(parts: list[Tensor], chunks: int) -> Tensor:
+def _in_order(parts: Sequence[Tensor], chunks: int) -> Tensor:
     """[N, G, ...] from parts of it, the last first."""
-    return torch.cat(parts[::-1]).unflatten(0, (chunks, -1))
+    return _join_up(parts[::-1]).unflatten(0, (chunks, -1))
 
 
 def _pop(tensors: list[Tensor], count: int) -> list[Tensor]:

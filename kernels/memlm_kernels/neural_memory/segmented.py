@@ -15,7 +15,8 @@ from memlm_kernels.neural_memory.chunk import Plan
 from memlm_kernels.neural_memory.limits import blocks_limit, keys_limit, most_slots
 from memlm_kernels.neural_memory.losses import squared_error
 from memlm_kernels.neural_memory.network import ACTIVATIONS
-from memlm_kernels.neural_memory.reference import Tokens, scalar_recurrences
+from memlm_kernels.neural_memory.rates import scalar_recurrences
+from memlm_kernels.neural_memory.reference import Tokens
 from memlm_kernels.neural_memory.step import Memory, Sources, step
 from memlm_kernels.segments import check_recurrence, chunk_width, exact, lay_out
 
@@ -97,7 +98,7 @@ def segmented_neural_memory(
         block = (position // width).gather(1, segments.segment) + segments.index
         inside = (segments.index == 0) & ((position % width).gather(1, segments.segment) > 0)
         opens = (block % (chunk_size // width) == 0) & ~inside
-        gates = scalar_recurrences(tokens, segments.grid, None)
+        gates = scalar_recurrences(tokens.lr, momentum, decay, segments.grid)
         q_c, k_c, v_c = (segments.lay(x) for x in (q, k, v))
         position = position + cu_seqlens.long().diff(dim=1)
         if by_triton:

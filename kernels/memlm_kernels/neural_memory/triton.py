@@ -12,8 +12,9 @@ from torch.utils.flop_counter import register_flop_formula
 from memlm_kernels.backend import outside_autocast
 from memlm_kernels.checks import in_one_type
 from memlm_kernels.launch import Tiles, arguments_of, at_least_16, cdiv, laid, precision
-from memlm_kernels.neural_memory.chunk import Gates, Plan
+from memlm_kernels.neural_memory.chunk import Plan
 from memlm_kernels.neural_memory.kernels import memory_backward, memory_forward, tokens_backward
+from memlm_kernels.neural_memory.rates import Gates
 from memlm_kernels.neural_memory.step_kernels import memory_step
 from memlm_kernels.segments import Segments
 
@@ -314,12 +315,15 @@ def _backward_flops(*shapes: Any, **_: Any) -> int:
 
 def scan_triton(plan: Plan, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> tuple[Any, ...]:
     """``scan.scan`` for a plan of one layer; without anchor and initial the anchor is W."""
-    C, beta, f, P, m, _, _, opens_document, opens_chunk, W, *weights = rest
-    S = weights.pop(0) if f is not None else None
+    C, reads, last, _, _, opens_document, opens_chunk, W, *weights = rest
+    assert C is not None and reads is not None
+    gates = Gates(C, reads, last)
+    S = weights.pop(0) if gates.momentum else None
     anchor, initial = weights or (None, None)
     flags = [None if x is None else x.flatten(1).to(torch.int32) for x in (opens_document, opens_chunk)]
     tokens = in_one_type(q, k, v)
-    tensors = (*tokens, C, beta, f, P, m, *flags, None, None, W, S, anchor, initial)
+    of_gates = (gates.C, gates.beta, *(gates.momentum or (None, None, None)))
+    tensors = (*tokens, *of_gates, *flags, None, None, W, S, anchor, initial)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     found = dict(zip(_outputs(S is not None, keep), forward(*tensors, plan.blocks, keep), strict=True))
     surprise = None
