@@ -361,13 +361,15 @@ def written(path: Path) -> list[list[str]]:
 
 def table(rows: list[list[str]], sample: bool) -> str:
     whole, more = (", ".join(f"{dtype} {size}" for dtype, size in sizes) for sizes in (SIZES, MORE))
-    covers = [f"{whole}: every call and tile, for six GPUs; {more}: a sample's calls, the first tiles, for two."]
+    covers = [
+        f"{whole}: every call and tile, for six GPUs. {more}: a sample of the calls, the first tiles, for two GPUs."
+    ]
     lines = [
-        "# What the Triton kernels compile to",
+        "# Compilations of the Triton kernels",
         "",
         f"By `python scripts/compile_kernels.py{' --sample' * sample}` with Triton {VERSION}: {summary(rows)}.",
         *([] if sample else covers),
-        "Nothing here was run. Registers are of a thread, shared memory and CUDA's spills are in bytes.",
+        "No kernel was run. Registers are per thread; shared memory and CUDA's spills are in bytes.",
         "",
         "| kernel | call | target | tiles | registers | spills | shared | matrix instructions | |",
         "|---|---|---|---|---|---|---|---|---|",
