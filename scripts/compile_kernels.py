@@ -173,9 +173,9 @@ def memory(
         torch.zeros(q.shape[2], *layer, requires_grad=q.requires_grad) for layer in itertools.pairwise(sizes)
     )
     norm = None if hidden is None else (torch.ones(v.shape[2:]), torch.zeros(v.shape[2:]))
-    positions = torch.arange(q.shape[1]).expand(len(q), -1)
+    cu_seqlens = torch.tensor([0, q.shape[1] // 2, q.shape[1]]).expand(len(q), -1)
     scan = scan_triton if hidden is None else scan_deep
-    rest = (squared_error, 1, None, positions, None, 2, None, True, scan, width)
+    rest = (squared_error, 1, None, cu_seqlens, None, True, scan, width)
     o, state, _ = neural_memory_reference(tokens, weights, chunk_size, "gelu", norm, *rest)
     return o, *state.weights
 

@@ -11,28 +11,40 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from memlm_kernels.checks import check_sizes, check_tensors, segments_within
-from memlm_kernels.grid import Grid, aligned_grid
+from memlm_kernels.checks import check_sizes, check_tensors, number, readable, segments_within
+from memlm_kernels.grid import Grid
 
 
 @dataclass(frozen=True)
-class Segments:
-    """Chunks of rows of segments; a chunk belongs to one segment.
+class Chunks:
+    """Rows of segments, laid on chunks; a chunk belongs to one segment.
 
+    A segment's positions start at 0 with its first token, which may be of an earlier call. Chunks end at multiples of
+    their width.
+
+    positions: [B, T], the position of each token in its segment, arbitrary for padding
     segment: [B, N], the segment of each chunk, arbitrary for chunks without tokens
-    index: [B, N], the number of each chunk in its segment
+    start: [B, N], the position of each chunk's first token, -1 for chunks without tokens
+    enters: [B, N], whether the chunk is the first one of its segment in this call
     last: [B, S], the last chunk of each segment, arbitrary if it is empty
     empty: [B, S], whether a segment has no tokens
-    All four are None where each row is one segment of all its tokens.
+    All six are None where each row is one segment of all its tokens, and starts with a chunk.
     """
 
     grid: Grid
+    positions: Tensor | None = None
     segment: Tensor | None = None
-    index: Tensor | None = None
+    start: Tensor | None = None
+    enters: Tensor | None = None
     last: Tensor | None = None
     empty: Tensor | None = None
+
+    def opens(self, size: int) -> Tensor | None:
+        """[B, N], whether the chunk's first token is at a multiple of ``size``, which is a multiple of the width."""
+        return None if self.start is None else (self.start >= 0) & (self.start % size == 0)
 
     def lay(self, x: Tensor, fill: float = 0.0) -> Tensor:
         """[B, T, H, ...] -> [N, B, H, C, ...]; a slot without a token holds ``fill``."""
@@ -70,8 +82,8 @@ class Segments:
         Returns the states at the start of the chunks, [N, B, ...], and after each segment's last token, [B, S, ...].
         """
         opens, initial = None, self.before_chunks(state).unbind()
-        if self.index is not None:
-            opens = (self.index == 0).mT.reshape(self.grid.count, -1, *[1] * (state.ndim - 2))
+        if self.enters is not None:
+            opens = self.enters.mT.reshape(self.grid.count, -1, *[1] * (state.ndim - 2))
         # A copy: a view would keep the initial states of all chunks.
         current, starts, ends = initial[0].clone(), [], []
         for n in range(self.grid.count):
@@ -84,33 +96,56 @@ class Segments:
         return torch.stack(starts), self.after_segments(after, state)
 
 
-def lay_out(cu_seqlens: Tensor | None, length: int, width: int, offset: Tensor | None = None) -> Segments:
+def lay_out(cu_seqlens: Tensor | None, length: int, width: int, before: Tensor | None = None) -> Chunks:
     """Chunks of ``width`` slots for rows of ``length`` tokens.
 
-    offset: [B, S], the slot of a segment's first token in its first chunk (None: the first slot)
+    before: [B, S], the number of tokens that each segment had in earlier calls, or [B, 1], of the first segments (None:
+        none)
     """
+    # A single token needs no chunk around it.
+    slots_of = width if length > 1 else 1
     if cu_seqlens is None:
-        return Segments(aligned_grid(length, width))
+        return Chunks(Grid(length, -(-length // slots_of), slots_of))
     cu = cu_seqlens.long()
     count_of = cu.shape[1] - 1
+    sizes = offset = cu.diff(dim=1)
     # Each segment adds less than one chunk, or two if it starts inside one; every chunk in use has a token.
-    spare = min(count_of, length) * (width - 1) * (1 if offset is None else 2)
+    spare = min(count_of, length) * (width - 1)
+    if before is None:
+        chunks = (sizes + width - 1) // width
+    else:
+        spare += min(before.shape[1], length) * (width - 1)
+        before = F.pad(before, (0, count_of - before.shape[1]))
+        offset = before % width
+        chunks = torch.where(sizes > 0, (offset + sizes + width - 1) // width, 0)
     count = min(length, (length + spare) // width)
-    sizes = cu.diff(dim=1)
-    start = torch.zeros_like(sizes) if offset is None else offset
-    chunks = torch.where(sizes > 0, (start + sizes + width - 1) // width, 0)
     ends = chunks.cumsum(1)
     begins = ends - chunks
     token = torch.arange(length, device=cu.device).expand(len(cu), -1).contiguous()
     owner = torch.searchsorted(cu[:, 1:].contiguous(), token, right=True)
     real, owner = (owner < count_of) & (token >= cu[:, :1]), owner.clamp(max=count_of - 1)
-    place = token - cu.gather(1, owner) + start.gather(1, owner)
-    slots = torch.where(real, begins.gather(1, owner) * width + place, count * width)
     chunk = torch.arange(count, device=cu.device).expand(len(cu), -1).contiguous()
     segment = torch.searchsorted(ends, chunk, right=True)
-    segment = segment.clamp(max=count_of - 1)
+    used, segment = segment < count_of, segment.clamp(max=count_of - 1)
     index = chunk - begins.gather(1, segment)
-    return Segments(Grid(length, count, width, slots), segment, index, (ends - 1).clamp(min=0), chunks == 0)
+    positions, start, enters = token - cu.gather(1, owner), index * width, used & (index == 0)
+    place = positions
+    if before is not None:
+        place = positions + offset.gather(1, owner)
+        positions = positions + before.gather(1, owner)
+        start = torch.where(enters, before.gather(1, segment), start + (before - offset).gather(1, segment))
+    slots = begins.gather(1, owner) * width + place if length > 1 else torch.zeros_like(token)
+    grid = Grid(length, count, slots_of, torch.where(real, slots, count * slots_of))
+    start = torch.where(used, start, -1)
+    return Chunks(grid, positions, segment, start, enters, (ends - 1).clamp(min=0), chunks == 0)
+
+
+def next_position(cu_seqlens: Tensor, before: Tensor) -> Tensor:
+    """[B], the position that follows each row's last token in its segment; before: [B], that of the row's first token."""
+    begins, end = cu_seqlens[:, :-1], cu_seqlens[:, -1:]
+    # Segments behind the last one that has tokens are empty.
+    size = (end - torch.where(begins < end, begins, 0).amax(1, keepdim=True))[:, 0]
+    return torch.where(cu_seqlens[:, 1] == end[:, 0], end[:, 0] - cu_seqlens[:, 0] + before, size)
 
 
 def chunk_width(length: int, cu_seqlens: Tensor | None, most: int) -> int:
@@ -124,6 +159,12 @@ def chunk_width(length: int, cu_seqlens: Tensor | None, most: int) -> int:
 def _power_of_two(x: float) -> int:
     """The smallest that is no less than x, 1 at least."""
     return 1 << max(0, math.ceil(x) - 1).bit_length()
+
+
+def whole_rows(x: Tensor) -> Tensor:
+    """cu_seqlens [B, 2] of rows x [B, T, ...] that are one segment each."""
+    # Not from a list, which would be copied to the device.
+    return (torch.arange(2, device=x.device) * x.shape[1]).expand(len(x), 2)
 
 
 def segments_of(cu_seqlens: Tensor | None) -> int:
@@ -186,3 +227,20 @@ def check_recurrence(
         raise ValueError(f"state {list(state.shape)} must be [B, S, H, K, V] = {list(expected)}")
     check_tensors({"q": q, "k": k, "v": v, **gates, "state": state}, {"cu_seqlens": cu_seqlens})
     return None if cu_seqlens is None else segments_within("cu_seqlens", cu_seqlens, q.shape[1])
+
+
+def check_documents(x: Tensor, cu_seqlens: Tensor | None, start: int | None, has_state: bool) -> Tensor | None:
+    """cu_seqlens, within the rows x [B, T, ...]. Raises ValueError unless they and ``start`` are as ``neural_memory``
+    takes them.
+    """
+    if start is not None and (cu_seqlens is not None or start < 0 or (start > 0 and not has_state)):
+        raise ValueError(f"start={start} must be at least 0, 0 without a state, and None with cu_seqlens")
+    if cu_seqlens is None:
+        return None
+    if cu_seqlens.ndim != 2 or len(cu_seqlens) != len(x) or cu_seqlens.shape[1] < 2:
+        raise ValueError(f"cu_seqlens {list(cu_seqlens.shape)} must be integers [B, D + 1] with B={len(x)}")
+    check_tensors({"q": x}, {"cu_seqlens": cu_seqlens})
+    cu_seqlens = segments_within("cu_seqlens", cu_seqlens, x.shape[1])
+    if readable(cu_seqlens) and number((cu_seqlens[:, 0] != 0).any()):
+        raise ValueError("cu_seqlens must start at 0 in each row: padding comes last")
+    return cu_seqlens

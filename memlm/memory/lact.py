@@ -139,11 +139,9 @@ class FastWeights(nn.Module):
             weights=self.memory(),
             chunk_size=self.config.chunk_size,
             muon_steps=self.config.muon_steps,
-            state=None if rows.fresh else _unpack(state, rows.before_B),
-            positions=rows.given_BT,
-            lengths=rows.lengths_B,
-            max_documents=rows.max_documents,
+            cu_seqlens=rows.cu_seqlens,
             start=rows.start if rows.goes_on else None,
+            state=None if rows.fresh else _unpack(state, rows.first_B),
         )
         scale_BTM = F.silu(self.scale(x_BTD))
         y_BTMC = scale_BTM[..., None] * self.norm(o_BTMC)

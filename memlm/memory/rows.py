@@ -13,8 +13,7 @@ from torch import Tensor
 
 from memlm.layers import rotary_angles
 from memlm.roles import RoleCounts, Roles
-from memlm_kernels import grid
-from memlm_kernels.segments import counts
+from memlm_kernels.segments import counts, next_position
 
 Made = TypeVar("Made")
 State = dict[str, Tensor]
@@ -144,9 +143,22 @@ class Rows:
     @property
     def after_B(self) -> Tensor:
         """The position of the token after each row's last real token."""
-        if self.goes_on:
+        if (cu_seqlens := self.cu_seqlens) is None:
             return self.once("after", lambda: self.before_B + self.length)
-        return self.once("after", lambda: grid.next_position(self.positions_BT, self.lengths_B, self.before_B))
+        return self.once("after", lambda: next_position(cu_seqlens, self.first_B))
+
+    @property
+    def first_B(self) -> Tensor:
+        """The place of each row's first token in its document."""
+        if (segments := self.segments()) is None:
+            return self.before_B
+        return self.once("first", lambda: self.before_B.masked_fill(segments.fresh_B, 0))
+
+    @property
+    def cu_seqlens(self) -> Tensor | None:
+        """int64 [B, max_documents + 1], where documents end, as ops take it; None where ``segments`` is."""
+        segments = self.segments()
+        return None if segments is None else segments.cu_seqlens
 
     @property
     def next_start(self) -> int | None:
@@ -177,7 +189,8 @@ class Rows:
             before_B = self.before_B % size
             if self.goes_on and self.start is not None and self.start % size + self.length <= size:
                 return Rows(self.length, before_B, self.start % size, metrics=self.metrics)
-            most, places_BT = self.max_documents + self.length // size + 1, self.positions_BT % size
+            most = min(self.length, self.max_documents + self.length // size + 1)
+            places_BT = self.positions_BT % size
             return Rows(self.length, before_B, None, places_BT, self.lengths_B, most, metrics=self.metrics)
 
         return self.once(("within", size), make)

@@ -225,11 +225,9 @@ class Store(nn.Module):
             weight=gates.get("weight"),
             loss=self.loss,
             **self.network(),
-            state=None if rows.fresh else unpack(state, rows.before_B),
-            positions=rows.given_BT,
-            lengths=rows.lengths_B,
-            max_documents=rows.max_documents,
+            cu_seqlens=rows.cu_seqlens,
             start=rows.start if rows.goes_on else None,
+            state=None if rows.fresh else unpack(state, rows.first_B),
             with_surprise=rows.metrics,
         )
         if not rows.metrics:

@@ -31,7 +31,7 @@ from memlm.memory.parts import BranchGate
 from memlm.memory.rows import Rows, State
 from memlm.settings import require
 from memlm_kernels import read_memory
-from memlm_kernels.grid import Grid, ragged_grid
+from memlm_kernels.grid import Grid
 from memlm_kernels.segments import exact
 
 
@@ -182,10 +182,11 @@ class Mixer(SequenceMixer):
 
         def make() -> tuple[list[_Piece], Grid]:
             positions_BT, before_B, pieces = rows.positions_BT, rows.before_B, []
-            opens_BT = positions_BT % size == 0
-            in_first_BT = opens_BT.cumsum(1) == opens_BT[:, :1]
-            moved_BT = positions_BT - torch.where(in_first_BT, positions_BT[:, :1] % size, 0)
-            grid = ragged_grid(moved_BT, rows.lengths_B, size, rows.max_documents)
+            cut = rows.within(size).segments()
+            assert cut is not None
+            token_BT = torch.arange(rows.length, device=rows.device) - cut.cu_seqlens.gather(1, cut.index_BT)
+            slots_BT = torch.where(cut.index_BT < cut.most, cut.index_BT * size + token_BT, cut.most * size)
+            grid = Grid(rows.length, cut.most, size, slots_BT)
             positions_BNS, lengths_BN = grid.lay(positions_BT), grid.lay(torch.ones_like(positions_BT)).sum(-1)
             for positions_BS, lengths_B in zip(positions_BNS.unbind(1), lengths_BN.unbind(1), strict=True):
                 first_B, places_BS = positions_BS[:, 0], positions_BS % size

@@ -113,7 +113,7 @@ QK, V, GATE = (2, "T", 1, 4), (2, "T", 1, 3), (2, "T", 1)
 RECURRENCE = {"q": QK, "k": QK, "v": V}
 GATES = {"lr": GATE, "momentum": GATE, "decay": GATE}
 NUMBERS = {"cu_seqlens": cut}
-ROWS = {"positions": lambda n: torch.arange(n).expand(2, -1), "lengths": lambda n: torch.full((2,), n)}
+PLACES = {"positions": lambda n: torch.arange(n).expand(2, -1)}
 OPS = {
     "linear_attention": Op(
         linear_attention, RECURRENCE | {"log_decay": GATE, "state": (2, 2, 1, 4, 3)}, NUMBERS
@@ -124,11 +124,11 @@ OPS = {
         RECURRENCE | GATES | {"memory": (2, 2, 3, 1, 4, 3)},
         NUMBERS | {"position": lambda _: torch.zeros(2, 2, dtype=torch.int64)},
     ),
-    "neural_memory": Op(titans, RECURRENCE | GATES | {"weights": (1, 4, 3)}, ROWS),
-    "neural_memory of two": Op(titans, RECURRENCE | GATES | {"weights": (1, 4, 5), "hidden": (1, 5, 3)}, ROWS),
+    "neural_memory": Op(titans, RECURRENCE | GATES | {"weights": (1, 4, 3)}, NUMBERS),
+    "neural_memory of two": Op(titans, RECURRENCE | GATES | {"weights": (1, 4, 5), "hidden": (1, 5, 3)}, NUMBERS),
     "large_chunk_memory": Op(
         lact, RECURRENCE | {"lr": (2, "T", 1, 3), "momentum": GATE, "w1": (1, 4, 5), "w2": (1, 5, 3), "w3": (1, 4, 5)},
-        ROWS, False,
+        NUMBERS, False,
     ),
     "chunk_topk": Op(lambda **x: chunk_topk(**x, top_k=2), {"q": (2, "T", 2, 4), "k": (2, 3, 1, 4)}, {}),
     "invert_chunks": Op(
@@ -137,14 +137,14 @@ OPS = {
     "chunk_sparse_attention": Op(
         lambda **x: chunk_sparse_attention(**x, chunk_size=2, window=2),
         {"q": (2, "T", 2, 4), "k": QK, "v": V},
-        {"index": choices, "starts": lambda _: rows(0, 2, 4), "positions": ROWS["positions"]},
+        {"index": choices, "starts": lambda _: rows(0, 2, 4), **PLACES},
     ),
     "chunk_mean_attention": Op(chunk_mean_attention, {"q": (2, "T", 2, 4), "k": (2, 3, 1, 4), "v": (2, 3, 1, 3)}, {}),
     "prefix_window_attention": Op(
         window,
         {"q": (2, "T", 2, 4), "k": QK, "v": V, "prefix_q": (2, "T", 2, 4)}
         | {"prefix_k": (1, 2, 1, 4), "prefix_v": (1, 2, 1, 3)},
-        {"positions": ROWS["positions"]},
+        PLACES,
     ),
     "route_documents": Op(
         route, {"q": (2, "T", 2, 4), "k": (2, 5, 1, 4)}, {"document": lambda _: rows(0, 1, 1, 2, 2)}

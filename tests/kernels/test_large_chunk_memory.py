@@ -153,16 +153,19 @@ def test_a_start_that_the_host_knows_changes_nothing(cuts, muon_steps):
 
 
 @EACH_RULE
-@pytest.mark.parametrize("positions", [None, torch.tensor([[3, 4, 5, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 0]])])
-def test_gradcheck_of_the_state(positions, muon_steps):
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradcheck_of_the_state(packed, muon_steps):
     """All results of a call, in all its inputs, over a document's start and over a call that starts inside a chunk."""
     tokens = make(length=7, key=2, value=3, width=2)
     first = make(length=3, key=2, value=3, width=2, seed=1)
     first[5:] = tokens[5:]
-    before = run(first, 3, muon_steps=muon_steps)[1]
+    before, given = run(first, 3, muon_steps=muon_steps)[1], {"start": 3}
+    if packed:
+        # The second row's first document is new.
+        given = {"cu_seqlens": torch.tensor([[0, 3, 7], [0, 6, 7]])}
+        before = before._replace(position=torch.tensor([3, 0]))
     kept = [x.detach() for part in before[:4] for x in part]
     inputs = [x.requires_grad_() for x in (*tokens, *kept)]
-    given = {"start": 3} if positions is None else {"positions": positions, "max_documents": 2}
 
     def call(*x):
         state = before._replace(weights=x[8:11], gradient=x[11:14], momentum=x[14:17], momentum_sum=x[17:])
@@ -201,19 +204,19 @@ def operations(call):
 
 def test_packed_documents_equal_documents_alone():
     inputs, lengths = make(batch=1), [3, 1, 8, 11]
-    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    cu_seqlens = torch.tensor([[0, *itertools.accumulate(lengths)]])
 
     def alone(*x):
         parts = zip(*(t.split(lengths, 1) for t in x[:5]), strict=True)
         return torch.cat([run([*part, *x[5:]], 4)[0] for part in parts], 1)
 
     def packed(*x):
-        return run(x, 4, positions=positions, max_documents=4)[0]
+        return run(x, 4, cu_seqlens=cu_seqlens)[0]
 
     assert_close("o", alone(*inputs), packed(*inputs), 1e-12)
     for name, e, g in zip(NAMES, grads_of(alone, inputs), grads_of(packed, inputs), strict=True):
         assert_close(f"gradient of {name}", e, g, 1e-12)
-    state = run(inputs, 4, positions=positions, max_documents=4)[1]
+    state = run(inputs, 4, cu_seqlens=cu_seqlens)[1]
     last = run([x[:, -11:] for x in inputs[:5]] + inputs[5:], 4)[1]
     assert_same_state(last, state)
     assert state.position.tolist() == [11]
@@ -228,8 +231,8 @@ def test_rows_of_different_length_stop_and_go_on_at_their_own_place():
     for b, n in enumerate(lengths.tolist()):
         for x, start, end in zip(inputs[:5], ragged, rest, strict=True):
             start[b, :n], end[b, : 20 - n] = x[b, :n], x[b, n:]
-    one, state = run([*ragged, *inputs[5:]], 4, lengths=lengths)
-    two, state = run([*rest, *inputs[5:]], 4, lengths=20 - lengths, state=state)
+    one, state = run([*ragged, *inputs[5:]], 4, cu_seqlens=F.pad(lengths[:, None], (1, 0)))
+    two, state = run([*rest, *inputs[5:]], 4, cu_seqlens=F.pad(20 - lengths[:, None], (1, 0)), state=state)
     for b, n in enumerate(lengths.tolist()):
         assert_close(f"row {b}", expected[b], torch.cat([one[b, :n], two[b, : 20 - n]]), 1e-12)
     assert not one[1].any()
@@ -311,11 +314,11 @@ def test_low_precision_inputs_accumulate_in_fp32(dtype):
         (dict(muon_steps=-1), r"muon_steps=-1 must be 0 \(none\) to 5"),
         (dict(muon_steps=6), "muon_steps=6"),
         (dict(backend="triton"), "backend='triton' cannot run"),
-        (dict(positions=torch.zeros(2, 23)), "positions is float32; give int64 or int32"),
-        (dict(lengths=torch.tensor([3])), r"lengths \[1\] must be integers \[B\] = \[2\]"),
-        (dict(max_documents=0), "max_documents=0"),
+        (dict(cu_seqlens=torch.zeros(2, 2)), "cu_seqlens is float32; give int64 or int32"),
+        (dict(cu_seqlens=torch.tensor([[0, 3]])), r"cu_seqlens \[1, 2\] must be integers \[B, D \+ 1\] with B=2"),
+        (dict(cu_seqlens=torch.tensor([[0, 3], [1, 3]])), "cu_seqlens must start at 0 in each row"),
         (dict(start=-1), "start=-1 must be at least 0"),
-        (dict(start=3, lengths=torch.tensor([3, 3])), "start=3 must be .* without positions and lengths"),
+        (dict(start=0, cu_seqlens=torch.tensor([[0, 3]] * 2)), "start=0 must be .* None with cu_seqlens"),
     ],
 )
 def test_bad_options_are_named(change, message):
@@ -352,6 +355,3 @@ def test_bad_states_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             run(inputs, 4, state=changed)
-    for before, goes_on in ((None, 0), (state, 6)):
-        with pytest.raises(ValueError, match=f"start row 0 at 5; 0 starts a document, {goes_on} continues one"):
-            run(inputs, 4, state=before, positions=torch.arange(5, 11).expand(2, 6))

@@ -16,8 +16,8 @@ OF_TOKENS = [
     for name, by in BOTH
     if name not in ("grouped_linear", "invert_chunks", "merge_topk", "segment_mean_pool", "dispatch_tokens")
 ]
-BY_LENGTHS = ("neural_memory", "neural_memory of two", "large_chunk_memory")
 BY_SEGMENTS = ("linear_attention", "delta_rule", "segmented_neural_memory")
+BY_SEGMENTS += ("neural_memory", "neural_memory of two", "large_chunk_memory")
 
 
 def sizes(name):
@@ -65,10 +65,10 @@ def test_a_nan_stays_where_it_is_sent(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "by"), [(name, by) for name, by in BOTH if name in BY_LENGTHS + BY_SEGMENTS])
+@pytest.mark.parametrize(("name", "by"), [(name, by) for name, by in BOTH if name in BY_SEGMENTS])
 def test_padding_may_hold_nan(name, by):
     op, (length, here) = OPS[name], sizes(name)
-    real = {"lengths": rows(here)[:, 0]} if name in BY_LENGTHS else {"cu_seqlens": rows(0, here // 2, here)}
+    real = {"cu_seqlens": rows(0, here // 2, here)}
     tensors = op.make(length) | {n: x.to(DEVICE) for n, x in real.items()}
     wrong = {n: x.clone() for n, x in tensors.items()}
     for changed in (n for n, shape in op.floats.items() if shape[1] == "T"):

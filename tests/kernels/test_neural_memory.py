@@ -184,14 +184,14 @@ def test_gradients_through_the_state_equal_those_of_one_call(option):
 
 def test_gradients_of_packed_documents_equal_those_of_documents_alone():
     inputs, lengths = make(batch=1, length=23, depth=2), [3, 1, 8, 11]
-    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    cu_seqlens = torch.tensor([[0, *itertools.accumulate(lengths)]])
 
     def alone(*x):
         parts = zip(*(t.split(lengths, 1) for t in x[:6]), strict=True)
         return torch.cat([run([*part, *x[6:]], 4).o for part in parts], 1)
 
     expected = grads_of(alone, inputs)
-    got = grads_of(lambda *x: run(x, 4, positions=positions, max_documents=4).o, inputs)
+    got = grads_of(lambda *x: run(x, 4, cu_seqlens=cu_seqlens).o, inputs)
     for name, e, g in zip(names(inputs), expected, got, strict=True):
         assert_close(f"gradient of {name}", e, g, 1e-12)
 
@@ -257,11 +257,11 @@ def test_packed_documents_equal_documents_alone(option):
     weight = options["weight"][:1] if "weight" in options else None
     options = {name: x for name, x in options.items() if name != "weight"}
     lengths = [3, 1, 8, 11]
-    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    cu_seqlens = torch.tensor([[0, *itertools.accumulate(lengths)]])
     weights = weight.split(lengths, 1) if weight is not None else [None] * 4
     parts = zip(*(x.split(lengths, 1) for x in inputs[:6]), strict=True)
     expected = [run([*x, *inputs[6:]], 4, weight=w, **options) for x, w in zip(parts, weights, strict=True)]
-    out, state, _ = run(inputs, 4, positions=positions, max_documents=4, weight=weight, **options)
+    out, state, _ = run(inputs, 4, cu_seqlens=cu_seqlens, weight=weight, **options)
     assert_close("o", torch.cat([x.o for x in expected], 1), out, 1e-12)
     assert_close("last memory", expected[-1].state.weights[1], state.weights[1], 1e-12)
     assert state.position.tolist() == [11]
@@ -278,8 +278,10 @@ def test_rows_of_different_length_stop_and_go_on_at_their_own_place(option):
     for b, n in enumerate(first.tolist()):
         for x, start, end in zip(inputs[:6], ragged, rest, strict=True):
             start[b, :n], end[b, : 20 - n] = x[b, :n], x[b, n:]
-    one, state, _ = run([*ragged, *inputs[6:]], 4, lengths=lengths, **options)
-    two, state, _ = run([*rest, *inputs[6:]], 4, lengths=20 - lengths, state=state, **options)
+    one, state, _ = run([*ragged, *inputs[6:]], 4, cu_seqlens=F.pad(lengths[:, None], (1, 0)), **options)
+    two, state, _ = run(
+        [*rest, *inputs[6:]], 4, cu_seqlens=F.pad(20 - lengths[:, None], (1, 0)), state=state, **options
+    )
     for b, n in enumerate(first.tolist()):
         assert_close(f"row {b}", expected[b], torch.cat([one[b, :n], two[b, : 20 - n]]), 1e-12)
     assert one[1].abs().sum() == 0
@@ -309,7 +311,7 @@ def test_groups_change_nothing(monkeypatch, grouping, ragged):
     """Chunks of four blocks begin and end inside groups, whose memories are kept or computed again."""
     inputs = make(length=500, heads=1, depth=2)
     inputs[3] = inputs[3] / 30
-    places = {"positions": torch.stack([torch.arange(500), torch.arange(500) % 230]), "max_documents": 3}
+    places = {"cu_seqlens": torch.tensor([[0, 500, 500, 500], [0, 230, 460, 500]])}
 
     def function(*x):
         out = run(x, 128, **(places if ragged else {}))
@@ -404,8 +406,8 @@ def test_low_precision_inputs_accumulate_in_fp32(dtype):
         (dict(norm=make_norm(2, 4)), r"norm needs K=5 equal to V=4"),
         (dict(backend="triton"), "backend='triton' cannot run"),
         (dict(backend="fast"), "backend='fast'"),
-        (dict(start=4), "start=4 must be at least 0, and without a state 0"),
-        (dict(start=0, lengths=torch.tensor([3, 3])), "start=0 excludes positions and lengths"),
+        (dict(start=4), "start=4 must be at least 0, 0 without a state"),
+        (dict(start=0, cu_seqlens=torch.tensor([[0, 3]] * 2)), "start=0 must be .* None with cu_seqlens"),
     ],
 )
 def test_bad_options_are_named(change, message):
@@ -428,18 +430,16 @@ def test_bad_shapes_are_named():
 def test_bad_places_are_named():
     inputs = make(batch=2, length=6)
     state = run(inputs, 4).state
-    other, later = run(make(batch=3, length=6), 4).state, torch.arange(5, 11).expand(2, 6)
+    other = run(make(batch=3, length=6), 4).state
     for options, message in (
-        (dict(positions=torch.arange(6)[None]), r"positions \[1, 6\] must be integers \[B, T\] = \[2, 6\]"),
-        (dict(positions=torch.zeros(2, 6)), "positions is float32; give int64 or int32"),
-        (dict(lengths=torch.tensor([3])), r"lengths \[1\] must be integers \[B\] = \[2\]"),
-        (dict(max_documents=0), "max_documents=0"),
+        (dict(cu_seqlens=torch.zeros(2, 2)), "cu_seqlens is float32; give int64 or int32"),
+        (dict(cu_seqlens=torch.tensor([[0, 3]])), r"cu_seqlens \[1, 2\] must be integers \[B, D \+ 1\] with B=2"),
+        (dict(cu_seqlens=torch.tensor([[0], [0]])), r"cu_seqlens \[2, 1\] must be integers"),
+        (dict(cu_seqlens=torch.tensor([[0, 3], [1, 3]])), "cu_seqlens must start at 0 in each row"),
         (dict(state=other), r"state.weights holds \[\[3, 2, 5, 4\]\], expected \[\[2, 2, 5, 4\]\]"),
         (dict(state=state._replace(position=state.position[:1])), r"state.position \[1\] must be \[B\] = \[2\]"),
         (dict(state=state._replace(anchor=other.anchor)), r"state.anchor holds \[\[3, 2, 5, 4\]\]"),
         (dict(state=state._replace(momentum=other.momentum)), r"state.momentum holds \[\[3, 2, 5, 4\]\]"),
-        (dict(positions=later), "positions start row 0 at 5; 0 starts a document, 0 continues one"),
-        (dict(positions=later, state=state), "positions start row 0 at 5; 0 starts a document, 6 continues one"),
         (dict(state=state._replace(momentum=())), "state lacks momentum"),
         (dict(state=state, window=3), r"state.recent holds \[\], expected \[\[2, 2, 2, 5\]"),
         (dict(state=run(inputs, 4, window=2).state, window=3), r"state.recent holds \[\[2, 1, 2, 5\]"),

@@ -10,21 +10,21 @@ from tests.kernels.test_triton import DEVICE, poisoned  # noqa: F401
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[cpu-kernels]'")
 
-LENGTHS = (torch.tensor([2, TOKENS + 9]), torch.tensor([2, TOKENS]))
+# Ops with one state per row.
+BY_STATE = ("neural_memory", "neural_memory of two", "large_chunk_memory")
 # The index out of range, the index that it counts as without checks, and the error with checks.
 OUTSIDE = {
     **{
-        (op, str(wrong[0].tolist())): ({name: wrong}, {name: right}, f"{name}.* {message}")
-        for op, name in [
-            *((op, "cu_seqlens") for op in ("linear_attention", "delta_rule", "segmented_neural_memory")),
-            ("segment_mean_pool", "cu_seqlens"),
-        ]
+        (op, str(wrong[0].tolist())): ({"cu_seqlens": wrong}, {"cu_seqlens": right}, f"cu_seqlens.* {message}")
+        for op in (*BY_STATE, "linear_attention", "delta_rule", "segmented_neural_memory", "segment_mean_pool")
         for wrong, right, message in (
             (rows(0, 3, 99), rows(0, 3, 6), "from 0 to 99; give numbers of 0 or more and less than 7"),
             (rows(-5, 3, 6), rows(0, 3, 6), "from -5 to 6"),
             (rows(0, 5, 2), rows(0, 5, 5), "decreases"),
             (rows(4, 99, 2), rows(4, 6, 6), "from 2 to 99"),
         )
+        # Documents have no padding before them.
+        if op not in BY_STATE or right[0, 0] == 0
     },
     ("dispatch_tokens", "outside"): ({"place": places(TOKENS) - 3}, None, "place has numbers from -3 to 8"),
     ("combine_reads", "outside"): ({"place": places(TOKENS) + 7}, None, "place has numbers from 7 to 18"),
@@ -49,15 +49,6 @@ OUTSIDE = {
         {"index": torch.where(choices(TOKENS) == 1, -1, choices(TOKENS))},
         "index has numbers from -1 to 4294967297",
     ),
-    **{
-        (op, "lengths"): ({"lengths": LENGTHS[0]}, {"lengths": LENGTHS[1]}, "lengths has numbers from 2 to 15")
-        for op in ("neural_memory", "neural_memory of two", "large_chunk_memory")
-    },
-    **{
-        (op, "positions"): ({"positions": rows(*numbers)}, None, message)
-        for op in ("neural_memory", "neural_memory of two", "large_chunk_memory")
-        for numbers, message in (((0, 4, 8, 12, 16, 20), "neither increase by 1"), ((0, 1, 0, 1, 0, 1), "3 documents"))
-    },
     ("grouped_linear", "sizes"): ({"sizes": torch.tensor([4, 99])}, {"sizes": torch.tensor([4, 2])}, "sizes"),
 }
 

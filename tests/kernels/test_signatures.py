@@ -11,7 +11,7 @@ import memlm_kernels
 ORDER = (
     *("q", "k", "v", "beta", "lr", "log_decay", "momentum", "decay"),
     *("weights", "chunk_size", "window", "scale", "tile"),
-    *("positions", "lengths", "max_documents", "start", "cu_seqlens", "state", "backend"),
+    *("positions", "cu_seqlens", "start", "state", "backend"),
 )
 # These take a bank's parts, or weights to read.
 LISTS = ("merge_topk", "read_memory")

@@ -155,10 +155,8 @@ def memory_inputs(length, keys, values, rows=1):
 
 
 def places_of(documents):
-    """Places of a row of 75 tokens: two documents, the first continues from its sixth token, and padding."""
-    row = torch.cat([torch.arange(5, 35), torch.arange(45)])
-    places = {"positions": row[None].to(DEVICE), "lengths": torch.tensor([70], device=DEVICE), "max_documents": 2}
-    return places if documents else {}
+    """A row of 75 tokens: two documents, the first continues from its sixth token, and padding."""
+    return {"cu_seqlens": torch.tensor([[0, 30, 70]], device=DEVICE)} if documents else {}
 
 
 def memory(chunk_size, momentum=True, documents=False):
@@ -221,15 +219,16 @@ def test_decoding_continues_the_memory(layers, dtype, momentum, monkeypatch):
     values = 40 if layers == 1 else 20
     inputs = on_device(deep_inputs(20, 20, values if layers == 1 else 33, values, rows=3))
     inputs[:3] = on_device(inputs[:3], dtype)
-    positions = torch.arange(20).repeat(3, 1)
-    positions[1, 17:] -= 17
-    lengths = torch.tensor([20, 20, 18])
+    # The second row has two documents, the third one padding.
+    ends = [[20, 20], [17, 20], [18, 18]]
 
-    def run_on(x, here, **settings):
+    def run_on(x, here, state=None, **settings):
         norm = tuple(x[-2:]) if layers == 2 else None
         q, k, v, lr, eta, alpha = (token[:, here] for token in x[:6])
-        real = (lengths - here.start).clamp(0, here.stop - here.start)
-        places = {"positions": positions[:, here].to(DEVICE), "lengths": real.to(DEVICE), "max_documents": 2}
+        # A row's first document is the one that goes on.
+        left = [[min(end, here.stop) - here.start for end in row if end >= here.start] for row in ends]
+        cu_seqlens = torch.tensor([[0, *row, *[max([0, *row])] * (2 - len(row))] for row in left])
+        places = {"cu_seqlens": cu_seqlens.to(DEVICE), "state": state}
         weights, eta = x[6 : 6 + layers], eta if momentum else None
         return neural_memory(q, k, v, lr, eta, alpha, weights=weights, norm=norm, chunk_size=16, **places, **settings)
 

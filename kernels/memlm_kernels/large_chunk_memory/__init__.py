@@ -14,13 +14,13 @@ from torch import Tensor
 
 from memlm_kernels.backend import choose
 from memlm_kernels.checks import check_sizes, check_tensors, named
-from memlm_kernels.grid import check_places, check_start
 from memlm_kernels.large_chunk_memory.chunks import MUON
 from memlm_kernels.large_chunk_memory.reference import (
     LargeChunkMemoryState,
     Tokens,
     large_chunk_memory_reference,
 )
+from memlm_kernels.segments import check_documents
 
 __all__ = ["MUON", "LargeChunkMemoryOutput", "LargeChunkMemoryState", "large_chunk_memory"]
 
@@ -42,9 +42,7 @@ def large_chunk_memory(
     weights: Sequence[Tensor],
     chunk_size: int,
     muon_steps: int = 0,
-    positions: Tensor | None = None,
-    lengths: Tensor | None = None,
-    max_documents: int = 1,
+    cu_seqlens: Tensor | None = None,
     start: int | None = None,
     state: LargeChunkMemoryState | None = None,
     backend: str = "auto",
@@ -65,38 +63,26 @@ def large_chunk_memory(
     weights: W1 [H, K, F], W2 [H, F, V], W3 [H, K, F] at the start of a document
     chunk_size: tokens of a chunk, at least 1
     muon_steps: Newton-Schulz steps of ``orthogonal`` (Muon); with 0, orthogonal(S_j) = S_j
-    positions: [B, T], tokens before each one in its own document; a 0 starts a document. None
-        continues at ``state.position``
-    lengths: [B], the number of real tokens of each row, which come first; the others write nothing and read zeros
-    max_documents: an upper bound on the documents in one row, as a Python int: it sizes buffers without asking the
-        device
-    start: a promise: in every row, ``start`` tokens of a document came before the call, and all tokens of the call are
-        real and continue that document. The host then knows where chunks end. Not needed without a state
-    state: the state that an earlier call returned; None starts every row at position 0 of a document
+    cu_seqlens, start, state: as in ``neural_memory``
 
     Returns o [B, T, H, V] in v's dtype and the state after each row's last real token. Accumulates in fp32 (fp64 for
     fp64 inputs). Raises ValueError if a size is out of range, shapes, types or devices disagree, the state is of
-    another memory, or the backend cannot run; positions and lengths are checked as in ``neural_memory``. ``naive``
-    derives the chunked form.
+    another memory, or the backend cannot run; cu_seqlens are checked as in ``neural_memory``. ``naive`` derives the
+    chunked form.
     """
     _check(q, k, v, lr, momentum, weights)
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1")
     if not 0 <= muon_steps <= len(MUON):
         raise ValueError(f"muon_steps={muon_steps} must be 0 (none) to {len(MUON)}")
-    check_places(q, positions, lengths, max_documents)
+    cu_seqlens = check_documents(q, cu_seqlens, start, state is not None)
     check_tensors({"q": q, "k": k, "v": v, "lr": lr, "momentum": momentum, **named("weights", weights)})
     if state is not None:
         _check_state(state, q, momentum, weights)
-    check_start(positions, lengths, None if state is None else state.position)
-    if start is not None and (start < 0 or positions is not None or lengths is not None):
-        raise ValueError(f"start={start} must be at least 0, without positions and lengths")
     choose("large_chunk_memory", backend, ("reference",))
     tokens = Tokens(q, k, v, lr, momentum)
     return LargeChunkMemoryOutput(
-        *large_chunk_memory_reference(
-            tokens, tuple(weights), chunk_size, muon_steps, state, positions, lengths, max_documents, start
-        )
+        *large_chunk_memory_reference(tokens, tuple(weights), chunk_size, muon_steps, state, cu_seqlens, start)
     )
 
 

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlm_kernels.grid import next_position, ragged_grid
 from memlm_kernels.large_chunk_memory.chunks import Memory, Plan, WriteChunks
+from memlm_kernels.segments import lay_out, next_position, whole_rows
 
 
 class LargeChunkMemoryState(NamedTuple):
@@ -84,13 +84,12 @@ class _Layout(NamedTuple):
         return _Layout(lay, take, count, whole=end % chunk_size == 0, goes_on=before > 0)
 
     @staticmethod
-    def looked_up(
-        positions: Tensor, lengths: Tensor | None, chunk_size: int, max_documents: int, heads: int
-    ) -> "_Layout":
-        grid = ragged_grid(positions, lengths, chunk_size, max_documents)
-        ends = (grid.lay(x).any(-1) for x in (positions == 0, (positions + 1) % chunk_size == 0))
-        opens, closes = (x.mT.repeat_interleave(heads, 1) for x in ends)
-        return _Layout(grid.lay, grid.take, grid.count, opens, closes)
+    def looked_up(cu_seqlens: Tensor, length: int, before: Tensor | None, chunk_size: int, heads: int) -> "_Layout":
+        chunks = lay_out(cu_seqlens, length, chunk_size, before)
+        assert chunks.positions is not None and chunks.start is not None
+        closes = chunks.grid.lay((chunks.positions + 1) % chunk_size == 0).any(-1)
+        opens, closes = (x.mT.repeat_interleave(heads, 1) for x in (chunks.start == 0, closes))
+        return _Layout(chunks.grid.lay, chunks.grid.take, chunks.grid.count, opens, closes)
 
     def plan(self, muon_steps: int) -> Plan:
         if self.opens is None or self.closes is None:
@@ -123,9 +122,7 @@ def large_chunk_memory_reference(
     chunk_size: int,
     muon_steps: int,
     state: LargeChunkMemoryState | None,
-    positions: Tensor | None,
-    lengths: Tensor | None,
-    max_documents: int,
+    cu_seqlens: Tensor | None,
     start: int | None,
 ) -> tuple[Tensor, LargeChunkMemoryState]:
     """o and the new state; see ``large_chunk_memory``."""
@@ -133,7 +130,7 @@ def large_chunk_memory_reference(
     dtype = torch.float64 if tokens.q.dtype == torch.float64 else torch.float32
     tokens = Tokens(*(None if x is None else x.to(dtype) for x in tokens))  # type: ignore[arg-type]
     place = tokens.q.new_zeros(batch, dtype=torch.int64) if state is None else state.position
-    if state is None and positions is None and lengths is None:
+    if state is None and cu_seqlens is None:
         start = 0
     if length == 1 and state is not None and start and (start + 1) % chunk_size:
         with torch.autocast(tokens.q.device.type, enabled=False):
@@ -154,10 +151,9 @@ def large_chunk_memory_reference(
         if not layout.goes_on:
             memory = memory._replace(gradient=None)
     else:
-        if positions is None:
-            positions = place[:, None] + torch.arange(length, device=place.device)
-        layout = _Layout.looked_up(positions, lengths, chunk_size, max_documents, heads)
-        place = next_position(positions, lengths, place)
+        documents = whole_rows(tokens.q) if cu_seqlens is None else cu_seqlens
+        layout = _Layout.looked_up(documents, length, None if state is None else place[:, None], chunk_size, heads)
+        place = next_position(documents, place)
         memory = Memory(initial, *[torch.zeros_like(initial)] * 2) if memory.gradient is None else memory
     if tokens.momentum is not None:
         means, total = layout.momentum(tokens.momentum, before, chunk_size)

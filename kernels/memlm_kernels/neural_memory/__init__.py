@@ -26,7 +26,6 @@ from torch import Tensor
 
 from memlm_kernels.backend import as_autocast, choose, with_triton
 from memlm_kernels.checks import check_sizes, check_tensors, named
-from memlm_kernels.grid import check_places, check_start
 from memlm_kernels.neural_memory.limits import memory_limit, most_slots
 from memlm_kernels.neural_memory.losses import InnerLoss, dot_product, huber, lp, squared_error
 from memlm_kernels.neural_memory.network import ACTIVATIONS, Tail
@@ -39,6 +38,7 @@ from memlm_kernels.neural_memory.reference import (
     neural_memory_reference,
 )
 from memlm_kernels.neural_memory.segmented import SegmentedMemoryOutput, SegmentedMemoryState, segmented_neural_memory
+from memlm_kernels.segments import check_documents
 
 __all__ = [
     "ACTIVATIONS",
@@ -84,9 +84,7 @@ def neural_memory(
     loss: InnerLoss = squared_error,
     window: int = 1,
     weight: Tensor | None = None,
-    positions: Tensor | None = None,
-    lengths: Tensor | None = None,
-    max_documents: int = 1,
+    cu_seqlens: Tensor | None = None,
     start: int | None = None,
     state: NeuralMemoryState | None = None,
     with_surprise: bool = True,
@@ -114,35 +112,27 @@ def neural_memory(
     window: the step of token t descends on the losses of the last ``window`` tokens, each times its weight: the Omega
         rule (ATLAS, arXiv:2505.23735, eq. 9)
     weight: [B, T, H], the weights of these losses; None: 1
-    positions: [B, T], tokens before each one in its own document; a 0 starts a document. None continues at
-        ``state.position``
-    lengths: [B], the number of real tokens of each row, which come first; the others write nothing and read zeros
-    max_documents: an upper bound on the documents in one row, as a Python int: it sizes buffers without asking the
-        device
-    start: a promise: in every row, ``start`` tokens of a document came before the call, and all tokens of the call are
-        real and continue that document. The op then finds chunks without reading positions. With 0 the state is not
-        used; without a state, 0 is assumed anyway
-    state: the state that an earlier call returned; None starts every row at position 0 of a document
+    cu_seqlens: [B, D + 1] integers, ascending, from 0 to at most T: document d of row b is its tokens from
+        cu_seqlens[b, d] to cu_seqlens[b, d + 1], and may be empty. Tokens behind the last document are padding: they
+        write nothing and read zeros. None: each row is one document
+    start: a promise: in every row, ``start`` tokens of its document came before the call. The op then finds chunks
+        without reading positions. Without cu_seqlens only. With 0 the state is not used
+    state: the state that an earlier call returned. The first document of a row continues it, unless its position is 0;
+        the other documents start at ``weights``. None: all documents do
     with_surprise: whether to compute the norms of the tokens' gradients
 
     o has v's dtype. Accumulates in fp32 (fp64 for fp64 inputs). Differentiable once. Raises ValueError if a size is
     out of range, shapes, types or devices disagree, the state is of another memory, or the backend cannot run.
-    Positions and lengths are checked on a CPU; on a GPU, tokens for which there is no room count as not real.
-    ``naive`` derives the chunked form.
+    cu_seqlens are checked on a CPU; on a GPU, numbers outside the row count as the nearest inside. ``naive`` derives
+    the chunked form.
     """
     gates = {"lr": lr, "momentum": momentum, "decay": decay, "weight": weight}
     _check(q, k, v, gates, weights)
     _check_memory(q, v, norm, activation, chunk_size, window)
-    check_places(q, positions, lengths, max_documents)
+    cu_seqlens = check_documents(q, cu_seqlens, start, state is not None)
     check_tensors({"q": q, "k": k, "v": v, **gates, **named("weights", weights), **named("norm", norm or ())})
     if state is not None:
         _check_state(state, q, v, weights, momentum, window)
-    check_start(positions, lengths, None if state is None else state.position)
-    if start is not None:
-        if positions is not None or lengths is not None:
-            raise ValueError(f"start={start} excludes positions and lengths; leave them out")
-        if start < 0 or (start > 0 and state is None):
-            raise ValueError(f"start={start} must be at least 0, and without a state 0")
     q, k, v = as_autocast(q, k, v)
     limit = memory_limit(q, v, weights, norm, loss, window, chunk_size)
     scan: LoopOverChunks | None = None
@@ -163,9 +153,7 @@ def neural_memory(
             loss=loss,
             window=window,
             state=state,
-            positions=positions,
-            lengths=lengths,
-            max_documents=max_documents,
+            cu_seqlens=cu_seqlens,
             start=start,
             with_surprise=with_surprise,
             scan=scan,

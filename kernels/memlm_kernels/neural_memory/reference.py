@@ -24,23 +24,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from memlm_kernels.grid import (
-    Grid,
-    aligned_grid,
-    from_rows,
-    keep_last,
-    next_position,
-    pick,
-    ragged_grid,
-    row_flags,
-    to_rows,
-)
+from memlm_kernels.grid import from_rows, keep_last, pick, row_flags, to_rows
 from memlm_kernels.neural_memory.chunk import Plan
 from memlm_kernels.neural_memory.losses import InnerLoss
 from memlm_kernels.neural_memory.network import ACTIVATIONS, Tail
 from memlm_kernels.neural_memory.rates import scalar_recurrences
 from memlm_kernels.neural_memory.scan import scan as scan_in_torch
 from memlm_kernels.neural_memory.step import Memory, Sources, step
+from memlm_kernels.segments import Chunks, lay_out, next_position, whole_rows
 
 # What a chunk_size is told that would be one block of more than 64, see ``block_size``.
 BLOCKS = "must be at most 64, or a multiple of a number from 16 to 64"
@@ -84,9 +75,7 @@ def neural_memory_reference(
     loss: InnerLoss,
     window: int,
     state: NeuralMemoryState | None,
-    positions: Tensor | None,
-    lengths: Tensor | None,
-    max_documents: int,
+    cu_seqlens: Tensor | None,
     start: int | None,
     with_surprise: bool,
     scan: LoopOverChunks | None,
@@ -100,30 +89,30 @@ def neural_memory_reference(
     q, v = tokens.q, tokens.v
     batch, length, heads, _ = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    goes_on = positions is None and lengths is None
     with torch.autocast(q.device.type, enabled=False):
         of_gates = (None if x is None else x.to(dtype) for x in tokens[3:])
         tokens = Tokens(*(x.to(dtype) if scan is None else x for x in tokens[:3]), *of_gates)
         initial = tuple(w.to(dtype).expand(batch, *w.shape) for w in weights)
         if start == 0 or state is None:
-            state, start = _fresh(tokens, initial, window), 0 if goes_on else None
+            state, start = _fresh(tokens, initial, window), 0 if cu_seqlens is None else None
         if q.numel() == 0:
             return v.clone(), state, torch.zeros_like(tokens.lr) if with_surprise else None
         width = block_size(chunk_size, widest)
         plan = Plan(len(weights), chunk_size // width, ACTIVATIONS[activation], loss, with_surprise)
         tail = None if norm is None else Tail(*(n.to(dtype).repeat(batch, 1)[:, None] for n in norm))
-        if length == 1 and goes_on and scan is None:
+        if length == 1 and cu_seqlens is None and scan is None:
             o, state, surprise = _step(plan, tokens, state, chunk_size, window, start, tail)
             return o.to(v.dtype), state, surprise
-        if positions is None:
-            positions = state.position[:, None] + torch.arange(length, device=q.device)
         aligned = start is not None and start % chunk_size == 0
         if aligned:
-            grid = aligned_grid(length, width)
+            chunks = lay_out(None, length, width)
         else:
-            grid = ragged_grid(positions, lengths, width, max_documents, chunk_size)
-        sources, U, recent = _sources(tokens, grid, positions, lengths, window, state)
-        # What a chunk writes and reads of its gradients is minus; Triton's kernels subtract.
+            documents = whole_rows(q) if cu_seqlens is None else cu_seqlens
+            chunks = lay_out(documents, length, width, state.position[:, None])
+        grid, opens = chunks.grid, (None if chunks.start is None else chunks.start == 0, chunks.opens(chunk_size))
+        lengths = None if cu_seqlens is None else cu_seqlens[:, -1]
+        sources, U, recent = _sources(tokens, chunks, lengths, window, state)
+        # The loop in PyTorch adds gradients, with negative learning rates; Triton's kernels subtract them.
         lr = tokens.lr if scan else -tokens.lr
         gates = scalar_recurrences(lr, tokens.momentum, tokens.decay, grid, U)
         q_grid = to_rows(grid.lay(tokens.q))
@@ -133,7 +122,7 @@ def neural_memory_reference(
             *sources,
             *gates,
             *(tail or (None, None)),
-            *(None if x is None else row_flags(x, heads) for x in (grid.opens_document, grid.opens_chunk)),
+            *(None if x is None else row_flags(x, heads) for x in opens),
             *(x.to(dtype).flatten(0, 1) for part in (state.weights, state.momentum) for x in part),
             *(() if aligned else (x.to(dtype).flatten(0, 1) for part in (state.anchor, initial) for x in part)),
         )
@@ -144,7 +133,7 @@ def neural_memory_reference(
             surprise = grid.take(from_rows(surprise[..., window - 1 :], heads))
     parts = [tuple(x.unflatten(0, (batch, heads)) for x in part) for part in _split(memory, len(weights))]
     momentum = parts[1] if tokens.momentum is not None else ()
-    position = next_position(positions, lengths, state.position)
+    position = state.position + length if cu_seqlens is None else next_position(cu_seqlens, state.position)
     return out.to(v.dtype), NeuralMemoryState(parts[0], momentum, parts[-1], position, recent), surprise
 
 
@@ -205,8 +194,7 @@ def _fresh(tokens: Tokens, initial: tuple[Tensor, ...], window: int) -> NeuralMe
 
 def _sources(
     tokens: Tokens,
-    grid: Grid,
-    positions: Tensor,
+    chunks: Chunks,
     lengths: Tensor | None,
     window: int,
     state: NeuralMemoryState,
@@ -214,14 +202,15 @@ def _sources(
     """k and v of the tokens whose gradients count in each chunk, [N, B * H, J, ...], the weight of each in the loss
     of each slot, U: [N, B * H, C, J] (None: the identity), and the window - 1 last tokens of the call.
     """
-    heads = tokens.k.shape[2]
+    grid, heads = chunks.grid, tokens.k.shape[2]
     if window == 1:
         k, v = (to_rows(grid.lay(x)) for x in (tokens.k, tokens.v))
         U = None if tokens.weight is None else torch.diag_embed(to_rows(grid.lay(tokens.weight)))
         return (k, v), U, ()
+    token = torch.arange(grid.length, device=tokens.k.device)
     if lengths is not None:
         # Not only masked: 0 times what padding holds may be NaN.
-        padding = torch.arange(grid.length, device=positions.device) >= lengths[:, None]
+        padding = token >= lengths[:, None]
         hidden = padding[..., None]
         weight = None if tokens.weight is None else tokens.weight.masked_fill(hidden, 0.0)
         k, v = (x.masked_fill(hidden[..., None], 0.0) for x in (tokens.k, tokens.v))
@@ -229,7 +218,8 @@ def _sources(
     stream = _stream(tokens, state)
     recent = tuple(keep_last(x, window - 1, grid.length, lengths) for x in stream)
     # Slots of a chunk hold successive tokens: source j of a chunk is entry ``first + j`` of the stream.
-    token = torch.arange(grid.length, device=positions.device).expand_as(positions)
+    positions = state.position[:, None] + token if chunks.positions is None else chunks.positions
+    token = token.expand_as(positions)
     place = token % grid.width if grid.slots is None else grid.slots % grid.width
     first = grid.lay(token - place, fill=-grid.width).amax(-1)
     reach = torch.arange(grid.width + window - 1, device=positions.device)

@@ -18,7 +18,7 @@ from memlm_kernels.neural_memory.network import ACTIVATIONS
 from memlm_kernels.neural_memory.rates import scalar_recurrences
 from memlm_kernels.neural_memory.reference import Tokens
 from memlm_kernels.neural_memory.step import Memory, Sources, step
-from memlm_kernels.segments import check_recurrence, chunk_width, exact, lay_out
+from memlm_kernels.segments import check_recurrence, chunk_width, exact, lay_out, whole_rows
 
 
 class SegmentedMemoryState(NamedTuple):
@@ -88,16 +88,13 @@ def segmented_neural_memory(
             o, memory = _one_token(tokens, memory, position % chunk_size == 0)
             return SegmentedMemoryOutput(o.to(given), SegmentedMemoryState(memory, position + 1))
         if cu_seqlens is None:
-            # Not from a list, which would be copied to the device.
-            cu_seqlens = (torch.arange(2, device=q.device) * length).expand(batch, 2)
+            cu_seqlens = whole_rows(q)
         # Blocks divide chunks, so no block crosses a chunk's end.
         widest = chunk_width(length, cu_seqlens, most_slots(q, 1) if by_triton else 64)
         width = max(size for size in range(1, widest + 1) if chunk_size % size == 0)
-        segments = lay_out(cu_seqlens, length, width, position % width)
-        assert segments.segment is not None and segments.index is not None
-        block = (position // width).gather(1, segments.segment) + segments.index
-        inside = (segments.index == 0) & ((position % width).gather(1, segments.segment) > 0)
-        opens = (block % (chunk_size // width) == 0) & ~inside
+        segments = lay_out(cu_seqlens, length, width, position)
+        opens = segments.opens(chunk_size)
+        assert opens is not None
         gates = scalar_recurrences(tokens.lr, momentum, decay, segments.grid)
         q_c, k_c, v_c = (segments.lay(x) for x in (q, k, v))
         position = position + cu_seqlens.long().diff(dim=1)

@@ -16,7 +16,7 @@ from memlm_kernels.neural_memory.chunk import Plan
 from memlm_kernels.neural_memory.kernels import memory_backward, memory_forward, tokens_backward
 from memlm_kernels.neural_memory.rates import Gates
 from memlm_kernels.neural_memory.step_kernels import memory_step
-from memlm_kernels.segments import Segments
+from memlm_kernels.segments import Chunks
 
 # A memory is kept for backward every so many chunks; and so many chunks' gradients of memories are kept in backward.
 GROUP, SPAN = 16, 64
@@ -333,20 +333,19 @@ def scan_triton(plan: Plan, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | Non
 
 
 def segments_triton(
-    tokens: tuple[Tensor, ...], gates: Gates, opens: Tensor, segments: Segments, memory: Tensor
+    tokens: tuple[Tensor, ...], gates: Gates, opens: Tensor, segments: Chunks, memory: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The reads [N, B, H, C, V] and the memory after each segment.
 
     tokens: q, k, v [N, B, H, C, ...]; opens: [B, N], where a chunk sets its segment's anchor
     memory: [B, S, 3, H, K, V], W, S and the anchor of each segment; 2 without S
     """
-    assert segments.segment is not None and segments.index is not None
-    assert segments.last is not None and segments.empty is not None
+    assert segments.segment is not None and segments.start is not None
+    assert segments.enters is not None and segments.last is not None
     batch, count_of, _, heads = memory.shape[:4]
     index = torch.arange(segments.grid.count, device=memory.device)
-    # Chunks that no segment uses may count as the start of an empty one.
-    used = ~segments.empty.gather(1, segments.segment)
-    starts, closes = (segments.index == 0) & used, (index == segments.last.gather(1, segments.segment)) & used
+    # A chunk without tokens ends no segment.
+    closes = (index == segments.last.gather(1, segments.segment)) & (segments.start >= 0)
 
     def of_rows(x: Tensor) -> Tensor:
         """[B, N] -> [N, B * H]"""
@@ -354,7 +353,7 @@ def segments_triton(
 
     segment = torch.arange(batch, device=memory.device)[:, None] * count_of + segments.segment
     owner = of_rows(segment) * heads + torch.arange(heads, device=memory.device).repeat(batch)
-    *flags, ended = (of_rows(x).to(torch.int32) for x in (starts, opens, closes))
+    *flags, ended = (of_rows(x).to(torch.int32) for x in (segments.enters, opens, closes))
     f, P, m = gates.momentum or (None, None, None)
     W, *S, anchor = (x.flatten(0, 2) for x in memory.unbind(2))
     q, k, v = (x.flatten(1, 2) for x in tokens)

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from memlm_kernels.backend import outside_autocast
-from memlm_kernels.segments import Segments
+from memlm_kernels.segments import Chunks
 
 
 def carry(
-    segments: Segments, state: Tensor, U: Tensor, W: Tensor | None, writes: Tensor, keep: Tensor | None
+    segments: Chunks, state: Tensor, U: Tensor, W: Tensor | None, writes: Tensor, keep: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The states M at the start of the chunks, and the values d that the chunks write; d depends on M if W is given::
 
@@ -27,9 +27,7 @@ def carry(
     Returns M [N * Z, K, V], d, and the state after each segment.
     """
     count, (rows, _, heads) = segments.grid.count, state.shape[:3]
-    opens = None
-    if segments.index is not None:
-        opens = (segments.index == 0).mT.repeat_interleave(heads, 1)[..., None, None]
+    opens = None if segments.enters is None else segments.enters.mT.repeat_interleave(heads, 1)[..., None, None]
     initial = segments.before_chunks(state).flatten(1, 2)
     chunks = (None if x is None else x.unflatten(0, (count, rows * heads)) for x in (U, W, writes, keep))
     M, after, d = _Carry.apply(*chunks, initial, opens)
