@@ -99,8 +99,8 @@ class Chunks:
 def lay_out(cu_seqlens: Tensor | None, length: int, width: int, before: Tensor | None = None) -> Chunks:
     """Chunks of ``width`` slots for rows of ``length`` tokens.
 
-    before: [B, S], the number of tokens that each segment had in earlier calls, or [B, 1], of the first segments (None:
-        none)
+    before: [B, S], the number of tokens that each segment had in earlier calls, or [B, 1], that of the first segments;
+        None: 0
     """
     # A single token needs no chunk around it.
     slots_of = width if length > 1 else 1
@@ -141,7 +141,7 @@ def lay_out(cu_seqlens: Tensor | None, length: int, width: int, before: Tensor |
 
 
 def next_position(cu_seqlens: Tensor, before: Tensor) -> Tensor:
-    """[B], the position that follows each row's last token in its segment; before: [B], that of the row's first token."""
+    """[B], the position after each row's last token in its segment; before: [B], the position of its first token."""
     begins, end = cu_seqlens[:, :-1], cu_seqlens[:, -1:]
     # Segments behind the last one that has tokens are empty.
     size = (end - torch.where(begins < end, begins, 0).amax(1, keepdim=True))[:, 0]
