@@ -1,11 +1,11 @@
-"""What one chunk does, and several at once.
+"""The steps of the loop over chunks, for one chunk or for several at once.
 
-N chunks, G rows and heads, C slots of a chunk, J = C + window - 1 tokens whose gradients count in it, L layers.
+N chunks, G rows and heads, C slots of a chunk, J = C + window - 1 tokens whose gradients act in it, L layers.
 ``reference`` has the equations.
 
-A layer's weights W and momentum S are one tensor M, [G, s n, w]: n is the narrower of the layer's sides and w the
-other, W above S; s is 1 without momentum. What stands at the narrow side of a product is multiplied by a scalar of W's
-and by one of S's, ``spread``, or read of both and put together, ``collect``: so both memories are one product.
+A layer's weights W and momentum S are one tensor M, [G, s n, w], with W above S. n is the narrower of the layer's
+sides and w the other; s is 2 with momentum, else 1. ``spread`` multiplies the narrow side of a product by a scalar for
+W and one for S. ``collect`` sums the reads of both, each times its scalar. So one product covers both W and S.
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ from memlm_kernels.neural_memory.rates import Rates
 
 
 class Plan(NamedTuple):
-    """What the memory is and minimises; blocks: how many share an anchor, where rows are not ragged; surprise: whether
-    the norms of the tokens' gradients are made.
+    """The network and the inner loss. blocks: the number of blocks that share an anchor, if rows are not ragged;
+    surprise: whether to compute the norms of the tokens' gradients.
     """
 
     depth: int
@@ -85,13 +85,13 @@ def take_apart(M: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def start_documents(M: Layers, flags: Flags, initial: Layers, n: int) -> None:
-    """In place: where block n opens a document its memory starts afresh."""
+    """In place: if block n starts a document, its memory becomes the initial one."""
     for x, i in zip(M, initial, strict=True):
         torch.where(flags.opens_document[n], i, x, out=x)
 
 
 def set_anchor(anchor: Layers, W: Layers, plan: Plan, flags: Flags | None, n: int) -> Layers:
-    """Where block n opens a chunk its W is its anchor, [G, n, w]."""
+    """The anchor of block n, [G, n, w] for each layer: the block's own W if it starts a chunk."""
     if flags is None:
         return anchor if n % plan.blocks else W
     return [torch.where(flags.opens_chunk[n], w, a) for w, a in zip(W, anchor, strict=True)]
@@ -107,8 +107,9 @@ def maps(anchor: Layers, k: Tensor) -> list[Tensor]:
 
 
 class Places(NamedTuple):
-    """A layer's memories where chunks start, and after the last one. all: [P, G, s n, w]; of each place M, ``parts``
-    [G, s, n w], W and S apart, and ``W`` [G, n, w].
+    """A layer's memories before each chunk and after the last one, in P places.
+
+    all: [P, G, s n, w]; for each place M [G, s n, w], ``parts`` [G, s, n w] with W and S apart, and ``W`` [G, n, w]
     """
 
     all: Tensor
@@ -128,14 +129,17 @@ def by_part(memories: Tensor, s: int) -> Tensor:
 
 
 def leave(places: Places, i: int, carry: Tensor, to_M: Tensor, wide: Tensor) -> None:
-    """From place i to the next. to_M: [G, s n, J], the narrow side of what is written, times ``rates.writes``."""
+    """The memory of place i + 1 from that of place i and the writes of its chunk: the product of to_M [G, s n, J], the
+    narrow side times ``rates.writes``, and of the wide side.
+    """
     torch.bmm(carry, places.parts[i], out=places.parts[i + 1])
     places.M[i + 1].baddbmm_(to_M, wide)
 
 
 class Writes(NamedTuple):
-    """What chunks change a layer's M by, ``to_M`` times ``wide`` for each. scaled: the narrow side times
-    ``rates.writes``, to_M: the same transposed; of_keys: whether the narrow side is the keys.
+    """The writes of several chunks to a layer's M, ``to_M`` times ``wide`` for each chunk.
+
+    scaled: the narrow side times ``rates.writes``; to_M: its transpose; of_keys: whether the narrow side is the keys
     """
 
     narrow: Tensor
@@ -155,7 +159,7 @@ class Writes(NamedTuple):
 class Inner(NamedTuple):
     """The inner network on the tokens of a chunk, or of several: [..., J, width].
 
-    hidden: before each activation; behind: what comes back to each activation's output; f: the MLP's output
+    hidden: values before each activation; behind: gradients of each activation's output; f: the MLP's output
     """
 
     hidden: Layers
@@ -173,8 +177,10 @@ class Inner(NamedTuple):
 
 
 class Again(NamedTuple):
-    """What the backward pass makes again. inputs a and errors e of each layer: token i's gradient is the outer product
-    of a[i] and e[i]; slopes of the activations; bends: how the errors before them change with what stands there.
+    """Tensors that the backward pass computes again.
+
+    inputs a, errors e of each layer: the gradient of token i is the outer product of a[i] and e[i]
+    slopes: derivatives of the activations; bends: derivatives of the errors with respect to the hidden values
     """
 
     inputs: Layers
@@ -184,7 +190,7 @@ class Again(NamedTuple):
     output: OutputError
 
     def split(self, rows: int) -> list["Again"]:
-        """Those of each chunk."""
+        """The parts of each chunk."""
         count = len(self.output.f) // rows
         parts = [self.inputs, self.errors, self.slopes, self.bends, [x for x in self.output if x is not None]]
         of_chunks = zip(*(split_rows(part, rows, count) for part in parts), strict=True)
@@ -199,8 +205,8 @@ def split_rows(tensors: Layers, rows: int, count: int) -> list[tuple[Tensor, ...
 def inner(
     plan: Plan, k: Tensor, v: Tensor, weights: Layers, tail: Tail | None
 ) -> tuple[Inner, list[Tensor], list[Tensor]]:
-    """Forward to the inner loss and back, through the anchor's layers [G, in, out]. With the inputs a and the errors e
-    of each layer: token i's gradient is the outer product of a[i] and e[i].
+    """Forward to the inner loss and back, through the anchor's layers [G, in, out]. Returns also the inputs a and the
+    errors e of each layer: the gradient of token i is the outer product of a[i] and e[i].
     """
     hidden: list[Tensor] = []
     behind: list[Tensor] = []
@@ -217,14 +223,14 @@ def inner(
 
 
 def gradient_norm(inputs: Layers, errors: Layers) -> Tensor:
-    """Norm of each token's gradient over all layers; that of an outer product is the product of the norms."""
+    """The norm of each token's gradient over all layers. The norm of an outer product is the product of the norms."""
     squares = [torch.linalg.vecdot(a, a) * torch.linalg.vecdot(e, e) for a, e in zip(inputs, errors, strict=True)]
     return sum(squares[1:], squares[0]).sqrt()
 
 
 class Reads(NamedTuple):
-    """What the backward pass keeps of the reads of n chunks, [n G, C, ...] for each layer: what stood before its
-    activation, x a^T, and x W beside x S where the output is the narrower side.
+    """Tensors of the reads of n chunks that are kept for backward, [n G, C, ...] for each layer: values before the
+    activation, scores x a^T, and x W beside x S if the output is the narrower side.
     """
 
     before: Layers

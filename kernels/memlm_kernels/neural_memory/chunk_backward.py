@@ -1,8 +1,8 @@
-"""Gradients of what one chunk does; each function pulls back the one of ``chunk`` that it is named for.
+"""Gradients of the steps in ``chunk``; each function is the backward of the function with its name there.
 
-For one layer: memory M, next memory M', inputs a and errors e of the tokens' gradients, x what is read with and z what
-is read. ``(r x)`` is ``spread(x, r)``, r and w the scalars of reads and of writes; where the output is the narrower
-side, r and w multiply what is read and the errors instead:
+For one layer: memory M, next memory M', inputs a and errors e of the tokens' gradients, a read's input x and output z.
+``(r x)`` is ``spread(x, r)``, with r and w the scalars of reads and of writes. If the output is the narrower side, r
+and w multiply the output of the read and the errors instead:
 
     z = (r x) M + (C * x a^T) e        M' = carry M + (w a)^T e
 """
@@ -43,7 +43,7 @@ class ReadGradients(NamedTuple):
 def read_backward(
     plan: Plan, d_z: Tensor, q: Tensor, kept: Reads, M: Layers, rates: Rates, tokens: Again, d_M: Layers
 ) -> ReadGradients:
-    """d_M: where the gradients of each layer's M are laid."""
+    """d_M: buffers for the gradients of each layer's M."""
     x_of, recalled = [q, *(plan.activation.value(z) for z in kept.before)], list(kept.recalled)
     of_C, of_reads = [], []
     d_inputs: list[Tensor] = []
@@ -79,9 +79,12 @@ def leave_backward(
     d_inputs: Layers,
     d_errors: Layers,
 ) -> list[Tensor]:
-    """Of chunk i: from what ``d_places`` hold behind it to what they hold before it, and to d_inputs and d_errors, in
-    place. carry: transposed; scales: ``rates.writes``. Keys wait for ``writes_backward``, for no other chunk waits for
-    them. Returns the gradients of what is scaled of the other layers.
+    """The backward of chunk i, in place: adds to the gradients in ``d_places`` before the chunk, from those after it,
+    and to d_inputs and d_errors. The gradient of keys is left to ``writes_backward``, because no other chunk needs it.
+
+    carry: ``rates.carries``, transposed; scales: ``rates.writes``
+
+    Returns the gradients of the scaled narrow sides, without those of keys.
     """
     backs = []
     for place, x, d_a, d_e in zip(d_places, writes, d_inputs, d_errors, strict=True):
@@ -97,8 +100,8 @@ def leave_backward(
 def writes_backward(
     d_after: Layers, M: Layers, rates: Rates, tokens: Again, writes: Sequence[Writes], backs: list[Tensor], d_k: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Of a group of chunks at once, the rest: adds to the keys' gradient in place, and returns those of
-    ``rates.writes`` and ``rates.carries``. backs: of ``leave_backward``
+    """The remaining gradients of writes, for a group of chunks at once. Adds to the keys' gradient in place, and
+    returns the gradients of ``rates.writes`` and ``rates.carries``. backs: the results of ``leave_backward``
     """
     d_writes, d_carries, s = [], [], rates.reads.shape[-1]
     for g, memory, x, a, e in zip(d_after, M, writes, tokens.inputs, tokens.errors, strict=True):
@@ -113,7 +116,7 @@ def writes_backward(
 
 
 class InnerGradients(NamedTuple):
-    """Of keys, None without a tail; of values, None where they are minus those of the last layer's output."""
+    """k: None without a tail; v: None if it is minus the gradient of the last layer's output."""
 
     k: Tensor | None
     v: Tensor | None
@@ -131,8 +134,8 @@ def inner_backward(
     tokens: Again,
     d_anchor: Layers,
 ) -> InnerGradients:
-    """Of one chunk. Adds to d_inputs and d_anchor in place; then ``d_errors[0]`` is the gradient of what comes out of
-    the first layer. keys: [G, K, J]
+    """The backward of ``inner`` for one chunk. Adds to d_inputs and d_anchor in place; afterwards ``d_errors[0]`` is
+    the gradient of the first layer's output. keys: [G, K, J]
     """
     inputs, errors, slopes, bends, output = tokens
     weights = maps(anchor, inputs[0]) if plan.depth > 1 else []
@@ -163,8 +166,9 @@ def inner_backward(
 def enter_backward(
     d_places: Sequence[Places], d_anchor: Layers, d_initial: Layers, new: Tensor, opened: Tensor, i: int
 ) -> None:
-    """In place: gradients of the memory and the anchor before chunk i entered, and of ``initial``. new, opened: [G, 1,
-    1], where it opens a document and where a chunk
+    """The backward of ``start_documents`` and ``set_anchor`` for chunk i, in place, with the gradient of ``initial``.
+
+    new, opened: [G, 1, 1], whether the block starts a document, or a chunk
     """
     for place, a, initial in zip(d_places, d_anchor, d_initial, strict=True):
         W = place.W[i]

@@ -1,6 +1,6 @@
 """The scalars of the dual form, see ``reference`` for their equations.
 
-N chunks, G rows and heads, C slots of a chunk, J = C + window - 1 tokens whose gradients count in it.
+N chunks, G rows and heads, C slots of a chunk, J = C + window - 1 tokens whose gradients act in it.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ _TINY = 1e-30
 
 
 class Momentum(NamedTuple):
-    """f: [N, G, C]; P: [N, G, J] and m: [N, G], the last rows of theirs."""
+    """f: [N, G, C]; P: [N, G, J] and m: [N, G], those of the last slot."""
 
     f: Tensor
     P: Tensor
@@ -43,8 +43,8 @@ class Gates(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """Gates as products take them. writes: [N, G, J, s], the last rows of C and P; carries: [N, G, s, s], the last
-    beta and f above 0 and m. Several chunks at once have no N.
+    """``Gates`` in the form of the products. writes: [N, G, J, s], the last rows of C and P; carries: [N, G, s, s],
+    the rows (beta, f) and (0, m) of the last slot. Several chunks at once have no N.
     """
 
     C: Tensor
@@ -62,7 +62,7 @@ class Rates(NamedTuple):
         return Rates(C, reads, writes, carries)
 
     def gradients(self) -> Gates:
-        """Of these, given as gradients themselves; in place."""
+        """The gradients of ``Gates`` from these, which are gradients of ``Rates``; in place."""
         self.C[:, :, -1].add_(self.writes[..., 0])
         self.reads[:, :, -1].add_(self.carries[:, :, 0])
         last = None
@@ -71,18 +71,18 @@ class Rates(NamedTuple):
         return Gates(self.C, self.reads, last)
 
     def split(self, size: int) -> list["Rates"]:
-        """Those of each group of ``size`` chunks."""
+        """The rates of each group of ``size`` chunks."""
         return [Rates(*x) for x in zip(*(x.split(size) for x in self), strict=True)]
 
     def at_once(self) -> "Rates":
-        """Those of all chunks, one below the other."""
+        """The rates of all chunks, with chunks and rows in one dimension."""
         return Rates(*(x.flatten(0, 1) for x in self))
 
 
 def scalar_recurrences(
     lr: Tensor, momentum: Tensor | None, decay: Tensor | None, grid: Grid, U: Tensor | None = None
 ) -> Gates:
-    """Of every chunk. lr, momentum, decay: [B, T, H]; U: [N, G, C, J], None for the identity."""
+    """The gates of every chunk. lr, momentum, decay: [B, T, H]; U: [N, G, C, J], None for the identity."""
     streams = [lr, torch.zeros_like(lr) if decay is None else torch.log1p(-decay.clamp(max=1 - 2**-24))]
     if momentum is not None:
         streams.append(momentum.clamp(min=_TINY).log())
@@ -93,12 +93,12 @@ def scalar_recurrences(
     W = None if U is None else laid[0, ..., None] * U
     if torch.is_grad_enabled() and (laid.requires_grad or (W is not None and W.requires_grad)):
         return Gates(*_DualForm.apply(laid, W, momentum is not None))
-    # Of such tensors a compiler takes no Function.
+    # Without gradients no Function is needed, and a compiler would not take one.
     return _dual_form(laid, W, momentum is not None)[0]
 
 
 def _dual_form(streams: Tensor, W: Tensor | None, has_momentum: bool) -> tuple[Gates, Tensor, Tensor | None]:
-    """As ``_DualForm``; and what its backward pass keeps."""
+    """The gates of ``_DualForm``, and two tensors that its backward pass needs."""
     count, rows, _ = streams.shape[1:]
     lr, logs, write = _apart(streams, has_momentum)
     products = _products(logs).unflatten(0, (1 + has_momentum, count * rows))
@@ -120,8 +120,8 @@ class _DualForm(torch.autograd.Function):
     streams: [n, N, G, C], lr, log(1 - decay), with momentum its log, and where there are slots without tokens
     ``write``; W: [N, G, C, J], lr U, None for the diagonal of lr.
 
-    A factor [L] of ``reference`` has one column more here, the first: its products from the chunk's start on. So
-    beta stands before L and m before P, and L [m, P] = [f, C].
+    A factor (E or L) of ``reference`` has one more column here, the first: the products from the chunk's start on. So
+    the factors are [beta, L] and [m, E]; P has m as its first column too, and L [m, P] = [f, C].
     """
 
     @staticmethod
@@ -161,7 +161,7 @@ class _DualForm(torch.autograd.Function):
 
 
 def _apart(streams: Tensor, has_momentum: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """lr [N G, C], the logs one below the other, and of each column of beta and L whether it writes."""
+    """lr [N G, C], the logs one below the other, and, for each column of [beta, L], whether it writes."""
     end = 3 if has_momentum else 2
     lr, logs = streams[0].flatten(0, 1), streams[1:end].flatten(0, 2)
     write = F.pad(streams[end].flatten(0, 1), (1, 0), value=1.0)[:, None] if len(streams) > end else None
@@ -171,9 +171,10 @@ def _apart(streams: Tensor, has_momentum: bool) -> tuple[Tensor, Tensor, Tensor 
 def _products(logs: Tensor) -> Tensor:
     """[..., C] -> [..., C, 1 + C]: entry (r, i) is exp(sum of logs over i <= l <= r), 1 for i = r + 1, 0 beyond.
 
-    Masked sums instead of differences of sums: no cancellation at long chunks. As products, for torch's cumulative sum
-    is slow along this dimension. Zero instead of less than 1e-18: far below rounding beside a weight of 1, and so that
-    products of two are not denormal numbers, over which CPUs take some thirty times as long.
+    Masked sums instead of differences of sums do not cancel in long chunks. They are products, because torch's
+    cumulative sum is slow along this dimension. Values below 1e-18 become 0: this is far below rounding beside a
+    weight of 1, and products of two such values would be denormal numbers, which take a CPU about thirty times as
+    long.
     """
     before, until = _masks(logs)
     sums = torch.bmm(until, logs[..., None] * before)
@@ -186,7 +187,7 @@ def _products_backward(d_sums: Tensor) -> Tensor:
 
 
 def _masks(like: Tensor) -> tuple[Tensor, Tensor]:
-    """Where i <= l, [C, 1 + C], and where l <= r, [R, C, C], of [R, C]."""
+    """For [R, C]: a mask of i <= l, [C, 1 + C], and one of l <= r, [R, C, C]."""
     rows, size = like.shape
     before = like.new_ones(size, size + 1).tril_()
     return before, before[:, :size].expand(rows, -1, -1)

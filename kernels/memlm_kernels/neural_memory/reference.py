@@ -1,21 +1,21 @@
 """The dual form in plain PyTorch: matrix products inside chunks, a short loop over chunks.
 
-Let r be a token's place in its chunk, g_i the gradient of token i at the chunk's anchor, and W, S
-the memory and momentum on entry. Unrolling the two recurrences gives, with scalars only,
+Let r be a token's place in its chunk, g_i the gradient of token i at the chunk's anchor, and W, S the memory and the
+momentum before the chunk. Unrolling the two recurrences gives, with scalar coefficients,
 
     M_r = beta_r W + f_r S - sum_i C[r, i] g_i             S_r = m_r S - sum_i P[r, i] g_i
     P[r, i] = sum_l E[r, l] lr_l U[l, i]                   E[r, l] = prod_{l<j<=r} momentum_j
     C = L P,  f = L m,  m_r = prod_{j<=r} momentum_j       L[r, l] = prod_{l<j<=r} (1 - decay_j)
     beta_r = prod_{j<=r} (1 - decay_j)
 
-where U[l, i] is the weight of token i in the loss of step l: the identity, or a band for the Omega rule.
-Every product is at most 1 and nothing is divided, so nothing overflows. Each g_i is an outer
-product a_i^T e_i for each layer (input times backpropagated error), so M_r(q) needs no M_r:
-``q W`` and ``q S`` scaled, minus masked attention from q over a with values e.
+where U[l, i] is the weight of token i in the loss of step l: the identity, or a band for the Omega rule. Every product
+is at most 1 and nothing is divided, so nothing overflows. In each layer g_i is an outer product a_i^T e_i, of input
+and backpropagated error. So M_r(q) needs no M_r: it is ``q W`` and ``q S``, scaled, minus masked attention from q to a
+with values e.
 
-A long chunk is cut into blocks: W, S and r are those of the block, the anchor stays that of the chunk.
-A slot that holds no token has lr 0, momentum 1, decay 0 and ``write`` 0, and changes nothing;
-``write`` multiplies the S that enters M, for momentum would go on moving M otherwise.
+A long chunk is cut into blocks: W, S and r are then those of the block, and the anchor remains that of the chunk. A
+slot without a token has lr 0, momentum 1, decay 0 and ``write`` 0, and changes nothing. ``write`` multiplies the S
+that enters M, because momentum would otherwise move M on.
 """
 
 from collections.abc import Callable
@@ -33,17 +33,18 @@ from memlm_kernels.neural_memory.scan import scan as scan_in_torch
 from memlm_kernels.neural_memory.step import Memory, Sources, step
 from memlm_kernels.segments import Chunks, lay_out, next_position, whole_rows
 
-# What a chunk_size is told that would be one block of more than 64, see ``block_size``.
+# The error of a chunk_size that would be one block of more than 64, see ``block_size``.
 BLOCKS = "must be at most 64, or a multiple of a number from 16 to 64"
 
-# What ``scan_in_torch`` is.
+# The type of ``scan_in_torch``.
 LoopOverChunks = Callable[..., tuple[Any, ...]]
 
 
 class NeuralMemoryState(NamedTuple):
-    """weights M, momentum S (empty without momentum), anchor: one fp32 [B, H, in, out] for each layer.
+    """The state after each row's last real token. The open chunk is the one that is not complete yet.
 
-    position: [B] int64, tokens of the current document; anchor: M at the start of the open chunk
+    weights M, momentum S (empty without momentum), anchor (M before the open chunk): fp32 [B, H, in, out] per layer
+    position: [B] int64, the number of tokens of the current document so far
     recent: k, v and weight of the last window - 1 tokens, [B, window - 1, H, ...]; empty for window 1
     """
 
@@ -81,10 +82,10 @@ def neural_memory_reference(
     scan: LoopOverChunks | None,
     widest: int,
 ) -> tuple[Tensor, NeuralMemoryState, Tensor | None]:
-    """Returns o, the new state, and the norm of each token's gradient [B, T, H], if asked for; see ``neural_memory``.
+    """o, the new state, and the norm of each token's gradient [B, T, H], if requested; see ``neural_memory``.
 
-    scan: takes the place of the loop over chunks in PyTorch, and the tokens in their own type; widest: the most slots
-    that it takes at once
+    scan: a loop over chunks that replaces the one in PyTorch; it gets the tokens in their own type
+    widest: the most slots that it takes at once
     """
     q, v = tokens.q, tokens.v
     batch, length, heads, _ = q.shape
@@ -146,7 +147,7 @@ def _step(
     start: int | None,
     tail: Tail | None,
 ) -> tuple[Tensor, NeuralMemoryState, Tensor | None]:
-    """One token of rows that go on."""
+    """One token of rows that continue."""
     weights, momentum, anchor = ([x.to(tokens.lr.dtype) for x in part] for part in state[:3])
     if start is None:
         opens = (state.position % chunk_size == 0)[:, None, None, None]
@@ -172,8 +173,8 @@ def _step(
 
 
 def block_size(chunk_size: int, most: int = 64) -> int:
-    """Slots of the grid: masked products cost their square, so a long chunk is several blocks with one anchor. Above
-    ``most`` if it cannot be cut.
+    """The number of slots of a block. The cost of masked products grows with its square, so a long chunk is cut into
+    blocks with one anchor. The result is above ``most`` if the chunk cannot be cut.
     """
     divisors = [size for size in range(16, most + 1) if chunk_size % size == 0]
     return max(divisors) if chunk_size > most and divisors else chunk_size
@@ -184,7 +185,7 @@ def _split(tensors: list[Tensor], size: int) -> list[list[Tensor]]:
 
 
 def _fresh(tokens: Tokens, initial: tuple[Tensor, ...], window: int) -> NeuralMemoryState:
-    """Before a document's first token."""
+    """The state before a document's first token."""
     batch, _, heads, _ = tokens.q.shape
     momentum = () if tokens.momentum is None else tuple(torch.zeros_like(w) for w in initial)
     shapes = ((heads, tokens.k.shape[-1]), (heads, tokens.v.shape[-1]), (heads,)) if window > 1 else ()
@@ -199,8 +200,8 @@ def _sources(
     window: int,
     state: NeuralMemoryState,
 ) -> tuple[tuple[Tensor, Tensor], Tensor | None, tuple[Tensor, ...]]:
-    """k and v of the tokens whose gradients count in each chunk, [N, B * H, J, ...], the weight of each in the loss
-    of each slot, U: [N, B * H, C, J] (None: the identity), and the window - 1 last tokens of the call.
+    """k and v of the tokens whose gradients act in each chunk, [N, B * H, J, ...]; their weights in the loss of each
+    slot, U: [N, B * H, C, J] (None: the identity); and the window - 1 last tokens of the call.
     """
     grid, heads = chunks.grid, tokens.k.shape[2]
     if window == 1:
@@ -209,7 +210,7 @@ def _sources(
         return (k, v), U, ()
     token = torch.arange(grid.length, device=tokens.k.device)
     if lengths is not None:
-        # Not only masked: 0 times what padding holds may be NaN.
+        # Zeros, because a mask is not enough: 0 times the content of padding may be NaN.
         padding = token >= lengths[:, None]
         hidden = padding[..., None]
         weight = None if tokens.weight is None else tokens.weight.masked_fill(hidden, 0.0)
@@ -232,6 +233,6 @@ def _sources(
 
 
 def _stream(tokens: Tokens, state: NeuralMemoryState) -> list[Tensor]:
-    """k, v and weight of the recent tokens and of the call's."""
+    """k, v and weight of the recent tokens, followed by those of the call."""
     new = (tokens.k, tokens.v, torch.ones_like(tokens.lr) if tokens.weight is None else tokens.weight)
     return [torch.cat([old.to(x.dtype), x], 1) for old, x in zip(state.recent, new, strict=True)]

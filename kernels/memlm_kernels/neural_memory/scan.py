@@ -1,10 +1,12 @@
 """The loop over chunks as one differentiable function.
 
-Forward keeps each token's activations and, for every group of chunks, the memory at its start. Backward makes those of
-the group's other chunks again with the outer products that made them. A group is so large that its memory weighs no
-more than its activations: what is kept grows with the tokens, however large the memory and however short the chunks.
-Nor is it larger than that: what a group works on is to stay in a CPU's cache. Nor larger than sqrt(N) chunks, for all
-memories of a group are there at once, and what is kept of N / size groups and what is there of one weigh least then.
+Forward keeps each token's activations and, for every group of chunks, the memory before the group. Backward computes
+the memories of the group's other chunks again, from the same outer products.
+
+The size of a group follows from three aims. The kept memory takes no more bytes than the group's activations, so the
+kept bytes grow with the tokens, however large the memory and however short the chunks. A group is no larger than that,
+so that its tensors stay in a CPU's cache. And it has at most about sqrt(N) chunks: all memories of a group exist at
+once, and the bytes of N / size kept memories and of one group's memories are together smallest there.
 
 Without gradients nothing is kept, and a group is short.
 """
@@ -48,12 +50,12 @@ from memlm_kernels.neural_memory.chunk_backward import (
 from memlm_kernels.neural_memory.network import Tail
 from memlm_kernels.neural_memory.rates import Gates, Rates
 
-# Numbers of memories that are always few.
+# Groups whose memories have at most so many numbers are not cut.
 _FEW = 2**18
 
 
 class _Given(NamedTuple):
-    """Arguments of ``Scan`` after q, k, v, sorted; memories: W and, with momentum, S, for each layer."""
+    """The arguments of ``Scan`` after q, k, v, sorted; memories: W and, with momentum, S, for each layer."""
 
     gates: Gates
     tail: Tail | None
@@ -73,10 +75,10 @@ def _sort(depth: int, arguments: Sequence[Any]) -> _Given:
     return _Given(Gates(C, reads, last), tail, flags, memories, anchor, initial)
 
 
-# A compiler would unroll the loop over chunks: minutes of work for a graph that runs no faster.
+# A compiler would unroll the loop over chunks, which takes minutes and gives a graph that is no faster.
 @torch.compiler.disable
 def scan(plan: Plan, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """As ``Scan.apply``, which keeps what backward needs only where there will be one."""
+    """``Scan.apply``, which keeps tensors for backward only if there will be a backward."""
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     return Scan.apply(plan, keep, *tensors)
 
@@ -85,10 +87,11 @@ class Scan(torch.autograd.Function):
     """apply(plan, keep, q, k, v, C, reads, last, gain, bias, opens_document, opens_chunk, *W, *S, *anchor, *initial)
 
     q: [N, G, C, K], k: [N, G, J, K], v: [N, G, J, V]; C, reads, last: ``Gates`` of minus lr; last, S only with
-    momentum; gain, bias only with a tail; the flags, anchor and initial only where rows are ragged. What is absent is
+    momentum; gain, bias only with a tail; the flags, anchor and initial only if rows are ragged. An absent argument is
     None, or missing from the lists. keep: whether there will be a backward pass.
-    Returns the MLP's reads before the tail [N, G, C, V]; surprise [N, G, J], the norm of each token's gradient, not
-    differentiable, None if the plan has none; and W, S, anchor after the last chunk.
+
+    Returns the MLP's reads before the tail [N, G, C, V]; surprise [N, G, J], the norm of each token's gradient (not
+    differentiable; None if the plan has none); and W, S, anchor after the last chunk.
     """
 
     @staticmethod
@@ -116,7 +119,7 @@ class Scan(torch.autograd.Function):
                 kept.append([*entered, *(anchor if _goes_on(start, plan, flags) else ())])
             passed, inputs, errors = [], [], []
             k_n, v_n, carry_n, writes_n = (x.unbind() for x in (k_group, v_group, of_group.carries, of_group.writes))
-            # Of the first layer's inputs, which are known.
+            # The narrow side of the first layer, if it is the keys, which are known before the loop.
             to_M_n = spread(k_group, of_group.writes).mT.unbind() if by_keys else ()
             for i in range(count):
                 if flags is not None:
@@ -140,7 +143,7 @@ class Scan(torch.autograd.Function):
                 kept[-1] += [*_join(passed), *reads.before, *reads.scores, *reads.recalled]
             M = [x.M[count] for x in places]
             if not kept_whole:
-                # The next group stands where this one stood.
+                # The next group uses the same buffers.
                 M = [x.clone() for x in M]
                 if _goes_on(start + count, plan, flags):
                     anchor = [x.clone() for x in anchor]
@@ -152,7 +155,7 @@ class Scan(torch.autograd.Function):
         if plan.surprise:
             surprises = _join_up(surprise).unflatten(0, (chunks, rows))
             ctx.mark_non_differentiable(surprises)
-        # Copies: a view would keep M and S and all of a group's alive.
+        # Copies: a view would keep all memories of a group alive.
         apart = [[x.clone() for x in take_apart(r, like)] for r, like in zip(M, memories, strict=True)]
         anchors = [take_apart(w, like)[0].clone() for w, like in zip(anchor, memories, strict=True)]
         after = [x for part in zip(*apart, strict=True) for x in part]
@@ -176,7 +179,7 @@ class Scan(torch.autograd.Function):
         *d_parts, d_anchors = (d_after[i : i + depth] for i in range(0, len(d_after), depth))
         most = min(size, chunks)
         room, d_room = [] if kept_whole else _room(memories, most), _room(memories, most + 1)
-        # A group leaves the gradient of the memory that it started with at the first place.
+        # A group leaves the gradient of the memory before it in the first place.
         for x, given, like in zip(d_room, zip(*d_parts, strict=True), memories, strict=True):
             _lay_gradient(x[0], given, like)
         # Whether each block is its own anchor.
@@ -192,7 +195,7 @@ class Scan(torch.autograd.Function):
             q_group, k_group, v_group, d_group, of_group = group
             count, of_saved = len(q_group), _pop(saved, -counts.pop())
             M = _pop(of_saved, depth)
-            # Where the group opens a chunk, for their shapes.
+            # If the group starts a chunk, ``d_anchor`` only gives the shapes.
             anchor: Layers = _pop(of_saved, depth) if _goes_on(start, plan, flags) else d_anchor
             tokens = Inner(_pop(of_saved, depth - 1), _pop(of_saved, depth - 1), of_saved.pop(0))
             kept = Reads(_pop(of_saved, depth - 1), _pop(of_saved, depth), of_saved)
@@ -271,10 +274,12 @@ class Scan(torch.autograd.Function):
 
 
 def _groups(memories: Sequence[Sequence[Tensor]], k: Tensor, keep: bool) -> tuple[int, bool]:
-    """Blocks of a group: as many as make the memory kept for it no larger than the activations kept for its tokens,
-    256 tokens at least, for small products are slow one by one, and no more than sqrt(N); without gradients 8 at most.
-    But always as many as have memories of ``_FEW`` numbers.
-    And whether the memory is kept for every block: where it is no larger than the block's own activations.
+    """The number of blocks of a group, and whether the memory of every block is kept.
+
+    A group has so many blocks that its kept memory is no larger than its kept activations, and at least 256 tokens,
+    because small products are slow. Large memories have at most sqrt(N / 2) blocks per group, or 8 without gradients.
+    Groups whose memories have up to ``_FEW`` numbers are never cut. Every memory is kept if it is no larger than its
+    block's activations.
     """
     of_memory = sum(x.numel() for of_layer in memories for x in of_layer)
     hidden = sum(of_layer[0].shape[-1] for of_layer in memories[:-1])
@@ -301,13 +306,13 @@ def _fresh(memories: Sequence[Sequence[Tensor]], initial: Sequence[Tensor]) -> l
 
 
 def _room(memories: Sequence[Sequence[Tensor]], size: int) -> list[Tensor]:
-    """Where each layer's memories of ``size`` places lie, as ``lay_out`` lays them."""
+    """Buffers for each layer's memories in ``size`` places, in the layout of ``lay_out``."""
     sides = ((W, min(W.shape[1:]), max(W.shape[1:]), 1 + len(S)) for W, *S in memories)
     return [W.new_empty(size, len(W), parts * narrow, wide) for W, narrow, wide, parts in sides]
 
 
 def _lay_gradient(room: Tensor, d: Sequence[Tensor | None], like: Sequence[Tensor]) -> None:
-    """Of a layer's W and S, of which either may have none."""
+    """Write the gradients of a layer's W and S into a place; either may be None."""
     if all(x is None for x in d):
         room.zero_()
     else:
@@ -315,7 +320,7 @@ def _lay_gradient(room: Tensor, d: Sequence[Tensor | None], like: Sequence[Tenso
 
 
 def _places(room: Sequence[Tensor], s: int, count: int) -> list[Places]:
-    """The first ``count`` of them, of each layer."""
+    """The first ``count`` places of each layer."""
     return [Places.of(x if len(x) == count else x[:count], s) for x in room]
 
 
@@ -333,17 +338,17 @@ def _join_up(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _split(tensors: Sequence[Tensor], rows: int) -> list[tuple[Tensor, ...]]:
-    """For each chunk its part of every tensor."""
+    """The part of every tensor for each chunk."""
     return list(zip(*(x.split(rows) for x in tensors), strict=True))
 
 
 def _in_order(parts: Sequence[Tensor], chunks: int) -> Tensor:
-    """[N, G, ...] from parts of it, the last first."""
+    """[N, G, ...] from its parts, which come in reverse order."""
     return _join_up(parts[::-1]).unflatten(0, (chunks, -1))
 
 
 def _pop(tensors: list[Tensor], count: int) -> list[Tensor]:
-    """The first ``count``, or of a negative one the last so many, taken out."""
+    """Take out and return the first ``count`` tensors, or the last ``-count``."""
     part = slice(count) if count >= 0 else slice(count, None)
     taken = tensors[part]
     del tensors[part]
