@@ -9,12 +9,12 @@ import pytest
 
 from tests.conftest import ROOT
 
-CODE = [path for room in ("memlm", "scripts") for path in sorted((ROOT / room).rglob("*.py"))]
+CODE = [path for room in ("memlm", "kernels", "scripts", "tests") for path in sorted((ROOT / room).rglob("*.py"))]
 CODE += [ROOT / "train.py", ROOT / "evaluate.py"]
 NOTES = [
     path for room, end in (("configs", "yaml"), ("scripts", "sh")) for path in sorted((ROOT / room).rglob(f"*.{end}"))
 ]
-PAGES = [ROOT / page for page in ("README.md", "CONTRIBUTING.md", "configs/README.md", "benchmarks/README.md")]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/README.md")])
 PAGES += sorted((ROOT / "memlm").rglob("*.md"))
 
 HABITS = {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# Narrower ones overflow where kernels count with them.
+# Kernels count with these; narrower integers would overflow.
 INTEGERS = (torch.int64, torch.int32)
 
 

@@ -60,7 +60,7 @@ def test_surprise_is_made_where_it_is_asked_for(depth, length):
 
 
 def test_a_token_takes_few_operations():
-    """Of a linear memory: nine kernels and a position, with views between [B, 1, H] and rows."""
+    """A linear memory takes nine kernels and a position, with views between [B, 1, H] and rows."""
     inputs = make(length=9, heads=1)
     state = run([*(x[:, :8] for x in inputs[:6]), *inputs[6:]], 4).state
     token = [*(x[:, 8:] for x in inputs[:6]), *inputs[6:]]

@@ -112,13 +112,13 @@ def neural_memory(
     window: the step of token t descends on the losses of the last ``window`` tokens, each times its weight: the Omega
         rule (ATLAS, arXiv:2505.23735, eq. 9)
     weight: [B, T, H], the weights of these losses; None: 1
-    cu_seqlens: [B, D + 1] integers, ascending, from 0 to at most T: document d of row b is its tokens from
-        cu_seqlens[b, d] to cu_seqlens[b, d + 1], and may be empty. Tokens behind the last document are padding: they
-        write nothing and read zeros. None: each row is one document
+    cu_seqlens: [B, D + 1] integers, ascending, from 0 to at most T: document d of row b holds the tokens
+        cu_seqlens[b, d] to cu_seqlens[b, d + 1] - 1, and may be empty. Tokens behind the last document are padding:
+        they write nothing and read zeros. None: each row is one document
     start: a promise: in every row, ``start`` tokens of its document came before the call. The op then finds chunks
-        without reading positions. Without cu_seqlens only. With 0 the state is not used
+        without reading positions. Not allowed with cu_seqlens. With 0 the state is not used
     state: the state that an earlier call returned. The first document of a row continues it, unless its position is 0;
-        the other documents start at ``weights``. None: all documents do
+        the other documents start at ``weights``. None: all documents start there
     with_surprise: whether to compute the norms of the tokens' gradients
 
     o has v's dtype. Accumulates in fp32 (fp64 for fp64 inputs). Differentiable once. Raises ValueError if a size is
