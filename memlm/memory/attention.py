@@ -111,10 +111,10 @@ class Mixer(SequenceMixer):
             if window is None:
                 seen[name], new_state[name] = append(state[name], new, rows.lengths_B)
                 continue
-            # A fresh call has no history to join; zeros fill the window if the call is shorter.
-            seen[name] = new if fresh else join(state[name], new)
-            source = F.pad(new, (0, 0, 0, 0, max(0, window - 1 - length), 0)) if fresh else seen[name]
-            new_state[name] = keep_last(source, window - 1, length, rows.lengths_B)
+            # A fresh call has no history, but zeros fill the window if the call is shorter.
+            joined = new if fresh and length >= window - 1 else join(state[name], new)
+            seen[name] = new if fresh else joined
+            new_state[name] = keep_last(joined, window - 1, length, rows.lengths_B)
 
         prefix = self._prefix(q_BTHK) if self.config.persistent_tokens and length else None
         y_BTHK = q_BTHK
@@ -145,10 +145,9 @@ class Mixer(SequenceMixer):
 
     def _prefix(self, q_BTHK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries for the persistent tokens, not rotated; their keys and values, [1, P, G, K]."""
-        k, v = (proj(self.persistent)[None] for proj in (self.k_proj, self.v_proj))
-        if self.config.conv_size:
-            k, v = F.silu(k), F.silu(v)
-        k, v = self._heads(k), self._heads(v)
+        kv_2PC = torch.stack([proj(self.persistent) for proj in (self.k_proj, self.v_proj)])
+        kv_2PC = F.silu(kv_2PC) if self.config.conv_size else kv_2PC
+        k, v = rearrange(kv_2PC, "s p (h k) -> s 1 p h k", k=self.dims.head_dim)
         return q_BTHK, self.k_norm(k) if self.config.qk_norm else k, v
 
     def _attend(

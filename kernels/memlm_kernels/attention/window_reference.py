@@ -47,11 +47,12 @@ def read_blocks(
     if positions is None:
         positions = torch.arange(k.shape[1] - length, k.shape[1], device=q.device).expand(len(q), -1)
     # Overlapping views: block n of queries sees its own keys and the W - 1 before them.
-    q_BNQ = F.pad(q, (0, 0, 0, 0, 0, pad)).unflatten(1, (-1, block))
+    # Padding by nothing would be a copy.
+    q, positions = (q, positions) if pad == 0 else (F.pad(q, (0, 0, 0, 0, 0, pad)), F.pad(positions, (0, pad)))
+    q_BNQ, positions_BNQ = q.unflatten(1, (-1, block)), positions.unflatten(1, (-1, block))
     k_BNL, v_BNL = (
         F.pad(x, (0, 0, 0, 0, missing, pad)).unfold(1, block + window - 1, block).movedim(-1, 2) for x in (k, v)
     )
-    positions_BNQ = F.pad(positions, (0, pad)).unflatten(1, (-1, block))
     if always is not None and len(always[0]) > 1:
         always = always[0].repeat_interleave(q_BNQ.shape[1], 0), always[1].repeat_interleave(q_BNQ.shape[1], 0)
     q, k, v = (x.flatten(0, 1) for x in (q_BNQ, k_BNL, v_BNL))
@@ -79,8 +80,9 @@ def _dense(
     distance = torch.arange(keys - queries, keys, device=q.device)[:, None] - torch.arange(keys, device=q.device)
     seen = (distance >= 0)[None]
     if positions is not None:
-        seen = seen & (distance <= positions[..., None])
-    if window:
+        reach = positions.clamp(max=window - 1) if window else positions
+        seen = seen & (distance <= reach[..., None])
+    elif window:
         seen = seen & (distance < window)
     if always is not None:
         k, v = (torch.cat([p.expand(len(x), -1, -1, -1), x], 1) for p, x in zip(always, (k, v), strict=True))
@@ -94,9 +96,9 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> 
     if q.shape[3] > size:
         v = F.pad(v, (0, q.shape[3] - size))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if mask is None:
-        causal = q.shape[2] > 1
-        output = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
+    if mask is None or heads == k.shape[1]:
+        causal = mask is None and q.shape[2] > 1
+        output = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=mask is None)
     else:
         # With a mask, torch has no fast kernel for shared keys: heads that share keys become queries of one head.
         shared = k.shape[1], heads // k.shape[1]
