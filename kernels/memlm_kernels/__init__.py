@@ -1,5 +1,9 @@
 """Memory operators: a plain PyTorch reference for each, and faster backends behind the same signature.
 
+Every op takes ``backend``: ``auto`` (the default), ``reference``, or another that its docstring or
+``kernels/README.md`` names. All tensors of a call lie on one device. Floats are float32, float16 and bfloat16, also
+mixed, or all float64.
+
 The package imports only torch; it imports Triton lazily.
 
 Files:

@@ -1,4 +1,4 @@
-"""Mixtures of memories: send tokens to the memories that a router chose, and sum what their memories read.
+"""Mixtures of memories (MoM, arXiv:2502.13685): send tokens to the memories that a router chose, and sum their reads.
 
     routes = MemoryRoutes.of(memory, num_memories)
     k, v = (dispatch_tokens(x, routes.place) for x in (k, v))
@@ -51,7 +51,7 @@ def dispatch_tokens(x: Tensor, place: Tensor, *, backend: str = "auto") -> Tenso
 def combine_reads(
     o: Tensor, place: Tensor, weight: Tensor, shared: Tensor | None = None, *, backend: str = "auto"
 ) -> Tensor:
-    """The weighted sum of the reads of a token's memories::
+    """The weighted sum of the reads of a token's memories (MoM, arXiv:2502.13685, eqs. 3-8)::
 
         y[b, t] = shared[b, t] + sum_j weight[b, t, j] o[b, place[b, t, j]]
 

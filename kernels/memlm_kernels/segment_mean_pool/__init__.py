@@ -17,7 +17,8 @@ __all__ = ["segment_mean_pool"]
 
 
 def segment_mean_pool(x: Tensor, cu_seqlens: Tensor, *, longest: int, backend: str = "auto") -> Tensor:
-    """The mean of each segment: y_s = mean(x[start_s : end_s]). A segment may be empty.
+    """The mean of each segment: y_s = mean(x[start_s : end_s]), such as the pooled keys of chunks (Memory Sparse
+    Attention, arXiv:2603.23516). A segment may be empty.
 
     x: [B, T, ...]
     cu_seqlens: [B, S + 1] integers from 0 to T, ascending; segment s of row b holds x[b, cu[b, s] : cu[b, s + 1]]
