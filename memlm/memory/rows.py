@@ -149,14 +149,14 @@ class Rows:
 
     @property
     def first_B(self) -> Tensor:
-        """The place of each row's first token in its document."""
+        """The position of each row's first token in its document."""
         if (segments := self.segments()) is None:
             return self.before_B
         return self.once("first", lambda: self.before_B.masked_fill(segments.fresh_B, 0))
 
     @property
     def cu_seqlens(self) -> Tensor | None:
-        """int64 [B, max_documents + 1], where documents end, as ops take it; None where ``segments`` is."""
+        """int64 [B, max_documents + 1]: the ends of documents, as ops take them; None if ``segments`` is None."""
         segments = self.segments()
         return None if segments is None else segments.cu_seqlens
 
