@@ -157,7 +157,7 @@ def chunk_width(length: int, cu_seqlens: Tensor | None, most: int) -> int:
 
 
 def _power_of_two(x: float) -> int:
-    """The smallest that is no less than x, 1 at least."""
+    """The smallest power of two that is at least x, and at least 1."""
     return 1 << max(0, math.ceil(x) - 1).bit_length()
 
 
@@ -230,8 +230,8 @@ def check_recurrence(
 
 
 def check_documents(x: Tensor, cu_seqlens: Tensor | None, start: int | None, has_state: bool) -> Tensor | None:
-    """cu_seqlens, within the rows x [B, T, ...]. Raises ValueError unless they and ``start`` are as ``neural_memory``
-    takes them.
+    """cu_seqlens, within the rows x [B, T, ...]. Raises ValueError unless cu_seqlens and ``start`` are valid for
+    ``neural_memory``.
     """
     if start is not None and (cu_seqlens is not None or start < 0 or (start > 0 and not has_state)):
         raise ValueError(f"start={start} must be at least 0, 0 without a state, and None with cu_seqlens")

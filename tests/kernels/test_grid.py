@@ -5,7 +5,7 @@ import torch
 from memlm_kernels.grid import keep_last
 from memlm_kernels.segments import lay_out, next_position
 
-# Rows of three documents, of which the third of the first row is empty.
+# Rows of three documents; the third of the first row is empty.
 CU = torch.tensor([[0, 2, 8, 8], [0, 4, 5, 6]])
 
 
@@ -27,7 +27,7 @@ def test_rows_laid_on_chunks_come_back():
 
 
 def test_segments_fit_wherever_they_begin():
-    """No chunk is one too many: each token has a slot of its own, in the chunk where its place in the segment is."""
+    """Each token has its own slot, in the chunk of its position in the segment, and there are enough chunks."""
     g = torch.Generator().manual_seed(0)
     for length in (1, 2, 7, 30):
         for width in (1, 2, 5, 16):
@@ -49,7 +49,7 @@ def test_an_aligned_grid_is_a_view_of_whole_rows():
 
 
 def test_the_next_token_follows_the_last_one_in_its_segment():
-    """Whether segments without tokens stand before or behind it; a row without tokens stays where it is."""
+    """Also with empty segments before or behind it; a row without tokens keeps its position."""
     cu = torch.tensor([[0, 2, 8, 8], [0, 4, 4, 4], [0, 0, 3, 3], [0, 0, 0, 0], [0, 1, 2, 6]])
     assert next_position(cu, torch.tensor([5, 6, 7, 8, 9])).tolist() == [6, 10, 3, 8, 4]
 
