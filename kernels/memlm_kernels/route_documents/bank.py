@@ -1,8 +1,8 @@
 """Routing over a bank too large for a mask: find the few documents that a query can choose at all.
 
-If a document's score is a maximum over tokens and chunks, the top_k at any token are among the top_k of that token
-alone or of an earlier token alone: a document that outranks another at the token that gave the other its score
-outranks it at all later tokens too. So each token keeps its own best. In a tile of chunks, only those that beat a
+Let a document's score be a maximum over tokens and chunks. Then the top_k at any token are among the top_k of that
+token alone, or of an earlier token alone. To see this, let token t give document d its score: documents that outrank d
+at t outrank it at all later tokens too. So each token keeps its own best. In a tile of chunks, only those that beat a
 token's worst are examined further; the others cost one product and one maximum.
 
 B rows, M tokens, C chunks, H query heads in G groups, K key dim, D decisions, J = top_k.
