@@ -1,5 +1,5 @@
-"""The places of routed tokens in the order of their memories: one stable sort, and sizes that follow from shapes
-alone.
+"""The places of routed tokens in the order of their memories: a stable sort of each row, one of the whole batch, and
+sizes that follow from shapes alone.
 """
 
 from typing import NamedTuple
