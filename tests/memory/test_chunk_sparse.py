@@ -303,6 +303,14 @@ def test_a_token_takes_few_operations(length):
     assert watch.operations <= (150 if length == 40 else 160)
 
 
+def test_few_tokens_take_few_operations_in_training():
+    """Tiles are as wide as their few numbers allow."""
+    mixer, x = mixer_of(conv_size=4, far_positions=False), inputs(256).requires_grad_()
+    with Watch() as watch:
+        step(mixer, x).y_BTD.sum().backward()
+    assert watch.operations <= 820
+
+
 def test_autocast_chooses_in_fp32():
     model = build("chunk_sparse", dtype=torch.float32).train()
     ids = torch.arange(75)[None]

@@ -104,7 +104,7 @@ def chunk_sparse_attention(
     window: int,
     far: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
-    tile: int = 32,
+    tile: int | None = None,
     positions: Tensor | None = None,
     backend: str = "auto",
 ) -> Attended:
@@ -125,14 +125,14 @@ def chunk_sparse_attention(
     scale: factor of the scores; None for 1 / sqrt(K)
     positions: [B, T], the number of keys before each token in its document: a token sees only these and itself (None:
         all keys before it)
-    tile: tokens that are scored at once
+    tile: tokens that are scored at once; None: 32, or more while that takes no more than 1 MB in fp32
 
-    Returns ``Attended``. The work is T (window + tile + at most 4 J chunk_size) scores; the scores of ``tile`` tokens
+    Returns ``Attended``. The work is T (window + 32 + at most 4 J chunk_size) scores; the scores of ``tile`` tokens
     are held at once, in the backward too. Accumulates in fp32. Raises ValueError if shapes, types or devices disagree,
     chunk_size, window or tile < 1, or the backend cannot run. ``naive`` derives the tiled form.
     """
     for name, value in (("chunk_size", chunk_size), ("window", window), ("tile", tile)):
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     check_heads(q, k)
     batch, length, groups = len(q), q.shape[1], k.shape[2]
@@ -150,8 +150,8 @@ def chunk_sparse_attention(
         raise ValueError(f"starts {list(starts.shape)} must be integers [B, N] with B={batch}")
     check_sizes("v", v)
     check_tensors({"q": q, "k": k, "v": v, **named("far", far or ())}, {"index": index, "starts": starts})
-    q, k, v, far_q, far_k = as_autocast(q, k, v, far_q, far_k)
-    far = None if far is None else (far_q, far_k)
+    q, k, v, *rest = as_autocast(q, k, v, *(far or ()))
+    far = (rest[0], rest[1]) if far else None
     chunks = -(-v.shape[1] // chunk_size) if starts is None else starts.shape[1]
     limit = too_large(q, k, v) or _too_many(index, chunks)
     if index.shape[3] > 128:
@@ -161,25 +161,23 @@ def chunk_sparse_attention(
     check_range("index", index, None, chunks)
     positions = check_positions(q, positions)
     has_chunks = index.shape[3] > 0 and chunks > 0
-    near = Keys(q, k, v[:, v.shape[1] - k.shape[1] :])
-    if by == "reference" and length == 1:
-        first = None
-        if has_chunks:
-            first = (index * chunk_size if starts is None else first_keys(index, starts))[:, 0]
-        with torch.autocast(q.device.type, enabled=False):
-            scale = q.shape[3] ** -0.5 if scale is None else scale
-            return Attended(*read_chosen(near, Keys(far_q, far_k, v), first, chunk_size, window, positions, scale))
-    if starts is None:
-        starts = (torch.arange(chunks, device=v.device) * chunk_size).expand(batch, -1)
     if by == "triton" and q.numel():
         from memlm_kernels.attention.triton import attend_triton
 
+        if starts is None:
+            starts = (torch.arange(chunks, device=v.device) * chunk_size).expand(batch, -1)
         choice = (index, starts, chunk_size, window) if has_chunks else None
         spans = window_spans(q, k, window, positions)
         return Attended(*attend_triton(q, k, v, *spans, window, scale, far=far, choice=choice))
-    chosen = Chosen(index, starts, chunk_size, window, positions)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    index = index.long() if has_chunks else index.new_zeros(*index.shape[:3], 0)
+    first = index * chunk_size if starts is None or not has_chunks else first_keys(index, starts)
+    chosen = Chosen(first, chunk_size, window, positions)
+    pairs = [Keys(q, k)] if far is None else [Keys(q, k), Keys(*far)]
     with torch.autocast(q.device.type, enabled=False):
-        return Attended(*attend(chosen, [near, Keys(far_q, far_k, v)], scale, tile))
+        if length == 1:
+            return Attended(*read_chosen(chosen, pairs, v, scale))
+        return Attended(*attend(chosen, pairs, v, scale, tile))
 
 
 def chunk_mean_attention(
@@ -189,7 +187,7 @@ def chunk_mean_attention(
     *,
     spans: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
-    tile: int = 128,
+    tile: int | None = None,
     backend: str = "auto",
 ) -> Attended:
     """softmax(scale q k^T) v of each token over pooled chunks (NSA's compressed branch, arXiv:2502.11089). Its
@@ -198,12 +196,12 @@ def chunk_mean_attention(
     q: [B, T, H, K]   k: [B, N, G, K] and v: [B, N, G, V], the pooled key and value of each chunk
     spans: as in ``chunk_topk``; a token without chunks reads zeros, with lse -inf
     scale: factor of the scores; None for 1 / sqrt(K)
-    tile: tokens that are scored at once
+    tile: tokens that are scored at once; None: 128, or more while that takes no more than 1 MB in fp32
 
     Returns ``Attended``. At no time are the scores of more than ``tile`` tokens held, in the backward too. Accumulates
     in fp32. Raises ValueError if shapes, types or devices disagree, tile < 1, or the backend cannot run.
     """
-    if tile < 1:
+    if tile is not None and tile < 1:
         raise ValueError(f"tile={tile} must be at least 1")
     check_heads(q, k)
     _check_spans(q, spans)
@@ -221,9 +219,10 @@ def chunk_mean_attention(
             first, end = (x.clamp(0, k.shape[1]) for x in (first, end))
             return Attended(*attend_triton(q, k, v, first, end, k.shape[1], scale))
     with torch.autocast(q.device.type, enabled=False):
+        scale = q.shape[3] ** -0.5 if scale is None else scale
         if q.shape[1] == 1 and spans is None and k.shape[1]:
-            return Attended(*read_all(q, k, v, q.shape[3] ** -0.5 if scale is None else scale))
-        return Attended(*attend(Pooled(spans), [Keys(q, k, v)], scale, tile))
+            return Attended(*read_all(q, k, v, scale))
+        return Attended(*attend(Pooled(spans), [Keys(q, k)], v, scale, tile))
 
 
 def _check_spans(q: Tensor, spans: tuple[Tensor, Tensor] | None) -> None:

@@ -1,11 +1,16 @@
 """Softmax attention of tiles of queries to sets of keys. The backward computes scores again, so none are kept.
 
-The queries of a tile share some keys (those of the window, or all); others belong to one query (those of its chosen
-chunks). One softmax covers both. The backward adds gradients of keys into one tensor as large as the keys.
+The queries of a tile see keys in blocks: Q neighbours share the keys of their windows, all queries of a tile share all
+keys, and the keys of chosen chunks belong to one query. The keys of each block are copied, so that one batched product
+serves all three. One softmax covers all keys that a query sees. The backward adds gradients of keys into one tensor as
+large as the keys.
 
-B rows, T tokens, Q of a tile, H query heads in G groups of R, K key dim, V value dim, L keys, S that a tile scores.
+B rows, T tokens, H query heads in G groups of R, K key dim, V value dim, L keys; a tile has N blocks of Q queries, and
+a block scores S keys.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,30 +24,45 @@ from memlm_kernels.segments import exact
 _NEVER = float("-inf")
 # All keys are scored, and none gathered, if they are at most so many times the keys of a token's chunks.
 _DENSE = 4
-# A key that there is not.
-_NONE = 2**31 - 2**16
+# Queries that share the keys of their windows.
+_BLOCK = 32
+# Elements that a tile computes at once: 1 MB, which stays in a CPU's cache.
+_AT_ONCE = 2**18
+# A key that there is not; as a number of vectors it does not overflow.
+_NONE = 2**40
 
 
 class Keys(NamedTuple):
-    """q: [B, T, H, K]; k: [B, L, G, K]; v: [B, L, G, V]"""
+    """q: [B, T, H, K]; k: [B, L, G, K], or its last keys"""
 
     q: Tensor
     k: Tensor
-    v: Tensor
 
 
 class Look(NamedTuple):
-    """The keys that a tile scores: a slice that all its queries share, or [B, Q, G, S], the keys of each query; seen:
-    which of them a query sees, [B, Q, 1 or G, 1, S].
+    """The keys that blocks of queries score.
+
+    pair: which queries and keys
+    key, value: [B, N, G, S], places of keys and values among the ``vectors`` of k and v
+    hidden: those that a query does not see, broadcasts to [B, N, G, Q, R, S]; None: it sees all
     """
 
-    where: slice | Tensor
-    seen: Tensor
+    pair: int
+    key: Tensor
+    value: Tensor
+    hidden: Tensor | None
+
+
+# The tokens of a tile, and the number of its blocks.
+Looks = Callable[[slice, int], list[Look]]
 
 
 class Plan(Protocol):
-    def looks(self, keys: list[Keys], tile: slice) -> list[Look]:
-        """The keys of each of ``keys`` that the queries of a tile see."""
+    def tile(self, pairs: list[Keys], v: Tensor) -> int:
+        """The number of tokens whose scores fit into ``_AT_ONCE``."""
+
+    def looks(self, pairs: list[Keys], v: Tensor, block: int) -> Looks:
+        """Made once a call; block: queries of a block."""
 
 
 class Pooled(NamedTuple):
@@ -50,79 +70,143 @@ class Pooled(NamedTuple):
 
     spans: tuple[Tensor, Tensor] | None
 
-    def looks(self, keys: list[Keys], tile: slice) -> list[Look]:
-        number = torch.arange(keys[0].k.shape[1], device=keys[0].k.device)
-        seen = torch.ones_like(number, dtype=torch.bool)[None, None]
-        if self.spans is not None:
-            first, end = (x[:, tile, None] for x in self.spans)
-            seen = (number >= first) & (number < end)
-        return [Look(slice(None), seen[:, :, None, None])]
+    def tile(self, pairs: list[Keys], v: Tensor) -> int:
+        batch, _, heads, _ = pairs[0].q.shape
+        return max(128, _AT_ONCE // max(1, batch * heads * (v.shape[1] + v.shape[3])))
+
+    def looks(self, pairs: list[Keys], v: Tensor, block: int) -> Looks:
+        number = torch.arange(v.shape[1], device=v.device)
+        key, value = (number * v.shape[2] + first_vector(x) for x in (pairs[0].k, v))
+
+        def look(part: slice, _: int) -> list[Look]:
+            hidden = None
+            if self.spans is not None:
+                first, end = (x[:, None, None, part, None, None] for x in self.spans)
+                hidden = (number < first) | (number >= end)
+            return [Look(0, key, value, hidden)]
+
+        return look
 
 
 class Chosen(NamedTuple):
-    """The window, and chosen chunks before it, see ``chunk_sparse_attention``."""
+    """The window, and chosen chunks before it, see ``chunk_sparse_attention``.
 
-    choice: Tensor
-    starts: Tensor
+    first: [B, T, G, J], the key that each chunk starts with; of none one behind all, or before all its keys
+    """
+
+    first: Tensor
     chunk_size: int
     window: int
     positions: Tensor | None
 
-    def looks(self, keys: list[Keys], tile: slice) -> list[Look]:
-        near, far = keys
-        tokens = torch.arange(tile.start, tile.stop, device=near.k.device)
-        end = near.k.shape[1] - near.q.shape[1] + tile.stop
-        start = max(0, end - (tile.stop - tile.start) - self.window + 1)
-        distance = (end - tile.stop + tokens)[:, None] - torch.arange(start, end, device=near.k.device)
-        seen = ((distance >= 0) & (distance < self.window))[None]
-        if self.positions is not None:
-            seen = seen & (distance <= self.positions[:, tile, None])
-        window = Look(slice(start, end), seen[:, :, None, None])
+    def tile(self, pairs: list[Keys], v: Tensor) -> int:
+        (batch, _, heads, _), (_, total, groups, size) = pairs[0].q.shape, v.shape
+        chosen = self.first.shape[3] * self.chunk_size
+        window = min(self.window, pairs[0].k.shape[1]) + _BLOCK
+        if self._gathers(total):
+            of_token = heads * (window + chosen) + groups * chosen * max(size, pairs[0].k.shape[3])
+        else:
+            of_token = heads * (window + total)
+        return max(_BLOCK, _AT_ONCE // max(1, batch * of_token))
 
-        first = first_keys(self.choice[:, tile], self.starts)
-        key = first[..., None] + torch.arange(self.chunk_size, device=first.device)
-        distance = (far.k.shape[1] - far.q.shape[1] + tokens)[:, None, None, None] - key
-        known = (distance >= self.window) & (key >= 0)
-        key, known, last = key.flatten(3), known.flatten(3), far.k.shape[1] - 1
-        if far.k.shape[1] > _DENSE * key.shape[3]:
-            return [window, Look(key.clamp(0, last), known[:, :, :, None])]
-        # Scoring few keys is faster than gathering them. One more entry takes the unknown ones.
-        seen = torch.zeros(*known.shape[:3], last + 2, device=key.device, dtype=torch.bool)
-        seen = seen.scatter(3, torch.where(known, key, last + 1), True)[..., :-1]
-        return [window, Look(slice(None), seen[:, :, :, None])]
+    def looks(self, pairs: list[Keys], v: Tensor, block: int) -> Looks:
+        window = self._window(pairs[0], v, block)
+        if self.first.shape[3] == 0:
+            return lambda part, blocks: [window(part, blocks)]
+        chunks = self._chunks(len(pairs) - 1, pairs[-1], v)
+        return lambda part, blocks: [window(part, blocks), chunks(part)]
+
+    def _gathers(self, total: int) -> bool:
+        return total > _DENSE * self.first.shape[3] * self.chunk_size
+
+    def _window(self, near: Keys, v: Tensor, block: int) -> Callable[[slice, int], Look]:
+        length, keys, groups, device = near.q.shape[1], near.k.shape[1], v.shape[2], v.device
+        past, seen = keys - length, min(self.window, keys)
+        # The keys that a block scores, counted back from its first query.
+        back_S = torch.arange(seen - 1, -block, -1, device=device)
+        distance = torch.arange(block, device=device)[:, None, None] + back_S
+        # Keys that lie ahead are as far as no query sees.
+        distance = distance.masked_fill(distance < 0, keys)
+        here = torch.arange(past, keys, device=device)
+        sees = here[None] if self.positions is None else torch.minimum(here, self.positions)
+        sees = sees.clamp(max=seen - 1)
+        number = (here[::block, None] - back_S).clamp(0, keys - 1)[:, None] * groups
+        key = value = number + first_vector(near.k)
+        if v.shape[1] != keys or vectors(v)[1] != vectors(near.k)[1]:
+            value = number + first_vector(v, v.shape[1] - keys)
+
+        def look(part: slice, blocks: int) -> Look:
+            of_tile = slice(part.start // block, part.start // block + blocks)
+            farthest = sees[:, part].unflatten(1, (blocks, 1, -1, 1, 1))
+            hidden = distance[: farthest.shape[3]] > farthest
+            return Look(0, key[:, of_tile], value[:, of_tile], hidden)
+
+        return look
+
+    def _chunks(self, pair: int, far: Keys, v: Tensor) -> Callable[[slice], Look]:
+        length, (_, total, groups, _), device = far.q.shape[1], v.shape, v.device
+        gathers = self._gathers(total)
+        # Numbers of vectors, or of keys if all of them are scored.
+        step, low = (
+            (groups, first_vector(v)) if gathers else (1, torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=device))
+        )
+        last = torch.arange(total - length, total, device=device)[:, None, None] - self.window
+        first = (self.first * step).masked_fill(last < 0, _NONE) + low
+        high = last.clamp(min=0) * step + low
+        token_C = torch.arange(self.chunk_size, device=device) * step
+        everywhere = torch.arange(total, device=device) * groups + first_vector(v)
+
+        def look(part: slice) -> Look:
+            key = (first[:, part, :, :, None] + token_C).flatten(3)
+            there = key.clamp(low, high[:, part])
+            hidden = there != key
+            if gathers:
+                return Look(pair, there, there, hidden[:, :, :, None, None])
+            # One key more, for those that are not seen.
+            all_hidden = torch.ones(*key.shape[:3], total + 1, device=device, dtype=torch.bool)
+            all_hidden = all_hidden.scatter_(3, there.masked_fill(hidden, total), False)[..., :total]
+            return Look(pair, everywhere, everywhere, all_hidden.transpose(1, 2)[:, None, :, :, None])
+
+        return look
 
 
 def first_keys(choice: Tensor, starts: Tensor) -> Tensor:
-    """The key that each chosen chunk [B, T, G, J] starts with; of none one far behind all."""
+    """The first key of each chosen chunk [B, T, G, J]; of none one far behind all."""
     choice = torch.where(choice < starts.shape[1], choice, -1)
     # One more chunk, for entries without a choice.
-    starts = F.pad(starts, (1, 0), value=_NONE)[:, None, None].expand(*choice.shape[:3], -1)
+    starts = F.pad(starts.long(), (1, 0), value=_NONE)[:, None, None].expand(*choice.shape[:3], -1)
     return starts.gather(3, choice.clamp(min=-1) + 1)
 
 
-def attend(plan: Plan, keys: list[Keys], scale: float | None, tile: int) -> tuple[Tensor, Tensor]:
-    """output [B, T, H, V] in q's type, and lse [B, T, H]."""
-    scale = keys[0].q.shape[3] ** -0.5 if scale is None else scale
-    return _Attend.apply(plan, scale, tile, *(x for each in keys for x in each))
+def attend(plan: Plan, pairs: list[Keys], v: Tensor, scale: float, tile: int | None) -> tuple[Tensor, Tensor]:
+    """output [B, T, H, V] in the type of q, and lse [B, T, H].
+
+    tile: tokens that are scored at once; None: the number that fits into ``_AT_ONCE``
+    """
+    k = pairs[-1].k
+    # The gradients of vectors have no free space between rows; one place serves k and v.
+    if torch.is_grad_enabled() or vectors(k)[1] != vectors(v)[1]:
+        pairs, v = [Keys(x.q, x.k.contiguous()) for x in pairs], v.contiguous()
+    tile = plan.tile(pairs, v) if tile is None else tile
+    return _Attend.apply(plan, scale, tile, v, *(x for pair in pairs for x in pair))
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: Plan, scale: float, tile: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        keys = _of(tensors)
-        q, v = keys[0].q, keys[0].v
-        output = q.new_empty(*q.shape[:3], v.shape[3])
-        lse = exact(q.new_empty(q.shape[:3]))
-        for part in _tiles(q.shape[1], tile):
-            looks = plan.looks(keys, part)
-            scores = [_scores(x, _take(x.k, look), look, part, scale) for x, look in zip(keys, looks, strict=True)]
-            total = torch.cat(scores, -1).logsumexp(-1)
-            reads = [
-                _sum(_weights(s, total), _take(x.v, look), look)
-                for s, x, look in zip(scores, keys, looks, strict=True)
-            ]
-            output[:, part], lse[:, part] = torch.stack(reads).sum(0).flatten(2, 3), total.flatten(2)
-        ctx.save_for_backward(output, lse, *tensors)
+    def forward(ctx: Any, plan: Plan, scale: float, tile: int, v: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        pairs, q = _pairs(tensors), tensors[0]
+        looks = plan.looks(pairs, v, _block(q.shape[1], tile))
+        output, lse = q.new_empty(*q.shape[:3], v.shape[3]), exact(q.new_empty(q.shape[:3]))
+        for part, blocks in _tiles(q.shape[1], tile):
+            scored = [(look, _scores(pairs[look.pair], look, part, scale)[2]) for look in looks(part, blocks)]
+            shape = (len(q), part.stop - part.start, q.shape[2])
+            total = functools.reduce(torch.logaddexp, [_by_token(s.logsumexp(-1), x, shape) for x, s in scored])
+            reads, finite = [], _finite(total)[..., None]
+            for look, scores in scored:
+                weights = _weights(scores, _by_block(finite, look))
+                reads.append(_by_token(torch.bmm(weights, _take(v, look.value)), look, shape))
+            output[:, part], lse[:, part] = functools.reduce(torch.add, reads), total
+        ctx.save_for_backward(output, lse, v, *tensors)
         ctx.plan, ctx.scale, ctx.tile = plan, scale, tile
         return output, lse
 
@@ -130,63 +214,86 @@ class _Attend(torch.autograd.Function):
     @outside_autocast
     @once_differentiable
     def backward(ctx: Any, d_output: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
-        output, lse, *tensors = ctx.saved_tensors
-        keys = _of(tensors)
-        groups = keys[0].k.shape[2]
-        d_keys = [Keys(*(exact(x.new_zeros(x.shape)) for x in each)) for each in keys]
-        for part in _tiles(output.shape[1], ctx.tile):
-            o, total, d_o, d_total = (_grouped(x, part, groups) for x in (output, lse, d_output, d_lse))
-            delta = (d_o * o).sum(-1) - d_total
-            for x, d_x, look in zip(keys, d_keys, ctx.plan.looks(keys, part), strict=True):
-                k = _take(x.k, look)
-                weights = _weights(_scores(x, k, look, part, ctx.scale), total)
-                d_scores = weights * (_product(d_o, _take(x.v, look), look) - delta[..., None]) * ctx.scale
-                d_x.q[:, part] += _sum(d_scores, k, look).flatten(2, 3)
-                _add(d_x.k, look, _outer(d_scores, _grouped(x.q, part, groups), look))
-                _add(d_x.v, look, _outer(weights, d_o, look))
-        gradients = [d.to(x.dtype) for d, x in zip((d for each in d_keys for d in each), tensors, strict=True)]
+        output, lse, v, *tensors = ctx.saved_tensors
+        pairs = _pairs(tensors)
+        looks = ctx.plan.looks(pairs, v, _block(output.shape[1], ctx.tile))
+        d_v, *d_tensors = (exact(x.new_zeros(x.shape)) for x in (v, *tensors))
+        d_pairs, d_values = _pairs(d_tensors), d_v.flatten(0, 2)
+        delta = (exact(d_output) * exact(output)).sum(-1) - d_lse
+        of_rows = torch.stack([_finite(lse), delta], -1)
+        for part, blocks in _tiles(output.shape[1], ctx.tile):
+            for look in looks(part, blocks):
+                d_q, d_k = d_pairs[look.pair]
+                q, k, scores = _scores(pairs[look.pair], look, part, ctx.scale)
+                total, d_total = _by_block(of_rows[:, part], look).split(1, -1)
+                weights, d_o = _weights(scores, total), _by_block(d_output[:, part], look)
+                d_scores = torch.baddbmm(d_total, d_o, _take(v, look.value).mT, beta=-1).mul_(weights)
+                d_q = d_q[:, part]
+                d_q.add_(_by_token(torch.bmm(d_scores, k), look, d_q.shape))
+                d_k.flatten(0, 2).index_add_(0, look.key.flatten(), torch.bmm(d_scores.mT, q).flatten(0, 1))
+                d_values.index_add_(0, look.value.flatten(), torch.bmm(weights.mT, d_o).flatten(0, 1))
+        for d_q, _ in d_pairs:
+            d_q.mul_(ctx.scale)
+        gradients = [d.to(x.dtype) for d, x in zip((d_v, *d_tensors), (v, *tensors), strict=True)]
         return None, None, None, *gradients
 
 
-def _of(tensors: Any) -> list[Keys]:
-    return [Keys(*tensors[i : i + 3]) for i in range(0, len(tensors), 3)]
+def _pairs(tensors: Any) -> list[Keys]:
+    return [Keys(*tensors[i : i + 2]) for i in range(0, len(tensors), 2)]
 
 
-def _tiles(length: int, tile: int) -> list[slice]:
-    return [slice(start, min(start + tile, length)) for start in range(0, length, tile)]
+def _block(length: int, tile: int) -> int:
+    return max(1, min(_BLOCK, tile, length))
 
 
-def _grouped(x: Tensor, part: slice, groups: int) -> Tensor:
-    """[B, T, H, ...] -> [B, Q, G, R, ...]"""
-    return exact(x[:, part]).unflatten(2, (groups, -1))
+def _tiles(length: int, tile: int) -> list[tuple[slice, int]]:
+    """The tokens and the number of blocks of each tile; the last block of a call may be shorter than the others."""
+    block = _block(length, tile)
+    whole = length - length % block
+    size = tile - tile % block
+    parts = [slice(start, min(start + size, whole)) for start in range(0, whole, size)]
+    tiles = [(part, (part.stop - part.start) // block) for part in parts]
+    return [*tiles, (slice(whole, length), 1)] if whole < length else tiles
 
 
-def _scores(keys: Keys, k: Tensor, look: Look, part: slice, scale: float) -> Tensor:
-    """[B, Q, G, R, S]; k: the result of ``_take``."""
-    q = _grouped(keys.q, part, keys.k.shape[2])
-    return (_product(q, k, look) * scale).masked_fill(~look.seen, _NEVER)
+def _by_block(x: Tensor, look: Look) -> Tensor:
+    """[B, N Q, H, ...] -> [B N G, Q R, ...]"""
+    (batch, length, heads, *rest), (_, blocks, groups, _) = x.shape, look.key.shape
+    x = exact(x).reshape(batch, blocks, length // blocks, groups, heads // groups, *rest).transpose(2, 3)
+    return x.reshape(batch * blocks * groups, length // blocks * (heads // groups), *rest)
+
+
+def _by_token(x: Tensor, look: Look, shape: tuple[int, ...]) -> Tensor:
+    """[B N G, Q R, ...] -> [B, N Q, H, ...]"""
+    (batch, length, heads, *_), (_, blocks, groups, _) = shape, look.key.shape
+    x = x.view(batch, blocks, groups, length // blocks, heads // groups, *x.shape[2:]).transpose(2, 3)
+    return x.reshape(batch, length, heads, *x.shape[5:])
+
+
+def _scores(keys: Keys, look: Look, part: slice, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Scaled q [B N G, Q R, K], k [B N G, S, K], and scores [B N G, Q R, S]."""
+    q, k = _by_block(keys.q[:, part], look) * scale, _take(keys.k, look.key)
+    scores = torch.bmm(q, k.mT)
+    if look.hidden is not None:
+        batch, blocks, groups, size = look.key.shape
+        heads = keys.q.shape[2] // groups
+        scores.view(batch, blocks, groups, q.shape[1] // heads, heads, size).masked_fill_(look.hidden, _NEVER)
+    return q, k, scores
+
+
+def _finite(total: Tensor) -> Tensor:
+    """If a query sees nothing, its weights are zeros."""
+    return total.clamp(min=torch.finfo(total.dtype).min)
 
 
 def _weights(scores: Tensor, total: Tensor) -> Tensor:
-    # Where nothing is seen, zeros.
-    return (scores - total.clamp(min=torch.finfo(total.dtype).min)[..., None]).exp()
+    return scores.sub_(total).exp_()
 
 
-def _take(x: Tensor, look: Look) -> Tensor:
-    """[B, L, G, K] -> [B, S, G, K], which all queries share, or [B, Q, G, S, K]"""
-    if isinstance(look.where, slice):
-        return exact(x[:, look.where])
-    each, apart = vectors(x)
-    return exact(each.index_select(0, flat_keys(look.where, apart)).unflatten(0, look.where.shape))
-
-
-def _add(x: Tensor, look: Look, d: Tensor) -> None:
-    """Add d to the entries of x that ``_take`` reads."""
-    if isinstance(look.where, slice):
-        x[:, look.where] += d
-    else:
-        each, apart = vectors(x)
-        each.index_add_(0, flat_keys(look.where, apart), d.flatten(0, 3))
+def _take(x: Tensor, place: Tensor) -> Tensor:
+    """[B, L, G, K] -> [B N G, S, K]"""
+    batch, blocks, groups, size = place.shape
+    return exact(vectors(x)[0].index_select(0, place.flatten()).view(batch * blocks * groups, size, x.shape[3]))
 
 
 def vectors(x: Tensor) -> tuple[Tensor, int]:
@@ -200,29 +307,8 @@ def vectors(x: Tensor) -> tuple[Tensor, int]:
     return x.as_strided((apart * (len(x) - 1) + length * groups, size), (size, 1)), apart
 
 
-def flat_keys(where: Tensor, apart: int) -> Tensor:
-    """[B, Q, G, S] -> [B Q G S], into ``vectors``."""
-    batch, _, groups, _ = where.shape
-    row, group = (torch.arange(n, device=where.device) for n in (batch, groups))
-    return (row[:, None, None, None] * apart + where * groups + group[:, None]).flatten()
-
-
-def _product(q: Tensor, k: Tensor, look: Look) -> Tensor:
-    """q . k for each query and key, [B, Q, G, R, S]"""
-    if isinstance(look.where, slice):
-        return torch.einsum("bqgrk,bsgk->bqgrs", q, k)
-    return q @ k.mT
-
-
-def _sum(weights: Tensor, v: Tensor, look: Look) -> Tensor:
-    """Sums over keys, [B, Q, G, R, V]"""
-    if isinstance(look.where, slice):
-        return torch.einsum("bqgrs,bsgv->bqgrv", weights, v)
-    return weights @ v
-
-
-def _outer(weights: Tensor, q: Tensor, look: Look) -> Tensor:
-    """The gradient of ``_product`` or ``_sum`` in k or v, with the shape of ``_take``'s result."""
-    if isinstance(look.where, slice):
-        return torch.einsum("bqgrs,bqgrk->bsgk", weights, q)
-    return weights.mT @ q
+def first_vector(x: Tensor, skipped: int = 0) -> Tensor:
+    """[B, 1, G, 1], the place of each group's first key after ``skipped`` ones among the ``vectors`` of x."""
+    (batch, _, groups, _), apart = x.shape, vectors(x)[1]
+    row, group = (torch.arange(n, device=x.device) for n in (batch, groups))
+    return (row[:, None] * apart + (group + skipped * groups))[:, None, :, None]

@@ -7,7 +7,7 @@ keys.
 import torch
 from torch import Tensor
 
-from memlm_kernels.attention.chunks_reference import Keys, flat_keys, vectors
+from memlm_kernels.attention.chunks_reference import Chosen, Keys, first_vector, vectors
 from memlm_kernels.segments import exact
 
 
@@ -16,27 +16,22 @@ def read_all(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
     return _read(q, _scores(q, _by_group(k), k.shape[2]) * scale, _by_group(v))
 
 
-def read_chosen(
-    near: Keys, far: Keys, first: Tensor | None, chunk_size: int, window: int, positions: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """The same over the window and chosen chunks before it, see ``chunk_sparse_attention``.
-
-    first: [B, G, J], the key that each chunk starts with, of none any that is not before the window; None: no chunks
-    """
-    seen = min(window, near.k.shape[1])
-    groups = near.k.shape[2]
-    scores, v = _scores(near.q, _by_group(near.k[:, -seen:]), groups), _by_group(near.v[:, -seen:])
-    if positions is not None:
-        hidden = torch.arange(seen - 1, -1, -1, device=v.device) > positions
+def read_chosen(chosen: Chosen, pairs: list[Keys], v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The same over the window and chosen chunks before it, see ``chunk_sparse_attention``."""
+    (q, near_k), (far_q, far_k), groups = pairs[0], pairs[-1], v.shape[2]
+    seen = min(chosen.window, near_k.shape[1])
+    scores, seen_v = _scores(q, _by_group(near_k[:, -seen:]), groups), _by_group(v[:, -seen:])
+    if chosen.positions is not None:
+        hidden = torch.arange(seen - 1, -1, -1, device=v.device) > chosen.positions
         scores = scores.masked_fill(hidden.repeat_interleave(groups, 0)[:, None], float("-inf"))
-    before = far.v.shape[1] - window
-    if first is not None and before > 0:
-        key = (first[..., None] + torch.arange(chunk_size, device=v.device)).flatten(2)
+    before = v.shape[1] - chosen.window
+    if chosen.first.shape[3] and before > 0:
+        key = (chosen.first[:, 0, :, :, None] + torch.arange(chosen.chunk_size, device=v.device)).flatten(2)
         there = key.clamp(0, before - 1)
-        far_k, far_v = _gathered([far.k, far.v], there)
-        of_chunks = _scores(far.q, far_k, groups).masked_fill((there != key).flatten(0, 1)[:, None], float("-inf"))
-        scores, v = torch.cat([scores, of_chunks], 2), torch.cat([v, far_v], 1)
-    return _read(near.q, scores * scale, v)
+        of_chunks, chosen_v = _gathered([far_k, v], there)
+        of_chunks = _scores(far_q, of_chunks, groups).masked_fill((there != key).flatten(0, 1)[:, None], float("-inf"))
+        scores, seen_v = torch.cat([scores, of_chunks], 2), torch.cat([seen_v, chosen_v], 1)
+    return _read(q, scores * scale, seen_v)
 
 
 def _by_group(x: Tensor) -> Tensor:
@@ -46,12 +41,12 @@ def _by_group(x: Tensor) -> Tensor:
 
 def _gathered(tensors: list[Tensor], key: Tensor) -> list[Tensor]:
     """[B, L, G, K], [B, G, S] -> [B G, S, K]"""
-    found, flat, shape = [], dict[int, Tensor](), (len(key) * key.shape[1], key.shape[2])
+    found, places = [], dict[int, Tensor]()
     for x in tensors:
         each, apart = vectors(x)
-        if apart not in flat:
-            flat[apart] = flat_keys(key[:, None], apart)
-        found.append(exact(each.index_select(0, flat[apart]).view(*shape, x.shape[3])))
+        if apart not in places:
+            places[apart] = (key * x.shape[2] + first_vector(x)[:, 0]).flatten()
+        found.append(exact(each.index_select(0, places[apart]).view(len(key) * x.shape[2], key.shape[2], x.shape[3])))
     return found
 
 
