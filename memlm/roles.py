@@ -60,7 +60,7 @@ class RoleCounts(NamedTuple):
         return cls(documents, longest, within, outside, bool(one), tuple(sizes))
 
 
-class Bank(Protocol):
+class BankLike(Protocol):
     """Documents outside the call, such as those of a ``memlm.MemoryBank``."""
 
     def check(self, model: Any) -> None:
@@ -93,10 +93,10 @@ class Roles:
     doc_ids: Tensor
     positives: Tensor | None = None
     counts: RoleCounts | None = None
-    bank: Bank | None = None
+    bank: BankLike | None = None
 
     @classmethod
-    def query(cls, bank: Bank, input_ids: Tensor) -> "Roles":
+    def query(cls, bank: BankLike, input_ids: Tensor) -> "Roles":
         """All tokens of input_ids [B, T] are a query to the bank."""
         return cls(torch.full_like(input_ids, QUERY), bank=bank)
 

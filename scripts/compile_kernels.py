@@ -44,7 +44,7 @@ from memlm_kernels.neural_memory.segmented import SegmentedMemoryState, segmente
 from memlm_kernels.neural_memory.triton import scan_triton  # noqa: E402
 from memlm_kernels.recurrence.delta_triton import delta_rule_triton  # noqa: E402
 from memlm_kernels.recurrence.linear_triton import linear_attention_triton  # noqa: E402
-from memlm_kernels.route_documents.reference import Asked, Rule, Scored  # noqa: E402
+from memlm_kernels.route_documents.reference import Asked, RoutingRule, Scored  # noqa: E402
 from memlm_kernels.route_documents.triton import choose_triton, merge_topk_triton  # noqa: E402
 from memlm_kernels.routed_memory.triton import combine_reads_triton, dispatch_tokens_triton  # noqa: E402
 from memlm_kernels.segment_mean_pool.triton import segment_mean_pool_triton  # noqa: E402
@@ -183,7 +183,7 @@ def memory(
 def route(q: Tensor, k: Tensor, reductions: tuple[str, str, str], running: bool, top_k: int) -> tuple[Any, ...]:
     """Routing to documents of eight chunks, by queries and by 64 lists of other scores."""
     document = torch.arange(k.shape[1]).expand(len(k), -1) // 8
-    rule = Rule(*reductions, "max", top_k, 128, running, 1)
+    rule = RoutingRule(*reductions, "max", top_k, 128, running, 1)
     asks, spans = torch.ones(q.shape[:2], dtype=torch.bool), (torch.zeros(q.shape[:2]), torch.ones(q.shape[:2]))
     before = Scored(torch.zeros(document.shape), torch.zeros(document.shape, dtype=torch.int64))
     lists = torch.zeros(len(q), q.shape[1], 64 * top_k)

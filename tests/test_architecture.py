@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from itertools import chain
 
 import pytest
@@ -117,6 +118,17 @@ def test_imports_go_one_way(path, module):
 def test_the_nearest_name_is_found_in_one_place():
     users = [module for path, module in (p.values for p in FILES) if "difflib" in imports(path, module)]
     assert users == ["memlm.settings"]
+
+
+def test_a_name_is_one_class():
+    """Each memory has its Config, and most their Mixer. Helpers of one file begin with an underscore."""
+    found = Counter(
+        node.name
+        for path, _ in (p.values for p in FILES)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert {name for name, count in found.items() if count > 1} <= {"Config", "Mixer"}
 
 
 def test_roles_of_tokens_have_their_numbers_in_one_place():

@@ -19,7 +19,7 @@ from memlm_kernels.grid import Grid
 
 
 @dataclass(frozen=True)
-class Chunks:
+class ChunkedRows:
     """Rows of segments, laid on chunks; a chunk belongs to one segment.
 
     A segment's positions start at 0 with its first token, which may be of an earlier call. Chunks end at multiples of
@@ -96,7 +96,7 @@ class Chunks:
         return torch.stack(starts), self.after_segments(after, state)
 
 
-def lay_out(cu_seqlens: Tensor | None, length: int, width: int, before: Tensor | None = None) -> Chunks:
+def lay_out(cu_seqlens: Tensor | None, length: int, width: int, before: Tensor | None = None) -> ChunkedRows:
     """Chunks of ``width`` slots for rows of ``length`` tokens.
 
     before: [B, S], the number of tokens that each segment had in earlier calls, or [B, 1], that of the first segments;
@@ -105,7 +105,7 @@ def lay_out(cu_seqlens: Tensor | None, length: int, width: int, before: Tensor |
     # A single token needs no chunk around it.
     slots_of = width if length > 1 else 1
     if cu_seqlens is None:
-        return Chunks(Grid(length, -(-length // slots_of), slots_of))
+        return ChunkedRows(Grid(length, -(-length // slots_of), slots_of))
     cu = cu_seqlens.long()
     count_of = cu.shape[1] - 1
     sizes = offset = cu.diff(dim=1)
@@ -137,7 +137,7 @@ def lay_out(cu_seqlens: Tensor | None, length: int, width: int, before: Tensor |
     slots = begins.gather(1, owner) * width + place if length > 1 else torch.zeros_like(token)
     grid = Grid(length, count, slots_of, torch.where(real, slots, count * slots_of))
     start = torch.where(used, start, -1)
-    return Chunks(grid, positions, segment, start, enters, (ends - 1).clamp(min=0), chunks == 0)
+    return ChunkedRows(grid, positions, segment, start, enters, (ends - 1).clamp(min=0), chunks == 0)
 
 
 def next_position(cu_seqlens: Tensor, before: Tensor) -> Tensor:

@@ -313,7 +313,7 @@ class MemoryBank:
         return found
 
     def candidates(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor, held_BC: Tensor) -> State:
-        """See ``memlm.roles.Bank``."""
+        """See ``memlm.roles.BankLike``."""
         numbers = self._nominated(self.layers.index(layer_idx), q_BAHK, asks_BA)
         new = [sorted(set(row) - set(held)) for row, held in zip(numbers, held_BC.tolist(), strict=True)]
         return self._fetched(self.layers.index(layer_idx), new, q_BAHK)

@@ -64,7 +64,7 @@ class Config(titans.NeuralMemoryConfig):
         return attention.Config(2 * self.segment_size, self.attention_conv_size, self.persistent_tokens)
 
 
-class Memory(titans.NeuralMemory):
+class ContextMemory(titans.NeuralMemory):
     """The same memory in steps, so that all work that needs no earlier segment is done for all tokens at once."""
 
     def forward(self, *given: Any, step: str | None = None) -> Any:
@@ -102,7 +102,7 @@ class Mixer(SequenceMixer):
         self.config = config
         self.attention = attention.Mixer(config.attention(), dims, layer_idx)
         self.norm = RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
-        self.memory = Memory(config, dims)
+        self.memory = ContextMemory(config, dims)
         self.gate = BranchGate(dims)
         self.reset_parameters()
 

@@ -30,7 +30,7 @@ _LOG2E = 1.4426950408889634
 _LEARN = ("q", "k", "v", "other_q", "prefix_k", "prefix_v", "far_k")
 
 
-class Call:
+class AttentionCall:
     """Sizes of a call, and how it is cut; see ``kernels``."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, index: Tensor | None, chunk: int):
@@ -79,7 +79,7 @@ class Call:
         return 1 << max(0, min(ENOUGH // programs, cdiv(self.tiles, 8)).bit_length() - 1)
 
 
-def _united(call: Call, index: Tensor | None, chunks: int) -> dict[str, Any]:
+def _united(call: AttentionCall, index: Tensor | None, chunks: int) -> dict[str, Any]:
     """The union of the chunks that the queries of each tile chose."""
     if index is None:
         return {"united": None, "count": None, "U": 0, "BJ": 1}
@@ -126,7 +126,7 @@ def forward(
     """
     q, k, v, other_q, far_k, index, starts = laid(q, k, v, other_q, far_k, index, starts)
     prefix_k, prefix_v, first, end = laid(prefix_k, prefix_v, first, end)
-    call = Call(q, k, v, prefix_k, index, chunk_size)
+    call = AttentionCall(q, k, v, prefix_k, index, chunk_size)
     splits = call.splits(min(most, k.shape[1]))
     o, lse = q.new_empty(*q.shape[:3], call.values), q.new_empty(q.shape[:3], dtype=torch.float32)
     parts = [x if splits == 1 else x.new_empty(splits, *x.shape, dtype=torch.float32) for x in (o, lse)]
@@ -155,7 +155,7 @@ def _or(x: Tensor | None, other: Tensor) -> Tensor:
     return other if x is None else x
 
 
-def _shared(call: Call, prefix_k: Tensor | None, starts: Tensor | None) -> dict[str, int]:
+def _shared(call: AttentionCall, prefix_k: Tensor | None, starts: Tensor | None) -> dict[str, int]:
     one = prefix_k is not None and len(prefix_k) == 1
     return {"shared": 0 if one else 1, "P": call.prefix, "N": 0 if starts is None else starts.shape[1]}
 
@@ -211,7 +211,7 @@ def backward(
     """Gradients of ``_LEARN``; empty for an input that is None."""
     q, k, v, other_q, far_k, index, starts = laid(q, k, v, other_q, far_k, index, starts)
     prefix_k, prefix_v, first, end, d_o, d_lse = laid(prefix_k, prefix_v, first, end, d_o, d_lse)
-    call = Call(q, k, v, prefix_k, index, chunk_size)
+    call = AttentionCall(q, k, v, prefix_k, index, chunk_size)
     d_q, d_other = torch.empty_like(q), None if other_q is None else torch.empty_like(q)
     delta = torch.empty_like(lse)
     bounds = first.new_empty(call.batch, call.tiles, 2)
@@ -245,7 +245,7 @@ def backward(
     return _seven(q.new_empty(0) if x is None else x.to(q.dtype) for x in gradients)
 
 
-def _keys_gradients(call: Call, queries: dict[str, Any], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _keys_gradients(call: AttentionCall, queries: dict[str, Any], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of keys that queries see in spans, or as a whole, in fp32."""
     limits = call.limit(k.shape[1])
     parts = call.parts(k.shape[1], limits)
@@ -267,7 +267,9 @@ def _sum_parts(x: Tensor, rows: int) -> Tensor:
     return x if len(x) == rows else x.sum(0, keepdim=True)
 
 
-def _add_chunks(call: Call, given: dict[str, Any], index: Tensor, starts: Tensor, d_k: Tensor, d_v: Tensor) -> None:
+def _add_chunks(
+    call: AttentionCall, given: dict[str, Any], index: Tensor, starts: Tensor, d_k: Tensor, d_v: Tensor
+) -> None:
     """Add the gradients of chosen keys to d_k and d_v."""
     chunks = starts.shape[1]
     token, offsets = invert(index, chunks)

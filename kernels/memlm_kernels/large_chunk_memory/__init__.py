@@ -17,7 +17,7 @@ from memlm_kernels.checks import check_sizes, check_tensors, named
 from memlm_kernels.large_chunk_memory.chunks import MUON
 from memlm_kernels.large_chunk_memory.reference import (
     LargeChunkMemoryState,
-    Tokens,
+    LargeChunkTokens,
     large_chunk_memory_reference,
 )
 from memlm_kernels.segments import check_documents
@@ -80,7 +80,7 @@ def large_chunk_memory(
     if state is not None:
         _check_state(state, q, momentum, weights)
     choose("large_chunk_memory", backend, ("reference",))
-    tokens = Tokens(q, k, v, lr, momentum)
+    tokens = LargeChunkTokens(q, k, v, lr, momentum)
     return LargeChunkMemoryOutput(
         *large_chunk_memory_reference(tokens, tuple(weights), chunk_size, muon_steps, state, cu_seqlens, start)
     )

@@ -38,7 +38,7 @@ _EPS, _EPS_MUON = 1e-5, 1e-7
 _silu_backward = torch.ops.aten.silu_backward
 
 
-class Plan(NamedTuple):
+class WritePlan(NamedTuple):
     """For each chunk, whether a document starts with it (False, or [3 G, 1, 1]), and whether it is complete at its end
     (a bool that the host knows, or [3 G, 1, 1]).
     """
@@ -60,7 +60,7 @@ class Laid(NamedTuple):
     momentum: Tensor | None
 
 
-class Memory(NamedTuple):
+class ChunkMemory(NamedTuple):
     """weights W, gradient D of the open chunk, momentum S: [3 G, P, F] each; D and S None: zeros."""
 
     weights: Any
@@ -69,14 +69,14 @@ class Memory(NamedTuple):
 
 
 class WriteChunks(torch.autograd.Function):
-    """apply(plan, *Laid, initial, *Memory) -> o [N, G, C, P], and the Memory after the last chunk.
+    """apply(plan, *Laid, initial, *ChunkMemory) -> o [N, G, C, P], and the ChunkMemory after the last chunk.
 
     initial: [3 G, P, F], the memory at the start of a document; each write restores its columns' norms
     """
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, *tensors: Any) -> tuple[Any, ...]:
-        laid, initial, memory = Laid(*tensors[:5]), tensors[5], Memory(*tensors[6:])
+    def forward(ctx: Any, plan: WritePlan, *tensors: Any) -> tuple[Any, ...]:
+        laid, initial, memory = Laid(*tensors[:5]), tensors[5], ChunkMemory(*tensors[6:])
         out, starts = [], []
         with torch.autocast(initial.device.type, enabled=False):
             norms = _column_norms(initial)
@@ -96,10 +96,10 @@ class WriteChunks(torch.autograd.Function):
         # Read once: checkpointing computes saved tensors again at each access.
         saved = ctx.saved_tensors
         laid, initial, starts = Laid(*saved[:5]), saved[5], saved[6:]
-        norms, d_memory, d_initial = _column_norms(initial), Memory(*d_after), torch.zeros_like(initial)
+        norms, d_memory, d_initial = _column_norms(initial), ChunkMemory(*d_after), torch.zeros_like(initial)
         parts = []
         for i, group in reversed(list(enumerate(_groups(len(laid.q))))):
-            run = _Run(ctx.plan, group, laid, initial, norms, Memory(*starts[3 * i : 3 * i + 3]))
+            run = _Run(ctx.plan, group, laid, initial, norms, ChunkMemory(*starts[3 * i : 3 * i + 3]))
             d_laid, d_memory, d_opened = run.backward(d_out[group], d_memory)
             d_initial = d_initial + d_opened
             parts.append(d_laid)
@@ -140,7 +140,7 @@ class _Run:
     """
 
     def __init__(
-        self, plan: Plan, group: slice, laid: Laid, initial: Tensor, norms: list[Tensor], memory: Memory
+        self, plan: WritePlan, group: slice, laid: Laid, initial: Tensor, norms: list[Tensor], memory: ChunkMemory
     ) -> None:
         self.laid = Laid(*(None if x is None else x[group] for x in laid))  # type: ignore[arg-type]
         self.initial, self.norms, self.muon_steps = initial, norms, plan.muon_steps
@@ -155,7 +155,7 @@ class _Run:
             memory = self._chunk(n, memory)
         self.after = memory
 
-    def _chunk(self, n: int, memory: Memory) -> Memory:
+    def _chunk(self, n: int, memory: ChunkMemory) -> ChunkMemory:
         opened, closed = self.opens[n], self.closes[n]
         weights, gradient, momentum = memory
         if opened is not False:
@@ -167,19 +167,19 @@ class _Run:
             kept.append(x)
         gradient = _plus(gradient, torch.bmm(self.weighted[n].mT, u.flatten(0, 1)))
         if closed is False:
-            return Memory(weights, gradient, momentum)
+            return ChunkMemory(weights, gradient, momentum)
         step, mean = gradient, self.momentum[n]
         if mean is not None and momentum is not None:
             step = torch.addcmul(gradient, mean, momentum)
         write = _write(weights, step, momentum, self.norms, self.muon_steps)
         self.writes.append(write)
         if closed is True:
-            return Memory(write.written, None, None if mean is None else step)
+            return ChunkMemory(write.written, None, None if mean is None else step)
         weights = torch.where(closed, write.written, weights)
         momentum = None if mean is None else torch.where(closed, step, momentum)
-        return Memory(weights, _without(closed, gradient), momentum)
+        return ChunkMemory(weights, _without(closed, gradient), momentum)
 
-    def backward(self, d_out: Tensor, d_memory: Memory) -> tuple[Laid, Memory, Tensor]:
+    def backward(self, d_out: Tensor, d_memory: ChunkMemory) -> tuple[Laid, ChunkMemory, Tensor]:
         """Gradients of the group's tokens, of the memory before it, and of ``initial``."""
         q, k, v, lr, means = self.laid
         found = _stacked(self.found)
@@ -194,13 +194,13 @@ class _Run:
         for n in reversed(range(len(self.found))):
             closed, d_mean = self.closes[n], None
             if closed is not False:
-                kept = None if closed is True else Memory(*(_without(closed, x) for x in d_memory))
+                kept = None if closed is True else ChunkMemory(*(_without(closed, x) for x in d_memory))
                 if kept is not None:
-                    d_memory = Memory(*(_without(~closed, x) for x in d_memory))
+                    d_memory = ChunkMemory(*(_without(~closed, x) for x in d_memory))
                 d_memory, d_mean, sums = self._write_backward(n, d_memory, [x[n] for x in shares])
                 along.append(sums)
                 if kept is not None:
-                    d_memory = Memory(*map(_plus, d_memory, kept))
+                    d_memory = ChunkMemory(*map(_plus, d_memory, kept))
             d_weights, d_gradient, d_momentum = d_memory
             d_u = torch.bmm(self.weighted[n], d_gradient).unflatten(0, (3, -1))
             d_z.append((curvature[n] * d_u).sum(1))
@@ -211,7 +211,7 @@ class _Run:
             if opened is not False:
                 d_initial = d_initial + _without(~opened, d_weights)
                 d_weights, d_gradient, d_momentum = (_without(opened, x) for x in (d_weights, d_gradient, d_momentum))
-            d_memory = Memory(d_weights, d_gradient, d_momentum)
+            d_memory = ChunkMemory(d_weights, d_gradient, d_momentum)
         if along:
             # The gradient of n, the norms of initial's columns.
             totals = [torch.stack(x).sum(0) * i for x, i in zip(zip(*along, strict=True), inverse, strict=True)]
@@ -224,12 +224,12 @@ class _Run:
         if means is not None:
             means = torch.stack([torch.zeros_like(means[0]) if x is None else x for x in d_means[::-1]])
         # A memory given as None (zeros) has no gradient.
-        d_memory = Memory(*(None if x is None else d for x, d in zip(self.start, d_memory, strict=True)))
+        d_memory = ChunkMemory(*(None if x is None else d for x, d in zip(self.start, d_memory, strict=True)))
         return Laid(d_q, d_gate + d_up, d_v, d_lr, means), d_memory, d_initial
 
     def _write_backward(
-        self, n: int, d_after: Memory, shares: list[Tensor]
-    ) -> tuple[Memory, Tensor | None, list[Tensor]]:
+        self, n: int, d_after: ChunkMemory, shares: list[Tensor]
+    ) -> tuple[ChunkMemory, Tensor | None, list[Tensor]]:
         """Gradients of the memory before the write and of the mean momentum, and for each column the sum of
         W' times its gradient. shares: 1 / n^2 of each column that was normalised.
         """
@@ -240,9 +240,9 @@ class _Run:
         d_weights = torch.cat([torch.addcmul(d, w, x * i, value=-1).mul_(r) for d, w, x, i, r in parts])
         d_step = _plus(_orthogonal_backward(d_weights, write.step), d_after.momentum)
         if mean is None or write.momentum is None:
-            return Memory(d_weights, d_step, None), None, sums
+            return ChunkMemory(d_weights, d_step, None), None, sums
         d_mean = (d_step * write.momentum).sum((-2, -1), keepdim=True)
-        return Memory(d_weights, d_step, d_step * mean), d_mean, sums
+        return ChunkMemory(d_weights, d_step, d_step * mean), d_mean, sums
 
 
 def _plus(x: Any, y: Any) -> Any:

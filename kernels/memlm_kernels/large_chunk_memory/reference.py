@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlm_kernels.large_chunk_memory.chunks import Memory, Plan, WriteChunks
+from memlm_kernels.large_chunk_memory.chunks import ChunkMemory, WriteChunks, WritePlan
 from memlm_kernels.segments import lay_out, next_position, whole_rows
 
 
@@ -39,7 +39,7 @@ class LargeChunkMemoryState(NamedTuple):
     position: Tensor
 
 
-class Tokens(NamedTuple):
+class LargeChunkTokens(NamedTuple):
     """q, k, v: [B, T, H, ...]; lr: [B, T, H, 3]; momentum: [B, T, H] or None."""
 
     q: Tensor
@@ -91,11 +91,11 @@ class _Layout(NamedTuple):
         opens, closes = (x.mT.repeat_interleave(heads, 1) for x in (chunks.start == 0, closes))
         return _Layout(chunks.grid.lay, chunks.grid.take, chunks.grid.count, opens, closes)
 
-    def plan(self, muon_steps: int) -> Plan:
+    def plan(self, muon_steps: int) -> WritePlan:
         if self.opens is None or self.closes is None:
-            return Plan([False] * self.chunks, [True] * (self.chunks - 1) + [self.whole], muon_steps)
+            return WritePlan([False] * self.chunks, [True] * (self.chunks - 1) + [self.whole], muon_steps)
         opens, closes = (x.repeat(1, 3)[..., None, None].unbind() for x in (self.opens, self.closes))
-        return Plan(opens, closes, muon_steps)
+        return WritePlan(opens, closes, muon_steps)
 
     def momentum(self, x: Tensor, before: Tensor | None, chunk_size: int) -> tuple[Tensor, Tensor]:
         """The mean momentum of each chunk, [N, 3 G, 1, 1], and the sum over the open one, [G].
@@ -117,7 +117,7 @@ class _Layout(NamedTuple):
 
 
 def large_chunk_memory_reference(
-    tokens: Tokens,
+    tokens: LargeChunkTokens,
     weights: tuple[Tensor, ...],
     chunk_size: int,
     muon_steps: int,
@@ -128,7 +128,7 @@ def large_chunk_memory_reference(
     """o and the new state; see ``large_chunk_memory``."""
     given, (batch, length, heads, _) = tokens.v.dtype, tokens.q.shape
     dtype = torch.float64 if tokens.q.dtype == torch.float64 else torch.float32
-    tokens = Tokens(*(None if x is None else x.to(dtype) for x in tokens))  # type: ignore[arg-type]
+    tokens = LargeChunkTokens(*(None if x is None else x.to(dtype) for x in tokens))  # type: ignore[arg-type]
     place = tokens.q.new_zeros(batch, dtype=torch.int64) if state is None else state.position
     if state is None and cu_seqlens is None:
         start = 0
@@ -138,9 +138,9 @@ def large_chunk_memory_reference(
         return o.to(given), after
     sizes = heads, tokens.q.shape[3], tokens.v.shape[3]
     initial = _joined([w.to(dtype).expand(batch, -1, -1, -1) for w in weights])
-    memory, before = Memory(initial, None, None), None
+    memory, before = ChunkMemory(initial, None, None), None
     if state is not None and start != 0:
-        memory = Memory(*(_joined([x.to(dtype) for x in part]) if part else None for part in state[:3]))  # type: ignore[arg-type]
+        memory = ChunkMemory(*(_joined([x.to(dtype) for x in part]) if part else None for part in state[:3]))  # type: ignore[arg-type]
         before = state.momentum_sum[0].to(dtype).flatten() if state.momentum_sum else None
     means = None
     total = before if tokens.momentum is None or before is not None else initial.new_zeros(batch * heads)
@@ -154,7 +154,7 @@ def large_chunk_memory_reference(
         documents = whole_rows(tokens.q) if cu_seqlens is None else cu_seqlens
         layout = _Layout.looked_up(documents, length, None if state is None else place[:, None], chunk_size, heads)
         place = next_position(documents, place)
-        memory = Memory(initial, *[torch.zeros_like(initial)] * 2) if memory.gradient is None else memory
+        memory = ChunkMemory(initial, *[torch.zeros_like(initial)] * 2) if memory.gradient is None else memory
     if tokens.momentum is not None:
         means, total = layout.momentum(tokens.momentum, before, chunk_size)
     q, k, v = (layout.lay(x).permute(1, 0, 3, 2, 4).flatten(1, 2) for x in tokens[:3])
@@ -164,7 +164,7 @@ def large_chunk_memory_reference(
     lr = layout.lay(torch.stack([of_gate, of_up, of_out], 2)).permute(1, 3, 0, 4, 2).flatten(2, 3)[..., None]
     o, *after = WriteChunks.apply(layout.plan(muon_steps), q, k, v, lr, means, initial, *memory)
     o = layout.take(o[..., : sizes[2]].unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4))
-    return o.to(given), _state(Memory(*after), total, place, sizes)
+    return o.to(given), _state(ChunkMemory(*after), total, place, sizes)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -176,7 +176,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _state(
-    memory: Memory, momentum_sum: Tensor | None, position: Tensor, sizes: tuple[int, int, int]
+    memory: ChunkMemory, momentum_sum: Tensor | None, position: Tensor, sizes: tuple[int, int, int]
 ) -> LargeChunkMemoryState:
     heads, key, value = sizes
 
@@ -194,7 +194,7 @@ def _state(
     return LargeChunkMemoryState(weights, gradient, parts(memory.momentum), (sums,), position)
 
 
-def _step(tokens: Tokens, state: LargeChunkMemoryState) -> tuple[Tensor, LargeChunkMemoryState]:
+def _step(tokens: LargeChunkTokens, state: LargeChunkMemoryState) -> tuple[Tensor, LargeChunkMemoryState]:
     """One token that does not end a chunk: it reads, and adds to the gradient."""
     gate, out, up = (w.to(tokens.q.dtype).flatten(0, 1) for w in state.weights)
     # A token's query and key side by side.

@@ -30,8 +30,8 @@ from memlm_kernels.neural_memory.losses import InnerLoss
 from memlm_kernels.neural_memory.network import ACTIVATIONS, Tail
 from memlm_kernels.neural_memory.rates import scalar_recurrences
 from memlm_kernels.neural_memory.scan import scan as scan_in_torch
-from memlm_kernels.neural_memory.step import Memory, Sources, step
-from memlm_kernels.segments import Chunks, lay_out, next_position, whole_rows
+from memlm_kernels.neural_memory.step import Sources, StepMemory, step
+from memlm_kernels.segments import ChunkedRows, lay_out, next_position, whole_rows
 
 # The error of a chunk_size that would be one block of more than 64, see ``block_size``.
 BLOCKS = "must be at most 64, or a multiple of a number from 16 to 64"
@@ -166,7 +166,7 @@ def _step(
             stream = [x[:, window - 1 - start :] for x in stream]
         sources = Sources(*stream)
     o, weights, momentum, surprise = step(
-        plan, tokens.q, sources, tokens[3:6], Memory(weights, momentum or None, anchor), tail
+        plan, tokens.q, sources, tokens[3:6], StepMemory(weights, momentum or None, anchor), tail
     )
     state = NeuralMemoryState(tuple(weights), tuple(momentum), tuple(anchor), state.position + 1, recent)
     return o, state, surprise
@@ -195,7 +195,7 @@ def _fresh(tokens: Tokens, initial: tuple[Tensor, ...], window: int) -> NeuralMe
 
 def _sources(
     tokens: Tokens,
-    chunks: Chunks,
+    chunks: ChunkedRows,
     lengths: Tensor | None,
     window: int,
     state: NeuralMemoryState,

@@ -17,7 +17,7 @@ from memlm_kernels.neural_memory.losses import squared_error
 from memlm_kernels.neural_memory.network import ACTIVATIONS
 from memlm_kernels.neural_memory.rates import scalar_recurrences
 from memlm_kernels.neural_memory.reference import Tokens
-from memlm_kernels.neural_memory.step import Memory, Sources, step
+from memlm_kernels.neural_memory.step import Sources, StepMemory, step
 from memlm_kernels.segments import check_recurrence, chunk_width, exact, lay_out, whole_rows
 
 
@@ -135,7 +135,7 @@ def _one_token(tokens: Tokens, memory: Tensor, opens: Tensor) -> tuple[Tensor, T
     W, *S, anchor = memory[:, 0].unbind(1)
     anchor = torch.where(opens[..., None, None], W, anchor)
     plan = Plan(1, 1, ACTIVATIONS["silu"], squared_error, False)
-    sources, before = Sources(tokens.k, tokens.v, None), Memory([W], S or None, [anchor])
+    sources, before = Sources(tokens.k, tokens.v, None), StepMemory([W], S or None, [anchor])
     o, W_after, S_after, _ = step(plan, tokens.q, sources, tokens[3:6], before, None)
     return o, torch.stack([*W_after, *S_after, anchor], 1)[:, None]
 

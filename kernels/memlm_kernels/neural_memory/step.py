@@ -21,7 +21,7 @@ class Sources(NamedTuple):
     weight: Tensor | None
 
 
-class Memory(NamedTuple):
+class StepMemory(NamedTuple):
     """[B, H, in, out] for each layer; momentum: None for a memory without momentum."""
 
     weights: Sequence[Tensor]
@@ -34,7 +34,7 @@ def step(
     q: Tensor,
     sources: Sources,
     gates: tuple[Tensor, Tensor | None, Tensor | None],
-    memory: Memory,
+    memory: StepMemory,
     tail: Tail | None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None]:
     """q: [B, 1, H, K]; gates: lr, momentum, decay [B, 1, H]; memory: the memory before the token, and its anchor.

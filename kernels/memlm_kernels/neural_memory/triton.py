@@ -16,7 +16,7 @@ from memlm_kernels.neural_memory.chunk import Plan
 from memlm_kernels.neural_memory.kernels import memory_backward, memory_forward, tokens_backward
 from memlm_kernels.neural_memory.rates import Gates
 from memlm_kernels.neural_memory.step_kernels import memory_step
-from memlm_kernels.segments import Chunks
+from memlm_kernels.segments import ChunkedRows
 
 # A memory is kept for backward every so many chunks; and so many chunks' gradients of memories are kept in backward.
 GROUP, SPAN = 16, 64
@@ -333,7 +333,7 @@ def scan_triton(plan: Plan, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | Non
 
 
 def segments_triton(
-    tokens: tuple[Tensor, ...], gates: Gates, opens: Tensor, segments: Chunks, memory: Tensor
+    tokens: tuple[Tensor, ...], gates: Gates, opens: Tensor, segments: ChunkedRows, memory: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The reads [N, B, H, C, V] and the memory after each segment.
 

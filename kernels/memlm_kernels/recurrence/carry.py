@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from memlm_kernels.backend import outside_autocast
-from memlm_kernels.segments import Chunks
+from memlm_kernels.segments import ChunkedRows
 
 
 def carry(
-    segments: Chunks, state: Tensor, U: Tensor, W: Tensor | None, writes: Tensor, keep: Tensor | None
+    segments: ChunkedRows, state: Tensor, U: Tensor, W: Tensor | None, writes: Tensor, keep: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The states M at the start of the chunks, and the values d that the chunks write; d depends on M if W is given::
 

@@ -18,12 +18,12 @@ from memlm_kernels.recurrence.delta_kernels import (
     solutions_backward,
 )
 from memlm_kernels.recurrence.linear_kernels import outputs_forward, values_backward
-from memlm_kernels.recurrence.linear_triton import Call, cdiv, decay_gradient, flops
+from memlm_kernels.recurrence.linear_triton import RecurrenceCall, cdiv, decay_gradient, flops
 from memlm_kernels.recurrence.step import is_step, step
 from memlm_kernels.segments import segments_of
 
 
-def _solve(call: Call, x: Tensor, beta: Tensor, log_decay: Tensor | None, Y: Tensor) -> Tensor:
+def _solve(call: RecurrenceCall, x: Tensor, beta: Tensor, log_decay: Tensor | None, Y: Tensor) -> Tensor:
     """Y (beta exp(g) x)"""
     out, size = call.room(x), x.shape[-1]
     solutions(
@@ -47,7 +47,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, the state after each segment, and for backward: the states before the chunks [B, N, H, K, V], d, Y."""
     q, k, v, beta, log_decay, state = laid(q, k, v, beta, log_decay, state)
-    call = Call(q, v, cu_seqlens)
+    call = RecurrenceCall(q, v, cu_seqlens)
     sizes = {**call.sizes, "K": call.keys, "V": call.values}
     Y = q.new_empty(call.batch, call.count, call.heads, call.width, call.width)
     inverses(
@@ -84,7 +84,7 @@ def _(
     cu_seqlens: Tensor | None,
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    call = Call(q, v, cu_seqlens)
+    call = RecurrenceCall(q, v, cu_seqlens)
     final, states = q.new_empty(call.state_shape, dtype=torch.float32), q.new_empty(call.states_shape)
     Y = q.new_empty(call.batch, call.count, call.heads, call.width, call.width)
     return v.new_empty(v.shape), final, states, v.new_empty(v.shape), Y
@@ -106,7 +106,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, beta, log_decay (empty without one) and the state before each segment."""
     q, k, v, beta, log_decay, d_o, d_final = laid(q, k, v, beta, log_decay, d_o, d_final)
-    call = Call(q, v, cu_seqlens)
+    call = RecurrenceCall(q, v, cu_seqlens)
     sizes = {**call.sizes, "K": call.keys, "V": call.values}
     W, U = _solve(call, k, beta, log_decay, Y), _solve(call, v, beta, None, Y)
     d_local, d_d = call.room(v), call.room(v)

@@ -33,7 +33,7 @@ def width_of(length: int, cu_seqlens: Tensor | None) -> int:
     return max(16, chunk_width(length, cu_seqlens, WIDTH))
 
 
-class Call:
+class RecurrenceCall:
     """Sizes of a call, how its rows are cut into chunks, and how many programs a kernel needs.
 
     Rows of q are [B, T, H, K]; see ``launch`` for the rest.
@@ -83,7 +83,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, the state after each segment, and the states before the chunks, [B, N, H, K, V]."""
     q, k, v, log_decay, state = laid(q, k, v, log_decay, state)
-    call = Call(q, v, cu_seqlens)
+    call = RecurrenceCall(q, v, cu_seqlens)
     channels = log_decay is not None and log_decay.ndim == 4
     sizes = {**call.sizes, "K": call.keys, "V": call.values}
     states, final = q.new_empty(call.states_shape), q.new_empty(call.state_shape, dtype=torch.float32)
@@ -105,7 +105,7 @@ def forward(
     return o, final, states
 
 
-def _scores(call: Call, q: Tensor, k: Tensor, log_decay: Tensor) -> Tensor:
+def _scores(call: RecurrenceCall, q: Tensor, k: Tensor, log_decay: Tensor) -> Tensor:
     scores = q.new_empty(call.batch, call.count, call.heads, call.width, call.width, dtype=torch.float32)
     channel_scores(
         call.at_once(call.width // BLOCK),
@@ -120,7 +120,7 @@ def _scores(call: Call, q: Tensor, k: Tensor, log_decay: Tensor) -> Tensor:
 def _(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, state: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call = Call(q, v, cu_seqlens)
+    call = RecurrenceCall(q, v, cu_seqlens)
     final, states = q.new_empty(call.state_shape, dtype=torch.float32), q.new_empty(call.states_shape)
     return v.new_empty(v.shape), final, states
 
@@ -138,7 +138,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_decay (empty without one) and the state before each segment."""
     q, k, v, log_decay, d_o, d_final = laid(q, k, v, log_decay, d_o, d_final)
-    call = Call(q, v, cu_seqlens)
+    call = RecurrenceCall(q, v, cu_seqlens)
     channels = log_decay is not None and log_decay.ndim == 4
     sizes = {**call.sizes, "K": call.keys, "V": call.values}
     scores = _scores(call, q, k, log_decay) if channels else None
@@ -167,7 +167,11 @@ def backward(
 
 
 def decay_gradient(
-    call: Call, log_decay: Tensor | None, given: dict[str, Any], sizes: dict[str, Any], out: dict[str, Tensor]
+    call: RecurrenceCall,
+    log_decay: Tensor | None,
+    given: dict[str, Any],
+    sizes: dict[str, Any],
+    out: dict[str, Tensor],
 ) -> Tensor:
     """Fill ``out`` by ``keys_backward``, and return the gradient of a decay per head, [B, T, H]."""
     q = given["q"]
@@ -177,7 +181,9 @@ def decay_gradient(
     return q.new_empty(0) if log_decay is None else parts.sum(0).to(log_decay.dtype)
 
 
-def _channel_keys_backward(call: Call, given: dict[str, Any], sizes: dict[str, Any], out: dict[str, Tensor]) -> None:
+def _channel_keys_backward(
+    call: RecurrenceCall, given: dict[str, Any], sizes: dict[str, Any], out: dict[str, Tensor]
+) -> None:
     q, k, v, log_decay, chunks, d_o = (given[name] for name in ("q", "k", "v", "log_decay", "chunks", "d_o"))
     d_scores = q.new_empty(call.batch, call.count, call.heads, call.width, call.width, dtype=torch.float32)
     scores_backward(

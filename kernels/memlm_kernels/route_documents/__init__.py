@@ -26,7 +26,7 @@ from memlm_kernels.route_documents.bank import (
 )
 from memlm_kernels.route_documents.reference import (
     Routes,
-    Rule,
+    RoutingRule,
     Scored,
     merge_topk_reference,
     route_documents_reference,
@@ -121,7 +121,7 @@ def route_documents(
     score, count = scored or (None, None)
     numbers = {"document": document, "scored.asked": count, **named("spans", spans or ())}
     check_tensors({"q": q, "k": k, "scored.score": score}, numbers | {"asks": None if asks is None else asks.int()})
-    rule = Rule(similarity, head_reduce, query_reduce, chunk_reduce, top_k, num_documents, running, tile)
+    rule = RoutingRule(similarity, head_reduce, query_reduce, chunk_reduce, top_k, num_documents, running, tile)
     limit = _too_many(top_k)
     if chunk_reduce == "mean":
         limit = "its kernels take chunk_reduce='max', not 'mean'"
@@ -167,7 +167,7 @@ def nominate_documents(
         none = torch.full((*rows, top_k), -1, device=q.device)
         return Best(none, torch.full(none.shape, float("-inf"), device=q.device))
     if q.device.type == "cpu" and backend == "auto":
-        rule = Rule(similarity, head_reduce, query_reduce, chunk_reduce, top_k, 0, running, 1)
+        rule = RoutingRule(similarity, head_reduce, query_reduce, chunk_reduce, top_k, 0, running, 1)
         return Best(*nominated_in_tiles(rule, q, shards, asks, held))
     index = torch.full((*rows, 0), -1, device=q.device)
     score = torch.empty(index.shape, device=q.device)

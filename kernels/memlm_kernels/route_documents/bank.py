@@ -16,7 +16,7 @@ from torch import Tensor
 
 from memlm_kernels.route_documents.reference import (
     Routes,
-    Rule,
+    RoutingRule,
     _prepared,
     _similarities,
     query_of,
@@ -44,7 +44,7 @@ def bank_keys(k: Tensor, similarity: str, dtype: torch.dtype | None = None) -> t
     """Pooled router keys [..., K] in the form that a bank stores: of length 1 for the cosine, and, for float8, divided
     by a scale per key, [..., 1], which is returned too. dtype: None for fp32 (or fp64)
     """
-    k = _prepared(Rule(similarity, "mean", "max", "max", 1, 0, False, 1), k)
+    k = _prepared(RoutingRule(similarity, "mean", "max", "max", 1, 0, False, 1), k)
     if dtype != torch.float8_e4m3fn:
         return k.to(dtype or k.dtype), None
     scale = (k.abs().amax(-1, keepdim=True) / torch.finfo(dtype).max).clamp(min=1e-30)
@@ -57,7 +57,7 @@ def restored_keys(k: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def nominated_in_tiles(
-    rule: Rule, q: Tensor, shards: Sequence[RouterShard], asks: Tensor | None, held: int
+    rule: RoutingRule, q: Tensor, shards: Sequence[RouterShard], asks: Tensor | None, held: int
 ) -> tuple[Tensor, Tensor]:
     """See ``nominate_documents``. Reads values back from the device."""
     batch, tokens = q.shape[:2]
@@ -74,7 +74,7 @@ def nominated_in_tiles(
     return index, score
 
 
-def _best(rule: Rule, q: Tensor, shards: Sequence[RouterShard], idle: Tensor) -> tuple[Tensor, Tensor]:
+def _best(rule: RoutingRule, q: Tensor, shards: Sequence[RouterShard], idle: Tensor) -> tuple[Tensor, Tensor]:
     """The best of each decision and their scores, [D, J]. A decision is one row, or one token if ``running``."""
     query = query_of(rule, q, shards[0].k.shape[1])
     none = torch.full((len(idle), 0), -1, device=q.device)
@@ -101,12 +101,12 @@ def _best(rule: Rule, q: Tensor, shards: Sequence[RouterShard], idle: Tensor) ->
     return index.masked_fill(idle[:, None], -1), score.masked_fill(idle[:, None], NEVER)
 
 
-def _tile_of(rule: Rule, shard: RouterShard, tile: slice, dtype: torch.dtype) -> Tensor:
+def _tile_of(rule: RoutingRule, shard: RouterShard, tile: slice, dtype: torch.dtype) -> Tensor:
     """Keys in the type of the product; for the cosine, rounded keys are scaled to length 1 again."""
     return shard.k[tile] if shard.k.dtype == dtype else _prepared(rule, keys_of(shard, tile, dtype))
 
 
-def _entered(rule: Rule, index: Tensor, score: Tensor, number: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+def _entered(rule: RoutingRule, index: Tensor, score: Tensor, number: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
     """The best after entering chunks of documents ``number`` [n] with their scores [D, n]."""
     name, owner = number.unique_consecutive(return_inverse=True)
     value = torch.full((len(scores), len(name)), NEVER, device=scores.device, dtype=scores.dtype)
@@ -118,7 +118,7 @@ def _entered(rule: Rule, index: Tensor, score: Tensor, number: Tensor, scores: T
     return best_of(torch.cat([index, name.expand(value.shape)], 1), torch.cat([score, value], 1), rule.top_k)
 
 
-def _best_of_means(rule: Rule, q: Tensor, asks: Tensor, shards: Sequence[RouterShard]) -> tuple[Tensor, Tensor]:
+def _best_of_means(rule: RoutingRule, q: Tensor, asks: Tensor, shards: Sequence[RouterShard]) -> tuple[Tensor, Tensor]:
     """The best and their scores, [B, D, J], for a mean, which needs every score."""
     parts = []
     for shard in shards:

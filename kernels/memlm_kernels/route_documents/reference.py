@@ -28,7 +28,7 @@ from memlm_kernels.topk import NEVER, Best, best_of
 _EPS = 1e-12
 
 
-class Rule(NamedTuple):
+class RoutingRule(NamedTuple):
     similarity: str
     head_reduce: str
     query_reduce: str
@@ -58,7 +58,7 @@ class Routes(NamedTuple):
 
 
 def route_documents_reference(
-    rule: Rule,
+    rule: RoutingRule,
     q: Tensor | None,
     k: Tensor,
     document: Tensor,
@@ -66,7 +66,7 @@ def route_documents_reference(
     spans: tuple[Tensor, Tensor] | None,
     scored: Scored | None,
     return_scores: bool,
-    choose: Callable[[Rule, "Asked"], "Chosen"] | None = None,
+    choose: Callable[[RoutingRule, "Asked"], "Choice"] | None = None,
 ) -> Routes:
     """See ``route_documents``. choose: a function that chooses in place of ``walk``."""
     batch = len(q) if q is not None else len(spans[0]) if spans else len(k)
@@ -82,14 +82,14 @@ def route_documents_reference(
     return Routes(document, score, after, scores)
 
 
-def walk(rule: Rule, asked: "Asked") -> "Chosen":
+def walk(rule: RoutingRule, asked: "Asked") -> "Choice":
     walk = _Walk(rule, asked)
     for start in range(0, asked.k.shape[1], rule.tile):
         walk.visit(slice(start, start + rule.tile))
     return walk.finish()
 
 
-class Chosen(NamedTuple):
+class Choice(NamedTuple):
     """document, score: [B, R, J]; after: the chunks' scores; token: [B, C], the token of each chunk's maximum"""
 
     document: Tensor
@@ -108,7 +108,7 @@ class Asked(NamedTuple):
     spans: tuple[Tensor, Tensor] | None
     before: Scored
 
-    def decisions(self, rule: Rule) -> int:
+    def decisions(self, rule: RoutingRule) -> int:
         # If all tokens count, decisions differ between tokens only if these may choose different documents.
         return self.tokens() if rule.running or self.spans is not None else 1
 
@@ -134,7 +134,7 @@ class _Walk:
     parts: for each tile, the values of chunks that ``finish`` returns
     """
 
-    def __init__(self, rule: Rule, asked: Asked) -> None:
+    def __init__(self, rule: RoutingRule, asked: Asked) -> None:
         self.rule, self.asked = rule, asked
         batch, device, dtype = len(asked.document), asked.k.device, asked.before.score.dtype
         self.query = None if asked.q is None else query_of(rule, asked.q, asked.k.shape[2])
@@ -214,10 +214,10 @@ class _Walk:
         index, value = (torch.cat([a, b], -1) for a, b in zip(self.best, (index, value), strict=True))
         self.best = best_of(index, value, self.rule.top_k)
 
-    def finish(self) -> Chosen:
+    def finish(self) -> Choice:
         self._enter(*self.open)
         score, count, token = (torch.cat(x, 1) for x in zip(*self.parts, strict=True))
-        return Chosen(*self.best, Scored(score, count), token)
+        return Choice(*self.best, Scored(score, count), token)
 
 
 def merge_topk_reference(index: Tensor, score: Tensor, top_k: int) -> Best:
@@ -229,7 +229,7 @@ def merge_topk_reference(index: Tensor, score: Tensor, top_k: int) -> Best:
     return best_of(index, score.gather(-1, again).masked_fill(repeated, NEVER), top_k)
 
 
-def _similarities(rule: Rule, query: Tensor, k: Tensor) -> Tensor:
+def _similarities(rule: RoutingRule, query: Tensor, k: Tensor) -> Tensor:
     """Similarities of ``query_of``'s queries and ``_prepared`` keys, reduced over heads, [B, M, n]."""
     if rule.head_reduce == "mean":
         return query.flatten(2) @ k.flatten(2).mT
@@ -238,7 +238,7 @@ def _similarities(rule: Rule, query: Tensor, k: Tensor) -> Tensor:
     return scores.unflatten(2, grouped.shape[2:4]).amax((1, 3))
 
 
-def _document_scores(rule: Rule, asked: Asked, after: Scored, token: Tensor) -> Tensor:
+def _document_scores(rule: RoutingRule, asked: Asked, after: Scored, token: Tensor) -> Tensor:
     """The scores of documents, [B, N], with a gradient: computed again from the few products that they depend on."""
     q, k, before = asked.q, asked.k, asked.before
     size, chunks = rule.num_documents, k.shape[1]
@@ -282,7 +282,7 @@ class _Sum(torch.autograd.Function):
     """The sum over tokens of each chunk's scores, [B, C], which is known. Backward computes the scores in tiles."""
 
     @staticmethod
-    def forward(ctx: Any, rule: Rule, asked: Asked, query: Tensor, k: Tensor, total: Tensor) -> Tensor:
+    def forward(ctx: Any, rule: RoutingRule, asked: Asked, query: Tensor, k: Tensor, total: Tensor) -> Tensor:
         ctx.rule, ctx.asked = rule, asked._replace(q=None)
         ctx.save_for_backward(query, k)
         return total.clone()
@@ -305,7 +305,7 @@ class _Sum(torch.autograd.Function):
         return None, None, d_query, torch.cat(d_k, 1), None
 
 
-def _of_documents(rule: Rule, value: Tensor, name: Tensor) -> Tensor:
+def _of_documents(rule: RoutingRule, value: Tensor, name: Tensor) -> Tensor:
     """[B, C] -> [B, N]"""
     total = _reduced(rule, value, name, rule.num_documents + 1)
     if rule.chunk_reduce == "mean":
@@ -313,7 +313,7 @@ def _of_documents(rule: Rule, value: Tensor, name: Tensor) -> Tensor:
     return total[:, : rule.num_documents]
 
 
-def _reduced(rule: Rule, values: Tensor, owner: Tensor, size: int) -> Tensor:
+def _reduced(rule: RoutingRule, values: Tensor, owner: Tensor, size: int) -> Tensor:
     """[..., n] reduced by owner to [..., size]: maxima or sums; -inf where an owner has no entry."""
     start = torch.full((*values.shape[:-1], size), NEVER, device=values.device, dtype=values.dtype)
     if rule.chunk_reduce == "max":
@@ -321,18 +321,18 @@ def _reduced(rule: Rule, values: Tensor, owner: Tensor, size: int) -> Tensor:
     return start.scatter_reduce(-1, owner, values, "sum", include_self=False)
 
 
-def _join(rule: Rule, a: Tensor, b: Tensor) -> Tensor:
+def _join(rule: RoutingRule, a: Tensor, b: Tensor) -> Tensor:
     return torch.maximum(a, b) if rule.chunk_reduce == "max" else a + b
 
 
-def query_of(rule: Rule, q: Tensor, groups: int) -> Tensor:
+def query_of(rule: RoutingRule, q: Tensor, groups: int) -> Tensor:
     """q, ``_prepared`` and scaled, in groups of heads [B, M, G, P, K]; summed to P = 1 for a mean over heads."""
     scale = 1.0 if rule.similarity == "cosine" else q.shape[3] ** -0.5
     grouped = q.unflatten(2, (groups, -1))
     return grouped.sum(3, keepdim=True) * (scale / q.shape[2]) if rule.head_reduce == "mean" else grouped * scale
 
 
-def _prepared(rule: Rule, x: Tensor) -> Tensor:
+def _prepared(rule: RoutingRule, x: Tensor) -> Tensor:
     """x in fp32 (or fp64), and of length 1 for the cosine."""
     x = exact(x)
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + _EPS) if rule.similarity == "cosine" else x

@@ -21,7 +21,7 @@ _TOKENS_AT_ONCE = 16384
 
 
 @dataclass(frozen=True)
-class Recalled:
+class TaskAccuracy:
     """Accuracy of one task at one length: by token, and by row with every answer right."""
 
     task: str
@@ -35,13 +35,13 @@ class Recalled:
 
 def recall(
     model: MemLMForCausalLM, name: str, task: RecallTask, seed: int, factors: Sequence[int], rows: int
-) -> list[Recalled]:
+) -> list[TaskAccuracy]:
     """The task at ``factor`` times its length and gap, on test rows with full filler noise."""
     results = []
     for factor in factors:
         scaled = task.scaled(factor)
         s = score_task(model, scaled, seed, rows)
-        results.append(Recalled(name, factor, scaled.length, rows, task.chance, s.accuracy, s.row_accuracy))
+        results.append(TaskAccuracy(name, factor, scaled.length, rows, task.chance, s.accuracy, s.row_accuracy))
     return results
 
 
