@@ -57,7 +57,7 @@ class Look(NamedTuple):
 Looks = Callable[[slice, int], list[Look]]
 
 
-class LookPlan(Protocol):
+class Search(Protocol):
     def tile(self, pairs: list[Keys], v: Tensor) -> int:
         """The number of tokens whose scores fit into ``_AT_ONCE``."""
 
@@ -178,7 +178,7 @@ def first_keys(choice: Tensor, starts: Tensor) -> Tensor:
     return starts.gather(3, choice.clamp(min=-1) + 1)
 
 
-def attend(plan: LookPlan, pairs: list[Keys], v: Tensor, scale: float, tile: int | None) -> tuple[Tensor, Tensor]:
+def attend(plan: Search, pairs: list[Keys], v: Tensor, scale: float, tile: int | None) -> tuple[Tensor, Tensor]:
     """output [B, T, H, V] in the type of q, and lse [B, T, H].
 
     tile: tokens that are scored at once; None: the number that fits into ``_AT_ONCE``
@@ -193,7 +193,7 @@ def attend(plan: LookPlan, pairs: list[Keys], v: Tensor, scale: float, tile: int
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: LookPlan, scale: float, tile: int, v: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, plan: Search, scale: float, tile: int, v: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         pairs, q = _pairs(tensors), tensors[0]
         looks = plan.looks(pairs, v, _block(q.shape[1], tile))
         output, lse = q.new_empty(*q.shape[:3], v.shape[3]), exact(q.new_empty(q.shape[:3]))
