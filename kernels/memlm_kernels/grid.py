@@ -38,7 +38,7 @@ class Grid:
         """[B, N, C, ...] -> [B, T, ...]; a token that is not real gets zeros."""
         x = x.flatten(1, 2)
         if self.slots is None:
-            return x[:, : self.length]
+            return x if x.shape[1] == self.length else x[:, : self.length]
         return pick(F.pad(x, (0, 0) * (x.ndim - 2) + (0, 1)), self.slots)
 
 
@@ -63,12 +63,13 @@ def _flat(index: Tensor, size: int) -> Tensor:
 
 def to_rows(x: Tensor) -> Tensor:
     """[B, N, C, H, ...] -> [N, B * H, C, ...]"""
-    return x.movedim(3, 1).movedim(2, 0).flatten(1, 2)
+    return x.permute(1, 0, 3, 2, *range(4, x.ndim)).flatten(1, 2)
 
 
 def from_rows(x: Tensor, heads: int) -> Tensor:
     """[N, B * H, C, ...] -> [B, N, C, H, ...]"""
-    return x.unflatten(1, (-1, heads)).movedim(0, 1).movedim(2, 3)
+    x = x.unflatten(1, (-1, heads))
+    return x.permute(1, 0, 3, 2, *range(4, x.ndim))
 
 
 def row_flags(flags: Tensor, heads: int) -> Tensor:

@@ -100,8 +100,18 @@ class Mixer(SequenceMixer):
         y_BTHK, _, new_state = self.heads(x_BTD, state, rows)
         return MixerOutput(self.o_proj(rearrange(y_BTHK, "b t h k -> b t (h k)")), new_state, {}, {})
 
-    def heads(self, x_BTD: Tensor, state: State, rows: Rows) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], State]:
-        """The heads' reads, [B, T, H, K]; q, k, v before rotation; and the new state."""
+    def heads(
+        self,
+        x_BTD: Tensor,
+        state: State,
+        rows: Rows,
+        persistent: tuple[Tensor, Tensor] | None = None,
+        keep: bool = True,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], State]:
+        """The heads' reads, [B, T, H, K]; q, k, v before rotation; and the new state, which a fresh call may not keep.
+
+        persistent: what ``persistent_tokens`` returns, if the caller has it
+        """
         length, fresh = rows.length, rows.fresh
         (q_BTHK, k_BTGK, v_BTGK), new_state = self.project(x_BTD, state, rows)
         angles = rows.rotary(self.dims.head_dim, self.dims.rope_theta, k_BTGK.dtype)
@@ -111,12 +121,17 @@ class Mixer(SequenceMixer):
             if window is None:
                 seen[name], new_state[name] = append(state[name], new, rows.lengths_B)
                 continue
+            if fresh and not keep:
+                continue
             # A fresh call has no history, but zeros fill the window if the call is shorter.
             joined = new if fresh and length >= window - 1 else join(state[name], new)
             seen[name] = new if fresh else joined
             new_state[name] = keep_last(joined, window - 1, length, rows.lengths_B)
 
-        prefix = self._prefix(q_BTHK) if self.config.persistent_tokens and length else None
+        prefix = None
+        if self.config.persistent_tokens and length:
+            # Their queries are not rotated.
+            prefix = (q_BTHK, *(persistent or self.persistent_tokens()))
         y_BTHK = q_BTHK
         if length:
             rotated_BTHK, k, v = rotary(q_BTHK, angles), seen["k"], seen["v"]
@@ -143,12 +158,12 @@ class Mixer(SequenceMixer):
     def _heads(self, x_BTC: Tensor) -> Tensor:
         return rearrange(x_BTC, "b t (h k) -> b t h k", k=self.dims.head_dim)
 
-    def _prefix(self, q_BTHK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries for the persistent tokens, not rotated; their keys and values, [1, P, G, K]."""
+    def persistent_tokens(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the persistent tokens, [1, P, G, K]."""
         kv_2PC = torch.stack([proj(self.persistent) for proj in (self.k_proj, self.v_proj)])
         kv_2PC = F.silu(kv_2PC) if self.config.conv_size else kv_2PC
         k, v = rearrange(kv_2PC, "s p (h k) -> s 1 p h k", k=self.dims.head_dim)
-        return q_BTHK, self.k_norm(k) if self.config.qk_norm else k, v
+        return self.k_norm(k) if self.config.qk_norm else k, v
 
     def _attend(
         self,

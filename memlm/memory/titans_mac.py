@@ -64,6 +64,21 @@ class Config(titans.NeuralMemoryConfig):
         return attention.Config(2 * self.segment_size, self.attention_conv_size, self.persistent_tokens)
 
 
+class ContextAttention(attention.Mixer):
+    """Attention over h_0 x_0 h_1 x_1 ..., of which only the reads of x are used."""
+
+    def forward(self, *given: Any, step: str | None = None) -> Any:
+        """Run a step by a call, because tools that load parameters on demand do so at calls."""
+        return super().forward(*given) if step is None else getattr(self, step)(*given)
+
+    def read(
+        self, pairs_BSD: Tensor, state: State, rows: Rows, persistent: tuple[Tensor, Tensor] | None, keep: bool
+    ) -> tuple[Tensor, State]:
+        """What x read, and the new state if it is to be kept."""
+        y_BSHK, _, state = self.heads(pairs_BSD, state, rows, persistent, keep)
+        return self.o_proj(y_BSHK[:, 1::2].flatten(2)), state
+
+
 class ContextMemory(titans.NeuralMemory):
     """The same memory in steps, so that all work that needs no earlier segment is done for all tokens at once."""
 
@@ -100,7 +115,7 @@ class Mixer(SequenceMixer):
     def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
         super().__init__()
         self.config = config
-        self.attention = attention.Mixer(config.attention(), dims, layer_idx)
+        self.attention = ContextAttention(config.attention(), dims, layer_idx)
         self.norm = RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
         self.memory = ContextMemory(config, dims)
         self.gate = BranchGate(dims)
@@ -131,16 +146,19 @@ class Mixer(SequenceMixer):
             pieces, grid = self._anywhere(rows)
             parts = [grid.lay(x).unbind(1) for x in streams]
         weights, empty = _weights(read), self.attention.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype)
+        persistent = self.attention(step="persistent_tokens") if self.config.persistent_tokens else None
+        # A piece that opens a segment needs no earlier keys.
+        keeps = [not piece.pairs.fresh for piece in pieces[1:]] + [True]
         seen_BSDs, inputs, reads, metrics = [], [], [], []
-        for piece, x_BSD, q_BSHK, gate_BSC in zip(pieces, *parts, strict=True):
+        for piece, keep, x_BSD, q_BSHK, gate_BSC in zip(pieces, keeps, *parts, strict=True):
             weights = piece.enter(self.memory.store.memory(), _weights(memory), weights)
             held_BSD = self.memory(q_BSHK, gate_BSC, weights, step="recall")
             both_BSD = torch.stack([held_BSD, x_BSD], 2).flatten(1, 2)
-            out = self.attention(both_BSD, empty if piece.pairs.fresh else seen, piece.pairs)
-            seen_BSDs.append(out.y_BTD[:, 1::2])
+            kept = empty if piece.pairs.fresh else seen
+            read_BSD, seen = self.attention(both_BSD, kept, piece.pairs, persistent, keep, step="read")
+            seen_BSDs.append(read_BSD)
             inputs.append(self.norm(x_BSD + seen_BSDs[-1]))
             o_BSHK, memory, of_tokens = self.memory(inputs[-1], memory, piece.rows, step="write")
-            seen = out.state
             reads.append(o_BSHK)
             metrics.append(of_tokens)
 

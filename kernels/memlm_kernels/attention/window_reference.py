@@ -77,6 +77,12 @@ def _dense(
         if always is not None:
             k, v = (torch.cat([p.expand(len(x), -1, -1, -1), x], 1) for p, x in zip(always, (k, v), strict=True))
         return attend(q, k, v, None, scale)
+    kept = 0 if always is None else always[0].shape[1]
+    if always is not None:
+        k, v = (torch.cat([p.expand(len(x), -1, -1, -1), x], 1) for p, x in zip(always, (k, v), strict=True))
+    if positions is None and (window is None or window >= keys):
+        seen = torch.ones(queries, kept + keys, dtype=torch.bool, device=q.device).tril(kept + keys - queries)
+        return attend(q, k, v, seen[None, None], scale)
     distance = torch.arange(keys - queries, keys, device=q.device)[:, None] - torch.arange(keys, device=q.device)
     seen = (distance >= 0)[None]
     if positions is not None:
@@ -84,10 +90,7 @@ def _dense(
         seen = seen & (distance <= reach[..., None])
     elif window:
         seen = seen & (distance < window)
-    if always is not None:
-        k, v = (torch.cat([p.expand(len(x), -1, -1, -1), x], 1) for p, x in zip(always, (k, v), strict=True))
-        seen = F.pad(seen, (always[0].shape[1], 0), value=True)
-    return attend(q, k, v, seen[:, None], scale)
+    return attend(q, k, v, F.pad(seen, (kept, 0), value=True)[:, None] if kept else seen[:, None], scale)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, None]:
@@ -101,10 +104,13 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> 
         output = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=mask is None)
     else:
         # With a mask, torch has no fast kernel for shared keys: heads that share keys become queries of one head.
-        shared = k.shape[1], heads // k.shape[1]
-        mask = mask[:, :, None].expand(-1, -1, shared[1], -1, -1).flatten(2, 3)
-        output = F.scaled_dot_product_attention(q.unflatten(1, shared).flatten(2, 3), k, v, mask, scale=scale)
-        output = output.unflatten(2, (shared[1], q.shape[2])).flatten(1, 2)
+        shared, length = heads // k.shape[1], q.shape[2]
+        if shared > 1:
+            mask = mask[:, :, None].expand(-1, -1, shared, -1, -1).flatten(2, 3)
+            q = q.unflatten(1, (-1, shared)).flatten(2, 3)
+        output = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+        if shared > 1:
+            output = output.unflatten(2, (shared, length)).flatten(1, 2)
     return output.transpose(1, 2)[..., :size], None
 
 

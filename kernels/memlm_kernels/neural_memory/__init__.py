@@ -175,10 +175,12 @@ def read_memory(
 
     Returns [B, T, H, V] in q's dtype.
     """
-    x = start = q.transpose(1, 2).to(weights[0].dtype)
+    start = q.transpose(1, 2).to(weights[0].dtype)
+    x = start.flatten(0, 1)
     with torch.autocast(q.device.type, enabled=False):
         for layer, w in enumerate(weights):
-            x = (ACTIVATIONS[activation].value(x) if layer else x) @ w
+            x = torch.bmm(ACTIVATIONS[activation].value(x) if layer else x, w.flatten(0, 1))
+        x = x.unflatten(0, start.shape[:2])
         if norm is not None:
             x = Tail(*(n.to(x.dtype)[:, None] for n in norm)).read(start, x)
     return x.transpose(1, 2).to(q.dtype)

@@ -21,7 +21,7 @@ from memlm_kernels.neural_memory.deep_backward_kernels import deep_tokens_backwa
 from memlm_kernels.neural_memory.deep_kernels import deep_read, deep_write
 from memlm_kernels.neural_memory.deep_read_backward_kernels import deep_read_backward_1, deep_read_backward_2
 from memlm_kernels.neural_memory.network import ACTIVATIONS, EPS
-from memlm_kernels.neural_memory.rates import Gates
+from memlm_kernels.neural_memory.rates import Rates
 from memlm_kernels.neural_memory.step_kernels import deep_step
 
 # The number of chunks whose memories exist at once.
@@ -359,16 +359,15 @@ def _backward_flops(*shapes: Any, **_: Any) -> int:
     return 2 * count * rows * width * (of_layers + width * (4 * keys + 2 * values + 6 * hidden))
 
 
-def scan_deep(plan: Plan, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> tuple[Any, ...]:
+def scan_deep(plan: Plan, q: Tensor, k: Tensor, v: Tensor, rates: Rates, *rest: Tensor | None) -> tuple[Any, ...]:
     """``scan.scan`` for a plan of two layers."""
-    C, reads, last, gain, bias, opens_document, opens_chunk, *weights = rest
-    assert C is not None and reads is not None
-    gates = Gates(C, reads, last)
+    gain, bias, opens_document, opens_chunk, *weights = rest
+    C, beta, *of_momentum = rates.apart()
     tail, weights_of = ([x for x in part if x is not None] for part in ((gain, bias), weights))
-    momentum = list(gates.momentum or ())
+    momentum = [x for x in of_momentum if x is not None]
     flags = [x.flatten(1).to(torch.int32) for x in (opens_document, opens_chunk) if x is not None]
     size = 4 if momentum else 2
-    tokens = [*in_one_type(q, k, v), gates.C, gates.beta]
+    tokens = [*in_one_type(q, k, v), C, beta]
     tail = [x.flatten(1) for x in tail]
     memory, ragged = weights_of[:size], weights_of[size:]
     tensors = (*tokens, *momentum, *tail, *memory, *ragged)

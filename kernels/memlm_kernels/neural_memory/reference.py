@@ -91,8 +91,8 @@ def neural_memory_reference(
     batch, length, heads, _ = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     with torch.autocast(q.device.type, enabled=False):
-        of_gates = (None if x is None else x.to(dtype) for x in tokens[3:])
-        tokens = Tokens(*(x.to(dtype) if scan is None else x for x in tokens[:3]), *of_gates)
+        gates = (None if x is None else x.to(dtype) for x in tokens[3:])
+        tokens = Tokens(*(x.to(dtype) if scan is None else x for x in tokens[:3]), *gates)
         initial = tuple(w.to(dtype).expand(batch, *w.shape) for w in weights)
         if start == 0 or state is None:
             state, start = _fresh(tokens, initial, window), 0 if cu_seqlens is None else None
@@ -115,13 +115,13 @@ def neural_memory_reference(
         sources, U, recent = _sources(tokens, chunks, lengths, window, state)
         # The loop in PyTorch adds gradients, with negative learning rates; Triton's kernels subtract them.
         lr = tokens.lr if scan else -tokens.lr
-        gates = scalar_recurrences(lr, tokens.momentum, tokens.decay, grid, U)
+        rates = scalar_recurrences(lr, tokens.momentum, tokens.decay, grid, U)
         q_grid = to_rows(grid.lay(tokens.q))
         out, surprise, *memory = (scan or scan_in_torch)(
             plan,
             q_grid,
             *sources,
-            *gates,
+            rates,
             *(tail or (None, None)),
             *(None if x is None else row_flags(x, heads) for x in opens),
             *(x.to(dtype).flatten(0, 1) for part in (state.weights, state.momentum) for x in part),

@@ -48,7 +48,7 @@ from memlm_kernels.neural_memory.chunk_backward import (
     writes_backward,
 )
 from memlm_kernels.neural_memory.network import Tail
-from memlm_kernels.neural_memory.rates import Gates, Rates
+from memlm_kernels.neural_memory.rates import Rates, groups
 
 # Groups whose memories have at most so many numbers are not cut.
 _FEW = 2**18
@@ -57,7 +57,7 @@ _FEW = 2**18
 class _Given(NamedTuple):
     """The arguments of ``Scan`` after q, k, v, sorted; memories: W and, with momentum, S, for each layer."""
 
-    gates: Gates
+    rates: Rates
     tail: Tail | None
     flags: Flags | None
     memories: list[tuple[Tensor, ...]]
@@ -66,29 +66,30 @@ class _Given(NamedTuple):
 
 
 def _sort(depth: int, arguments: Sequence[Any]) -> _Given:
-    C, reads, last, gain, bias, opens_document, opens_chunk, *weights = arguments
+    C, reads, writes, carries, gain, bias, opens_document, opens_chunk, *weights = arguments
     parts = [weights[i : i + depth] for i in range(0, len(weights), depth)]
     memories = list(zip(*parts[: reads.shape[-1]], strict=True))
     anchor, initial = parts[-2:] if opens_document is not None else (parts[0], [])
     tail = None if gain is None else Tail(gain, bias)
     flags = None if opens_document is None else Flags(opens_document, opens_chunk)
-    return _Given(Gates(C, reads, last), tail, flags, memories, anchor, initial)
+    return _Given(Rates(C, reads, writes, carries), tail, flags, memories, anchor, initial)
 
 
 # A compiler would unroll the loop over chunks, which takes minutes and gives a graph that is no faster.
 @torch.compiler.disable
-def scan(plan: Plan, *tensors: Tensor | None) -> tuple[Any, ...]:
+def scan(plan: Plan, q: Tensor, k: Tensor, v: Tensor, rates: Rates, *rest: Tensor | None) -> tuple[Any, ...]:
     """``Scan.apply``, which keeps tensors for backward only if there will be a backward."""
+    tensors = (q, k, v, *rates, *rest)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     return Scan.apply(plan, keep, *tensors)
 
 
 class Scan(torch.autograd.Function):
-    """apply(plan, keep, q, k, v, C, reads, last, gain, bias, opens_document, opens_chunk, *W, *S, *anchor, *initial)
+    """apply(plan, keep, q, k, v, *rates, gain, bias, opens_document, opens_chunk, *W, *S, *anchor, *initial)
 
-    q: [N, G, C, K], k: [N, G, J, K], v: [N, G, J, V]; C, reads, last: ``Gates`` of minus lr; last, S only with
-    momentum; gain, bias only with a tail; the flags, anchor and initial only if rows are ragged. An absent argument is
-    None, or missing from the lists. keep: whether there will be a backward pass.
+    q: [N, G, C, K], k: [N, G, J, K], v: [N, G, J, V]; rates: ``Rates`` of minus lr; S only with momentum; gain, bias
+    only with a tail; the flags, anchor and initial only if rows are ragged. An absent argument is None, or missing
+    from the lists. keep: whether there will be a backward pass.
 
     Returns the MLP's reads before the tail [N, G, C, V]; surprise [N, G, J], the norm of each token's gradient (not
     differentiable; None if the plan has none); and W, S, anchor after the last chunk.
@@ -98,17 +99,17 @@ class Scan(torch.autograd.Function):
     def forward(
         ctx: Any, plan: Plan, keep: bool, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None
     ) -> tuple[Any, ...]:
-        gates, tail, flags, memories, given, initial = _sort(plan.depth, rest)
+        rates, tail, flags, memories, given, initial = _sort(plan.depth, rest)
         (chunks, rows), s = q.shape[:2], len(memories[0])
         size, kept_whole = _groups(memories, k, keep)
-        rates, fresh = Rates.of(gates), _fresh(memories, initial)
+        fresh = _fresh(memories, initial)
         by_keys = k.shape[-1] <= memories[0][0].shape[-1]
         anchor: Layers = [lay_out(w) for w in given]
         M = [lay_out(*x) for x in memories]
         room: list[Tensor] = []
         out, surprise, kept = [], [], []
-        groups = zip(*(x.split(size) for x in (q, k, v)), rates.split(size), strict=True)
-        for start, (q_group, k_group, v_group, of_group) in zip(range(0, chunks, size), groups, strict=True):
+        parts = zip(*(groups(x, size) for x in (q, k, v)), rates.split(size), strict=True)
+        for start, (q_group, k_group, v_group, of_group) in zip(range(0, chunks, size), parts, strict=True):
             count, at_once = len(q_group), of_group.at_once()
             if kept_whole or not start:
                 room = _room(memories, count + 1)
@@ -170,12 +171,12 @@ class Scan(torch.autograd.Function):
         plan, depth = ctx.plan, ctx.plan.depth
         q, k, v, *saved = ctx.saved_tensors
         arguments = [saved.pop(0) if present else None for present in ctx.present]
-        gates, tail, flags, memories, _anchor, initial = _sort(depth, arguments)
+        rates, tail, flags, memories, _anchor, initial = _sort(depth, arguments)
         (chunks, rows), s = q.shape[:2], len(memories[0])
         if d_out is None:
             d_out = q.new_zeros(*q.shape[:3], v.shape[-1])
         size, kept_whole = _groups(memories, k, keep=True)
-        rates, fresh, counts = Rates.of(gates), _fresh(memories, initial), list(ctx.counts)
+        fresh, counts = _fresh(memories, initial), list(ctx.counts)
         *d_parts, d_anchors = (d_after[i : i + depth] for i in range(0, len(d_after), depth))
         most = min(size, chunks)
         room, d_room = [] if kept_whole else _room(memories, most), _room(memories, most + 1)
@@ -190,8 +191,8 @@ class Scan(torch.autograd.Function):
         d_initial = [torch.zeros_like(x) for x in d_anchor] if flags else []
         d_tail = None if tail is None else Tail(*(torch.zeros_like(x) for x in tail))
         d_q, d_k, d_v, d_rates = ([] for _ in range(4))
-        groups = [*zip(*(x.split(size) for x in (q, k, v, d_out)), rates.split(size), strict=True)]
-        for start, group in reversed([*zip(range(0, chunks, size), groups, strict=True)]):
+        parts = zip(*(groups(x, size) for x in (q, k, v, d_out)), rates.split(size), strict=True)
+        for start, group in reversed([*zip(range(0, chunks, size), parts, strict=True)]):
             q_group, k_group, v_group, d_group, of_group = group
             count, of_saved = len(q_group), _pop(saved, -counts.pop())
             M = _pop(of_saved, depth)
@@ -259,7 +260,7 @@ class Scan(torch.autograd.Function):
             d_v.append(torch.cat(of_v[::-1]) if of_v else d.errors[-1].neg())
             d_q.append(d.q)
             d_rates.append(Rates(d.C, d.reads, of_writes, of_carries))
-        d_gates = Rates(*(_in_order(x, chunks) for x in zip(*d_rates, strict=True))).gradients()
+        d_scalars = (_in_order(x, chunks) for x in zip(*d_rates, strict=True))
         d_memories = zip(
             *(take_apart(x[0].clone(), like) for x, like in zip(d_room, memories, strict=True)), strict=True
         )
@@ -270,7 +271,7 @@ class Scan(torch.autograd.Function):
         ]
         d_tokens = (_in_order(x, chunks) for x in (d_q, d_k, d_v))
         weights = [*(x for part in d_memories for x in part), *at_start]
-        return None, None, *d_tokens, *d_gates, *(d_tail or (None, None)), None, None, *weights
+        return None, None, *d_tokens, *d_scalars, *(d_tail or (None, None)), None, None, *weights
 
 
 def _groups(memories: Sequence[Sequence[Tensor]], k: Tensor, keep: bool) -> tuple[int, bool]:

@@ -95,17 +95,17 @@ def segmented_neural_memory(
         segments = lay_out(cu_seqlens, length, width, position)
         opens = segments.opens(chunk_size)
         assert opens is not None
-        gates = scalar_recurrences(tokens.lr, momentum, decay, segments.grid)
+        rates = scalar_recurrences(tokens.lr, momentum, decay, segments.grid)
         q_c, k_c, v_c = (segments.lay(x) for x in (q, k, v))
         position = position + cu_seqlens.long().diff(dim=1)
         if by_triton:
             from memlm_kernels.neural_memory.triton import segments_triton
 
-            out, memory = segments_triton((q_c, k_c, v_c), gates, opens, segments, memory)
+            out, memory = segments_triton((q_c, k_c, v_c), rates, opens, segments, memory)
             return SegmentedMemoryOutput(segments.take(out).to(given), SegmentedMemoryState(memory, position))
         opens = opens.mT[:, :, None, None, None]
-        C, beta = (x.unflatten(1, (batch, heads)) for x in (gates.C, gates.beta))
-        f, P, m = (x.unflatten(1, (batch, heads)) for x in gates.momentum) if gates.momentum else (None, None, None)
+        C, beta, f, P, m = (None if x is None else x.unflatten(1, (batch, heads)) for x in rates.apart())
+        assert C is not None and beta is not None
         # Unbound, because the gradient of an index is a tensor as large as all chunks.
         keys, values, to_W = k_c.unbind(), v_c.unbind(), (k_c * C[..., -1, :, None]).mT.unbind()
         keep, errors = beta[..., -1, None, None].unbind(), []

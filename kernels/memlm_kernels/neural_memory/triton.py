@@ -14,7 +14,7 @@ from memlm_kernels.checks import in_one_type
 from memlm_kernels.launch import Tiles, arguments_of, at_least_16, cdiv, laid, precision
 from memlm_kernels.neural_memory.chunk import Plan
 from memlm_kernels.neural_memory.kernels import memory_backward, memory_forward, tokens_backward
-from memlm_kernels.neural_memory.rates import Gates
+from memlm_kernels.neural_memory.rates import Rates
 from memlm_kernels.neural_memory.step_kernels import memory_step
 from memlm_kernels.segments import ChunkedRows
 
@@ -313,17 +313,15 @@ def _backward_flops(*shapes: Any, **_: Any) -> int:
     return 2 * count * rows * width * (of_memory * keys * values + width * (4 * keys + 2 * values))
 
 
-def scan_triton(plan: Plan, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> tuple[Any, ...]:
+def scan_triton(plan: Plan, q: Tensor, k: Tensor, v: Tensor, rates: Rates, *rest: Tensor | None) -> tuple[Any, ...]:
     """``scan.scan`` for a plan of one layer; without anchor and initial the anchor is W."""
-    C, reads, last, _, _, opens_document, opens_chunk, W, *weights = rest
-    assert C is not None and reads is not None
-    gates = Gates(C, reads, last)
-    S = weights.pop(0) if gates.momentum else None
+    _, _, opens_document, opens_chunk, W, *weights = rest
+    of_rates = rates.apart()
+    S = weights.pop(0) if of_rates[2] is not None else None
     anchor, initial = weights or (None, None)
     flags = [None if x is None else x.flatten(1).to(torch.int32) for x in (opens_document, opens_chunk)]
     tokens = in_one_type(q, k, v)
-    of_gates = (gates.C, gates.beta, *(gates.momentum or (None, None, None)))
-    tensors = (*tokens, *of_gates, *flags, None, None, W, S, anchor, initial)
+    tensors = (*tokens, *of_rates, *flags, None, None, W, S, anchor, initial)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     found = dict(zip(_outputs(S is not None, keep), forward(*tensors, plan.blocks, keep), strict=True))
     surprise = None
@@ -333,7 +331,7 @@ def scan_triton(plan: Plan, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | Non
 
 
 def segments_triton(
-    tokens: tuple[Tensor, ...], gates: Gates, opens: Tensor, segments: ChunkedRows, memory: Tensor
+    tokens: tuple[Tensor, ...], rates: Rates, opens: Tensor, segments: ChunkedRows, memory: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The reads [N, B, H, C, V] and the memory after each segment.
 
@@ -354,10 +352,9 @@ def segments_triton(
     segment = torch.arange(batch, device=memory.device)[:, None] * count_of + segments.segment
     owner = of_rows(segment) * heads + torch.arange(heads, device=memory.device).repeat(batch)
     *flags, ended = (of_rows(x).to(torch.int32) for x in (segments.enters, opens, closes))
-    f, P, m = gates.momentum or (None, None, None)
     W, *S, anchor = (x.flatten(0, 2) for x in memory.unbind(2))
     q, k, v = (x.flatten(1, 2) for x in tokens)
-    tensors = (q, k, v, gates.C, gates.beta, f, P, m, *flags, owner, ended, W, S[0] if S else None, anchor, None)
+    tensors = (q, k, v, *rates.apart(), *flags, owner, ended, W, S[0] if S else None, anchor, None)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     found = dict(zip(_outputs(bool(S), keep), forward(*tensors, 1, keep), strict=True))
     last = [found[name] for name in ("W", "S", "anchor") if name in found]
