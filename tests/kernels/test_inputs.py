@@ -318,7 +318,7 @@ def routing(x: Tensor, document: Tensor, **settings: Any) -> Any:
     [
         (lambda x: merge_topk([(x.long(), x)], top_k=0), "top_k=0"),
         (lambda x: merge_topk([], top_k=1), "number of parts, 0"),
-        (lambda x: merge_topk([(x.long(), x[:, :1])], top_k=1), r"score \[2, 1\] must be alike"),
+        (lambda x: merge_topk([(x.long(), x[:, :1])], top_k=1), r"score \[2, 1\] must have equal shapes"),
         (lambda x: memories(chunk_size=0), "chunk_size=0"),
         (lambda x: memories(momentum=None), r"\[B, S, 2, H, K, V\], without"),
         (lambda x: memories(position=x.long()), r"state.position \[2, 3\] must be"),
