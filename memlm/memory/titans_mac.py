@@ -74,7 +74,7 @@ class ContextAttention(attention.Mixer):
     def read(
         self, pairs_BSD: Tensor, state: State, rows: Rows, persistent: tuple[Tensor, Tensor] | None, keep: bool
     ) -> tuple[Tensor, State]:
-        """What x read, and the new state if it is to be kept."""
+        """The reads of x, and the new state if ``keep``."""
         y_BSHK, _, state = self.heads(pairs_BSD, state, rows, persistent, keep)
         return self.o_proj(y_BSHK[:, 1::2].flatten(2)), state
 

@@ -5,7 +5,7 @@ Files:
     naive               attention, one query at a time, and the derivation of the tiled form
     window, chunks      the ops
     window_reference, chunks_reference, choice_reference  the ops in plain PyTorch
-    one_token           the ops of chunks for a single token a row
+    one_token           the ops of chunks for a single token per row
     kernels, chunk_kernels, triton  attention of all ops in Triton
     choice_kernels, choice_triton   the choice of chunks in Triton
 """

@@ -28,7 +28,7 @@ _DENSE = 4
 _BLOCK = 32
 # Elements that a tile computes at once: 1 MB, which stays in a CPU's cache.
 _AT_ONCE = 2**18
-# A key that there is not; as a number of vectors it does not overflow.
+# The number of a missing key; as a number of vectors it does not overflow.
 _NONE = 2**40
 
 
@@ -42,9 +42,9 @@ class Keys(NamedTuple):
 class Look(NamedTuple):
     """The keys that blocks of queries score.
 
-    pair: which queries and keys
+    pair: the number of the pair of queries and keys
     key, value: [B, N, G, S], places of keys and values among the ``vectors`` of k and v
-    hidden: those that a query does not see, broadcasts to [B, N, G, Q, R, S]; None: it sees all
+    hidden: the keys that a query does not see, broadcasts to [B, N, G, Q, R, S]; None: queries see all keys
     """
 
     pair: int
@@ -62,7 +62,7 @@ class Search(Protocol):
         """The number of tokens whose scores fit into ``_AT_ONCE``."""
 
     def looks(self, pairs: list[Keys], v: Tensor, block: int) -> Looks:
-        """Made once a call; block: queries of a block."""
+        """The looks of a call, made once; block: queries of a block."""
 
 
 class Pooled(NamedTuple):
@@ -91,7 +91,7 @@ class Pooled(NamedTuple):
 class Chosen(NamedTuple):
     """The window, and chosen chunks before it, see ``chunk_sparse_attention``.
 
-    first: [B, T, G, J], the key that each chunk starts with; of none one behind all, or before all its keys
+    first: [B, T, G, J], the first key of each chosen chunk; for no chunk, one behind all keys or before all its keys
     """
 
     first: Tensor
@@ -125,7 +125,7 @@ class Chosen(NamedTuple):
         # The keys that a block scores, counted back from its first query.
         back_S = torch.arange(seen - 1, -block, -1, device=device)
         distance = torch.arange(block, device=device)[:, None, None] + back_S
-        # Keys that lie ahead are as far as no query sees.
+        # Keys ahead of the query get a distance that no query sees.
         distance = distance.masked_fill(distance < 0, keys)
         here = torch.arange(past, keys, device=device)
         sees = here[None] if self.positions is None else torch.minimum(here, self.positions)
@@ -171,7 +171,7 @@ class Chosen(NamedTuple):
 
 
 def first_keys(choice: Tensor, starts: Tensor) -> Tensor:
-    """The first key of each chosen chunk [B, T, G, J]; of none one far behind all."""
+    """The first key of each chosen chunk [B, T, G, J]; for no chunk, one far behind all keys."""
     choice = torch.where(choice < starts.shape[1], choice, -1)
     # One more chunk, for entries without a choice.
     starts = F.pad(starts.long(), (1, 0), value=_NONE)[:, None, None].expand(*choice.shape[:3], -1)

@@ -1,7 +1,6 @@
-"""Attention of one token a row: all that it sees is scored at once, and autograd goes through.
+"""Attention of one token per row. All its keys are scored at once, and torch's autograd gives the gradients.
 
-B rows, H query heads in G groups of R, K key dim, V value dim, L keys, S that the token scores, J chosen chunks of C
-keys.
+B rows, H query heads in G groups of R, K key dim, V value dim, L keys, S scored keys, J chosen chunks of C keys.
 """
 
 import torch
@@ -17,7 +16,7 @@ def read_all(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
 
 
 def read_chosen(chosen: Chosen, pairs: list[Keys], v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The same over the window and chosen chunks before it, see ``chunk_sparse_attention``."""
+    """The same over the window and the chosen chunks before it, see ``chunk_sparse_attention``."""
     (q, near_k), (far_q, far_k), groups = pairs[0], pairs[-1], v.shape[2]
     seen = min(chosen.window, near_k.shape[1])
     scores, seen_v = _scores(q, _by_group(near_k[:, -seen:]), groups), _by_group(v[:, -seen:])

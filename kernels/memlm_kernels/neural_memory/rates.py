@@ -28,7 +28,7 @@ class Rates(NamedTuple):
     carries: Tensor
 
     def apart(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """C, beta, f, P and m; of P and m the last rows, [N, G, J] and [N, G]."""
+        """C, beta, f, P and m; P and m only for the last slot, [N, G, J] and [N, G]."""
         C, reads, writes, carries = self
         if reads.shape[-1] == 1:
             return C, reads[..., 0], None, None, None
@@ -95,8 +95,8 @@ def _dual_form(streams: Tensor, W: Tensor | None, has_momentum: bool) -> tuple[R
 class _DualForm(torch.autograd.Function):
     """apply(streams, W, has_momentum) -> ``Rates``
 
-    streams: [n, N, G, C], lr, decay, with momentum that, and where there are slots without tokens ``write``;
-    W: [N, G, C, J], lr U, None for the diagonal of lr.
+    streams: [n, N, G, C]: lr and decay, then momentum if ``has_momentum``, then ``write`` if some slots have no token
+    W: [N, G, C, J], lr U, None for the diagonal of lr
 
     A factor (E or L) of ``reference`` has one more column here, the first: the products from the chunk's start on. So
     the factors are [beta, L] and [m, E]; P has m as its first column too, and L [m, P] = [f, C].
@@ -131,7 +131,7 @@ class _DualForm(torch.autograd.Function):
             d_keep = d_keep * write
         d_products = torch.stack([d_keep, d_momentum] if rest else [d_keep]).mul_(products)
         d_logs = _products_backward(d_products.flatten(0, 1)).view_as(logs)
-        # Of x from that of log(x); decay stands in log(1 - decay).
+        # The gradient of x from that of log(x); for decay, x is 1 - decay.
         d_gates = d_logs.mul_(logs.neg().exp_())
         d_gates[0].neg_()
         found = [torch.zeros_like(lr) if d_lr is None else d_lr, *d_gates.unbind()]
