@@ -192,7 +192,9 @@ class _Taps(torch.autograd.Function):
         d_past_BSC, sums, width = torch.zeros_like(past_BSC), [], len(taps_WC)
         taps = taps_WC.unbind()
         for d_BPC, x_BSC, positions_BP, d_x_BSC in _Taps.pieces(d_y_BTC, past_BSC, positions_BT, d_past_BSC):
-            seen, d_seen = _windows(x_BSC, width).unbind(), _windows(d_x_BSC, width).unbind()
+            seen = _windows(x_BSC, width).unbind()
+            # Compilers add to slices, and to no view that overlaps itself.
+            d_seen = [d_x_BSC[:, tap : tap + d_BPC.shape[1]] for tap in range(width)]
             product_BPC = torch.empty_like(d_BPC, memory_format=torch.contiguous_format)
             if ctx.silu:
                 _Taps.convolve(seen, taps, positions_BP, product_BPC)

@@ -41,6 +41,17 @@ def test_short_conv_is_a_causal_depthwise_convolution(width):
     assert torch.equal(history, x[:, 9 - (width - 1) :])
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")
+def test_short_conv_compiles_with_its_backward():
+    conv, x = ShortConv(3, 4, silu=True), torch.randn(2, 9, 3, requires_grad=True)
+    results = []
+    for run in (conv, torch.compile(conv, backend="aot_eager", fullgraph=True)):
+        y = run(x, None)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, conv.weight])])
+    for expected, got in zip(*results, strict=True):
+        assert torch.equal(expected, got)
+
+
 @pytest.mark.parametrize("cu_seqlens", [None, [[0, 0, 4, 9], [0, 5, 5, 7]]], ids=str)
 def test_short_conv_with_silu_is_silu_of_it_and_keeps_its_input_alone(cu_seqlens):
     torch.manual_seed(0)

@@ -207,6 +207,24 @@ def test_without_starts_the_keys_are_cut_into_chunks(tokens):
         chunk_sparse_attention(q, k, v, torch.full_like(index, 8), None, chunk_size=4, window=5)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_it_compiles_with_its_backward(tokens):
+    q, k, v = heads_of(2, tokens, 30)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def call(q, k, v):
+        index = chunk_topk(q, k[:, ::4], top_k=3)
+        return chunk_sparse_attention(q, k, v, index, None, chunk_size=4, window=5).o
+
+    results = []
+    for run in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
+        y = run(*leaves)
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    for expected, got in zip(*results, strict=True):
+        assert torch.equal(expected, got)
+
+
 def test_all_chunks_are_full_attention():
     q, k, v = heads_of(2, 33, 33)
     starts = torch.arange(0, 32, 4).expand(2, -1)

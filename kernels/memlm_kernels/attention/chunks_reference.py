@@ -131,9 +131,9 @@ class Chosen(NamedTuple):
         sees = here[None] if self.positions is None else torch.minimum(here, self.positions)
         sees = sees.clamp(max=seen - 1)
         number = (here[::block, None] - back_S).clamp(0, keys - 1)[:, None] * groups
-        key = value = number + first_vector(near.k)
-        if v.shape[1] != keys or vectors(v)[1] != vectors(near.k)[1]:
-            value = number + first_vector(v, v.shape[1] - keys)
+        key = value = number + first_vector(v)
+        if v.shape[1] != keys or apart(v) != apart(near.k):
+            key, value = number + first_vector(near.k), value + (v.shape[1] - keys) * groups
 
         def look(part: slice, blocks: int) -> Look:
             of_tile = slice(part.start // block, part.start // block + blocks)
@@ -154,13 +154,13 @@ class Chosen(NamedTuple):
         first = (self.first * step).masked_fill(last < 0, _NONE) + low
         high = last.clamp(min=0) * step + low
         token_C = torch.arange(self.chunk_size, device=device) * step
-        everywhere = torch.arange(total, device=device) * groups + first_vector(v)
+        everywhere = None if gathers else torch.arange(total, device=device) * groups + first_vector(v)
 
         def look(part: slice) -> Look:
             key = (first[:, part, :, :, None] + token_C).flatten(3)
             there = key.clamp(low, high[:, part])
             hidden = there != key
-            if gathers:
+            if everywhere is None:
                 return Look(pair, there, there, hidden[:, :, :, None, None])
             # One key more, for those that are not seen.
             all_hidden = torch.ones(*key.shape[:3], total + 1, device=device, dtype=torch.bool)
@@ -185,7 +185,7 @@ def attend(plan: Search, pairs: list[Keys], v: Tensor, scale: float, tile: int |
     """
     k = pairs[-1].k
     # The gradients of vectors have no free space between rows; one place serves k and v.
-    if torch.is_grad_enabled() or vectors(k)[1] != vectors(v)[1]:
+    if torch.is_grad_enabled() or apart(k) != apart(v):
         pairs, v = [Keys(x.q, x.k.contiguous()) for x in pairs], v.contiguous()
     tile = plan.tile(pairs, v) if tile is None else tile
     return _Attend.apply(plan, scale, tile, v, *(x for pair in pairs for x in pair))
@@ -293,22 +293,26 @@ def _weights(scores: Tensor, total: Tensor) -> Tensor:
 def _take(x: Tensor, place: Tensor) -> Tensor:
     """[B, L, G, K] -> [B N G, S, K]"""
     batch, blocks, groups, size = place.shape
-    return exact(vectors(x)[0].index_select(0, place.flatten()).view(batch * blocks * groups, size, x.shape[3]))
+    return exact(vectors(x).index_select(0, place.flatten()).view(batch * blocks * groups, size, x.shape[3]))
 
 
-def vectors(x: Tensor) -> tuple[Tensor, int]:
-    """[B, L, G, K] as a list of vectors, and the number of vectors from one row to the next. Rows may have free space
-    behind them; this needs no copy.
-    """
+def vectors(x: Tensor) -> Tensor:
+    """[B, L, G, K] as a list of vectors. Rows may have free space behind them; this needs no copy."""
+    _, length, groups, size = x.shape
+    if (space := apart(x)) == length * groups:
+        return x.flatten(0, 2)
+    return x.as_strided((space * (len(x) - 1) + length * groups, size), (size, 1))
+
+
+def apart(x: Tensor) -> int:
+    """The number of ``vectors`` from one row to the next."""
     _, length, groups, size = x.shape
     if x.is_contiguous() or x.stride()[1:] != (groups * size, size, 1):
-        return x.flatten(0, 2), length * groups
-    apart = x.stride(0) // size
-    return x.as_strided((apart * (len(x) - 1) + length * groups, size), (size, 1)), apart
+        return length * groups
+    return x.stride(0) // size
 
 
-def first_vector(x: Tensor, skipped: int = 0) -> Tensor:
-    """[B, 1, G, 1], the place of each group's first key after ``skipped`` ones among the ``vectors`` of x."""
-    (batch, _, groups, _), apart = x.shape, vectors(x)[1]
-    row, group = (torch.arange(n, device=x.device) for n in (batch, groups))
-    return (row[:, None] * apart + (group + skipped * groups))[:, None, :, None]
+def first_vector(x: Tensor) -> Tensor:
+    """[B, 1, G, 1], the place of each group's first key among the ``vectors`` of x."""
+    row, group = (torch.arange(n, device=x.device) for n in (len(x), x.shape[2]))
+    return (row[:, None] * apart(x) + group)[:, None, :, None]

@@ -6,7 +6,7 @@ B rows, H query heads in G groups of R, K key dim, V value dim, L keys, S scored
 import torch
 from torch import Tensor
 
-from memlm_kernels.attention.chunks_reference import Chosen, Keys, first_vector, vectors
+from memlm_kernels.attention.chunks_reference import Chosen, Keys, apart, first_vector, vectors
 from memlm_kernels.segments import exact
 
 
@@ -40,12 +40,13 @@ def _by_group(x: Tensor) -> Tensor:
 
 def _gathered(tensors: list[Tensor], key: Tensor) -> list[Tensor]:
     """[B, L, G, K], [B, G, S] -> [B G, S, K]"""
-    found, places = [], dict[int, Tensor]()
+    found, places = [], {}
     for x in tensors:
-        each, apart = vectors(x)
-        if apart not in places:
-            places[apart] = (key * x.shape[2] + first_vector(x)[:, 0]).flatten()
-        found.append(exact(each.index_select(0, places[apart]).view(len(key) * x.shape[2], key.shape[2], x.shape[3])))
+        if (space := apart(x)) not in places:
+            places[space] = (key * x.shape[2] + first_vector(x)[:, 0]).flatten()
+        found.append(
+            exact(vectors(x).index_select(0, places[space]).view(len(key) * x.shape[2], key.shape[2], x.shape[3]))
+        )
     return found
 
 
