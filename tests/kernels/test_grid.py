@@ -21,6 +21,7 @@ def test_rows_laid_on_chunks_come_back():
     assert chunks.enters[:, :4].tolist() == [[True, True, False, False], [True, True, True, False]]
     assert chunks.opens(4)[:, :4].tolist() == [[False, True, True, False], [True, True, True, False]]
     assert chunks.opens(8)[:, :4].tolist() == [[False, True, False, False], [True, True, True, False]]
+    assert not lay_out(CU, 8, 1).opens(1)[1, 6:].any()
     assert chunks.positions.tolist()[0] == [5, 6, 0, 1, 2, 3, 4, 5]
     real = torch.arange(8) < CU[:, -1:]
     assert torch.equal(chunks.grid.take(laid), x * real)
