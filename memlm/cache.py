@@ -13,7 +13,8 @@ from transformers.cache_utils import Cache
 
 from memlm import files
 from memlm.fingerprint import Snapshot, digest_of, fingerprint, made_by
-from memlm.memory.rows import Rows, State
+from memlm.memory.rows import Rows
+from memlm.memory.state import State, leaves, mapped, named, nested
 
 _FILE = "memory.safetensors"
 # Odd, so that no id gets lost in the lower bits.
@@ -160,14 +161,18 @@ class MemoryCache(Cache):
 
     def nbytes(self) -> int:
         """Bytes of state for the whole batch, without spare room for growing keys (``memlm.memory.kv``)."""
-        return sum(x.numel() * x.element_size() for state in self.states for x in state.values())
+        return sum(x.numel() * x.element_size() for state in self.states for x in leaves(state))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         # Layers that share a tensor also share its result.
         made: dict[int, Tensor] = {}
-        for state in self.states:
-            made |= {id(x): function(x) for x in state.values() if id(x) not in made}
-        self.states = [{name: made[id(x)] for name, x in state.items()} for state in self.states]
+
+        def once(x: Tensor) -> Tensor:
+            if id(x) not in made:
+                made[id(x)] = function(x)
+            return made[id(x)]
+
+        self.states = [mapped(once, state) for state in self.states]
         self.read = None if self.read is None else function(self.read)
         self.position = None if self.position is None else function(self.position)
 
@@ -225,7 +230,7 @@ class MemoryCache(Cache):
         """An independent copy. It shares the tensors, so it costs nothing until one of the two continues."""
         other = MemoryCache()
         other.__dict__ |= self.__dict__
-        other.states = [dict(s) for s in self.states]
+        other.states = [mapped(lambda x: x, state) for state in self.states]
         return other
 
     __copy__ = fork
@@ -262,9 +267,8 @@ class MemoryCache(Cache):
         made = self.made_of() if strict or self.model is None else fingerprint(self.model)
         if made is None:
             raise ValueError("a memory that was loaded with strict=False has no model yet; run one with it first")
-        tensors = {
-            f"{i}.{name}": x.detach().contiguous().clone() for i, s in enumerate(self.states) for name, x in s.items()
-        }
+        layers = {str(i): state for i, state in enumerate(self.states)}
+        tensors = {name: x.detach().contiguous().clone() for name, x in named(layers).items()}
         assert self.position is not None
         tensors["position"] = self.position.clone()
         if self.read is not None:
@@ -341,16 +345,19 @@ def _digest(tensors: dict[str, Tensor], words: dict[str, str]) -> str:
 
 def _layers(path: Path, tensors: dict[str, Tensor]) -> list[State]:
     """States by layer from tensors named ``layer.name``. All layers and equal numbers of rows are required."""
-    layers: dict[str, State] = {}
+    layers: dict[str, dict[str, Tensor]] = {}
     for key, x in tensors.items():
         layer, _, name = key.partition(".")
         layers.setdefault(layer, {})[name] = x
     if layers.keys() != {str(i) for i in range(len(layers))} or not layers:
-        named = ", ".join(sorted(layers)) or "none"
-        raise ValueError(f"{path}: its layers are {named:.80}, not 0 to their number; read the text again")
+        found = ", ".join(sorted(layers)) or "none"
+        raise ValueError(f"{path}: its layers are {found:.80}, not 0 to their number; read the text again")
     if len({x.shape[:1] for x in tensors.values()}) != 1 or not all(x.ndim for x in tensors.values()):
         raise ValueError(f"{path}: its states are of different numbers of rows; read the text again")
-    return [layers[str(i)] for i in range(len(layers))]
+    try:
+        return [nested(layers[str(i)]) for i in range(len(layers))]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; read the text again") from None
 
 
 def _count(path: Path, seen: str) -> int:

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from memlm.memory.base import Dims, SequenceMixer, build_mixer, checked, complete_settings, initialize
 from memlm.memory.rows import Rows, most_documents
+from memlm.memory.state import State, mapped, named
 from memlm.roles import Roles
 from memlm.settings import check_type, require
 
 
-class LayerState(dict[str, Tensor]):
-    """The state of a layer between two calls: named tensors, batch first, and ``position`` of each row's next token.
+class LayerState(dict[str, Any]):
+    """The state of a layer between two calls: the mixer's (``memlm.memory.state``), and ``position`` [B] of each row's
+    next token. Tensors are batch first. A mixer of several parts keeps a dict for each part.
 
     A call never changes it in place, so one state can be continued twice. ``torch.save(dict(state), path)`` saves it,
     and a layer accepts a plain dict.
@@ -23,11 +25,11 @@ class LayerState(dict[str, Tensor]):
 
     def to(self, device: torch.device | str) -> Self:
         """The state on another device; dtypes do not change."""
-        return type(self)({name: x.to(device) for name, x in self.items()})
+        return type(self)(mapped(lambda x: x.to(device), self))
 
     def detach(self) -> Self:
         """The state without its gradient history, for truncated backpropagation."""
-        return type(self)({name: x.detach() for name, x in self.items()})
+        return type(self)(mapped(Tensor.detach, self))
 
 
 class MemoryLayer(nn.Module):
@@ -36,12 +38,12 @@ class MemoryLayer(nn.Module):
     def __init__(self, mixer: SequenceMixer, dims: Dims) -> None:
         super().__init__()
         self.mixer, self.hidden_size = mixer, dims.hidden_size
-        self._state_keys = {"position", *mixer.init_state(1, torch.device("cpu"), torch.float32)}
+        self._state_keys = {"position", *named(mixer.init_state(1, torch.device("cpu"), torch.float32))}
 
     def forward(
         self,
         x: Tensor,
-        state: dict[str, Tensor] | None = None,
+        state: State | None = None,
         *,
         position_ids: Tensor | None = None,
         lengths: Tensor | None = None,
@@ -69,7 +71,8 @@ class MemoryLayer(nn.Module):
             f"x {x.dtype} {list(x.shape)} must be floating, [batch, tokens, hidden_size={self.hidden_size}]",
         )
         if state is not None:
-            require(state.keys() == self._state_keys, f"state of {', '.join(state)} is of another kind of layer")
+            names = named(state)
+            require(names.keys() == self._state_keys, f"state of {', '.join(names)} is of another kind of layer")
             rows = len(state["position"])
             require(rows == len(x), f"state has {rows} rows, and x has {len(x)}; give the state of the same streams")
         if position_ids is not None:

@@ -21,7 +21,8 @@ from memlm.generation import MemoryGenerationMixin
 from memlm.layers import RMSNorm, SwiGLU
 from memlm.loss import bound, weighted
 from memlm.memory.base import MixerOutput, build_mixer, checked, initialize
-from memlm.memory.rows import Rows, State, most_documents
+from memlm.memory.rows import Rows, most_documents
+from memlm.memory.state import State
 from memlm.roles import Roles
 
 

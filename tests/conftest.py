@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from memlm import MemLMConfig, MemLMForCausalLM, cli, plugins
 from memlm.memory.rows import Rows
+from memlm.memory.state import named
 
 ROOT = Path(__file__).parent.parent
 MEMORIES = sorted(path.stem for path in (ROOT / "configs" / "memory").glob("*.yaml"))
@@ -67,6 +68,12 @@ def variants() -> list:
             label = "-".join(f"{key}={value}" for key, value in settings.items())
             found.append(pytest.param((name, settings), id=f"{name}-{label}"))
     return found
+
+
+def same_state(a, b) -> bool:
+    """Whether two states have equal keys and, to the bit, equal tensors."""
+    a, b = named(a), named(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 class Stands(dict):

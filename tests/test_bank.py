@@ -402,7 +402,7 @@ def test_what_was_chosen_is_all_that_decoding_sees():
     bank, cache = bank_of(model, {f"{i}": tokens(8, i) for i in range(300)}), MemoryCache()
     model(tokens(5, 1)[None], roles=Roles.query(bank, tokens(5, 1)[None]), past_key_values=cache)
     # Two documents of two chunks each, at the last token.
-    assert all(state["bank.k"].shape[1] == 2 * 2 and state["k"].shape[1] == 5 for state in cache.states)
+    assert all(state["bank"]["k"].shape[1] == 2 * 2 and state["k"].shape[1] == 5 for state in cache.states)
     assert relative_error(model(tokens(5, 1)[None]).logits, asked(model, bank, [(0, tokens(5, 1))])) > 1e-3
     for more in range(1, 4):
         model(tokens(1, more)[None], past_key_values=cache)

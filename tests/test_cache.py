@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from memlm import MemLMForCausalLM, MemoryCache
 from memlm.fingerprint import Snapshot, fingerprint
-from tests.conftest import build
+from memlm.memory.state import leaves, named
+from tests.conftest import build, same_state
 
 
 def ids(batch=1, length=20, seed=0):
@@ -196,6 +197,8 @@ def test_files_that_are_no_memories_are_named(words, message, tmp_path):
         ({}, "its layers are none"),
         ({"0.a": (2, 3), "0.b": (3, 3)}, "states are of different numbers of rows"),
         ({"0.a": ()}, "states are of different numbers of rows"),
+        ({"0.a": (2, 3), "0.a.b": (2, 3)}, "tensor 'a.b' begins with the name of another tensor"),
+        ({"0.a.b": (2, 3), "0.a": (2, 3)}, "tensor 'a.b' begins with the name of another tensor"),
     ],
 )
 def test_files_of_wrong_states_are_named(names, message, tmp_path):
@@ -224,11 +227,11 @@ def test_of_several_who_save_one_whole_memory_stays(tmp_path):
 def test_copies_and_pickles_of_a_memory_with_gradients():
     model, x = build(), ids(seed=1)
     memory = memory_of(model)
-    assert any(s.grad_fn is not None for state in memory.states for s in state.values())
+    assert any(s.grad_fn is not None for state in memory.states for s in leaves(state))
     expected = model(x, past_key_values=memory.fork()).logits
     for it in (copy.deepcopy(memory), copy.copy(memory), pickle.loads(pickle.dumps(memory.detach()))):
         assert torch.equal(expected, model(x, past_key_values=it).logits)
-    assert memory.seen == 20 and not any(p.requires_grad for s in copy.deepcopy(memory).states for p in s.values())
+    assert memory.seen == 20 and not any(p.requires_grad for s in copy.deepcopy(memory).states for p in leaves(s))
     size = len(pickle.dumps(memory))
     assert size < memory.nbytes() + 20_000, "the model is in it"
 
@@ -251,7 +254,7 @@ def test_rows_that_there_are_not_are_named():
         with pytest.raises(ValueError, match=message):
             call()
     for a, b in zip(before, memory.states, strict=True):
-        assert all(torch.equal(a[name], b[name]) for name in a)
+        assert same_state(a, b)
     memory.reset(torch.tensor([False, True, False]))
     memory.reset([-1])
     assert memory.position.tolist() == [20, 0, 0]
@@ -266,7 +269,7 @@ def test_a_memory_of_no_rows(tmp_path):
     memory.batch_repeat_interleave(2)
     memory.save(tmp_path)
     again = MemoryCache.load(tmp_path)
-    assert again.batch_size == 0 and again.states[0].keys() == memory.states[0].keys()
+    assert again.batch_size == 0 and named(again.states[0]).keys() == named(memory.states[0]).keys()
     empty = MemoryCache()
     empty.batch_repeat_interleave(3)
     empty.reorder_cache(torch.tensor([], dtype=torch.int64))

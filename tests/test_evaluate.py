@@ -37,7 +37,7 @@ from memlm.evaluation.measures.text import text_by_position
 from memlm.roles import Roles
 from memlm.training import run as train
 from memlm.training.objective import score
-from tests.conftest import build, composed, step
+from tests.conftest import build, composed, same_state, step
 from tests.data.test_questions import records
 from tests.test_interleave import Script
 
@@ -226,7 +226,7 @@ def test_memory_off_leaves_the_attention_branch_and_every_state_as_they_are():
         share = torch.sigmoid(mixer.gate.gate(x))
     assert torch.equal(silent.y_BTD, torch.lerp(seen, torch.zeros_like(seen), share))
     assert torch.allclose(silent.y_BTD, (1 - share) * seen, rtol=0, atol=1e-14)
-    assert all(torch.equal(before.state[name], silent.state[name]) for name in before.state)
+    assert same_state(before.state, silent.state)
     assert torch.equal(before.y_BTD, after.y_BTD) and not torch.equal(before.y_BTD, silent.y_BTD)
 
 

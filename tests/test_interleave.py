@@ -129,7 +129,7 @@ def test_a_bank_may_grow_between_questions_and_a_memory_be_saved(tmp_path):
         ids, doc_ids = joined(second)
         got = model(ids, roles=Roles(doc_ids, bank=it), past_key_values=memory, write=False).logits
         assert_close("grown", expected, got, EXACT)
-        held = [set(state["bank.number"][0].tolist()) for state in memory.states]
+        held = [set(state["bank"]["number"][0].tolist()) for state in memory.states]
         it.delete(it._name(min(set.intersection(*held))))
         again = model(ids, roles=Roles(doc_ids, bank=it), past_key_values=memory).logits
         assert_close("deleted", expected, again, EXACT)
@@ -140,13 +140,13 @@ def test_what_was_chosen_stands_beside_another_bank():
     model, old, new = model_of(), library(), {"d0": tokens(9, 77), "newer": tokens(5, 78)}
     bank, (ids, doc_ids) = bank_of(model, old), joined(TALK[3:5])
     _, cache = talked(model, bank, TALK[:3], [3, 5, 3])
-    held = cache.states[0]["bank.number"]
+    held = cache.states[0]["bank"]["number"]
     bank.delete(bank.documents())
     bank.add(new)
     expected = model(ids, roles=Roles(doc_ids, bank=bank), past_key_values=cache.fork()).logits
     got = model(ids, roles=Roles(doc_ids, bank=bank_of(model, new)), past_key_values=cache).logits
     assert_close("both", expected, got, EXACT)
-    after = set(cache.states[0]["bank.number"].flatten().tolist())
+    after = set(cache.states[0]["bank"]["number"].flatten().tolist())
     assert after & set(held.flatten().tolist()) and len(after) == 2
 
 

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 import memlm
 import memlm.memory_layer
+from memlm.memory.state import mapped
 from memlm.roles import Roles
 from memlm_kernels.testing import assert_close
 from tests.conftest import MEMORIES, composed
@@ -79,7 +80,7 @@ def test_packed_rows_and_padding(memory):
         short, after = layer(x.flip(1)[:, :20])
         assert_close("padded", short, y[1:, :20], EXACT)
         more = inputs(rows=1, tokens=5)
-        rows = type(state)({name: v[1:] for name, v in state.items()})
+        rows = type(state)(mapped(lambda v: v[1:], state))
         assert_close("what follows", layer(more, after)[0], layer(more, rows)[0], EXACT)
 
 

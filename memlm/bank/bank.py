@@ -41,8 +41,7 @@ from memlm.bank.resident import Resident
 from memlm.bank.shard import Shard, merged, sent
 from memlm.cache import MemoryCache
 from memlm.fingerprint import fingerprint, made_by
-from memlm.memory.base import substate
-from memlm.memory.rows import State
+from memlm.memory.state import State
 from memlm.modeling import MemLMForCausalLM, MemLMModel
 from memlm.roles import Roles
 from memlm_kernels.route_documents import RouterShard, Scored, bank_keys, nominate_documents, route_documents
@@ -293,7 +292,7 @@ class MemoryBank:
         memory, found = MemoryCache(), {}
         decoder_of(self.model)(input_ids, roles=roles, past_key_values=memory, **inputs)
         for layer, settings in zip(self.layers, self.settings, strict=True):
-            bank = substate(memory.states[layer], "bank")
+            bank = memory.states[layer]["bank"]
             chunks = bank["size"].shape[1]
             document_BC = torch.where(bank["size"] > 0, bank["document"], chunks)
             # The choice that tokens after the question see.

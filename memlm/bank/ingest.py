@@ -71,7 +71,7 @@ def read_batch(
     chunks = int(states[0]["chunks"])
     routers, contents = [], []
     for state in states:
-        k, v, router_k = (state[f"bank.{name}"][0, :chunks] for name in ("k", "v", "router_k"))
+        k, v, router_k = (state["bank"][name][0, :chunks] for name in ("k", "v", "router_k"))
         routers.append(router_k.cpu())
         contents.append(torch.stack([k, v], 1).to("cpu", model.dtype))
     return torch.stack(routers), torch.stack(contents)

@@ -4,6 +4,7 @@ Files:
 
     base                the slot: ``SequenceMixer``, ``MixerOutput``, ``Dims``
     rows                the positions of a call's tokens: ``Rows``, computed once per call
+    state               the state of a mixer: dicts of tensors and of dicts, and their names in a file
     parts               parts that several memories share: gates of two branches, starts
     kv                  keys and values that grow by a token per call, without copies of their past
     attention           full and sliding-window attention, persistent tokens, backends

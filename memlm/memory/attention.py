@@ -21,7 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from memlm.layers import RMSNorm, ShortConv, rotary
 from memlm.memory.base import Dims, MixerOutput, SequenceMixer
 from memlm.memory.kv import append, join
-from memlm.memory.rows import Rows, State
+from memlm.memory.rows import Rows
+from memlm.memory.state import State
 from memlm.settings import require
 from memlm_kernels import prefix_window_attention
 from memlm_kernels.attention import plain

@@ -17,7 +17,8 @@ from transformers import initialization as init
 
 from memlm import plugins
 from memlm.layers import GroupedLinear, RMSNorm, ShortConv
-from memlm.memory.rows import Rows, State
+from memlm.memory.rows import Rows
+from memlm.memory.state import State
 from memlm.settings import build_config, require
 
 # Without this line Hydra puts a memory's settings into an unused key.
@@ -41,7 +42,7 @@ class MixerOutput(NamedTuple):
     """The result of a mixer.
 
     y_BTD: the output; tokens from ``lengths_B`` on are unspecified
-    state: the state for the next call: tensors, batch first, never changed in place (room after keys that grow is
+    state: the state for the next call (``memlm.memory.state``), never changed in place (room after keys that grow is
         invisible: ``memlm.memory.kv``)
     aux_losses: losses [B], already weighted, added to the training loss. Each entry depends on its own row alone, so a
         step's loss does not depend on how its rows are divided into calls and processes
@@ -116,16 +117,6 @@ def initialize(module: nn.Module, std: float) -> None:
         init.ones_(module.weight)
     elif isinstance(module, SequenceMixer | ShortConv):
         module.reset_parameters()
-
-
-def substate(state: State, name: str) -> State:
-    """The part of a state that ``joined`` put under ``name``."""
-    return {key.removeprefix(f"{name}."): x for key, x in state.items() if key.startswith(f"{name}.")}
-
-
-def joined(parts: dict[str, State]) -> State:
-    """The states of a composed mixer's parts, under their names."""
-    return {f"{name}.{key}": x for name, part in parts.items() for key, x in part.items()}
 
 
 def kinds() -> list[str]:

@@ -38,7 +38,8 @@ from memlm.memory import attention
 from memlm.memory.base import Dims, MixerOutput
 from memlm.memory.kv import append, join
 from memlm.memory.parts import memory_share, start_delayed
-from memlm.memory.rows import Rows, State
+from memlm.memory.rows import Rows
+from memlm.memory.state import State
 from memlm.settings import require
 from memlm_kernels import chunk_mean_attention, chunk_sparse_attention, chunk_topk
 from memlm_kernels.grid import keep_last, pick, place
@@ -189,14 +190,14 @@ class Mixer(attention.Mixer):
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         state = super().init_state(batch_size, device, dtype)
         means = ("k", "v") if self.chunked.learning == "compressed" else ("k",)
-        return state | {f"pooled.{name}": exact(state[name]) for name in means}
+        return state | {"pooled": {name: exact(state[name]) for name in means}}
 
     def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
         config, length, positions_BT = self.chunked, rows.length, rows.positions_BT
         (q_BTHK, k_BTGK, v_BTGK), after = self.project(x_BTD, state, rows)
         if length == 0:
             return MixerOutput(self.o_proj(q_BTHK.flatten(2)), state, {}, {})
-        past, kept = state["v"].shape[1], state["pooled.k"].shape[1]
+        past, kept = state["v"].shape[1], state["pooled"]["k"].shape[1]
         settings = (config.chunk_size, config.window_size)
         chunks = rows.once(("chunks", past, kept, settings), lambda: Chunks.of(rows, past, kept, config))
         angles = rows.rotary(self.dims.head_dim, self.dims.rope_theta, q_BTHK.dtype)
@@ -213,6 +214,7 @@ class Mixer(attention.Mixer):
             plain_BLGK, after["k"] = append(state["k"], k_BTGK, rows.lengths_B)
             far, seen_BLGK = (q_BTHK, plain_BLGK), join(recent_BSGK, turned_BTGK)
         v_BLGK, after["v"] = append(state["v"], v_BTGK, rows.lengths_B)
+        after["pooled"] = {}
         pooled_BNGK = self._pooled(plain_BLGK, chunks, "k", state, after)
         spans: tuple[Tensor, Tensor] | None = (chunks.first_BT, chunks.end_BT)
         known, top_k = pooled_BNGK.shape[1], config.top_k
@@ -266,7 +268,7 @@ class Mixer(attention.Mixer):
 
     def _pooled(self, x_BLGK: Tensor, chunks: Chunks, name: str, state: State, after: State) -> Tensor:
         """Means of each chunk's x, [B, N, G, K]; x ends with the call's tokens."""
-        size, length, kept_BNGK = self.chunked.chunk_size, chunks.first_BT.shape[1], state[f"pooled.{name}"]
+        size, length, kept_BNGK = self.chunked.chunk_size, chunks.first_BT.shape[1], state["pooled"][name]
         past = state["v"].shape[1]
         if isinstance(chunks.new, int):
             pooled_BNGK = kept_BNGK
@@ -274,7 +276,7 @@ class Mixer(attention.Mixer):
                 start = x_BLGK.shape[1] - length - past % size
                 new_BEGK = exact(x_BLGK[:, start : start + chunks.new * size]).unflatten(1, (-1, size)).mean(2)
                 pooled_BNGK = join(kept_BNGK, new_BEGK)
-            after[f"pooled.{name}"] = pooled_BNGK
+            after["pooled"][name] = pooled_BNGK
             return pooled_BNGK
         new_BE, count_B = chunks.new
         # All tokens of chunks that end in this call.
@@ -285,7 +287,7 @@ class Mixer(attention.Mixer):
         new_BEGK = exact(pick(x_BLGK, index_BEC.flatten(1))).unflatten(1, index_BEC.shape[1:]).mean(2)
         pooled_BNGK = torch.cat([kept_BNGK.to(new_BEGK.dtype), new_BEGK], 1)
         most = (past + length) // size
-        after[f"pooled.{name}"] = keep_last(pooled_BNGK, most, new_BEGK.shape[1], count_B)
+        after["pooled"][name] = keep_last(pooled_BNGK, most, new_BEGK.shape[1], count_B)
         return pooled_BNGK
 
     def _unlike_dense(
@@ -307,7 +309,7 @@ class Mixer(attention.Mixer):
         chunks_of_row = pooled_BNGK.shape[1]
         if chunks_of_row == 0:
             return exact(q_BTHK.new_zeros(len(q_BTHK)))
-        past, kept = state["v"].shape[1], state["pooled.k"].shape[1]
+        past, kept = state["v"].shape[1], state["pooled"]["k"].shape[1]
         boundary_B = past - rows.before_B % config.chunk_size
         old_BS = (torch.arange(past, device=q_BTHK.device) - boundary_B[:, None]).div(
             config.chunk_size, rounding_mode="floor"

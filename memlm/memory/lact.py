@@ -26,9 +26,10 @@ from transformers import initialization as init
 
 from memlm.layers import ExactLinear, RMSNorm, unit
 from memlm.memory import attention
-from memlm.memory.base import Dims, MixerOutput, SequenceMixer, joined, substate
+from memlm.memory.base import Dims, MixerOutput, SequenceMixer
 from memlm.memory.parts import Parameters, gate_logits, memory_share
-from memlm.memory.rows import Rows, State
+from memlm.memory.rows import Rows
+from memlm.memory.state import State, in_order, numbered
 from memlm.memory.titans import memory_norms
 from memlm.settings import require
 from memlm_kernels import LargeChunkMemoryState, large_chunk_memory
@@ -119,8 +120,7 @@ class FastWeights(nn.Module):
         if self._has_momentum:
             parts |= {"momentum": shapes, "momentum_sum": ((self.config.memory_heads, 1, 1),)}
         for name, shapes in parts.items():
-            for i, shape in enumerate(shapes):
-                state[f"{name}.{i}"] = torch.zeros(batch_size, *shape, device=device, dtype=dtype)
+            state[name] = numbered(torch.zeros(batch_size, *shape, device=device, dtype=dtype) for shape in shapes)
         return state
 
     def forward(self, x_BTD: Tensor, qkv: tuple[Tensor, Tensor, Tensor], state: State, rows: Rows) -> MixerOutput:
@@ -181,23 +181,23 @@ class Mixer(SequenceMixer):
         self.memory.reset_parameters()
 
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
-        attention_state = self.attention.init_state(batch_size, device, dtype)
-        return joined({"attention": attention_state, "memory": self.memory.init_state(batch_size, device, dtype)})
+        sizes = (batch_size, device, dtype)
+        return {"attention": self.attention.init_state(*sizes), "memory": self.memory.init_state(*sizes)}
 
     def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
-        seen_BTHK, qkv, attention_state = self.attention.heads(x_BTD, substate(state, "attention"), rows)
-        recalled = self.memory(x_BTD, qkv, substate(state, "memory"), rows)
+        seen_BTHK, qkv, attention_state = self.attention.heads(x_BTD, state["attention"], rows)
+        recalled = self.memory(x_BTD, qkv, state["memory"], rows)
         seen_BTC, metrics = rearrange(seen_BTHK, "b t h k -> b t (h k)"), recalled.metrics
         if rows.metrics:
             metrics = metrics | {"memory_share": memory_share(recalled.y_BTD, seen_BTC)}
         y_BTD = self.attention.o_proj(seen_BTC + recalled.y_BTD)
-        return MixerOutput(y_BTD, joined({"attention": attention_state, "memory": recalled.state}), {}, metrics)
+        return MixerOutput(y_BTD, {"attention": attention_state, "memory": recalled.state}, {}, metrics)
 
 
 def _pack(memory: LargeChunkMemoryState) -> State:
-    return {f"{name}.{i}": x for name in _PARTS for i, x in enumerate(getattr(memory, name))}
+    return {name: numbered(x) for name in _PARTS if (x := getattr(memory, name))}
 
 
 def _unpack(state: State, position_B: Tensor) -> LargeChunkMemoryState:
-    parts = {name: tuple(substate(state, name).values()) for name in _PARTS}
+    parts = {name: in_order(state.get(name, {})) for name in _PARTS}
     return LargeChunkMemoryState(**parts, position=position_B)

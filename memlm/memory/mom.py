@@ -23,10 +23,11 @@ from transformers import initialization as init
 
 from memlm.layers import ExactGroupedLinear, ExactLinear, GroupedLinear, ShortConv
 from memlm.memory import attention, parts, recurrence
-from memlm.memory.base import Dims, MixerOutput, SequenceMixer, joined, substate
+from memlm.memory.base import Dims, MixerOutput, SequenceMixer
 from memlm.memory.parts import BranchGate, gate_logits
 from memlm.memory.recurrence import recur
-from memlm.memory.rows import Rows, State
+from memlm.memory.rows import Rows
+from memlm.memory.state import State
 from memlm.settings import require, suggest
 from memlm_kernels import MemoryRoutes, combine_reads, dispatch_tokens
 from memlm_kernels.segments import exact
@@ -150,14 +151,13 @@ class Mixer(SequenceMixer):
             state["input"] = {"conv": torch.zeros(shape, device=device, dtype=dtype)}
         if self.config.window_size is not None:
             state["attention"] = self.attention.init_state(batch_size, device, dtype)
-        return joined(state)
+        return state
 
     def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
         after: dict[str, State] = {}
         input_BTD = x_BTD
         if hasattr(self, "conv"):
-            history = substate(state, "input")["conv"]
-            input_BTD, history = self.conv.over_rows(x_BTD, history, rows.history_BT, rows.lengths_B)
+            input_BTD, history = self.conv.over_rows(x_BTD, state["input"]["conv"], rows.history_BT, rows.lengths_B)
             after["input"] = {"conv": history}
 
         weight_BTJ, memory_BTJ, aux_losses, metrics = self._choose(x_BTD, rows)
@@ -168,10 +168,10 @@ class Mixer(SequenceMixer):
         o_BTHV, of_memories, of_rule = mix(input_BTD, state, rows, weight_BTJ, memory_BTJ)
         y_BTD = self.reading(o_BTHV, x_BTD)
         if self.config.window_size is not None:
-            seen = self.attention(x_BTD, substate(state, "attention"), rows)
+            seen = self.attention(x_BTD, state["attention"], rows)
             y_BTD, of_gate = self.gate(x_BTD, seen.y_BTD, y_BTD, rows.metrics)
             after["attention"], metrics = seen.state, metrics | of_gate
-        return MixerOutput(y_BTD, joined(after | of_memories), aux_losses, metrics | of_rule)
+        return MixerOutput(y_BTD, after | of_memories, aux_losses, metrics | of_rule)
 
     def _mix(
         self, x_BTD: Tensor, state: State, rows: Rows, weight_BTJ: Tensor, memory_BTJ: Tensor
@@ -210,8 +210,9 @@ class Mixer(SequenceMixer):
 
     def _memories(self, state: State) -> State:
         """[B, M, ...] of all memories."""
-        routed, shared = substate(state, "routed"), substate(state, "shared")
-        return {name: torch.cat([x, shared[name]], 1) for name, x in routed.items()} if shared else routed
+        if not self.config.shared_memory:
+            return state["routed"]
+        return {name: torch.cat([x, state["shared"][name]], 1) for name, x in state["routed"].items()}
 
     def _mix_token(
         self, x_B1D: Tensor, state: State, rows: Rows, weight_B1J: Tensor, memory_B1J: Tensor
@@ -233,11 +234,10 @@ class Mixer(SequenceMixer):
             y_NC = linear(spread(x_BD, config.top_k), group_N=memory_N)
             return y_NC if shared_BC is None else torch.cat([y_NC, shared_BC])
 
-        routed = {name: x.flatten(0, 1) for name, x in substate(state, "routed").items()}
-        shared = substate(state, "shared")
+        routed = {name: x.flatten(0, 1) for name, x in state["routed"].items()}
         before = {name: x.index_select(0, row_N)[:, None] for name, x in routed.items()}
-        if shared:
-            before = {name: torch.cat([x, shared[name]]) for name, x in before.items()}
+        if config.shared_memory:
+            before = {name: torch.cat([x, state["shared"][name]]) for name, x in before.items()}
         qkv_RC, logits_RL = self._inputs(x_BD, spread, of_memories)
         o_R1HV, after, metrics = self.recurrence(qkv_RC[:, None], logits_RL[:, None], None, before, told=rows.metrics)
         weight_JB111 = weight_B1J.movedim(2, 0)[..., None, None]
@@ -246,7 +246,7 @@ class Mixer(SequenceMixer):
         for name, x in after.items():
             of_all = routed[name].to(x.dtype).index_copy(0, row_N, x[: len(row_N), 0])
             kept["routed"][name] = of_all.unflatten(0, (batch, memories))
-        if shared:
+        if config.shared_memory:
             kept["shared"] = {name: x[len(row_N) :].clone() for name, x in after.items()}
         return o_B1HV, kept, metrics
 

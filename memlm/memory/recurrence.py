@@ -26,7 +26,8 @@ from transformers import initialization as init
 from memlm.layers import ExactLinear, GroupedLinear, RMSNorm, ShortConv
 from memlm.memory.base import Dims, MixerOutput, SequenceMixer
 from memlm.memory.parts import Recalled, gate_logits, start_delayed
-from memlm.memory.rows import Rows, Segments, State
+from memlm.memory.rows import Rows, Segments
+from memlm.memory.state import State
 from memlm.settings import require
 from memlm_kernels import (
     SegmentedMemoryState,

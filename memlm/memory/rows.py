@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memlm.layers import rotary_angles
+from memlm.memory.state import State, mapped
 from memlm.roles import RoleCounts, Roles
 from memlm_kernels.segments import counts, next_position
 
 Made = TypeVar("Made")
-State = dict[str, Tensor]
 
 
 class Segments(NamedTuple):
@@ -37,19 +37,20 @@ class Segments(NamedTuple):
         """[B, M, ...] -> [B, most * M, ...]: the first document continues ``before``, others begin with ``start``."""
         fresh_BD = torch.ones(len(self.fresh_B), self.most, dtype=torch.bool, device=self.fresh_B.device)
         fresh_BD[:, 0] = self.fresh_B
-        return {
-            name: torch.where(
-                fresh_BD.reshape(*fresh_BD.shape, *[1] * (x.ndim - 1)), start[name][:, None], x[:, None]
-            ).flatten(1, 2)
-            for name, x in before.items()
-        }
+
+        def one(x: Tensor, new: Tensor) -> Tensor:
+            fresh = fresh_BD.reshape(*fresh_BD.shape, *[1] * (x.ndim - 1))
+            return torch.where(fresh, new[:, None], x[:, None]).flatten(1, 2)
+
+        return mapped(one, before, start)
 
     def collect(self, after: State) -> State:
         """[B, most * M, ...] -> [B, M, ...]: each row's state for the next call."""
-        return {
-            name: x.unflatten(1, (self.most, -1))[torch.arange(len(x), device=x.device), self.last_B]
-            for name, x in after.items()
-        }
+
+        def one(x: Tensor) -> Tensor:
+            return x.unflatten(1, (self.most, -1))[torch.arange(len(x), device=x.device), self.last_B]
+
+        return mapped(one, after)
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ LayerNorm(MLP(q)) in its sum with q. Per call: ``memory_norm`` and ``momentum_no
 or, for a memory alone, its share beside the layer's input.
 """
 
+import functools
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,9 +29,10 @@ from transformers import initialization as init
 
 from memlm.layers import ExactLinear, RMSNorm, ShortConv, unit
 from memlm.memory import attention
-from memlm.memory.base import Dims, MixerOutput, SequenceMixer, substate
+from memlm.memory.base import Dims, MixerOutput, SequenceMixer
 from memlm.memory.parts import Parameters, Recalled, gate_logits, memory_share, start_delayed
-from memlm.memory.rows import Rows, State
+from memlm.memory.rows import Rows
+from memlm.memory.state import State, in_order, numbered
 from memlm.settings import require
 from memlm_kernels import NeuralMemoryState, neural_memory
 from memlm_kernels.neural_memory import ACTIVATIONS, BLOCKS, block_size, dot_product, huber, lp, squared_error
@@ -38,6 +40,7 @@ from memlm_kernels.segments import exact
 
 INITIALIZATIONS = ("default", "recall")
 LOSSES = ("squared_error", "huber", "lp", "dot_product")
+_PARTS = ("weights", "momentum", "anchor", "recent")
 
 
 @dataclass(frozen=True)
@@ -194,12 +197,13 @@ class Store(nn.Module):
         # Filled from M_0 at position 0, so these zeros are never read.
         config, dtype = self.config, torch.promote_types(dtype, torch.float32)
         parts = ["weights", *(["momentum"] if "momentum" in config.gates else []), "anchor"]
-        shapes = {f"{part}.{layer}": shape for part in parts for layer, shape in enumerate(self.memory.shapes)}
+        shapes = dict.fromkeys(parts, self.memory.shapes)
         if config.omega_window > 1:
             recent = (config.omega_window - 1, config.memory_heads)
             widths = ((config.features,), (config.memory_head_dim,), ())
-            shapes |= {f"recent.{i}": (*recent, *width) for i, width in enumerate(widths)}
-        return {name: torch.zeros(batch_size, *shape, device=device, dtype=dtype) for name, shape in shapes.items()}
+            shapes["recent"] = tuple((*recent, *width) for width in widths)
+        zeros = functools.partial(torch.zeros, device=device, dtype=dtype)
+        return {part: numbered(zeros(batch_size, *shape) for shape in of_part) for part, of_part in shapes.items()}
 
     def forward(
         self,
@@ -351,16 +355,12 @@ def mean_size(gate_BTC: Tensor) -> Tensor:
 
 
 def pack(memory: NeuralMemoryState) -> State:
-    state: State = {}
-    for name in ("weights", "momentum", "anchor", "recent"):
-        state |= {f"{name}.{i}": x for i, x in enumerate(getattr(memory, name))}
-    return state
+    return {name: numbered(x) for name in _PARTS if (x := getattr(memory, name))}
 
 
 def unpack(state: State, position_B: Tensor) -> NeuralMemoryState:
-    parts = (tuple(substate(state, name).values()) for name in ("weights", "momentum", "anchor", "recent"))
-    weights, momentum, anchor, recent = parts
-    return NeuralMemoryState(weights, momentum, anchor, position_B, recent)
+    parts = {name: in_order(state.get(name, {})) for name in _PARTS}
+    return NeuralMemoryState(**parts, position=position_B)
 
 
 @torch.no_grad()
@@ -372,19 +372,18 @@ def memory_norms(initial: Iterable[Tensor], before: State, after: State, rows: R
     """
     if not rows.metrics:
         return {}
-    weights = list(substate(after, "weights").values())
+    weights, momentum = (list(in_order(after.get(name, {}))) for name in ("weights", "momentum"))
     start = [w.to(now.dtype) for w, now in zip(initial, weights, strict=True)]
     if not rows.fresh:
         new_B = rows.after_B <= (rows.length if rows.lengths_B is None else rows.lengths_B)
         if rows.lengths_B is not None:
             new_B = new_B & (rows.lengths_B > 0)
-        old = substate(before, "weights").values()
+        old = in_order(before["weights"])
         start = [torch.where(new_B[:, None, None, None], w, o) for w, o in zip(start, old, strict=True)]
 
     def norm(tensors: list[Tensor]) -> Tensor:
         return torch.stack([torch.linalg.vector_norm(x) / x.shape[:-2].numel() ** 0.5 for x in tensors]).norm()
 
     change = [w - s for w, s in zip(weights, start, strict=True)]
-    momentum = list(substate(after, "momentum").values())
     norms = {"memory_norm": norm(weights), "update_norm": norm(change)}
     return norms | ({"momentum_norm": norm(momentum)} if momentum else {})

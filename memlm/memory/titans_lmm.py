@@ -5,7 +5,8 @@ from torch import Tensor
 from memlm.memory import titans
 from memlm.memory.base import Dims, MixerOutput
 from memlm.memory.parts import memory_share
-from memlm.memory.rows import Rows, State
+from memlm.memory.rows import Rows
+from memlm.memory.state import State
 
 Config = titans.NeuralMemoryConfig
 

@@ -26,9 +26,10 @@ from torch import Tensor
 
 from memlm.layers import RMSNorm
 from memlm.memory import attention, titans
-from memlm.memory.base import Dims, MixerOutput, SequenceMixer, joined, substate
+from memlm.memory.base import Dims, MixerOutput, SequenceMixer
 from memlm.memory.parts import BranchGate
-from memlm.memory.rows import Rows, State
+from memlm.memory.rows import Rows
+from memlm.memory.state import State, in_order, numbered
 from memlm.settings import require
 from memlm_kernels import read_memory
 from memlm_kernels.grid import Grid
@@ -129,14 +130,13 @@ class Mixer(SequenceMixer):
         seen = self.attention.init_state(batch_size, device, dtype)
         # State of the first read: its convolution history, and the memory before the segment.
         channels = self.memory.conv.channels // 3
-        read = {"conv": memory["conv"][..., :channels].clone()}
-        read |= {name: x for name, x in memory.items() if name.startswith("weights.")}
-        return joined({"memory": memory, "attention": seen, "read": read})
+        read = {"conv": memory["conv"][..., :channels].clone(), "weights": memory["weights"]}
+        return {"memory": memory, "attention": seen, "read": read}
 
     def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
         if x_BTD.shape[1] == 0:
             return MixerOutput(x_BTD, state, {}, {})
-        memory, read, seen = before = [substate(state, name) for name in ("memory", "read", "attention")]
+        memory, read, seen = before = [state[name] for name in ("memory", "read", "attention")]
         q_BTHK, gate_BTC, history_BWC = self.memory(x_BTD, read["conv"], rows, step="ask")
         streams = (x_BTD, q_BTHK, gate_BTC)
         if rows.goes_on and rows.start is not None:
@@ -145,13 +145,13 @@ class Mixer(SequenceMixer):
         else:
             pieces, grid = self._anywhere(rows)
             parts = [grid.lay(x).unbind(1) for x in streams]
-        weights, empty = _weights(read), self.attention.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype)
+        weights, empty = in_order(read["weights"]), self.attention.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype)
         persistent = self.attention(step="persistent_tokens") if self.config.persistent_tokens else None
         # A piece that opens a segment needs no earlier keys.
         keeps = [not piece.pairs.fresh for piece in pieces[1:]] + [True]
         seen_BSDs, inputs, reads, metrics = [], [], [], []
         for piece, keep, x_BSD, q_BSHK, gate_BSC in zip(pieces, keeps, *parts, strict=True):
-            weights = piece.enter(self.memory.store.memory(), _weights(memory), weights)
+            weights = piece.enter(self.memory.store.memory(), in_order(memory["weights"]), weights)
             held_BSD = self.memory(q_BSHK, gate_BSC, weights, step="recall")
             both_BSD = torch.stack([held_BSD, x_BSD], 2).flatten(1, 2)
             kept = empty if piece.pairs.fresh else seen
@@ -172,8 +172,8 @@ class Mixer(SequenceMixer):
         if rows.metrics:
             told |= {name: joined_up([of_tokens[name] for of_tokens in metrics]) for name in metrics[-1]}
             told |= self.memory.store.norms(before[0], memory, rows) | {"output_gate": titans.mean_size(gate_BTC)}
-        read = {"conv": history_BWC, **{f"weights.{layer}": w for layer, w in enumerate(weights)}}
-        return MixerOutput(y_BTD, joined({"memory": memory, "attention": seen, "read": read}), {}, told)
+        read = {"conv": history_BWC, "weights": numbered(weights)}
+        return MixerOutput(y_BTD, {"memory": memory, "attention": seen, "read": read}, {}, told)
 
     def _known(self, rows: Rows, start: int) -> list["_Piece"]:
         """Pieces of rows with one position that the host knows: no token is inspected."""
@@ -242,7 +242,3 @@ class _Piece(NamedTuple):
         if self.new:
             return [w.to(n.dtype).expand_as(n) for w, n in zip(start, now, strict=True)]
         return now if self.opens else kept
-
-
-def _weights(state: State) -> tuple[Tensor, ...]:
-    return tuple(substate(state, "weights").values())

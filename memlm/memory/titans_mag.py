@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from memlm.memory import attention, titans
-from memlm.memory.base import Dims, MixerOutput, SequenceMixer, joined, substate
+from memlm.memory.base import Dims, MixerOutput, SequenceMixer
 from memlm.memory.parts import BranchGate
-from memlm.memory.rows import Rows, State
+from memlm.memory.rows import Rows
+from memlm.memory.state import State
 
 Config = titans.HybridConfig
 
@@ -30,12 +31,10 @@ class Mixer(SequenceMixer):
 
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         parts = {"memory": self.memory, "attention": self.attention}
-        return joined({name: part.init_state(batch_size, device, dtype) for name, part in parts.items()})
+        return {name: part.init_state(batch_size, device, dtype) for name, part in parts.items()}
 
     def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
-        seen, own = self.attention(x_BTD, substate(state, "attention"), rows), substate(state, "memory")
-        recalled = self.memory(x_BTD, own, rows)
+        seen, recalled = self.attention(x_BTD, state["attention"], rows), self.memory(x_BTD, state["memory"], rows)
         y_BTD, metrics = self.gate(x_BTD, seen.y_BTD, recalled.y_BTD, rows.metrics)
-        state = joined({"memory": recalled.state, "attention": seen.state})
-        metrics |= recalled.metrics | self.memory.store.norms(own, recalled.state, rows)
-        return MixerOutput(y_BTD, state, {}, metrics)
+        metrics |= recalled.metrics | self.memory.store.norms(state["memory"], recalled.state, rows)
+        return MixerOutput(y_BTD, {"memory": recalled.state, "attention": seen.state}, {}, metrics)

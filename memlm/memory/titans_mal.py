@@ -11,9 +11,10 @@ from torch import Tensor
 
 from memlm.layers import RMSNorm
 from memlm.memory import attention, titans
-from memlm.memory.base import Dims, MixerOutput, SequenceMixer, joined, substate
+from memlm.memory.base import Dims, MixerOutput, SequenceMixer
 from memlm.memory.parts import memory_share
-from memlm.memory.rows import Rows, State
+from memlm.memory.rows import Rows
+from memlm.memory.state import State
 
 Config = titans.HybridConfig
 
@@ -29,15 +30,14 @@ class Mixer(SequenceMixer):
 
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         parts = {"memory": self.memory, "attention": self.attention}
-        return joined({name: part.init_state(batch_size, device, dtype) for name, part in parts.items()})
+        return {name: part.init_state(batch_size, device, dtype) for name, part in parts.items()}
 
     def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
-        own = substate(state, "memory")
-        recalled = self.memory(x_BTD, own, rows)
+        recalled = self.memory(x_BTD, state["memory"], rows)
         input_BTD = self.norm(x_BTD + recalled.y_BTD)
-        seen = self.attention(input_BTD, substate(state, "attention"), rows)
-        state = joined({"memory": recalled.state, "attention": seen.state})
-        metrics = recalled.metrics | self.memory.store.norms(own, recalled.state, rows)
+        seen = self.attention(input_BTD, state["attention"], rows)
+        metrics = recalled.metrics | self.memory.store.norms(state["memory"], recalled.state, rows)
         if rows.metrics:
             metrics["memory_share"] = memory_share(recalled.y_BTD, seen.y_BTD)
-        return MixerOutput(recalled.y_BTD + seen.y_BTD, state, {}, metrics)
+        after = {"memory": recalled.state, "attention": seen.state}
+        return MixerOutput(recalled.y_BTD + seen.y_BTD, after, {}, metrics)

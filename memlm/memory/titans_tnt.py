@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from memlm.memory import titans
-from memlm.memory.base import Dims, MixerOutput, joined, substate
+from memlm.memory.base import Dims, MixerOutput
 from memlm.memory.parts import memory_share
-from memlm.memory.rows import Rows, State
+from memlm.memory.rows import Rows
+from memlm.memory.state import State, mapped
 from memlm.settings import require
 from memlm_kernels import linear_attention
 
@@ -77,23 +78,24 @@ class Mixer(titans.NeuralMemory):
         for i, store in enumerate(self.local_stores):
             assert isinstance(store, titans.Store)
             parts[f"local{i}"] = store.init_state(batch_size, device, dtype)
-        known = parts["global"]["weights.0"]
+        known = parts["global"]["weights"]["0"]
         parts["keys"] = _keys(known.new_zeros(*known.shape[:-1], known.shape[-2]))
         conv = torch.zeros(batch_size, self.conv.width - 1, self.conv.channels, device=device, dtype=dtype)
-        return {"conv": conv, **joined(parts)}
+        return {"conv": conv, **parts}
 
     def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
         q_BTHK, k_BTHK, v_BTHK, conv = self.project(x_BTD, state, rows)
-        inputs, own = (x_BTD, q_BTHK, k_BTHK, v_BTHK), substate(state, "global")
+        inputs, own = (x_BTD, q_BTHK, k_BTHK, v_BTHK), state["global"]
         known_BTHK, memory, metrics = self.store(*inputs, own, rows)
         pieces, reads, told = self._pieces(rows), [], []
         parts: dict[str, State] = {}
         cut = (
             [inputs] if len(pieces) == 1 else zip(*(x.split([n for n, *_ in pieces], 1) for x in inputs), strict=True)
         )
-        for i, ((_, count, here), part) in enumerate(zip(pieces, cut, strict=True)):
+        for (_, count, here), part in zip(pieces, cut, strict=True):
             beside = [x.unflatten(1, (count, -1)).flatten(0, 1) if count > 1 else x for x in part]
-            o_BTHK, parts, of_tokens = self._recall_locals(beside, {} if i else state, here)
+            # Pieces after the first read no state.
+            o_BTHK, parts, of_tokens = self._recall_locals(beside, state, here)
             if count > 1:
                 o_BTHK = o_BTHK.unflatten(0, (-1, count)).flatten(1, 2)
                 of_tokens = {name: x.unflatten(0, (-1, count)).flatten(1) for name, x in of_tokens.items()}
@@ -101,7 +103,7 @@ class Mixer(titans.NeuralMemory):
             reads.append(o_BTHK)
             told.append(of_tokens)
         o_BTHK = _joined_up(reads)
-        parts["keys"] = _keys(parts["keys"]["weights.0"])
+        parts["keys"] = _keys(parts["keys"]["weights"]["0"])
         gate_BTC = self.output_gate(x_BTD)
         y_BTD = self.output(known_BTHK + o_BTHK, gate_BTC)
         if rows.metrics:
@@ -111,9 +113,9 @@ class Mixer(titans.NeuralMemory):
             metrics |= of_gate | shares | self.store.norms(own, memory, rows)
             for i, store in enumerate(self.local_stores):
                 assert isinstance(store, titans.Store)
-                norms = store.norms(substate(state, f"local{i}"), parts[f"local{i}"], rows.within(self.shard_size))
+                norms = store.norms(state[f"local{i}"], parts[f"local{i}"], rows.within(self.shard_size))
                 metrics |= {f"local{i}_{name}": x for name, x in norms.items()}
-        return MixerOutput(y_BTD, {"conv": conv, **joined({"global": memory, **parts})}, {}, metrics)
+        return MixerOutput(y_BTD, {"conv": conv, "global": memory, **parts}, {}, metrics)
 
     def _pieces(self, rows: Rows) -> list[tuple[int, int, Rows]]:
         """Pieces of a row: the tokens of each, its number of shards, and the ``Rows`` of the shards side by side."""
@@ -141,13 +143,13 @@ class Mixer(titans.NeuralMemory):
         shards.
         """
         x_BTD, q_BTHK, k_BTHK, v_BTHK = inputs
-        projected_BTHK, keys = _projected(q_BTHK, k_BTHK, substate(state, "keys"), rows)
+        projected_BTHK, keys = _projected(q_BTHK, k_BTHK, state["keys"], rows)
         q_BTHK = projected_BTHK / torch.linalg.vector_norm(projected_BTHK, dim=-1, keepdim=True).clamp(min=1.0)
         reads, parts = [], {"keys": keys}
         metrics: dict[str, Tensor] = {}
         for i, store in enumerate(self.local_stores):
             name = f"local{i}"
-            read_BTHK, parts[name], of_store = store(x_BTD, q_BTHK, k_BTHK, v_BTHK, substate(state, name), rows)
+            read_BTHK, parts[name], of_store = store(x_BTD, q_BTHK, k_BTHK, v_BTHK, state[name], rows)
             reads.append(read_BTHK)
             metrics |= {f"{name}_{key}": value for key, value in of_store.items()}
         return sum(reads[1:], reads[0]), parts, metrics
@@ -155,19 +157,19 @@ class Mixer(titans.NeuralMemory):
 
 def _projected(q_BTHK: Tensor, k_BTHK: Tensor, state: State, rows: Rows) -> tuple[Tensor, State]:
     """Queries times the sum of the outer products k_j k_j of their shard."""
-    memory_BSHKK = None if rows.fresh else state["weights.0"][:, None]
+    memory_BSHKK = None if rows.fresh else state["weights"]["0"][:, None]
     if (segments := rows.segments()) is None:
         o_BTHK, memory_BSHKK = linear_attention(q_BTHK, k_BTHK, k_BTHK, state=memory_BSHKK)
-        return o_BTHK, {"weights.0": memory_BSHKK[:, 0]}
+        return o_BTHK, {"weights": {"0": memory_BSHKK[:, 0]}}
     assert memory_BSHKK is not None
     memory_BSHKK = segments.spread({"": memory_BSHKK}, {"": torch.zeros_like(memory_BSHKK)})[""]
     o_BTHK, memory_BSHKK = linear_attention(q_BTHK, k_BTHK, k_BTHK, cu_seqlens=segments.cu_seqlens, state=memory_BSHKK)
-    return o_BTHK, {"weights.0": segments.collect({"": memory_BSHKK})[""][:, 0]}
+    return o_BTHK, {"weights": {"0": segments.collect({"": memory_BSHKK})[""][:, 0]}}
 
 
 def _keys(memory: Tensor) -> State:
     """The state of the keys' memory; its writes need no anchor, so the memory stands in for it."""
-    return {"weights.0": memory, "anchor.0": memory}
+    return {"weights": {"0": memory}, "anchor": {"0": memory}}
 
 
 def _joined_up(parts: Sequence[Tensor]) -> Tensor:
@@ -176,4 +178,4 @@ def _joined_up(parts: Sequence[Tensor]) -> Tensor:
 
 def _last(state: State, count: int) -> State:
     """The state of the last of ``count`` shards; a copy, because a view would keep all shards alive."""
-    return {name: x.unflatten(0, (-1, count))[:, -1].clone() for name, x in state.items()}
+    return mapped(lambda x: x.unflatten(0, (-1, count))[:, -1].clone(), state)

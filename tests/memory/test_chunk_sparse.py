@@ -13,6 +13,7 @@ from memlm.layers import rotary, rotary_angles
 from memlm.memory import attention, chunk_sparse
 from memlm.memory.base import Dims
 from memlm.memory.rows import Rows
+from memlm.memory.state import named
 from memlm_kernels.attention import chunks_reference
 from memlm_kernels.testing import Watch, assert_close, relative_error
 from tests.conftest import build, model_config, step
@@ -230,7 +231,7 @@ def test_the_state_keeps_one_mean_a_chunk():
         with torch.no_grad():
             for piece in torch.arange(83)[None].split(cuts, 1):
                 model(piece, past_key_values=cache)
-        shapes.append({name: x.shape for name, x in cache.states[1].items()})
+        shapes.append({name: x.shape for name, x in named(cache.states[1]).items()})
     assert shapes[0] == shapes[1]
     assert shapes[0]["pooled.k"][1] == 83 // 4 and shapes[0]["k"][1] == 83
 
@@ -317,7 +318,7 @@ def test_autocast_chooses_in_fp32():
     with torch.autocast("cpu", torch.bfloat16):
         out = model(ids, labels=ids, use_cache=True)
     out.loss.backward()
-    assert out.past_key_values.states[0]["pooled.k"].dtype == torch.float32
+    assert out.past_key_values.states[0]["pooled"]["k"].dtype == torch.float32
     assert_close("logits", model(ids).logits, out.logits.float(), 5e-2)
 
 

@@ -11,8 +11,9 @@ import torch
 from memlm import MemLMForCausalLM, MemoryCache
 from memlm.memory import chunk_sparse, parts
 from memlm.memory.base import SequenceMixer
+from memlm.memory.state import leaves, named
 from memlm_kernels.testing import assert_close, relative_error
-from tests.conftest import build, variants
+from tests.conftest import build, same_state, variants
 
 pytestmark = pytest.mark.parametrize("variant", variants())
 EXACT = 1e-10
@@ -38,9 +39,10 @@ def stream(model, ids, cuts, cache=None, **kwargs):
 
 def assert_same_memory(expected: MemoryCache, got: MemoryCache, tolerance: float) -> None:
     for i, (a, b) in enumerate(zip(expected.states, got.states, strict=True)):
+        a, b = named(a), named(b)
         assert a.keys() == b.keys()
         for name in a:
-            if name != "position" and a[name].numel():
+            if a[name].numel():
                 assert_close(f"state {i}.{name}", a[name], b[name], tolerance)
 
 
@@ -241,7 +243,7 @@ def test_a_pure_query_changes_nothing(variant):
     with torch.no_grad():
         asked = model(probe, past_key_values=cache, write=False).logits
     for a, b in zip(before, cache.states, strict=True):
-        assert all(torch.equal(a[name], b[name]) for name in a)
+        assert same_state(a, b)
     assert cache.get_seq_length() == 37
     written, _ = stream(model, probe, [9], cache)
     assert_close("answer", written, asked, EXACT)
@@ -346,11 +348,16 @@ def test_no_tokens_and_one_token(variant):
 
 
 def test_state_is_bounded_or_says_so(variant):
-    """Except for full attention, the state after 200 tokens is as large as after 50."""
+    """Except for full attention, the state after 200 tokens is as large as after 50. Its keys are those of
+    ``init_state``.
+    """
     model = model_of(variant)
     _, short = stream(model, tokens(1, 50), [50])
     _, long = stream(model, tokens(1, 200), [200])
-    held = sum(x.untyped_storage().nbytes() for state in long.states for x in state.values())
+    for layer, state in zip(model.model.layers, long.states, strict=True):
+        start = layer.mixer.init_state(1, torch.device("cpu"), torch.float64)
+        assert named(state).keys() == named(start).keys() and all(len(x) == 1 for x in leaves(state))
+    held = sum(x.untyped_storage().nbytes() for state in long.states for x in leaves(state))
     assert held == long.nbytes(), "a state is a view that keeps a longer tensor alive"
     grows = variant[0] in ("attention", "chunk_sparse", "msa")
     assert (long.nbytes() > short.nbytes()) == grows

@@ -12,6 +12,7 @@ from memlm.memory import mom
 from memlm.memory.base import Dims
 from memlm.memory.recurrence import RULES
 from memlm.memory.rows import Rows
+from memlm.memory.state import leaves, mapped, named
 from memlm_kernels.testing import Watch, assert_close, relative_error
 from tests.conftest import ROOT, build, step
 
@@ -145,20 +146,21 @@ def test_one_token_meets_its_memories_alone_and_is_as_routed(settings, rows):
     before = step(mixer, x[:, :9])
     calls = []
     for facts in ({}, {"lengths_B": torch.ones(rows, dtype=torch.long)}):
-        state = {name: t.detach() for name, t in before.state.items()}
+        state = mapped(torch.Tensor.detach, before.state)
         place = {"before_B": torch.full((rows,), 9), "start": None if facts else 9, "metrics": False, **facts}
         token = x[:, 9:].clone().requires_grad_()
         with Watch() as watch:
             out = mixer(token, state, Rows.of(token, **place))
-        loss = out.y_BTD.square().sum() + sum(t.square().sum() for t in out.state.values() if t.is_floating_point())
+        loss = out.y_BTD.square().sum() + sum(t.square().sum() for t in leaves(out.state) if t.is_floating_point())
         gradients = torch.autograd.grad(loss, [token, *mixer.parameters()], allow_unused=True)
         calls.append((watch.operations, out, gradients))
     (few, got, gradients), (_, expected, routed) = calls
     assert few <= (195 if mixer.config.rule == "titans" else 175)
     assert_close("y", expected.y_BTD, got.y_BTD, 1e-12)
-    assert got.state.keys() == expected.state.keys()
-    for name, t in expected.state.items():
-        assert_close(name, t.double(), got.state[name].double(), 1e-12)
+    after = named(got.state)
+    assert after.keys() == named(expected.state).keys()
+    for name, t in named(expected.state).items():
+        assert_close(name, t.double(), after[name].double(), 1e-12)
     for loss in expected.aux_losses:
         assert_close(loss, expected.aux_losses[loss], got.aux_losses[loss], 1e-12)
     assert [g is None for g in routed] == [g is None for g in gradients]

@@ -13,7 +13,7 @@ from memlm.memory import msa
 from memlm.memory.base import Dims
 from memlm.roles import RoleCounts, Roles
 from memlm_kernels.testing import assert_close, relative_error
-from tests.conftest import build, step
+from tests.conftest import build, same_state, step
 
 VARIANTS = [
     ("msa", {"routes": False, "qk_norm": False}),
@@ -271,7 +271,7 @@ def test_memory_of_documents_is_saved_moved_and_asked(tmp_path):
         rest = dict(input_ids=ids[:, cut:], roles=Roles(doc_ids[:, cut:]))
         asked = model(**rest, past_key_values=cache, write=False).logits
         for a, b in zip(before, cache.states, strict=True):
-            assert all(torch.equal(a[name], b[name]) for name in a)
+            assert same_state(a, b)
         assert_close("asked", whole[:, cut:], asked, EXACT)
         cache.save(tmp_path)
         assert torch.equal(asked, model(**rest, past_key_values=MemoryCache.load(tmp_path)).logits)
@@ -378,7 +378,7 @@ def test_autocast_routes_in_fp32():
         got = model(ids, **options, past_key_values=cache)
     got.loss.backward()
     assert_close("logits", expected.logits, got.logits.float(), 5e-2)
-    assert cache.states[0]["bank.k"].dtype == torch.float32
+    assert cache.states[0]["bank"]["k"].dtype == torch.float32
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
@@ -389,10 +389,10 @@ def test_documents_are_kept_as_chunks():
     with torch.no_grad():
         model(ids_like(doc_ids), roles=Roles(doc_ids), past_key_values=cache)
         state = cache.states[0]
-        assert state["bank.k"].shape[1] <= 1000 // 16 + 2 * 10 and state["k"].shape[1] == 10
-        assert state["open.k"].shape[1] <= 100
+        assert state["bank"]["k"].shape[1] <= 1000 // 16 + 2 * 10 and state["k"].shape[1] == 10
+        assert state["open"]["k"].shape[1] <= 100
         model(ids_like(doc_ids[:, :1]), past_key_values=cache)
-    assert cache.states[0]["open.k"].shape[1] == 0
+    assert cache.states[0]["open"]["k"].shape[1] == 0
     assert state["chunks"].item() == 70 and state["documents"].item() == 10
 
 
@@ -406,7 +406,7 @@ def test_low_precision_keeps_banks_and_scores_in_fp32(dtype):
         got = low(ids, roles=Roles(doc_ids), past_key_values=cache).logits
         exact = copy.deepcopy(low).double()(ids, roles=Roles(doc_ids)).logits
     assert_close("logits", exact, got.double(), 1e-5 if dtype == torch.float32 else 2e-2)
-    assert all(cache.states[0][f"bank.{name}"].dtype == torch.float32 for name in ("k", "v", "router_k", "score"))
+    assert all(cache.states[0]["bank"][name].dtype == torch.float32 for name in ("k", "v", "router_k", "score"))
 
 
 def test_gradient_checkpointing_with_documents_changes_nothing():

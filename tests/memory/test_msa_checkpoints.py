@@ -77,10 +77,10 @@ def test_parity_in_training(golden, dtype):
         assert_close(f"attention {i}, out", golden["layers"][i]["attn_out"][real], y[real], FORWARD)
     for i, expected in golden["doc_scores"].items():
         state = seen[i][2]
-        scores = torch.full((2, 7), -torch.inf, dtype=state["bank.score"].dtype)
-        used = torch.arange(state["bank.score"].shape[1]) < state["chunks"][:, None]
-        owner = torch.where(used, state["bank.document"] + 1, 6)
-        scores = scores.scatter_reduce(1, owner, state["bank.score"].masked_fill(~used, -torch.inf), "amax")[:, :6]
+        scores = torch.full((2, 7), -torch.inf, dtype=state["bank"]["score"].dtype)
+        used = torch.arange(state["bank"]["score"].shape[1]) < state["chunks"][:, None]
+        owner = torch.where(used, state["bank"]["document"] + 1, 6)
+        scores = scores.scatter_reduce(1, owner, state["bank"]["score"].masked_fill(~used, -torch.inf), "amax")[:, :6]
         assert torch.equal(scores.isfinite(), expected.isfinite())
         assert_close(f"scores {i}", expected[expected.isfinite()], scores[expected.isfinite()], FORWARD)
 
@@ -118,9 +118,9 @@ def test_parity_in_inference(golden, similarity, dtype):
     for i, bank in memory["bank"].items():
         state, chunks = cache.states[i], len(memory["pool_doc_ids"])
         assert cache.states[i]["chunks"].item() == chunks
-        assert torch.equal(state["bank.document"][0, :chunks] + 1, memory["pool_doc_ids"])
+        assert torch.equal(state["bank"]["document"][0, :chunks] + 1, memory["pool_doc_ids"])
         for expected, name in ((bank["k"], "k"), (bank["v"], "v"), (bank["rk"], "router_k")):
-            got = state[f"bank.{name}"][:, :chunks].transpose(1, 2)
+            got = state["bank"][name][:, :chunks].transpose(1, 2)
             # For cosines the released code keeps normalised router keys.
             got = F.normalize(got, dim=-1) if name == "router_k" and similarity == "cosine" else got
             assert_close(f"bank {name} {i}", expected, got, FORWARD)
@@ -148,7 +148,7 @@ def test_parity_in_inference(golden, similarity, dtype):
     for hook in hooks:
         hook.remove()
     for i, routed in golden["routing"].items():
-        scores = cache.states[i]["bank.score"][:, :13]
+        scores = cache.states[i]["bank"]["score"][:, :13]
         of_documents = torch.stack([scores[:, memory["pool_doc_ids"] == n + 1].amax(1) for n in range(6)], 1)
         best = of_documents.sort(dim=1, descending=True)
         assert torch.equal(best.indices[:, :2], routed["doc_ids"])

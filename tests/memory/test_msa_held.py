@@ -21,7 +21,7 @@ def test_a_bank_from_elsewhere():
     whole = step(mixer, x, **context(doc_ids.expand(2, -1))).y_BTD
     for number, (start, end) in enumerate([(3, 12), (12, 13), (13, 17), (17, 30)]):
         state = step(mixer, x[:1, start:end], **context(doc_ids[:, start:end])).state
-        chunks = {name: state[f"bank.{name}"][:, : state["chunks"]] for name in ("k", "v", "router_k", "size")}
+        chunks = {name: state["bank"][name][:, : state["chunks"]] for name in ("k", "v", "router_k", "size")}
         parts.append({**chunks, "number": torch.full_like(chunks["size"], number)})
     bank = {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
     state = step(mixer, x[:, :3], **context(doc_ids[:, :3].expand(2, -1))).state
@@ -41,12 +41,12 @@ def test_documents_chosen_elsewhere_are_seen_without_a_query():
     x = inputs(doc_ids.shape[1])
     state = step(mixer, x[:, :20], **context(doc_ids[:, :20])).state
     unseen = step(mixer, x[:, 20:], state).y_BTD
-    chosen_C = torch.arange(state["bank.size"].shape[1]) // 2 != 1
-    state |= {"bank.asked": chosen_C.long()[None], "bank.score": chosen_C.double()[None]}
+    chosen_C = torch.arange(state["bank"]["size"].shape[1]) // 2 != 1
+    state["bank"] |= {"asked": chosen_C.long()[None], "score": chosen_C.double()[None]}
     chosen = step(mixer, x[:, 20:], state).y_BTD
     assert relative_error(unseen, chosen) > 1e-3
     # Document 2, which was not chosen, does not change them.
-    state["bank.k"] = state["bank.k"] + 9.0 * ~chosen_C[:, None, None]
+    state["bank"]["k"] = state["bank"]["k"] + 9.0 * ~chosen_C[:, None, None]
     assert torch.equal(chosen, step(mixer, x[:, 20:], state).y_BTD)
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from memlm import MemLMForCausalLM
 from memlm.memory import titans, titans_lmm
 from memlm.memory.base import Dims
+from memlm.memory.state import in_order, mapped
 from memlm_kernels import read_memory
 from memlm_kernels.testing import assert_close
 from tests.conftest import Stands, build, model_config, step
@@ -133,19 +134,19 @@ def norm_of(tensors):
 def test_norms_are_of_the_calls_end_and_updates_of_all_the_call(memory):
     """Whether a row starts without a memory, with zeros, or with the memory of another document."""
     mixer = build(memory).model.layers[0].mixer
-    part = {"titans_lmm": "", "titans_tnt": "global."}.get(memory, "memory.")
+    part = {"titans_tnt": "global"}.get(memory, "memory")
     owner = getattr(mixer, "memory", mixer)
     learned = [w.expand(2, *w.shape) for w in (owner if memory == "lact" else owner.store).memory()]
 
     def weights(state):
-        return [x for name, x in sorted(state.items()) if name.startswith(f"{part}weights.")]
+        return in_order(state.get(part, state)["weights"])
 
     x = torch.randn(2, 75, 64, dtype=torch.float64)
     empty = mixer.init_state(2, x.device, x.dtype)
     first = step(mixer, x)
     places = torch.cat([torch.arange(30), torch.arange(45)]).expand(2, 75)
     packed = {"given_BT": places, "max_documents": 2}
-    reset = {name: x.clone().index_fill_(0, torch.tensor([1]), 0) for name, x in first.state.items()}
+    reset = mapped(lambda x: x.clone().index_fill_(0, torch.tensor([1]), 0), first.state)
     reset = Stands(reset, torch.tensor([75, 0]))
     for state, facts, start in (
         (None, {}, learned),

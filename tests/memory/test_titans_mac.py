@@ -5,6 +5,7 @@ import torch
 
 from memlm.memory import titans_mac
 from memlm.memory.rows import Rows
+from memlm.memory.state import in_order
 from memlm_kernels.testing import assert_close
 from tests.conftest import build, step
 
@@ -25,7 +26,7 @@ def written_out(mixer, x):
         if t % size == 0:
             pairs = []
             if memory is not None:
-                weights = tuple(memory[f"weights.{i}"] for i in range(mixer.config.memory_depth))
+                weights = in_order(memory["weights"])
         q, gate, conv = mixer.memory(x[:, t : t + 1], conv, Rows.of(x[:, t : t + 1]), step="ask")
         pairs += [mixer.memory.recall(q, gate, weights), x[:, t : t + 1]]
         seen.append(step(mixer.attention, torch.cat(pairs, 1)).y_BTD[:, -1:])

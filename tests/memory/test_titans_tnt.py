@@ -5,7 +5,7 @@ import torch
 
 from memlm import MemLMConfig, MemLMForCausalLM
 from memlm.memory import titans_tnt
-from memlm.memory.base import Dims, substate
+from memlm.memory.base import Dims
 from memlm.memory.rows import Rows
 from memlm_kernels.testing import assert_close
 from tests.conftest import build, model_config, step
@@ -22,7 +22,7 @@ def test_the_layer_is_its_equations():
     x = torch.randn(2, 27, 64, dtype=torch.float64)
     rows, empty = Rows.of(x), mixer.init_state(2, x.device, x.dtype)
     q, k, v, _ = mixer.project(x, empty, rows)
-    o, *_ = mixer.store(x, q, k, v, substate(empty, "global"), rows)
+    o, *_ = mixer.store(x, q, k, v, empty["global"], rows)
     for start in range(0, 27, 8):
         at = slice(start, start + 8)
         scores = (q[:, at, None] * k[:, None, at]).sum(-1)  # query, key
@@ -41,13 +41,13 @@ def test_local_memories_start_afresh_and_the_global_one_goes_on():
     x = torch.randn(1, 24, 64, dtype=torch.float64)
     state = step(mixer, x[:, :17]).state
     fresh = mixer.local_stores[0](*_inputs(mixer, x[:, 16:17]), {}, Rows.of(x[:, 16:17]))[1]
-    assert state["local0.weights.0"].shape == fresh["weights.0"].shape
+    assert state["local0"]["weights"]["0"].shape == fresh["weights"]["0"].shape
     other = x.clone()
     other[:, :8] += 1.0
     changed = step(mixer, other[:, :17]).state
     conv_sees = 16 - (mixer.config.conv_size - 1) >= 8
-    assert conv_sees and torch.equal(state["local0.weights.0"], changed["local0.weights.0"])
-    assert not torch.equal(state["global.weights.0"], changed["global.weights.0"])
+    assert conv_sees and torch.equal(state["local0"]["weights"]["0"], changed["local0"]["weights"]["0"])
+    assert not torch.equal(state["global"]["weights"]["0"], changed["global"]["weights"]["0"])
 
 
 def _inputs(mixer, x):

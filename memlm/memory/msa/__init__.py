@@ -22,7 +22,7 @@ documents that all query tokens of the call chose together. A query token can ch
 sample. Without roles, all tokens are a response: they use causal attention, and also see the documents that were read
 before.
 
-The keys ``bank.*`` of the state hold the documents. They may also be put in from outside, from a bank: see ``held``.
+The part ``bank`` of the state holds the documents. They may also be put in from outside, from a bank: see ``held``.
 After a question to a bank, the state keeps only the documents that this question chose. When a response continues
 without roles, the choice is final. The chosen chunks are then put once before the keys of the tokens outside
 documents, and later tokens run plain attention.
@@ -48,11 +48,12 @@ from transformers import initialization as init
 
 from memlm.layers import rotary
 from memlm.memory import attention
-from memlm.memory.base import Dims, MixerOutput, substate
+from memlm.memory.base import Dims, MixerOutput
 from memlm.memory.kv import append, join
 from memlm.memory.msa import held, router
 from memlm.memory.msa.layout import COUNTERS, Layout, Stream, Within, boundaries, sizes_of
-from memlm.memory.rows import Rows, State
+from memlm.memory.rows import Rows
+from memlm.memory.state import State
 from memlm.roles import Roles
 from memlm.settings import require
 from memlm_kernels import route_documents, segment_mean_pool
@@ -162,16 +163,16 @@ class Mixer(attention.Mixer):
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         kept = (batch_size, 0, self.dims.num_key_value_heads, self.dims.head_dim)
         zeros = torch.zeros(kept, device=device, dtype=dtype)
-        state = {name: torch.zeros(batch_size, dtype=torch.int64, device=device) for name in COUNTERS}
+        state: State = {name: torch.zeros(batch_size, dtype=torch.int64, device=device) for name in COUNTERS}
         # Keys and values of tokens outside documents, and of the open document.
-        state |= {"k": zeros, "v": zeros, "open.k": zeros, "open.v": zeros}
+        state |= {"k": zeros, "v": zeros, "open": {"k": zeros, "v": zeros}}
         if self.msa.routes:
             none = torch.zeros(batch_size, 0, dtype=torch.int64, device=device)
             # Marks the chosen chunks among the first keys in ``k``; empty while the choice may change.
             state["front"] = none.bool()
-            state |= {f"bank.{name}": exact(zeros) for name in ("k", "v", "router_k")}
-            state |= {f"bank.{name}": none for name in ("size", "document", "number", "asked")}
-            state |= {"bank.score": exact(zeros[:, :, 0, 0]), "bank.found": none.bool()}
+            state["bank"] = {name: exact(zeros) for name in ("k", "v", "router_k")}
+            state["bank"] |= dict.fromkeys(("size", "document", "number", "asked"), none)
+            state["bank"] |= {"score": exact(zeros[:, :, 0, 0]), "found": none.bool()}
         return state
 
     def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
@@ -194,8 +195,8 @@ class Mixer(attention.Mixer):
         aux_losses: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         after = dict(layout.after)
-        after |= {name: before[name] for name in ("k", "v", "open.k", "open.v", "front") if name in before}
-        outputs, bank = [], substate(before, "bank")
+        after |= {name: before[name] for name in ("k", "v", "open", "front") if name in before}
+        outputs, bank = [], dict(before["bank"]) if config.routes else {}
         if layout.within is not None:
             of_documents = heads.of(layout.within.stream)
             seen, kept = self._within(layout.within, of_documents, before)
@@ -205,7 +206,7 @@ class Mixer(attention.Mixer):
                 bank = self._pooled(layout, layout.within, x_BTD, of_documents, bank, rows.roles)
         elif rows.lengths_B is None and x_BTD.shape[1]:
             # No row has an open document now.
-            after |= {name: before[name][:, :0] for name in ("open.k", "open.v")}
+            after["open"] = {name: x[:, :0] for name, x in before["open"].items()}
         if layout.outside is not None and x_BTD.shape[1]:
             outside, chosen_BAC = layout.outside, None
             if config.routes and answers:
@@ -229,7 +230,8 @@ class Mixer(attention.Mixer):
         y_BTHK = torch.cat(outputs, 1) if outputs else q_BTHK
         if layout.source_BT is not None:
             y_BTHK = pick(y_BTHK, layout.source_BT)
-        after |= {f"bank.{name}": x for name, x in bank.items()}
+        if config.routes:
+            after["bank"] = bank
         if bank_asked:
             after = held.arranged(after, bank, self._chosen(bank, after["chunks"]))
         return MixerOutput(self.o_proj(rearrange(y_BTHK, "b t h k -> b t (h k)")), after, aux_losses, metrics)
@@ -237,15 +239,15 @@ class Mixer(attention.Mixer):
     def _within(self, documents: Within, heads: Heads, before: State) -> tuple[Tensor, State]:
         """Attention inside each document. The state keeps the document that is still open."""
         self._check_backend()
-        stream, counts, new, past = documents.stream, documents.counts, heads.q.shape[1], before["open.k"].shape[1]
-        k, v = join(before["open.k"], heads.k), join(before["open.v"], heads.v)
+        stream, counts, new, opened = documents.stream, documents.counts, heads.q.shape[1], before["open"]
+        past, k, v = opened["k"].shape[1], join(opened["k"], heads.k), join(opened["v"], heads.v)
         if past == 0:
             y = self._on_rows(documents, heads)
         else:
             y = self._attend(heads.q, k, v, None, stream.place_BA, past + counts.longest)
         kept = min(past + new, counts.longest + (past if counts.whole else 0))
         open_k, open_v = (keep_last(x, kept, new, stream.lengths_B) for x in (k, v))
-        return y, {"open.k": open_k, "open.v": open_v}
+        return y, {"open": {"k": open_k, "v": open_v}}
 
     def _on_rows(self, documents: Within, heads: Heads) -> Tensor:
         """Attention for documents that begin in this call: each gets its own row, so plain causal attention fits. Rows
@@ -363,7 +365,7 @@ class Mixer(attention.Mixer):
         """
         assert rows.roles is not None and rows.roles.bank is not None
         assert layout.outside is not None and layout.asks_BA is not None and layout.within is None
-        config, number_BC = self.msa, before["bank.number"].masked_fill(before["bank.size"] == 0, -1)
+        config, number_BC = self.msa, before["bank"]["number"].masked_fill(before["bank"]["size"] == 0, -1)
         require(
             number_BC.shape[1] == 0 or config.query_reduce == config.chunk_reduce == "max",
             f"query_reduce={config.query_reduce!r} and chunk_reduce={config.chunk_reduce!r} let a memory ask a "
@@ -378,10 +380,10 @@ class Mixer(attention.Mixer):
         return before, layout._replace(first_BA=torch.zeros_like(end_BA), end_BA=end_BA, after=after)
 
     def _settled(self, before: State, layout: Layout) -> State:
-        if before["bank.k"].shape[1] == 0 or before["front"].shape[1]:
+        if before["bank"]["k"].shape[1] == 0 or before["front"].shape[1]:
             return before
         spans = layout.first_BA[:, :1], layout.end_BA[:, :1]
-        return held.settled(before, self._chosen(substate(before, "bank"), before["chunks"], spans))
+        return held.settled(before, self._chosen(before["bank"], before["chunks"], spans))
 
     def _chosen(self, bank: State, chunks_B: Tensor, spans: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Chunks that later tokens see, [B, C]; spans: first and end of the documents they may choose, [B, 1] each"""

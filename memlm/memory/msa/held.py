@@ -1,4 +1,4 @@
-"""The documents in a layer's state (keys ``bank.*`` of ``msa``): insertion from a bank, pruning, and the final choice.
+"""The documents in a layer's state (``bank`` of ``msa``): insertion from a bank, pruning, and the final choice.
 
 B batch, A tokens, C chunks, J documents chosen, S local keys, L = C + S.
 """
@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlm.memory.base import substate
-from memlm.memory.rows import State
+from memlm.memory.state import State
 from memlm.settings import require
 from memlm_kernels.grid import pick
 
@@ -22,7 +21,7 @@ def with_documents(state: State, bank: State) -> State:
 
     Raises ValueError if the state holds documents that were read in it.
     """
-    old = substate(state, "bank")
+    old = state["bank"]
     require(
         not bool(((old["number"] < 0) & (old["size"] > 0)).any()),
         "past_key_values: this memory holds documents that were read in it; ask with a fork of it from before them",
@@ -42,7 +41,7 @@ def arranged(state: State, bank: State, kept_BC: Tensor) -> State:
     opens_BC = kept_BC & F.pad(number_BC[:, 1:] != number_BC[:, :-1], (1, 0), value=True)
     bank |= {"document": (opens_BC.cumsum(1) - 1).clamp(min=0), "size": bank["size"] * kept_BC}
     counters = {"chunks": count_B, "documents": opens_BC.sum(1)}
-    return {**state, **{f"bank.{name}": x for name, x in bank.items()}, **counters}
+    return {**state, "bank": bank, **counters}
 
 
 def documents_of(bank: State, chunks_B: Tensor) -> Tensor:
@@ -73,7 +72,7 @@ def settled(state: State, chosen_BC: Tensor) -> State:
     source_BL = torch.cat([order_BC, local_BS], 1).gather(1, place_BL)
     after = {**state, "front": chosen_BC.gather(1, order_BC)}
     for name in ("k", "v"):
-        after[name] = pick(torch.cat([state[f"bank.{name}"].to(state[name].dtype), state[name]], 1), source_BL)
+        after[name] = pick(torch.cat([state["bank"][name].to(state[name].dtype), state[name]], 1), source_BL)
     return after
 
 

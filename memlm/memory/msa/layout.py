@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlm.memory.rows import Rows, State
+from memlm.memory.rows import Rows
+from memlm.memory.state import State
 from memlm.roles import QUERY, RESPONSE, TEMPLATE, RoleCounts, Roles
 from memlm_kernels.grid import pick
 
