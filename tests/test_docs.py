@@ -26,6 +26,9 @@ PAGES = [
     if path.name != "LOG.md"
 ]
 
+# A line of a shell block, without its comment, begins with one of these.
+PROGRAM = r"(?:[A-Z_]+=\S+ )*(?:python|torchrun|pip|git|pytest|accelerate|(?:\./)?scripts/\w+\.sh|for \w+ in|done)(?= |$)"
+
 
 def blocks(document, language):
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), re.S)
@@ -118,6 +121,16 @@ def test_a_library_is_ten_lines(tmp_path, monkeypatch, capsys):
     assert said(code) == "?dwp2W"
     (ask,) = (line for line in lines if line.startswith("print"))
     assert said(ask) != "?dwp2W" and names["bank"].documents() == ["a", "b"]
+
+
+@pytest.mark.parametrize("page", [*PAGES, "LOG.md"])
+def test_a_line_of_a_shell_block_is_one_command(page):
+    """Not the rest of the line before, and no command in its comment, as after a reflow of the page."""
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.S | re.M):
+        for line in block.replace("\\\n", " ").splitlines() if language in ("", "bash") else ():
+            command, _, comment = line.partition("#")
+            assert re.match(rf" *{PROGRAM}", command), f"{page}: {line!r} begins with no command"
+            assert not re.search(rf"{PROGRAM} +\S+\.py", comment), f"{page}: {line!r} has a command in its comment"
 
 
 def commands():
