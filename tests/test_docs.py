@@ -27,7 +27,7 @@ PAGES = [
 ]
 
 # A line of a shell block, without its comment, begins with one of these.
-PROGRAM = r"(?:[A-Z_]+=\S+ )*(?:python|torchrun|pip|git|pytest|accelerate|(?:\./)?scripts/\w+\.sh|for \w+ in|done)(?= |$)"
+PROGRAM = r"(?:[A-Z_]+=\S+ )*(?:python|torchrun|pip|git|pytest|accelerate|\./scripts/\w+\.sh|for \w+ in|done)(?= |$)"
 
 
 def blocks(document, language):
