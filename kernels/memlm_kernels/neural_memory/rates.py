@@ -89,7 +89,8 @@ def _dual_form(streams: Tensor, W: Tensor | None, has_momentum: bool) -> tuple[R
         last = both[:, -1:]
     sizes = [len(products), both.shape[-1] - len(products)]
     (reads, C), (carries, writes) = (x.unflatten(0, of_chunks).split(sizes, -1) for x in (both, last))
-    return Rates(C, reads, writes.mT, carries), (lr, all_logs, write, W, products, keep, *P)
+    # Laid out as it is multiplied, or each product with it would be laid out anew.
+    return Rates(C, reads, writes.mT.contiguous(), carries), (lr, all_logs, write, W, products, keep, *P)
 
 
 class _DualForm(torch.autograd.Function):
