@@ -182,6 +182,25 @@ def test_gradients_through_the_state_equal_those_of_one_call(option):
         assert_close(f"gradient of {name}", e, g, 1e-12)
 
 
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("part", ["weights", "momentum", "anchor"])
+def test_gradients_of_one_result_alone(part, ragged):
+    """What has no gradient counts as a zero."""
+    inputs = make(depth=2, length=11)
+    options = {"cu_seqlens": torch.tensor([[0, 5, 11], [0, 6, 11]])} if ragged else {}
+
+    def alone(*x):
+        return getattr(run(x, 4, **options).state, part)[1]
+
+    def among_all(*x):
+        out = run(x, 4, **options)
+        others = sum(y.sum() for name in ("weights", "momentum", "anchor") for y in getattr(out.state, name))
+        return getattr(out.state, part)[1] + 0 * (others + out.o.sum())
+
+    for name, e, g in zip(names(inputs), grads_of(among_all, inputs), grads_of(alone, inputs), strict=True):
+        assert_close(f"gradient of {name}", e, g, 1e-12)
+
+
 def test_gradients_of_packed_documents_equal_those_of_documents_alone():
     inputs, lengths = make(batch=1, length=23, depth=2), [3, 1, 8, 11]
     cu_seqlens = torch.tensor([[0, *itertools.accumulate(lengths)]])

@@ -59,6 +59,20 @@ def test_surprise_is_made_where_it_is_asked_for(depth, length):
     assert got.surprise is None and torch.equal(expected.o, got.o)
 
 
+@pytest.mark.parametrize("told", [True, False], ids=["place known to the host", "place on the device"])
+def test_a_token_sees_no_recent_token_of_an_earlier_document(told):
+    """A document of one token ends a packed call, so the state also holds the token before it."""
+    inputs = make(batch=1, length=6)
+    state = run(
+        [*(x[:, :5] for x in inputs[:6]), *inputs[6:]], 4, window=3, cu_seqlens=torch.tensor([[0, 4, 5]])
+    ).state
+    token = [*(x[:, 5:] for x in inputs[:6]), *inputs[6:]]
+    alone = run([*(x[:, 4:] for x in inputs[:6]), *inputs[6:]], 4, window=3)
+    out = run(token, 4, window=3, state=state, start=1 if told else None)
+    assert_close("o", alone.o[:, 1:], out.o, 1e-12)
+    assert_close("memory", alone.state.weights[0], out.state.weights[0], 1e-12)
+
+
 def test_a_token_takes_few_operations():
     """A linear memory takes nine kernels and a position, with views between [B, 1, H] and rows."""
     inputs = make(length=9, heads=1)
@@ -67,3 +81,16 @@ def test_a_token_takes_few_operations():
     with torch.no_grad(), Watch() as watch:
         run(token, 4, state=state, start=8, with_surprise=False)
     assert watch.operations <= 28
+
+
+def test_a_chunk_takes_few_operations():
+    """Forward and backward, a chunk of a linear memory takes seven operations more, and a call some three hundred."""
+
+    def training(chunks):
+        inputs = [x.requires_grad_() for x in make(batch=1, heads=1, key=4, length=4 * chunks)]
+        with Watch() as watch:
+            run(inputs, 4, with_surprise=False).o.sum().backward()
+        return watch.operations
+
+    assert training(16) - training(8) <= 8 * 8
+    assert training(8) <= 360

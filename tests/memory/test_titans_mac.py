@@ -6,7 +6,7 @@ import torch
 from memlm.memory import titans_mac
 from memlm.memory.rows import Rows
 from memlm.memory.state import in_order
-from memlm_kernels.testing import assert_close
+from memlm_kernels.testing import Watch, assert_close
 from tests.conftest import build, step
 
 VARIANTS = [
@@ -69,6 +69,19 @@ def test_nothing_leaks_from_later_tokens_of_a_segment(last):
     edited[:, last] += 1.0
     with torch.no_grad():
         assert torch.equal(step(mixer, x).y_BTD[:, :last], step(mixer, edited).y_BTD[:, :last])
+
+
+def test_a_segment_takes_few_operations():
+    """Forward and backward of one more segment."""
+    mixer = build("titans_mac").model.layers[0].mixer
+
+    def training(segments):
+        x = torch.randn(1, 32 * segments, 64, dtype=torch.float64, requires_grad=True)
+        with Watch() as watch:
+            step(mixer, x).y_BTD.sum().backward()
+        return watch.operations
+
+    assert training(4) - training(2) <= 2 * 670
 
 
 def test_bad_settings_are_named():

@@ -224,8 +224,11 @@ def inner(
 
 def gradient_norm(inputs: Layers, errors: Layers) -> Tensor:
     """The norm of each token's gradient over all layers. The norm of an outer product is the product of the norms."""
-    squares = [torch.linalg.vecdot(a, a) * torch.linalg.vecdot(e, e) for a, e in zip(inputs, errors, strict=True)]
-    return sum(squares[1:], squares[0]).sqrt()
+    norms = [
+        torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(e, dim=-1)
+        for a, e in zip(inputs, errors, strict=True)
+    ]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
 
 
 class Reads(NamedTuple):

@@ -92,7 +92,7 @@ def leave_backward(
         d_wide.baddbmm_(x.scaled[i], place.M[i + 1])
         if not x.of_keys:
             backs.append(torch.bmm(x.wide[i], place.M[i + 1].mT))
-            collect(backs[-1], scales, d_narrow)
+            collect(backs[-1], scales[i], d_narrow)
         place.parts[i].baddbmm_(carry, place.parts[i + 1])
     return backs
 

@@ -119,7 +119,7 @@ class Scan(torch.autograd.Function):
                 entered = room if kept_whole else M
                 kept.append([*entered, *(anchor if _goes_on(start, plan, flags) else ())])
             passed, inputs, errors = [], [], []
-            k_n, v_n, carry_n, writes_n = (x.unbind() for x in (k_group, v_group, of_group.carries, of_group.writes))
+            k_n, v_n, carry_n = (x.unbind() for x in (k_group, v_group, of_group.carries))
             # The narrow side of the first layer, if it is the keys, which are known before the loop.
             to_M_n = spread(k_group, of_group.writes).mT.unbind() if by_keys else ()
             for i in range(count):
@@ -129,7 +129,7 @@ class Scan(torch.autograd.Function):
                 tokens, a, e = inner(plan, k_n[i], v_n[i], maps(anchor, k), tail)
                 for layer, of_layer in enumerate(places):
                     narrow, wide = narrow_first(a[layer], e[layer])
-                    to_M = to_M_n[i] if by_keys and layer == 0 else spread(narrow, writes_n[i]).mT
+                    to_M = to_M_n[i] if by_keys and layer == 0 else spread(narrow, of_group.writes[i]).mT
                     leave(of_layer, i, carry_n[i], to_M, wide)
                 passed.append([*tokens.hidden, *tokens.behind, tokens.f])
                 inputs.append(a[1:])
@@ -185,8 +185,10 @@ class Scan(torch.autograd.Function):
             _lay_gradient(x[0], given, like)
         # Whether each block is its own anchor.
         own = flags is None and plan.blocks == 1
-        d_anchor = [x[0] for x in _room([like[:1] for like in memories], 1)]
-        for x, of_layer, like in zip(d_anchor, d_anchors, memories, strict=True):
+        d_anchor: list[Tensor] = []
+        if not own or any(x is not None for x in d_anchors):
+            d_anchor = [x[0] for x in _room([like[:1] for like in memories], 1)]
+        for x, of_layer, like in zip(d_anchor, d_anchors, memories, strict=False):
             _lay_gradient(x, [of_layer], like)
         d_initial = [torch.zeros_like(x) for x in d_anchor] if flags else []
         d_tail = None if tail is None else Tail(*(torch.zeros_like(x) for x in tail))
@@ -224,17 +226,19 @@ class Scan(torch.autograd.Function):
             d = read_backward(
                 plan, d_group.flatten(0, 1), q_group.flatten(0, 1), kept, entered, at_once, again, d_entered
             )
-            if own and start + count == chunks and d_anchors[0] is not None:
+            if own and d_anchor and start + count == chunks:
                 for place, of_anchor in zip(d_places, d_anchor, strict=True):
                     place.W[count - 1].add_(of_anchor)
             d_inputs, d_errors = _split(d.inputs, rows), _split(d.errors, rows)
             each, keys = again.split(rows), k_group.mT.unbind()
-            carries, scales, values = of_group.carries.mT.unbind(), of_group.writes.unbind(), v_group.unbind()
+            carries, values = of_group.carries.mT.unbind(), v_group.unbind()
             backs: list[list[Tensor]] = []
             of_k: list[Tensor] = []
             of_v: list[Tensor] = []
             for i in reversed(range(count)):
-                backs.append(leave_backward(d_places, i, carries[i], scales[i], writes, d_inputs[i], d_errors[i]))
+                backs.append(
+                    leave_backward(d_places, i, carries[i], of_group.writes, writes, d_inputs[i], d_errors[i])
+                )
                 to_anchor = [x.W[i] for x in d_places] if own else d_anchor
                 back = inner_backward(
                     plan, d_inputs[i], d_errors[i], values[i], keys[i], anchors[i], tail, each[i], to_anchor
@@ -253,7 +257,7 @@ class Scan(torch.autograd.Function):
             d_left = [x.all[1:].flatten(0, 1) for x in d_places]
             joined = [torch.cat(x[::-1]) for x in zip(*backs, strict=True)]
             of_writes, of_carries = writes_backward(d_left, entered, at_once, again, writes, joined, d.inputs[0])
-            first = entered[0][:, : d_anchor[0].shape[1]] if own else torch.cat([x[0] for x in anchors])
+            first = entered[0][:, : min(memories[0][0].shape[1:])] if own else torch.cat([x[0] for x in anchors])
             d_k.append(d.inputs[0].baddbmm_(d.errors[0], maps([first], k)[0].mT))
             if of_k:
                 d_k[-1].add_(torch.cat(of_k[::-1]))
