@@ -99,6 +99,14 @@ def test_the_page_of_the_kernels_calls_every_op():
     assert set(memlm_kernels.__all__) - called <= {"NeuralMemoryState", "LargeChunkMemoryState"}
 
 
+def test_the_table_of_the_ops_lists_those_that_the_package_exports():
+    """Each op has a place in a row, and every row's op can be called after ``from memlm_kernels import *``."""
+    table = (ROOT / "kernels" / "README.md").read_text().partition("\n| op | equation ")[2].partition("\n\n")[0]
+    listed = [op for row in table.splitlines()[2:] for op in re.findall(r"`([\w.]+)`", row.split("|")[1])]
+    exported = {name for name in memlm_kernels.__all__ if name.islower()} - {"choose", "set_backend"}
+    assert set(listed) == exported | {"MemoryRoutes"} and len(set(listed)) == len(listed)
+
+
 def test_a_layer_is_three_lines(capsys):
     exec(blocks("memlm/README.md", "python")[1], {})
     assert capsys.readouterr().out == "torch.Size([2, 1, 384])\n"

@@ -93,7 +93,7 @@ def test_the_doctor_knows_every_op():
     """It also prints the reasons of ``auto`` and the limits of Triton's kernels, which it reads from the ops."""
     said = dict(line.split(maxsplit=1) for line in run(script="doctor.py").splitlines())
     ops = {name for name in memlm_kernels.__all__ if name.islower() and name not in ("choose", "set_backend")}
-    assert ops | {"torch", "triton", "device", "nominate_documents"} <= said.keys()
+    assert ops | {"torch", "triton", "device"} <= said.keys()
     for op in ("delta_rule", "chunk_topk", "prefix_window_attention", "merge_topk", "neural_memory"):
         if not torch.cuda.is_available():
             assert ", because Triton's interpreter is for tests; triton can run on request;" in said[op]

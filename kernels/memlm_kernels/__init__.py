@@ -43,7 +43,7 @@ from memlm_kernels.neural_memory import (
     segmented_neural_memory,
 )
 from memlm_kernels.recurrence import delta_rule, linear_attention
-from memlm_kernels.route_documents import merge_topk, route_documents
+from memlm_kernels.route_documents import RouterShard, merge_topk, nominate_documents, route_documents
 from memlm_kernels.routed_memory import MemoryRoutes, combine_reads, dispatch_tokens
 from memlm_kernels.segment_mean_pool import segment_mean_pool
 
@@ -51,6 +51,7 @@ __all__ = [
     "LargeChunkMemoryState",
     "MemoryRoutes",
     "NeuralMemoryState",
+    "RouterShard",
     "SegmentedMemoryState",
     "choose",
     "chunk_mean_attention",
@@ -65,6 +66,7 @@ __all__ = [
     "linear_attention",
     "merge_topk",
     "neural_memory",
+    "nominate_documents",
     "prefix_window_attention",
     "read_memory",
     "route_documents",

@@ -62,6 +62,31 @@ def test_rows_in_any_order_meet_the_matrix_of_their_group(rows):
         assert_close("gradient", expected, got, 1e-14)
 
 
+@pytest.mark.parametrize("backend", ["reference", "by_group", "any order"])
+@pytest.mark.parametrize("wide", ["x", "weight"])
+def test_types_mix_and_follow_autocast(backend, wide):
+    """As in torch's own products, fp32 becomes autocast's type. Otherwise the wider type counts."""
+    torch.manual_seed(0)
+    x, weight, sizes = torch.randn(60, 16), torch.randn(4, 8, 16), torch.tensor([3, 0, 50, 7])
+    x, weight = (t if name == wide else t.bfloat16() for name, t in (("x", x), ("weight", weight)))
+
+    def product(x, weight):
+        if backend == "any order":
+            return linear_of_group(x, weight, torch.arange(4).repeat_interleave(sizes))
+        return grouped_linear(x, weight, sizes, backend=backend)
+
+    expected = naive.grouped_linear(x.float(), weight.float(), sizes.tolist())
+    got = product(x, weight)
+    assert got.dtype == torch.float32
+    assert_close("y", expected, got, 1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = product(x, weight)
+    assert narrow.dtype == torch.bfloat16
+    assert_close("y", expected, narrow, 1e-2)
+    for of, grad in zip((x, weight), grads_of(product, [x, weight]), strict=True):
+        assert grad.dtype == of.dtype
+
+
 def test_bad_shapes_are_named():
     with pytest.raises(ValueError, match=r"x \[2, 6\], weight \[5, 3, 7\], sizes \[5\] must be"):
         grouped_linear(torch.zeros(2, 6), torch.zeros(5, 3, 7), torch.zeros(5, dtype=torch.long))

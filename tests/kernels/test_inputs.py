@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import memlm_kernels
 from memlm_kernels import (
+    RouterShard,
     SegmentedMemoryState,
     backend,
     chunk_mean_attention,
@@ -23,11 +25,14 @@ from memlm_kernels import (
     linear_attention,
     merge_topk,
     neural_memory,
+    nominate_documents,
     prefix_window_attention,
+    read_memory,
     route_documents,
     segment_mean_pool,
     segmented_neural_memory,
 )
+from memlm_kernels.grouped_linear import linear_of_group
 from memlm_kernels.testing import Watch, assert_close
 from tests.kernels.test_triton import DEVICE, poisoned  # noqa: F401
 
@@ -105,6 +110,18 @@ def route(top_k=2, **x):
     return route_documents(**x, top_k=top_k, num_documents=3, running=True)
 
 
+def nominate(q, document, number, backend="reference"):
+    """By another backend than ``auto``, which reads scores on a CPU."""
+    keys = q.detach().flatten(0, 1)[:5, :1]
+    shard = RouterShard(keys, document[: len(keys)], number)
+    return nominate_documents(q, [shard], top_k=2, running=True, backend=backend)
+
+
+def read(q, weights, hidden, norm, backend=None):
+    """The only op without a backend."""
+    return read_memory(q, [weights, hidden], norm=(norm, norm))
+
+
 def merge(index, score, **x):
     return merge_topk([(index, score), (index + 1, score)], **{"top_k": 3, **x})
 
@@ -163,10 +180,31 @@ OPS = {
         {"sizes": lambda n: torch.tensor([n // 2, n - n // 2])},
         False,
     ),
+    "linear_of_group": Op(
+        lambda x, weight, group, backend=None: linear_of_group(x, weight, group),
+        {"x": ("T", 4), "weight": (2, 3, 4)},
+        {"group": lambda n: torch.arange(n) % 2},
+        False,
+    ),
+    "read_memory": Op(
+        read, {"q": QK, "weights": (2, 1, 4, 5), "hidden": (2, 1, 5, 4), "norm": (1, 4)}, {}, False
+    ),
+    "nominate_documents": Op(
+        nominate,
+        {"q": (2, "T", 2, 4)},
+        {"document": lambda _: torch.tensor([0, 1, 1, 2, 2]), "number": lambda _: torch.arange(3)},
+        False,
+    ),
 }  # fmt: skip
 BOTH = [(name, b) for name, op in OPS.items() for b in ("reference", "triton") if op.triton or b == "reference"]
 both, every = pytest.mark.parametrize(("name", "by"), BOTH), pytest.mark.parametrize("name", OPS)
 by_triton = pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.triton])
+
+
+def test_every_op_is_here():
+    """``MemoryRoutes`` and the choice of a backend take no floats."""
+    ops = {name for name in memlm_kernels.__all__ if name.islower()} - {"choose", "set_backend"}
+    assert ops <= OPS.keys()
 
 
 @pytest.fixture
@@ -282,7 +320,8 @@ def test_types_that_mix(name):
 def test_no_tokens_and_no_rows(name, by, length, rows):
     op = OPS[name]
     # Tensors that all rows share, and the groups of a product, have other sizes.
-    tensors = {n: x[:rows] if len(x) == 2 and name != "grouped_linear" else x for n, x in op.make(length).items()}
+    shared = ("grouped_linear", "linear_of_group")
+    tensors = {n: x[:rows] if len(x) == 2 and name not in shared else x for n, x in op.make(length).items()}
     for n in op.floats:
         tensors[n].requires_grad_()
     out = [x for x in op.run(tensors, backend=by) if x.requires_grad]
@@ -313,6 +352,16 @@ def routing(x: Tensor, document: Tensor, **settings: Any) -> Any:
     return route_documents(x[..., None, None], x[..., None, None], document, top_k=1, **settings)
 
 
+def reading(x: Tensor, *weights: Tensor, **settings: Any) -> Any:
+    return read_memory(x[None, :, None], weights, **settings)
+
+
+def nominating(x: Tensor, asks: Tensor | None = None, **changed: Any) -> Any:
+    parts = {"k": x[:, None], "document": torch.tensor([0, 0]), "number": torch.tensor([7])}
+    shard = RouterShard(**(parts | {name: changed.pop(name) for name in parts if name in changed}))
+    return nominate_documents(x[None, :, None], [shard], asks=asks, **({"top_k": 1} | changed))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -327,6 +376,27 @@ def routing(x: Tensor, document: Tensor, **settings: Any) -> Any:
         (lambda x: routing(x, x.long(), num_documents=2**31, backend="triton"), "num_documents=2147483648"),
         (lambda x: routing(x, torch.tensor([[0, 2, 1]] * 2), num_documents=3), "document decreases"),
         (lambda x: grouped_linear(x, x[None], torch.tensor([1])), "sizes add up to 1 rows, but x has 2"),
+        (lambda x: linear_of_group(x, x[None], torch.tensor([1, 0])), "group has numbers from 0 to 1"),
+        (lambda x: linear_of_group(x, x[None], torch.tensor([0])), r"group \[1\] must be"),
+        (lambda x: reading(x, x[None, :, None]), r"weights \[\[1, 2, 1, 3\]\] must chain \[B, H, in, out\]"),
+        (lambda x: reading(x, x[0].expand(3, 3)), r"weights \[\[3, 3\]\] must chain \[B, H, in, out\]"),
+        (lambda x: reading(x), r"weights \[\] must chain"),
+        (lambda x: reading(x, torch.eye(3)[None, None], activation="tanh"), "activation='tanh' must be one of gelu, "),
+        (lambda x: reading(x, torch.eye(3)[None, None], norm=(x, x)), r"norm \[\[2, 3\], \[2, 3\]\] must be gain "),
+        (lambda x: reading(x, x.mT[None, None], norm=(x[:1, :2],) * 2), "norm needs K=3 equal to V=2"),
+        (lambda x: nominating(x, top_k=0), "top_k=0"),
+        (lambda x: nominating(x, held=0), "held=0"),
+        (lambda x: nominating(x, similarity="l2"), "similarity='l2' must be one of cosine, dot"),
+        (lambda x: nominating(x, query_reduce="sum"), "query_reduce='sum' must be one of mean, max"),
+        (lambda x: nominating(x, asks=torch.ones(1, 2)), "asks is torch.float32; give bool"),
+        (lambda x: nominating(x, asks=torch.ones(2, 1) > 0), r"asks \[2, 1\] must be \[B, M\] = \[1, 2\]"),
+        (lambda x: nominating(x, number=torch.zeros(0).long()), "document has numbers from 0 to 0; give numbers of"),
+        (lambda x: nominating(x, document=torch.zeros(1).long()), r"shards\[0\].document \[1\] must be"),
+        (lambda x: nominating(x, k=x[:, None].double()), r"shards\[0\].k is float64, q float32"),
+        (
+            lambda x: nominating(x, k=x[:, None].to(torch.float8_e4m3fn)),
+            r"shards\[0\].k is float8_e4m3fn; .* has a scale",
+        ),
     ],
 )
 def test_settings_are_named(call, message):

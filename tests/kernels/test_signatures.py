@@ -14,7 +14,7 @@ ORDER = (
     *("positions", "cu_seqlens", "start", "state", "backend"),
 )
 # These take a bank's parts, or weights to read.
-LISTS = ("merge_topk", "read_memory")
+LISTS = ("merge_topk", "nominate_documents", "read_memory")
 OPS = [name for name in memlm_kernels.__all__ if name.islower() and name not in ("choose", "set_backend")]
 
 

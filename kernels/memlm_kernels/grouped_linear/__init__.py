@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from memlm_kernels.backend import choose
-from memlm_kernels.checks import check_range, check_tensors, number, readable
+from memlm_kernels.backend import as_autocast, choose
+from memlm_kernels.checks import check_range, check_tensors, in_one_type, number, readable
 from memlm_kernels.grouped_linear.reference import by_group, by_tile, grouped_mm, takes_grouped_mm
 from memlm_kernels.segments import counts
 
@@ -33,29 +33,38 @@ def grouped_linear(x: Tensor, weight: Tensor, sizes: Tensor, *, backend: str = "
     backend: ``grouped_mm``, torch's, for bf16 on Hopper and later; ``by_group``, one product per group, on CPUs, where
         sizes may be read; ``reference``, a batched product of tiles of few rows, with a copy of the matrix per tile
 
-    Returns [N, O]. On a GPU the sizes are not checked: groups end where x ends, and rows without a group have
-    arbitrary results. Raises ValueError if shapes, types or devices disagree, the sizes do not add up to N, or the
-    backend cannot run.
+    Returns [N, O], in the wider type of x and weight. On a GPU the sizes are not checked: groups end where x ends, and
+    rows without a group have arbitrary results. Raises ValueError if shapes, types or devices disagree, the sizes do
+    not add up to N, or the backend cannot run.
     """
     if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != weight.shape[2] or sizes.shape != weight.shape[:1]:
         raise ValueError(
             f"x {list(x.shape)}, weight {list(weight.shape)}, sizes {list(sizes.shape)} must be [N, D], [G, O, D], [G]"
         )
-    if x.dtype != weight.dtype:
-        raise ValueError(f"x is {x.dtype}, weight {weight.dtype}; give both one type")
     check_tensors({"x": x, "weight": weight}, {"sizes": sizes})
     check_range("sizes", sizes, 0, len(x) + 1)
     if readable(sizes) and (total := number(sizes.sum())) != len(x):
         raise ValueError(f"sizes add up to {total} rows, but x has {len(x)}")
+    x, weight = in_one_type(*as_autocast(x, weight))
     fast = ["by_group"] if x.device.type == "cpu" else ["grouped_mm"] if takes_grouped_mm(x, weight) else []
     return _BACKENDS[choose("grouped_linear", backend, (*fast, "reference"))](x, weight, sizes)
 
 
 def linear_of_group(x: Tensor, weight: Tensor, group: Tensor) -> Tensor:
-    """The same, y_i = x_i weight[group_i]^T, with rows in any order; group: [N] int64.
+    """y_i = x_i weight[group_i]^T: ``grouped_linear`` with rows in any order.
 
-    A few rows, as in decoding, are not sorted: each takes a copy of its matrix.
+    x: [N, D]   weight: [G, O, D], one matrix per group   group: [N] integers from 0 to G - 1, the group of each row
+
+    Returns [N, O], in the wider type of x and weight. A few rows, as in decoding, are not sorted: each takes a copy of
+    its matrix. Raises ValueError if shapes, types or devices disagree, or, on a CPU, a group is out of range.
     """
+    if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != weight.shape[2] or group.shape != x.shape[:1]:
+        raise ValueError(
+            f"x {list(x.shape)}, weight {list(weight.shape)}, group {list(group.shape)} must be [N, D], [G, O, D], [N]"
+        )
+    check_tensors({"x": x, "weight": weight}, {"group": group})
+    check_range("group", group, 0, len(weight))
+    x, weight = in_one_type(*as_autocast(x, weight))
     groups = len(weight)
     if len(x) <= groups:
         return torch.bmm(weight.index_select(0, group), x[..., None])[..., 0]

@@ -171,10 +171,18 @@ def read_memory(
 ) -> Tensor:
     """Read M(q) without writing.
 
-    q: [B, T, H, K]   weights: [B, H, in, out] for each layer   activation, norm: as in ``neural_memory``
+    q: [B, T, H, K]   weights: one [B, H, in, out] for each layer, from K to V, as ``state.weights`` of
+        ``neural_memory``   activation, norm: as in ``neural_memory``
 
-    Returns [B, T, H, V] in q's dtype.
+    Returns [B, T, H, V] in q's dtype; computes in the dtype of the weights. Raises ValueError if shapes, types or
+    devices disagree, or the activation is unknown.
     """
+    if q.ndim != 4:
+        raise ValueError(f"q {list(q.shape)} must be [B, T, H, K]")
+    check_sizes("q", q)
+    _check_chain(q, weights, weights[-1].shape[-1] if weights and weights[-1].ndim else 0, "B, H", q.shape[::2])
+    _check_network(q, weights[-1].shape[-1], norm, activation)
+    check_tensors({"q": q, **named("weights", weights), **named("norm", norm or ())})
     start = q.transpose(1, 2).to(weights[0].dtype)
     x = start.flatten(0, 1)
     with torch.autocast(q.device.type, enabled=False):
@@ -196,12 +204,17 @@ def _check(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor | None], wei
     for name, gate in gates.items():
         if gate is not None and gate.shape != q.shape[:3]:
             raise ValueError(f"{name} {list(gate.shape)} must be [B, T, H] = {list(q.shape[:3])}")
-    sizes = [q.shape[-1], *(w.shape[-1] for w in weights)]
-    expected = [(q.shape[2], i, o) for i, o in itertools.pairwise(sizes)]
-    if not weights or [tuple(w.shape) for w in weights] != expected or sizes[-1] != v.shape[-1]:
+    _check_chain(q, weights, v.shape[-1], "H", q.shape[2:3])
+
+
+def _check_chain(q: Tensor, weights: Sequence[Tensor], values: int, letters: str, outer: tuple[int, ...]) -> None:
+    """letters: the names of the sizes ``outer``, which come before in and out"""
+    sizes = [q.shape[-1], *(w.shape[-1] if w.ndim else 0 for w in weights)]
+    expected = [(*outer, i, o) for i, o in itertools.pairwise(sizes)]
+    if not weights or [tuple(w.shape) for w in weights] != expected or sizes[-1] != values:
         raise ValueError(
-            f"weights {[list(w.shape) for w in weights]} must chain [H, in, out] from "
-            f"K={q.shape[-1]} to V={v.shape[-1]} with H={q.shape[2]}"
+            f"weights {[list(w.shape) for w in weights]} must chain [{letters}, in, out] from K={q.shape[-1]} to "
+            f"V={values} with [{letters}] = {list(outer)}"
         )
 
 
@@ -213,12 +226,17 @@ def _check_memory(
             raise ValueError(f"{name}={value} must be at least 1")
     if block_size(chunk_size) > 64:
         raise ValueError(f"chunk_size={chunk_size} {BLOCKS}")
+    _check_network(q, v.shape[-1], norm, activation)
+
+
+def _check_network(q: Tensor, values: int, norm: tuple[Tensor, Tensor] | None, activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} must be one of {', '.join(ACTIVATIONS)}")
-    if norm is not None and any(n.shape != v.shape[2:] for n in norm):
-        raise ValueError(f"norm {[list(n.shape) for n in norm]} must be gain and bias [H, V] = {list(v.shape[2:])}")
-    if norm is not None and q.shape[-1] != v.shape[-1]:
-        raise ValueError(f"norm needs K={q.shape[-1]} equal to V={v.shape[-1]}, because M(x) is x + LayerNorm(MLP(x))")
+    outer = (q.shape[2], values)
+    if norm is not None and any(n.shape != outer for n in norm):
+        raise ValueError(f"norm {[list(n.shape) for n in norm]} must be gain and bias [H, V] = {list(outer)}")
+    if norm is not None and q.shape[-1] != values:
+        raise ValueError(f"norm needs K={q.shape[-1]} equal to V={values}, because M(x) is x + LayerNorm(MLP(x))")
 
 
 def _check_state(

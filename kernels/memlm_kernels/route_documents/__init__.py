@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from memlm_kernels.backend import MOST, choose, with_triton
-from memlm_kernels.checks import check_ascending, check_sizes, check_tensors, named, readable
+from memlm_kernels.checks import check_ascending, check_range, check_sizes, check_tensors, named, readable
 from memlm_kernels.route_documents.bank import (
     RouterShard,
     bank_keys,
@@ -82,7 +82,7 @@ def route_documents(
     asks: [B, M] bool, the tokens that route (None: all)
     spans: first and end, [B, M] each: a token may choose documents first to end - 1 (None: all)
     running: reduce over the tokens up to each one, so that no decision depends on a later token; otherwise over all
-    scored: ``scored`` of an earlier call with the same chunks: the tokens of that call count too
+    scored: ``scored`` of an earlier call with the same chunks, two tensors [B, C]: the tokens of that call count too
     similarity: "cosine" (of the pooled key), or "dot" for q . k / sqrt(K)
     head_reduce, query_reduce, chunk_reduce: "mean" or "max"
     return_scores: return the score of every document too, with a gradient; -inf where no token may choose it
@@ -94,14 +94,7 @@ def route_documents(
     the type of q and k. Raises ValueError if a setting is unknown, shapes, types or devices disagree, or the backend
     cannot run. ``naive`` derives the tiled form.
     """
-    for name, value, known in (
-        ("similarity", similarity, SIMILARITIES),
-        ("head_reduce", head_reduce, REDUCTIONS),
-        ("query_reduce", query_reduce, REDUCTIONS),
-        ("chunk_reduce", chunk_reduce, REDUCTIONS),
-    ):
-        if value not in known:
-            raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
+    _check_rule(similarity, head_reduce=head_reduce, query_reduce=query_reduce, chunk_reduce=chunk_reduce)
     if top_k < 1 or tile < 1:
         raise ValueError(f"top_k={top_k} and tile={tile} must be at least 1")
     if k.ndim != 4 or document.shape != k.shape[:2]:
@@ -116,8 +109,7 @@ def route_documents(
     for name, x in {"asks": asks, **named("spans", spans or ())}.items():
         if x is not None and q is not None and x.shape != q.shape[:2]:
             raise ValueError(f"{name} {list(x.shape)} must be [B, M] = {list(q.shape[:2])}")
-    if asks is not None and asks.dtype != torch.bool:
-        raise ValueError(f"asks is {asks.dtype}; give bool")
+    _check_asks(asks)
     score, count = scored or (None, None)
     numbers = {"document": document, "scored.asked": count, **named("spans", spans or ())}
     check_tensors({"q": q, "k": k, "scored.score": score}, numbers | {"asks": None if asks is None else asks.int()})
@@ -152,16 +144,32 @@ def nominate_documents(
     held: int = 1 << 21,
     backend: str = "auto",
 ) -> Best:
-    """A few documents of a whole bank, among which are all that ``route_documents`` would choose at any token.
+    """A few documents of a whole bank, among which are all that ``route_documents`` would choose at any token (Memory
+    Sparse Attention, arXiv:2603.23516).
 
-    q: [B, M, H, K]   asks: [B, M], the tokens that route (None: all)   shards: the parts of the bank
-    held: about the number of scores held at a time; the other settings are those of ``route_documents``
+    q: [B, M, H, K]   shards: the parts of the bank, whose keys are of ``bank_keys``
+    asks: [B, M] bool, the tokens that route (None: all)
+    held: about the number of scores held at a time, at least 1
+    The other settings are those of ``route_documents``.
 
     Returns the documents' numbers [B, R, top_k] and scores, R = M if ``running``, else 1; -1 and -inf where there are
     fewer, as in a row where no token routes. Each shard is a call of ``route_documents``, which reads nothing back
     from the device. With ``auto`` on a CPU, each token keeps its own best, and only the chunks of a tile that beat
-    them are examined. No gradient.
+    them are examined. No gradient. Raises ValueError if a setting is unknown, shapes, types or devices disagree, or
+    the backend cannot run.
     """
+    _check_rule(similarity, head_reduce=head_reduce, query_reduce=query_reduce, chunk_reduce=chunk_reduce)
+    if top_k < 1 or held < 1:
+        raise ValueError(f"top_k={top_k} and held={held} must be at least 1")
+    if q.ndim != 4:
+        raise ValueError(f"q {list(q.shape)} must be [B, M, H, K]")
+    check_sizes("q", q)
+    if asks is not None and asks.shape != q.shape[:2]:
+        raise ValueError(f"asks {list(asks.shape)} must be [B, M] = {list(q.shape[:2])}")
+    _check_asks(asks)
+    check_tensors({"q": q}, {"asks": None if asks is None else asks.int()})
+    for i, shard in enumerate(shards):
+        _check_shard(f"shards[{i}]", shard, q)
     rows = (len(q), q.shape[1] if running else 1)
     if not (shards and q.shape[1]):
         none = torch.full((*rows, top_k), -1, device=q.device)
@@ -221,6 +229,42 @@ def merge_topk(parts: Sequence[tuple[Tensor, Tensor]], *, top_k: int, backend: s
     from memlm_kernels.route_documents.triton import merge_topk_triton
 
     return Best(*merge_topk_triton(index, score, top_k))
+
+
+def _check_rule(similarity: str, **reductions: str) -> None:
+    for name, value in {"similarity": similarity, **reductions}.items():
+        known = SIMILARITIES if name == "similarity" else REDUCTIONS
+        if value not in known:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
+
+
+def _check_asks(asks: Tensor | None) -> None:
+    if asks is not None and asks.dtype != torch.bool:
+        raise ValueError(f"asks is {asks.dtype}; give bool")
+
+
+def _check_shard(name: str, shard: RouterShard, q: Tensor) -> None:
+    k, scale = shard.k, shard.scale
+    if k.ndim != 3 or k.shape[2] != q.shape[3] or not k.shape[1] or q.shape[2] % k.shape[1]:
+        raise ValueError(f"{name}.k {list(k.shape)} must be [C, G, K={q.shape[3]}], where G divides H={q.shape[2]}")
+    if shard.document.shape != k.shape[:1] or shard.number.ndim != 1:
+        raise ValueError(
+            f"{name}.document {list(shard.document.shape)} must be [C] = [{len(k)}], "
+            f"{name}.number {list(shard.number.shape)} [N]"
+        )
+    if (k.dtype == torch.float8_e4m3fn) != (scale is not None) or (
+        scale is not None and scale.shape != (*k.shape[:2], 1)
+    ):
+        raise ValueError(
+            f"{name}.k is {str(k.dtype)[6:]}; float8_e4m3fn has a scale [C, G, 1] of bank_keys, others none"
+        )
+    if k.dtype == torch.float64 and q.dtype != torch.float64:
+        raise ValueError(f"{name}.k is float64, q {str(q.dtype)[6:]}; give q in float64 too, or k in fewer bits")
+    # Keys may be narrower than float64 queries.
+    floats = {f"{name}.k": k if scale is None else None, f"{name}.scale": scale}
+    check_tensors(floats, {f"{name}.document": shard.document, f"{name}.number": shard.number})
+    check_tensors({"q": q}, {f"{name}.document": shard.document})
+    check_range(f"{name}.document", shard.document, -1, len(shard.number))
 
 
 def _too_many(top_k: int) -> str | None:
