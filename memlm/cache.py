@@ -147,6 +147,7 @@ class MemoryCache(Cache):
 
     @property
     def batch_size(self) -> int:
+        """Rows of the states; -1 before the first call."""
         return -1 if self.position is None else len(self.position)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -224,6 +225,7 @@ class MemoryCache(Cache):
             self._map(lambda x: x.clone().index_put_((rows.to(x.device),), zero.to(x)))
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Always raises ValueError: a state cannot forget its last tokens."""
         raise ValueError("a recurrent memory cannot be cropped; fork() it before the tokens you may take back")
 
     def fork(self) -> "MemoryCache":
@@ -251,6 +253,7 @@ class MemoryCache(Cache):
         return self
 
     def to(self, device: torch.device | str) -> "MemoryCache":
+        """Move all states to a device; returns the memory itself."""
         self._map(lambda x: x.to(device))
         return self
 

@@ -18,8 +18,9 @@ class MemLMConfig(PreTrainedConfig):
     >>> mixers = {"memory": {"kind": "titans_mag", "chunk_size": 32}, "full": {"kind": "attention"}}
     >>> config = MemLMConfig(hidden_size=64, mixers=mixers, mixer_pattern=["memory", "full"])  # alternating layers
 
-    mixers: name -> {"kind": ..., its settings}. Defaults are written out, so ``config.json`` alone rebuilds the model
-    mixer_pattern: names of mixers, repeated over the layers
+    mixers: name -> {"kind": ..., its settings}. Defaults are written out, so ``config.json`` alone rebuilds the model.
+        None: full attention in every layer
+    mixer_pattern: names of mixers, repeated over the layers; None: the first mixer in every layer
     intermediate_size: None: 8/3 hidden_size, rounded up to a multiple of 8
     num_key_value_heads: None: num_attention_heads
     head_dim: None: hidden_size / num_attention_heads

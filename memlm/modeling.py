@@ -43,7 +43,7 @@ class MemLMOutput(ModelOutput):
 @dataclass
 class MemLMCausalLMOutput(ModelOutput):
     """loss: the cross-entropy plus all aux_losses
-    logits: [B, T, V]
+    logits: [B, T, V]; with ``logits_to_keep``, of the kept positions alone
     aux_losses: with labels the scalar parts of the loss; without labels [B], for ``auxiliary_loss``
 
     The rest is as in ``MemLMOutput``.
@@ -287,7 +287,11 @@ class MemLMModel(MemLMPreTrainedModel):
 
 
 class MemLMForCausalLM(MemLMPreTrainedModel, MemoryGenerationMixin):
-    """The decoder with its language-model head."""
+    """The decoder with its language-model head.
+
+    >>> model = memlm.MemLMForCausalLM(memlm.MemLMConfig(mixers={"memory": {"kind": "titans_mag"}}))
+    >>> loss = model(input_ids, labels=input_ids).loss
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 

@@ -90,8 +90,7 @@ class MemoryBank:
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
         self.model, self.tokens_per_batch, self.content = model, tokens_per_batch, content
         self.key_dtype = str(model.dtype).removeprefix("torch.") if key_dtype == "auto" else key_dtype
-        config = model.config
-        settings = [config.mixers[name] for name in config.layer_mixers()]
+        settings = [model.config.mixers[name] for name in model.config.layer_mixers()]
         for mixer in settings:
             if mixer["kind"] != "msa":
                 raise ValueError(
@@ -128,7 +127,7 @@ class MemoryBank:
         content: str = "mapped",
         key_dtype: str = "auto",
     ) -> "MemoryBank":
-        """Read documents, name -> token ids (or pairs), ``tokens_per_batch`` tokens at a time.
+        """Read documents, a mapping or an iterable of pairs (name, token ids), ``tokens_per_batch`` tokens at a time.
 
         directory: the bank is saved here while it grows. The same call continues a build that was killed: it reads
             only missing documents, and drops documents that are no longer given
@@ -286,6 +285,7 @@ class MemoryBank:
     ) -> dict[int, list[dict[str, float]]]:
         """The documents that each row's question reads, and their scores, best first: layer -> a dict per row.
 
+        >>> name, score = next(iter(bank.search(question_ids)[layer][0].items()))  # the best of the first row
         input_ids [B, T], doc_ids, inputs: as for ``generate``
         """
         roles = Roles.query(self, input_ids) if doc_ids is None else Roles(doc_ids, bank=self)

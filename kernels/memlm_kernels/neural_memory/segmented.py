@@ -61,10 +61,11 @@ def segmented_neural_memory(
     q, k: [B, T, H, K]   v: [B, T, H, V]   lr, momentum, decay: [B, T, H], as in ``neural_memory``
     chunk_size: tokens of one memory whose gradients are taken at the same weights
     cu_seqlens: [B, S + 1] integers from 0 to T, as in ``linear_attention``; None: each row is one segment
-    state: the state before each segment's first token
+    state: before each segment's first token: memory [B, S, 3, H, K, V] (M, the momentum and the anchor; without
+        momentum 2, M and the anchor) and position [B, S] integers; see ``SegmentedMemoryState``
 
-    Returns o [B, T, H, V] in v's dtype, zeros at padding, and the state after each segment's last token. Raises
-    ValueError if chunk_size < 1, shapes, types or devices disagree, cu_seqlens are out of range, or the backend cannot
+    Returns o [B, T, H, V] in v's dtype, zeros at padding, and the state after each segment's last token. Accumulates
+    in fp32 (fp64 for fp64 inputs). Raises ValueError if chunk_size < 1, shapes, types or devices disagree, cu_seqlens are out of range, or the backend cannot
     run. ``naive`` derives the chunked form.
     """
     if chunk_size < 1:
