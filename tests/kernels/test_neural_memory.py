@@ -185,7 +185,7 @@ def test_gradients_through_the_state_equal_those_of_one_call(option):
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("part", ["weights", "momentum", "anchor"])
 def test_gradients_of_one_result_alone(part, ragged):
-    """What has no gradient counts as a zero."""
+    """An absent gradient counts as a zero."""
     inputs = make(depth=2, length=11)
     options = {"cu_seqlens": torch.tensor([[0, 5, 11], [0, 6, 11]])} if ragged else {}
 
