@@ -315,6 +315,19 @@ def test_types_that_mix(name):
             assert_close(name, expected, got, 1e-3)
 
 
+@every
+@torch.no_grad()
+def test_16_bits_beside_32_are_the_same_numbers_in_32(name):
+    """Whichever tensor has 16 bits; an output may be rounded to them."""
+    op = OPS[name]
+    for narrow in op.floats if len(op.floats) > 1 else ():
+        tensors = op.make()
+        given = tensors[narrow].half()
+        expected, got = (op.run(tensors | {narrow: x}, backend="reference") for x in (given.float(), given))
+        for a, b in zip(expected, got, strict=True):
+            assert_close(f"with {narrow}", a, b.to(a.dtype), 1e-3)
+
+
 @both
 @pytest.mark.parametrize(("length", "rows"), [(0, 2), (TOKENS, 0), (0, 0)])
 def test_no_tokens_and_no_rows(name, by, length, rows):

@@ -38,7 +38,7 @@ from memlm_kernels.neural_memory.reference import (
     neural_memory_reference,
 )
 from memlm_kernels.neural_memory.segmented import SegmentedMemoryOutput, SegmentedMemoryState, segmented_neural_memory
-from memlm_kernels.segments import check_documents
+from memlm_kernels.segments import check_documents, exact
 
 __all__ = [
     "ACTIVATIONS",
@@ -174,7 +174,7 @@ def read_memory(
     q: [B, T, H, K]   weights: one [B, H, in, out] for each layer, from K to V, as ``state.weights`` of
         ``neural_memory``   activation, norm: as in ``neural_memory``
 
-    Returns [B, T, H, V] in q's dtype; computes in the dtype of the weights. Raises ValueError if shapes, types or
+    Returns [B, T, H, V] in q's dtype; computes in fp32 (fp64 for fp64 inputs). Raises ValueError if shapes, types or
     devices disagree, or the activation is unknown.
     """
     if q.ndim != 4:
@@ -183,10 +183,10 @@ def read_memory(
     _check_chain(q, weights, weights[-1].shape[-1] if weights and weights[-1].ndim else 0, "B, H", q.shape[::2])
     _check_network(q, weights[-1].shape[-1], norm, activation)
     check_tensors({"q": q, **named("weights", weights), **named("norm", norm or ())})
-    start = q.transpose(1, 2).to(weights[0].dtype)
+    start = exact(q.transpose(1, 2))
     x = start.flatten(0, 1)
     with torch.autocast(q.device.type, enabled=False):
-        for layer, w in enumerate(weights):
+        for layer, w in enumerate(map(exact, weights)):
             x = torch.bmm(ACTIVATIONS[activation].value(x) if layer else x, w.flatten(0, 1))
         x = x.unflatten(0, start.shape[:2])
         if norm is not None:

@@ -65,8 +65,8 @@ def segmented_neural_memory(
         momentum 2, M and the anchor) and position [B, S] integers; see ``SegmentedMemoryState``
 
     Returns o [B, T, H, V] in v's dtype, zeros at padding, and the state after each segment's last token. Accumulates
-    in fp32 (fp64 for fp64 inputs). Raises ValueError if chunk_size < 1, shapes, types or devices disagree, cu_seqlens are out of range, or the backend cannot
-    run. ``naive`` derives the chunked form.
+    in fp32 (fp64 for fp64 inputs). Raises ValueError if chunk_size < 1, shapes, types or devices disagree, cu_seqlens
+    are out of range, or the backend cannot run. ``naive`` derives the chunked form.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1")
