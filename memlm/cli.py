@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -169,18 +170,26 @@ def help_text(config_dir: Path, config: str) -> str:
     """The groups of a command, their choices with one line each, and its keys, all from the YAML files.
 
     The top of ``<config>.yaml`` describes the command and has examples. A comment after an item of its defaults
-    describes a group, and the first comment of a choice's file the choice.
+    describes a group, the first comment of a choice's file the choice, and a comment before a key the key.
     """
     own = (config_dir / f"{config}.yaml").read_text()
     parts = [_comment(own), "Groups and their choices; * is the default."]
+    notes = _notes(own, "")
     for group, default, meaning in re.findall(r"^  - (\w+): (\w+)  # (.*)$", own, re.MULTILINE):
         lines = [f"{group}=  {meaning}"]
         for name in _choices(config_dir, group):
             first = _comment((config_dir / group / f"{name}.yaml").read_text()).partition("\n")[0]
             lines.append(f"  {'*' if name == default else ' '} {name:<17} {first}")
         parts.append("\n".join(lines))
+        if default != "null":
+            notes |= _notes((config_dir / group / f"{default}.yaml").read_text(), f"{group}.")
     with initialize_config_dir(str(config_dir), version_base="1.3"):
-        parts.append(f"Keys of the default run:\n{OmegaConf.to_yaml(compose(config))}".rstrip())
+        keys = OmegaConf.to_yaml(compose(config))
+    told = []
+    for path, line in _paths(keys):
+        indent = f"{' ' * (len(line) - len(line.lstrip()))}# "
+        told += [*textwrap.wrap(notes.get(path, ""), 110, initial_indent=indent, subsequent_indent=indent), line]
+    parts.append("\n".join(["Keys of the default run:", *told]))
     more = "--cfg job prints the settings of a command without running it, --hydra-help Hydra's own flags."
     return "\n\n".join([*parts, more])
 
@@ -189,6 +198,31 @@ def _comment(text: str) -> str:
     """The comment at the start of a YAML file, after an optional package line."""
     lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
     return "\n".join(line[2:] for line in lines if not line.startswith("# @package"))
+
+
+def _paths(text: str) -> Iterator[tuple[str, str]]:
+    """The lines of a YAML file, each behind its key's whole path, or an empty string."""
+    names: list[str] = []
+    for line in text.splitlines():
+        key = re.match(r"( *)(\w+):", line)
+        if key:
+            names = [*names[: len(key[1]) // 2], key[2]]
+        yield ".".join(names) if key else "", line
+
+
+def _notes(text: str, package: str) -> dict[str, str]:
+    """The comments before keys, by the keys' paths in a whole configuration; without the comment on top of the file.
+
+    package: the path of the file's own keys, unless it names one
+    """
+    notes, comment = {}, []
+    package = f"{named[1]}." if (named := re.search(r"^# @package (\S+)$", text, re.MULTILINE)) else package
+    text = text.removeprefix("\n".join(itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())))
+    for path, line in _paths(text):
+        if path and comment:
+            notes[f"{package}{path}"] = " ".join(comment)
+        comment = [*comment, line.strip("# ")] if line.lstrip().startswith("#") else []
+    return notes
 
 
 def _quoted(key: str, value: str) -> str:

@@ -189,6 +189,23 @@ def test_help_has_a_line_for_every_group_and_choice(config):
         assert lines.count("  * ") == (f"  - {group}: null" not in defaults)
 
 
+@pytest.mark.parametrize(
+    ("config", "key", "meaning"),
+    [
+        ("train", "of_memory", "Settings for single memories, "),
+        ("train", "initialization", "An engineered initialisation "),
+        ("train", "noise_ramp", "The steps between which "),
+        ("train", "init_from", "A run directory or checkpoint folder "),
+        ("evaluate", "bank_documents", "Sizes of banks in documents, "),
+        ("evaluate", "control", "A second run for comparison, "),
+    ],
+)
+def test_help_explains_a_key_by_the_comment_before_it(config, key, meaning):
+    text = help_text(ROOT / "configs", config).partition("Keys of the default run:\n")[2]
+    assert re.search(rf"^( *)# {meaning}.*\n(?:\1# .*\n)*\1{key}:", text, re.MULTILINE)
+    assert all(len(line) <= 120 for line in text.splitlines())
+
+
 def packages():
     return [path.parent for room in ("memlm", "kernels") for path in sorted((ROOT / room).rglob("__init__.py"))]
 
