@@ -324,21 +324,26 @@ def test_reading_a_memory_is_what_its_last_token_read(norm):
     assert_close("read", o[:, -1:], again, 1e-12)
 
 
-@pytest.mark.parametrize("grouping", [(1, True), (3, True), (1, False), (2, False), (5, False)], ids=str)
+@pytest.mark.parametrize(
+    "grouping", [(1, True, 1), (3, True, 2), (1, False, 1), (2, False, 1), (5, False, 3), (5, False, 9)], ids=str
+)
 @pytest.mark.parametrize("ragged", [False, True])
-def test_groups_change_nothing(monkeypatch, grouping, ragged):
-    """Chunks of four blocks begin and end inside groups, whose memories are kept or computed again."""
+@pytest.mark.parametrize("chunk_size", [32, 128])
+def test_groups_change_nothing(monkeypatch, chunk_size, grouping, ragged):
+    """Chunks of one block or four begin and end inside groups, whose memories are kept or computed again."""
     inputs = make(length=500, heads=1, depth=2)
     inputs[3] = inputs[3] / 30
     places = {"cu_seqlens": torch.tensor([[0, 500, 500, 500], [0, 230, 460, 500]])}
 
     def function(*x):
-        out = run(x, 128, **(places if ragged else {}))
+        out = run(x, chunk_size, **(places if ragged else {}))
         return torch.cat([out.o.flatten(), *(w.flatten() for part in out.state[:3] for w in part)])
 
     monkeypatch.setattr(reference, "block_size", lambda *_: 32)
     expected = [function(*inputs), *grads_of(function, inputs)]
-    monkeypatch.setattr(scan, "_groups", lambda memories, k, keep: (grouping[0], grouping[1] and keep))
+    size, kept, span = grouping
+    monkeypatch.setattr(scan, "_groups", lambda memories, k, keep: (size, kept and keep))
+    monkeypatch.setattr(scan, "_span", lambda memories: span)
     with torch.no_grad():
         assert_close("without gradients", expected[0], function(*inputs), 1e-12)
     for name, e, g in zip(

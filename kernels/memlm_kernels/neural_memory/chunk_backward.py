@@ -33,21 +33,24 @@ from memlm_kernels.neural_memory.rates import Rates
 
 
 class ReadGradients(NamedTuple):
+    """to_M: for each layer two factors of the gradient of M in every chunk, which is large."""
+
     q: Tensor
     C: Tensor
     reads: Tensor
     inputs: list[Tensor]
     errors: list[Tensor]
+    to_M: list[tuple[Tensor, Tensor]]
 
 
 def read_backward(
-    plan: Plan, d_z: Tensor, q: Tensor, kept: Reads, M: Layers, rates: Rates, tokens: Again, d_M: Layers
+    plan: Plan, d_z: Tensor, q: Tensor, kept: Reads, M: Layers, rates: Rates, tokens: Again
 ) -> ReadGradients:
-    """d_M: buffers for the gradients of each layer's M."""
     x_of, recalled = [q, *(plan.activation.value(z) for z in kept.before)], list(kept.recalled)
     of_C, of_reads = [], []
     d_inputs: list[Tensor] = []
     d_errors: list[Tensor] = []
+    to_M: list[tuple[Tensor, Tensor]] = []
     for layer in reversed(range(plan.depth)):
         x, a, e, scores = x_of[layer], tokens.inputs[layer], tokens.errors[layer], kept.scores[layer]
         d_errors.insert(0, torch.bmm((rates.C * scores).mT, d_z))
@@ -59,19 +62,20 @@ def read_backward(
             back = torch.bmm(d_z, M[layer].mT)
             of_reads.append(dots(back, x))
             d_x = collect(back, rates.reads)
-            torch.bmm(spread(x, rates.reads).mT, d_z, out=d_M[layer])
+            to_M.insert(0, (spread(x, rates.reads).mT, d_z))
         else:
             of_reads.append(dots(recalled.pop(), d_z))
             scaled = spread(d_z, rates.reads)
-            torch.bmm(scaled.mT, x, out=d_M[layer])
+            to_M.insert(0, (scaled.mT, x))
             d_x = torch.bmm(scaled, M[layer])
         d_x.baddbmm_(d_scores, a)
         d_z = plan.activation.pull_back(d_x, kept.before[layer - 1]) if layer else d_x
-    return ReadGradients(d_z, sum(of_C[1:], of_C[0]), sum(of_reads[1:], of_reads[0]), d_inputs, d_errors)
+    return ReadGradients(d_z, sum(of_C[1:], of_C[0]), sum(of_reads[1:], of_reads[0]), d_inputs, d_errors, to_M)
 
 
 def leave_backward(
     d_places: Sequence[Places],
+    place: int,
     i: int,
     carry: Tensor,
     scales: Tensor,
@@ -82,37 +86,40 @@ def leave_backward(
     """The backward of chunk i, in place: adds to the gradients in ``d_places`` before the chunk, from those after it,
     and to d_inputs and d_errors. The gradient of keys is left to ``writes_backward``, because no other chunk needs it.
 
-    carry: ``rates.carries``, transposed; scales: ``rates.writes``
+    place: of the chunk in ``d_places``; carry: ``rates.carries``, transposed; scales: ``rates.writes``
 
     Returns the gradients of the scaled narrow sides, without those of keys.
     """
     backs = []
-    for place, x, d_a, d_e in zip(d_places, writes, d_inputs, d_errors, strict=True):
+    for of_layer, x, d_a, d_e in zip(d_places, writes, d_inputs, d_errors, strict=True):
         d_narrow, d_wide = narrow_first(d_a, d_e)
-        d_wide.baddbmm_(x.scaled[i], place.M[i + 1])
+        d_wide.baddbmm_(x.scaled[i], of_layer.M[place + 1])
         if not x.of_keys:
-            backs.append(torch.bmm(x.wide[i], place.M[i + 1].mT))
+            backs.append(torch.bmm(x.wide[i], of_layer.M[place + 1].mT))
             collect(backs[-1], scales[i], d_narrow)
-        place.parts[i].baddbmm_(carry, place.parts[i + 1])
+        of_layer.parts[place].baddbmm_(carry, of_layer.parts[place + 1])
     return backs
 
 
-def writes_backward(
-    d_after: Layers, M: Layers, rates: Rates, tokens: Again, writes: Sequence[Writes], backs: list[Tensor], d_k: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The remaining gradients of writes, for a group of chunks at once. Adds to the keys' gradient in place, and
-    returns the gradients of ``rates.writes`` and ``rates.carries``. backs: the results of ``leave_backward``
+def memory_backward(d_after: Layers, M: Layers, wide: Tensor | None, s: int) -> tuple[Tensor | None, Tensor]:
+    """For several chunks at once, the gradients of the first layer's scaled keys, and of ``rates.carries``.
+
+    wide: the other factor of these keys' writes, None if the keys are not the narrow side
     """
-    d_writes, d_carries, s = [], [], rates.reads.shape[-1]
-    for g, memory, x, a, e in zip(d_after, M, writes, tokens.inputs, tokens.errors, strict=True):
-        if x.of_keys:
-            back = torch.bmm(narrow_first(a, e)[1], g.mT)
-            collect(back, rates.writes, d_k)
-        else:
-            back = backs.pop(0)
-        d_writes.append(dots(back, x.narrow))
-        d_carries.append(torch.bmm(by_part(g, s), by_part(memory, s).mT))
-    return sum(d_writes[1:], d_writes[0]), sum(d_carries[1:], d_carries[0])
+    d_carries = [torch.bmm(by_part(g, s), by_part(memory, s).mT) for g, memory in zip(d_after, M, strict=True)]
+    d_keys = None if wide is None else torch.bmm(wide, d_after[0].mT)
+    return d_keys, sum(d_carries[1:], d_carries[0])
+
+
+def writes_backward(writes: Sequence[Writes], backs: Layers, scales: Tensor, d_k: Tensor) -> Tensor:
+    """The gradient of ``rates.writes`` for a group of chunks at once; adds to the keys' gradient in place.
+
+    backs: the gradient of what each layer's writes scale; scales: ``rates.writes``
+    """
+    if writes[0].of_keys:
+        collect(backs[0], scales, d_k)
+    d_writes = [dots(back, x.narrow) for back, x in zip(backs, writes, strict=True)]
+    return sum(d_writes[1:], d_writes[0])
 
 
 class InnerGradients(NamedTuple):

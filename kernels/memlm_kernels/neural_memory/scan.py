@@ -5,7 +5,7 @@ the memories of the group's other chunks again, from the same outer products.
 
 The size of a group follows from three aims. The kept memory takes no more bytes than the group's activations, so the
 kept bytes grow with the tokens, however large the memory and however short the chunks. A group is no larger than that,
-so that its tensors stay in a CPU's cache. And it has at most about sqrt(N) chunks: all memories of a group exist at
+so that its tensors stay in a CPU's cache. And it has at most sqrt(N) chunks: all memories of a group exist at
 once, and the bytes of N / size kept memories and of one group's memories are together smallest there.
 
 Without gradients nothing is kept, and a group is short.
@@ -44,6 +44,7 @@ from memlm_kernels.neural_memory.chunk_backward import (
     enter_backward,
     inner_backward,
     leave_backward,
+    memory_backward,
     read_backward,
     writes_backward,
 )
@@ -178,9 +179,9 @@ class Scan(torch.autograd.Function):
         size, kept_whole = _groups(memories, k, keep=True)
         fresh, counts = _fresh(memories, initial), list(ctx.counts)
         *d_parts, d_anchors = (d_after[i : i + depth] for i in range(0, len(d_after), depth))
-        most = min(size, chunks)
-        room, d_room = [] if kept_whole else _room(memories, most), _room(memories, most + 1)
-        # A group leaves the gradient of the memory before it in the first place.
+        most, span = min(size, chunks), _span(memories)
+        room, d_room = [] if kept_whole else _room(memories, most), _room(memories, min(most, span) + 1)
+        # A span of chunks leaves the gradient of the memory before it in the first place.
         for x, given, like in zip(d_room, zip(*d_parts, strict=True), memories, strict=True):
             _lay_gradient(x[0], given, like)
         # Whether each block is its own anchor.
@@ -219,46 +220,59 @@ class Scan(torch.autograd.Function):
                 if not kept_whole and i + 1 < count:
                     for place, written in zip(places, writes, strict=True):
                         leave(place, i, carry, written.to_M[i], written.wide[i])
-            d_places = _places(d_room, s, count + 1)
-            for place in d_places:
-                place.M[count].copy_(place.M[0])
-            entered, d_entered = ([x.all[:count].flatten(0, 1) for x in of] for of in (places, d_places))
-            d = read_backward(
-                plan, d_group.flatten(0, 1), q_group.flatten(0, 1), kept, entered, at_once, again, d_entered
-            )
-            if own and d_anchor and start + count == chunks:
-                for place, of_anchor in zip(d_places, d_anchor, strict=True):
-                    place.W[count - 1].add_(of_anchor)
+            entered = [x.all[:count].flatten(0, 1) for x in places]
+            d = read_backward(plan, d_group.flatten(0, 1), q_group.flatten(0, 1), kept, entered, at_once, again)
             d_inputs, d_errors = _split(d.inputs, rows), _split(d.errors, rows)
             each, keys = again.split(rows), k_group.mT.unbind()
             carries, values = of_group.carries.mT.unbind(), v_group.unbind()
+            of_keys = again.errors[0] if writes[0].of_keys else None
             backs: list[list[Tensor]] = []
             of_k: list[Tensor] = []
             of_v: list[Tensor] = []
-            for i in reversed(range(count)):
-                backs.append(
-                    leave_backward(d_places, i, carries[i], of_group.writes, writes, d_inputs[i], d_errors[i])
-                )
-                to_anchor = [x.W[i] for x in d_places] if own else d_anchor
-                back = inner_backward(
-                    plan, d_inputs[i], d_errors[i], values[i], keys[i], anchors[i], tail, each[i], to_anchor
-                )
-                of_k += [] if back.k is None else [back.k]
-                of_v += [] if back.v is None else [back.v]
-                if d_tail is not None and back.tail is not None:
-                    d_tail = Tail(d_tail.gain + back.tail.gain, d_tail.bias + back.tail.bias)
-                if flags is not None:
-                    new, opened = flags.opens_document[start + i], flags.opens_chunk[start + i]
-                    enter_backward(d_places, d_anchor, d_initial, new, opened, i)
-                elif not own and (start + i) % plan.blocks == 0:
+            d_keys: list[Tensor] = []
+            d_carries: list[Tensor] = []
+            for first in reversed(range(0, count, span)):
+                length = min(span, count - first)
+                part = slice(first * rows, (first + length) * rows) if length < count else None
+                d_places = _places(d_room, s, length + 1)
+                for place, (narrow, wide) in zip(d_places, d.to_M, strict=True):
+                    place.M[length].copy_(place.M[0])
+                    torch.bmm(_cut(narrow, part), _cut(wide, part), out=place.all[:length].flatten(0, 1))
+                if own and d_anchor and start + first + length == chunks:
                     for place, of_anchor in zip(d_places, d_anchor, strict=True):
-                        place.W[i].add_(of_anchor)
-                        of_anchor.zero_()
-            d_left = [x.all[1:].flatten(0, 1) for x in d_places]
-            joined = [torch.cat(x[::-1]) for x in zip(*backs, strict=True)]
-            of_writes, of_carries = writes_backward(d_left, entered, at_once, again, writes, joined, d.inputs[0])
-            first = entered[0][:, : min(memories[0][0].shape[1:])] if own else torch.cat([x[0] for x in anchors])
-            d_k.append(d.inputs[0].baddbmm_(d.errors[0], maps([first], k)[0].mT))
+                        place.W[length - 1].add_(of_anchor)
+                for at in reversed(range(length)):
+                    i = first + at
+                    backs.append(
+                        leave_backward(d_places, at, i, carries[i], of_group.writes, writes, d_inputs[i], d_errors[i])
+                    )
+                    to_anchor = [x.W[at] for x in d_places] if own else d_anchor
+                    back = inner_backward(
+                        plan, d_inputs[i], d_errors[i], values[i], keys[i], anchors[i], tail, each[i], to_anchor
+                    )
+                    of_k += [] if back.k is None else [back.k]
+                    of_v += [] if back.v is None else [back.v]
+                    if d_tail is not None and back.tail is not None:
+                        d_tail = Tail(d_tail.gain + back.tail.gain, d_tail.bias + back.tail.bias)
+                    if flags is not None:
+                        new, opened = flags.opens_document[start + i], flags.opens_chunk[start + i]
+                        enter_backward(d_places, d_anchor, d_initial, new, opened, at)
+                    elif not own and (start + i) % plan.blocks == 0:
+                        for place, of_anchor in zip(d_places, d_anchor, strict=True):
+                            place.W[at].add_(of_anchor)
+                            of_anchor.zero_()
+                d_left = [x.all[1:].flatten(0, 1) for x in d_places]
+                wide_keys = None if of_keys is None else _cut(of_keys, part)
+                of_span = memory_backward(d_left, [_cut(x, part) for x in entered], wide_keys, s)
+                d_keys += [] if of_span[0] is None else [of_span[0]]
+                d_carries.append(of_span[1])
+            joined = [
+                _join_up(x[::-1]) for x in ([d_keys] if d_keys else []) + [list(x) for x in zip(*backs, strict=True)]
+            ]
+            of_writes = writes_backward(writes, joined, at_once.writes, d.inputs[0])
+            of_carries = _join_up(d_carries[::-1])
+            W = entered[0][:, : min(memories[0][0].shape[1:])] if own else torch.cat([x[0] for x in anchors])
+            d_k.append(d.inputs[0].baddbmm_(d.errors[0], maps([W], k)[0].mT))
             if of_k:
                 d_k[-1].add_(torch.cat(of_k[::-1]))
             d_v.append(torch.cat(of_v[::-1]) if of_v else d.errors[-1].neg())
@@ -282,7 +296,7 @@ def _groups(memories: Sequence[Sequence[Tensor]], k: Tensor, keep: bool) -> tupl
     """The number of blocks of a group, and whether the memory of every block is kept.
 
     A group has so many blocks that its kept memory is no larger than its kept activations, and at least 256 tokens,
-    because small products are slow. Large memories have at most sqrt(N / 2) blocks per group, or 8 without gradients.
+    because small products are slow. Large memories have at most sqrt(N) blocks per group, or 8 without gradients.
     Groups whose memories have up to ``_FEW`` numbers are never cut. Every memory is kept if it is no larger than its
     block's activations.
     """
@@ -293,8 +307,17 @@ def _groups(memories: Sequence[Sequence[Tensor]], k: Tensor, keep: bool) -> tupl
     blocks_worth = of_memory / (of_token * rows * slots)
     size = math.ceil(max(blocks_worth, 256 / (rows * slots)))
     if blocks_worth > 1:
-        size = min(size, math.ceil(math.sqrt(chunks / 2)) if keep else 8)
+        size = min(size, math.isqrt(chunks - 1) + 1 if keep else 8)
     return max(size, _FEW // of_memory), keep and blocks_worth <= 1
+
+
+def _span(memories: Sequence[Sequence[Tensor]]) -> int:
+    """Blocks whose memories' gradients exist at once: of large memories few, so that they stay in a CPU's cache."""
+    return max(1, _FEW // sum(x.numel() for of_layer in memories for x in of_layer))
+
+
+def _cut(x: Tensor, part: slice | None) -> Tensor:
+    return x if part is None else x[part]
 
 
 def _goes_on(start: int, plan: Plan, flags: Flags | None) -> bool:
