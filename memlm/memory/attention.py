@@ -99,7 +99,7 @@ class Mixer(SequenceMixer):
 
     def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
         y_BTHK, _, new_state = self.heads(x_BTD, state, rows)
-        return MixerOutput(self.o_proj(rearrange(y_BTHK, "b t h k -> b t (h k)")), new_state, {}, {})
+        return MixerOutput(self.output(y_BTHK), new_state, {}, {})
 
     def heads(
         self,
@@ -158,6 +158,10 @@ class Mixer(SequenceMixer):
 
     def _heads(self, x_BTC: Tensor) -> Tensor:
         return rearrange(x_BTC, "b t (h k) -> b t h k", k=self.dims.head_dim)
+
+    def output(self, y_BTHK: Tensor) -> Tensor:
+        """The mixer's output [B, T, D] from the heads' reads."""
+        return self.o_proj(rearrange(y_BTHK, "b t h k -> b t (h k)"))
 
     def persistent_tokens(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the persistent tokens, [1, P, G, K]."""

@@ -196,7 +196,7 @@ class Mixer(attention.Mixer):
         config, length, positions_BT = self.chunked, rows.length, rows.positions_BT
         (q_BTHK, k_BTGK, v_BTGK), after = self.project(x_BTD, state, rows)
         if length == 0:
-            return MixerOutput(self.o_proj(q_BTHK.flatten(2)), state, {}, {})
+            return MixerOutput(self.output(q_BTHK), state, {}, {})
         past, kept = state["v"].shape[1], state["pooled"]["k"].shape[1]
         settings = (config.chunk_size, config.window_size)
         chunks = rows.once(("chunks", past, kept, settings), lambda: Chunks.of(rows, past, kept, config))
@@ -253,7 +253,7 @@ class Mixer(attention.Mixer):
             )
             if rows.metrics:
                 metrics["router"] = aux_losses["router"].detach().mean()
-        return MixerOutput(self.o_proj(seen_BTHK.flatten(2)), after, aux_losses, metrics)
+        return MixerOutput(self.output(seen_BTHK), after, aux_losses, metrics)
 
     def _recent_angles(self, rows: Rows, near: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Angles that rotate the last ``near`` keys of the past, or with far_positions rotate them back."""

@@ -77,7 +77,7 @@ class ContextAttention(attention.Mixer):
     ) -> tuple[Tensor, State]:
         """The reads of x, and the new state if ``keep``."""
         y_BSHK, _, state = self.heads(pairs_BSD, state, rows, persistent, keep)
-        return self.o_proj(y_BSHK[:, 1::2].flatten(2)), state
+        return self.output(y_BSHK[:, 1::2]), state
 
 
 class ContextMemory(titans.NeuralMemory):

@@ -42,7 +42,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from transformers import initialization as init
 
@@ -234,7 +233,7 @@ class Mixer(attention.Mixer):
             after["bank"] = bank
         if bank_asked:
             after = held.arranged(after, bank, self._chosen(bank, after["chunks"]))
-        return MixerOutput(self.o_proj(rearrange(y_BTHK, "b t h k -> b t (h k)")), after, aux_losses, metrics)
+        return MixerOutput(self.output(y_BTHK), after, aux_losses, metrics)
 
     def _within(self, documents: Within, heads: Heads, before: State) -> tuple[Tensor, State]:
         """Attention inside each document. The state keeps the document that is still open."""
