@@ -4,6 +4,7 @@ import copy
 import functools
 import importlib
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,11 @@ from omegaconf import OmegaConf
 from memlm import MemLMConfig, MemLMForCausalLM, cli, plugins
 from memlm.memory.rows import Rows
 from memlm.memory.state import named
+
+# nohup, and a shell that starts the tests in the background, ignore signals, and processes inherit this.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 ROOT = Path(__file__).parent.parent
 MEMORIES = sorted(path.stem for path in (ROOT / "configs" / "memory").glob("*.yaml"))
