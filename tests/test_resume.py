@@ -111,6 +111,21 @@ def test_a_save_survives_every_fault(scenario, tmp_path):
     print(every_fault(f"tests.test_resume:{scenario.__name__}", tmp_path))
 
 
+def test_a_signal_waits_until_flops_are_counted(tmp_path, monkeypatch):
+    """torch calls the counter from C++, where an exception of a signal would end the process."""
+    real, counted = loop.count_flops, []
+
+    def and_signal(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        counted.append(real(*arguments))
+        return counted[0]
+
+    monkeypatch.setattr(loop, "count_flops", and_signal)
+    with pytest.raises(Stopped):
+        run(smallest(tmp_path))
+    assert counted and not (tmp_path / "run" / "checkpoints").exists()
+
+
 def interrupted(folder, signals):
     command = [sys.executable, "-m", "tests.interrupted", str(folder), str(signals), "0"]
     done = subprocess.run(

@@ -1,6 +1,8 @@
 """Signals: a run that is asked to stop saves a checkpoint, and exits with the code that shells expect."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
@@ -36,6 +38,17 @@ class Interrupt:
     def __exit__(self, *_: Any) -> None:
         for s, handler in self._before.items():
             signal.signal(s, handler)
+
+    @contextmanager
+    def after(self) -> Iterator[None]:
+        """Stop after the block, not in it: for code that torch calls from C++, where an exception of a signal would end
+        the process.
+        """
+        self.patient = True
+        yield
+        self.patient = False
+        if self.number:
+            raise Stopped(self.number)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         # Launchers repeat SIGTERM, and send it after a Ctrl-C in the terminal.

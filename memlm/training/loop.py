@@ -129,7 +129,8 @@ class Trainer:
             for name, text in self._record().texts().items():
                 if name != checkpoint.FACTS:
                     files.write(self.run_dir / name, text)
-        self._banner()
+        with interrupt.after():
+            self._banner()
         tracker = Tracker(self.run_settings, self.step) if main else None
         agreement, done = Agreement(interrupt, self.accelerator.num_processes), False
         interrupt.patient = True
