@@ -41,8 +41,8 @@ class Interrupt:
 
     @contextmanager
     def after(self) -> Iterator[None]:
-        """Stop after the block, not in it: for code that torch calls from C++, where an exception of a signal would end
-        the process.
+        """Stop after the block, not in it: for code that torch calls from C++, where an exception of a signal would
+        end the process.
         """
         self.patient = True
         yield
