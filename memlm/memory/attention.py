@@ -111,7 +111,7 @@ class Mixer(SequenceMixer):
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], State]:
         """The heads' reads, [B, T, H, K]; q, k, v before rotation; and the new state, which a fresh call may not keep.
 
-        persistent: what ``persistent_tokens`` returns, if the caller has it
+        persistent: the result of ``persistent_tokens``, if the caller has it
         """
         length, fresh = rows.length, rows.fresh
         (q_BTHK, k_BTGK, v_BTGK), new_state = self.project(x_BTD, state, rows)
