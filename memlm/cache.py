@@ -200,7 +200,7 @@ class MemoryCache(Cache):
         return torch.where(rows < 0, rows + size, rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row ``beam_idx[i]`` was."""
+        """Row i becomes the former row ``beam_idx[i]``."""
         self._select("beam_idx", beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:

@@ -91,7 +91,7 @@ class Rule(nn.Module):
         self.config = config
 
     def reset_parameters(self) -> None:
-        """Initialise what the rule itself owns."""
+        """Initialise the rule's own parameters."""
 
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         heads, keys = self.config.num_heads, self.config.head_dim

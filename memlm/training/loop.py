@@ -34,7 +34,7 @@ from memlm_kernels import set_backend
 
 
 def run(cfg: DictConfig) -> None:
-    """Train what the configuration describes, or continue the run in its directory.
+    """Train as the configuration describes, or continue the run in its directory.
 
     Raises ValueError, one line, for mistakes that the user can fix, and ``Stopped`` if a signal ends the run.
     """

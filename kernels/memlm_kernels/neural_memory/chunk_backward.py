@@ -114,7 +114,7 @@ def memory_backward(d_after: Layers, M: Layers, wide: Tensor | None, s: int) -> 
 def writes_backward(writes: Sequence[Writes], backs: Layers, scales: Tensor, d_k: Tensor) -> Tensor:
     """The gradient of ``rates.writes`` for a group of chunks at once; adds to the keys' gradient in place.
 
-    backs: the gradient of what each layer's writes scale; scales: ``rates.writes``
+    backs: the gradient of each layer's scaled sides; scales: ``rates.writes``
     """
     if writes[0].of_keys:
         collect(backs[0], scales, d_k)

@@ -10,7 +10,7 @@ tokens attend, in one softmax, to
 
     score[document] = max over its chunks of max over query tokens of mean over heads of sim(W_q x, R)
 
-The top_k documents are chosen by a hard selection, and their scores do not weight what attention reads. So the
+The top_k documents are chosen by a hard selection, and their scores do not weight attention's reads. So the
 language-model loss gives no gradient to the router's projections: only the router's own loss does (``router``).
 ``routes: false`` is a layer without a router, which sees template and itself; the paper routes in the upper half of
 the layers.
