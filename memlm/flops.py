@@ -16,9 +16,9 @@ from memlm.modeling import MemLMDecoderLayer
 from memlm_kernels import set_backend
 
 
-def count_parameters(model: nn.Module) -> int:
-    """The number of parameters; tied ones count once."""
-    return sum(p.numel() for p in model.parameters())
+def count_parameters(model: nn.Module, trained: bool = False) -> int:
+    """The number of parameters, or of those that are trained; tied ones count once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
 
 
 def count_active_parameters(model: nn.Module) -> int:

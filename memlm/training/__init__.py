@@ -5,6 +5,7 @@ Files:
     loop                the loop: steps, validation, checkpoints
     objective           a batch becomes a loss here; scores of validation
     optim               Muon, AdamW, the schedule
+    trainable           the parameters that a run trains
     settings            the run's settings, checked
     checkpoint          checkpoints that exist completely or not at all
     resume              checks whether a checkpoint belongs to the requested run

@@ -23,7 +23,7 @@ from memlm.flops import count_flops, count_parameters
 from memlm.hub import load_model
 from memlm.modeling import MemLMForCausalLM
 from memlm.settings import check_type
-from memlm.training import checkpoint, resume
+from memlm.training import checkpoint, resume, trainable
 from memlm.training.display import Display
 from memlm.training.interrupt import Agreement, Interrupt, Stopped
 from memlm.training.objective import Objective, Score, model_inputs, score
@@ -70,6 +70,10 @@ class Trainer:
             before.compare_data(self.folder, self.tokenizer, self.mixture.manifests)
         self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer))
         self.model = self._build_model()
+        self.trained = (self.trainer_state or {}).get("trained") or trainable.choose(
+            self.model, self.settings.trainable
+        )
+        trainable.train_only(self.model, self.trained)
         self.optimizers = build_optimizers(self.model, self.optim)
         if self.trainer_state:
             for optimizer, state in zip(self.optimizers, self.trainer_state["optimizers"], strict=True):
@@ -280,7 +284,8 @@ class Trainer:
         if tracker:
             tracker.sync()
             model = self.accelerator.unwrap_model(self.objective).model
-            state: dict[str, Any] = {"step": self.step, "optimizers": [o.state_dict() for o in self.optimizers]}
+            optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+            state: dict[str, Any] = {"step": self.step, "optimizers": optimizers, "trained": self.trained}
             if self.accelerator.scaler is not None:
                 state["scaler"] = self.accelerator.scaler.state_dict()
             texts = self._record().texts()
@@ -293,6 +298,8 @@ class Trainer:
             "processes": self.accelerator.num_processes,
             "batch_size": self.settings.batch_size,
             "forwards": self.forwards,
+            "parameters": count_parameters(self.model),
+            "trained_parameters": count_parameters(self.model, trained=True),
             "device": self.accelerator.device.type,
             "precision": self.accelerator.mixed_precision,
             "memlm": memlm.__version__,
@@ -318,8 +325,10 @@ class Trainer:
         total = self.tokens_per_step() * self.settings.steps
         flops = count_flops(self.model.config, self.config["data"]["seq_len"])
         say = self.display.say
+        trained = count_parameters(self.model, trained=True)
+        some = f" ({trained:,} trained)" if self.settings.trainable is not None else ""
         say(
-            f"memlm {memlm.__version__}: {kinds}, {count_parameters(self.model):,} parameters, "
+            f"memlm {memlm.__version__}: {kinds}, {count_parameters(self.model):,} parameters{some}, "
             f"{flops / 1e6:,.1f} MFLOPs a token forward, on {where}, {'fp32' if precision == 'no' else precision}"
         )
         if device.type == "cpu":

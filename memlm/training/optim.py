@@ -76,17 +76,19 @@ def _orthogonalised(x: Tensor, group: dict[str, Any]) -> Tensor:
 
 
 def build_optimizers(model: nn.Module, optim: OptimSettings) -> list[torch.optim.Optimizer]:
-    """An AdamW, and with ``name: muon`` a Muon for the matrices. Each group stores its peak as ``peak_lr``."""
+    """An AdamW, and with ``name: muon`` a Muon for the matrices, if they have parameters. Each group stores its peak
+    as ``peak_lr``.
+    """
     groups = parameter_groups(model)
     decayed = groups["head"] if optim.name == "muon" else groups["head"] + groups["matrices"]
     adamw = [
         {"params": decayed, "weight_decay": optim.weight_decay},
         {"params": groups["rest"], "weight_decay": 0.0},
     ]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW([g for g in adamw if g["params"]], lr=optim.lr, betas=tuple(optim.betas))
-    ]
-    if optim.name == "muon":
+    optimizers: list[torch.optim.Optimizer] = []
+    if adamw := [group for group in adamw if group["params"]]:
+        optimizers.append(torch.optim.AdamW(adamw, lr=optim.lr, betas=tuple(optim.betas)))
+    if optim.name == "muon" and groups["matrices"]:
         optimizers.append(Muon(groups["matrices"], lr=optim.muon_lr, weight_decay=optim.weight_decay, momentum=0.95))
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from memlm.memory.base import PACKAGE
 from memlm.settings import build_config, check_type, require, suggest
+from memlm.training import trainable
 
 # The largest number of steps, rows or batches; more is a typing mistake.
 _MOST = 10**9
@@ -59,6 +60,7 @@ class TrainSettings:
     validation_batches: batches of each validation
     keep: number of checkpoints that are kept
     init_from: the run, or checkpoint folder, whose weights a new run starts with
+    trainable: the parameters that are trained (``memlm.training.trainable``); null: all
     """
 
     steps: int
@@ -67,6 +69,7 @@ class TrainSettings:
     gradient_checkpointing: bool
     lm_weight: float
     init_from: str | None
+    trainable: str | list | dict | None
     log_every: int
     validate_every: int
     validation_batches: int
@@ -75,11 +78,12 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name not in ("gradient_checkpointing", "init_from", "lm_weight") and value is not None:
+            if name not in ("gradient_checkpointing", "init_from", "trainable", "lm_weight") and value is not None:
                 # The host keeps lists of rows, so their number is limited further.
                 most = 10**6 if name == "batch_size" else _MOST
                 require(1 <= value <= most, f"{name}={value} must be a whole number in [1, {most:,}]")
         require(0 <= self.lm_weight < math.inf, f"lm_weight={self.lm_weight} must not be negative, and be finite")
+        trainable.check(self.trainable)
 
     def forwards(self, processes: int) -> int:
         """Forwards of one process in a step. Raises ValueError if the rows cannot be divided equally among
