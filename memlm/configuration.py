@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from memlm.memory.base import Dims, complete_settings
+from memlm.memory.rope import scaled_rope
 from memlm.settings import check_type, suggest
 
 
@@ -24,6 +25,8 @@ class MemLMConfig(PreTrainedConfig):
     intermediate_size: None: 8/3 hidden_size, rounded up to a multiple of 8
     num_key_value_heads: None: num_attention_heads
     head_dim: None: hidden_size / num_attention_heads
+    rope_scaling: {"rope_type": "linear", "llama3" or "yarn", its numbers} as in transformers; None: no scaling
+    norm_outputs: norms on the outputs of mixer and MLP (OLMo 2), not on their inputs
 
     Raises ValueError with the key, the value and a fix.
     """
@@ -39,6 +42,8 @@ class MemLMConfig(PreTrainedConfig):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    norm_outputs: bool = False
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
@@ -78,6 +83,10 @@ class MemLMConfig(PreTrainedConfig):
             )
             self.head_dim = self.hidden_size // heads
         _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "must be even (rotary positions turn pairs)")
+        try:
+            scaled_rope(self.head_dim, self.rope_theta, self.rope_scaling)
+        except ValueError as error:
+            raise ValueError(f"model.{error}") from None
         if self.num_key_value_heads is None:
             self.num_key_value_heads = heads
         _require(
@@ -128,6 +137,7 @@ class MemLMConfig(PreTrainedConfig):
     def dims(self) -> Dims:
         """The sizes that a mixer receives."""
         assert self.head_dim and self.num_key_value_heads
+        rope = scaled_rope(self.head_dim, self.rope_theta, self.rope_scaling)
         return Dims(
             hidden_size=self.hidden_size,
             num_attention_heads=self.num_attention_heads,
@@ -136,6 +146,8 @@ class MemLMConfig(PreTrainedConfig):
             rope_theta=self.rope_theta,
             rms_norm_eps=self.rms_norm_eps,
             attn_implementation=self._attn_implementation or "sdpa",
+            rope_frequencies=rope.frequencies,
+            rope_scale=rope.scale,
         )
 
     def layer_mixers(self) -> list[str]:
@@ -147,13 +159,21 @@ class MemLMConfig(PreTrainedConfig):
         """A short hash of everything that a ``MemoryCache`` depends on; caches of models with another hash are
         refused.
         """
+        assert self.mixers
         relevant = {name: getattr(self, name) for name in _SETTINGS if name not in _NOT_IN_STATE}
+        relevant["mixers"] = {name: _without_later(settings) for name, settings in self.mixers.items()}
+        relevant = _without_later(relevant)
         return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _require(condition: bool, name: str, value: Any, what: str) -> None:
     if not condition:
         raise ValueError(f"model.{name}={value!r:.80} {what}")
+
+
+def _without_later(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, without newer ones that have their defaults."""
+    return {name: value for name, value in settings.items() if name not in _LATER or value != _LATER[name]}
 
 
 def _plain(value: Any) -> Any:
@@ -169,6 +189,8 @@ _SETTINGS = [name for name in MemLMConfig.__annotations__ if name not in ("model
 _HINTS = {name: MemLMConfig.__annotations__[name] for name in _SETTINGS}
 _VOCABULARY = {"vocab_size", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"}
 _NOT_IN_STATE = {"use_cache", "initializer_range", *_VOCABULARY}
+# Settings newer than the first memories on disk, with their defaults: without them, those memories stay accepted.
+_LATER = {"rope_scaling": None, "norm_outputs": False, "qkv_bias": False, "output_bias": False, "rotary": True}
 # Bounds far above any model, so that a damaged file cannot cause a huge allocation.
 _MOST = {
     "vocab_size": 2**24,

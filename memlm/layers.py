@@ -5,7 +5,7 @@ C channels, H heads, K head dim, W convolution width, N rows of groups, G groups
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -81,21 +81,44 @@ def unit(x: Tensor) -> Tensor:
     return _Unit.apply(x)
 
 
-def rotary_angles(positions_BT: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding (arXiv:2104.09864), as ``rotary`` takes them.
+class Rope(NamedTuple):
+    """A rotary embedding (arXiv:2104.09864), from ``memlm.memory.rope``.
+
+    frequencies: radians per position of each of the head_dim / 2 pairs; None: theta ** -(i / half)
+    scale: a factor on rotated queries and keys (YaRN)
+    """
+
+    head_dim: int
+    theta: float = 10000.0
+    frequencies: tuple[float, ...] | None = None
+    scale: float = 1.0
+
+
+def rotary_angles(positions_BT: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary embedding, as ``rotary`` takes them.
 
     Returns [c, c] and [-s, s], each [B, T, 1, head_dim]. Angles are computed in fp64, so positions are exact far
     beyond 2^24; callers round the results.
     """
-    half = head_dim // 2
-    frequency = theta ** -(torch.arange(half, device=positions_BT.device, dtype=torch.float64) / half)
+    half, device = rope.head_dim // 2, positions_BT.device
+    if rope.frequencies is None:
+        frequency = rope.theta ** -(torch.arange(half, device=device, dtype=torch.float64) / half)
+    else:
+        # From pinned memory, because the host would wait for any other copy.
+        pinned = device.type == "cuda" and not torch.compiler.is_compiling()
+        frequency = torch.tensor(rope.frequencies, dtype=torch.float64, device="cpu", pin_memory=pinned)
+        frequency = frequency.to(device, non_blocking=True)
     angle_BT1K = (positions_BT[..., None].double() * frequency)[:, :, None]
     cos, sin = angle_BT1K.cos(), angle_BT1K.sin()
+    if rope.scale != 1:
+        cos, sin = cos * rope.scale, sin * rope.scale
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
-def rotary(x_BTHK: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the pairs (i, i + K/2) of each head by their angles, as in Llama."""
+def rotary(x_BTHK: Tensor, angles: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Rotate the pairs (i, i + K/2) of each head by their angles, as in Llama; None: no rotation."""
+    if angles is None:
+        return x_BTHK
     cos, sin = (t.to(x_BTHK.dtype) for t in angles)
     return torch.addcmul(x_BTHK * cos, x_BTHK.roll(x_BTHK.shape[-1] // 2, -1), sin)
 

@@ -58,18 +58,26 @@ class MemLMCausalLMOutput(ModelOutput):
 
 
 class MemLMDecoderLayer(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)); with ``norm_outputs`` x + norm(mixer(x)), then x + norm(mlp(x))."""
 
     def __init__(self, config: MemLMConfig, layer_idx: int) -> None:
         super().__init__()
         assert config.mixers and config.intermediate_size
         name = config.layer_mixers()[layer_idx]
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm_outputs = config.norm_outputs
+        if not config.norm_outputs:
+            self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mixer = build_mixer(config.mixers[name], config.dims(), layer_idx, f"model.mixers.{name}")
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if config.norm_outputs:
+            self.post_feedforward_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
+        if self.norm_outputs:
+            mixed = checked(self.mixer(x_BTD, state, rows), self.mixer, x_BTD)
+            x_BTD = x_BTD + self.post_attention_layernorm(mixed.y_BTD)
+            return mixed._replace(y_BTD=x_BTD + self.post_feedforward_layernorm(self.mlp(x_BTD)))
         mixed = checked(self.mixer(self.input_layernorm(x_BTD), state, rows), self.mixer, x_BTD)
         x_BTD = x_BTD + mixed.y_BTD
         return mixed._replace(y_BTD=x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)))

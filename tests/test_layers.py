@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from memlm.layers import ExactLinear, RMSNorm, ShortConv, SwiGLU, rotary, rotary_angles, unit
+from memlm.layers import ExactLinear, RMSNorm, Rope, ShortConv, SwiGLU, rotary, rotary_angles, unit
 from memlm_kernels.testing import assert_close
 
 
 def test_rotary_scores_depend_on_distance_only_even_far_out():
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
-    at = lambda x, p: rotary(x, rotary_angles(torch.tensor([[p]]), 8, 10000.0)).flatten()  # noqa: E731
+    at = lambda x, p: rotary(x, rotary_angles(torch.tensor([[p]]), Rope(8))).flatten()  # noqa: E731
     near = at(q, 7) @ at(k, 3)
     far = at(q, 10**9 + 7) @ at(k, 10**9 + 3)
     assert abs(near - far) < 1e-6
@@ -23,7 +23,7 @@ def test_rotary_turns_as_in_llama():
     q, k = torch.randn(2, 1, 5, 2, 8, dtype=torch.float64)
     angles_TK = torch.arange(3, 8)[:, None] * 10000.0 ** -(torch.arange(4, dtype=torch.float64) / 4).repeat(2)
     cos, sin = angles_TK.cos()[None], angles_TK.sin()[None]
-    mine = [rotary(x, rotary_angles(torch.arange(3, 8)[None], 8, 10000.0)) for x in (q, k)]
+    mine = [rotary(x, rotary_angles(torch.arange(3, 8)[None], Rope(8))) for x in (q, k)]
     for one, other in zip(mine, apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2), strict=True):
         torch.testing.assert_close(one, other)
 

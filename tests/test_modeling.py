@@ -38,6 +38,19 @@ def test_auto_classes_rebuild_the_model_from_its_folder_to_the_bit(tmp_path, tie
     assert again.config.memory_signature() == model.config.memory_signature()
 
 
+@pytest.mark.parametrize(
+    ("kind", "signature"),
+    [("attention", "3a080ae11b389ae2"), ("msa", "512950a2ae0fc80f"), ("chunk_sparse", "a0db1d8ba63bd671")],
+)
+def test_memories_of_earlier_versions_stay_accepted(kind, signature):
+    """A setting that came later and has its default does not change the signature; another value does."""
+    config = MemLMConfig(mixers={"memory": {"kind": kind}})
+    assert config.memory_signature() == signature
+    other = MemLMConfig(mixers={"memory": {"kind": kind, "qkv_bias": True}})
+    scaled = MemLMConfig(mixers={"memory": {"kind": kind}}, rope_scaling={"rope_type": "linear", "factor": 2.0})
+    assert len({c.memory_signature() for c in (config, other, scaled)}) == 3
+
+
 def test_the_model_has_no_buffers():
     """Non-persistent buffers have arbitrary content after from_pretrained, so there are none."""
     assert not list(build().buffers())

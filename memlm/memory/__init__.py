@@ -6,6 +6,7 @@ Files:
     rows                the positions of a call's tokens: ``Rows``, computed once per call
     state               the state of a mixer: dicts of tensors and of dicts, and their names in a file
     parts               parts that several memories share: gates of two branches, starts
+    rope                rotary positions of an extended context
     kv                  keys and values that grow by a token per call, without copies of their past
     attention           full and sliding-window attention, persistent tokens, backends
     titans              Titans' neural memory as a part of a layer

@@ -8,7 +8,7 @@ One number decides which keys a query sees: the distance d from the query back t
 borders, and missing history.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -32,20 +32,41 @@ from memlm_kernels.grid import keep_last
 _BACKENDS = {"sdpa": "auto", "eager": "reference"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Projections:
+    """qk_norm: RMSNorm of queries and keys: true, of each head's (Qwen3); "all", of all heads' together (OLMo 2).
+    qkv_bias: a bias on queries, keys and values (Qwen2).
+    output_bias: a bias on the output.
+    rotary: rotary positions; false for none (the NoPE layers of SmolLM3).
+    """
+
+    qk_norm: bool | str = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    rotary: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.qk_norm in (True, False, "all"), f"qk_norm={self.qk_norm!r} must be true, false or 'all'")
+
+    def projections(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(Projections)}
+
+
 @dataclass(frozen=True)
-class Config:
+class Config(Projections):
     """window_size: tokens a query sees, itself included; null for the whole document.
     conv_size: width of a causal convolution with SiLU on q, k, v; 0 for none.
     persistent_tokens: learned tokens that every query sees, without position (Titans, section 3.3).
-    qk_norm: RMSNorm of each head's queries and keys (Qwen3).
+
+    The rest is as in ``Projections``.
     """
 
     window_size: int | None = None
     conv_size: int = 0
     persistent_tokens: int = 0
-    qk_norm: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             self.window_size is None or self.window_size >= 1,
             f"window_size={self.window_size} must be at least 1, or null for full attention",
@@ -66,14 +87,15 @@ class Mixer(SequenceMixer):
         heads, kv_heads, head_dim = dims.num_attention_heads, dims.num_key_value_heads, dims.head_dim
         self.config, self.dims, self.layer_idx = config, dims, layer_idx
         self.num_key_value_groups = heads // kv_heads
-        self.q_proj = nn.Linear(dims.hidden_size, heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(dims.hidden_size, kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(dims.hidden_size, kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(heads * head_dim, dims.hidden_size, bias=False)
+        self.q_proj = nn.Linear(dims.hidden_size, heads * head_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(dims.hidden_size, kv_heads * head_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(dims.hidden_size, kv_heads * head_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(heads * head_dim, dims.hidden_size, bias=config.output_bias)
         self.sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
         if config.qk_norm:
-            self.q_norm = RMSNorm(head_dim, eps=dims.rms_norm_eps)
-            self.k_norm = RMSNorm(head_dim, eps=dims.rms_norm_eps)
+            together = config.qk_norm == "all"
+            self.q_norm = RMSNorm(heads * head_dim if together else head_dim, eps=dims.rms_norm_eps)
+            self.k_norm = RMSNorm(kv_heads * head_dim if together else head_dim, eps=dims.rms_norm_eps)
         if config.conv_size:
             self.conv = ShortConv(sum(self.sizes), config.conv_size, silu=True)
         if config.persistent_tokens:
@@ -115,7 +137,7 @@ class Mixer(SequenceMixer):
         """
         length, fresh = rows.length, rows.fresh
         (q_BTHK, k_BTGK, v_BTGK), new_state = self.project(x_BTD, state, rows)
-        angles = rows.rotary(self.dims.head_dim, self.dims.rope_theta, k_BTGK.dtype)
+        angles = self.angles(rows, k_BTGK.dtype)
         seen = {"k": rotary(k_BTGK, angles), "v": v_BTGK}
         window = self.config.window_size
         for name, new in seen.items():
@@ -151,13 +173,21 @@ class Mixer(SequenceMixer):
             qkv = torch.cat(projected, -1)
             qkv, history["conv"] = self.conv.over_rows(qkv, state["conv"], rows.history_BT, rows.lengths_B)
             projected = list(qkv.split(self.sizes, -1))
-        q_BTHK, k_BTGK, v_BTGK = (self._heads(x) for x in projected)
-        if self.config.qk_norm:
-            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
-        return (q_BTHK, k_BTGK, v_BTGK), history
+        q_BTC, k_BTC, v_BTC = projected
+        norms = (self.q_norm, self.k_norm) if self.config.qk_norm else (None, None)
+        q_BTHK, k_BTGK = self._heads(q_BTC, norms[0]), self._heads(k_BTC, norms[1])
+        return (q_BTHK, k_BTGK, self._heads(v_BTC)), history
 
-    def _heads(self, x_BTC: Tensor) -> Tensor:
-        return rearrange(x_BTC, "b t (h k) -> b t h k", k=self.dims.head_dim)
+    def _heads(self, x_BTC: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """Heads, normalised each, or all together."""
+        if norm is not None and self.config.qk_norm == "all":
+            x_BTC, norm = norm(x_BTC), None
+        x_BTHK = rearrange(x_BTC, "b t (h k) -> b t h k", k=self.dims.head_dim)
+        return x_BTHK if norm is None else norm(x_BTHK)
+
+    def angles(self, rows: Rows, dtype: torch.dtype, positions: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+        """Rotary angles at the tokens' positions or others; None: this layer does not rotate."""
+        return rows.rotary(self.dims.rope, dtype, positions) if self.config.rotary else None
 
     def output(self, y_BTHK: Tensor) -> Tensor:
         """The mixer's output [B, T, D] from the heads' reads."""
@@ -167,8 +197,10 @@ class Mixer(SequenceMixer):
         """Keys and values of the persistent tokens, [1, P, G, K]."""
         kv_2PC = torch.stack([proj(self.persistent) for proj in (self.k_proj, self.v_proj)])
         kv_2PC = F.silu(kv_2PC) if self.config.conv_size else kv_2PC
+        if self.config.qk_norm == "all":
+            kv_2PC = torch.stack([self.k_norm(kv_2PC[0]), kv_2PC[1]])
         k, v = rearrange(kv_2PC, "s p (h k) -> s 1 p h k", k=self.dims.head_dim)
-        return self.k_norm(k) if self.config.qk_norm else k, v
+        return self.k_norm(k) if self.config.qk_norm is True else k, v
 
     def _attend(
         self,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from memlm import plugins
-from memlm.layers import GroupedLinear, RMSNorm, ShortConv
+from memlm.layers import GroupedLinear, RMSNorm, Rope, ShortConv
 from memlm.memory.rows import Rows
 from memlm.memory.state import State
 from memlm.settings import build_config, require
@@ -27,7 +27,10 @@ PACKAGE = "a YAML of configs/memory begins with '# @package model.mixers.memory'
 
 @dataclass(frozen=True)
 class Dims:
-    """Sizes of the decoder around a mixer."""
+    """Sizes of the decoder around a mixer.
+
+    rope_frequencies, rope_scale: of an extended context, see ``Rope``
+    """
 
     hidden_size: int
     num_attention_heads: int
@@ -36,6 +39,12 @@ class Dims:
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
     attn_implementation: str = "sdpa"
+    rope_frequencies: tuple[float, ...] | None = None
+    rope_scale: float = 1.0
+
+    @property
+    def rope(self) -> Rope:
+        return Rope(self.head_dim, self.rope_theta, self.rope_frequencies, self.rope_scale)
 
 
 class MixerOutput(NamedTuple):

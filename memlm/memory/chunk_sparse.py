@@ -51,7 +51,7 @@ INITIALIZATIONS = ("default", "recall")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(attention.Projections):
     """chunk_size: tokens of a chunk.
     window_size: last tokens that are always seen, at least chunk_size.
     top_k: chunks that a token chooses.
@@ -61,9 +61,10 @@ class Config:
     far_positions: whether rotary positions encode the distance of chosen tokens, as in full attention. Without them,
         far tokens look as in training, however long the document.
     conv_size: width of a causal convolution with SiLU on q, k, v; 0 for none.
-    qk_norm: RMSNorm of each head's queries and keys (Qwen3).
     initialization: "default", or "recall": an engineered prior for associative recall. Queries start equal to keys,
         and the convolution delays each channel of the keys by 0 to conv_size - 1 tokens.
+
+    The rest is as in ``attention.Projections``.
     """
 
     chunk_size: int = 64
@@ -74,10 +75,10 @@ class Config:
     gate: str = "sigmoid"
     far_positions: bool = True
     conv_size: int = 0
-    qk_norm: bool = False
     initialization: str = "default"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("chunk_size", "top_k"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         require(
@@ -168,7 +169,7 @@ class Chunks(NamedTuple):
 
 class Mixer(attention.Mixer):
     def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
-        super().__init__(attention.Config(conv_size=config.conv_size, qk_norm=config.qk_norm), dims, layer_idx)
+        super().__init__(attention.Config(conv_size=config.conv_size, **config.projections()), dims, layer_idx)
         self.chunked = config
         self.choice = ChosenChunks()
         if config.learning == "compressed":
@@ -200,7 +201,7 @@ class Mixer(attention.Mixer):
         past, kept = state["v"].shape[1], state["pooled"]["k"].shape[1]
         settings = (config.chunk_size, config.window_size)
         chunks = rows.once(("chunks", past, kept, settings), lambda: Chunks.of(rows, past, kept, config))
-        angles = rows.rotary(self.dims.head_dim, self.dims.rope_theta, q_BTHK.dtype)
+        angles = self.angles(rows, q_BTHK.dtype)
         turned_BTHK, turned_BTGK = rotary(q_BTHK, angles), rotary(k_BTGK, angles)
         # Past keys are kept in one form, rotated or not. Only near keys are needed in the other: the window and the
         # open chunk.
@@ -255,7 +256,7 @@ class Mixer(attention.Mixer):
                 metrics["router"] = aux_losses["router"].detach().mean()
         return MixerOutput(self.output(seen_BTHK), after, aux_losses, metrics)
 
-    def _recent_angles(self, rows: Rows, near: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _recent_angles(self, rows: Rows, near: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """Angles that rotate the last ``near`` keys of the past, or with far_positions rotate them back."""
         back = self.chunked.far_positions
 
@@ -264,7 +265,10 @@ class Mixer(attention.Mixer):
             return -places_BS if back else places_BS
 
         places_BS = rows.once(("recent", near, back), make)
-        return rows.rotary(self.dims.head_dim, self.dims.rope_theta, dtype, places_BS)
+        rope = self.dims.rope
+        if back:
+            rope = rope._replace(scale=1 / rope.scale)
+        return rows.rotary(rope, dtype, places_BS) if self.config.rotary else None
 
     def _pooled(self, x_BLGK: Tensor, chunks: Chunks, name: str, state: State, after: State) -> Tensor:
         """Means of each chunk's x, [B, N, G, K]; x ends with the call's tokens."""

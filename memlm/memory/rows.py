@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlm.layers import rotary_angles
+from memlm.layers import Rope, rotary_angles
 from memlm.memory.state import State, mapped
 from memlm.roles import RoleCounts, Roles
 from memlm_kernels.segments import counts, next_position
@@ -168,9 +168,7 @@ class Rows:
             return None
         return self.start + self.length
 
-    def rotary(
-        self, head_dim: int, theta: float, dtype: torch.dtype, positions: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def rotary(self, rope: Rope, dtype: torch.dtype, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the rotary embedding, as ``memlm.layers.rotary`` takes them, rounded once to ``dtype``.
 
         positions: positions other than the tokens' own
@@ -178,10 +176,10 @@ class Rows:
         places = self.positions_BT if positions is None else positions
 
         def make() -> tuple[Tensor, Tensor]:
-            cos, sin = rotary_angles(places, head_dim, theta)
+            cos, sin = rotary_angles(places, rope)
             return cos.to(dtype), sin.to(dtype)
 
-        return self.once_for((places,), ("rotary", head_dim, theta, dtype), make)
+        return self.once_for((places,), ("rotary", rope, dtype), make)
 
     def within(self, size: int) -> "Rows":
         """The same tokens, with each document cut into pieces of ``size`` tokens that count as documents."""

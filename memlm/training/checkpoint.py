@@ -197,7 +197,7 @@ def copy_weights(source: str, model: PreTrainedModel, tokenizer: PreTrainedToken
         raise ValueError(
             f"{key}: {wrong[0]} is {there} there and {here} here{others}; set model.* as in {folder / 'config.json'}"
         )
-    for name in ("num_attention_heads", "rope_theta", "rms_norm_eps"):
+    for name in ("num_attention_heads", "rope_theta", "rope_scaling", "norm_outputs", "rms_norm_eps"):
         there, here = (getattr(m.config, name) for m in (source_model, model))
         if there != here:
             raise ValueError(f"{key}: its {name} is {there}, not {here}; set model.{name}={there}")

@@ -16,6 +16,11 @@ VARIANTS = [
     ("none", {"window_size": 1}),
     ("none", {"window_size": 70, "conv_size": 0}),
     ("attention", {"conv_size": 3, "persistent_tokens": 2, "qk_norm": True}),
+    ("attention", {"qk_norm": "all", "qkv_bias": True, "output_bias": True, "rotary": False}),
+]
+FOREIGN = [
+    {"qk_norm": "all", "qkv_bias": True, "output_bias": True, "rotary": False, "persistent_tokens": 2},
+    {"qkv_bias": True, "persistent_tokens": 1},
 ]
 DIMS = Dims(hidden_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=6)
 
@@ -30,6 +35,8 @@ def loop(module, x):
     heads, groups, size = 4, 2, 6
 
     def turn(row, position):
+        if not module.config.rotary:
+            return row
         z = torch.complex(row[: size // 2], row[size // 2 :])
         angle = position * 10000.0 ** (-torch.arange(size // 2, dtype=torch.float64) * 2 / size)
         z = z * torch.polar(torch.ones_like(angle), angle)
@@ -38,10 +45,13 @@ def loop(module, x):
     def norm(rows, module):
         return rows / (rows.square().mean(-1, keepdim=True) + 1e-6).sqrt() * module.weight
 
-    q, k, v = (p(x).unflatten(-1, (-1, size)) for p in (module.q_proj, module.k_proj, module.v_proj))
+    q, k, v = (p(x) for p in (module.q_proj, module.k_proj, module.v_proj))
     always = module.persistent if module.config.persistent_tokens else x[:0]
-    fixed_k, fixed_v = (p(always).unflatten(-1, (-1, size)) for p in (module.k_proj, module.v_proj))
-    if module.config.qk_norm:
+    fixed_k, fixed_v = (p(always) for p in (module.k_proj, module.v_proj))
+    if module.config.qk_norm == "all":
+        q, k, fixed_k = norm(q, module.q_norm), norm(k, module.k_norm), norm(fixed_k, module.k_norm)
+    q, k, v, fixed_k, fixed_v = (z.unflatten(-1, (-1, size)) for z in (q, k, v, fixed_k, fixed_v))
+    if module.config.qk_norm is True:
         q, k, fixed_k = norm(q, module.q_norm), norm(k, module.k_norm), norm(fixed_k, module.k_norm)
     out = []
     for t in range(len(x)):
@@ -59,7 +69,8 @@ def loop(module, x):
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize(
-    "settings", [{}, {"window_size": 3}, {"window_size": 40}, {"persistent_tokens": 2, "qk_norm": True}]
+    "settings",
+    [{}, {"window_size": 3}, {"window_size": 40}, {"persistent_tokens": 2, "qk_norm": True}, *FOREIGN],
 )
 @pytest.mark.parametrize("length", [1, 37])
 def test_equals_a_loop_over_queries(backend, settings, length):
@@ -67,6 +78,9 @@ def test_equals_a_loop_over_queries(backend, settings, length):
     if "qk_norm" in settings:
         for norm in (module.q_norm, module.k_norm):
             torch.nn.init.normal_(norm.weight)
+    for name, p in module.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(p)
     x = torch.randn(2, length, 24, dtype=torch.float64)
     y = step(module, x).y_BTD
     for b in range(2):

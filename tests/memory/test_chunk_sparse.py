@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from memlm import MemLMForCausalLM, MemoryCache
 from memlm.evaluation.ablation import memory_off
-from memlm.layers import rotary, rotary_angles
+from memlm.layers import Rope, rotary, rotary_angles
 from memlm.memory import attention, chunk_sparse
 from memlm.memory.base import Dims
 from memlm.memory.rows import Rows
@@ -35,6 +35,7 @@ VARIANTS = [
     ),
     ("chunk_sparse", {"chunk_size": 1, "window_size": 5, "gate": "tanh", "qk_norm": True}),
     ("chunk_sparse", {"chunk_size": 50, "window_size": 64}),
+    ("chunk_sparse", {"qkv_bias": True, "rotary": False}),
 ]
 EXACT = 1e-10
 SMALL = dict(chunk_size=4, window_size=6, top_k=2)
@@ -65,7 +66,7 @@ def loop(mixer, x):
             z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
             for z, norm in zip(plain[:2], (mixer.q_norm, mixer.k_norm), strict=True)
         )
-    turned = [rotary(z, rotary_angles(positions, 8, 10000.0))[0] for z in plain[:2]]
+    turned = [rotary(z, rotary_angles(positions, Rope(8)))[0] for z in plain[:2]]
     (q, k, v), (turned_q, turned_k) = (z[0] for z in plain), turned
     far_q, far_k = (turned_q, turned_k) if config.far_positions else (q, k)
     rows, nats = [], []

@@ -18,6 +18,7 @@ from tests.conftest import build, same_state, step
 VARIANTS = [
     ("msa", {"routes": False, "qk_norm": False}),
     ("msa", {"router_loss": "bce", "routing": "query"}),
+    ("msa", {"qk_norm": "all", "output_bias": True, "rotary": False}),
 ]
 EXACT = 1e-10
 SMALL = {"chunk_size": 4, "top_k": 2}

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from memlm import MemoryCache
+from memlm.layers import Rope
 from memlm.memory import rows as module
 from memlm.memory.rows import Rows
 from memlm.roles import RoleCounts, Roles
@@ -77,7 +78,7 @@ def test_what_is_made_for_a_tensor_is_of_that_tensor_alone():
     for place in range(50):
         positions = torch.full((1, 2), place)
         seen.add(id(positions))
-        cos, _ = rows.rotary(4, 10000.0, torch.float64, positions)
+        cos, _ = rows.rotary(Rope(4), torch.float64, positions)
         assert cos[0, 0, 0, 0].item() == pytest.approx(torch.tensor(float(place)).cos().item(), abs=1e-6)
     assert len(seen) == 50
 
@@ -87,9 +88,9 @@ def test_angles_are_made_once_for_all_layers(memory, monkeypatch):
     """In each call of a model of two layers: the first call, a continuation, and one token."""
     model, made, real = build(memory), [], module.rotary_angles
 
-    def counted(positions, head_dim, theta):
-        made.append((tuple(positions.shape), head_dim))
-        return real(positions, head_dim, theta)
+    def counted(positions, rope):
+        made.append((tuple(positions.shape), rope.head_dim))
+        return real(positions, rope)
 
     monkeypatch.setattr(module, "rotary_angles", counted)
     cache, calls = MemoryCache(), []

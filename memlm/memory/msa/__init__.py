@@ -38,7 +38,7 @@ Files:
 B batch, T tokens, A tokens outside documents, N within, D hidden, H heads in G groups, K head dim, C chunks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -64,14 +64,13 @@ _NO_LM_GRADIENT = "the choice of documents is hard: only the router's loss, whic
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(attention.Projections):
     """routes: whether this layer chooses documents; if false, only top_k of the routing settings matters.
     chunk_size: tokens that are averaged into one key and value.
     top_k: documents that a query sees.
     routing: "causal": by the query tokens so far; "query": by all query tokens of the call, as released.
     similarity: of router queries and pooled router keys: "cosine", or "dot", over the root of the head dim.
     head_reduce, query_reduce, chunk_reduce: "mean" or "max" over heads, then query tokens, then chunks.
-    qk_norm: RMSNorm of each head's queries and keys (Qwen3).
     router_loss: one of ``router.LOSSES``.
     loss_weight: weight, in each layer, of the router's loss, a mean over a row's samples.
     temperature: temperature of the router loss's softmax.
@@ -79,6 +78,8 @@ class Config:
         The released code treats text inserted during decoding this way.
     positions: where positions after the documents begin: "template", at len(template) + top_k, as released; or
         "top_k".
+
+    The rest is as in ``attention.Projections``.
     """
 
     routes: bool = True
@@ -89,14 +90,15 @@ class Config:
     head_reduce: str = "mean"
     query_reduce: str = "max"
     chunk_reduce: str = "max"
-    qk_norm: bool = True
     router_loss: str = "infonce_decouple"
     loss_weight: float = 0.1
     temperature: float = 0.1
     injection: str = "causal"
     positions: str = "template"
+    qk_norm: bool | str = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("chunk_size", "top_k"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         for name, known in (
@@ -143,7 +145,7 @@ class Mixer(attention.Mixer):
     }
 
     def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
-        super().__init__(attention.Config(qk_norm=config.qk_norm), dims, layer_idx)
+        super().__init__(attention.Config(**config.projections()), dims, layer_idx)
         self.msa = config
         queries, keys, _ = self.sizes
         if config.routes:
@@ -188,7 +190,7 @@ class Mixer(attention.Mixer):
         if bank_asked:
             before, layout = self._retrieved(x_BTD, before, layout, rows)
         (q_BTHK, k_BTGK, v_BTGK), _ = self.project(x_BTD, before, rows)
-        angles = rows.rotary(self.dims.head_dim, self.dims.rope_theta, k_BTGK.dtype, layout.rotary_BT)
+        angles = self.angles(rows, k_BTGK.dtype, layout.rotary_BT)
         heads = Heads(rotary(q_BTHK, angles), rotary(k_BTGK, angles), v_BTGK)
 
         aux_losses: dict[str, Tensor] = {}
