@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ class MemLMConfig(PreTrainedConfig):
     mixers: name -> {"kind": ..., its settings}. Defaults are written out, so ``config.json`` alone rebuilds the model.
         None: full attention in every layer
     mixer_pattern: names of mixers, repeated over the layers; None: the first mixer in every layer
+    max_position_embeddings: the length at which tools such as lm-eval cut a text; the model has no such limit
     intermediate_size: None: 8/3 hidden_size, rounded up to a multiple of 8
     num_key_value_heads: None: num_attention_heads
     head_dim: None: hidden_size / num_attention_heads
@@ -48,6 +52,7 @@ class MemLMConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     use_cache: bool = True
+    max_position_embeddings: int = 2**20
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -110,6 +115,19 @@ class MemLMConfig(PreTrainedConfig):
                 f"is not in model.mixers ({', '.join(self.mixers)})",
             )
         super().__post_init__(**kwargs)
+        # Not a given one: the file that it names is the one beside each saved config.json.
+        self.auto_map = dict(_AUTO_MAP)
+
+    def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
+        """Write the configuration, and beside it the file that its ``auto_map`` names."""
+        super().to_json_file(json_file_path, use_diff)
+        shutil.copyfile(_CODE, Path(json_file_path).with_name(_CODE.name))
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoConfig") -> None:
+        """transformers calls this after ``trust_remote_code=True``; saves would then copy this file too."""
+        if cls is not MemLMConfig:
+            super().register_for_auto_class(auto_class)
 
     def _check_transformers(self, kwargs: dict[str, Any]) -> None:
         """Raise ValueError for values of transformers' own keys that would crash it, or make it run foreign code."""
@@ -188,7 +206,7 @@ def _plain(value: Any) -> Any:
 _SETTINGS = [name for name in MemLMConfig.__annotations__ if name not in ("model_type",)]
 _HINTS = {name: MemLMConfig.__annotations__[name] for name in _SETTINGS}
 _VOCABULARY = {"vocab_size", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"}
-_NOT_IN_STATE = {"use_cache", "initializer_range", *_VOCABULARY}
+_NOT_IN_STATE = {"use_cache", "initializer_range", "max_position_embeddings", *_VOCABULARY}
 # Settings newer than the first memories on disk, with their defaults: without them, those memories stay accepted.
 _LATER = {"rope_scaling": None, "norm_outputs": False, "qkv_bias": False, "output_bias": False, "rotary": True}
 # Bounds far above any model, so that a damaged file cannot cause a huge allocation.
@@ -200,6 +218,13 @@ _MOST = {
     "num_key_value_heads": 2**12,
     "head_dim": 2**14,
     "intermediate_size": 2**20,
+    "max_position_embeddings": 2**40,
+}
+_CODE = Path(__file__).with_name("modeling_memlm.py")
+_AUTO_MAP = {
+    "AutoConfig": f"{_CODE.stem}.MemLMConfig",
+    "AutoModel": f"{_CODE.stem}.MemLMModel",
+    "AutoModelForCausalLM": f"{_CODE.stem}.MemLMForCausalLM",
 }
 # Fields of every transformers configuration, and the keys that it passes to the constructor.
 _INHERITED = {

@@ -6,10 +6,10 @@ Released weights are Qwen3's, plus ``router_q_proj.0`` and ``router_k_proj.0`` i
 is ``temperature`` (a setting here), or with the loss BCE ``b`` (one per layer here). The release trains routers only
 in the upper half of the layers, memlm trains all.
 
-memlm has no settings for ``max_position_embeddings``, ``aux_loss``, ``ansloss_weight``, ``recloss_weight`` and
-``lmloss_weigth``. The conversion back takes them from a copy of the original config.json beside the converted
-checkpoint, or else the released values. The release has no setting for the similarity: with the losses INFONCE_* it
-trains by cosine and serves by dot product. So both are written alike, and read as cosine.
+memlm has no settings for ``aux_loss``, ``ansloss_weight``, ``recloss_weight`` and ``lmloss_weigth``. The conversion
+back takes them from a copy of the original config.json beside the converted checkpoint, or else the released values.
+The release has no setting for the similarity: with the losses INFONCE_* it trains by cosine and serves by dot product.
+So both are written alike, and read as cosine.
 """
 
 from typing import Any
@@ -39,7 +39,6 @@ _WRITTEN = {
     "attention_bias": False,
     "attention_dropout": 0.0,
     "hidden_act": "silu",
-    "max_position_embeddings": 262144,
     "rope_scaling": None,
     "sliding_window": False,
     "use_cache": False,
@@ -130,6 +129,7 @@ def config_to_msa(config: MemLMConfig, before: dict[str, Any]) -> dict[str, Any]
     names += ("bos_token_id", "eos_token_id", "pad_token_id")
     return {
         **_WRITTEN,
+        "max_position_embeddings": config.max_position_embeddings,
         **before,
         **{name: getattr(config, name) for name in names},
         "msa_config": {
@@ -222,6 +222,7 @@ def _config(theirs: dict[str, Any], rope_theta: float, mixers: dict[str, Any], p
         rms_norm_eps=theirs["rms_norm_eps"],
         initializer_range=theirs["initializer_range"],
         tie_word_embeddings=theirs["tie_word_embeddings"],
+        max_position_embeddings=theirs["max_position_embeddings"],
         bos_token_id=theirs.get("bos_token_id"),
         eos_token_id=theirs.get("eos_token_id"),
         pad_token_id=theirs.get("pad_token_id"),

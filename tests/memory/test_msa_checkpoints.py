@@ -196,7 +196,7 @@ def test_the_released_format_goes_there_and_back(tmp_path):
     # The temperature, rounded to fp32.
     assert {name for name in theirs if theirs[name] != written.get(name)} == {"msa_config.infonce_loss_temp"}
     plain = msa.config_to_msa(load_model(tmp_path / "ours").config, {})
-    assert plain["max_position_embeddings"] == 262144 and plain["msa_config"]["aux_loss"] is False
+    assert plain["max_position_embeddings"] == 4096 and plain["msa_config"]["aux_loss"] is False
     assert plain.keys() | {"torch_dtype", "transformers_version", "max_window_layers"} >= released()[0].keys()
     assert load_model(tmp_path / "ours").config.mixer_pattern == ["documents", "documents", "memory", "memory"]
 
