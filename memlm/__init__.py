@@ -12,6 +12,7 @@ Files:
     cache               ``MemoryCache``, the memory of one or many streams as an object
     layers              RMSNorm, rotary positions, SwiGLU, short convolution
     memory              the memory slot, and one file per memory
+    attached            ``attach``, a memory beside the attention of any decoder of transformers
     memory_layer        ``layer``, one memory as a layer of any model
     bank                ``MemoryBank``, a library of documents that a model has read
     interleave          ``Interleave``, rounds of asking a bank and reading on
@@ -32,6 +33,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from memlm.attached import attach, detach, fork, from_pretrained, load_memory, save_memory
 from memlm.bank import MemoryBank
 from memlm.cache import MemoryCache
 from memlm.configuration import MemLMConfig
@@ -57,6 +59,12 @@ __all__ = [
     "MemoryBank",
     "MemoryCache",
     "MemoryLayer",
+    "attach",
     "auxiliary_loss",
+    "detach",
+    "fork",
+    "from_pretrained",
     "layer",
+    "load_memory",
+    "save_memory",
 ]

@@ -104,14 +104,18 @@ def made_by(model: PreTrainedModel, found: str) -> bool:
 
 
 def _stored(model: PreTrainedModel, rows: int) -> Iterator[tuple[str, Any]]:
-    """A decoder's checkpoint tensors, one module after the other, also if weights are offloaded."""
+    for name, value in stored(model):
+        of_tokens = isinstance(value, Tensor) and name.startswith(_VOCABULARY)
+        yield name, value[:rows] if of_tokens else value
+
+
+def stored(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """A model's checkpoint tensors, one module after the other, also if weights are offloaded."""
     for path, module in model.named_modules():
         with _at_hand(module):
             own: dict[str, Any] = {}
             module._save_to_state_dict(own, f"{path}." if path else "", keep_vars=False)
-            for name, value in own.items():
-                of_tokens = isinstance(value, Tensor) and name.startswith(_VOCABULARY)
-                yield name, value[:rows] if of_tokens else value
+            yield from own.items()
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from memlm.generation import MemoryGenerationMixin
 from memlm.layers import RMSNorm, SwiGLU
 from memlm.loss import bound, weighted
 from memlm.memory.base import MixerOutput, build_mixer, checked, initialize
-from memlm.memory.rows import Rows, most_documents
+from memlm.memory.rows import Padding, Rows, most_documents
 from memlm.memory.state import State
 from memlm.roles import Roles
 
@@ -196,7 +196,7 @@ class MemLMModel(MemLMPreTrainedModel):
             roles.bank.check(self)
             if position_ids is not None:
                 raise ValueError("position_ids: packed rows cannot ask a bank; give one row to each question")
-        x_BTD, rows, order_BT = self._rows(x_BTD, attention_mask, position_ids, max_documents, roles, memory)
+        x_BTD, rows, padding = self._rows(x_BTD, attention_mask, position_ids, max_documents, roles, memory)
         rows = dataclasses.replace(rows, metrics=output_metrics)
         hidden_states, states, aux_losses, metrics = [], [], {}, {}
         for i, layer in enumerate(self.layers):
@@ -216,10 +216,9 @@ class MemLMModel(MemLMPreTrainedModel):
         if aux_losses and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             x_BTD, aux_losses = bound(x_BTD, aux_losses)
         hidden_states.append(x_BTD)
-        if order_BT is not None:
-            back_BT = order_BT.argsort(dim=1)
-            hidden_states = [_gather(h, back_BT) for h in hidden_states]
-            metrics = {name: x.gather(1, back_BT) if x.ndim == 2 else x for name, x in metrics.items()}
+        if padding is not None:
+            hidden_states = [padding.back(h) for h in hidden_states]
+            metrics = {name: padding.back(x) if x.ndim == 2 else x for name, x in metrics.items()}
         if memory is not None and write:
             mask_BT = None if attention_mask is None else attention_mask[:, attention_mask.shape[1] - length :]
             memory.replace(states, rows, self, dtype, memory.reading(input_ids, mask_BT))
@@ -247,8 +246,8 @@ class MemLMModel(MemLMPreTrainedModel):
         max_documents: int | None,
         roles: Roles | None,
         memory: MemoryCache | None,
-    ) -> tuple[Tensor, Rows, Tensor | None]:
-        """Inputs with each row's real tokens first, their ``Rows``, and the order that did this (None: unchanged)."""
+    ) -> tuple[Tensor, Rows, Padding | None]:
+        """Inputs with each row's real tokens first, their ``Rows``, and the padding (None: none was given)."""
         batch, length, _ = x_BTD.shape
         if position_ids is not None:
             if position_ids.shape not in ((batch, length), (1, length), (length,)):
@@ -260,22 +259,18 @@ class MemLMModel(MemLMPreTrainedModel):
             roles = roles.to(x_BTD.device)
             if roles.counts is not None and attention_mask is not None:
                 raise ValueError("roles.counts are of rows without an attention_mask; leave them out")
-        order_BT, lengths_B = None, None
+        padding = None
         if attention_mask is not None:
             widths = {length, length + (memory.get_seq_length() if memory is not None else 0)}
             if attention_mask.ndim != 2 or attention_mask.shape[1] not in widths:
                 allowed = " or ".join(map(str, sorted(widths)))
                 raise ValueError(f"attention_mask {list(attention_mask.shape)} must be [batch, {allowed}]")
-            mask_BT = attention_mask[:, attention_mask.shape[1] - length :].bool()
-            lengths_B = mask_BT.sum(1)
-            # A NaN in padding would pass through a weight of 0.
-            x_BTD = x_BTD.masked_fill(~mask_BT[..., None], 0.0)
-            if length > 1:
-                # Mixers then only need the lengths.
-                order_BT = (~mask_BT).long().argsort(dim=1, stable=True)
-                x_BTD = _gather(x_BTD, order_BT)
-                position_ids = None if position_ids is None else position_ids.gather(1, order_BT)
-                roles = None if roles is None else roles.in_order(order_BT)
+            padding = Padding.of(attention_mask[:, attention_mask.shape[1] - length :])
+            x_BTD = padding.to_end(x_BTD)
+            if padding.order_BT is not None:
+                position_ids = None if position_ids is None else position_ids.gather(1, padding.order_BT)
+                roles = None if roles is None else roles.in_order(padding.order_BT)
+        lengths_B = None if padding is None else padding.lengths_B
         before: dict[str, Any] = {"start": 0}
         if memory is not None and memory.states:
             before = {"before_B": memory.position, "start": memory.start}
@@ -291,7 +286,7 @@ class MemLMModel(MemLMPreTrainedModel):
         rows = Rows(length, **before, given_BT=position_ids, lengths_B=lengths_B, max_documents=documents, roles=roles)
         if roles is not None and roles.bank is not None and rows.role_counts.within:
             raise ValueError("roles: documents in the input cannot be combined with a bank; add them to the bank")
-        return x_BTD, rows, order_BT
+        return x_BTD, rows, padding
 
 
 class MemLMForCausalLM(MemLMPreTrainedModel, MemoryGenerationMixin):
@@ -362,10 +357,6 @@ class MemLMForCausalLM(MemLMPreTrainedModel, MemoryGenerationMixin):
             aux_losses=aux_losses,
             metrics=out.metrics,
         )
-
-
-def _gather(x_BTD: Tensor, index_BT: Tensor) -> Tensor:
-    return x_BTD.gather(1, index_BT[..., None].expand(-1, -1, x_BTD.shape[-1]))
 
 
 __all__ = [

@@ -50,7 +50,17 @@ ROOMS = {
         "memlm.modeling",
     },
     "memlm.interleave": {"memlm.settings", "memlm.roles", "memlm.data", "memlm.memory", "memlm.cache", "memlm.bank"},
+    "memlm.attached": {
+        "memlm.files",
+        "memlm.fingerprint",
+        "memlm.settings",
+        "memlm.layers",
+        "memlm.memory",
+        "memlm.cache",
+        "memlm.loss",
+    },
     "memlm": {
+        "memlm.attached",
         "memlm.memory_layer",
         "memlm.bank",
         "memlm.configuration",

@@ -228,6 +228,44 @@ class Rows:
         return self.once(("to", str(device)), make)
 
 
+class Padding(NamedTuple):
+    """Rows with padding anywhere. Mixers see each row's real tokens first, so they only need the lengths.
+
+    mask_BT: bool, false for padding; lengths_B: real tokens; order_BT: the order that moves padding to the end; None
+        for a single token
+    """
+
+    mask_BT: Tensor
+    lengths_B: Tensor
+    order_BT: Tensor | None
+
+    @classmethod
+    def of(cls, mask_BT: Tensor) -> "Padding":
+        mask_BT = mask_BT.bool()
+        order_BT = (~mask_BT).long().argsort(dim=1, stable=True) if mask_BT.shape[1] > 1 else None
+        return cls(mask_BT, mask_BT.sum(1), order_BT)
+
+    def to_end(self, x_BTD: Tensor) -> Tensor:
+        """x with the real tokens first. Padding becomes 0: a NaN there would pass through a weight of 0."""
+        x_BTD = x_BTD.masked_fill(~self.mask_BT[..., None], 0.0)
+        return x_BTD if self.order_BT is None else _gather(x_BTD, self.order_BT)
+
+    def back(self, x_BTD: Tensor) -> Tensor:
+        """The inverse of ``to_end`` for [B, T, D] or [B, T]; padding is unspecified."""
+        if self.order_BT is None:
+            return x_BTD
+        back_BT = self.order_BT.argsort(dim=1)
+        return x_BTD.gather(1, back_BT) if x_BTD.ndim == 2 else _gather(x_BTD, back_BT)
+
+    def to(self, device: torch.device) -> "Padding":
+        order_BT = None if self.order_BT is None else self.order_BT.to(device)
+        return Padding(self.mask_BT.to(device), self.lengths_B.to(device), order_BT)
+
+
+def _gather(x_BTD: Tensor, index_BT: Tensor) -> Tensor:
+    return x_BTD.gather(1, index_BT[..., None].expand(-1, -1, x_BTD.shape[-1]))
+
+
 def most_documents(positions_BT: Tensor, lengths_B: Tensor | None, given: int | None, next_B: Tensor) -> int:
     """The most documents in a row: ``given``, or counted, which synchronises with the device.
 

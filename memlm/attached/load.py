@@ -1,0 +1,138 @@
+"""Attached memories from files (``memlm.attached.save``)."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import cached_file, logging
+
+from memlm import files
+from memlm.attached.call import Settings, settings_of
+from memlm.attached.model import attach, detach
+from memlm.attached.save import MEMORY, WEIGHTS, WORDS, fingerprint_of
+from memlm.settings import require
+
+
+def load_memory(model: PreTrainedModel, directory: str | Path, strict: bool = True) -> PreTrainedModel:
+    """Attach the memory that ``save_memory`` wrote to the backbone that it was trained with. Returns the model.
+
+    strict: if false, another backbone of equal sizes may take it, or the same one in another dtype
+
+    Raises ValueError if the backbone is another, or the files are damaged.
+    """
+    settings, words = _read_words(Path(directory) / WORDS)
+    _check_backbone(model, words, directory, strict)
+    tensors = _tensors([Path(directory) / WEIGHTS])
+    return _filled(model, settings, tensors, directory)
+
+
+def from_pretrained(source: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """A causal language model with its memory, if it has one.
+
+    source: a folder, or a name on the hub, that ``save_pretrained`` or ``push_to_hub`` of a model with a memory wrote;
+        a folder of ``save_memory``, whose backbone is then loaded by its name; or any other model
+    kwargs: of ``AutoModelForCausalLM.from_pretrained``
+
+    Raises ValueError if the files are damaged or do not fit each other.
+    """
+    hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "subfolder") if name in kwargs}
+    words_path = _file(source, WORDS, hub)
+    if words_path is None:
+        return AutoModelForCausalLM.from_pretrained(source, **kwargs)
+    settings, words = _read_words(words_path)
+    alone = _file(source, WEIGHTS, hub)
+    if alone is not None:
+        model = AutoModelForCausalLM.from_pretrained(words["backbone"], **kwargs)
+        _check_backbone(model, words, source, strict=True)
+        return _filled(model, settings, _tensors([alone]), source)
+    model = _backbone(source, kwargs)
+    return _filled(model, settings, _tensors(_weight_files(source, hub)), source)
+
+
+def _read_words(path: Path) -> tuple[Settings, dict[str, Any]]:
+    require(path.is_file(), f"{path}: no such file; a memory is written by memlm.save_memory")
+    words = files.read_json(path)
+    require({"attached", "backbone", "fingerprint"} <= words.keys(), f"{path}: holds no attached memory")
+    try:
+        return settings_of(words["attached"]), words
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _check_backbone(model: PreTrainedModel, words: dict[str, Any], source: str | Path, strict: bool) -> None:
+    if not strict or (found := fingerprint_of(model)) == words["fingerprint"]:
+        return
+    raise ValueError(
+        f"{source}: this memory was trained with {words['backbone'] or 'a backbone'} of fingerprint "
+        f"{words['fingerprint']}, not {found}; load that model in its dtype, or the memory with strict=False"
+    )
+
+
+def _filled(
+    model: PreTrainedModel, settings: Settings, tensors: dict[str, Tensor], source: str | Path
+) -> PreTrainedModel:
+    try:
+        dtype = getattr(torch, settings.dtype)
+        attach(model, settings.memory, settings.layers, window=settings.window, sinks=settings.sinks, dtype=dtype)
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{source}: {error}") from None
+    wanted = {name: list(x.shape) for name, x in model.state_dict().items() if MEMORY in name}
+    held = {name: list(x.shape) for name, x in tensors.items()}
+    if differ := [name for name in wanted | held if wanted.get(name) != held.get(name)]:
+        there, here = (shapes.get(differ[0], "missing") for shapes in (held, wanted))
+        detach(model)
+        raise ValueError(f"{source}: {differ[0]} is {there} there, and {here} in the model; they do not fit")
+    model.load_state_dict(tensors, strict=False)
+    return model
+
+
+def _tensors(paths: Iterable[Path]) -> dict[str, Tensor]:
+    """The memory's tensors of safetensors files."""
+    tensors = {}
+    for path in paths:
+        try:
+            with safe_open(path, "pt") as file:
+                tensors |= {name: file.get_tensor(name) for name in file.keys() if MEMORY in name}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]}); restore it") from None
+    return tensors
+
+
+def _file(source: str | Path, name: str, hub: dict[str, Any]) -> Path | None:
+    """A file of a folder or of the hub; None if there is none."""
+    if Path(source).is_dir():
+        path = Path(source) / name
+        return path if path.is_file() else None
+    found = cached_file(
+        str(source), name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False, **hub
+    )
+    return None if found is None else Path(found)
+
+
+def _weight_files(source: str | Path, hub: dict[str, Any]) -> list[Path]:
+    index = _file(source, "model.safetensors.index.json", hub)
+    names = {"model.safetensors"}
+    if index is not None:
+        names = {part for name, part in files.read_json(index)["weight_map"].items() if MEMORY in name}
+    paths = {name: _file(source, name, hub) for name in sorted(names)}
+    for name, path in paths.items():
+        require(path is not None, f"{source}: {name} is missing")
+    return [path for path in paths.values() if path is not None]
+
+
+def _backbone(source: str | Path, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """The backbone of a folder with all weights. transformers would report the memory's weights as unexpected."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **kwargs)
+    finally:
+        logging.set_verbosity(verbosity)
+    for kind in ("mismatched_keys", "missing_keys", "unexpected_keys"):
+        if names := sorted(str(name) for name in report[kind] if MEMORY not in str(name)):
+            raise ValueError(f"{source}: {kind.removesuffix('_keys')} weights: {names[0]}, {len(names)} in all")
+    return model

@@ -1,0 +1,49 @@
+"""Attached memories in files: alone, beside the name of their backbone, or with all weights of the model.
+
+memlm_memory.json           the settings; the name and the fingerprint of the backbone
+memlm_memory.safetensors    the memory's weights; a folder of ``save_pretrained`` has them in the model's files
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from memlm import files
+from memlm.attached.layers import NAME, decoder_of, of
+from memlm.fingerprint import digest_of, stored
+from memlm.settings import require
+
+WORDS, WEIGHTS = "memlm_memory.json", "memlm_memory.safetensors"
+MEMORY = f".{NAME}."
+
+
+def save_memory(model: PreTrainedModel, directory: str | Path) -> None:
+    """Write the memory of a model, without the backbone, to ``directory``. Raises ValueError if it has none."""
+    words = _words(model)
+    tensors = {name: x.contiguous() for name, x in model.state_dict().items() if MEMORY in name}
+    files.write_tensors(Path(directory) / WEIGHTS, tensors, {"format": "pt"})
+    files.write(Path(directory) / WORDS, json.dumps(words, indent=1))
+
+
+def save_pretrained(model: PreTrainedModel, save_directory: str | Path, **kwargs: Any) -> None:
+    """``PreTrainedModel.save_pretrained`` of a model with a memory, which also writes the memory's settings."""
+    type(model).save_pretrained(model, save_directory, **kwargs)
+    if kwargs.get("is_main_process", True):
+        files.write(Path(save_directory) / WORDS, json.dumps(_words(model), indent=1))
+
+
+def _words(model: PreTrainedModel) -> dict[str, Any]:
+    settings = of(model)
+    require(settings is not None, f"{type(model).__name__} has no memory; memlm.attach one first")
+    name = model.config.name_or_path
+    return {"attached": dataclasses.asdict(settings), "backbone": name, "fingerprint": fingerprint_of(model)}
+
+
+def fingerprint_of(model: PreTrainedModel) -> str:
+    """Of the backbone's weights, without the head, whatever wraps the decoder."""
+    decoder = decoder_of(model)
+    own = ((name, x) for name, x in stored(decoder) if not f".{name}".count(MEMORY))
+    return digest_of(own, model.config.model_type)
