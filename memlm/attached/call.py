@@ -130,8 +130,8 @@ class Call:
 
 
 def _padding(mask: Any, length: int) -> Padding | None:
-    """Of an attention_mask; None without padding, so that the fast paths are open. Waits for the device, as the masks
-    of transformers do.
+    """The padding of an attention_mask; None if there is none, so that the fast paths are open. It waits for the
+    device, as the masks of transformers do.
     """
     if mask is None:
         return None

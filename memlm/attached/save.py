@@ -43,7 +43,7 @@ def _words(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def fingerprint_of(model: PreTrainedModel) -> str:
-    """Of the backbone's weights, without the head, whatever wraps the decoder."""
+    """A hash of the backbone's weights without the head, the same with and without a memory."""
     decoder = decoder_of(model)
     own = ((name, x) for name, x in stored(decoder) if not f".{name}".count(MEMORY))
     return digest_of(own, model.config.model_type)

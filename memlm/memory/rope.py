@@ -31,10 +31,9 @@ def scaled_rope(head_dim: int, theta: float, scaling: dict[str, Any] | None) -> 
     """
     if scaling is None:
         return Rope(head_dim, theta)
-    kind = scaling.get("rope_type")
-    known = ", ".join(REQUIRED)
+    kind, known = str(scaling.get("rope_type")), ", ".join(REQUIRED)
     require(
-        isinstance(kind, str) and kind in REQUIRED,
+        kind in REQUIRED,
         f"rope_scaling.rope_type={kind!r:.80} is not supported; use one of {known}, or null for none",
     )
     allowed = (*REQUIRED[kind], *_OPTIONAL.get(kind, ()))
