@@ -55,6 +55,12 @@ class Attached(nn.Module):
 
     def forward(self, x_BTD: Tensor, call: "Call") -> Tensor:
         """gate * memory(norm(x)), [B, T, D]."""
+        hook = getattr(self, "_hf_hook", None)
+        require(
+            not getattr(hook, "offload", False) or hook.place_submodules,
+            "the memory was offloaded; offload the backbone before memlm.attach, or give preload_module_classes="
+            f"[{type(self).__name__!r}]",
+        )
         x_BTD = x_BTD.to(self.gate.device, self.gate.dtype)
         rows, padding = call.rows.to(x_BTD.device), call.padding
         if padding is not None:
@@ -97,12 +103,18 @@ class Call:
         self.cache = kwargs.get("past_key_values")
         held = None if self.cache is None else check(self.cache, settings, batch)
         self.before = held.states if held else {}
+        seen = self.cache.get_seq_length() if self.before else 0
+        require(
+            length > 0 or not seen,
+            f"input_ids: the memory has read {seen} tokens, and nothing is left of these; give generate all ids, read "
+            f"and new, or the new ones with an attention_mask [batch, {seen} + new]",
+        )
         facts: dict[str, Any] = {"start": 0}
         if self.before:
             facts = {"start": held.start, "before_B": self.before["position"].to(device)}
         else:
             facts["before_B"] = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.padding = _padding(kwargs.get("attention_mask"), length)
+        self.padding = _padding(kwargs.get("attention_mask"), length, seen)
         if self.padding is not None:
             facts["lengths_B"] = self.padding.lengths_B
         elif kwargs.get("attention_mask") is None and self.cache is None and length > 1:
@@ -129,16 +141,17 @@ class Call:
             held.states["places"] = self.places
 
 
-def _padding(mask: Any, length: int) -> Padding | None:
+def _padding(mask: Any, length: int, seen: int) -> Padding | None:
     """The padding of an attention_mask; None if there is none, so that the fast paths are open. It waits for the
     device, as the masks of transformers do.
     """
     if mask is None:
         return None
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
+    # Backbones read a narrower mask as that of their first tokens.
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] != seen + length:
         shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"attention_mask {shape}: a memory needs [batch, tokens], with 0 for padding")
-    mask_BT = mask[:, mask.shape[1] - length :].bool()
+        raise ValueError(f"attention_mask {shape} must be [batch, {seen + length}], 0 for padding: all tokens so far")
+    mask_BT = mask[:, seen:].bool()
     return None if bool(mask_BT.all()) else Padding.of(mask_BT)
 
 

@@ -67,8 +67,9 @@ def dims_of(config: Any) -> Dims:
 
 def device_of(attention: nn.Module, embedding: Tensor) -> torch.device:
     """The device where an attention runs, also if accelerate offloads its weights."""
-    device = getattr(getattr(attention, "_hf_hook", None), "execution_device", None)
-    if device is not None:
-        return torch.device(device)
+    for module in attention.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
     held = [p.device for p in attention.parameters() if p.device.type != "meta"]
     return held[0] if held else embedding.device
