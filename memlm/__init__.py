@@ -24,6 +24,7 @@ Files:
     fingerprint         fingerprints of weights, for memories and banks; checksums of tensors
     roles               the roles of tokens: query, response, template
     settings            checks of settings: types, ranges, the nearest name
+    versions            names of transformers that differ between its versions
     plugins             memories, data and measures of installed packages
     files               files and folders that appear completely or not at all; digests, a lock, JSON
     flops               parameters and FLOPs, counted

@@ -44,6 +44,8 @@ class MemoryCache(Cache):
     """
 
     is_compileable = False
+    # transformers skips ids that a cache has read unless all its layers are linear.
+    is_linear = (False,)
 
     def __init__(self) -> None:
         super().__init__(layers=[])

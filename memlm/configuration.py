@@ -36,7 +36,7 @@ class MemLMConfig(PreTrainedConfig):
     """
 
     model_type = "memlm"
-    keys_to_ignore_at_inference = ["past_key_values", "hidden_states", "aux_losses", "metrics"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "hidden_states", "aux_losses", "metrics"]  # noqa: RUF012
 
     vocab_size: int = 259
     hidden_size: int = 64

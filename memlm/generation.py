@@ -9,6 +9,7 @@ from transformers import GenerationMixin
 
 from memlm.cache import MemoryCache
 from memlm.roles import QUERY, RESPONSE, Roles
+from memlm.versions import CACHE
 
 
 class MemoryGenerationMixin(GenerationMixin):
@@ -28,7 +29,8 @@ class MemoryGenerationMixin(GenerationMixin):
         Returns the inputs and the generated tokens.
         Raises ValueError if the memory has already read all inputs.
         """
-        memory, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
+        kwargs = {CACHE if name in ("past_key_values", "cache") else name: x for name, x in kwargs.items()}
+        memory, embeds = kwargs.get(CACHE), kwargs.get("inputs_embeds")
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         given = ids if embeds is None else embeds
         if given is None or given.ndim < 2:
@@ -64,15 +66,32 @@ class MemoryGenerationMixin(GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+        if generation_config.use_cache and model_kwargs.get(CACHE) is None:
             # Set before the first call, because prefill_chunk_size looks for it.
-            model_kwargs["past_key_values"] = MemoryCache()
+            model_kwargs[CACHE] = MemoryCache()
+
+    def _prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+    ) -> Any:
+        chunk, memory = generation_config.prefill_chunk_size, model_kwargs.get(CACHE)
+        if chunk is None or memory is None:
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        # The chunks of transformers 5.17 begin at the first token, even if it was read before.
+        seen, mask = memory.get_seq_length(), model_kwargs.pop("attention_mask")
+        # transformers 5.24 replaces a mask of ones by its width.
+        width = generation_config._mask_length if mask is None else mask.shape[1]
+        for piece in input_ids[:, seen - width :].split(chunk, dim=1):
+            seen += piece.shape[1]
+            until = None if mask is None else mask[:, :seen]
+            inputs = self.prepare_inputs_for_generation(piece, attention_mask=until, **model_kwargs)
+            out = self(**inputs, return_dict=True)
+        model_kwargs["attention_mask"] = mask
+        return out
 
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: MemoryCache | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
@@ -90,7 +109,6 @@ class MemoryGenerationMixin(GenerationMixin):
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
@@ -100,7 +118,8 @@ class MemoryGenerationMixin(GenerationMixin):
         # A memory has its own positions; here position_ids would mean packing.
         inputs.pop("position_ids", None)
         read = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-        new, past = read.shape[1], past_key_values.get_seq_length() if past_key_values is not None else 0
+        memory = inputs.get(CACHE)
+        new, past = read.shape[1], 0 if memory is None else memory.get_seq_length()
         if attention_mask is not None and bool(attention_mask[:, attention_mask.shape[1] - new :].all()):
             # Without a mask the faster paths are open. Generation waits for the device at every token anyway.
             inputs.pop("attention_mask")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from memlm.cache import MemoryCache
@@ -24,24 +24,23 @@ from memlm.memory.base import MixerOutput, build_mixer, checked, initialize
 from memlm.memory.rows import Padding, Rows, most_documents
 from memlm.memory.state import State
 from memlm.roles import Roles
+from memlm.versions import CACHE
 
 
 @dataclass
-class MemLMOutput(ModelOutput):
+class MemLMOutput(BaseModelOutputWithPast):
     """last_hidden_state: [B, T, D]
+    past_key_values: the ``MemoryCache``
     hidden_states: each layer's input, and the output of the final norm
     aux_losses, metrics: under ``layer{i}/{name}``, see ``MixerOutput``; losses [B]
     """
 
-    last_hidden_state: Tensor | None = None
-    past_key_values: MemoryCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
     aux_losses: dict[str, Tensor] | None = None
     metrics: dict[str, Tensor] | None = None
 
 
 @dataclass
-class MemLMCausalLMOutput(ModelOutput):
+class MemLMCausalLMOutput(CausalLMOutputWithPast):
     """loss: the cross-entropy plus all aux_losses
     logits: [B, T, V]; with ``logits_to_keep``, of the kept positions alone
     aux_losses: with labels the scalar parts of the loss; without labels [B], for ``auxiliary_loss``
@@ -49,10 +48,6 @@ class MemLMCausalLMOutput(ModelOutput):
     The rest is as in ``MemLMOutput``.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: MemoryCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
     aux_losses: dict[str, Tensor] | None = None
     metrics: dict[str, Tensor] | None = None
 
@@ -88,7 +83,7 @@ class MemLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MemLMDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_flash_attn = True
@@ -147,6 +142,7 @@ class MemLMModel(MemLMPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_metrics: bool = True,
+        cache: MemoryCache | None = None,
         token_type_ids: Tensor | None = None,
         cache_position: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
@@ -165,6 +161,7 @@ class MemLMModel(MemLMPreTrainedModel):
             responses
         write: False: read ``past_key_values`` and leave it unchanged
         output_metrics: False: no metrics, which read whole activations
+        cache: another name of past_key_values, which transformers uses since 5.24
         token_type_ids, cache_position, and from packing collators cu_seq_lens_q, cu_seq_lens_k, max_length_q,
             max_length_k, seq_idx: accepted for compatibility and not used; position_ids suffice
         return_dict: False for a tuple; None, and output_hidden_states=None, for the configuration's
@@ -175,7 +172,7 @@ class MemLMModel(MemLMPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         (batch, length, _), dtype = x_BTD.shape, x_BTD.dtype
-        memory = past_key_values
+        memory = past_key_values if cache is None else cache
         if memory is not None and not isinstance(memory, MemoryCache):
             raise ValueError(f"past_key_values must be a memlm.MemoryCache, not {type(memory).__name__}")
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
@@ -224,10 +221,10 @@ class MemLMModel(MemLMPreTrainedModel):
             memory.replace(states, rows, self, dtype, memory.reading(input_ids, mask_BT))
         return MemLMOutput(
             last_hidden_state=hidden_states[-1],
-            past_key_values=memory,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             aux_losses=aux_losses,
             metrics=metrics,
+            **{CACHE: memory},
         )
 
     def _state(self, i: int, x_BTD: Tensor, memory: MemoryCache | None, rows: Rows) -> State:
@@ -315,6 +312,7 @@ class MemLMForCausalLM(MemLMPreTrainedModel, MemoryGenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        cache: MemoryCache | None = None,
         **kwargs: Any,
     ) -> MemLMCausalLMOutput | tuple:
         """As ``MemLMModel.forward``, which takes ``kwargs``; with ``labels``, also the loss.
@@ -331,6 +329,7 @@ class MemLMForCausalLM(MemLMPreTrainedModel, MemoryGenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             return_dict=True,
@@ -352,10 +351,10 @@ class MemLMForCausalLM(MemLMPreTrainedModel, MemoryGenerationMixin):
         return MemLMCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
             aux_losses=aux_losses,
             metrics=out.metrics,
+            **{CACHE: getattr(out, CACHE)},
         )
 
 

@@ -1,5 +1,19 @@
 #!/usr/bin/env bash
 # The whole test suite, with linting and types. Arguments go to pytest: ./scripts/test.sh -k contract
+# --lowest or --newest: the tests of models, memories and generation, with the lowest or the newest versions of the
+# dependencies, in .venv-lowest or .venv-newest.
+case "${1:-}" in --lowest | --newest)
+    versions=${1#--}
+    shift
+    source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" "[dev,cpu-kernels]" "$versions"
+    python -m pip list --disable-pip-version-check 2>/dev/null |
+        grep -E '^(torch|transformers|accelerate|huggingface_hub|safetensors|tokenizers|peft|trl) '
+    export OMP_NUM_THREADS=1
+    # Old packages warn of each other.
+    exec python -m pytest -n auto --maxprocesses 8 -W ignore::DeprecationWarning \
+        tests/test_{modeling,cache,transformers,memory_layer,peft}.py tests/memory/test_contract.py "$@"
+    ;;
+esac
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" "[dev,cpu-kernels]"
 if [ $# -eq 0 ]; then
     ruff check .

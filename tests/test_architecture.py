@@ -20,6 +20,7 @@ ROOMS = {
     "memlm.fingerprint": set(),
     # Settings, roles and files are below every room.
     "memlm.settings": set(),
+    "memlm.versions": set(),
     "memlm.plugins": {"memlm.settings"},
     "memlm.roles": set(),
     "memlm.data": {"memlm.files", "memlm.settings", "memlm.plugins", "memlm.roles"},
@@ -29,7 +30,7 @@ ROOMS = {
     "memlm.cache": {"memlm.files", "memlm.fingerprint", "memlm.memory"},
     "memlm.loss": set(),
     "memlm.memory_layer": {"memlm.settings", "memlm.roles", "memlm.memory"},
-    "memlm.generation": {"memlm.cache", "memlm.roles"},
+    "memlm.generation": {"memlm.cache", "memlm.roles", "memlm.versions"},
     "memlm.modeling": {
         "memlm.roles",
         "memlm.layers",
@@ -38,6 +39,7 @@ ROOMS = {
         "memlm.cache",
         "memlm.generation",
         "memlm.loss",
+        "memlm.versions",
     },
     "memlm.flops": {"memlm_kernels", "memlm.memory", "memlm.configuration", "memlm.modeling"},
     "memlm.bank": {

@@ -132,6 +132,18 @@ def test_generate_stops_at_strings(model):
     assert torch.equal(got, plain[:, : first + 1])
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_memory_has_either_name(model, name):
+    """transformers' own models have the second since 5.24."""
+    text, new, memory = ids(length=SEEN, seed=1), ids(), MemoryCache()
+    model.model(text, **{name: memory})
+    expected = model(new, past_key_values=memory.fork())
+    assert torch.equal(model(new, **{name: memory.fork()}).logits, expected.logits)
+    assert expected.past_key_values.get_seq_length() == SEEN + NEW
+    expected = model.generate(new, past_key_values=memory.fork(), **GREEDY)
+    assert torch.equal(model.generate(new, **{name: memory.fork()}, **GREEDY), expected)
+
+
 def test_prefill_in_chunks_changes_nothing(model):
     mask = torch.ones(2, NEW, dtype=torch.long)
     mask[1, :5] = 0
