@@ -151,7 +151,7 @@ def encode(width: int, repeats: int) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from memlm import MemLMForCausalLM, MemoryBank
-    from memlm.hub import msa
+    from memlm.hub import families
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
@@ -167,9 +167,9 @@ def encode(width: int, repeats: int) -> None:
             head_dim=64,
         )
     ).eval()
-    config = msa.config_from_qwen3(qwen3.config.to_dict(), {})
+    config = families.config_from("qwen3", qwen3.config.to_dict())
     reader = MemLMForCausalLM(config).eval()
-    reader.load_state_dict(msa.weights_from_qwen3(qwen3.state_dict(), config))
+    reader.load_state_dict(dict(families.weights_from(qwen3.state_dict(), config)))
     rows = torch.randint(259, (16, LENGTH))
 
     @torch.no_grad()

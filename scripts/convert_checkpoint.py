@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """Convert a checkpoint folder from another format to memlm's, or back.
 
-    python scripts/convert_checkpoint.py --from-format fla-mom --source DIR --target DIR
-    python scripts/convert_checkpoint.py --to-format fla-mom --source DIR --target DIR
+    python scripts/convert_checkpoint.py --from-format qwen3 --memory attention --source DIR --target DIR
+    python scripts/convert_checkpoint.py --to-format qwen3 --source DIR --target DIR
 
-fla-mom: flash-linear-attention's MoM. msa: the released Memory Sparse Attention. qwen3: transformers' Qwen3;
-``--memory`` selects its memory: msa, with fresh routers; chunk_sparse; or attention, for none. Tokenizer files are
-copied.
+fla-mom: flash-linear-attention's MoM. msa: the released Memory Sparse Attention. llama, mistral, qwen2, qwen3,
+smollm3, olmo2: decoders of transformers; ``--memory`` selects their memory: msa, with fresh routers; chunk_sparse; or
+attention, for none, which can also go back. Tokenizer files and generation_config.json are copied.
 """
 
 import argparse
@@ -14,26 +14,38 @@ import functools
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import memlm
 from memlm import files
-from memlm.hub import fla_mom, load_model, msa
+from memlm.hub import families, fla_mom, load_model, msa, shards
+
+
+def whole(convert: Callable[[dict[str, Tensor], Any], dict[str, Tensor]]) -> Callable:
+    """A conversion of all weights at once, in the form of one that yields them."""
+
+    def pairs(weights: Mapping[str, Tensor], config: memlm.MemLMConfig) -> Iterable[tuple[str, Tensor]]:
+        return convert(dict(weights), config).items()
+
+    return pairs
+
 
 # Conversions of configurations and weights, from and to the foreign format.
-READERS = {
-    "fla-mom": (lambda theirs, _: fla_mom.config_from_fla(theirs), fla_mom.weights_from_fla),
-    "msa": (msa.config_from_msa, msa.weights_from_msa),
-    "qwen3": (msa.config_from_qwen3, msa.weights_from_qwen3),
+READERS: dict[str, Any] = {
+    "fla-mom": (lambda theirs, _: fla_mom.config_from_fla(theirs), whole(fla_mom.weights_from_fla)),
+    "msa": (msa.config_from_msa, whole(msa.weights_from_msa)),
+    **{form: (None, families.weights_from) for form in families.FAMILIES},
 }
-WRITERS = {
-    "fla-mom": (lambda ours, _: fla_mom.config_to_fla(ours), fla_mom.weights_to_fla),
-    "msa": (msa.config_to_msa, msa.weights_to_msa),
+WRITERS: dict[str, Any] = {
+    "fla-mom": (lambda ours, _: fla_mom.config_to_fla(ours), whole(fla_mom.weights_to_fla)),
+    "msa": (msa.config_to_msa, whole(msa.weights_to_msa)),
+    **{form: (functools.partial(families.config_to, form), families.weights_to) for form in families.FAMILIES},
 }
 # A copy of the foreign config.json, beside the converted checkpoint.
 THEIRS = "config.{}.json"
@@ -44,15 +56,19 @@ def main() -> None:
     direction = parser.add_mutually_exclusive_group(required=True)
     direction.add_argument("--from-format", choices=READERS)
     direction.add_argument("--to-format", choices=WRITERS)
-    parser.add_argument("--memory", choices=msa.RETROFITS, help="the memory of a converted Qwen3; default: msa")
+    parser.add_argument("--memory", help=f"the memory of a decoder: {', '.join(families.MEMORIES)}; default: msa")
     parser.add_argument("--source", type=Path, required=True)
     parser.add_argument("--target", type=Path, required=True)
     arguments = parser.parse_args()
-    if arguments.memory and arguments.from_format != "qwen3":
-        parser.error(f"--memory {arguments.memory} is for --from-format qwen3 only; leave it out")
+    memory, decoders = arguments.memory, ", ".join(families.FAMILIES)
+    if memory and arguments.from_format not in families.FAMILIES:
+        parser.error(f"--memory {memory} is for --from-format {decoders} only; leave it out")
+    if memory and memory not in families.MEMORIES:
+        known = ", ".join(families.MEMORIES)
+        parser.error(f"--memory {memory} does not take the weights of an attention, as {known} do; use memlm.attach")
     try:
         if arguments.from_format:
-            read(arguments.from_format, arguments.source, arguments.target, arguments.memory)
+            read(arguments.from_format, arguments.source, arguments.target, memory or "msa")
         else:
             write(arguments.to_format, arguments.source, arguments.target)
     except (OSError, ValueError) as error:
@@ -60,50 +76,36 @@ def main() -> None:
     print(f"wrote {arguments.target}")
 
 
-def read(form: str, source: Path, target: Path, memory: str | None = None) -> None:
+def read(form: str, source: Path, target: Path, memory: str) -> None:
     read_config, read_weights = READERS[form]
-    if memory:
-        read_config = functools.partial(read_config, memory=memory)
-    theirs = _load(source)
+    if form in families.FAMILIES:
+        read_config = functools.partial(families.config_from, form, memory=memory)
+    theirs = shards.Stored(source)
+    values = files.read_json(source / "config.json")
     try:
-        config = read_config(files.read_json(source / "config.json"), theirs)
+        config = read_config(values) if form in families.FAMILIES else read_config(values, theirs)
     except (TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"config.json: a value is of another type than the format's ({error})") from None
-    weights = read_weights(theirs, config)
     with _new(target) as folder:
         config.architectures = [memlm.MemLMForCausalLM.__name__]
         config.save_pretrained(folder)
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        shards.write(folder, read_weights(theirs, config), theirs.total)
+        _copy_more(source, folder)
         load_model(folder)
         if form in WRITERS:
             # Used on the way back, for settings that memlm lacks.
             shutil.copy(source / "config.json", folder / THEIRS.format(form))
-        _copy_tokenizer(source, folder)
 
 
 def write(form: str, source: Path, target: Path) -> None:
     write_config, write_weights = WRITERS[form]
-    model, before = load_model(source), source / THEIRS.format(form)
-    theirs = write_config(model.config, files.read_json(before) if before.exists() else {})
-    weights = write_weights(model.state_dict(), model.config)
+    config, before = load_model(source).config, source / THEIRS.format(form)
+    theirs = write_config(config, files.read_json(before) if before.exists() else {})
+    ours = shards.Stored(source)
     with _new(target) as folder:
         (folder / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        _copy_tokenizer(source, folder)
-
-
-def _load(source: Path) -> dict:
-    """The weights of one or several files."""
-    parts = sorted(source.glob("*.safetensors"))
-    if not parts:
-        raise ValueError("no *.safetensors there")
-    weights = {}
-    for file in parts:
-        try:
-            weights |= load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file.name} cannot be read ({error}); copy it again") from None
-    return weights
+        shards.write(folder, write_weights(ours, config), ours.total)
+        _copy_more(source, folder)
 
 
 @contextmanager
@@ -122,9 +124,11 @@ def _new(target: Path) -> Iterator[Path]:
         raise OSError(f"{target} could not be written ({error}); make room and start again") from None
 
 
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    for file in sorted([*source.glob("*token*"), *source.glob("chat_template*")]):
-        shutil.copy(file, target)
+def _copy_more(source: Path, target: Path) -> None:
+    """Files of the tokenizer, and defaults of ``generate``."""
+    for pattern in ("*token*", "chat_template*", "generation_config.json"):
+        for file in sorted(source.glob(pattern)):
+            shutil.copy(file, target)
 
 
 if __name__ == "__main__":

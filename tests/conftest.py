@@ -3,8 +3,12 @@
 import copy
 import functools
 import importlib
+import io
 import os
+import runpy
 import signal
+import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -74,6 +78,21 @@ def variants() -> list:
             label = "-".join(f"{key}={value}" for key, value in settings.items())
             found.append(pytest.param((name, settings), id=f"{name}-{label}"))
     return found
+
+
+def convert(*arguments):
+    """Exit code and output of the script, run in this process: another Python would take longer to start."""
+    script, said = ROOT / "scripts" / "convert_checkpoint.py", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
+        patch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as done:
+            # As Python exits: a text means an error.
+            return (
+                (1, f"{said.getvalue()}{done.code}\n") if isinstance(done.code, str) else (done.code, said.getvalue())
+            )
+    return 0, said.getvalue()
 
 
 def same_state(a, b) -> bool:

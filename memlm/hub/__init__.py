@@ -2,8 +2,10 @@
 
 Files:
 
+    families            plain decoders of transformers, both ways: Llama, Mistral, Qwen, SmolLM, OLMo
+    shards              weights read and written a part at a time
     fla_mom             flash-linear-attention's mixture of memories, both ways
-    msa                 the released Memory Sparse Attention, both ways, and Qwen3
+    msa                 the released Memory Sparse Attention, both ways
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,4 @@
-"""Checkpoints of the released Memory Sparse Attention (model type ``msa``, MSA-4B), in both directions; and Qwen3's.
-
-A Qwen3 becomes ``msa`` with fresh routers, or one of the other kinds of attention, with its weights unchanged.
+"""Checkpoints of the released Memory Sparse Attention (model type ``msa``, MSA-4B), in both directions.
 
 Released weights are Qwen3's, plus ``router_q_proj.0`` and ``router_k_proj.0`` in the layers that route. Another tensor
 is ``temperature`` (a setting here), or with the loss BCE ``b`` (one per layer here). The release trains routers only
@@ -46,8 +44,6 @@ _WRITTEN = {
 }
 _RULES = {"ansloss_weight": 1.0, "aux_loss": False, "lmloss_weigth": 1.0, "recloss_weight": 0.0}
 _TEMPERATURES = (0.001, 0.5)
-# Kinds that take Qwen3's weights.
-RETROFITS = ("msa", "attention", "chunk_sparse")
 
 
 def config_from_msa(theirs: dict[str, Any], weights: Weights) -> MemLMConfig:
@@ -73,31 +69,6 @@ def config_from_msa(theirs: dict[str, Any], weights: Weights) -> MemLMConfig:
         "temperature": min(max(temperature, _TEMPERATURES[0]), _TEMPERATURES[1]),
     }
     return _config(theirs, theirs["rope_theta"], *_layers(settings, routing, theirs["num_hidden_layers"]))
-
-
-def config_from_qwen3(theirs: dict[str, Any], weights: Weights, memory: str = "msa") -> MemLMConfig:
-    """theirs: Qwen3's config.json.
-
-    memory: one of RETROFITS: "msa", with the paper's settings and routers in the upper half of the layers;
-        "attention", which is Qwen3 itself; or "chunk_sparse", with ``learning: distilled``, which adds no weights to
-        Qwen3
-    """
-    theirs = Fields(theirs)
-    _expect(theirs, {"model_type": "qwen3", **_FIXED}, "")
-    for kind in theirs.get("layer_types") or []:
-        if kind != "full_attention":
-            raise ValueError(f"config.json: layer_types holds {kind!r}; only 'full_attention' can be converted")
-    rope = theirs.get("rope_parameters") or {"rope_theta": theirs.get("rope_theta", 10000.0)}
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"config.json: rope_type={rope['rope_type']!r}; only 'default' can be converted")
-    layers = theirs["num_hidden_layers"]
-    routing = list(range(layers // 2, layers))
-    mixers, pattern = {"memory": {"kind": memory, "qk_norm": True}}, ["memory"]
-    if memory == "msa":
-        mixers, pattern = _layers({"loss_weight": 0.1 / len(routing)}, routing, layers)
-    elif memory == "chunk_sparse":
-        mixers["memory"] |= {"learning": "distilled", "loss_weight": 0.1 / layers}
-    return _config(theirs, rope["rope_theta"], mixers, pattern)
 
 
 def config_to_msa(config: MemLMConfig, before: dict[str, Any]) -> dict[str, Any]:
@@ -160,31 +131,15 @@ def weights_from_msa(theirs: Weights, config: MemLMConfig) -> Weights:
     if config.tie_word_embeddings:
         rest.pop("lm_head.weight", None)
     bias = rest.pop("b", None)
-    ours = {name: _taken(rest, old) for old, name in _names(config, routers=True)}
+    ours = {name: _taken(rest, old) for old, name in _names(config)}
     if bias is not None:
         ours |= {name: bias.clone() for name in _biases(config)}
     _all_taken(rest)
     return ours
 
 
-def weights_from_qwen3(theirs: Weights, config: MemLMConfig, seed: int = 0) -> Weights:
-    """Qwen3's weights, and routers initialised as in a new model."""
-    rest = dict(theirs)
-    if config.tie_word_embeddings:
-        rest.pop("lm_head.weight", None)
-    ours = {name: _taken(rest, old) for old, name in _names(config, routers=False)}
-    _all_taken(rest)
-    generator = torch.Generator().manual_seed(seed)
-    for _, name in _names(config, routers=True):
-        if "router" in name:
-            like = ours[name.replace("router_", "")]
-            drawn = torch.randn(like.shape, generator=generator) * config.initializer_range
-            ours[name] = drawn.to(like.dtype)
-    return ours
-
-
 def weights_to_msa(ours: Weights, config: MemLMConfig) -> Weights:
-    theirs = {old: ours[name].contiguous() for old, name in _names(config, routers=True)}
+    theirs = {old: ours[name].contiguous() for old, name in _names(config)}
     rule = next(config.mixers[name] for name in config.layer_mixers() if config.mixers[name]["routes"])
     like = ours["model.norm.weight"]
     if rule["router_loss"] != "bce":
@@ -237,11 +192,11 @@ def _expect(found: dict[str, Any], wanted: dict[str, Any], where: str) -> None:
             raise ValueError(f"config.json: {where}{name}={found[name]!r}; only {value!r} can be converted")
 
 
-def _names(config: MemLMConfig, routers: bool) -> list[tuple[str, str]]:
+def _names(config: MemLMConfig) -> list[tuple[str, str]]:
     """The release's name and memlm's name of every weight."""
     names = [(name, name) for name in _OUTSIDE if not (config.tie_word_embeddings and name == "lm_head.weight")]
     for layer, mixer in enumerate(config.mixers[name] for name in config.layer_mixers()):
-        of_layer = {**_OF_LAYER, **(_ROUTERS if routers and mixer.get("routes") else {})}
+        of_layer = {**_OF_LAYER, **(_ROUTERS if mixer["routes"] else {})}
         names += [(f"model.layers.{layer}.{old}", f"model.layers.{layer}.{new}") for old, new in of_layer.items()]
     return names
 

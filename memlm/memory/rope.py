@@ -33,6 +33,11 @@ def scaled_rope(head_dim: int, theta: float, scaling: dict[str, Any] | None) -> 
         return Rope(head_dim, theta)
     kind, known = str(scaling.get("rope_type")), ", ".join(REQUIRED)
     require(
+        kind not in ("dynamic", "longrope"),
+        f"rope_scaling.rope_type={kind!r} depends on the length of the input, so kept keys would have to be rotated "
+        f"again; use one of {known}, or null for none",
+    )
+    require(
         kind in REQUIRED,
         f"rope_scaling.rope_type={kind!r:.80} is not supported; use one of {known}, or null for none",
     )

@@ -2,23 +2,18 @@
 
 import copy
 import dataclasses
-import io
 import json
-import runpy
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from memlm import MemLMForCausalLM, MemoryCache
 from memlm.hub import load_model, msa
 from memlm.roles import Roles
 from memlm_kernels.testing import assert_close, relative_error
-from tests.conftest import ROOT
+from tests.conftest import ROOT, convert
 
 FOLDER = ROOT / "tests" / "reference" / "msa_tiny"
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -168,21 +163,6 @@ def test_parity_in_inference(golden, similarity, dtype):
     assert relative_error(golden["inject"]["logits"], causal) > 1e-3
 
 
-def convert(*arguments):
-    """Exit code and output of the script, run in this process: another Python would take longer to start."""
-    script, said = ROOT / "scripts" / "convert_checkpoint.py", io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
-        patch.setattr(sys, "argv", [str(script), *map(str, arguments)])
-        try:
-            runpy.run_path(str(script), run_name="__main__")
-        except SystemExit as done:
-            # As Python exits: a text means an error.
-            return (
-                (1, f"{said.getvalue()}{done.code}\n") if isinstance(done.code, str) else (done.code, said.getvalue())
-            )
-    return 0, said.getvalue()
-
-
 def test_the_released_format_goes_there_and_back(tmp_path):
     code, said = convert("--from-format", "msa", "--source", FOLDER, "--target", tmp_path / "ours")
     assert code == 0, said
@@ -199,69 +179,6 @@ def test_the_released_format_goes_there_and_back(tmp_path):
     assert plain["max_position_embeddings"] == 4096 and plain["msa_config"]["aux_loss"] is False
     assert plain.keys() | {"torch_dtype", "transformers_version", "max_window_layers"} >= released()[0].keys()
     assert load_model(tmp_path / "ours").config.mixer_pattern == ["documents", "documents", "memory", "memory"]
-
-
-def qwen3(tied=True):
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=131,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        tie_word_embeddings=tied,
-        rope_parameters={"rope_type": "default", "rope_theta": 5e6},
-    )
-    model = Qwen3ForCausalLM(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    return model
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_it_starts_from_a_qwen3_backbone(tmp_path, tied):
-    """On plain text it equals Qwen3. Routers are new, and the upper half of the layers routes."""
-    theirs = qwen3(tied)
-    theirs.save_pretrained(tmp_path / "qwen3")
-    code, said = convert("--from-format", "qwen3", "--source", tmp_path / "qwen3", "--target", tmp_path / "ours")
-    assert code == 0, said
-    ours, ids = load_model(tmp_path / "ours").eval(), torch.randint(131, (2, 33))
-    with torch.no_grad():
-        assert_close("logits", theirs(ids).logits, ours(ids).logits, 1e-5)
-        doc_ids = torch.tensor([1] * 12 + [2] * 9 + [0] * 4 + [-1] * 8).expand(2, -1)
-        assert torch.isfinite(ours(ids, roles=Roles(doc_ids)).logits).all()
-    assert ours.config.mixer_pattern == ["documents", "documents", "memory", "memory"]
-    routers = [p for name, p in ours.named_parameters() if "router" in name]
-    assert len(routers) == 4 and all(0.015 < p.std() < 0.025 for p in routers)
-
-
-@pytest.mark.parametrize("memory", ["attention", "chunk_sparse"])
-def test_it_is_the_qwen3_with_all_chunks_chosen(tmp_path, memory):
-    theirs, ids = qwen3(), torch.randint(131, (2, 75))
-    theirs.save_pretrained(tmp_path / "qwen3")
-    target = tmp_path / "ours"
-    code, said = convert(
-        "--from-format", "qwen3", "--memory", memory, "--source", tmp_path / "qwen3", "--target", target
-    )
-    assert code == 0, said
-    ours = load_model(target).eval()
-    with torch.no_grad():
-        expected = theirs(ids).logits
-        assert_close("logits", expected, ours(ids).logits, 1e-5)
-        if memory == "chunk_sparse":
-            for top_k, same in ((20, True), (2, False)):
-                for layer in ours.model.layers:
-                    small = dict(chunk_size=4, window_size=6, top_k=top_k)
-                    layer.mixer.chunked = dataclasses.replace(layer.mixer.chunked, **small)
-                assert (relative_error(expected, ours(ids).logits) < 1e-5) == same
-
-
-def test_what_a_qwen3_becomes_is_not_said_of_others():
-    code, said = convert("--from-format", "msa", "--memory", "attention", "--source", FOLDER, "--target", FOLDER)
-    assert code == 2 and "--memory attention is for --from-format qwen3 only" in said
 
 
 def test_the_loss_bce_has_a_bias_in_place_of_a_temperature():

@@ -1,0 +1,80 @@
+"""Weights of a checkpoint folder, one tensor at a time, so that a conversion never holds them all."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from memlm import files
+
+# Bytes of a written file: a quarter of the weights, within these bounds. Writing a file takes twice its bytes.
+_LEAST, _MOST = 2**27, 2**31
+
+
+class Stored(Mapping[str, Tensor]):
+    """The tensors of a folder's *.safetensors by name; each is read when it is asked for.
+
+    Raises ValueError with the file's name if there is none, or one cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.places: dict[str, Path] = {}
+        self.total = 0
+        for path in sorted(folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, "pt") as file:
+                    self.places |= dict.fromkeys(file.keys(), path)
+            except SafetensorError as error:
+                raise ValueError(f"{path.name} cannot be read ({error}); copy it again") from None
+            self.total += path.stat().st_size
+        if not self.places:
+            raise ValueError("no *.safetensors there")
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self.places[name], "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def write(folder: Path, weights: Iterable[tuple[str, Tensor]], total: int) -> None:
+    """Write weights as they come, to model.safetensors or to several files with an index.
+
+    total: their bytes, about
+    """
+    limit = min(max(total // 4, _LEAST), _MOST)
+    part: dict[str, Tensor] = {}
+    parts: list[list[str]] = []
+    held = written = 0
+
+    def flush() -> None:
+        nonlocal held
+        files.write_tensors(folder / f"{len(parts)}.safetensors", part, {"format": "pt"})
+        parts.append(list(part))
+        part.clear()
+        held = 0
+
+    for name, tensor in weights:
+        if part and held + tensor.nbytes > limit:
+            flush()
+        part[name] = tensor.contiguous()
+        held += tensor.nbytes
+        written += tensor.nbytes
+    flush()
+    if len(parts) == 1:
+        (folder / "0.safetensors").rename(folder / "model.safetensors")
+        return
+    places: dict[str, str] = {}
+    for i, names in enumerate(parts):
+        file = f"model-{i + 1:05}-of-{len(parts):05}.safetensors"
+        (folder / f"{i}.safetensors").rename(folder / file)
+        places |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": written}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
