@@ -42,14 +42,14 @@ def from_pretrained(source: str | Path, **kwargs: Any) -> PreTrainedModel:
     hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "subfolder") if name in kwargs}
     words_path = _file(source, WORDS, hub)
     if words_path is None:
-        return AutoModelForCausalLM.from_pretrained(source, **kwargs)
+        return _backbone(source, kwargs, "mismatched_keys", "missing_keys")
     settings, words = _read_words(words_path)
     alone = _file(source, WEIGHTS, hub)
     if alone is not None:
         model = AutoModelForCausalLM.from_pretrained(words["backbone"], **kwargs)
         _check_backbone(model, words, source, strict=True)
         return _filled(model, settings, _tensors([alone]), source)
-    model = _backbone(source, kwargs)
+    model = _backbone(source, kwargs, "mismatched_keys", "missing_keys", "unexpected_keys")
     return _filled(model, settings, _tensors(_weight_files(source, hub)), source)
 
 
@@ -124,15 +124,17 @@ def _weight_files(source: str | Path, hub: dict[str, Any]) -> list[Path]:
     return [path for path in paths.values() if path is not None]
 
 
-def _backbone(source: str | Path, kwargs: dict[str, Any]) -> PreTrainedModel:
-    """The backbone of a folder with all weights. transformers would report the memory's weights as unexpected."""
+def _backbone(source: str | Path, kwargs: dict[str, Any], *refused: str) -> PreTrainedModel:
+    """A model of transformers. refused: kinds of keys without which it must load, apart from the memory's, which
+    transformers reports as unexpected.
+    """
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **kwargs)
     finally:
         logging.set_verbosity(verbosity)
-    for kind in ("mismatched_keys", "missing_keys", "unexpected_keys"):
+    for kind in refused:
         if names := sorted(str(name) for name in report[kind] if MEMORY not in str(name)):
             raise ValueError(f"{source}: {kind.removesuffix('_keys')} weights: {names[0]}, {len(names)} in all")
     return model

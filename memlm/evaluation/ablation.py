@@ -7,16 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memlm.attached.call import Attached
 from memlm.memory.base import MixerOutput
 
 
 @contextmanager
 def memory_off(model: nn.Module) -> Iterator[None]:
-    """Replace the output of every part with ``long_term = True`` by zeros; states continue as usual.
+    """Replace the output of every part with ``long_term = True`` by zeros, or of attached memories as a whole; states
+    continue as usual.
 
     Raises ValueError if the model has no such part.
     """
-    parts = [m for m in model.modules() if getattr(m, "long_term", False)]
+    attached = [m for m in model.modules() if isinstance(m, Attached)]
+    parts = attached or [m for m in model.modules() if getattr(m, "long_term", False)]
     if not parts:
         raise ValueError("memory_off=true, but the model has no long-term memory; leave it out, or name another run")
     hooks = [part.register_forward_hook(_silence) for part in parts]

@@ -29,6 +29,7 @@ from memlm.data import (
     token_bytes,
 )
 from memlm.evaluation.subject import Subject, differences, flat
+from memlm.hub.causal import check_vocabulary
 from memlm.interleave import Interleave
 from memlm.settings import check_type
 
@@ -74,11 +75,7 @@ def examine(subject: Subject, data: dict[str, Any], seed: int) -> Examined:
     except ValueError as error:
         told = " (data.seq_len, as trained unless it is set)" if "length=" in str(error) else ""
         raise ValueError(f"{error}{told}") from None
-    if len(tokenizer) > subject.model.config.vocab_size:
-        raise ValueError(
-            f"data.tokenizer has {len(tokenizer)} entries, {subject.folder} embeds {subject.model.config.vocab_size}; "
-            "leave data.tokenizer out"
-        )
+    check_vocabulary(subject.model, tokenizer, str(subject.folder))
     return Examined(subject, tokenizer, mixture)
 
 

@@ -34,6 +34,7 @@ from memlm.evaluation.data import (
 from memlm.evaluation.measures import Measure, measures
 from memlm.evaluation.page import page, tables
 from memlm.evaluation.subject import differences, load_subject
+from memlm.hub.causal import longest
 from memlm.settings import check_type, require
 from memlm_kernels import set_backend
 
@@ -69,7 +70,7 @@ def _run(cfg: DictConfig) -> None:
     _check_measurable(chosen, sources)
     if cfg.control and Path(cfg.control) != subject.run_dir:
         examined += _control(cfg, data, examined[0], device, console)
-    examined = _measurable(chosen, examined, console)
+    fit, examined, left_out = _measurable(chosen, examined, console)
     results: dict[str, Any] = {
         "environment": {**_environment(device), "kernels": cfg.hardware.kernels},
         "evaluation": {"seed": cfg.seed, "memory_off": cfg.memory_off, **options},
@@ -78,7 +79,7 @@ def _run(cfg: DictConfig) -> None:
         "models": {one.subject.name: one.subject.facts() for one in examined},
     }
     results["of"] = _of(results)
-    results["notes"] = _notes(examined, chosen, data)
+    results["notes"] = left_out + _notes(examined, chosen, data)
     for note in results["notes"]:
         console.print(note, markup=False)
     folder = "evaluation-memory_off" if cfg.memory_off else "evaluation"
@@ -88,8 +89,7 @@ def _run(cfg: DictConfig) -> None:
         console.print(f"evaluating {one.subject.name}: {one.subject.folder}", markup=False)
         with memory_off(one.subject.model) if one.subject.memory_off else nullcontext():
             for measure in chosen:
-                some = any(measure.measures(source) for source in sources.values())
-                found = measure.run(one, examined) if some else measure.nothing
+                found = measure.run(one, examined) if measure in fit else measure.nothing
                 results["models"][one.subject.name][measure.name] = found
     results["seconds"] = round(time.perf_counter() - started, 1)
     report = page([one.subject for one in examined], results, chosen)
@@ -206,19 +206,39 @@ def _told(pairs: Mapping[str, list[Any]], here: str, there: str) -> str:
     return "; ".join(first[:4]) + (f"; and {len(first) - 4} more" if len(first) > 4 else "")
 
 
-def _measurable(chosen: Sequence[Measure], examined: list[Examined], console: Console) -> list[Examined]:
-    """The models that every measure can measure. Raises ValueError if the first is not among them."""
-    able = []
-    for one in examined:
-        try:
-            for measure in chosen:
-                measure.check_model(one.subject.model)
+def _measurable(
+    chosen: Sequence[Measure], examined: list[Examined], console: Console
+) -> tuple[list[Measure], list[Examined], list[str]]:
+    """The measures that fit the first model and its data, the models that all of these fit, and lines on measures that
+    are left out.
+
+    Raises ValueError if no measure is left.
+    """
+    first = examined[0]
+    used = [measure for measure in chosen if any(map(measure.measures, first.mixture.sources.values()))]
+    unfit = {measure.name: reason for measure in used if (reason := _unfit(measure, first)) is not None}
+    fit = [measure for measure in used if measure.name not in unfit]
+    require(bool(fit), f"{first.subject.folder} {next(iter(unfit.values()), '')}")
+    able = [first]
+    for one in examined[1:]:
+        if reasons := [reason for measure in fit if (reason := _unfit(measure, one)) is not None]:
+            console.print(f"{one.subject.name} {reasons[0]}", markup=False)
+        else:
             able.append(one)
-        except ValueError as error:
-            if one is examined[0]:
-                raise ValueError(f"{one.subject.folder} {error}") from None
-            console.print(f"{one.subject.name} {error}", markup=False)
-    return able
+    return fit, able, [f"{name} is left out: {first.subject.name} {reason}" for name, reason in unfit.items()]
+
+
+def _unfit(measure: Measure, one: Examined) -> str | None:
+    """The reason why a measure does not fit a model; it follows the model's name."""
+    model, needed = one.subject.model, measure.tokens(one.mixture.sources)
+    try:
+        measure.check_model(model)
+    except ValueError as error:
+        return str(error)
+    most = longest(model)
+    if most is not None and needed > most:
+        return f"has {most:,} positions, {measure.name} needs {needed:,}; lower eval.factors or eval.text_length"
+    return None
 
 
 def _device(hardware: DictConfig) -> torch.device:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from memlm.data import fingerprint, is_byte_tokenizer
 from memlm.flops import count_parameters
-from memlm.hub import load_model, load_tokenizer
-from memlm.modeling import MemLMForCausalLM
+from memlm.hub import load_tokenizer
+from memlm.hub.causal import kinds, load_any
 from memlm.training import checkpoint
 from memlm.training.resume import FREE, Record
 
@@ -31,7 +31,7 @@ class Subject:
     name: str
     folder: Path | str
     run_dir: Path | None
-    model: MemLMForCausalLM
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     record: Record
     step: int | None
@@ -53,7 +53,7 @@ class Subject:
         seed = _at(self.record.config, "seed", int)
         return {
             "checkpoint": str(self.folder),
-            "kinds": sorted({m["kind"] for m in self.model.config.mixers.values()}),
+            "kinds": kinds(self.model),
             "parameters": count_parameters(self.model),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "tokenizer": tokenizer_name(self.tokenizer),
@@ -86,7 +86,7 @@ def load_subject(source: str, device: torch.device, key: str = "checkpoint") -> 
     elif not path.exists() and (source.startswith(("runs", ".", "/")) or source.count("/") != 1):
         raise ValueError(f"{key}={source}: there is no run; train it first, or name a run, a folder or a hub name")
     place = folder or source
-    model = load_model(place).to(device).eval()
+    model = load_any(place).to(device).eval()
     name = run_dir.name.split("-seed")[0] if run_dir else path.name
     record = Record.read(run_dir or Path(place), Path(place))
     named = re.fullmatch(r"step_(\d+)", Path(place).name)

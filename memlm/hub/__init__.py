@@ -4,6 +4,7 @@ Files:
 
     families            plain decoders of transformers, both ways: Llama, Mistral, Qwen, SmolLM, OLMo
     shards              weights read and written a part at a time
+    causal              any causal language model, with or without a memory
     fla_mom             flash-linear-attention's mixture of memories, both ways
     msa                 the released Memory Sparse Attention, both ways
 """

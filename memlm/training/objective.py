@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memlm.data import IGNORE_INDEX, Batch
+from memlm.hub.causal import of_model
 from memlm.roles import Roles
 
 
@@ -54,17 +55,15 @@ class Objective(nn.Module):
         out = self.model(
             input_ids=input_ids,
             position_ids=position_ids,
-            max_documents=max_documents,
-            roles=roles,
             use_cache=False,
             logits_to_keep=0 if places is None else places,
-            output_metrics=output_metrics,
+            **of_model(self.model, max_documents=max_documents, roles=roles, output_metrics=output_metrics),
         )
         nats, scored = token_losses(*predictions(out.logits, labels, places))
         rows = nats.sum(1) / scored.sum(1).clamp(min=1)
-        aux_losses = {name: x.mean() for name, x in out.aux_losses.items()}
+        aux_losses = {name: x.mean() for name, x in getattr(out, "aux_losses", {}).items()}
         loss = self.lm_weight * rows.mean() + sum(aux_losses.values())
-        metrics = {name: x.nanmean() if x.ndim == 1 else x.mean() for name, x in out.metrics.items()}
+        metrics = {name: x.nanmean() if x.ndim == 1 else x.mean() for name, x in getattr(out, "metrics", {}).items()}
         return loss, rows.detach(), metrics | {name: x.detach() for name, x in aux_losses.items()}
 
 
@@ -143,7 +142,8 @@ def score(
     for batch in batches:
         inputs, source_ids = model_inputs(batch, device), batch.source_ids.to(device)
         labels, places = inputs.pop("labels"), inputs.pop("places")
-        out = model(**inputs, use_cache=False, logits_to_keep=0 if places is None else places)
+        own = of_model(model, max_documents=inputs.pop("max_documents"), roles=inputs.pop("roles"))
+        out = model(**inputs, **own, use_cache=False, logits_to_keep=0 if places is None else places)
         logits, targets = predictions(out.logits, labels, places)
         nats, scored = token_losses(logits, targets)
         right = (logits.argmax(-1) == targets) & scored

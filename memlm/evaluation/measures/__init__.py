@@ -18,12 +18,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, ClassVar
 
+from transformers import PreTrainedModel
+
 from memlm import plugins
 from memlm.data import Source
 from memlm.evaluation.data import Examined
 from memlm.evaluation.report import Report
 from memlm.evaluation.subject import Subject
-from memlm.modeling import MemLMForCausalLM
 from memlm.settings import build_config, require, suggest
 
 # Header and rows.
@@ -50,8 +51,12 @@ class Measure:
     def check(self, sources: Mapping[str, Source]) -> None:
         """Raise ValueError if the settings do not fit the data."""
 
-    def check_model(self, model: MemLMForCausalLM) -> None:
+    def check_model(self, model: PreTrainedModel) -> None:
         """Raise ValueError if it cannot measure a model; the message follows the model's name."""
+
+    def tokens(self, sources: Mapping[str, Source]) -> int:
+        """The tokens of its longest stream; a table of positions may be shorter."""
+        return 0
 
     def notes(self, sources: Mapping[str, Source]) -> list[str]:
         """Notes for readers of the results, one line each."""

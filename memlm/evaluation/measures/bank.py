@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
 from memlm.bank import MemoryBank
 from memlm.data import IGNORE_INDEX, Inquiry, Library, Source, make_sample
@@ -95,6 +96,16 @@ def _exact(held: MemoryBank, inputs: dict[str, Tensor], labels_BT: Tensor) -> Te
     return ((logits[:, :-1].argmax(-1) == labels_BT[:, 1:]) | (labels_BT[:, 1:] == IGNORE_INDEX)).all(1)
 
 
+def check_bank(model: PreTrainedModel) -> None:
+    """Raise ValueError if a model supports no bank; the message follows the model's name."""
+    try:
+        if not isinstance(model, MemLMForCausalLM):
+            raise ValueError(f"{type(model).__name__} is a model of transformers; a bank needs memory=msa")
+        MemoryBank(model)
+    except ValueError as error:
+        raise ValueError(f"has no bank: {error}") from None
+
+
 def share(flags: Iterable[bool]) -> float:
     return float(np.mean([*flags]))
 
@@ -122,12 +133,9 @@ class Bank(Measure):
                 "eval.bank_documents: the data has no documents; use data=facts, or a source of questions"
             )
 
-    def check_model(self, model: MemLMForCausalLM) -> None:
+    def check_model(self, model: PreTrainedModel) -> None:
         if self.bank_documents:
-            try:
-                MemoryBank(model)
-            except ValueError as error:
-                raise ValueError(f"has no bank: {error}") from None
+            check_bank(model)
 
     def notes(self, sources: Mapping[str, Source]) -> list[str]:
         unasked = [name for name, source in sources.items() if has_documents(source) and not self.bank_documents]

@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from memlm.bank import MemoryBank
 from memlm.data import Chain, Linked, Source
 from memlm.evaluation.data import Examined, has_documents, read_on
 from memlm.evaluation.measures import Measure, Models, Table, plain
-from memlm.evaluation.measures.bank import share
+from memlm.evaluation.measures.bank import check_bank, share
 from memlm.evaluation.report import Report
 from memlm.evaluation.subject import Subject
 from memlm.interleave import Answer, Interleave
@@ -92,6 +92,10 @@ class ReadingOn(Measure):
 
     def measures(self, source: Source) -> bool:
         return bool(self.bank_documents) and has_documents(source)
+
+    def check_model(self, model: PreTrainedModel) -> None:
+        if self.bank_documents:
+            check_bank(model)
 
     def run(self, one: Examined, examined: Sequence[Examined]) -> list[dict]:
         ways = [

@@ -1,8 +1,10 @@
 """A needle in a haystack: a passkey at each depth of texts of each length."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from memlm.data import Passkey, RecallSource, Source
 from memlm.evaluation import plots
@@ -11,7 +13,6 @@ from memlm.evaluation.measures import Measure, Models, Table, by_source, check_c
 from memlm.evaluation.measures.recall import score_task
 from memlm.evaluation.report import Report
 from memlm.evaluation.subject import Subject
-from memlm.modeling import MemLMForCausalLM
 from memlm.settings import require
 
 
@@ -27,7 +28,7 @@ class Needle:
 
 
 def needles(
-    model: MemLMForCausalLM,
+    model: PreTrainedModel,
     task: Passkey,
     seed: int,
     lengths: Sequence[int],
@@ -65,6 +66,10 @@ class Needles(Measure):
     def measures(self, source: Source) -> bool:
         wanted = bool(self.factors) and bool(self.depths)
         return wanted and isinstance(source, RecallSource) and isinstance(source.task, Passkey)
+
+    def tokens(self, sources: Mapping[str, Source]) -> int:
+        lengths = [s.task.length for s in sources.values() if isinstance(s, RecallSource) and self.measures(s)]
+        return max(self.factors, default=0) * max(lengths, default=0)
 
     def run(self, one: Examined, examined: Sequence[Examined]) -> dict[str, Any]:
         found = {}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from memlm.data import Batch, RecallSource, RecallTask, Source
 from memlm.evaluation import plots
@@ -12,7 +13,6 @@ from memlm.evaluation.data import Examined
 from memlm.evaluation.measures import LONGEST, Measure, Models, Table, check_counts, check_range, plain
 from memlm.evaluation.report import Report
 from memlm.evaluation.subject import Subject
-from memlm.modeling import MemLMForCausalLM
 from memlm.settings import require
 from memlm.training.objective import Score, score
 
@@ -34,7 +34,7 @@ class TaskAccuracy:
 
 
 def recall(
-    model: MemLMForCausalLM, name: str, task: RecallTask, seed: int, factors: Sequence[int], rows: int
+    model: PreTrainedModel, name: str, task: RecallTask, seed: int, factors: Sequence[int], rows: int
 ) -> list[TaskAccuracy]:
     """The task at ``factor`` times its length and gap, on test rows with full filler noise."""
     results = []
@@ -45,7 +45,7 @@ def recall(
     return results
 
 
-def score_task(model: MemLMForCausalLM, task: RecallTask, seed: int, rows: int) -> Score:
+def score_task(model: PreTrainedModel, task: RecallTask, seed: int, rows: int) -> Score:
     size = max(1, min(rows, _TOKENS_AT_ONCE // task.length))
     batches = (
         Batch.from_rows(
@@ -75,12 +75,14 @@ class Recall(Measure):
         return bool(self.factors) and isinstance(source, RecallSource)
 
     def check(self, sources: Mapping[str, Source]) -> None:
-        for source in sources.values():
-            length = source.task.length if isinstance(source, RecallSource) else 0
-            require(
-                max(self.factors, default=0) * length <= LONGEST,
-                f"eval.factors={self.factors} times data.seq_len={length} is more than {LONGEST} tokens; lower one",
-            )
+        require(
+            self.tokens(sources) <= LONGEST,
+            f"eval.factors={self.factors} times data.seq_len is more than {LONGEST} tokens; lower one",
+        )
+
+    def tokens(self, sources: Mapping[str, Source]) -> int:
+        lengths = [source.task.length for source in sources.values() if isinstance(source, RecallSource)]
+        return max(self.factors, default=0) * max(lengths, default=0)
 
     def run(self, one: Examined, examined: Sequence[Examined]) -> list[dict]:
         sources = [(name, s) for name, s in one.mixture.sources.items() if isinstance(s, RecallSource)]

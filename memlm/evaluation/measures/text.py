@@ -5,22 +5,22 @@ B rows, T tokens of a segment, V vocabulary.
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from memlm.cache import MemoryCache
 from memlm.data import Source, TextSource, token_bytes
 from memlm.evaluation import plots
 from memlm.evaluation.data import Examined, texts
 from memlm.evaluation.measures import Measure, Models, Table, by_source, check_range
 from memlm.evaluation.report import Report
 from memlm.evaluation.subject import Subject
-from memlm.modeling import MemLMForCausalLM
+from memlm.hub.causal import new_memory
 from memlm.training.objective import token_losses
 
 
@@ -44,7 +44,7 @@ class TextByPosition:
 
 @torch.no_grad()
 def text_by_position(
-    model: MemLMForCausalLM,
+    model: PreTrainedModel,
     documents: Iterable[np.ndarray],
     token_bytes: Tensor,
     segment: int,
@@ -70,15 +70,16 @@ def text_by_position(
         for row, document in enumerate(group):
             ids[row, : len(document)], real[row, : len(document)] = document, 1
         ids_BT, real_BT = (torch.from_numpy(x).to(model.device) for x in (ids, real))
-        memory = MemoryCache()
+        memory = new_memory(model)
         for begin in range(0, longest, segment):
             if not carried:
-                memory = MemoryCache()
-            piece, mask = ids_BT[:, begin : begin + segment], real_BT[:, begin : begin + segment]
-            out = model(piece, attention_mask=mask, past_key_values=memory, use_cache=True)
-            here = slice(begin, begin + piece.shape[1])
+                memory = new_memory(model)
+            here = slice(begin, min(begin + segment, longest))
+            piece, mask = ids_BT[:, here], real_BT[:, here]
+            seen = real_BT[:, here.start - memory.get_seq_length() : here.stop]
+            out = model(piece, attention_mask=seen, past_key_values=memory, use_cache=True)
             read[here] += mask.double().sum(0).cpu()
-            for name, x in out.metrics.items():
+            for name, x in getattr(out, "metrics", {}).items():
                 if x.ndim == 2:
                     sums = told.setdefault(name, torch.zeros_like(read))
                     sums[here] += x.double().masked_fill(mask == 0, 0.0).sum(0).cpu()
@@ -86,7 +87,7 @@ def text_by_position(
             sizes = token_bytes.to(model.device)[piece[:, 1:]] * scored
             # Tokens without text, such as the end of a document, are not scored as text.
             piece_nats = piece_nats * (sizes > 0)
-            where = slice(begin + 1, begin + piece.shape[1])
+            where = slice(here.start + 1, here.stop)
             nats[where] += piece_nats.double().sum(0).cpu()
             counted[where] += sizes.double().sum(0).cpu()
             scored_tokens += int(scored.sum())
@@ -130,6 +131,12 @@ class Text(Measure):
 
     def measures(self, source: Source) -> bool:
         return self.text_documents > 0 and isinstance(source, TextSource)
+
+    def check_model(self, model: PreTrainedModel) -> None:
+        new_memory(model)
+
+    def tokens(self, sources: Mapping[str, Source]) -> int:
+        return self.text_length if any(map(self.measures, sources.values())) else 0
 
     def run(self, one: Examined, examined: Sequence[Examined]) -> dict[str, Any]:
         read = zip(examined, texts(examined, self.text_documents, self.text_length), strict=True)

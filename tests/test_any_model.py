@@ -1,0 +1,183 @@
+"""``evaluate.py`` on models of transformers, with an attached memory and without."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    GPT2Config,
+    LlamaConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import memlm
+from memlm.data import byte_tokenizer, token_bytes
+from memlm.evaluation import run as evaluate
+from memlm.evaluation.ablation import memory_off
+from memlm.evaluation.measures.text import text_by_position
+from memlm.hub.causal import load_any
+from tests.conftest import composed, same_state
+
+SIZES = torch.from_numpy(token_bytes(byte_tokenizer()))
+LLAMA = LlamaConfig(
+    vocab_size=259,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=64,
+    initializer_range=0.2,
+    pad_token_id=256,
+    bos_token_id=257,
+    eos_token_id=258,
+)
+GPT2 = GPT2Config(
+    vocab_size=259,
+    n_embd=16,
+    n_layer=2,
+    n_head=2,
+    n_positions=128,
+    initializer_range=0.2,
+    bos_token_id=257,
+    eos_token_id=258,
+)
+TITANS = {"kind": "titans_lmm", "memory_heads": 1, "memory_head_dim": 8, "chunk_size": 4}
+
+
+def made(name):
+    """A tiny model in fp64: ``llama``, ``gpt2``, or ``titans``, a llama with a memory whose gate is open."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(GPT2 if name == "gpt2" else LLAMA)
+    if name == "titans":
+        memlm.attach(model, TITANS)
+        with torch.no_grad():
+            for parameter_name, parameter in model.named_parameters():
+                if ".memlm." in parameter_name:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.double().eval()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("llama", "gpt2", "titans"):
+        made(name).float().save_pretrained(folder / name)
+        byte_tokenizer().save_pretrained(folder / name)
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    for i in range(40):
+        (corpus / f"{i}.txt").write_text(f"document {i} " * 20)
+    return folder
+
+
+def evaluated(folder, *overrides):
+    data = (
+        "data=mixture",
+        "data.seq_len=48",
+        f"data.sources.text.paths=[{folder}/corpus]",
+        f"data.cache_dir={folder}/c",
+    )
+    gaps = ("data.sources.mqar={kind: mqar, weight: 1, num_pairs: 2, gap: 8}", "data.sources.passkey.gap=8")
+    few = (
+        "eval.factors=[1,2]",
+        "eval.recall_rows=4",
+        "eval.needle_rows=2",
+        "eval.depths=[0.5]",
+        "eval.text_length=100",
+    )
+    return composed(*data, *gaps, *few, "eval.text_documents=2", *overrides, config="evaluate")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "titans"])
+def test_text_is_streamed_with_the_models_own_cache(name):
+    """Carried over segments equals one forward over a document; reset equals each segment alone."""
+    model = made(name)
+    documents = [np.random.default_rng(n).integers(0, 256, n) for n in (7, 100, 33, 64)]
+    expected = {True: [], False: []}
+    with torch.no_grad():
+        for document in documents:
+            ids = torch.from_numpy(document)[None]
+            whole = model(ids, use_cache=False).logits
+            parts = torch.cat([model(piece, use_cache=False).logits for piece in ids.split(32, 1)], 1)
+            for carried, logits in ((True, whole), (False, parts)):
+                nats = -logits[0].log_softmax(-1)
+                expected[carried] += [nats[t - 1, ids[0, t]].item() for t in range(1, ids.shape[1]) if t % 32]
+    assert np.mean(expected[True]) != pytest.approx(np.mean(expected[False]), rel=1e-4)
+    for carried, nats in expected.items():
+        got = text_by_position(model, documents, SIZES, segment=32, carried=carried, max_length=100, rows=3)
+        assert got.bits_per_byte == pytest.approx(np.mean(nats) / np.log(2), rel=1e-6)
+
+
+def test_an_attached_memory_is_silenced_as_a_whole():
+    """The logits are the backbone's, to the bit, and the first layer's state is that with the memory on."""
+    model, ids = made("titans"), torch.randint(256, (2, 20), generator=torch.Generator().manual_seed(0))
+    backbone = memlm.detach(copy.deepcopy(model))
+    with torch.no_grad():
+        on, alone = model(ids), backbone(ids)
+        with memory_off(model):
+            off = model(ids)
+        again = model(ids)
+    assert torch.equal(off.logits, alone.logits) and not torch.equal(on.logits, alone.logits)
+    assert torch.equal(again.logits, on.logits)
+    # Its input is the same in both.
+    assert same_state(*(out.past_key_values.layers[-1].states["0"] for out in (on, off)))
+    with pytest.raises(ValueError, match="the model has no long-term memory"), memory_off(backbone):
+        pass
+
+
+def test_any_model_is_evaluated(saved, capsys):
+    """A model with a memory, beside a plain one; what a table of positions does not reach is left out."""
+    evaluate(evaluated(saved, f"checkpoint={saved}/titans", f"control={saved}/llama", f"out={saved}/out"))
+    found = json.loads((saved / "out" / "results.json").read_text())["models"]
+    assert [m["kinds"] for m in found.values()] == [["llama", "titans_lmm"], ["llama"]]
+    for model in found.values():
+        assert len(model["recall"]) == 4 and len(model["needles"]["passkey"]) == 2 and model["bank"] == []
+        assert model["text"]["text"]["carried"]["bits_per_byte"] != model["text"]["text"]["reset"]["bits_per_byte"]
+    assert found["titans"]["text"] != found["control (llama)"]["text"]
+    capsys.readouterr()
+    short = ("eval.factors=[1,4]", f"checkpoint={saved}/gpt2", "control=null", f"out={saved}/short")
+    evaluate(evaluated(saved, *short))
+    assert (
+        "recall is left out: gpt2 has 128 positions, recall needs 192; lower eval.factors" in capsys.readouterr().out
+    )
+    found = json.loads((saved / "short" / "results.json").read_text())["models"]["gpt2"]
+    assert found["recall"] == [] and found["needles"] == {} and found["text"]["text"]
+
+
+def test_an_evaluation_without_the_attached_memory_is_the_backbones(saved):
+    options = (f"control={saved}/llama", "eval.text_documents=0", "eval.depths=[]", f"out={saved}/off")
+    evaluate(evaluated(saved, f"checkpoint={saved}/titans", "memory_off=true", *options))
+    off, control = json.loads((saved / "off" / "results.json").read_text())["models"].values()
+    assert off["recall"] == control["recall"]
+
+
+def test_models_that_cannot_be_evaluated_are_named_in_a_line(saved, tmp_path):
+    small = dict(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=259)
+    T5ForConditionalGeneration(T5Config(**small)).save_pretrained(tmp_path / "t5")
+    BartConfig(d_model=16).save_pretrained(tmp_path / "bart")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"model_type": "nothing"}')
+    for name, message in (
+        ("t5", "a t5 is an encoder-decoder; name a causal language model"),
+        ("bart", "a bart is an encoder-decoder"),
+        ("empty", "no config.json there"),
+        ("odd", "cannot be loaded: .*nothing"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            load_any(tmp_path / name)
+        assert "\n" not in str(caught.value) and str(caught.value).startswith(f"{tmp_path / name}: ")
+    made("llama").float().model.save_pretrained(tmp_path / "headless")
+    with pytest.raises(ValueError, match=r"headless: missing weights: lm_head\.weight"):
+        load_any(tmp_path / "headless")
+    path = saved / "llama"
+    with pytest.raises(ValueError, match=r"llama: no readable config\.yaml names its data; add data=\.\.\."):
+        evaluate(composed(f"checkpoint={path}", "control=null", config="evaluate"))
+    facts = ("data=facts", "data.seq_len=300", "eval=bank", "control=null", f"out={tmp_path}/out")
+    with pytest.raises(ValueError, match="llama has no bank: LlamaForCausalLM is a model of transformers"):
+        evaluate(composed(f"checkpoint={path}", *facts, config="evaluate"))
