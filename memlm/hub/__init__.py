@@ -36,6 +36,13 @@ class Fields(dict[str, Any]):
         raise ValueError(f"config.json: {self.where}{name} is missing; the folder holds no checkpoint of this format")
 
 
+def require_plain(config: MemLMConfig) -> None:
+    """Raise ValueError for settings of the decoder that Llama's own form lacks, and so do formats like it."""
+    for name, value in {"rope_scaling": None, "norm_outputs": False}.items():
+        if (found := getattr(config, name)) != value:
+            raise ValueError(f"model.{name}={found!r:.80}; only {value!r} can be converted to this format")
+
+
 def load_model(source: str | Path) -> MemLMForCausalLM:
     """A model from a checkpoint folder or a hub name; every weight must match.
 

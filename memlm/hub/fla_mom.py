@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memlm.configuration import MemLMConfig
-from memlm.hub import Fields
+from memlm.hub import Fields, require_plain
 
 Weights = dict[str, Tensor]
 
@@ -81,6 +81,7 @@ def config_from_fla(theirs: dict[str, Any]) -> MemLMConfig:
 
 def config_to_fla(config: MemLMConfig) -> dict[str, Any]:
     """fla's config.json. Raises ValueError if fla has no equivalent."""
+    require_plain(config)
     mixers = [config.mixers[name] for name in config.layer_mixers()]
     mixer = mixers[0]
     wanted = {"kind": "mom", "rule": "gated_delta_net", "balance_bias": False, "window_size": None}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from memlm.configuration import MemLMConfig
-from memlm.hub import Fields
+from memlm.hub import Fields, require_plain
 
 Weights = dict[str, Tensor]
 
@@ -77,8 +77,11 @@ def config_to_msa(config: MemLMConfig, before: dict[str, Any]) -> dict[str, Any]
     Raises ValueError if the release has no equivalent.
     """
     mixers = [config.mixers[name] for name in config.layer_mixers()]
+    wanted: dict[str, Any] = {"kind": "msa", "qk_norm": True, "positions": "template", "rotary": True}
+    wanted |= {"qkv_bias": False, "output_bias": False}
+    require_plain(config)
     for mixer in mixers:
-        for name, value in {"kind": "msa", "qk_norm": True, "positions": "template"}.items():
+        for name, value in wanted.items():
             if mixer.get(name) != value:
                 raise ValueError(f"model.mixers.*.{name} must be {value!r} in every layer; the release has no other")
     routing = [layer for layer, mixer in enumerate(mixers) if mixer["routes"]]

@@ -263,9 +263,14 @@ def test_models_that_theirs_cannot_be_are_refused():
         ),
         ({"router_loss": "bce"}, "similarity='cosine'; with router_loss='bce' the release trains and serves by 'dot'"),
         ({"qk_norm": False}, "qk_norm must be True in every layer"),
+        ({"qkv_bias": True}, "qkv_bias must be False in every layer"),
+        ({"rotary": False}, "rotary must be True in every layer"),
         ({"routes": False}, "routes is false in every layer"),
     ):
         other = copy.deepcopy(config)
         other.mixers["memory"] |= mixer
         with pytest.raises(ValueError, match=message):
             msa.config_to_msa(other, {})
+    config.norm_outputs = True
+    with pytest.raises(ValueError, match=r"model\.norm_outputs=True; only False can be converted"):
+        msa.config_to_msa(config, {})
