@@ -230,10 +230,64 @@ def test_a_model_that_the_family_cannot_be_stays():
     assert written["architectures"] == ["Qwen3ForCausalLM"]
 
 
+OLD = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.45.0.dev0",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+OLD_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+OLD_QWEN = {"model_type": "qwen2", "max_window_layers": 28, "sliding_window": 131072, "use_sliding_window": False}
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"rope_scaling": None}, None),
+        (
+            {"rope_scaling": {name: value for name, value in LLAMA3.items() if name != "rope_theta"}},
+            {name: value for name, value in LLAMA3.items() if name != "rope_theta"},
+        ),
+        ({**OLD_QWEN, "rope_scaling": OLD_YARN}, {**OLD_YARN, "type": None, "rope_type": "yarn"}),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, {"rope_type": "linear", "factor": 2}),
+    ],
+)
+def test_configurations_of_older_transformers(values, expected):
+    """With rope_theta and rope_scaling at the top, and ``type`` for rope_type."""
+    config = families.config_from(values.get("model_type", "llama"), {**OLD, **values}, "attention")
+    expected = expected and {name: value for name, value in expected.items() if value is not None}
+    assert config.rope_theta == 500000.0 and config.rope_scaling == expected
+    assert config.head_dim == 64 and config.max_position_embeddings == 131072 and config.tie_word_embeddings
+    assert config.layer_mixers() == ["memory"] * 16 and config.mixers["memory"]["window_size"] is None
+    assert config.mixers["memory"]["qkv_bias"] == ("model_type" in values)
+
+
 def test_weights_in_several_files(tmp_path, monkeypatch):
     form, theirs = foreign(tmp_path / "theirs", "qwen3")
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="60KB")
-    (tmp_path / "theirs" / "model.safetensors").unlink()
+    (tmp_path / "theirs" / "model.safetensors").unlink(missing_ok=True)
+    # Some repositories hold the same weights in their authors' form too.
+    save_file({"tok_embeddings.weight": torch.zeros(1)}, tmp_path / "theirs" / "consolidated.safetensors")
     monkeypatch.setattr(shards, "_LEAST", 1)
     ours = converted(form, tmp_path / "theirs")
     assert len(list((tmp_path / "theirs-attention").glob("model-*.safetensors"))) > 3

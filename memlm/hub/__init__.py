@@ -22,6 +22,7 @@ from memlm import files
 from memlm.configuration import MemLMConfig
 from memlm.data import read_tokenizer
 from memlm.flops import count_parameters
+from memlm.hub.shards import INDEX, listed
 from memlm.modeling import MemLMForCausalLM
 
 
@@ -89,16 +90,10 @@ def _check_files(folder: Path) -> None:
         except Exception as error:
             # Its checks raise exceptions of any type.
             raise ValueError(f"{generation}: {_first_line(error)}; repair it, or remove it for the defaults") from None
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if (folder / "model.safetensors").exists() or not index.exists():
         return
-    held = files.read_json(index)
-    places = held.get("weight_map")
-    inside = isinstance(places, dict) and all(
-        isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors") for name in places.values()
-    )
-    if not (places and inside and isinstance(held.get("metadata"), dict)):
-        raise ValueError(f"{index.name}: must hold metadata, and a weight_map to *.safetensors beside it")
+    listed(index)
 
 
 def _check_size(folder: Path, config: MemLMConfig) -> None:

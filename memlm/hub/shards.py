@@ -9,28 +9,45 @@ from torch import Tensor
 
 from memlm import files
 
+INDEX = "model.safetensors.index.json"
 # Bytes of a written file: a quarter of the weights, within these bounds. Writing a file takes twice its bytes.
 _LEAST, _MOST = 2**27, 2**31
 
 
-class Stored(Mapping[str, Tensor]):
-    """The tensors of a folder's *.safetensors by name; each is read when it is asked for.
+def listed(index: Path) -> set[str]:
+    """The files that an index names. Raises ValueError if it has another form."""
+    held = files.read_json(index)
+    places = held.get("weight_map")
+    inside = isinstance(places, dict) and all(
+        isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors") for name in places.values()
+    )
+    if not (isinstance(places, dict) and places and inside and isinstance(held.get("metadata"), dict)):
+        raise ValueError(f"{index.name}: must hold metadata, and a weight_map to *.safetensors beside it")
+    return set(places.values())
 
-    Raises ValueError with the file's name if there is none, or one cannot be read.
+
+class Stored(Mapping[str, Tensor]):
+    """The tensors of a checkpoint by name; each is read when it is asked for. Other *.safetensors in the folder, such
+    as the same weights in another form, are left alone.
+
+    Raises ValueError with the file's name if a file is missing or cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
         self.places: dict[str, Path] = {}
         self.total = 0
-        for path in sorted(folder.glob("*.safetensors")):
+        names = {"model.safetensors"}
+        if not (folder / "model.safetensors").exists() and (folder / INDEX).exists():
+            names = listed(folder / INDEX)
+        for path in (folder / name for name in sorted(names)):
+            if not path.exists():
+                raise ValueError(f"{path.name} is missing; the weights must be in safetensors files")
             try:
                 with safe_open(path, "pt") as file:
                     self.places |= dict.fromkeys(file.keys(), path)
             except SafetensorError as error:
                 raise ValueError(f"{path.name} cannot be read ({error}); copy it again") from None
             self.total += path.stat().st_size
-        if not self.places:
-            raise ValueError("no *.safetensors there")
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self.places[name], "pt") as file:
@@ -77,4 +94,4 @@ def write(folder: Path, weights: Iterable[tuple[str, Tensor]], total: int) -> No
         (folder / f"{i}.safetensors").rename(folder / file)
         places |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": written}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
