@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from omegaconf import OmegaConf
 
 import memlm_kernels
@@ -70,12 +71,19 @@ EXAMPLES = {
 }
 
 
+# The same of blocks that begin with a model of transformers.
+BACKBONES = {
+    ("README.md", 1): ("", "memories/llama/memlm_memory.safetensors"),
+    ("memlm/attached/README.md", 0): ("torch.Size([1, 618])", None),
+}
+
+
 def test_every_example_of_a_page_is_run():
     """No test would run a block of Python elsewhere."""
     # Blocks of kernels/README.md run in a row; those of CONTRIBUTING.md as files, above and in test_plugins.py.
     pages = [page for page in PAGES if page not in ("kernels/README.md", "CONTRIBUTING.md")]
     found = {(page, i) for page in pages for i in range(len(blocks(page, "python")))}
-    assert found - {("memlm/README.md", 1)} == set(EXAMPLES)
+    assert found - {("memlm/README.md", 1), *BACKBONES} == set(EXAMPLES)
 
 
 @pytest.mark.parametrize(("page", "example"), EXAMPLES, ids=lambda x: str(x))
@@ -89,6 +97,27 @@ def test_an_example_runs(tmp_path, monkeypatch, capsys, page, example):
     exec(code, {})
     assert said in capsys.readouterr().out
     assert written is None or (tmp_path / written).exists()
+
+
+# The loader of the Trainer would pin memory, without a GPU too.
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
+@pytest.mark.parametrize(("page", "example"), BACKBONES, ids=lambda x: str(x))
+def test_an_example_with_a_backbone_runs(tmp_path, monkeypatch, capsys, page, example):
+    """As written, on a random Llama."""
+    code, (said, written) = blocks(page, "python")[example], BACKBONES[page, example]
+    assert page != "README.md" or len([line for line in code.splitlines() if "import" not in line]) <= 10
+    monkeypatch.chdir(tmp_path)
+    sizes = dict(vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained("models/llama")
+    byte_tokenizer().save_pretrained("models/llama")
+    names = {}
+    exec(code, names)
+    assert said in capsys.readouterr().out
+    assert written is None or (tmp_path / written).exists()
+    if page == "README.md":
+        assert names["answer"].shape[1] > names["book"].shape[1] + names["question"].shape[1]
+        gates = [p for name, p in names["model"].named_parameters() if name.endswith("memlm.gate")]
+        assert len(gates) == 2 and all(gate.abs().min() > 0 for gate in gates)
 
 
 def test_the_page_of_the_kernels_calls_every_op():
