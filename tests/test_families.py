@@ -290,6 +290,10 @@ def test_weights_in_several_files(tmp_path, monkeypatch):
     save_file({"tok_embeddings.weight": torch.zeros(1)}, tmp_path / "theirs" / "consolidated.safetensors")
     monkeypatch.setattr(shards, "_LEAST", 1)
     ours = converted(form, tmp_path / "theirs")
-    assert len(list((tmp_path / "theirs-attention").glob("model-*.safetensors"))) > 3
+    parts = sorted((tmp_path / "theirs").glob("model-*.safetensors"))
+    assert len(parts) > 3 and len(list((tmp_path / "theirs-attention").glob("model-*.safetensors"))) > 3
     with torch.no_grad():
         assert_close("logits", theirs(IDS).logits, ours(IDS).logits, 1e-5)
+    parts[1].unlink()
+    said = refused("--from-format", form, "--source", tmp_path / "theirs", "--target", tmp_path / "ours")
+    assert f"{parts[1].name} is missing" in said

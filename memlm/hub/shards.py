@@ -36,12 +36,14 @@ class Stored(Mapping[str, Tensor]):
     def __init__(self, folder: Path) -> None:
         self.places: dict[str, Path] = {}
         self.total = 0
+        if not any(folder.glob("*.safetensors")):
+            raise ValueError("no *.safetensors there")
         names = {"model.safetensors"}
         if not (folder / "model.safetensors").exists() and (folder / INDEX).exists():
             names = listed(folder / INDEX)
         for path in (folder / name for name in sorted(names)):
             if not path.exists():
-                raise ValueError(f"{path.name} is missing; the weights must be in safetensors files")
+                raise ValueError(f"{path.name} is missing; copy the folder again")
             try:
                 with safe_open(path, "pt") as file:
                     self.places |= dict.fromkeys(file.keys(), path)
