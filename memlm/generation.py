@@ -9,7 +9,7 @@ from transformers import GenerationMixin
 
 from memlm.cache import MemoryCache
 from memlm.roles import QUERY, RESPONSE, Roles
-from memlm.versions import CACHE
+from memlm.versions import CACHE, CACHES
 
 
 class MemoryGenerationMixin(GenerationMixin):
@@ -29,7 +29,7 @@ class MemoryGenerationMixin(GenerationMixin):
         Returns the inputs and the generated tokens.
         Raises ValueError if the memory has already read all inputs.
         """
-        kwargs = {CACHE if name in ("past_key_values", "cache") else name: x for name, x in kwargs.items()}
+        kwargs = {CACHE if name in CACHES else name: x for name, x in kwargs.items()}
         memory, embeds = kwargs.get(CACHE), kwargs.get("inputs_embeds")
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         given = ids if embeds is None else embeds

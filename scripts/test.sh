@@ -11,7 +11,8 @@ case "${1:-}" in --lowest | --newest)
     export OMP_NUM_THREADS=1
     # Old packages warn of each other.
     exec python -m pytest -n auto --maxprocesses 8 -W ignore::DeprecationWarning \
-        tests/test_{modeling,cache,transformers,memory_layer,peft}.py tests/memory/test_contract.py "$@"
+        tests/test_{modeling,cache,transformers,memory_layer,attached,attached_models,peft}.py \
+        tests/memory/test_contract.py "$@"
     ;;
 esac
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" "[dev,cpu-kernels]"

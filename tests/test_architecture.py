@@ -60,6 +60,7 @@ ROOMS = {
         "memlm.memory",
         "memlm.cache",
         "memlm.loss",
+        "memlm.versions",
     },
     "memlm": {
         "memlm.attached",

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import DummyLayer, DynamicLayer, EncoderDecoderCache, QuantizedLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer, EncoderDecoderCache, QuantizedLayer, StaticLayer
 
 from memlm.cache import MemoryCache
 from memlm.memory.state import State, mapped
 from memlm.settings import require
+from memlm.versions import DummyLayer
 
 
 class StateLayer(DummyLayer):

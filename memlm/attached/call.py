@@ -18,6 +18,7 @@ from memlm.memory.base import Dims, build_mixer, checked, initialize
 from memlm.memory.rows import Padding, Rows
 from memlm.memory.state import State
 from memlm.settings import require
+from memlm.versions import CACHES
 
 # The keyword by which a call reaches the layers. A keyword is also held by the closures of gradient checkpointing,
 # which run in another thread on a GPU.
@@ -100,7 +101,7 @@ class Call:
         given = kwargs.get("inputs_embeds") if given is None else given
         require(given is not None, "give input_ids or inputs_embeds")
         batch, length, device = *given.shape[:2], given.device
-        self.cache = kwargs.get("past_key_values")
+        self.cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
         held = None if self.cache is None else check(self.cache, settings, batch)
         self.before = held.states if held else {}
         seen = self.cache.get_seq_length() if self.before else 0

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 
 from memlm.attached.cache import own
 from memlm.settings import require
+from memlm.versions import CACHE
 
 # Implementations of attention that take a mask of any form.
 MASKED = ("eager", "sdpa")
@@ -79,7 +80,7 @@ def begin(call: Any, decoder: nn.Module, settings: Any, kwargs: dict[str, Any]) 
     use_cache = config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
     checkpointed = decoder.training and getattr(decoder, "gradient_checkpointing", False)
     if call.cache is None and use_cache and not checkpointed:
-        call.cache = kwargs["past_key_values"] = DynamicCache(config=config)
+        call.cache = kwargs[CACHE] = DynamicCache(config=config)
     rows, padding = call.rows, call.padding
     new_BT = rows.positions_BT
     if padding is not None:
