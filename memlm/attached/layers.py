@@ -26,21 +26,28 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
         not getattr(model.config, "is_encoder_decoder", False),
         f"{type(model).__name__} is an encoder-decoder; a memory needs a decoder alone",
     )
-    return model.get_decoder()
+    decoders = [m for m in model.modules() if isinstance(m, PreTrainedModel) and _stack(m) is not None]
+    found = model.get_decoder()
+    # Some families' own answer is another module.
+    return found if found in decoders or not decoders else decoders[0]
 
 
 def attentions_of(decoder: PreTrainedModel) -> dict[int, nn.Module]:
     """The attention of each layer that has one. Raises ValueError if none has."""
-    layers = decoder.config.get_text_config(decoder=True).num_hidden_layers
-    stacks = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == layers]
     found = {}
-    for i, layer in enumerate(stacks[0] if stacks else []):
+    for i, layer in enumerate(_stack(decoder) or []):
         for name, child in layer.named_children():
             if "attention" in type(child).__name__.lower() and "cross" not in name.lower():
                 found[i] = child
                 break
     require(bool(found), f"{type(decoder).__name__} has no layers with an attention, so nothing to attach a memory to")
     return found
+
+
+def _stack(decoder: nn.Module) -> nn.ModuleList | None:
+    """The layers of a decoder, if it has any."""
+    layers = getattr(decoder.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    return next((m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == layers), None)
 
 
 def check_keywords(decoder: nn.Module, attention: nn.Module) -> None:
@@ -55,13 +62,15 @@ def no_keywords(module: nn.Module) -> str:
     return f"{type(module).__name__} does not hand keywords on, by which a memory gets its tokens; it cannot have one"
 
 
-def dims_of(config: Any) -> Dims:
+def dims_of(config: Any, attention: nn.Module) -> Dims:
+    """Sizes for memories with heads of the backbone's size."""
     heads = config.num_attention_heads
+    head_dim = getattr(attention, "head_dim", None)
     return Dims(
         hidden_size=config.hidden_size,
         num_attention_heads=heads,
         num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        head_dim=head_dim if isinstance(head_dim, int) else config.hidden_size // heads,
     )
 
 

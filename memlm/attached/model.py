@@ -75,7 +75,7 @@ def attach(
     dtype = wide if dtype is None else dtype
     require(dtype.is_floating_point, f"dtype={dtype} must be a floating type")
     config = decoder.config.get_text_config(decoder=True)
-    dims, std = dims_of(config), getattr(config, "initializer_range", 0.02)
+    dims, std = dims_of(config, attentions[chosen[0]]), getattr(config, "initializer_range", 0.02)
     made = {i: Attached(settings, dims, i, std) for i in chosen}
     if not any(getattr(module, "long_term", False) for module in made[chosen[0]].modules()):
         raise ValueError(
