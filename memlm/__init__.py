@@ -7,6 +7,7 @@ Files:
     configuration       ``MemLMConfig``, the one schema of a model
     modeling            the decoder and its head; moves padding to the end of each row
     modeling_memlm      the file beside each config.json, so that transformers loads it without ``import memlm``
+    card                the model card that each save writes
     loss                the training loss: the cross-entropy, and the losses that mixers add
     generation          transformers' ``generate`` with a memory
     cache               ``MemoryCache``, the memory of one or many streams as an object

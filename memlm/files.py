@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 DIGESTS = "digests.json"
+# A page for readers, which a user may edit.
+CARD = "README.md"
 
 
 def sync(path: Path) -> None:
@@ -93,10 +95,11 @@ def _beside(path: Path) -> Path:
 
 
 def seal(folder: Path) -> None:
-    """Write the size and SHA-256 of each file below ``folder`` to ``digests.json``, and flush everything to
-    the disk.
+    """Write the size and SHA-256 of each file below ``folder``, except its card, to ``digests.json``, and flush
+    everything to the disk.
     """
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / DIGESTS]
+    apart = (folder / DIGESTS, folder / CARD)
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path not in apart]
     digests = {path.relative_to(folder).as_posix(): [path.stat().st_size, digest(path)] for path in files}
     for path in [*files, *(path for path in folder.rglob("*") if path.is_dir())]:
         sync(path)

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import memlm
-from memlm import files
+from memlm import card, files
 from memlm.hub import families, fla_mom, load_model, msa, shards
 
 
@@ -92,6 +92,7 @@ def read(form: str, source: Path, target: Path, memory: str) -> None:
         shards.write(folder, read_weights(theirs, config), theirs.total)
         _copy_more(source, folder)
         load_model(folder)
+        card.write(folder)
         if form in WRITERS:
             # Used on the way back, for settings that memlm lacks.
             shutil.copy(source / "config.json", folder / THEIRS.format(form))

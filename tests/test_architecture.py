@@ -31,8 +31,10 @@ ROOMS = {
     "memlm.loss": set(),
     "memlm.memory_layer": {"memlm.settings", "memlm.roles", "memlm.memory"},
     "memlm.generation": {"memlm.cache", "memlm.roles", "memlm.versions"},
+    "memlm.card": {"memlm.files", "memlm.memory"},
     "memlm.modeling": {
         "memlm.roles",
+        "memlm.card",
         "memlm.layers",
         "memlm.memory",
         "memlm.configuration",
@@ -53,6 +55,7 @@ ROOMS = {
     },
     "memlm.interleave": {"memlm.settings", "memlm.roles", "memlm.data", "memlm.memory", "memlm.cache", "memlm.bank"},
     "memlm.attached": {
+        "memlm.card",
         "memlm.files",
         "memlm.fingerprint",
         "memlm.settings",

@@ -68,6 +68,7 @@ EXAMPLES = {
     ("memlm/README.md", 0): ("titans_mag", "It was the ", "memories/book/memory.safetensors"),
     ("memlm/bank/README.md", 0): ("msa", "?dwp2", "banks/facts/index.json"),
     ("memlm/bank/README.md", 1): ("msa", "xy ", None),
+    ("memlm/hub/README.md", 0): ("titans_mag", "", None),
 }
 
 

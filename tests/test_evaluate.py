@@ -294,6 +294,11 @@ def test_an_evaluation_leaves_a_table_results_and_a_report_that_stands_alone(tra
         assert text in page
     pictures = {"needles", "recall", "text", "surprise", "loss", "validation", "gates"}
     assert {p.stem for p in (out / "plots").iterdir()} == pictures
+    markdown = (out / "report.md").read_text()
+    assert set(re.findall(r"!\[.*\]\(plots/(\w+)\.png\)", markdown)) == pictures
+    headings = re.findall(r"^##? (.*)$", markdown, re.MULTILINE)
+    assert headings == re.findall(r"<h[12]>(.*?)</h", page)
+    assert len(re.findall(r"^\| --- ", markdown, re.MULTILINE)) == page.count("<table>")
 
 
 NEW_MEASURE = '''

@@ -153,7 +153,7 @@ def test_other_results_are_kept_and_the_same_ones_replaced(runs):
     assert [p.name for p in (folder / "earlier").iterdir()] == [first["of"]] and first["of"].startswith("step_000002-")
     kept = folder / "earlier" / first["of"]
     assert json.loads((kept / "results.json").read_text()) == again
-    assert (kept / "report.html").exists() and (kept / "plots" / "text.png").exists()
+    assert (kept / "report.html").exists() and (kept / "report.md").exists() and (kept / "plots" / "text.png").exists()
     # Results of an earlier version, and files without JSON, are kept too.
     (folder / "results.json").write_text("{")
     evaluated(runs, run="bytes")

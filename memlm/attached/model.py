@@ -20,7 +20,7 @@ from memlm.attached.layers import (
     dims_of,
     of,
 )
-from memlm.attached.save import save_pretrained
+from memlm.attached.save import save_pretrained, upload
 from memlm.attached.window import full_layers
 from memlm.memory.base import complete_settings
 from memlm.settings import check_type, require
@@ -96,8 +96,9 @@ def attach(
         model.register_forward_hook(hooks.after_model, with_kwargs=True)
     # States cannot be cropped, so transformers must refuse assisted decoding.
     model._is_stateful = True
-    # Not a bound method, which a pickled model could not find again.
+    # Not bound methods, which a pickled model could not find again.
     model.save_pretrained = functools.partial(save_pretrained, model)
+    model._upload_modified_files = functools.partial(upload, model)
     return model
 
 
@@ -113,7 +114,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(getattr(module, NAME, None), Attached):
             delattr(module, NAME)
     delattr(decoder, SETTINGS)
-    for name in ("_is_stateful", "save_pretrained"):
+    for name in ("_is_stateful", "save_pretrained", "_upload_modified_files"):
         model.__dict__.pop(name, None)
     return model
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from memlm import files
+from memlm import card, files
 from memlm.attached.layers import NAME, decoder_of, of
 from memlm.fingerprint import digest_of, stored
 from memlm.settings import require
@@ -26,13 +26,25 @@ def save_memory(model: PreTrainedModel, directory: str | Path) -> None:
     tensors = {name: x.contiguous() for name, x in model.state_dict().items() if MEMORY in name}
     files.write_tensors(Path(directory) / WEIGHTS, tensors, {"format": "pt"})
     files.write(Path(directory) / WORDS, json.dumps(words, indent=1))
+    card.write(directory)
 
 
 def save_pretrained(model: PreTrainedModel, save_directory: str | Path, **kwargs: Any) -> None:
-    """``PreTrainedModel.save_pretrained`` of a model with a memory, which also writes the memory's settings."""
+    """``PreTrainedModel.save_pretrained``, and the settings of the model's memory and a card."""
     type(model).save_pretrained(model, save_directory, **kwargs)
     if kwargs.get("is_main_process", True):
-        files.write(Path(save_directory) / WORDS, json.dumps(_words(model), indent=1))
+        _write_settings(model, save_directory)
+
+
+def upload(model: PreTrainedModel, working_dir: str | Path, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    """The last part of transformers' ``push_to_hub``, with the settings of the model's memory and its card."""
+    _write_settings(model, working_dir, repo_id)
+    return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
+
+
+def _write_settings(model: PreTrainedModel, directory: str | Path, name: str | None = None) -> None:
+    files.write(Path(directory) / WORDS, json.dumps(_words(model), indent=1))
+    card.write(directory, name)
 
 
 def _words(model: PreTrainedModel) -> dict[str, Any]:

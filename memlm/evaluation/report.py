@@ -1,8 +1,9 @@
-"""One self-contained HTML page of an evaluation: pictures are embedded, no network is needed."""
+"""The page of an evaluation: self-contained HTML with its pictures embedded, and the same in Markdown."""
 
 import base64
 import html
 import io
+import re
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -25,18 +26,24 @@ class Report:
     def __init__(self, title: str) -> None:
         self.title = title
         self._parts: list[str] = []
+        self._markdown = [f"# {_escaped(title)}"]
         self._pictures: dict[str, bytes] = {}
 
     def heading(self, text: str) -> None:
         self._parts.append(f"<h2>{html.escape(text)}</h2>")
+        self._markdown.append(f"## {_escaped(text)}")
 
     def note(self, text: str) -> None:
         self._parts.append(f'<p class="note">{html.escape(text)}</p>')
+        self._markdown.append(_escaped(text))
 
     def table(self, header: list[str], rows: list[list[str]]) -> None:
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
         body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
         self._parts.append(f"<table><tr>{head}</tr>{body}</table>")
+        cells = [[_escaped(cell) for cell in line] for line in (header, *rows)]
+        lines = ["| " + " | ".join(line) + " |" for line in (cells[0], ["---"] * len(header), *cells[1:])]
+        self._markdown.append("\n".join(lines))
 
     def picture(self, name: str, figure: Figure | None, alt: str) -> None:
         """Add a figure and close it; None adds nothing."""
@@ -50,11 +57,13 @@ class Report:
         self._pictures[name] = buffer.getvalue()
         data = base64.b64encode(buffer.getvalue()).decode()
         self._parts.append(f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">')
+        self._markdown.append(f"![{alt}](plots/{name}.png)")
 
     def write(self, folder: Path) -> Path:
-        """Write ``plots/*.png``, then ``report.html``; returns the page."""
+        """Write ``plots/*.png``, then ``report.md`` and ``report.html``; returns the latter."""
         for name, data in self._pictures.items():
             files.write(folder / "plots" / f"{name}.png", data)
+        files.write(folder / "report.md", "\n\n".join(self._markdown) + "\n")
         title = html.escape(self.title)
         path = folder / "report.html"
         files.write(
@@ -63,3 +72,8 @@ class Report:
             f"<h1>{title}</h1>{''.join(self._parts)}</html>",
         )
         return path
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([\\|<*])", r"\\\1", text)

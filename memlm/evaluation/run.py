@@ -134,7 +134,7 @@ def set_aside(out: Path, of: str) -> None:
     kept = out / "earlier" / (earlier if named else files.digest(before)[:8])
     kept.mkdir(parents=True, exist_ok=True)
     # The results move last: after a kill, the next evaluation moves the rest.
-    for file in ("plots", "report.html", "results.json"):
+    for file in ("plots", "report.md", "report.html", "results.json"):
         if (out / file).exists():
             shutil.rmtree(kept / file, ignore_errors=True)
             (out / file).rename(kept / file)

@@ -2,6 +2,7 @@
 
 Files:
 
+    export              a run as a folder for the Hub
     families            plain decoders of transformers, both ways: Llama, Mistral, Qwen, SmolLM, OLMo
     shards              weights read and written a part at a time
     causal              any causal language model, with or without a memory

@@ -4,8 +4,8 @@ runs/<name>/.../config.yaml  manifest-<source>.json  metrics.jsonl  checkpoints/
 
 A checkpoint holds everything that a run needs to continue: the model; the tokenizer; ``trainer.pt`` (optimisers);
 ``config.yaml`` and ``manifest-<source>.json`` (settings and data of the run); ``run.json`` (its step, and where it
-ran); and ``digests.json``, written last. Checkpoints of versions without digests have only the model, the tokenizer
-and ``trainer.pt``.
+ran); ``README.md`` (the model card, which may be edited); and ``digests.json`` of all other files, written last.
+Checkpoints of versions without digests have only the model, the tokenizer and ``trainer.pt``.
 """
 
 import re
@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from memlm import files
+from memlm import card, files
 from memlm.data import save_tokenizer
 from memlm.hub import load_model, load_tokenizer
 from memlm.memory.base import SequenceMixer
@@ -141,6 +141,7 @@ def save(
             torch.save(trainer, partial / "trainer.pt")
             for name, text in record.items():
                 (partial / name).write_text(text, encoding="utf-8")
+            card.write(partial, run=partial)
         files.write(folder.parent / "latest", folder.name)
     except Exception as error:
         # Libraries wrap system errors in their own exceptions; tokenizers raises a bare Exception.
