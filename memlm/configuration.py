@@ -92,6 +92,9 @@ class MemLMConfig(PreTrainedConfig):
             scaled_rope(self.head_dim, self.rope_theta, self.rope_scaling)
         except ValueError as error:
             raise ValueError(f"model.{error}") from None
+        for name, value in (self.rope_scaling or {}).items():
+            if type(value) is int and name != "original_max_position_embeddings":
+                self.rope_scaling = {**(self.rope_scaling or {}), name: float(value)}
         if self.num_key_value_heads is None:
             self.num_key_value_heads = heads
         _require(

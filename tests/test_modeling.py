@@ -49,6 +49,8 @@ def test_memories_of_earlier_versions_stay_accepted(kind, signature):
     other = MemLMConfig(mixers={"memory": {"kind": kind, "qkv_bias": True}})
     scaled = MemLMConfig(mixers={"memory": {"kind": kind}}, rope_scaling={"rope_type": "linear", "factor": 2.0})
     assert len({c.memory_signature() for c in (config, other, scaled)}) == 3
+    again = MemLMConfig(mixers={"memory": {"kind": kind}}, rope_scaling={"rope_type": "linear", "factor": 2})
+    assert again.memory_signature() == scaled.memory_signature()
 
 
 def test_the_model_has_no_buffers():
