@@ -51,8 +51,9 @@ def write(folder: str | Path, name: str | None = None, run: Path | None = None) 
     metadata = _metadata(folder / files.CARD)
     if not config | attached or metadata is None:
         return
-    kinds = _kinds(config, attached)
-    parts = [*_opening(folder, config, attached, kinds, name), *_architecture(config, attached)]
+    layers = _layers(config, attached)
+    kinds = list(dict.fromkeys(kind for _, kind in layers))
+    parts = [*_opening(folder, config, attached, kinds, name), *_architecture(config, attached, layers)]
     if run is not None:
         parts += [*_training(run), *_results(folder)]
     text = "\n\n".join(parts)
@@ -93,10 +94,16 @@ def _json(path: Path) -> dict[str, Any]:
     return files.read_json(path) if path.is_file() else {}
 
 
-def _kinds(config: Mapping[str, Any], attached: Mapping[str, Any]) -> list[str]:
+def _layers(config: Mapping[str, Any], attached: Mapping[str, Any]) -> dict[tuple[str, str], list[int]]:
+    """The layers of each mixer, by its name and kind; none for a model without a memory."""
     if attached:
-        return [attached["attached"]["memory"]["kind"]]
-    return list(dict.fromkeys(config["mixers"][name]["kind"] for name in config["mixer_pattern"]))
+        settings = attached["attached"]
+        return {("memory", settings["memory"]["kind"]): settings["layers"]}
+    layers: dict[tuple[str, str], list[int]] = {}
+    for layer in range(config["num_hidden_layers"] if "mixers" in config else 0):
+        name = config["mixer_pattern"][layer % len(config["mixer_pattern"])]
+        layers.setdefault((name, config["mixers"][name]["kind"]), []).append(layer)
+    return layers
 
 
 def _backbone(attached: Mapping[str, Any]) -> str | None:
@@ -108,28 +115,34 @@ def _backbone(attached: Mapping[str, Any]) -> str | None:
 def _opening(
     folder: Path, config: Mapping[str, Any], attached: Mapping[str, Any], kinds: list[str], name: str | None
 ) -> Iterator[str]:
-    sizes = {weight: size for path in folder.glob("*.safetensors") for weight, size in _sizes(path)}
+    """The title, a sentence and the lines that load the model."""
+    weights = [*folder.glob("model*.safetensors"), *folder.glob("memlm_memory.safetensors")]
+    sizes = {weight: size for path in weights for weight, size in _sizes(path)}
     count = f"{sum(sizes.values()):,} parameters"
-    yield f"# {name or ', '.join(kinds)}"
+    kind = (config.get("architectures") or ["another model"])[0]
+    imported, trust, note = "from transformers import AutoModelForCausalLM, AutoTokenizer", "", None
+    yield f"# {name or ', '.join(kinds) or kind}"
     if attached:
         own = sum(size for weight, size in sizes.items() if ".memlm." in weight)
-        backbone = _backbone(attached) or (config.get("architectures") or ["another model"])[0]
         yield (
-            f"A memory of the package memlm beside the attention of {backbone}: {count}, of which {own:,} are the "
-            "memory's."
+            f"A memory of the package memlm beside the attention of {_backbone(attached) or kind}: {count}, of which "
+            f"{own:,} are the memory's."
         )
-        imported, call, trust = "import memlm\nfrom transformers import", "memlm.from_pretrained(source)", ""
+        imported = "import memlm\nfrom transformers import AutoTokenizer"
         note = "`AutoModelForCausalLM.from_pretrained` loads the backbone without its memory."
-    else:
+    elif kinds:
         yield f"A language model of the package memlm, whose layers hold {' and '.join(kinds)}: {count}."
         trust = ", trust_remote_code=True"
-        imported = "from transformers import AutoModelForCausalLM,"
-        call = f"AutoModelForCausalLM.from_pretrained(source{trust})"
         note = "The code of `trust_remote_code` imports memlm; after `import memlm` you can leave the argument out."
-    use = _USE.format(source=name or "path/of/this/folder", model=call, trust=trust)
+    else:
+        yield f"A language model of transformers, trained with the package memlm and without a memory: {count}."
     yield "## Use"
-    yield f"```python\n# pip install memlm\n{imported} AutoTokenizer\n\n{use}\n```"
-    yield note
+    call = f"{'memlm' if attached else 'AutoModelForCausalLM'}.from_pretrained(source{trust})"
+    use = _USE.format(source=name or "path/of/this/folder", model=call, trust=trust)
+    install = "# pip install memlm\n" if kinds else ""
+    yield f"```python\n{install}{imported}\n\n{use}\n```"
+    if note:
+        yield note
 
 
 def _sizes(path: Path) -> Iterator[tuple[str, int]]:
@@ -139,25 +152,19 @@ def _sizes(path: Path) -> Iterator[tuple[str, int]]:
             yield name, math.prod(weights.get_slice(name).get_shape())
 
 
-def _architecture(config: Mapping[str, Any], attached: Mapping[str, Any]) -> Iterator[str]:
+def _architecture(
+    config: Mapping[str, Any], attached: Mapping[str, Any], layers: Mapping[tuple[str, str], list[int]]
+) -> Iterator[str]:
     yield "## Architecture"
-    if attached:
-        settings = attached["attached"]
-        layers = {("memory", settings["memory"]["kind"]): settings["layers"]}
-    else:
-        pattern, mixers = config["mixer_pattern"], config["mixers"]
-        layers = {(name, mixers[name]["kind"]): [] for name in dict.fromkeys(pattern)}
-        for layer in range(config["num_hidden_layers"]):
-            name = pattern[layer % len(pattern)]
-            layers[name, mixers[name]["kind"]].append(layer)
+    if "mixers" in config:
         yield _SIZES.format(**config)
-    rows = [
-        [", ".join(map(str, where)), f"{name}: `{kind}`", _described(kind)] for (name, kind), where in layers.items()
-    ]
-    yield _table(["layers", "mixer", ""], rows)
+    if layers:
+        found = layers.items()
+        rows = [[", ".join(map(str, at)), f"{name}: `{kind}`", _described(kind)] for (name, kind), at in found]
+        yield _table(["layers", "mixer", ""], rows)
     for file, content in (("config.json", config), (ATTACHED, attached)):
         if content:
-            yield _folded(f"All settings ({file})", "json", json.dumps(_without_places(content), indent=1))
+            yield _folded(f"All settings ({file})", "json", json.dumps(without_places(content), indent=1))
 
 
 def _described(kind: str) -> str:
@@ -178,12 +185,12 @@ def _training(folder: Path) -> Iterator[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         return
     yield "## Training"
-    told = {"seed": settings.get("seed"), **{name: facts.get(name) for name in ("precision", "torch", "memlm")}}
+    told = {"seed": settings.get("seed"), **{name: facts.get(name) for name in ("torch", "memlm")}}
     yield "; ".join([text, *(f"{name} {value}" for name, value in told.items() if value is not None)]) + "."
     for name, row in sources.items():
         row.append(_manifest(_json(folder / f"manifest-{name}.json")))
     yield _table(["source", "kind", "weight", "files"], [[name, *row] for name, row in sources.items()])
-    chosen = {key: _without_places(settings[key]) for key in ("data", "optim", "train") if key in settings}
+    chosen = {key: without_places(settings[key]) for key in ("data", "optim", "train") if key in settings}
     yield _folded("Settings of the run", "yaml", yaml.safe_dump(chosen, sort_keys=False).strip())
 
 
@@ -197,13 +204,13 @@ def _manifest(manifest: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _without_places(node: Any) -> Any:
-    """Settings without the directories of the machine."""
+def without_places(node: Any) -> Any:
+    """Settings, or a text, without the directories of the machine."""
     if isinstance(node, dict):
-        return {key: _without_places(value) for key, value in node.items() if key != "cache_dir"}
+        return {key: without_places(value) for key, value in node.items() if key != "cache_dir"}
     if isinstance(node, list):
-        return [_without_places(value) for value in node]
-    return Path(node).name if isinstance(node, str) and node.startswith(("/", "~")) else node
+        return [without_places(value) for value in node]
+    return re.sub(r"(?<![\w.:/~<])~?/(?:[^\s/|,;]+/)*(?=[^\s/|,;])", "", node) if isinstance(node, str) else node
 
 
 def _results(folder: Path) -> Iterator[str]:

@@ -104,6 +104,18 @@ def test_a_card_of_an_attached_memory_names_the_backbone(place, tmp_path):
         assert type(loaded) is LlamaForCausalLM and memlm.attached.of(loaded) == memlm.attached.of(model)
 
 
+def test_a_card_of_a_model_without_a_memory(run):
+    """``train.py`` trains such models too."""
+    folder = run / "checkpoints" / "step_000200"
+    config = LlamaConfig(vocab_size=259, hidden_size=32, intermediate_size=48, num_attention_heads=2)
+    (folder / "modeling_memlm.py").unlink()
+    LlamaForCausalLM(config).save_pretrained(folder)
+    card.write(folder, run=folder)
+    assert "without a memory" in page(folder) and "Step 200 of 1,000" in page(folder)
+    assert "titans_mag" not in page(folder) and "trust_remote_code" not in page(folder)
+    assert type(ran(folder)["model"]) is LlamaForCausalLM
+
+
 USERS = [
     "# My model",
     "---\nlicense: mit\n---\n# My model",
@@ -176,6 +188,7 @@ def evaluated(run, step=200, folder="evaluation"):
     report = Report("memlm: mine, control")
     report.heading("Recall")
     report.note("a|b <i> *")
+    report.note(f"{run}/x.txt, 1 / 2, a/b, https://x.org/y, ~/z")
     report.table(["model", "recalled"], [["mine | on", "0.97"]])
     report.picture("loss", plots.curves({"mine": [{"step": 1, "loss": 2.0}]}, "loss", "nats"), "the loss")
     report.write(run / folder)
@@ -211,12 +224,14 @@ def test_an_export_has_the_results_and_their_pictures_and_no_optimizer(model, ru
     assert export(run, str(target), "me/mine") == target
     text = page(target)
     assert 'source = "me/mine"' in text and "Step 200 of 1,000" in text
-    assert "## Results: mine, control\n\n### Recall\n\na\\|b \\<i> \\*\n\n| model |" in text and "mine \\| on" in text
+    assert "## Results: mine, control\n\n### Recall\n\na\\|b \\<i> \\*\n\n" in text and "mine \\| on" in text
+    assert "\n\nx.txt, 1 / 2, a/b, https://x.org/y, z\n\n" in text
     pictures = re.findall(r"!\[the loss\]\((.*)\)", text)
     assert pictures == ["evaluation/plots/loss.png", "evaluation-memory_off/plots/loss.png"]
     assert all((target / picture).is_file() for picture in pictures)
     assert not {"trainer.pt", "digests.json", "config.yaml", "run.json"} & {p.name for p in target.iterdir()}
-    assert "/home/someone" not in "".join(p.read_text() for p in target.glob("*.json"))
+    written = "".join(p.read_text() for p in target.rglob("*") if p.suffix in (".json", ".md"))
+    assert "/home/someone" not in written and str(tmp_path) not in written
     loaded = load_model(target)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
 

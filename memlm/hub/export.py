@@ -37,7 +37,7 @@ def export(source: str | Path, target: str | Path, name: str | None = None) -> P
     for report in reports:
         place = target / report.parent.name
         shutil.copytree(report.parent / "plots", place / "plots")
-        shutil.copy(report, place)
+        files.write(place / report.name, card.without_places(report.read_text(encoding="utf-8")))
     config = AutoConfig.from_pretrained(target)
     if isinstance(config, MemLMConfig):
         # Checkpoints of earlier versions lack ``auto_map`` and its file.
