@@ -121,6 +121,11 @@ class MemLMConfig(PreTrainedConfig):
         # Not a given one: the file that it names is the one beside each saved config.json.
         self.auto_map = dict(_AUTO_MAP)
 
+    def to_dict(self) -> dict[str, Any]:
+        words = super().to_dict()
+        # transformers' own class, by which its Trainer reads a checkpoint, warns of this name.
+        return {name: value for name, value in words.items() if name != "rope_scaling" or value is not None}
+
     def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
         """Write the configuration, and beside it the file that its ``auto_map`` names."""
         super().to_json_file(json_file_path, use_diff)

@@ -10,8 +10,9 @@ case "${1:-}" in --lowest | --newest)
         grep -E '^(torch|transformers|accelerate|huggingface_hub|safetensors|tokenizers|peft|trl) '
     export OMP_NUM_THREADS=1
     # Old packages warn of each other.
-    exec python -m pytest -n auto --maxprocesses 8 -W ignore::DeprecationWarning \
-        tests/test_{modeling,cache,transformers,memory_layer,attached,attached_models,peft}.py \
+    if [ "$versions" = lowest ]; then set -- -W default "$@"; fi
+    exec python -m pytest -n auto --maxprocesses 8 \
+        tests/test_{modeling,cache,transformers,memory_layer,attached,attached_models,peft,trainers}.py \
         tests/memory/test_contract.py "$@"
     ;;
 esac

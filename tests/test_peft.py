@@ -7,7 +7,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
+import memlm
 from memlm import MemLMConfig, MemLMForCausalLM
+from tests.backbones import VOCAB, backbone
 
 # From peft itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -25,6 +27,10 @@ def inside() -> MemLMForCausalLM:
     return MemLMForCausalLM(MemLMConfig(mixers=mixers, mixer_pattern=["memory"], initializer_range=0.3))
 
 
+def attached(family: str, kind: str) -> PreTrainedModel:
+    return memlm.attach(backbone(family).double(), {"kind": kind}, [0, 2])
+
+
 LORA = {"r": 2, "lora_alpha": 64, "task_type": "CAUSAL_LM"}
 BESIDE = {
     "target_modules": ["q_proj", "v_proj"],
@@ -32,11 +38,22 @@ BESIDE = {
     "modules_to_save": ["layers.1.mixer"],
 }
 INSIDE = {"target_modules": r".*\.attention\.[qv]_proj", "modules_to_save": ["mixer.memory", "mixer.gate"]}
+ATTACHED = {"exclude_modules": r".*\.memlm\..*", "modules_to_save": ["memlm"]}
 # How a model is made, its adapters, and the part of a name by which its memory is known.
 CASES = {
     "titans_lmm": (lambda: beside("titans_lmm"), BESIDE, (".1.mixer.",)),
     "mom": (lambda: beside("mom"), BESIDE, (".1.mixer.",)),
     "titans_mag": (inside, INSIDE, (".mixer.memory.", ".mixer.gate.")),
+    "attached-titans_lmm": (
+        lambda: attached("llama", "titans_lmm"),
+        ATTACHED | {"target_modules": ["q_proj", "v_proj"]},
+        (".memlm.",),
+    ),
+    "attached-mom": (
+        lambda: attached("gpt2", "mom"),
+        ATTACHED | {"target_modules": ["c_attn"], "fan_in_fan_out": True},
+        (".memlm.",),
+    ),
 }
 
 
@@ -48,7 +65,7 @@ def case(request):
 
 
 def ids(seed: int = 0) -> torch.Tensor:
-    return torch.randint(256, (2, 21), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(1, VOCAB, (2, 21), generator=torch.Generator().manual_seed(seed))
 
 
 def trained(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
@@ -102,7 +119,7 @@ def test_adapters_and_memory_are_saved_loaded_and_merged(case, tmp_path):
     adapted.save_pretrained(tmp_path, save_embedding_layers=False)
     again = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
     assert torch.equal(logits(again), expected)
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 256, "eos_token_id": None}
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     assert torch.equal(again.generate(input_ids=ids(3), **options), greedy(again, ids(3), 6))
     with again.disable_adapter():
         assert torch.equal(logits(again), logits(model))
@@ -111,5 +128,5 @@ def test_adapters_and_memory_are_saved_loaded_and_merged(case, tmp_path):
     assert [name for name, _ in merged.named_parameters()] == [name for name, _ in model.named_parameters()]
     assert torch.allclose(logits(merged), expected, rtol=0, atol=1e-10)
     merged.save_pretrained(tmp_path / "merged")
-    loaded = dict(type(model).from_pretrained(tmp_path / "merged", dtype=torch.float64).named_parameters())
+    loaded = dict(memlm.from_pretrained(tmp_path / "merged", dtype=torch.float64).named_parameters())
     assert all(torch.equal(p, loaded[name]) for name, p in merged.named_parameters())
