@@ -7,7 +7,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from memlm.cli import check_arguments, leave_group, mixer_settings, of_memory, use_gpu_preset, user_errors
+from memlm.cli import check_arguments, completed, leave_group, of_memory, use_gpu_preset, user_errors
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -26,8 +26,8 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = completed(sys.argv[1:])
     sys.argv[1:] = use_gpu_preset(sys.argv[1:], "experiment=gpu", ("experiment=", "model=", "hardware="))
-    sys.argv[1:] = mixer_settings(sys.argv[1:])
     with user_errors(CONFIGS, "train"):
         check_arguments(sys.argv[1:], CONFIGS, "train")
         main()

@@ -80,6 +80,18 @@ def use_gpu_preset(argv: list[str], preset: str, unless: tuple[str, ...]) -> lis
     return argv if chosen or not torch.cuda.is_available() else [*argv, preset]
 
 
+def completed(argv: list[str]) -> list[str]:
+    """``argv``, so that Hydra finds the group of a backbone, and the settings that no YAML names."""
+    return mixer_settings(backbone_model(argv))
+
+
+def backbone_model(argv: list[str]) -> list[str]:
+    """``argv``, plus ``model=backbone`` if it names a backbone and no model."""
+    keys = {argument.partition("=")[0]: argument for argument in argv}
+    named = keys.get("backbone", "backbone=null") != "backbone=null"
+    return [*argv, "model=backbone"] if named and "model" not in keys else argv
+
+
 def mixer_settings(argv: list[str]) -> list[str]:
     """``argv``, where a mixer's settings that its YAML leaves at their defaults can be set too.
 

@@ -12,7 +12,7 @@ from memlm import MemLMConfig, MemLMForCausalLM, cli
 from memlm.cli import one_line, use_gpu_preset
 from memlm.data import MQAR, Passkey
 from memlm.flops import count_active_parameters, count_flops, count_parameters
-from memlm.training.loop import model_config
+from memlm.training.model import BackboneSettings, model_config
 from memlm.training.settings import RunSettings
 from tests.conftest import MEMORIES, ROOT, composed
 
@@ -25,6 +25,9 @@ GROUPS = sorted(
 def test_every_choice_composes_and_its_model_builds(group, choice):
     cfg = composed(f"{group}={choice}")
     settings = OmegaConf.to_container(cfg.model, resolve=True)
+    if choice == "backbone":
+        assert BackboneSettings.of(settings | {"backbone": "my/llama"}).memory["kind"] == "titans_mag"
+        return
     with torch.device("meta"):
         model = MemLMForCausalLM(MemLMConfig.from_hydra(settings))
     assert sum(p.numel() for p in model.parameters()) > 0
@@ -123,7 +126,12 @@ def test_a_papers_model_alone_is_the_papers(model, millions):
 
 
 def test_every_paper_has_a_test_of_its_size():
-    assert {path.stem for path in (ROOT / "configs" / "model").glob("*.yaml")} == {*PAPERS, "tiny", "small"}
+    assert {path.stem for path in (ROOT / "configs" / "model").glob("*.yaml")} == {
+        *PAPERS,
+        "tiny",
+        "small",
+        "backbone",
+    }
 
 
 @pytest.mark.parametrize("stage", ["msa_warmup", "msa_main", "msa_8k", "msa_64k"])

@@ -15,8 +15,9 @@ from omegaconf import OmegaConf
 
 import memlm_kernels
 from memlm import MemLMConfig
-from memlm.cli import help_text, mixer_settings
+from memlm.cli import completed, help_text
 from memlm.data import byte_tokenizer
+from memlm.training.model import BackboneSettings
 from tests.conftest import ROOT, build, composed
 
 # All but the log, whose commands are those of its commits.
@@ -177,7 +178,7 @@ def commands():
     for name in ("train", "evaluate"):
         head = (ROOT / "configs" / f"{name}.yaml").read_text().partition("defaults:")[0]
         examples = re.findall(r"^#   (python .*)$", head, re.MULTILINE)
-        assert len(examples) == 5
+        assert len(examples) == {"train": 6, "evaluate": 5}[name]
         lines += examples
     for line in lines:
         words = shlex.split(line, comments=True)
@@ -192,13 +193,15 @@ def test_a_command_of_a_page_composes(script, arguments):
     if arguments[:1] == ["-m"]:
         # Only the first member of the sweep.
         arguments = [word.partition(",")[0] for word in arguments[1:]]
-    overrides = mixer_settings(arguments)
+    overrides = completed(arguments)
     cfg = composed(*overrides, config=config)
     for override in overrides:
         key = override.lstrip("+").partition("=")[0]
         if "." in key:
             assert OmegaConf.select(cfg, key) is not None, override
-    if config == "train":
+    if "backbone" in cfg.get("model", {}):
+        BackboneSettings.of(OmegaConf.to_container(cfg.model, resolve=True))
+    elif config == "train":
         MemLMConfig.from_hydra(OmegaConf.to_container(cfg.model, resolve=True))
 
 

@@ -29,7 +29,7 @@ from memlm.data import build_data
 from memlm.hub import load_model, load_tokenizer
 from memlm.memory.base import build_config
 from memlm.roles import Roles
-from memlm.training.loop import model_config
+from memlm.training.model import model_config
 from memlm.training.settings import OptimSettings, TrainSettings
 from memlm.training.tracking import read_metrics
 from tests.conftest import ROOT, build

@@ -20,8 +20,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memlm import card, files
+from memlm.attached.save import MEMORY
 from memlm.data import save_tokenizer
-from memlm.hub import load_model, load_tokenizer
+from memlm.hub import load_tokenizer
+from memlm.hub.causal import load_any
 from memlm.memory.base import SequenceMixer
 
 FACTS = "run.json"
@@ -171,7 +173,8 @@ def copy_weights(source: str, model: PreTrainedModel, tokenizer: PreTrainedToken
     Returns that folder, and the reasons why newer checkpoints were skipped. Mixers may have other settings or kinds.
 
     Raises ValueError unless parameters match by name and shape, tokens are the same, and the models' other settings
-    agree. A parameter may be missing in ``source`` only if it starts silent (``SequenceMixer``).
+    agree. A parameter may be missing in ``source`` only if it starts silent (``SequenceMixer``), as an attached memory
+    does.
     """
     key = f"train.init_from={source}"
     newest, passed_over = newest_whole(Path(source))
@@ -182,7 +185,7 @@ def copy_weights(source: str, model: PreTrainedModel, tokenizer: PreTrainedToken
         files.check_seal(folder)
     if load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"{key}: its tokens differ from this run's; set data.tokenizer={folder}")
-    source_model = load_model(folder)
+    source_model = load_any(folder)
     theirs, ours = (dict(m.named_parameters()) for m in (source_model, model))
     shapes = [{name: list(p.shape) for name, p in parameters.items()} for parameters in (theirs, ours)]
     silent = {
@@ -190,7 +193,8 @@ def copy_weights(source: str, model: PreTrainedModel, tokenizer: PreTrainedToken
         for path, module in model.named_modules()
         if isinstance(module, SequenceMixer)
         for name in module.starts_silent
-    } - theirs.keys()
+    }
+    silent = (silent | {name for name in ours if MEMORY in name}) - theirs.keys()
     differ = [name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name)]
     if wrong := [name for name in differ if name not in silent]:
         there, here = (shape.get(wrong[0], "missing") for shape in shapes)
@@ -199,7 +203,7 @@ def copy_weights(source: str, model: PreTrainedModel, tokenizer: PreTrainedToken
             f"{key}: {wrong[0]} is {there} there and {here} here{others}; set model.* as in {folder / 'config.json'}"
         )
     for name in ("num_attention_heads", "rope_theta", "rope_scaling", "norm_outputs", "rms_norm_eps"):
-        there, here = (getattr(m.config, name) for m in (source_model, model))
+        there, here = (getattr(m.config, name, None) for m in (source_model, model))
         if there != here:
             raise ValueError(f"{key}: its {name} is {there}, not {here}; set model.{name}={there}")
     for name in ours.keys() - silent:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import chain, takewhile
 from pathlib import Path
@@ -13,19 +13,18 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast_object_list, gather_object
 from omegaconf import DictConfig
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 import memlm
 from memlm import files
-from memlm.configuration import MemLMConfig
 from memlm.data import Batch, TextSource, build_data, left_out, token_bytes
 from memlm.flops import count_flops, count_parameters
-from memlm.hub import load_model
+from memlm.hub.causal import kinds, load_any
 from memlm.modeling import MemLMForCausalLM
-from memlm.settings import check_type
 from memlm.training import checkpoint, resume, trainable
 from memlm.training.display import Display
 from memlm.training.interrupt import Agreement, Interrupt, Stopped
+from memlm.training.model import build, check, check_length, described, expected, without_dropout
 from memlm.training.objective import Objective, Score, model_inputs, score
 from memlm.training.optim import build_optimizers, lr_factor, set_lr
 from memlm.training.settings import HardwareSettings, RunSettings
@@ -61,6 +60,8 @@ class Trainer:
         if before:
             for line in before.compare_settings(self.run_dir, self.config, accelerator.num_processes):
                 self.display.say(line)
+        else:
+            check(self.config["model"])
         with accelerator.main_process_first():
             self.tokenizer, self.mixture = build_data(
                 self.config["data"], seed=settings.seed, batch_size=self.settings.batch_size
@@ -97,24 +98,27 @@ class Trainer:
                 self.display.say(line)
         return (broadcast_object_list(found) if self.accelerator.num_processes > 1 else found)[0]
 
-    def _build_model(self) -> MemLMForCausalLM:
-        config = model_config(self.config["model"], self.tokenizer)
+    def _build_model(self) -> PreTrainedModel:
+        group = self.config["model"]
         if self.folder:
-            model = load_model(self.folder)
+            model = load_any(self.folder)
             for tensor in chain(model.parameters(), model.buffers()):
                 # Tensors of a mapped file are aligned differently from a new model's, so sums would round differently.
                 tensor.data = tensor.data.clone()
-            resume.compare_models(self.run_dir, model.config, config)
+            resume.compare_models(self.run_dir, described(model), expected(group, self.tokenizer, model))
         else:
             torch.manual_seed(self.run_settings.seed)
-            model = MemLMForCausalLM(config)
+            model = build(group, self.tokenizer)
             if self.settings.init_from:
                 folder, lines = checkpoint.copy_weights(self.settings.init_from, model, self.tokenizer)
                 for line in [*lines, f"weights: {folder}"]:
                     self.display.say(line)
+        check_length(model, self.config["data"]["seq_len"])
+        without_dropout(model)
         if self.settings.gradient_checkpointing:
             # Renamed in transformers 5.23.
-            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
         return model.train()
 
     def train(self, interrupt: Interrupt) -> None:
@@ -320,17 +324,17 @@ class Trainer:
         where = f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
         if self.accelerator.num_processes > 1:
             where = f"{self.accelerator.num_processes} processes, {where}"
-        kinds = ", ".join(dict.fromkeys(m["kind"] for m in self.model.config.mixers.values()))
         mixture = ", ".join(f"{name} {count}" for name, count in self.mixture.counts.items())
         total = self.tokens_per_step() * self.settings.steps
-        flops = count_flops(self.model.config, self.config["data"]["seq_len"])
+        flops = ""
+        if isinstance(self.model, MemLMForCausalLM):
+            count = count_flops(self.model.config, self.config["data"]["seq_len"])
+            flops = f"{count / 1e6:,.1f} MFLOPs a token forward, "
         say = self.display.say
         trained = count_parameters(self.model, trained=True)
         some = f" ({trained:,} trained)" if self.settings.trainable is not None else ""
-        say(
-            f"memlm {memlm.__version__}: {kinds}, {count_parameters(self.model):,} parameters{some}, "
-            f"{flops / 1e6:,.1f} MFLOPs a token forward, on {where}, {'fp32' if precision == 'no' else precision}"
-        )
+        model = f"{', '.join(kinds(self.model))}, {count_parameters(self.model):,} parameters{some}"
+        say(f"memlm {memlm.__version__}: {model}, {flops}on {where}, {'fp32' if precision == 'no' else precision}")
         if device.type == "cpu":
             say("no GPU: the preset for CPUs, minutes long")
         say(f"rows a batch: {mixture}; {self.settings.steps:,} steps x {self.tokens_per_step():,} tokens = {total:,}")
@@ -349,17 +353,3 @@ def build_accelerator(hardware: HardwareSettings) -> Accelerator:
     if precision == "auto":
         precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no"
     return Accelerator(cpu=not on_gpu, mixed_precision=precision)
-
-
-def model_config(settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> MemLMConfig:
-    """The model group as a configuration, with the tokenizer's vocabulary size unless it is set."""
-    entries = len(tokenizer)
-    check_type(settings.get("vocab_size"), int | None, "model.vocab_size")
-    size = settings.get("vocab_size") or entries
-    if size < entries:
-        raise ValueError(f"model.vocab_size={size} is less than the tokenizer's {entries} entries; leave it out")
-    special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    for name, token in special.items():
-        if settings.get(name, token) != token:
-            raise ValueError(f"model.{name}={settings[name]!r}, but the tokenizer's is {token}; leave it out")
-    return MemLMConfig.from_hydra({**settings, **special, "vocab_size": size})

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 from yaml import YAMLError
 
 from memlm import files
-from memlm.configuration import MemLMConfig
 from memlm.data import check_manifest
 from memlm.data.tokenizer import fingerprint
 from memlm.hub import load_tokenizer
@@ -25,8 +24,9 @@ FREE = re.compile(
     rf"{_PLACES}|hardware\..*|train\.(micro_batch_size|gradient_checkpointing|keep)"
     r"|train\.((log|validate|save)_every|validation_batches)"
 )
-# Compared by their effect: the schedule, the model's configuration, the tokens.
-_ELSEWHERE = re.compile(r"train\.steps|optim\.schedule_steps|model\..*|data\.tokenizer(\..*)?")
+# Compared by their effect: the schedule, the model's configuration, the tokens. A backbone is compared by its name,
+# because its weights are in the checkpoint.
+_ELSEWHERE = re.compile(r"train\.steps|optim\.schedule_steps|model\.(?!backbone$).*|data\.tokenizer(\..*)?")
 
 
 @dataclass(frozen=True)
@@ -108,15 +108,13 @@ class Record:
                 check_manifest(name, self.manifests[name], now)
 
 
-def compare_models(run_dir: Path, before: MemLMConfig, now: MemLMConfig) -> None:
-    """Raise ValueError for the first setting of the model that differs, defaults included."""
-    there, here = ({name: getattr(c, name) for name in MemLMConfig.__annotations__} for c in (before, now))
-    for key, old, new in _differences(there, here, "model"):
-        if key != "model.use_cache":
-            raise ValueError(
-                f"{key}={_as_typed(new)}, but the model of the run in {run_dir} has {_as_typed(old)}; set "
-                f"{key}={_as_typed(old)} to continue that run, or choose another name=..."
-            )
+def compare_models(run_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise ValueError for the first setting of the model that differs (``memlm.training.model.described``)."""
+    for key, old, new in _differences(before, now, "model"):
+        raise ValueError(
+            f"{key}={_as_typed(new)}, but the model of the run in {run_dir} has {_as_typed(old)}; set "
+            f"{key}={_as_typed(old)} to continue that run, or choose another name=..."
+        )
 
 
 def _compare_schedules(run_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -143,10 +143,14 @@ class RunSettings:
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         types = (TrainSettings, OptimSettings, HardwareSettings, TrackerSettings)
         groups = ("train", "optim", "hardware", "tracker")
-        known = ["name", "seed", "run_dir", "model", "data", *groups]
+        known = ["name", "seed", "run_dir", "backbone", "model", "data", *groups]
         for key, value in config.items():
             require(key != "memory", f"memory={value!r} is read by nothing; {PACKAGE}")
             require(key in known, f"{key}={value!r} is not a setting; {suggest(str(key), known)}; {PACKAGE}")
+        # The model group has it too.
+        if (backbone := config.pop("backbone", None)) is not None:
+            named = isinstance(config["model"], dict) and "backbone" in config["model"]
+            require(named, f"backbone={backbone} is read by model=backbone; leave other choices of model=... out")
         seed, run_dir, name = config["seed"], config["run_dir"], config["name"]
         check_type(name, str | int, "name")
         require(name != "", "name='' names no run; leave it out, or name one")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from memlm.attached.save import MEMORY as ATTACHED
 from memlm.memory.base import SequenceMixer
 from memlm.settings import require, suggest
 
@@ -77,7 +78,7 @@ def memory_names(model: nn.Module) -> list[str]:
         for path, module in model.named_modules()
         if isinstance(module, SequenceMixer) and any(getattr(part, "long_term", False) for part in module.modules())
     ]
-    attached = [name for name in names if ".memlm." in name]
+    attached = [name for name in names if ATTACHED in name]
     return attached or [name for name in names if name.startswith(tuple(mixers))]
 
 

@@ -1,0 +1,146 @@
+"""The model of a run: a new decoder, or a backbone of transformers with a memory beside its attention."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from memlm import attached
+from memlm.configuration import MemLMConfig
+from memlm.hub.causal import check_vocabulary, load_any, longest
+from memlm.memory.base import complete_settings
+from memlm.modeling import MemLMForCausalLM, MemLMPreTrainedModel
+from memlm.settings import build_config, check_type, require
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class BackboneSettings:
+    """See configs/model/backbone.yaml."""
+
+    backbone: str
+    layers: list | None
+    window: int | None
+    sinks: int
+    dtype: str | None
+    mixers: dict
+
+    def __post_init__(self) -> None:
+        require(self.backbone != "", "backbone='' names no model; set backbone=PATH_OR_ID")
+        known = self.dtype is None or self.dtype in DTYPES
+        require(known, f"dtype={self.dtype!r} is unknown; use {', '.join(DTYPES)}, or null for the checkpoint's")
+        others = [name for name in self.mixers if name != "memory"]
+        require(not others, f"mixers.{others[:1]}: a backbone gets one memory, mixers.memory; leave it out")
+        alone = self.memory is None and (self.layers, self.window, self.sinks) != (None, None, 0)
+        require(not alone, "layers, window and sinks are of a memory; choose one with memory=..., or leave them out")
+
+    @property
+    def memory(self) -> dict[str, Any] | None:
+        """The settings of the memory; None for ``memory=none`` and ``memory=attention``: the backbone alone."""
+        if not self.mixers.get("memory"):
+            return None
+        settings = complete_settings(self.mixers["memory"], "model.mixers.memory")
+        return None if settings["kind"] == "attention" else settings
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "BackboneSettings | None":
+        """The settings of a model group; None if it describes a new decoder."""
+        return build_config(cls, dict(settings), "model") if "backbone" in settings else None
+
+
+def check(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError, before the data is read, if a backbone's settings are wrong or it is not there."""
+    if (of := BackboneSettings.of(settings)) is not None:
+        source = of.backbone
+        there = Path(source).exists() or (source.count("/") == 1 and not source.startswith((".", "/", "runs")))
+        require(there, f"backbone={source}: there is no such folder; name a folder or a hub name")
+
+
+def build(settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model of a run's first step. Raises ValueError with the key if the settings do not fit."""
+    of = BackboneSettings.of(settings)
+    if of is None:
+        return MemLMForCausalLM(model_config(settings, tokenizer))
+    key, source = f"backbone={of.backbone}", of.backbone
+    model = load_any(source, dtype="auto" if of.dtype is None else getattr(torch, of.dtype))
+    own = isinstance(model, MemLMPreTrainedModel) or attached.of(model) is not None
+    require(not own, f"{key}: it has a memory already; name its backbone, and give its weights by train.init_from")
+    check_vocabulary(model, tokenizer, key)
+    if of.memory is not None:
+        try:
+            attached.attach(model, of.memory, of.layers, window=of.window, sinks=of.sinks)
+        except ValueError as error:
+            place = re.match(r"(memory\.|layers|window|sinks)", str(error))
+            prefix = f"{key}: " if place is None else "model.mixers." if place[1] == "memory." else "model."
+            raise ValueError(f"{prefix}{error}") from None
+    return model
+
+
+def described(model: PreTrainedModel) -> dict[str, Any]:
+    """The settings of a model, defaults included."""
+    if isinstance(model.config, MemLMConfig):
+        return _values(model.config)
+    found, dtype = attached.of(model), str(model.dtype).removeprefix("torch.")
+    if found is None:
+        return {"layers": None, "window": None, "sinks": 0, "dtype": dtype, "mixers": {}}
+    places = {"layers": found.layers, "window": found.window, "sinks": found.sinks}
+    return {**places, "dtype": dtype, "mixers": {"memory": found.memory}}
+
+
+def expected(
+    settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, before: PreTrainedModel
+) -> dict[str, Any]:
+    """The result of ``described`` for a model of these settings; a backbone's settings that are null are as before.
+
+    Raises ValueError if only one of both has a backbone.
+    """
+    of = BackboneSettings.of(settings)
+    own = isinstance(before.config, MemLMConfig)
+    require(own == (of is None), f"the run's model is a {before.config.model_type}; choose another name=...")
+    if of is None:
+        return _values(model_config(settings, tokenizer))
+    given = {"layers": of.layers, "dtype": of.dtype}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    mixers = {"memory": of.memory} if of.memory else {}
+    return {**described(before), **chosen, "window": of.window, "sinks": of.sinks, "mixers": mixers}
+
+
+def _values(config: MemLMConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in MemLMConfig.__annotations__ if name != "use_cache"}
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Switch dropout off, which some backbones have: a step would then depend on more than its number."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def check_length(model: PreTrainedModel, seq_len: int) -> None:
+    """Raise ValueError if rows are longer than a table of positions."""
+    most = longest(model)
+    fits = most is None or seq_len <= most
+    require(fits, f"data.seq_len={seq_len} is more than the backbone's {most} positions; lower it")
+
+
+def model_config(settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> MemLMConfig:
+    """The model group as a configuration, with the tokenizer's vocabulary size unless it is set."""
+    entries = len(tokenizer)
+    check_type(settings.get("vocab_size"), int | None, "model.vocab_size")
+    size = settings.get("vocab_size") or entries
+    if size < entries:
+        raise ValueError(f"model.vocab_size={size} is less than the tokenizer's {entries} entries; leave it out")
+    special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    for name, token in special.items():
+        if settings.get(name, token) != token:
+            raise ValueError(f"model.{name}={settings[name]!r}, but the tokenizer's is {token}; leave it out")
+    return MemLMConfig.from_hydra({**settings, **special, "vocab_size": size})
