@@ -37,7 +37,8 @@ class MemoryCache(Cache):
     A model object that continues its own memory is recognised by identity, at no cost. It may be trained meanwhile, as
     in truncated backpropagation. Weights are compared in two cases. ``save`` compares the model with its weights when
     the memory began or was loaded. The first call after ``load``, or with another model object, compares the model's
-    fingerprint. A memory keeps its model alive.
+    fingerprint. A memory keeps its model alive. If compiled code begins a memory, the first ``save`` takes the weights
+    of that moment as those of the beginning.
 
     read: [B], a hash of the ids that each stream has read; ``generate`` recognises these ids at the start of a prompt.
         None if some inputs were not ids
@@ -87,6 +88,7 @@ class MemoryCache(Cache):
                 "use batch_repeat_interleave or batch_select_indices, or start a new MemoryCache"
             )
 
+    @torch.compiler.disable(reason="run the first call of a loaded memory, or of another model, without torch.compile")
     def _recognise(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
         signature = _signature(model, dtype)
         if signature != self.signature:
@@ -108,8 +110,10 @@ class MemoryCache(Cache):
 
         Raises ValueError if the model's weights have changed since the memory began.
         """
-        if self.model is None or self.weights is None:
+        if self.model is None:
             return self.fingerprint
+        if self.weights is None:
+            self.weights = Snapshot(self.model)
         if not self.weights.holds(self.model):
             raise ValueError(
                 "the model was trained or changed since this memory began, so its present weights did not make the "
@@ -122,7 +126,9 @@ class MemoryCache(Cache):
     ) -> None:
         """Store the states after a call, the positions of its rows, and the hash of all ids read."""
         if self.model is not model:
-            self.model, self.weights, self.signature = model, Snapshot(model), _signature(model, dtype)
+            self.model, self.signature = model, _signature(model, dtype)
+            # A compiler cannot inspect weights.
+            self.weights = None if torch.compiler.is_compiling() else Snapshot(model)
         self.states, self.seen, self.read = states, self.seen + rows.length, read
         self.position, self.start = rows.after_B, rows.next_start
 
@@ -339,6 +345,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+@torch.compiler.assume_constant_result
 def _signature(model: PreTrainedModel, dtype: torch.dtype) -> str:
     return f"{model.config.memory_signature()}-{_name(dtype)}"
 

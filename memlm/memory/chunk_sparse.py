@@ -199,8 +199,9 @@ class Mixer(attention.Mixer):
         if length == 0:
             return MixerOutput(self.output(q_BTHK), state, {}, {})
         past, kept = state["v"].shape[1], state["pooled"]["k"].shape[1]
+        # Equal settings imply equal sizes. A size in a key would be a constant of compiled code.
         settings = (config.chunk_size, config.window_size)
-        chunks = rows.once(("chunks", past, kept, settings), lambda: Chunks.of(rows, past, kept, config))
+        chunks = rows.once(("chunks", settings), lambda: Chunks.of(rows, past, kept, config))
         angles = self.angles(rows, q_BTHK.dtype)
         turned_BTHK, turned_BTGK = rotary(q_BTHK, angles), rotary(k_BTGK, angles)
         # Past keys are kept in one form, rotated or not. Only near keys are needed in the other: the window and the
@@ -264,7 +265,7 @@ class Mixer(attention.Mixer):
             places_BS = rows.positions_BT[:, :1] - torch.arange(near, 0, -1, device=rows.device)
             return -places_BS if back else places_BS
 
-        places_BS = rows.once(("recent", near, back), make)
+        places_BS = rows.once(("recent", self.chunked.window_size, back), make)
         rope = self.dims.rope
         if back:
             rope = rope._replace(scale=1 / rope.scale)

@@ -98,8 +98,13 @@ class Rows:
 
     def once_for(self, tensors: tuple[Tensor, ...], key: Any, make: Callable[[], Made]) -> Made:
         """Like ``once``, separately for each tuple of tensors, compared by identity."""
-        # The tensors are kept, so that no other tensor gets their ids.
-        return self.once((key, *map(id, tensors)), lambda: (tensors, make()))[1]
+        # By ``is``: compiled code with an ``id`` in it would serve only the tensors of one call.
+        known: list[tuple[tuple[Tensor, ...], Made]] = self.once(key, list)
+        for others, made in known:
+            if all(a is b for a, b in zip(others, tensors, strict=True)):
+                return made
+        known.append((tensors, make()))
+        return known[-1][1]
 
     @property
     def device(self) -> torch.device:

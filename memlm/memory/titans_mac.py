@@ -185,11 +185,12 @@ class Mixer(SequenceMixer):
                 return Rows(2 * (last - first), torch.full_like(rows.before_B, place), place, metrics=False)
 
             here = Rows(last - first, torch.full_like(rows.before_B, first), first, metrics=rows.metrics)
-            of_place = rows.once((_Piece, "pairs", first % size, last - first), pairs)
+            of_place = rows.once((_Piece, "pairs", size), pairs) if last - first == size else pairs()
             return _Piece(here, of_place, first == 0, first % size == 0)
 
         def make() -> list[_Piece]:
-            cuts = [start, *range((start // size + 1) * size, end, size), end]
+            inside = () if start % size + rows.length <= size else range((start // size + 1) * size, end, size)
+            cuts = [start, *inside, end]
             return [piece(*cut) for cut in itertools.pairwise(cuts)]
 
         return rows.once((_Piece, size), make)

@@ -20,12 +20,14 @@ def chunk_topk_reference(q: Tensor, k: Tensor, top_k: int, spans: tuple[Tensor, 
         return torch.full((batch, length, groups, top_k), -1, device=q.device)
     keys = exact(k).transpose(1, 2).flatten(0, 1)
     parts = []
+    # One token scores all chunks at once.
+    width, firsts = (chunks, (0,)) if length == 1 else (tile, range(0, chunks, tile))
     for token in range(0, length, tile):
         of_tile = slice(token, token + tile)
         folded = exact(q[:, of_tile]).unflatten(2, (groups, -1)).sum(3).transpose(1, 2).flatten(0, 1)
         best: tuple[Tensor, Tensor] | None = None
-        for first in range(0, chunks, tile):
-            score = torch.bmm(folded, keys[:, first : first + tile].mT).unflatten(0, (batch, groups))
+        for first in firsts:
+            score = torch.bmm(folded, keys[:, first : first + width].mT).unflatten(0, (batch, groups))
             number = torch.arange(first, first + score.shape[3], device=q.device)
             if spans is not None:
                 starts, ends = (x[:, None, of_tile, None] for x in spans)

@@ -193,7 +193,9 @@ def attend(plan: Search, pairs: list[Keys], v: Tensor, scale: float, tile: int |
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: Search, scale: float, tile: int, v: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, plan: Search, scale: float, tile: int, *given: Tensor) -> tuple[Tensor, Tensor]:
+        # v is one of the starred arguments because Dynamo loses ctx if these are two.
+        v, *tensors = given
         pairs, q = _pairs(tensors), tensors[0]
         looks = plan.looks(pairs, v, _block(q.shape[1], tile))
         output, lse = q.new_empty(*q.shape[:3], v.shape[3]), exact(q.new_empty(q.shape[:3]))

@@ -40,13 +40,12 @@ def _by_group(x: Tensor) -> Tensor:
 
 def _gathered(tensors: list[Tensor], key: Tensor) -> list[Tensor]:
     """[B, L, G, K], [B, G, S] -> [B G, S, K]"""
-    found, places = [], {}
+    found, space = [], -1
     for x in tensors:
-        if (space := apart(x)) not in places:
-            places[space] = (key * x.shape[2] + first_vector(x)[:, 0]).flatten()
-        found.append(
-            exact(vectors(x).index_select(0, places[space]).view(len(key) * x.shape[2], key.shape[2], x.shape[3]))
-        )
+        if apart(x) != space:
+            space, places = apart(x), (key * x.shape[2] + first_vector(x)[:, 0]).flatten()
+        chosen = vectors(x).index_select(0, places).view(len(key) * x.shape[2], key.shape[2], x.shape[3])
+        found.append(exact(chosen))
     return found
 
 

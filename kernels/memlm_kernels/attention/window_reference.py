@@ -100,8 +100,9 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> 
         v = F.pad(v, (0, q.shape[3] - size))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if mask is None or heads == k.shape[1]:
-        causal = mask is None and q.shape[2] > 1
-        output = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=mask is None)
+        # Where sizes are symbols, a comparison is no bool, but a branch is one.
+        causal = {"is_causal": True} if mask is None and q.shape[2] > 1 else {}
+        output = F.scaled_dot_product_attention(q, k, v, mask, **causal, scale=scale, enable_gqa=mask is None)
     else:
         # With a mask, torch has no fast kernel for shared keys: heads that share keys become queries of one head.
         shared, length = heads // k.shape[1], q.shape[2]

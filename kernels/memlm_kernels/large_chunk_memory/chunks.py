@@ -20,9 +20,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from memlm_kernels.backend import outside_autocast
+from memlm_kernels.loops import Loop, Tensors
 
 # Coefficients of x, x^3, x^5 in each Newton-Schulz step, as in the paper's released code.
 MUON = (
@@ -39,13 +38,25 @@ _silu_backward = torch.ops.aten.silu_backward
 
 
 class WritePlan(NamedTuple):
-    """For each chunk, whether a document starts with it (False, or [3 G, 1, 1]), and whether it is complete at its end
-    (a bool that the host knows, or [3 G, 1, 1]).
+    """whole: whether the last chunk is complete at its end; the others are. Not used if ``Borders`` are given."""
+
+    whole: bool
+    muon_steps: int
+
+
+class Borders(NamedTuple):
+    """[N, 3 G, 1, 1], whether a document starts with a chunk, and whether the chunk is complete at its end; both None
+    if no document starts, and ``WritePlan`` has the rest.
     """
 
-    opens: Sequence[Any]
-    closes: Sequence[Any]
-    muon_steps: int
+    opens: Tensor | None
+    closes: Tensor | None
+
+    def of_chunks(self, plan: WritePlan, count: int) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Both for each chunk, as tensors [3 G, 1, 1] or as bools."""
+        if self.opens is None or self.closes is None:
+            return [False] * count, [True] * (count - 1) + [plan.whole]
+        return self.opens.unbind(), self.closes.unbind()
 
 
 class Laid(NamedTuple):
@@ -68,43 +79,66 @@ class ChunkMemory(NamedTuple):
     momentum: Any
 
 
-class WriteChunks(torch.autograd.Function):
-    """apply(plan, *Laid, initial, *ChunkMemory) -> o [N, G, C, P], and the ChunkMemory after the last chunk.
+class _Given(NamedTuple):
+    laid: Laid
+    borders: Borders
+    initial: Tensor
+    memory: ChunkMemory
 
-    initial: [3 G, P, F], the memory at the start of a document; each write restores its columns' norms
-    """
 
-    @staticmethod
-    def forward(ctx: Any, plan: WritePlan, *tensors: Any) -> tuple[Any, ...]:
-        laid, initial, memory = Laid(*tensors[:5]), tensors[5], ChunkMemory(*tensors[6:])
-        out, starts = [], []
-        with torch.autocast(initial.device.type, enabled=False):
-            norms = _column_norms(initial)
-            for group in _groups(len(laid.q)):
-                starts.append(memory)
-                run = _Run(plan, group, laid, initial, norms, memory)
-                memory = run.after
-                out.append(_read(run.laid.q, _stacked(run.found)))
-        ctx.save_for_backward(*laid, initial, *(x for start in starts for x in start))
-        ctx.plan = plan
-        return torch.cat(out), *memory
+def _sort(tensors: Sequence[Any]) -> _Given:
+    return _Given(Laid(*tensors[:5]), Borders(*tensors[5:7]), tensors[7], ChunkMemory(*tensors[8:]))
 
-    @staticmethod
-    @outside_autocast
-    @once_differentiable
-    def backward(ctx: Any, d_out: Tensor, *d_after: Any) -> tuple[Tensor | None, ...]:
-        # Read once: checkpointing computes saved tensors again at each access.
-        saved = ctx.saved_tensors
-        laid, initial, starts = Laid(*saved[:5]), saved[5], saved[6:]
-        norms, d_memory, d_initial = _column_norms(initial), ChunkMemory(*d_after), torch.zeros_like(initial)
-        parts = []
-        for i, group in reversed(list(enumerate(_groups(len(laid.q))))):
-            run = _Run(ctx.plan, group, laid, initial, norms, ChunkMemory(*starts[3 * i : 3 * i + 3]))
-            d_laid, d_memory, d_opened = run.backward(d_out[group], d_memory)
-            d_initial = d_initial + d_opened
-            parts.append(d_laid)
-        d_laid = Laid(*(None if x[0] is None else torch.cat(x) for x in zip(*reversed(parts), strict=True)))  # type: ignore[arg-type]
-        return None, *d_laid, d_initial, *d_memory
+
+def _outputs(plan: WritePlan, tensors: Tensors) -> Tensors:
+    laid, borders, initial, memory = _sort(tensors)
+    closed, written = borders.opens is None and plan.whole, borders.opens is not None or plan.whole or len(laid.q) > 1
+    momentum = memory.momentum is not None if not written else laid.momentum is not None
+    return [laid.q, initial, None if closed else initial, initial if momentum else None]
+
+
+def _forward(plan: WritePlan, keep: bool, tensors: Tensors) -> tuple[Tensors, list[Tensor]]:
+    laid, borders, initial, memory = _sort(tensors)
+    out, starts = [], list[Tensor]()
+    with torch.autocast(initial.device.type, enabled=False):
+        norms = _column_norms(initial)
+        for group in _groups(len(laid.q)):
+            if group.start:
+                starts += [x for x in memory if x is not None]
+            run = _Run(plan, group, laid, borders, initial, norms, memory)
+            memory = run.after
+            out.append(_read(run.laid.q, _stacked(run.found)))
+    return [torch.cat(out), *memory], starts if keep else []
+
+
+def _backward(plan: WritePlan, tensors: Tensors, kept: list[Tensor], d_outputs: Tensors) -> Tensors:
+    laid, borders, initial, memory = _sort(tensors)
+    norms, d_initial = _column_norms(initial), torch.zeros_like(initial)
+    d_out, *d_after = (
+        torch.zeros_like(x) if x is not None and d is None else d
+        for x, d in zip(_outputs(plan, tensors), d_outputs, strict=True)
+    )
+    assert d_out is not None
+    d_memory, parts = ChunkMemory(*d_after), []
+    # After a complete chunk, D is None if the host knows that it is complete.
+    present = (True, borders.opens is not None, laid.momentum is not None)
+    for group in reversed(_groups(len(laid.q))):
+        before = _popped(kept, present) if group.start else memory
+        run = _Run(plan, group, laid, borders, initial, norms, before)
+        d_laid, d_memory, d_opened = run.backward(d_out[group], d_memory)
+        d_initial = d_initial + d_opened
+        parts.append(d_laid)
+    d_laid = Laid(*(None if x[0] is None else torch.cat(x) for x in zip(*reversed(parts), strict=True)))  # type: ignore[arg-type]
+    return [*d_laid, None, None, d_initial, *d_memory]
+
+
+# (plan, *Laid, *Borders, initial, *ChunkMemory) -> o [N, G, C, P], and the ChunkMemory after the last chunk. initial:
+# [3 G, P, F], the memory at the start of a document; each write restores its columns' norms.
+WRITE_CHUNKS = Loop(_forward, _backward, _outputs)
+
+
+def _popped(kept: list[Tensor], present: Sequence[bool]) -> ChunkMemory:
+    return ChunkMemory(*reversed([kept.pop() if there else None for there in reversed(present)]))
 
 
 def _groups(count: int) -> list[slice]:
@@ -140,11 +174,18 @@ class _Run:
     """
 
     def __init__(
-        self, plan: WritePlan, group: slice, laid: Laid, initial: Tensor, norms: list[Tensor], memory: ChunkMemory
+        self,
+        plan: WritePlan,
+        group: slice,
+        laid: Laid,
+        borders: Borders,
+        initial: Tensor,
+        norms: list[Tensor],
+        memory: ChunkMemory,
     ) -> None:
         self.laid = Laid(*(None if x is None else x[group] for x in laid))  # type: ignore[arg-type]
         self.initial, self.norms, self.muon_steps = initial, norms, plan.muon_steps
-        self.opens, self.closes = plan.opens[group], plan.closes[group]
+        self.opens, self.closes = (x[group] for x in borders.of_chunks(plan, len(laid.q)))
         k, v = self.laid.k, self.laid.v
         x = torch.stack([k, k, v], 1)
         self.x, self.weighted = (t.flatten(1, 2).unbind() for t in (x, x * self.laid.lr))

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlm_kernels.large_chunk_memory.chunks import ChunkMemory, WriteChunks, WritePlan
+from memlm_kernels.large_chunk_memory.chunks import WRITE_CHUNKS, Borders, ChunkMemory, WritePlan
 from memlm_kernels.segments import lay_out, next_position, whole_rows
 
 
@@ -81,7 +81,7 @@ class _Layout(NamedTuple):
         def take(x: Tensor) -> Tensor:
             return x.flatten(1, 2)[:, pad[0] : pad[0] + length]
 
-        return _Layout(lay, take, count, whole=end % chunk_size == 0, goes_on=before > 0)
+        return _Layout(lay, take, count, whole=not end % chunk_size, goes_on=before > 0)
 
     @staticmethod
     def looked_up(cu_seqlens: Tensor, length: int, before: Tensor | None, chunk_size: int, heads: int) -> "_Layout":
@@ -91,11 +91,8 @@ class _Layout(NamedTuple):
         opens, closes = (x.mT.repeat_interleave(heads, 1) for x in (chunks.start == 0, closes))
         return _Layout(chunks.grid.lay, chunks.grid.take, chunks.grid.count, opens, closes)
 
-    def plan(self, muon_steps: int) -> WritePlan:
-        if self.opens is None or self.closes is None:
-            return WritePlan([False] * self.chunks, [True] * (self.chunks - 1) + [self.whole], muon_steps)
-        opens, closes = (x.repeat(1, 3)[..., None, None].unbind() for x in (self.opens, self.closes))
-        return WritePlan(opens, closes, muon_steps)
+    def borders(self) -> Borders:
+        return Borders(*(None if x is None else x.repeat(1, 3)[..., None, None] for x in (self.opens, self.closes)))
 
     def momentum(self, x: Tensor, before: Tensor | None, chunk_size: int) -> tuple[Tensor, Tensor]:
         """The mean momentum of each chunk, [N, 3 G, 1, 1], and the sum over the open one, [G].
@@ -162,7 +159,8 @@ def large_chunk_memory_reference(
     q, k, v = (F.pad(x, (0, widest - x.shape[-1])) if x.shape[-1] < widest else x for x in (q, k, v))
     of_gate, of_out, of_up = tokens.lr.unbind(-1)
     lr = layout.lay(torch.stack([of_gate, of_up, of_out], 2)).permute(1, 3, 0, 4, 2).flatten(2, 3)[..., None]
-    o, *after = WriteChunks.apply(layout.plan(muon_steps), q, k, v, lr, means, initial, *memory)
+    plan = WritePlan(layout.whole, muon_steps)
+    o, *after = WRITE_CHUNKS(plan, q, k, v, lr, means, *layout.borders(), initial, *memory)
     o = layout.take(o[..., : sizes[2]].unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4))
     return o.to(given), _state(ChunkMemory(*after), total, place, sizes)
 

@@ -1,4 +1,4 @@
-"""The loop over chunks of a memory of two layers by Triton kernels, as an op of torch. It replaces ``scan.Scan``. See
+"""The loop over chunks of a memory of two layers by Triton kernels, as an op of torch. It replaces ``scan.scan``. See
 ``deep_kernels``.
 
 It works on a span of chunks at a time: the memories of all its chunks are computed and read. Only the memory before
@@ -31,7 +31,7 @@ Named = dict[str, Tensor]
 
 
 class _Call(NamedTuple):
-    """The op's inputs, laid out; the layers' tensors end in _1 and _2. See ``scan.Scan``; flags are int32 [N, G]."""
+    """The op's inputs, laid out; the layers' tensors end in _1 and _2. See ``scan.scan``; flags are int32 [N, G]."""
 
     q: Tensor
     k: Tensor

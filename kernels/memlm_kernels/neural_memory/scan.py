@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from memlm_kernels.backend import outside_autocast
+from memlm_kernels.loops import Loop, Tensors
 from memlm_kernels.neural_memory.chunk import (
     Flags,
     Inner,
@@ -56,7 +55,7 @@ _FEW = 2**18
 
 
 class _Given(NamedTuple):
-    """The arguments of ``Scan`` after q, k, v, sorted; memories: W and, with momentum, S, for each layer."""
+    """The arguments of ``scan`` after q, k, v, sorted; memories: W and, with momentum, S, for each layer."""
 
     rates: Rates
     tail: Tail | None
@@ -76,220 +75,218 @@ def _sort(depth: int, arguments: Sequence[Any]) -> _Given:
     return _Given(Rates(C, reads, writes, carries), tail, flags, memories, anchor, initial)
 
 
-# A compiler would unroll the loop over chunks, which takes minutes and gives a graph that is no faster.
-@torch.compiler.disable
 def scan(plan: Plan, q: Tensor, k: Tensor, v: Tensor, rates: Rates, *rest: Tensor | None) -> tuple[Any, ...]:
-    """``Scan.apply``, which keeps tensors for backward only if there will be a backward."""
-    tensors = (q, k, v, *rates, *rest)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    return Scan.apply(plan, keep, *tensors)
+    """The loop over chunks.
 
-
-class Scan(torch.autograd.Function):
-    """apply(plan, keep, q, k, v, *rates, gain, bias, opens_document, opens_chunk, *W, *S, *anchor, *initial)
-
-    q: [N, G, C, K], k: [N, G, J, K], v: [N, G, J, V]; rates: ``Rates`` of minus lr; S only with momentum; gain, bias
-    only with a tail; the flags, anchor and initial only if rows are ragged. An absent argument is None, or missing
-    from the lists. keep: whether there will be a backward pass.
+    q: [N, G, C, K], k: [N, G, J, K], v: [N, G, J, V]; rates: ``Rates`` of minus lr
+    rest: gain, bias, opens_document, opens_chunk, *W, *S, *anchor, *initial. S only with momentum; gain, bias only
+        with a tail; the flags, anchor and initial only if rows are ragged. An absent argument is None, or missing from
+        the lists.
 
     Returns the MLP's reads before the tail [N, G, C, V]; surprise [N, G, J], the norm of each token's gradient (not
     differentiable; None if the plan has none); and W, S, anchor after the last chunk.
     """
+    out, surprise, *after = SCAN(plan, q, k, v, *rates, *rest)
+    return out, None if surprise is None else surprise.detach(), *after
 
-    @staticmethod
-    def forward(
-        ctx: Any, plan: Plan, keep: bool, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None
-    ) -> tuple[Any, ...]:
-        rates, tail, flags, memories, given, initial = _sort(plan.depth, rest)
-        (chunks, rows), s = q.shape[:2], len(memories[0])
-        size, kept_whole = _groups(memories, k, keep)
-        fresh = _fresh(memories, initial)
-        by_keys = k.shape[-1] <= memories[0][0].shape[-1]
-        anchor: Layers = [lay_out(w) for w in given]
-        M = [lay_out(*x) for x in memories]
-        room: list[Tensor] = []
-        out, surprise, kept = [], [], []
-        parts = zip(*(groups(x, size) for x in (q, k, v)), rates.split(size), strict=True)
-        for start, (q_group, k_group, v_group, of_group) in zip(range(0, chunks, size), parts, strict=True):
-            count, at_once = len(q_group), of_group.at_once()
-            if kept_whole or not start:
-                room = _room(memories, count + 1)
-            places = _places(room, s, count + 1)
-            _enter(places, 0, M)
-            if keep:
-                entered = room if kept_whole else M
-                kept.append([*entered, *(anchor if _goes_on(start, plan, flags) else ())])
-            passed, inputs, errors = [], [], []
-            k_n, v_n, carry_n = (x.unbind() for x in (k_group, v_group, of_group.carries))
-            # The narrow side of the first layer, if it is the keys, which are known before the loop.
-            to_M_n = spread(k_group, of_group.writes).mT.unbind() if by_keys else ()
-            for i in range(count):
-                if flags is not None:
-                    start_documents([x.M[i] for x in places], flags, fresh, start + i)
-                anchor = set_anchor(anchor, [x.W[i] for x in places], plan, flags, start + i)
-                tokens, a, e = inner(plan, k_n[i], v_n[i], maps(anchor, k), tail)
-                for layer, of_layer in enumerate(places):
-                    narrow, wide = narrow_first(a[layer], e[layer])
-                    to_M = to_M_n[i] if by_keys and layer == 0 else spread(narrow, of_group.writes[i]).mT
-                    leave(of_layer, i, carry_n[i], to_M, wide)
-                passed.append([*tokens.hidden, *tokens.behind, tokens.f])
-                inputs.append(a[1:])
-                errors.append(e)
-            all_inputs, all_errors = [k_group.flatten(0, 1), *_join(inputs)], _join(errors)
-            entered = [x.all[:count].flatten(0, 1) for x in places]
-            z, reads = read(plan, q_group.flatten(0, 1), entered, at_once, all_inputs, all_errors)
-            out.append(z)
-            if plan.surprise:
-                surprise.append(gradient_norm(all_inputs, all_errors))
-            if keep:
-                kept[-1] += [*_join(passed), *reads.before, *reads.scores, *reads.recalled]
-            M = [x.M[count] for x in places]
-            if not kept_whole:
-                # The next group uses the same buffers.
-                M = [x.clone() for x in M]
-                if _goes_on(start + count, plan, flags):
-                    anchor = [x.clone() for x in anchor]
-        ctx.set_materialize_grads(False)
-        ctx.plan, ctx.present, ctx.counts = plan, [x is not None for x in rest], [len(of) for of in kept]
+
+def _outputs(plan: Plan, tensors: Tensors) -> Tensors:
+    q, k, v, *rest = tensors
+    assert q is not None and k is not None and v is not None
+    memories = _sort(plan.depth, rest).memories
+    surprise = k.new_empty(k.shape[:3]) if plan.surprise else None
+    after = [x for part in zip(*memories, strict=True) for x in part]
+    return [q.new_empty(*q.shape[:3], v.shape[-1]), surprise, *after, *(of_layer[0] for of_layer in memories)]
+
+
+def _forward(plan: Plan, keep: bool, tensors: Tensors) -> tuple[Tensors, list[Tensor]]:
+    q, k, v, *rest = tensors
+    assert q is not None and k is not None and v is not None
+    rates, tail, flags, memories, given, initial = _sort(plan.depth, rest)
+    (chunks, rows), s = q.shape[:2], len(memories[0])
+    size, kept_whole = _groups(memories, k, keep)
+    fresh = _fresh(memories, initial)
+    by_keys = k.shape[-1] <= memories[0][0].shape[-1]
+    anchor: Layers = [lay_out(w) for w in given]
+    M = [lay_out(*x) for x in memories]
+    room: list[Tensor] = []
+    out, surprise, kept = [], [], []
+    parts = zip(*(groups(x, size) for x in (q, k, v)), rates.split(size), strict=True)
+    for start, (q_group, k_group, v_group, of_group) in zip(range(0, chunks, size), parts, strict=True):
+        count, at_once = len(q_group), of_group.at_once()
+        if kept_whole or not start:
+            room = _room(memories, count + 1)
+        places = _places(room, s, count + 1)
+        _enter(places, 0, M)
         if keep:
-            ctx.save_for_backward(q, k, v, *[x for x in rest if x is not None], *(x for of in kept for x in of))
-        surprises = None
+            entered = room if kept_whole else M
+            kept.append([*entered, *(anchor if _goes_on(start, plan, flags) else ())])
+        passed, inputs, errors = [], [], []
+        k_n, v_n, carry_n = (x.unbind() for x in (k_group, v_group, of_group.carries))
+        # The narrow side of the first layer, if it is the keys, which are known before the loop.
+        to_M_n = spread(k_group, of_group.writes).mT.unbind() if by_keys else ()
+        for i in range(count):
+            if flags is not None:
+                start_documents([x.M[i] for x in places], flags, fresh, start + i)
+            anchor = set_anchor(anchor, [x.W[i] for x in places], plan, flags, start + i)
+            tokens, a, e = inner(plan, k_n[i], v_n[i], maps(anchor, k), tail)
+            for layer, of_layer in enumerate(places):
+                narrow, wide = narrow_first(a[layer], e[layer])
+                to_M = to_M_n[i] if by_keys and layer == 0 else spread(narrow, of_group.writes[i]).mT
+                leave(of_layer, i, carry_n[i], to_M, wide)
+            passed.append([*tokens.hidden, *tokens.behind, tokens.f])
+            inputs.append(a[1:])
+            errors.append(e)
+        all_inputs, all_errors = [k_group.flatten(0, 1), *_join(inputs)], _join(errors)
+        entered = [x.all[:count].flatten(0, 1) for x in places]
+        z, reads = read(plan, q_group.flatten(0, 1), entered, at_once, all_inputs, all_errors)
+        out.append(z)
         if plan.surprise:
-            surprises = _join_up(surprise).unflatten(0, (chunks, rows))
-            ctx.mark_non_differentiable(surprises)
-        # Copies: a view would keep all memories of a group alive.
-        apart = [[x.clone() for x in take_apart(r, like)] for r, like in zip(M, memories, strict=True)]
-        anchors = [take_apart(w, like)[0].clone() for w, like in zip(anchor, memories, strict=True)]
-        after = [x for part in zip(*apart, strict=True) for x in part]
-        return _join_up(out).unflatten(0, (chunks, rows)), surprises, *after, *anchors
+            surprise.append(gradient_norm(all_inputs, all_errors))
+        if keep:
+            kept[-1] += [*_join(passed), *reads.before, *reads.scores, *reads.recalled]
+        M = [x.M[count] for x in places]
+        if not kept_whole:
+            # The next group uses the same buffers.
+            M = [x.clone() for x in M]
+            if _goes_on(start + count, plan, flags):
+                anchor = [x.clone() for x in anchor]
+    surprises = _join_up(surprise).unflatten(0, (chunks, rows)) if plan.surprise else None
+    # Copies: a view would keep all memories of a group alive.
+    apart = [[x.clone() for x in take_apart(r, like)] for r, like in zip(M, memories, strict=True)]
+    anchors = [take_apart(w, like)[0].clone() for w, like in zip(anchor, memories, strict=True)]
+    after = [x for part in zip(*apart, strict=True) for x in part]
+    outputs = [_join_up(out).unflatten(0, (chunks, rows)), surprises, *after, *anchors]
+    return outputs, [x for of_group in kept for x in of_group]
 
-    @staticmethod
-    @outside_autocast
-    @once_differentiable
-    def backward(
-        ctx: Any, d_out: Tensor | None, _: Tensor | None, *d_after: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        plan, depth = ctx.plan, ctx.plan.depth
-        q, k, v, *saved = ctx.saved_tensors
-        arguments = [saved.pop(0) if present else None for present in ctx.present]
-        rates, tail, flags, memories, _anchor, initial = _sort(depth, arguments)
-        (chunks, rows), s = q.shape[:2], len(memories[0])
-        if d_out is None:
-            d_out = q.new_zeros(*q.shape[:3], v.shape[-1])
-        size, kept_whole = _groups(memories, k, keep=True)
-        fresh, counts = _fresh(memories, initial), list(ctx.counts)
-        *d_parts, d_anchors = (d_after[i : i + depth] for i in range(0, len(d_after), depth))
-        most, span = min(size, chunks), _span(memories)
-        room, d_room = [] if kept_whole else _room(memories, most), _room(memories, min(most, span) + 1)
-        # A span of chunks leaves the gradient of the memory before it in the first place.
-        for x, given, like in zip(d_room, zip(*d_parts, strict=True), memories, strict=True):
-            _lay_gradient(x[0], given, like)
-        # Whether each block is its own anchor.
-        own = flags is None and plan.blocks == 1
-        d_anchor: list[Tensor] = []
-        if not own or any(x is not None for x in d_anchors):
-            d_anchor = [x[0] for x in _room([like[:1] for like in memories], 1)]
-        for x, of_layer, like in zip(d_anchor, d_anchors, memories, strict=False):
-            _lay_gradient(x, [of_layer], like)
-        d_initial = [torch.zeros_like(x) for x in d_anchor] if flags else []
-        d_tail = None if tail is None else Tail(*(torch.zeros_like(x) for x in tail))
-        d_q, d_k, d_v, d_rates = ([] for _ in range(4))
-        parts = zip(*(groups(x, size) for x in (q, k, v, d_out)), rates.split(size), strict=True)
-        for start, group in reversed([*zip(range(0, chunks, size), parts, strict=True)]):
-            q_group, k_group, v_group, d_group, of_group = group
-            count, of_saved = len(q_group), _pop(saved, -counts.pop())
-            M = _pop(of_saved, depth)
-            # If the group starts a chunk, ``d_anchor`` only gives the shapes.
-            anchor: Layers = _pop(of_saved, depth) if _goes_on(start, plan, flags) else d_anchor
-            tokens = Inner(_pop(of_saved, depth - 1), _pop(of_saved, depth - 1), of_saved.pop(0))
-            kept = Reads(_pop(of_saved, depth - 1), _pop(of_saved, depth), of_saved)
-            tails = None if tail is None else Tail(*(x.repeat(count, 1, 1) for x in tail))
-            k_once, at_once = k_group.flatten(0, 1), of_group.at_once()
-            again = tokens.again(plan, k_once, v_group.flatten(0, 1), tails)
-            writes = [
-                Writes.of(a, e, k_once, at_once.writes, rows) for a, e in zip(again.inputs, again.errors, strict=True)
-            ]
-            places, anchors = _places(M if kept_whole else room, s, count + kept_whole), []
-            if not kept_whole:
-                _enter(places, 0, M)
-            for i, carry in enumerate(of_group.carries.unbind()):
-                if not kept_whole and flags is not None:
-                    start_documents([x.M[i] for x in places], flags, fresh, start + i)
-                anchor = set_anchor(anchor, [x.W[i] for x in places], plan, flags, start + i)
-                anchors.append(anchor)
-                if not kept_whole and i + 1 < count:
-                    for place, written in zip(places, writes, strict=True):
-                        leave(place, i, carry, written.to_M[i], written.wide[i])
-            entered = [x.all[:count].flatten(0, 1) for x in places]
-            d = read_backward(plan, d_group.flatten(0, 1), q_group.flatten(0, 1), kept, entered, at_once, again)
-            d_inputs, d_errors = _split(d.inputs, rows), _split(d.errors, rows)
-            each, keys = again.split(rows), k_group.mT.unbind()
-            carries, values = of_group.carries.mT.unbind(), v_group.unbind()
-            of_keys = again.errors[0] if writes[0].of_keys else None
-            backs: list[list[Tensor]] = []
-            of_k: list[Tensor] = []
-            of_v: list[Tensor] = []
-            d_keys: list[Tensor] = []
-            d_carries: list[Tensor] = []
-            for first in reversed(range(0, count, span)):
-                length = min(span, count - first)
-                part = slice(first * rows, (first + length) * rows) if length < count else None
-                d_places = _places(d_room, s, length + 1)
-                for place, (narrow, wide) in zip(d_places, d.to_M, strict=True):
-                    place.M[length].copy_(place.M[0])
-                    torch.bmm(_cut(narrow, part), _cut(wide, part), out=place.all[:length].flatten(0, 1))
-                if own and d_anchor and start + first + length == chunks:
-                    for place, of_anchor in zip(d_places, d_anchor, strict=True):
-                        place.W[length - 1].add_(of_anchor)
-                for at in reversed(range(length)):
-                    i = first + at
-                    backs.append(
-                        leave_backward(d_places, at, i, carries[i], of_group.writes, writes, d_inputs[i], d_errors[i])
-                    )
-                    to_anchor = [x.W[at] for x in d_places] if own else d_anchor
-                    back = inner_backward(
-                        plan, d_inputs[i], d_errors[i], values[i], keys[i], anchors[i], tail, each[i], to_anchor
-                    )
-                    of_k += [] if back.k is None else [back.k]
-                    of_v += [] if back.v is None else [back.v]
-                    if d_tail is not None and back.tail is not None:
-                        d_tail = Tail(d_tail.gain + back.tail.gain, d_tail.bias + back.tail.bias)
-                    if flags is not None:
-                        new, opened = flags.opens_document[start + i], flags.opens_chunk[start + i]
-                        enter_backward(d_places, d_anchor, d_initial, new, opened, at)
-                    elif not own and (start + i) % plan.blocks == 0:
-                        for place, of_anchor in zip(d_places, d_anchor, strict=True):
-                            place.W[at].add_(of_anchor)
-                            of_anchor.zero_()
-                d_left = [x.all[1:].flatten(0, 1) for x in d_places]
-                wide_keys = None if of_keys is None else _cut(of_keys, part)
-                of_span = memory_backward(d_left, [_cut(x, part) for x in entered], wide_keys, s)
-                d_keys += [] if of_span[0] is None else [of_span[0]]
-                d_carries.append(of_span[1])
-            joined = [
-                _join_up(x[::-1]) for x in ([d_keys] if d_keys else []) + [list(x) for x in zip(*backs, strict=True)]
-            ]
-            of_writes = writes_backward(writes, joined, at_once.writes, d.inputs[0])
-            of_carries = _join_up(d_carries[::-1])
-            W = entered[0][:, : min(memories[0][0].shape[1:])] if own else torch.cat([x[0] for x in anchors])
-            d_k.append(d.inputs[0].baddbmm_(d.errors[0], maps([W], k)[0].mT))
-            if of_k:
-                d_k[-1].add_(torch.cat(of_k[::-1]))
-            d_v.append(torch.cat(of_v[::-1]) if of_v else d.errors[-1].neg())
-            d_q.append(d.q)
-            d_rates.append(Rates(d.C, d.reads, of_writes, of_carries))
-        d_scalars = (_in_order(x, chunks) for x in zip(*d_rates, strict=True))
-        d_memories = zip(
-            *(take_apart(x[0].clone(), like) for x, like in zip(d_room, memories, strict=True)), strict=True
-        )
-        at_start = [
-            take_apart(x, like)[0]
-            for part in ((d_anchor, d_initial) if flags else ())
-            for x, like in zip(part, memories, strict=True)
+
+def _backward(plan: Plan, tensors: Tensors, saved: list[Tensor], d_outputs: Tensors) -> Tensors:
+    q, k, v, *rest = tensors
+    assert q is not None and k is not None and v is not None
+    d_out, _, *d_after = d_outputs
+    depth = plan.depth
+    rates, tail, flags, memories, _anchor, initial = _sort(depth, rest)
+    (chunks, rows), s = q.shape[:2], len(memories[0])
+    if d_out is None:
+        d_out = q.new_zeros(*q.shape[:3], v.shape[-1])
+    size, kept_whole = _groups(memories, k, keep=True)
+    fresh = _fresh(memories, initial)
+    # A group keeps equally many tensors, and its anchor if it may start inside a chunk.
+    anchors_kept = [depth * _goes_on(start, plan, flags) for start in range(0, chunks, size)]
+    of_group_kept = (len(saved) - sum(anchors_kept)) // len(anchors_kept)
+    *d_parts, d_anchors = (d_after[i : i + depth] for i in range(0, len(d_after), depth))
+    most, span = min(size, chunks), _span(memories)
+    room, d_room = [] if kept_whole else _room(memories, most), _room(memories, min(most, span) + 1)
+    # A span of chunks leaves the gradient of the memory before it in the first place.
+    for x, given, like in zip(d_room, zip(*d_parts, strict=True), memories, strict=True):
+        _lay_gradient(x[0], given, like)
+    # Whether each block is its own anchor.
+    own = flags is None and plan.blocks == 1
+    d_anchor: list[Tensor] = []
+    if not own or any(x is not None for x in d_anchors):
+        d_anchor = [x[0] for x in _room([like[:1] for like in memories], 1)]
+    for x, of_layer, like in zip(d_anchor, d_anchors, memories, strict=False):
+        _lay_gradient(x, [of_layer], like)
+    d_initial = [torch.zeros_like(x) for x in d_anchor] if flags else []
+    d_tail = None if tail is None else Tail(*(torch.zeros_like(x) for x in tail))
+    d_q, d_k, d_v, d_rates = ([] for _ in range(4))
+    parts = zip(*(groups(x, size) for x in (q, k, v, d_out)), rates.split(size), strict=True)
+    for start, group in reversed([*zip(range(0, chunks, size), parts, strict=True)]):
+        q_group, k_group, v_group, d_group, of_group = group
+        count, of_saved = len(q_group), _pop(saved, -of_group_kept - anchors_kept.pop())
+        M = _pop(of_saved, depth)
+        # If the group starts a chunk, ``d_anchor`` only gives the shapes.
+        anchor: Layers = _pop(of_saved, depth) if _goes_on(start, plan, flags) else d_anchor
+        tokens = Inner(_pop(of_saved, depth - 1), _pop(of_saved, depth - 1), of_saved.pop(0))
+        kept = Reads(_pop(of_saved, depth - 1), _pop(of_saved, depth), of_saved)
+        tails = None if tail is None else Tail(*(x.repeat(count, 1, 1) for x in tail))
+        k_once, at_once = k_group.flatten(0, 1), of_group.at_once()
+        again = tokens.again(plan, k_once, v_group.flatten(0, 1), tails)
+        writes = [
+            Writes.of(a, e, k_once, at_once.writes, rows) for a, e in zip(again.inputs, again.errors, strict=True)
         ]
-        d_tokens = (_in_order(x, chunks) for x in (d_q, d_k, d_v))
-        weights = [*(x for part in d_memories for x in part), *at_start]
-        return None, None, *d_tokens, *d_scalars, *(d_tail or (None, None)), None, None, *weights
+        places, anchors = _places(M if kept_whole else room, s, count + kept_whole), []
+        if not kept_whole:
+            _enter(places, 0, M)
+        for i, carry in enumerate(of_group.carries.unbind()):
+            if not kept_whole and flags is not None:
+                start_documents([x.M[i] for x in places], flags, fresh, start + i)
+            anchor = set_anchor(anchor, [x.W[i] for x in places], plan, flags, start + i)
+            anchors.append(anchor)
+            if not kept_whole and i + 1 < count:
+                for place, written in zip(places, writes, strict=True):
+                    leave(place, i, carry, written.to_M[i], written.wide[i])
+        entered = [x.all[:count].flatten(0, 1) for x in places]
+        d = read_backward(plan, d_group.flatten(0, 1), q_group.flatten(0, 1), kept, entered, at_once, again)
+        d_inputs, d_errors = _split(d.inputs, rows), _split(d.errors, rows)
+        each, keys = again.split(rows), k_group.mT.unbind()
+        carries, values = of_group.carries.mT.unbind(), v_group.unbind()
+        of_keys = again.errors[0] if writes[0].of_keys else None
+        backs: list[list[Tensor]] = []
+        of_k: list[Tensor] = []
+        of_v: list[Tensor] = []
+        d_keys: list[Tensor] = []
+        d_carries: list[Tensor] = []
+        for first in reversed(range(0, count, span)):
+            length = min(span, count - first)
+            part = slice(first * rows, (first + length) * rows) if length < count else None
+            d_places = _places(d_room, s, length + 1)
+            for place, (narrow, wide) in zip(d_places, d.to_M, strict=True):
+                place.M[length].copy_(place.M[0])
+                torch.bmm(_cut(narrow, part), _cut(wide, part), out=place.all[:length].flatten(0, 1))
+            if own and d_anchor and start + first + length == chunks:
+                for place, of_anchor in zip(d_places, d_anchor, strict=True):
+                    place.W[length - 1].add_(of_anchor)
+            for at in reversed(range(length)):
+                i = first + at
+                backs.append(
+                    leave_backward(d_places, at, i, carries[i], of_group.writes, writes, d_inputs[i], d_errors[i])
+                )
+                to_anchor = [x.W[at] for x in d_places] if own else d_anchor
+                back = inner_backward(
+                    plan, d_inputs[i], d_errors[i], values[i], keys[i], anchors[i], tail, each[i], to_anchor
+                )
+                of_k += [] if back.k is None else [back.k]
+                of_v += [] if back.v is None else [back.v]
+                if d_tail is not None and back.tail is not None:
+                    d_tail = Tail(d_tail.gain + back.tail.gain, d_tail.bias + back.tail.bias)
+                if flags is not None:
+                    new, opened = flags.opens_document[start + i], flags.opens_chunk[start + i]
+                    enter_backward(d_places, d_anchor, d_initial, new, opened, at)
+                elif not own and (start + i) % plan.blocks == 0:
+                    for place, of_anchor in zip(d_places, d_anchor, strict=True):
+                        place.W[at].add_(of_anchor)
+                        of_anchor.zero_()
+            d_left = [x.all[1:].flatten(0, 1) for x in d_places]
+            wide_keys = None if of_keys is None else _cut(of_keys, part)
+            of_span = memory_backward(d_left, [_cut(x, part) for x in entered], wide_keys, s)
+            d_keys += [] if of_span[0] is None else [of_span[0]]
+            d_carries.append(of_span[1])
+        joined = [
+            _join_up(x[::-1]) for x in ([d_keys] if d_keys else []) + [list(x) for x in zip(*backs, strict=True)]
+        ]
+        of_writes = writes_backward(writes, joined, at_once.writes, d.inputs[0])
+        of_carries = _join_up(d_carries[::-1])
+        W = entered[0][:, : min(memories[0][0].shape[1:])] if own else torch.cat([x[0] for x in anchors])
+        d_k.append(d.inputs[0].baddbmm_(d.errors[0], maps([W], k)[0].mT))
+        if of_k:
+            d_k[-1].add_(torch.cat(of_k[::-1]))
+        d_v.append(torch.cat(of_v[::-1]) if of_v else d.errors[-1].neg())
+        d_q.append(d.q)
+        d_rates.append(Rates(d.C, d.reads, of_writes, of_carries))
+    d_scalars = (_in_order(x, chunks) for x in zip(*d_rates, strict=True))
+    d_memories = zip(*(take_apart(x[0].clone(), like) for x, like in zip(d_room, memories, strict=True)), strict=True)
+    at_start = [
+        take_apart(x, like)[0]
+        for part in ((d_anchor, d_initial) if flags else ())
+        for x, like in zip(part, memories, strict=True)
+    ]
+    d_tokens = (_in_order(x, chunks) for x in (d_q, d_k, d_v))
+    weights = [*(x for part in d_memories for x in part), *at_start]
+    return *d_tokens, *d_scalars, *(d_tail or (None, None)), None, None, *weights
+
+
+SCAN = Loop(_forward, _backward, _outputs)
 
 
 def _groups(memories: Sequence[Sequence[Tensor]], k: Tensor, keep: bool) -> tuple[int, bool]:

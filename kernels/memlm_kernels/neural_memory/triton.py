@@ -1,4 +1,4 @@
-"""The loop over chunks of a linear memory by Triton kernels, as an op of torch. It replaces ``scan.Scan`` and the loop
+"""The loop over chunks of a linear memory by Triton kernels, as an op of torch. It replaces ``scan.scan`` and the loop
 in ``segmented``.
 """
 

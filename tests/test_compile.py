@@ -1,0 +1,114 @@
+"""torch.compile: one graph for a training step and for a call with a memory, and the results of eager code."""
+
+import pytest
+import torch
+
+from memlm import MemoryCache
+from memlm_kernels import set_backend
+from tests.conftest import MEMORIES, build
+
+# Dynamo reads the .grad of each input of a graph and makes objects of autograd functions, and hides the warnings of
+# torch; as errors they come before it can hide them.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor", "ignore:.*should not be instantiated"
+)
+
+# The op of a deep memory with a window, or with Muon, has no kernels.
+WITHOUT_KERNELS = ("omeganet",)
+
+
+def quick(names, among=MEMORIES):
+    """All memories; only the named ones run by default."""
+    return [pytest.param(name, marks=[] if name in names else pytest.mark.slow) for name in among]
+
+
+def ids_of(length, rows=2):
+    return torch.randint(250, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("kernels", "memory"),
+    [
+        *(pytest.param("reference", *x.values, marks=x.marks) for x in quick(["attention", "titans_lmm"])),
+        *(
+            pytest.param("triton", *x.values, marks=x.marks)
+            for x in quick([], [name for name in MEMORIES if name not in WITHOUT_KERNELS])
+        ),
+    ],
+)
+def test_a_training_step_is_one_graph(kernels, memory):
+    """With and without kernels; the loss and all gradients are those of eager code."""
+    model, ids = build(memory, torch.float32).train(), ids_of(20)
+
+    def gradients(step):
+        model.zero_grad()
+        loss = step(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    with set_backend(kernels):
+        eager = gradients(model)
+        compiled = gradients(torch.compile(model, backend="aot_eager", fullgraph=True))
+    assert eager.keys() == compiled.keys()
+    for name, x in eager.items():
+        torch.testing.assert_close(compiled[name], x, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("memory", quick(["attention"]))
+def test_a_memory_that_compiled_code_begins(memory):
+    model, ids = build(memory, torch.float32), ids_of(20)
+    expected, got = MemoryCache(), MemoryCache()
+    with torch.no_grad():
+        a = model(ids, past_key_values=expected).logits
+        b = torch.compile(model, backend="eager", fullgraph=True)(ids, past_key_values=got).logits
+        assert torch.equal(a, b)
+        a, b = (model(ids[:, :3], past_key_values=x).logits for x in (expected, got))
+    assert torch.equal(a, b) and (got.start, got.seen, got.signature) == (23, 23, expected.signature)
+
+
+@pytest.mark.parametrize("memory", quick(["attention"]))
+def test_tokens_need_no_new_graph(memory):
+    """Graphs exist after the first chunks; then no token needs another one."""
+    model, ids = build(memory, torch.float32), ids_of(100)
+    warm = 20 + (3 if memory in ("attention", "gated_delta_net") else 48)
+    compiled, caches = torch.compile(model, backend="eager", fullgraph=True), (MemoryCache(), MemoryCache())
+    with torch.no_grad():
+        for cache in caches:
+            model(ids[:, :20], past_key_values=cache)
+        for t in range(20, warm + 32):
+            with torch.compiler.set_stance("default" if t < warm else "fail_on_recompile"):
+                a, b = (
+                    call(ids[:, t : t + 1], past_key_values=cache, output_metrics=False).logits
+                    for call, cache in zip((model, compiled), caches, strict=True)
+                )
+            assert torch.equal(a, b), t
+
+
+@pytest.mark.parametrize("memory", quick(["attention"]))
+def test_generate_with_a_compiled_model(memory):
+    model, ids = build(memory, torch.float32), ids_of(20)
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    eager = model.generate(ids, **settings)
+    model.compile(backend="eager", fullgraph=True)
+    assert torch.equal(model.generate(ids, **settings), eager)
+
+
+def test_saving_a_memory_that_compiled_code_began(tmp_path):
+    model, ids = build("attention", torch.float32), ids_of(20)
+    memory = MemoryCache()
+    with torch.no_grad():
+        torch.compile(model, backend="eager", fullgraph=True)(ids, past_key_values=memory)
+    memory.save(tmp_path)
+    with torch.no_grad():
+        a, b = (model(ids, past_key_values=x).logits for x in (memory, MemoryCache.load(tmp_path)))
+        assert torch.equal(a, b)
+        model.model.norm.weight.mul_(2)
+    with pytest.raises(ValueError, match="changed since this memory began"):
+        memory.save(tmp_path)
