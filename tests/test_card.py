@@ -253,6 +253,22 @@ def test_an_export_of_an_earlier_version_gets_its_code_and_an_edited_card_stays(
     assert page(target) == "# Mine" and not (target / "model-00001-of-00002.safetensors").exists()
 
 
+def test_an_export_of_an_attached_memory(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=259, **sizes)).save_pretrained(tmp_path / "llama")
+    model = memlm.attach(LlamaForCausalLM.from_pretrained(tmp_path / "llama"), {"kind": "titans_lmm"})
+    model.save_pretrained(tmp_path / "whole")
+    export(tmp_path / "whole", tmp_path / "export")
+    assert str(tmp_path) not in "".join(p.read_text() for p in (tmp_path / "export").glob("*.json"))
+    loaded = memlm.from_pretrained(tmp_path / "export")
+    assert memlm.attached.of(loaded) == memlm.attached.of(model) and "beside the attention" in page(
+        tmp_path / "export"
+    )
+    memlm.save_memory(model, tmp_path / "alone")
+    with pytest.raises(ValueError, match="alone: neither a run with a checkpoint, nor a checkpoint"):
+        export(tmp_path / "alone", tmp_path / "new")
+
+
 def test_exports_that_are_refused(run, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("mine")

@@ -1,5 +1,6 @@
 """A run as a folder for the Hub: model, tokenizer, and a card with the results of ``evaluate.py``."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -42,6 +43,9 @@ def export(source: str | Path, target: str | Path, name: str | None = None) -> P
     if isinstance(config, MemLMConfig):
         # Checkpoints of earlier versions lack ``auto_map`` and its file.
         config.save_pretrained(target)
+    if (attached := target / card.ATTACHED).exists():
+        # The backbone is in the folder too; its name is only a note.
+        files.write(attached, json.dumps(card.without_places(files.read_json(attached)), indent=1))
     # Versions before run.json kept the record in the run's folder.
     card.write(target, name, run=folder if (folder / "run.json").exists() else run_dir)
     return target
