@@ -1,6 +1,8 @@
 """Evaluate a model: ``python evaluate.py [key=value] ...``; with no arguments, the default run and its control."""
 
 import sys
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
 from pathlib import Path
 
 import hydra
@@ -24,3 +26,9 @@ if __name__ == "__main__":
     with user_errors(CONFIGS, "evaluate"):
         check_arguments(sys.argv[1:], CONFIGS, "evaluate")
         main()
+elif __name__ == "evaluate":
+    # Programs that run in this folder, such as python -m lm_eval, mean Hugging Face's package of this name.
+    elsewhere = [folder for folder in sys.path if Path(folder).resolve() != CONFIGS.parent]
+    if spec := PathFinder.find_spec("evaluate", elsewhere):
+        sys.modules["evaluate"] = package = module_from_spec(spec)
+        spec.loader.exec_module(package)

@@ -20,6 +20,7 @@ Files:
     data                training data: text, recall tasks, documents with questions
     training            ``train.py``: the loop, checkpoints, resumption
     evaluation          ``evaluate.py``: measures, tables, the report
+    lm_eval             lm-eval's command line, with memories
     hub                 checkpoints: loading, and conversion of foreign ones
     cli                 the command line: one-line errors, the preset for a GPU
     fingerprint         fingerprints of weights, for memories and banks; checksums of tensors

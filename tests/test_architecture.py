@@ -76,7 +76,7 @@ ROOMS = {
         "memlm.modeling",
     },
 }
-OUTER = {"memlm.hub", "memlm.training", "memlm.evaluation", "memlm.cli"}
+OUTER = {"memlm.hub", "memlm.training", "memlm.evaluation", "memlm.cli", "memlm.lm_eval"}
 OUTSIDE = {
     "memlm_kernels": {"torch", "triton", "fla"},
     "memlm.data": {"torch", "numpy", "transformers", "tokenizers", "pyarrow"},
@@ -186,7 +186,7 @@ def test_every_op_opens_with_the_paper():
 
 
 # Packages whose module has another name; and packages that no file imports by name, such as tools.
-MODULES = {"hydra-core": "hydra", "pyyaml": "yaml", "flash-linear-attention": "fla"}
+MODULES = {"hydra-core": "hydra", "pyyaml": "yaml", "flash-linear-attention": "fla", "lm-eval": "lm_eval"}
 TOOLS = {"pytest-xdist", "ruff", "mypy", "pre-commit", "flash-attn"}
 
 
@@ -208,7 +208,7 @@ def used(*patterns):
 
 
 def test_packages_are_declared_if_and_only_if_they_are_imported():
-    needed, optional = declared(), declared("parquet", "cpu-kernels", "fla")
+    needed, optional = declared(), declared("parquet", "cpu-kernels", "fla", "eval")
     # The peer of a benchmark has its own environment; the tests write a package outside the repository.
     assert used("*.py", "memlm/**/*.py", "kernels/**/*.py", "scripts/*.py") - {"titans_pytorch"} == needed | optional
     assert used("tests/**/*.py") - {"foo"} - needed - optional == declared("dev") - optional
