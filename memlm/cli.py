@@ -285,6 +285,8 @@ def _meant(wrong: str, config_dir: Path, config: str) -> str:
     if wrong in _GONE:
         return _GONE[wrong]
     keys = _keys(config_dir, config)
+    if wrong in keys:
+        return "the default run has it, but a choice of this command has not; leave one of the two out"
     longer = [key for key in keys if key.endswith(f".{wrong}")]
     return suggest(longer[0] if longer else wrong, keys, f"'python {config}.py --help' lists the keys")
 
