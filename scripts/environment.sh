@@ -12,23 +12,23 @@ if [ ! -x "$venv/bin/python" ]; then
     "$python" -m venv "$venv"
 fi
 
-versions=constraints.txt
+constraints=constraints.txt
 if [ $# -gt 1 ]; then
-    versions=$venv/constraints.txt
-    grep ^torch= constraints.txt >"$versions"
+    constraints=$venv/constraints.txt
+    grep ^torch= constraints.txt >"$constraints"
     if [ "$2" = lowest ]; then
-        sed -n 's/^ *"\([a-z-]*\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml | grep -v '^torch=' >>"$versions"
+        sed -n 's/^ *"\([a-z-]*\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml | grep -v '^torch=' >>"$constraints"
     fi
 fi
 
 # A stamp file skips minutes of dependency resolution when nothing has changed.
 stamp="$venv/.installed$1"
-wanted=$(cat pyproject.toml "$versions" | cksum)
+wanted=$(cat pyproject.toml "$constraints" | cksum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "installing memlm into $venv (minutes, the first time)"
     # torch first, pinned and alone, so that the next install keeps this build.
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$versions" torch
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$versions" -e ".$1"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$constraints" torch
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$constraints" -e ".$1"
     echo "$wanted" >"$stamp"
 fi
 export PATH="$PWD/$venv/bin:$PATH"

@@ -22,6 +22,7 @@ from memlm.evaluation.report import Report
 from memlm.evaluation.subject import Subject
 from memlm.hub.causal import new_memory
 from memlm.training.objective import token_losses
+from memlm.versions import CACHE
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def text_by_position(
             here = slice(begin, min(begin + segment, longest))
             piece, mask = ids_BT[:, here], real_BT[:, here]
             seen = real_BT[:, here.start - memory.get_seq_length() : here.stop]
-            out = model(piece, attention_mask=seen, past_key_values=memory, use_cache=True)
+            out = model(piece, attention_mask=seen, use_cache=True, **{CACHE: memory})
             read[here] += mask.double().sum(0).cpu()
             for name, x in getattr(out, "metrics", {}).items():
                 if x.ndim == 2:
