@@ -77,7 +77,7 @@ class MemLMDecoderLayer(nn.Module):
             return mixed._replace(y_BTD=x_BTD + self.post_feedforward_layernorm(self.mlp(x_BTD)))
         mixed = checked(self.mixer(self.input_layernorm(x_BTD), state, rows), self.mixer, x_BTD)
         x_BTD = x_BTD + mixed.y_BTD
-        return mixed._replace(y_BTD=x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)))
+        return MixerOutput(x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), *mixed[1:])
 
 
 class MemLMPreTrainedModel(PreTrainedModel):

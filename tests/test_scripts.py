@@ -1,5 +1,6 @@
 """Scripts, run as their users run them; benchmarks on memories too small for useful figures."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -149,3 +150,11 @@ def test_benchmark_of_the_kernels(tmp_path):
         "segmented_neural_memory",
     }
     assert all(record[name] for record in records for name in ("hardware", "torch", "triton", "commit", "date"))
+
+
+def test_plain_attention_takes_no_more_operations_than_llama(monkeypatch):
+    """And computes the same, which the script checks."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    operations = importlib.import_module("benchmark_peer").operations
+    for case, (ours, llama) in operations("2x64x2", 24).items():
+        assert ours <= 1.05 * llama, case

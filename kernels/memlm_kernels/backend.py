@@ -92,18 +92,24 @@ def with_triton(
 
     ``auto`` takes Triton's kernels unless ``against_triton`` gives a reason.
     """
-    reason = missing_triton(x.device.type) or limit
-    if x.is_floating_point() and x.dtype not in DTYPES:
-        reason = reason or f"its kernels take float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
-    if products and x.dtype == torch.float32:
-        floats = [tensor for tensor in (x, *others) if tensor is not None and tensor.is_floating_point()]
-        if (widest := max(tensor.shape[-1] for tensor in floats)) > 128:
-            reason = reason or f"its kernels take at most 128 channels of float32, 256 of 16 bits, not {widest}"
-    if long := [size for tensor in (x, *others) if tensor is not None for size in tensor.shape if size > MOST]:
-        reason = reason or f"its kernels take at most {MOST} along a dimension, not {long[0]}"
-    if reason:
+    if reason := missing_triton(x.device.type) or limit or _against_kernels((x, *others), products):
         return ("reference",), {"triton": reason}
     return (("reference", "triton") if against_triton(x, products) else ("triton", "reference")), {}
+
+
+def _against_kernels(tensors: tuple[Tensor | None, ...], products: bool) -> str | None:
+    """Why no kernel takes tensors of these types and sizes, None if they may."""
+    given = [x for x in tensors if x is not None]
+    x = given[0]
+    if x.is_floating_point() and x.dtype not in DTYPES:
+        return f"its kernels take float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
+    if products and x.dtype == torch.float32:
+        widest = max(tensor.shape[-1] for tensor in given if tensor.is_floating_point())
+        if widest > 128:
+            return f"its kernels take at most 128 channels of float32, 256 of 16 bits, not {widest}"
+    if long := [size for tensor in given for size in tensor.shape if size > MOST]:
+        return f"its kernels take at most {MOST} along a dimension, not {long[0]}"
+    return None
 
 
 def against_triton(x: Tensor, products: bool) -> str | None:

@@ -142,7 +142,7 @@ class Mixer(SequenceMixer):
         window = self.config.window_size
         for name, new in seen.items():
             if window is None:
-                seen[name], new_state[name] = append(state[name], new, rows.lengths_B)
+                seen[name], new_state[name] = append(state[name], new, rows.lengths_B, new.device.type == "cpu")
                 continue
             if fresh and not keep:
                 continue
@@ -182,7 +182,7 @@ class Mixer(SequenceMixer):
         """Heads, normalised each, or all together."""
         if norm is not None and self.config.qk_norm == "all":
             x_BTC, norm = norm(x_BTC), None
-        x_BTHK = rearrange(x_BTC, "b t (h k) -> b t h k", k=self.dims.head_dim)
+        x_BTHK = x_BTC.view(*x_BTC.shape[:2], -1, self.dims.head_dim)
         return x_BTHK if norm is None else norm(x_BTHK)
 
     def angles(self, rows: Rows, dtype: torch.dtype, positions: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
@@ -191,7 +191,7 @@ class Mixer(SequenceMixer):
 
     def output(self, y_BTHK: Tensor) -> Tensor:
         """The mixer's output [B, T, D] from the heads' reads."""
-        return self.o_proj(rearrange(y_BTHK, "b t h k -> b t (h k)"))
+        return self.o_proj(y_BTHK.flatten(2))
 
     def persistent_tokens(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the persistent tokens, [1, P, G, K]."""

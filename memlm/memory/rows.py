@@ -184,7 +184,8 @@ class Rows:
             cos, sin = rotary_angles(places, rope)
             return cos.to(dtype), sin.to(dtype)
 
-        return self.once_for((places,), ("rotary", rope, dtype), make)
+        key = ("rotary", rope, dtype)
+        return self.once(key, make) if positions is None else self.once_for((places,), ("other", *key), make)
 
     def within(self, size: int) -> "Rows":
         """The same tokens, with each document cut into pieces of ``size`` tokens that count as documents."""

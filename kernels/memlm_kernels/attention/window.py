@@ -69,8 +69,7 @@ def prefix_window_attention(
         return WindowAttended(o.to(given), lse)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     read = read_blocks(q, k, v, window, positions, prefix, scale, sdpa if backend == "sdpa" else plain)
-    attended = WindowAttended(*read)
-    return attended._replace(o=attended.o.to(given))
+    return WindowAttended(read[0].to(given), read[1])
 
 
 def window_spans(q: Tensor, k: Tensor, window: int | None, positions: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -93,7 +92,7 @@ def too_large(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 def check_heads(q: Tensor, k: Tensor) -> None:
     """Raise ValueError unless q is [B, T, H, K] and k [B, any, G, K], with heads and channels, H a multiple of G."""
-    if q.ndim != 4 or k.ndim != 4 or len(q) != len(k) or q.shape[3] != k.shape[3]:
+    if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} must be [B, T, H, K] and [B, any, G, K]")
     check_sizes("q", q)
     check_sizes("k", k)

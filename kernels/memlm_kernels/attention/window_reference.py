@@ -98,7 +98,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> 
     size, heads = v.shape[3], q.shape[2]
     if q.shape[3] > size:
         v = F.pad(v, (0, q.shape[3] - size))
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if mask is None or heads == k.shape[1]:
         # Where sizes are symbols, a comparison is no bool, but a branch is one.
         causal = {"is_causal": True} if mask is None and q.shape[2] > 1 else {}
