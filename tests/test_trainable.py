@@ -8,7 +8,9 @@ import signal
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from transformers import AutoModelForCausalLM
 
+import memlm
 from memlm import MemLMConfig, MemLMForCausalLM
 from memlm.hub import load_model
 from memlm.training import checkpoint, loop, run
@@ -16,6 +18,7 @@ from memlm.training.interrupt import Stopped
 from memlm.training.trainable import choose, memory_names
 from tests.conftest import build
 from tests.runs import SMALLEST, config, figures, trainer
+from tests.test_any_model import LLAMA, TITANS
 
 TINY = (*SMALLEST, "memory=titans_mag", "train.steps=6")
 WAYS = {"memory": "memory", "patterns": ["*.mlp.*", "lm_head.*"], "condition": {"condition": 3}}
@@ -103,6 +106,22 @@ def test_mistakes_are_one_line(tmp_path, trainable, message):
     with pytest.raises(ValueError, match=message) as caught:
         trainer(tiny(tmp_path, trainable))
     assert "\n" not in str(caught.value)
+
+
+def test_parameters_without_an_effect_are_refused(tmp_path):
+    """A router of documents, where rows have none; and a memory whose gate stays closed."""
+    made = trainer(tiny(tmp_path, ["*.router_q_proj.*"], "memory=msa"))
+    with pytest.raises(ValueError, match=r"train\.trainable: no trained parameter has an effect on the loss"):
+        made._one_step(logged=False)
+    model = memlm.attach(AutoModelForCausalLM.from_config(LLAMA), TITANS)
+    for trainable in (["*.mlp.*", "*.memlm.mixer.*"], {"condition": 2}):
+        with pytest.raises(ValueError, match=r"leaves the gates of the memory closed, .* add '\*\.memlm\.gate' to a"):
+            choose(model, trainable)
+    both = [*memory_names(model), "model.layers.1.mlp.up_proj.weight"]
+    assert {*choose(model, ["*.memlm.*", "*.1.mlp.up_proj.*"])} == {*both}
+    with torch.no_grad():
+        model.model.layers[0].self_attn.memlm.gate += 1
+    assert len(choose(model, {"condition": 2})) == 2
 
 
 @pytest.mark.parametrize("way", WAYS)

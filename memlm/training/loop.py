@@ -213,6 +213,8 @@ class Trainer:
             inputs = model_inputs(batch, self.accelerator.device)
             with self.accelerator.accumulate(self.objective):
                 loss, rows, metrics = self.objective(**inputs, output_metrics=logged)
+                if not loss.requires_grad:
+                    raise ValueError("train.trainable: no trained parameter has an effect on the loss; choose others")
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.optim.clip)

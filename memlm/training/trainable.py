@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from memlm.attached.call import Attached
 from memlm.attached.save import MEMORY as ATTACHED
 from memlm.memory.base import SequenceMixer
 from memlm.settings import require, suggest
@@ -40,8 +41,19 @@ def choose(model: PreTrainedModel, trainable: str | list | dict | None) -> list[
     trainable: null, all; ``memory``, see ``memory_names``; patterns of names, with ``*`` and ``?``; or
         ``{condition: N}``, see ``well_conditioned``
 
-    Raises ValueError with the setting if it selects nothing.
+    Raises ValueError with the setting if it selects nothing, or leaves all gates of a new attached memory closed.
     """
+    chosen = _selected(model, trainable)
+    gates = {f"{path}.gate": module.gate for path, module in model.named_modules() if isinstance(module, Attached)}
+    if gates and not gates.keys() & {*chosen} and not any(gate.any() for gate in gates.values()):
+        raise ValueError(
+            f"train.trainable={trainable} leaves the gates of the memory closed, so it stays without effect; add "
+            "'*.memlm.gate' to a list of patterns, or train without it: memory=none"
+        )
+    return chosen
+
+
+def _selected(model: PreTrainedModel, trainable: str | list | dict | None) -> list[str]:
     names = [name for name, _ in model.named_parameters()]
     if trainable is None:
         return names
