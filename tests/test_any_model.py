@@ -2,10 +2,12 @@
 
 import copy
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -154,6 +156,26 @@ def test_an_evaluation_without_the_attached_memory_is_the_backbones(saved):
     evaluate(evaluated(saved, f"checkpoint={saved}/titans", "memory_off=true", *options))
     off, control = json.loads((saved / "off" / "results.json").read_text())["models"].values()
     assert off["recall"] == control["recall"]
+
+
+def test_the_tokenizer_of_a_family_is_read_from_its_own_files(saved, tmp_path):
+    """GPT-2's first files, without tokenizer.json; only text can be measured in such tokens."""
+    vocabulary = {
+        sign: i for i, sign in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "do", "<|endoftext|>"])
+    }
+    shutil.copytree(saved / "gpt2", tmp_path / "gpt2", ignore=shutil.ignore_patterns("token*"))
+    (tmp_path / "gpt2" / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "gpt2" / "merges.txt").write_text("#version: 0.2\nd o\n")
+    text = (
+        "data=text",
+        f"data.sources.text.paths=[{saved}/corpus]",
+        f"data.cache_dir={tmp_path}/cache",
+        "data.seq_len=48",
+    )
+    sizes = ("eval.text_documents=2", "eval.text_length=100", "control=null", f"out={tmp_path}/out")
+    evaluate(composed(*text, *sizes, f"checkpoint={tmp_path}/gpt2", config="evaluate"))
+    (found,) = json.loads((tmp_path / "out" / "results.json").read_text())["models"].values()
+    assert found["tokenizer"].startswith("258 entries") and found["text"]["text"]["carried"]["bits_per_byte"] > 0
 
 
 def test_models_that_cannot_be_evaluated_are_named_in_a_line(saved, tmp_path):

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from memlm import files
@@ -115,7 +115,7 @@ def _check_size(folder: Path, config: MemLMConfig) -> None:
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer saved with a model. Raises ValueError if there is none."""
     try:
-        return read_tokenizer(PreTrainedTokenizerFast, source)
+        return read_tokenizer(AutoTokenizer, source)
     except ValueError as error:
         raise ValueError(f"{source}: no tokenizer there: {error}") from None
 
