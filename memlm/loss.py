@@ -27,8 +27,10 @@ def weighted(
     """Each loss [B] as a scalar part of the step's loss.
 
     A row's weight is its share of the scored tokens, so a step's sum does not depend on how rows are divided into
-    calls.
+    calls. Labels [B], of a classifier, count equally in each call, as in transformers' own loss.
     """
+    if labels.ndim == 1:
+        return {name: x_B.mean() for name, x_B in aux_losses.items()}
     scored_B = (labels[:, 1:] != IGNORED).sum(1)
     whole = scored_B.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     whole = torch.as_tensor(whole, device=labels.device)

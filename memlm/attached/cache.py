@@ -7,7 +7,7 @@ import copy
 from typing import Any
 
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, cache_utils
 from transformers.cache_utils import DynamicLayer, EncoderDecoderCache, QuantizedLayer, StaticLayer
 
 from memlm.cache import MemoryCache
@@ -104,17 +104,30 @@ def fork(cache: Cache) -> Cache:
     """
     if isinstance(cache, MemoryCache):
         return cache.fork()
+    require(isinstance(cache, Cache), f"cache is a {type(cache).__name__}; a transformers.Cache can be forked")
+    if not _replaces(cache):
+        return copy.deepcopy(cache)
     other = copy.copy(cache)
     if isinstance(cache, EncoderDecoderCache):
         other.self_attention_cache, other.cross_attention_cache = map(
             fork, (cache.self_attention_cache, cache.cross_attention_cache)
         )
+        other.is_updated = dict(cache.is_updated)
         return other
     other.layers = [_copied(layer) for layer in cache.layers]
     return other
 
 
 def _copied(layer: Any) -> Any:
-    replaces = isinstance(layer, StateLayer | DynamicLayer) and not isinstance(layer, QuantizedLayer)
+    shared = isinstance(layer, StateLayer | DynamicLayer) and not isinstance(layer, QuantizedLayer)
     # A linear-attention layer changes its states in place.
-    return copy.copy(layer) if replaces and not hasattr(layer, "recurrent_states") else copy.deepcopy(layer)
+    return (
+        copy.copy(layer)
+        if shared and _replaces(layer) and not hasattr(layer, "recurrent_states")
+        else copy.deepcopy(layer)
+    )
+
+
+def _replaces(x: Cache | Any) -> bool:
+    """Whether a cache or a layer is known to replace its tensors. Some families' own (MiniMax, DeepSeek-V4) do not."""
+    return type(x).__module__ in (cache_utils.__name__, "memlm.attached.cache", "memlm.attached.window")

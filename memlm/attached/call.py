@@ -62,6 +62,10 @@ class Attached(nn.Module):
             "the memory was offloaded; offload the backbone before memlm.attach, or give preload_module_classes="
             f"[{type(self).__name__!r}]",
         )
+        require(
+            x_BTD.shape[1] == call.rows.length,
+            f"layer {self.layer} runs {x_BTD.shape[1]} of {call.rows.length} tokens; a memory must see all",
+        )
         x_BTD = x_BTD.to(self.gate.device, self.gate.dtype)
         rows, padding = call.rows.to(x_BTD.device), call.padding
         if padding is not None:
@@ -80,12 +84,14 @@ class Attached(nn.Module):
 
 @dataclass
 class Call:
-    """rows, padding: of the tokens; before, after: states by layer; aux_losses: as in ``MixerOutput``
+    """outer: arguments of the model around the decoder, its ``attention_mask``; None: there is no such model
+    rows, padding: of the tokens; before, after: states by layer; aux_losses: as in ``MixerOutput``
     cache: the cache that the model was given, or that a window needs
     mask: for attention with a window, as its implementation takes it
     places: the places of the keys that a window keeps for the next call
     """
 
+    outer: dict[str, Any] | None = None
     rows: Any = None
     padding: Padding | None = None
     before: State = field(default_factory=dict)
@@ -115,13 +121,21 @@ class Call:
             facts = {"start": held.start, "before_B": self.before["position"].to(device)}
         else:
             facts["before_B"] = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.padding = _padding(kwargs.get("attention_mask"), length, seen)
+        mask = kwargs.get("attention_mask")
+        made = mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2)
+        if made and self.outer is not None:
+            # Models of images and text make the decoder's masks by that of the rows.
+            mask = self.outer["attention_mask"]
+        self.padding = _padding(mask, length, seen)
+        # Some families run their last layers for these tokens alone; the head leaves out the others too.
+        kwargs.pop("logits_to_keep", None)
         if self.padding is not None:
             facts["lengths_B"] = self.padding.lengths_B
-        elif kwargs.get("attention_mask") is None and self.cache is None and length > 1:
+        elif mask is None and self.cache is None and length > 1:
             facts |= _packed(kwargs, batch, length, device)
         self.rows = Rows(length, **facts, metrics=False)
         if settings.window is not None:
+            require(not made, f"{type(decoder).__name__} gets masks of its own form, and window= replaces them")
             window.begin(self, decoder, settings, kwargs)
 
     def end(self, settings: Settings, output: Any) -> None:
@@ -163,6 +177,11 @@ def _packed(kwargs: dict[str, Any], batch: int, length: int, device: torch.devic
     positions = kwargs.get("position_ids")
     if positions is None:
         return {}
+    if positions.ndim == 3:
+        # Positions in images; only if there are four of them, the first are those in the text.
+        if len(positions) != 4:
+            return {}
+        positions = positions[0]
     positions_BT = positions.expand(batch, length)
     starts_BT = torch.ones(batch, length, dtype=torch.bool, device=device)
     starts_BT[:, 1:] = positions_BT[:, 1:] != positions_BT[:, :-1] + 1

@@ -15,7 +15,8 @@ from memlm.settings import require
 
 
 def before_model(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    return (), {**_by_name(model, args, kwargs), KEY: Call()}
+    kwargs = _by_name(model, args, kwargs)
+    return (), {**kwargs, KEY: Call({"attention_mask": kwargs.get("attention_mask")})}
 
 
 def before_decoder(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -52,6 +53,9 @@ def after_decoder(decoder: nn.Module, args: tuple, kwargs: dict[str, Any], outpu
         if isinstance(output, tuple):
             return (hidden, *output[1:])
         output[next(iter(output))] = hidden
+    if call.aux_losses and not isinstance(output, tuple):
+        # For a decoder that is called without a head.
+        output["aux_losses"] = call.aux_losses
     return output
 
 

@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import cached_file, logging
+from transformers.utils import ADAPTER_CONFIG_NAME, cached_file, logging
 
 from memlm import files
 from memlm.attached.call import Settings, settings_of
+from memlm.attached.layers import decoder_of
 from memlm.attached.model import attach, detach
 from memlm.attached.save import MEMORY, WEIGHTS, WORDS, fingerprint_of
 from memlm.settings import require
@@ -31,7 +33,7 @@ def load_memory(model: PreTrainedModel, directory: str | Path, strict: bool = Tr
 
 
 def from_pretrained(source: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """A causal language model with its memory, if it has one.
+    """A model with its memory, or a causal language model without one.
 
     source: a folder, or a name on the hub, that ``save_pretrained`` or ``push_to_hub`` of a model with a memory wrote;
         a folder of ``save_memory``, whose backbone is then loaded by its name; or any other model
@@ -39,18 +41,28 @@ def from_pretrained(source: str | Path, **kwargs: Any) -> PreTrainedModel:
 
     Raises ValueError if the files are damaged or do not fit each other.
     """
-    hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "subfolder") if name in kwargs}
+    place = {name: kwargs[name] for name in ("revision", "subfolder") if kwargs.get(name)}
+    hub = place | {name: kwargs[name] for name in ("token", "cache_dir") if name in kwargs}
     words_path = _file(source, WORDS, hub)
     if words_path is None:
-        return _backbone(source, kwargs, "mismatched_keys", "missing_keys")
+        return _backbone(AutoModelForCausalLM, source, kwargs, "mismatched_keys", "missing_keys")
     settings, words = _read_words(words_path)
+    own = getattr(transformers, str(words.get("class")), None)
+    known = own if isinstance(own, type) and issubclass(own, PreTrainedModel) else AutoModelForCausalLM
     alone = _file(source, WEIGHTS, hub)
     if alone is not None:
-        model = AutoModelForCausalLM.from_pretrained(words["backbone"], **kwargs)
+        require(
+            bool(words["backbone"]), f"{source}: the memory's backbone has no name; load it, then memlm.load_memory"
+        )
+        if _file(source, ADAPTER_CONFIG_NAME, hub):
+            model = known.from_pretrained(source, **kwargs)
+        else:
+            others = {name: value for name, value in kwargs.items() if name not in place}
+            model = known.from_pretrained(words["backbone"], **others)
         _check_backbone(model, words, source, strict=True)
         return _filled(model, settings, _tensors([alone]), source)
-    model = _backbone(source, kwargs, "mismatched_keys", "missing_keys", "unexpected_keys")
-    return _filled(model, settings, _tensors(_weight_files(source, hub)), source)
+    model = _backbone(known, source, kwargs, "mismatched_keys", "missing_keys", "unexpected_keys")
+    return _filled(model, settings, _tensors(_weight_files(source, hub, kwargs.get("variant"))), source)
 
 
 def _read_words(path: Path) -> tuple[Settings, dict[str, Any]]:
@@ -81,6 +93,11 @@ def _filled(
     except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from None
     wanted = {name: list(x.shape) for name, x in model.state_dict().items() if MEMORY in name}
+    # A head around the decoder changes the first part of names, and so does transformers when it saves some families.
+    decoder = decoder_of(model)
+    first = next(f"{path}." if path else "" for path, module in model.named_modules() if module is decoder)
+    known = {name.removeprefix(first) for name in wanted}
+    tensors = {first + _within(name, known): x for name, x in tensors.items()}
     held = {name: list(x.shape) for name, x in tensors.items()}
     if differ := [name for name in wanted | held if wanted.get(name) != held.get(name)]:
         there, here = (shapes.get(differ[0], "missing") for shapes in (held, wanted))
@@ -88,6 +105,12 @@ def _filled(
         raise ValueError(f"{source}: {differ[0]} is {there} there, and {here} in the model; they do not fit")
     model.load_state_dict(tensors, strict=False)
     return model
+
+
+def _within(name: str, known: set[str]) -> str:
+    """The last part of a name that is known; all of it if none is."""
+    parts = name.split(".")
+    return next((part for i in range(len(parts)) if (part := ".".join(parts[i:])) in known), name)
 
 
 def _tensors(paths: Iterable[Path]) -> dict[str, Tensor]:
@@ -105,7 +128,7 @@ def _tensors(paths: Iterable[Path]) -> dict[str, Tensor]:
 def _file(source: str | Path, name: str, hub: dict[str, Any]) -> Path | None:
     """A file of a folder or of the hub; None if there is none."""
     if Path(source).is_dir():
-        path = Path(source) / name
+        path = Path(source) / hub.get("subfolder", "") / name
         return path if path.is_file() else None
     found = cached_file(
         str(source), name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False, **hub
@@ -113,10 +136,12 @@ def _file(source: str | Path, name: str, hub: dict[str, Any]) -> Path | None:
     return None if found is None else Path(found)
 
 
-def _weight_files(source: str | Path, hub: dict[str, Any]) -> list[Path]:
-    index = _file(source, "model.safetensors.index.json", hub)
-    names = {"model.safetensors"}
-    if index is not None:
+def _weight_files(source: str | Path, hub: dict[str, Any], variant: str | None) -> list[Path]:
+    dot = f".{variant}" if variant else ""
+    names = {f"model{dot}.safetensors"}
+    index = _file(source, f"model.safetensors.index{dot}.json", hub)
+    # An index may be left from an earlier save; transformers then takes the whole file.
+    if index is not None and _file(source, *names, hub) is None:
         names = {part for name, part in files.read_json(index)["weight_map"].items() if MEMORY in name}
     paths = {name: _file(source, name, hub) for name in sorted(names)}
     for name, path in paths.items():
@@ -124,14 +149,16 @@ def _weight_files(source: str | Path, hub: dict[str, Any]) -> list[Path]:
     return [path for path in paths.values() if path is not None]
 
 
-def _backbone(source: str | Path, kwargs: dict[str, Any], *refused: str) -> PreTrainedModel:
-    """A model of transformers. refused: kinds of keys without which it must load, apart from the memory's, which
-    transformers reports as unexpected.
+def _backbone(known: Any, source: str | Path, kwargs: dict[str, Any], *refused: str) -> PreTrainedModel:
+    """A model of transformers.
+
+    known: its class; refused: kinds of keys without which it must load, apart from the memory's, which transformers
+        reports as unexpected
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **kwargs)
+        model, report = known.from_pretrained(source, output_loading_info=True, **kwargs)
     finally:
         logging.set_verbosity(verbosity)
     for kind in refused:

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from memlm.attached import hooks
@@ -21,7 +20,7 @@ from memlm.attached.layers import (
     of,
 )
 from memlm.attached.save import save_pretrained, upload
-from memlm.attached.window import full_layers
+from memlm.attached.window import check_layers, full_layers
 from memlm.memory.base import complete_settings
 from memlm.settings import check_type, require
 
@@ -57,6 +56,12 @@ def attach(
     require(
         isinstance(model, PreTrainedModel), f"{type(model).__name__} is no PreTrainedModel; attach before wrapping"
     )
+    require(
+        isinstance(memory, str | Mapping),
+        f"memory={memory!r:.80} must be the name of a kind or {{kind: ..., settings}}",
+    )
+    require(layers is None or isinstance(layers, Iterable), f"layers={layers!r:.80} must be numbers, such as [0, 2]")
+    require(dtype is None or isinstance(dtype, torch.dtype), f"dtype={dtype!r:.80} must be a torch.dtype")
     decoder = decoder_of(model)
     require(of(model) is None, f"{type(model).__name__} has a memory already; memlm.detach it first")
     settings = complete_settings({"kind": memory} if isinstance(memory, str) else dict(memory), "memory")
@@ -67,7 +72,9 @@ def attach(
         numbers = f"{min(attentions)} to {max(attentions)}" if len(attentions) > 1 else str(min(attentions))
         require(i in attentions, f"layers: layer {i} of {type(model).__name__} has no attention; choose of {numbers}")
     require(len(chosen) == len(set(chosen)) > 0, f"layers={chosen} must be different numbers, one at least")
-    _check_window(decoder, window, sinks)
+    _check_window(window, sinks)
+    if window is not None:
+        check_layers(decoder.config, attentions)
     for i in chosen:
         check_keywords(decoder, attentions[i])
     embedding = model.get_input_embeddings().weight
@@ -105,21 +112,29 @@ def attach(
 def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Remove the memory and its window, in place: the model is again as it was loaded. Returns the model.
 
+    model: the one that got the memory, or one around it
+
     Raises ValueError if it has no memory.
     """
     require(of(model) is not None, f"{type(model).__name__} has no memory")
-    decoder = decoder_of(model)
-    for module in {model, decoder, *attentions_of(decoder).values()}:
+    require(
+        any(_OWN[0] in vars(module) for module in model.modules()),
+        f"{type(model).__name__} is a part of the model that got the memory; detach it from that model",
+    )
+    for module in list(model.modules()):
         hooks.remove_hooks(module)
         if isinstance(getattr(module, NAME, None), Attached):
             delattr(module, NAME)
-    delattr(decoder, SETTINGS)
-    for name in ("_is_stateful", "save_pretrained", "_upload_modified_files"):
-        model.__dict__.pop(name, None)
+        for name in (SETTINGS, *_OWN):
+            vars(module).pop(name, None)
     return model
 
 
-def _check_window(decoder: nn.Module, size: int | None, sinks: int) -> None:
+# The attributes that a model with a memory has of its own.
+_OWN = ("_upload_modified_files", "save_pretrained", "_is_stateful")
+
+
+def _check_window(size: int | None, sinks: int) -> None:
     check_type(size, int | None, "window")
     check_type(sinks, int, "sinks")
     require(size is None or size >= 1, f"window={size} must be at least 1, or None for all tokens")

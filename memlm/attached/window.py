@@ -6,6 +6,7 @@ not count padding. Keys keep the rotation of their positions.
 B batch, T tokens, S keys kept from earlier calls, N = S + T keys, H heads, K head dim.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from transformers.cache_utils import DynamicLayer
 
 from memlm.attached.cache import own
 from memlm.settings import require
-from memlm.versions import CACHE
+from memlm.versions import CACHE, DummyLayer
 
 # Implementations of attention that take a mask of any form.
 MASKED = ("eager", "sdpa")
+# Kinds of layers that do not grow with the text.
+_BOUNDED = ("sliding_attention", "chunked_attention", "linear_attention")
 
 
 class WindowLayer(DynamicLayer):
@@ -95,9 +98,13 @@ def begin(call: Any, decoder: nn.Module, settings: Any, kwargs: dict[str, Any]) 
         return
     call.places, kept_BS = _keep(place_BN, rows.after_B, settings.window, settings.sinks)
     cache = own(call.cache)
-    while len(cache.layers) < config.num_hidden_layers:
-        cache.layers.append(DynamicLayer())
+    if not cache.layers:
+        # Made without the configuration: then its sliding layers would look like full ones.
+        cache.layers.extend(DynamicCache(config=config).layers)
     for i in layers:
+        # It attends to the keys of an earlier layer.
+        if i >= len(cache.layers) or isinstance(cache.layers[i], DummyLayer):
+            continue
         if type(cache.layers[i]) is DynamicLayer and not cache.layers[i].is_initialized:
             cache.layers[i] = WindowLayer()
         require(
@@ -135,8 +142,22 @@ def _keep(place_BN: Tensor, next_B: Tensor, size: int, sinks: int) -> tuple[Tens
 
 def full_layers(config: Any) -> list[int]:
     """The layers whose attention sees all tokens; sliding layers keep their own window."""
+    return [i for i, kind in enumerate(_kinds(config)) if kind == "full_attention"]
+
+
+def check_layers(config: Any, layers: Iterable[int]) -> None:
+    """Raise ValueError if a layer's attention can neither be cut nor has its own window."""
+    kinds = _kinds(config)
+    for i in layers:
+        require(
+            kinds[i] in ("full_attention", *_BOUNDED),
+            f"window: layer {i} has {kinds[i]!r}, which cannot be cut; leave window out",
+        )
+
+
+def _kinds(config: Any) -> list[str]:
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         kind = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
         kinds = [kind] * config.num_hidden_layers
-    return [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+    return kinds

@@ -1,0 +1,115 @@
+"""Folders of models with an attached memory: written over one another, wrapped models, parts of a hub's address."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import memlm
+from tests.backbones import backbone
+from tests.test_attached import ids, logits, opened, settings
+
+LORA = dict(target_modules=["q_proj", "v_proj"], exclude_modules=r".*\.memlm\..*", r=2)
+SHARDED = {"max_shard_size": "20KB"}
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A model with a memory that matters; its backbone has a name, and its memory another value at each call."""
+    backbone("llama").save_pretrained(tmp_path / "backbone")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "backbone")
+    return opened(memlm.attach(loaded, settings("titans_lmm"), [0, 2])).eval()
+
+
+def trained_further(model):
+    with torch.no_grad():
+        model.model.layers[0].self_attn.memlm.gate.add_(1.0)
+    return model
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        lambda model, folder: memlm.save_memory(model, folder),
+        lambda model, folder: model.save_pretrained(folder),
+        lambda model, folder: model.save_pretrained(folder, **SHARDED),
+    ],
+    ids=["memory", "whole", "sharded"],
+)
+@pytest.mark.parametrize("second", [{}, SHARDED], ids=["whole", "sharded"])
+def test_the_later_of_two_saves_in_a_folder_counts(model, tmp_path, first, second):
+    first(model, tmp_path / "both")
+    with torch.no_grad():
+        model.model.norm.weight.add_(0.5)
+    trained_further(model).save_pretrained(tmp_path / "both", **second)
+    assert torch.equal(logits(memlm.from_pretrained(tmp_path / "both"), ids()), logits(model, ids()))
+
+
+def test_a_memory_saved_beside_its_model_counts(model, tmp_path):
+    model.save_pretrained(tmp_path / "both")
+    again = trained_further(memlm.from_pretrained(tmp_path / "both"))
+    memlm.save_memory(again, tmp_path / "both")
+    assert torch.equal(logits(memlm.from_pretrained(tmp_path / "both"), ids()), logits(again, ids()))
+
+
+def test_the_parts_of_an_address_are_followed(model, tmp_path):
+    expected = logits(model, ids())
+    model.save_pretrained(tmp_path / "models" / "small", variant="new", **SHARDED)
+    loaded = memlm.from_pretrained(tmp_path / "models", subfolder="small", variant="new")
+    assert torch.equal(logits(loaded, ids()), expected)
+    # The backbone is in a place of its own.
+    memlm.save_memory(model, tmp_path / "memories" / "first")
+    loaded = memlm.from_pretrained(tmp_path / "memories", subfolder="first", revision="main")
+    assert torch.equal(logits(loaded, ids()), expected)
+
+
+def test_a_memory_keeps_the_dtype_that_its_model_has_when_it_is_saved(model, tmp_path):
+    memlm.save_memory(model.bfloat16(), tmp_path / "memory")
+    again = memlm.from_pretrained(tmp_path / "memory", dtype=torch.bfloat16)
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing:FutureWarning", "ignore:You have passed exclude_modules"
+)
+def test_an_adapter_of_the_backbone_is_saved_with_the_memory(model, tmp_path):
+    model.add_adapter(LoraConfig(**LORA, init_lora_weights=False))
+    expected = logits(model, ids())
+    model.save_pretrained(tmp_path / "both")
+    assert torch.equal(logits(memlm.from_pretrained(tmp_path / "both"), ids()), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (torch.nn.DataParallel, "DataParallel is no PreTrainedModel; give the model inside it"),
+        (
+            lambda model: get_peft_model(model, LoraConfig(**LORA)),
+            "PeftModel is no PreTrainedModel; give the model inside",
+        ),
+        (
+            lambda model: get_peft_model(model, LoraConfig(**LORA, modules_to_save=["memlm"])).get_base_model(),
+            "the memory has adapters of PEFT or is one of its modules_to_save",
+        ),
+        (
+            lambda model: get_peft_model(model, LoraConfig(target_modules=["q_proj"])).get_base_model(),
+            "the memory has adapters of PEFT",
+        ),
+    ],
+    ids=["parallel", "peft", "modules_to_save", "adapters"],
+)
+def test_a_wrapped_memory_is_not_saved_under_names_that_cannot_be_loaded(model, tmp_path, wrap, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        memlm.save_memory(wrap(model), tmp_path / "memory")
+    assert "\n" not in str(raised.value) and not (tmp_path / "memory").exists()
+
+
+def test_a_memory_whose_backbone_has_no_name_is_loaded_by_load_memory_alone(tmp_path):
+    memlm.save_memory(memlm.attach(backbone("llama"), "mom"), tmp_path)
+    assert json.loads((tmp_path / "memlm_memory.json").read_text())["backbone"] == ""
+    with pytest.raises(ValueError, match=r"the memory's backbone has no name; load it, then memlm.load_memory"):
+        memlm.from_pretrained(tmp_path)
+    memlm.load_memory(backbone("llama"), tmp_path)
