@@ -58,7 +58,7 @@ def load_model(source: str | Path) -> MemLMForCausalLM:
     try:
         if Path(source).is_dir():
             _check_files(Path(source))
-        config = MemLMConfig.from_pretrained(source)
+        config = _configuration(source)
         _check_size(Path(source), config)
         # safetensors only: nothing is unpickled.
         model, report = MemLMForCausalLM.from_pretrained(
@@ -76,6 +76,14 @@ def load_model(source: str | Path) -> MemLMForCausalLM:
                 "model.safetensors are not of one model"
             )
     return model
+
+
+def _configuration(source: str | Path) -> MemLMConfig:
+    try:
+        return MemLMConfig.from_pretrained(source)
+    except Exception as error:
+        # Some versions of transformers check types first, and raise errors of their own type.
+        raise ValueError(_first_line(error)) from None
 
 
 def _check_files(folder: Path) -> None:
