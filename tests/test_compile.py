@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+import memlm
 from memlm import MemoryCache
 from memlm_kernels import set_backend
-from tests.conftest import MEMORIES, build
+from tests.conftest import MEMORIES, ROOT, build
 
 # Dynamo reads the .grad of each input of a graph and makes objects of autograd functions, and hides the warnings of
 # torch; as errors they come before it can hide them.
@@ -112,3 +115,49 @@ def test_saving_a_memory_that_compiled_code_began(tmp_path):
         model.model.norm.weight.mul_(2)
     with pytest.raises(ValueError, match="changed since this memory began"):
         memory.save(tmp_path)
+
+
+def with_memory(memory):
+    """A small Llama with a memory of configs/memory attached, its gates open."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=259, num_hidden_layers=2, **sizes))
+    settings = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "memory" / f"{memory}.yaml"))
+    memlm.attach(model, settings)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    return model.eval()
+
+
+@pytest.mark.parametrize("memory", quick([], ["titans_lmm", "gated_delta_net", "mom", "lact"]))
+def test_training_with_an_attached_memory_is_one_graph(memory):
+    model, ids = with_memory(memory).train(), ids_of(20)
+
+    def gradients(step):
+        model.zero_grad()
+        step(ids, labels=ids, use_cache=False).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    eager, compiled = gradients(model), gradients(torch.compile(model, backend="aot_eager", fullgraph=True))
+    assert eager.keys() == compiled.keys()
+    for name, x in eager.items():
+        torch.testing.assert_close(compiled[name], x, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("memory", quick(["gated_delta_net"], ["titans_lmm", "gated_delta_net"]))
+def test_tokens_of_an_attached_memory_need_no_new_graph(memory):
+    model, ids = with_memory(memory), ids_of(100)
+    warm = 22 if memory == "gated_delta_net" else 68
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    caches = [DynamicCache(config=model.config) for _ in "ab"]
+    with torch.no_grad():
+        for cache in caches:
+            model(ids[:, :20], past_key_values=cache)
+        for t in range(20, warm + 24):
+            with torch.compiler.set_stance("default" if t < warm else "fail_on_recompile"):
+                a, b = (
+                    call(ids[:, t : t + 1], past_key_values=cache).logits
+                    for call, cache in zip((model, compiled), caches, strict=True)
+                )
+            assert torch.equal(a, b), t

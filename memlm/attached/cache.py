@@ -89,7 +89,8 @@ def check(cache: Any, settings: Any, batch: int) -> StateLayer | None:
         return held
     require(held.settings == settings, "past_key_values was filled by another memory; begin a new cache")
     rows = held.max_batch_size
-    require(rows == batch, f"past_key_values holds a memory of {rows} rows, the input has {batch}; begin a new cache")
+    if rows != batch:
+        raise ValueError(f"past_key_values holds a memory of {rows} rows, the input has {batch}; begin a new cache")
     return held
 
 

@@ -62,10 +62,10 @@ class Attached(nn.Module):
             "the memory was offloaded; offload the backbone before memlm.attach, or give preload_module_classes="
             f"[{type(self).__name__!r}]",
         )
-        require(
-            x_BTD.shape[1] == call.rows.length,
-            f"layer {self.layer} runs {x_BTD.shape[1]} of {call.rows.length} tokens; a memory must see all",
-        )
+        if x_BTD.shape[1] != call.rows.length:
+            raise ValueError(
+                f"layer {self.layer} runs {x_BTD.shape[1]} of {call.rows.length} tokens; a memory must see all"
+            )
         x_BTD = x_BTD.to(self.gate.device, self.gate.dtype)
         rows, padding = call.rows.to(x_BTD.device), call.padding
         if padding is not None:
@@ -111,11 +111,12 @@ class Call:
         held = None if self.cache is None else check(self.cache, settings, batch)
         self.before = held.states if held else {}
         seen = self.cache.get_seq_length() if self.before else 0
-        require(
-            length > 0 or not seen,
-            f"input_ids: the memory has read {seen} tokens, and nothing is left of these; give generate all ids, read "
-            f"and new, or the new ones with an attention_mask [batch, {seen} + new]",
-        )
+        # A number in a message would be a constant of compiled code, so messages are made when they are needed.
+        if seen and not length:
+            raise ValueError(
+                f"input_ids: the memory has read {seen} tokens, and nothing is left of these; give generate all ids, "
+                f"read and new, or the new ones with an attention_mask [batch, {seen} + new]"
+            )
         facts: dict[str, Any] = {"start": 0}
         if self.before:
             facts = {"start": held.start, "before_B": self.before["position"].to(device)}

@@ -182,7 +182,8 @@ class Mixer(SequenceMixer):
         """Heads, normalised each, or all together."""
         if norm is not None and self.config.qk_norm == "all":
             x_BTC, norm = norm(x_BTC), None
-        x_BTHK = x_BTC.view(*x_BTC.shape[:2], -1, self.dims.head_dim)
+        batch, length, channels = x_BTC.shape
+        x_BTHK = x_BTC.view(batch, length, channels // self.dims.head_dim, self.dims.head_dim)
         return x_BTHK if norm is None else norm(x_BTHK)
 
     def angles(self, rows: Rows, dtype: torch.dtype, positions: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
