@@ -12,7 +12,7 @@ case "${1:-}" in --lowest | --newest)
     # Old packages warn of each other.
     if [ "$versions" = lowest ]; then set -- -W default "$@"; fi
     exec python -m pytest -n auto --maxprocesses 8 \
-        tests/test_{modeling,cache,transformers,memory_layer,attached,attached_models,peft,trainers}.py \
+        tests/test_{modeling,cache,transformers,memory_layer,peft,trainers,attached*}.py \
         tests/memory/test_contract.py "$@"
     ;;
 esac
