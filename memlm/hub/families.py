@@ -64,7 +64,7 @@ def config_from(form: str, values: dict[str, Any], memory: str = "msa") -> MemLM
         Fields(values)[name]
     theirs = _theirs(form, values)
     for name, value in _FIXED.items():
-        if (found := getattr(theirs, name, value)) != value:
+        if (found := _read(theirs, name, value)) != value:
             raise ValueError(f"config.json: {name}={found!r}; only {value!r} can be converted. {_ATTACH}")
     theta, scaling = _rope(theirs)
     mixers, pattern = _mixers(FAMILIES[form], theirs, memory)
@@ -145,6 +145,11 @@ def _theirs(form: str, values: dict[str, Any]) -> PreTrainedConfig:
         raise ValueError(f"config.json: {' '.join(str(error).split())}") from None
 
 
+def _read(theirs: PreTrainedConfig, name: str, otherwise: Any) -> Any:
+    """A field of the family; a field that it does not have has no effect on its models."""
+    return getattr(theirs, name) if hasattr(type(theirs), name) else otherwise
+
+
 def _rope(theirs: PreTrainedConfig) -> tuple[float, dict[str, Any] | None]:
     rope = {name: value for name, value in theirs.rope_parameters.items() if value is not None and name != "type"}
     theta, scaled = rope.pop("rope_theta"), rope["rope_type"] != "default"
@@ -157,7 +162,7 @@ def _rope(theirs: PreTrainedConfig) -> tuple[float, dict[str, Any] | None]:
 
 def _mixers(family: Family, theirs: PreTrainedConfig, memory: str) -> tuple[dict[str, Any], list[str]]:
     """Mixers by name, and the mixer of each layer."""
-    layers, bias = theirs.num_hidden_layers, bool(getattr(theirs, "attention_bias", False))
+    layers, bias = theirs.num_hidden_layers, bool(_read(theirs, "attention_bias", False))
     shared = {"qk_norm": family.qk_norm, "qkv_bias": family.qkv_bias or bias, "output_bias": bias}
     windows = [_window(theirs, layer) for layer in range(layers)]
     full = [layer for layer, window in enumerate(windows) if not window]
@@ -170,7 +175,7 @@ def _mixers(family: Family, theirs: PreTrainedConfig, memory: str) -> tuple[dict
     mixers: dict[str, Any] = {}
     pattern = []
     for layer, window in enumerate(windows):
-        rotary = bool(getattr(theirs, "no_rope_layers", [True] * layers)[layer])
+        rotary = bool(_read(theirs, "no_rope_layers", [True] * layers)[layer])
         if window:
             name, settings = "window", {"kind": "attention", "window_size": window}
         elif memory == "msa" and layer in routing:
@@ -189,7 +194,7 @@ def _mixers(family: Family, theirs: PreTrainedConfig, memory: str) -> tuple[dict
 
 def _window(theirs: PreTrainedConfig, layer: int) -> int | None:
     """The sliding window of a layer; None: full attention."""
-    window = getattr(theirs, "sliding_window", None)
+    window = _read(theirs, "sliding_window", None)
     if not hasattr(type(theirs), "layer_types"):
         return window
     kind = theirs.layer_types[layer]
