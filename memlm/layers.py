@@ -202,7 +202,7 @@ class _Taps(torch.autograd.Function):
         y_BTC = past_BSC.new_empty(batch, total - len(taps_WC) + 1, channels)
         taps = taps_WC.unbind()
         for y_BPC, x_BSC, positions_BP in _Taps.pieces(y_BTC, past_BSC, positions_BT):
-            _Taps.convolve(_windows(x_BSC, len(taps)).unbind(), taps, positions_BP, y_BPC)
+            _Taps.convolve(_windows(x_BSC, len(taps)), taps, positions_BP, y_BPC)
             if silu:
                 F.silu(y_BPC, inplace=True)
         return y_BTC
@@ -215,9 +215,8 @@ class _Taps(torch.autograd.Function):
         d_past_BSC, sums, width = torch.zeros_like(past_BSC), [], len(taps_WC)
         taps = taps_WC.unbind()
         for d_BPC, x_BSC, positions_BP, d_x_BSC in _Taps.pieces(d_y_BTC, past_BSC, positions_BT, d_past_BSC):
-            seen = _windows(x_BSC, width).unbind()
-            # Compilers add to slices, and to no view that overlaps itself.
-            d_seen = [d_x_BSC[:, tap : tap + d_BPC.shape[1]] for tap in range(width)]
+            seen = _windows(x_BSC, width)
+            d_seen = _windows(d_x_BSC, width)
             product_BPC = torch.empty_like(d_BPC, memory_format=torch.contiguous_format)
             if ctx.silu:
                 _Taps.convolve(seen, taps, positions_BP, product_BPC)
@@ -236,7 +235,8 @@ class _Taps(torch.autograd.Function):
         """Parts of y, each with the inputs that its tokens see."""
         length, spare = y_BTC.shape[1], past_BSC.shape[1] - y_BTC.shape[1]
         of_token = y_BTC.shape[0] * y_BTC.shape[2]
-        if y_BTC.device.type != "cpu" or length * of_token <= _AT_ONCE:
+        # Compiled code has one piece, so that it serves every length.
+        if y_BTC.device.type != "cpu" or torch.compiler.is_compiling() or length * of_token <= _AT_ONCE:
             yield y_BTC, past_BSC, positions_BT, *more_BSC
             return
         size = max(1, _AT_ONCE // of_token)
@@ -246,15 +246,16 @@ class _Taps(torch.autograd.Function):
             yield y_BTC[:, of_y], past_BSC[:, of_past], positions_BP, *(x[:, of_past] for x in more_BSC)
 
     @staticmethod
-    def convolve(seen: tuple[Tensor, ...], taps: tuple[Tensor, ...], positions_BT: Tensor | None, out: Tensor) -> None:
+    def convolve(seen: list[Tensor], taps: tuple[Tensor, ...], positions_BT: Tensor | None, out: Tensor) -> None:
         torch.mul(seen[-1], taps[-1], out=out)
         for back in range(1, len(taps)):
             out.addcmul_(_within(seen[-1 - back], positions_BT, back), taps[-1 - back])
 
 
-def _windows(past_BSC: Tensor, width: int) -> Tensor:
-    """A view [W, B, T, C]: the input of each tap; the last tap is the token itself."""
-    return past_BSC.unfold(1, past_BSC.shape[1] - width + 1, 1).permute(1, 0, 3, 2)
+def _windows(past_BSC: Tensor, width: int) -> list[Tensor]:
+    """Views [B, T, C]: the input of each tap; the last tap is the token itself."""
+    length = past_BSC.shape[1] - width + 1
+    return [past_BSC.narrow(1, tap, length) for tap in range(width)]
 
 
 def _within(x_BTC: Tensor, positions_BT: Tensor | None, back: int) -> Tensor:

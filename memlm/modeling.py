@@ -187,6 +187,8 @@ class MemLMModel(MemLMPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         (batch, length, _), dtype = x_BTD.shape, x_BTD.dtype
+        if torch.compiler.is_exporting() and not isinstance(length, int):
+            self._check_any_length()
         memory = past_key_values if cache is None else cache
         if memory is not None and not isinstance(memory, MemoryCache):
             raise ValueError(f"past_key_values must be a memlm.MemoryCache, not {type(memory).__name__}")
@@ -241,6 +243,19 @@ class MemLMModel(MemLMPreTrainedModel):
             metrics=metrics,
             **{CACHE: memory},
         )
+
+    def _check_any_length(self) -> None:
+        names = [
+            name
+            for name, layer in zip(self.config.layer_mixers(), self.layers, strict=True)
+            if not layer.mixer.any_length
+        ]
+        if names:
+            kind = self.config.mixers[names[0]]["kind"]
+            raise ValueError(
+                f"dynamic_shapes: mixer {names[0]!r} of kind {kind!r} loops over chunks or a window, so torch.export "
+                "needs a fixed number of tokens; leave their dimension out of dynamic_shapes"
+            )
 
     def _state(self, i: int, x_BTD: Tensor, memory: MemoryCache | None, rows: Rows) -> State:
         """The state of a layer; before the first call, layers of one mixer share a state."""

@@ -161,3 +161,43 @@ def test_tokens_of_an_attached_memory_need_no_new_graph(memory):
                     for call, cache in zip((model, compiled), caches, strict=True)
                 )
             assert torch.equal(a, b), t
+
+
+class Logits(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(ids, use_cache=False, output_metrics=False).logits
+
+
+def exported(memory, dynamic_shapes):
+    model = Logits(build(memory, torch.float32))
+    with torch.no_grad():
+        return model, torch.export.export(model, (ids_of(24),), dynamic_shapes=dynamic_shapes).module()
+
+
+LENGTH = {"ids": {1: torch.export.Dim("length", min=2, max=4096)}}
+
+
+@pytest.mark.parametrize("memory", quick(["attention"], ["attention", "msa"]))
+def test_exported_code_serves_every_length(memory):
+    model, code = exported(memory, LENGTH)
+    with torch.no_grad():
+        for length in (2, 61, 300):
+            assert torch.equal(code(ids_of(length)), model(ids_of(length))), length
+
+
+@pytest.mark.parametrize("memory", [name for name in MEMORIES if name not in ("attention", "msa")])
+def test_export_of_every_length_is_refused_where_a_loop_follows_it(memory):
+    with pytest.raises(ValueError, match="needs a fixed number of tokens") as error:
+        exported(memory, LENGTH)
+    assert "\n" not in str(error.value).strip()
+
+
+@pytest.mark.parametrize("memory", quick([]))
+def test_export_of_a_fixed_length(memory):
+    model, code = exported(memory, None)
+    with torch.no_grad():
+        assert torch.equal(code(ids_of(24)), model(ids_of(24)))

@@ -69,11 +69,13 @@ class SequenceMixer(nn.Module):
     """A token mixer with a state: attention, a memory, or both.
 
     long_term: true for a part that reads long-term memory; the memory-off ablation replaces its output by zeros.
+    any_length: true if torch.export can leave the number of tokens open; others loop over chunks in Python.
     starts_silent: names of parameters that have no effect at initialisation; ``train.init_from`` accepts weights
         without them.
     """
 
     long_term = False
+    any_length = False
     starts_silent: tuple[str, ...] = ()
 
     def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:

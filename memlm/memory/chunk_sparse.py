@@ -170,7 +170,7 @@ class Chunks(NamedTuple):
 class Mixer(attention.Mixer):
     def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
         super().__init__(attention.Config(conv_size=config.conv_size, **config.projections()), dims, layer_idx)
-        self.chunked = config
+        self.chunked, self.any_length = config, False
         self.choice = ChosenChunks()
         if config.learning == "compressed":
             self.gate = nn.Linear(dims.hidden_size, dims.num_attention_heads)

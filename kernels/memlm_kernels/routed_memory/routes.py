@@ -86,7 +86,7 @@ class MemoryRoutes(NamedTuple):
         group, by_group = group.flatten().sort(stable=True)
         grouped = _places(by_group).view(1, batch * length, choices + shared)[..., :choices]
         starts = torch.searchsorted(group, torch.arange(num_memories, device=device))
-        sizes = F.pad(starts, (0, 1), value=memory.numel()).diff()
+        sizes = torch.cat([starts, starts.new_full((1,), memory.numel())]).diff()
         in_batch = place
         if batch > 1:
             in_batch = place + place.shape[1] * torch.arange(batch, device=device)[:, None]
