@@ -55,6 +55,13 @@ def test_a_memory_saved_beside_its_model_counts(model, tmp_path):
     assert torch.equal(logits(memlm.from_pretrained(tmp_path / "both"), ids()), logits(again, ids()))
 
 
+def test_weights_of_a_memory_without_its_settings_are_not_left_out_in_silence(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "memlm_memory.json").unlink()
+    with pytest.raises(ValueError, match=r"the weights hold a memory, and memlm_memory\.json is missing"):
+        memlm.from_pretrained(tmp_path / "model")
+
+
 def test_the_parts_of_an_address_are_followed(model, tmp_path):
     expected = logits(model, ids())
     model.save_pretrained(tmp_path / "models" / "small", variant="new", **SHARDED)

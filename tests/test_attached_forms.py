@@ -84,6 +84,29 @@ def test_a_window_takes_a_cache_that_was_made_without_the_configuration():
     assert_close("in parts", logits(model, ids()), streamed(model, ids(), [9, 14], DynamicCache())[0], EXACT)
 
 
+def test_a_window_takes_a_model_with_a_setting_of_another_family():
+    """transformers makes a cache by the setting, and masks without it."""
+    model, other = (attached("llama", window=4, sinks=1) for _ in range(2))
+    model.config.sliding_window = 6
+    assert_close("whole", logits(other, ids()), logits(model, ids()), EXACT)
+    assert_close("in parts", logits(other, ids()), streamed(model, ids(), [9, 14])[0], EXACT)
+    model = backbone("llama")
+    model.config.sliding_window = 6
+    opened(memlm.attach(model, settings("titans_lmm"), [0, 2], window=4, sinks=1))
+    assert_close("attached later", streamed(model, ids(), [9, 14])[0], logits(model, ids()), EXACT)
+    assert any(type(x).__name__ == "WindowLayer" for x in streamed(model, ids(), [LENGTH])[1].layers)
+
+
+def test_packed_rows_with_positions_in_images():
+    """Packed rows are told by the first of four positions, as transformers does."""
+    model = opened(memlm.attach(qwen2_vl()[0].eval(), settings("gated_delta_net")))
+    places = torch.cat([torch.arange(9), torch.arange(14)]).expand(4, 1, LENGTH)
+    alone = torch.cat([logits(model, ids()[:1, :9]), logits(model, ids()[:1, 9:])], 1)
+    assert_close("documents", alone, logits(model, ids()[:1], position_ids=places), EXACT)
+    row = torch.arange(LENGTH).expand(3, 1, LENGTH)
+    assert_close("one document", logits(model, ids()[:1]), logits(model, ids()[:1], position_ids=row), EXACT)
+
+
 def test_a_window_that_cannot_hold_is_refused():
     model = form("FalconH1Config")
     with pytest.raises(ValueError, match="window: layer 0 has 'hybrid', which cannot be cut; leave window out"):

@@ -45,7 +45,7 @@ def from_pretrained(source: str | Path, **kwargs: Any) -> PreTrainedModel:
     hub = place | {name: kwargs[name] for name in ("token", "cache_dir") if name in kwargs}
     words_path = _file(source, WORDS, hub)
     if words_path is None:
-        return _backbone(AutoModelForCausalLM, source, kwargs, "mismatched_keys", "missing_keys")
+        return _backbone(AutoModelForCausalLM, source, kwargs)
     settings, words = _read_words(words_path)
     own = getattr(transformers, str(words.get("class")), None)
     known = own if isinstance(own, type) and issubclass(own, PreTrainedModel) else AutoModelForCausalLM
@@ -61,7 +61,7 @@ def from_pretrained(source: str | Path, **kwargs: Any) -> PreTrainedModel:
             model = known.from_pretrained(words["backbone"], **others)
         _check_backbone(model, words, source, strict=True)
         return _filled(model, settings, _tensors([alone]), source)
-    model = _backbone(known, source, kwargs, "mismatched_keys", "missing_keys", "unexpected_keys")
+    model = _backbone(known, source, kwargs, settings)
     return _filled(model, settings, _tensors(_weight_files(source, hub, kwargs.get("variant"))), source)
 
 
@@ -149,11 +149,12 @@ def _weight_files(source: str | Path, hub: dict[str, Any], variant: str | None) 
     return [path for path in paths.values() if path is not None]
 
 
-def _backbone(known: Any, source: str | Path, kwargs: dict[str, Any], *refused: str) -> PreTrainedModel:
-    """A model of transformers.
+def _backbone(
+    known: Any, source: str | Path, kwargs: dict[str, Any], settings: Settings | None = None
+) -> PreTrainedModel:
+    """A model of transformers, which reports the memory's weights as unexpected.
 
-    known: its class; refused: kinds of keys without which it must load, apart from the memory's, which transformers
-        reports as unexpected
+    known: its class; settings: of the memory in the same files; None: they hold none
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
@@ -161,7 +162,11 @@ def _backbone(known: Any, source: str | Path, kwargs: dict[str, Any], *refused: 
         model, report = known.from_pretrained(source, output_loading_info=True, **kwargs)
     finally:
         logging.set_verbosity(verbosity)
-    for kind in refused:
+    require(
+        settings is not None or not any(MEMORY in str(name) for name in report["unexpected_keys"]),
+        f"{source}: the weights hold a memory, and {WORDS} is missing; model.save_pretrained writes both",
+    )
+    for kind in ("mismatched_keys", "missing_keys", "unexpected_keys")[: None if settings else 2]:
         if names := sorted(str(name) for name in report[kind] if MEMORY not in str(name)):
             raise ValueError(f"{source}: {kind.removesuffix('_keys')} weights: {names[0]}, {len(names)} in all")
     return model

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from memlm.attached.cache import own
 from memlm.settings import require
@@ -105,7 +105,7 @@ def begin(call: Any, decoder: nn.Module, settings: Any, kwargs: dict[str, Any]) 
         # It attends to the keys of an earlier layer.
         if i >= len(cache.layers) or isinstance(cache.layers[i], DummyLayer):
             continue
-        if type(cache.layers[i]) is DynamicLayer and not cache.layers[i].is_initialized:
+        if type(cache.layers[i]) in (DynamicLayer, DynamicSlidingWindowLayer) and not cache.layers[i].is_initialized:
             cache.layers[i] = WindowLayer()
         require(
             isinstance(cache.layers[i], WindowLayer),
@@ -158,6 +158,8 @@ def check_layers(config: Any, layers: Iterable[int]) -> None:
 def _kinds(config: Any) -> list[str]:
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
-        kind = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+        # In a family without this field it has no effect on the attention.
+        slides = hasattr(type(config), "sliding_window") and config.sliding_window
+        kind = "sliding_attention" if slides else "full_attention"
         kinds = [kind] * config.num_hidden_layers
     return kinds
