@@ -20,6 +20,7 @@ Files:
     segments            rows as segments, each with its own state, laid on chunks
     checks              checks of types, devices and indices, shared by all ops
     backend             the choice of a backend, per call or for all (``hardware.kernels``)
+    loops               loops in Python as single ops for a compiler
     launch              launching Triton kernels: tiles and shared code
     topk                the largest scores and their entries
     testing             comparison and gradients for tests
