@@ -78,6 +78,10 @@ def after_model(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: A
 _HOOKS = (before_model, before_decoder, before_attention, after_attention, after_decoder, after_model)
 
 
+# The arguments' names of each class's forward: to inspect it takes as long as a layer.
+_names: dict[type[nn.Module], list[str]] = {}
+
+
 def _trains(decoder: nn.Module) -> bool:
     return any(p.requires_grad for m in decoder.modules() if isinstance(m, Attached) for p in m.parameters())
 
@@ -91,8 +95,10 @@ def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str
     """All arguments of a forward as keywords."""
     if not args:
         return kwargs
-    names = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    kind = type(module)
+    if kind not in _names:
+        _names[kind] = [name for name in inspect.signature(kind.forward).parameters if name != "self"]
+    return {**dict(zip(_names[kind], args, strict=False)), **kwargs}
 
 
 def remove_hooks(module: nn.Module) -> None:
