@@ -381,7 +381,7 @@ def _count(path: Path, seen: str) -> int:
 def _hashed(before_B: Tensor, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
     """A hash modulo 2 ** 64 that does not depend on how a text is divided into calls."""
     if ids_BT.shape[1] == 1 and mask_BT is None:
-        return torch.add(ids_BT[:, 0].long() + 1, before_B, alpha=_FACTOR)
+        return (before_B + ids_BT[:, 0].long() + 1) * _FACTOR
     value_BT, factor_BT = ids_BT.long() + 1, torch.full_like(ids_BT, _FACTOR, dtype=torch.int64)
     if mask_BT is not None:
         real_BT = mask_BT.to(ids_BT.device).bool()
