@@ -5,7 +5,7 @@ Files:
     build               from the ``data`` config to tokenizer and batches
     mixture             batches of several sources, functions of the step
     row                 the row that every source returns
-    recall              recall tasks: MQAR and passkey
+    recall              recall tasks: MQAR, passkey, copies
     text                text corpora: token files and their rows
     documents           documents of txt, md, py, jsonl and parquet files, read and split
     find                the files that ``paths`` name

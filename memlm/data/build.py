@@ -20,19 +20,20 @@ from .chains import Chains
 from .documents import Documents
 from .mixture import Mixture
 from .questions import Questions, QuestionSource
-from .recall import MQAR, Passkey, RecallSource, RecallTask
+from .recall import MQAR, Copy, Passkey, RecallSource, RecallTask
 from .retrieval import Facts
 from .row import Source
 from .text import TextCorpus, TextSource
 from .tokenizer import is_byte_tokenizer, load_tokenizer
 
-_TASKS = {"mqar": MQAR, "passkey": Passkey, "facts": Facts, "chains": Chains}
+_TASKS = {"mqar": MQAR, "passkey": Passkey, "copy": Copy, "facts": Facts, "chains": Chains}
 _MOST_TOKENS, _MOST_WEIGHT = 2**28, 1e9
 _SIZES = ("gap", "num_keys", "num_values")
 _OPTIONS = {
     "text": ("paths",),
     "mqar": ("num_pairs", *_SIZES),
     "passkey": ("digits", *_SIZES),
+    "copy": ("num_symbols", *_SIZES),
     "facts": ("num_documents", "min_documents", "digits", "key_length", "alike", "num_keys", "num_values"),
     "chains": ("num_documents", "min_documents", "hops", "document_length", "key_length", "name_length", *_SIZES[1:]),
     "questions": ("paths", "num_documents", "document_length", "num_names", "templates"),

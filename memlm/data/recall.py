@@ -1,4 +1,4 @@
-"""Synthetic recall: multi-query associative recall (Zoology, arXiv:2312.04927) and passkey retrieval.
+"""Synthetic recall: multi-query associative recall (Zoology, arXiv:2312.04927), passkey retrieval, and copies.
 
 The answer lies further back than a sliding window reaches, so only a memory can score above chance, 1 / num_values.
 Symbols are bytes; their value is their token id in the byte tokenizer. The first 32 keys and values are printable
@@ -32,7 +32,7 @@ def ramp(step: int, start: int, end: int) -> float:
 
 
 class RecallTask:
-    """The common part of both tasks. Each is a frozen dataclass of sizes in tokens.
+    """The common part of all tasks. Each is a frozen dataclass of sizes in tokens.
 
     These include `length` and `gap`, and the numbers of symbols to choose from, `num_keys` and `num_values`.
     """
@@ -151,6 +151,42 @@ class Passkey(RecallTask):
             input_ids[start] = symbol
             input_ids[start + 1 : start + 1 + len(message)] = message
         return np.arange(question + 2, self.length)
+
+
+@dataclass(frozen=True)
+class Copy(RecallTask):
+    """`num_symbols` different keys and values in random order, and after at least `gap` filler tokens the same again.
+
+    All symbols of the copy but its first must be predicted. So many answers teach plain attention to find what
+    followed a symbol before (induction heads, arXiv:2209.11895), which it needs for MQAR and learns slowly from MQAR
+    alone. Both places are random, so that no fixed distance helps.
+    Raises ValueError if the sizes do not fit.
+    """
+
+    length: int = 128
+    num_symbols: int = 20
+    gap: int = 0
+    num_keys: int = 32
+    num_values: int = 32
+
+    def __post_init__(self):
+        most = self.num_keys + self.num_values
+        if not 2 <= self.num_symbols <= most:
+            raise ValueError(f"num_symbols={self.num_symbols} must lie between 2 and num_keys + num_values={most}")
+        self._check_sizes(least_gap=0, least_length=2 * self.num_symbols + self.gap)
+
+    @property
+    def chance(self) -> float:
+        return 1 / (self.num_keys + self.num_values)
+
+    def write(self, rng: np.random.Generator, input_ids: np.ndarray) -> np.ndarray:
+        alphabet = np.concatenate([KEYS[: self.num_keys], VALUES[: self.num_values]])
+        symbols, size = rng.permutation(alphabet)[: self.num_symbols], self.num_symbols
+        first, second = np.sort(rng.integers(self.length - 2 * size - self.gap + 1, size=2))
+        second += size + self.gap
+        for start in (first, second):
+            input_ids[start : start + size] = symbols
+        return np.arange(second + 1, second + size)
 
 
 @dataclass(frozen=True)

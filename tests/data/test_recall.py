@@ -5,7 +5,7 @@ from time import process_time
 import numpy as np
 import pytest
 
-from memlm.data.recall import ASK, FILLER, KEYS, MARK, MQAR, NOISE, VALUES, Passkey, RecallSource, ramp
+from memlm.data.recall import ASK, FILLER, KEYS, MARK, MQAR, NOISE, VALUES, Copy, Passkey, RecallSource, ramp
 
 TASKS = [
     MQAR(),
@@ -97,6 +97,25 @@ def test_passkey_layout(task):
     latest = task.length - size - 1 - task.gap
     assert min(needles) >= 0 and max(needles) <= latest
     assert len(needles) > 0.6 * min(latest + 1, 100)
+
+
+def test_copy_layout():
+    task, distances = Copy(length=64, num_symbols=12, gap=3), set()
+    for row in rows(task, 200):
+        ids = row.input_ids
+        (scored,) = np.nonzero(row.labels != -100)
+        second = scored[0] - 1
+        assert (scored == np.arange(second + 1, second + 12)).all() and (row.labels[scored] == ids[scored]).all()
+        symbols = ids[second : second + 12]
+        (first,) = np.nonzero(ids[:second] == symbols[0])
+        assert len(first) == 1 and (ids[first[0] : first[0] + 12] == symbols).all()
+        assert len({*symbols.tolist()}) == 12 and np.isin(symbols, [*KEYS[:32], *VALUES[:32]]).all()
+        distances.add(second - first[0])
+    assert min(distances) == 15 and max(distances) == 52 and len(distances) > 30
+    assert task.chance == 1 / 64 and task.scaled(2).gap == 6
+    for wrong, message in (({"length": 24}, "length=24 is too short"), ({"num_symbols": 65}, "num_symbols=65 must lie")):
+        with pytest.raises(ValueError, match=message):
+            Copy(**({"num_symbols": 12, "gap": 3} | wrong))
 
 
 def test_passkey_depth():
