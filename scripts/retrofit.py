@@ -5,7 +5,7 @@
     python scripts/retrofit.py lora --seed 0  # trains LoRA as experiment=retrofit trains the memory; needs peft
 
 LoRA has as many parameters as the memory (rank 18), and the same backbone, window, data, order and steps. Its learning
-rate is its own. The result, runs/retrofit/lora-seed0, is the backbone with LoRA merged into its weights. A closed
+rate is its own. The result, in runs/retrofit/lora-seed0, is the backbone with LoRA merged into its weights. A closed
 memory beside it, which has no effect, gives it the window.
 """
 
@@ -14,14 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 
 from memlm.cli import composed
 from memlm.data import build_data, byte_tokenizer, save_tokenizer
 from memlm.flops import count_parameters
+from memlm.training import checkpoint
 from memlm.training.model import build
 from memlm.training.objective import Objective, model_inputs
 from memlm.training.optim import build_optimizers, lr_factor, set_lr
+from memlm.training.resume import Record
 from memlm.training.settings import RunSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,10 +95,10 @@ def lora(seed: int, out: Path, overrides: Sequence[str] = ()) -> None:
             optimizer.zero_grad()
         if step % train.log_every == 0 or step == train.steps - 1:
             print(f"step {step}/{train.steps}  loss {loss.item():.3f}", flush=True)
-    adapted.merge_and_unload().save_pretrained(out)
-    save_tokenizer(tokenizer, out)
-    (out / "config.yaml").write_text(OmegaConf.to_yaml(settings.config))
-    print(f"{out}: the backbone with LoRA merged")
+    record = Record(settings.config, mixture.manifests, {"step": train.steps}).texts()
+    trainer = {"step": train.steps, "optimizers": []}
+    merged = adapted.merge_and_unload()
+    print(checkpoint.save(out, train.steps, merged, tokenizer, trainer, record, keep=1))
 
 
 if __name__ == "__main__":

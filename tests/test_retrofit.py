@@ -76,7 +76,7 @@ def test_its_steps_run_and_lora_is_as_large_as_the_memory(tmp_path, new, script,
     script(["lora", "--out", "lora", f"backbone={backbone}", *few])
     said = capsys.readouterr().out
     assert "llama, gated_delta_net" in said
-    memory, control = load_any(tmp_path / "memory/checkpoints/step_000002"), load_any(tmp_path / "lora")
+    memory, control = (load_any(tmp_path / name / "checkpoints/step_000002") for name in ("memory", "lora"))
     trained = sum(p.numel() for name, p in memory.named_parameters() if ".memlm." in name)
     lora = int(said.split("LoRA of ")[1].split()[0].replace(",", ""))
     assert 0.98 < lora / trained < 1.02

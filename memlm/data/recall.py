@@ -170,10 +170,10 @@ class Copy(RecallTask):
     num_values: int = 32
 
     def __post_init__(self):
+        self._check_sizes(least_gap=0, least_length=2 * self.num_symbols + self.gap)
         most = self.num_keys + self.num_values
         if not 2 <= self.num_symbols <= most:
             raise ValueError(f"num_symbols={self.num_symbols} must lie between 2 and num_keys + num_values={most}")
-        self._check_sizes(least_gap=0, least_length=2 * self.num_symbols + self.gap)
 
     @property
     def chance(self) -> float:

@@ -189,6 +189,7 @@ HUGE = (10**12, 10**30, 2**63)
     [
         *[("mqar", key) for key in ("num_pairs", "gap", "num_keys", "num_values")],
         *[("passkey", key) for key in ("digits", "gap", "num_keys", "num_values")],
+        *[("copy", key) for key in ("num_symbols", "gap", "num_keys", "num_values")],
         *[("facts", k) for k in ("num_documents", "min_documents", "digits", "key_length", "alike", "num_keys")],
         *[("chains", k) for k in ("num_documents", "min_documents", "hops", "document_length", "name_length")],
         *[("questions", key) for key in ("num_documents", "document_length", "num_names")],

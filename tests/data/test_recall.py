@@ -113,7 +113,11 @@ def test_copy_layout():
         distances.add(second - first[0])
     assert min(distances) == 15 and max(distances) == 52 and len(distances) > 30
     assert task.chance == 1 / 64 and task.scaled(2).gap == 6
-    for wrong, message in (({"length": 24}, "length=24 is too short"), ({"num_symbols": 65}, "num_symbols=65 must lie")):
+    wrongs = (
+        ({"length": 24}, "length=24 is too short"),
+        ({"length": 200, "num_symbols": 65}, "num_symbols=65 must lie"),
+    )
+    for wrong, message in wrongs:
         with pytest.raises(ValueError, match=message):
             Copy(**({"num_symbols": 12, "gap": 3} | wrong))
 
