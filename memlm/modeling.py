@@ -3,7 +3,6 @@
 B batch, T tokens, D hidden, V vocabulary.
 """
 
-import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -210,8 +209,9 @@ class MemLMModel(MemLMPreTrainedModel):
             roles.bank.check(self)
             if position_ids is not None:
                 raise ValueError("position_ids: packed rows cannot ask a bank; give one row to each question")
-        x_BTD, rows, padding = self._rows(x_BTD, attention_mask, position_ids, max_documents, roles, memory)
-        rows = dataclasses.replace(rows, metrics=output_metrics)
+        x_BTD, rows, padding = self._rows(
+            x_BTD, attention_mask, position_ids, max_documents, roles, memory, output_metrics
+        )
         hidden_states, states, aux_losses, metrics = [], [], {}, {}
         for i, layer in enumerate(self.layers):
             if output_hidden_states:
@@ -273,6 +273,7 @@ class MemLMModel(MemLMPreTrainedModel):
         max_documents: int | None,
         roles: Roles | None,
         memory: MemoryCache | None,
+        metrics: bool,
     ) -> tuple[Tensor, Rows, Padding | None]:
         """Inputs with each row's real tokens first, their ``Rows``, and the padding (None: none was given)."""
         batch, length, _ = x_BTD.shape
@@ -310,7 +311,8 @@ class MemLMModel(MemLMPreTrainedModel):
             position_ids = position_ids.clamp(min=0)
         if roles is not None:
             roles = roles.counted(position_ids, lengths_B)
-        rows = Rows(length, **before, given_BT=position_ids, lengths_B=lengths_B, max_documents=documents, roles=roles)
+        facts: dict[str, Any] = {"max_documents": documents, "roles": roles, "metrics": metrics}
+        rows = Rows(length, **before, given_BT=position_ids, lengths_B=lengths_B, **facts)
         if roles is not None and roles.bank is not None and rows.role_counts.within:
             raise ValueError("roles: documents in the input cannot be combined with a bank; add them to the bank")
         return x_BTD, rows, padding

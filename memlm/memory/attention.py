@@ -222,8 +222,9 @@ class Mixer(SequenceMixer):
             return self._flash(q, k, v, prefix, positions_BT is None, window)
         if backend == "flex_attention":
             return self._flex(q, k, v, prefix, positions_BT, window)
-        known = ", ".join([*_BACKENDS, "flex_attention", "flash_attention_2"])
-        require(backend in _BACKENDS, f"attn_implementation={backend!r} is unknown here; use one of {known}")
+        if backend not in _BACKENDS:
+            known = ", ".join([*_BACKENDS, "flex_attention", "flash_attention_2"])
+            raise ValueError(f"attn_implementation={backend!r} is unknown here; use one of {known}")
         places_BT = None if positions_BT is None else positions_BT.expand(q.shape[:2])
         options: Any = {"window": window, "positions": places_BT, "prefix": prefix, "backend": _BACKENDS[backend]}
         return prefix_window_attention(q, k, v, **options).o
