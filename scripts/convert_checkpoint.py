@@ -72,7 +72,8 @@ def main() -> None:
         else:
             write(arguments.to_format, arguments.source, arguments.target)
     except (OSError, ValueError) as error:
-        sys.exit(f"{arguments.source}: {error}")
+        prefix = f"{arguments.source}: "
+        sys.exit(prefix + str(error).removeprefix(prefix))
     print(f"wrote {arguments.target}")
 
 

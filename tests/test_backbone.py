@@ -83,8 +83,7 @@ def test_a_memory_is_trained_beside_a_backbone_and_a_stopped_run_goes_on_exactly
     told = capsys.readouterr().out
     stopped(monkeypatch, settings(tmp_path, source, *MEMORY, *options), 3)
     shutil.rmtree(source)
-    again = settings(tmp_path, source, *MEMORY, *options, f"data.tokenizer={backbones / name}")
-    run(again)
+    run(settings(tmp_path, source, *MEMORY, *options))
     assert figures(tmp_path) == figures(tmp_path / "straight")
     assert 0 in figures(tmp_path, "layer1/balance")
     folders = [checkpoint.latest(folder / "run") for folder in (tmp_path, tmp_path / "straight")]
@@ -151,11 +150,11 @@ def test_another_model_is_another_run(backbones, tmp_path_factory, options, mess
     ("options", "message"),
     [
         (["backbone=nowhere"], "backbone=nowhere: there is no such folder; name a folder or a hub name"),
-        (["backbone=null"], "model.backbone=None must be str"),
+        (["backbone=null"], "^model=backbone has no backbone; set backbone=PATH_OR_ID"),
         (["backbone=''"], "model.backbone='' names no model"),
         (["backbone={folder}/own"], "it has a memory already; name its backbone"),
         (["backbone={folder}/t5"], "a t5 is an encoder-decoder"),
-        (["model.mixers.memory.top_k=9"], "model.mixers.memory.top_k=9 "),
+        (["model.mixers.memory.top_k=9"], "^model.mixers.memory.top_k=9 "),
         (["memory=none", "train.trainable=memory"], "train.trainable=memory, but the model has no long-term memory"),
         (["memory=none", "model.window=4"], "layers, window and sinks are of a memory"),
         (["model.layers=[7]"], "model.layers: layer 7 of LlamaForCausalLM has no attention"),

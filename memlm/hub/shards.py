@@ -36,6 +36,8 @@ class Stored(Mapping[str, Tensor]):
     def __init__(self, folder: Path) -> None:
         self.places: dict[str, Path] = {}
         self.total = 0
+        if not folder.is_dir():
+            raise ValueError("no such folder; `hf download` brings a model from the Hub into one")
         if not any(folder.glob("*.safetensors")):
             raise ValueError("no *.safetensors there")
         names = {"model.safetensors"}

@@ -62,10 +62,9 @@ class Trainer:
                 self.display.say(line)
         else:
             check(self.config["model"])
+        data = before.data(self.folder, self.config) if before else self.config["data"]
         with accelerator.main_process_first():
-            self.tokenizer, self.mixture = build_data(
-                self.config["data"], seed=settings.seed, batch_size=self.settings.batch_size
-            )
+            self.tokenizer, self.mixture = build_data(data, seed=settings.seed, batch_size=self.settings.batch_size)
         self.texts = [name for name, source in self.mixture.sources.items() if isinstance(source, TextSource)]
         if before:
             before.compare_data(self.folder, self.tokenizer, self.mixture.manifests)

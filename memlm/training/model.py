@@ -45,13 +45,16 @@ class BackboneSettings:
         """The settings of the memory; None for ``memory=none`` and ``memory=attention``: the backbone alone."""
         if not self.mixers.get("memory"):
             return None
-        settings = complete_settings(self.mixers["memory"], "model.mixers.memory")
+        settings = complete_settings(self.mixers["memory"], "mixers.memory")
         return None if settings["kind"] == "attention" else settings
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "BackboneSettings | None":
         """The settings of a model group; None if it describes a new decoder."""
-        return build_config(cls, dict(settings), "model") if "backbone" in settings else None
+        if "backbone" not in settings:
+            return None
+        require(settings["backbone"] is not None, "model=backbone has no backbone; set backbone=PATH_OR_ID")
+        return build_config(cls, dict(settings), "model")
 
 
 def check(settings: Mapping[str, Any]) -> None:

@@ -96,6 +96,14 @@ class Record:
             changed.append(f"processes {old} -> {processes}, each step still of {now['train']['batch_size']} rows")
         return [*lines, *([f"changed since: {', '.join(changed)}"] if changed else [])]
 
+    def data(self, folder: Path, now: dict[str, Any]) -> dict[str, Any]:
+        """The data settings of ``now``. A backbone's own tokenizer is that of the checkpoint in ``folder``, as its
+        weights are: its folder may be gone.
+        """
+        source = now["model"].get("backbone")
+        own = source is not None and source == now["data"]["tokenizer"]
+        return {**now["data"], "tokenizer": str(folder)} if own else now["data"]
+
     def compare_data(self, folder: Path, tokenizer: PreTrainedTokenizerBase, manifests: dict[str, Any]) -> None:
         """Raise ValueError, with the source, if texts or tokens differ from those that the run began with."""
         if fingerprint(load_tokenizer(folder)) != fingerprint(tokenizer):
