@@ -34,7 +34,7 @@ _SIZES = (
 )
 _USE = """source = "{source}"
 model = {model}
-tokenizer = AutoTokenizer.from_pretrained(source{trust})
+tokenizer = AutoTokenizer.from_pretrained({tokenizer}{trust})
 text = tokenizer("It was", return_tensors="pt")
 print(tokenizer.decode(model.generate(**text, max_new_tokens=20)[0]))"""
 
@@ -119,17 +119,25 @@ def _opening(
     weights = [*folder.glob("model*.safetensors"), *folder.glob("memlm_memory.safetensors")]
     sizes = {weight: size for path in weights for weight, size in _sizes(path)}
     count = f"{sum(sizes.values()):,} parameters"
-    kind = (config.get("architectures") or ["another model"])[0]
+    kind = (config.get("architectures") or [attached.get("class") or "another model"])[0]
+    tokens = "source"
     imported, trust, note = "from transformers import AutoModelForCausalLM, AutoTokenizer", "", None
     yield f"# {name or ', '.join(kinds) or kind}"
     if attached:
         own = sum(size for weight, size in sizes.items() if ".memlm." in weight)
-        yield (
-            f"A memory of the package memlm beside the attention of {_backbone(attached) or kind}: {count}, of which "
-            f"{own:,} are the memory's."
+        parts = (
+            f"{count}, of which {own:,} are the memory's" if config else f"{count}; the backbone is not in this folder"
         )
+        yield f"A memory of the package memlm beside the attention of {_backbone(attached) or kind}: {parts}."
         imported = "import memlm\nfrom transformers import AutoTokenizer"
-        note = "`AutoModelForCausalLM.from_pretrained` loads the backbone without its memory."
+        if config:
+            note = "`AutoModelForCausalLM.from_pretrained` loads the backbone without its memory."
+        else:
+            tokens = "model.name_or_path"
+            note = (
+                "`memlm.from_pretrained` loads the backbone by its name; `memlm.load_memory(model, source)` gives the "
+                "memory to a backbone that is loaded already."
+            )
     elif kinds:
         yield f"A language model of the package memlm, whose layers hold {' and '.join(kinds)}: {count}."
         trust = ", trust_remote_code=True"
@@ -138,7 +146,7 @@ def _opening(
         yield f"A language model of transformers, trained with the package memlm and without a memory: {count}."
     yield "## Use"
     call = f"{'memlm' if attached else 'AutoModelForCausalLM'}.from_pretrained(source{trust})"
-    use = _USE.format(source=name or "path/of/this/folder", model=call, trust=trust)
+    use = _USE.format(source=name or "path/of/this/folder", model=call, tokenizer=tokens, trust=trust)
     install = "# pip install memlm\n" if kinds else ""
     yield f"```python\n{install}{imported}\n\n{use}\n```"
     if note:

@@ -84,6 +84,8 @@ def test_layers_of_several_mixers(tmp_path):
 def test_a_card_of_an_attached_memory_names_the_backbone(place, tmp_path):
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     backbone = LlamaForCausalLM(LlamaConfig(vocab_size=259, **sizes))
+    byte_tokenizer().save_pretrained(tmp_path / "llama")
+    backbone.save_pretrained(tmp_path / "llama")
     backbone.config.name_or_path = "someone/tiny-llama"
     before = backbone.num_parameters()
     model = memlm.attach(backbone, {"kind": "titans_lmm"}, layers=[1])
@@ -97,11 +99,16 @@ def test_a_card_of_an_attached_memory_names_the_backbone(place, tmp_path):
     }
     own = model.num_parameters() - before
     assert f"attention of someone/tiny-llama: {before * (place == 'whole') + own:,} parameters" in page(tmp_path)
-    assert f"{own:,} are the memory's" in page(tmp_path) and "| 1 | memory: `titans_lmm` |" in page(tmp_path)
+    told = f"of which {own:,} are the memory's" if place == "whole" else "the backbone is not in this folder"
+    assert told in page(tmp_path) and "| 1 | memory: `titans_lmm` |" in page(tmp_path)
     if place == "whole":
         byte_tokenizer().save_pretrained(tmp_path)
-        loaded = ran(tmp_path)["model"]
-        assert type(loaded) is LlamaForCausalLM and memlm.attached.of(loaded) == memlm.attached.of(model)
+    else:
+        model.config.name_or_path = str(tmp_path / "llama")
+        save(tmp_path)
+        assert "beside the attention of LlamaForCausalLM" in page(tmp_path)
+    loaded = ran(tmp_path)["model"]
+    assert type(loaded) is LlamaForCausalLM and memlm.attached.of(loaded) == memlm.attached.of(model)
 
 
 def test_a_card_of_a_model_without_a_memory(run):
