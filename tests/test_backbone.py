@@ -152,7 +152,7 @@ def test_another_model_is_another_run(backbones, tmp_path_factory, options, mess
         (["backbone=nowhere"], "backbone=nowhere: there is no such folder; name a folder or a hub name"),
         (["backbone=null"], "^model=backbone has no backbone; set backbone=PATH_OR_ID"),
         (["backbone=''"], "model.backbone='' names no model"),
-        (["backbone={folder}/own"], "it has a memory already; name its backbone"),
+        (["backbone={folder}/own"], "it has a memory already; leave backbone out, and set train.init_from="),
         (["backbone={folder}/t5"], "a t5 is an encoder-decoder"),
         (["model.mixers.memory.top_k=9"], "^model.mixers.memory.top_k=9 "),
         (["memory=none", "train.trainable=memory"], "train.trainable=memory, but the model has no long-term memory"),

@@ -72,8 +72,10 @@ def build(settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Pr
         return MemLMForCausalLM(model_config(settings, tokenizer))
     key, source = f"backbone={of.backbone}", of.backbone
     model = load_any(source, dtype="auto" if of.dtype is None else getattr(torch, of.dtype))
-    own = isinstance(model, MemLMPreTrainedModel) or attached.of(model) is not None
-    require(not own, f"{key}: it has a memory already; name its backbone, and give its weights by train.init_from")
+    own, there = isinstance(model, MemLMPreTrainedModel), "it has a memory already"
+    require(not own, f"{key}: {there}; leave backbone out, and set train.init_from={source} and model.* as there")
+    fix = "name its backbone, and give its weights by train.init_from"
+    require(attached.of(model) is None, f"{key}: {there}; {fix}")
     check_vocabulary(model, tokenizer, key)
     if of.memory is not None:
         try:
