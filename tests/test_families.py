@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -12,7 +13,7 @@ from memlm.data import byte_tokenizer
 from memlm.hub import families, load_model, shards
 from memlm.roles import Roles
 from memlm_kernels.testing import assert_close, relative_error
-from tests.conftest import convert
+from tests.conftest import ROOT, composed, convert
 
 SIZES = {
     "vocab_size": 131,
@@ -307,3 +308,20 @@ def test_weights_in_several_files(tmp_path, monkeypatch):
     parts[1].unlink()
     said = refused("--from-format", form, "--source", tmp_path / "theirs", "--target", tmp_path / "ours")
     assert f"{parts[1].name} is missing" in said
+
+
+@pytest.mark.parametrize("memory", sorted(p.stem for p in (ROOT / "configs/memory/of_model/qwen3").glob("*.yaml")))
+def test_the_presets_of_qwen3_have_the_settings_that_the_conversion_writes(memory):
+    """Sizes too: none differs on purpose. Only the upper layers of msa route, in its experiments as in the conversion;
+    ``model=qwen3_4b memory=msa`` itself has the paper's loss weight, of one layer.
+    """
+    chosen = "experiment=msa_main" if memory == "msa" else "model=qwen3_4b"
+    group = OmegaConf.to_container(composed(chosen, f"memory={memory}").model, resolve=True)
+    written = families.config_from("qwen3", CONFIG_MAPPING["qwen3"](num_hidden_layers=36).to_dict(), memory)
+    preset, converted = (
+        [dict(config.mixers[name]) for name in config.layer_mixers()]
+        for config in (MemLMConfig.from_hydra(group), written)
+    )
+    weights = [[settings.pop("loss_weight", 0) for settings in layers] for layers in (preset, converted)]
+    assert weights[0] == pytest.approx(weights[1], rel=1e-5)
+    assert preset == converted
