@@ -143,7 +143,7 @@ def _opening(
         trust = ", trust_remote_code=True"
         note = "The code of `trust_remote_code` imports memlm; after `import memlm` you can leave the argument out."
     else:
-        yield f"A language model of transformers, trained with the package memlm and without a memory: {count}."
+        yield f"A language model of transformers, without a memory: {count}."
     yield "## Use"
     call = f"{'memlm' if attached else 'AutoModelForCausalLM'}.from_pretrained(source{trust})"
     use = _USE.format(source=name or "path/of/this/folder", model=call, tokenizer=tokens, trust=trust)

@@ -99,6 +99,7 @@ def test_a_card_of_an_attached_memory_names_the_backbone(place, tmp_path):
     }
     own = model.num_parameters() - before
     assert f"attention of someone/tiny-llama: {before * (place == 'whole') + own:,} parameters" in page(tmp_path)
+    assert "without attention of its own" in page(tmp_path) and "whole mixer" not in page(tmp_path)
     told = f"of which {own:,} are the memory's" if place == "whole" else "the backbone is not in this folder"
     assert told in page(tmp_path) and "| 1 | memory: `titans_lmm` |" in page(tmp_path)
     if place == "whole":
@@ -109,6 +110,13 @@ def test_a_card_of_an_attached_memory_names_the_backbone(place, tmp_path):
         assert "beside the attention of LlamaForCausalLM" in page(tmp_path)
     loaded = ran(tmp_path)["model"]
     assert type(loaded) is LlamaForCausalLM and memlm.attached.of(loaded) == memlm.attached.of(model)
+
+
+def test_a_card_of_a_model_that_was_not_trained_does_not_tell_of_training(tmp_path):
+    config = LlamaConfig(vocab_size=259, hidden_size=32, intermediate_size=48, num_attention_heads=2)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "fresh")
+    export(tmp_path / "fresh", tmp_path / "export")
+    assert "without a memory" in page(tmp_path / "export") and "trained with" not in page(tmp_path / "export")
 
 
 def test_a_card_of_a_model_without_a_memory(run):

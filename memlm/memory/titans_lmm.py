@@ -1,4 +1,4 @@
-"""Titans' long-term memory module (LMM): the memory is the layer's whole mixer (arXiv:2501.00663, section 3)."""
+"""Titans' long-term memory module (LMM), without attention of its own (arXiv:2501.00663, section 3)."""
 
 from torch import Tensor
 
