@@ -30,9 +30,18 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it. Raises OSError with the file that is in its place."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+        raise NotADirectoryError(f"{folder}: {file.name} is a file; name another folder") from error
+
+
 def write(path: Path, content: str | bytes) -> None:
     """Replace a file in one step, also while others read or write it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     partial = _beside(path)
     try:
         with partial.open("xb") as file:
@@ -51,9 +60,10 @@ def write_tensors(path: Path, tensors: dict[str, Any], words: dict[str, str]) ->
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    make_folder(path.parent)
     # A separate folder: safetensors makes another file beside the one it writes, which a kill would leave behind.
     partial = _beside(path)
-    partial.mkdir(parents=True)
+    partial.mkdir()
     try:
         save_file(tensors, partial / path.name, words)
         # safetensors makes the file private to its user, whatever the umask.
@@ -73,7 +83,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
     A folder that has the name by then stays, and the new one is dropped.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     partial = _beside(folder)
     partial.mkdir()
     try:

@@ -55,6 +55,7 @@ ROOMS = {
     },
     "memlm.interleave": {"memlm.settings", "memlm.roles", "memlm.data", "memlm.memory", "memlm.cache", "memlm.bank"},
     "memlm.attached": {
+        "memlm.configuration",
         "memlm.card",
         "memlm.files",
         "memlm.fingerprint",

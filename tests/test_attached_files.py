@@ -55,6 +55,16 @@ def test_a_memory_saved_beside_its_model_counts(model, tmp_path):
     assert torch.equal(logits(memlm.from_pretrained(tmp_path / "both"), ids()), logits(again, ids()))
 
 
+@pytest.mark.parametrize("place", ["file", "file/below"])
+@pytest.mark.parametrize("save", [memlm.save_memory, lambda model, folder: model.save_pretrained(folder)])
+def test_a_file_in_the_place_of_the_folder_is_named(model, tmp_path, save, place):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match=f"{tmp_path}/{place}: .*is a file; name another folder") as caught:
+        save(model, tmp_path / place)
+    assert "partial" not in str(caught.value) and "\n" not in str(caught.value)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_weights_of_a_memory_without_its_settings_are_not_left_out_in_silence(model, tmp_path):
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "memlm_memory.json").unlink()

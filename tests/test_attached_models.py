@@ -16,6 +16,7 @@ from memlm.attached.cache import state_layer
 from memlm.memory.state import leaves
 from memlm_kernels.testing import assert_close
 from tests.backbones import FAMILIES, VOCAB, backbone
+from tests.conftest import build
 from tests.test_attached import EXACT, LENGTH, SLIDING, attached, ids, logits, opened, settings, streamed
 
 # In a window, every family whose attention is not all sliding.
@@ -213,6 +214,12 @@ def deaf(name):
     return model
 
 
+def flexible():
+    model = backbone("llama")
+    model.config._attn_implementation = "flex_attention"
+    return model
+
+
 REFUSED = [
     (t5, {}, "T5ForConditionalGeneration is an encoder-decoder"),
     (
@@ -221,10 +228,12 @@ REFUSED = [
         "MambaModel has no layers with an attention",
     ),
     (lambda: torch.nn.Linear(2, 2), {}, "Linear is no PreTrainedModel"),
+    (build, {}, "MemLMForCausalLM has a memory slot of its own in each layer.*memory="),
+    (flexible, {"window": 4}, "attn_implementation='flex_attention' cannot cut attention to a window"),
     (lambda: deaf("layer"), {}, "DeafAttention does not hand keywords on"),
     (lambda: deaf("attention"), {}, "DeafAttention does not hand keywords on"),
     (lambda: attached("llama"), {}, "LlamaForCausalLM has a memory already; memlm.detach it first"),
-    (None, {"layers": [3]}, "layer 3 of LlamaForCausalLM has no attention; choose of 0 to 2"),
+    (None, {"layers": [3]}, "layer 3 of LlamaForCausalLM has no attention; choose from 0 to 2"),
     (None, {"layers": [-1]}, "layer -1 of LlamaForCausalLM has no attention"),
     (None, {"layers": [0, 0]}, r"layers=\[0, 0\] must be different numbers"),
     (None, {"layers": []}, r"layers=\[\] must be different numbers, one at least"),

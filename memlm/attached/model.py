@@ -20,7 +20,8 @@ from memlm.attached.layers import (
     of,
 )
 from memlm.attached.save import save_pretrained, upload
-from memlm.attached.window import check_layers, full_layers
+from memlm.attached.window import check_implementation, check_layers, full_layers
+from memlm.configuration import MemLMConfig
 from memlm.memory.base import complete_settings
 from memlm.settings import check_type, require
 
@@ -57,6 +58,11 @@ def attach(
         isinstance(model, PreTrainedModel), f"{type(model).__name__} is no PreTrainedModel; attach before wrapping"
     )
     require(
+        not isinstance(model.config, MemLMConfig),
+        f"{type(model).__name__} has a memory slot of its own in each layer; fill it by memory=... of train.py, or by "
+        "mixers=... of MemLMConfig",
+    )
+    require(
         isinstance(memory, str | Mapping),
         f"memory={memory!r:.80} must be the name of a kind or {{kind: ..., settings}}",
     )
@@ -70,10 +76,13 @@ def attach(
     for i in chosen:
         check_type(i, int, "layers")
         numbers = f"{min(attentions)} to {max(attentions)}" if len(attentions) > 1 else str(min(attentions))
-        require(i in attentions, f"layers: layer {i} of {type(model).__name__} has no attention; choose of {numbers}")
+        require(
+            i in attentions, f"layers: layer {i} of {type(model).__name__} has no attention; choose from {numbers}"
+        )
     require(len(chosen) == len(set(chosen)) > 0, f"layers={chosen} must be different numbers, one at least")
     _check_window(window, sinks)
     if window is not None:
+        check_implementation(decoder.config)
         check_layers(decoder.config, attentions)
     for i in chosen:
         check_keywords(decoder, attentions[i])

@@ -37,6 +37,7 @@ def save_pretrained(model: PreTrainedModel, save_directory: str | Path, **kwargs
         return
     # Files of an earlier save would be read in place of these.
     words, folder = _words(model), Path(save_directory)
+    files.make_folder(folder)
     index = folder / "model.safetensors.index.json"
     index.unlink(missing_ok=True)
     type(model).save_pretrained(model, save_directory, **kwargs)

@@ -74,11 +74,7 @@ class WindowLayer(DynamicLayer):
 def begin(call: Any, decoder: nn.Module, settings: Any, kwargs: dict[str, Any]) -> None:
     """Before the decoder: window layers in its cache, and the mask of this call."""
     config = decoder.config
-    require(
-        config._attn_implementation in MASKED,
-        f"attn_implementation={config._attn_implementation!r} cannot cut attention to a window; use "
-        f"{' or '.join(MASKED)}",
-    )
+    check_implementation(config)
     layers = full_layers(config)
     use_cache = config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
     checkpointed = decoder.training and getattr(decoder, "gradient_checkpointing", False)
@@ -143,6 +139,15 @@ def _keep(place_BN: Tensor, next_B: Tensor, size: int, sinks: int) -> tuple[Tens
 def full_layers(config: Any) -> list[int]:
     """The layers whose attention sees all tokens; sliding layers keep their own window."""
     return [i for i, kind in enumerate(_kinds(config)) if kind == "full_attention"]
+
+
+def check_implementation(config: Any) -> None:
+    """Raise ValueError if the implementation of attention, which a model may change, takes no mask."""
+    require(
+        config._attn_implementation in MASKED,
+        f"attn_implementation={config._attn_implementation!r} cannot cut attention to a window; use "
+        f"{' or '.join(MASKED)}",
+    )
 
 
 def check_layers(config: Any, layers: Iterable[int]) -> None:
