@@ -11,6 +11,7 @@ of each group.
 
 import functools
 import sys
+import textwrap
 from collections.abc import Collection
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
@@ -43,7 +44,7 @@ def load(group: str, name: Any, own: Collection[str], where: str) -> ModuleType 
     try:
         return found[0].load()
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"{type(error).__name__}: {textwrap.shorten(str(error), 200, placeholder=' ...')}"
         raise ValueError(f"{where}: {found[0].value} of {packages[0]} does not import ({reason})") from error
 
 

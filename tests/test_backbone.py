@@ -11,11 +11,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from omegaconf import OmegaConf
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import memlm
 from memlm.cli import backbone_model
-from memlm.data import byte_tokenizer
+from memlm.data import byte_tokenizer, load_tokenizer
 from memlm.evaluation import run as evaluate
 from memlm.hub.causal import load_any
 from memlm.training import checkpoint, loop, run
@@ -130,9 +130,9 @@ def test_a_run_is_evaluated_and_is_the_start_of_another(backbones, tmp_path):
         (["model.layers=[0]"], r"model\.layers=\[0\], but the model of the run in .* has \[0, 1\]"),
         (["model.window=8"], r"model\.window=8, but .* has null"),
         (["model.mixers.memory.num_memories=3"], r"model\.mixers\.memory\.num_memories=3, but .* has 4"),
-        (["backbone={other}"], r"model\.backbone=.*gpt2, but the run in .* has .*llama; set model\.backbone="),
+        (["backbone={other}"], r"^backbone=.*gpt2, but the run in .* has .*llama; set backbone="),
         (["memory=none"], r"model\.mixers\.memory=null, but the model of the run"),
-        (["model=tiny", "backbone=null"], r"(the run's model is a llama|model\.backbone)"),
+        (["model=tiny", "backbone=null"], r"^backbone=null, but the run in .* has .*llama; set backbone="),
     ],
 )
 def test_another_model_is_another_run(backbones, tmp_path_factory, options, message):
@@ -144,6 +144,21 @@ def test_another_model_is_another_run(backbones, tmp_path_factory, options, mess
     memory = MEMORY if "memory=none" not in given else MEMORY[2:]
     with pytest.raises(ValueError, match=message):
         run(settings(folder, backbones / "llama", *memory, "train.steps=1", *given))
+
+
+def test_a_hub_name_out_of_reach_is_named_as_the_backbone(tmp_path, monkeypatch):
+    def unreachable(source, **_):
+        raise OSError(f"{source} is not a local folder.\nSee 'https://huggingface.co/{'docs/' * 60}'.")
+
+    for kind in (AutoConfig, AutoTokenizer):
+        monkeypatch.setattr(kind, "from_pretrained", unreachable)
+    with pytest.raises(ValueError) as caught:
+        trainer(settings(tmp_path, "me/typo", *MEMORY))
+    fix = "name a folder, or a hub name in reach"
+    assert str(caught.value) == f"backbone=me/typo: cannot be loaded: me/typo is not a local folder; {fix}"
+    with pytest.raises(ValueError) as caught:
+        load_tokenizer("me/typo")
+    assert str(caught.value).startswith("data.tokenizer: 'me/typo'") and "docs/" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
@@ -48,10 +49,10 @@ def load_tokenizer(spec: str | Mapping[str, int], corpora: Sequence[Documents] =
             return _check(read_tokenizer(AutoTokenizer, spec))
         except ValueError as error:
             raise ValueError(
-                f"data tokenizer: {spec!r} is not 'byte', a tokenizer's folder, or a hub name in reach ({error})"
+                f"data.tokenizer: {spec!r} is not 'byte', a tokenizer's folder, or a hub name in reach ({error})"
             ) from error
     if not isinstance(spec, Mapping) or [*spec] != ["bpe"]:
-        raise ValueError(f"data tokenizer: {spec!r} is not 'byte', a path or name, or {{bpe: vocab_size}}")
+        raise ValueError(f"data.tokenizer: {spec!r} is not 'byte', a path or name, or {{bpe: vocab_size}}")
     return _load_bpe(spec["bpe"], corpora)
 
 
@@ -63,7 +64,7 @@ def read_tokenizer(kind: type[AutoTokenizer | PreTrainedTokenizerFast], source: 
         raise
     # `tokenizers` raises plain Exceptions, and panics, which are not Exceptions; transformers raises anything.
     except BaseException as error:
-        raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from error
+        raise ValueError(textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__) from error
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -188,11 +189,11 @@ def _load_bpe(vocab_size: int, corpora: Sequence[Documents]) -> PreTrainedTokeni
     least = len(_ALPHABET) + len(_SPECIAL)
     if type(vocab_size) is not int or not least <= vocab_size <= _MOST_ENTRIES:
         raise ValueError(
-            f"data tokenizer: bpe={vocab_size!r} must be a number of entries, at least {least}, "
+            f"data.tokenizer: bpe={vocab_size!r} must be a number of entries, at least {least}, "
             f"at most {_MOST_ENTRIES}"
         )
     if not corpora:
-        raise ValueError(f"data tokenizer: bpe={vocab_size} has no text to train on; add a text source")
+        raise ValueError(f"data.tokenizer: bpe={vocab_size} has no text to train on; add a text source")
 
     def train(folder: Path) -> None:
         backend = Tokenizer(models.BPE())
@@ -207,7 +208,7 @@ def _load_bpe(vocab_size: int, corpora: Sequence[Documents]) -> PreTrainedTokeni
         backend.train_from_iterator(texts, trainer)
         if backend.get_vocab_size() < vocab_size:
             raise ValueError(
-                f"data tokenizer: bpe={vocab_size} is more than the training text can fill;"
+                f"data.tokenizer: bpe={vocab_size} is more than the training text can fill;"
                 f" ask for at most {backend.get_vocab_size()}"
             )
         save_tokenizer(_byte_level(backend, use_regex=True), folder)

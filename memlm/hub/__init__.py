@@ -45,8 +45,10 @@ def require_plain(config: MemLMConfig) -> None:
             raise ValueError(f"model.{name}={found!r:.80}; only {value!r} can be converted to this format")
 
 
-def load_model(source: str | Path) -> MemLMForCausalLM:
+def load_model(source: str | Path, **kwargs: Any) -> MemLMForCausalLM:
     """A model from a checkpoint folder or a hub name; every weight must match.
+
+    kwargs: of ``from_pretrained``
 
     Raises ValueError with the folder if configuration or weights are invalid or do not fit each other.
     """
@@ -62,7 +64,12 @@ def load_model(source: str | Path) -> MemLMForCausalLM:
         _check_size(Path(source), config)
         # safetensors only: nothing is unpickled.
         model, report = MemLMForCausalLM.from_pretrained(
-            source, config=config, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True
+            source,
+            config=config,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            use_safetensors=True,
+            **kwargs,
         )
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise ValueError(f"{source}: cannot be loaded: {_first_line(error)}") from None

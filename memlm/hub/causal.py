@@ -1,11 +1,13 @@
 """Any causal language model: the project's own, one with an attached memory, or one of transformers alone."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from memlm import attached, files
@@ -15,28 +17,44 @@ from memlm.hub import _first_line, load_model
 from memlm.modeling import MemLMPreTrainedModel
 
 
-def load_any(source: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """A causal language model from a folder or a hub name, with its memory if it has one.
+def read_config(source: str | Path) -> PreTrainedConfig:
+    """The configuration of a causal language model in a folder or under a hub name.
 
-    kwargs: of ``AutoModelForCausalLM.from_pretrained``, for models of transformers
-
-    Raises ValueError, one line, if there is none, or its files do not fit each other.
+    Raises ValueError, one line, if there is none.
     """
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").exists():
         raise ValueError(f"{source}: no config.json there; name a folder that save_pretrained wrote")
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
+    with _one_line(source):
         if folder.is_dir():
             files.read_json(folder / "config.json")
         config = AutoConfig.from_pretrained(source)
-        if isinstance(config, MemLMConfig):
-            return load_model(source)
         if config.is_encoder_decoder:
             raise ValueError(f"a {config.model_type} is an encoder-decoder; name a causal language model")
+        return config
+
+
+def load_any(source: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """A causal language model from a folder or a hub name, with its memory if it has one.
+
+    kwargs: of ``AutoModelForCausalLM.from_pretrained``
+
+    Raises ValueError, one line, if there is none, or its files do not fit each other.
+    """
+    config = read_config(source)
+    with _one_line(source):
+        if isinstance(config, MemLMConfig):
+            return load_model(source, **kwargs)
         # safetensors only: nothing is unpickled.
         return attached.from_pretrained(source, use_safetensors=True, **kwargs)
+
+
+@contextmanager
+def _one_line(source: str | Path) -> Iterator[None]:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
     # Configurations and models of many families raise anything.
     except Exception as error:
         line = _first_line(error)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memlm import attached
 from memlm.configuration import MemLMConfig
-from memlm.hub.causal import check_vocabulary, load_any, longest
+from memlm.hub.causal import check_vocabulary, load_any, longest, read_config
 from memlm.memory.base import complete_settings
 from memlm.modeling import MemLMForCausalLM, MemLMPreTrainedModel
 from memlm.settings import build_config, check_type, require
@@ -63,6 +63,11 @@ def check(settings: Mapping[str, Any]) -> None:
         source = of.backbone
         there = Path(source).exists() or (source.count("/") == 1 and not source.startswith((".", "/", "runs")))
         require(there, f"backbone={source}: there is no such folder; name a folder or a hub name")
+        try:
+            read_config(source)
+        except ValueError as error:
+            fix = "" if Path(source).exists() else "; name a folder, or a hub name in reach"
+            raise ValueError(f"backbone={str(error).rstrip('.')}{fix}") from None
 
 
 def build(settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -83,6 +83,8 @@ class Record:
                 changed += [] if re.fullmatch(_PLACES, key) else [f"{key} {_as_typed(old)} -> {_as_typed(new)}"]
             elif not _ELSEWHERE.fullmatch(key) and not (source and source[1] in self.manifests):
                 known = _has(before, key)
+                # model.backbone is the copy of a key that users set.
+                key = "backbone" if key == "model.backbone" else key
                 said = f"has {_as_typed(old)}" if known else "was begun without it"
                 fix = f"set {key}={_as_typed(old)}" if known else "leave it out"
                 raise ValueError(

@@ -152,7 +152,7 @@ def test_a_broken_tokenizer(tmp_path, name, junk):
     except ValueError as error:
         assert str(folder) in str(error) and "\n" not in str(error)
     if name == "tokenizer.json" or not junk.startswith("{"):
-        refused(config(tmp_path, tokenizer=str(folder)), "data tokenizer", str(folder))
+        refused(config(tmp_path, tokenizer=str(folder)), "data.tokenizer", str(folder))
         return
     try:
         tokenizer, _ = build_data(config(tmp_path, tokenizer=str(folder)), seed=0, batch_size=2)
@@ -168,10 +168,10 @@ def test_a_tokenizer_that_is_not_there(tmp_path):
     (tmp_path / "corpus" / "a.txt").write_text("some text")
     byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "tokenizer.json").unlink()
-    refused(config(tmp_path, tokenizer=str(tmp_path / "tokenizer")), "data tokenizer")
+    refused(config(tmp_path, tokenizer=str(tmp_path / "tokenizer")), "data.tokenizer")
     shutil.rmtree(tmp_path / "tokenizer")
-    refused(config(tmp_path, tokenizer=str(tmp_path / "tokenizer")), "data tokenizer")
-    refused(config(tmp_path, tokenizer=""), "data tokenizer: ''")
+    refused(config(tmp_path, tokenizer=str(tmp_path / "tokenizer")), "data.tokenizer")
+    refused(config(tmp_path, tokenizer=""), "data.tokenizer: ''")
 
 
 def test_a_tokenizer_for_which_there_is_no_room(tmp_path):

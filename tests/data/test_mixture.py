@@ -246,7 +246,7 @@ def test_to_device():
         ("sources.text.paths", ["gone"], "gone does not exist"),
         ("noise_ramp", [300, 150], r"data.noise_ramp=\[300, 150\] must be two steps"),
         ("noise_ramp", None, r"data.noise_ramp=\[\] must be two steps"),
-        ("tokenizer", "no/such/tokenizer", "data tokenizer: 'no/such/tokenizer' is not 'byte'"),
+        ("tokenizer", "no/such/tokenizer", "data.tokenizer: 'no/such/tokenizer' is not 'byte'"),
     ],
 )
 def test_config_errors(config, key, value, message):
