@@ -119,7 +119,9 @@ def rotary(x_BTHK: Tensor, angles: tuple[Tensor, Tensor] | None) -> Tensor:
     """Rotate the pairs (i, i + K/2) of each head by their angles, as in Llama; None: no rotation."""
     if angles is None:
         return x_BTHK
-    cos, sin = angles[0].to(x_BTHK.dtype), angles[1].to(x_BTHK.dtype)
+    cos, sin = angles
+    if cos.dtype != x_BTHK.dtype:
+        cos, sin = cos.to(x_BTHK.dtype), sin.to(x_BTHK.dtype)
     return torch.addcmul(x_BTHK * cos, x_BTHK.roll(x_BTHK.shape[-1] // 2, -1), sin)
 
 
