@@ -102,7 +102,12 @@ def read(form: str, source: Path, target: Path, memory: str) -> None:
 def write(form: str, source: Path, target: Path) -> None:
     write_config, write_weights = WRITERS[form]
     config, before = load_model(source).config, source / THEIRS.format(form)
-    theirs = write_config(config, files.read_json(before) if before.exists() else {})
+    try:
+        theirs = write_config(config, files.read_json(before) if before.exists() else {})
+    except ValueError as error:
+        own = next((name for name in WRITERS if (source / THEIRS.format(name)).exists()), form)
+        fix = "" if own == form else f"; it was converted from {own}: use --to-format {own}"
+        raise ValueError(f"{error}{fix}") from None
     ours = shards.Stored(source)
     with _new(target) as folder:
         (folder / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")

@@ -223,13 +223,22 @@ def test_other_bad_sources_are_refused(tmp_path):
         families.config_from("qwen2", {**SIZES, "model_type": "qwen2", "layer_types": ["sliding_attention"] * 4})
 
 
+def test_another_family_than_the_models_own_names_its_own_in_a_short_line(tmp_path):
+    form, _ = foreign(tmp_path / "theirs", next(iter(CASES)))
+    converted(form, tmp_path / "theirs")
+    source, other = tmp_path / "theirs-attention", next(f for f in ("qwen2", "llama") if f != form)
+    code, said = convert("--to-format", other, "--source", source, "--target", tmp_path / "back")
+    assert code == 1 and f"in {other}; it was converted from {form}: use --to-format {form}" in said
+    assert len(said.splitlines()[-1].removeprefix(str(source))) < 200
+
+
 def test_a_model_that_the_family_cannot_be_stays():
     """Two windows in one model, a memory, and norms of outputs."""
     narrow, wide = ({"kind": "attention", "window_size": n, "qk_norm": True} for n in (5, 9))
     for settings, message in (
         (
             {"mixers": {"a": narrow, "b": wide}, "mixer_pattern": ["a", "b"]},
-            "model.mixers=.* has no equivalent in qwen3",
+            "model.mixers: attentions of these settings have no equivalent in qwen3$",
         ),
         ({"mixers": {"a": {"kind": "msa"}}}, "kind='msa' cannot go back: qwen3 has attention alone"),
         ({"mixers": {"a": narrow}, "norm_outputs": True}, "model.norm_outputs=True has no equivalent in qwen3"),

@@ -106,6 +106,9 @@ def config_to(form: str, config: MemLMConfig, before: dict[str, Any]) -> dict[st
     names = before.get("architectures", [f"{known.__name__.removesuffix('Config')}ForCausalLM"])
     theirs = _theirs(form, {**kept, **values}).to_dict() | {"architectures": names}
     if name := _differs(config, _again(form, theirs)):
+        # The settings of all mixers would fill a screen.
+        if name == "mixers":
+            raise ValueError(f"model.mixers: attentions of these settings have no equivalent in {form}")
         raise ValueError(f"model.{name}={getattr(config, name)!r:.200} has no equivalent in {form}")
     return theirs
 
