@@ -105,10 +105,13 @@ def of_memory(cfg: DictConfig, hydra: DictConfig) -> DictConfig:
 
     hydra: the ``hydra`` node of the same composition; its overrides, from the command line, take precedence
 
-    Raises ValueError for a memory that does not exist.
+    Raises ValueError for a memory that does not exist, and for full attention beside a backbone.
     """
     if "of_memory" not in cfg:
         return cfg
+    backbone = OmegaConf.select(cfg, "model.backbone")
+    alone = backbone is not None and hydra.runtime.choices.memory == "attention"
+    require(not alone, f"memory=attention beside backbone={backbone}: it has its own attention; use memory=none")
     with open_dict(cfg):
         settings = cfg.pop("of_memory")
         require(OmegaConf.is_dict(settings), f"of_memory={settings} must be settings, {{memory: {{key: value}}}}")

@@ -171,6 +171,7 @@ def test_a_hub_name_out_of_reach_is_named_as_the_backbone(tmp_path, monkeypatch)
         (["backbone={folder}/t5"], "a t5 is an encoder-decoder"),
         (["model.mixers.memory.top_k=9"], "^model.mixers.memory.top_k=9 "),
         (["memory=none", "train.trainable=memory"], "train.trainable=memory, but the model has no long-term memory"),
+        (["memory=attention"], "^memory=attention beside backbone=.*llama: it has its own attention; use memory=none"),
         (["memory=none", "model.window=4"], "layers, window and sinks are of a memory"),
         (["model.layers=[7]"], "model.layers: layer 7 of LlamaForCausalLM has no attention"),
         (["model.sinks=2"], "model.sinks=2 are the first tokens"),

@@ -42,7 +42,7 @@ class BackboneSettings:
 
     @property
     def memory(self) -> dict[str, Any] | None:
-        """The settings of the memory; None for ``memory=none`` and ``memory=attention``: the backbone alone."""
+        """The settings of the memory; None for ``memory=none``: the backbone alone."""
         if not self.mixers.get("memory"):
             return None
         settings = complete_settings(self.mixers["memory"], "mixers.memory")
