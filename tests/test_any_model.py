@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -156,6 +157,17 @@ def test_an_evaluation_without_the_attached_memory_is_the_backbones(saved):
     evaluate(evaluated(saved, f"checkpoint={saved}/titans", "memory_off=true", *options))
     off, control = json.loads((saved / "off" / "results.json").read_text())["models"].values()
     assert off["recall"] == control["recall"]
+
+
+def test_each_bare_model_has_its_own_folder_of_results(saved, monkeypatch, tmp_path, capsys):
+    """Beside the folders of runs, under the model's name."""
+    monkeypatch.chdir(tmp_path)
+    short = ("eval.text_documents=0", "eval.depths=[]", "eval.recall_rows=1", "control=null")
+    for name, off in (("llama", False), ("titans", False), ("titans", True)):
+        evaluate(evaluated(saved, *short, f"checkpoint={saved}/{name}", f"memory_off={off}"))
+        out = Path("runs/evaluation", name, "evaluation-memory_off" if off else "evaluation")
+        assert (out / "results.json").exists() and f"results: {out}/report.html" in capsys.readouterr().out
+    assert not list(Path("runs").rglob("earlier"))
 
 
 def test_the_tokenizer_of_a_family_is_read_from_its_own_files(saved, tmp_path):

@@ -83,7 +83,7 @@ def _run(cfg: DictConfig) -> None:
     for note in results["notes"]:
         console.print(note, markup=False)
     folder = "evaluation-memory_off" if cfg.memory_off else "evaluation"
-    out = Path(cfg.out) if cfg.out else (subject.run_dir or Path("runs") / "evaluation") / folder
+    out = Path(cfg.out) if cfg.out else (subject.run_dir or _place(subject.folder)) / folder
     _check_writable(out)
     for one in examined:
         console.print(f"evaluating {one.subject.name}: {one.subject.folder}", markup=False)
@@ -101,10 +101,16 @@ def _run(cfg: DictConfig) -> None:
         for row in rows:
             table.add_row(*row)
         console.print(table)
-    console.print(f"{results['seconds']:.0f} s; {path}", markup=False)
+    console.print(f"{results['seconds']:.0f} s; results: {path}", markup=False)
 
 
 _KEYS = {"checkpoint": str, "control": str | None, "memory_off": bool, "out": str | None, "seed": int}
+
+
+def _place(source: Path | str) -> Path:
+    """The folder of the results of a model without a run, by its name."""
+    name = Path(source).resolve().name if Path(source).exists() else str(source).replace("/", "--")
+    return Path("runs") / "evaluation" / name
 
 
 def _check_writable(out: Path) -> None:
