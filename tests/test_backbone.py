@@ -21,7 +21,7 @@ from memlm.hub.causal import load_any
 from memlm.training import checkpoint, loop, run
 from memlm.training.interrupt import Stopped
 from memlm.training.model import build as build_model
-from tests.conftest import ROOT, composed
+from tests.conftest import ROOT, composed, convert
 from tests.runs import SMALLEST, config, figures, trainer
 from tests.test_any_model import GPT2, LLAMA
 
@@ -104,6 +104,30 @@ def test_a_memory_is_trained_beside_a_backbone_and_a_stopped_run_goes_on_exactly
     assert f"{name}, mom, {whole:,} parameters{some}, on cpu" in told and (trained < whole) == frozen
 
 
+def test_a_converted_model_is_trained_as_it_is(tmp_path, monkeypatch):
+    """Its weights are in bf16, as those of most checkpoints; the run's are in fp32, as ``model.dtype`` has it."""
+    foreign, source = tmp_path / "foreign", tmp_path / "source"
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(LLAMA).to(torch.bfloat16).save_pretrained(foreign)
+    byte_tokenizer().save_pretrained(foreign)
+    given = ("--from-format", "llama", "--memory", "chunk_sparse", "--source", foreign, "--target", source)
+    assert convert(*given)[0] == 0
+    before = load_any(source)
+    assert before.dtype == torch.bfloat16
+    run(settings(tmp_path / "straight", source, "memory=none"))
+    stopped(monkeypatch, settings(tmp_path, source, "memory=none"), 3)
+    shutil.rmtree(source)
+    for wrong, message in (("memory=mom", "use memory=none"), ("model.dtype=bfloat16", "model.dtype=bfloat16, but")):
+        with pytest.raises(ValueError, match=message):
+            trainer(settings(tmp_path, source, "memory=none", wrong))
+        AcceleratorState._reset_state(reset_partial_state=True)
+    run(settings(tmp_path, source, "memory=none"))
+    assert figures(tmp_path) == figures(tmp_path / "straight")
+    after = load_any(checkpoint.latest(tmp_path / "run"))
+    assert after.config.mixers == before.config.mixers and after.dtype == torch.float32
+    assert not torch.equal(after.lm_head.weight, before.lm_head.weight.float())
+
+
 def test_a_run_is_evaluated_and_is_the_start_of_another(backbones, tmp_path):
     """The tokens are the backbone's own; init_from also takes a run of the backbone alone."""
     run(settings(tmp_path / "alone", backbones / "llama", "memory=none", "train.steps=2"))
@@ -167,7 +191,7 @@ def test_a_hub_name_out_of_reach_is_named_as_the_backbone(tmp_path, monkeypatch)
         (["backbone=nowhere"], "backbone=nowhere: there is no such folder; name a folder or a hub name"),
         (["backbone=null"], "^model=backbone has no backbone; set backbone=PATH_OR_ID"),
         (["backbone=''"], "model.backbone='' names no model"),
-        (["backbone={folder}/own"], "it has a memory already; leave backbone out, and set train.init_from="),
+        (["backbone={folder}/own"], "^backbone=.*/own: it has a memory already; use memory=none, which trains"),
         (["backbone={folder}/t5"], "a t5 is an encoder-decoder"),
         (["model.mixers.memory.top_k=9"], "^model.mixers.memory.top_k=9 "),
         (["memory=none", "train.trainable=memory"], "train.trainable=memory, but the model has no long-term memory"),

@@ -1,4 +1,4 @@
-"""The model of a run: a new decoder, or a backbone of transformers with a memory beside its attention."""
+"""The model of a run: a new decoder, a model of memlm as it is, or a backbone with a memory beside its attention."""
 
 import re
 from collections.abc import Mapping
@@ -77,10 +77,10 @@ def build(settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Pr
         return MemLMForCausalLM(model_config(settings, tokenizer))
     key, source = f"backbone={of.backbone}", of.backbone
     model = load_any(source, dtype="auto" if of.dtype is None else getattr(torch, of.dtype))
-    own, there = isinstance(model, MemLMPreTrainedModel), "it has a memory already"
-    require(not own, f"{key}: {there}; leave backbone out, and set train.init_from={source} and model.* as there")
+    if isinstance(model, MemLMPreTrainedModel):
+        _require_none(of)
     fix = "name its backbone, and give its weights by train.init_from"
-    require(attached.of(model) is None, f"{key}: {there}; {fix}")
+    require(attached.of(model) is None, f"{key}: it has a memory already; {fix}")
     check_vocabulary(model, tokenizer, key)
     if of.memory is not None:
         try:
@@ -92,11 +92,16 @@ def build(settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Pr
     return model
 
 
+def _require_none(of: BackboneSettings) -> None:
+    none = "use memory=none, which trains it as it is"
+    require(of.memory is None, f"backbone={of.backbone}: it has a memory already; {none}")
+
+
 def described(model: PreTrainedModel) -> dict[str, Any]:
     """The settings of a model, defaults included."""
-    if isinstance(model.config, MemLMConfig):
-        return _values(model.config)
     found, dtype = attached.of(model), str(model.dtype).removeprefix("torch.")
+    if isinstance(model.config, MemLMConfig):
+        return {**_values(model.config), "dtype": dtype}
     if found is None:
         return {"layers": None, "window": None, "sinks": 0, "dtype": dtype, "mixers": {}}
     places = {"layers": found.layers, "window": found.window, "sinks": found.sinks}
@@ -108,17 +113,21 @@ def expected(
 ) -> dict[str, Any]:
     """The result of ``described`` for a model of these settings; a backbone's settings that are null are as before.
 
-    Raises ValueError if only one of both has a backbone.
+    Raises ValueError if a model of transformers has no backbone here, or one with memories gets another.
     """
     of = BackboneSettings.of(settings)
     own = isinstance(before.config, MemLMConfig)
-    require(own == (of is None), f"the run's model is a {before.config.model_type}; choose another name=...")
+    require(own or of is not None, f"the run's model is a {before.config.model_type}; choose another name=...")
+    here = described(before)
     if of is None:
-        return _values(model_config(settings, tokenizer))
+        return {**_values(model_config(settings, tokenizer)), "dtype": here["dtype"]}
     given = {"layers": of.layers, "dtype": of.dtype}
     chosen = {name: value for name, value in given.items() if value is not None}
+    if own:
+        _require_none(of)
+        return {**here, **chosen}
     mixers = {"memory": of.memory} if of.memory else {}
-    return {**described(before), **chosen, "window": of.window, "sinks": of.sinks, "mixers": mixers}
+    return {**here, **chosen, "window": of.window, "sinks": of.sinks, "mixers": mixers}
 
 
 def _values(config: MemLMConfig) -> dict[str, Any]:
