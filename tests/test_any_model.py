@@ -159,6 +159,24 @@ def test_an_evaluation_without_the_attached_memory_is_the_backbones(saved):
     assert off["recall"] == control["recall"]
 
 
+def test_a_memory_alone_is_evaluated_with_its_backbone(saved, tmp_path):
+    """The backbone, its tokenizer and its length come by its name."""
+    model = memlm.detach(memlm.from_pretrained(saved / "titans"))
+    model.save_pretrained(tmp_path / "backbone")
+    byte_tokenizer().save_pretrained(tmp_path / "backbone")
+    memory = memlm.from_pretrained(saved / "titans")
+    memory.config.name_or_path = str(tmp_path / "backbone")
+    memlm.save_memory(memory, tmp_path / "alone")
+    short = ("eval.text_documents=0", "eval.depths=[]", f"control={saved}/titans", f"out={tmp_path}/out")
+    evaluate(evaluated(saved, f"checkpoint={tmp_path}/alone", *short))
+    alone, whole = json.loads((tmp_path / "out" / "results.json").read_text())["models"].values()
+    assert alone["kinds"] == ["llama", "titans_lmm"] and alone["recall"] == whole["recall"]
+    words = json.loads((tmp_path / "alone" / "memlm_memory.json").read_text())
+    (tmp_path / "alone" / "memlm_memory.json").write_text(json.dumps(words | {"backbone": ""}))
+    with pytest.raises(ValueError, match="alone: the memory's backbone has no name; load it"):
+        load_any(tmp_path / "alone")
+
+
 def test_each_bare_model_has_its_own_folder_of_results(saved, monkeypatch, tmp_path, capsys):
     """Beside the folders of runs, under the model's name."""
     monkeypatch.chdir(tmp_path)

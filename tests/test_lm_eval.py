@@ -155,6 +155,37 @@ def test_the_command_line_takes_a_memory(folder, monkeypatch, tmp_path):
     check(json.loads(written.read_text())["results"], model)
 
 
+def test_a_memory_alone_is_loaded_with_its_backbone(folder, tmp_path):
+    from memlm.lm_eval import MemoryLM
+
+    model = memlm.from_pretrained(folder / "attached")
+    memlm.detach(copy.deepcopy(model)).save_pretrained(tmp_path / "backbone")
+    byte_tokenizer().save_pretrained(tmp_path / "backbone")
+    model.config.name_or_path = str(tmp_path / "backbone")
+    memlm.save_memory(model, tmp_path / "alone")
+    lm = MemoryLM(pretrained=str(tmp_path / "alone"), device="cpu", max_length=WINDOW)
+    ids = torch.arange(2, 40)[None]
+    assert memlm.attached.of(lm.model) and torch.equal(lm.model(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("pretrained={0}/none", "{0}/none"),
+        ("pretrained={0}/own,memory={0}/none", "{0}/none/memlm_memory.json: no such file; a memory is written by"),
+    ],
+)
+def test_a_wrong_folder_ends_in_a_line(folder, monkeypatch, given, told):
+    from memlm.lm_eval import main
+
+    command = f"lm_eval run --model memlm --model_args {given.format(folder)} --device cpu --tasks local_rolling"
+    monkeypatch.setattr("sys.argv", [*command.split(), "--include_path", str(folder)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert str(end.value.code).startswith("error: ") and told.format(folder) in end.value.code
+    assert "\n" not in end.value.code
+
+
 def test_evaluate_of_hugging_face_is_found_beside_evaluate_py():
     """This folder is the first of sys.path here, as for python -m lm_eval."""
     evaluate = importlib.import_module("evaluate")

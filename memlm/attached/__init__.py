@@ -19,8 +19,8 @@ Files:
 
 from memlm.attached.cache import fork
 from memlm.attached.layers import of
-from memlm.attached.load import from_pretrained, load_memory
+from memlm.attached.load import backbone_of, from_pretrained, load_memory
 from memlm.attached.model import attach, detach
 from memlm.attached.save import save_memory
 
-__all__ = ["attach", "detach", "fork", "from_pretrained", "load_memory", "of", "save_memory"]
+__all__ = ["attach", "backbone_of", "detach", "fork", "from_pretrained", "load_memory", "of", "save_memory"]

@@ -51,9 +51,7 @@ def from_pretrained(source: str | Path, **kwargs: Any) -> PreTrainedModel:
     known = own if isinstance(own, type) and issubclass(own, PreTrainedModel) else AutoModelForCausalLM
     alone = _file(source, WEIGHTS, hub)
     if alone is not None:
-        require(
-            bool(words["backbone"]), f"{source}: the memory's backbone has no name; load it, then memlm.load_memory"
-        )
+        _check_name(words, source)
         if _file(source, ADAPTER_CONFIG_NAME, hub):
             model = known.from_pretrained(source, **kwargs)
         else:
@@ -63,6 +61,23 @@ def from_pretrained(source: str | Path, **kwargs: Any) -> PreTrainedModel:
         return _filled(model, settings, _tensors([alone]), source)
     model = _backbone(known, source, kwargs, settings)
     return _filled(model, settings, _tensors(_weight_files(source, hub, kwargs.get("variant"))), source)
+
+
+def backbone_of(source: str | Path) -> str | None:
+    """The name of the backbone of a folder of ``save_memory``; None for another folder and for names on the hub.
+
+    An adapter of PEFT in the folder has the backbone's name itself.
+    """
+    folder = Path(source)
+    if not (folder / WEIGHTS).is_file() or (folder / ADAPTER_CONFIG_NAME).exists():
+        return None
+    words = _read_words(folder / WORDS)[1]
+    _check_name(words, source)
+    return words["backbone"]
+
+
+def _check_name(words: dict[str, Any], source: str | Path) -> None:
+    require(bool(words["backbone"]), f"{source}: the memory's backbone has no name; load it, then memlm.load_memory")
 
 
 def _read_words(path: Path) -> tuple[Settings, dict[str, Any]]:

@@ -55,7 +55,7 @@ def data_config(given: DictConfig, subject: Subject) -> dict[str, Any]:
         raise ValueError(
             f"{subject.folder}: no readable config.yaml names its data; add data=... and data.seq_len=..."
         )
-    data["tokenizer"] = str(subject.folder) if named["tokenizer"] is None else named["tokenizer"]
+    data["tokenizer"] = subject.place_of_tokenizer if named["tokenizer"] is None else named["tokenizer"]
     data["seq_len"] = trained.get("seq_len") if named["seq_len"] is None else named["seq_len"]
     if data["seq_len"] is None:
         raise ValueError(f"{subject.folder}: no readable config.yaml has its data.seq_len; add data.seq_len=...")

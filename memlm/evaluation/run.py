@@ -163,7 +163,7 @@ def _control(cfg: DictConfig, data: dict[str, Any], first: Examined, device: tor
     control = load_subject(cfg.control, device, "control")
     control = replace(control, name=f"control ({control.name})")
     if cfg.data.tokenizer is None and fingerprint(control.tokenizer) != fingerprint(first.tokenizer):
-        data = {**data, "tokenizer": str(control.folder)}
+        data = {**data, "tokenizer": control.place_of_tokenizer}
     try:
         return [examine(control, data, cfg.seed)]
     except ValueError as error:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from memlm import attached
 from memlm.data import fingerprint, is_byte_tokenizer
 from memlm.flops import count_parameters
 from memlm.hub import load_tokenizer
@@ -37,6 +38,11 @@ class Subject:
     step: int | None
     lines: list[str]
     memory_off: bool = False
+
+    @property
+    def place_of_tokenizer(self) -> str:
+        """A memory alone has the tokenizer of its backbone."""
+        return str(attached.backbone_of(self.folder) or self.folder)
 
     @property
     def steps(self) -> int | None:
@@ -91,7 +97,8 @@ def load_subject(source: str, device: torch.device, key: str = "checkpoint") -> 
     record = Record.read(run_dir or Path(place), Path(place))
     named = re.fullmatch(r"step_(\d+)", Path(place).name)
     step = int(named[1]) if named else _at(record.facts, "step", int)
-    return Subject(name, place, run_dir, model, load_tokenizer(place), record, step, lines)
+    tokenizer = load_tokenizer(attached.backbone_of(place) or place)
+    return Subject(name, place, run_dir, model, tokenizer, record, step, lines)
 
 
 def tokenizer_name(tokenizer: PreTrainedTokenizerFast) -> str:

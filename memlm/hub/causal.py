@@ -23,12 +23,13 @@ def read_config(source: str | Path) -> PreTrainedConfig:
     Raises ValueError, one line, if there is none.
     """
     folder = Path(source)
-    if folder.is_dir() and not (folder / "config.json").exists():
+    backbone = attached.backbone_of(source)
+    if folder.is_dir() and not backbone and not (folder / "config.json").exists():
         raise ValueError(f"{source}: no config.json there; name a folder that save_pretrained wrote")
     with _one_line(source):
-        if folder.is_dir():
+        if folder.is_dir() and not backbone:
             files.read_json(folder / "config.json")
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(backbone or source)
         if config.is_encoder_decoder:
             raise ValueError(f"a {config.model_type} is an encoder-decoder; name a causal language model")
         return config
