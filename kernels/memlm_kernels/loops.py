@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from memlm_kernels.backend import outside_autocast
 
@@ -151,3 +153,36 @@ def _gradients(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)
+
+
+def _counted(run: Callable[..., Any], *parts: list[Tensor]) -> int:
+    """The FLOPs of ``run`` on tensors without data like the given ones."""
+    mode = FakeTensorMode()
+    parts = tuple([mode.from_tensor(x.detach()) for x in part] for part in parts)
+    with torch.no_grad(), mode, FlopCounterMode(display=False) as counter:
+        run(*parts)
+    return counter.get_total_flops()
+
+
+@register_flop_formula(torch.ops.memlm.loop, get_raw=True)
+def _flops(given: list[Tensor], present: list[bool], number: int, keep: bool, **_: Any) -> int:
+    loop, plan = _call(number)
+    return _counted(lambda given: loop.forward(plan, keep, _whole(given, present)), given)
+
+
+@register_flop_formula(torch.ops.memlm.loop_backward, get_raw=True)
+def _flops_of_backward(
+    given: list[Tensor],
+    present: list[bool],
+    number: int,
+    kept: list[Tensor],
+    d_given: list[Tensor],
+    d_present: list[bool],
+    **_: Any,
+) -> int:
+    loop, plan = _call(number)
+
+    def run(given: list[Tensor], kept: list[Tensor], d_given: list[Tensor]) -> None:
+        loop.backward(plan, _whole(given, present), kept, _whole(d_given, d_present))
+
+    return _counted(run, given, kept, d_given)

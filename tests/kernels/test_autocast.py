@@ -63,11 +63,19 @@ def short_conv() -> list[Tensor]:
     return [conv(x, None)]
 
 
+def in_compiled_code(name: str) -> list[Tensor]:
+    """A loop as compiled code calls it, an op of torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        return of_op(name, "reference")
+
+
 CALLS = {f"{name}-{by}": (lambda name=name, by=by: of_op(name, by)) for name, by in BOTH} | {
     "a mean over queries": lambda: of_op(
         "route_documents", "reference", query_reduce="mean", return_scores=True
     ),
     "grouped_linear-by_group": lambda: of_op("grouped_linear", "by_group"),
+    "a loop in compiled code": lambda: in_compiled_code("large_chunk_memory"),
     "norm": lambda: [RMSNorm(4, eps=1e-6)(torch.rand(2, 6, 4, device=DEVICE, requires_grad=True))],
     "unit": lambda: [unit(torch.rand(2, 6, 4, device=DEVICE, requires_grad=True))],
     "short convolution": short_conv,

@@ -14,6 +14,7 @@ from memlm_kernels import (
     delta_rule,
     dispatch_tokens,
     invert_chunks,
+    large_chunk_memory,
     linear_attention,
     merge_topk,
     neural_memory,
@@ -131,6 +132,28 @@ def test_ops_without_products_count_nothing(made):
         invert_chunks(torch.zeros(1, 8, 1, 2, dtype=torch.int64), num_chunks=3, backend="triton")
         merge_topk([(torch.arange(4)[None], torch.rand(1, 4))] * 2, top_k=2, backend="triton")
     assert counter.get_total_flops() == 0 and not made
+
+
+@pytest.mark.parametrize("op", [neural_memory, large_chunk_memory])
+def test_a_loop_in_compiled_code_counts_as_outside(op, monkeypatch):
+    def found():
+        q, k, v = heads(32, KEYS, KEYS, KEYS)
+        gate = torch.rand(q.shape[:3], requires_grad=True)
+        if op is neural_memory:
+            weights = [torch.randn(2, i, o, requires_grad=True) for i, o in ((KEYS, HIDDEN), (HIDDEN, KEYS))]
+            given = (q, k, v, gate, gate, gate)
+        else:
+            weights = [
+                torch.randn(2, i, o, requires_grad=True) for i, o in ((KEYS, HIDDEN), (HIDDEN, KEYS), (KEYS, HIDDEN))
+            ]
+            given = (q, k, v, torch.rand(*q.shape[:3], 3, requires_grad=True), gate)
+        with FlopCounterMode(display=False) as counter:
+            op(*given, weights=weights, chunk_size=16, backend="reference")[0].sum().backward()
+        return counter.get_total_flops()
+
+    outside = found()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert found() == outside > 0
 
 
 def test_every_op_of_ours_is_counted():
