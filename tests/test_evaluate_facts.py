@@ -17,6 +17,7 @@ from memlm.evaluation import run as evaluate
 from memlm.evaluation.data import Examined, examine, texts
 from memlm.evaluation.measures import measures
 from memlm.evaluation.run import _check_measurable
+from memlm.hub import load_model
 from memlm.training import run as train
 from tests.conftest import ROOT, composed
 
@@ -172,7 +173,7 @@ def test_an_evaluation_that_would_measure_nothing_is_refused(runs):
 def test_weights_of_sources_need_not_fit_a_batch_and_every_source_of_text_is_measured(runs):
     (folder,) = (runs / "bytes-seed0" / "checkpoints").glob("step_*")
     data = composed("data=recall").data
-    subject = SimpleNamespace(folder=folder, model=SimpleNamespace(config=SimpleNamespace(vocab_size=259)))
+    subject = SimpleNamespace(folder=folder, model=load_model(folder))
     weights = {"mqar": 0.9, "passkey": 0.1}
     data = {**data, "sources": {name: {**o, "weight": weights[name]} for name, o in data.sources.items()}}
     assert [*examine(subject, data, 0).mixture.sources] == ["mqar", "passkey"]
