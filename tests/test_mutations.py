@@ -27,10 +27,9 @@ from memlm import MemLMForCausalLM, MemoryBank, MemoryCache
 from memlm.cli import user_errors
 from memlm.data import build_data
 from memlm.hub import load_model, load_tokenizer
-from memlm.memory.base import build_config
 from memlm.roles import Roles
 from memlm.training.model import model_config
-from memlm.training.settings import OptimSettings, TrainSettings
+from memlm.training.settings import RunSettings
 from memlm.training.tracking import read_metrics
 from tests.conftest import ROOT, build
 
@@ -158,8 +157,8 @@ class Yaml:
                     config = compose("train")
                 config.run_dir = "runs/x"
                 config = OmegaConf.to_container(config, resolve=True)
-                settings = build_config(TrainSettings, config["train"], "train")
-                build_config(OptimSettings, config["optim"], "optim")
+                config.pop("of_memory", None)
+                settings = RunSettings.of(OmegaConf.create(config)).train
                 data = {**config["data"], "cache_dir": str(folder.with_name("cache"))}
                 tokenizer, _ = build_data(data, seed=0, batch_size=settings.batch_size)
                 with torch.device("meta"):

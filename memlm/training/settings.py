@@ -151,6 +151,8 @@ class RunSettings:
         if (backbone := config.pop("backbone", None)) is not None:
             named = isinstance(config["model"], dict) and "backbone" in config["model"]
             require(named, f"backbone={backbone} is read by model=backbone; leave other choices of model=... out")
+        missing = [key for key in ("name", "seed", "run_dir", "model", "data", *groups) if key not in config]
+        require(not missing, f"{missing[:1]}: the configuration has none; restore configs/train.yaml")
         seed, run_dir, name = config["seed"], config["run_dir"], config["name"]
         check_type(name, str | int, "name")
         require(name != "", "name='' names no run; leave it out, or name one")
