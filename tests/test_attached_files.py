@@ -48,6 +48,19 @@ def test_the_later_of_two_saves_in_a_folder_counts(model, tmp_path, first, secon
     assert torch.equal(logits(memlm.from_pretrained(tmp_path / "both"), ids()), logits(model, ids()))
 
 
+def test_a_save_that_fails_at_once_leaves_the_earlier_one(model, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path / "both", **SHARDED)
+    before = logits(model, ids())
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        trained_further(model).save_pretrained(tmp_path / "both", **SHARDED)
+    assert torch.equal(logits(memlm.from_pretrained(tmp_path / "both"), ids()), before)
+
+
 def test_a_memory_saved_beside_its_model_counts(model, tmp_path):
     model.save_pretrained(tmp_path / "both")
     again = trained_further(memlm.from_pretrained(tmp_path / "both"))

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from memlm import card, files
 from memlm.attached.call import Attached
 from memlm.attached.layers import NAME, decoder_of, of
 from memlm.fingerprint import digest_of, stored
+from memlm.hub.shards import INDEX
 from memlm.settings import require
 
 WORDS, WEIGHTS = "memlm_memory.json", "memlm_memory.safetensors"
@@ -35,14 +37,13 @@ def save_pretrained(model: PreTrainedModel, save_directory: str | Path, **kwargs
     if not kwargs.get("is_main_process", True):
         type(model).save_pretrained(model, save_directory, **kwargs)
         return
-    # Files of an earlier save would be read in place of these.
     words, folder = _words(model), Path(save_directory)
     files.make_folder(folder)
-    index = folder / "model.safetensors.index.json"
-    index.unlink(missing_ok=True)
     type(model).save_pretrained(model, save_directory, **kwargs)
-    if index.exists():
-        (folder / "model.safetensors").unlink(missing_ok=True)
+    # Of an earlier save in one file and a later one in shards, or the reverse, a loader could take the earlier.
+    written = [path for name in (SAFE_WEIGHTS_NAME, INDEX) if (path := folder / name).exists()]
+    for path in sorted(written, key=lambda path: path.stat().st_mtime_ns)[:-1]:
+        path.unlink()
     if getattr(model, "_hf_peft_config_loaded", False):
         # transformers writes the adapter alone.
         save_memory(model, folder)
