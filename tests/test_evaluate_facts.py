@@ -113,7 +113,8 @@ def test_texts_of_other_tokens_are_cut_at_the_same_byte(runs):
     data = {"seq_len": 64, "cache_dir": str(runs / "cache")}
     data["sources"] = {"text": {"kind": "text", "weight": 1, "paths": str(runs / "corpus")}}
     specs = [str(next((runs / f"{name}-seed0" / "checkpoints").glob("step_*"))) for name in ("bpe", "bytes")]
-    models = [Examined(None, *build_data({**data, "tokenizer": spec}, seed=0, batch_size=1)) for spec in specs]
+    built = [build_data({**data, "tokenizer": spec}, seed=0, batch_size=1) for spec in specs]
+    models = [Examined(None, tokenizer, mixture.sources, 0) for tokenizer, mixture in built]
     bpe, plain = texts(models, 3, 100)
     sizes = token_bytes(models[0].tokenizer)
     assert len(bpe["text"]) == 2
@@ -176,7 +177,7 @@ def test_weights_of_sources_need_not_fit_a_batch_and_every_source_of_text_is_mea
     subject = SimpleNamespace(folder=folder, model=load_model(folder))
     weights = {"mqar": 0.9, "passkey": 0.1}
     data = {**data, "sources": {name: {**o, "weight": weights[name]} for name, o in data.sources.items()}}
-    assert [*examine(subject, data, 0).mixture.sources] == ["mqar", "passkey"]
+    assert [*examine(subject, data, 0).sources] == ["mqar", "passkey"]
     two = [f"++data.sources.{name}={{kind: text, weight: 1, paths: {runs}/corpus}}" for name in ("text", "more")]
     results, _ = evaluated(runs, "data=text", *two, run="bytes")
     assert [*results["models"]["bytes"]["text"]] == ["text", "more"]

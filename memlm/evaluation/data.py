@@ -3,7 +3,7 @@
 T tokens of a document.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count, islice
 from typing import Any
@@ -18,7 +18,6 @@ from memlm.data import (
     Facts,
     Library,
     Linked,
-    Mixture,
     QuestionSource,
     RecallSource,
     Source,
@@ -26,6 +25,7 @@ from memlm.data import (
     build_data,
     check_manifest,
     fingerprint,
+    load_tokenizer,
     token_bytes,
 )
 from memlm.evaluation.subject import Subject, differences, flat
@@ -36,26 +36,33 @@ from memlm.settings import check_type
 
 @dataclass
 class Examined:
-    """A subject, and the data in its tokens."""
+    """A subject, and the data in its tokens.
+
+    sources: by name; none if no measure needs any
+    seed: of all draws
+    """
 
     subject: Subject
     tokenizer: PreTrainedTokenizerFast
-    mixture: Mixture
+    sources: Mapping[str, Source]
+    seed: int
 
 
-def data_config(given: DictConfig, subject: Subject) -> dict[str, Any]:
-    """The evaluation data: named sources, or those of the run. Tokenizer and row length are the checkpoint's unless
-    set.
+def data_config(given: DictConfig, subject: Subject, needed: bool = True) -> dict[str, Any]:
+    """The evaluation data: named sources, or those of the run; none if they are not needed and not named. Tokenizer
+    and row length are the checkpoint's unless set.
     """
     named = OmegaConf.to_container(given, resolve=True)
     trained = subject.record.config.get("data")
     trained = trained if isinstance(trained, dict) else {}
     data = named if "sources" in named else {**trained, **{k: v for k, v in named.items() if v is not None}}
+    data["tokenizer"] = subject.place_of_tokenizer if named["tokenizer"] is None else named["tokenizer"]
+    if "sources" not in data and not needed:
+        return {"sources": {}, "seq_len": None, **data}
     if "sources" not in data:
         raise ValueError(
             f"{subject.folder}: no readable config.yaml names its data; add data=... and data.seq_len=..."
         )
-    data["tokenizer"] = subject.place_of_tokenizer if named["tokenizer"] is None else named["tokenizer"]
     data["seq_len"] = trained.get("seq_len") if named["seq_len"] is None else named["seq_len"]
     if data["seq_len"] is None:
         raise ValueError(f"{subject.folder}: no readable config.yaml has its data.seq_len; add data.seq_len=...")
@@ -66,6 +73,10 @@ def data_config(given: DictConfig, subject: Subject) -> dict[str, Any]:
 def examine(subject: Subject, data: dict[str, Any], seed: int) -> Examined:
     """The data in a subject's tokens. Raises ValueError if the model cannot read it."""
     sources, rows = data["sources"], 1
+    if not sources:
+        tokenizer = load_tokenizer(data["tokenizer"])
+        check_vocabulary(subject.model, tokenizer, str(subject.folder))
+        return Examined(subject, tokenizer, {}, seed)
     if isinstance(sources, dict):
         # Sources are measured one by one, so their weights have no effect.
         sources = {name: {**o, "weight": 1} if isinstance(o, dict) else o for name, o in sources.items()}
@@ -76,7 +87,7 @@ def examine(subject: Subject, data: dict[str, Any], seed: int) -> Examined:
         told = " (data.seq_len, as trained unless it is set)" if "length=" in str(error) else ""
         raise ValueError(f"{error}{told}") from None
     check_vocabulary(subject.model, tokenizer, str(subject.folder))
-    return Examined(subject, tokenizer, mixture)
+    return Examined(subject, tokenizer, mixture.sources, seed)
 
 
 def untrained(data: dict[str, Any], subject: Subject) -> dict[str, list[Any]]:
@@ -92,9 +103,10 @@ def untrained(data: dict[str, Any], subject: Subject) -> dict[str, list[Any]]:
 def changed_files(one: Examined) -> list[str]:
     """A line for each source whose files differ from those of the training."""
     changed = []
-    for name, manifest in one.mixture.manifests.items():
+    for name, source in one.sources.items():
+        manifest = getattr(source, "manifest", None)
         try:
-            if name in one.subject.record.manifests:
+            if manifest is not None and name in one.subject.record.manifests:
                 check_manifest(name, one.subject.record.manifests[name], manifest)
         except ValueError as error:
             changed.append(str(error))
@@ -106,11 +118,11 @@ def texts(examined: Sequence[Examined], documents: int, length: int) -> list[dic
 
     Models with different tokenizers read the same bytes: those within the first ``length`` tokens of every model.
     """
-    names = [name for name, source in examined[0].mixture.sources.items() if isinstance(source, TextSource)]
+    names = [name for name, source in examined[0].sources.items() if isinstance(source, TextSource)]
     sizes = {fingerprint(one.tokenizer): token_bytes(one.tokenizer) for one in examined} if names else {}
     found: list[dict[str, list[np.ndarray]]] = [{name: [] for name in names} for _ in examined]
     for name in names:
-        corpora = [one.mixture.sources[name].corpus.documents("test") for one in examined]
+        corpora = [one.sources[name].corpus.documents("test") for one in examined]
         for versions in islice(zip(*corpora, strict=True), documents):
             tokens = [document[:length] for _, document in versions]
             if len(sizes) > 1:

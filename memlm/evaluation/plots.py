@@ -6,6 +6,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import itertools
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -140,4 +141,33 @@ def by_position(lines: dict[str, Sequence[float]], edges: Sequence[int], label: 
     axis.tick_params(axis="x", labelsize=8)
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8, title=legend, title_fontsize=8)
+    return figure
+
+
+def asked(task: Any, results: dict[str, list[dict]]) -> Figure:
+    """The share right of a task with its intervals, one line for each model and row of the table, and the floors."""
+    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    columns = list(dict.fromkeys(cell["across"] for cells in results.values() for cell in cells))
+    lines = {
+        ", ".join(str(x) for x in (name, down) if x is not None): [cell for cell in cells if cell["down"] == down]
+        for name, cells in results.items()
+        for down in dict.fromkeys(cell["down"] for cell in cells)
+    }
+    for i, (name, cells) in enumerate(lines.items()):
+        # Side by side, so that intervals of equal values are seen.
+        at = [columns.index(cell["across"]) + 0.06 * (i - (len(lines) - 1) / 2) for cell in cells]
+        below = [cell["correct"] - cell["low"] for cell in cells]
+        above = [cell["high"] - cell["correct"] for cell in cells]
+        share = [cell["correct"] for cell in cells]
+        colour = _COLOURS[i % len(_COLOURS)]
+        axis.errorbar(at, share, [below, above], fmt="o-", color=colour, label=name, capsize=2, linewidth=1.3)
+    for (name, value), style in zip(task.floors().items(), (":", "--", "-."), strict=False):
+        axis.axhline(value, color="black", linestyle=style, linewidth=1, label=f"{name} {value:.3f}")
+    axis.set_xticks(range(len(columns)), [str(c) for c in columns])
+    axis.set_ylim(-0.03, 1.03)
+    axis.set_xlabel(task.across)
+    axis.set_ylabel("share right")
+    axis.set_title(task.title, fontsize=10)
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8)
     return figure

@@ -64,9 +64,9 @@ def _run(cfg: DictConfig) -> None:
         subject = replace(subject, name=f"{subject.name} (memory off)", memory_off=True)
         with memory_off(subject.model):
             pass
-    data = data_config(cfg.data, subject)
+    data = data_config(cfg.data, subject, needed=not any(measure.applies({}) for measure in chosen))
     examined = [examine(subject, data, cfg.seed)]
-    sources = examined[0].mixture.sources
+    sources = examined[0].sources
     _check_measurable(chosen, sources)
     if cfg.control and Path(cfg.control) != subject.run_dir:
         examined += _control(cfg, data, examined[0], device, console)
@@ -175,7 +175,7 @@ def _check_measurable(chosen: Sequence[Measure], sources: Mapping[str, Source]) 
     """Raise ValueError if no measure applies to the data, or one does not fit it."""
     for measure in chosen:
         measure.check(sources)
-    if not any(measure.measures(source) for measure in chosen for source in sources.values()):
+    if not any(measure.applies(sources) for measure in chosen):
         held = any(has_documents(source) for source in sources.values())
         fix = "use eval=bank, which asks banks of its documents" if held else "use eval=demo"
         raise ValueError(f"eval measures nothing of data.sources.{next(iter(sources))}; {fix}")
@@ -204,7 +204,7 @@ def _notes(examined: list[Examined], chosen: Sequence[Measure], data: dict[str, 
     for subject, theirs in zip(subjects[1:], others, strict=True):
         if pair := differences([first, theirs]):
             notes.append(f"{subject.name} differs: {_told(pair, subjects[0].name, subject.name)}")
-    return notes + [note for measure in chosen for note in measure.notes(examined[0].mixture.sources)]
+    return notes + [note for measure in chosen for note in measure.notes(examined[0].sources)]
 
 
 def _told(pairs: Mapping[str, list[Any]], here: str, there: str) -> str:
@@ -221,7 +221,7 @@ def _measurable(
     Raises ValueError if no measure is left.
     """
     first = examined[0]
-    used = [measure for measure in chosen if any(map(measure.measures, first.mixture.sources.values()))]
+    used = [measure for measure in chosen if measure.applies(first.sources)]
     unfit = {measure.name: reason for measure in used if (reason := _unfit(measure, first)) is not None}
     fit = [measure for measure in used if measure.name not in unfit]
     require(bool(fit), f"{first.subject.folder} {next(iter(unfit.values()), '')}")
@@ -236,7 +236,7 @@ def _measurable(
 
 def _unfit(measure: Measure, one: Examined) -> str | None:
     """The reason why a measure does not fit a model; it follows the model's name."""
-    model, needed = one.subject.model, measure.tokens(one.mixture.sources)
+    model, needed = one.subject.model, measure.tokens(one.sources)
     try:
         measure.check_model(model)
     except ValueError as error:

@@ -4,6 +4,7 @@ A module holds a class that derives from ``Measure``. Its fields are its setting
 
 Files:
 
+    asked               tasks of events: texts that are read, and questions about them
     bank                questions to a bank, over the number of its documents
     interleaved         questions answered by reading on in a bank
     needles             passkeys over length and depth
@@ -47,6 +48,10 @@ class Measure:
     def measures(self, source: Source) -> bool:
         """Whether it measures a source, with these settings."""
         raise NotImplementedError
+
+    def applies(self, sources: Mapping[str, Source]) -> bool:
+        """Whether there is anything to measure, with these settings."""
+        return any(map(self.measures, sources.values()))
 
     def check(self, sources: Mapping[str, Source]) -> None:
         """Raise ValueError if the settings do not fit the data."""

@@ -144,7 +144,7 @@ class Bank(Measure):
     def run(self, one: Examined, examined: Sequence[Examined]) -> list[dict]:
         held = [
             (name, documents)
-            for name, source in one.mixture.sources.items()
+            for name, source in one.sources.items()
             for size in self.bank_documents
             if (documents := library(source, size, self.bank_questions)) is not None
         ]

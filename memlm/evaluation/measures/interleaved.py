@@ -100,7 +100,7 @@ class ReadingOn(Measure):
     def run(self, one: Examined, examined: Sequence[Examined]) -> list[dict]:
         ways = [
             (name, way)
-            for name, source in one.mixture.sources.items()
+            for name, source in one.sources.items()
             for size in self.bank_documents
             if (way := read_on(source, size, self.bank_questions)) is not None
         ]

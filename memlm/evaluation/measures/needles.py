@@ -73,7 +73,7 @@ class Needles(Measure):
 
     def run(self, one: Examined, examined: Sequence[Examined]) -> dict[str, Any]:
         found = {}
-        for name, source in one.mixture.sources.items():
+        for name, source in one.sources.items():
             if isinstance(source, RecallSource) and isinstance(task := source.task, Passkey):
                 lengths = [task.length * f for f in self.factors]
                 cells = needles(one.subject.model, task, source.seed, lengths, self.depths, self.needle_rows)

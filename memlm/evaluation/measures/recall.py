@@ -85,7 +85,7 @@ class Recall(Measure):
         return max(self.factors, default=0) * max(lengths, default=0)
 
     def run(self, one: Examined, examined: Sequence[Examined]) -> list[dict]:
-        sources = [(name, s) for name, s in one.mixture.sources.items() if isinstance(s, RecallSource)]
+        sources = [(name, s) for name, s in one.sources.items() if isinstance(s, RecallSource)]
         return [
             found
             for name, s in sources

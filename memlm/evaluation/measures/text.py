@@ -150,7 +150,7 @@ class Text(Measure):
                 )
                 for how in ("carried", "reset")
             }
-            for name, source in one.mixture.sources.items()
+            for name, source in one.sources.items()
             if isinstance(source, TextSource)
         }
 

@@ -1,0 +1,186 @@
+"""Tasks as events: a model reads text and is asked about it. One runner serves all tasks and all models.
+
+B streams, C candidate answers, A tokens of the longest, V vocabulary.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memlm.reader import Reader
+from memlm.settings import require
+
+# Tokens of a forward: enough to keep the processor busy, few enough for small memories.
+TOKENS_AT_ONCE = 16384
+# Streams that wait for others of their shape.
+_WAITING = 256
+
+
+@dataclass(frozen=True)
+class Read:
+    """ids [T]: tokens that the model reads and keeps in its memory."""
+
+    ids: np.ndarray
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A question about all that was read; the memory stays as it was.
+
+    ids [Q]: the question, at least one token
+    answers: a right answer [A], then the wrong candidates, if there are any; without ``judge``, a lone answer is right
+        if greedy decoding gives it, and one of several if it is the likeliest
+    tag: words for the record, such as length and depth
+    judge: the score in 0..1 of ``tokens`` tokens that the model generates greedily, up to its end of text; the score
+        of ``answers[0]`` is 1
+    """
+
+    ids: np.ndarray
+    answers: Sequence[np.ndarray]
+    tag: Mapping[str, Any] = field(default_factory=dict)
+    judge: Callable[[np.ndarray], float] | None = None
+    tokens: int = 0
+
+
+Event = Read | Ask
+# The events of one text, in their order.
+Stream = Sequence[Event]
+Record = dict[str, Any]
+
+
+def run(
+    make_reader: Callable[[], Reader],
+    streams: Iterable[Stream],
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> Iterator[Record]:
+    """Read the streams and ask their questions. Streams of the same shape share forwards, so no token is padded.
+
+    advance: called with the number of tokens after each event
+
+    A record holds the question's tag, and
+        stream      the stream's number
+        read        tokens that were read before the question
+        correct     the score in 0..1: of the answer's tokens if it is alone, of the choice, or of the judge
+        exact       whether all of it is right
+        nats        of the right answer; None for a judge
+        rank        of the right answer among the candidates, 0 is the likeliest; None for a judge
+        seconds     of the question, a mean over streams that were asked together
+        bytes       of the stream's memory
+
+    Raises ValueError if the model's logits are not finite.
+    """
+    waiting: dict[tuple, list[tuple[int, Stream]]] = {}
+    held = 0
+    for number, stream in enumerate(streams):
+        shape = tuple(_shape(event) for event in stream)
+        group = waiting.setdefault(shape, [])
+        group.append((number, stream))
+        held += 1
+        if len(group) * _longest(stream) >= TOKENS_AT_ONCE:
+            held -= len(group)
+            yield from _together(make_reader(), waiting.pop(shape), advance)
+        elif held > _WAITING:
+            fullest = max(waiting, key=lambda shape: len(waiting[shape]))
+            held -= len(waiting[fullest])
+            yield from _together(make_reader(), waiting.pop(fullest), advance)
+    for group in waiting.values():
+        yield from _together(make_reader(), group, advance)
+
+
+def _shape(event: Event) -> tuple:
+    if isinstance(event, Read):
+        return ("read", len(event.ids))
+    require(len(event.ids) > 0, "a question needs at least one token")
+    return ("ask", len(event.ids), event.tokens, *map(len, event.answers))
+
+
+def _longest(stream: Stream) -> int:
+    """Tokens of a stream's longest event; a question counts with all of its answers."""
+    return max(
+        len(e.ids) if isinstance(e, Read) else sum(len(e.ids) + len(a) for a in e.answers) + len(e.ids) + e.tokens
+        for e in stream
+    )
+
+
+def _together(reader: Reader, group: list[tuple[int, Stream]], advance: Callable[[int], None]) -> Iterator[Record]:
+    device = reader.model.device
+    for events in zip(*(stream for _, stream in group), strict=True):
+        ids_BT = _stacked([event.ids for event in events], device)
+        if isinstance(events[0], Read):
+            if ids_BT.numel():
+                reader(ids_BT)
+            advance(ids_BT.numel())
+            continue
+        started = time.perf_counter()
+        found = _generated(reader, ids_BT, events) if events[0].judge else _scored(reader, ids_BT, events)
+        seconds = (time.perf_counter() - started) / len(events)
+        advance(ids_BT.numel())
+        about = {"read": reader.tokens, "seconds": seconds, "bytes": reader.nbytes() // len(events)}
+        for (number, _), event, result in zip(group, events, found, strict=True):
+            yield {**event.tag, "stream": number, **result, **about}
+
+
+def _stacked(rows: Sequence[np.ndarray], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.stack(rows).astype(np.int64)).to(device)
+
+
+def _scored(reader: Reader, ids_BT: Tensor, events: Sequence[Ask]) -> list[Record]:
+    """Nats and choices of the candidate answers."""
+    candidates, sizes = len(events[0].answers), [len(a) for a in events[0].answers]
+    longest = max(sizes)
+    padded = [np.pad(a, (0, longest - len(a))) for event in events for a in event.answers]
+    answers_NA = _stacked(padded, ids_BT.device)
+    real_CA = torch.arange(longest) < torch.tensor(sizes)[:, None]
+    rows = torch.arange(len(events), device=ids_BT.device).repeat_interleave(candidates)
+    nats, right = [], []
+    # What follows an answer's end, padding, does not change its logits.
+    inputs_NT = torch.cat([ids_BT[rows], answers_NA[:, :-1]], 1)
+    for part in torch.arange(len(rows), device=rows.device).split(max(1, TOKENS_AT_ONCE // inputs_NT.shape[1])):
+        logits_NAV = reader.fork(rows[part])(inputs_NT[part], keep=longest).float()
+        if not torch.isfinite(logits_NAV).all():
+            raise ValueError(f"the model's logits are not finite after {reader.tokens:,} tokens")
+        logp_NA = logits_NAV.log_softmax(-1).gather(2, answers_NA[part, :, None])[..., 0]
+        nats.append(-logp_NA.double().cpu())
+        right.append((logits_NAV.argmax(-1) == answers_NA[part]).cpu())
+    nats_BC = (torch.cat(nats).view(-1, candidates, longest) * real_CA).sum(-1)
+    right_BA = torch.cat(right).view(-1, candidates, longest)[:, 0, : sizes[0]]
+    # Equally likely answers share the places: a model that tells nothing apart is right by chance.
+    before_B = (nats_BC[:, 1:] < nats_BC[:, :1]).sum(1)
+    ties_B = (nats_BC[:, 1:] == nats_BC[:, :1]).sum(1)
+    found = []
+    for i in range(len(events)):
+        if candidates == 1:
+            result = {"correct": float(right_BA[i].double().mean()), "exact": bool(right_BA[i].all())}
+        else:
+            share = 0.0 if before_B[i] else 1 / (1 + int(ties_B[i]))
+            result = {"correct": share, "exact": share == 1.0}
+        found.append({**result, "nats": float(nats_BC[i, 0]), "rank": int(before_B[i])})
+    return found
+
+
+def _generated(reader: Reader, ids_BT: Tensor, events: Sequence[Ask]) -> list[Record]:
+    """Scores of generated text by the questions' judges."""
+    fork, ids = reader.fork(), ids_BT
+    ends = reader.model.generation_config.eos_token_id
+    ends_E = torch.tensor([ends] if isinstance(ends, int) else ends or [], device=ids_BT.device)
+    made, ended_B = [], torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
+    for _ in range(events[0].tokens):
+        logits_BV = fork(ids)[:, -1].float()
+        if not torch.isfinite(logits_BV).all():
+            raise ValueError(f"the model's logits are not finite after {fork.tokens:,} tokens")
+        ids = logits_BV.argmax(-1, keepdim=True)
+        ended_B |= torch.isin(ids[:, 0], ends_E)
+        made.append(torch.where(ended_B, -1, ids[:, 0]))
+        if bool(ended_B.all()):
+            break
+    made_BA = torch.stack(made, 1).cpu().numpy()
+    found = []
+    for event, row in zip(events, made_BA, strict=True):
+        score = event.judge(row[row >= 0]) if event.judge else 0.0
+        found.append({"correct": score, "exact": score == 1.0, "nats": None, "rank": None})
+    return found

@@ -1,0 +1,93 @@
+"""Tasks: what a memory is asked. A new one is a module here, and its name under ``eval.ask``.
+
+A task is a frozen dataclass that derives from ``Task``; its fields are its settings. It yields streams of events
+(``memlm.evaluation.events``), and the runner does the rest.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from memlm.data.tokenizer import encoder
+from memlm.evaluation.events import Stream
+from memlm.settings import build_config, require, suggest
+
+
+class Setting:
+    """The surroundings of a task: the model's tokenizer, and a seed for all draws.
+
+    encode: text -> token ids [T]; no special token is added
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+        self.tokenizer, self.seed = tokenizer, seed
+        encode = encoder(tokenizer)
+        self.encode: Callable[[str], np.ndarray] = lambda text: encode(text).astype(np.int64)
+
+    def decode(self, ids: np.ndarray) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def rng(self, *words: int | str) -> np.random.Generator:
+        """Draws that depend on the seed and on the given words alone."""
+        return np.random.default_rng([self.seed, *(w if isinstance(w, int) else _number(w) for w in words)])
+
+
+def _number(word: str) -> int:
+    return int.from_bytes(word.encode(), "little")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A task. Derive a frozen dataclass; ``eval.lengths`` and ``eval.rows`` are the values of the fields of these
+    names unless the task's own settings give others.
+
+    name: the key in ``eval.ask``; title: a heading
+    across, down: the words of a record's tag that make the columns and the rows of its table
+    note: one or two sentences for readers: what is asked, and what the score is
+    lengths: tokens of the texts
+    rows: texts of each length
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    note: ClassVar[str]
+    across: ClassVar[str] = "length"
+    down: ClassVar[str | None] = None
+    lengths: list
+    rows: int
+
+    def check(self, setting: Setting) -> None:
+        """Raise ValueError, with the key, if the tokenizer or the lengths do not serve."""
+
+    def streams(self, setting: Setting) -> Iterator[Stream]:
+        """The texts and questions."""
+        raise NotImplementedError
+
+    def floors(self) -> dict[str, float]:
+        """Scores of those who do not remember: ``chance``, and guessers that know a part."""
+        return {}
+
+
+def tasks(chosen: Mapping[str, Mapping[str, Any]], lengths: list, rows: int) -> list[Task]:
+    """Tasks by name, with their settings. Raises ValueError with the key, the value and a fix."""
+    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    kinds = {
+        kind.name: kind
+        for module in modules
+        for kind in vars(module).values()
+        if isinstance(kind, type) and issubclass(kind, Task) and "name" in vars(kind)
+    }
+    found = []
+    for name, settings in chosen.items():
+        require(name in kinds, f"eval.ask: {name!r} is unknown; {suggest(str(name), sorted(kinds))}")
+        require(
+            settings is None or isinstance(settings, Mapping), f"eval.ask.{name}={settings!r} must be its settings"
+        )
+        given = {"lengths": lengths, "rows": rows, **(settings or {})}
+        found.append(build_config(kinds[name], given, f"eval.ask.{name}"))
+    return found

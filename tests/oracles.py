@@ -1,0 +1,80 @@
+"""Readers that stand for models: one knows every answer, one guesses, one only knows what was never asked."""
+
+import numpy as np
+import torch
+from transformers import GenerationConfig
+
+from memlm.evaluation.events import Ask, Read, run
+
+
+class _Stub:
+    device = torch.device("cpu")
+    generation_config = GenerationConfig(eos_token_id=None)
+
+
+class Oracle:
+    """Predicts, after a text and a question, the right answer; ``noise`` takes the text's place in a guesser.
+
+    answers: {tokens so far: the next token}
+    """
+
+    model, tokens = _Stub(), 0
+
+    def __init__(self, answers, vocabulary):
+        self.answers, self.vocabulary, self.read = answers, vocabulary, []
+
+    def __call__(self, ids_BT, keep=1):
+        self.read = self.read or [b""] * len(ids_BT)
+        logits = torch.zeros(*ids_BT.shape, self.vocabulary)
+        for b, row in enumerate(ids_BT.numpy()):
+            for t, token in enumerate(row):
+                self.read[b] += np.int64(token).tobytes()
+                logits[b, t] = self.after(self.read[b])
+        self.tokens += ids_BT.shape[1]
+        return logits[:, -keep:]
+
+    def after(self, read):
+        logits = torch.zeros(self.vocabulary)
+        if read in self.answers:
+            logits[self.answers[read]] = 30.0
+        return logits
+
+    def fork(self, rows=None):
+        other = type(self)(self.answers, self.vocabulary)
+        other.read = [self.read[i] for i in rows.tolist()] if self.read and rows is not None else list(self.read)
+        other.tokens = self.tokens
+        return other
+
+    def nbytes(self):
+        return sum(map(len, self.read))
+
+
+class Guesser(Oracle):
+    """Draws its logits anew at every token, and knows nothing."""
+
+    def after(self, read):
+        return torch.randn(self.vocabulary)
+
+
+def known(streams):
+    """The answers of streams, as an ``Oracle`` takes them."""
+    answers = {}
+    for stream in streams:
+        read = b""
+        for event in stream:
+            if isinstance(event, Read):
+                read += event.ids.astype(np.int64).tobytes()
+            if isinstance(event, Ask):
+                so_far = read + event.ids.astype(np.int64).tobytes()
+                for token in event.answers[0]:
+                    answers[so_far] = int(token)
+                    so_far += np.int64(token).tobytes()
+    return answers
+
+
+def scores(kind, streams, vocabulary):
+    """The records of a reader that stands for a model."""
+    streams = list(streams)
+    answers = known(streams)
+    torch.manual_seed(0)
+    return list(run(lambda: kind(answers, vocabulary), streams))

@@ -1,0 +1,169 @@
+"""The runner of tasks: what it reads, asks and scores equals plain forwards over the whole text."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import memlm
+from memlm.evaluation.events import Ask, Read, run
+from memlm.evaluation.statistics import bootstrap, wilson
+from memlm.reader import Reader
+from tests.oracles import Guesser, Oracle, scores
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
+def llama():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+
+
+def attached():
+    model = memlm.attach(llama(), {"kind": "gated_delta_net", "num_heads": 2, "head_dim": 8})
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.memlm.gate.fill_(0.5)
+    return model.eval()
+
+
+def own():
+    torch.manual_seed(0)
+    memory = {"kind": "gated_delta_net", "num_heads": 2, "head_dim": 8}
+    sizes = {**SIZES, "num_key_value_heads": 2, "head_dim": 16, "bos_token_id": None, "eos_token_id": None}
+    return memlm.MemLMForCausalLM(memlm.MemLMConfig(**sizes, mixers={"memory": memory})).eval()
+
+
+MODELS = pytest.mark.parametrize("model", [llama(), attached(), own()], ids=["llama", "attached", "memlm"])
+
+
+def streams(number=5, candidates=1, seed=0, uneven=2, **words):
+    rng = np.random.default_rng(seed)
+
+    def ids(length):
+        return rng.integers(64, size=length)
+
+    return [
+        [
+            Read(ids(9 + i % 2)),
+            Ask(ids(3), [ids(3 - c % uneven) for c in range(candidates)], {"place": "first"}, **words),
+            Read(ids(4)),
+            Ask(ids(2), [ids(3) for _ in range(candidates)], {"place": "second"}, **words),
+        ]
+        for i in range(number)
+    ]
+
+
+def plainly(model, stream):
+    """The nats of each candidate of each question, by one forward without a memory."""
+    read, found = np.zeros(0, np.int64), []
+    for event in stream:
+        if isinstance(event, Read):
+            read = np.concatenate([read, event.ids])
+            continue
+        nats = []
+        for answer in event.answers:
+            ids = torch.from_numpy(np.concatenate([read, event.ids, answer]))[None]
+            with torch.no_grad():
+                logp = model(ids, use_cache=False).logits[0].log_softmax(-1)
+            at = torch.arange(ids.shape[1] - len(answer) - 1, ids.shape[1] - 1)
+            nats.append(-float(logp[at, ids[0, at + 1]].sum()))
+        found.append(nats)
+    return found
+
+
+@MODELS
+@pytest.mark.parametrize("candidates", [1, 3])
+@pytest.mark.parametrize("segment", [3, 2048])
+def test_scores_equal_those_of_plain_forwards(model, candidates, segment):
+    asked = streams(candidates=candidates)
+    records = sorted(run(lambda: Reader(model, segment), asked), key=lambda r: (r["stream"], r["place"]))
+    expected = [nats for stream in asked for nats in plainly(model, stream)]
+    assert len(records) == len(expected) == 10
+    for record, nats in zip(records, expected, strict=True):
+        assert record["nats"] == pytest.approx(nats[0], rel=1e-4)
+        assert record["rank"] == sum(x < nats[0] for x in nats[1:])
+        assert record["read"] in (9, 10, 13, 14) and record["bytes"] > 0
+
+
+@MODELS
+def test_a_judge_sees_greedy_tokens(model):
+    seen = []
+    asked = streams(3, judge=lambda ids: seen.append(ids) or 1.0, tokens=4)
+    records = list(run(lambda: Reader(model), asked))
+    assert len(records) == len(seen) == 6 and all(r["correct"] == 1.0 and r["nats"] is None for r in records)
+    # The group of even streams is asked first; its first stream is number 0.
+    read = np.concatenate([asked[0][0].ids, asked[0][1].ids])
+    for token in seen[0]:
+        with torch.no_grad():
+            assert model(torch.from_numpy(read)[None], use_cache=False).logits[0, -1].argmax() == token
+        read = np.append(read, token)
+
+
+@MODELS
+def test_a_question_leaves_the_memory_as_it_was(model):
+    asked = streams(2)
+    unasked = [[event for event in stream if isinstance(event, Read)] + stream[-1:] for stream in asked]
+    first = {r["stream"]: r["nats"] for r in run(lambda: Reader(model), asked) if r["place"] == "second"}
+    second = {r["stream"]: r["nats"] for r in run(lambda: Reader(model), unasked)}
+    assert first == pytest.approx(second, rel=1e-6)
+
+
+@pytest.mark.parametrize("words", [{}, {"judge": lambda ids: float(len(ids) == 4), "tokens": 4}])
+def test_an_oracle_is_right_and_a_guesser_is_not(words):
+    for candidates in (1, 4):
+        # Of answers of several lengths, a guesser finds the shortest the likeliest.
+        asked = streams(60, candidates, uneven=1, **words)
+        assert all(r["exact"] for r in scores(Oracle, asked, 64)) or words
+        if not words:
+            share = np.mean([r["correct"] for r in scores(Guesser, asked, 64)])
+            assert share == pytest.approx(1 / 64 if candidates == 1 else 1 / 4, abs=0.09)
+
+
+def test_equal_candidates_are_right_by_chance():
+    class Flat(Oracle):
+        def after(self, read):
+            return torch.zeros(self.vocabulary)
+
+    asked = [[Ask(np.array([1]), [np.array([i]) for i in range(4)])]]
+    assert [r["correct"] for r in scores(Flat, asked, 64)] == [0.25]
+
+
+def test_bad_logits_end_in_a_line():
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight[0] = float("nan")
+    with pytest.raises(ValueError, match="logits are not finite after 9 tokens"):
+        list(run(lambda: Reader(model), streams(1)))
+
+
+def test_a_fork_keeps_the_settings_of_its_reader():
+    reader = Reader(own(), segment=7)
+    reader(torch.arange(5)[None])
+    assert {**vars(reader.fork()), "cache": None} == {**vars(reader), "cache": None}
+
+
+def test_intervals():
+    # Published values of Wilson's interval, and the bootstrap of a normal mean.
+    assert wilson(0.9, 10) == pytest.approx((0.5958, 0.9821), abs=1e-4)
+    assert wilson(0.0, 256)[0] == 0.0 and wilson(0.0, 256)[1] == pytest.approx(0.0148, abs=1e-4)
+    assert wilson(0.5, 0) == (0.0, 1.0)
+    x = np.random.default_rng(1).normal(3.0, 1.0, 400)
+    low, high = bootstrap(x)
+    assert low < x.mean() < high and high - low == pytest.approx(2 * 1.96 * x.std() / 20, rel=0.1)
+    weights = np.random.default_rng(2).integers(1, 9, 400)
+    low, high = bootstrap(x, weights)
+    assert low < np.average(x, weights=weights) < high and bootstrap(x, weights) == (low, high)
+
+
+def test_questions_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Ask(np.array([1]), []).tokens = 3
