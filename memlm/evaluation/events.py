@@ -69,6 +69,7 @@ def run(
         exact       whether all of it is right
         nats        of the right answer; None for a judge
         rank        of the right answer among the candidates, 0 is the likeliest; None for a judge
+        shares      1 for the likeliest candidate, 0 for the others; equal ones share it; None for a judge
         seconds     of the question, a mean over streams that were asked together
         bytes       of the stream's memory
 
@@ -148,18 +149,20 @@ def _scored(reader: Reader, ids_BT: Tensor, events: Sequence[Ask]) -> list[Recor
         nats.append(-logp_NA.double().cpu())
         right.append((logits_NAV.argmax(-1) == answers_NA[part]).cpu())
     nats_BC = (torch.cat(nats).view(-1, candidates, longest) * real_CA).sum(-1)
+    least_BC = nats_BC == nats_BC.amin(1, keepdim=True)
     right_BA = torch.cat(right).view(-1, candidates, longest)[:, 0, : sizes[0]]
     # Equally likely answers share the places: a model that tells nothing apart is right by chance.
+    shares_BC = least_BC.double() / least_BC.sum(1, keepdim=True)
     before_B = (nats_BC[:, 1:] < nats_BC[:, :1]).sum(1)
-    ties_B = (nats_BC[:, 1:] == nats_BC[:, :1]).sum(1)
     found = []
     for i in range(len(events)):
         if candidates == 1:
             result = {"correct": float(right_BA[i].double().mean()), "exact": bool(right_BA[i].all())}
         else:
-            share = 0.0 if before_B[i] else 1 / (1 + int(ties_B[i]))
+            share = float(shares_BC[i, 0])
             result = {"correct": share, "exact": share == 1.0}
-        found.append({**result, "nats": float(nats_BC[i, 0]), "rank": int(before_B[i])})
+        about = {"nats": float(nats_BC[i, 0]), "rank": int(before_B[i]), "shares": shares_BC[i].tolist()}
+        found.append({**result, **about})
     return found
 
 
@@ -182,5 +185,5 @@ def _generated(reader: Reader, ids_BT: Tensor, events: Sequence[Ask]) -> list[Re
     found = []
     for event, row in zip(events, made_BA, strict=True):
         score = event.judge(row[row >= 0]) if event.judge else 0.0
-        found.append({"correct": score, "exact": score == 1.0, "nats": None, "rank": None})
+        found.append({"correct": score, "exact": score == 1.0, "nats": None, "rank": None, "shares": None})
     return found

@@ -17,8 +17,8 @@ def tables(results: dict[str, Any], measures: Sequence[Measure]) -> dict[str, Ta
     header = ["model", "parameters", "tokens are", "step", "tokens seen"]
     found = {"models": (header, [_trained(name, model) for name, model in models.items()])}
     for measure in measures:
-        if first[measure.name] and (table := measure.table(models)) is not None:
-            found[measure.name] = table
+        if first[measure.name]:
+            found |= measure.tables(models)
     return found
 
 

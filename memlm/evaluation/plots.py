@@ -144,8 +144,8 @@ def by_position(lines: dict[str, Sequence[float]], edges: Sequence[int], label: 
     return figure
 
 
-def asked(task: Any, results: dict[str, list[dict]]) -> Figure:
-    """The share right of a task with its intervals, one line for each model and row of the table, and the floors."""
+def asked(task: Any, view: Any, results: dict[str, list[dict]]) -> Figure:
+    """The values of a task's view with intervals, one line for each model and row of the table, and the floors."""
     figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     columns = list(dict.fromkeys(cell["across"] for cells in results.values() for cell in cells))
     lines = {
@@ -156,17 +156,25 @@ def asked(task: Any, results: dict[str, list[dict]]) -> Figure:
     for i, (name, cells) in enumerate(lines.items()):
         # Side by side, so that intervals of equal values are seen.
         at = [columns.index(cell["across"]) + 0.06 * (i - (len(lines) - 1) / 2) for cell in cells]
-        below = [cell["correct"] - cell["low"] for cell in cells]
-        above = [cell["high"] - cell["correct"] for cell in cells]
-        share = [cell["correct"] for cell in cells]
+        value = [cell["value"] for cell in cells]
+        below = [cell["value"] - cell["low"] for cell in cells]
+        above = [cell["high"] - cell["value"] for cell in cells]
         colour = _COLOURS[i % len(_COLOURS)]
-        axis.errorbar(at, share, [below, above], fmt="o-", color=colour, label=name, capsize=2, linewidth=1.3)
-    for (name, value), style in zip(task.floors().items(), (":", "--", "-."), strict=False):
-        axis.axhline(value, color="black", linestyle=style, linewidth=1, label=f"{name} {value:.3f}")
+        axis.errorbar(at, value, [below, above], fmt="o-", color=colour, label=name, capsize=2, linewidth=1.3)
+    for (name, floor), style in zip(view.floors.items(), (":", "--", "-."), strict=False):
+        by_column = floor if isinstance(floor, dict) else dict.fromkeys(columns, floor)
+        held = [i for i, column in enumerate(columns) if column in by_column]
+        label = name if isinstance(floor, dict) else f"{name} {floor:.3f}"
+        # Half a column to each side, so that a lone column has a line too.
+        heights = [by_column[columns[i]] for i in held]
+        axis.hlines(
+            heights, [i - 0.5 for i in held], [i + 0.5 for i in held], "black", style, linewidth=1, label=label
+        )
     axis.set_xticks(range(len(columns)), [str(c) for c in columns])
-    axis.set_ylim(-0.03, 1.03)
-    axis.set_xlabel(task.across)
-    axis.set_ylabel("share right")
+    if view.share:
+        axis.set_ylim(-0.03, 1.03)
+    axis.set_xlabel(view.across)
+    axis.set_ylabel(view.label)
     axis.set_title(task.title, fontsize=10)
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8)

@@ -72,8 +72,16 @@ class Measure:
         raise NotImplementedError
 
     def table(self, models: Models) -> Table | None:
-        """The table for screen and page, or None. ``models[name][self.name]`` is the result of ``run``."""
+        """The table for screen and page, or None. ``models[name][self.name]`` is the result of ``run``.
+
+        A measure with several has ``tables`` instead.
+        """
         raise NotImplementedError
+
+    def tables(self, models: Models) -> dict[str, Table]:
+        """All its tables, by name."""
+        table = self.table(models)
+        return {} if table is None else {self.name: table}
 
     def section(self, report: Report, models: Models, first: Subject) -> None:
         """Add heading, table, pictures and notes to the page; first: the evaluated model, without its control."""

@@ -14,9 +14,9 @@ from memlm.evaluation.data import Examined
 from memlm.evaluation.events import Record, run
 from memlm.evaluation.measures import LONGEST, Measure, Models, Table, check_counts, check_range
 from memlm.evaluation.report import Report
-from memlm.evaluation.statistics import wilson
+from memlm.evaluation.statistics import bootstrap, wilson
 from memlm.evaluation.subject import Subject
-from memlm.evaluation.tasks import Setting, Task, tasks
+from memlm.evaluation.tasks import Setting, Task, View, tasks
 from memlm.hub.causal import new_memory
 from memlm.reader import Reader
 from memlm.settings import require
@@ -62,56 +62,117 @@ class Asked(Measure):
         for task in self.tasks:
             task.check(setting)
         model = one.subject.model
-        return {task.name: cells(task, list(run(lambda: Reader(model), task.streams(setting)))) for task in self.tasks}
-
-    def table(self, models: Models) -> Table:
-        first = next(iter(models.values()))[self.name]
-        across = list(dict.fromkeys(cell["across"] for found in first.values() for cell in found))
-        rows = []
+        found = {}
         for task in self.tasks:
-            for name, measured in models.items():
-                for down, found in groupby(measured[self.name][task.name], key=lambda cell: cell["down"]):
-                    of_column = {cell["across"]: told(cell) for cell in found}
-                    label = ", ".join(str(x) for x in (task.name, name, down) if x is not None)
-                    rows.append([label, *(of_column.get(x, "") for x in across)])
-            for floor, value in task.floors().items():
-                rows.append([f"{task.name}, {floor}", *[f"{value:.3f}"] * len(across)])
-        return [f"share right (95 % interval), by {self.tasks[0].across}", *map(str, across)], rows
+            records = list(task.reduce(run(lambda: Reader(model), task.streams(setting))))
+            found[task.name] = [cell for view in task.views() for cell in cells(view, records)] + totals(task, records)
+        return found
+
+    def tables(self, models: Models) -> dict[str, Table]:
+        found = {}
+        for task in self.tasks:
+            for view in task.views():
+                of_view = _of(models, task, view.name)
+                if any(of_view.values()):
+                    found["-".join(filter(None, (self.name, task.name, view.name)))] = _table(task, view, of_view)
+            if any(figures := _of(models, task, TOTALS).values()):
+                names = list(dict.fromkeys(cell["across"] for cells in figures for cell in cells))
+                rows = [
+                    [f"{task.name}, {name}", *map(told, cells)] for name, cells in _of(models, task, TOTALS).items()
+                ]
+                found[f"{self.name}-{task.name}-{TOTALS}"] = [task.title, *names], rows
+        return found
 
     def section(self, report: Report, models: Models, first: Subject) -> None:
         report.heading("Asked about what was read")
-        report.table(*self.table(models))
+        for table in self.tables(models).values():
+            report.table(*table)
         for task in self.tasks:
-            found = {name: measured[self.name][task.name] for name, measured in models.items()}
-            report.picture(f"asked-{task.name}", plots.asked(task, found), f"{task.title}: share right")
-            cell = next(iter(found.values()))[0]
+            for view in task.views():
+                found = _of(models, task, view.name)
+                name = "-".join(filter(None, (self.name, task.name, view.name)))
+                report.picture(name, plots.asked(task, view, found), f"{task.title}: {view.label}")
+            cell = next(iter(models.values()))[self.name][task.name][0]
             report.note(f"{task.title}: {task.note} {cell['texts']} texts, {cell['questions']} questions a point.")
 
 
-def cells(task: Task, records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Means over the records of each cell of the task's table.
+# The name of the cells that show all records.
+TOTALS = "totals"
+
+
+def cells(view: View, records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Means over the records of each cell of a view, row by row.
 
     The questions of one text are not independent, so the interval counts texts, not questions.
     """
-    found = []
-    groups: dict[tuple, list[Record]] = {}
+    groups: dict[Any, dict[Any, list[Record]]] = {}
     for record in records:
-        groups.setdefault((record.get(task.down or ""), record[task.across]), []).append(record)
-    for (down, across), group in groups.items():
-        texts = len({record["stream"] for record in group})
-        correct, exact, seconds = (sum(r[key] for r in group) / len(group) for key in ("correct", "exact", "seconds"))
-        nats = [r["nats"] for r in group if r["nats"] is not None]
-        low, high = wilson(correct, texts)
-        found.append(
-            {
-                **{"down": down, "across": across, "texts": texts, "questions": len(group)},
-                **{"correct": correct, "low": low, "high": high, "exact": exact},
-                **{"nats": sum(nats) / len(nats) if nats else None, "seconds": seconds},
-                **{"bytes": max(r["bytes"] for r in group), "read": max(r["read"] for r in group)},
-            }
-        )
+        groups.setdefault(record.get(view.down or ""), {}).setdefault(record[view.across], []).append(record)
+    found = []
+    for down, row in groups.items():
+        for value in view.values:
+            words = [str(x) for x in (down, value if len(view.values) > 1 else None) if x is not None]
+            for across, group in row.items():
+                cell = {"view": view.name, "down": ", ".join(words) if words else None, "across": across}
+                found.append({**cell, **_mean(group, value, view.share), **_about(group)})
     return found
 
 
+def totals(task: Task, records: Sequence[Record]) -> list[dict[str, Any]]:
+    """A cell for each figure of all records together."""
+    return [
+        {"view": TOTALS, "down": None, "across": name, "value": value, "low": low, "high": high, **_about(records)}
+        for name, (value, low, high) in task.totals(records).items()
+    ]
+
+
+def _mean(group: Sequence[Record], value: str, share: bool) -> dict[str, float]:
+    mean = sum(record[value] for record in group) / len(group)
+    texts: dict[int, list[float]] = {}
+    for record in group:
+        texts.setdefault(record["stream"], []).append(record[value])
+    sizes = [len(found) for found in texts.values()]
+    low, high = (
+        wilson(mean, len(texts)) if share else bootstrap([sum(x) / len(x) for x in texts.values()], sizes, draws=1000)
+    )
+    return {"value": mean, "low": low, "high": high}
+
+
+def _about(group: Sequence[Record]) -> dict[str, Any]:
+    correct, exact, seconds = (sum(r[key] for r in group) / len(group) for key in ("correct", "exact", "seconds"))
+    nats = [r["nats"] for r in group if r["nats"] is not None]
+    return {
+        **{"texts": len({record["stream"] for record in group}), "questions": len(group)},
+        **{"correct": correct, "exact": exact, "nats": sum(nats) / len(nats) if nats else None, "seconds": seconds},
+        **{"bytes": max(r["bytes"] for r in group), "read": max(r["read"] for r in group)},
+    }
+
+
+def _of(models: Models, task: Task, view: str) -> dict[str, list[dict[str, Any]]]:
+    """The cells of a view, by model."""
+    return {
+        name: [cell for cell in measured[Asked.name][task.name] if cell["view"] == view]
+        for name, measured in models.items()
+    }
+
+
+def _table(task: Task, view: View, models: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
+    across = list(dict.fromkeys(cell["across"] for found in models.values() for cell in found))
+    rows = []
+    for name, measured in models.items():
+        for down, found in groupby(measured, key=lambda cell: cell["down"]):
+            of_column = {cell["across"]: told(cell) for cell in found}
+            label = ", ".join(str(x) for x in (task.name, name, down) if x is not None)
+            rows.append([label, *(of_column.get(x, "") for x in across)])
+    for floor, value in view.floors.items():
+        by_column = value if isinstance(value, Mapping) else dict.fromkeys(across, value)
+        rows.append([f"{task.name}, {floor}", *(f"{by_column[x]:.3f}" if x in by_column else "" for x in across)])
+    return [f"{view.label} (95 % interval), by {view.across}", *map(str, across)], rows
+
+
 def told(cell: Mapping[str, Any]) -> str:
-    return f"{cell['correct']:.3f} ({cell['low']:.3f} to {cell['high']:.3f})"
+    return " ".join((_short(cell["value"]), f"({_short(cell['low'])} to {_short(cell['high'])})"))
+
+
+def _short(x: float) -> str:
+    return f"{x:.3f}" if abs(x) <= 1 else f"{x:.3g}" if abs(x) < 100 else f"{x:,.0f}"

@@ -6,15 +6,15 @@ A task is a frozen dataclass that derives from ``Task``; its fields are its sett
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from memlm.data.tokenizer import encoder
-from memlm.evaluation.events import Stream
+from memlm.evaluation.events import Record, Stream
 from memlm.settings import build_config, require, suggest
 
 
@@ -41,13 +41,33 @@ def _number(word: str) -> int:
     return int.from_bytes(word.encode(), "little")
 
 
+@dataclass(frozen=True)
+class View:
+    """A table and a picture of a task's records.
+
+    across, down: the words of a record that make the columns and the rows
+    values: the words of a record whose means are shown; several make a row each
+    label: of the values; share: whether they lie in 0..1
+    floors: values of those who do not remember, the same in all columns or by column
+    name: distinguishes the views of one task
+    """
+
+    across: str = "length"
+    down: str | None = None
+    values: Sequence[str] = ("correct",)
+    label: str = "share right"
+    share: bool = True
+    floors: Mapping[str, float | Mapping[Any, float]] = field(default_factory=dict)
+    name: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """A task. Derive a frozen dataclass; ``eval.lengths`` and ``eval.rows`` are the values of the fields of these
     names unless the task's own settings give others.
 
     name: the key in ``eval.ask``; title: a heading
-    across, down: the words of a record's tag that make the columns and the rows of its table
+    across, down: the words of a record's tag that make the columns and the rows of its table, if it has one view
     note: one or two sentences for readers: what is asked, and what the score is
     lengths: tokens of the texts
     rows: texts of each length
@@ -68,8 +88,20 @@ class Task:
         """The texts and questions."""
         raise NotImplementedError
 
-    def floors(self) -> dict[str, float]:
+    def floors(self) -> dict[str, float | Mapping[Any, float]]:
         """Scores of those who do not remember: ``chance``, and guessers that know a part."""
+        return {}
+
+    def views(self) -> Sequence[View]:
+        """Tables and pictures of one reading; the first has the headline."""
+        return [View(self.across, self.down, floors=self.floors())]
+
+    def reduce(self, records: Iterable[Record]) -> Iterable[Record]:
+        """The records that the views show, such as one of several questions that belong together."""
+        return records
+
+    def totals(self, records: Sequence[Record]) -> dict[str, tuple[float, float, float]]:
+        """Figures of all records together: name -> value and its 95 % interval."""
         return {}
 
 
