@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from memlm import card, files
 from memlm.attached.call import Attached
 from memlm.attached.layers import NAME, decoder_of, of
 from memlm.fingerprint import digest_of, stored
-from memlm.hub.shards import INDEX
 from memlm.settings import require
 
 WORDS, WEIGHTS = "memlm_memory.json", "memlm_memory.safetensors"
@@ -40,10 +39,11 @@ def save_pretrained(model: PreTrainedModel, save_directory: str | Path, **kwargs
     words, folder = _words(model), Path(save_directory)
     files.make_folder(folder)
     type(model).save_pretrained(model, save_directory, **kwargs)
-    # Of an earlier save in one file and a later one in shards, or the reverse, a loader could take the earlier.
-    written = [path for name in (SAFE_WEIGHTS_NAME, INDEX) if (path := folder / name).exists()]
-    for path in sorted(written, key=lambda path: path.stat().st_mtime_ns)[:-1]:
-        path.unlink()
+    # transformers removes an earlier save's shards, but neither their index nor a whole file, which would be loaded.
+    whole, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    if whole.exists() and index.exists():
+        sharded = any(folder.glob("model-*-of-*.safetensors"))
+        (whole if sharded else index).unlink()
     if getattr(model, "_hf_peft_config_loaded", False):
         # transformers writes the adapter alone.
         save_memory(model, folder)
