@@ -66,7 +66,7 @@ def route_documents_reference(
     spans: tuple[Tensor, Tensor] | None,
     scored: Scored | None,
     return_scores: bool,
-    choose: Callable[[RoutingRule, "Asked"], "Choice"] | None = None,
+    choose: Callable[[RoutingRule, "RoutingInputs"], "Choice"] | None = None,
 ) -> Routes:
     """See ``route_documents``. choose: a function that chooses in place of ``walk``."""
     batch = len(q) if q is not None else len(spans[0]) if spans else len(k)
@@ -75,14 +75,14 @@ def route_documents_reference(
     if scored is None:
         zeros = exact(torch.zeros(batch, k.shape[1], device=k.device, dtype=k.dtype))
         scored = Scored(zeros, torch.zeros_like(zeros, dtype=torch.int64))
-    asked = Asked(q, k, document.expand(batch, -1), asks, spans, scored)
+    asked = RoutingInputs(q, k, document.expand(batch, -1), asks, spans, scored)
     with torch.no_grad():
         document, score, after, token = (choose or walk)(rule, asked)
     scores = _document_scores(rule, asked, after, token) if return_scores else None
     return Routes(document, score, after, scores)
 
 
-def walk(rule: RoutingRule, asked: "Asked") -> "Choice":
+def walk(rule: RoutingRule, asked: "RoutingInputs") -> "Choice":
     walk = _Walk(rule, asked)
     for start in range(0, asked.k.shape[1], rule.tile):
         walk.visit(slice(start, start + rule.tile))
@@ -98,7 +98,7 @@ class Choice(NamedTuple):
     token: Tensor
 
 
-class Asked(NamedTuple):
+class RoutingInputs(NamedTuple):
     """The inputs of ``route_documents``; q as ``_prepared``, k not; before: ``scored``."""
 
     q: Tensor | None
@@ -134,7 +134,7 @@ class _Walk:
     parts: for each tile, the values of chunks that ``finish`` returns
     """
 
-    def __init__(self, rule: RoutingRule, asked: Asked) -> None:
+    def __init__(self, rule: RoutingRule, asked: RoutingInputs) -> None:
         self.rule, self.asked = rule, asked
         batch, device, dtype = len(asked.document), asked.k.device, asked.before.score.dtype
         self.query = None if asked.q is None else query_of(rule, asked.q, asked.k.shape[2])
@@ -238,7 +238,7 @@ def _similarities(rule: RoutingRule, query: Tensor, k: Tensor) -> Tensor:
     return scores.unflatten(2, grouped.shape[2:4]).amax((1, 3))
 
 
-def _document_scores(rule: RoutingRule, asked: Asked, after: Scored, token: Tensor) -> Tensor:
+def _document_scores(rule: RoutingRule, asked: RoutingInputs, after: Scored, token: Tensor) -> Tensor:
     """The scores of documents, [B, N], with a gradient: computed again from the few products that they depend on."""
     q, k, before = asked.q, asked.k, asked.before
     size, chunks = rule.num_documents, k.shape[1]
@@ -282,7 +282,7 @@ class _Sum(torch.autograd.Function):
     """The sum over tokens of each chunk's scores, [B, C], which is known. Backward computes the scores in tiles."""
 
     @staticmethod
-    def forward(ctx: Any, rule: RoutingRule, asked: Asked, query: Tensor, k: Tensor, total: Tensor) -> Tensor:
+    def forward(ctx: Any, rule: RoutingRule, asked: RoutingInputs, query: Tensor, k: Tensor, total: Tensor) -> Tensor:
         ctx.rule, ctx.asked = rule, asked._replace(q=None)
         ctx.save_for_backward(query, k)
         return total.clone()

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 from memlm_kernels.backend import MOST
 from memlm_kernels.launch import arguments_of, at_least_16, cdiv, laid, no_products, precision
 from memlm_kernels.route_documents.kernels import choose_best, choose_running, score_chunks
-from memlm_kernels.route_documents.reference import Asked, Choice, RoutingRule, Scored, query_of, walk
+from memlm_kernels.route_documents.reference import Choice, RoutingInputs, RoutingRule, Scored, query_of, walk
 
 # The largest number of places in the sets of all tokens of a program.
 _PLACES = 4096
@@ -176,7 +176,7 @@ def merge_topk_triton(index: Tensor, score: Tensor, top_k: int) -> tuple[Tensor,
     return name.view(shape).to(index.dtype), value.view(shape).to(score.dtype)
 
 
-def choose_triton(rule: RoutingRule, asked: Asked, dtype: torch.dtype) -> Choice:
+def choose_triton(rule: RoutingRule, asked: RoutingInputs, dtype: torch.dtype) -> Choice:
     """dtype: the type of q; products take the wider of it and k's type."""
     before, query = asked.before, None
     decisions = asked.decisions(rule)
