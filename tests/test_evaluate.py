@@ -34,6 +34,7 @@ from memlm.evaluation.measures.interleaved import interleaved
 from memlm.evaluation.measures.needles import needles
 from memlm.evaluation.measures.recall import recall
 from memlm.evaluation.measures.text import text_by_position
+from memlm.evaluation.statistics import wilson
 from memlm.roles import Roles
 from memlm.training import run as train
 from memlm.training.objective import score
@@ -280,17 +281,30 @@ def test_an_evaluation_leaves_a_table_results_and_a_report_that_stands_alone(tra
     evaluate(evaluated(trained))
     screen = capsys.readouterr().out
     assert "titans_mag, mqar" in screen and "control (none)" in screen and "memory carried" in screen
+    # Floors of one who reads nothing, and of one who has the values without their keys.
+    assert re.search(r"chance, mqar\W+0\.031\W+0\.031", screen)
+    assert re.search(r"set guesser, mqar\W+0\.387\W+0\.387", screen)
+    assert re.search(r"set guesser, passkey\W+0\.544\W+0\.544", screen)
     out = trained / "titans_mag-seed0" / "evaluation"
     results = json.loads((out / "results.json").read_text())
     assert set(results["models"]) == {"titans_mag", "control (none)"}
     assert len(results["models"]["control (none)"]["needles"]["passkey"]) == 4
+    found = results["models"]["titans_mag"]
+    for cell in [*found["recall"], *found["needles"]["passkey"]]:
+        assert (cell["low"], cell["high"]) == wilson(cell["accuracy"], cell["rows"])
+        assert cell["chance"] < cell["set_guesser"] < 1
     assert {"commit", "torch", "device"} <= set(results["environment"])
     manifest = json.loads((trained / "none-seed0" / "manifest-text.json").read_text())
     assert len(manifest["files"]) == 40 and len(results["corpora"]["text"]) == 32
     page = (out / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert page.count("data:image/png;base64,") == 7
-    for text in ("2 texts never trained on; chance is 0.031", "8 test rows a point", "Same tokens scored"):
+    for text in (
+        "2 texts never trained on; chance is 0.031",
+        "order give 0.544",
+        "8 test rows a point",
+        "Same tokens scored",
+    ):
         assert text in page
     pictures = {"needles", "recall", "text", "surprise", "loss", "validation", "gates"}
     assert {p.stem for p in (out / "plots").iterdir()} == pictures

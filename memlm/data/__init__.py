@@ -6,6 +6,7 @@ Files:
     mixture             batches of several sources, functions of the step
     row                 the row that every source returns
     recall              recall tasks: MQAR, passkey, copies
+    guesser             the floor of recall tasks: what the answers' set gives without binding
     text                text corpora: token files and their rows
     documents           documents of txt, md, py, jsonl and parquet files, read and split
     find                the files that ``paths`` name

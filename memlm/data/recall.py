@@ -1,15 +1,19 @@
 """Synthetic recall: multi-query associative recall (Zoology, arXiv:2312.04927), passkey retrieval, and copies.
 
-The answer lies further back than a sliding window reaches, so only a memory can score above chance, 1 / num_values.
+The answer lies further back than a sliding window reaches, so only a memory can score above chance, 1 / num_values. A
+memory of the values alone, without their keys or order, also scores above chance: the set guesser of
+``memlm.data.guesser``. Only a score above both shows that values are found by their keys.
+
 Symbols are bytes; their value is their token id in the byte tokenizer. The first 32 keys and values are printable
 ASCII.
 """
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 
+from . import guesser
 from .row import IGNORE_INDEX, Row, split_id
 
 
@@ -35,12 +39,30 @@ class RecallTask:
     """The common part of all tasks. Each is a frozen dataclass of sizes in tokens.
 
     These include `length` and `gap`, and the numbers of symbols to choose from, `num_keys` and `num_values`.
+
+    shown: whether answers stand in the text, where the next question can see them
     """
+
+    shown: ClassVar[bool] = True
 
     @property
     def chance(self) -> float:
-        """The accuracy of guessing."""
+        """The accuracy of guessing without having read anything."""
         return 1 / self.num_values
+
+    @property
+    def set_guesser(self) -> float:
+        """The accuracy of the set guesser (``memlm.data.guesser``), which has the row's answers without their keys.
+
+        Here by simulation; tasks with a formula compute it exactly.
+        """
+
+        def answers(rng: np.random.Generator) -> tuple[list, list]:
+            labels = self.sample(int(rng.integers(2**31)), "test", 0, 1.0).labels
+            bag = [(int(token),) for token in labels[labels != IGNORE_INDEX]]
+            return bag, bag
+
+        return guesser.mean(answers, self.shown)
 
     def scaled(self, factor: float) -> Self:
         """The same task at `factor` times the length and the gap."""
@@ -54,9 +76,11 @@ class RecallTask:
         rng = np.random.default_rng([seed, split_id(split), index])
         noisy = rng.random(self.length) < noise
         input_ids = np.where(noisy, NOISE[rng.integers(len(NOISE), size=self.length)], FILLER)
+        filler, labels = input_ids.copy(), np.full_like(input_ids, IGNORE_INDEX)
         scored = self.write(rng, input_ids)
-        labels = np.full_like(input_ids, IGNORE_INDEX)
         labels[scored] = input_ids[scored]
+        if not self.shown:
+            input_ids[scored] = filler[scored]
         return Row(input_ids, labels, np.arange(self.length))
 
     def write(self, rng: np.random.Generator, input_ids: np.ndarray) -> np.ndarray:
@@ -80,7 +104,8 @@ class MQAR(RecallTask):
     """`num_pairs` key-value pairs, `gap` filler tokens, then each key once more; its value must be predicted.
 
     The queries (key, value) are at random even offsets after the gap, in random order; the rest is filler. Keys are
-    distinct. Values are independent, so other answers give no hint.
+    distinct. Values are independent, so other answers give no hint to a reader that has not read the pairs. One that
+    has can rule answers out (``set_guesser``).
     Raises ValueError if the sizes do not fit.
     """
 
@@ -99,6 +124,10 @@ class MQAR(RecallTask):
     def min_distance(self) -> int:
         """The least distance in tokens from the query key, which predicts a value, back to that value."""
         return self.gap + 1
+
+    @property
+    def set_guesser(self) -> float:
+        return guesser.shown(self.num_pairs, self.num_values)
 
     def write(self, rng: np.random.Generator, input_ids: np.ndarray) -> np.ndarray:
         keys = rng.permutation(KEYS[: self.num_keys])[: self.num_pairs]
@@ -139,6 +168,10 @@ class Passkey(RecallTask):
         """The least distance in tokens from the token that predicts a digit back to that digit."""
         return self.gap
 
+    @property
+    def set_guesser(self) -> float:
+        return guesser.shown(self.digits, self.num_values)
+
     def write(self, rng: np.random.Generator, input_ids: np.ndarray) -> np.ndarray:
         message = np.concatenate(
             [rng.choice(KEYS[: self.num_keys], 1), VALUES[rng.integers(self.num_values, size=self.digits)]]
@@ -178,6 +211,10 @@ class Copy(RecallTask):
     @property
     def chance(self) -> float:
         return 1 / (self.num_keys + self.num_values)
+
+    @property
+    def set_guesser(self) -> float:
+        return guesser.shown_once(self.num_symbols - 1)
 
     def write(self, rng: np.random.Generator, input_ids: np.ndarray) -> np.ndarray:
         alphabet = np.concatenate([KEYS[: self.num_keys], VALUES[: self.num_values]])

@@ -14,6 +14,7 @@ import numpy as np
 
 from memlm.roles import QUERY, RESPONSE, TEMPLATE
 
+from . import guesser
 from .recall import ASK, FILLER, KEYS, MARK, NOISE, VALUES, RecallTask
 from .row import IGNORE_INDEX, SPLITS, split_id
 from .templates import Writer
@@ -246,6 +247,17 @@ class Facts(KeyedTask):
         least = 2 + self.key_length + self.digits + self.num_documents * (self.key_length + self.digits)
         if self.length < least:
             raise ValueError(f"length={self.length} is too short for {self}; make it at least {least}")
+
+    @property
+    def set_guesser(self) -> float:
+        """The set guesser has the digits of all documents; one fact's are asked for."""
+
+        def facts(rng: np.random.Generator) -> tuple[list, list]:
+            digits = rng.integers(self.num_values, size=(self._count(rng), self.digits))
+            bag = [tuple(fact) for fact in digits.tolist()]
+            return bag, bag[:1]
+
+        return guesser.mean(facts)
 
     def scaled(self, factor: float) -> Self:
         """The same task at `factor` times the length and the documents, limited by the number of keys."""

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 _SCALE = LinearSegmentedColormap.from_list("needle", ["#F0496E", "#EBB839", "#0CD79F"])
 _COLOURS = ("#2563eb", "#64748b", "#d97706", "#0f766e")
+_FLOORS = {"chance": ":", "set_guesser": "--"}
 
 
 def needle_map(grids: dict[str, list[dict]], training_length: int | None) -> Figure:
@@ -42,8 +43,12 @@ def needle_map(grids: dict[str, list[dict]], training_length: int | None) -> Fig
     axes[0][0].set_ylabel("depth of the needle (0 % = start)")
     cell = next(iter(grids.values()))[0]
     bar = figure.colorbar(image, ax=axes[0].tolist(), label="tokens recalled")
-    bar.ax.axhline(cell["chance"], color="black", linewidth=1.5)
-    title = f"Needle in a haystack: {cell['rows']} texts a cell, chance {cell['chance']:.3f} (line in the bar)"
+    for floor, style in _FLOORS.items():
+        bar.ax.axhline(cell[floor], color="black", linestyle=style, linewidth=1.5)
+    title = (
+        f"Needle in a haystack: {cell['rows']} texts a cell; lines in the bar: chance {cell['chance']:.3f}, "
+        f"set guesser {cell['set_guesser']:.3f}"
+    )
     figure.suptitle(title, fontsize=11)
     return figure
 
@@ -77,7 +82,7 @@ def curves(runs: dict[str, list[dict]], prefix: str, label: str, logarithmic: bo
 
 
 def accuracy_by_length(results: dict[str, list[dict]]) -> Figure:
-    """Recall accuracy against length: one panel per task, one line per model."""
+    """Recall accuracy against length with its intervals: one panel per task, one line per model, and the floors."""
     tasks = sorted({r["task"] for rs in results.values() for r in rs})
     figure, axes = plt.subplots(
         1, len(tasks), figsize=(4.2 * len(tasks), 3.2), layout="constrained", squeeze=False, sharey=True
@@ -85,9 +90,12 @@ def accuracy_by_length(results: dict[str, list[dict]]) -> Figure:
     for axis, task in zip(axes[0], tasks, strict=True):
         for colour, (run, rs) in zip(_COLOURS, results.items(), strict=False):
             mine = [r for r in rs if r["task"] == task]
-            axis.plot([r["length"] for r in mine], [r["accuracy"] for r in mine], "o-", color=colour, label=run)
-        chance = mine[0]["chance"]
-        axis.axhline(chance, color="black", linestyle=":", label=f"chance {chance:.3f}")
+            share = [r["accuracy"] for r in mine]
+            around = [[r["accuracy"] - r["low"] for r in mine], [r["high"] - r["accuracy"] for r in mine]]
+            axis.errorbar([r["length"] for r in mine], share, around, fmt="o-", color=colour, label=run, capsize=2)
+        for floor, style in _FLOORS.items():
+            label = f"{floor.replace('_', ' ')} {mine[0][floor]:.3f}"
+            axis.plot([r["length"] for r in mine], [r[floor] for r in mine], style, color="black", label=label)
         axis.set_xscale("log", base=2)
         lengths = [r["length"] for r in next(iter(results.values())) if r["task"] == task]
         axis.set_xticks(lengths, [str(n) for n in lengths])
@@ -96,8 +104,8 @@ def accuracy_by_length(results: dict[str, list[dict]]) -> Figure:
         axis.set_title(task, fontsize=10)
         axis.set_xlabel("length, tokens (first: as trained)", fontsize=8)
         axis.grid(alpha=0.25)
+        axis.legend(fontsize=8)
     axes[0][0].set_ylabel("tokens recalled", fontsize=9)
-    axes[0][0].legend(fontsize=8)
     return figure
 
 

@@ -12,19 +12,23 @@ from memlm.evaluation.data import Examined
 from memlm.evaluation.measures import Measure, Models, Table, by_source, check_counts, check_range, plain
 from memlm.evaluation.measures.recall import score_task
 from memlm.evaluation.report import Report
+from memlm.evaluation.statistics import wilson
 from memlm.evaluation.subject import Subject
 from memlm.settings import require
 
 
 @dataclass(frozen=True)
 class Needle:
-    """Accuracy by token in one cell of the grid; depth 0 is the front of the text."""
+    """Accuracy by token in one cell of the grid; low, high: its 95 % interval over rows; depth 0 is the front."""
 
     length: int
     depth: float
     rows: int
     chance: float
+    set_guesser: float
     accuracy: float
+    low: float
+    high: float
 
 
 def needles(
@@ -40,7 +44,8 @@ def needles(
     for length in lengths:
         for depth in depths:
             s = score_task(model, replace(task, length=length, depth=depth), seed, rows)
-            cells.append(Needle(length, depth, rows, task.chance, s.accuracy))
+            floors, interval = (task.chance, task.set_guesser), wilson(s.accuracy, rows)
+            cells.append(Needle(length, depth, rows, *floors, s.accuracy, *interval))
     return cells
 
 
@@ -91,5 +96,6 @@ class Needles(Measure):
         report.note(
             "A key and four symbols appear once in noise; the end asks for them. A cell is the share of the four "
             f"recalled, teacher forced, over {cell['rows']} texts never trained on; chance is {cell['chance']:.3f}. "
+            f"The symbols without their order give {cell['set_guesser']:.3f}, as each is shown before the next. "
             "Right of the dashed line the texts are longer than any in training."
         )

@@ -12,6 +12,7 @@ from memlm.evaluation import plots
 from memlm.evaluation.data import Examined
 from memlm.evaluation.measures import LONGEST, Measure, Models, Table, check_counts, check_range, plain
 from memlm.evaluation.report import Report
+from memlm.evaluation.statistics import wilson
 from memlm.evaluation.subject import Subject
 from memlm.settings import require
 from memlm.training.objective import Score, score
@@ -22,14 +23,21 @@ _TOKENS_AT_ONCE = 16384
 
 @dataclass(frozen=True)
 class TaskAccuracy:
-    """Accuracy of one task at one length: by token, and by row with every answer right."""
+    """Accuracy of one task at one length: by token, and by row with every answer right.
+
+    chance, set_guesser: accuracies by token without reading, and without binding values to keys
+    low, high: the 95 % interval of ``accuracy``; its n is rows, as the answers of a row are not independent
+    """
 
     task: str
     factor: int
     length: int
     rows: int
     chance: float
+    set_guesser: float
     accuracy: float
+    low: float
+    high: float
     row_accuracy: float
 
 
@@ -41,7 +49,9 @@ def recall(
     for factor in factors:
         scaled = task.scaled(factor)
         s = score_task(model, scaled, seed, rows)
-        results.append(TaskAccuracy(name, factor, scaled.length, rows, task.chance, s.accuracy, s.row_accuracy))
+        floors, interval = (scaled.chance, scaled.set_guesser), wilson(s.accuracy, rows)
+        sizes = (name, factor, scaled.length, rows)
+        results.append(TaskAccuracy(*sizes, *floors, s.accuracy, *interval, s.row_accuracy))
     return results
 
 
@@ -94,15 +104,22 @@ class Recall(Measure):
 
     def table(self, models: Models) -> Table:
         first = next(iter(models.values()))["recall"]
-        header = ["tokens (rows) recalled", *(f"{f}x length" for f in dict.fromkeys(r["factor"] for r in first))]
+        header = [
+            "tokens recalled (95 % interval), whole rows",
+            *(f"{f}x length" for f in dict.fromkeys(r["factor"] for r in first)),
+        ]
         rows = []
         for name, measured in models.items():
             for task in dict.fromkeys(r["task"] for r in measured["recall"]):
                 mine = [r for r in measured["recall"] if r["task"] == task]
-                cells = [f"{r['accuracy']:.3f} ({r['row_accuracy']:.2f})" for r in mine]
+                cells = [
+                    f"{r['accuracy']:.3f} ({r['low']:.3f} to {r['high']:.3f}), {r['row_accuracy']:.2f}" for r in mine
+                ]
                 rows.append([f"{name}, {task}", *cells])
-        for task, chance in {r["task"]: r["chance"] for r in first}.items():
-            rows.append([f"chance, {task}", *[f"{chance:.3f}"] * (len(header) - 1)])
+        for task in dict.fromkeys(r["task"] for r in first):
+            for floor in ("chance", "set_guesser"):
+                cells = [f"{r[floor]:.3f}" for r in first if r["task"] == task]
+                rows.append([f"{floor.replace('_', ' ')}, {task}", *cells])
         return header, rows
 
     def section(self, report: Report, models: Models, first: Subject) -> None:
@@ -111,4 +128,7 @@ class Recall(Measure):
         recalls: dict[str, Any] = {name: m["recall"] for name, m in models.items()}
         report.picture("recall", plots.accuracy_by_length(recalls), "recall accuracy by length")
         rows = models[first.name]["recall"][0]["rows"]
-        report.note(f"{rows} test rows a point; by row: every answer of the row right.")
+        report.note(
+            f"{rows} test rows a point; whole rows: every answer of the row right. Intervals count rows. The set "
+            "guesser has all values of a row without their keys: a score below it shows no binding."
+        )
