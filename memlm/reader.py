@@ -3,11 +3,13 @@
 B streams, T tokens, S tokens whose logits are kept, V vocabulary.
 """
 
+import copy
 import inspect
 from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import Cache, PreTrainedModel
 
 from memlm.attached.cache import fork, own, state_layer
@@ -33,6 +35,7 @@ class Reader:
     def __init__(self, model: PreTrainedModel, segment: int = 2048) -> None:
         self.model, self.segment = model, segment
         self.cache, self.tokens = new_memory(model), 0
+        self._optimizer: torch.optim.Optimizer | None = None
         self._options = of_model(model, output_metrics=False)
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -59,12 +62,27 @@ class Reader:
         self.tokens += ids_BT.shape[1]
         return out.logits
 
+    def learn(self, ids_BT: Tensor, rate: float) -> None:
+        """One step of AdamW on the loss of the tokens after the first, read with an empty memory.
+
+        The first call copies the model: later reading uses the copy, and the given model keeps its weights.
+        """
+        if self._optimizer is None:
+            self.model = copy.deepcopy(self.model)
+            weights = [p.requires_grad_() for p in self.model.parameters() if p.is_floating_point()]
+            self._optimizer = torch.optim.AdamW(weights, rate, weight_decay=0.0)
+        with torch.enable_grad():
+            logits_BTV = self.model(ids_BT[:, :-1], use_cache=False, **self._options).logits
+            cross_entropy(logits_BTV.flatten(0, 1).float(), ids_BT[:, 1:].flatten()).backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
     def fork(self, rows: Tensor | None = None) -> Self:
         """A copy with the streams of the given indices, which may repeat; its reading leaves this one unchanged."""
         other = object.__new__(type(self))
         other.__dict__ |= self.__dict__
         other.cache = fork(self.cache)
-        if rows is not None:
+        if rows is not None and self.tokens:
             other.cache.batch_select_indices(rows)
         return other
 

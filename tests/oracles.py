@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from memlm.evaluation.events import Ask, Read, run
+from memlm.evaluation.events import Ask, Learn, Read, run
 
 
 class _Stub:
@@ -39,6 +39,9 @@ class Oracle:
             logits[self.answers[read]] = 30.0
         return logits
 
+    def learn(self, ids_BT, rate):
+        self.read = [learnt(ids) for ids in ids_BT.numpy()]
+
     def fork(self, rows=None):
         other = type(self)(self.answers, self.vocabulary)
         other.read = [self.read[i] for i in rows.tolist()] if self.read and rows is not None else list(self.read)
@@ -56,6 +59,11 @@ class Guesser(Oracle):
         return torch.randn(self.vocabulary)
 
 
+def learnt(ids):
+    """Weights that hold an item are a place of their own."""
+    return b"learnt" + ids.astype(np.int64).tobytes()
+
+
 def known(streams):
     """The answers of streams, as an ``Oracle`` takes them."""
     answers = {}
@@ -64,6 +72,8 @@ def known(streams):
         for event in stream:
             if isinstance(event, Read):
                 read += event.ids.astype(np.int64).tobytes()
+            if isinstance(event, Learn):
+                read = learnt(event.ids)
             if isinstance(event, Ask):
                 so_far = read + event.ids.astype(np.int64).tobytes()
                 for token in event.answers[0]:

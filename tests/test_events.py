@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import memlm
-from memlm.evaluation.events import Ask, Read, run
+from memlm.evaluation.events import Ask, Learn, Read, run
 from memlm.evaluation.statistics import bootstrap, wilson
 from memlm.reader import Reader
 from tests.oracles import Guesser, Oracle, scores
@@ -115,6 +115,45 @@ def test_a_question_leaves_the_memory_as_it_was(model):
     first = {r["stream"]: r["nats"] for r in run(lambda: Reader(model), asked) if r["place"] == "second"}
     second = {r["stream"]: r["nats"] for r in run(lambda: Reader(model), unasked)}
     assert first == pytest.approx(second, rel=1e-6)
+
+
+@MODELS
+@pytest.mark.parametrize(("tokens", "forwards"), [(1, [2, 4, 4]), (2, [2, 4, 4, 4, 4])])
+def test_questions_that_follow_each_other_share_forwards(model, monkeypatch, tokens, forwards):
+    """The logits after a question serve all of its answers of one token."""
+
+    class Counting(Reader):
+        def _read(self, ids_BT, keep):
+            calls.append(len(ids_BT))
+            return super()._read(ids_BT, keep)
+
+    rng, calls = np.random.default_rng(0), []
+    monkeypatch.setattr("memlm.evaluation.events._COPIES", 4)
+    asked = [
+        [Read(rng.integers(64, size=9))]
+        + [Ask(rng.integers(64, size=2), [*rng.integers(64, size=(2, tokens))], {"place": i}) for i in range(4)]
+        for _ in range(2)
+    ]
+    records = sorted(run(lambda: Counting(model), asked), key=lambda r: (r["stream"], r["place"]))
+    assert calls == forwards
+    expected = [nats for stream in asked for nats in plainly(model, stream)]
+    for record, nats in zip(records, expected, strict=True):
+        assert record["nats"] == pytest.approx(nats[0], rel=1e-4)
+        assert record["shares"] == [float(n == min(nats)) for n in nats]
+
+
+@MODELS
+def test_learning_changes_a_copy_of_the_weights(model):
+    """Steps make the learnt text likelier, in their own stream alone, and the model stays as it was."""
+    rng = np.random.default_rng(0)
+    start, item = rng.integers(64, size=1), rng.integers(64, size=6)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    steps = [Learn(np.concatenate([start, item]), 1e-2)] * 3
+    asked = [[Ask(start, [item])], [*steps, Ask(start, [item])], [Ask(start, [item])]]
+    first, learnt, last = (r["nats"] for r in sorted(run(lambda: Reader(model), asked), key=lambda r: r["stream"]))
+    assert learnt < first - 1 and first == last
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("words", [{}, {"judge": lambda ids: float(len(ids) == 4), "tokens": 4}])

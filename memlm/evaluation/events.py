@@ -6,6 +6,8 @@ B streams, C candidate answers, A tokens of the longest, V vocabulary.
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,8 @@ from memlm.settings import require
 
 # Tokens of a forward: enough to keep the processor busy, few enough for small memories.
 TOKENS_AT_ONCE = 16384
+# Copies of memories that answer questions in one forward, and their bytes.
+_COPIES, _BYTES = 1024, 2**30
 # Streams that wait for others of their shape.
 _WAITING = 256
 
@@ -47,7 +51,18 @@ class Ask:
     tokens: int = 0
 
 
-Event = Read | Ask
+@dataclass(frozen=True)
+class Learn:
+    """ids [T]: tokens of one optimiser step on a copy of the weights, from an empty memory; see ``Reader.learn``
+
+    The stream's later events see the changed weights, other streams do not.
+    """
+
+    ids: np.ndarray
+    rate: float
+
+
+Event = Read | Ask | Learn
 # The events of one text, in their order.
 Stream = Sequence[Event]
 Record = dict[str, Any]
@@ -70,7 +85,7 @@ def run(
         nats        of the right answer; None for a judge
         rank        of the right answer among the candidates, 0 is the likeliest; None for a judge
         shares      1 for the likeliest candidate, 0 for the others; equal ones share it; None for a judge
-        seconds     of the question, a mean over streams that were asked together
+        seconds     of the question, a mean over questions that were asked together
         bytes       of the stream's memory
 
     Raises ValueError if the model's logits are not finite.
@@ -78,6 +93,9 @@ def run(
     waiting: dict[tuple, list[tuple[int, Stream]]] = {}
     held = 0
     for number, stream in enumerate(streams):
+        if any(isinstance(event, Learn) for event in stream):
+            yield from _together(make_reader(), [(number, stream)], advance)
+            continue
         shape = tuple(_shape(event) for event in stream)
         group = waiting.setdefault(shape, [])
         group.append((number, stream))
@@ -94,60 +112,76 @@ def run(
 
 
 def _shape(event: Event) -> tuple:
-    if isinstance(event, Read):
-        return ("read", len(event.ids))
+    if not isinstance(event, Ask):
+        return (type(event), len(event.ids))
     require(len(event.ids) > 0, "a question needs at least one token")
-    return ("ask", len(event.ids), event.tokens, *map(len, event.answers))
+    return (Ask, len(event.ids), event.tokens, *map(len, event.answers))
 
 
 def _longest(stream: Stream) -> int:
     """Tokens of a stream's longest event; a question counts with all of its answers."""
     return max(
-        len(e.ids) if isinstance(e, Read) else sum(len(e.ids) + len(a) for a in e.answers) + len(e.ids) + e.tokens
+        len(e.ids) if not isinstance(e, Ask) else sum(len(e.ids) + len(a) for a in e.answers) + len(e.ids) + e.tokens
         for e in stream
     )
 
 
 def _together(reader: Reader, group: list[tuple[int, Stream]], advance: Callable[[int], None]) -> Iterator[Record]:
     device = reader.model.device
-    for events in zip(*(stream for _, stream in group), strict=True):
+    for _, steps in groupby(enumerate(zip(*(stream for _, stream in group), strict=True)), key=_step):
+        events = [event for _, of_streams in steps for event in of_streams]
         ids_BT = _stacked([event.ids for event in events], device)
-        if isinstance(events[0], Read):
-            if ids_BT.numel():
-                reader(ids_BT)
-            advance(ids_BT.numel())
-            continue
-        started = time.perf_counter()
-        found = _generated(reader, ids_BT, events) if events[0].judge else _scored(reader, ids_BT, events)
-        seconds = (time.perf_counter() - started) / len(events)
+        if isinstance(events[0], Read) and ids_BT.numel():
+            reader(ids_BT)
+        if isinstance(events[0], Learn):
+            reader.learn(ids_BT, events[0].rate)
         advance(ids_BT.numel())
-        about = {"read": reader.tokens, "seconds": seconds, "bytes": reader.nbytes() // len(events)}
-        for (number, _), event, result in zip(group, events, found, strict=True):
+        if not isinstance(events[0], Ask):
+            continue
+        numbers = [number for number, _ in group] * (len(events) // len(group))
+        started, memory = time.perf_counter(), reader.nbytes() // len(group)
+        scored = _generated if events[0].judge else partial(_scored, streams=len(group), most=_BYTES // max(1, memory))
+        found = scored(reader, ids_BT, events)
+        seconds = (time.perf_counter() - started) / len(events)
+        about = {"read": reader.tokens, "seconds": seconds, "bytes": memory}
+        for number, event, result in zip(numbers, events, found, strict=True):
             yield {**event.tag, "stream": number, **result, **about}
+
+
+def _step(numbered: tuple[int, Sequence[Event]]) -> tuple:
+    """The same for questions that follow each other and share a forward."""
+    number, (event, *_) = numbered
+    return _shape(event) if isinstance(event, Ask) and not event.judge else (number,)
 
 
 def _stacked(rows: Sequence[np.ndarray], device: torch.device) -> Tensor:
     return torch.from_numpy(np.stack(rows).astype(np.int64)).to(device)
 
 
-def _scored(reader: Reader, ids_BT: Tensor, events: Sequence[Ask]) -> list[Record]:
-    """Nats and choices of the candidate answers."""
+def _scored(reader: Reader, ids_BT: Tensor, events: Sequence[Ask], streams: int, most: int) -> list[Record]:
+    """Nats and choices of the candidate answers. The events are those of all streams, once or several times.
+
+    most: copies of a stream's memory that there may be at a time
+    """
     candidates, sizes = len(events[0].answers), [len(a) for a in events[0].answers]
     longest = max(sizes)
+    # The logits after the question serve all answers of one token.
+    asked = 1 if longest == 1 else candidates
     padded = [np.pad(a, (0, longest - len(a))) for event in events for a in event.answers]
-    answers_NA = _stacked(padded, ids_BT.device)
+    answers_NCA = _stacked(padded, ids_BT.device).view(len(events) * asked, -1, longest)
     real_CA = torch.arange(longest) < torch.tensor(sizes)[:, None]
-    rows = torch.arange(len(events), device=ids_BT.device).repeat_interleave(candidates)
-    nats, right = [], []
+    events_N = torch.arange(len(events), device=ids_BT.device).repeat_interleave(asked)
     # What follows an answer's end, padding, does not change its logits.
-    inputs_NT = torch.cat([ids_BT[rows], answers_NA[:, :-1]], 1)
-    for part in torch.arange(len(rows), device=rows.device).split(max(1, TOKENS_AT_ONCE // inputs_NT.shape[1])):
-        logits_NAV = reader.fork(rows[part])(inputs_NT[part], keep=longest).float()
+    inputs_NT = torch.cat([ids_BT[events_N], answers_NCA[:, 0, :-1]], 1)
+    nats, right = [], []
+    at_once = max(1, min(TOKENS_AT_ONCE // inputs_NT.shape[1], _COPIES, most))
+    for part_N in torch.arange(len(inputs_NT), device=ids_BT.device).split(at_once):
+        logits_NAV = reader.fork(events_N[part_N] % streams)(inputs_NT[part_N], keep=longest).float()
         if not torch.isfinite(logits_NAV).all():
             raise ValueError(f"the model's logits are not finite after {reader.tokens:,} tokens")
-        logp_NA = logits_NAV.log_softmax(-1).gather(2, answers_NA[part, :, None])[..., 0]
-        nats.append(-logp_NA.double().cpu())
-        right.append((logits_NAV.argmax(-1) == answers_NA[part]).cpu())
+        logp_NAC = logits_NAV.log_softmax(-1).gather(2, answers_NCA[part_N].transpose(1, 2))
+        nats.append(-logp_NAC.transpose(1, 2).double().cpu())
+        right.append((logits_NAV.argmax(-1)[:, None] == answers_NCA[part_N]).cpu())
     nats_BC = (torch.cat(nats).view(-1, candidates, longest) * real_CA).sum(-1)
     least_BC = nats_BC == nats_BC.amin(1, keepdim=True)
     right_BA = torch.cat(right).view(-1, candidates, longest)[:, 0, : sizes[0]]

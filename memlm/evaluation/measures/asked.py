@@ -55,7 +55,7 @@ class Asked(Measure):
         new_memory(model)
 
     def tokens(self, sources: Mapping[str, Source]) -> int:
-        return max((n for task in self.tasks for n in task.lengths), default=0)
+        return max((task.tokens() for task in self.tasks), default=0)
 
     def run(self, one: Examined, examined: Sequence[Examined]) -> dict[str, Any]:
         setting = Setting(one.tokenizer, one.seed)

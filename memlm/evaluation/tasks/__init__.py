@@ -84,6 +84,10 @@ class Task:
     def check(self, setting: Setting) -> None:
         """Raise ValueError, with the key, if the tokenizer or the lengths do not serve."""
 
+    def tokens(self) -> int:
+        """Tokens of the longest text."""
+        return max(self.lengths, default=0)
+
     def streams(self, setting: Setting) -> Iterator[Stream]:
         """The texts and questions."""
         raise NotImplementedError
