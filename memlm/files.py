@@ -168,3 +168,15 @@ def read_json(path: Path, kind: type = dict) -> Any:
         wanted = {dict: "an object", list: "a list"}.get(kind, kind.__name__)
         raise ValueError(f"{path}: must hold {wanted}, not {type(content).__name__}")
     return content
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """The file of each weight, from the index of a checkpoint. Raises ValueError if it has another form."""
+    held = read_json(index)
+    places = held.get("weight_map")
+    inside = isinstance(places, dict) and all(
+        isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors") for name in places.values()
+    )
+    if not (isinstance(places, dict) and places and inside and isinstance(held.get("metadata"), dict)):
+        raise ValueError(f"{index}: must hold metadata, and a weight_map to *.safetensors beside it; copy it again")
+    return places

@@ -36,11 +36,15 @@ def whole(convert: Callable[[dict[str, Tensor], Any], dict[str, Tensor]]) -> Cal
     return pairs
 
 
-# Conversions of configurations and weights, from and to the foreign format.
+def config_of_family(form: str) -> Callable:
+    return lambda values, _, memory: families.config_from(form, values, memory)
+
+
+# Conversions of configurations (config.json, weights, memory) and of weights, from and to the foreign format.
 READERS: dict[str, Any] = {
-    "fla-mom": (lambda theirs, _: fla_mom.config_from_fla(theirs), whole(fla_mom.weights_from_fla)),
-    "msa": (msa.config_from_msa, whole(msa.weights_from_msa)),
-    **{form: (None, families.weights_from) for form in families.FAMILIES},
+    "fla-mom": (lambda values, *_: fla_mom.config_from_fla(values), whole(fla_mom.weights_from_fla)),
+    "msa": (lambda values, weights, _: msa.config_from_msa(values, weights), whole(msa.weights_from_msa)),
+    **{form: (config_of_family(form), families.weights_from) for form in families.FAMILIES},
 }
 WRITERS: dict[str, Any] = {
     "fla-mom": (lambda ours, _: fla_mom.config_to_fla(ours), whole(fla_mom.weights_to_fla)),
@@ -71,7 +75,7 @@ def main() -> None:
             read(arguments.from_format, arguments.source, arguments.target, memory or "msa")
         else:
             write(arguments.to_format, arguments.source, arguments.target)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         prefix = f"{arguments.source}: "
         sys.exit(prefix + str(error).removeprefix(prefix))
     print(f"wrote {arguments.target}")
@@ -79,14 +83,12 @@ def main() -> None:
 
 def read(form: str, source: Path, target: Path, memory: str) -> None:
     read_config, read_weights = READERS[form]
-    if form in families.FAMILIES:
-        read_config = functools.partial(families.config_from, form, memory=memory)
     theirs = shards.Stored(source)
     values = files.read_json(source / "config.json")
     try:
-        config = read_config(values) if form in families.FAMILIES else read_config(values, theirs)
-    except (TypeError, AttributeError, ZeroDivisionError) as error:
-        raise ValueError(f"config.json: a value is of another type than the format's ({error})") from None
+        config = read_config(values, theirs, memory)
+    except (TypeError, AttributeError, ArithmeticError, LookupError) as error:
+        raise ValueError(f"config.json: a value is not of the format ({type(error).__name__}: {error})") from None
     with _new(target) as folder:
         config.architectures = [memlm.MemLMForCausalLM.__name__]
         config.save_pretrained(folder)
@@ -94,9 +96,8 @@ def read(form: str, source: Path, target: Path, memory: str) -> None:
         _copy_more(source, folder)
         load_model(folder)
         card.write(folder)
-        if form in WRITERS:
-            # Used on the way back, for settings that memlm lacks.
-            shutil.copy(source / "config.json", folder / THEIRS.format(form))
+        # Used on the way back, for settings that memlm lacks.
+        shutil.copy(source / "config.json", folder / THEIRS.format(form))
 
 
 def write(form: str, source: Path, target: Path) -> None:
@@ -124,11 +125,8 @@ def _new(target: Path) -> Iterator[Path]:
         raise ValueError(f"{target} holds files already; name another --target")
     if target.exists():
         target.rmdir()
-    try:
-        with files.new_folder(target) as folder:
-            yield folder
-    except SafetensorError as error:
-        raise OSError(f"{target} could not be written ({error}); make room and start again") from None
+    with files.new_folder(target) as folder:
+        yield folder
 
 
 def _copy_more(source: Path, target: Path) -> None:

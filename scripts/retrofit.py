@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = "new" if given.part == "llama" else "lora"
     out = given.out or Path(f"runs/retrofit/{name}-seed{given.seed}")
     if given.part == "llama":
+        if given.settings:
+            parser.error(f"{given.settings[0]}: settings are of experiment=retrofit, for lora; leave them out")
         llama(given.seed, out)
     else:
         lora(given.seed, out, given.settings)

@@ -23,8 +23,9 @@ from memlm.data import byte_tokenizer, token_bytes
 from memlm.evaluation import run as evaluate
 from memlm.evaluation.ablation import memory_off
 from memlm.evaluation.measures.text import text_by_position
-from memlm.hub.causal import load_any
+from memlm.hub.causal import load_any, longest
 from tests.conftest import composed, same_state
+from tests.test_attached_forms import gemma3, llava
 
 SIZES = torch.from_numpy(token_bytes(byte_tokenizer()))
 LLAMA = LlamaConfig(
@@ -206,6 +207,12 @@ def test_the_tokenizer_of_a_family_is_read_from_its_own_files(saved, tmp_path):
     evaluate(composed(*text, *sizes, f"checkpoint={tmp_path}/gpt2", config="evaluate"))
     (found,) = json.loads((tmp_path / "out" / "results.json").read_text())["models"].values()
     assert found["tokenizer"].startswith("258 entries") and found["text"]["text"]["carried"]["bits_per_byte"] > 0
+
+
+def test_a_table_of_positions_is_that_of_the_decoder():
+    """Encoders of images have one too."""
+    assert [longest(made(name)) for name in ("llama", "gpt2")] == [None, 128]
+    assert [longest(make()[0]) for make in (gemma3, llava)] == [None, None]
 
 
 def test_models_that_cannot_be_evaluated_are_named_in_a_line(saved, tmp_path):

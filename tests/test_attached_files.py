@@ -85,6 +85,15 @@ def test_weights_of_a_memory_without_its_settings_are_not_left_out_in_silence(mo
         memlm.from_pretrained(tmp_path / "model")
 
 
+@pytest.mark.parametrize("text", ["{}", "[]", "x", '{"metadata": {}, "weight_map": {"a": 3}}'])
+def test_a_damaged_index_is_named(model, tmp_path, text):
+    model.save_pretrained(tmp_path / "model", **SHARDED)
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json: (must hold|cannot be read)") as raised:
+        memlm.from_pretrained(tmp_path / "model")
+    assert "\n" not in str(raised.value)
+
+
 def test_the_parts_of_an_address_are_followed(model, tmp_path):
     expected = logits(model, ids())
     model.save_pretrained(tmp_path / "models" / "small", variant="new", **SHARDED)

@@ -188,7 +188,7 @@ def test_a_hub_name_out_of_reach_is_named_as_the_backbone(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["backbone=nowhere"], "backbone=nowhere: there is no such folder; name a folder or a hub name"),
+        (["backbone=nowhere"], "backbone=nowhere: there is no such folder; name a folder, or a hub name: OWNER/NAME"),
         (["backbone=null"], "^model=backbone has no backbone; set backbone=PATH_OR_ID"),
         (["backbone=''"], "model.backbone='' names no model"),
         (["backbone={folder}/own"], "^backbone=.*/own: it has a memory already; use memory=none, which trains"),

@@ -24,6 +24,11 @@ from memlm.training.resume import Record
 from tests.conftest import build
 
 
+def llama() -> LlamaForCausalLM:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=259, **sizes))
+
+
 def page(folder):
     return (folder / "README.md").read_text()
 
@@ -82,8 +87,7 @@ def test_layers_of_several_mixers(tmp_path):
 
 @pytest.mark.parametrize("place", ["whole", "alone"])
 def test_a_card_of_an_attached_memory_names_the_backbone(place, tmp_path):
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    backbone = LlamaForCausalLM(LlamaConfig(vocab_size=259, **sizes))
+    backbone = llama()
     byte_tokenizer().save_pretrained(tmp_path / "llama")
     backbone.save_pretrained(tmp_path / "llama")
     backbone.config.name_or_path = "someone/tiny-llama"
@@ -113,8 +117,7 @@ def test_a_card_of_an_attached_memory_names_the_backbone(place, tmp_path):
 
 
 def test_a_card_of_a_model_that_was_not_trained_does_not_tell_of_training(tmp_path):
-    config = LlamaConfig(vocab_size=259, hidden_size=32, intermediate_size=48, num_attention_heads=2)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "fresh")
+    llama().save_pretrained(tmp_path / "fresh")
     export(tmp_path / "fresh", tmp_path / "export")
     assert "without a memory" in page(tmp_path / "export") and "trained with" not in page(tmp_path / "export")
 
@@ -122,9 +125,8 @@ def test_a_card_of_a_model_that_was_not_trained_does_not_tell_of_training(tmp_pa
 def test_a_card_of_a_model_without_a_memory(run):
     """``train.py`` trains such models too."""
     folder = run / "checkpoints" / "step_000200"
-    config = LlamaConfig(vocab_size=259, hidden_size=32, intermediate_size=48, num_attention_heads=2)
     (folder / "modeling_memlm.py").unlink()
-    LlamaForCausalLM(config).save_pretrained(folder)
+    llama().save_pretrained(folder)
     card.write(folder, run=folder)
     assert "without a memory" in page(folder) and "Step 200 of 1,000" in page(folder)
     assert "titans_mag" not in page(folder) and "trust_remote_code" not in page(folder)
@@ -269,8 +271,7 @@ def test_an_export_of_an_earlier_version_gets_its_code_and_an_edited_card_stays(
 
 
 def test_an_export_of_an_attached_memory(tmp_path):
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=259, **sizes)).save_pretrained(tmp_path / "llama")
+    llama().save_pretrained(tmp_path / "llama")
     model = memlm.attach(LlamaForCausalLM.from_pretrained(tmp_path / "llama"), {"kind": "titans_lmm"})
     model.save_pretrained(tmp_path / "whole")
     export(tmp_path / "whole", tmp_path / "export")
@@ -298,6 +299,14 @@ def test_exports_that_are_refused(run, tmp_path):
             export(source, tmp_path / target)
         assert "\n" not in str(caught.value) and not (tmp_path / target).exists()
     shutil.rmtree(run / "evaluation")
+    folder = run / "checkpoints" / "step_000200"
+    older = shutil.copytree(folder, folder.with_name("step_000100"))
+    llama().save_pretrained(tmp_path / "llama")
+    for source, target in ((run, folder), (run, older), (tmp_path / "llama", tmp_path / "llama")):
+        before = {path.name: path.read_bytes() for path in target.iterdir()}
+        with pytest.raises(ValueError, match="is a checkpoint itself, and an export would replace its weights"):
+            export(source, target)
+        assert {path.name: path.read_bytes() for path in target.iterdir()} == before
     for target in ("other", "other/thesis.tex"):
         with pytest.raises(ValueError, match="holds other files; name another folder"):
             export(run, tmp_path / target)
@@ -377,8 +386,7 @@ def test_a_push_keeps_the_card_of_the_hub(model, fake, tmp_path):
 
 
 def test_a_push_of_an_attached_memory(fake, tmp_path):
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = memlm.attach(LlamaForCausalLM(LlamaConfig(vocab_size=259, **sizes)), {"kind": "titans_lmm"})
+    model = memlm.attach(llama(), {"kind": "titans_lmm"})
     model.push_to_hub("me/attached")
     model.save_pretrained(tmp_path / "folder", push_to_hub=True, repo_id="me/again")
     for name in ("me/attached", "me/again"):

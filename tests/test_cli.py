@@ -85,7 +85,7 @@ TRAIN = {
     "train.stepz=5": "train.stepz=5: there is no key 'train.stepz'; did you mean 'train.steps'?",
     "data=text data.noise_ramp=[1,2]": "no key 'data.noise_ramp'; the default run has it, but a choice of",
     "backbone=x model.hidden_size=3": "no key 'model.hidden_size'; the default run has it, but a choice",
-    "backbone=nowhere": "backbone=nowhere: there is no such folder; name a folder or a hub name",
+    "backbone=nowhere": "backbone=nowhere: there is no such folder; name a folder, or a hub name: OWNER/NAME",
     "backbone=x model=small": "backbone=x is read by model=backbone; leave other choices of model=... out",
     "train.trainable=memroy": "train.trainable='memroy' is unknown; use null, memory, a list",
     "memory=none train.trainable=memory": "train.trainable=memory, but the model has no long-term memory",

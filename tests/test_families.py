@@ -187,6 +187,7 @@ ROPE = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
         ("llama", {"rope_parameters": {**ROPE, "rope_type": "odd"}}, "rope_type='odd' is not supported; use one of"),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "cannot be converted. memlm.attach"),
+        ("llama", {"rope_parameters": {"rope_theta": None}}, "config.json: a value is not of the format (KeyError"),
         ("llama", {"num_hidden_layers": 5}, "weights: model.layers.4.input_layernorm.weight is missing"),
         ("llama", {"num_hidden_layers": 3}, "weights: model.layers.3.input_layernorm.weight is not a weight"),
         ("llama", {"attention_bias": True}, "weights: model.layers.0.self_attn.k_proj.bias is missing"),

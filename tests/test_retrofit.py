@@ -56,6 +56,12 @@ def test_the_backbone_cannot_see_the_answers_beyond_its_window(new):
     assert change[: reach + 1].min() > 0 and change[reach + 1 :].max() == 0
 
 
+def test_settings_without_an_effect_are_refused(tmp_path, script, capsys):
+    with pytest.raises(SystemExit):
+        script(["llama", "--out", str(tmp_path / "new"), "model.window=8"])
+    assert "model.window=8: settings are of experiment=retrofit, for lora" in capsys.readouterr().err
+
+
 def test_its_steps_run_and_lora_is_as_large_as_the_memory(tmp_path, new, script, capsys, monkeypatch):
     """The commands of the README, with two steps each and a small corpus."""
     monkeypatch.chdir(tmp_path)

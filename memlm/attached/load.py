@@ -59,8 +59,8 @@ def from_pretrained(source: str | Path, **kwargs: Any) -> PreTrainedModel:
             model = known.from_pretrained(words["backbone"], **others)
         _check_backbone(model, words, source, strict=True)
         return _filled(model, settings, _tensors([alone]), source)
-    model = _backbone(known, source, kwargs, settings)
-    return _filled(model, settings, _tensors(_weight_files(source, hub, kwargs.get("variant"))), source)
+    weights = _weight_files(source, hub, kwargs.get("variant"))
+    return _filled(_backbone(known, source, kwargs, settings), settings, _tensors(weights), source)
 
 
 def backbone_of(source: str | Path) -> str | None:
@@ -95,7 +95,7 @@ def _check_backbone(model: PreTrainedModel, words: dict[str, Any], source: str |
         return
     raise ValueError(
         f"{source}: this memory was trained with {words['backbone'] or 'a backbone'} of fingerprint "
-        f"{words['fingerprint']}, not {found}; load that model in its dtype, or the memory with strict=False"
+        f"{words['fingerprint']}, not {found}; load that model in its dtype, or give memlm.load_memory strict=False"
     )
 
 
@@ -152,12 +152,11 @@ def _file(source: str | Path, name: str, hub: dict[str, Any]) -> Path | None:
 
 
 def _weight_files(source: str | Path, hub: dict[str, Any], variant: str | None) -> list[Path]:
+    """The files that hold the memory's weights: the whole file, which transformers prefers, or those of an index."""
     dot = f".{variant}" if variant else ""
     names = {f"model{dot}.safetensors"}
-    index = _file(source, f"model.safetensors.index{dot}.json", hub)
-    # An index may be left from an earlier save; transformers then takes the whole file.
-    if index is not None and _file(source, *names, hub) is None:
-        names = {part for name, part in files.read_json(index)["weight_map"].items() if MEMORY in name}
+    if _file(source, *names, hub) is None and (index := _file(source, f"model.safetensors.index{dot}.json", hub)):
+        names = {part for name, part in files.weight_map(index).items() if MEMORY in name}
     paths = {name: _file(source, name, hub) for name in sorted(names)}
     for name, path in paths.items():
         require(path is not None, f"{source}: {name} is missing")

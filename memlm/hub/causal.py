@@ -11,6 +11,7 @@ from transformers import AutoConfig, Cache, DynamicCache, PreTrainedConfig, PreT
 from transformers.utils import logging
 
 from memlm import attached, files
+from memlm.attached.layers import decoder_of
 from memlm.cache import MemoryCache
 from memlm.configuration import MemLMConfig
 from memlm.hub import _first_line, load_model
@@ -97,6 +98,8 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 
 
 def longest(model: PreTrainedModel) -> int | None:
-    """The most tokens of a stream, if the model has a table of positions; None: any number."""
-    names = (name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Embedding))
-    return model.config.max_position_embeddings if any(re.search("pos|wpe", name) for name in names) else None
+    """The most tokens of a stream, if the model's decoder has a table of positions; None: any number."""
+    # Not the whole model: an encoder of images has such a table too.
+    decoder = decoder_of(model)
+    names = (name.rpartition(".")[2] for name, module in decoder.named_modules() if isinstance(module, nn.Embedding))
+    return decoder.config.max_position_embeddings if any(re.search("pos|wpe", name) for name in names) else None

@@ -18,17 +18,19 @@ _LEFT_OUT = ("trainer.pt", files.DIGESTS, "run.json", "config.yaml", files.CARD)
 def export(source: str | Path, target: str | Path, name: str | None = None) -> Path:
     """Copy the newest checkpoint of a run, or a checkpoint, to the folder ``target`` and write its card; returns it.
 
-    target: may hold an earlier export, which is renewed. A card that was edited there stays
+    target: a folder of its own; it may hold an earlier export, which is renewed. A card that was edited there stays
     name: of the repository on the Hub, such as "me/titans_mag", for the card's example
 
-    Raises ValueError if there is no whole checkpoint, if results are of another step, or if ``target`` holds other
-    files.
+    Raises ValueError if there is no whole checkpoint, if results are of another step, or if ``target`` is a checkpoint
+    of a run or holds other files.
     """
     source, target = Path(source), Path(target)
     folder = newest_whole(source)[0] or source
     require((folder / "config.json").is_file(), f"{source}: neither a run with a checkpoint, nor a checkpoint")
     if files.is_sealed(folder):
         files.check_seal(folder)
+    own = files.is_sealed(target) or target.resolve() == folder.resolve()
+    require(not own, f"{target}: is a checkpoint itself, and an export would replace its weights; name another folder")
     run_dir = folder.parent.parent if folder.parent.name == "checkpoints" else None
     reports = sorted(run_dir.glob("evaluation*/report.md")) if run_dir else []
     for report in reports:
@@ -56,7 +58,7 @@ def _make_room(target: Path) -> None:
     if target.exists():
         empty = target.is_dir() and not any(target.iterdir())
         require(empty or (target / "config.json").exists(), f"{target}: holds other files; name another folder")
-    for old in [*target.glob("*.safetensors*"), *target.glob("evaluation*")]:
+    for old in [*target.glob("model*.safetensors*"), *target.glob("evaluation*")]:
         shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 

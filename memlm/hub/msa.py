@@ -44,6 +44,10 @@ _WRITTEN = {
 }
 _RULES = {"ansloss_weight": 1.0, "aux_loss": False, "lmloss_weigth": 1.0, "recloss_weight": 0.0}
 _TEMPERATURES = (0.001, 0.5)
+# Fields of equal names in both.
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+_SIZES += ("head_dim", "vocab_size", "rope_theta", "rms_norm_eps", "initializer_range", "tie_word_embeddings")
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def config_from_msa(theirs: dict[str, Any], weights: Weights) -> MemLMConfig:
@@ -68,7 +72,20 @@ def config_from_msa(theirs: dict[str, Any], weights: Weights) -> MemLMConfig:
         "loss_weight": rules["auxloss_weight"] / max(1, len(routing)),
         "temperature": min(max(temperature, _TEMPERATURES[0]), _TEMPERATURES[1]),
     }
-    return _config(theirs, theirs["rope_theta"], *_layers(settings, routing, theirs["num_hidden_layers"]))
+    if theirs.get("rope_scaling"):
+        raise ValueError(f"config.json: rope_scaling={theirs['rope_scaling']!r}; only null can be converted")
+    shared = {name: settings[name] for name in ("chunk_size", "top_k")}
+    mixers = {
+        "memory": {"kind": "msa", "routes": True, **settings},
+        "documents": {"kind": "msa", "routes": False, **shared},
+    }
+    pattern = ["memory" if layer in routing else "documents" for layer in range(theirs["num_hidden_layers"])]
+    return MemLMConfig(
+        **{name: theirs[name] for name in (*_SIZES, "max_position_embeddings")},
+        **{name: theirs.get(name) for name in _TOKENS},
+        mixers={name: mixer for name, mixer in mixers.items() if name in pattern},
+        mixer_pattern=pattern,
+    )
 
 
 def config_to_msa(config: MemLMConfig, before: dict[str, Any]) -> dict[str, Any]:
@@ -98,14 +115,11 @@ def config_to_msa(config: MemLMConfig, before: dict[str, Any]) -> dict[str, Any]
             f"model.mixers.*.similarity={rule['similarity']!r}; with router_loss={rule['router_loss']!r} the release "
             f"trains and serves by {similarities[0]!r}"
         )
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    names += ("head_dim", "vocab_size", "rope_theta", "rms_norm_eps", "initializer_range", "tie_word_embeddings")
-    names += ("bos_token_id", "eos_token_id", "pad_token_id")
     return {
         **_WRITTEN,
         "max_position_embeddings": config.max_position_embeddings,
         **before,
-        **{name: getattr(config, name) for name in names},
+        **{name: getattr(config, name) for name in (*_SIZES, *_TOKENS)},
         "msa_config": {
             **_RULES,
             **before.get("msa_config", {}),
@@ -152,41 +166,6 @@ def weights_to_msa(ours: Weights, config: MemLMConfig) -> Weights:
     if any(not torch.equal(b, biases[0]) for b in biases):
         raise ValueError("router_bias differs between layers; the release has one for all")
     return {**theirs, "b": biases[0]}
-
-
-def _layers(settings: dict[str, Any], routing: list[int], layers: int) -> tuple[dict[str, Any], list[str]]:
-    """Mixers with and without routing, and the mixer of each layer."""
-    shared = {name: settings[name] for name in ("chunk_size", "top_k") if name in settings}
-    mixers = {
-        "memory": {"kind": "msa", "routes": True, **settings},
-        "documents": {"kind": "msa", "routes": False, **shared},
-    }
-    pattern = ["memory" if layer in routing else "documents" for layer in range(layers)]
-    return {name: mixer for name, mixer in mixers.items() if name in pattern}, pattern
-
-
-def _config(theirs: dict[str, Any], rope_theta: float, mixers: dict[str, Any], pattern: list[str]) -> MemLMConfig:
-    if theirs.get("rope_scaling"):
-        raise ValueError(f"config.json: rope_scaling={theirs['rope_scaling']!r}; only null can be converted")
-    return MemLMConfig(
-        vocab_size=theirs["vocab_size"],
-        hidden_size=theirs["hidden_size"],
-        intermediate_size=theirs["intermediate_size"],
-        num_hidden_layers=theirs["num_hidden_layers"],
-        num_attention_heads=theirs["num_attention_heads"],
-        num_key_value_heads=theirs["num_key_value_heads"],
-        head_dim=theirs["head_dim"],
-        rope_theta=rope_theta,
-        rms_norm_eps=theirs["rms_norm_eps"],
-        initializer_range=theirs["initializer_range"],
-        tie_word_embeddings=theirs["tie_word_embeddings"],
-        max_position_embeddings=theirs["max_position_embeddings"],
-        bos_token_id=theirs.get("bos_token_id"),
-        eos_token_id=theirs.get("eos_token_id"),
-        pad_token_id=theirs.get("pad_token_id"),
-        mixers=mixers,
-        mixer_pattern=pattern,
-    )
 
 
 def _expect(found: dict[str, Any], wanted: dict[str, Any], where: str) -> None:

@@ -14,18 +14,6 @@ INDEX = "model.safetensors.index.json"
 _LEAST, _MOST = 2**27, 2**31
 
 
-def listed(index: Path) -> set[str]:
-    """The files that an index names. Raises ValueError if it has another form."""
-    held = files.read_json(index)
-    places = held.get("weight_map")
-    inside = isinstance(places, dict) and all(
-        isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors") for name in places.values()
-    )
-    if not (isinstance(places, dict) and places and inside and isinstance(held.get("metadata"), dict)):
-        raise ValueError(f"{index.name}: must hold metadata, and a weight_map to *.safetensors beside it")
-    return set(places.values())
-
-
 class Stored(Mapping[str, Tensor]):
     """The tensors of a checkpoint by name; each is read when it is asked for. Other *.safetensors in the folder, such
     as the same weights in another form, are left alone.
@@ -42,7 +30,7 @@ class Stored(Mapping[str, Tensor]):
             raise ValueError("no *.safetensors there")
         names = {"model.safetensors"}
         if not (folder / "model.safetensors").exists() and (folder / INDEX).exists():
-            names = listed(folder / INDEX)
+            names = set(files.weight_map(folder / INDEX).values())
         for path in (folder / name for name in sorted(names)):
             if not path.exists():
                 raise ValueError(f"{path.name} is missing; copy the folder again")

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memlm import card, files
 from memlm.attached.save import MEMORY
+from memlm.configuration import MemLMConfig
 from memlm.data import save_tokenizer
 from memlm.hub import load_tokenizer
 from memlm.hub.causal import load_any
@@ -205,7 +206,9 @@ def copy_weights(source: str, model: PreTrainedModel, tokenizer: PreTrainedToken
     for name in ("num_attention_heads", "rope_theta", "rope_scaling", "norm_outputs", "rms_norm_eps"):
         there, here = (getattr(m.config, name, None) for m in (source_model, model))
         if there != here:
-            raise ValueError(f"{key}: its {name} is {there}, not {here}; set model.{name}={there}")
+            own = isinstance(model.config, MemLMConfig)
+            fix = f"set model.{name}={there}" if own else "set backbone=... to that of the run"
+            raise ValueError(f"{key}: its {name} is {there}, not {here}; {fix}")
     for name in ours.keys() - silent:
         ours[name].copy_(theirs[name])
     return folder, passed_over

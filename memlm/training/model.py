@@ -61,8 +61,8 @@ def check(settings: Mapping[str, Any]) -> None:
     """Raise ValueError, before the data is read, if a backbone's settings are wrong or it is not there."""
     if (of := BackboneSettings.of(settings)) is not None:
         source = of.backbone
-        there = Path(source).exists() or (source.count("/") == 1 and not source.startswith((".", "/", "runs")))
-        require(there, f"backbone={source}: there is no such folder; name a folder or a hub name")
+        there = Path(source).exists() or (source.count("/") == 1 and not source.startswith((".", "/", "runs/")))
+        require(there, f"backbone={source}: there is no such folder; name a folder, or a hub name: OWNER/NAME")
         try:
             read_config(source)
         except ValueError as error:
