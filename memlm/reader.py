@@ -28,15 +28,17 @@ class Reader:
 
     model: any causal language model of transformers or of memlm, in evaluation mode; segment: tokens of a forward
     cache: its memory; tokens: those that each stream has read
+    with_metrics: whether ``metrics`` holds those of the last forward's mixers
 
     Raises ValueError if the model takes no cache of transformers' usual kind.
     """
 
-    def __init__(self, model: PreTrainedModel, segment: int = 2048) -> None:
+    def __init__(self, model: PreTrainedModel, segment: int = 2048, with_metrics: bool = False) -> None:
         self.model, self.segment = model, segment
         self.cache, self.tokens = new_memory(model), 0
         self._optimizer: torch.optim.Optimizer | None = None
-        self._options = of_model(model, output_metrics=False)
+        self.metrics: dict[str, Tensor] = {}
+        self._options = of_model(model, output_metrics=with_metrics)
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @torch.no_grad()
@@ -50,7 +52,7 @@ class Reader:
             logits_BSV = self._read(piece_BT, max(wanted, 1))
             if wanted > 0:
                 found.append(logits_BSV[:, -wanted:])
-        return torch.cat(found, 1)
+        return found[0] if len(found) == 1 else torch.cat(found, 1)
 
     def _next(self) -> int:
         """The most tokens of the next forward."""
@@ -60,6 +62,7 @@ class Reader:
         kept = {"logits_to_keep": keep} if self._keeps else {}
         out = self.model(ids_BT, use_cache=True, **{CACHE: self.cache}, **kept, **self._options)
         self.tokens += ids_BT.shape[1]
+        self.metrics = getattr(out, "metrics", None) or {}
         return out.logits
 
     def learn(self, ids_BT: Tensor, rate: float) -> None:

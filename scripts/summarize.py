@@ -85,7 +85,8 @@ def read(results: dict[str, Any], model: str) -> tuple[dict[str, Any], int | Non
         for r in held["recall"]
     }
     for source, ways in held["text"].items():
-        figures |= {("text", source, COLUMNS[how]): (float(t["bits_per_byte"]),) for how, t in ways.items()}
+        bits = {COLUMNS[how]: ways[how]["bits_per_byte"] for how in COLUMNS if how in ways}
+        figures |= {("text", source, column): (float(value),) for column, value in bits.items()}
     return settings, held["seed"], figures
 
 

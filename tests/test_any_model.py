@@ -2,10 +2,10 @@
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from tokenizers import pre_tokenizers
@@ -19,15 +19,13 @@ from transformers import (
 )
 
 import memlm
-from memlm.data import byte_tokenizer, token_bytes
+from memlm.data import byte_tokenizer
 from memlm.evaluation import run as evaluate
 from memlm.evaluation.ablation import memory_off
-from memlm.evaluation.measures.text import text_by_position
 from memlm.hub.causal import load_any, longest
 from tests.conftest import composed, same_state
 from tests.test_attached_forms import gemma3, llava
 
-SIZES = torch.from_numpy(token_bytes(byte_tokenizer()))
 LLAMA = LlamaConfig(
     vocab_size=259,
     hidden_size=16,
@@ -97,26 +95,6 @@ def evaluated(folder, *overrides):
     return composed(*data, *gaps, *few, "eval.text_documents=2", *overrides, config="evaluate")
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "titans"])
-def test_text_is_streamed_with_the_models_own_cache(name):
-    """Carried over segments equals one forward over a document; reset equals each segment alone."""
-    model = made(name)
-    documents = [np.random.default_rng(n).integers(0, 256, n) for n in (7, 100, 33, 64)]
-    expected = {True: [], False: []}
-    with torch.no_grad():
-        for document in documents:
-            ids = torch.from_numpy(document)[None]
-            whole = model(ids, use_cache=False).logits
-            parts = torch.cat([model(piece, use_cache=False).logits for piece in ids.split(32, 1)], 1)
-            for carried, logits in ((True, whole), (False, parts)):
-                nats = -logits[0].log_softmax(-1)
-                expected[carried] += [nats[t - 1, ids[0, t]].item() for t in range(1, ids.shape[1]) if t % 32]
-    assert np.mean(expected[True]) != pytest.approx(np.mean(expected[False]), rel=1e-4)
-    for carried, nats in expected.items():
-        got = text_by_position(model, documents, SIZES, segment=32, carried=carried, max_length=100, rows=3)
-        assert got.bits_per_byte == pytest.approx(np.mean(nats) / np.log(2), rel=1e-6)
-
-
 def test_an_attached_memory_is_silenced_as_a_whole():
     """The logits are the backbone's, to the bit, and the first layer's state is that with the memory on."""
     model, ids = made("titans"), torch.randint(256, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -136,13 +114,23 @@ def test_an_attached_memory_is_silenced_as_a_whole():
 
 def test_any_model_is_evaluated(saved, capsys):
     """A model with a memory, beside a plain one; what a table of positions does not reach is left out."""
-    evaluate(evaluated(saved, f"checkpoint={saved}/titans", f"control={saved}/llama", f"out={saved}/out"))
+    every = ("eval.text_ways=[carried,reset,rolling]", "eval.text_memory_off=true")
+    evaluate(evaluated(saved, f"checkpoint={saved}/titans", f"control={saved}/llama", f"out={saved}/out", *every))
     found = json.loads((saved / "out" / "results.json").read_text())["models"]
     assert [m["kinds"] for m in found.values()] == [["llama", "titans_lmm"], ["llama"]]
     for model in found.values():
         assert len(model["recall"]) == 4 and len(model["needles"]["passkey"]) == 2 and model["bank"] == []
         assert model["text"]["text"]["carried"]["bits_per_byte"] != model["text"]["text"]["reset"]["bits_per_byte"]
-    assert found["titans"]["text"] != found["control (llama)"]["text"]
+    with_memory, without = (model["text"]["text"] for model in found.values())
+    for way in ("carried", "reset", "rolling"):
+        # The memory silenced leaves its backbone, which is the control.
+        silent, control = with_memory[f"{way}_memory_off"]["all"], without[way]["all"]
+        assert silent["nats"] == pytest.approx(control["nats"], rel=1e-6) and f"{way}_memory_off" not in without
+        assert with_memory[way]["all"]["nats"] != pytest.approx(control["nats"], rel=1e-3)
+    page = (saved / "out" / "report.md").read_text()
+    gains = re.findall(r"Gain of titans by carrying its memory beyond that of (.*): (.*) bits per byte; the", page)
+    (itself, gain), (other, same) = gains
+    assert (itself, other) == ("itself with memory off", "control (llama)") and gain == same and "2 documents" in page
     capsys.readouterr()
     short = ("eval.factors=[1,4]", f"checkpoint={saved}/gpt2", "control=null", f"out={saved}/short")
     evaluate(evaluated(saved, *short))

@@ -33,7 +33,6 @@ from memlm.evaluation.measures.bank import bank
 from memlm.evaluation.measures.interleaved import interleaved
 from memlm.evaluation.measures.needles import needles
 from memlm.evaluation.measures.recall import recall
-from memlm.evaluation.measures.text import text_by_position
 from memlm.evaluation.statistics import wilson
 from memlm.roles import Roles
 from memlm.training import run as train
@@ -181,37 +180,6 @@ def test_questions_are_read_on_too(tmp_path, monkeypatch):
     got = interleaved(model, byte_tokenizer(), "questions", way, [linked], 4)
     assert (got.documents, got.questions, got.hops, got.exact) == (9, 4, [0.5], 0.75)
     assert read_on(QuestionSource(questions, byte_tokenizer(), 900, 0), 9, 4) is None
-
-
-def test_text_by_position_equals_one_long_forward():
-    """Carried over segments equals one forward over the document; reset equals each segment alone."""
-    torch.manual_seed(0)
-    model = build(dtype=torch.float64)
-    documents = [np.random.default_rng(n).integers(0, 256, n) for n in (7, 100, 33, 64)]
-    documents[1] = np.append(documents[1], 258)
-    expected = {"carried": [], "reset": []}
-    with torch.no_grad():
-        for document in documents:
-            ids = torch.from_numpy(document)[None]
-            whole = model(ids).logits[0].log_softmax(-1)
-            parts = torch.cat([model(piece).logits[0].log_softmax(-1) for piece in ids.split(32, 1)])
-            for name, log_p in (("carried", whole), ("reset", parts)):
-                expected[name] += [
-                    (t, -log_p[t - 1, ids[0, t]].item()) for t in range(1, ids.shape[1]) if t % 32 and ids[0, t] < 256
-                ]
-    for name, carried in (("carried", True), ("reset", False)):
-        got = text_by_position(model, documents, SIZES, segment=32, carried=carried, max_length=96, rows=3)
-        inside = [(t, nats) for t, nats in expected[name] if t < 96]
-        mean = np.mean([nats for _, nats in inside]) / np.log(2)
-        assert got.bits_per_byte == pytest.approx(mean, rel=1e-6)
-        first = np.mean([nats for t, nats in inside if t < 32]) / np.log(2)
-        assert got.by_position[0] == pytest.approx(first, rel=1e-6)
-        assert got.edges == [0, 32, 64, 96]
-        if carried:
-            with torch.no_grad():
-                surprises = [model(torch.from_numpy(d)[None]).metrics["layer0/surprise"][0] for d in documents]
-            second = torch.cat([x[32:64] for x in surprises]).mean().item()
-            assert got.of_tokens["layer0/surprise"][1] == pytest.approx(second, rel=1e-6)
 
 
 def test_memory_off_leaves_the_attention_branch_and_every_state_as_they_are():

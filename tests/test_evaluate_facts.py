@@ -124,6 +124,25 @@ def test_texts_of_other_tokens_are_cut_at_the_same_byte(runs):
     assert [len(t) for t in alone["text"]] == [100] * 2
 
 
+def test_documents_are_joined_with_their_ends_to_a_length(runs):
+    data = {"seq_len": 64, "cache_dir": str(runs / "cache")}
+    data["sources"] = {"text": {"kind": "text", "weight": 1, "paths": str(runs / "corpus")}}
+    specs = [str(next((runs / f"{name}-seed0" / "checkpoints").glob("step_*"))) for name in ("bpe", "bytes")]
+    built = [build_data({**data, "tokenizer": spec}, seed=0, batch_size=1) for spec in specs]
+    models = [Examined(None, tokenizer, mixture.sources, 0) for tokenizer, mixture in built]
+    whole = [ids for _, ids in models[1].sources["text"].corpus.documents("test")]
+    least, end = sum(map(len, whole)) // 2 - 1, models[1].tokenizer.eos_token_id
+    (alone,) = texts(models[1:], 9, least, joined=True)
+    assert [len(ids) for ids in alone["text"]] == [least] * len(alone["text"]) and end in alone["text"][0]
+    assert alone["text"][0].tolist() == np.concatenate(whole)[:least].tolist()
+    # Less than one text: all that there is.
+    (short,) = texts(models[1:], 9, 10**6, joined=True)
+    assert [ids.tolist() for ids in short["text"]] == [np.concatenate(whole).tolist()]
+    bpe, plain = texts(models, 9, 50, joined=True)
+    told = [[one.tokenizer.decode(ids) for ids in of["text"]] for one, of in zip(models, (bpe, plain), strict=True)]
+    assert told[1] and all(a and b.startswith(a) and len(b) - len(a) < 9 for a, b in zip(*told, strict=True))
+
+
 def test_a_model_that_has_not_ended_its_training_is_told(runs, capsys):
     results, out = evaluated(runs, f"checkpoint={runs}/long-seed0/checkpoints/step_000002", run="long")
     line = "long is at step 2 of 3: its training has not ended"

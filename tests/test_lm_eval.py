@@ -8,12 +8,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import memlm
 from memlm.data.tokenizer import byte_tokenizer
+from memlm.evaluation.data import Examined
+from memlm.evaluation.measures.text import Text
 from tests.conftest import ROOT
 from tests.test_attached import opened
 from tests.test_trainers import attached, made, own, text
@@ -129,6 +133,31 @@ def test_numbers_of_the_python_api_are_the_models(folder, make):
     assert [x[0] for x in of["generation"]] == generated
     perplexity = found["results"]["local_completion"]["perplexity,none"]
     assert perplexity == pytest.approx(math.exp(-sum(completions) / len(PAIRS)), rel=1e-4)
+
+
+def test_rolling_windows_of_evaluate_py_are_those_of_lm_eval(folder):
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.metrics import bits_per_byte, weighted_perplexity
+    from lm_eval.api.task import PerplexityTask
+    from lm_eval.models.huggingface import HFLM
+
+    model = memlm.from_pretrained(folder / "own")
+    lm = HFLM(pretrained=copy.deepcopy(model), tokenizer=byte_tokenizer(), batch_size=2, max_length=WINDOW)
+    requests = [Instance("loglikelihood_rolling", {}, (d,), 0) for d in DOCUMENTS]
+    found = lm.loglikelihood_rolling(requests)
+    source = SimpleNamespace(seq_len=WINDOW)
+    one = Examined(SimpleNamespace(model=model, memory_off=False), byte_tokenizer(), {"text": source}, 0)
+    # A document of evaluate.py ends in a token without text.
+    documents = [np.array([*byte_tokenizer()(d).input_ids, byte_tokenizer().eos_token_id]) for d in DOCUMENTS]
+    got = Text(3, 10**4, text_ways=["rolling"]).source(one, WINDOW, documents)
+    assert [-x for x in got["rolling"]["all"]["nats"]] == pytest.approx(found, rel=1e-5)
+    counts = got["documents"]
+    assert counts["words"] == list(map(PerplexityTask.count_words, DOCUMENTS))
+    assert counts["bytes"] == got["rolling"]["all"]["bytes"] == list(map(PerplexityTask.count_bytes, DOCUMENTS))
+    of_words, of_bytes = (list(zip(found, counts[unit], strict=True)) for unit in ("words", "bytes"))
+    told = [got["rolling"]["all"][key] for key in ("bits_per_byte", "byte_perplexity", "word_perplexity")]
+    expected = [bits_per_byte(of_bytes), weighted_perplexity(of_bytes), weighted_perplexity(of_words)]
+    assert told == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_model_is_loaded_with_its_memory(folder):

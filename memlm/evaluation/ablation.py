@@ -18,8 +18,7 @@ def memory_off(model: nn.Module) -> Iterator[None]:
 
     Raises ValueError if the model has no such part.
     """
-    attached = [m for m in model.modules() if isinstance(m, Attached)]
-    parts = attached or [m for m in model.modules() if getattr(m, "long_term", False)]
+    parts = long_term(model)
     if not parts:
         raise ValueError("memory_off=true, but the model has no long-term memory; leave it out, or name another run")
     hooks = [part.register_forward_hook(_silence) for part in parts]
@@ -28,6 +27,12 @@ def memory_off(model: nn.Module) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def long_term(model: nn.Module) -> list[nn.Module]:
+    """The parts of a long-term memory; none if the model has none."""
+    attached: list[nn.Module] = [m for m in model.modules() if isinstance(m, Attached)]
+    return attached or [m for m in model.modules() if getattr(m, "long_term", False)]
 
 
 def _silence(part: nn.Module, inputs: Any, output: MixerOutput | Tensor) -> MixerOutput | Tensor:

@@ -3,7 +3,7 @@
 T tokens of a document.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count, islice
 from typing import Any
@@ -113,8 +113,11 @@ def changed_files(one: Examined) -> list[str]:
     return changed
 
 
-def texts(examined: Sequence[Examined], documents: int, length: int) -> list[dict[str, list[np.ndarray]]]:
-    """Tokens [T] of test documents of each source of text, for each model.
+def texts(
+    examined: Sequence[Examined], documents: int, length: int, joined: bool = False
+) -> list[dict[str, list[np.ndarray]]]:
+    """Tokens [T] of test documents of each source of text, for each model; joined: of documents that are joined until
+    they have ``length`` tokens.
 
     Models with different tokenizers read the same bytes: those within the first ``length`` tokens of every model.
     """
@@ -123,8 +126,9 @@ def texts(examined: Sequence[Examined], documents: int, length: int) -> list[dic
     found: list[dict[str, list[np.ndarray]]] = [{name: [] for name in names} for _ in examined]
     for name in names:
         corpora = [one.sources[name].corpus.documents("test") for one in examined]
-        for versions in islice(zip(*corpora, strict=True), documents):
-            tokens = [document[:length] for _, document in versions]
+        whole = ([document for _, document in versions] for versions in zip(*corpora, strict=True))
+        for versions in islice(_joined(whole, length) if joined else whole, documents):
+            tokens = [document[:length] for document in versions]
             if len(sizes) > 1:
                 ends = [sizes[fingerprint(o.tokenizer)][t].cumsum() for o, t in zip(examined, tokens, strict=True)]
                 last = min(end[-1] for end in ends)
@@ -132,6 +136,22 @@ def texts(examined: Sequence[Examined], documents: int, length: int) -> list[dic
             for of_model, piece in zip(found, tokens, strict=True):
                 of_model[name].append(piece)
     return found
+
+
+def _joined(documents: Iterable[list[np.ndarray]], length: int) -> Iterator[list[np.ndarray]]:
+    """Documents one behind the other, with their ends, until every model has ``length`` tokens; a shorter rest only if
+    there is nothing else.
+    """
+    held: list[list[np.ndarray]] = []
+    counts, full = 0, False
+    for versions in documents:
+        held.append(versions)
+        counts = counts + np.array([len(ids) for ids in versions])
+        if counts.min() >= length:
+            yield [np.concatenate(of_model) for of_model in zip(*held, strict=True)]
+            held, counts, full = [], 0, True
+    if held and not full:
+        yield [np.concatenate(of_model) for of_model in zip(*held, strict=True)]
 
 
 def has_documents(source: Source) -> bool:

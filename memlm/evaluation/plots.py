@@ -138,12 +138,24 @@ def by_documents(results: dict[str, list[dict]]) -> Figure:
     return figure
 
 
-def by_position(lines: dict[str, Sequence[float]], edges: Sequence[int], label: str, legend: str = "") -> Figure:
-    """A value by distance from the document's start: one line per name, one point per bucket."""
+def by_position(
+    lines: dict[str, Sequence[float]],
+    edges: Sequence[int],
+    label: str,
+    legend: str = "",
+    intervals: Sequence[Sequence[tuple[float, float]]] = (),
+) -> Figure:
+    """A value by distance from the document's start: one line per name, one point per bucket; intervals: of each
+    line's points.
+    """
     figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     buckets = [f"{a}-{b}" for a, b in itertools.pairwise(edges)]
     for i, (name, values) in enumerate(lines.items()):
-        axis.plot(buckets, values, "o-", color=_COLOURS[i % len(_COLOURS)], label=name)
+        style = ("o-", "s--", "^:")[i // len(_COLOURS) % 3]
+        axis.plot(buckets, values, style, color=_COLOURS[i % len(_COLOURS)], label=name)
+    for i, of_line in enumerate(intervals):
+        low, high = zip(*of_line, strict=True)
+        axis.fill_between(buckets, low, high, color=_COLOURS[i % len(_COLOURS)], alpha=0.08, linewidth=0)
     axis.set_xlabel("position in the document, tokens")
     axis.set_ylabel(label)
     axis.tick_params(axis="x", labelsize=8)

@@ -29,11 +29,12 @@ def bootstrap(
     """The 95 % percentile interval of a weighted mean when its units, such as documents, are drawn anew.
 
     Pairs are compared by the units' differences: pass (a - b) of each document, and its bytes as the weight.
-    The draws are the same in every call, so an evaluation repeated gives the same interval.
+    The draws are the same in every call, so an evaluation repeated gives the same interval. One unit alone gives no
+    interval: nan.
     """
     x = np.asarray(values, np.float64)
     w = np.ones_like(x) if weights is None else np.asarray(weights, np.float64)
-    if len(x) == 0:
+    if len(x) < 2:
         return math.nan, math.nan
     rng = np.random.default_rng(0)
     # A unit's number of appearances in a draw; all draws of many units at once would not fit.

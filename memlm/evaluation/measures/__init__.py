@@ -9,7 +9,7 @@ Files:
     interleaved         questions answered by reading on in a bank
     needles             passkeys over length and depth
     recall              recall tasks over length
-    text                text by position, with the memory carried and reset
+    text                perplexity of text, with the memory carried, reset and silenced
 """
 
 import dataclasses

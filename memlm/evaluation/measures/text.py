@@ -1,134 +1,66 @@
-"""Held-out text by position, with the memory carried across segments, and with a new memory for each segment.
+"""Perplexity of held-out text: with the memory carried on, reset, in rolling windows, and silenced."""
 
-B rows, T tokens of a segment, V vocabulary.
-"""
-
-import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from memlm.data import Source, TextSource, token_bytes
 from memlm.evaluation import plots
+from memlm.evaluation.ablation import long_term, memory_off
 from memlm.evaluation.data import Examined, texts
 from memlm.evaluation.measures import Measure, Models, Table, by_source, check_range
+from memlm.evaluation.perplexity import WAYS, bits, interval, read
 from memlm.evaluation.report import Report
 from memlm.evaluation.subject import Subject
 from memlm.hub.causal import new_memory
-from memlm.training.objective import token_losses
-from memlm.versions import CACHE
+from memlm.reader import Reader
+from memlm.settings import require
 
-
-@dataclass(frozen=True)
-class TextByPosition:
-    """Bits per byte of held-out text by distance from the document's start, and over all of it.
-
-    edges: bucket i holds positions [edges[i], edges[i + 1]); nan if it has no token
-    of_tokens: means over the same buckets of the mixers' metrics per token, such as a memory's surprise
-    """
-
-    carried: bool
-    segment: int
-    documents: int
-    tokens: int
-    bits_per_byte: float
-    edges: list[int]
-    by_position: list[float]
-    of_tokens: dict[str, list[float]]
-
-
-@torch.no_grad()
-def text_by_position(
-    model: PreTrainedModel,
-    documents: Iterable[np.ndarray],
-    token_bytes: Tensor,
-    segment: int,
-    carried: bool,
-    max_length: int,
-    rows: int = 16,
-) -> TextByPosition:
-    """Read documents in segments, with one memory per document (carried) or a new one for each segment.
-
-    Both ways score the same tokens: all but the first of each segment, which a new memory cannot predict.
-    """
-    documents = sorted((d[:max_length] for d in documents), key=len)
-    nats = torch.zeros(max_length, dtype=torch.float64)
-    counted = torch.zeros(max_length, dtype=torch.float64)
-    read = torch.zeros(max_length, dtype=torch.float64)
-    told: dict[str, Tensor] = {}
-    scored_tokens = 0
-    for start in range(0, len(documents), rows):
-        group = documents[start : start + rows]
-        longest = len(group[-1])
-        ids = np.zeros((len(group), longest), np.int64)
-        real = np.zeros((len(group), longest), np.int64)
-        for row, document in enumerate(group):
-            ids[row, : len(document)], real[row, : len(document)] = document, 1
-        ids_BT, real_BT = (torch.from_numpy(x).to(model.device) for x in (ids, real))
-        memory = new_memory(model)
-        for begin in range(0, longest, segment):
-            if not carried:
-                memory = new_memory(model)
-            here = slice(begin, min(begin + segment, longest))
-            piece, mask = ids_BT[:, here], real_BT[:, here]
-            seen = real_BT[:, here.start - memory.get_seq_length() : here.stop]
-            out = model(piece, attention_mask=seen, use_cache=True, **{CACHE: memory})
-            read[here] += mask.double().sum(0).cpu()
-            for name, x in getattr(out, "metrics", {}).items():
-                if x.ndim == 2:
-                    sums = told.setdefault(name, torch.zeros_like(read))
-                    sums[here] += x.double().masked_fill(mask == 0, 0.0).sum(0).cpu()
-            piece_nats, scored = token_losses(out.logits[:, :-1], piece.masked_fill(mask == 0, -100)[:, 1:])
-            sizes = token_bytes.to(model.device)[piece[:, 1:]] * scored
-            # Tokens without text, such as the end of a document, are not scored as text.
-            piece_nats = piece_nats * (sizes > 0)
-            where = slice(here.start + 1, here.stop)
-            nats[where] += piece_nats.double().sum(0).cpu()
-            counted[where] += sizes.double().sum(0).cpu()
-            scored_tokens += int(scored.sum())
-    edges = [0, segment]
-    while edges[-1] < max_length:
-        edges.append(min(2 * edges[-1], max_length))
-    buckets = [slice(a, b) for a, b in itertools.pairwise(edges)]
-    return TextByPosition(
-        carried,
-        segment,
-        len(documents),
-        scored_tokens,
-        _bits(nats.sum().item(), counted.sum().item()),
-        edges,
-        [_bits(nats[at].sum().item(), counted[at].sum().item()) for at in buckets],
-        {name: [_mean(sums[at].sum().item(), read[at].sum().item()) for at in buckets] for name, sums in told.items()},
-    )
-
-
-def _bits(nats: float, num_bytes: float) -> float:
-    return _mean(nats / math.log(2), num_bytes)
-
-
-def _mean(total: float, count: float) -> float:
-    return total / count if count else float("nan")
+_OFF = "_memory_off"
+_TOLD = {"carried": "memory carried", "reset": "reset each segment", "rolling": "rolling windows"}
+_COVERS = {
+    "carried": "all tokens of a document but the first",
+    "reset": "all but the first of each segment",
+    "rolling": "all tokens, by lm-eval's definition of rolling windows",
+}
 
 
 @dataclass(frozen=True)
 class Text(Measure):
     """text_documents: held-out documents; 0 for no text
-    text_length: tokens of each
+    text_length: tokens of each, at most
+    text_ways: of reading, in segments of data.seq_len tokens: "carried", one memory for a document; "reset", a new one
+        for each segment; "rolling", lm-eval's windows of as many tokens
+    text_memory_off: whether models with a long-term memory also read without it, in the same ways
+    text_joined: whether documents are joined, with their ends, into texts of text_length tokens
+
+    Results of a source: ``documents``, the tokens, bytes and words of each; under each way, also with
+    ``_memory_off`` at its end, ``bits_per_byte`` of the tokens that all ways predict, and a ``Reading``.
     """
 
     name = "text"
     nothing = {}  # noqa: RUF012
     text_documents: int
     text_length: int
+    text_ways: list = field(default_factory=lambda: ["carried", "reset"])
+    text_memory_off: bool = False
+    text_joined: bool = False
 
     def __post_init__(self) -> None:
         check_range(self, text_documents=0, text_length=2)
+        known = [way for way in WAYS if way in self.text_ways]
+        require(
+            bool(known) and sorted(known) == sorted(map(str, self.text_ways)),
+            f"text_ways={self.text_ways} must be some of {', '.join(WAYS)}, each once",
+        )
 
     def measures(self, source: Source) -> bool:
         return self.text_documents > 0 and isinstance(source, TextSource)
@@ -137,48 +69,133 @@ class Text(Measure):
         new_memory(model)
 
     def tokens(self, sources: Mapping[str, Source]) -> int:
-        return self.text_length if any(map(self.measures, sources.values())) else 0
+        lengths = [source.seq_len for source in sources.values() if self.measures(source)]
+        longest = self.text_length if "carried" in self.text_ways else max(lengths, default=0)
+        return longest if lengths else 0
 
     def run(self, one: Examined, examined: Sequence[Examined]) -> dict[str, Any]:
-        read = zip(examined, texts(examined, self.text_documents, self.text_length), strict=True)
-        documents = next(documents for other, documents in read if other is one)
-        model, sizes = one.subject.model, torch.from_numpy(token_bytes(one.tokenizer))
-        return {
-            name: {
-                how: asdict(
-                    text_by_position(model, documents[name], sizes, source.seq_len, how == "carried", self.text_length)
-                )
-                for how in ("carried", "reset")
-            }
-            for name, source in one.sources.items()
-            if isinstance(source, TextSource)
+        found = texts(examined, self.text_documents, self.text_length, self.text_joined)
+        of_sources = next(read for other, read in zip(examined, found, strict=True) if other is one)
+        return {name: self.source(one, one.sources[name].seq_len, texts) for name, texts in of_sources.items()}
+
+    def source(self, one: Examined, segment: int, documents: list[np.ndarray]) -> dict[str, Any]:
+        """The results of one source."""
+        model, tokenizer, sizes = one.subject.model, one.tokenizer, token_bytes(one.tokenizer)
+        # Nothing follows a document's end.
+        documents = [ids if sizes[ids[-1]] else ids[:-1] for ids in documents if len(ids)]
+        words = [len(re.split(r"\s+", tokenizer.decode(ids, skip_special_tokens=True))) for ids in documents]
+        num_bytes = [int(sizes[ids].sum()) for ids in documents]
+        a_word = sum(num_bytes) / max(1, sum(words))
+        prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        sizes_V = torch.from_numpy(sizes).to(model.device)
+        results: dict[str, Any] = {
+            "documents": {"tokens": [len(ids) for ids in documents], "bytes": num_bytes, "words": words}
         }
+        both = self.text_memory_off and not one.subject.memory_off and long_term(model)
+        for silent in (False, True) if both else (False,):
+            for way in self.text_ways:
+                # The memory's surprise is shown where it is carried on.
+                reader = partial(Reader, model, with_metrics=way == "carried" and not silent)
+                with memory_off(model) if silent else nullcontext():
+                    reading = asdict(read(reader, way, documents, sizes_V, segment, self.text_length, prefix))
+                of_byte = reading["all"]["bits_per_byte"] * math.log(2)
+                reading["all"] |= {"byte_perplexity": _exp(of_byte), "word_perplexity": _exp(of_byte * a_word)}
+                results[way + _OFF * silent] = {"bits_per_byte": reading["common"]["bits_per_byte"], **reading}
+        return results
+
+    def tables(self, models: Models) -> dict[str, Table]:
+        return {"text": self.table(models), "perplexity": self._perplexity(models)}
 
     def table(self, models: Models) -> Table:
-        rows = [
-            [name, *(f"{read[how]['bits_per_byte']:.4f}" for how in ("carried", "reset"))]
-            for name, read in by_source(models, "text").items()
-        ]
-        return ["bits per byte of text", "memory carried", "reset each segment"], rows
+        columns = [_TOLD[way] for way in self.text_ways]
+        rows = []
+        for name, found, suffix in self._readings(models):
+            readings = [found[way + suffix] for way in self.text_ways]
+            row = [_label(name, suffix), *(f"{r['bits_per_byte']:.4f}" for r in readings)]
+            rows.append([*row, _with_interval(*_gain(found, suffix))] if self._gains else row)
+        if not self._gains:
+            return ["bits per byte of text", *columns], rows
+        blank = [""] * len(columns)
+        for name, other, difference in self._beyond(models):
+            rows.append([f"gain of {name} beyond {other}", *blank, _with_interval(*difference)])
+        return ["bits per byte of text", *columns, "gain of carrying (95 % interval)"], rows
+
+    def _perplexity(self, models: Models) -> Table:
+        rows = []
+        for name, found, suffix in self._readings(models):
+            for way in self.text_ways:
+                read = found[way + suffix]["all"]
+                value = _with_interval(read["bits_per_byte"], read["low"], read["high"])
+                perplexities = (f"{read[f'{unit}_perplexity']:.4g}" for unit in ("byte", "word"))
+                rows.append([_label(name, suffix, way), f"{sum(read['tokens']):,}", value, *perplexities])
+        header = ["all tokens that a way of reading predicts", "tokens", "bits per byte (95 % interval)"]
+        return [*header, "byte perplexity", "word perplexity"], rows
+
+    @property
+    def _gains(self) -> bool:
+        return {"carried", "reset"} <= set(self.text_ways)
+
+    @staticmethod
+    def _readings(models: Models) -> Iterator[tuple[str, Mapping[str, Any], str]]:
+        """The name of each model and source, its results, and the suffix of its ways with the memory on and off."""
+        for name, found in by_source(models, "text").items():
+            for suffix in ("", _OFF) if any(way.endswith(_OFF) for way in found) else ("",):
+                yield name, found, suffix
+
+    def _lines(self, models: Models) -> dict[str, Any]:
+        """The readings in the picture: without rolling windows if there are others, and memory off carried alone."""
+        ways = [way for way in self.text_ways if way != "rolling"] or self.text_ways
+        return {
+            _label(name, suffix, way): found[way + suffix]
+            for name, found, suffix in self._readings(models)
+            for way in (ways[:1] if suffix else ways)
+        }
+
+    def _beyond(self, models: Models) -> Iterator[tuple[str, str, tuple[float, float, float]]]:
+        """The gain of the first model by carrying its memory, beyond that of each control and of itself without its
+        long-term memory: a difference of differences, with its interval over documents.
+        """
+        first, *controls = models
+        for source, found in models[first]["text"].items():
+            here = f" in {source}" if len(models[first]["text"]) > 1 else ""
+            others = [(f"itself with memory off{here}", found, _OFF)] if f"reset{_OFF}" in found else []
+            others += [(f"{other}{here}", models[other]["text"][source], "") for other in controls]
+            for other, theirs, suffix in others:
+                yield first, other, _difference(found, theirs, suffix)
 
     def section(self, report: Report, models: Models, first: Subject) -> None:
-        texts = {f"{n}, {how}": t for n, read in by_source(models, "text").items() for how, t in read.items()}
-        read = next(iter(texts.values()))
+        lines = self._lines(models)
+        read = next(iter(lines.values()))
         report.heading("Held-out text by position")
         report.table(*self.table(models))
-        bits = {f"{name}: {t['bits_per_byte']:.3f}": t["by_position"] for name, t in texts.items()}
-        picture = plots.by_position(bits, read["edges"], "bits per byte", "over all positions")
+        means = {f"{name}: {t['bits_per_byte']:.3f}": t["by_position"] for name, t in lines.items()}
+        intervals = [t["intervals"] for t in lines.values()]
+        picture = plots.by_position(means, read["edges"], "bits per byte", "over all positions", intervals)
         report.picture("text", picture, "bits per byte by position")
+        common, counts = read["common"], next(iter(models[first.name]["text"].values()))["documents"]
+        documents = len(counts["tokens"])
         report.note(
-            f"{read['documents']} documents, {read['tokens']:,} tokens, read in segments of {read['segment']}; "
-            "carried: one memory for a document; reset: a new one each segment. Same tokens scored either way."
+            f"{documents} documents, {sum(common['tokens']):,} tokens, {sum(common['bytes']):,} bytes, read in "
+            f"segments of {read['segment']}; carried: one memory for a document; reset: a new one each segment. "
+            "Same tokens scored either way: all but the first of each segment. Bands and brackets are 95 % "
+            "intervals, of documents drawn anew."
+        )
+        if self._gains:
+            for name, other, difference in self._beyond(models):
+                report.note(_sentence(name, other, difference, documents))
+        report.table(*self._perplexity(models))
+        a_word = sum(counts["bytes"]) / max(1, sum(counts["words"]))
+        report.note(
+            f"Tokens that are predicted: {'; '.join(f'{way}, {_COVERS[way]}' for way in self.text_ways)}. Ends of "
+            "documents are not scored. Perplexities are e to the nats of a byte, and of a word, which has "
+            f"{a_word:.2f} bytes with the white space around it."
         )
         if len({m["tokenizer"] for m in models.values()}) > 1:
             report.note("Tokens are not the same for all models: each was given the same bytes of every document.")
         surprises = {
             f"{n}, {name.removesuffix('/surprise')}": values
             for n, of_model in by_source(models, "text").items()
-            for name, values in of_model["carried"]["of_tokens"].items()
+            for name, values in of_model.get("carried", {"of_tokens": {}})["of_tokens"].items()
             if name.endswith("/surprise")
         }
         if surprises:
@@ -187,3 +204,46 @@ class Text(Measure):
             report.note(
                 "Surprise: the norm of the gradient of the inner loss, a mean over tokens and heads; memory carried."
             )
+
+
+def _label(name: str, suffix: str, *way: str) -> str:
+    return ", ".join([name, *(["memory off"] if suffix else []), *way])
+
+
+def _saved(found: Mapping[str, Any], suffix: str) -> tuple[np.ndarray, np.ndarray]:
+    """Bits per byte that carrying the memory saves in each document, and its bytes, both of the common tokens."""
+    carried, reset = (found[way + suffix]["common"] for way in ("carried", "reset"))
+    saved = np.subtract(reset["nats"], carried["nats"])
+    return np.array([bits(x, n) if n else 0.0 for x, n in zip(saved, carried["bytes"], strict=True)]), carried["bytes"]
+
+
+def _gain(found: Mapping[str, Any], suffix: str = "") -> tuple[float, float, float]:
+    saved, num_bytes = _saved(found, suffix)
+    return (_mean(saved, num_bytes), *interval(saved.tolist(), num_bytes))
+
+
+def _difference(found: Mapping[str, Any], theirs: Mapping[str, Any], suffix: str) -> tuple[float, float, float]:
+    """Of two gains, paired by documents."""
+    (mine, num_bytes), (other, _) = _saved(found, ""), _saved(theirs, suffix)
+    return (_mean(mine - other, num_bytes), *interval((mine - other).tolist(), num_bytes))
+
+
+def _mean(values: np.ndarray, weights: Sequence[float]) -> float:
+    return float(np.average(values, weights=weights)) if sum(weights) else math.nan
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
+
+
+def _with_interval(value: float, low: float, high: float) -> str:
+    return f"{value:.4f}" + (f" ({low:.4f} to {high:.4f})" if math.isfinite(low) else "")
+
+
+def _sentence(name: str, other: str, difference: tuple[float, float, float], documents: int) -> str:
+    told = f"Gain of {name} by carrying its memory beyond that of {other}: {_with_interval(*difference)} bits per byte"
+    _, low, high = difference
+    if not math.isfinite(low):
+        return f"{told}; one document gives no interval."
+    seen = "the interval holds 0, so no difference is seen" if low <= 0 <= high else "the interval does not hold 0"
+    return f"{told}; {seen} ({documents} documents)."
