@@ -65,7 +65,7 @@ WAYS: dict[str, Callable[[int, np.ndarray, int, int | None], Iterator[Stretch]]]
 
 
 @dataclass(frozen=True)
-class Scored:
+class Predicted:
     """Tokens of text that one way of reading predicts; tokens without text, such as ends of documents, do not count.
 
     tokens, bytes, nats: of each document
@@ -80,7 +80,7 @@ class Scored:
     nats: list[float]
 
     @classmethod
-    def of(cls, sums: Tensor) -> "Scored":
+    def of(cls, sums: Tensor) -> "Predicted":
         """sums [documents, 3]: nats, bytes and tokens."""
         nats, sizes, tokens = (column.tolist() for column in sums.unbind(1))
         low, high = interval([bits(*x) for x in zip(nats, sizes, strict=True)], sizes)
@@ -102,8 +102,8 @@ class Reading:
     """
 
     segment: int
-    common: Scored
-    all: Scored
+    common: Predicted
+    all: Predicted
     edges: list[int]
     by_position: list[float]
     intervals: list[tuple[float, float]]
@@ -158,11 +158,11 @@ def read(
     if bad.any():
         raise ValueError(f"the model's logits are not finite in text, {way}: {int(bad.sum())} of {len(bad)} documents")
     common = sums[:, :, 0]
-    of_buckets = [Scored.of(column) for column in common.unbind(1)]
+    of_buckets = [Predicted.of(column) for column in common.unbind(1)]
     return Reading(
         segment,
-        Scored.of(common.sum(1)),
-        Scored.of(sums.sum((1, 2))),
+        Predicted.of(common.sum(1)),
+        Predicted.of(sums.sum((1, 2))),
         edges,
         [x.bits_per_byte for x in of_buckets],
         [(x.low, x.high) for x in of_buckets],
