@@ -159,7 +159,7 @@ def test_learning_changes_a_copy_of_the_weights(model):
 @pytest.mark.parametrize("words", [{}, {"judge": lambda ids: float(len(ids) == 4), "tokens": 4}])
 def test_an_oracle_is_right_and_a_guesser_is_not(words):
     for candidates in (1, 4):
-        # Of answers of several lengths, a guesser finds the shortest the likeliest.
+        # A guesser finds the shortest of several answers the likeliest.
         asked = streams(60, candidates, uneven=1, **words)
         assert all(r["exact"] for r in scores(Oracle, asked, 64)) or words
         if not words:

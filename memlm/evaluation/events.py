@@ -171,7 +171,7 @@ def _scored(reader: Reader, ids_BT: Tensor, events: Sequence[Ask], streams: int,
     answers_NCA = _stacked(padded, ids_BT.device).view(len(events) * asked, -1, longest)
     real_CA = torch.arange(longest) < torch.tensor(sizes)[:, None]
     events_N = torch.arange(len(events), device=ids_BT.device).repeat_interleave(asked)
-    # What follows an answer's end, padding, does not change its logits.
+    # Padding behind an answer's end does not change its logits.
     inputs_NT = torch.cat([ids_BT[events_N], answers_NCA[:, 0, :-1]], 1)
     nats, right = [], []
     at_once = max(1, min(TOKENS_AT_ONCE // inputs_NT.shape[1], _COPIES, most))

@@ -218,7 +218,7 @@ def bits(nats: float, num_bytes: float) -> float:
 
 
 def interval(values: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
-    """Of a weighted mean over documents, without those of weight 0."""
+    """The interval of a weighted mean over documents, without those of weight 0."""
     kept = [(x, w) for x, w in zip(values, weights, strict=True) if w]
     return bootstrap([x for x, _ in kept], [w for _, w in kept])
 

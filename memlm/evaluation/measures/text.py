@@ -223,7 +223,7 @@ def _gain(found: Mapping[str, Any], suffix: str = "") -> tuple[float, float, flo
 
 
 def _difference(found: Mapping[str, Any], theirs: Mapping[str, Any], suffix: str) -> tuple[float, float, float]:
-    """Of two gains, paired by documents."""
+    """The difference of two gains, paired by documents, with its interval."""
     (mine, num_bytes), (other, _) = _saved(found, ""), _saved(theirs, suffix)
     return (_mean(mine - other, num_bytes), *interval((mine - other).tolist(), num_bytes))
 
