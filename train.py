@@ -15,13 +15,14 @@ CONFIGS = Path(__file__).parent / "configs"
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
 def main(cfg: DictConfig) -> None:
     from memlm.training import run
+    from memlm.training.match import matched
     from memlm.training.sweep import is_member, run_member
 
     if is_member():
         run_member(cfg)
         return
     with user_errors(CONFIGS, "train"):
-        run(of_memory(cfg, HydraConfig.get()))
+        run(matched(of_memory(cfg, HydraConfig.get()), HydraConfig.get()))
         leave_group()
 
 

@@ -140,7 +140,9 @@ def composed(config_dir: Path, config: str, overrides: Sequence[str]) -> DictCon
         cfg = compose(config, [*overrides], return_hydra_config=True)
         with open_dict(cfg):
             hydra = cfg.pop("hydra")
-        return of_memory(cfg, hydra)
+        from memlm.training.match import matched
+
+        return matched(of_memory(cfg, hydra), hydra)
 
 
 def check_arguments(argv: list[str], config_dir: Path, config: str) -> None:

@@ -6,6 +6,7 @@ Files:
     objective           a batch becomes a loss here; scores of validation
     optim               Muon, AdamW, the schedule
     model               the model of a run: a new decoder, or a backbone with a memory
+    match               sizes equal to those of another memory
     trainable           the parameters that a run trains
     settings            the run's settings, checked
     checkpoint          checkpoints that exist completely or not at all
