@@ -18,7 +18,9 @@ def main(cfg: DictConfig) -> None:
     from memlm.evaluation import run
 
     with user_errors(CONFIGS, "evaluate"):
-        run(cfg)
+        complete = run(cfg)
+    if not complete:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -56,10 +56,15 @@ def user_errors(config_dir: Path, config: str) -> Iterator[None]:
         leave_group(code)
         sys.exit(code)
     except Exception as error:
-        if TRACED or not (isinstance(error, _MISTAKES) or _out_of_memory(error)):
+        if TRACED or not is_mistake(error):
             raise
         print(f"error: {one_line(error, config_dir, config)}", file=sys.stderr)
         sys.exit(2)
+
+
+def is_mistake(error: Exception) -> bool:
+    """Whether a user can mend the cause of an error."""
+    return isinstance(error, _MISTAKES) or _out_of_memory(error)
 
 
 def leave_group(code: int = 0) -> None:

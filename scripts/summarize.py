@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Markdown tables from the results.json of several evaluations.
 
-    python scripts/summarize.py runs/demo/titans_mag-seed*/evaluation/results.json
+    python scripts/summarize.py runs/demo/titans_mag-seed*/evaluation/latest/results.json
 
 A row averages runs that differ only in the seed; settings that differ between rows are columns.
 """

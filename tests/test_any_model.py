@@ -116,7 +116,7 @@ def test_any_model_is_evaluated(saved, capsys):
     """A model with a memory, beside a plain one; what a table of positions does not reach is left out."""
     every = ("eval.text_ways=[carried,reset,rolling]", "eval.text_memory_off=true")
     evaluate(evaluated(saved, f"checkpoint={saved}/titans", f"control={saved}/llama", f"out={saved}/out", *every))
-    found = json.loads((saved / "out" / "results.json").read_text())["models"]
+    found = json.loads((saved / "out" / "latest" / "results.json").read_text())["models"]
     assert [m["kinds"] for m in found.values()] == [["llama", "titans_lmm"], ["llama"]]
     for model in found.values():
         assert len(model["recall"]) == 4 and len(model["needles"]["passkey"]) == 2 and model["bank"] == []
@@ -137,14 +137,14 @@ def test_any_model_is_evaluated(saved, capsys):
     assert (
         "recall is left out: gpt2 has 128 positions, recall needs 192; lower eval.factors" in capsys.readouterr().out
     )
-    found = json.loads((saved / "short" / "results.json").read_text())["models"]["gpt2"]
+    found = json.loads((saved / "short" / "latest" / "results.json").read_text())["models"]["gpt2"]
     assert found["recall"] == [] and found["needles"] == {} and found["text"]["text"]
 
 
 def test_an_evaluation_without_the_attached_memory_is_the_backbones(saved):
     options = (f"control={saved}/llama", "eval.text_documents=0", "eval.depths=[]", f"out={saved}/off")
     evaluate(evaluated(saved, f"checkpoint={saved}/titans", "memory_off=true", *options))
-    off, control = json.loads((saved / "off" / "results.json").read_text())["models"].values()
+    off, control = json.loads((saved / "off" / "latest" / "results.json").read_text())["models"].values()
     assert off["recall"] == control["recall"]
 
 
@@ -158,7 +158,7 @@ def test_a_memory_alone_is_evaluated_with_its_backbone(saved, tmp_path):
     memlm.save_memory(memory, tmp_path / "alone")
     short = ("eval.text_documents=0", "eval.depths=[]", f"control={saved}/titans", f"out={tmp_path}/out")
     evaluate(evaluated(saved, f"checkpoint={tmp_path}/alone", *short))
-    alone, whole = json.loads((tmp_path / "out" / "results.json").read_text())["models"].values()
+    alone, whole = json.loads((tmp_path / "out" / "latest" / "results.json").read_text())["models"].values()
     assert alone["kinds"] == ["llama", "titans_lmm"] and alone["recall"] == whole["recall"]
     words = json.loads((tmp_path / "alone" / "memlm_memory.json").read_text())
     (tmp_path / "alone" / "memlm_memory.json").write_text(json.dumps(words | {"backbone": ""}))
@@ -173,8 +173,8 @@ def test_each_bare_model_has_its_own_folder_of_results(saved, monkeypatch, tmp_p
     for name, off in (("llama", False), ("titans", False), ("titans", True)):
         evaluate(evaluated(saved, *short, f"checkpoint={saved}/{name}", f"memory_off={off}"))
         out = Path("runs/evaluation", name, "evaluation-memory_off" if off else "evaluation")
-        assert (out / "results.json").exists() and f"results: {out}/report.html" in capsys.readouterr().out
-    assert not list(Path("runs").rglob("earlier"))
+        assert (out / "latest" / "results.json").exists() and f"results: {out}/" in capsys.readouterr().out
+        assert len(list(out.glob("*/results.json"))) == 2, "one evaluation, and the link to it"
 
 
 def test_the_tokenizer_of_a_family_is_read_from_its_own_files(saved, tmp_path):
@@ -193,7 +193,7 @@ def test_the_tokenizer_of_a_family_is_read_from_its_own_files(saved, tmp_path):
     )
     sizes = ("eval.text_documents=2", "eval.text_length=100", "control=null", f"out={tmp_path}/out")
     evaluate(composed(*text, *sizes, f"checkpoint={tmp_path}/gpt2", config="evaluate"))
-    (found,) = json.loads((tmp_path / "out" / "results.json").read_text())["models"].values()
+    (found,) = json.loads((tmp_path / "out" / "latest" / "results.json").read_text())["models"].values()
     assert found["tokenizer"].startswith("258 entries") and found["text"]["text"]["carried"]["bits_per_byte"] > 0
 
 

@@ -141,7 +141,7 @@ def test_a_run_is_evaluated_and_is_the_start_of_another(backbones, tmp_path):
     run(settings(tmp_path / "second", backbones / "llama", *MEMORY, start, "train.steps=2"))
     few = ("eval.factors=[1,2]", "eval.recall_rows=4", f"control={tmp_path}/alone/run")
     evaluate(composed(f"checkpoint={tmp_path}/second/run", *few, config="evaluate"))
-    found = json.loads((tmp_path / "second" / "run" / "evaluation" / "results.json").read_text())["models"]
+    found = json.loads((tmp_path / "second" / "run" / "evaluation" / "latest" / "results.json").read_text())["models"]
     assert [(m["kinds"], m["step"], len(m["recall"])) for m in found.values()] == [
         (["llama", "mom"], 2, 2),
         (["llama"], 2, 2),

@@ -208,9 +208,9 @@ def evaluated(run, step=200, folder="evaluation"):
     report.note(f"{run}/x.txt, 1 / 2, a/b, https://x.org/y, ~/z")
     report.table(["model", "recalled"], [["mine | on", "0.97"]])
     report.picture("loss", plots.curves({"mine": [{"step": 1, "loss": 2.0}]}, "loss", "nats"), "the loss")
-    report.write(run / folder)
+    report.write(run / folder / "latest")
     results = {"models": {"mine": {"checkpoint": str(run / "checkpoints" / f"step_{step:06d}")}}}
-    files.write(run / folder / "results.json", json.dumps(results))
+    files.write(run / folder / "latest" / "results.json", json.dumps(results))
 
 
 def test_a_checkpoint_of_a_run_has_settings_and_data_and_may_be_edited(run):

@@ -254,7 +254,7 @@ def test_an_evaluation_leaves_a_table_results_and_a_report_that_stands_alone(tra
     assert re.search(r"set guesser, mqar\W+0\.387\W+0\.387", screen)
     assert re.search(r"set guesser, passkey\W+0\.544\W+0\.544", screen)
     out = trained / "titans_mag-seed0" / "evaluation"
-    results = json.loads((out / "results.json").read_text())
+    results = json.loads((out / "latest" / "results.json").read_text())
     assert set(results["models"]) == {"titans_mag", "control (none)"}
     assert len(results["models"]["control (none)"]["needles"]["passkey"]) == 4
     found = results["models"]["titans_mag"]
@@ -264,7 +264,7 @@ def test_an_evaluation_leaves_a_table_results_and_a_report_that_stands_alone(tra
     assert {"commit", "torch", "device"} <= set(results["environment"])
     manifest = json.loads((trained / "none-seed0" / "manifest-text.json").read_text())
     assert len(manifest["files"]) == 40 and len(results["corpora"]["text"]) == 32
-    page = (out / "report.html").read_text()
+    page = (out / "latest" / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert page.count("data:image/png;base64,") == 7
     for text in (
@@ -275,8 +275,8 @@ def test_an_evaluation_leaves_a_table_results_and_a_report_that_stands_alone(tra
     ):
         assert text in page
     pictures = {"needles", "recall", "text", "surprise", "loss", "validation", "gates"}
-    assert {p.stem for p in (out / "plots").iterdir()} == pictures
-    markdown = (out / "report.md").read_text()
+    assert {p.stem for p in (out / "latest" / "plots").iterdir()} == pictures
+    markdown = (out / "latest" / "report.md").read_text()
     assert set(re.findall(r"!\[.*\]\(plots/(\w+)\.png\)", markdown)) == pictures
     headings = re.findall(r"^##? (.*)$", markdown, re.MULTILINE)
     assert headings == re.findall(r"<h[12]>(.*?)</h", page)
@@ -317,11 +317,12 @@ def test_a_new_measure_is_one_file(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(memlm.evaluation.measures, "__path__", [*memlm.evaluation.measures.__path__, str(tmp_path)])
     nothing = ("eval.factors=[]", "eval.depths=[]", "eval.text_documents=0")
     evaluate(evaluated(trained, *nothing, "+eval.word=abc", f"out={tmp_path}/out"))
-    models = json.loads((tmp_path / "out" / "results.json").read_text())["models"]
+    models = json.loads((tmp_path / "out" / "latest" / "results.json").read_text())["models"]
     assert models["titans_mag"]["letters"] == [models["titans_mag"]["parameters"] // 3]
     assert models["titans_mag"]["recall"] == [] and models["titans_mag"]["text"] == {}
     assert (
-        "letters" in capsys.readouterr().out and "Letters of titans_mag" in (tmp_path / "out/report.html").read_text()
+        "letters" in capsys.readouterr().out
+        and "Letters of titans_mag" in (tmp_path / "out/latest/report.html").read_text()
     )
     with pytest.raises(ValueError, match=r"eval\.words='x' is not a setting; did you mean 'word'"):
         evaluate(evaluated(trained, "+eval.words=x"))
@@ -348,11 +349,14 @@ def test_an_evaluation_of_banks(tmp_path, capsys):
     assert "control (none) has no bank: model.mixers.*.kind='attention'" in screen
     assert "hit@1" in screen and "deleted" in screen
     out = tmp_path / "msa-seed0" / "evaluation"
-    models = json.loads((out / "results.json").read_text())["models"]
+    models = json.loads((out / "latest" / "results.json").read_text())["models"]
     assert [b["documents"] for b in models["msa"]["bank"]] == [3, 20] and [*models] == ["msa"]
     assert {"hit_1", "hit", "recall", "precision"} <= set(models["msa"]["bank"][0]["layers"][0])
     assert models["msa"]["recall"] == [] and models["msa"]["text"] == {}
-    assert "A bank of documents" in (out / "report.html").read_text() and (out / "plots" / "bank.png").exists()
+    assert (
+        "A bank of documents" in (out / "latest" / "report.html").read_text()
+        and (out / "latest" / "plots" / "bank.png").exists()
+    )
     with pytest.raises(ValueError, match="step_000001 has no bank: model"):
         evaluate(composed(*options, f"checkpoint={tmp_path}/none-seed0", "control=null", config="evaluate"))
     with pytest.raises(ValueError, match="data has no documents"):
@@ -367,16 +371,16 @@ def test_an_evaluation_of_reading_on(tmp_path, capsys):
     options = ("eval=bank", "eval.bank_documents=[4,9]", "eval.bank_questions=3", "control=null")
     evaluate(composed(*options, f"checkpoint={path}", config="evaluate"))
     assert "hop 2" in capsys.readouterr().out
-    measured = json.loads((tmp_path / "msa-seed0/evaluation/results.json").read_text())["models"]["msa"]
+    measured = json.loads((tmp_path / "msa-seed0/evaluation/latest/results.json").read_text())["models"]["msa"]
     assert [(i["documents"], i["questions"]) for i in measured["interleaved"]] == [(4, 3), (8, 3)]
     assert measured["bank"] == [] and len(measured["interleaved"][0]["hops"]) == 2
-    assert "Questions answered by reading on" in (tmp_path / "msa-seed0/evaluation/report.html").read_text()
+    assert "Questions answered by reading on" in (tmp_path / "msa-seed0/evaluation/latest/report.html").read_text()
 
 
 def test_an_evaluation_without_control_says_how_to_get_one(trained, tmp_path, capsys):
     evaluate(evaluated(trained, f"control={tmp_path}/nothing", f"out={tmp_path}/out"))
     assert "python train.py memory=none" in capsys.readouterr().out
-    assert (tmp_path / "out" / "report.html").exists()
+    assert (tmp_path / "out" / "latest" / "report.html").exists()
 
 
 def test_an_evaluation_with_memory_off_stands_beside_the_other(trained, tmp_path, capsys):
@@ -385,12 +389,13 @@ def test_an_evaluation_with_memory_off_stands_beside_the_other(trained, tmp_path
     evaluate(evaluated(trained, "memory_off=true", *options))
     assert "titans_mag (memory off), mqar" in capsys.readouterr().out
     folder = trained / "titans_mag-seed0" / "evaluation-memory_off"
-    on, off = (json.loads((f / "results.json").read_text())["models"] for f in (tmp_path / "on", folder))
+    on, off = (json.loads((f / "latest" / "results.json").read_text())["models"] for f in (tmp_path / "on", folder))
     assert list(off) == ["titans_mag (memory off)", "control (none)"]
+    del off["control (none)"]["seconds"], on["control (none)"]["seconds"]
     assert off["control (none)"] == on["control (none)"]
     bits = [m["text"]["text"]["carried"]["bits_per_byte"] for m in (on["titans_mag"], off["titans_mag (memory off)"])]
     assert bits[0] != bits[1]
-    assert "<h1>memlm: titans_mag (memory off), control (none)</h1>" in (folder / "report.html").read_text()
+    assert "<h1>memlm: titans_mag (memory off), control (none)</h1>" in (folder / "latest" / "report.html").read_text()
 
 
 def test_memory_off_needs_a_memory(trained, tmp_path):
@@ -409,7 +414,7 @@ def test_a_checkpoint_without_a_run_needs_data(trained, tmp_path):
     for file in folder.iterdir():
         (bare / file.name).write_bytes(file.read_bytes())
     evaluate(evaluated(trained, f"checkpoint={bare}", f"out={tmp_path}/own", "control=null", "eval.text_documents=0"))
-    assert json.loads((tmp_path / "own" / "results.json").read_text())["models"]["bare"]["step"] == 3
+    assert json.loads((tmp_path / "own" / "latest" / "results.json").read_text())["models"]["bare"]["step"] == 3
     for name in ("config.yaml", "run.json"):
         (bare / name).unlink()
     with pytest.raises(ValueError, match=r"add data=\.\.\."):
@@ -419,7 +424,7 @@ def test_a_checkpoint_without_a_run_needs_data(trained, tmp_path):
             trained, f"checkpoint={bare}", f"out={tmp_path}/out", "data=recall", "data.seq_len=128", "control=null"
         )
     )
-    assert (tmp_path / "out" / "results.json").exists()
+    assert (tmp_path / "out" / "latest" / "results.json").exists()
 
 
 def test_what_rows_tell_is_summed_by_source():

@@ -3,7 +3,6 @@
 import json
 import re
 import runpy
-import shutil
 import sys
 from types import SimpleNamespace
 
@@ -78,7 +77,7 @@ def evaluated(folder, *overrides, run="bpe", control="null"):
     control = control if control == "null" else f"{folder}/{control}-seed0"
     evaluate(composed(f"checkpoint={folder}/{run}-seed0", f"control={control}", *TEXT, *overrides, config="evaluate"))
     out = folder / f"{run}-seed0" / "evaluation"
-    return json.loads((out / "results.json").read_text()), out
+    return json.loads((out / "latest" / "results.json").read_text()), out
 
 
 def bits(results, model):
@@ -105,7 +104,7 @@ def test_a_control_of_other_tokens_reads_the_same_bytes_and_differences_are_told
     alone, _ = evaluated(runs, run="bytes", control="null")
     # Not the tokens of the first model, which equal bytes only by chance.
     assert bits(results, "control (bytes)") == pytest.approx(bits(alone, "bytes"), rel=0.2)
-    page = (out / "report.html").read_text()
+    page = (out / "latest" / "report.html").read_text()
     assert "each was given the same bytes" in page and "<td>data.tokenizer</td>" in page
 
 
@@ -146,7 +145,7 @@ def test_documents_are_joined_with_their_ends_to_a_length(runs):
 def test_a_model_that_has_not_ended_its_training_is_told(runs, capsys):
     results, out = evaluated(runs, f"checkpoint={runs}/long-seed0/checkpoints/step_000002", run="long")
     line = "long is at step 2 of 3: its training has not ended"
-    assert line in capsys.readouterr().out and line in (out / "report.html").read_text()
+    assert line in capsys.readouterr().out and line in (out / "latest" / "report.html").read_text()
     model = results["models"]["long"]
     assert (model["step"], model["steps"], model["tokens_seen"]) == (2, 3, 2 * 4 * 64)
 
@@ -162,23 +161,6 @@ def test_a_corpus_that_has_changed_is_named(runs):
     (note,) = results["notes"]
     assert note.startswith("long: data.sources.text: its files are not those of the run: ") and "7.txt changed" in note
     assert evaluated(runs, run="long")[0]["notes"] == []
-
-
-def test_other_results_are_kept_and_the_same_ones_replaced(runs):
-    folder = runs / "bytes-seed0" / "evaluation"
-    shutil.rmtree(folder, ignore_errors=True)
-    first, _ = evaluated(runs, run="bytes")
-    again, _ = evaluated(runs, run="bytes")
-    assert not (folder / "earlier").exists() and first["of"] == again["of"]
-    shorter, _ = evaluated(runs, "eval.text_length=100", run="bytes")
-    assert [p.name for p in (folder / "earlier").iterdir()] == [first["of"]] and first["of"].startswith("step_000002-")
-    kept = folder / "earlier" / first["of"]
-    assert json.loads((kept / "results.json").read_text()) == again
-    assert (kept / "report.html").exists() and (kept / "report.md").exists() and (kept / "plots" / "text.png").exists()
-    # Results of an earlier version, and files without JSON, are kept too.
-    (folder / "results.json").write_text("{")
-    evaluated(runs, run="bytes")
-    assert len(list((folder / "earlier").iterdir())) == 2 and shorter["of"] != first["of"]
 
 
 def test_an_evaluation_that_would_measure_nothing_is_refused(runs):

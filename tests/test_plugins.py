@@ -98,13 +98,13 @@ def test_a_package_trains_and_is_evaluated(site, tmp_path):
     small = ("eval.factors=[1]", "eval.recall_rows=2", "eval.surprise.rows=2", "control=null")
     code, told = run(site, tmp_path, "evaluate.py", "checkpoint=run", "eval=surprise", *small)
     assert code == 0, told
-    results = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())
+    results = json.loads((tmp_path / "run" / "evaluation" / "latest" / "results.json").read_text())
     assert results["evaluation"]["surprise"] == {"rows": 2}
     (found,) = results["models"].values()
     assert found["surprise"].keys() == {"counting", "copying"}
     assert all(4 < nats < 8 for nats in found["surprise"].values())
     assert [r["task"] for r in found["recall"]] == ["copying"]
-    assert "<h2>Surprise</h2>" in (tmp_path / "run" / "evaluation" / "report.html").read_text()
+    assert "<h2>Surprise</h2>" in (tmp_path / "run" / "evaluation" / "latest" / "report.html").read_text()
 
 
 def test_the_contract_runs_on_memories_of_a_package(installed):

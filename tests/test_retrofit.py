@@ -95,7 +95,7 @@ def test_its_steps_run_and_lora_is_as_large_as_the_memory(tmp_path, new, script,
     asked = ["eval=retrofit", "eval.recall_rows=4", "eval.factors=[1,4]", "eval.text_documents=1", "data=retrofit"]
     asked += ["data.seq_len=32", f"data.sources.text.paths=[{text}]", f"data.cache_dir={tmp_path}/cache"]
     evaluate(composed("checkpoint=memory", "control=lora", *asked, config="evaluate"))
-    models = json.loads((tmp_path / "memory/evaluation/results.json").read_text())["models"]
+    models = json.loads((tmp_path / "memory/evaluation/latest/results.json").read_text())["models"]
     assert [*models] == ["memory", "control (lora)"]
     found = [[(r["task"], r["length"]) for r in m["recall"]] for m in models.values()]
     assert found == [[("mqar", 32), ("mqar", 128), ("passkey", 32), ("passkey", 128)]] * 2

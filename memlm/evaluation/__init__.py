@@ -5,8 +5,13 @@ Files:
     run                 the command
     subject             a model, and its checkpoint's information
     data                test data in the tokens of each model
-    measures            one file per measure: recall, needles, banks, text
+    measures            one file per measure: recall, needles, banks, text, tasks
     ablation            the model without its long-term memory
+    parts               parts of an evaluation: kept as they complete, each may fail alone
+    storage             folders and files of results
+    progress            the progress bar
+    events, tasks       one runner: texts that are read, and questions about them
+    statistics          intervals
     page                tables, and the content of the HTML page
     plots               pictures
     report              the HTML page

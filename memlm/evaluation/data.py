@@ -4,7 +4,7 @@ T tokens of a document.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import count, islice
 from typing import Any
 
@@ -28,6 +28,7 @@ from memlm.data import (
     load_tokenizer,
     token_bytes,
 )
+from memlm.evaluation.parts import Parts
 from memlm.evaluation.subject import Subject, differences, flat
 from memlm.hub.causal import check_vocabulary
 from memlm.interleave import Interleave
@@ -40,12 +41,14 @@ class Examined:
 
     sources: by name; none if no measure needs any
     seed: of all draws
+    parts: of its evaluation
     """
 
     subject: Subject
     tokenizer: PreTrainedTokenizerFast
     sources: Mapping[str, Source]
     seed: int
+    parts: Parts = field(default_factory=Parts)
 
 
 def data_config(given: DictConfig, subject: Subject, needed: bool = True) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from memlm.evaluation import plots
-from memlm.evaluation.measures import Measure, Table
+from memlm.evaluation.measures import Measure, Models, Table
 from memlm.evaluation.report import Report
 from memlm.evaluation.subject import Subject, differences
 from memlm.training.tracking import read_metrics
@@ -13,13 +13,17 @@ from memlm.training.tracking import read_metrics
 def tables(results: dict[str, Any], measures: Sequence[Measure]) -> dict[str, Table]:
     """Header and rows of each table, by title, for screen and page."""
     models = results["models"]
-    first = next(iter(models.values()))
     header = ["model", "parameters", "tokens are", "step", "tokens seen"]
     found = {"models": (header, [_trained(name, model) for name, model in models.items()])}
     for measure in measures:
-        if first[measure.name]:
-            found |= measure.tables(models)
+        if measured := measured_by(measure, models):
+            found |= measure.tables(measured)
     return found
+
+
+def measured_by(measure: Measure, models: Models) -> Models:
+    """The models that have results of a measure."""
+    return {name: model for name, model in models.items() if model[measure.name]}
 
 
 def _trained(name: str, model: dict[str, Any]) -> list[str]:
@@ -49,8 +53,8 @@ def page(subjects: list[Subject], results: dict[str, Any], measures: Sequence[Me
         report.heading("Settings that differ")
         report.table(["", *models], [[key, *map(str, values)] for key, values in others.items()])
     for measure in measures:
-        if models[subjects[0].name][measure.name]:
-            measure.section(report, models, subjects[0])
+        if measured := measured_by(measure, models):
+            measure.section(report, measured, next(one for one in subjects if one.name in measured))
     # Training always has the memory on.
     trained = [s for s in subjects if s.run_dir and not s.memory_off]
     runs = {s.name: read_metrics(s.run_dir / "metrics.jsonl") for s in trained}

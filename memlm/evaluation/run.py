@@ -1,10 +1,7 @@
-"""Evaluate a checkpoint and its control; write results.json and report.html, and print a table."""
+"""Evaluate a checkpoint and its control: measure, write the results, and print tables."""
 
-import hashlib
 import json
 import platform
-import re
-import shutil
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -15,13 +12,14 @@ from typing import Any
 
 import torch
 import transformers
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.table import Table
 
 import memlm
 from memlm import files
 from memlm.data import Source, TextSource, fingerprint
+from memlm.evaluation import storage
 from memlm.evaluation.ablation import memory_off
 from memlm.evaluation.data import (
     Examined,
@@ -33,23 +31,27 @@ from memlm.evaluation.data import (
 )
 from memlm.evaluation.measures import Measure, measures
 from memlm.evaluation.page import page, tables
+from memlm.evaluation.parts import Parts
+from memlm.evaluation.progress import Progress
 from memlm.evaluation.subject import differences, load_subject
 from memlm.hub.causal import longest
 from memlm.settings import check_type, require
+from memlm.training.interrupt import Interrupt
 from memlm_kernels import set_backend
 
 
-def run(cfg: DictConfig) -> None:
+def run(cfg: DictConfig) -> bool:
     """Evaluate ``cfg.checkpoint``: a run directory, a checkpoint folder or a hub name.
 
     With ``cfg.memory_off``, the model runs without its long-term memory, and the results go to a separate folder.
-    Raises ValueError, one line, for mistakes that the user can fix. Earlier results stay until new ones are complete.
+    Returns whether every part could be measured. Raises ValueError, one line, for mistakes that the user can fix, and
+    ``Stopped`` if a signal ends it.
     """
     with set_backend(cfg.hardware.kernels, "hardware.kernels"):
-        _run(cfg)
+        return _run(cfg)
 
 
-def _run(cfg: DictConfig) -> None:
+def _run(cfg: DictConfig) -> bool:
     started = time.perf_counter()
     for key, hint in _KEYS.items():
         check_type(cfg[key], hint, key)
@@ -58,7 +60,7 @@ def _run(cfg: DictConfig) -> None:
     options: dict[str, Any] = OmegaConf.to_container(cfg.eval, resolve=True)
     chosen = measures(options)
     device = _device(cfg.hardware)
-    console = Console(highlight=False, soft_wrap=True)
+    progress = Progress()
     subject = load_subject(cfg.checkpoint, device)
     if cfg.memory_off:
         subject = replace(subject, name=f"{subject.name} (memory off)", memory_off=True)
@@ -69,10 +71,12 @@ def _run(cfg: DictConfig) -> None:
     sources = examined[0].sources
     _check_measurable(chosen, sources)
     if cfg.control and Path(cfg.control) != subject.run_dir:
-        examined += _control(cfg, data, examined[0], device, console)
-    fit, examined, left_out = _measurable(chosen, examined, console)
+        examined += _control(cfg, data, examined[0], device, progress)
+    fit, examined, left_out = _measurable(chosen, examined, progress)
     results: dict[str, Any] = {
-        "environment": {**_environment(device), "kernels": cfg.hardware.kernels},
+        "schema": storage.SCHEMA,
+        "command": storage.command(),
+        "environment": {**_environment(device), "kernels": cfg.hardware.kernels, "code": storage.code()},
         "evaluation": {"seed": cfg.seed, "memory_off": cfg.memory_off, **options},
         "data": data,
         "corpora": {n: s.corpus.folder.name for n, s in sources.items() if isinstance(s, TextSource)},
@@ -81,27 +85,79 @@ def _run(cfg: DictConfig) -> None:
     results["of"] = _of(results)
     results["notes"] = left_out + _notes(examined, chosen, data)
     for note in results["notes"]:
-        console.print(note, markup=False)
+        progress.say(note)
     folder = "evaluation-memory_off" if cfg.memory_off else "evaluation"
     out = Path(cfg.out) if cfg.out else (subject.run_dir or _place(subject.folder)) / folder
     _check_writable(out)
-    for one in examined:
-        console.print(f"evaluating {one.subject.name}: {one.subject.folder}", markup=False)
-        with memory_off(one.subject.model) if one.subject.memory_off else nullcontext():
-            for measure in chosen:
-                found = measure.run(one, examined) if measure in fit else measure.nothing
-                results["models"][one.subject.name][measure.name] = found
+    _measure(results, chosen, fit, examined, out / storage.MEASURED, progress)
+    models = results["models"]
+    missing = [f"{name}: {part} is missing: {why}" for name, m in models.items() for part, why in m["missing"].items()]
+    if missing and not any(model[measure.name] for model in models.values() for measure in fit):
+        raise ValueError(f"nothing could be measured; {missing[0]}")
+    results["notes"] += missing
     results["seconds"] = round(time.perf_counter() - started, 1)
+    out = out / "-".join([*_choice(), results["of"]])
     report = page([one.subject for one in examined], results, chosen)
-    set_aside(out, results["of"])
-    files.write(out / "results.json", json.dumps(results, indent=1, default=str))
+    for one in examined:
+        storage.write_records(out / "records" / storage.file_name(one.subject.name), one.parts.records)
     path = report.write(out)
+    files.write(out / "results.json", json.dumps(results, indent=1, default=str))
+    storage.point_to(out)
     for header, rows in tables(results, chosen).values():
         table = Table(*header)
         for row in rows:
             table.add_row(*row)
-        console.print(table)
-    console.print(f"{results['seconds']:.0f} s; results: {path}", markup=False)
+        progress.console.print(table)
+    progress.say(f"{results['seconds']:.0f} s; results: {path}")
+    return not missing
+
+
+def _measure(
+    results: dict[str, Any],
+    chosen: Sequence[Measure],
+    fit: Sequence[Measure],
+    examined: Sequence[Examined],
+    kept: Path,
+    progress: Progress,
+) -> None:
+    """Add the results of each model. Raises ``Stopped`` at a signal; parts that are complete are then kept."""
+    progress.total = sum(measure.cost(one.sources) for one in examined for measure in fit)
+    tokens = sorted({fingerprint(one.tokenizer) for one in examined})
+    with Interrupt(), progress:
+        try:
+            for one in examined:
+                subject, found = one.subject, results["models"][one.subject.name]
+                progress.say(f"evaluating {subject.name}: {subject.folder}")
+                sources = [{k: v for k, v in results["data"].items() if k not in ("cache_dir", "tokenizer")}, tokens]
+                sources += [{name: getattr(source, "manifest", None) for name, source in one.sources.items()}]
+                about = [found["weights"], subject.memory_off, one.seed, fingerprint(one.tokenizer), *sources]
+                one.parts = Parts(subject.name, kept, [*about, results["environment"]], progress)
+                with (
+                    memory_off(subject.model) if subject.memory_off else nullcontext(),
+                    progress.reading(subject.model),
+                ):
+                    for measure in chosen:
+                        result = _result(measure, one, examined) if measure in fit else None
+                        found[measure.name] = measure.nothing if result is None else result
+                if one.parts.kept:
+                    progress.say(f"{subject.name}: measured before: {', '.join(one.parts.kept)}")
+                found["missing"], found["seconds"] = one.parts.missing, one.parts.seconds
+        except KeyboardInterrupt:
+            progress.say("Stopped; the same command measures what is left.")
+            raise
+
+
+def _result(measure: Measure, one: Examined, examined: Sequence[Examined]) -> Any:
+    """What a measure finds on a model; None if it cannot be measured."""
+    if not measure.whole:
+        return measure.run(one, examined)
+    cost = measure.cost(one.sources)
+    return one.parts.measure(measure.name, measure, lambda records: measure.run(one, examined), cost)
+
+
+def _choice() -> list[str]:
+    """The choice of the group ``eval``, if this is a command."""
+    return [HydraConfig.get().runtime.choices["eval"]] if HydraConfig.initialized() else []
 
 
 _KEYS = {"checkpoint": str, "control": str | None, "memory_off": bool, "out": str | None, "seed": int}
@@ -123,42 +179,17 @@ def _check_writable(out: Path) -> None:
         raise ValueError(f"out={out}: nothing can be written there ({error.strerror}); name another folder") from None
 
 
-def set_aside(out: Path, of: str) -> None:
-    """Move results of another checkpoint, other data or other settings from ``out`` to ``out/earlier/<their
-    name>``.
-    """
-    before = out / "results.json"
-    if not before.exists():
-        return
-    try:
-        earlier = files.read_json(before).get("of")
-    except ValueError:
-        earlier = None
-    if earlier == of:
-        return
-    named = isinstance(earlier, str) and re.fullmatch(r"[\w-]+", earlier)
-    kept = out / "earlier" / (earlier if named else files.digest(before)[:8])
-    kept.mkdir(parents=True, exist_ok=True)
-    # The results move last: after a kill, the next evaluation moves the rest.
-    for file in ("plots", "report.md", "report.html", "results.json"):
-        if (out / file).exists():
-            shutil.rmtree(kept / file, ignore_errors=True)
-            (out / file).rename(kept / file)
-
-
 def _of(results: dict[str, Any]) -> str:
-    """A name for everything that determines results, except machine and code: the step, and a hash."""
-    what = json.dumps(
-        [results[key] for key in ("evaluation", "data", "corpora", "models")], sort_keys=True, default=str
-    )
+    """A name for everything that determines results: the step, and a hash."""
+    what = [results[key] for key in ("environment", "evaluation", "data", "corpora", "models")]
     step = next(iter(results["models"].values()))["step"]
-    return (f"step_{step:06d}-" if step is not None else "") + hashlib.sha256(what.encode()).hexdigest()[:8]
+    return (f"step_{step:06d}-" if step is not None else "") + storage.digest(what)[:8]
 
 
-def _control(cfg: DictConfig, data: dict[str, Any], first: Examined, device: torch.device, console: Console) -> list:
+def _control(cfg: DictConfig, data: dict[str, Any], first: Examined, device: torch.device, progress: Progress) -> list:
     """The control, if it exists and is comparable; otherwise prints a line."""
     if not Path(cfg.control).exists():
-        console.print(f"no control at {cfg.control}; 'python train.py memory=none' trains it", markup=False)
+        progress.say(f"no control at {cfg.control}; 'python train.py memory=none' trains it")
         return []
     control = load_subject(cfg.control, device, "control")
     control = replace(control, name=f"control ({control.name})")
@@ -167,7 +198,7 @@ def _control(cfg: DictConfig, data: dict[str, Any], first: Examined, device: tor
     try:
         return [examine(control, data, cfg.seed)]
     except ValueError as error:
-        console.print(f"{control.name} cannot be compared and is left out: {error}", markup=False)
+        progress.say(f"{control.name} cannot be compared and is left out: {error}")
         return []
 
 
@@ -213,7 +244,7 @@ def _told(pairs: Mapping[str, list[Any]], here: str, there: str) -> str:
 
 
 def _measurable(
-    chosen: Sequence[Measure], examined: list[Examined], console: Console
+    chosen: Sequence[Measure], examined: list[Examined], progress: Progress
 ) -> tuple[list[Measure], list[Examined], list[str]]:
     """The measures that fit the first model and its data, the models that all of these fit, and lines on measures that
     are left out.
@@ -228,7 +259,7 @@ def _measurable(
     able = [first]
     for one in examined[1:]:
         if reasons := [reason for measure in fit if (reason := _unfit(measure, one)) is not None]:
-            console.print(f"{one.subject.name} {reasons[0]}", markup=False)
+            progress.say(f"{one.subject.name} {reasons[0]}")
         else:
             able.append(one)
     return fit, able, [f"{name} is left out: {first.subject.name} {reason}" for name, reason in unfit.items()]

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from memlm import attached
 from memlm.data import fingerprint, is_byte_tokenizer
+from memlm.evaluation.storage import weights
 from memlm.flops import count_parameters
 from memlm.hub import load_tokenizer
 from memlm.hub.causal import kinds, load_any
@@ -61,6 +62,7 @@ class Subject:
             "checkpoint": str(self.folder),
             "kinds": kinds(self.model),
             "parameters": count_parameters(self.model),
+            "weights": weights(self.model),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "tokenizer": tokenizer_name(self.tokenizer),
             "step": self.step,

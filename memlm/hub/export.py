@@ -32,13 +32,13 @@ def export(source: str | Path, target: str | Path, name: str | None = None) -> P
     own = files.is_sealed(target) or target.resolve() == folder.resolve()
     require(not own, f"{target}: is a checkpoint itself, and an export would replace its weights; name another folder")
     run_dir = folder.parent.parent if folder.parent.name == "checkpoints" else None
-    reports = sorted(run_dir.glob("evaluation*/report.md")) if run_dir else []
+    reports = sorted(run_dir.glob("evaluation*/latest/report.md")) if run_dir else []
     for report in reports:
         _check_step(report.with_name("results.json"), folder)
     _make_room(target)
     shutil.copytree(folder, target, ignore=shutil.ignore_patterns(*_LEFT_OUT), dirs_exist_ok=True)
     for report in reports:
-        place = target / report.parent.name
+        place = target / report.parents[1].name
         shutil.copytree(report.parent / "plots", place / "plots")
         files.write(place / report.name, card.without_places(report.read_text(encoding="utf-8")))
     config = AutoConfig.from_pretrained(target)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
-class _Screen(Console):
+class Screen(Console):
     """A terminal or a pipe that may close while a run continues."""
 
     def on_broken_pipe(self) -> None:
@@ -25,7 +25,7 @@ class Display:
     """Progress of a run of ``steps`` steps; silent unless ``shown`` (ranks above 0 are silent)."""
 
     def __init__(self, steps: int, shown: bool) -> None:
-        self.console = _Screen(quiet=not shown, highlight=False, soft_wrap=True)
+        self.console = Screen(quiet=not shown, highlight=False, soft_wrap=True)
         self.steps = steps
         self.live = self.console.is_terminal and shown
         self._started = time.perf_counter()

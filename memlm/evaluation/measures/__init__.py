@@ -40,10 +40,12 @@ class Measure:
 
     name: the key of its results in results.json
     nothing: its result for data without a source that it measures
+    whole: whether its result is kept as one part; otherwise ``run`` keeps its parts by ``one.parts.measure``
     """
 
     name: ClassVar[str]
     nothing: ClassVar[Any] = []
+    whole: ClassVar[bool] = True
 
     def measures(self, source: Source) -> bool:
         """Whether it measures a source, with these settings."""
@@ -63,6 +65,10 @@ class Measure:
         """The tokens of its longest stream; a table of positions may be shorter."""
         return 0
 
+    def cost(self, sources: Mapping[str, Source]) -> int:
+        """The tokens that a model reads for it, roughly; 0 if unknown."""
+        return 0
+
     def notes(self, sources: Mapping[str, Source]) -> list[str]:
         """Notes for readers of the results, one line each."""
         return []
@@ -72,7 +78,8 @@ class Measure:
         raise NotImplementedError
 
     def table(self, models: Models) -> Table | None:
-        """The table for screen and page, or None. ``models[name][self.name]`` is the result of ``run``.
+        """The table for screen and page, or None. ``models[name][self.name]`` is the result of ``run``; models without
+        any are left out.
 
         A measure with several has ``tables`` instead.
         """
@@ -84,7 +91,7 @@ class Measure:
         return {} if table is None else {self.name: table}
 
     def section(self, report: Report, models: Models, first: Subject) -> None:
-        """Add heading, table, pictures and notes to the page; first: the evaluated model, without its control."""
+        """Add heading, table, pictures and notes to the page; first: the first of ``models``."""
         raise NotImplementedError
 
 

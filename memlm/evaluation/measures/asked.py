@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from typing import Any
 
@@ -31,6 +31,7 @@ class Asked(Measure):
 
     name = "asked"
     nothing = {}  # noqa: RUF012
+    whole = False
     ask: dict = field(default_factory=dict)
     lengths: list = field(default_factory=lambda: [256])
     rows: int = 32
@@ -57,29 +58,30 @@ class Asked(Measure):
     def tokens(self, sources: Mapping[str, Source]) -> int:
         return max((task.tokens() for task in self.tasks), default=0)
 
+    def cost(self, sources: Mapping[str, Source]) -> int:
+        return sum(task.cost() for task in self.tasks)
+
     def run(self, one: Examined, examined: Sequence[Examined]) -> dict[str, Any]:
-        setting = Setting(one.tokenizer, one.seed)
-        for task in self.tasks:
+        setting, model = Setting(one.tokenizer, one.seed), one.subject.model
+
+        def ask(task: Task, records: list[Record]) -> list[dict[str, Any]]:
             task.check(setting)
-        model = one.subject.model
-        found = {}
-        for task in self.tasks:
-            records = list(task.reduce(run(lambda: Reader(model), task.streams(setting))))
-            found[task.name] = [cell for view in task.views() for cell in cells(view, records)] + totals(task, records)
-        return found
+            records += run(lambda: Reader(model), task.streams(setting))
+            shown = list(task.reduce(records))
+            return [cell for view in task.views() for cell in cells(view, shown)] + totals(task, shown)
+
+        found = {task.name: one.parts.measure(task.name, task, partial(ask, task), task.cost()) for task in self.tasks}
+        return {name: of_task for name, of_task in found.items() if of_task is not None}
 
     def tables(self, models: Models) -> dict[str, Table]:
         found = {}
         for task in self.tasks:
             for view in task.views():
-                of_view = _of(models, task, view.name)
-                if any(of_view.values()):
+                if of_view := _of(models, task, view.name):
                     found["-".join(filter(None, (self.name, task.name, view.name)))] = _table(task, view, of_view)
-            if any(figures := _of(models, task, TOTALS).values()):
-                names = list(dict.fromkeys(cell["across"] for cells in figures for cell in cells))
-                rows = [
-                    [f"{task.name}, {name}", *map(told, cells)] for name, cells in _of(models, task, TOTALS).items()
-                ]
+            if figures := _of(models, task, TOTALS):
+                names = list(dict.fromkeys(cell["across"] for cells in figures.values() for cell in cells))
+                rows = [[f"{task.name}, {name}", *map(told, cells)] for name, cells in figures.items()]
                 found[f"{self.name}-{task.name}-{TOTALS}"] = [task.title, *names], rows
         return found
 
@@ -89,10 +91,13 @@ class Asked(Measure):
             report.table(*table)
         for task in self.tasks:
             for view in task.views():
-                found = _of(models, task, view.name)
-                name = "-".join(filter(None, (self.name, task.name, view.name)))
-                report.picture(name, plots.asked(task, view, found), f"{task.title}: {view.label}")
-            cell = next(iter(models.values()))[self.name][task.name][0]
+                if found := _of(models, task, view.name):
+                    name = "-".join(filter(None, (self.name, task.name, view.name)))
+                    report.picture(name, plots.asked(task, view, found), f"{task.title}: {view.label}")
+            measured = [of_task for m in models.values() if (of_task := m[self.name].get(task.name))]
+            if not measured:
+                continue
+            cell = measured[0][0]
             report.note(f"{task.title}: {task.note} {cell['texts']} texts, {cell['questions']} questions a point.")
 
 
@@ -149,10 +154,11 @@ def _about(group: Sequence[Record]) -> dict[str, Any]:
 
 
 def _of(models: Models, task: Task, view: str) -> dict[str, list[dict[str, Any]]]:
-    """The cells of a view, by model."""
+    """The cells of a view, by model; models without any are left out."""
     return {
-        name: [cell for cell in measured[Asked.name][task.name] if cell["view"] == view]
+        name: cells
         for name, measured in models.items()
+        if (cells := [cell for cell in measured[Asked.name].get(task.name, []) if cell["view"] == view])
     }
 
 

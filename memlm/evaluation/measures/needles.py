@@ -76,6 +76,10 @@ class Needles(Measure):
         lengths = [s.task.length for s in sources.values() if isinstance(s, RecallSource) and self.measures(s)]
         return max(self.factors, default=0) * max(lengths, default=0)
 
+    def cost(self, sources: Mapping[str, Source]) -> int:
+        lengths = [s.task.length for s in sources.values() if isinstance(s, RecallSource) and self.measures(s)]
+        return sum(self.factors) * sum(lengths) * len(self.depths) * self.needle_rows
+
     def run(self, one: Examined, examined: Sequence[Examined]) -> dict[str, Any]:
         found = {}
         for name, source in one.sources.items():

@@ -94,6 +94,10 @@ class Recall(Measure):
         lengths = [source.task.length for source in sources.values() if isinstance(source, RecallSource)]
         return max(self.factors, default=0) * max(lengths, default=0)
 
+    def cost(self, sources: Mapping[str, Source]) -> int:
+        lengths = [source.task.length for source in sources.values() if isinstance(source, RecallSource)]
+        return sum(self.factors) * sum(lengths) * self.recall_rows
+
     def run(self, one: Examined, examined: Sequence[Examined]) -> list[dict]:
         sources = [(name, s) for name, s in one.sources.items() if isinstance(s, RecallSource)]
         return [

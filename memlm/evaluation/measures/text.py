@@ -73,6 +73,10 @@ class Text(Measure):
         longest = self.text_length if "carried" in self.text_ways else max(lengths, default=0)
         return longest if lengths else 0
 
+    def cost(self, sources: Mapping[str, Source]) -> int:
+        ways = len(self.text_ways) * (1 + self.text_memory_off)
+        return ways * self.text_documents * self.text_length * sum(map(self.measures, sources.values()))
+
     def run(self, one: Examined, examined: Sequence[Examined]) -> dict[str, Any]:
         found = texts(examined, self.text_documents, self.text_length, self.text_joined)
         of_sources = next(read for other, read in zip(examined, found, strict=True) if other is one)

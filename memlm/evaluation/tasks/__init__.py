@@ -88,6 +88,10 @@ class Task:
         """Tokens of the longest text."""
         return max(self.lengths, default=0)
 
+    def cost(self) -> int:
+        """Tokens that it reads, roughly."""
+        return sum(self.lengths) * self.rows
+
     def streams(self, setting: Setting) -> Iterator[Stream]:
         """The texts and questions."""
         raise NotImplementedError
