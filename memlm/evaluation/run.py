@@ -148,7 +148,7 @@ def _measure(
 
 
 def _result(measure: Measure, one: Examined, examined: Sequence[Examined]) -> Any:
-    """What a measure finds on a model; None if it cannot be measured."""
+    """The result of a measure on a model; None if it cannot be measured."""
     if not measure.whole:
         return measure.run(one, examined)
     cost = measure.cost(one.sources)
