@@ -127,7 +127,7 @@ def test_any_model_is_evaluated(saved, capsys):
         silent, control = with_memory[f"{way}_memory_off"]["all"], without[way]["all"]
         assert silent["nats"] == pytest.approx(control["nats"], rel=1e-6) and f"{way}_memory_off" not in without
         assert with_memory[way]["all"]["nats"] != pytest.approx(control["nats"], rel=1e-3)
-    page = (saved / "out" / "report.md").read_text()
+    page = (saved / "out" / "latest" / "report.md").read_text()
     gains = re.findall(r"Gain of titans by carrying its memory beyond that of (.*): (.*) bits per byte; the", page)
     (itself, gain), (other, same) = gains
     assert (itself, other) == ("itself with memory off", "control (llama)") and gain == same and "2 documents" in page
