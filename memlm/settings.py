@@ -4,7 +4,8 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -12,6 +13,15 @@ def require(condition: bool, message: str) -> None:
     """Raise ValueError(message) for a user's mistake; messages start with ``key=value``."""
     if not condition:
         raise ValueError(message)
+
+
+@contextmanager
+def named(where: str) -> Iterator[None]:
+    """Put the key in front of the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def suggest(wrong: str, known: Sequence[str], otherwise: str = "") -> str:

@@ -1,5 +1,7 @@
 """Readers that stand for models: one knows every answer, one guesses, one only knows what was never asked."""
 
+from collections import Counter
+
 import numpy as np
 import torch
 from transformers import GenerationConfig
@@ -74,7 +76,10 @@ def known(streams):
                 read += event.ids.astype(np.int64).tobytes()
             if isinstance(event, Learn):
                 read = learnt(event.ids)
-            if isinstance(event, Ask):
+            if isinstance(event, Ask) and event.at is not None:
+                for place, token in zip(event.at, event.answers[0], strict=True):
+                    answers[read + event.ids[: place + 1].astype(np.int64).tobytes()] = int(token)
+            elif isinstance(event, Ask):
                 so_far = read + event.ids.astype(np.int64).tobytes()
                 for token in event.answers[0]:
                     answers[so_far] = int(token)
@@ -82,9 +87,43 @@ def known(streams):
     return answers
 
 
-def scores(kind, streams, vocabulary):
-    """The records of a reader that stands for a model."""
+def guessed(streams, motifs=False):
+    """The answers of the set guesser: it has all answers of a stream as a bag, and takes out those that a text shows.
+
+    motifs: answers at neighbouring places are one answer of several tokens, which it has in order
+    """
+    rng, answers = np.random.default_rng(0), {}
+    for stream in streams:
+        parts = [_parts(event, motifs) for event in stream if isinstance(event, Ask)]
+        bag, read = [answer for of_event in parts for answer, _ in of_event], b""
+        for event in stream:
+            ids = event.ids.astype(np.int64)
+            if isinstance(event, Read):
+                read += ids.tobytes()
+                continue
+            left, whole = list(bag), np.concatenate([ids, event.answers[0]]) if event.at is None else ids
+            for answer, places in parts.pop(0):
+                for i, place in enumerate(places):
+                    counts = Counter(a[i] for a in left if len(a) > i and a[:i] == answer[:i])
+                    most = max(counts.values())
+                    guess = rng.choice([token for token, count in counts.items() if count == most])
+                    answers[read + whole[: place + 1].tobytes()] = int(guess)
+                if place + 1 < len(whole) and whole[place + 1] == answer[-1]:
+                    left.remove(answer)
+    return answers
+
+
+def _parts(event, motifs):
+    """An event's answers as tuples, and the places that predict their tokens."""
+    answer = event.answers[0]
+    at = np.arange(len(answer)) + len(event.ids) - 1 if event.at is None else event.at
+    cuts = np.flatnonzero(np.diff(at) > 1) + 1 if motifs else np.arange(1, len(at))
+    return [(tuple(a.tolist()), p) for a, p in zip(np.split(answer, cuts), np.split(at, cuts), strict=True)]
+
+
+def scores(kind, streams, vocabulary, answers=None):
+    """The records of a reader that stands for a model; answers: those that it gives, the right ones by default."""
     streams = list(streams)
-    answers = known(streams)
+    answers = known(streams) if answers is None else answers
     torch.manual_seed(0)
     return list(run(lambda: kind(answers, vocabulary), streams))

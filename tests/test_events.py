@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import memlm
+from memlm.evaluation import events
 from memlm.evaluation.events import Ask, Learn, Read, run
 from memlm.evaluation.statistics import bootstrap, wilson
 from memlm.reader import Reader
@@ -92,6 +93,26 @@ def test_scores_equal_those_of_plain_forwards(model, candidates, segment):
         assert record["nats"] == pytest.approx(nats[0], rel=1e-4)
         assert record["rank"] == sum(x < nats[0] for x in nats[1:])
         assert record["read"] in (9, 10, 13, 14) and record["bytes"] > 0
+
+
+@MODELS
+@pytest.mark.parametrize("at_once", [2, 2048])
+def test_answers_at_places_are_read_in_one_question(model, at_once, monkeypatch):
+    """Rows of several places, in one question, equal the questions one by one."""
+    monkeypatch.setattr(events, "_LOGITS_AT_ONCE", at_once)
+    rng, together, alone = np.random.default_rng(0), [], []
+    for count in (1, 3, 2):
+        read, ids, answer = rng.integers(64, size=5), rng.integers(64, size=7), rng.integers(64, size=count)
+        at = np.sort(rng.permutation(7)[:count])
+        together.append([Read(read), Ask(ids, [answer], at=at)])
+        alone.append([Read(read), *(Ask(ids[: t + 1], [answer[i : i + 1]]) for i, t in enumerate(at))])
+    found = list(run(lambda: Reader(model), together))
+    singly = sorted(run(lambda: Reader(model), alone), key=lambda r: r["stream"])
+    for i, record in enumerate(found):
+        mine = [r for r in singly if r["stream"] == i]
+        assert record["nats"] == pytest.approx(sum(r["nats"] for r in mine), rel=1e-4)
+        assert record["correct"] == np.mean([r["correct"] for r in mine])
+    assert all(r["exact"] for r in scores(Oracle, together, 64))
 
 
 @MODELS

@@ -5,7 +5,8 @@ Files:
     build               from the ``data`` config to tokenizer and batches
     mixture             batches of several sources, functions of the step
     row                 the row that every source returns
-    recall              recall tasks: MQAR, passkey, copies
+    recall              recall tasks: MQAR in three forms, passkey, copies
+    recall_mad          selective copying, and keys and values of several tokens
     guesser             the floor of recall tasks: what the answers' set gives without binding
     text                text corpora: token files and their rows
     documents           documents of txt, md, py, jsonl and parquet files, read and split

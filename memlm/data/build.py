@@ -7,33 +7,41 @@ which derives from `RecallTask`, or a dataclass `Config` and a `Source(config, t
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from memlm import plugins
-from memlm.settings import build_config, require, suggest
+from memlm.settings import build_config, named, require, suggest
 
 from .chains import Chains
 from .documents import Documents
 from .mixture import Mixture
 from .questions import Questions, QuestionSource
-from .recall import MQAR, Copy, Passkey, RecallSource, RecallTask
+from .recall import MQAR, Copy, Passkey, RecallSource, RecallTask, StackedMQAR, ZoologyMQAR
+from .recall_mad import FuzzyRecall, SelectiveCopy
 from .retrieval import Facts
 from .row import Source
 from .text import TextCorpus, TextSource
 from .tokenizer import is_byte_tokenizer, load_tokenizer
 
-_TASKS = {"mqar": MQAR, "passkey": Passkey, "copy": Copy, "facts": Facts, "chains": Chains}
+_TASKS = {
+    **{"mqar": MQAR, "mqar_zoology": ZoologyMQAR, "mqar_stacked": StackedMQAR},
+    **{"passkey": Passkey, "copy": Copy, "selective_copy": SelectiveCopy, "fuzzy_recall": FuzzyRecall},
+    **{"facts": Facts, "chains": Chains},
+}
 _MOST_TOKENS, _MOST_WEIGHT = 2**28, 1e9
 _SIZES = ("gap", "num_keys", "num_values")
 _OPTIONS = {
     "text": ("paths",),
     "mqar": ("num_pairs", *_SIZES),
+    "mqar_zoology": ("num_pairs", *_SIZES),
+    "mqar_stacked": ("num_pairs", *_SIZES),
     "passkey": ("digits", *_SIZES),
     "copy": ("num_symbols", *_SIZES),
+    "selective_copy": ("num_symbols", "gap", "num_values"),
+    "fuzzy_recall": ("num_pairs", "key_size", "value_size", *_SIZES),
     "facts": ("num_documents", "min_documents", "digits", "key_length", "alike", "num_keys", "num_values"),
     "chains": ("num_documents", "min_documents", "hops", "document_length", "key_length", "name_length", *_SIZES[1:]),
     "questions": ("paths", "num_documents", "document_length", "num_names", "templates"),
@@ -68,7 +76,7 @@ def build_data(cfg: Mapping[str, Any], *, seed: int, batch_size: int) -> tuple[P
     corpora = {}
     for name, options in cfg["sources"].items():
         if options["kind"] == "text":
-            with _named(name):
+            with named(f"data.sources.{name}"):
                 corpora[name] = Documents(options.get("paths"), cfg["cache_dir"])
     tokenizer = load_tokenizer(cfg["tokenizer"], [*corpora.values()])
     tasks = [name for name, options in cfg["sources"].items() if options["kind"] in _TASKS]
@@ -77,7 +85,7 @@ def build_data(cfg: Mapping[str, Any], *, seed: int, batch_size: int) -> tuple[P
         raise ValueError(f"data.sources.{recall[0]} is made of bytes; set data.tokenizer to byte, or leave it out")
     sources, weights = {}, {}
     for name, options in cfg["sources"].items():
-        with _named(name):
+        with named(f"data.sources.{name}"):
             sources[name] = _build_source(name, cfg, tokenizer, corpora.get(name), outside[name], seed)
         weights[name] = options["weight"]
     return tokenizer, Mixture(sources, weights, batch_size)
@@ -105,14 +113,6 @@ def _build_source(
         questions = Questions(options["paths"], cfg["cache_dir"])
         return QuestionSource(questions, tokenizer, cfg["seq_len"], own_seed, **sizes)
     return RecallSource(_TASKS[options["kind"]](length=cfg["seq_len"], **sizes), own_seed, _read_ramp(cfg))
-
-
-@contextmanager
-def _named(source: str) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"data.sources.{source}: {error}") from error
 
 
 def _check_source(options: Mapping[str, Any], where: str, seq_len: int) -> RecallTask | Callable[..., Source] | None:

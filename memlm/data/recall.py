@@ -21,11 +21,14 @@ def _symbols(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64)
 
 
-# Six disjoint sets.
+# Six disjoint sets; pairs of a key and a value take the place of those keys and values that are no ASCII.
 KEYS = np.concatenate([_symbols("abcdefghijklmnopqrstuvwxyz012345"), np.arange(192, 256)])
 VALUES = np.concatenate([_symbols("ABCDEFGHIJKLMNOPQRSTUVWXYZ6789@&"), np.arange(128, 192)])
+PAIRS = np.arange(128, 256)
 NOISE = _symbols("!\"$%'()*+,-./:;<")
 FILLER, MARK, ASK = _symbols(" #?")
+# Zoology's power law of the places of queries.
+_POWER = 0.01
 
 
 def ramp(step: int, start: int, end: int) -> float:
@@ -49,6 +52,16 @@ class RecallTask:
     def chance(self) -> float:
         """The accuracy of guessing without having read anything."""
         return 1 / self.num_values
+
+    @property
+    def symbols(self) -> np.ndarray:
+        """All symbols that its rows may hold."""
+        return np.concatenate([KEYS[: self.num_keys], VALUES[: self.num_values], NOISE, [FILLER, MARK, ASK]])
+
+    @property
+    def asked_from(self) -> int:
+        """The first token of a row after which an answer may be due; tokens before it can be read ahead."""
+        return 0
 
     @property
     def set_guesser(self) -> float:
@@ -118,7 +131,7 @@ class MQAR(RecallTask):
     def __post_init__(self):
         if not 1 <= self.num_pairs <= self.num_keys:
             raise ValueError(f"num_pairs={self.num_pairs} must lie between 1 and num_keys={self.num_keys}")
-        self._check_sizes(least_gap=0, least_length=4 * self.num_pairs + self.gap)
+        self._check_sizes(least_gap=0, least_length=self.asked_from + 2 * self.num_pairs)
 
     @property
     def min_distance(self) -> int:
@@ -129,14 +142,90 @@ class MQAR(RecallTask):
     def set_guesser(self) -> float:
         return guesser.shown(self.num_pairs, self.num_values)
 
+    @property
+    def asked_from(self) -> int:
+        return 2 * self.num_pairs + self.gap
+
     def write(self, rng: np.random.Generator, input_ids: np.ndarray) -> np.ndarray:
         keys = rng.permutation(KEYS[: self.num_keys])[: self.num_pairs]
-        values = VALUES[rng.integers(self.num_values, size=self.num_pairs)]
-        start = 2 * self.num_pairs + self.gap
-        queries = start + 2 * rng.permutation((self.length - start) // 2)[: self.num_pairs]
+        values = VALUES[self._values(rng)]
+        queries = self.asked_from + 2 * self._order(rng, (self.length - self.asked_from) // 2)
         for places in (2 * np.arange(self.num_pairs), queries):
             input_ids[places] = keys
             input_ids[places + 1] = values
+        return queries + 1
+
+    def _values(self, rng: np.random.Generator) -> np.ndarray:
+        """The number of each pair's value."""
+        return rng.integers(self.num_values, size=self.num_pairs)
+
+    def _order(self, rng: np.random.Generator, places: int) -> np.ndarray:
+        """The place of each pair's query, one of so many."""
+        return rng.permutation(places)[: self.num_pairs]
+
+
+@dataclass(frozen=True)
+class ZoologyMQAR(MQAR):
+    """MQAR as Zoology defines it: no answer stands in the text, and a row's values are different.
+
+    A filler token stands behind each query in the answer's place. Places near the pairs are likelier: the n-th has a
+    probability in proportion to n**(a - 1), with Zoology's a = 0.01. Without answers in the text and with different
+    values, the set guesser has exactly 1 / num_pairs. The filler has its own symbols; Zoology draws it from all
+    symbols, of which few are keys of the row.
+    """
+
+    shown: ClassVar[bool] = False
+    gap: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_pairs > self.num_values:
+            raise ValueError(f"num_pairs={self.num_pairs} needs as many different values; raise num_values")
+
+    @property
+    def set_guesser(self) -> float:
+        return 1 / self.num_pairs
+
+    def _values(self, rng: np.random.Generator) -> np.ndarray:
+        return rng.permutation(self.num_values)[: self.num_pairs]
+
+    def _order(self, rng: np.random.Generator, places: int) -> np.ndarray:
+        weights = np.arange(1, places + 1) ** (_POWER - 1)
+        return rng.choice(places, self.num_pairs, replace=False, p=weights / weights.sum())
+
+
+@dataclass(frozen=True)
+class StackedMQAR(ZoologyMQAR):
+    """Zoology's MQAR with each pair in one token, so that no convolution is needed to join a key to its value.
+
+    A pair is one of num_keys * num_values symbols of its own. Zoology joins the embeddings of a key and a value; our
+    models read token ids, and learn an embedding for each pair.
+    """
+
+    num_keys: int = 8
+    num_values: int = 16
+
+    def __post_init__(self):
+        if self.num_keys * self.num_values > len(PAIRS) or max(self.num_keys, self.num_values) > 32:
+            raise ValueError(
+                f"num_keys={self.num_keys} times num_values={self.num_values} must be at most {len(PAIRS)}, with at "
+                "most 32 of each"
+            )
+        super().__post_init__()
+
+    @property
+    def symbols(self) -> np.ndarray:
+        return np.concatenate([super().symbols, PAIRS[: self.num_keys * self.num_values]])
+
+    @property
+    def asked_from(self) -> int:
+        return self.num_pairs + self.gap
+
+    def write(self, rng: np.random.Generator, input_ids: np.ndarray) -> np.ndarray:
+        keys, values = rng.permutation(self.num_keys)[: self.num_pairs], self._values(rng)
+        queries = self.asked_from + 2 * self._order(rng, (self.length - self.asked_from) // 2)
+        input_ids[: self.num_pairs] = PAIRS[keys * self.num_values + values]
+        input_ids[queries], input_ids[queries + 1] = KEYS[keys], VALUES[values]
         return queries + 1
 
 

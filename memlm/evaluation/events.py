@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from memlm.data import IGNORE_INDEX
 from memlm.reader import Reader
 from memlm.settings import require
 
@@ -21,6 +23,8 @@ from memlm.settings import require
 TOKENS_AT_ONCE = 16384
 # Copies of memories that answer questions in one forward, and their bytes.
 _COPIES, _BYTES = 1024, 2**30
+# Tokens whose logits are kept in one forward: a vocabulary is large.
+_LOGITS_AT_ONCE = 2048
 # Streams that wait for others of their shape.
 _WAITING = 256
 
@@ -40,6 +44,8 @@ class Ask:
     answers: a right answer [A], then the wrong candidates, if there are any; without ``judge``, a lone answer is right
         if greedy decoding gives it, and one of several if it is the likeliest
     tag: words for the record, such as length and depth
+    at: places in ``ids`` after which the tokens of the lone answer are due, whether or not they stand in ``ids``;
+        without it, the answer follows the question
     judge: the score in 0..1 of ``tokens`` tokens that the model generates greedily, up to its end of text; the score
         of ``answers[0]`` is 1
     """
@@ -49,6 +55,7 @@ class Ask:
     tag: Mapping[str, Any] = field(default_factory=dict)
     judge: Callable[[np.ndarray], float] | None = None
     tokens: int = 0
+    at: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -115,13 +122,18 @@ def _shape(event: Event) -> tuple:
     if not isinstance(event, Ask):
         return (type(event), len(event.ids))
     require(len(event.ids) > 0, "a question needs at least one token")
+    if event.at is not None:
+        require(len(event.answers) == 1 and len(event.at) == len(event.answers[0]), "each place needs an answer")
+        return (Ask, len(event.ids), "at")
     return (Ask, len(event.ids), event.tokens, *map(len, event.answers))
 
 
 def _longest(stream: Stream) -> int:
     """Tokens of a stream's longest event; a question counts with all of its answers."""
     return max(
-        len(e.ids) if not isinstance(e, Ask) else sum(len(e.ids) + len(a) for a in e.answers) + len(e.ids) + e.tokens
+        sum(len(e.ids) + len(a) for a in e.answers) + len(e.ids) + e.tokens
+        if isinstance(e, Ask) and e.at is None
+        else len(e.ids)
         for e in stream
     )
 
@@ -140,7 +152,10 @@ def _together(reader: Reader, group: list[tuple[int, Stream]], advance: Callable
             continue
         numbers = [number for number, _ in group] * (len(events) // len(group))
         started, memory = time.perf_counter(), reader.nbytes() // len(group)
-        scored = _generated if events[0].judge else partial(_scored, streams=len(group), most=_BYTES // max(1, memory))
+        of_answers = partial(
+            _scored if events[0].at is None else _placed, streams=len(group), most=_BYTES // max(1, memory)
+        )
+        scored = _generated if events[0].judge else of_answers
         found = scored(reader, ids_BT, events)
         seconds = (time.perf_counter() - started) / len(events)
         about = {"read": reader.tokens, "seconds": seconds, "bytes": memory}
@@ -198,6 +213,32 @@ def _scored(reader: Reader, ids_BT: Tensor, events: Sequence[Ask], streams: int,
         about = {"nats": float(nats_BC[i, 0]), "rank": int(before_B[i]), "shares": shares_BC[i].tolist()}
         found.append({**result, **about})
     return found
+
+
+def _placed(reader: Reader, ids_BT: Tensor, events: Sequence[Ask], streams: int, most: int) -> list[Record]:
+    """Nats and accuracy of answers at places of the question, which is read once; arguments as in ``_scored``."""
+    labels_BT = torch.full_like(ids_BT, IGNORE_INDEX)
+    for b, event in enumerate(events):
+        labels_BT[b, event.at] = _stacked(event.answers, ids_BT.device)[0]
+    nats_BT = torch.zeros(ids_BT.shape, dtype=torch.float64, device=ids_BT.device)
+    right_BT = torch.zeros_like(nats_BT)
+    rows = torch.arange(len(events), device=ids_BT.device)
+    for part in rows.split(max(1, min(_LOGITS_AT_ONCE // ids_BT.shape[1], most))):
+        fork = reader.fork(part % streams)
+        for places in torch.arange(ids_BT.shape[1], device=rows.device).split(_LOGITS_AT_ONCE):
+            labels = labels_BT[part][:, places]
+            asked = labels != IGNORE_INDEX
+            logits_NV = fork(ids_BT[part][:, places], keep=len(places))[asked].float()
+            if not torch.isfinite(logits_NV).all():
+                raise ValueError(f"the model's logits are not finite after {fork.tokens:,} tokens")
+            b, t = asked.nonzero(as_tuple=True)
+            nats_BT[part[b], places[t]] = F.cross_entropy(logits_NV, labels[asked], reduction="none").double()
+            right_BT[part[b], places[t]] = (logits_NV.argmax(-1) == labels[asked]).double()
+    shares = right_BT.sum(1) / (labels_BT != IGNORE_INDEX).sum(1)
+    return [
+        {"correct": share, "exact": share == 1.0, "nats": nats, "rank": 0, "shares": [1.0]}
+        for share, nats in zip(shares.tolist(), nats_BT.sum(1).tolist(), strict=True)
+    ]
 
 
 def _generated(reader: Reader, ids_BT: Tensor, events: Sequence[Ask]) -> list[Record]:

@@ -181,7 +181,7 @@ def asked(task: Any, view: Any, results: dict[str, list[dict]]) -> Figure:
         above = [cell["high"] - cell["value"] for cell in cells]
         colour = _COLOURS[i % len(_COLOURS)]
         axis.errorbar(at, value, [below, above], fmt="o-", color=colour, label=name, capsize=2, linewidth=1.3)
-    for (name, floor), style in zip(view.floors.items(), (":", "--", "-."), strict=False):
+    for (name, floor), style in zip(view.floors.items(), itertools.cycle((":", "--", "-.")), strict=False):
         by_column = floor if isinstance(floor, dict) else dict.fromkeys(columns, floor)
         held = [i for i, column in enumerate(columns) if column in by_column]
         label = name if isinstance(floor, dict) else f"{name} {floor:.3f}"
