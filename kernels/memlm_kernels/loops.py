@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from memlm_kernels.backend import outside_autocast
@@ -96,12 +97,14 @@ def _own(given: Sequence[Tensor], found: Sequence[Tensor]) -> list[Tensor]:
     return own
 
 
-@torch.library.custom_op("memlm::loop", mutates_args=())
-def _forward(given: list[Tensor], present: list[bool], number: int, keep: bool) -> list[Tensor]:
+def _run(given: list[Tensor], present: list[bool], number: int, keep: bool) -> list[Tensor]:
     """The outputs that are not None, and the tensors that backward needs."""
     loop, plan = _call(number)
     outputs, kept = loop.forward(plan, keep, _whole(given, present))
     return _own(given, [*_apart(outputs)[0], *kept])
+
+
+_forward = torch.library.custom_op("memlm::loop", _run, mutates_args=())
 
 
 @_forward.register_fake
@@ -114,8 +117,7 @@ def _(given: list[Tensor], present: list[bool], number: int, keep: bool) -> list
     return [*outputs, *(x.new_empty(x.shape) for x in kept)]
 
 
-@torch.library.custom_op("memlm::loop_backward", mutates_args=())
-def _backward(
+def _run_backward(
     given: list[Tensor],
     present: list[bool],
     number: int,
@@ -127,6 +129,9 @@ def _backward(
     loop, plan = _call(number)
     found = loop.backward(plan, _whole(given, present), kept, _whole(d_given, d_present))
     return _own([*given, *kept, *d_given], _apart(found)[0])
+
+
+_backward = torch.library.custom_op("memlm::loop_backward", _run_backward, mutates_args=())
 
 
 @_backward.register_fake
@@ -155,34 +160,18 @@ def _gradients(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
 _forward.register_autograd(_gradients, setup_context=_setup)
 
 
-def _counted(run: Callable[..., Any], *parts: list[Tensor]) -> int:
-    """The FLOPs of ``run`` on tensors without data like the given ones."""
-    mode = FakeTensorMode()
-    parts = tuple([mode.from_tensor(x.detach()) for x in part] for part in parts)
-    with torch.no_grad(), mode, FlopCounterMode(display=False) as counter:
-        run(*parts)
-    return counter.get_total_flops()
+def _count_flops(op: Any, run: Callable[..., list[Tensor]]) -> None:
+    """Count the FLOPs of an op by running its function on tensors without data."""
+
+    def flops(*given: Any, **_: Any) -> int:
+        mode = FakeTensorMode()
+        given = tree_map_only(Tensor, lambda x: mode.from_tensor(x.detach()), given)
+        with torch.no_grad(), mode, FlopCounterMode(display=False) as counter:
+            run(*given)
+        return counter.get_total_flops()
+
+    register_flop_formula(op, get_raw=True)(flops)
 
 
-@register_flop_formula(torch.ops.memlm.loop, get_raw=True)
-def _flops(given: list[Tensor], present: list[bool], number: int, keep: bool, **_: Any) -> int:
-    loop, plan = _call(number)
-    return _counted(lambda given: loop.forward(plan, keep, _whole(given, present)), given)
-
-
-@register_flop_formula(torch.ops.memlm.loop_backward, get_raw=True)
-def _flops_of_backward(
-    given: list[Tensor],
-    present: list[bool],
-    number: int,
-    kept: list[Tensor],
-    d_given: list[Tensor],
-    d_present: list[bool],
-    **_: Any,
-) -> int:
-    loop, plan = _call(number)
-
-    def run(given: list[Tensor], kept: list[Tensor], d_given: list[Tensor]) -> None:
-        loop.backward(plan, _whole(given, present), kept, _whole(d_given, d_present))
-
-    return _counted(run, given, kept, d_given)
+_count_flops(torch.ops.memlm.loop, _run)
+_count_flops(torch.ops.memlm.loop_backward, _run_backward)
