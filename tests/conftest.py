@@ -18,6 +18,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from accelerate.state import AcceleratorState
 from omegaconf import OmegaConf
 
 from memlm import MemLMConfig, MemLMForCausalLM, cli, plugins
@@ -31,6 +32,13 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 
 ROOT = Path(__file__).parent.parent
 MEMORIES = sorted(path.stem for path in (ROOT / "configs" / "memory").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps one state per process, whatever the precision."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def composed(*overrides: str, config: str = "train"):

@@ -1,8 +1,13 @@
 """Small runs for tests: their configuration and their files."""
 
 import json
+import os
+import signal
 
-from memlm.training import loop
+import pytest
+
+from memlm.training import loop, run
+from memlm.training.interrupt import Stopped
 from memlm.training.settings import RunSettings
 from tests.conftest import composed
 
@@ -37,6 +42,22 @@ def config(folder, *overrides, small=SMALL):
 def trainer(cfg):
     settings = RunSettings.of(cfg)
     return loop.Trainer(settings, loop.build_accelerator(settings.hardware))
+
+
+def stopped(cfg, after):
+    """Train until a SIGTERM in step ``after``; returns the signal of ``Stopped``."""
+    real = loop.Trainer._one_step
+
+    def step_then_stop(self, logged):
+        out = real(self, logged)
+        if self.step == after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return out
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped) as caught:
+        patch.setattr(loop.Trainer, "_one_step", step_then_stop)
+        run(cfg)
+    return caught.value.number
 
 
 def figures(folder, name="loss"):

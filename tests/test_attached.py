@@ -67,6 +67,17 @@ def attached(family, kind="titans_lmm", **options):
     return opened(memlm.attach(backbone(family, exact=True), settings(kind), [0, 2], **options)).eval()
 
 
+def padded(where):
+    """The rows of ``ids`` with seven pads in one place; their mask; and the positions of the real tokens."""
+    pads = 7
+    text, mask = torch.zeros(2, 3, LENGTH + pads, dtype=torch.long)
+    for row in range(3):
+        first = {"left": 0, "right": LENGTH, "middle": 5 + row}[where]
+        place = [*range(first), *range(first + pads, LENGTH + pads)]
+        text[row, place], mask[row, place] = ids()[row], 1
+    return text, mask, (mask.cumsum(1) - 1).clamp(min=0)
+
+
 def logits(model, *args, **kwargs):
     with torch.no_grad():
         return model(*args, use_cache=False, **kwargs).logits
@@ -117,14 +128,9 @@ def test_no_output_depends_on_a_later_token_or_another_row(family, kind):
 def test_padding_has_no_effect(family, kind, where):
     if where == "middle" and family in SLIDING:
         pytest.skip("the family's own window counts padding")
-    model, pads = attached(family, kind), 7
+    model, (text, mask, places) = attached(family, kind), padded(where)
     whole = logits(model, ids())
-    text, mask = torch.zeros(3, LENGTH + pads, dtype=torch.long), torch.zeros(3, LENGTH + pads, dtype=torch.long)
-    for row in range(3):
-        first = {"left": 0, "right": LENGTH, "middle": 5 + row}[where]
-        place = [*range(first), *range(first + pads, LENGTH + pads)]
-        text[row, place], mask[row, place] = ids()[row], 1
-    out = logits(model, text, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+    out = logits(model, text, attention_mask=mask, position_ids=places)
     assert_close(where, whole.flatten(0, 1), out[mask.bool()], EXACT)
 
 

@@ -1,9 +1,7 @@
 """``train.py backbone=...``: a memory is trained beside the attention of a model of transformers, in our loop."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -18,22 +16,15 @@ from memlm.cli import backbone_model
 from memlm.data import byte_tokenizer, load_tokenizer
 from memlm.evaluation import run as evaluate
 from memlm.hub.causal import load_any
-from memlm.training import checkpoint, loop, run
-from memlm.training.interrupt import Stopped
+from memlm.training import checkpoint, run
 from memlm.training.model import build as build_model
 from tests.conftest import ROOT, composed, convert
-from tests.runs import SMALLEST, config, figures, trainer
+from tests.runs import SMALLEST, config, figures, stopped, trainer
 from tests.test_any_model import GPT2, LLAMA
 
 # Without sizes of a decoder of our own.
 SMALL = (*(s for s in SMALLEST if not s.startswith(("model.", "memory="))), "model=backbone", "train.steps=6")
 MEMORY = ("memory=mom", "model.mixers.memory.head_dim=4", "optim.lr=0.01")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +41,6 @@ def settings(folder, backbone, *overrides):
     return config(folder, f"backbone={backbone}", *overrides, small=SMALL)
 
 
-def stopped(monkeypatch, cfg, after):
-    real = loop.Trainer._one_step
-
-    def step_then_stop(self, logged):
-        out = real(self, logged)
-        if self.step == after:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return out
-
-    monkeypatch.setattr(loop.Trainer, "_one_step", step_then_stop)
-    with pytest.raises(Stopped):
-        run(cfg)
-    monkeypatch.setattr(loop.Trainer, "_one_step", real)
-
-
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -75,13 +51,13 @@ def stopped(monkeypatch, cfg, after):
     ids=["memory", "bf16", "all"],
 )
 def test_a_memory_is_trained_beside_a_backbone_and_a_stopped_run_goes_on_exactly(
-    backbones, tmp_path, monkeypatch, capsys, name, options
+    backbones, tmp_path, capsys, name, options
 ):
     """The backbone is needed for the first step only. Its dropout is off."""
     source = shutil.copytree(backbones / name, tmp_path / "source")
     run(settings(tmp_path / "straight", source, *MEMORY, *options))
     told = capsys.readouterr().out
-    stopped(monkeypatch, settings(tmp_path, source, *MEMORY, *options), 3)
+    stopped(settings(tmp_path, source, *MEMORY, *options), 3)
     shutil.rmtree(source)
     run(settings(tmp_path, source, *MEMORY, *options))
     assert figures(tmp_path) == figures(tmp_path / "straight")
@@ -104,7 +80,7 @@ def test_a_memory_is_trained_beside_a_backbone_and_a_stopped_run_goes_on_exactly
     assert f"{name}, mom, {whole:,} parameters{some}, on cpu" in told and (trained < whole) == frozen
 
 
-def test_a_converted_model_is_trained_as_it_is(tmp_path, monkeypatch):
+def test_a_converted_model_is_trained_as_it_is(tmp_path):
     """Its weights are in bf16, as those of most checkpoints; the run's are in fp32, as ``model.dtype`` has it."""
     foreign, source = tmp_path / "foreign", tmp_path / "source"
     torch.manual_seed(0)
@@ -115,7 +91,7 @@ def test_a_converted_model_is_trained_as_it_is(tmp_path, monkeypatch):
     before = load_any(source)
     assert before.dtype == torch.bfloat16
     run(settings(tmp_path / "straight", source, "memory=none"))
-    stopped(monkeypatch, settings(tmp_path, source, "memory=none"), 3)
+    stopped(settings(tmp_path, source, "memory=none"), 3)
     shutil.rmtree(source)
     for wrong, message in (("memory=mom", "use memory=none"), ("model.dtype=bfloat16", "model.dtype=bfloat16, but")):
         with pytest.raises(ValueError, match=message):

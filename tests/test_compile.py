@@ -36,6 +36,36 @@ def fresh():
     torch.compiler.reset()
 
 
+def same_gradients(model):
+    """A training step in one graph: its loss and all gradients are those of eager code."""
+
+    def gradients(step):
+        model.zero_grad()
+        loss = step(ids_of(20), labels=ids_of(20), use_cache=False).loss
+        loss.backward()
+        return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    eager, compiled = gradients(model), gradients(torch.compile(model, backend="aot_eager", fullgraph=True))
+    assert eager.keys() == compiled.keys()
+    for name, x in eager.items():
+        torch.testing.assert_close(compiled[name], x, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def same_tokens(model, ids, caches, warm, end, **options):
+    """Tokens after the first 20 in eager and in compiled code; from ``warm`` on no new graph is made."""
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for cache in caches:
+            model(ids[:, :20], past_key_values=cache)
+        for t in range(20, end):
+            with torch.compiler.set_stance("default" if t < warm else "fail_on_recompile"):
+                a, b = (
+                    call(ids[:, t : t + 1], past_key_values=cache, **options).logits
+                    for call, cache in zip((model, compiled), caches, strict=True)
+                )
+            assert torch.equal(a, b), t
+
+
 @pytest.mark.parametrize(
     ("kernels", "memory"),
     [
@@ -48,20 +78,8 @@ def fresh():
 )
 def test_a_training_step_is_one_graph(kernels, memory):
     """With and without kernels; the loss and all gradients are those of eager code."""
-    model, ids = build(memory, torch.float32).train(), ids_of(20)
-
-    def gradients(step):
-        model.zero_grad()
-        loss = step(ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
     with set_backend(kernels):
-        eager = gradients(model)
-        compiled = gradients(torch.compile(model, backend="aot_eager", fullgraph=True))
-    assert eager.keys() == compiled.keys()
-    for name, x in eager.items():
-        torch.testing.assert_close(compiled[name], x, rtol=1e-5, atol=1e-7, msg=name)
+        same_gradients(build(memory, torch.float32).train())
 
 
 @pytest.mark.parametrize("memory", quick(["attention"]))
@@ -81,17 +99,7 @@ def test_tokens_need_no_new_graph(memory):
     """Graphs exist after the first chunks; then no token needs another one."""
     model, ids = build(memory, torch.float32), ids_of(100)
     warm = 20 + (3 if memory in ("attention", "gated_delta_net") else 48)
-    compiled, caches = torch.compile(model, backend="eager", fullgraph=True), (MemoryCache(), MemoryCache())
-    with torch.no_grad():
-        for cache in caches:
-            model(ids[:, :20], past_key_values=cache)
-        for t in range(20, warm + 32):
-            with torch.compiler.set_stance("default" if t < warm else "fail_on_recompile"):
-                a, b = (
-                    call(ids[:, t : t + 1], past_key_values=cache, output_metrics=False).logits
-                    for call, cache in zip((model, compiled), caches, strict=True)
-                )
-            assert torch.equal(a, b), t
+    same_tokens(model, ids, [MemoryCache(), MemoryCache()], warm, warm + 32, output_metrics=False)
 
 
 @pytest.mark.parametrize("memory", quick(["attention"]))
@@ -132,35 +140,14 @@ def with_memory(memory):
 
 @pytest.mark.parametrize("memory", quick([], ["titans_lmm", "gated_delta_net", "mom", "lact"]))
 def test_training_with_an_attached_memory_is_one_graph(memory):
-    model, ids = with_memory(memory).train(), ids_of(20)
-
-    def gradients(step):
-        model.zero_grad()
-        step(ids, labels=ids, use_cache=False).loss.backward()
-        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-    eager, compiled = gradients(model), gradients(torch.compile(model, backend="aot_eager", fullgraph=True))
-    assert eager.keys() == compiled.keys()
-    for name, x in eager.items():
-        torch.testing.assert_close(compiled[name], x, rtol=1e-5, atol=1e-7, msg=name)
+    same_gradients(with_memory(memory).train())
 
 
 @pytest.mark.parametrize("memory", quick(["gated_delta_net"], ["titans_lmm", "gated_delta_net"]))
 def test_tokens_of_an_attached_memory_need_no_new_graph(memory):
     model, ids = with_memory(memory), ids_of(100)
     warm = 22 if memory == "gated_delta_net" else 68
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    caches = [DynamicCache(config=model.config) for _ in "ab"]
-    with torch.no_grad():
-        for cache in caches:
-            model(ids[:, :20], past_key_values=cache)
-        for t in range(20, warm + 24):
-            with torch.compiler.set_stance("default" if t < warm else "fail_on_recompile"):
-                a, b = (
-                    call(ids[:, t : t + 1], past_key_values=cache).logits
-                    for call, cache in zip((model, compiled), caches, strict=True)
-                )
-            assert torch.equal(a, b), t
+    same_tokens(model, ids, [DynamicCache(config=model.config) for _ in "ab"], warm, warm + 24)
 
 
 class Logits(torch.nn.Module):

@@ -29,12 +29,6 @@ SMALL = (
 )
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def trained(stage, *overrides):
     """The figures of a run in the working folder, at the path of its configuration."""
     run(composed(f"experiment={stage}", *SMALL, f"run_dir=runs/{stage}/msa-seed0", "data.cache_dir=cache", *overrides))

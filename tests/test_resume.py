@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from omegaconf import OmegaConf
 
 from memlm import files
@@ -25,12 +24,6 @@ from memlm.training.tracking import read_metrics
 from tests.conftest import ROOT, build, composed
 from tests.faults import every_fault
 from tests.runs import SMALLEST, config, figures
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def smallest(folder, *overrides):

@@ -5,7 +5,6 @@ import runpy
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 import memlm
 from memlm.data import MQAR, Passkey
@@ -17,12 +16,6 @@ from tests.conftest import ROOT, composed
 
 LAYERS = 2
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import os
 import re
 import shutil
 import signal
@@ -19,21 +18,13 @@ from omegaconf import OmegaConf
 
 from memlm.data import Batch, Row
 from memlm.hub import load_model
-from memlm.training import checkpoint, loop, run
-from memlm.training.interrupt import Stopped
+from memlm.training import checkpoint, run
 from memlm.training.objective import Objective, model_inputs, score
 from memlm.training.optim import Muon, build_optimizers, lr_factor, parameter_groups
 from memlm.training.settings import OptimSettings
 from memlm_kernels.testing import assert_close, relative_error
 from tests.conftest import ROOT, build, composed
-from tests.runs import SMALL, config, figures, trainer
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps one state per process, whatever the precision."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+from tests.runs import SMALL, config, figures, stopped, trainer
 
 
 def optim_settings(*overrides):
@@ -58,24 +49,11 @@ def test_a_run_leaves_what_it_promises(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("overrides", [(), ("optim=adamw", "train.micro_batch_size=2")], ids=["muon", "adamw"])
-def test_resuming_is_exact(tmp_path, monkeypatch, overrides):
+def test_resuming_is_exact(tmp_path, overrides):
     """A run that is stopped after 4 of 8 steps and started again has bitwise equal losses."""
     run(config(tmp_path / "straight", "train.steps=8", *overrides))
-    stopping = config(tmp_path, "train.steps=8", *overrides)
-    real = loop.Trainer._one_step
-
-    def step_then_stop(self, logged):
-        out = real(self, logged)
-        if self.step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return out
-
-    monkeypatch.setattr(loop.Trainer, "_one_step", step_then_stop)
-    with pytest.raises(Stopped) as stopped:
-        run(stopping)
-    assert stopped.value.number == signal.SIGTERM
+    assert stopped(config(tmp_path, "train.steps=8", *overrides), 4) == signal.SIGTERM
     assert checkpoint.latest(tmp_path / "run").name == "step_000004"
-    monkeypatch.setattr(loop.Trainer, "_one_step", real)
     run(config(tmp_path, "train.steps=8", *overrides))
     assert figures(tmp_path) == figures(tmp_path / "straight")
     validation = "validation/mqar/loss"

@@ -1,33 +1,23 @@
 """``train.trainable``: the chosen parameters are trained, and no other."""
 
 import json
-import os
 import re
-import signal
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM
 
 import memlm
 from memlm import MemLMConfig, MemLMForCausalLM
 from memlm.hub import load_model
 from memlm.training import checkpoint, loop, run
-from memlm.training.interrupt import Stopped
 from memlm.training.trainable import choose, memory_names
 from tests.conftest import build
-from tests.runs import SMALLEST, config, figures, trainer
+from tests.runs import SMALLEST, config, figures, stopped, trainer
 from tests.test_any_model import LLAMA, TITANS
 
 TINY = (*SMALLEST, "memory=titans_mag", "train.steps=6")
 WAYS = {"memory": "memory", "patterns": ["*.mlp.*", "lm_head.*"], "condition": {"condition": 3}}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def tiny(folder, trainable, *overrides):
@@ -128,18 +118,7 @@ def test_parameters_without_an_effect_are_refused(tmp_path):
 def test_a_stopped_run_trains_the_same_parameters_to_the_bit(tmp_path, monkeypatch, capsys, way):
     """Condition numbers change as the run trains; the choice of the first step stays."""
     run(tiny(tmp_path / "straight", WAYS[way]))
-    real = loop.Trainer._one_step
-
-    def step_then_stop(self, logged):
-        out = real(self, logged)
-        if self.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return out
-
-    monkeypatch.setattr(loop.Trainer, "_one_step", step_then_stop)
-    with pytest.raises(Stopped):
-        run(tiny(tmp_path, WAYS[way]))
-    monkeypatch.setattr(loop.Trainer, "_one_step", real)
+    stopped(tiny(tmp_path, WAYS[way]), 3)
     # By now another choice would be made.
     monkeypatch.setattr(loop.trainable, "choose", lambda *_: ["lm_head.weight"])
     run(tiny(tmp_path, WAYS[way]))
