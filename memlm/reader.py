@@ -5,7 +5,7 @@ B streams, T tokens, S tokens whose logits are kept, V vocabulary.
 
 import copy
 import inspect
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -58,9 +58,10 @@ class Reader:
         """The most tokens of the next forward."""
         return self.segment
 
-    def _read(self, ids_BT: Tensor, keep: int) -> Tensor:
+    def _read(self, ids_BT: Tensor, keep: int, **words: Any) -> Tensor:
+        """The logits of at least the last ``keep`` tokens of a forward; words: further ones of the model."""
         kept = {"logits_to_keep": keep} if self._keeps else {}
-        out = self.model(ids_BT, use_cache=True, **{CACHE: self.cache}, **kept, **self._options)
+        out = self.model(ids_BT, use_cache=True, **{CACHE: self.cache}, **kept, **self._options, **words)
         self.tokens += ids_BT.shape[1]
         self.metrics = getattr(out, "metrics", None) or {}
         return out.logits

@@ -77,7 +77,11 @@ ROOMS = {
         "memlm.modeling",
     },
 }
-OUTER = {"memlm.hub", "memlm.reader", "memlm.training", "memlm.evaluation", "memlm.cli", "memlm.lm_eval"}
+OUTER = {"memlm.hub", "memlm.reader", "memlm.policies", "memlm.training"} | {
+    "memlm.evaluation",
+    "memlm.cli",
+    "memlm.lm_eval",
+}
 OUTSIDE = {
     "memlm_kernels": {"torch", "triton", "fla"},
     "memlm.data": {"torch", "numpy", "transformers", "tokenizers", "pyarrow"},
