@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -116,13 +116,13 @@ class Text(Measure):
         for name, found, suffix in self._readings(models):
             readings = [found[way + suffix] for way in self.text_ways]
             row = [_label(name, suffix), *(f"{r['bits_per_byte']:.4f}" for r in readings)]
-            rows.append([*row, _with_interval(*_gain(found, suffix))] if self._gains else row)
-        if not self._gains:
-            return ["bits per byte of text", *columns], rows
-        blank = [""] * len(columns)
-        for name, other, difference in self._beyond(models):
-            rows.append([f"gain of {name} beyond {other}", *blank, _with_interval(*difference)])
-        return ["bits per byte of text", *columns, "gain of carrying (95 % interval)"], rows
+            rows.append([*row, _carrying(found, suffix).told()] if self._gains else row)
+        for other, found, theirs, suffix in self._pairs(models):
+            saved = [(_bits(theirs, way + suffix) - _bits(found, way)).told() for way in self.text_ways]
+            gain = [_more(found, theirs, suffix).told()] if self._gains else []
+            rows.append([f"saved against {other}", *saved, *gain])
+        header = ["bits per byte of text (95 % intervals)", *columns]
+        return [*header, *(["saved by carrying"] if self._gains else [])], rows
 
     def _perplexity(self, models: Models) -> Table:
         rows = []
@@ -155,17 +155,18 @@ class Text(Measure):
             for way in (ways[:1] if suffix else ways)
         }
 
-    def _beyond(self, models: Models) -> Iterator[tuple[str, str, tuple[float, float, float]]]:
-        """The gain of the first model by carrying its memory, beyond that of each control and of itself without its
-        long-term memory: a difference of differences, with its interval over documents.
+    @staticmethod
+    def _pairs(models: Models) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any], str]]:
+        """The first model's results beside those of itself without its long-term memory, and of each control: their
+        name, both results, and the suffix of the ways of the latter.
         """
         first, *controls = models
         for source, found in models[first]["text"].items():
             here = f" in {source}" if len(models[first]["text"]) > 1 else ""
-            others = [(f"itself with memory off{here}", found, _OFF)] if f"reset{_OFF}" in found else []
-            others += [(f"{other}{here}", models[other]["text"][source], "") for other in controls]
-            for other, theirs, suffix in others:
-                yield first, other, _difference(found, theirs, suffix)
+            if any(way.endswith(_OFF) for way in found):
+                yield f"itself with memory off{here}", found, found, _OFF
+            for other in controls:
+                yield other + here, found, models[other]["text"][source], ""
 
     def section(self, report: Report, models: Models, first: Subject) -> None:
         lines = self._lines(models)
@@ -176,23 +177,27 @@ class Text(Measure):
         intervals = [t["intervals"] for t in lines.values()]
         picture = plots.by_position(means, read["edges"], "bits per byte", "over all positions", intervals)
         report.picture("text", picture, "bits per byte by position")
-        common, counts = read["common"], next(iter(models[first.name]["text"].values()))["documents"]
-        documents = len(counts["tokens"])
+        of_first = models[first.name]["text"]
+        for source, found in of_first.items():
+            common = found[self.text_ways[0]]["common"]
+            report.note(
+                f"{source}: {len(common['tokens'])} documents, {sum(common['tokens']):,} tokens, "
+                f"{sum(common['bytes']):,} bytes, read in segments of {read['segment']}."
+            )
         report.note(
-            f"{documents} documents, {sum(common['tokens']):,} tokens, {sum(common['bytes']):,} bytes, read in "
-            f"segments of {read['segment']}; carried: one memory for a document; reset: a new one each segment. "
-            "Same tokens scored either way: all but the first of each segment. Bands and brackets are 95 % "
-            "intervals, of documents drawn anew."
+            "Carried: one memory for a document; reset: a new one each segment. Same tokens scored either way: all "
+            "but the first of each segment. Bands and brackets are 95 % intervals, of documents drawn anew."
         )
         if self._gains:
-            for name, other, difference in self._beyond(models):
-                report.note(_sentence(name, other, difference, documents))
+            for other, found, theirs, suffix in self._pairs(models):
+                report.note(_sentence(first.name, other, found, theirs, suffix))
         report.table(*self._perplexity(models))
-        a_word = sum(counts["bytes"]) / max(1, sum(counts["words"]))
+        counts = [found["documents"] for found in of_first.values()]
+        num_bytes, words = (sum(sum(count[unit]) for count in counts) for unit in ("bytes", "words"))
         report.note(
             f"Tokens that are predicted: {'; '.join(f'{way}, {_COVERS[way]}' for way in self.text_ways)}. Ends of "
             "documents are not scored. Perplexities are e to the nats of a byte, and of a word, which has "
-            f"{a_word:.2f} bytes with the white space around it."
+            f"{num_bytes / max(1, words):.2f} bytes with the white space around it."
         )
         if len({m["tokenizer"] for m in models.values()}) > 1:
             report.note("Tokens are not the same for all models: each was given the same bytes of every document.")
@@ -214,26 +219,37 @@ def _label(name: str, suffix: str, *way: str) -> str:
     return ", ".join([name, *(["memory off"] if suffix else []), *way])
 
 
-def _saved(found: Mapping[str, Any], suffix: str) -> tuple[np.ndarray, np.ndarray]:
-    """Bits per byte that carrying the memory saves in each document, and its bytes, both of the common tokens."""
-    carried, reset = (found[way + suffix]["common"] for way in ("carried", "reset"))
-    saved = np.subtract(reset["nats"], carried["nats"])
-    return np.array([bits(x, n) if n else 0.0 for x, n in zip(saved, carried["bytes"], strict=True)]), carried["bytes"]
+class _PerDocument(NamedTuple):
+    """Bits per byte of each document, and its bytes, of the tokens that all ways predict."""
+
+    values: np.ndarray
+    num_bytes: np.ndarray
+
+    def __sub__(self, other: "_PerDocument") -> "_PerDocument":
+        return _PerDocument(self.values - other.values, self.num_bytes)
+
+    def told(self) -> str:
+        mean = np.average(self.values, weights=self.num_bytes) if self.num_bytes.any() else math.nan
+        return _with_interval(mean, *self.interval())
+
+    def interval(self) -> tuple[float, float]:
+        return interval(self.values.tolist(), self.num_bytes.tolist())
 
 
-def _gain(found: Mapping[str, Any], suffix: str = "") -> tuple[float, float, float]:
-    saved, num_bytes = _saved(found, suffix)
-    return (_mean(saved, num_bytes), *interval(saved.tolist(), num_bytes))
+def _bits(found: Mapping[str, Any], way: str) -> _PerDocument:
+    common = found[way]["common"]
+    values = [bits(*x) if x[1] else 0.0 for x in zip(common["nats"], common["bytes"], strict=True)]
+    return _PerDocument(np.array(values), np.array(common["bytes"]))
 
 
-def _difference(found: Mapping[str, Any], theirs: Mapping[str, Any], suffix: str) -> tuple[float, float, float]:
-    """The difference of two gains, paired by documents, with its interval."""
-    (mine, num_bytes), (other, _) = _saved(found, ""), _saved(theirs, suffix)
-    return (_mean(mine - other, num_bytes), *interval((mine - other).tolist(), num_bytes))
+def _carrying(found: Mapping[str, Any], suffix: str = "") -> _PerDocument:
+    """Bits per byte that carrying the memory saves."""
+    return _bits(found, f"reset{suffix}") - _bits(found, f"carried{suffix}")
 
 
-def _mean(values: np.ndarray, weights: Sequence[float]) -> float:
-    return float(np.average(values, weights=weights)) if sum(weights) else math.nan
+def _more(found: Mapping[str, Any], theirs: Mapping[str, Any], suffix: str) -> _PerDocument:
+    """How much more it saves one model than another: a difference of differences."""
+    return _carrying(found) - _carrying(theirs, suffix)
 
 
 def _exp(x: float) -> float:
@@ -244,10 +260,15 @@ def _with_interval(value: float, low: float, high: float) -> str:
     return f"{value:.4f}" + (f" ({low:.4f} to {high:.4f})" if math.isfinite(low) else "")
 
 
-def _sentence(name: str, other: str, difference: tuple[float, float, float], documents: int) -> str:
-    told = f"Gain of {name} by carrying its memory beyond that of {other}: {_with_interval(*difference)} bits per byte"
-    _, low, high = difference
+def _sentence(name: str, other: str, found: Mapping[str, Any], theirs: Mapping[str, Any], suffix: str) -> str:
+    saved = _bits(theirs, f"carried{suffix}") - _bits(found, "carried")
+    more = _more(found, theirs, suffix)
+    told = (
+        f"{name} beside {other}: with the memory carried, it saves {saved.told()} bits per byte; carrying the memory "
+        f"saves it {more.told()} more"
+    )
+    low, high = more.interval()
     if not math.isfinite(low):
-        return f"{told}; one document gives no interval."
+        return f"{told}. One document gives no interval."
     seen = "the interval holds 0, so no difference is seen" if low <= 0 <= high else "the interval does not hold 0"
-    return f"{told}; {seen} ({documents} documents)."
+    return f"{told}; {seen}."
