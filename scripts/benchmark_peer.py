@@ -29,14 +29,15 @@ def models(shape: str) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Ours and Llama, with the same weights."""
     layers, hidden, heads = map(int, shape.split("x"))
     sizes = {
-        **{"vocab_size": 512, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads},
-        **{
-            "bos_token_id": None,
-            "eos_token_id": None,
-            "num_key_value_heads": heads,
-            "head_dim": hidden // heads,
-            "intermediate_size": hidden * 8 // 3 // 16 * 16,
-        },
+        "vocab_size": 512,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "hidden_size": hidden,
+        "intermediate_size": hidden * 8 // 3 // 16 * 16,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": hidden // heads,
     }
     torch.manual_seed(0)
     llama = LlamaForCausalLM(LlamaConfig(**sizes, rms_norm_eps=1e-6, attn_implementation="sdpa")).eval()
@@ -47,7 +48,7 @@ def models(shape: str) -> tuple[torch.nn.Module, torch.nn.Module]:
 
 
 def calls(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]]:
-    """For each case, what a turn makes first, which is not measured, and the call."""
+    """For each case, a function that makes the cache of a turn, which is not measured, and the measured call."""
     new = MemoryCache if isinstance(model, MemLMForCausalLM) else DynamicCache
     options = {"output_metrics": False} if new is MemoryCache else {}
 

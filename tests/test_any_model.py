@@ -113,7 +113,7 @@ def test_an_attached_memory_is_silenced_as_a_whole():
 
 
 def test_any_model_is_evaluated(saved, capsys):
-    """A model with a memory, beside a plain one; what a table of positions does not reach is left out."""
+    """A model with a memory, beside a plain one; measures beyond a table of positions are left out."""
     every = ("eval.text_ways=[carried,reset,rolling]", "eval.text_memory_off=true")
     evaluate(evaluated(saved, f"checkpoint={saved}/titans", f"control={saved}/llama", f"out={saved}/out", *every))
     found = json.loads((saved / "out" / "latest" / "results.json").read_text())["models"]

@@ -272,12 +272,22 @@ def bare_cache():
         return backbone("llama", exact=True)(ids(), use_cache=True).past_key_values
 
 
+def continued_without_the_memory():
+    cache = streamed(attached("llama"), ids(), [LENGTH])[1]
+    streamed(backbone("llama", exact=True), ids(length=2), [2], cache)
+    return cache
+
+
 def other_memory():
     return streamed(attached("llama", "mom"), ids(), [LENGTH])[1]
 
 
 CALLS = [
     (dict(past_key_values=bare_cache), "past_key_values was filled without the memory"),
+    (
+        dict(past_key_values=continued_without_the_memory),
+        "past_key_values holds 25 tokens, and the memory has read 23 of them",
+    ),
     (dict(past_key_values=other_memory), "past_key_values was filled by another memory"),
     (dict(past_key_values=quantised), "past_key_values has a Quantised, which cannot carry a memory"),
     (

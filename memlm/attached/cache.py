@@ -24,6 +24,7 @@ class StateLayer(DummyLayer):
     states: ``position`` [B], the position of each row's next token; the layers' states by their numbers, and with a
         window ``places`` (``memlm.attached.window``). Tensors are replaced, never changed in place
     start: the position as a Python int, if known
+    length: the tokens of the cache, with padding, after the memory's last call
     """
 
     is_compileable = False
@@ -34,6 +35,7 @@ class StateLayer(DummyLayer):
         self.settings = settings
         self.states: State = {}
         self.start: int | None = 0
+        self.length = 0
 
     @property
     def max_batch_size(self) -> int:
@@ -52,7 +54,7 @@ class StateLayer(DummyLayer):
         self._select(lambda x: x[indices.to(x.device)])
 
     def reset(self) -> None:
-        self.states, self.start = {}, 0
+        self.states, self.start, self.length = {}, 0, 0
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
@@ -88,6 +90,12 @@ def check(cache: Any, settings: Any, batch: int) -> StateLayer | None:
         )
         return held
     require(held.settings == settings, "past_key_values was filled by another memory; begin a new cache")
+    length = cache.get_seq_length()
+    if length != held.length:
+        raise ValueError(
+            f"past_key_values holds {length} tokens, and the memory has read {held.length} of them; fill it by the "
+            "model with its memory attached"
+        )
     rows = held.max_batch_size
     if rows != batch:
         raise ValueError(f"past_key_values holds a memory of {rows} rows, the input has {batch}; begin a new cache")

@@ -1,4 +1,4 @@
-"""A forward of a decoder with a memory: the facts of its tokens, read once, and what its layers leave.
+"""A forward of a decoder with a memory: the facts of its tokens, read once, and the results of its layers.
 
 B batch, T tokens, D hidden, N keys: those kept from earlier calls, then this call's.
 """
@@ -151,7 +151,7 @@ class Call:
         if held is None:
             held = StateLayer(settings)
             own(cache).layers.append(held)
-        held.start = self.rows.next_start
+        held.start, held.length = self.rows.next_start, cache.get_seq_length()
         held.states = {"position": self.rows.after_B, **self.after}
         if self.places is not None:
             held.states["places"] = self.places
