@@ -5,6 +5,7 @@ from functools import cache as once
 import pytest
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -19,9 +20,16 @@ from transformers import (
 )
 
 import memlm
+from memlm.data import load_tokenizer
+from memlm.evaluation.data import Examined
+from memlm.evaluation.measures import measures
+from memlm.evaluation.measures.asked import Asked
+from memlm.evaluation.subject import Subject
 from memlm.policies import KINDS, PolicyReader, build_policies
 from memlm.policies.kinds import Arrivals, Entries
 from memlm.reader import Reader
+from memlm.training.resume import Record
+from tests.conftest import composed
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"intermediate_size": 48, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -288,11 +296,13 @@ def test_rounding_errors_do_not_choose():
 
 def test_settings():
     found = build_policies({"kind": ["recent", "keydiff"], "budget": [100, 200], "sinks": 1}, "eval.policy")
-    assert [p.label for p in found[:4]] == [f"{k}, {b} bytes" for k in ("recent", "keydiff") for b in (100, 200)]
+    assert [p.label for p in found[:4]] == [
+        f"{k} sinks=1, {b} bytes" for k in ("recent", "keydiff") for b in (100, 200)
+    ]
     assert {(p.kind, p.budget, p.sinks) for p in found[4:]} == {("random", 100, 1), ("random", 200, 1)}
     assert build_policies(None, "eval.policy") == []
     named = build_policies({"kind": "surprisal", "budget": 9, "repeat_bug": True}, "eval.policy")
-    assert [p.label for p in named] == ["surprisal as published, 9 bytes", "random, 9 bytes"]
+    assert [p.label for p in named] == ["surprisal repeat_bug=True, 9 bytes", "random, 9 bytes"]
     for settings, line in [
         ({"kind": "keydif", "budget": 9}, "did you mean 'keydiff'"),
         ({"kind": "keydiff"}, "eval.policy.budget is missing"),
@@ -304,3 +314,42 @@ def test_settings():
     ]:
         with pytest.raises(ValueError, match=line):
             build_policies(settings, "eval.policy")
+
+
+def test_an_evaluation_names_its_policies_and_shows_scores_by_budget():
+    torch.manual_seed(0)
+    sizes = {**SHARED, "vocab_size": 256, "head_dim": 8}
+    mixers = {"memory": {"kind": "attention"}}
+    tokenizer, bare = load_tokenizer("byte", []), memlm.MemLMForCausalLM(memlm.MemLMConfig(**sizes, mixers=mixers))
+    run = Record({"data": {"sources": {"mqar": {"kind": "mqar"}}}}, {}, {})
+    subject = Subject("mine", "", None, bare.eval(), tokenizer, run, None, [])
+    # 256 bytes an entry; the texts have 64 tokens.
+    policy = {"kind": ["recent", "surprisal"], "budget": [8192, 32768]}
+    ask = {"mqar": {"forms": ["own"], "num_pairs": 4}}
+    measure = Asked(ask=ask, lengths=[64], rows=3, policy=policy)
+    measure.check_model(subject.model)
+    results = {"mine": {"asked": measure.run(Examined(subject, tokenizer, {}, 0), [])}}
+    cells = results["mine"]["asked"]["mqar"]
+    policies = [cell["policy"] for cell in cells if cell.get("policy")]
+    assert {(p["kind"], p["budget"]) for p in policies} == {
+        (kind, budget) for kind in ("recent", "surprisal", "random") for budget in (8192, 32768)
+    }
+    assert all(("note" in p) == (p["kind"] == "surprisal") for p in policies)
+    assert all(cell["bytes"] <= cell["policy"]["budget"] for cell in cells if cell.get("policy"))
+    header, rows = measure.tables(results)["asked-mqar-policies"]
+    assert header[1:] == ["all entries", "8,192 bytes", "32,768 bytes"]
+    assert [row[0].split(", ")[-1] for row in rows[:4]] == ["none", "recent", "surprisal", "random"]
+    # A budget of more entries than the text has tokens changes nothing.
+    nats = {cell["down"]: cell["nats"] for cell in cells if cell["across"] in ("all entries", "32,768 bytes")}
+    assert all(x == pytest.approx(nats["none"], rel=1e-5) for x in nats.values())
+    small = {cell["down"]: cell["nats"] for cell in cells if cell["across"] == "8,192 bytes"}
+    assert all(abs(x - nats["none"]) > 1e-5 for x in small.values())
+    assert any(row[0] == "mqar, mine, random, 8,192 bytes, own" for row in measure.tables(results)["asked-mqar"][1])
+    with pytest.raises(ValueError, match=r"budget=9 bytes hold 0 entries"):
+        Asked(ask=ask, policy={"kind": "recent", "budget": 9}).check_model(subject.model)
+
+
+def test_eval_policies_is_a_choice_that_builds():
+    settings = OmegaConf.to_container(composed("eval=policies", config="evaluate").eval)
+    (measure,) = (m for m in measures(settings) if isinstance(m, Asked))
+    assert len(measure.policies) == 15 and {p.kind for p in measure.policies} == {*KINDS} - {"surprisal"}

@@ -4,7 +4,7 @@ B streams, T tokens of a call, S entries of a layer, H query heads, G key heads,
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 from typing import Any, ClassVar, NamedTuple
 
@@ -80,8 +80,14 @@ class Policy:
         raise NotImplementedError
 
     @property
+    def words(self) -> str:
+        """Its kind, and settings other than the defaults."""
+        others = (f for f in fields(self) if f.name != "budget" and getattr(self, f.name) != f.default)
+        return " ".join([self.kind, *(f"{f.name}={getattr(self, f.name)}" for f in others)])
+
+    @property
     def label(self) -> str:
-        return f"{self.kind}, {self.budget:,} bytes"
+        return f"{self.words}, {self.budget:,} bytes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,10 +182,6 @@ class Surprisal(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 < self.decay <= 1, f"decay={self.decay} must lie in (0, 1]")
-
-    @property
-    def label(self) -> str:
-        return super().label.replace(self.kind, f"{self.kind} as published") if self.repeat_bug else super().label
 
     def mark(self, tokens: Arrivals) -> Tensor:
         assert tokens.logp_BTV is not None

@@ -1,9 +1,9 @@
 """Tasks of ``memlm.evaluation.tasks``: a model reads texts and is asked about them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
-from itertools import groupby
+from itertools import groupby, product
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -18,6 +18,7 @@ from memlm.evaluation.statistics import bootstrap, wilson
 from memlm.evaluation.subject import Subject
 from memlm.evaluation.tasks import Setting, Task, View, tasks
 from memlm.hub.causal import new_memory
+from memlm.policies import Policy, PolicyReader, build_policies
 from memlm.reader import Reader
 from memlm.settings import require
 
@@ -27,6 +28,8 @@ class Asked(Measure):
     """ask: tasks by name, each with its own settings; {} for none
     lengths: tokens of the texts
     rows: texts of each length
+    policy: key-value policies, such as {kind: [keydiff, recent], budget: [8192, 16384]}, or a list of such; the model
+        reads all texts with each, and without. ``memlm.policies`` has the kinds and their settings
     """
 
     name = "asked"
@@ -35,16 +38,32 @@ class Asked(Measure):
     ask: dict = field(default_factory=dict)
     lengths: list = field(default_factory=lambda: [256])
     rows: int = 32
+    policy: dict | list | None = None
 
     def __post_init__(self) -> None:
         check_range(self, rows=1)
         check_counts(self, "lengths")
         require(max(self.lengths, default=0) <= LONGEST, f"lengths={self.lengths} must be at most {LONGEST}")
-        _ = self.tasks
+        _ = self.tasks, self.policies
 
     @cached_property
     def tasks(self) -> list[Task]:
         return tasks(self.ask, self.lengths, self.rows)
+
+    @cached_property
+    def policies(self) -> list[Policy]:
+        return build_policies(self.policy, "policy")
+
+    def views(self, task: Task) -> list[View]:
+        """The views of a task, and with policies one of their scores by budget, of all texts together."""
+        own = list(task.views())
+        if not self.policies:
+            return own
+        floors = {name: value for name, value in own[0].floors.items() if not isinstance(value, Mapping)}
+        return [
+            *own,
+            replace(own[0], across="budget", down="policy", values=own[0].values[:1], floors=floors, name=BY_BUDGET),
+        ]
 
     def applies(self, sources: Mapping[str, Source]) -> bool:
         return bool(self.ask)
@@ -54,29 +73,43 @@ class Asked(Measure):
 
     def check_model(self, model: PreTrainedModel) -> None:
         new_memory(model)
+        for policy in self.policies:
+            PolicyReader(model, policy)
 
     def tokens(self, sources: Mapping[str, Source]) -> int:
         return max((task.tokens() for task in self.tasks), default=0)
 
     def cost(self, sources: Mapping[str, Source]) -> int:
-        return sum(task.cost() for task in self.tasks)
+        return sum(task.cost() for task in self.tasks) * (1 + len(self.policies))
 
     def run(self, one: Examined, examined: Sequence[Examined]) -> dict[str, Any]:
         setting, model = Setting(one.tokenizer, one.seed), one.subject.model
 
-        def ask(task: Task, records: list[Record]) -> list[dict[str, Any]]:
+        def ask(task: Task, policy: Policy | None, records: list[Record]) -> list[dict[str, Any]]:
             task.check(setting)
-            records += run(lambda: Reader(model), task.streams(setting))
+            make = partial(Reader, model) if policy is None else partial(PolicyReader, model, policy)
+            records += run(make, task.streams(setting))
             shown = list(task.reduce(records))
             return [cell for view in task.views() for cell in cells(view, shown)] + totals(task, shown)
 
-        found = {task.name: one.parts.measure(task.name, task, partial(ask, task), task.cost()) for task in self.tasks}
-        return {name: of_task for name, of_task in found.items() if of_task is not None}
+        found: dict[str, Any] = {}
+        for task, policy in product(self.tasks, (None, *self.policies)):
+            name = task.name if policy is None else f"{task.name}, {policy.label}"
+            settings = task if policy is None else {"task": asdict(task), "policy": [policy.kind, asdict(policy)]}
+            of_task = one.parts.measure(name, settings, partial(ask, task, policy), task.cost())
+            if of_task is not None and self.policies:
+                of_task = [{**cell, "policy": _told(policy, one.subject)} for cell in of_task]
+                about = {"policy": policy.words, "budget": f"{policy.budget:,} bytes"} if policy else _EVERYTHING
+                records = [{**record, **about} for record in task.reduce(one.parts.records[name])]
+                of_task += cells(self.views(task)[-1], records)
+            if of_task is not None:
+                found.setdefault(task.name, []).extend(of_task)
+        return found
 
     def tables(self, models: Models) -> dict[str, Table]:
         found = {}
         for task in self.tasks:
-            for view in task.views():
+            for view in self.views(task):
                 if of_view := _of(models, task, view.name):
                     found["-".join(filter(None, (self.name, task.name, view.name)))] = _table(task, view, of_view)
             if figures := _of(models, task, TOTALS):
@@ -90,8 +123,9 @@ class Asked(Measure):
         for table in self.tables(models).values():
             report.table(*table)
         for task in self.tasks:
-            for view in task.views():
-                if found := _of(models, task, view.name):
+            for view in self.views(task):
+                # One picture shows the policies: that of their scores by budget.
+                if found := {name: of for name, of in _of(models, task, view.name).items() if name in models}:
                     name = "-".join(filter(None, (self.name, task.name, view.name)))
                     report.picture(name, plots.asked(task, view, found), f"{task.title}: {view.label}")
             measured = [of_task for m in models.values() if (of_task := m[self.name].get(task.name))]
@@ -99,10 +133,31 @@ class Asked(Measure):
                 continue
             cell = measured[0][0]
             report.note(f"{task.title}: {task.note} {cell['texts']} texts, {cell['questions']} questions a point.")
+        told = (cell.get("policy") or {} for m in models.values() for of in m[self.name].values() for cell in of)
+        for note in dict.fromkeys(policy["note"] for policy in told if "note" in policy):
+            report.note(note)
 
 
-# The name of the cells that show all records.
-TOTALS = "totals"
+# The names of the cells that show all records, and all records of each policy.
+TOTALS, BY_BUDGET = "totals", "policies"
+_EVERYTHING = {"policy": "none", "budget": "all entries"}
+# Kinds of sources whose rows train a model on answers alone.
+_ANSWERS = {"mqar", "passkey", "copy", "facts", "chains", "questions"}
+
+
+def _told(policy: Policy | None, subject: Subject) -> dict[str, Any] | None:
+    """A policy in the results, with a note where its scores say little."""
+    if policy is None:
+        return None
+    found = {"label": policy.label, "kind": policy.kind, **asdict(policy)}
+    data = subject.record.config.get("data") or {}
+    kinds = {source.get("kind") for source in (data.get("sources") or {}).values()}
+    if policy.predicts and kinds and kinds <= _ANSWERS:
+        found["note"] = (
+            f"{subject.name} was trained on answers alone, so its predictions of other tokens are untrained, and "
+            f"policy {policy.kind} shows nothing; use a model of all tokens, such as one of data=mixture"
+        )
+    return found
 
 
 def cells(view: View, records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -154,12 +209,14 @@ def _about(group: Sequence[Record]) -> dict[str, Any]:
 
 
 def _of(models: Models, task: Task, view: str) -> dict[str, list[dict[str, Any]]]:
-    """The cells of a view, by model; models without any are left out."""
-    return {
-        name: cells
-        for name, measured in models.items()
-        if (cells := [cell for cell in measured[Asked.name].get(task.name, []) if cell["view"] == view])
-    }
+    """The cells of a view, by model and policy; models without any are left out."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, measured in models.items():
+        for cell in measured[Asked.name].get(task.name, []):
+            if cell["view"] == view:
+                policy = cell.get("policy")
+                found.setdefault(f"{name}, {policy['label']}" if policy else name, []).append(cell)
+    return found
 
 
 def _table(task: Task, view: View, models: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
