@@ -177,8 +177,9 @@ def asked(task: Any, view: Any, results: dict[str, list[dict]]) -> Figure:
         # Side by side, so that intervals of equal values are seen.
         at = [columns.index(cell["across"]) + 0.06 * (i - (len(lines) - 1) / 2) for cell in cells]
         value = [cell["value"] for cell in cells]
-        below = [cell["value"] - cell["low"] for cell in cells]
-        above = [cell["high"] - cell["value"] for cell in cells]
+        known = [cell["low"] is not None for cell in cells]
+        below = [cell["value"] - cell["low"] if k else 0.0 for cell, k in zip(cells, known, strict=True)]
+        above = [cell["high"] - cell["value"] if k else 0.0 for cell, k in zip(cells, known, strict=True)]
         colour = _COLOURS[i % len(_COLOURS)]
         axis.errorbar(at, value, [below, above], fmt="o-", color=colour, label=name, capsize=2, linewidth=1.3)
     for (name, floor), style in zip(view.floors.items(), itertools.cycle((":", "--", "-.")), strict=False):

@@ -83,7 +83,7 @@ class Asked(Measure):
         return sum(task.cost() for task in self.tasks) * (1 + len(self.policies))
 
     def run(self, one: Examined, examined: Sequence[Examined]) -> dict[str, Any]:
-        setting, model = Setting(one.tokenizer, one.seed), one.subject.model
+        setting, model = Setting(one.tokenizer, one.seed, one.sources), one.subject.model
 
         def ask(task: Task, policy: Policy | None, records: list[Record]) -> list[dict[str, Any]]:
             task.check(setting)
@@ -163,10 +163,13 @@ def _told(policy: Policy | None, subject: Subject) -> dict[str, Any] | None:
 def cells(view: View, records: Sequence[Record]) -> list[dict[str, Any]]:
     """Means over the records of each cell of a view, row by row.
 
-    The questions of one text are not independent, so the interval counts texts, not questions.
+    Records without the view's values are left out. The questions of one text are not independent, so the interval
+    counts texts, not questions.
     """
     groups: dict[Any, dict[Any, list[Record]]] = {}
-    for record in records:
+    for record in sorted(records, key=lambda record: record["stream"]):
+        if not all(value in record for value in view.values):
+            continue
         groups.setdefault(record.get(view.down or ""), {}).setdefault(record[view.across], []).append(record)
     found = []
     for down, row in groups.items():
@@ -186,15 +189,17 @@ def totals(task: Task, records: Sequence[Record]) -> list[dict[str, Any]]:
     ]
 
 
-def _mean(group: Sequence[Record], value: str, share: bool) -> dict[str, float]:
+def _mean(group: Sequence[Record], value: str, share: bool) -> dict[str, float | None]:
+    """The mean and its interval; a lone text has no interval unless the value is a share."""
     mean = sum(record[value] for record in group) / len(group)
     texts: dict[int, list[float]] = {}
     for record in group:
         texts.setdefault(record["stream"], []).append(record[value])
-    sizes = [len(found) for found in texts.values()]
-    low, high = (
-        wilson(mean, len(texts)) if share else bootstrap([sum(x) / len(x) for x in texts.values()], sizes, draws=1000)
-    )
+    if share:
+        return dict(zip(("value", "low", "high"), (mean, *wilson(mean, len(texts))), strict=True))
+    if len(texts) == 1:
+        return {"value": mean, "low": None, "high": None}
+    low, high = bootstrap([sum(x) / len(x) for x in texts.values()], [len(x) for x in texts.values()], draws=1000)
     return {"value": mean, "low": low, "high": high}
 
 
@@ -234,7 +239,8 @@ def _table(task: Task, view: View, models: Mapping[str, Sequence[Mapping[str, An
 
 
 def told(cell: Mapping[str, Any]) -> str:
-    return " ".join((_short(cell["value"]), f"({_short(cell['low'])} to {_short(cell['high'])})"))
+    interval = "" if cell["low"] is None else f" ({_short(cell['low'])} to {_short(cell['high'])})"
+    return _short(cell["value"]) + interval
 
 
 def _short(x: float) -> str:

@@ -13,21 +13,30 @@ from typing import Any, ClassVar
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from memlm.data import Source, TextSource
 from memlm.data.tokenizer import encoder
 from memlm.evaluation.events import Record, Stream
 from memlm.settings import build_config, require, suggest
 
 
 class Setting:
-    """The surroundings of a task: the model's tokenizer, and a seed for all draws.
+    """The surroundings of a task: the model's tokenizer, a seed for all draws, and sources of data.
 
     encode: text -> token ids [T]; no special token is added
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
-        self.tokenizer, self.seed = tokenizer, seed
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, seed: int, sources: Mapping[str, Source] | None = None
+    ) -> None:
+        self.tokenizer, self.seed, self.sources = tokenizer, seed, sources or {}
         encode = encoder(tokenizer)
         self.encode: Callable[[str], np.ndarray] = lambda text: encode(text).astype(np.int64)
+
+    def documents(self) -> Iterator[np.ndarray]:
+        """Tokens [T] of the test documents of the sources of text."""
+        for source in self.sources.values():
+            if isinstance(source, TextSource):
+                yield from (ids.astype(np.int64) for _, ids in source.corpus.documents("test"))
 
     def decode(self, ids: np.ndarray) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)

@@ -1,0 +1,86 @@
+"""Recognition, recall and retention of sentences, held by the state or learnt by the weights."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from memlm.evaluation.events import Ask, Event, Learn, Read, Record, Stream
+from memlm.evaluation.tasks import Setting, Task, View
+from memlm.evaluation.tasks.invented import clauses
+from memlm.settings import named, require
+
+BY = ("state", "weights")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exposure(Task):
+    """exposures: how often an item is read, or learnt; 0 is the control
+    others: numbers of other items after it at which is asked; lengths play no part
+    by: the stores of the item: state, a reading; weights, a step of AdamW on a copy of them, with an empty memory
+    rate: the step's learning rate
+    """
+
+    name = "exposure"
+    title = "Sentences that were seen before"
+    note = (
+        "A sentence of two clauses is read, or learnt by a step on the weights, and so are others after it. "
+        "Recognition: it is likelier than itself with another second clause. Recall: the first clause is continued "
+        "by the second, greedily and without an error. With 0 exposures it was never seen."
+    )
+    exposures: list = field(default_factory=lambda: [0, 1, 2, 3])
+    others: list = field(default_factory=lambda: [0, 1, 4, 16])
+    by: list = field(default_factory=lambda: [*BY])
+    rate: float = 1e-3
+
+    def check(self, setting: Setting) -> None:
+        with named(f"eval.ask.{self.name}"):
+            for name in ("exposures", "others"):
+                given = getattr(self, name)
+                fit = given and all(type(n) is int and n >= 0 for n in given) and sorted({*given}) == given
+                require(bool(fit), f"{name}={given} must be rising whole numbers from 0 on")
+            require(bool(self.by) and {*self.by} <= {*BY}, f"by={self.by} must be a list of {' and '.join(BY)}")
+            require(self.rate > 0, f"rate={self.rate} must be above 0")
+
+    def tokens(self) -> int:
+        # Two clauses have less than 80 bytes.
+        return 80 * (max(self.exposures, default=0) + max(self.others, default=0) + 1)
+
+    def cost(self) -> int:
+        asked = 80 * 3 * len(self.others)
+        return self.rows * len(self.by) * len(self.exposures) * (self.tokens() + asked)
+
+    def views(self) -> Sequence[View]:
+        floors = {"recognition": {"chance": 0.5}, "recall": {"knows all second clauses": 1 / 640}}
+        return [View("others", "seen", (name,), f"share, {name}", True, of, name) for name, of in floors.items()]
+
+    def reduce(self, records: Iterable[Record]) -> Iterable[Record]:
+        for record in records:
+            right = record["correct"] if record["test"] == "recognition" else float(record["exact"])
+            yield {**record, "correct": right, record["test"]: right}
+
+    def streams(self, setting: Setting) -> Iterator[Stream]:
+        front = setting.encode("\n")
+        for by in self.by:
+            for exposures in self.exposures:
+                for row in range(self.rows):
+                    # The same items whatever holds them.
+                    rng = setting.rng(self.name, row)
+                    first, second = map(setting.encode, clauses(rng))
+                    foil = second
+                    while np.array_equal(foil, second):
+                        foil = setting.encode(clauses(rng)[1])
+                    item = np.concatenate([front, first, second])
+                    stream: list[Event] = [self._see(by, item)] * exposures
+                    for before, others in zip([0, *self.others], self.others, strict=False):
+                        for _ in range(others - before):
+                            other = np.concatenate([front, *map(setting.encode, clauses(rng))])
+                            stream.append(self._see(by, other))
+                        tag = {"others": others, "by": by, "seen": f"{exposures} by {by}"}
+                        both = [item[len(front) :], np.concatenate([first, foil])]
+                        stream.append(Ask(front, both, {**tag, "test": "recognition"}))
+                        stream.append(Ask(item[: -len(second)], [second], {**tag, "test": "recall"}))
+                    yield stream
+
+    def _see(self, by: str, ids: np.ndarray) -> Event:
+        return Read(ids) if by == "state" else Learn(ids, self.rate)
