@@ -20,7 +20,7 @@ RIGHT, STALE, FABRICATED, OMITTED = "right", "stale", "fabricated", "omitted"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
+class SessionQuestion:
     """A question about sessions.
 
     q, a: its text and its right answer
@@ -76,7 +76,7 @@ class _Sessions(Task):
         ]
 
     def _asks(
-        self, setting: Setting, questions: Iterable[Question], ask: str, tag: Mapping[str, Any]
+        self, setting: Setting, questions: Iterable[SessionQuestion], ask: str, tag: Mapping[str, Any]
     ) -> Iterator[Ask]:
         for question in questions:
             answers = [(question.a, RIGHT), *((x, STALE) for x in question.old)]
@@ -164,7 +164,7 @@ class WhileConstructing(_Sessions):
 
     def _question(
         self, now: dict[tuple[str, str], list[str]], of: tuple[str, str], rng: np.random.Generator
-    ) -> Question:
+    ) -> SessionQuestion:
         name, attribute = of
         *before, value = now[of]
         old = before[-1:]
@@ -172,7 +172,7 @@ class WhileConstructing(_Sessions):
         told = {v for (who, what), given in now.items() if what == attribute and who != name for v in given}
         values = [v for v in VALUES_OF[attribute] if v not in now[of]]
         values = sorted(rng.permutation(values).tolist(), key=lambda v: v not in told)
-        return Question(q=f"The {attribute} of {name} is", a=value, old=old, distractors=values[: 2 - len(old)])
+        return SessionQuestion(q=f"The {attribute} of {name} is", a=value, old=old, distractors=values[: 2 - len(old)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +180,7 @@ class Sessions(_Sessions):
     """path: a JSONL file; each line is {"session": [text, ...], "questions": [{"q": ..., "a": ...}, ...]}
     ask: the text of a question, with {} for q
 
-    The fields of a question are those of ``Question``. Without old answers and distractors, it is right if greedy
+    A question has the fields of ``SessionQuestion``. Without old answers and distractors, it is right if greedy
     decoding gives its answer. Each line is a stream; ``rows`` bounds their number.
     """
 
@@ -206,7 +206,7 @@ class Sessions(_Sessions):
         return self._views(None, {"chance": chance})
 
     @cached_property
-    def _lines(self) -> list[tuple[list[str], list[Question]]]:
+    def _lines(self) -> list[tuple[list[str], list[SessionQuestion]]]:
         place = Path(self.path).expanduser()
         try:
             lines = place.read_text(encoding="utf-8").split("\n")
@@ -228,7 +228,7 @@ class Sessions(_Sessions):
             yield stream
 
 
-def _parsed(line: str, place: str) -> tuple[list[str], list[Question]]:
+def _parsed(line: str, place: str) -> tuple[list[str], list[SessionQuestion]]:
     """Raises ValueError with file, line number and a fix."""
     try:
         given = json.loads(line)
@@ -242,7 +242,7 @@ def _parsed(line: str, place: str) -> tuple[list[str], list[Question]]:
     require(bool(fit), f"{place}: a line must have the form {form}")
     sessions, questions = given["session"], []
     for i, values in enumerate(given["questions"]):
-        question = build_config(Question, values, f"{place}: questions[{i}]")
+        question = build_config(SessionQuestion, values, f"{place}: questions[{i}]")
         evidence = question.evidence if isinstance(question.evidence, list) else [question.evidence]
         for name, numbers in (("evidence", evidence), ("until", [] if question.until is None else [question.until])):
             known = all(type(n) is int and -1 <= n < len(sessions) for n in numbers) and (numbers or name == "until")
