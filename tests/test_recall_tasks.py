@@ -2,9 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from memlm.data import byte_tokenizer
+from memlm.evaluation.events import Ask, run
 from memlm.evaluation.tasks import Setting, tasks
+from memlm.reader import Reader
 from tests.oracles import Guesser, Oracle, guessed, scores
 
 BYTES = Setting(byte_tokenizer(), 0)
@@ -47,3 +52,67 @@ def test_whoever_has_the_answers_without_their_keys_has_the_floor(name):
         floor = floors.get(f"set guesser, {form}", floors.get("set guesser"))
         # Four standard errors.
         assert np.mean(found) == pytest.approx(floor, abs=4 * of_texts.std() / asked.rows**0.5)
+
+
+def bpe(words):
+    """A tokenizer of whole words."""
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>", "</s>", *words])}, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return Setting(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>"), 0)
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_other_tokenizers_give_words_of_one_token(name):
+    """A model reads the same rows in its own tokens, and its scores are those of plain forwards."""
+    setting = bpe(["!!", *(f"w{i}" for i in range(300))])
+    asked = task(name, rows=2)
+    asked.check(setting)
+    texts, plain = list(asked.streams(setting)), list(asked.streams(BYTES))
+    used = np.unique(np.concatenate([event.ids for text in texts for event in text]))
+    assert used.min() > 2 and all(setting.encode(setting.decode(np.array([i]))).tolist() == [i] for i in used)
+    for text, other in zip(texts, plain, strict=True):
+        for event, as_bytes in zip(text, other, strict=True):
+            # The same word wherever the byte is the same.
+            assert len({*zip(event.ids, as_bytes.ids, strict=True)}) == len({*as_bytes.ids}) == len({*event.ids})
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=303, **sizes)).eval()
+    records = list(run(lambda: Reader(model), texts))
+    first = next(r for r in records if r["stream"] == 0)
+    read, question = texts[0][0].ids, next(event for event in texts[0] if isinstance(event, Ask))
+    if question.at is not None:
+        with torch.no_grad():
+            logp = model(torch.from_numpy(np.concatenate([read, question.ids]))[None]).logits[0].log_softmax(-1)
+        nats = -logp[len(read) + question.at, question.answers[0]].sum()
+        assert first["nats"] == pytest.approx(float(nats), rel=1e-4)
+    assert all(r["bytes"] > 0 for r in records)
+
+
+def test_what_does_not_fit_is_a_line():
+    asked = task("mqar")
+    with pytest.raises(
+        ValueError, match=r"eval.ask.mqar: the tokenizer has 50 words of one token, .* 83 symbols; low"
+    ):
+        asked.check(bpe([f"w{i}" for i in range(50)]))
+    wrongs = (
+        ({"forms": ["own", "mine"]}, "forms='mine' is unknown; use own, zoology or stacked"),
+        ({"gap": 1.5}, r"gap=1.5 must lie in 0\.\.1"),
+        ({"num_pairs": 33}, "num_pairs=33 must lie between 1 and num_keys=32"),
+    )
+    for wrong, message in wrongs:
+        with pytest.raises(ValueError, match=f"eval.ask.mqar: {message}"):
+            task("mqar", **wrong).check(BYTES)
+    with pytest.raises(ValueError, match=r"eval.ask.selective_copying: length=16 is too short"):
+        task("selective_copying", lengths=(128, 16)).check(BYTES)
+
+
+def test_a_distance_is_the_tokens_since_the_pairs():
+    (text, *_) = task("key_value_distance", lengths=(5, 0, 40, 5), rows=2).streams(BYTES)
+    read, distances = 0, []
+    for event in text:
+        if isinstance(event, Ask):
+            distances.append(event.tag["distance"])
+            assert read - 8 == distances[-1]
+        else:
+            read += len(event.ids)
+    assert distances == [0] * 4 + [5] * 4 + [40] * 4
