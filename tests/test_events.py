@@ -216,6 +216,7 @@ def test_intervals():
     assert wilson(0.9, 10) == pytest.approx((0.5958, 0.9821), abs=1e-4)
     assert wilson(0.0, 256)[0] == 0.0 and wilson(0.0, 256)[1] == pytest.approx(0.0148, abs=1e-4)
     assert wilson(0.5, 0) == (0.0, 1.0)
+    assert all(wilson(x / n, n)[0] <= x / n <= wilson(x / n, n)[1] for n in range(1, 200) for x in (0, 1, n - 1, n))
     x = np.random.default_rng(1).normal(3.0, 1.0, 400)
     low, high = bootstrap(x)
     assert low < x.mean() < high and high - low == pytest.approx(2 * 1.96 * x.std() / 20, rel=0.1)

@@ -51,6 +51,15 @@ def test_cells_count_texts_and_average_the_views_values():
     ]
 
 
+def test_rows_and_columns_have_the_order_of_the_texts():
+    """Long texts come back first: each is a forward of its own."""
+    late, early = record(1, 256, 1, 1.0), record(0, 64, 1, 1.0)
+    found = cells(View("pairs", "kind"), [late | {"kind": "zoology"}, early | {"kind": "own"}, late | {"kind": "own"}])
+    assert [cell["down"] for cell in found] == ["own", "own", "zoology"]
+    assert plots.columns_of({"one": found[1:], "two": found}) == [64, 256]
+    assert plots.columns_of({"one": [{"across": "late"}, {"across": "early"}]}) == ["late", "early"]
+
+
 def test_every_view_has_a_table_and_a_picture(monkeypatch):
     task = Twice(lengths=[], rows=1)
     monkeypatch.setattr(Asked, "tasks", [task])

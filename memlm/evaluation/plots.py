@@ -1,6 +1,6 @@
 """Pictures of an evaluation; each function returns a matplotlib figure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 
@@ -164,10 +164,16 @@ def by_position(
     return figure
 
 
+def columns_of(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list:
+    """The columns of a view's cells: numbers by size, words in the order of the texts."""
+    found = list(dict.fromkeys(cell["across"] for cells in results.values() for cell in cells))
+    return sorted(found) if all(isinstance(x, int | float) for x in found) else found
+
+
 def asked(task: Any, view: Any, results: dict[str, list[dict]]) -> Figure:
     """The values of a task's view with intervals, one line for each model and row of the table, and the floors."""
     figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    columns = list(dict.fromkeys(cell["across"] for cells in results.values() for cell in cells))
+    columns = columns_of(results)
     lines = {
         ", ".join(str(x) for x in (name, down) if x is not None): [cell for cell in cells if cell["down"] == down]
         for name, cells in results.items()
@@ -178,8 +184,8 @@ def asked(task: Any, view: Any, results: dict[str, list[dict]]) -> Figure:
         at = [columns.index(cell["across"]) + 0.06 * (i - (len(lines) - 1) / 2) for cell in cells]
         value = [cell["value"] for cell in cells]
         known = [cell["low"] is not None for cell in cells]
-        below = [cell["value"] - cell["low"] if k else 0.0 for cell, k in zip(cells, known, strict=True)]
-        above = [cell["high"] - cell["value"] if k else 0.0 for cell, k in zip(cells, known, strict=True)]
+        below = [max(0.0, cell["value"] - cell["low"]) if k else 0.0 for cell, k in zip(cells, known, strict=True)]
+        above = [max(0.0, cell["high"] - cell["value"]) if k else 0.0 for cell, k in zip(cells, known, strict=True)]
         colour = _COLOURS[i % len(_COLOURS)]
         axis.errorbar(at, value, [below, above], fmt="o-", color=colour, label=name, capsize=2, linewidth=1.3)
     for (name, floor), style in zip(view.floors.items(), itertools.cycle((":", "--", "-.")), strict=False):

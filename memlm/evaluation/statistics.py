@@ -20,7 +20,8 @@ def wilson(share: float, trials: int) -> tuple[float, float]:
     z2 = _Z * _Z / trials
     middle = (share + z2 / 2) / (1 + z2)
     half = _Z / (1 + z2) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # Rounding would leave 0 and 1 just outside their intervals.
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
 def bootstrap(

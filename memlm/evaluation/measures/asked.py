@@ -167,6 +167,7 @@ def cells(view: View, records: Sequence[Record]) -> list[dict[str, Any]]:
     counts texts, not questions.
     """
     groups: dict[Any, dict[Any, list[Record]]] = {}
+    # The runner returns texts of one shape together; rows and columns have the order of the texts.
     for record in sorted(records, key=lambda record: record["stream"]):
         if not all(value in record for value in view.values):
             continue
@@ -225,7 +226,7 @@ def _of(models: Models, task: Task, view: str) -> dict[str, list[dict[str, Any]]
 
 
 def _table(task: Task, view: View, models: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
-    across = list(dict.fromkeys(cell["across"] for found in models.values() for cell in found))
+    across = plots.columns_of(models)
     rows = []
     for name, measured in models.items():
         for down, found in groupby(measured, key=lambda cell: cell["down"]):
