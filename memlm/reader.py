@@ -81,8 +81,11 @@ class Reader:
         self._optimizer.step()
         self._optimizer.zero_grad()
 
-    def fork(self, rows: Tensor | None = None) -> Self:
-        """A copy with the streams of the given indices, which may repeat; its reading leaves this one unchanged."""
+    def fork(self, rows: Tensor | None = None, question_BT: Tensor | None = None) -> Self:
+        """A copy with the streams of the given indices, which may repeat; its reading leaves this one unchanged.
+
+        question_BT: the question that each stream of the copy answers, for readers that choose what they recall
+        """
         other = object.__new__(type(self))
         other.__dict__ |= self.__dict__
         other.cache = fork(self.cache)

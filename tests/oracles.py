@@ -44,7 +44,7 @@ class Oracle:
     def learn(self, ids_BT, rate):
         self.read = [learnt(ids) for ids in ids_BT.numpy()]
 
-    def fork(self, rows=None):
+    def fork(self, rows=None, question_BT=None):
         other = type(self)(self.answers, self.vocabulary)
         other.read = [self.read[i] for i in rows.tolist()] if self.read and rows is not None else list(self.read)
         other.tokens = self.tokens

@@ -1,6 +1,8 @@
 """Key-value policies: a cache that loses entries equals full attention that does not see them, at any cut."""
 
+from dataclasses import replace
 from functools import cache as once
+from itertools import product
 
 import pytest
 import torch
@@ -25,8 +27,10 @@ from memlm.evaluation.data import Examined
 from memlm.evaluation.measures import measures
 from memlm.evaluation.measures.asked import Asked
 from memlm.evaluation.subject import Subject
-from memlm.policies import KINDS, PolicyReader, build_policies
+from memlm.policies import KINDS, EpisodeReader, PolicyReader, build_policies
+from memlm.policies.episodes import clustered
 from memlm.policies.kinds import Arrivals, Entries
+from memlm.policies.queries import watched
 from memlm.reader import Reader
 from memlm.training.resume import Record
 from tests.conftest import composed
@@ -41,6 +45,8 @@ def own(**memory):
     return memlm.MemLMForCausalLM(memlm.MemLMConfig(**sizes, mixers={"memory": memory or {"kind": "attention"}}))
 
 
+# The policies of one cache.
+PLAIN = [kind for kind in KINDS if kind != "epicache"]
 BUILD = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHARED)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHARED, head_dim=8)),
@@ -126,7 +132,7 @@ def masked(name, ids_BT, seen):
         return reference(ids_BT, use_cache=False).logits
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PLAIN)
 @pytest.mark.parametrize("name", BUILD)
 def test_it_equals_masked_full_attention_at_any_cut(name, kind):
     chosen, ids_BT = policy(name, kind), ids()
@@ -143,7 +149,7 @@ def test_it_equals_masked_full_attention_at_any_cut(name, kind):
     torch.testing.assert_close(cut(alone, ids_BT[1:2], 13), logits[1:2], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PLAIN)
 @pytest.mark.parametrize("name", ["llama", "memlm"])
 def test_a_fork_reads_on_and_leaves_its_reader_as_it_was(name, kind):
     ids_BT, chosen = ids(), policy(name, kind)
@@ -168,7 +174,7 @@ def test_a_full_budget_equals_no_policy(name):
 
 @pytest.mark.parametrize("name", ["gpt_neox", "memlm"])
 def test_the_budget_is_never_exceeded_and_sinks_and_recent_stay(name):
-    for kind in KINDS:
+    for kind in PLAIN:
         chosen = policy(name, kind, entries=23, sinks=3, recent=5)
         reader = PolicyReader(model(name), chosen)
         for part in ids().split(5, 1):
@@ -249,6 +255,71 @@ def test_random_draws_are_even_and_differ_by_text():
     assert not torch.equal(KINDS["random"](budget=1, seed=1).mark(Arrivals(ids_BT, ids_BT, places_T, None)), draws)
 
 
+def topics(*letters, size=16, seed=3):
+    """A text of windows, each of tokens of one topic."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.cat([10 * x + torch.randint(4, (2, size), generator=generator) for x in letters], 1)
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_episodes_are_the_same_at_any_cut_and_a_question_chooses_one(name):
+    text, each = topics(0, 1, 0, 2, 1, 0, 2), entry(name)
+    chosen = KINDS["epicache"](budget=3 * (40 * each[0] + each[1]), caches=3, window=16, period=8, nearest=1)
+    reader = EpisodeReader(model(name), chosen)
+    for part in text.split([5, 60, 47], 1):
+        reader(part)
+    assert reader.nbytes() <= 2 * chosen.budget and reader.tokens == 112
+    questions = torch.cat([topics(2, size=5)[:1], topics(1, size=5)[:1], topics(0, size=5)[1:]])
+    rows = torch.tensor([0, 0, 1])
+    fork = reader.fork(rows, questions)
+    logits = fork(questions, keep=5)
+    # The prompt of the chosen episode is a window of the question's topic, and so is most of what its cache kept.
+    assert (fork.prompt_BP // 10 == questions[:, :1] // 10).all()
+    whole = EpisodeReader(model(name), chosen)
+    whole(text[:1])
+    again = whole.fork(None, questions[:1])(questions[:1], keep=5)
+    torch.testing.assert_close(again, logits[:1], rtol=0, atol=1e-12)
+    # One cache, read by hand with the prompt as its question.
+    made = PolicyReader(model(name), replace(chosen, budget=chosen.budget // 3, caches=1))
+    made.prompt_BP = fork.prompt_BP[1:2]
+    cut(made, text[:1], 7)
+    torch.testing.assert_close(made(questions[1:2], keep=5), logits[1:2], rtol=0, atol=1e-12)
+    large = EpisodeReader(model(name), replace(chosen, budget=3 * (120 * each[0] + each[1])))
+    large(text)
+    plain = Reader(model(name))
+    plain(text)
+    found = large.fork(rows, questions)(questions, keep=5)
+    torch.testing.assert_close(found, plain.fork(rows)(questions, keep=5), rtol=0, atol=1e-12)
+
+
+def test_an_episode_keeps_what_its_prompt_attends_to():
+    given = entries([[4.0, 0.0], [0.0, 0.0], [0.0, 2.0]], q=[[2.0, 0.0], [0.0, 1.0]], now=3 + 2)
+    first, second = torch.tensor([8.0, 0.0, 0.0]).softmax(0), torch.tensor([0.0, 0.0, 2.0]).softmax(0)
+    found = KINDS["epicache"](budget=1).score(given)[0]
+    torch.testing.assert_close(found.float(), torch.maximum(first, second))
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_the_queries_of_a_prompt_are_those_of_a_text_that_ends_with_it(name):
+    text_BT, prompt_BP = ids(length=20), ids(length=6, seed=2)
+    reader = PolicyReader(model(name), policy(name, "recent"))
+    reader(text_BT)
+    found = reader._prompted(prompt_BP)
+    with watched(model(name)) as expected, torch.no_grad():
+        model(name)(torch.cat([text_BT, prompt_BP], 1), use_cache=False)
+    for layer, q_BTHK in expected.items():
+        torch.testing.assert_close(found[layer], q_BTHK[:, -6:], rtol=0, atol=1e-12)
+    assert len(found) == 2 and reader.tokens == reader.held["places"]["0"].shape[1] == 20
+
+
+def test_clusters_are_those_of_windows_alike():
+    vectors = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.9, 0.1], [0.1, 0.9], [-1.0, 0.0]]])
+    found = clustered(vectors, 3)[0].tolist()
+    assert sorted(found) == [[-1.0, 0.0], pytest.approx([0.05, 0.95]), pytest.approx([0.95, 0.05])]
+    # More clusters than different windows: the rest stays where it began.
+    assert clustered(vectors[:, :1].repeat(1, 2, 1), 3).tolist() == [[[1.0, 0.0]] * 3]
+
+
 def attached():
     return memlm.attach(BUILD["llama"](), {"kind": "gated_delta_net", "num_heads": 2, "head_dim": 8})
 
@@ -324,7 +395,8 @@ def test_an_evaluation_names_its_policies_and_shows_scores_by_budget():
     run = Record({"data": {"sources": {"mqar": {"kind": "mqar"}}}}, {}, {})
     subject = Subject("mine", "", None, bare.eval(), tokenizer, run, None, [])
     # 256 bytes an entry; the texts have 64 tokens.
-    policy = {"kind": ["recent", "surprisal"], "budget": [8192, 32768]}
+    policy = [{"kind": ["recent", "surprisal"], "budget": [8192, 32768]}]
+    policy += [{"kind": "epicache", "budget": 32768, "caches": 2, "window": 8}]
     ask = {"mqar": {"forms": ["own"], "num_pairs": 4}}
     measure = Asked(ask=ask, lengths=[64], rows=3, policy=policy)
     measure.check_model(subject.model)
@@ -332,13 +404,16 @@ def test_an_evaluation_names_its_policies_and_shows_scores_by_budget():
     cells = results["mine"]["asked"]["mqar"]
     policies = [cell["policy"] for cell in cells if cell.get("policy")]
     assert {(p["kind"], p["budget"]) for p in policies} == {
-        (kind, budget) for kind in ("recent", "surprisal", "random") for budget in (8192, 32768)
+        *product(("recent", "surprisal", "random"), (8192, 32768)),
+        ("epicache", 32768),
     }
     assert all(("note" in p) == (p["kind"] == "surprisal") for p in policies)
     assert all(cell["bytes"] <= cell["policy"]["budget"] for cell in cells if cell.get("policy"))
     header, rows = measure.tables(results)["asked-mqar-policies"]
     assert header[1:] == ["all entries", "8,192 bytes", "32,768 bytes"]
-    assert [row[0].split(", ")[-1] for row in rows[:4]] == ["none", "recent", "surprisal", "random"]
+    assert [row[0].split(", ")[-1] for row in rows[:5]] == [
+        *("none", "recent", "surprisal", "epicache caches=2 window=8", "random")
+    ]
     # A budget of more entries than the text has tokens changes nothing.
     nats = {cell["down"]: cell["nats"] for cell in cells if cell["across"] in ("all entries", "32,768 bytes")}
     assert all(x == pytest.approx(nats["none"], rel=1e-5) for x in nats.values())
@@ -352,4 +427,4 @@ def test_an_evaluation_names_its_policies_and_shows_scores_by_budget():
 def test_eval_policies_is_a_choice_that_builds():
     settings = OmegaConf.to_container(composed("eval=policies", config="evaluate").eval)
     (measure,) = (m for m in measures(settings) if isinstance(m, Asked))
-    assert len(measure.policies) == 15 and {p.kind for p in measure.policies} == {*KINDS} - {"surprisal"}
+    assert len(measure.policies) == 15 and {p.kind for p in measure.policies} == {*PLAIN} - {"surprisal"}

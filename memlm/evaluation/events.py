@@ -191,7 +191,9 @@ def _scored(reader: Reader, ids_BT: Tensor, events: Sequence[Ask], streams: int,
     nats, right = [], []
     at_once = max(1, min(TOKENS_AT_ONCE // inputs_NT.shape[1], _COPIES, most))
     for part_N in torch.arange(len(inputs_NT), device=ids_BT.device).split(at_once):
-        logits_NAV = reader.fork(events_N[part_N] % streams)(inputs_NT[part_N], keep=longest).float()
+        logits_NAV = reader.fork(events_N[part_N] % streams, ids_BT[events_N[part_N]])(
+            inputs_NT[part_N], keep=longest
+        ).float()
         if not torch.isfinite(logits_NAV).all():
             raise ValueError(f"the model's logits are not finite after {reader.tokens:,} tokens")
         logp_NAC = logits_NAV.log_softmax(-1).gather(2, answers_NCA[part_N].transpose(1, 2))
@@ -224,7 +226,7 @@ def _placed(reader: Reader, ids_BT: Tensor, events: Sequence[Ask], streams: int,
     right_BT = torch.zeros_like(nats_BT)
     rows = torch.arange(len(events), device=ids_BT.device)
     for part in rows.split(max(1, min(_LOGITS_AT_ONCE // ids_BT.shape[1], most))):
-        fork = reader.fork(part % streams)
+        fork = reader.fork(part % streams, ids_BT[part])
         for places in torch.arange(ids_BT.shape[1], device=rows.device).split(_LOGITS_AT_ONCE):
             labels = labels_BT[part][:, places]
             asked = labels != IGNORE_INDEX
@@ -243,7 +245,7 @@ def _placed(reader: Reader, ids_BT: Tensor, events: Sequence[Ask], streams: int,
 
 def _generated(reader: Reader, ids_BT: Tensor, events: Sequence[Ask]) -> list[Record]:
     """Scores of generated text by the questions' judges."""
-    fork, ids = reader.fork(), ids_BT
+    fork, ids = reader.fork(None, ids_BT), ids_BT
     ends = reader.model.generation_config.eos_token_id
     ends_E = torch.tensor([ends] if isinstance(ends, int) else ends or [], device=ids_BT.device)
     made, ended_B = [], torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)

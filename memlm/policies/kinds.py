@@ -35,8 +35,9 @@ class Entries(NamedTuple):
     k_BSGK, v_BSGK: keys as the model stores them, and values
     places_BS: the numbers of their tokens in the text
     marks_BS: the policy's marks of their tokens, if it makes any
-    q_BQHK: the last queries, as they meet the keys, with the scale of the scores; None unless the policy asks for them
-    now: the number of the next token
+    q_BQHK: the last queries, or those of a prompt, as they meet the keys, with the scale of the scores; None unless
+        the policy asks for them
+    now: the number of the token after the queries
     """
 
     k_BSGK: Tensor
@@ -55,12 +56,14 @@ class Policy:
         not fit
     sinks, recent: the first and the last tokens of the text, whose entries always stay
 
-    predicts: whether it needs the model's predictions; queries: the number of last queries that it needs
+    predicts: whether it needs the model's predictions; queries: the number of last queries that it needs; caches: of a
+        stream, which share the budget
     """
 
     kind: ClassVar[str]
     predicts: ClassVar[bool] = False
     queries: ClassVar[int] = 0
+    caches: ClassVar[int] = 1
     budget: int
     period: int = 16
     sinks: int = 4
@@ -196,7 +199,29 @@ class Surprisal(Policy):
         return entries.marks_BS * self.decay**passed_BS
 
 
-KINDS = {kind.kind: kind for kind in (Recent, Random, KNorm, KeyDiff, SnapKV, Surprisal)}
+@dataclass(frozen=True, kw_only=True)
+class EpiCache(Policy):
+    """A cache for each episode of the text; a question chooses one (``memlm.policies.episodes``). An entry counts by
+    the largest attention of its episode's prompt. All caches share the budget; the paper counts one alone.
+
+    caches: episodes; window: tokens of the pieces of the text that are clustered; nearest: the windows of a prompt
+    """
+
+    kind: ClassVar[str] = "epicache"
+    caches: int = 4  # type: ignore[misc]
+    window: int = 64
+    nearest: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("caches", "window", "nearest"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+
+    def score(self, entries: Entries) -> Tensor:
+        return attention(entries).amax((2, 3)).mean(1)
+
+
+KINDS = {kind.kind: kind for kind in (Recent, Random, KNorm, KeyDiff, SnapKV, Surprisal, EpiCache)}
 
 
 def _exact(x: Tensor) -> Tensor:

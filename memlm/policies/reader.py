@@ -28,6 +28,7 @@ class PolicyReader(Reader):
     depend on how the text is divided into calls.
 
     capacity: the most entries of a layer
+    prompt_BP: tokens whose queries score the entries; they are not kept
     held: of each layer the places and marks of its entries, the last queries; the last predictions. They are not part
         of the budget
 
@@ -39,6 +40,7 @@ class PolicyReader(Reader):
         super().__init__(model, policy.period if policy.predicts else segment)
         self.policy, self.held = policy, State()
         self._places = not of_model(model, known=True)
+        self.prompt_BP: Tensor | None = None
         if policy.queries:
             queries.check(model)
         self.capacity = self._capacity()
@@ -50,11 +52,11 @@ class PolicyReader(Reader):
         entry = sum(x.numel() * x.element_size() for kv in entries.keys_values(probe.cache) for x in kv)
         rest, policy = probe.nbytes() - entry, self.policy
         least = policy.period + max(policy.sinks + policy.recent, 1)
-        capacity = (policy.budget - rest) // entry
+        capacity = (policy.budget // policy.caches - rest) // entry
         require(
             capacity >= least,
             f"policy: budget={policy.budget} bytes hold {max(capacity, 0)} entries; period, sinks and recent take "
-            f"{least}, so set at least budget={rest + least * entry}",
+            f"{least}, so set at least budget={policy.caches * (rest + least * entry)}",
         )
         return capacity
 
@@ -72,10 +74,8 @@ class PolicyReader(Reader):
     def _read(self, ids_BT: Tensor, keep: int, **words: Any) -> Tensor:
         policy, first, length = self.policy, self.tokens, ids_BT.shape[1]
         places_T = torch.arange(first, first + length, device=ids_BT.device)
-        if self._places:
-            words["position_ids"] = places_T.expand(ids_BT.shape)
         with queries.watched(self.model) if policy.queries else nullcontext({}) as q:
-            logits_BSV = super()._read(ids_BT, length if policy.predicts else keep, **words)
+            logits_BSV = super()._read(ids_BT, length if policy.predicts else keep, **words, **self._positions(ids_BT))
         self.held = self._after(ids_BT, places_T, logits_BSV, q)
         return logits_BSV[:, -keep:]
 
@@ -104,10 +104,13 @@ class PolicyReader(Reader):
         return {**new, "last": last} if last else new
 
     def _evict(self, kept: int) -> None:
-        held, indices = self.held, []
+        held, indices, now = self.held, [], self.tokens
+        asked = {} if self.prompt_BP is None else self._prompted(self.prompt_BP)
         for i, (k_BSGK, v_BSGK) in enumerate(entries.keys_values(self.cache)):
             places_BS, marks_BS, q_BQHK = (held.get(key, {}).get(str(i)) for key in ("places", "marks", "queries"))
-            score_BS = self.policy.score(Entries(k_BSGK, v_BSGK, places_BS, marks_BS, q_BQHK, self.tokens))
+            if asked:
+                q_BQHK, now = asked[i], self.tokens + asked[i].shape[1]
+            score_BS = self.policy.score(Entries(k_BSGK, v_BSGK, places_BS, marks_BS, q_BQHK, now))
             always_BS = (places_BS < self.policy.sinks) | (places_BS >= self.tokens - self.policy.recent)
             score_BS = _rounded(score_BS).masked_fill(always_BS, torch.inf)
             indices.append(score_BS.argsort(dim=1, stable=True)[:, -kept:].sort(1).values)
@@ -120,9 +123,23 @@ class PolicyReader(Reader):
         }
         self.held = {**held, **chosen}
 
-    def fork(self, rows: Tensor | None = None) -> Self:
+    def _prompted(self, prompt_BP: Tensor) -> dict[int, Tensor]:
+        """The queries of a prompt that follows what was read."""
+        reader = Reader.fork(self)
+        with queries.watched(self.model) as found:
+            Reader._read(reader, prompt_BP, 1, **self._positions(prompt_BP))
+        return found
+
+    def _positions(self, ids_BT: Tensor) -> dict[str, Tensor]:
+        """The places of the next tokens, for models that count the entries of their cache."""
+        places_T = torch.arange(self.tokens, self.tokens + ids_BT.shape[1], device=ids_BT.device)
+        return {"position_ids": places_T.expand(ids_BT.shape)} if self._places else {}
+
+    def fork(self, rows: Tensor | None = None, question_BT: Tensor | None = None) -> Self:
         other = super().fork(rows)
         if rows is not None:
+            if self.prompt_BP is not None:
+                other.prompt_BP = self.prompt_BP.index_select(0, rows)
             other.held = mapped(lambda x: x.index_select(0, rows.to(x.device)), self.held)
         return other
 

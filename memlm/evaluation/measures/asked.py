@@ -18,8 +18,7 @@ from memlm.evaluation.statistics import bootstrap, wilson
 from memlm.evaluation.subject import Subject
 from memlm.evaluation.tasks import Setting, Task, View, tasks
 from memlm.hub.causal import new_memory
-from memlm.policies import Policy, PolicyReader, build_policies
-from memlm.reader import Reader
+from memlm.policies import Policy, build_policies, reader_of
 from memlm.settings import require
 
 
@@ -74,7 +73,7 @@ class Asked(Measure):
     def check_model(self, model: PreTrainedModel) -> None:
         new_memory(model)
         for policy in self.policies:
-            PolicyReader(model, policy)
+            reader_of(model, policy)
 
     def tokens(self, sources: Mapping[str, Source]) -> int:
         return max((task.tokens() for task in self.tasks), default=0)
@@ -87,8 +86,7 @@ class Asked(Measure):
 
         def ask(task: Task, policy: Policy | None, records: list[Record]) -> list[dict[str, Any]]:
             task.check(setting)
-            make = partial(Reader, model) if policy is None else partial(PolicyReader, model, policy)
-            records += run(make, task.streams(setting))
+            records += run(partial(reader_of, model, policy), task.streams(setting))
             shown = list(task.reduce(records))
             return [cell for view in task.views() for cell in cells(view, shown)] + totals(task, shown)
 
