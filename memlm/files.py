@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 DIGESTS = "digests.json"
+# The weights of a checkpoint, in one file, or in several with an index.
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # A page for readers, which a user may edit.
 CARD = "README.md"
 
@@ -168,6 +170,17 @@ def read_json(path: Path, kind: type = dict) -> Any:
         wanted = {dict: "an object", list: "a list"}.get(kind, kind.__name__)
         raise ValueError(f"{path}: must hold {wanted}, not {type(content).__name__}")
     return content
+
+
+def drop_earlier_weights(folder: Path) -> None:
+    """After a save by transformers, remove the whole file of an earlier save if this one is in shards, or the earlier
+    index if this one is whole. transformers leaves them, and would load them.
+    """
+    whole, index = folder / WHOLE, folder / INDEX
+    if whole.exists() and index.exists():
+        # It removes the shards themselves.
+        sharded = any(folder.glob("model-*-of-*.safetensors"))
+        (whole if sharded else index).unlink()
 
 
 def weight_map(index: Path) -> dict[str, str]:

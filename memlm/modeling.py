@@ -6,6 +6,7 @@ B batch, T tokens, D hidden, V vocabulary.
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from memlm import card
+from memlm import card, files
 from memlm.cache import MemoryCache
 from memlm.configuration import MemLMConfig
 from memlm.generation import MemoryGenerationMixin
@@ -116,6 +117,7 @@ class MemLMPreTrainedModel(PreTrainedModel):
         """transformers' ``save_pretrained``, and a model card (``memlm.card``)."""
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if is_main_process:
+            files.drop_earlier_weights(Path(save_directory))
             card.write(save_directory)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:

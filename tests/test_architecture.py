@@ -35,6 +35,7 @@ ROOMS = {
     "memlm.modeling": {
         "memlm.roles",
         "memlm.card",
+        "memlm.files",
         "memlm.layers",
         "memlm.memory",
         "memlm.configuration",

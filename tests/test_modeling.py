@@ -38,6 +38,17 @@ def test_auto_classes_rebuild_the_model_from_its_folder_to_the_bit(tmp_path, tie
     assert again.config.memory_signature() == model.config.memory_signature()
 
 
+def test_the_later_of_two_saves_in_a_folder_counts(tmp_path):
+    """transformers leaves the file, or the index, of the earlier one."""
+    model = build(dtype=torch.float32)
+    for size in ("1GB", "20KB", "1GB"):
+        with torch.no_grad():
+            model.lm_head.weight.add_(1)
+        model.save_pretrained(tmp_path, max_shard_size=size)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(again.lm_head.weight, model.lm_head.weight), size
+
+
 @pytest.mark.parametrize(
     ("kind", "signature"),
     [("attention", "3a080ae11b389ae2"), ("msa", "512950a2ae0fc80f"), ("chunk_sparse", "a0db1d8ba63bd671")],

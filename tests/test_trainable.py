@@ -57,6 +57,17 @@ def test_the_memory_is_the_mixers_with_long_term_memory():
         choose(build("none"), "memory")
 
 
+def test_a_matrix_of_zeros_is_the_worst_conditioned():
+    model = build("gla")
+    with torch.no_grad():
+        first = next(name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear))
+        model.get_submodule(first).weight.zero_()
+        assert f"{first}.weight" not in choose(model, {"condition": 3})
+        model.get_submodule(first).weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match=rf"train\.trainable\.condition: {first}\.weight is not finite"):
+        choose(model, {"condition": 3})
+
+
 def test_the_best_conditioned_matrices_are_chosen():
     """By the ratio of singular values; head, embeddings and single rows do not count."""
     model = build("gla")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from memlm import card, files
 from memlm.attached.call import Attached
@@ -39,11 +38,7 @@ def save_pretrained(model: PreTrainedModel, save_directory: str | Path, **kwargs
     words, folder = _words(model), Path(save_directory)
     files.make_folder(folder)
     type(model).save_pretrained(model, save_directory, **kwargs)
-    # transformers removes an earlier save's shards, but neither their index nor a whole file, which would be loaded.
-    whole, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
-    if whole.exists() and index.exists():
-        sharded = any(folder.glob("model-*-of-*.safetensors"))
-        (whole if sharded else index).unlink()
+    files.drop_earlier_weights(folder)
     if getattr(model, "_hf_peft_config_loaded", False):
         # transformers writes the adapter alone.
         save_memory(model, folder)

@@ -23,7 +23,6 @@ from memlm import files
 from memlm.configuration import MemLMConfig
 from memlm.data import read_tokenizer
 from memlm.flops import count_parameters
-from memlm.hub.shards import INDEX
 from memlm.modeling import MemLMForCausalLM
 
 
@@ -106,8 +105,8 @@ def _check_files(folder: Path) -> None:
         except Exception as error:
             # Its checks raise exceptions of any type.
             raise ValueError(f"{generation}: {_first_line(error)}; repair it, or remove it for the defaults") from None
-    if not (folder / "model.safetensors").exists() and (folder / INDEX).exists():
-        files.weight_map(folder / INDEX)
+    if not (folder / files.WHOLE).exists() and (folder / files.INDEX).exists():
+        files.weight_map(folder / files.INDEX)
 
 
 def _check_size(folder: Path, config: MemLMConfig) -> None:

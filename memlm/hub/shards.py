@@ -9,7 +9,6 @@ from torch import Tensor
 
 from memlm import files
 
-INDEX = "model.safetensors.index.json"
 # Bytes of a written file: a quarter of the weights, within these bounds. Writing a file takes twice its bytes.
 _LEAST, _MOST = 2**27, 2**31
 
@@ -28,9 +27,9 @@ class Stored(Mapping[str, Tensor]):
             raise ValueError("no such folder; `hf download` brings a model from the Hub into one")
         if not any(folder.glob("*.safetensors")):
             raise ValueError("no *.safetensors there")
-        names = {"model.safetensors"}
-        if not (folder / "model.safetensors").exists() and (folder / INDEX).exists():
-            names = set(files.weight_map(folder / INDEX).values())
+        names = {files.WHOLE}
+        if not (folder / files.WHOLE).exists() and (folder / files.INDEX).exists():
+            names = set(files.weight_map(folder / files.INDEX).values())
         for path in (folder / name for name in sorted(names)):
             if not path.exists():
                 raise ValueError(f"{path.name} is missing; copy the folder again")
@@ -78,7 +77,7 @@ def write(folder: Path, weights: Iterable[tuple[str, Tensor]], total: int) -> No
         written += tensor.nbytes
     flush()
     if len(parts) == 1:
-        (folder / "0.safetensors").rename(folder / "model.safetensors")
+        (folder / "0.safetensors").rename(folder / files.WHOLE)
         return
     places: dict[str, str] = {}
     for i, names in enumerate(parts):
@@ -86,4 +85,4 @@ def write(folder: Path, weights: Iterable[tuple[str, Tensor]], total: int) -> No
         (folder / f"{i}.safetensors").rename(folder / file)
         places |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": written}, "weight_map": places}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (folder / files.INDEX).write_text(json.dumps(index, indent=2) + "\n")

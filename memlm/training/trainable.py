@@ -102,7 +102,7 @@ def well_conditioned(model: PreTrainedModel, count: int) -> list[str]:
     specialised least, so training it forgets least. Matrices are the weights of linear layers; embeddings, the output
     head and single rows, whose ratio is always 1, are none.
 
-    Raises ValueError if there are fewer.
+    Raises ValueError if there are fewer, or one is not finite.
     """
     outer = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer}
     owners = {
@@ -119,6 +119,11 @@ def well_conditioned(model: PreTrainedModel, count: int) -> list[str]:
         count <= len(matrices),
         f"train.trainable.{CONDITION}={count} is more than the model's {len(matrices)} weight matrices; lower it",
     )
+    for name, weight in matrices.items():
+        require(
+            bool(weight.isfinite().all()),
+            f"train.trainable.{CONDITION}: {name} is not finite; give other weights, or another train.trainable",
+        )
     conditions = {name: _condition(weight) for name, weight in matrices.items()}
     chosen = {*sorted(conditions, key=conditions.__getitem__)[:count]}
     return [name for name, _ in model.named_parameters() if name in chosen]
@@ -126,7 +131,8 @@ def well_conditioned(model: PreTrainedModel, count: int) -> list[str]:
 
 def _condition(weight: Tensor) -> float:
     values = torch.linalg.svdvals(weight.float())
-    return (values[0] / values[-1]).item()
+    # Of zeros it is 0 / 0.
+    return (values[0] / values[-1]).nan_to_num(nan=torch.inf, posinf=torch.inf).item()
 
 
 def _nearest(pattern: str, names: Sequence[str]) -> str:
