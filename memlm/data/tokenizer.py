@@ -105,6 +105,24 @@ def encoder(tokenizer: PreTrainedTokenizerFast, special: bool = False) -> Callab
     return lambda text: np.array(backend.encode(text, add_special_tokens=False).ids, np.uint32)
 
 
+def continuer(tokenizer: PreTrainedTokenizerFast) -> Callable[[Sequence[str]], list[np.ndarray]]:
+    """texts -> token ids [T] of each, as they follow a line end, without a space that the tokenizer puts before texts.
+
+    Texts that begin with a space, or that follow a line end, are then encoded as in their concatenation.
+    """
+    if is_byte_tokenizer(tokenizer):
+        return lambda texts: [np.frombuffer(text.encode(), np.uint8) for text in texts]
+    backend = _plain_backend(tokenizer)
+    backend.encode_special_tokens = True
+    front = backend.encode("\n", add_special_tokens=False).ids
+
+    def encode(texts: Sequence[str]) -> list[np.ndarray]:
+        found = [e.ids for e in backend.encode_batch_fast(["\n" + text for text in texts], add_special_tokens=False)]
+        return [np.array(ids[len(front) :] if ids[: len(front)] == front else ids, np.uint32) for ids in found]
+
+    return encode
+
+
 class Piece(NamedTuple):
     """A piece of a text; own: whether names of special tokens in it stand for these tokens."""
 

@@ -125,7 +125,8 @@ def _shape(event: Event) -> tuple:
     if event.at is not None:
         require(len(event.answers) == 1 and len(event.at) == len(event.answers[0]), "each place needs an answer")
         return (Ask, len(event.ids), "at")
-    return (Ask, len(event.ids), event.tokens, *map(len, event.answers))
+    # A judge sees generated tokens alone.
+    return (Ask, len(event.ids), event.tokens, *(() if event.judge else map(len, event.answers)))
 
 
 def _longest(stream: Stream) -> int:

@@ -6,7 +6,7 @@ A task is a frozen dataclass that derives from ``Task``; its fields are its sett
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from memlm.data import Source, TextSource
-from memlm.data.tokenizer import encoder
+from memlm.data.tokenizer import continuer, encoder
 from memlm.evaluation.events import Record, Stream
 from memlm.settings import build_config, require, suggest
 
@@ -23,6 +23,7 @@ class Setting:
     """The surroundings of a task: the model's tokenizer, a seed for all draws, and sources of data.
 
     encode: text -> token ids [T]; no special token is added
+    start: the token that the tokenizer puts before a text, if it does
     """
 
     def __init__(
@@ -31,6 +32,23 @@ class Setting:
         self.tokenizer, self.seed, self.sources = tokenizer, seed, sources or {}
         encode = encoder(tokenizer)
         self.encode: Callable[[str], np.ndarray] = lambda text: encode(text).astype(np.int64)
+        first = tokenizer.bos_token_id
+        self.start = np.array([first] if tokenizer("a").input_ids[:1] == [first] else [], np.int64)
+        self._continue = continuer(tokenizer)
+        self._made: dict[Hashable, Any] = {}
+
+    def pieces(self, texts: Iterable[str]) -> list[np.ndarray]:
+        """Token ids [T] of texts that follow another, at a space or a line end; equal texts are encoded once."""
+        texts = list(texts)
+        ids = dict.fromkeys(texts)
+        ids |= zip(ids, self._continue(list(ids)), strict=True)
+        return [ids[text] for text in texts]
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """The value that ``make`` gave at the first call with this key."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def documents(self) -> Iterator[np.ndarray]:
         """Tokens [T] of the test documents of the sources of text."""

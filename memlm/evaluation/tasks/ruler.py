@@ -1,0 +1,125 @@
+"""RULER (arXiv:2404.06654) with any tokenizer: 13 tasks on texts of any length.
+
+Templates, numbers of needles, scorers and tokens to generate are those of its published generator,
+github.com/NVIDIA/RULER at c3f5e3b. A length counts the prompt, the beginning of the answer and the tokens to
+generate, in the model's own tokens, as there. It differs in three points:
+
+- Texts have exactly the asked length: the last sentence of a haystack, or the last item of a list, may be cut. There
+  it is left out.
+- Haystacks and words are ours: ``haystack`` names the prose (there, Paul Graham's essays), and words are those of
+  ``memlm.evaluation.tasks.words``. The keys of a text are different.
+- Keys and values are drawn anew for each text, by the task, its length and its number.
+
+Files: ``ruler_needles``, ``ruler_lists`` and ``ruler_qa`` have the tasks.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from memlm.evaluation.events import Ask, Read, Stream
+from memlm.evaluation.tasks import Setting, Task, View
+from memlm.evaluation.tasks.haystack import essay, files
+from memlm.evaluation.tasks.ruler_lists import CommonWords, FrequentWords
+from memlm.evaluation.tasks.ruler_needles import HiddenNeedles, VariableChain
+from memlm.evaluation.tasks.ruler_prompt import Kind, Prompt
+from memlm.settings import require, suggest
+
+KINDS: Mapping[str, Kind] = {
+    "niah_single_1": HiddenNeedles("noise"),
+    "niah_single_2": HiddenNeedles("essay"),
+    "niah_single_3": HiddenNeedles("essay", value="uuids"),
+    "niah_multikey_1": HiddenNeedles("essay", keys=4),
+    "niah_multikey_2": HiddenNeedles("needle"),
+    "niah_multikey_3": HiddenNeedles("needle", key="uuids", value="uuids"),
+    "niah_multivalue": HiddenNeedles("essay", values=4),
+    "niah_multiquery": HiddenNeedles("essay", keys=4, queries=4),
+    "vt": VariableChain(),
+    "cwe": CommonWords(),
+    "fwe": FrequentWords(),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ruler(Task):
+    """tasks: names of RULER's tasks
+    haystack: a text file, or a folder of ``*.txt``; null for sentences made by rule
+    """
+
+    name = "ruler"
+    title = "RULER"
+    note = (
+        "The model reads a long text and generates an answer to a question. The score is RULER's: the share of the "
+        "expected strings in the answer. A guesser has 0."
+    )
+    down = "task"
+    tasks: list = field(default_factory=lambda: list(KINDS))
+    haystack: str | None = None
+
+    def __post_init__(self) -> None:
+        for task in self.tasks:
+            require(task in KINDS, f"tasks: {task!r} is unknown; {suggest(str(task), list(KINDS))}")
+        require(bool(self.tasks), "tasks=[] is empty; leave it out for all")
+        if self.haystack is not None:
+            files(self.haystack)
+
+    def views(self) -> Sequence[View]:
+        return [View(down="task"), View(name="mean", label="mean of the tasks")]
+
+    def check(self, setting: Setting) -> None:
+        for task in self.tasks:
+            kind, length = KINDS[task], min(self.lengths)
+            for row in range(self.rows):
+                prompt = self._prompt(setting, task, length, row)
+                self._check_symbols(setting, task, prompt)
+                least = self._around(setting, kind, prompt) + prompt.least
+                require(
+                    length >= least,
+                    f"eval.ask.ruler: lengths={length} is too short for {task}: with this tokenizer it needs {least:,}"
+                    f" tokens, of which {kind.generated} are generated; raise eval.lengths, or leave it out of tasks",
+                )
+
+    def _check_symbols(self, setting: Setting, task: str, prompt: Prompt) -> None:
+        text = f"{prompt.intro}{prompt.sample} {prompt.question}{prompt.reply}"
+        read = _bare(setting.decode(setting.encode(text)))
+        lost = sorted(set(_bare(text)) - set(read))
+        answer = setting.decode(setting.pieces([prompt.reply])[0])
+        require(
+            not lost and read == _bare(text) and KINDS[task].score(answer, prompt.answers) == 1.0,
+            f"eval.ask.ruler: the tokenizer does not keep the text of {task}"
+            + (f", it loses {''.join(lost)!r}" if lost else "")
+            + "; leave it out of tasks, or choose a model whose tokenizer encodes any text",
+        )
+
+    def streams(self, setting: Setting) -> Iterator[Stream]:
+        for length in self.lengths:
+            for task in self.tasks:
+                for row in range(self.rows):
+                    yield self._stream(setting, task, length, row)
+
+    def _stream(self, setting: Setting, task: str, length: int, row: int) -> Stream:
+        kind, prompt = KINDS[task], self._prompt(setting, task, length, row)
+        room = length - self._around(setting, kind, prompt)
+        ids = np.concatenate([setting.start, setting.encode(prompt.intro), prompt.context(room)])
+        question, reply = setting.pieces([prompt.question, prompt.reply])
+        judge = _judge(setting, kind, prompt.answers)
+        return [Read(ids), Ask(question, [reply], {"length": length, "task": task}, judge, kind.generated)]
+
+    def _prompt(self, setting: Setting, task: str, length: int, row: int) -> Prompt:
+        rng = setting.rng("ruler", task, length, row)
+        return KINDS[task].prompt(setting, essay(setting, self.haystack), rng, length)
+
+    def _around(self, setting: Setting, kind: Kind, prompt: Prompt) -> int:
+        """Tokens of all but the context."""
+        outer = len(setting.start) + len(setting.encode(prompt.intro)) + len(setting.pieces([prompt.question])[0])
+        return outer + kind.generated
+
+
+def _judge(setting: Setting, kind: Kind, answers: Sequence[str]) -> Callable[[np.ndarray], float]:
+    return lambda ids: kind.score(setting.decode(ids), answers)
+
+
+def _bare(text: str) -> str:
+    """Without what tokenizers for lower case and words change: it does not hide a key."""
+    return "".join(text.lower().split())
