@@ -2,8 +2,6 @@
 
 import json
 import re
-import runpy
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +16,7 @@ from memlm.evaluation.measures import measures
 from memlm.evaluation.run import _check_measurable
 from memlm.hub import load_model
 from memlm.training import run as train
-from tests.conftest import ROOT, composed
+from tests.conftest import composed
 
 TEXT = ("eval.factors=[]", "eval.depths=[]", "eval.text_documents=3", "eval.text_length=200")
 
@@ -184,55 +182,38 @@ def test_weights_of_sources_need_not_fit_a_batch_and_every_source_of_text_is_mea
     assert [*results["models"]["bytes"]["text"]] == ["text", "more"]
 
 
-@pytest.fixture
-def summarized(monkeypatch, capsys):
-    """``python scripts/summarize.py``: its output and its exit code."""
-    main = runpy.run_path(str(ROOT / "scripts" / "summarize.py"))["main"]
-
-    def run(*paths):
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["summarize.py", *map(str, paths)])
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        return *capsys.readouterr(), code
-
-    return run
-
-
-def test_seeds_are_averaged_and_other_settings_are_columns(runs, tmp_path, summarized):
-    paths = []
-    for run in ("bytes", "bytes1", "long"):
+def test_runs_of_several_seeds_and_tokenizers_are_compared(runs, tmp_path, capsys):
+    """Seeds share a row; settings that differ are named; documents of equal bytes pair runs of one tokenizer."""
+    found = {}
+    for run in ("bytes", "bytes1", "long", "bpe"):
         results, _ = evaluated(runs, run=run)
         # They have one name, as repeated runs have.
-        results["models"] = {"none": results["models"][run]}
-        paths.append(tmp_path / f"{run}.json")
-        paths[-1].write_text(json.dumps(results))
-    table, _, code = summarized(*paths)
-    assert code == 0
-    header, _, both, other = table.strip().splitlines()
-    columns = header.strip("| ").split(" | ")
-    assert columns[1:] == ["train.steps", "optim.lr", "step", "seeds", "memory carried", "reset each segment"] or (
-        set(columns[1:4]) == {"train.steps", "optim.lr", "step"}
+        found[run] = results["models"] = {"none": results["models"][run]}
+        (tmp_path / f"{run}.json").write_text(json.dumps(results))
+    (tmp_path / "broken.json").write_text("{")
+    given = f"compare=[{tmp_path}/b*s*.json,{tmp_path}/long.json,{tmp_path}/bpe.json,{tmp_path}/broken.json,{runs}/no]"
+    complete = evaluate(composed(given, f"out={tmp_path}/out", config="evaluate"))
+    said = capsys.readouterr().out
+    assert not complete and f"{runs}/no: no such run; name a run" in said and f"{tmp_path}/broken.json: cannot" in said
+    results = json.loads((tmp_path / "out" / "compare.json").read_text())
+    both, long, bpe = results["rows"]
+    assert both["seeds"] == [0, 1] and long["seeds"] == bpe["seeds"] == [0] and len(results["left_out"]) == 2
+    assert "train.steps=3" in long["name"] and long["tokens_seen"] == 3 * 4 * 64
+    carried = [m["none"]["text"]["text"]["carried"]["bits_per_byte"] for m in found.values()]
+    cells = [row["cells"][0] for row in results["rows"]]
+    assert [cell["value"] for cell in cells] == pytest.approx([sum(carried[:2]) / 2, *carried[2:]])
+    assert cells[1]["difference"]["paired"] and cells[1]["difference"]["value"] == pytest.approx(
+        carried[2] - sum(carried[:2]) / 2, abs=1e-9
     )
-    assert both.startswith("| none, text | ") and " | 0, 1 | " in both and " | 0 | " in other
-    found = [json.loads(p.read_text())["models"]["none"]["text"]["text"]["carried"]["bits_per_byte"] for p in paths]
-    low, high = sorted(found[:2])
-    assert f"{(low + high) / 2:.3f} ({low:.3f}-{high:.3f})" in both
-    # The same file twice is one seed; two results of one seed are a mistake.
-    once, told, _ = summarized(paths[0], paths[0])
-    assert "counts once" in told and " | 0 | " in once
-    changed = json.loads(paths[0].read_text())
-    changed["models"]["none"]["text"]["text"]["carried"]["bits_per_byte"] += 1
-    (tmp_path / "changed.json").write_text(json.dumps(changed))
-    _, told, code = summarized(paths[0], tmp_path / "changed.json")
-    assert "hold two results of none, seed 0; leave one out" in told and code == 2 and len(told.splitlines()) == 1
+    assert both["state_bytes"] == cells[0]["bytes"] > 0 and both["flops"] > 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "bits per byte" in page and (tmp_path / "out" / "plots" / "text-text.png").exists()
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"models": 3}', '{"models": {"a": {}}}', "[" * 100_000])
-def test_what_is_not_results_is_one_line(tmp_path, content, summarized):
+def test_a_file_without_results_is_one_line(tmp_path, content, capsys):
     (tmp_path / "results.json").write_text(content)
-    _, told, code = summarized(tmp_path / "results.json")
-    assert code == 2 and told.startswith(f"error: {tmp_path}/results.json: ") and len(told.splitlines()) == 1
+    with pytest.raises(ValueError, match=r"^compare=\[.*\]: there are no results; evaluate the runs first"):
+        evaluate(composed(f"compare=[{tmp_path}/results.json]", config="evaluate"))
+    (told,) = capsys.readouterr().out.splitlines()
+    assert told.startswith(f"{tmp_path}/results.json: ") and told.endswith("; evaluate the run again")

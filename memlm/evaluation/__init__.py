@@ -12,6 +12,8 @@ Files:
     progress            the progress bar
     events, tasks       one runner: texts that are read, and questions about them
     statistics          intervals
+    compare, runs       many runs side by side; their results found, read and grouped
+    figures             a figure of any measure, in the form that is compared
     page                tables, and the content of the HTML page
     plots               pictures
     report              the HTML page

@@ -206,3 +206,48 @@ def asked(task: Any, view: Any, results: dict[str, list[dict]]) -> Figure:
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8)
     return figure
+
+
+def compared(topic: dict[str, Any], rows: dict[str, list[dict]]) -> Figure:
+    """All rows of a topic: means by column, over its lines; and the mean of all against the bytes of state."""
+    rows = {name: cells for name, cells in rows.items() if cells}
+    sized = {name: cells for name, cells in rows.items() if all(cell["bytes"] for cell in cells)}
+    panels = 1 + bool(topic["share"] and sized)
+    height = 3.6 + 0.16 * max(0, len(rows) - 6)
+    figure, axes = plt.subplots(1, panels, figsize=(2.0 + 4.4 * panels, height), layout="constrained", squeeze=False)
+    columns = list(dict.fromkeys(cell["across"] for cells in rows.values() for cell in cells))
+    for i, (name, cells) in enumerate(rows.items()):
+        look = {"color": plt.get_cmap("tab20")(2 * i % 20 + i // 10 % 2), "marker": "osD^v"[i % 5]}
+        at = [x for x in columns if any(cell["across"] == x for cell in cells)]
+        groups = [[cell for cell in cells if cell["across"] == x] for x in at]
+        means = [float(np.mean([cell["value"] for cell in group])) for group in groups]
+        # Side by side, so that intervals of equal values are seen.
+        places = [columns.index(x) + 0.06 * (i - (len(rows) - 1) / 2) for x in at]
+        alone = all(len(group) == 1 for group in groups)
+        around = [[max(0.0, m - g[0]["low"]), max(0.0, g[0]["high"] - m)] for m, g in zip(means, groups, strict=True)]
+        error = np.nan_to_num(np.array(around).T) if alone else None
+        axes[0][0].errorbar(places, means, error, label=name, capsize=2, linewidth=1.2, markersize=4, **look)
+        if panels == 2 and name in sized:
+            size = float(np.mean([cell["bytes"] for cell in cells])) / 1000
+            axes[0][1].plot([size], [float(np.mean(means))], linestyle="none", **look)
+    if topic["share"]:
+        for floor, style in zip(topic["floors"], ("-", "--", "-."), strict=False):
+            value = topic["floors"][floor]
+            heights = [value.get(x, np.nan) if isinstance(value, dict) else value for x in columns]
+            axes[0][0].plot(range(len(columns)), heights, style, color="black", linewidth=1, label=floor)
+        axes[0][0].set_ylim(-0.03, 1.03)
+    axes[0][0].set_xticks(range(len(columns)), [str(x) for x in columns])
+    axes[0][0].set_xlabel(topic["across"])
+    axes[0][0].set_ylabel(topic["label"])
+    if panels == 2:
+        axes[0][1].set_xscale("log")
+        axes[0][1].xaxis.set_major_formatter("{x:,g}")
+        axes[0][1].xaxis.set_minor_formatter("{x:,g}")
+        axes[0][1].set_ylim(-0.03, 1.03)
+        axes[0][1].set_xlabel("state of a text, KB")
+        axes[0][1].set_ylabel(f"{topic['label']}, mean")
+    for axis in axes[0]:
+        axis.grid(alpha=0.25)
+    figure.legend(loc="outside right upper", fontsize=7)
+    figure.suptitle(topic["title"], fontsize=11)
+    return figure

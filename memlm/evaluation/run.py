@@ -21,6 +21,7 @@ from memlm import files
 from memlm.data import Source, TextSource, fingerprint
 from memlm.evaluation import storage
 from memlm.evaluation.ablation import memory_off
+from memlm.evaluation.compare import compare
 from memlm.evaluation.data import (
     Examined,
     changed_files,
@@ -41,12 +42,14 @@ from memlm_kernels import set_backend
 
 
 def run(cfg: DictConfig) -> bool:
-    """Evaluate ``cfg.checkpoint``: a run directory, a checkpoint folder or a hub name.
+    """Evaluate ``cfg.checkpoint``: a run directory, a checkpoint folder or a hub name; or compare ``cfg.compare``.
 
     With ``cfg.memory_off``, the model runs without its long-term memory, and the results go to a separate folder.
     Returns whether every part could be measured. Raises ValueError, one line, for mistakes that the user can fix, and
     ``Stopped`` if a signal ends it.
     """
+    if cfg.compare is not None:
+        return compare(cfg)
     with set_backend(cfg.hardware.kernels, "hardware.kernels"):
         return _run(cfg)
 

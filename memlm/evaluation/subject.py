@@ -3,7 +3,9 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from memlm import attached
+from memlm.configuration import MemLMConfig
 from memlm.data import fingerprint, is_byte_tokenizer
 from memlm.evaluation.storage import weights
-from memlm.flops import count_parameters
+from memlm.flops import count_flops, count_parameters
 from memlm.hub import load_tokenizer
 from memlm.hub.causal import kinds, load_any
+from memlm.reader import Reader
 from memlm.training import checkpoint
 from memlm.training.resume import FREE, Record
 
@@ -62,6 +66,7 @@ class Subject:
             "checkpoint": str(self.folder),
             "kinds": kinds(self.model),
             "parameters": count_parameters(self.model),
+            **self._sizes,
             "weights": weights(self.model),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "tokenizer": tokenizer_name(self.tokenizer),
@@ -72,6 +77,20 @@ class Subject:
             "seed": seed,
             "settings": without_seed(self.record.config, seed),
         }
+
+    @cached_property
+    def _sizes(self) -> dict[str, float | None]:
+        """FLOPs of a token, and bytes of the memory of a text, in texts of the trained length; None if unknown."""
+        sizes: dict[str, float | None] = {"flops": None, "state_bytes": None}
+        if (length := self.trained_length) is None:
+            return sizes
+        if isinstance(self.model.config, MemLMConfig):
+            sizes["flops"] = count_flops(self.model.config, length)
+        with suppress(ValueError):
+            reader = Reader(self.model)
+            reader(torch.zeros(1, length, dtype=torch.long, device=self.model.device))
+            sizes["state_bytes"] = reader.nbytes()
+        return sizes
 
     def _tokens_seen(self) -> int | None:
         known = [_at(self.record.config, key, int) for key in ("train.batch_size", "data.seq_len")]

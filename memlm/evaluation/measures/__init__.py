@@ -15,7 +15,7 @@ Files:
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from memlm import plugins
 from memlm.data import Source
 from memlm.evaluation.data import Examined
+from memlm.evaluation.figures import Figure, Records
 from memlm.evaluation.report import Report
 from memlm.evaluation.subject import Subject
 from memlm.settings import build_config, require, suggest
@@ -89,6 +90,15 @@ class Measure:
         """All its tables, by name."""
         table = self.table(models)
         return {} if table is None else {self.name: table}
+
+    def figures(self, found: Any, about: Mapping[str, Any], records: Records) -> Iterator[Figure]:
+        """The figures by which runs are compared (``evaluate.py compare=...``); none for a measure that has only a
+        page of its own.
+
+        found: the result of ``run``; records: of a part of it, by name
+        about: what else determines the texts: ``seed``, ``corpora`` by source, and ``tokenizer``
+        """
+        return iter(())
 
     def section(self, report: Report, models: Models, first: Subject) -> None:
         """Add heading, table, pictures and notes to the page; first: the first of ``models``."""

@@ -1,6 +1,7 @@
 """Tasks of ``memlm.evaluation.tasks``: a model reads texts and is asked about them."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from itertools import groupby, product
@@ -12,6 +13,7 @@ from memlm.data import Source
 from memlm.evaluation import plots
 from memlm.evaluation.data import Examined
 from memlm.evaluation.events import Record, run
+from memlm.evaluation.figures import Figure, Records, Topic
 from memlm.evaluation.measures import LONGEST, Measure, Models, Table, check_counts, check_range
 from memlm.evaluation.report import Report
 from memlm.evaluation.statistics import bootstrap, wilson
@@ -116,6 +118,27 @@ class Asked(Measure):
                 found[f"{self.name}-{task.name}-{TOTALS}"] = [task.title, *names], rows
         return found
 
+    def figures(self, found: Any, about: Mapping[str, Any], records: Records) -> Iterator[Figure]:
+        for task, policy in product(self.tasks, (None, *(policy.label for policy in self.policies))):
+            of_part = records(task.name if policy is None else f"{task.name}, {policy}")
+            shown = list(task.reduce([dict(record) for record in of_part]))
+            cells = [cell for cell in found.get(task.name, []) if (cell.get("policy") or {}).get("label") == policy]
+            # Texts are drawn by the task's settings, the seed and the tokenizer.
+            texts = (repr(task), about["seed"], about["tokenizer"])
+            for view in [*task.views(), View(name=TOTALS, label=task.title, across="", share=False)]:
+                name = "-".join(filter(None, (task.name, view.name)))
+                topic = Topic(name, task.title, view.label, view.across, view.share, view.floors)
+                units = {
+                    (down, across): {(texts, text): mean for text, mean in by_text(group, value).items()}
+                    for down, across, value, group in (grouped(view, shown) if view.name != TOTALS else ())
+                }
+                for cell in cells:
+                    if cell["view"] == view.name:
+                        down = ", ".join(filter(None, (cell["down"], policy))) or None
+                        mean = (math.nan if cell[word] is None else cell[word] for word in ("value", "low", "high"))
+                        of_texts = units.get((cell["down"], cell["across"]), {})
+                        yield Figure(topic, down, cell["across"], *mean, cell["texts"], of_texts, cell["bytes"])
+
     def section(self, report: Report, models: Models, first: Subject) -> None:
         report.heading("Asked about what was read")
         for table in self.tables(models).values():
@@ -164,20 +187,34 @@ def cells(view: View, records: Sequence[Record]) -> list[dict[str, Any]]:
     Records without the view's values are left out. The questions of one text are not independent, so the interval
     counts texts, not questions.
     """
+    found = []
+    for down, across, value, group in grouped(view, records):
+        cell = {"view": view.name, "down": down, "across": across}
+        found.append({**cell, **_mean(group, value, view.share), **_about(group)})
+    return found
+
+
+def grouped(view: View, records: Sequence[Record]) -> Iterator[tuple[str | None, Any, str, list[Record]]]:
+    """The records of each cell of a view, row by row: its place, down and across, and the word whose mean it shows."""
     groups: dict[Any, dict[Any, list[Record]]] = {}
     # The runner returns texts of one shape together; rows and columns have the order of the texts.
     for record in sorted(records, key=lambda record: record["stream"]):
         if not all(value in record for value in view.values):
             continue
         groups.setdefault(record.get(view.down or ""), {}).setdefault(record[view.across], []).append(record)
-    found = []
     for down, row in groups.items():
         for value in view.values:
             words = [str(x) for x in (down, value if len(view.values) > 1 else None) if x is not None]
             for across, group in row.items():
-                cell = {"view": view.name, "down": ", ".join(words) if words else None, "across": across}
-                found.append({**cell, **_mean(group, value, view.share), **_about(group)})
-    return found
+                yield ", ".join(words) if words else None, across, value, group
+
+
+def by_text(group: Sequence[Record], value: str) -> dict[int, tuple[float, float]]:
+    """Mean and number of the records of each text."""
+    texts: dict[int, list[float]] = {}
+    for record in group:
+        texts.setdefault(record["stream"], []).append(record[value])
+    return {text: (sum(found) / len(found), len(found)) for text, found in texts.items()}
 
 
 def totals(task: Task, records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -191,14 +228,13 @@ def totals(task: Task, records: Sequence[Record]) -> list[dict[str, Any]]:
 def _mean(group: Sequence[Record], value: str, share: bool) -> dict[str, float | None]:
     """The mean and its interval; a lone text has no interval unless the value is a share."""
     mean = sum(record[value] for record in group) / len(group)
-    texts: dict[int, list[float]] = {}
-    for record in group:
-        texts.setdefault(record["stream"], []).append(record[value])
+    texts, weights = zip(*by_text(group, value).values(), strict=True)
     if share:
-        return dict(zip(("value", "low", "high"), (mean, *wilson(mean, len(texts))), strict=True))
-    if len(texts) == 1:
+        low, high = wilson(mean, len(texts))
+    elif len(texts) == 1:
         return {"value": mean, "low": None, "high": None}
-    low, high = bootstrap([sum(x) / len(x) for x in texts.values()], [len(x) for x in texts.values()], draws=1000)
+    else:
+        low, high = bootstrap(texts, weights, draws=1000)
     return {"value": mean, "low": low, "high": high}
 
 

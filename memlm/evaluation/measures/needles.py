@@ -1,6 +1,6 @@
 """A needle in a haystack: a passkey at each depth of texts of each length."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from memlm.data import Passkey, RecallSource, Source
 from memlm.evaluation import plots
 from memlm.evaluation.data import Examined
+from memlm.evaluation.figures import Figure, Records, Topic
 from memlm.evaluation.measures import Measure, Models, Table, by_source, check_counts, check_range, plain
 from memlm.evaluation.measures.recall import score_task
 from memlm.evaluation.report import Report
@@ -91,6 +92,15 @@ class Needles(Measure):
 
     def table(self, models: Models) -> Table | None:
         """None: the picture shows all results."""
+
+    def figures(self, found: Any, about: Mapping[str, Any], records: Records) -> Iterator[Figure]:
+        for source, cells in found.items():
+            floors = {floor.replace("_", " "): cells[0][floor] for floor in ("chance", "set_guesser")}
+            name = "Needle in a haystack" + (f" of {source}" if len(found) > 1 else "")
+            topic = Topic(f"needles-{source}", name, "tokens recalled", "length", floors=floors)
+            for cell in cells:
+                mean = (cell["accuracy"], cell["low"], cell["high"])
+                yield Figure(topic, f"depth {cell['depth']:.0%}", cell["length"], *mean, cell["rows"])
 
     def section(self, report: Report, models: Models, first: Subject) -> None:
         report.heading("Needle in a haystack")

@@ -1,6 +1,6 @@
 """Recall tasks at the trained length and beyond."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from memlm.data import Batch, RecallSource, RecallTask, Source
 from memlm.evaluation import plots
 from memlm.evaluation.data import Examined
+from memlm.evaluation.figures import Figure, Records, Topic
 from memlm.evaluation.measures import LONGEST, Measure, Models, Table, check_counts, check_range, plain
 from memlm.evaluation.report import Report
 from memlm.evaluation.statistics import wilson
@@ -125,6 +126,18 @@ class Recall(Measure):
                 cells = [f"{r[floor]:.3f}" for r in first if r["task"] == task]
                 rows.append([f"{floor.replace('_', ' ')}, {task}", *cells])
         return header, rows
+
+    def figures(self, found: Any, about: Mapping[str, Any], records: Records) -> Iterator[Figure]:
+        for task in dict.fromkeys(cell["task"] for cell in found):
+            mine = {f"{cell['factor']}x": cell for cell in found if cell["task"] == task}
+            floors = {
+                floor.replace("_", " "): {length: cell[floor] for length, cell in mine.items()}
+                for floor in ("chance", "set_guesser")
+            }
+            topic = Topic(f"recall-{task}", f"Recall: {task}", "tokens recalled", "training length", floors=floors)
+            for length, cell in mine.items():
+                mean = (cell["accuracy"], cell["low"], cell["high"])
+                yield Figure(topic, None, length, *mean, cell["rows"])
 
     def section(self, report: Report, models: Models, first: Subject) -> None:
         report.heading("Recall at the trained length and beyond")

@@ -16,6 +16,7 @@ from memlm.data import Source, TextSource, token_bytes
 from memlm.evaluation import plots
 from memlm.evaluation.ablation import long_term, memory_off
 from memlm.evaluation.data import Examined, texts
+from memlm.evaluation.figures import Figure, Records, Topic
 from memlm.evaluation.measures import Measure, Models, Table, by_source, check_range
 from memlm.evaluation.perplexity import WAYS, bits, interval, read
 from memlm.evaluation.report import Report
@@ -167,6 +168,23 @@ class Text(Measure):
                 yield f"itself with memory off{here}", found, found, _OFF
             for other in controls:
                 yield other + here, found, models[other]["text"][source], ""
+
+    def figures(self, found: Any, about: Mapping[str, Any], records: Records) -> Iterator[Figure]:
+        for source, of_source in found.items():
+            topic = Topic(f"text-{source}", f"Held-out text: {source}", "bits per byte", "reading", share=False)
+            corpus, sizes = about["corpora"].get(source), of_source["documents"]["bytes"]
+            for way, reading in of_source.items():
+                if way == "documents":
+                    continue
+                part = reading["common"]
+                # Documents of equal bytes are the same in all tokenizers.
+                units = {
+                    (corpus, about["seed"], i, size): (bits(nats, scored), scored)
+                    for i, (size, nats, scored) in enumerate(zip(sizes, part["nats"], part["bytes"], strict=True))
+                    if scored
+                }
+                mean = (part["bits_per_byte"], part["low"], part["high"])
+                yield Figure(topic, None, way.replace("_", " "), *mean, len(units), units)
 
     def section(self, report: Report, models: Models, first: Subject) -> None:
         lines = self._lines(models)

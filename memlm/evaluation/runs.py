@@ -1,0 +1,136 @@
+"""The results of many runs: found, read, and grouped by configuration."""
+
+import glob
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from memlm import files
+from memlm.evaluation import storage
+from memlm.evaluation.figures import Figure
+from memlm.evaluation.measures import measures
+from memlm.evaluation.subject import differences
+
+FOLDERS = ("evaluation", "evaluation-memory_off")
+
+
+@dataclass
+class Row:
+    """Models of one configuration: for each seed of training, the facts of its model, and its figures by place."""
+
+    name: str
+    settings: dict[str, Any]
+    facts: dict[int | None, dict[str, Any]] = field(default_factory=dict)
+    seeds: dict[int | None, dict[tuple, Figure]] = field(default_factory=dict)
+    files: dict[int | None, list[str]] = field(default_factory=dict)
+    label: str = ""
+
+
+def find(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Results of runs, of evaluations' folders, or files; and a line for each name without any."""
+    found: dict[Path, None] = {}
+    lines = []
+    for pattern in patterns:
+        paths = [Path(p) for p in sorted(glob.glob(pattern))] or [Path(pattern)]
+        for path in paths:
+            results = _results(path)
+            found |= dict.fromkeys(results)
+            is_run = (path / "checkpoints").is_dir()
+            if results or (len(paths) > 1 and not is_run):
+                continue
+            fix = f"python evaluate.py checkpoint={path} control=null" if is_run else "name a run, or its results"
+            lines.append(f"{path}: {'no results' if path.exists() else 'no such run'}; {fix}")
+    return list(found), lines
+
+
+def _results(path: Path) -> list[Path]:
+    """The newest first."""
+    if path.is_file():
+        return [path]
+    places = [path, *(path / folder for folder in FOLDERS)]
+    found = {file.resolve() for place in places for file in (place / "results.json", *place.glob("*/results.json"))}
+    there = [file for file in found if file.exists()]
+    return sorted(there, key=lambda file: (-file.stat().st_mtime_ns, str(file)))
+
+
+def grouped(paths: Sequence[Path]) -> tuple[list[Row], list[str], list[str]]:
+    """Rows in the order of the files, a line for each file that cannot be read, and notes.
+
+    A figure that several evaluations of a run have is taken from the first of them, the newest. Evaluations of earlier
+    weights of a run do not count.
+    """
+    rows: dict[tuple[str, str], Row] = {}
+    weights: dict[tuple, Any] = {}
+    origins: dict[tuple, Path] = {}
+    lines, notes = [], []
+    for path in paths:
+        try:
+            read = list(_models(path))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            lines.append(f"{path}: {_reason(error).removeprefix(f'{path}: ')}; evaluate the run again")
+            continue
+        for name, facts, figures in read:
+            folder = next((place for place in path.parents if place.name in FOLDERS), path)
+            model = (folder, name, facts["seed"])
+            if weights.setdefault(model, facts.get("weights")) != facts.get("weights"):
+                continue
+            settings = {**facts["settings"], **{key: facts[key] for key in ("step", "tokenizer", "dtype")}}
+            row = rows.setdefault((name, repr(sorted(settings.items()))), Row(name, settings))
+            seed = facts["seed"]
+            row.facts.setdefault(seed, facts)
+            held = row.seeds.setdefault(seed, {})
+            row.files.setdefault(seed, []).append(str(path))
+            for figure in figures:
+                before = held.setdefault(figure.place, figure)
+                origin = origins.setdefault((id(row), seed, figure.place), folder)
+                if before.value != figure.value and origin != folder:
+                    place = ", ".join(str(word) for word in (name, f"seed {seed}", *figure.place) if word is not None)
+                    notes.append(f"{path}: {place}: another value than in {origin}, which counts")
+    _label(list(rows.values()))
+    return list(rows.values()), lines, notes
+
+
+def _models(path: Path) -> Iterator[tuple[str, dict[str, Any], list[Figure]]]:
+    """Name, facts and figures of each model of results.json."""
+    results = files.read_json(path)
+    evaluation = dict(results["evaluation"])
+    seed, _ = evaluation.pop("seed"), evaluation.pop("memory_off")
+    chosen = measures(evaluation)
+    for name, model in results["models"].items():
+        folder = path.parent / "records" / storage.file_name(name)
+
+        def records(part: str, folder: Path = folder) -> list[dict[str, Any]]:
+            file = folder / f"{storage.file_name(part)}.jsonl"
+            return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+        about = {"seed": seed, "corpora": results["corpora"], "tokenizer": model["tokenizer"]}
+        figures = [
+            figure
+            for measure in chosen
+            if model.get(measure.name)
+            for figure in measure.figures(model[measure.name], about, records)
+        ]
+        control = re.fullmatch(r"control \((.*)\)", name)
+        yield control[1] if control else name, model, figures
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"not what this version's evaluate.py writes ({error.args[0]!r} is missing)"
+    if isinstance(error, TypeError | AttributeError):
+        return "not what this version's evaluate.py writes (its parts are of other types)"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _label(rows: Sequence[Row]) -> None:
+    """Names; rows of one name also have the settings in which they differ."""
+    for name in dict.fromkeys(row.name for row in rows):
+        alike = [row for row in rows if row.name == name]
+        different = differences([row.settings for row in alike])
+        for i, row in enumerate(alike):
+            told = [f"{key.removeprefix('model.mixers.memory.')}={values[i]}" for key, values in different.items()]
+            more = [f"and {len(told) - 3} more, row {i + 1}"] if len(told) > 3 else []
+            row.label = ", ".join([name, *told[:3], *more])
