@@ -7,13 +7,13 @@ import pytest
 
 from memlm.evaluation.compare import compared
 from memlm.evaluation.figures import Figure, Topic
-from memlm.evaluation.runs import Row
+from memlm.evaluation.runs import Runs
 from memlm.evaluation.statistics import bootstrap, of_seeds, paired, unpaired, wilson
 
 SHARES = Topic("task", "A task", "share right", "length", floors={"chance": {64: 0.25}})
 
 
-def row(name: str, *seeds: list[float], texts: str = "texts", size: int = 2000) -> Row:
+def row(name: str, *seeds: list[float], texts: str = "texts", size: int = 2000) -> Runs:
     """A row whose seeds have read the same texts, with these scores."""
     found = {}
     for seed, scores in enumerate(seeds):
@@ -22,10 +22,10 @@ def row(name: str, *seeds: list[float], texts: str = "texts", size: int = 2000) 
         figure = Figure(SHARES, None, 64, share, *wilson(share, len(scores)), len(scores), units, size)
         found[seed] = {figure.place: figure}
     facts = {seed: {"tokenizer": "byte", "parameters": 10, "state_bytes": 1} for seed in found}
-    return Row(name, {"kind": name}, facts, found, {}, name)
+    return Runs(name, {"kind": name}, facts, found, {}, name)
 
 
-def cells(*rows: Row) -> list[dict]:
+def cells(*rows: Runs) -> list[dict]:
     return [one["cells"][0] for one in compared(rows)["rows"]]
 
 

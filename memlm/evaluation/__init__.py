@@ -10,9 +10,12 @@ Files:
     parts               parts of an evaluation: kept as they complete, each may fail alone
     storage             folders and files of results
     progress            the progress bar
-    events, tasks       one runner: texts that are read, and questions about them
+    events              one runner of tasks: texts that are read, and questions about them
+    tasks               one file per task
+    perplexity          text read in several ways
     statistics          intervals
-    compare, runs       many runs side by side; their results found, read and grouped
+    compare             many runs side by side
+    runs                their results, found, read and grouped
     figures             a figure of any measure, in the form that is compared
     page                tables, and the content of the HTML page
     plots               pictures

@@ -19,7 +19,7 @@ from memlm.evaluation import plots, storage
 from memlm.evaluation.figures import Figure, Topic, Units
 from memlm.evaluation.measures import Table
 from memlm.evaluation.report import Report
-from memlm.evaluation.runs import FOLDERS, Row, find, grouped
+from memlm.evaluation.runs import FOLDERS, Runs, find, grouped
 from memlm.evaluation.statistics import bootstrap, of_seeds, paired, unpaired, wilson
 from memlm.evaluation.subject import differences
 from memlm.settings import require
@@ -74,7 +74,7 @@ def _name(paths: Sequence[Path]) -> str:
     return "-".join(dict.fromkeys(run.parent.name for run in runs))[:100] or "runs"
 
 
-def compared(rows: Sequence[Row]) -> dict[str, Any]:
+def compared(rows: Sequence[Runs]) -> dict[str, Any]:
     """Ready for JSON: the name of the reference, the topics, and the rows with their sizes and cells."""
     topics: dict[str, Topic] = {}
     told = []
@@ -94,19 +94,19 @@ def compared(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _by_place(row: Row) -> Iterator[tuple[tuple, dict[Any, Figure]]]:
+def _by_place(row: Runs) -> Iterator[tuple[tuple, dict[Any, Figure]]]:
     """The figures of each seed, by place."""
     for place in dict.fromkeys(place for figures in row.seeds.values() for place in figures):
         yield place, {seed: figures[place] for seed, figures in row.seeds.items() if place in figures}
 
 
-def _about(row: Row) -> dict[str, Any]:
+def _about(row: Runs) -> dict[str, Any]:
     facts = next(iter(row.facts.values()))
     sizes = {key: facts.get(key) for key in (*_SIZES, "tokenizer", "kinds")}
     return {"seeds": list(row.facts), **sizes, "settings": row.settings, "files": row.files}
 
 
-def _cell(topic: Topic, figures: dict[Any, Figure], row: Row) -> dict[str, Any]:
+def _cell(topic: Topic, figures: dict[Any, Figure], row: Runs) -> dict[str, Any]:
     """The mean over seeds. Its interval is over seeds if there are three, otherwise over texts."""
     first = next(iter(figures.values()))
     value, (low, high), n = _mean(figures)

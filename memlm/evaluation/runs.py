@@ -18,7 +18,7 @@ FOLDERS = ("evaluation", "evaluation-memory_off")
 
 
 @dataclass
-class Row:
+class Runs:
     """Models of one configuration: for each seed of training, the facts of its model, and its figures by place."""
 
     name: str
@@ -56,13 +56,13 @@ def _results(path: Path) -> list[Path]:
     return sorted(there, key=lambda file: (-file.stat().st_mtime_ns, str(file)))
 
 
-def grouped(paths: Sequence[Path]) -> tuple[list[Row], list[str], list[str]]:
+def grouped(paths: Sequence[Path]) -> tuple[list[Runs], list[str], list[str]]:
     """Rows in the order of the files, a line for each file that cannot be read, and notes.
 
     A figure that several evaluations of a run have is taken from the first of them, the newest. Evaluations of earlier
     weights of a run do not count.
     """
-    rows: dict[tuple[str, str], Row] = {}
+    rows: dict[tuple[str, str], Runs] = {}
     weights: dict[tuple, Any] = {}
     origins: dict[tuple, Path] = {}
     lines, notes = [], []
@@ -78,7 +78,7 @@ def grouped(paths: Sequence[Path]) -> tuple[list[Row], list[str], list[str]]:
             if weights.setdefault(model, facts.get("weights")) != facts.get("weights"):
                 continue
             settings = {**facts["settings"], **{key: facts[key] for key in ("step", "tokenizer", "dtype")}}
-            row = rows.setdefault((name, repr(sorted(settings.items()))), Row(name, settings))
+            row = rows.setdefault((name, repr(sorted(settings.items()))), Runs(name, settings))
             seed = facts["seed"]
             row.facts.setdefault(seed, facts)
             held = row.seeds.setdefault(seed, {})
@@ -125,7 +125,7 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _label(rows: Sequence[Row]) -> None:
+def _label(rows: Sequence[Runs]) -> None:
     """Names; rows of one name also have the settings in which they differ."""
     for name in dict.fromkeys(row.name for row in rows):
         alike = [row for row in rows if row.name == name]
