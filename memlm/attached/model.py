@@ -25,6 +25,9 @@ from memlm.configuration import MemLMConfig
 from memlm.memory.base import complete_settings
 from memlm.settings import check_type, require
 
+# The attributes that a model with a memory has of its own.
+_OWN = ("_upload_modified_files", "save_pretrained", "_is_stateful")
+
 
 def attach(
     model: PreTrainedModel,
@@ -137,10 +140,6 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         for name in (SETTINGS, *_OWN):
             vars(module).pop(name, None)
     return model
-
-
-# The attributes that a model with a memory has of its own.
-_OWN = ("_upload_modified_files", "save_pretrained", "_is_stateful")
 
 
 def _check_window(size: int | None, sinks: int) -> None:

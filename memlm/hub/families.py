@@ -159,7 +159,7 @@ def _rope(theirs: PreTrainedConfig) -> tuple[float, dict[str, Any] | None]:
     if rope.get("rope_type") == "yarn" and "factor" not in rope:
         rope["factor"] = theirs.max_position_embeddings / rope["original_max_position_embeddings"]
     if not scaled and len(rope) > 1:
-        raise ValueError(f"config.json: rope_parameters={str(rope)!s:.200} cannot be converted. {_ATTACH}")
+        raise ValueError(f"config.json: rope_parameters={rope!s:.200} cannot be converted. {_ATTACH}")
     return theta, rope if scaled else None
 
 
