@@ -48,6 +48,7 @@ def user_errors(config_dir: Path, config: str) -> Iterator[None]:
     # Saving and loading are fast compared with training, and one progress bar is enough.
     disable_progress_bar()
     # Hydra then raises errors instead of printing them over many lines.
+    before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield
@@ -60,6 +61,12 @@ def user_errors(config_dir: Path, config: str) -> Iterator[None]:
             raise
         print(f"error: {one_line(error, config_dir, config)}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        # Programs that are started later inherit it.
+        if before is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before
 
 
 def is_mistake(error: Exception) -> bool:

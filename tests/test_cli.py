@@ -37,6 +37,11 @@ def command(monkeypatch, capsys, tmp_path):
     return run
 
 
+def test_a_command_leaves_the_environment_as_it_was(command):
+    assert command("train.py", "steps=1")[0] == 2
+    assert os.environ["HYDRA_FULL_ERROR"] == "0"
+
+
 # Arguments of train.py (behind "data=recall run_dir=run") or of evaluate.py, and a part of the error.
 TRAIN = {
     "--steps 10": "--steps: settings are written key=value, without dashes; did you mean 'train.steps'?",

@@ -241,5 +241,7 @@ class _Piece(NamedTuple):
                 for w, n, k in zip(start, now, kept, strict=True)
             ]
         if self.new:
+            # A view of a parameter asks for gradients under no_grad too, and would stay in the state.
+            start = start if torch.is_grad_enabled() else [w.detach() for w in start]
             return [w.to(n.dtype).expand_as(n) for w, n in zip(start, now, strict=True)]
         return now if self.opens else kept

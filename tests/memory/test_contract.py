@@ -345,6 +345,8 @@ def test_no_tokens_and_one_token(variant):
         # A row may lack a figure that other rows have.
         assert all(torch.isfinite(x).all() for x in one.metrics.values() if x.ndim != 1)
         assert_close("first token", model(tokens(2, 1)).logits, one.logits, EXACT)
+    # Views of parameters ask for gradients under no_grad too; compiled code would need a graph more.
+    assert not any(x.requires_grad for state in cache.states for x in leaves(state))
 
 
 def test_state_is_bounded_or_says_so(variant):

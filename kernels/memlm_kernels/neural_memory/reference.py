@@ -93,6 +93,8 @@ def neural_memory_reference(
     with torch.autocast(q.device.type, enabled=False):
         gates = (None if x is None else x.to(dtype) for x in tokens[3:])
         tokens = Tokens(*(x.to(dtype) if scan is None else x for x in tokens[:3]), *gates)
+        # A view of a parameter asks for gradients under no_grad too, and would stay in the state.
+        weights = weights if torch.is_grad_enabled() else tuple(w.detach() for w in weights)
         initial = tuple(w.to(dtype).expand(batch, *w.shape) for w in weights)
         if start == 0 or state is None:
             state, start = _fresh(tokens, initial, window), 0 if cu_seqlens is None else None
