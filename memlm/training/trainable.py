@@ -131,7 +131,7 @@ def well_conditioned(model: PreTrainedModel, count: int) -> list[str]:
 
 def _condition(weight: Tensor) -> float:
     values = torch.linalg.svdvals(weight.float())
-    # Of zeros it is 0 / 0.
+    # A matrix of zeros gives 0 / 0.
     return (values[0] / values[-1]).nan_to_num(nan=torch.inf, posinf=torch.inf).item()
 
 
