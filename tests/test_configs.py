@@ -10,7 +10,9 @@ from omegaconf import OmegaConf
 
 from memlm import MemLMConfig, MemLMForCausalLM, cli
 from memlm.cli import one_line, use_gpu_preset
-from memlm.data import MQAR, Passkey
+from memlm.data import MQAR, Passkey, byte_tokenizer
+from memlm.evaluation.measures import measures
+from memlm.evaluation.tasks import Setting
 from memlm.flops import count_active_parameters, count_flops, count_parameters
 from memlm.training.model import BackboneSettings, model_config
 from memlm.training.settings import RunSettings
@@ -33,6 +35,15 @@ def test_every_choice_composes_and_its_model_builds(group, choice):
     with torch.device("meta"):
         model = MemLMForCausalLM(MemLMConfig.from_hydra(settings))
     assert sum(p.numel() for p in model.parameters()) > 0
+
+
+@pytest.mark.parametrize("choice", sorted(path.stem for path in (ROOT / "configs" / "eval").glob("*.yaml")))
+def test_every_evaluation_composes_and_its_tasks_take_their_settings(choice):
+    chosen = measures(OmegaConf.to_container(composed(f"eval={choice}", config="evaluate").eval, resolve=True))
+    (asked,) = (measure for measure in chosen if measure.name == "asked")
+    setting = Setting(byte_tokenizer(), 0)
+    for task in asked.tasks:
+        task.check(setting)
 
 
 def test_the_default_model_is_small():

@@ -16,7 +16,9 @@ from memlm.evaluation.statistics import wilson
 from memlm.evaluation.tasks import Setting, tasks
 from memlm.evaluation.tasks.invented import sentences
 from memlm.evaluation.tasks.saturation import _crossing
+from memlm.evaluation.tasks.sessions import _parsed
 from memlm.reader import Reader
+from tests.conftest import ROOT
 from tests.oracles import Guesser, Oracle, scores
 
 LINES = [
@@ -212,6 +214,13 @@ def test_questions_of_a_file_are_asked_when_their_evidence_was_read(make):
         " Oslo",
         " a dog",
     ]
+
+
+def test_the_form_in_the_readme_is_read():
+    text = (ROOT / "memlm" / "evaluation" / "README.md").read_text()
+    (shown,) = re.findall(r"```json\n(.*?)```", text, flags=re.S)
+    sessions, questions = _parsed(json.dumps(json.loads(shown)), "README.md:1")
+    assert (sessions, [question.a for question in questions]) == (LINES[0]["session"], ["Rome", "Oslo", "a dog"])
 
 
 @pytest.mark.parametrize(

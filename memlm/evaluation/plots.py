@@ -186,8 +186,8 @@ def asked(task: Any, view: Any, results: dict[str, list[dict]]) -> Figure:
         known = [cell["low"] is not None for cell in cells]
         below = [max(0.0, cell["value"] - cell["low"]) if k else 0.0 for cell, k in zip(cells, known, strict=True)]
         above = [max(0.0, cell["high"] - cell["value"]) if k else 0.0 for cell, k in zip(cells, known, strict=True)]
-        colour = _COLOURS[i % len(_COLOURS)]
-        axis.errorbar(at, value, [below, above], fmt="o-", color=colour, label=name, capsize=2, linewidth=1.3)
+        colour, style = _COLOURS[i % len(_COLOURS)], ("o-", "s--", "^:")[i // len(_COLOURS) % 3]
+        axis.errorbar(at, value, [below, above], fmt=style, color=colour, label=name, capsize=2, linewidth=1.3)
     for (name, floor), style in zip(view.floors.items(), itertools.cycle((":", "--", "-.")), strict=False):
         by_column = floor if isinstance(floor, dict) else dict.fromkeys(columns, floor)
         held = [i for i, column in enumerate(columns) if column in by_column]
@@ -200,11 +200,17 @@ def asked(task: Any, view: Any, results: dict[str, list[dict]]) -> Figure:
     axis.set_xticks(range(len(columns)), [str(c) for c in columns])
     if view.share:
         axis.set_ylim(-0.03, 1.03)
+    else:
+        axis.set_ylim(bottom=0)
     axis.set_xlabel(view.across)
     axis.set_ylabel(view.label)
     axis.set_title(task.title, fontsize=10)
     axis.grid(alpha=0.25)
-    axis.legend(fontsize=8)
+    if len(lines) > len(_COLOURS):
+        figure.set_figwidth(9.0)
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    else:
+        axis.legend(fontsize=8)
     return figure
 
 

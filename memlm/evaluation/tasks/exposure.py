@@ -52,7 +52,7 @@ class Exposure(Task):
 
     def views(self) -> Sequence[View]:
         floors = {"recognition": {"chance": 0.5}, "recall": {"knows all second clauses": 1 / 640}}
-        return [View("others", "seen", (name,), f"share, {name}", True, of, name) for name, of in floors.items()]
+        return [View("other items", "seen", (name,), f"share, {name}", True, of, name) for name, of in floors.items()]
 
     def reduce(self, records: Iterable[Record]) -> Iterable[Record]:
         for record in records:
@@ -76,7 +76,7 @@ class Exposure(Task):
                         for _ in range(others - before):
                             other = np.concatenate([front, *map(setting.encode, clauses(rng))])
                             stream.append(self._see(by, other))
-                        tag = {"others": others, "by": by, "seen": f"{exposures} by {by}"}
+                        tag = {"other items": others, "by": by, "seen": f"{exposures} by {by}"}
                         both = [item[len(front) :], np.concatenate([first, foil])]
                         stream.append(Ask(front, both, {**tag, "test": "recognition"}))
                         stream.append(Ask(item[: -len(second)], [second], {**tag, "test": "recall"}))

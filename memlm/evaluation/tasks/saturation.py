@@ -58,7 +58,10 @@ class Saturation(Task):
         # Values come in blocks without repetition, so the commonest has been seen so often.
         seen = {n: -(-n // self.num_values) / n for n in self.pairs}
         floors = {"chance": 1 / self.num_values, "knows the values seen": seen}
-        return [View("pairs", floors=floors), View("age", "pairs", floors={"chance": 1 / self.num_values}, name="age")]
+        return [
+            View("pairs", floors=floors),
+            View("age in pairs", "pairs", floors={"chance": 1 / self.num_values}, name="age"),
+        ]
 
     def streams(self, setting: Setting) -> Iterator[Stream]:
         chosen = signs(setting, self.num_keys, self.num_values)
@@ -81,7 +84,7 @@ class Saturation(Task):
                     least = 1 << age.bit_length() >> 1
                     named = f"{least}" if least < 2 else f"{least}-{2 * least - 1}"
                     ids = np.concatenate([chosen.filler(rng, self.gap), keys[i]])
-                    stream.append(Ask(ids, answers, {"pairs": stored, "age": named}))
+                    stream.append(Ask(ids, answers, {"pairs": stored, "age in pairs": named}))
             yield stream
 
     @property
