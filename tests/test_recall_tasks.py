@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from memlm.data import byte_tokenizer
 from memlm.evaluation.events import Ask, run
+from memlm.evaluation.measures import measures
 from memlm.evaluation.tasks import Setting, tasks
 from memlm.reader import Reader
 from tests.oracles import Guesser, Oracle, guessed, scores
@@ -100,10 +101,13 @@ def test_what_does_not_fit_is_a_line():
         ({"num_pairs": 33}, "num_pairs=33 must lie between 1 and num_keys=32"),
     )
     for wrong, message in wrongs:
-        with pytest.raises(ValueError, match=f"eval.ask.mqar: {message}"):
-            task("mqar", **wrong).check(BYTES)
+        with pytest.raises(ValueError, match=f"^eval.ask.mqar.{message}"):
+            measures({"ask": {"mqar": wrong}, "lengths": [64], "rows": 2})
+    # Texts that are too short are a line of their task, whose floors are known all the same.
+    short = task("selective_copying", lengths=(128, 16))
+    assert short.floors()["chance"] == 1 / 32
     with pytest.raises(ValueError, match=r"eval.ask.selective_copying: length=16 is too short"):
-        task("selective_copying", lengths=(128, 16)).check(BYTES)
+        short.check(BYTES)
 
 
 def test_a_distance_is_the_tokens_since_the_pairs():

@@ -141,7 +141,7 @@ class Task:
 
 
 def tasks(chosen: Mapping[str, Mapping[str, Any]], lengths: list, rows: int) -> list[Task]:
-    """Tasks by name, with their settings. Raises ValueError with the key, the value and a fix."""
+    """Tasks by name, with their settings. Raises ValueError with the key below ``eval``, the value and a fix."""
     modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
     kinds = {
         kind.name: kind
@@ -151,10 +151,8 @@ def tasks(chosen: Mapping[str, Mapping[str, Any]], lengths: list, rows: int) -> 
     }
     found = []
     for name, settings in chosen.items():
-        require(name in kinds, f"eval.ask: {name!r} is unknown; {suggest(str(name), sorted(kinds))}")
-        require(
-            settings is None or isinstance(settings, Mapping), f"eval.ask.{name}={settings!r} must be its settings"
-        )
+        require(name in kinds, f"ask: {name!r} is unknown; {suggest(str(name), sorted(kinds))}")
+        require(settings is None or isinstance(settings, Mapping), f"ask.{name}={settings!r} must be its settings")
         given = {"lengths": lengths, "rows": rows, **(settings or {})}
-        found.append(build_config(kinds[name], given, f"eval.ask.{name}"))
+        found.append(build_config(kinds[name], given, f"ask.{name}"))
     return found

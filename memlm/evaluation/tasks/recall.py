@@ -17,6 +17,9 @@ from memlm.evaluation.events import Ask, Read, Stream
 from memlm.evaluation.tasks import Setting, Task
 from memlm.settings import named, require
 
+# Longer than every task's shortest text.
+_LONG = 2**24
+
 
 def symbols(setting: Setting, task: RecallTask) -> np.ndarray:
     """[256]: the token of each symbol of a task. Other tokenizers than bytes give the first single tokens that stand
@@ -53,13 +56,17 @@ class RecallRows(Task):
 
     gap: float = 0.3125
 
+    def __post_init__(self) -> None:
+        require(0 <= self.gap < 1, f"gap={self.gap} must lie in 0..1, a share of the text")
+        # Sizes that fit no text are wrong settings, and not a model's.
+        self.made(_LONG)
+
     @abstractmethod
     def made(self, length: int) -> Mapping[str, RecallTask]:
         """Tasks of texts of this length, by name."""
 
     def check(self, setting: Setting) -> None:
         with named(f"eval.ask.{self.name}"):
-            require(0 <= self.gap < 1, f"gap={self.gap} must lie in 0..1, a share of the text")
             for length in self.lengths:
                 for task in self.made(length).values():
                     symbols(setting, task)
@@ -77,7 +84,8 @@ class RecallRows(Task):
                     yield [Read(ids[:start]), Ask(ids[start:-1], [answer], tag, at=places - 1 - start)]
 
     def floors(self) -> dict[str, float]:
-        forms = self.made(max(self.lengths))
+        # Of any length; a text that is too short is another line.
+        forms = self.made(_LONG)
         found = {}
         for name, floor in (("chance", lambda task: task.chance), ("set guesser", lambda task: task.set_guesser)):
             values = {form: floor(task) for form, task in forms.items()}
@@ -176,6 +184,9 @@ class KeyValueDistance(Task):
     num_pairs: int = 8
     num_keys: int = 32
     num_values: int = 32
+
+    def __post_init__(self) -> None:
+        _ = self.pairs
 
     @property
     def pairs(self) -> ZoologyMQAR:
