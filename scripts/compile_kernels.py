@@ -44,7 +44,7 @@ from memlm_kernels.neural_memory.segmented import SegmentedMemoryState, segmente
 from memlm_kernels.neural_memory.triton import scan_triton  # noqa: E402
 from memlm_kernels.recurrence.delta_triton import delta_rule_triton  # noqa: E402
 from memlm_kernels.recurrence.linear_triton import linear_attention_triton  # noqa: E402
-from memlm_kernels.route_documents.reference import Asked, RoutingRule, Scored  # noqa: E402
+from memlm_kernels.route_documents.reference import RoutingInputs, RoutingRule, Scored  # noqa: E402
 from memlm_kernels.route_documents.triton import choose_triton, merge_topk_triton  # noqa: E402
 from memlm_kernels.routed_memory.triton import combine_reads_triton, dispatch_tokens_triton  # noqa: E402
 from memlm_kernels.segment_mean_pool.triton import segment_mean_pool_triton  # noqa: E402
@@ -188,8 +188,8 @@ def route(q: Tensor, k: Tensor, reductions: tuple[str, str, str], running: bool,
     before = Scored(torch.zeros(document.shape), torch.zeros(document.shape, dtype=torch.int64))
     lists = torch.zeros(len(q), q.shape[1], 64 * top_k)
     return (
-        choose_triton(rule, Asked(q.detach(), k, document, asks, spans if running else None, before), q.dtype),
-        choose_triton(rule, Asked(None, k, document, None, spans, before), q.dtype),
+        choose_triton(rule, RoutingInputs(q.detach(), k, document, asks, spans if running else None, before), q.dtype),
+        choose_triton(rule, RoutingInputs(None, k, document, None, spans, before), q.dtype),
         merge_topk_triton(lists.long(), lists, top_k),
     )
 
