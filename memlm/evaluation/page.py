@@ -39,6 +39,7 @@ def page(subjects: list[Subject], results: dict[str, Any], measures: Sequence[Me
     models = results["models"]
     report = Report(f"memlm: {', '.join(models)}")
     environment = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
+    report.code(results["command"])
     report.note(f"{environment}; {results['seconds']} s.")
     shown = tables(results, measures)
     header, rows = shown["models"]

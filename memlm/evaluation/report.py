@@ -11,12 +11,28 @@ from matplotlib.figure import Figure
 from memlm import files
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2rem auto; padding: 0 1rem; color: #1e293b }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-table { border-collapse: collapse; margin: .6rem 0 } th, td { padding: .25rem .8rem; text-align: right }
-th { border-bottom: 2px solid #94a3b8; font-weight: 600 } td { border-bottom: 1px solid #e2e8f0 }
-th:first-child, td:first-child { text-align: left }
-img { max-width: 100%; height: auto } .note { color: #475569 }
+:root { color-scheme: light dark; --ink: #1e293b; --soft: #475569; --rule: #e2e8f0; --edge: #94a3b8; --paper: #fff }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2rem auto; padding: 0 1rem; color: var(--ink);
+  background: var(--paper); overflow-wrap: break-word }
+h1 { font-size: 1.5rem; line-height: 1.25 } h2 { font-size: 1.15rem; margin-top: 2.2rem }
+.box { overflow-x: auto; margin: .6rem 0 }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .25rem .8rem; text-align: right; overflow-wrap: normal }
+th { border-bottom: 2px solid var(--edge); font-weight: 600; vertical-align: bottom }
+td { border-bottom: 1px solid var(--rule); white-space: nowrap }
+th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal; min-width: 8rem;
+  position: sticky; left: 0; background: var(--paper) }
+img { display: block; width: 100%; height: auto }
+pre { font-size: .85rem; white-space: pre-wrap } .note { color: var(--soft) }
+@media (max-width: 600px) {
+  body { margin: 1rem auto } th, td { padding: .25rem .5rem }
+  th:first-child, td:first-child { max-width: 45vw; overflow-wrap: anywhere }
+}
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e2e8f0; --soft: #a3b1c6; --rule: #334155; --edge: #64748b; --paper: #111827 }
+  /* Pictures have a white ground: their lightness is turned, their hue kept. */
+  img { filter: invert(.93) hue-rotate(180deg) }
+}
 """
 
 
@@ -37,10 +53,18 @@ class Report:
         self._parts.append(f'<p class="note">{html.escape(text)}</p>')
         self._markdown.append(_escaped(text))
 
+    def code(self, text: str) -> None:
+        self._parts.append(f"<pre>{html.escape(text)}</pre>")
+        self._markdown.append(f"```\n{text}\n```")
+
+    def fragment(self, markup: str) -> None:
+        """Add HTML as it is: its maker escapes all text. Markdown leaves it out."""
+        self._parts.append(markup)
+
     def table(self, header: list[str], rows: list[list[str]]) -> None:
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
         body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-        self._parts.append(f"<table><tr>{head}</tr>{body}</table>")
+        self._parts.append(f'<div class="box"><table><tr>{head}</tr>{body}</table></div>')
         cells = [[_escaped(cell) for cell in line] for line in (header, *rows)]
         lines = ["| " + " | ".join(line) + " |" for line in (cells[0], ["---"] * len(header), *cells[1:])]
         self._markdown.append("\n".join(lines))
@@ -51,12 +75,15 @@ class Report:
             return
         import matplotlib.pyplot as plt
 
-        buffer = io.BytesIO()
+        buffer, width = io.BytesIO(), figure.get_figwidth()
         figure.savefig(buffer, format="png", dpi=130)
         plt.close(figure)
         self._pictures[name] = buffer.getvalue()
         data = base64.b64encode(buffer.getvalue()).decode()
-        self._parts.append(f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">')
+        # On a phone, a wide picture scrolls; at less than these sizes its words cannot be read.
+        size = f"min-width: {55 * width:.0f}px; max-width: {110 * width:.0f}px"
+        image = f'<img alt="{html.escape(alt)}" style="{size}" src="data:image/png;base64,{data}">'
+        self._parts.append(f'<div class="box">{image}</div>')
         self._markdown.append(f"![{alt}](plots/{name}.png)")
 
     def write(self, folder: Path) -> Path:
@@ -68,7 +95,9 @@ class Report:
         path = folder / "report.html"
         files.write(
             path,
-            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+            f'<!doctype html><html lang="en"><meta charset="utf-8">'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{title}</title><style>{_STYLE}</style>"
             f"<h1>{title}</h1>{''.join(self._parts)}</html>",
         )
         return path

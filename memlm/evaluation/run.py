@@ -14,7 +14,7 @@ import torch
 import transformers
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from rich.table import Table
+from rich.table import Column, Table
 
 import memlm
 from memlm import files
@@ -107,7 +107,7 @@ def _run(cfg: DictConfig) -> bool:
     files.write(out / "results.json", json.dumps(results, indent=1, default=str))
     storage.point_to(out)
     for header, rows in tables(results, chosen).values():
-        table = Table(*header)
+        table = Table(*(Column(name, overflow="fold") for name in header))
         for row in rows:
             table.add_row(*row)
         progress.console.print(table)
