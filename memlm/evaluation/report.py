@@ -9,8 +9,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from memlm import files
+from memlm.evaluation import tokens
 
-_STYLE = """
+_STYLE = (
+    """
 :root { color-scheme: light dark; --ink: #1e293b; --soft: #475569; --rule: #e2e8f0; --edge: #94a3b8; --paper: #fff }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2rem auto; padding: 0 1rem; color: var(--ink);
   background: var(--paper); overflow-wrap: break-word }
@@ -34,6 +36,8 @@ pre { font-size: .85rem; white-space: pre-wrap } .note { color: var(--soft) }
   img { filter: invert(.93) hue-rotate(180deg) }
 }
 """
+    + tokens.STYLE
+)
 
 
 class Report:

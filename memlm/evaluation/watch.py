@@ -1,0 +1,85 @@
+"""A look at a model's memories while it reads one stream: norms, routed memories, chosen chunks.
+
+T tokens, D hidden, M memories, J choices of a token, C chunks.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memlm.memory import chunk_sparse, mom, msa, parts
+from memlm.memory.base import MixerOutput, SequenceMixer
+from memlm.memory.state import leaves
+
+
+class Watch:
+    """Figures of each layer, by its name, in the order of the tokens.
+
+    outputs: norm of the mixer's output at each token
+    states: norm of the state after each call
+    memories: the memories of each token, likeliest first (mixture of memories)
+    chunks: for each token, the numbers of the chunks that it chose (chunk_sparse, msa); msa's tokens are those outside
+        documents, and its chunks those of the documents in their order
+    sizes: tokens of a chunk
+    """
+
+    def __init__(self) -> None:
+        self.outputs: dict[str, list[float]] = {}
+        self.states: dict[str, list[float]] = {}
+        self.memories: dict[str, list[list[int]]] = {}
+        self.chunks: dict[str, list[list[int]]] = {}
+        self.sizes: dict[str, int] = {}
+
+    @contextmanager
+    def of(self, model: nn.Module) -> Iterator["Watch"]:
+        """Watch a model whose calls have one row each."""
+        with ExitStack() as stack:
+            for name, mixer in _mixers(model).items():
+                watched: list[tuple[nn.Module, Any]] = [(mixer, partial(self._mixed, name))]
+                if isinstance(mixer, mom.Mixer):
+                    watched.append((mixer.router, partial(self._routed, name, mixer)))
+                if isinstance(mixer, chunk_sparse.Mixer | msa.Mixer) and hasattr(mixer, "choice"):
+                    settings = mixer.msa if isinstance(mixer, msa.Mixer) else mixer.chunked
+                    self.sizes[name] = settings.chunk_size
+                    watched.append((mixer.choice, partial(self._chosen, name)))
+                for module, see in watched:
+                    stack.callback(module.register_forward_hook(see).remove)
+            yield self
+
+    def _mixed(self, name: str, module: nn.Module, inputs: Any, out: MixerOutput) -> None:
+        self.outputs.setdefault(name, []).extend(torch.linalg.vector_norm(out.y_BTD[0].float(), dim=-1).tolist())
+        squares = [x.float().square().sum() for x in leaves(out.state) if x.is_floating_point() and x.numel()]
+        if squares:
+            self.states.setdefault(name, []).append(float(sum(squares, torch.zeros_like(squares[0])).sqrt()))
+
+    def _routed(self, name: str, mixer: mom.Mixer, module: nn.Module, inputs: Any, logits_BTM: Tensor) -> None:
+        scores_BTM = logits_BTM.float().softmax(-1)
+        if mixer.config.balance_bias:
+            scores_BTM = scores_BTM + mixer.bias
+        self.memories.setdefault(name, []).extend(parts.top_choices(scores_BTM, mixer.config.top_k)[0].tolist())
+
+    def _chosen(self, name: str, module: nn.Module, inputs: tuple[Tensor], out: Any) -> None:
+        chosen = inputs[0][0]
+        if chosen.dtype == torch.bool:
+            found = [row.nonzero().flatten().tolist() for row in chosen]
+        else:
+            # Groups of heads choose on their own; -1 is none.
+            found = [sorted({n for n in row.flatten().tolist() if n >= 0}) for row in chosen]
+        self.chunks.setdefault(name, []).extend(found)
+
+
+def _mixers(model: nn.Module) -> dict[str, SequenceMixer]:
+    """The outermost mixers, by the number of their layer."""
+    found: dict[str, SequenceMixer] = {}
+    paths: list[str] = []
+    for path, module in model.named_modules():
+        if isinstance(module, SequenceMixer) and not any(path.startswith(f"{outer}.") for outer in paths):
+            paths.append(path)
+            number = re.search(r"\.(\d+)\.", path)
+            found[f"layer {number[1]}" if number else path] = module
+    return found
