@@ -53,7 +53,9 @@ def view(title: str, found: Mapping[str, Any], key: str) -> str:
 
 
 def _token(t: int, text: str, found: Mapping[str, Any], colours: Sequence[str], marked: bool) -> str:
-    shown = text.replace("\n", "⏎\n") if text and (text.isprintable() or text.isspace()) else "·"
+    # A part of a letter, or a sign that no screen has.
+    readable = text and "\ufffd" not in text and (text.isprintable() or text.isspace())
+    shown = text.replace("\n", "⏎\n") if readable else "·"
     told = [f"token {t} {text!r}: {found['nats'][t]:.2f} nats"]
     if found["saved"]:
         told.append(f"saved {found['saved'][t]:.2f}")
@@ -138,7 +140,7 @@ def _lines(quantity: str, lines: Mapping[str, Sequence[float]], found: Mapping[s
             f"{j * step:.1f},{_HEIGHT - 4 - (x - low) / span * (_HEIGHT - 8):.1f}" for j, x in enumerate(values)
         )
         drawn.append(f'<polyline points="{points}" fill="none" stroke="{ink}" stroke-width="1.5"/>')
-        legend.append(f'<span style="color:{ink}">■</span> {html.escape(layer)}')
+        legend.append(f'<span style="color:{ink}">■</span>&nbsp;{html.escape(layer).replace(" ", "&nbsp;")}')
     scale = _WIDTH / max(1, len(found["tokens"]) - 1)
     caption = f"<b>{html.escape(quantity)}</b>, {low:.3g} to {high:.3g} &nbsp; {' '.join(legend)}"
     return _figure(caption, "".join(drawn) + _marks(found, _HEIGHT, scale), _HEIGHT)
