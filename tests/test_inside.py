@@ -77,7 +77,7 @@ def test_the_chunks_of_an_answer_and_its_place():
     watch = Watch()
     watch.sizes["layer 0"], watch.chunks["layer 0"] = 2, [[], [1], [1, 2]]
     assert spans(watch, "layer 0", documents, [7], 8) == [(3, 4, 1.0)]
-    assert spans(watch, "layer 0", None, [1, 2], 3) == [(2, 4, 0.5)]
+    assert spans(watch, "layer 0", None, [1, 2], 3) == [(2, 3, 0.5)]
     assert spans(watch, "layer 0", None, [1, 2], 4) == []
 
 
