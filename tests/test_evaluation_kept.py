@@ -25,6 +25,7 @@ import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from memlm.evaluation.measures import Measure
@@ -74,7 +75,7 @@ class Parted(_Shown, Measure):
 
     def run(self, one, examined):
         def make(part, records):
-            records += [{"part": part, "place": i} for i in range(2)]
+            records += [{"part": part, "place": i} for i in np.arange(2)]
             return count(self.counted, one, part)
 
         found = {}

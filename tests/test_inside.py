@@ -13,8 +13,8 @@ from memlm.evaluation.ablation import memory_off
 from memlm.evaluation.measures.inside import Inside, _chunks, _row, needle, spans
 from memlm.evaluation.report import Report
 from memlm.evaluation.watch import Watch
-from tests.test_events import llama
 from tests.conftest import build
+from tests.test_events import llama
 
 TEXT = '<script>alert("x")</script> & <b>café\n' * 3
 

@@ -47,6 +47,11 @@ def file_name(name: str) -> str:
     return name.replace("/", "--")
 
 
+def plain(x: Any) -> Any:
+    """A number of numpy or torch as one of Python; anything else as text."""
+    return x.item() if hasattr(x, "item") else str(x)
+
+
 def digest(words: Any) -> str:
     """A short hash of anything ready for JSON."""
     return hashlib.sha256(json.dumps(words, sort_keys=True, default=str).encode()).hexdigest()[:16]
