@@ -61,7 +61,9 @@ class Parts:
             return None
         seconds = round(time.perf_counter() - started, 2)
         # Kept results and new ones have passed through JSON alike.
-        text = json.dumps({"part": name, "seconds": seconds, "result": result, "records": records}, default=storage.plain)
+        text = json.dumps(
+            {"part": name, "seconds": seconds, "result": result, "records": records}, default=storage.plain
+        )
         if path:
             files.write(path, text)
         return self._take(name, json.loads(text))
