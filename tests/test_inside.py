@@ -10,9 +10,9 @@ import torch
 
 from memlm.data import Batch, Facts, Passkey, byte_tokenizer
 from memlm.evaluation.ablation import memory_off
+from memlm.evaluation.insight import Insight
 from memlm.evaluation.measures.inside import Inside, _chunks, _row, needle, spans
 from memlm.evaluation.report import Report
-from memlm.evaluation.watch import Watch
 from tests.conftest import build
 from tests.test_events import llama
 
@@ -74,7 +74,7 @@ def test_the_chunks_of_an_answer_and_its_place():
     assert needle([1, 2, 3], []) is None and needle([1, 2, 3], [2]) is None
     documents = [-2, 1, 1, 1, 2, 2, 0, -1]
     assert _chunks(8, 2, documents) == [(1, 3), (3, 4), (4, 6)] and _chunks(5, 2, None) == [(0, 2), (2, 4), (4, 5)]
-    watch = Watch()
+    watch = Insight()
     watch.sizes["layer 0"], watch.chunks["layer 0"] = 2, [[], [1], [1, 2]]
     assert spans(watch, "layer 0", documents, [7], 8) == [(3, 4, 1.0)]
     assert spans(watch, "layer 0", None, [1, 2], 3) == [(2, 3, 0.5)]

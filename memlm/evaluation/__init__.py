@@ -20,6 +20,7 @@ Files:
     page                tables, and the content of the HTML page
     plots               pictures
     report              the HTML page
+    insight, tokens     a look at memories while they read; a text in colours
 """
 
 from memlm.evaluation.run import run

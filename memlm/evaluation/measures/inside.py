@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 from memlm.data import Batch, RecallSource, Row, Source, TextSource
 from memlm.evaluation.ablation import long_term, memory_off
 from memlm.evaluation.data import Examined, texts
+from memlm.evaluation.insight import Insight
 from memlm.evaluation.measures import Measure, Models, Table, check_range
 from memlm.evaluation.report import Report
 from memlm.evaluation.subject import Subject
 from memlm.evaluation.tokens import view
-from memlm.evaluation.watch import Watch
 from memlm.hub.causal import new_memory, of_model
 from memlm.reader import Reader
 from memlm.settings import require
@@ -64,8 +64,8 @@ class Inside(Measure):
     def _looked(self, one: Examined, title: str, batch: Batch) -> dict[str, Any]:
         """All figures of one text, one for each token unless their name tells otherwise."""
         model, ids = one.subject.model, batch.input_ids[0].tolist()
-        watch, told = Watch(), dict[str, list[float]]()
-        with watch.of(model):
+        seen, told = Insight(), dict[str, list[float]]()
+        with seen.of(model):
             nats = _read(model, batch, told)
         saved = None
         if long_term(model) and not one.subject.memory_off:
@@ -85,10 +85,10 @@ class Inside(Measure):
             "answers": answers,
             "needle": needle(ids, answers, positives),
             "series": told,
-            "outputs": watch.outputs,
-            "states": watch.states,
-            "memories": watch.memories,
-            "read": {name: spans(watch, name, doc_ids, answers, len(ids)) for name in watch.chunks},
+            "outputs": seen.outputs,
+            "states": seen.states,
+            "memories": seen.memories,
+            "read": {name: spans(seen, name, doc_ids, answers, len(ids)) for name in seen.chunks},
         }
         return {"title": title, **_rounded(found)}
 
@@ -156,13 +156,13 @@ def needle(ids: Sequence[int], answers: Sequence[int], positives: Sequence[int] 
 
 
 def spans(
-    watch: Watch, name: str, doc_ids: Sequence[int] | None, answers: Sequence[int], length: int
+    seen: Insight, name: str, doc_ids: Sequence[int] | None, answers: Sequence[int], length: int
 ) -> list[tuple[int, int, float]]:
     """The parts [first, end) of the text that a layer chose for the answers, and the share of answers that did.
 
     doc_ids: the documents of the tokens; None if the chunks are those of one stream
     """
-    size, chosen = watch.sizes[name], watch.chunks[name]
+    size, chosen = seen.sizes[name], seen.chunks[name]
     asking = [t for t in range(length) if doc_ids is None or doc_ids[t] <= 0]
     if len(chosen) != len(asking):
         return []

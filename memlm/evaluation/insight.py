@@ -17,7 +17,7 @@ from memlm.memory.base import MixerOutput, SequenceMixer
 from memlm.memory.state import leaves
 
 
-class Watch:
+class Insight:
     """Figures of each layer, by its name, in the order of the tokens.
 
     outputs: norm of the mixer's output at each token
@@ -36,8 +36,8 @@ class Watch:
         self.sizes: dict[str, int] = {}
 
     @contextmanager
-    def of(self, model: nn.Module) -> Iterator["Watch"]:
-        """Watch a model whose calls have one row each."""
+    def of(self, model: nn.Module) -> Iterator["Insight"]:
+        """Insight a model whose calls have one row each."""
         with ExitStack() as stack:
             for name, mixer in _mixers(model).items():
                 watched: list[tuple[nn.Module, Any]] = [(mixer, partial(self._mixed, name))]
