@@ -10,8 +10,10 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 _SCALE = LinearSegmentedColormap.from_list("needle", ["#F0496E", "#EBB839", "#0CD79F"])
 _COLOURS = ("#2563eb", "#64748b", "#d97706", "#0f766e")
@@ -26,13 +28,8 @@ def needle_map(grids: dict[str, list[dict]], training_length: int | None) -> Fig
     for axis, (name, cells) in zip(axes[0], grids.items(), strict=True):
         lengths = sorted({c["length"] for c in cells})
         depths = sorted({c["depth"] for c in cells})
-        table = np.full((len(depths), len(lengths)), np.nan)
-        for c in cells:
-            table[depths.index(c["depth"]), lengths.index(c["length"])] = c["accuracy"]
-        image = axis.imshow(table, cmap=_SCALE, vmin=0, vmax=1, aspect="auto")
-        for (row, column), value in np.ndenumerate(table):
-            axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=9)
-        axis.set_xticks(range(len(lengths)), [str(n) for n in lengths])
+        values = {(c["depth"], c["length"]): c["accuracy"] for c in cells}
+        image = _heat(axis, values, depths, lengths, vmin=0, vmax=1)
         axis.set_yticks(range(len(depths)), [f"{100 * d:.0f} %" for d in depths])
         axis.set_xlabel("length of the text, tokens")
         axis.set_title(name, fontsize=11)
@@ -51,6 +48,18 @@ def needle_map(grids: dict[str, list[dict]], training_length: int | None) -> Fig
     )
     figure.suptitle(title, fontsize=11)
     return figure
+
+
+def _heat(axis: Axes, values: Mapping[tuple, float], rows: list, columns: list, **limits: float | None) -> AxesImage:
+    """values: by row and column, some may be missing."""
+    table = np.array([[values.get((row, column), np.nan) for column in columns] for row in rows])
+    image = axis.imshow(table, cmap=_SCALE, aspect="auto", **limits)
+    for (row, column), value in np.ndenumerate(table):
+        if not np.isnan(value):
+            axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=9)
+    axis.set_xticks(range(len(columns)), [str(c) for c in columns])
+    axis.set_yticks(range(len(rows)), [str(r) for r in rows])
+    return image
 
 
 def curves(runs: dict[str, list[dict]], prefix: str, label: str, logarithmic: bool = False) -> Figure | None:
@@ -171,7 +180,13 @@ def columns_of(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list:
 
 
 def asked(task: Any, view: Any, results: dict[str, list[dict]]) -> Figure:
-    """The values of a task's view with intervals, one line for each model and row of the table, and the floors."""
+    """The values of a task's view with intervals, one line for each model and row of the table, and the floors.
+
+    Rows of numbers, such as depths, and more rows than lines can show make a heat map for each model.
+    """
+    rows = list(dict.fromkeys(cell["down"] for cells in results.values() for cell in cells))
+    if len(rows) > 1 and (len(rows) > len(_COLOURS) or all(map(_is_number, rows))):
+        return _asked_map(task, view, results, sorted(rows, key=float) if all(map(_is_number, rows)) else rows)
     figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     columns = columns_of(results)
     lines = {
@@ -256,4 +271,34 @@ def compared(topic: dict[str, Any], rows: dict[str, list[dict]]) -> Figure:
         axis.grid(alpha=0.25)
     figure.legend(loc="outside right upper", fontsize=7)
     figure.suptitle(topic["title"], fontsize=11)
+    return figure
+
+
+def _is_number(text: str | None) -> bool:
+    try:
+        return text is not None and float(text) >= 0
+    except ValueError:
+        return False
+
+
+def _asked_map(task: Any, view: Any, results: dict[str, list[dict]], rows: list[str]) -> Figure:
+    """One panel for each model; the floors are lines in the bar of colours."""
+    columns = columns_of(results)
+    size = max(5.0, 2.2 + (1.2 + 0.62 * len(columns)) * len(results)), max(3.4, 1.8 + 0.32 * len(rows))
+    figure, axes = plt.subplots(1, len(results), figsize=size, sharey=True, layout="constrained", squeeze=False)
+    shown = [cell["value"] for cells in results.values() for cell in cells]
+    low, high = (0.0, 1.0) if view.share else (min(shown), max(shown))
+    for axis, (name, cells) in zip(axes[0], results.items(), strict=True):
+        values = {(cell["down"], cell["across"]): cell["value"] for cell in cells}
+        image = _heat(axis, values, rows, columns, vmin=low, vmax=high)
+        axis.tick_params(axis="x", labelrotation=45, labelsize=8)
+        axis.set_xlabel(view.across)
+        axis.set_title(name, fontsize=9)
+    axes[0][0].set_ylabel(view.down)
+    bar = figure.colorbar(image, ax=axes[0].tolist(), label=view.label)
+    floors = {name: floor for name, floor in view.floors.items() if not isinstance(floor, Mapping)}
+    for (_, floor), style in zip(floors.items(), itertools.cycle((":", "--", "-."))):
+        bar.ax.axhline(floor, color="black", linestyle=style, linewidth=1.5)
+    told = "; ".join(f"{name} {floor:.3f}" for name, floor in floors.items())
+    figure.suptitle(task.title + (f" ({told}: line in the bar)" if told else ""), fontsize=10)
     return figure

@@ -141,11 +141,11 @@ def check_range(settings: Any, **least: int) -> None:
         require(low <= value <= most, f"{name}={value} must lie in {low}..{most}")
 
 
-def check_counts(settings: Any, name: str) -> None:
+def check_counts(settings: Any, name: str, most: int = MOST) -> None:
     """Raise ValueError unless a setting is a list of whole numbers."""
     values = getattr(settings, name)
-    whole = all(type(n) is int and 1 <= n <= MOST for n in values)
-    require(whole, f"{name}={values} must be whole numbers in 1..{MOST}")
+    whole = all(type(n) is int and 1 <= n <= most for n in values)
+    require(whole, f"{name}={values} must be whole numbers in 1..{most}")
 
 
 def by_source(models: Models, name: str) -> dict[str, Any]:

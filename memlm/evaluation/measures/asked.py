@@ -21,7 +21,6 @@ from memlm.evaluation.subject import Subject
 from memlm.evaluation.tasks import Setting, Task, View, tasks
 from memlm.hub.causal import new_memory
 from memlm.policies import Policy, build_policies, reader_of
-from memlm.settings import require
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,7 @@ class Asked(Measure):
 
     def __post_init__(self) -> None:
         check_range(self, rows=1)
-        check_counts(self, "lengths")
-        require(max(self.lengths, default=0) <= LONGEST, f"lengths={self.lengths} must be at most {LONGEST}")
+        check_counts(self, "lengths", LONGEST)
         _ = self.tasks, self.policies
 
     @cached_property

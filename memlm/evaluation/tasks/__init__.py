@@ -59,6 +59,20 @@ class Setting:
     def decode(self, ids: np.ndarray) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
+    def check_text(self, text: str, where: str) -> None:
+        """Raise ValueError, which begins with ``where``, if the tokenizer loses signs of a text.
+
+        Spaces and small letters for capital ones are no loss.
+        """
+        whole, kept = ("".join(x.lower().split()) for x in (text, self.decode(self.encode(text))))
+        lost = "".join(sorted({*whole} - {*kept}))
+        require(
+            whole == kept,
+            f"{where}: the tokenizer does not keep the text"
+            + (f", it loses {lost!r}" if lost else "")
+            + "; leave it out, or choose a model whose tokenizer encodes any text",
+        )
+
     def rng(self, *words: int | str) -> np.random.Generator:
         """Draws that depend on the seed and on the given words alone."""
         return np.random.default_rng([self.seed, *(w if isinstance(w, int) else _number(w) for w in words)])

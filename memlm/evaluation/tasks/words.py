@@ -61,6 +61,9 @@ ENGLISH = sorted({*ADJECTIVES, *NOUNS})
 _SYLLABLES = ["".join(pair) for pair in product("bcdfghjklmnpqrstvwxz", "aeiou")]
 _UPPER, _LOWER = (np.array([chr(first + i) for i in range(26)]) for first in (ord("A"), ord("a")))
 
+# (rng, count) -> words
+Draw = Callable[[np.random.Generator, int], list[str]]
+
 
 def numbers(rng: np.random.Generator, count: int) -> list[str]:
     """Numbers of seven digits."""
@@ -78,7 +81,7 @@ def uuids(rng: np.random.Generator, count: int) -> list[str]:
     return [str(uuid.UUID(bytes=drawn[16 * i : 16 * (i + 1)], version=4)) for i in range(count)]
 
 
-def letters(upper: bool, size: int) -> Callable[[np.random.Generator, int], list[str]]:
+def letters(upper: bool, size: int) -> Draw:
     """Words of random letters."""
     alphabet = _UPPER if upper else _LOWER
     return lambda rng, count: ["".join(word) for word in alphabet[rng.integers(26, size=(count, size))]]
@@ -91,7 +94,7 @@ def made(rng: np.random.Generator, count: int) -> list[str]:
     return ["".join(_SYLLABLES[i] for i in word) for word in drawn.tolist()]
 
 
-def distinct(draw: Callable[[np.random.Generator, int], list[str]], rng: np.random.Generator, count: int) -> list[str]:
+def distinct(draw: Draw, rng: np.random.Generator, count: int) -> list[str]:
     """``count`` different draws."""
     found: dict[str, None] = {}
     while len(found) < count:
