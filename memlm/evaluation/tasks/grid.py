@@ -17,7 +17,7 @@ _SAMPLE = "calm-otter 0123456789"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid(Task):
+class NeedleGrid(Task):
     """depths: places of the needles in percent of the text; 0 is its beginning, and 100 ends at the question
     haystack: a text file, or a folder of ``*.txt``; null for sentences made by rule
 
