@@ -1,14 +1,17 @@
 """Needles over length and depth: places as the axis tells, draws of each cell, and tokens that a grid costs."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from memlm.data import Passkey
 from memlm.evaluation import plots
 from memlm.evaluation.events import Read, run
 from memlm.evaluation.measures.asked import cells
+from memlm.evaluation.measures.needles import needles
 from memlm.evaluation.tasks import Setting, tasks
 from tests.oracles import Guesser, Oracle, scores
 from tests.test_ruler import TOKENIZERS
@@ -94,3 +97,18 @@ def test_read_events_hold_no_question():
     text = setting.decode(streams[0][0].ids)
     assert len(re.findall(r"The magic number of [a-z]+-[a-z]+ is \d{7}\.", text)) == 5
     assert sum(isinstance(event, Read) for event in streams[0]) == 1
+
+
+def test_each_cell_of_the_needle_map_has_rows_of_its_own(monkeypatch):
+    seen = []
+
+    def scored(model, batches, *_):
+        seen.extend(row.tobytes() for batch in batches for row in batch.labels.numpy())
+        return {"task": SimpleNamespace(accuracy=0.5)}
+
+    monkeypatch.setattr("memlm.evaluation.measures.recall.score", scored)
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=259), device="cpu")
+    found = needles(model, Passkey(), 0, [128, 256], [0.0, 0.5, 1.0], 8)
+    assert [(cell.length, cell.depth) for cell in found] == [(n, d) for n in (128, 256) for d in (0.0, 0.5, 1.0)]
+    # A cell repeats no other's key and digits, which are the labels.
+    assert len(seen) == 6 * 8 == len({*seen})

@@ -233,8 +233,9 @@ class StackedMQAR(ZoologyMQAR):
 class Passkey(RecallTask):
     """`MARK key d1..dn` somewhere in filler and `ASK key d1..dn` at the end; the n digits must be predicted.
 
-    Digits are any of the values. A digit is at least `gap` tokens before the token that predicts it. The needle's
-    place is random; `depth` fixes it: 0 at the front, 1 as late as the gap allows.
+    Digits are any of the values. The needle's place is random, and a digit is at least `gap` tokens before the token
+    that predicts it. `depth` fixes the place, whatever the gap, as a share of the text before the question: at 0 the
+    needle is the front, at 1 it ends where the question begins.
     Raises ValueError if the sizes do not fit.
     """
 
@@ -249,13 +250,21 @@ class Passkey(RecallTask):
         if self.digits < 1:
             raise ValueError(f"digits={self.digits} must be at least 1")
         if self.depth is not None and not 0 <= self.depth <= 1:
-            raise ValueError(f"depth={self.depth} must lie between 0 (front) and 1 (as late as gap allows)")
+            raise ValueError(f"depth={self.depth} must lie between 0 (front) and 1 (before the question)")
         self._check_sizes(least_gap=self.digits + 1, least_length=self.digits + 3 + self.gap)
 
     @property
     def min_distance(self) -> int:
         """The least distance in tokens from the token that predicts a digit back to that digit."""
-        return self.gap
+        return self.gap if self.depth is None else self._question - self._place(self.depth) - 1
+
+    @property
+    def _question(self) -> int:
+        return self.length - self.digits - 2
+
+    def _place(self, depth: float) -> int:
+        """The needle's first token; the needle is as long as the question."""
+        return round(depth * (self._question - self.digits - 2))
 
     @property
     def set_guesser(self) -> float:
@@ -265,14 +274,13 @@ class Passkey(RecallTask):
         message = np.concatenate(
             [rng.choice(KEYS[: self.num_keys], 1), VALUES[rng.integers(self.num_values, size=self.digits)]]
         )
-        question = self.length - len(message) - 1
         # A digit is predicted by the token before it, which is one nearer to the needle.
-        latest = question - 1 - self.gap
-        needle = rng.integers(latest + 1) if self.depth is None else round(self.depth * latest)
-        for start, symbol in ((needle, MARK), (question, ASK)):
+        latest = self._question - 1 - self.gap
+        needle = rng.integers(latest + 1) if self.depth is None else self._place(self.depth)
+        for start, symbol in ((needle, MARK), (self._question, ASK)):
             input_ids[start] = symbol
             input_ids[start + 1 : start + 1 + len(message)] = message
-        return np.arange(question + 2, self.length)
+        return np.arange(self._question + 2, self.length)
 
 
 @dataclass(frozen=True)

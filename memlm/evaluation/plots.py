@@ -37,7 +37,7 @@ def needle_map(grids: dict[str, list[dict]], training_length: int | None) -> Fig
             edge = lengths.index(training_length) + 0.5
             axis.axvline(edge, color="black", linestyle="--", linewidth=1.5)
             axis.text(edge - 0.05, -0.56, "trained up to here", ha="right", va="bottom", fontsize=7)
-    axes[0][0].set_ylabel("depth of the needle (0 % = start)")
+    axes[0][0].set_ylabel("depth in percent of the text")
     cell = next(iter(grids.values()))[0]
     bar = figure.colorbar(image, ax=axes[0].tolist(), label="tokens recalled")
     for floor, style in _FLOORS.items():

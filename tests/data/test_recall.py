@@ -124,9 +124,11 @@ def test_copy_layout():
 
 def test_passkey_depth():
     task = Passkey()
-    for depth, place in ((0, 0), (0.5, 38), (1, 76)):
-        for row in rows(replace(task, depth=depth), 5):
-            assert text(row).index("#") == place
+    for length in (128, 1024):
+        for depth in (0, 0.25, 0.5, 1):
+            for row in rows(replace(task, depth=depth, length=length), 5):
+                before, needle = text(row).index("?"), text(row).index("#")
+                assert needle == round(depth * (before - 6)), "at 1 the needle of 6 tokens ends at the question"
     assert {text(row).index("#") for row in rows(task, 2000)} == set(range(77))
 
 

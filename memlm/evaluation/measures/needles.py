@@ -20,7 +20,9 @@ from memlm.settings import require
 
 @dataclass(frozen=True)
 class Needle:
-    """Accuracy by token in one cell of the grid; low, high: its 95 % interval over rows; depth 0 is the front."""
+    """Accuracy by token in one cell of the grid; low, high: its 95 % interval over rows; depth 0 is the front,
+    and at 1 the needle ends where the question begins.
+    """
 
     length: int
     depth: float
@@ -40,11 +42,12 @@ def needles(
     depths: Sequence[float],
     rows: int,
 ) -> list[Needle]:
-    """A passkey at each depth of texts of each length, at least ``task.gap`` tokens from the question."""
-    cells = []
+    """A passkey at each depth of texts of each length; each cell has rows of its own."""
+    cells: list[Needle] = []
     for length in lengths:
         for depth in depths:
-            s = score_task(model, replace(task, length=length, depth=depth), seed, rows)
+            placed = replace(task, length=length, depth=depth)
+            s = score_task(model, placed, seed, rows, first=len(cells) * rows)
             floors, interval = (task.chance, task.set_guesser), wilson(s.accuracy, rows)
             cells.append(Needle(length, depth, rows, *floors, s.accuracy, *interval))
     return cells
@@ -53,7 +56,7 @@ def needles(
 @dataclass(frozen=True)
 class Needles(Measure):
     """factors: lengths, as in ``recall``
-    depths: depths of the needle in 0..1, 0 is the front; [] for no needles
+    depths: depths of the needle in 0..1, as shares of the text before the question; [] for no needles
     needle_rows: rows of a cell
     """
 
@@ -111,5 +114,7 @@ class Needles(Measure):
             "A key and four symbols appear once in noise; the end asks for them. A cell is the share of the four "
             f"recalled, teacher forced, over {cell['rows']} texts never trained on; chance is {cell['chance']:.3f}. "
             f"The symbols without their order give {cell['set_guesser']:.3f}, as each is shown before the next. "
+            "Depth is the needle's place in percent of the text before the question: at 100 % the two touch, within "
+            "the reach of any window. Each cell has texts of its own. "
             "Right of the dashed line the texts are longer than any in training."
         )

@@ -56,11 +56,12 @@ def recall(
     return results
 
 
-def score_task(model: PreTrainedModel, task: RecallTask, seed: int, rows: int) -> Score:
+def score_task(model: PreTrainedModel, task: RecallTask, seed: int, rows: int, first: int = 0) -> Score:
+    """The score of ``rows`` test rows, from number ``first`` on."""
     size = max(1, min(rows, _TOKENS_AT_ONCE // task.length))
     batches = (
         Batch.from_rows(
-            [task.sample(seed, "test", i, 1.0) for i in range(start, min(start + size, rows))],
+            [task.sample(seed, "test", first + i, 1.0) for i in range(start, min(start + size, rows))],
             [0] * min(size, rows - start),
         )
         for start in range(0, rows, size)
