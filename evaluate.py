@@ -8,7 +8,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from memlm.cli import check_arguments, use_gpu_preset, user_errors
+from memlm.cli import check_arguments, open_settings, use_gpu_preset, user_errors
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -24,7 +24,7 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = use_gpu_preset(sys.argv[1:], "name=gpu", ("name=", "checkpoint=", "hardware="))
+    sys.argv[1:] = open_settings(use_gpu_preset(sys.argv[1:], "name=gpu", ("name=", "checkpoint=", "hardware=")))
     with user_errors(CONFIGS, "evaluate"):
         check_arguments(sys.argv[1:], CONFIGS, "evaluate")
         main()

@@ -94,7 +94,7 @@ def use_gpu_preset(argv: list[str], preset: str, unless: tuple[str, ...]) -> lis
 
 def completed(argv: list[str]) -> list[str]:
     """``argv``, so that Hydra finds the group of a backbone, and the settings that no YAML names."""
-    return mixer_settings(backbone_model(argv))
+    return open_settings(backbone_model(argv))
 
 
 def backbone_model(argv: list[str]) -> list[str]:
@@ -104,12 +104,13 @@ def backbone_model(argv: list[str]) -> list[str]:
     return [*argv, "model=backbone"] if named and "model" not in keys else argv
 
 
-def mixer_settings(argv: list[str]) -> list[str]:
-    """``argv``, where a mixer's settings that its YAML leaves at their defaults can be set too.
+def open_settings(argv: list[str]) -> list[str]:
+    """``argv``, where settings of a mixer and of the evaluation that no YAML names can be set too.
 
-    Hydra refuses keys that no YAML names; the mixer's own configuration then checks whether they exist.
+    Hydra refuses keys that no YAML names; the mixer's own configuration, or the measures, then check whether they
+    exist.
     """
-    return [f"++{a}" if re.match(r"model\.mixers\.\w+\.\w+=", a) else a for a in argv]
+    return [f"++{a}" if re.match(r"(model\.mixers\.\w+\.\w+|eval\.[\w.]+)=", a) else a for a in argv]
 
 
 def of_memory(cfg: DictConfig, hydra: DictConfig) -> DictConfig:
