@@ -412,13 +412,13 @@ def test_an_evaluation_names_its_policies_and_shows_scores_by_budget():
     header, rows = measure.tables(results)["asked-mqar-policies"]
     assert header[1:] == ["all entries", "8,192 bytes", "32,768 bytes"]
     assert [row[0].split(", ")[-1] for row in rows[:5]] == [
-        *("none", "recent", "surprisal", "epicache caches=2 window=8", "random")
+        *("full cache", "recent", "surprisal", "epicache caches=2 window=8", "random")
     ]
     # A budget of more entries than the text has tokens changes nothing.
     nats = {cell["down"]: cell["nats"] for cell in cells if cell["across"] in ("all entries", "32,768 bytes")}
-    assert all(x == pytest.approx(nats["none"], rel=1e-5) for x in nats.values())
+    assert all(x == pytest.approx(nats["full cache"], rel=1e-5) for x in nats.values())
     small = {cell["down"]: cell["nats"] for cell in cells if cell["across"] == "8,192 bytes"}
-    assert all(abs(x - nats["none"]) > 1e-5 for x in small.values())
+    assert all(abs(x - nats["full cache"]) > 1e-5 for x in small.values())
     assert any(row[0] == "mqar, mine, random, 8,192 bytes, own" for row in measure.tables(results)["asked-mqar"][1])
     with pytest.raises(ValueError, match=r"budget=9 bytes hold 0 entries"):
         Asked(ask=ask, policy={"kind": "recent", "budget": 9}).check_model(subject.model)

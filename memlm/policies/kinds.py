@@ -3,7 +3,7 @@
 B streams, T tokens of a call, S entries of a layer, H query heads, G key heads, K head dim, Q queries, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from typing import Any, ClassVar, NamedTuple
@@ -83,14 +83,15 @@ class Policy:
         raise NotImplementedError
 
     @property
-    def words(self) -> str:
-        """Its kind, and settings other than the defaults."""
-        others = (f for f in fields(self) if f.name != "budget" and getattr(self, f.name) != f.default)
-        return " ".join([self.kind, *(f"{f.name}={getattr(self, f.name)}" for f in others)])
-
-    @property
     def label(self) -> str:
-        return f"{self.words}, {self.budget:,} bytes"
+        """All that distinguishes it, in words."""
+        return f"{self.words([f.name for f in fields(Policy)])}, {self.budget:,} bytes"
+
+    def words(self, names: Collection[str] = ()) -> str:
+        """Its kind, its own settings other than the defaults, and those of all kinds that are named."""
+        shown = {f.name for f in fields(self)} - {f.name for f in fields(Policy)} | {*names} - {"budget"}
+        others = [f for f in fields(self) if f.name in shown and getattr(self, f.name) != f.default]
+        return " ".join([self.kind, *(f"{f.name}={getattr(self, f.name)}" for f in others)])
 
 
 @dataclass(frozen=True, kw_only=True)

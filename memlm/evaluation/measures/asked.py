@@ -53,6 +53,14 @@ class Asked(Measure):
     def policies(self) -> list[Policy]:
         return build_policies(self.policy, "policy")
 
+    def _words(self, policy: Policy | None) -> str:
+        """A policy's name in the table by budget, with settings in which the policies differ."""
+        if policy is None:
+            return "full cache"
+        settings = [asdict(other) for other in self.policies]
+        differ = [name for name in ("period", "sinks", "recent") if len({s[name] for s in settings}) > 1]
+        return policy.words(differ)
+
     def views(self, task: Task) -> list[View]:
         """The views of a task, and with policies one of their scores by budget, of all texts together."""
         own = list(task.views())
@@ -97,7 +105,8 @@ class Asked(Measure):
             of_task = one.parts.measure(name, settings, partial(ask, task, policy), task.cost())
             if of_task is not None and self.policies:
                 of_task = [{**cell, "policy": _told(policy, one.subject)} for cell in of_task]
-                about = {"policy": policy.words, "budget": f"{policy.budget:,} bytes"} if policy else _EVERYTHING
+                budget = f"{policy.budget:,} bytes" if policy else "all entries"
+                about = {"policy": self._words(policy), "budget": budget}
                 records = [{**record, **about} for record in task.reduce(one.parts.records[name])]
                 of_task += cells(self.views(task)[-1], records)
             if of_task is not None:
@@ -159,7 +168,6 @@ class Asked(Measure):
 
 # The names of the cells that show all records, and all records of each policy.
 TOTALS, BY_BUDGET = "totals", "policies"
-_EVERYTHING = {"policy": "none", "budget": "all entries"}
 # Kinds of sources whose rows train a model on answers alone.
 _ANSWERS = {"mqar", "passkey", "copy", "facts", "chains", "questions"}
 
