@@ -1,7 +1,7 @@
 """lm-eval's numbers are those of the model, by its Python API and by its command line, for tasks on this disk."""
 
 import copy
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -15,14 +15,16 @@ import pytest
 import torch
 
 import memlm
+from memlm import evaluation
 from memlm.data.tokenizer import byte_tokenizer
 from memlm.evaluation.data import Examined
+from memlm.evaluation.measures import lm_eval as module
 from memlm.evaluation.measures.text import Text
-from tests.conftest import ROOT
+from tests.conftest import ROOT, composed
 from tests.test_attached import opened
 from tests.test_trainers import attached, made, own, text
 
-pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
+lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
 WINDOW = 48
 DOCUMENTS = [text(n, n).strip() for n in (2, 21, 9)]
 PAIRS = [(text(n, n).strip(), " " + text(m, m + 20).strip()) for n, m in ((3, 2), (6, 1), (1, 4))]
@@ -219,6 +221,78 @@ def test_evaluate_of_hugging_face_is_found_beside_evaluate_py():
     """This folder is the first of sys.path here, as for python -m lm_eval."""
     evaluate = importlib.import_module("evaluate")
     assert callable(evaluate.load) and Path(evaluate.__file__) != ROOT / "evaluate.py"
+
+
+def evaluated(folder, tmp_path, *overrides):
+    """Whether ``evaluate.py eval=lm_eval`` measured everything, and its results."""
+    given = ["eval=lm_eval", "control=null", f"checkpoint={folder}/own", f"out={tmp_path}/out", *overrides]
+    complete = evaluation.run(composed(*given, f"eval.include_path={folder}", config="evaluate"))
+    return complete, json.loads((tmp_path / "out" / "latest" / "results.json").read_text())["models"]["own"]
+
+
+def test_evaluate_py_measures_its_tasks(folder, tmp_path, capsys):
+    """A task that does not exist and one whose data cannot be had are lines; the others go on."""
+    reach = "ConnectionError: Couldn't reach 'EleutherAI/lambada_openai' on the Hub (LocalEntryNotFoundError)"
+    from lm_eval.tasks import TaskManager
+
+    real = lm_eval.simple_evaluate
+
+    def offline(lm, tasks, **words):
+        if tasks == ["lambada_openai"]:
+            raise ConnectionError(reach.partition(": ")[2])
+        return real(lm, tasks=tasks, **words)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm_eval, "simple_evaluate", offline)
+        # lm-eval's own tasks take seconds to list.
+        away = json.loads((folder / "rolling.yaml").read_text()) | {"task": "lambada_openai"}
+        (tmp_path / "away.yaml").write_text(json.dumps(away))
+        index = TaskManager(include_path=[str(folder), str(tmp_path)], include_defaults=False)
+        patch.setattr(module, "_index", lambda include_path, defaults: index)
+        names = "local_rolling,local_completion,local_generation,lambada_openai,local_rollin"
+        complete, found = evaluated(folder, tmp_path, f"eval.tasks=[{names}]", f"eval.max_length={WINDOW}")
+    said = capsys.readouterr().out
+    assert not complete and [*found["missing"]] == ["lm_eval-lambada_openai", "lm_eval-local_rollin"]
+    fix = "run it once with a network, or name tasks of local files with eval.include_path"
+    assert f"lambada_openai: its data set is not here and cannot be downloaded ({reach}); {fix}" in said
+    assert "eval.tasks: 'local_rollin' is unknown; did you mean 'local_rolling'?" in said
+    model = memlm.from_pretrained(folder / "own")
+    results = found["lm_eval"]
+    metrics = {task: {name: of["value"] for name, of in results[task]["metrics"].items()} for task in results}
+    check({task: {f"{name},none": value for name, value in of.items()} for task, of in metrics.items()}, model)
+    _, completions, generated = expected(model)
+    perplexity = results["local_completion"]["metrics"]["perplexity"]
+    assert perplexity["value"] == pytest.approx(math.exp(-sum(completions) / len(PAIRS)), rel=1e-4)
+    assert perplexity["stderr"] > 0 and results["local_completion"]["n"] == len(PAIRS)
+    right = [made == completion.partition("e")[0] for made, (_, completion) in zip(generated, PAIRS, strict=True)]
+    assert results["local_generation"]["metrics"]["exact_match"]["value"] == pytest.approx(sum(right) / len(right))
+    assert {of["max_length"] for of in results.values()} == {WINDOW}
+    (records,) = (tmp_path / "out" / "latest" / "records" / "own").glob("*completion.jsonl")
+    assert [json.loads(line)["stream"] for line in records.read_text().splitlines()] == [0, 1, 2]
+    # Documents pair two models.
+    measure = module.LMEval(tasks=["local_completion"])
+    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    figures = {figure.across: figure for figure in measure.figures(results, {}, lambda name: lines)}
+    assert len(figures["acc"].units) == 3 and not figures["perplexity"].units
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ((), "eval.tasks=null names no task; name some"),
+        (("eval.tasks=[a]", "eval.limit=0"), "eval.limit=0 must be more than 0, or null"),
+        (("eval.tasks=[a]", "eval.include_path=/none"), "eval.include_path=/none: there is no such folder"),
+    ],
+)
+def test_wrong_settings_of_lm_eval_are_a_line(given, told):
+    with pytest.raises(ValueError, match=told):
+        evaluation.run(composed("eval=lm_eval", "checkpoint=x", *given, config="evaluate"))
+
+
+def test_without_lm_eval_a_line_names_it(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"own needs lm-eval for eval\.tasks; pip install 'lm-eval"):
+        evaluated(folder, tmp_path, "eval.tasks=[local_rolling]")
 
 
 METRIC = """

@@ -8,6 +8,7 @@ Files:
     bank                questions to a bank, over the number of its documents
     inside              one text token by token
     interleaved         questions answered by reading on in a bank
+    lm_eval             tasks of EleutherAI's lm-eval
     needles             passkeys over length and depth
     recall              recall tasks over length
     text                perplexity of text, with the memory carried, reset and silenced
