@@ -1,11 +1,12 @@
 """Runs side by side: intervals, seeds, differences from the reference."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from memlm.evaluation.compare import compared
+from memlm.evaluation.compare import _asked_otherwise, compared
 from memlm.evaluation.figures import Figure, Topic
 from memlm.evaluation.runs import Runs
 from memlm.evaluation.statistics import bootstrap, of_seeds, paired, unpaired, wilson
@@ -85,3 +86,11 @@ def test_a_cell_is_a_mean_over_seeds_and_a_difference_within_their_noise_has_no_
     # Two seeds of each that overlap.
     _, two = cells(row("a", good, bad), row("b", good, good))
     assert two["difference"]["low"] > 0 and not two["difference"]["marked"]
+
+
+def test_a_note_names_settings_in_which_evaluations_differ():
+    rows = [row("a", [1.0]), row("b", [1.0])]
+    assert _asked_otherwise(rows) == []
+    (figure,) = rows[1].seeds[0].values()
+    rows[1].seeds[0][figure.place] = replace(figure, topic=replace(SHARES, settings={"gap": 0.5}))
+    assert _asked_otherwise(rows) == ["task was not measured alike in all runs: gap: None, 0.5"]

@@ -21,7 +21,7 @@ from memlm.evaluation.measures import Table
 from memlm.evaluation.report import Report
 from memlm.evaluation.runs import FOLDERS, Runs, find, grouped
 from memlm.evaluation.statistics import bootstrap, of_seeds, paired, unpaired, wilson
-from memlm.evaluation.subject import differences
+from memlm.evaluation.subject import differences, flat
 from memlm.settings import require
 
 # 1 KB of state.
@@ -50,7 +50,7 @@ def compare(cfg: DictConfig) -> bool:
     out = Path(cfg.out) if cfg.out else Path("runs") / "compare" / _name(paths)
     found = compared(rows)
     results = {"schema": storage.SCHEMA, "command": storage.command(), "left_out": lines, **found}
-    results["notes"] = notes + _uneven(found["rows"])
+    results["notes"] = notes + _uneven(found["rows"]) + _asked_otherwise(rows)
     tables = {"models": _models(found), **_tables(found)}
     report = _page(results, tables)
     path = report.write(out)
@@ -183,6 +183,22 @@ def _uneven(rows: Sequence[dict[str, Any]]) -> list[str]:
             fix = f"; train.py match.{word}=... makes them equal" if word else ""
             notes.append(f"The rows differ in {label}: {min(sizes):,.0f} to {max(sizes):,.0f}{fix}.")
     return notes
+
+
+def _asked_otherwise(rows: Sequence[Runs]) -> list[str]:
+    """A note for each topic whose texts or questions are not the same for all runs."""
+    topics: dict[str, list[Topic]] = {}
+    for figures in (figures for row in rows for figures in row.seeds.values()):
+        for figure in figures.values():
+            known = topics.setdefault(figure.topic.name, [])
+            if all(topic.settings != figure.topic.settings for topic in known):
+                known.append(figure.topic)
+    return [
+        f"{name} was not measured alike in all runs: "
+        + "; ".join(f"{key}: {', '.join(map(str, values))}" for key, values in found.items())
+        for name, known in topics.items()
+        if (found := differences([flat(dict(topic.settings)) for topic in known]))
+    ]
 
 
 def _models(found: dict[str, Any]) -> Table:

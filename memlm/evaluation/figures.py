@@ -17,6 +17,7 @@ class Topic:
     label: of the values; share: whether they lie in 0..1, and more is better
     across: the columns' name
     floors: values of those who do not remember, the same in all columns or by column
+    settings: of the texts and questions; runs are comparable if they are equal
     """
 
     name: str
@@ -25,6 +26,7 @@ class Topic:
     across: str
     share: bool = True
     floors: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,9 @@ def grouped(paths: Sequence[Path]) -> tuple[list[Runs], list[str], list[str]]:
             model = (folder, name, facts["seed"])
             if weights.setdefault(model, facts.get("weights")) != facts.get("weights"):
                 continue
-            settings = {**facts["settings"], **{key: facts[key] for key in ("step", "tokenizer", "dtype")}}
+            # Without a run, the checkpoint is all that tells two models apart.
+            known = facts["settings"] or {"checkpoint": facts["checkpoint"]}
+            settings = {**known, **{key: facts[key] for key in ("step", "tokenizer", "dtype")}}
             row = rows.setdefault((name, repr(sorted(settings.items()))), Runs(name, settings))
             seed = facts["seed"]
             row.facts.setdefault(seed, facts)
@@ -107,6 +109,7 @@ def _models(path: Path) -> Iterator[tuple[str, dict[str, Any], list[Figure]]]:
             return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
         about = {"seed": seed, "corpora": results["corpora"], "tokenizer": model["tokenizer"]}
+        about["sources"] = results["data"].get("sources") or {}
         figures = [
             figure
             for measure in chosen

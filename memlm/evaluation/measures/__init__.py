@@ -98,7 +98,7 @@ class Measure:
         page of its own.
 
         found: the result of ``run``; records: of a part of it, by name
-        about: what else determines the texts: ``seed``, ``corpora`` by source, and ``tokenizer``
+        about: what else determines the texts: ``seed``, ``corpora`` and ``sources`` by name, and ``tokenizer``
         """
         return iter(())
 

@@ -134,7 +134,7 @@ class Asked(Measure):
             texts = (repr(task), about["seed"], about["tokenizer"])
             for view in [*task.views(), View(name=TOTALS, label=task.title, across="", share=False)]:
                 name = "-".join(filter(None, (task.name, view.name)))
-                topic = Topic(name, task.title, view.label, view.across, view.share, view.floors)
+                topic = Topic(name, task.title, view.label, view.across, view.share, view.floors, vars(task))
                 units = {
                     (down, across): {(texts, text): mean for text, mean in by_text(group, value).items()}
                     for down, across, value, group in (grouped(view, shown) if view.name != TOTALS else ())

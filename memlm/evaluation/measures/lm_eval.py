@@ -147,7 +147,8 @@ class LMEval(Measure):
     def figures(self, found: Any, about: Mapping[str, Any], records: Records) -> Iterator[Figure]:
         of_tasks = [record for task in self.tasks or [] for record in records(f"{self.name}-{task}")]
         for task, result in found.items():
-            topic = Topic(f"{self.name}-{task}", f"lm-eval: {task}", "value", "metric", share=False)
+            settings = {key: result[key] for key in ("num_fewshot", "version", "max_length")} | {"limit": self.limit}
+            topic = Topic(f"{self.name}-{task}", f"lm-eval: {task}", "value", "metric", share=False, settings=settings)
             for metric, figure in result["metrics"].items():
                 value, half = figure["value"], 1.96 * (math.nan if figure["stderr"] is None else figure["stderr"])
                 mine = {r["stream"]: r[metric] for r in of_tasks if r["task"] == task and metric in r}

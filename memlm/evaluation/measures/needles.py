@@ -100,7 +100,9 @@ class Needles(Measure):
         for source, cells in found.items():
             floors = {floor.replace("_", " "): cells[0][floor] for floor in ("chance", "set_guesser")}
             name = "Needle in a haystack" + (f" of {source}" if len(found) > 1 else "")
-            topic = Topic(f"needles-{source}", name, "tokens recalled", "length", floors=floors)
+            about_task = {"needle_rows": self.needle_rows, **about["sources"].get(source, {})}
+            words = ("tokens recalled", "length")
+            topic = Topic(f"needles-{source}", name, *words, floors=floors, settings=about_task)
             for cell in cells:
                 mean = (cell["accuracy"], cell["low"], cell["high"])
                 yield Figure(topic, f"depth {cell['depth']:.0%}", cell["length"], *mean, cell["rows"])

@@ -135,7 +135,9 @@ class Recall(Measure):
                 floor.replace("_", " "): {length: cell[floor] for length, cell in mine.items()}
                 for floor in ("chance", "set_guesser")
             }
-            topic = Topic(f"recall-{task}", f"Recall: {task}", "tokens recalled", "training length", floors=floors)
+            about_task = {"recall_rows": self.recall_rows, **about["sources"].get(task, {})}
+            words = ("tokens recalled", "training length")
+            topic = Topic(f"recall-{task}", f"Recall: {task}", *words, floors=floors, settings=about_task)
             for length, cell in mine.items():
                 mean = (cell["accuracy"], cell["low"], cell["high"])
                 yield Figure(topic, None, length, *mean, cell["rows"])

@@ -171,16 +171,19 @@ class Text(Measure):
 
     def figures(self, found: Any, about: Mapping[str, Any], records: Records) -> Iterator[Figure]:
         for source, of_source in found.items():
-            topic = Topic(f"text-{source}", f"Held-out text: {source}", "bits per byte", "reading", share=False)
-            corpus, sizes = about["corpora"].get(source), of_source["documents"]["bytes"]
+            sizes = ("text_documents", "text_length", "text_joined")
+            settings = {"corpus": about["corpora"].get(source), **{size: getattr(self, size) for size in sizes}}
+            title = f"Held-out text: {source}"
+            topic = Topic(f"text-{source}", title, "bits per byte", "reading", share=False, settings=settings)
+            num_bytes = of_source["documents"]["bytes"]
             for way, reading in of_source.items():
                 if way == "documents":
                     continue
                 part = reading["common"]
                 # Documents of equal bytes are the same in all tokenizers.
                 units = {
-                    (corpus, about["seed"], i, size): (bits(nats, scored), scored)
-                    for i, (size, nats, scored) in enumerate(zip(sizes, part["nats"], part["bytes"], strict=True))
+                    (settings["corpus"], about["seed"], i, size): (bits(nats, scored), scored)
+                    for i, (size, nats, scored) in enumerate(zip(num_bytes, part["nats"], part["bytes"], strict=True))
                     if scored
                 }
                 mean = (part["bits_per_byte"], part["low"], part["high"])
