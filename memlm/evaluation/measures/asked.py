@@ -25,7 +25,7 @@ from memlm.policies import Policy, build_policies, reader_of
 
 @dataclass(frozen=True)
 class Asked(Measure):
-    """ask: tasks by name, each with its own settings; {} for none
+    """ask: tasks by name, each with its own settings; null for none
     lengths: tokens of the texts
     rows: texts of each length
     policy: key-value policies, such as {kind: [keydiff, recent], budget: [8192, 16384]}, or a list of such; the model
@@ -35,7 +35,7 @@ class Asked(Measure):
     name = "asked"
     nothing = {}  # noqa: RUF012
     whole = False
-    ask: dict = field(default_factory=dict)
+    ask: dict | None = None
     lengths: list = field(default_factory=lambda: [256])
     rows: int = 32
     policy: dict | list | None = None
@@ -47,7 +47,7 @@ class Asked(Measure):
 
     @cached_property
     def tasks(self) -> list[Task]:
-        return tasks(self.ask, self.lengths, self.rows)
+        return tasks(self.ask or {}, self.lengths, self.rows)
 
     @cached_property
     def policies(self) -> list[Policy]:

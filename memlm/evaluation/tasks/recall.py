@@ -84,7 +84,7 @@ class RecallRows(Task):
                     yield [Read(ids[:start]), Ask(ids[start:-1], [answer], tag, at=places - 1 - start)]
 
     def floors(self) -> dict[str, float]:
-        # Of any length; a text that is too short is another line.
+        # The floors hold at any length; a text that is too short is another line.
         forms = self.made(_LONG)
         found = {}
         for name, floor in (("chance", lambda task: task.chance), ("set guesser", lambda task: task.set_guesser)):

@@ -1,0 +1,67 @@
+#!/usr/bin/env python
+"""All memories beside each other: train, evaluate and compare them, with equal parameters and with equal states.
+
+    python scripts/zoo.py [--memories titans_mag none ...] [--seeds 0 1 2] [--jobs 2]
+
+Runs stand in runs/zoo/parameters, where all memories have titans_mag's parameters, and in runs/zoo/state, where they
+also have its bytes of state after a row, within 5 %; memories that keep every token cannot, and are left out there.
+Each job is one process of one thread. The same command goes on after a stop: finished runs are not trained or
+evaluated again. The pages are runs/compare/zoo-parameters and runs/compare/zoo-state. A job that fails leaves its
+output in runs/zoo/failed and ends the command with exit code 1 after all others.
+"""
+
+import argparse
+import itertools
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MEMORIES = sorted(path.stem for path in (ROOT / "configs/memory").glob("*.yaml"))
+# Their states grow with the text, or are a window and the fast weights of a size that no setting solves.
+WITHOUT_STATE = ("attention", "chunk_sparse", "lact", "msa")
+SIZES = {
+    "parameters": ["match.parameters=titans_mag"],
+    "state": ["match.parameters=titans_mag", "match.state=titans_mag", "match.tolerance=0.05"],
+}
+
+
+def run(size: str, memory: str, seed: int) -> str | None:
+    """Train and evaluate. Returns the folder of a run that failed."""
+    place = f"runs/zoo/{size}/{memory}-seed{seed}"
+    train = ["train.py", "experiment=zoo", f"name=zoo/{size}", f"memory={memory}", f"seed={seed}", *SIZES[size]]
+    evaluate = ["evaluate.py", f"checkpoint={place}", "control=null", "eval=zoo", f"seed={seed}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for command in (train, evaluate):
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
+        if done.returncode:
+            log = Path("runs/zoo/failed") / f"{size}-{memory}-seed{seed}.txt"
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+            print(f"{place}: {command[0]} failed, see {log}", flush=True)
+            return place
+    print(place, flush=True)
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--memories", nargs="+", default=MEMORIES, choices=MEMORIES)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    given = parser.parse_args()
+    # All memories of one seed come before the next seed, so that a stopped command can already be compared.
+    chosen = itertools.product(given.seeds, SIZES, given.memories)
+    jobs = [(size, m, seed) for seed, size, m in chosen if size == "parameters" or m not in WITHOUT_STATE]
+    with ThreadPoolExecutor(given.jobs) as pool:
+        failed = [place for place in pool.map(lambda job: run(*job), jobs) if place]
+    for size in SIZES:
+        command = [sys.executable, "evaluate.py", f"compare=[runs/zoo/{size}/*]", f"out=runs/compare/zoo-{size}"]
+        failed += [size] if subprocess.run(command).returncode else []
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
