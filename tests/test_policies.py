@@ -1,5 +1,6 @@
 """Key-value policies: a cache that loses entries equals full attention that does not see them, at any cut."""
 
+import shlex
 from dataclasses import replace
 from functools import cache as once
 from itertools import product
@@ -22,7 +23,9 @@ from transformers import (
 )
 
 import memlm
+from memlm.cli import open_settings
 from memlm.data import load_tokenizer
+from memlm.evaluation import storage
 from memlm.evaluation.data import Examined
 from memlm.evaluation.measures import measures
 from memlm.evaluation.measures.asked import Asked
@@ -422,6 +425,12 @@ def test_an_evaluation_names_its_policies_and_shows_scores_by_budget():
     assert any(row[0] == "mqar, mine, random, 8,192 bytes, own" for row in measure.tables(results)["asked-mqar"][1])
     with pytest.raises(ValueError, match=r"budget=9 bytes hold 0 entries"):
         Asked(ask=ask, policy={"kind": "recent", "budget": 9}).check_model(subject.model)
+
+
+def test_the_command_of_an_evaluation_is_kept_as_it_was_typed(monkeypatch):
+    typed = ["eval=policies", "eval.policy={kind: recent, budget: 9}", "+eval.ask.mqar.gap=0.5", "seed=1"]
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *open_settings(typed)])
+    assert shlex.split(storage.command()) == ["python", "evaluate.py", *typed]
 
 
 def test_eval_policies_is_a_choice_that_builds():

@@ -25,7 +25,9 @@ LATEST, MEASURED = "latest", "measured"
 
 def command() -> str:
     """The command line of this process, quoted for a shell."""
-    return shlex.join(["python", *sys.argv] if sys.argv[0].endswith(".py") else sys.argv)
+    # As it was typed, before ``cli.open_settings``.
+    words = [word.removeprefix("++") if word.startswith("++eval.") else word for word in sys.argv]
+    return shlex.join(["python", *words] if words[0].endswith(".py") else words)
 
 
 def point_to(folder: Path) -> None:
