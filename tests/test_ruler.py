@@ -1,5 +1,6 @@
 """RULER with any tokenizer: lengths, counts and scores as in its published generator, on every task."""
 
+import json
 import re
 from collections import Counter
 
@@ -232,3 +233,55 @@ def test_files_are_a_haystack(tmp_path):
     (tmp_path / "two.txt").unlink()
     with pytest.raises(ValueError, match="has no text"):
         asked(TOKENIZERS["byte"], [2000], haystack=str(tmp_path))
+
+
+def _files(folder):
+    paragraphs = [
+        {
+            "context": f"Paragraph {i} tells that town {i} has {i + 10} towers. It tells more.",
+            "qas": [
+                {"question": f"How many towers has town {i}?", "answers": [{"text": f"{i + 10} towers"}]},
+                {"question": "Why?", "answers": [], "is_impossible": True},
+            ],
+        }
+        for i in range(30)
+    ]
+    squad = {"data": [{"paragraphs": paragraphs[:15]}, {"paragraphs": paragraphs[15:]}]}
+    hotpotqa = [
+        {
+            "question": f"Where is {i}?",
+            "answer": f"Place {i}",
+            "context": [[f"Title {i}{k}", ["One. ", "Two."]] for k in "ab"],
+        }
+        for i in range(9)
+    ]
+    for name, data in (("squad", squad), ("hotpotqa", hotpotqa)):
+        (folder / name).write_text(json.dumps(data))
+    return {name: str(folder / name) for name in ("squad", "hotpotqa")}
+
+
+def test_questions_have_their_documents_among_others(tmp_path, tokenizer):
+    setting, streams = asked(tokenizer, [1500, 4000], 2, tasks=["qa_1", "qa_2"], **_files(tmp_path))
+    for read, ask in streams:
+        assert len(read.ids) + len(ask.ids) + 32 == ask.tag["length"] and ask.tokens == 32
+        text, question, reply = texts(setting, (read, ask))
+        titles = [int(n) for n in re.findall(r"Document (\d+):", text)]
+        assert titles == list(range(1, len(titles) + 1)) and len(titles) > 3
+        number = int(re.search(r"(?:town|is) (\d+)\?", question)[1])
+        if ask.tag["task"] == "qa_1":
+            assert f"town {number} has {number + 10} towers. It tells more." in text
+            assert ask.judge(ask.answers[0]) == 1.0 and f"{number + 10} towers" in reply
+        else:
+            assert f"Title {number}a" in text and f"Title {number}b" in text
+    assert all(r["exact"] for r in scores(Oracle, streams[:4], len(tokenizer)))
+
+
+def test_files_of_another_form_are_a_line(tmp_path):
+    files = _files(tmp_path)
+    with pytest.raises(ValueError, match=r"squad=null: qa_1 needs a file; name SQuAD's JSON"):
+        asked(TOKENIZERS["byte"], [4096], tasks=["qa_1"])
+    for path in (files["hotpotqa"], "nowhere", str(tmp_path)):
+        with pytest.raises(ValueError, match=re.escape(f"eval.ask.ruler.squad={path}: is not SQuAD's JSON")):
+            asked(TOKENIZERS["byte"], [4096], tasks=["qa_1"], squad=path)
+    with pytest.raises(ValueError, match=r"has 30 questions; lower eval\.rows"):
+        asked(TOKENIZERS["byte"], [4096], 31, tasks=["qa_1"], squad=files["squad"])

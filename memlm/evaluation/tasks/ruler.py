@@ -14,7 +14,8 @@ Files: ``ruler_needles``, ``ruler_lists`` and ``ruler_qa`` have the tasks.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from memlm.evaluation.tasks.haystack import essay, files
 from memlm.evaluation.tasks.ruler_lists import CommonWords, FrequentWords
 from memlm.evaluation.tasks.ruler_needles import HiddenNeedles, VariableChain
 from memlm.evaluation.tasks.ruler_prompt import Kind, Prompt
+from memlm.evaluation.tasks.ruler_qa import FORMS, AskedDocuments
 from memlm.settings import require, suggest
 
 KINDS: Mapping[str, Kind] = {
@@ -39,12 +41,15 @@ KINDS: Mapping[str, Kind] = {
     "cwe": CommonWords(),
     "fwe": FrequentWords(),
 }
+# Forms of the files of tasks that need some.
+_FILES = {"qa_1": "squad", "qa_2": "hotpotqa"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ruler(Task):
-    """tasks: names of RULER's tasks
+    """tasks: names of RULER's tasks; null for all that have their files
     haystack: a text file, or a folder of ``*.txt``; null for sentences made by rule
+    squad, hotpotqa: JSON files for qa_1 and qa_2
     """
 
     name = "ruler"
@@ -54,25 +59,38 @@ class Ruler(Task):
         "expected strings in the answer. A guesser has 0."
     )
     down = "task"
-    tasks: list = field(default_factory=lambda: list(KINDS))
+    tasks: list | None = None
     haystack: str | None = None
+    squad: str | None = None
+    hotpotqa: str | None = None
 
     def __post_init__(self) -> None:
-        for task in self.tasks:
-            require(task in KINDS, f"tasks: {task!r} is unknown; {suggest(str(task), list(KINDS))}")
-        require(bool(self.tasks), "tasks=[] is empty; leave it out for all")
+        names, asked = [*KINDS, *_FILES], self.tasks or []
+        require(self.tasks != [], "tasks=[] is empty; leave it out for all")
+        for task in asked:
+            require(task in names, f"tasks: {task!r} is unknown; {suggest(str(task), names)}")
+            form = _FILES.get(task)
+            given = form is None or getattr(self, form) is not None
+            require(given, f"{form}=null: {task} needs a file; name {FORMS.get(form or '')}")
         if self.haystack is not None:
             files(self.haystack)
 
+    @cached_property
+    def kinds(self) -> dict[str, Kind]:
+        """The chosen tasks, by name."""
+        paths = {name: (form, getattr(self, form)) for name, form in _FILES.items()}
+        found = {**KINDS, **{name: AskedDocuments(*pair) for name, pair in paths.items() if pair[1] is not None}}
+        return found if self.tasks is None else {name: found[name] for name in self.tasks}
+
     def cost(self) -> int:
-        return super().cost() * len(self.tasks)
+        return super().cost() * len(self.kinds)
 
     def views(self) -> Sequence[View]:
         return [View(down="task"), View(name="mean", label="mean of the tasks")]
 
     def check(self, setting: Setting) -> None:
-        for task in self.tasks:
-            kind, length = KINDS[task], min(self.lengths)
+        length = min(self.lengths)
+        for task, kind in self.kinds.items():
             for row in range(self.rows):
                 prompt = self._prompt(setting, task, length, row)
                 self._check_symbols(setting, task, prompt)
@@ -88,7 +106,7 @@ class Ruler(Task):
         setting.check_text(f"{prompt.intro}{prompt.sample} {prompt.question}{prompt.reply}", where)
         # Decoding puts spaces beside some signs of words.
         answer = setting.decode(setting.pieces([prompt.reply])[0])
-        score = KINDS[task].score(answer, prompt.answers)
+        score = self.kinds[task].score(answer, prompt.answers)
         require(
             score == 1.0,
             f"{where}: the tokenizer decodes the right answer {prompt.reply!r} as {answer!r}; leave it out",
@@ -96,12 +114,12 @@ class Ruler(Task):
 
     def streams(self, setting: Setting) -> Iterator[Stream]:
         for length in self.lengths:
-            for task in self.tasks:
+            for task in self.kinds:
                 for row in range(self.rows):
                     yield self._stream(setting, task, length, row)
 
     def _stream(self, setting: Setting, task: str, length: int, row: int) -> Stream:
-        kind, prompt = KINDS[task], self._prompt(setting, task, length, row)
+        kind, prompt = self.kinds[task], self._prompt(setting, task, length, row)
         room = length - self._around(setting, kind, prompt)
         ids = np.concatenate([setting.start, setting.encode(prompt.intro), prompt.context(room)])
         question, reply = setting.pieces([prompt.question, prompt.reply])
@@ -110,7 +128,7 @@ class Ruler(Task):
 
     def _prompt(self, setting: Setting, task: str, length: int, row: int) -> Prompt:
         rng = setting.rng("ruler", task, length, row)
-        return KINDS[task].prompt(setting, essay(setting, self.haystack), rng, length)
+        return self.kinds[task].prompt(setting, essay(setting, self.haystack), rng, length, row)
 
     def _around(self, setting: Setting, kind: Kind, prompt: Prompt) -> int:
         """Tokens of all but the context."""

@@ -42,7 +42,7 @@ class CommonWords(Kind):
     common: int = 10
     generated = 120
 
-    def prompt(self, setting: Setting, prose: Haystack, rng: np.random.Generator, length: int) -> Prompt:
+    def prompt(self, setting: Setting, prose: Haystack, rng: np.random.Generator, length: int, row: int) -> Prompt:
         long = self._prompt(setting, rng, length, *_LONG) if length >= 4096 else None
         fits = long and len(setting.encode(long.intro + long.question)) + long.least + self.generated < length
         return long if long and fits else self._prompt(setting, rng, length, *_SHORT)
@@ -118,7 +118,7 @@ class FrequentWords(Kind):
 
     generated = 50
 
-    def prompt(self, setting: Setting, prose: Haystack, rng: np.random.Generator, length: int) -> Prompt:
+    def prompt(self, setting: Setting, prose: Haystack, rng: np.random.Generator, length: int, row: int) -> Prompt:
         size = max(5, (length - self.generated) // 50)
         vocabulary = ["...", *words.distinct(words.letters(False, 6), rng, size - 1)]
         ids, (last,) = setting.pieces(f" {word}" for word in vocabulary), setting.pieces(["\n"])

@@ -50,7 +50,7 @@ class HiddenNeedles(Kind):
     queries: int = 1
     generated = 128
 
-    def prompt(self, setting: Setting, prose: Haystack, rng: np.random.Generator, length: int) -> Prompt:
+    def prompt(self, setting: Setting, prose: Haystack, rng: np.random.Generator, length: int, row: int) -> Prompt:
         keys = words.distinct(_DRAWS[self.key], rng, self.keys)
         values = _DRAWS[self.value](rng, self.keys * self.values)
         owners = [key for key in keys for _ in range(self.values)]
@@ -106,7 +106,7 @@ class VariableChain(Kind):
     hops: int = 4
     generated = 30
 
-    def prompt(self, setting: Setting, prose: Haystack, rng: np.random.Generator, length: int) -> Prompt:
+    def prompt(self, setting: Setting, prose: Haystack, rng: np.random.Generator, length: int, row: int) -> Prompt:
         names, question, links = self._chain(rng, 5)
         needles, (last,) = setting.pieces(links), setting.pieces(["\n"])
         hay = setting.once("noise", lambda: Haystack(setting, repeat(f"{NOISE}\n")))

@@ -46,8 +46,8 @@ class Kind:
 
     generated: ClassVar[int]
 
-    def prompt(self, setting: Setting, prose: Haystack, rng: np.random.Generator, length: int) -> Prompt:
-        """A text of ``length`` tokens with all draws from ``rng``; prose: the haystack "essay"."""
+    def prompt(self, setting: Setting, prose: Haystack, rng: np.random.Generator, length: int, row: int) -> Prompt:
+        """Text ``row`` of ``length`` tokens with all draws from ``rng``; prose: the haystack "essay"."""
         raise NotImplementedError
 
     def score(self, text: str, answers: Sequence[str]) -> float:
