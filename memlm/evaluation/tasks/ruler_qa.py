@@ -23,7 +23,7 @@ _QUESTION = _ASKED + "Question: {query} Answer:"
 FORMS = {"squad": "SQuAD's JSON, such as dev-v2.0.json", "hotpotqa": "HotpotQA's JSON of the distractor setting"}
 
 
-class ReadingQuestion(NamedTuple):
+class FileQuestion(NamedTuple):
     """needed: the numbers of its documents; near: those of the same article"""
 
     query: str
@@ -32,12 +32,12 @@ class ReadingQuestion(NamedTuple):
     near: Sequence[int]
 
 
-class Reading(NamedTuple):
-    questions: Sequence[ReadingQuestion]
+class QuestionFile(NamedTuple):
+    questions: Sequence[FileQuestion]
     documents: Sequence[str]
 
 
-def read(form: str, path: str) -> Reading:
+def read(form: str, path: str) -> QuestionFile:
     """Raises ValueError, one line, for a file of another form."""
     try:
         data = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
@@ -49,7 +49,7 @@ def read(form: str, path: str) -> Reading:
     return library
 
 
-def _squad(articles: Sequence[Mapping[str, Any]]) -> Reading:
+def _squad(articles: Sequence[Mapping[str, Any]]) -> QuestionFile:
     texts = sorted({p["context"] for article in articles for p in article["paragraphs"]})
     numbers = {text: i for i, text in enumerate(texts)}
     questions = []
@@ -59,22 +59,22 @@ def _squad(articles: Sequence[Mapping[str, Any]]) -> Reading:
             own = numbers[p["context"]]
             near = [i for i in of_article if i != own]
             questions += [
-                ReadingQuestion(qa["question"], [answer["text"] for answer in qa["answers"]], [own], near)
+                FileQuestion(qa["question"], [answer["text"] for answer in qa["answers"]], [own], near)
                 for qa in p["qas"]
                 if not qa.get("is_impossible", False)
             ]
-    return Reading(questions, texts)
+    return QuestionFile(questions, texts)
 
 
-def _hotpotqa(items: Sequence[Mapping[str, Any]]) -> Reading:
+def _hotpotqa(items: Sequence[Mapping[str, Any]]) -> QuestionFile:
     of_item = [[f"{title}\n{''.join(sentences)}" for title, sentences in item["context"]] for item in items]
     texts = sorted({text for found in of_item for text in found})
     numbers = {text: i for i, text in enumerate(texts)}
     questions = [
-        ReadingQuestion(item["question"], [item["answer"]], [numbers[text] for text in found], [])
+        FileQuestion(item["question"], [item["answer"]], [numbers[text] for text in found], [])
         for item, found in zip(items, of_item, strict=True)
     ]
-    return Reading(questions, texts)
+    return QuestionFile(questions, texts)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class AskedDocuments(Kind):
         return string_match_part(text, answers)
 
     def prompt(self, setting: Setting, prose: Haystack, rng: np.random.Generator, length: int, row: int) -> Prompt:
-        library: Reading = setting.once((self.form, self.path), lambda: read(self.form, self.path))
+        library: QuestionFile = setting.once((self.form, self.path), lambda: read(self.form, self.path))
         count = len(library.questions)
         require(row < count, f"eval.ask.ruler.{self.form}={self.path}: has {count} questions; lower eval.rows")
         asked = library.questions[row]
@@ -118,11 +118,11 @@ class AskedDocuments(Kind):
         question = _QUESTION.format(query=asked.query)
         return Prompt(_INTRO, question, asked.answers, f" {asked.answers[0]}", "Document 1:\n", least, context)
 
-    def _ids(self, setting: Setting, library: Reading, number: int) -> np.ndarray:
+    def _ids(self, setting: Setting, library: QuestionFile, number: int) -> np.ndarray:
         text = f"{library.documents[number]}\n\n"
         return setting.once((self.form, self.path, number), lambda: setting.pieces([text])[0])
 
-    def _others(self, asked: ReadingQuestion, count: int, rng: np.random.Generator) -> Iterator[int]:
+    def _others(self, asked: FileQuestion, count: int, rng: np.random.Generator) -> Iterator[int]:
         """Without end: all others again, if the file has too few."""
         yield from rng.permutation(asked.near).astype(int).tolist()
         known = {*asked.needed, *asked.near}
