@@ -42,7 +42,7 @@ class Oracle:
         return logits
 
     def learn(self, ids_BT, rate):
-        self.read = [learnt(ids) for ids in ids_BT.numpy()]
+        self.read = [read + learnt(ids) for read, ids in zip(self.read or [b""], ids_BT.numpy(), strict=True)]
 
     def fork(self, rows=None, question_BT=None):
         other = type(self)(self.answers, self.vocabulary)
@@ -75,7 +75,7 @@ def known(streams):
             if isinstance(event, Read):
                 read += event.ids.astype(np.int64).tobytes()
             if isinstance(event, Learn):
-                read = learnt(event.ids)
+                read += learnt(event.ids)
             if isinstance(event, Ask) and event.at is not None:
                 for place, token in zip(event.at, event.answers[0], strict=True):
                     answers[read + event.ids[: place + 1].astype(np.int64).tobytes()] = int(token)

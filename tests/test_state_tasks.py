@@ -36,7 +36,7 @@ SIZES = {
     "overwrite_text": {"rewrites": [0, 3], "others": 1, "sentences": 2},
     "saturation": {"pairs": [1, 4, 10], "asked": 6, "gap": 3, "num_keys": 8, "key_symbols": 2, "num_values": 4},
     "order": {"segment": 8, "distances": [8, 24]},
-    "exposure": {"exposures": [0, 1], "others": [0, 2]},
+    "exposure": {"exposures": [1, 2], "others": [0, 2]},
     "while_constructing": {"sessions": 6, "every": 3, "noise": [0, 1], "questions": 3, "changes": 0.5},
     "sessions": {"every": 1},
 }
@@ -69,6 +69,11 @@ def make(tmp_path):
     return task
 
 
+def llama():
+    sizes = {"vocab_size": 259, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=1, max_position_embeddings=2048)).eval()
+
+
 @TASKS
 @pytest.mark.parametrize("tokens", ["byte", "bpe"])
 def test_an_oracle_is_always_right(name, tokens, make):
@@ -98,8 +103,7 @@ def test_a_guesser_scores_the_chance(name, make):
 @TASKS
 def test_any_cut_of_the_reading_gives_the_same_answers(name, make):
     torch.manual_seed(0)
-    sizes = {"vocab_size": 259, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=1, max_position_embeddings=2048)).eval()
+    model = llama()
     # Steps on weights read nothing.
     task = make(name, rows=1, **({"by": ["state"]} if name == "exposure" else {}))
     streams = list(task.streams(SETTINGS["byte"]))
@@ -156,6 +160,15 @@ def test_the_answer_is_the_one_that_the_text_gives(name, make):
         {"latest", "stale", "other"} if name == "overwrite_text" else {"right", "stale", "fabricated", "omitted"}
     )
     assert kinds == expected
+
+
+def test_the_control_of_recognition_is_one_half(make):
+    """Two texts exchange the sentence and its counterpart, so a preference for one of them cancels out."""
+    torch.manual_seed(0)
+    task, model = make("exposure", rows=6, exposures=[0], by=["state"]), llama()
+    records = task.reduce(run(lambda: Reader(model), task.streams(SETTINGS["byte"])))
+    found = cells(task.views()[0], list(records))
+    assert [(cell["down"], cell["value"]) for cell in found] == [("0 by state", 0.5)] * 2
 
 
 def test_state_and_weights_hold_the_same_items(make):

@@ -60,22 +60,22 @@ class Exposure(Task):
             yield {**record, "correct": right, record["test"]: right}
 
     def streams(self, setting: Setting) -> Iterator[Stream]:
-        front = setting.encode("\n")
+        front = np.concatenate([setting.start, setting.encode("\n")])
         for by in self.by:
             for exposures in self.exposures:
                 for row in range(self.rows):
-                    # The same items whatever holds them.
-                    rng = setting.rng(self.name, row)
-                    first, second = map(setting.encode, clauses(rng))
-                    foil = second
-                    while np.array_equal(foil, second):
-                        foil = setting.encode(clauses(rng)[1])
+                    # The same items whatever holds them. Two rows exchange item and foil, so the control's share is
+                    # one half.
+                    rng = setting.rng(self.name, row // 2)
+                    (first, one), (_, other) = clauses(rng), clauses(rng)
+                    while other == one:
+                        _, other = clauses(rng)
+                    first, second, foil = setting.pieces([first, other, one] if row % 2 else [first, one, other])
                     item = np.concatenate([front, first, second])
                     stream: list[Event] = [self._see(by, item)] * exposures
                     for before, others in zip([0, *self.others], self.others, strict=False):
                         for _ in range(others - before):
-                            other = np.concatenate([front, *map(setting.encode, clauses(rng))])
-                            stream.append(self._see(by, other))
+                            stream.append(self._see(by, np.concatenate([front, *setting.pieces(clauses(rng))])))
                         tag = {"other items": others, "by": by, "seen": f"{exposures} by {by}"}
                         both = [item[len(front) :], np.concatenate([first, foil])]
                         stream.append(Ask(front, both, {**tag, "test": "recognition"}))

@@ -9,6 +9,7 @@ import numpy as np
 
 from memlm.evaluation.events import Ask, Event, Read, Stream
 from memlm.evaluation.tasks import Setting, Task
+from memlm.evaluation.tasks.haystack import Haystack
 from memlm.evaluation.tasks.invented import sentences
 from memlm.settings import named, require
 
@@ -56,11 +57,8 @@ class Order(Task):
     def _texts(self, setting: Setting, length: int) -> Iterator[np.ndarray]:
         """Pieces [T] of texts, none of them twice."""
         if self.paths == []:
-            lines = sentences(setting.rng(self.name, length))
-            least = length // len(setting.encode(next(lines))) + 2
-            # A sentence has as many tokens as another or more than half of them.
-            made = (np.concatenate([setting.encode(s) for s in islice(lines, 2 * least)]) for _ in range(self.rows))
-            yield from (ids[:length] for ids in made)
+            for row in range(self.rows):
+                yield Haystack(setting, sentences(setting.rng(self.name, "text", row))).ids(length)
             return
         documents = setting.documents() if self.paths == "sources" else map(setting.encode, map(_read, self.paths))
         pieces = (ids[i : i + length] for ids in documents for i in range(0, len(ids) - length + 1, length))
@@ -71,7 +69,7 @@ class Order(Task):
         for length in self.lengths:
             for row, ids in enumerate(self._texts(setting, length)):
                 rng = setting.rng(self.name, length, row)
-                asks: dict[str, list[Event]] = {"read": [Read(ids)], "not read": []}
+                asks: dict[str, list[Event]] = {"read": [Read(np.concatenate([setting.start, ids]))], "not read": []}
                 for distance in self.distances:
                     first = rng.integers(length - distance - self.segment + 1)
                     a, b = (ids[i : i + self.segment] for i in (first, first + distance))
@@ -80,7 +78,8 @@ class Order(Task):
                     orders = [np.concatenate([a, b]), np.concatenate([b, a])]
                     for text, stream in asks.items():
                         tag = {"length": length, "distance": distance, "text": f"{text}, {length} tokens"}
-                        stream.append(Ask(front, orders, tag))
+                        question = front if text == "read" else np.concatenate([setting.start, front])
+                        stream.append(Ask(question, orders, tag))
                 yield from asks.values()
 
 

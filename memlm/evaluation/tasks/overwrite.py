@@ -147,11 +147,13 @@ class OverwriteText(_Rewritten):
                 places = np.sort(rng.integers(len(early) + 1, size=n))
                 for sentence, place in zip(before[::-1], places[::-1], strict=True):
                     early.insert(place, sentence)
-                text = Read(np.concatenate([setting.encode(s + "\n") for s in [*early, last, *late]]))
+                lines = setting.pieces([f"{sentence}\n" for sentence in (*early, last, *late)])
+                text = Read(np.concatenate([setting.start, *lines]))
                 yield [text, *(self._ask(setting, *q, values, n) for q in (("now", now, n), ("first", first, 0)))]
 
     def _ask(self, setting: Setting, asked: str, question: str, right: int, values: Sequence[str], n: int) -> Ask:
         order = [right, *(i for i in range(len(values)) if i != right)]
         kinds = ["latest" if i == n else "stale" if i < n else "other" for i in order]
         tag = {"rewrites": n, "asked": asked, "kinds": kinds}
-        return Ask(setting.encode(question), [setting.encode(f" {values[i]}") for i in order], tag)
+        ids, *answers = setting.pieces([question, *(f" {values[i]}" for i in order)])
+        return Ask(ids, answers, tag)

@@ -84,12 +84,13 @@ class _Sessions(Task):
             if self.unknown and len(answers) > 1:
                 answers.append((self.unknown, OMITTED))
             told = {"told": "changed" if question.old else "once", "kinds": [kind for _, kind in answers]}
-            ids = [setting.encode(f" {text}") for text, _ in answers]
-            yield Ask(setting.encode(ask.format(question.q)), ids, {**tag, **told})
+            ids, *of_answers = setting.pieces([ask.format(question.q), *(f" {text}" for text, _ in answers)])
+            yield Ask(ids, of_answers, {**tag, **told})
 
 
-def _read(setting: Setting, sessions: Iterable[str]) -> Read:
-    return Read(np.concatenate([setting.encode(f"{text}\n") for text in sessions]))
+def _read(setting: Setting, sessions: Iterable[str], first: bool) -> Read:
+    lines = setting.pieces([f"{text}\n" for text in sessions])
+    return Read(np.concatenate([setting.start, *lines] if first else lines))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +156,7 @@ class WhileConstructing(_Sessions):
                 facts.append(f"The {of[1]} of {of[0]} is {value}.")
             texts += [" ".join(facts), *(" ".join(noise(other) for _ in facts) for _ in range(noisy))]
             if session % self.every == 0:
-                stream.append(_read(setting, texts))
+                stream.append(_read(setting, texts, not stream))
                 asked = rng.choice(len(now), min(self.questions, len(now)), replace=False)
                 questions = [self._question(now, [*now][i], rng) for i in asked]
                 stream += self._asks(setting, questions, "{}", {"sessions": session, "noise": f"{noisy} of noise"})
@@ -223,7 +224,7 @@ class Sessions(_Sessions):
             for start in range(0, len(sessions), self.every):
                 read = min(start + self.every, len(sessions))
                 ready = [question for question in questions if question.ready(read, len(sessions))]
-                stream.append(_read(setting, sessions[start:read]))
+                stream.append(_read(setting, sessions[start:read], not stream))
                 stream += self._asks(setting, ready, self.ask, {"sessions": read})
             yield stream
 
