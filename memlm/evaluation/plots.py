@@ -43,8 +43,8 @@ def needle_map(grids: dict[str, list[dict]], training_length: int | None) -> Fig
     for floor, style in _FLOORS.items():
         bar.ax.axhline(cell[floor], color="black", linestyle=style, linewidth=1.5)
     title = (
-        f"Needle in a haystack: {cell['rows']} texts a cell; lines in the bar: chance {cell['chance']:.3f}, "
-        f"set guesser {cell['set_guesser']:.3f}"
+        f"Needle in a haystack: {cell['rows']} texts a cell\n"
+        f"lines in the bar: chance {cell['chance']:.3f}, set guesser {cell['set_guesser']:.3f}"
     )
     figure.suptitle(title, fontsize=11)
     return figure
@@ -103,18 +103,19 @@ def accuracy_by_length(results: dict[str, list[dict]]) -> Figure:
             around = [[r["accuracy"] - r["low"] for r in mine], [r["high"] - r["accuracy"] for r in mine]]
             axis.errorbar([r["length"] for r in mine], share, around, fmt="o-", color=colour, label=run, capsize=2)
         for floor, style in _FLOORS.items():
-            label = f"{floor.replace('_', ' ')} {mine[0][floor]:.3f}"
+            label = floor.replace("_", " ")
             axis.plot([r["length"] for r in mine], [r[floor] for r in mine], style, color="black", label=label)
         axis.set_xscale("log", base=2)
         lengths = [r["length"] for r in next(iter(results.values())) if r["task"] == task]
         axis.set_xticks(lengths, [str(n) for n in lengths])
         axis.minorticks_off()
         axis.set_ylim(-0.03, 1.03)
-        axis.set_title(task, fontsize=10)
+        told = ", ".join(f"{floor.replace('_', ' ')} {mine[0][floor]:.3f}" for floor in _FLOORS)
+        axis.set_title(f"{task}\n{told}", fontsize=9)
         axis.set_xlabel("length, tokens (first: as trained)", fontsize=8)
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=8)
     axes[0][0].set_ylabel("tokens recalled", fontsize=9)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 
@@ -225,7 +226,7 @@ def asked(task: Any, view: Any, results: dict[str, list[dict]]) -> Figure:
         figure.set_figwidth(9.0)
         axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     else:
-        axis.legend(fontsize=8)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 
