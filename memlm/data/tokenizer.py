@@ -23,6 +23,7 @@ _BPE_FORMAT = 1
 _MOST_ENTRIES = 2**22
 # Characters of the longest token, above the mean of any text.
 _LONGEST = 64
+_TEXTS_AT_ONCE = 4096
 _ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
@@ -117,7 +118,11 @@ def continuer(tokenizer: PreTrainedTokenizerFast) -> Callable[[Sequence[str]], l
     front = backend.encode("\n", add_special_tokens=False).ids
 
     def encode(texts: Sequence[str]) -> list[np.ndarray]:
-        found = [e.ids for e in backend.encode_batch_fast(["\n" + text for text in texts], add_special_tokens=False)]
+        found: list[list[int]] = []
+        # Encodings are much larger than their ids.
+        for first in range(0, len(texts), _TEXTS_AT_ONCE):
+            batch = ["\n" + text for text in texts[first : first + _TEXTS_AT_ONCE]]
+            found += [e.ids for e in backend.encode_batch_fast(batch, add_special_tokens=False)]
         return [np.array(ids[len(front) :] if ids[: len(front)] == front else ids, np.uint32) for ids in found]
 
     return encode

@@ -50,11 +50,11 @@ class CommonWords(Kind):
     def _prompt(
         self, setting: Setting, rng: np.random.Generator, length: int, many: int, few: int, example: tuple
     ) -> Prompt:
-        drawn, made = rng.permutation(words.ENGLISH).tolist(), 1024
+        drawn = rng.permutation(words.ENGLISH).tolist()
         (last,) = setting.pieces(["\n"])
         while (fits := _Fitted(setting, drawn, self.common, many, few)).count(length) == len(drawn):
             # There are too few English words, and a mixture would tell the common ones by their looks.
-            drawn, made = words.made(rng, made), 2 * made
+            drawn = words.made(rng, 100 + int(1.1 * len(drawn) * length / fits.tokens_W[-1]))
         answers = drawn[: self.common]
         intro = f"{self._example(rng, *example)}\n{_COMMON[0]}"
 
@@ -78,7 +78,7 @@ class _Fitted:
         self.common, self.many, self.few = common, many, few
         self.words = setting.pieces(f" {word}" for word in drawn)
         entries = common * many + (len(drawn) - common) * few
-        self.numbers = setting.once(("numbers", entries.bit_length()), lambda: _numbers(setting, entries))
+        self.numbers = _numbers(setting, entries)
         sizes_N = np.array([len(ids) for ids in self.numbers[:entries]])
         sizes_W = np.array([len(ids) for ids in self.words])
         # Tokens of the list by its number of words, from ``common`` on.
@@ -103,8 +103,10 @@ class _Fitted:
 
 
 def _numbers(setting: Setting, entries: int) -> list[np.ndarray]:
-    """Ids of all numbers of as many binary digits as ``entries``; the first one follows a line end."""
-    return setting.pieces(f"{' ' * (i > 0)}{i + 1}." for i in range(1 << entries.bit_length()))
+    """Ids of at least so many numbers; the first one follows a line end."""
+    held: list[np.ndarray] = setting.once("numbers", list)
+    held += setting.pieces(f"{' ' * (i > 0)}{i + 1}." for i in range(len(held), entries))
+    return held
 
 
 def frequencies(size: int) -> np.ndarray:
