@@ -98,12 +98,14 @@ def test_nats_of_every_document_are_those_of_plain_forwards(name, way):
         assert got.of_tokens["layer0/surprise"][1] == pytest.approx(second, rel=1e-5)
 
 
-def test_logits_that_are_not_finite_are_an_error():
+def test_logits_that_are_not_finite_and_windows_without_a_prefix_are_errors():
     model = build("none")
     with torch.no_grad():
         model.lm_head.weight[0] = math.nan
     with pytest.raises(ValueError, match="logits are not finite in text, carried: 5 of 6 documents"):
         read(functools.partial(Reader, model), "carried", texts(), SIZES, SEGMENT, 100)
+    with pytest.raises(ValueError, match="rolling windows begin with the tokenizer's bos_token or eos_token"):
+        read(functools.partial(Reader, model), "rolling", texts(), SIZES, SEGMENT, 100)
 
 
 def results(model, ways=("carried", "reset")):

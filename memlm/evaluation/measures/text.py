@@ -75,8 +75,14 @@ class Text(Measure):
         return longest if lengths else 0
 
     def cost(self, sources: Mapping[str, Source]) -> int:
-        ways = len(self.text_ways) * (1 + self.text_memory_off)
-        return ways * self.text_documents * self.text_length * sum(map(self.measures, sources.values()))
+        tokens = 0
+        for source in sources.values():
+            if isinstance(source, TextSource) and self.measures(source):
+                lengths = np.diff(source.corpus.spans("test"))
+                if not self.text_joined:
+                    lengths = lengths[: self.text_documents].clip(max=self.text_length)
+                tokens += min(self.text_documents * self.text_length, int(lengths.sum()))
+        return tokens * len(self.text_ways) * (1 + self.text_memory_off)
 
     def run(self, one: Examined, examined: Sequence[Examined]) -> dict[str, Any]:
         found = texts(examined, self.text_documents, self.text_length, self.text_joined)
