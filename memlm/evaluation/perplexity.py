@@ -1,20 +1,20 @@
 """Held-out text read in several ways; sums of nats for every document, whatever its length.
 
-B rows, T tokens, V vocabulary, N tokens of one forward.
+B rows, T tokens, V vocabulary, N = B * T.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from memlm.evaluation.statistics import bootstrap
 from memlm.reader import Reader
-from memlm.training.objective import token_losses
 
 # Tokens of a forward, and its logits: enough to keep the processor busy, few enough for small memories.
 _TOKENS, _LOGITS = 2048, 2**26
@@ -136,24 +136,32 @@ def read(
         edges.append(min(2 * edges[-1], longest))
     buckets = len(edges) - 1
     stretches = [s for n, ids in enumerate(documents) for s in WAYS[way](n, ids, segment, prefix)]
-    stretches = [s for s in stretches if len(s.ids) > 1]
-    stretches.sort(key=lambda s: -len(s.ids))
-    sums = torch.zeros(len(documents) * buckets * 2, 3, dtype=torch.float64, device=sizes_V.device)
-    told: dict[str, Tensor] = {}
+    stretches = sorted((s for s in stretches if len(s.ids) > 1), key=lambda s: -len(s.ids))
     rows = max(1, min(tokens_at_once, _LOGITS // len(sizes_V)) // segment)
-    inner = torch.tensor(edges[1:-1], device=sizes_V.device)
+    shape = len(documents), buckets, 2
+    # One place more for tokens that are not scored.
+    nats = torch.zeros(math.prod(shape) + 1, dtype=torch.float64, device=sizes_V.device)
+    num_bytes, tokens = np.zeros((2, len(nats)), np.int64)
+    sizes, inner = sizes_V.cpu().numpy(), np.array(edges[1:-1])
+    told, inputs = dict[str, Tensor](), np.zeros(buckets + 1, np.int64)
     for begin in range(0, len(stretches), rows):
-        for piece in _pieces(make_reader(segment), stretches[begin : begin + rows], segment, sizes_V):
-            bucket_BT = torch.bucketize(piece.places_BT, inner, right=True).clamp(max=buckets - 1)
-            index_BT = (piece.documents_B[:, None] * buckets + bucket_BT) * 2 + (piece.places_BT % segment == 0)
-            sums.index_add_(0, index_BT.flatten(), piece.sums_BT3.flatten(0, 1))
-            for name, x_BT in piece.told.items():
-                # The prediction of a token is made at the one before it.
-                at_BT = torch.bucketize(piece.places_BT - 1, inner, right=True).clamp(max=buckets - 1)
-                both = torch.stack([x_BT.double(), torch.ones_like(x_BT, dtype=torch.float64)], -1)
-                both = both * piece.real_BT[..., None]
-                told.setdefault(name, sums.new_zeros(buckets, 2)).index_add_(0, at_BT.flatten(), both.flatten(0, 1))
-    sums = sums.cpu().view(len(documents), buckets, 2, 3)
+        for piece in _pieces(make_reader(segment), stretches[begin : begin + rows], segment, sizes_V.device):
+            places, targets = piece.places.ravel(), piece.targets.ravel()
+            numbers = np.repeat(piece.documents, piece.places.shape[1])
+            at = (numbers * buckets + np.searchsorted(inner, places, "right")) * 2
+            at = np.where(piece.scored.ravel() & (sizes[targets] > 0), at + (places % segment == 0), len(nats) - 1)
+            nats.index_add_(0, torch.from_numpy(at).to(nats.device), piece.nats_N.double())
+            np.add.at(num_bytes, at, sizes[targets])
+            np.add.at(tokens, at, 1)
+            if piece.told:
+                # The metrics are those of the token before the predicted one.
+                at = np.where(piece.read.ravel(), np.searchsorted(inner, places - 1, "right"), buckets)
+                np.add.at(inputs, at, 1)
+                at_N = torch.from_numpy(at).to(nats.device)
+                for name, x_BT in piece.told.items():
+                    told.setdefault(name, nats.new_zeros(buckets + 1)).index_add_(0, at_N, x_BT.flatten().double())
+    columns = [nats.cpu(), torch.from_numpy(num_bytes), torch.from_numpy(tokens)]
+    sums = torch.stack([column.double()[:-1] for column in columns], 1).view(*shape, 3)
     bad = (~sums.isfinite()).flatten(1).any(1)
     if bad.any():
         raise ValueError(f"the model's logits are not finite in text, {way}: {int(bad.sum())} of {len(bad)} documents")
@@ -166,50 +174,49 @@ def read(
         edges,
         [x.bits_per_byte for x in of_buckets],
         [(x.low, x.high) for x in of_buckets],
-        {name: _mean(both.cpu().unbind(1)) for name, both in told.items()},
+        {name: (total.cpu()[:-1] / torch.from_numpy(inputs[:-1])).tolist() for name, total in told.items()},
     )
 
 
 class _Piece(NamedTuple):
-    """One forward.
+    """One forward of B stretches.
 
-    sums_BT3: nats, bytes and 1 of each scored token, otherwise 0; places_BT: its position in its document
-    real_BT: whether the token before it was read; told: metrics of the tokens that were read
+    nats_N: of the B x T predicted tokens; targets [B, T]: these tokens; places [B, T]: their positions
+    scored, read [B, T]: whether the token is scored, and whether the one before it was read
+    told: metrics [B, T] of the tokens that were read
     """
 
-    documents_B: Tensor
-    sums_BT3: Tensor
-    places_BT: Tensor
-    real_BT: Tensor
+    documents: np.ndarray
+    nats_N: Tensor
+    targets: np.ndarray
+    places: np.ndarray
+    scored: np.ndarray
+    read: np.ndarray
     told: dict[str, Tensor]
 
 
-def _pieces(reader: Reader, group: list[Stretch], segment: int, sizes_V: Tensor) -> Iterator[_Piece]:
+def _pieces(reader: Reader, group: list[Stretch], segment: int, device: torch.device) -> Iterator[_Piece]:
     """Read stretches, the longest first, with memories of their own."""
     # The last token is a target alone.
     for begin in range(0, len(group[0].ids) - 1, segment):
         held = len(group)
         group = [s for s in group if len(s.ids) - 1 > begin]
         if len(group) < held:
-            reader = reader.fork(torch.arange(len(group), device=sizes_V.device))
+            reader = reader.fork(torch.arange(len(group), device=device))
         width = min(segment, len(group[0].ids) - 1 - begin)
         ids = np.zeros((len(group), width + 1), np.int64)
-        for row, s in enumerate(group):
+        for row, s in zip(ids, group, strict=True):
             piece = s.ids[begin : begin + width + 1]
-            ids[row, : len(piece)] = piece
-        facts = [(s.document, s.start, s.start + len(s.ids), s.scored) for s in group]
-        documents_B, starts_B, ends_B, scored_B = torch.tensor(facts, device=sizes_V.device).unbind(1)
-        ids_BT = torch.from_numpy(ids).to(sizes_V.device)
-        logits_BTV = reader(ids_BT[:, :-1], keep=width)
-        nats_BT, _ = token_losses(logits_BTV, ids_BT[:, 1:])
-        places_BT = starts_B[:, None] + begin + 1 + torch.arange(width, device=sizes_V.device)
-        real_BT = places_BT < ends_B[:, None]
-        bytes_BT = sizes_V[ids_BT[:, 1:]]
-        counted_BT = real_BT & (places_BT >= scored_B[:, None]) & (bytes_BT > 0)
-        parts = torch.stack([nats_BT.double(), bytes_BT.double(), torch.ones_like(nats_BT, dtype=torch.float64)], -1)
-        sums_BT3 = parts.where(counted_BT[..., None], parts.new_zeros(()))
+            row[: len(piece)] = piece
+        ids_BT = torch.from_numpy(ids).to(device)
+        logits_NV = reader(ids_BT[:, :-1], keep=width).flatten(0, 1)
+        nats_N = F.cross_entropy(logits_NV.float(), ids_BT[:, 1:].flatten(), reduction="none")
+        starts, ends, scored = np.array([(s.start, s.start + len(s.ids), s.scored) for s in group]).T[..., None]
+        places = starts + np.arange(begin + 1, begin + 1 + width)
         told = {name: x for name, x in reader.metrics.items() if x.ndim == 2}
-        yield _Piece(documents_B, sums_BT3, places_BT, real_BT, told)
+        read = places < ends
+        numbers = np.array([s.document for s in group])
+        yield _Piece(numbers, nats_N, ids[:, 1:], places, read & (places >= scored), read, told)
 
 
 def bits(nats: float, num_bytes: float) -> float:
@@ -221,8 +228,3 @@ def interval(values: Sequence[float], weights: Sequence[float]) -> tuple[float, 
     """The interval of a weighted mean over documents, without those of weight 0."""
     kept = [(x, w) for x, w in zip(values, weights, strict=True) if w]
     return bootstrap([x for x, _ in kept], [w for _, w in kept])
-
-
-def _mean(both: Iterable[Tensor]) -> list[float]:
-    totals, counts = both
-    return (totals / counts).tolist()
