@@ -5,14 +5,16 @@ A task is a frozen dataclass that derives from ``Task``; its fields are its sett
 
 Files:
 
+    babilong            bAbI's facts in prose
     exposure            recognition, recall and retention of sentences, by state and by weights
     grid                needles over length and depth
     order               which of two passages came first
     overwrite           keys that are written several times
     recall              pairs, copies and motifs in any tokenizer
-    ruler               RULER's tasks; ruler_lists, ruler_needles and ruler_prompt are its parts
+    ruler               RULER's tasks; the other files of this name are its parts
     ruler_lists         lists of words
     ruler_needles       needles in a haystack, variable tracking
+    ruler_qa            questions about documents
     ruler_prompt        prompts and scorers
     saturation          how many pairs a state holds
     sessions            a memory is asked while it is written; sessions of your files
