@@ -22,13 +22,13 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .25rem .8rem; text-align: right; overflow-wrap: normal }
 th { border-bottom: 2px solid var(--edge); font-weight: 600; vertical-align: bottom }
 td { border-bottom: 1px solid var(--rule); white-space: nowrap }
-th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal; min-width: 8rem;
+th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal; min-width: 16rem;
   position: sticky; left: 0; background: var(--paper) }
 img { display: block; width: 100%; height: auto }
 pre { font-size: .85rem; white-space: pre-wrap } .note { color: var(--soft) }
 @media (max-width: 600px) {
   body { margin: 1rem auto } th, td { padding: .25rem .5rem }
-  th:first-child, td:first-child { max-width: 45vw; overflow-wrap: anywhere }
+  th:first-child, td:first-child { min-width: 7rem; max-width: 45vw; overflow-wrap: anywhere }
 }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e2e8f0; --soft: #a3b1c6; --rule: #334155; --edge: #64748b; --paper: #111827 }
