@@ -8,18 +8,18 @@ Files:
     babilong            bAbI's facts in prose
     exposure            recognition, recall and retention of sentences, by state and by weights
     grid                needles over length and depth
+    haystack            texts that hide needles
+    invented            invented facts and sentences
     order               which of two passages came first
     overwrite           keys that are written several times
     recall              pairs, copies and motifs in any tokenizer
     ruler               RULER's tasks; the other files of this name are its parts
     ruler_lists         lists of words
     ruler_needles       needles in a haystack, variable tracking
-    ruler_qa            questions about documents
     ruler_prompt        prompts and scorers
+    ruler_qa            questions about documents
     saturation          how many pairs a state holds
     sessions            a memory is asked while it is written; sessions of your files
-    haystack            texts that hide needles
-    invented            invented facts and sentences
     symbols             keys, values and noise as single tokens
     words               words, names and numbers
 """
