@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 
 import pytest
 import torch
@@ -130,14 +131,15 @@ def vars_of(settings):
     return settings if isinstance(settings, dict) else vars(settings)
 
 
-def test_every_evaluation_has_its_folder_and_measured_parts_are_measured_once(counted, capsys):
+def test_every_evaluation_has_its_folder_and_measured_parts_are_measured_once(counted, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "name=a b"])
     complete, measured, first = counted()
     assert complete and measured == ["whole", "a", "b", "c"]
     (found,) = first["models"].values()
     assert (
         found["parted"]["a"]["a"] == [1, 2] and found["missing"] == {} and set(found["seconds"]) == {*"abc", "whole"}
     )
-    assert first["schema"] == 1 and "pytest" in first["command"]
+    assert first["schema"] == 1 and "evaluate.py 'name=a b'" in first["command"]
     (folder,) = [path for path in counted.out.glob("*-*") if path.is_dir()]
     assert (counted.out / "latest").resolve() == folder.resolve() and folder.name == first["of"]
     records = [json.loads(x) for x in (folder / "records" / "run" / "b.jsonl").read_text().splitlines()]

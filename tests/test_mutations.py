@@ -157,7 +157,9 @@ class Yaml:
                     config = compose("train")
                 config.run_dir = "runs/x"
                 config = OmegaConf.to_container(config, resolve=True)
-                config.pop("of_memory", None)
+                # Read before the settings of the run.
+                for key in ("of_memory", "match"):
+                    config.pop(key, None)
                 settings = RunSettings.of(OmegaConf.create(config)).train
                 data = {**config["data"], "cache_dir": str(folder.with_name("cache"))}
                 tokenizer, _ = build_data(data, seed=0, batch_size=settings.batch_size)
