@@ -141,7 +141,7 @@ EVALUATE = {
     "eval=policies eval.policy.decay=0.5": "eval.policy.decay=0.5 is not a setting",
     "~eval.factors": "eval.factors is missing; set it",
     "~eval": "~eval: evaluate.py needs eval",
-    "eval=nothing": "eval=nothing: no such choice; one of: bank, demo",
+    "eval=nothing": "eval=nothing: no such choice; one of: all, bank, demo",
     "memory=mom": "memory=mom: there is no key 'memory'; did you mean 'memory_off'?",
     "hardware.device=[1]": "hardware.device=[1] is unknown",
     "hardware.kernels=x": "hardware.kernels='x' is unknown",
