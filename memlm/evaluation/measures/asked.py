@@ -114,15 +114,17 @@ class Asked(Measure):
         return found
 
     def tables(self, models: Models) -> dict[str, Table]:
+        return {name: table for task in self.tasks for name, table in self._tables(task, models).items()}
+
+    def _tables(self, task: Task, models: Models) -> dict[str, Table]:
         found = {}
-        for task in self.tasks:
-            for view in self.views(task):
-                if of_view := _of(models, task, view.name):
-                    found["-".join(filter(None, (self.name, task.name, view.name)))] = _table(task, view, of_view)
-            if figures := _of(models, task, TOTALS):
-                names = list(dict.fromkeys(cell["across"] for cells in figures.values() for cell in cells))
-                rows = [[f"{task.name}, {name}", *map(told, cells)] for name, cells in figures.items()]
-                found[f"{self.name}-{task.name}-{TOTALS}"] = [task.title, *names], rows
+        for view in self.views(task):
+            if of_view := _of(models, task, view.name):
+                found["-".join(filter(None, (self.name, task.name, view.name)))] = _table(task, view, of_view)
+        if figures := _of(models, task, TOTALS):
+            names = list(dict.fromkeys(cell["across"] for cells in figures.values() for cell in cells))
+            rows = [[f"{task.name}, {name}", *map(told, cells)] for name, cells in figures.items()]
+            found[f"{self.name}-{task.name}-{TOTALS}"] = [task.title, *names], rows
         return found
 
     def figures(self, found: Any, about: Mapping[str, Any], records: Records) -> Iterator[Figure]:
@@ -147,20 +149,20 @@ class Asked(Measure):
                         yield Figure(topic, down, cell["across"], *mean, cell["texts"], of_texts, cell["bytes"])
 
     def section(self, report: Report, models: Models, first: Subject) -> None:
-        report.heading("Asked about what was read")
-        for table in self.tables(models).values():
-            report.table(*table)
         for task in self.tasks:
+            measured = [of_task for m in models.values() if (of_task := m[self.name].get(task.name))]
+            if not measured:
+                continue
+            cell = measured[0][0]
+            report.heading(task.title)
+            report.note(f"{task.note} {cell['texts']} texts, {cell['questions']} questions a point.")
+            for table in self._tables(task, models).values():
+                report.table(*table)
             for view in self.views(task):
                 # One picture shows the policies: that of their scores by budget.
                 if found := {name: of for name, of in _of(models, task, view.name).items() if name in models}:
                     name = "-".join(filter(None, (self.name, task.name, view.name)))
                     report.picture(name, plots.asked(task, view, found), f"{task.title}: {view.label}")
-            measured = [of_task for m in models.values() if (of_task := m[self.name].get(task.name))]
-            if not measured:
-                continue
-            cell = measured[0][0]
-            report.note(f"{task.title}: {task.note} {cell['texts']} texts, {cell['questions']} questions a point.")
         told = (cell.get("policy") or {} for m in models.values() for of in m[self.name].values() for cell in of)
         for note in dict.fromkeys(policy["note"] for policy in told if "note" in policy):
             report.note(note)
