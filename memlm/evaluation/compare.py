@@ -128,7 +128,9 @@ def _mean(figures: dict[Any, Figure]) -> tuple[float, tuple[float, float], int]:
     first, units = next(iter(figures.values())), _pooled(figures)
     value, n = sum(values) / len(values), len(units) or max(figure.n for figure in figures.values())
     if len(values) > 2:
-        return value, of_seeds(values), n
+        low, high = of_seeds(values)
+        # Student's t has no bounds, a share has.
+        return value, (max(low, 0.0), min(high, 1.0)) if first.topic.share else (low, high), n
     if len(values) == 1:
         return value, (first.low, first.high), n
     return value, wilson(value, n) if first.topic.share else _over(units), n
