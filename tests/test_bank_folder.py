@@ -5,6 +5,7 @@ import json
 import random
 import struct
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,6 +144,21 @@ def test_who_loads_while_others_save_has_the_one_bank_or_the_other(tmp_path):
         while thread.is_alive():
             assert MemoryBank.load(tmp_path, model, verify=True).documents() in states
     assert not failed
+
+
+def test_a_file_that_another_save_removes_while_it_is_read_is_missing(tmp_path, monkeypatch):
+    model = model_of()
+    bank_of(model, library()).save(tmp_path)
+    opened = Path.open
+
+    def removed(path, *args, **kwargs):
+        if path.suffix == ".safetensors":
+            path.unlink(missing_ok=True)
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", removed)
+    with pytest.raises(ValueError, match="a part of the bank is missing"):
+        MemoryBank.load(tmp_path, model)
 
 
 def test_a_save_that_fails_leaves_no_files_and_can_be_tried_again(tmp_path, monkeypatch):

@@ -166,9 +166,12 @@ def read_shard(directory: Path, entry: dict[str, Any], chunk_size: int, ranks: R
     Raises ValueError if the file has visibly changed. This does not read all of it; ``Shard.check`` does.
     """
     path = directory / entry["file"]
-    if not path.exists():
-        raise ValueError(f"{path}: a part of the bank is missing; {_ADVICE}")
-    if sample_of(path) != entry["sample"]:
+    try:
+        sample = sample_of(path)
+    except FileNotFoundError:
+        # Also if another save removes it at this moment.
+        raise ValueError(f"{path}: a part of the bank is missing; {_ADVICE}") from None
+    if sample != entry["sample"]:
         raise ValueError(f"{path}: torn or changed since it was saved; {_ADVICE}")
     try:
         with safe_open(path, "pt") as file:
