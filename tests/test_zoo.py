@@ -1,0 +1,55 @@
+"""scripts/zoo.py starts each run once and goes on after failures; its commands compose."""
+
+import importlib.util
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from tests.conftest import MEMORIES, ROOT, composed
+
+
+@pytest.fixture
+def zoo(monkeypatch, tmp_path):
+    spec = importlib.util.spec_from_file_location("zoo", ROOT / "scripts" / "zoo.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.chdir(tmp_path)
+    commands = []
+
+    def started(command, **_):
+        commands.append(command[1:])
+        return SimpleNamespace(returncode=int("memory=lact" in command), stdout="", stderr="error: broken\n")
+
+    monkeypatch.setattr(subprocess, "run", started)
+
+    def run(*arguments):
+        commands.clear()
+        monkeypatch.setattr(sys, "argv", ["zoo.py", *arguments])
+        with pytest.raises(SystemExit) as end:
+            module.main()
+        return end.value.code, list(commands)
+
+    return run
+
+
+def test_all_memories_run_with_both_sizes_and_a_failure_ends_nothing(zoo, tmp_path):
+    code, commands = zoo("--seeds", "0", "1")
+    trained = [command for command in commands if command[0] == "train.py"]
+    # Four memories have no width that gives their state titans_mag's bytes.
+    assert len(trained) == 2 * (2 * len(MEMORIES) - 4) == len({str(command) for command in trained})
+    assert code == 1 and [command[0] for command in commands[-2:]] == ["evaluate.py"] * 2
+    assert len([c for c in commands if "eval=zoo" in c]) == len(trained) - 2
+    assert "error: broken" in (tmp_path / "runs/zoo/failed/parameters-lact-seed1.txt").read_text()
+
+
+@pytest.mark.parametrize("memory", ["titans_mag_deep", "none"])
+def test_its_commands_compose(zoo, memory):
+    code, commands = zoo("--seeds", "0", "--memories", memory)
+    assert code == 0
+    for script, *overrides in commands:
+        if script == "train.py":
+            assert composed(*overrides).name.startswith("zoo/")
+        elif "eval=zoo" in overrides:
+            assert composed(*overrides, config="evaluate").eval.ask
