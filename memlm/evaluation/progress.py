@@ -7,11 +7,9 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 from torch import nn
 
-from memlm.training.display import Screen
+from memlm.training.display import Screen, bar
 
 # Seconds between plain lines.
 _EVERY = 10.0
@@ -25,18 +23,8 @@ class Progress:
         self.live = self.console.is_terminal and shown
         self.total = self._done = self._cost = self._inside = 0
         self._label, self._started, self._told = "", time.perf_counter(), time.perf_counter()
-        self._bar = Bar(
-            TextColumn("tokens {task.completed:,.0f}/{task.total:,.0f}"),
-            BarColumn(bar_width=None),
-            # Models have user-chosen names, which are not markup.
-            TextColumn("{task.description}", markup=False),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-            disable=not self.live,
-        )
+        counted = "tokens {task.completed:,.0f}/{task.total:,.0f}"
+        self._bar = bar(counted, console=self.console, transient=True, disable=not self.live)
         self._task = self._bar.add_task("")
 
     def __enter__(self) -> Self:

@@ -21,6 +21,20 @@ class Screen(Console):
             self.quiet = True
 
 
+def bar(counted: str, **options: Any) -> Progress:
+    """A bar behind its count; options: of ``rich.progress.Progress``."""
+    return Progress(
+        TextColumn(counted),
+        BarColumn(bar_width=None),
+        # Sources and models have user-chosen names, which are not markup.
+        TextColumn("{task.description}", markup=False),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        **options,
+    )
+
+
 class Display:
     """Progress of a run of ``steps`` steps; silent unless ``shown`` (ranks above 0 are silent)."""
 
@@ -30,17 +44,7 @@ class Display:
         self.live = self.console.is_terminal and shown
         self._started = time.perf_counter()
         self._first: int | None = None
-        self._bar = Progress(
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(bar_width=None),
-            # Sources have user-chosen names, which are not markup.
-            TextColumn("{task.description}", markup=False),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.live,
-        )
+        self._bar = bar("step {task.completed:.0f}/{task.total:.0f}", console=self.console, disable=not self.live)
         self._task = self._bar.add_task("", total=steps)
 
     def __enter__(self) -> Self:
