@@ -123,12 +123,14 @@ def read(
 ) -> Reading:
     """Read documents [T] in one of ``WAYS``; only sums are kept, so their length costs no memory.
 
-    make_reader: of a reader with segments of a given length
+    make_reader: of a reader whose forwards are of a given length
     sizes_V: the bytes of text of each token
     longest: tokens of the longest document, and the last edge
     prefix: the token before a document in rolling windows
 
-    Documents are read together. A shorter one ends with padding and leaves, so that no memory has read padding.
+    Documents are read together, about ``tokens_at_once`` tokens in a forward, however long a segment is: a memory
+    carried on is the same at any cut. A shorter document ends with padding and leaves, so that no memory has read
+    padding.
     Raises ValueError if the model's logits are not finite.
     """
     edges = [0, segment]
@@ -137,7 +139,8 @@ def read(
     buckets = len(edges) - 1
     stretches = [s for n, ids in enumerate(documents) for s in WAYS[way](n, ids, segment, prefix)]
     stretches = sorted((s for s in stretches if len(s.ids) > 1), key=lambda s: -len(s.ids))
-    rows = max(1, min(tokens_at_once, _LOGITS // len(sizes_V)) // segment)
+    tokens_at_once = max(1, min(tokens_at_once, _LOGITS // len(sizes_V)))
+    rows = max(1, tokens_at_once // segment)
     shape = len(documents), buckets, 2
     # One place more for tokens that are not scored.
     nats = torch.zeros(math.prod(shape) + 1, dtype=torch.float64, device=sizes_V.device)
@@ -145,7 +148,8 @@ def read(
     sizes, inner = sizes_V.cpu().numpy(), np.array(edges[1:-1])
     told, inputs = dict[str, Tensor](), np.zeros(buckets + 1, np.int64)
     for begin in range(0, len(stretches), rows):
-        for piece in _pieces(make_reader(segment), stretches[begin : begin + rows], segment, sizes_V.device):
+        group = stretches[begin : begin + rows]
+        for piece in _pieces(make_reader(tokens_at_once), group, segment, tokens_at_once, sizes_V.device):
             places, targets = piece.places.ravel(), piece.targets.ravel()
             numbers = np.repeat(piece.documents, piece.places.shape[1])
             at = (numbers * buckets + np.searchsorted(inner, places, "right")) * 2
@@ -195,15 +199,20 @@ class _Piece(NamedTuple):
     told: dict[str, Tensor]
 
 
-def _pieces(reader: Reader, group: list[Stretch], segment: int, device: torch.device) -> Iterator[_Piece]:
+def _pieces(
+    reader: Reader, group: list[Stretch], segment: int, tokens_at_once: int, device: torch.device
+) -> Iterator[_Piece]:
     """Read stretches, the longest first, with memories of their own."""
+    begin, width = 0, 0
     # The last token is a target alone.
-    for begin in range(0, len(group[0].ids) - 1, segment):
+    while (begin := begin + width) < len(group[0].ids) - 1:
         held = len(group)
         group = [s for s in group if len(s.ids) - 1 > begin]
         if len(group) < held:
             reader = reader.fork(torch.arange(len(group), device=device))
-        width = min(segment, len(group[0].ids) - 1 - begin)
+        # The shortest stretch leaves at the end of its segment.
+        shortest = -(-(len(group[-1].ids) - 1 - begin) // segment) * segment
+        width = min(max(1, tokens_at_once // len(group)), shortest, len(group[0].ids) - 1 - begin)
         ids = np.zeros((len(group), width + 1), np.int64)
         for row, s in zip(ids, group, strict=True):
             piece = s.ids[begin : begin + width + 1]

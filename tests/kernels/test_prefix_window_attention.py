@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from memlm_kernels import prefix_window_attention
-from memlm_kernels.attention import naive
+from memlm_kernels.attention import naive, window_reference
 from memlm_kernels.testing import assert_close, grads_of
 from tests.kernels.test_chunk_sparse_attention import heads_of
 
@@ -51,6 +51,25 @@ def test_equals_a_loop_and_so_do_its_gradients(tokens, keys, window, rows, docum
     assert_close("output", reads[..., :-1], got(*inputs, backend="sdpa"), 1e-12)
     for i, (a, b) in enumerate(zip(grads_of(expected, inputs), grads_of(got, inputs), strict=True)):
         assert_close(f"gradient {i}", a, b, 1e-11)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("rows", [0, 2])
+def test_blocks_of_queries_with_a_mask_of_their_own_change_nothing(monkeypatch, rows, documents, backend):
+    q, k, v = heads_of(2, 11, 14, 2, 1)
+    prefix = heads_of(2, 11, rows, 2, 1, seed=1) if rows else ()
+    positions = (torch.arange(11) % 7).expand(2, -1) if documents else None
+
+    def got(q, k, v, *prefix):
+        out = prefix_window_attention(q, k, v, positions=positions, prefix=prefix or None, backend=backend)
+        return torch.cat([x.flatten(2) for x in out if x is not None], -1)
+
+    inputs = [q, k, v, *prefix]
+    whole = got(*inputs), *grads_of(got, inputs)
+    monkeypatch.setattr(window_reference, "_MASKED", 4)
+    for i, (a, b) in enumerate(zip(whole, (got(*inputs), *grads_of(got, inputs)), strict=True)):
+        assert_close(f"output or gradient {i}", a, b, 1e-12)
 
 
 def test_auto_is_torchs_own_unless_lse_is_wanted():

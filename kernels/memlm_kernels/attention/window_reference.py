@@ -17,6 +17,8 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, 
 
 # Blocks are this wide even for narrow windows, because small products are slow.
 _MIN_BLOCK = 64
+# Queries of a mask: without a bound, masks over a long past cost more than the products.
+_MASKED = 256
 
 
 def read_blocks(
@@ -41,7 +43,18 @@ def read_blocks(
     if window is None or window >= k.shape[1] or length == 0:
         if always is None and positions is None and length in (1, k.shape[1]):
             return attend(q, k, v, None, scale)
-        return _dense(q, k, v, window, positions, always, scale, attend)
+        if length <= _MASKED or torch.compiler.is_compiling():
+            return _dense(q, k, v, window, positions, always, scale, attend)
+        # A block of queries sees no key after its last.
+        parts = []
+        for begin in range(0, length, _MASKED):
+            end = min(begin + _MASKED, length)
+            keys = k.shape[1] - length + end
+            places = None if positions is None else positions[:, begin:end]
+            part = _dense(q[:, begin:end], k[:, :keys], v[:, :keys], window, places, always, scale, attend)
+            parts.append(part)
+        outputs, lses = zip(*parts, strict=True)
+        return torch.cat(outputs, 1), None if lses[0] is None else torch.cat(lses, 1)
     block = min(length, max(window, _MIN_BLOCK))
     pad, missing = -length % block, window - 1 - (k.shape[1] - length)
     if positions is None:
@@ -83,13 +96,14 @@ def _dense(
     if positions is None and (window is None or window >= keys):
         seen = torch.ones(queries, kept + keys, dtype=torch.bool, device=q.device).tril(kept + keys - queries)
         return attend(q, k, v, seen[None, None], scale)
-    distance = torch.arange(keys - queries, keys, device=q.device)[:, None] - torch.arange(keys, device=q.device)
-    seen = (distance >= 0)[None]
+    places = torch.arange(keys, device=q.device)
+    own = places[keys - queries :]
+    seen = (places <= own[:, None])[None]
     if positions is not None:
         reach = positions.clamp(max=window - 1) if window else positions
-        seen = seen & (distance <= reach[..., None])
+        seen = seen & (places >= (own - reach)[..., None])
     elif window:
-        seen = seen & (distance < window)
+        seen = seen & (places > own[:, None] - window)
     return attend(q, k, v, F.pad(seen, (kept, 0), value=True)[:, None] if kept else seen[:, None], scale)
 
 
