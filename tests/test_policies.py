@@ -166,15 +166,6 @@ def test_a_fork_reads_on_and_leaves_its_reader_as_it_was(name, kind):
     torch.testing.assert_close(cut(reader, ids_BT[:, 45:], 25), whole[:, 45:], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", BUILD)
-def test_a_full_budget_equals_no_policy(name):
-    ids_BT = ids()
-    expected = cut(Reader(model(name)), ids_BT, 70)
-    for kind in ("recent", "snapkv"):
-        found = cut(PolicyReader(model(name), policy(name, kind, entries=72)), ids_BT, 70)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize("name", ["gpt_neox", "memlm"])
 def test_the_budget_is_never_exceeded_and_sinks_and_recent_stay(name):
     for kind in PLAIN:

@@ -230,14 +230,16 @@ def _exact(x: Tensor) -> Tensor:
 
 
 def attention(entries: Entries) -> Tensor:
-    """The weights [B, G, H / G, Q, S] of the last queries over the entries, as far as these are not after them."""
+    """The weights [B, G, H / G, Q, S] of the last queries over the entries, as far as these are not after them; 0 of a
+    query whose entries have all gone.
+    """
     assert entries.q_BQHK is not None
     q_BQHK, k_BSGK = _exact(entries.q_BQHK), _exact(entries.k_BSGK)
     q_BQGRK = q_BQHK.unflatten(2, (k_BSGK.shape[2], -1))
     scores = torch.einsum("bqgrk,bsgk->bgrqs", q_BQGRK, k_BSGK)
     places_Q = torch.arange(entries.now - q_BQHK.shape[1], entries.now, device=scores.device)
-    after_BQS = entries.places_BS[:, None] > places_Q[:, None]
-    return scores.masked_fill(after_BQS[:, None, None], -torch.inf).softmax(-1)
+    after_BGRQS = (entries.places_BS[:, None] > places_Q[:, None])[:, None, None]
+    return scores.masked_fill(after_BGRQS, -torch.inf).softmax(-1).masked_fill(after_BGRQS, 0.0)
 
 
 def build_policies(given: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None, key: str) -> list[Policy]:
