@@ -2,16 +2,20 @@
 """All memories beside each other: train, evaluate and compare them, with equal parameters and with equal states.
 
     python scripts/zoo.py [--memories titans_mag none ...] [--seeds 0 1 2] [--jobs 2]
+    python scripts/zoo.py --table  # one table for each of the two pages, in Markdown
 
 Runs stand in runs/zoo/parameters, where all memories have titans_mag's parameters, and in runs/zoo/state, where they
 also have its bytes of state after a row, within 5 %; memories that keep every token cannot, and are left out there.
 Each job is one process of one thread. The same command goes on after a stop: finished runs are not trained or
 evaluated again. The pages are runs/compare/zoo-parameters and runs/compare/zoo-state. A job that fails leaves its
 output in runs/zoo/failed and ends the command with exit code 1 after all others.
+
+A cell of ``--table`` is the mean over seeds and its 95 % interval; the order of rows is that of the first column.
 """
 
 import argparse
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -26,6 +30,32 @@ SIZES = {
     "parameters": ["match.parameters=titans_mag"],
     "state": ["match.parameters=titans_mag", "match.state=titans_mag", "match.tolerance=0.05"],
 }
+# Title of a column: topic, row and column in the comparison, digits.
+COLUMNS = {
+    "MQAR, 8x": ("recall-mqar", None, "8x", 3),
+    "MQAR, 1x": ("recall-mqar", None, "1x", 3),
+    "passkey, 8x": ("recall-passkey", None, "8x", 3),
+    "pairs held": ("saturation-totals", None, "capacity, pairs", 1),
+    "written again twice": ("overwrite", "128", 2, 2),
+    "bits per byte, reset": ("text-text", None, "reset", 3),
+    "carried": ("text-text", None, "carried", 3),
+}
+
+
+def table(compared: dict) -> str:
+    """Markdown of a compare.json."""
+    lines = []
+    for row in compared["rows"]:
+        cells = {(c["topic"], c["down"], c["across"]): c for c in row["cells"]}
+        found = [(cells.get(place[:3]), place[3]) for place in COLUMNS.values()]
+        texts = [
+            f"{c['value']:.{n}f} ({c['low']:.{n}f} to {c['high']:.{n}f})" if c and c["value"] is not None else "-"
+            for c, n in found
+        ]
+        order = found[0][0]["value"] if found[0][0] else -1
+        lines.append((order, f"| {row['name']} | {row['state_bytes'] / 1000:.0f} | {' | '.join(texts)} |"))
+    header = f"| memory | KB of state | {' | '.join(COLUMNS)} |"
+    return "\n".join([header, "|---" * (len(COLUMNS) + 2) + "|", *(line for _, line in sorted(lines, reverse=True))])
 
 
 def run(size: str, memory: str, seed: int) -> str | None:
@@ -51,7 +81,12 @@ def main() -> None:
     parser.add_argument("--memories", nargs="+", default=MEMORIES, choices=MEMORIES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    parser.add_argument("--table", action="store_true", help="print the tables and run nothing")
     given = parser.parse_args()
+    if given.table:
+        for size in SIZES:
+            print(f"{size}\n\n{table(json.loads(Path(f'runs/compare/zoo-{size}/compare.json').read_text()))}\n")
+        return
     # All memories of one seed come before the next seed, so that a stopped command can already be compared.
     chosen = itertools.product(given.seeds, SIZES, given.memories)
     jobs = [(size, m, seed) for seed, size, m in chosen if size == "parameters" or m not in WITHOUT_STATE]
