@@ -30,6 +30,7 @@ SIZES = {
     "parameters": ["match.parameters=titans_mag"],
     "state": ["match.parameters=titans_mag", "match.state=titans_mag", "match.tolerance=0.05"],
 }
+INTERRUPTED = 130
 # Title of a column: topic, row and column in the comparison, digits.
 COLUMNS = {
     "MQAR, 8x": ("recall-mqar", None, "8x", 3),
@@ -66,6 +67,8 @@ def run(size: str, memory: str, seed: int) -> str | None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for command in (train, evaluate):
         done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
+        if done.returncode == INTERRUPTED:
+            return None
         if done.returncode:
             log = Path("runs/zoo/failed") / f"{size}-{memory}-seed{seed}.txt"
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +94,13 @@ def main() -> None:
     chosen = itertools.product(given.seeds, SIZES, given.memories)
     jobs = [(size, m, seed) for seed, size, m in chosen if size == "parameters" or m not in WITHOUT_STATE]
     with ThreadPoolExecutor(given.jobs) as pool:
-        failed = [place for place in pool.map(lambda job: run(*job), jobs) if place]
+        try:
+            started = [pool.submit(run, *job) for job in jobs]
+            failed = [place for job in started if (place := job.result())]
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            print("interrupted; the same command goes on", flush=True)
+            sys.exit(INTERRUPTED)
     for size in SIZES:
         command = [sys.executable, "evaluate.py", f"compare=[runs/zoo/{size}/*]", f"out=runs/compare/zoo-{size}"]
         failed += [size] if subprocess.run(command).returncode else []

@@ -1,8 +1,11 @@
 """scripts/zoo.py starts each run once and goes on after failures; its commands compose."""
 
 import importlib.util
+import os
+import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -42,6 +45,23 @@ def test_all_memories_run_with_both_sizes_and_a_failure_ends_nothing(zoo, tmp_pa
     assert code == 1 and [command[0] for command in commands[-2:]] == ["evaluate.py"] * 2
     assert len([c for c in commands if "eval=zoo" in c]) == len(trained) - 2
     assert "error: broken" in (tmp_path / "runs/zoo/failed/parameters-lact-seed1.txt").read_text()
+
+
+def test_an_interrupt_starts_no_further_job_and_blames_none(zoo, monkeypatch, tmp_path, capsys):
+    started = []
+
+    def interrupted(command, **_):
+        started.append(command)
+        if len(started) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        return SimpleNamespace(returncode=130, stdout="", stderr="")
+
+    monkeypatch.setattr(subprocess, "run", interrupted)
+    code, _ = zoo("--seeds", "0", "1")
+    # Those that ran end; a terminal interrupts them too.
+    assert code == 130 and 1 <= len(started) <= 4
+    assert "the same command goes on" in capsys.readouterr().out and not (tmp_path / "runs/zoo/failed").exists()
 
 
 @pytest.mark.parametrize("memory", ["titans_mag_deep", "none"])
