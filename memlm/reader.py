@@ -5,6 +5,8 @@ B streams, T tokens, S tokens whose logits are kept, V vocabulary.
 
 import copy
 import inspect
+import weakref
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -16,7 +18,14 @@ from memlm.attached.cache import fork, own, state_layer
 from memlm.cache import MemoryCache
 from memlm.hub.causal import new_memory, of_model
 from memlm.memory.state import leaves
+from memlm.modeling import MemLMPreTrainedModel
+from memlm.settings import require
 from memlm.versions import CACHE
+
+# Tokens of a trial, and of its first call.
+_TRIED, _FIRST = 24, 9
+# Models that were tried, and the result.
+_continue: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
 
 
 class Reader:
@@ -30,16 +39,17 @@ class Reader:
     cache: its memory; tokens: those that each stream has read
     with_metrics: whether ``metrics`` holds those of the last forward's mixers
 
-    Raises ValueError if the model takes no cache of transformers' usual kind.
+    Raises ValueError if the model's memory cannot be carried on and copied.
     """
 
     def __init__(self, model: PreTrainedModel, segment: int = 2048, with_metrics: bool = False) -> None:
         self.model, self.segment = model, segment
+        self._behind = segment if continues(model) else 1
         self.cache, self.tokens = new_memory(model), 0
         self._optimizer: torch.optim.Optimizer | None = None
         self.metrics: dict[str, Tensor] = {}
         self._options = of_model(model, output_metrics=with_metrics)
-        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._keeps, self._word = "logits_to_keep" in _words(model), _cache_word(model)
 
     @torch.no_grad()
     def __call__(self, ids_BT: Tensor, keep: int = 1) -> Tensor:
@@ -56,12 +66,12 @@ class Reader:
 
     def _next(self) -> int:
         """The most tokens of the next forward."""
-        return self.segment
+        return self._behind if self.tokens else self.segment
 
     def _read(self, ids_BT: Tensor, keep: int, **words: Any) -> Tensor:
         """The logits of at least the last ``keep`` tokens of a forward; words: further ones of the model."""
         kept = {"logits_to_keep": keep} if self._keeps else {}
-        out = self.model(ids_BT, use_cache=True, **{CACHE: self.cache}, **kept, **self._options, **words)
+        out = self.model(ids_BT, use_cache=True, **{self._word: self.cache}, **kept, **self._options, **words)
         self.tokens += ids_BT.shape[1]
         self.metrics = getattr(out, "metrics", None) or {}
         return out.logits
@@ -90,7 +100,8 @@ class Reader:
         other.__dict__ |= self.__dict__
         other.cache = fork(self.cache)
         if rows is not None and self.tokens:
-            other.cache.batch_select_indices(rows)
+            # Recurrent layers of transformers have no ``batch_select_indices``.
+            other.cache.reorder_cache(rows)
         return other
 
     def nbytes(self) -> int:
@@ -105,5 +116,53 @@ def nbytes(cache: Cache) -> int:
     held = state_layer(cache)
     tensors = [] if held is None else list(leaves(held.states))
     for layer in own(cache).layers:
-        tensors += [x for x in vars(layer).values() if isinstance(x, Tensor)]
+        # Recurrent layers hold dicts of tensors.
+        held_by = (x.values() if isinstance(x, dict) else [x] for x in vars(layer).values())
+        tensors += [x for values in held_by for x in values if isinstance(x, Tensor)]
     return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def _words(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(model.forward).parameters
+
+
+def _cache_word(model: PreTrainedModel) -> str:
+    """The keyword of ``model.forward`` that takes a memory."""
+    return "cache_params" if "cache_params" in _words(model) else CACHE
+
+
+def continues(model: PreTrainedModel) -> bool:
+    """Whether several tokens may follow others in one call; some recurrent models of transformers then begin anew, and
+    must read on token by token.
+
+    A model of transformers is tried with a short text. Raises ValueError if its memory cannot be carried on and
+    copied.
+    """
+    new_memory(model)
+    if isinstance(model, MemLMPreTrainedModel):
+        return True
+    if model not in _continue:
+        exact = [_is_exact(model, step) for step in (_TRIED, 1)]
+        fault = "predicts another text when its cache is carried on or copied, so its memory cannot be measured"
+        require(any(exact), f"{type(model).__name__} {fault}")
+        _continue[model] = exact[0]
+    return _continue[model]
+
+
+@torch.no_grad()
+def _is_exact(model: PreTrainedModel, step: int) -> bool:
+    """Whether a text that is read on in calls of ``step`` tokens is predicted as in one call, while copies of the
+    memory read another text.
+    """
+    rows, draws = model.get_input_embeddings().weight.shape[0], torch.Generator().manual_seed(0)
+    ids_2T = torch.randint(rows, (2, _TRIED), generator=draws)
+    text_1T, other_1T = ids_2T.to(model.device).split(1)
+    whole_TV = model(text_1T, use_cache=False).logits[0].double()
+    cache, word, found = new_memory(model), _cache_word(model), []
+    for piece_1T in (text_1T[:, :_FIRST], *text_1T[:, _FIRST:].split(step, 1)):
+        found.append(model(piece_1T, use_cache=True, **{word: cache}).logits[0].double())
+        model(other_1T[:, :step], use_cache=True, **{word: fork(cache)})
+    errors_T = torch.linalg.vector_norm(torch.cat(found) - whole_TV, dim=-1)
+    sizes_T = torch.linalg.vector_norm(whole_TV, dim=-1)
+    # Rounding changes the experts of single tokens. Logits that are not finite are reported where they are used.
+    return not bool((errors_T / sizes_T)[_FIRST:].median() > max(1e-3, 6 * torch.finfo(model.dtype).eps))

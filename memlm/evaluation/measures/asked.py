@@ -19,8 +19,8 @@ from memlm.evaluation.report import Report
 from memlm.evaluation.statistics import bootstrap, wilson
 from memlm.evaluation.subject import Subject
 from memlm.evaluation.tasks import Setting, Task, View, tasks
-from memlm.hub.causal import new_memory
 from memlm.policies import Policy, build_policies, reader_of
+from memlm.reader import continues
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Asked(Measure):
         return False
 
     def check_model(self, model: PreTrainedModel) -> None:
-        new_memory(model)
+        continues(model)
         for policy in self.policies:
             reader_of(model, policy)
 

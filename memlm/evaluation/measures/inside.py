@@ -17,8 +17,8 @@ from memlm.evaluation.measures import Measure, Models, Table, check_range
 from memlm.evaluation.report import Report
 from memlm.evaluation.subject import Subject
 from memlm.evaluation.tokens import view
-from memlm.hub.causal import new_memory, of_model
-from memlm.reader import Reader
+from memlm.hub.causal import of_model
+from memlm.reader import Reader, continues
 from memlm.settings import require
 
 # A stream is read in so many calls; states are seen after each.
@@ -42,7 +42,7 @@ class Inside(Measure):
         return self.inside > 0 and isinstance(source, TextSource | RecallSource)
 
     def check_model(self, model: PreTrainedModel) -> None:
-        new_memory(model)
+        continues(model)
 
     def cost(self, sources: Mapping[str, Source]) -> int:
         return 2 * self.inside * self.inside_length * sum(map(self.measures, sources.values()))

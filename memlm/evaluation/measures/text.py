@@ -21,8 +21,7 @@ from memlm.evaluation.measures import Measure, Models, Table, by_source, check_r
 from memlm.evaluation.perplexity import WAYS, bits, interval, read
 from memlm.evaluation.report import Report
 from memlm.evaluation.subject import Subject
-from memlm.hub.causal import new_memory
-from memlm.reader import Reader
+from memlm.reader import Reader, continues
 from memlm.settings import require
 
 _OFF = "_memory_off"
@@ -67,7 +66,7 @@ class Text(Measure):
         return self.text_documents > 0 and isinstance(source, TextSource)
 
     def check_model(self, model: PreTrainedModel) -> None:
-        new_memory(model)
+        continues(model)
 
     def tokens(self, sources: Mapping[str, Source]) -> int:
         lengths = [source.seq_len for source in sources.values() if self.measures(source)]
