@@ -295,6 +295,7 @@ def run_group(group: list[Setting], repeats: int, peer_python: str | None, keep_
             rates[f"tokens_per_{clock}_second"] = {
                 "best": round(max(of), 1),
                 "median": round(statistics.median(of), 1),
+                "passes": [round(x, 1) for x in of],
             }
         memory = {name: round(x, 1) for name, x in (about | taken[-1]).items() if name.endswith("_mb")}
         records.append(s | about | {"repeats": repeats, "keep_memory": keep_memory} | rates | memory)
@@ -374,8 +375,17 @@ def peers_table(records: list[dict]) -> None:
                 if peer["what"] == "memlm" or peer["anchor"] != anchor or any(peer[a] != our[a] for a in alike):
                     continue
                 faster, less = rate(our) / rate(peer), added_mb(peer) / added_mb(our)
-                cells.append(f"{rate(peer):,.0f} ({faster:.1f}x), {added_mb(peer):,.1f} ({less:.1f}x)")
+                cells.append(
+                    f"{rate(peer):,.0f} ({faster:.1f}x{spread(our, peer)}), {added_mb(peer):,.1f} ({less:.1f}x)"
+                )
         print(f"| {our['heads']} x {our['head_dim']}, chunk {our['chunk_size']} | " + " | ".join(cells) + " |")
+
+
+def spread(our: dict, peer: dict) -> str:
+    """The least and the greatest ratio of two passes in turn; older records do not keep their passes."""
+    ours, peers = (rates(r).get("passes", []) for r in (our, peer))
+    ratios = [a / b for a, b in zip(ours, peers, strict=True)] if ours and peers else []
+    return f", {min(ratios):.1f} to {max(ratios):.1f}" if ratios else ""
 
 
 def lengths_table(records: list[dict]) -> None:
@@ -401,8 +411,11 @@ def training_table(records: list[dict]) -> None:
 
 
 def rate(record: dict) -> float:
-    clock = "gpu" if record["device"] == "cuda" else "cpu"
-    return record[f"tokens_per_{clock}_second"]["best"]
+    return rates(record)["best"]
+
+
+def rates(record: dict) -> dict:
+    return record[f"tokens_per_{'gpu' if record['device'] == 'cuda' else 'cpu'}_second"]
 
 
 def added_mb(record: dict) -> float:
