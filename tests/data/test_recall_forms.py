@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from memlm.data import build_data
-from memlm.data.recall import ASK, KEYS, NOISE, PAIRS, VALUES, StackedMQAR, ZoologyMQAR
+from memlm.data.recall import ASK, KEYS, MQAR, NOISE, PAIRS, VALUES, StackedMQAR, ZoologyMQAR
 from memlm.data.recall_mad import FuzzyRecall, SelectiveCopy
 
 TASKS = [
@@ -53,6 +53,20 @@ def test_zoology_asks_every_pair_once_and_shows_no_answer(task):
         assert ((places - 1 - task.asked_from) % 2 == 0).all()
         rest = np.delete(ids, [*range(task.asked_from - task.gap), *(places - 1)])
         assert np.isin(rest, NOISE).all()
+
+
+@pytest.mark.parametrize("kind", [MQAR, ZoologyMQAR, StackedMQAR])
+def test_the_order_of_the_questions_tells_nothing_of_the_order_of_the_pairs(kind):
+    """One who has the values in their order, without keys, scores 1 / num_pairs."""
+    task, found = kind(length=40, num_pairs=3, gap=0), np.zeros((3, 3))
+    for row in rows(task, 1500):
+        places = np.flatnonzero(row.labels != -100)
+        front = row.input_ids[: task.asked_from]
+        told = VALUES[(front - PAIRS[0]) % task.num_values] if kind is StackedMQAR else front[1::2]
+        for rank, value in enumerate(row.labels[places]):
+            # Values of MQAR may repeat.
+            found[rank] += (told == value) / (told == value).sum()
+    assert np.abs(found / 1500 - 1 / 3).max() < 4 * np.sqrt(2 / 9 / 1500)
 
 
 def test_zoology_draws_the_places_of_queries_by_its_power_law():
