@@ -162,6 +162,19 @@ def test_the_answer_is_the_one_that_the_text_gives(name, make):
     assert kinds == expected
 
 
+def test_the_last_value_is_not_the_answer(make):
+    """Neither that of the text, nor that of the sentences that have the question's form."""
+    for read, ask in make("overwrite", rows=8).streams(SETTINGS["byte"]):
+        (values,) = np.nonzero(np.isin(read.ids, np.concatenate(ask.answers)))
+        assert read.ids[values[-1]] != ask.answers[0][0]
+    for read, *asks in make("overwrite_text", rows=8, others=2, sentences=6).streams(SETTINGS["byte"]):
+        text = SETTINGS["byte"].decode(read.ids)
+        for ask, form in zip(
+            asks, (r"Now the town of \w+ is (\w+)", r"At first, the town of \w+ was (\w+)"), strict=True
+        ):
+            assert re.findall(form, text)[-1] != SETTINGS["byte"].decode(ask.answers[0]).strip()
+
+
 def test_the_control_of_recognition_is_one_half(make):
     """Two texts exchange the sentence and its counterpart, so a preference for one of them cancels out."""
     torch.manual_seed(0)
@@ -259,7 +272,8 @@ def test_a_broken_line_of_a_file_is_named(tmp_path, line, told):
     ("name", "given", "told"),
     [
         ("overwrite", {"rewrites": [40]}, r"rewrites=\[40\] must be whole numbers in 0\.\.29"),
-        ("overwrite", {"gap": 60}, r"lengths=\[64\] must be at least 72"),
+        ("overwrite", {"gap": 60}, r"lengths=\[64\] must be at least 70"),
+        ("overwrite", {"gap": 1}, "gap=1 must be at least 2, for half of others=2"),
         ("overwrite", {"num_keys": 200}, "num_keys=200 must lie between 1 and 96"),
         ("overwrite_text", {"others": 9}, "others=9 must be below 8"),
         ("saturation", {"pairs": [4, 2]}, r"pairs=\[4, 2\] must be rising"),

@@ -42,8 +42,10 @@ class _Rewritten(Task):
 
 @dataclass(frozen=True, kw_only=True)
 class Overwrite(_Rewritten):
-    """gap: tokens of noise after the latest write, so that its distance is the same for all numbers of rewrites
+    """gap: tokens after the latest write, so that its distance is the same for all numbers of rewrites
     num_keys, num_values: symbols to choose from
+
+    Half of the other keys are written after the latest write, so the last value of the text is not the answer.
     """
 
     name = "overwrite"
@@ -62,9 +64,15 @@ class Overwrite(_Rewritten):
             signs(setting, self.num_keys, self.num_values)
             self._check(self.num_values - 1)
             require(self.others < self.num_keys, f"others={self.others} must be below num_keys={self.num_keys}")
-            require(self.gap >= 0, f"gap={self.gap} must be at least 0")
-            least = 2 * (1 + max(self.rewrites) + self.others) + self.gap
+            room = 2 * self._behind
+            require(self.gap >= room, f"gap={self.gap} must be at least {room}, for half of others={self.others}")
+            least = 2 * (1 + max(self.rewrites) + self.others - self._behind) + self.gap
             require(min(self.lengths) >= least, f"lengths={self.lengths} must be at least {least}; lower gap")
+
+    @property
+    def _behind(self) -> int:
+        """Other keys after the latest write."""
+        return (self.others + 1) // 2
 
     def cost(self) -> int:
         return sum(self.lengths) * self.rows * len(self.rewrites)
@@ -87,8 +95,9 @@ class Overwrite(_Rewritten):
                     last = length - self.gap - 2
                     # The key's writes first; the latest has a fixed place.
                     written = np.concatenate([np.repeat(keys[0], n + 1), keys[1 : self.others + 1]])
-                    places = last - 2 - 2 * rng.permutation(last // 2)[: n + self.others]
-                    places = np.concatenate([np.sort(places[:n]), [last], places[n:]])
+                    before = last - 2 - 2 * rng.permutation(last // 2)[: n + self.others - self._behind]
+                    behind = last + 2 + 2 * rng.permutation(self.gap // 2)[: self._behind]
+                    places = np.concatenate([np.sort(before[:n]), [last], before[n:], behind])
                     ids[places], ids[places + 1] = written, values[: len(written)]
                     answers = [values[i : i + 1] for i in (*range(n, -1, -1), *range(n + 1, len(values)))]
                     kinds = ["latest", *["stale"] * n, *["other"] * (len(values) - n - 1)]
@@ -139,7 +148,9 @@ class OverwriteText(_Rewritten):
                 values = rng.permutation(VALUES_OF["town"])
                 first, now = f"At first, the town of {who} was", f"Now the town of {who} is"
                 told = [f"{first} {values[0]}.", *(f"{now} {value}." for value in values[1 : n + 1])]
-                rest = [f"Now the town of {other} is {values[n + 1 + i]}." for i, other in enumerate(others)]
+                # Others are told in both forms, so that a form without its name does not tell the answer.
+                forms = ("At first, the town of {} was {}.", "Now the town of {} is {}.")
+                rest = [forms[i % 2].format(other, values[n + 1 + i]) for i, other in enumerate(others)]
                 rest += [noise(rng) for _ in range(self.sentences)]
                 # The latest fact has the same place for all numbers of rewrites: a fourth of the rest follows it.
                 *before, last = told
