@@ -77,6 +77,26 @@ def test_answers_follow_from_the_facts(task):
     assert np.abs(shares - 1 / CHOICES[task]).max() < 4 * (1 / CHOICES[task] / 150) ** 0.5
 
 
+def test_words_without_relations_and_the_last_of_them_have_their_scores():
+    setting, found = streams(TOKENIZERS["byte"], [1500], 24, facts=8)
+    (task,) = tasks({"babilong": {"facts": 8}}, [1500], 24)
+    scored = {number: [] for number in STORIES}
+    for i, (_, *asks) in enumerate(found):
+        number = 1 + i // 24
+        told, puzzles, _ = task._story(setting, number, 1500, i % 24)
+        for ask, puzzle in zip(asks, puzzles, strict=True):
+            known = [word for word in " ".join(told).replace(".", "").split() if word in puzzle.choices]
+            most = max(map(known.count, known))
+            best = {word for word in known if known.count(word) == most}
+            assert ask.tag["guesses"] == {
+                "values told": (puzzle.answer in best) / len(best),
+                "last value": float(known[-1] == puzzle.answer),
+            }
+            scored[number].append(ask.tag["guesses"]["values told"])
+    # Both neighbours of the second place are told once; a question names this place and a direction.
+    assert {*scored[4]} == {0.5} and np.mean(scored[1]) > 1 / 6
+
+
 def streams(tokenizer, lengths, rows, **settings):
     (task,) = tasks({"babilong": settings}, lengths, rows)
     setting = Setting(tokenizer, 0)

@@ -195,6 +195,18 @@ def test_an_oracle_is_right_and_a_guesser_is_not():
     assert np.mean([r["correct"] for r in scores(Guesser, streams, 259)]) < 0.05
 
 
+def test_one_who_repeats_the_end_of_the_text_finds_frequent_words():
+    setting, streams = asked(TOKENIZERS["byte"], [4096], 4, tasks=["cwe", "fwe"])
+    shares = []
+    for read, ask in streams:
+        end, reply = read.ids[-ask.tokens :], setting.decode(ask.answers[0])
+        words = re.findall(r"[a-z]{2,}", reply)
+        found = sum(word in setting.decode(end) for word in words) / len(words)
+        assert ask.tag["guesses"] == {"repeats the end": found}
+        shares.append(found)
+    assert np.mean(shares) > 0.2
+
+
 def test_a_word_tokenizer_loses_the_text():
     backend = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

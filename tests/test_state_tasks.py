@@ -175,6 +175,27 @@ def test_the_last_value_is_not_the_answer(make):
             assert re.findall(form, text)[-1] != SETTINGS["byte"].decode(ask.answers[0]).strip()
 
 
+@pytest.mark.parametrize("name", ["saturation", "while_constructing"])
+def test_guessers_have_the_values_that_the_text_tells(name, make):
+    setting, scored = SETTINGS["byte"], []
+    for stream in make(name, rows=6).streams(setting):
+        text = ""
+        for event in stream:
+            if isinstance(event, Read):
+                text += setting.decode(event.ids)
+                continue
+            answers = [setting.decode(a).strip() for a in event.answers]
+            values = list(text)[2::3] if name == "saturation" else re.findall(r"The \w+ of \w+ is (\w+)\.", text)
+            known = [value for value in values if value in answers]
+            share = {answer: known.count(answer) for answer in answers}
+            best = [answer for answer in answers if share[answer] == max(share.values())]
+            expected = {"values told": (answers[0] in best) / len(best), "last value": known[-1] == answers[0]}
+            assert event.tag["guesses"] == expected
+            scored.append(expected["last value"])
+    # More than the chance of one who has nothing.
+    assert np.mean(scored) > 0.25
+
+
 def test_the_control_of_recognition_is_one_half(make):
     """Two texts exchange the sentence and its counterpart, so a preference for one of them cancels out."""
     torch.manual_seed(0)

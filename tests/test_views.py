@@ -3,7 +3,7 @@
 import pytest
 
 from memlm.evaluation import plots
-from memlm.evaluation.measures.asked import Asked, cells, totals
+from memlm.evaluation.measures.asked import Asked, _table, cells, totals
 from memlm.evaluation.statistics import wilson
 from memlm.evaluation.tasks import Task, View
 
@@ -42,13 +42,19 @@ def test_cells_count_texts_and_average_the_views_values():
         ("a", 2, 1.0, 1, 1),
         ("a", 4, pytest.approx(2 / 3), 2, 3),
     ]
-    assert (found[1]["low"], found[1]["high"]) == wilson(2 / 3, 2)
+    # One text has two of the three questions, so these count as less than two texts.
+    assert (found[1]["low"], found[1]["high"]) == wilson(2 / 3, 9 / 5)
     assert [(c["down"], c["across"], c["value"]) for c in cells(age, RECORDS)] == [
         ("latest", 1, 0.5),
         ("latest", 3, 1.0),
         ("stale", 1, 0.5),
         ("stale", 3, 0.0),
     ]
+
+
+def test_texts_that_are_not_independent_count_as_one():
+    (cell,) = cells(View("pairs"), [{**record(stream, 2, 1, 1.0), "unit": stream // 2} for stream in range(6)])
+    assert cell["texts"] == 3 and cell["questions"] == 6 and (cell["low"], cell["high"]) == wilson(1.0, 3)
 
 
 def test_rows_and_columns_have_the_order_of_the_texts():
@@ -71,7 +77,7 @@ def test_every_view_has_a_table_and_a_picture(monkeypatch):
         ["share right (95 % interval), by pairs", "2", "4"],
         [
             *(
-                ["twice, " + name + ", a", "1.000 (0.207 to 1.000)", "0.667 (0.159 to 0.955)"]
+                ["twice, " + name + ", a", "1.000 (0.207 to 1.000)", "0.667 (0.148 to 0.958)"]
                 for name in ("one", "two")
             ),
             ["twice, chance", "0.250", "0.250"],
@@ -86,3 +92,16 @@ def test_every_view_has_a_table_and_a_picture(monkeypatch):
     for view in task.views():
         picture = plots.asked(task, view, {"one": [c for c in found if c["view"] == view.name]})
         assert picture.axes[0].get_ylabel() == view.label
+
+
+def test_guessers_of_the_questions_are_in_tables_and_pictures():
+    told = [{**r, "guesses": {"last value": float(r["stream"])}} for r in RECORDS]
+    view = View("pairs", "kind", floors={"chance": 0.25})
+    task = Twice(lengths=[], rows=1)
+    models = {"one": {"asked": {"twice": cells(view, told)}}}
+    _, rows = _table(task, view, {"one": models["one"]["asked"]["twice"]})
+    assert rows[1:] == [["twice, chance", "0.250", "0.250"], ["twice, last value, a", "0.000", "0.333"]]
+    labels = plots.asked(task, view, {"one": cells(view, told)}).legends[0].get_texts()
+    assert [text.get_text() for text in labels] == ["chance 0.250", "last value, a", "one, a"]
+    # Other values than scores have no guesser.
+    assert not any("guesses" in cell for cell in cells(View("age", values=("latest",)), told))

@@ -43,7 +43,7 @@ class Ask:
     ids [Q]: the question, at least one token
     answers: a right answer [A], then the wrong candidates, if there are any; without ``judge``, a lone answer is right
         if greedy decoding gives it, and one of several if it is the likeliest
-    tag: words for the record, such as length and depth
+    tag: words for the record, such as length and depth; ``unit``, a number that texts share which are not independent
     at: places in ``ids`` after which the tokens of the lone answer are due, whether or not they stand in ``ids``;
         without it, the answer follows the question
     judge: the score in 0..1 of ``tokens`` tokens that the model generates greedily, up to its end of text; the score

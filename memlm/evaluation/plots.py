@@ -180,6 +180,16 @@ def columns_of(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list:
     return sorted(found) if all(isinstance(x, int | float) for x in found) else found
 
 
+def guessed(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[Any, float]]:
+    """Scores of the guessers by column, for each row of the cells. All models have the same texts."""
+    found: dict[str, dict[Any, list[float]]] = {}
+    for cell in next(iter(results.values()), ()):
+        for name, score in cell.get("guesses", {}).items():
+            row = ", ".join(filter(None, (name, cell["down"])))
+            found.setdefault(row, {}).setdefault(cell["across"], []).append(score)
+    return {row: {x: float(np.mean(scores)) for x, scores in of.items()} for row, of in found.items()}
+
+
 def asked(task: Any, view: Any, results: dict[str, list[dict]]) -> Figure:
     """The values of a task's view with intervals, one line for each model and row of the table, and the floors.
 
@@ -204,7 +214,9 @@ def asked(task: Any, view: Any, results: dict[str, list[dict]]) -> Figure:
         above = [max(0.0, cell["high"] - cell["value"]) if k else 0.0 for cell, k in zip(cells, known, strict=True)]
         colour, style = _COLOURS[i % len(_COLOURS)], ("o-", "s--", "^:")[i // len(_COLOURS) % 3]
         axis.errorbar(at, value, [below, above], fmt=style, color=colour, label=name, capsize=2, linewidth=1.3)
-    for (name, floor), style in zip(view.floors.items(), itertools.cycle((":", "--", "-.")), strict=False):
+    # Those of several rows would hide the lines; the table has them.
+    floors = {**view.floors, **(guessed(results) if len(rows) == 1 else {})}
+    for (name, floor), style in zip(floors.items(), itertools.cycle((":", "--", "-.")), strict=False):
         by_column = floor if isinstance(floor, dict) else dict.fromkeys(columns, floor)
         held = [i for i, column in enumerate(columns) if column in by_column]
         label = name if isinstance(floor, dict) else f"{name} {floor:.3f}"

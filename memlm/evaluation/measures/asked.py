@@ -136,17 +136,18 @@ class Asked(Measure):
             texts = (repr(task), about["seed"], about["tokenizer"])
             for view in [*task.views(), View(name=TOTALS, label=task.title, across="", share=False)]:
                 name = "-".join(filter(None, (task.name, view.name)))
-                topic = Topic(name, task.title, view.label, view.across, view.share, view.floors, vars(task))
+                of_view = [cell for cell in cells if cell["view"] == view.name]
+                floors = {**view.floors, **plots.guessed({"": [{**cell, "down": None} for cell in of_view]})}
+                topic = Topic(name, task.title, view.label, view.across, view.share, floors, vars(task))
                 units = {
                     (down, across): {(texts, text): mean for text, mean in by_text(group, value).items()}
                     for down, across, value, group in (grouped(view, shown) if view.name != TOTALS else ())
                 }
-                for cell in cells:
-                    if cell["view"] == view.name:
-                        down = ", ".join(filter(None, (cell["down"], policy))) or None
-                        mean = (math.nan if cell[word] is None else cell[word] for word in ("value", "low", "high"))
-                        of_texts = units.get((cell["down"], cell["across"]), {})
-                        yield Figure(topic, down, cell["across"], *mean, cell["texts"], of_texts, cell["bytes"])
+                for cell in of_view:
+                    down = ", ".join(filter(None, (cell["down"], policy))) or None
+                    mean = (math.nan if cell[word] is None else cell[word] for word in ("value", "low", "high"))
+                    of_texts = units.get((cell["down"], cell["across"]), {})
+                    yield Figure(topic, down, cell["across"], *mean, cell["texts"], of_texts, cell["bytes"])
 
     def section(self, report: Report, models: Models, first: Subject) -> None:
         for task in self.tasks:
@@ -193,12 +194,15 @@ def cells(view: View, records: Sequence[Record]) -> list[dict[str, Any]]:
     """Means over the records of each cell of a view, row by row.
 
     Records without the view's values are left out. The questions of one text are not independent, so the interval
-    counts texts, not questions.
+    counts texts, not questions. A cell of scores has those of the guessers, if the questions have any.
     """
     found = []
     for down, across, value, group in grouped(view, records):
         cell = {"view": view.name, "down": down, "across": across}
         found.append({**cell, **_mean(group, value, view.share), **_about(group)})
+        told = [record["guesses"] for record in group if "guesses" in record]
+        if told and value == "correct":
+            found[-1]["guesses"] = {name: sum(x[name] for x in told) / len(told) for name in told[0]}
     return found
 
 
@@ -218,11 +222,15 @@ def grouped(view: View, records: Sequence[Record]) -> Iterator[tuple[str | None,
 
 
 def by_text(group: Sequence[Record], value: str) -> dict[int, tuple[float, float]]:
-    """Mean and number of the records of each text."""
+    """Mean and number of the records of each text, or of texts that share a ``unit`` and are not independent."""
     texts: dict[int, list[float]] = {}
     for record in group:
-        texts.setdefault(record["stream"], []).append(record[value])
+        texts.setdefault(_unit(record), []).append(record[value])
     return {text: (sum(found) / len(found), len(found)) for text, found in texts.items()}
+
+
+def _unit(record: Record) -> int:
+    return record.get("unit", record["stream"])
 
 
 def totals(task: Task, records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -238,7 +246,8 @@ def _mean(group: Sequence[Record], value: str, share: bool) -> dict[str, float |
     mean = sum(record[value] for record in group) / len(group)
     texts, weights = zip(*by_text(group, value).values(), strict=True)
     if share:
-        low, high = wilson(mean, len(texts))
+        # Unequal numbers of questions count as fewer texts (Kish).
+        low, high = wilson(mean, sum(weights) ** 2 / sum(weight**2 for weight in weights))
     elif len(texts) == 1:
         return {"value": mean, "low": None, "high": None}
     else:
@@ -250,7 +259,7 @@ def _about(group: Sequence[Record]) -> dict[str, Any]:
     correct, exact, seconds = (sum(r[key] for r in group) / len(group) for key in ("correct", "exact", "seconds"))
     nats = [r["nats"] for r in group if r["nats"] is not None]
     return {
-        **{"texts": len({record["stream"] for record in group}), "questions": len(group)},
+        **{"texts": len({_unit(record) for record in group}), "questions": len(group)},
         **{"correct": correct, "exact": exact, "nats": sum(nats) / len(nats) if nats else None, "seconds": seconds},
         **{"bytes": max(r["bytes"] for r in group), "read": max(r["read"] for r in group)},
     }
@@ -275,7 +284,7 @@ def _table(task: Task, view: View, models: Mapping[str, Sequence[Mapping[str, An
             of_column = {cell["across"]: told(cell) for cell in found}
             label = ", ".join(str(x) for x in (task.name, name, down) if x is not None)
             rows.append([label, *(of_column.get(x, "") for x in across)])
-    for floor, value in view.floors.items():
+    for floor, value in {**view.floors, **plots.guessed(models)}.items():
         by_column = value if isinstance(value, Mapping) else dict.fromkeys(across, value)
         rows.append([f"{task.name}, {floor}", *(f"{by_column[x]:.3f}" if x in by_column else "" for x in across)])
     return [f"{view.label} (95 % interval), by {view.across}", *map(str, across)], rows

@@ -8,6 +8,7 @@ Files:
     babilong            bAbI's facts in prose
     exposure            recognition, recall and retention of sentences, by state and by weights
     grid                needles over length and depth
+    guesses             guessers that have a part of a text
     haystack            texts that hide needles
     invented            invented facts and sentences
     order               which of two passages came first
@@ -109,7 +110,8 @@ class View:
     across, down: the words of a record that make the columns and the rows
     values: the words of a record whose means are shown; several make a row each
     label: of the values; share: whether they lie in 0..1
-    floors: values of those who do not remember, the same in all columns or by column
+    floors: values of those who do not remember, the same in all columns or by column; those of guessers that depend on
+        the text are in the tags of its questions, ``{"guesses": {name: score}}``
     name: distinguishes the views of one task
     """
 

@@ -4,6 +4,7 @@ The facts are made by rule, and a simulation gives the answers, so no file is ne
 default sentences made by rule; BABILong takes books.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import numpy as np
 
 from memlm.evaluation.events import Ask, Read, Stream
 from memlm.evaluation.tasks import Setting, Task
+from memlm.evaluation.tasks.guesses import guesses
 from memlm.evaluation.tasks.haystack import essay, files, woven
 from memlm.settings import require
 
@@ -99,18 +101,19 @@ def before(rng: np.random.Generator, facts: int) -> Story:
 
 
 def relations(rng: np.random.Generator, facts: int) -> Story:
-    """Task 4, relations of two: three places, the second beside both others, in directions across each other."""
+    """Task 4, relations of two: three places in a row from north to south or from west to east; what is beside the
+    second?
+    """
     draw = _Draw(rng)
     first, middle, last = rng.permutation(PLACES)[:3].tolist()
     way = draw(list(_OPPOSITE))
-    across = draw([w for w in _OPPOSITE if w not in (way, _OPPOSITE[way])])
-    triples = [(first, way, middle), (middle, across, last)]
-    puzzles = []
-    for a, w, b in triples + [(b, _OPPOSITE[w], a) for a, w, b in triples]:
-        puzzles.append(Puzzle(f"What is {w} of the {b}?", a, [p for p in PLACES if p != b]))
-        puzzles.append(Puzzle(f"What is the {a} {w} of?", b, [p for p in PLACES if p != a]))
-    order = rng.permutation(2).tolist()
-    return [f"The {a} is {w} of the {b}." for a, w, b in (triples[i] for i in order)], puzzles
+    told, puzzles = [], []
+    for end, w in ((first, way), (last, _OPPOSITE[way])):
+        told.append(draw([f"The {end} is {w} of the {middle}.", f"The {middle} is {_OPPOSITE[w]} of the {end}."]))
+        choices = [p for p in PLACES if p != middle]
+        puzzles.append(Puzzle(f"What is {w} of the {middle}?", end, choices))
+        puzzles.append(Puzzle(f"What is the {middle} {_OPPOSITE[w]} of?", end, choices))
+    return rng.permutation(told).tolist(), puzzles
 
 
 def gifts(rng: np.random.Generator, facts: int) -> Story:
@@ -167,7 +170,8 @@ class Babilong(Task):
     title = "BABILong: facts of bAbI in a long text"
     note = (
         "Facts stand in order between sentences of prose; the model chooses the answer among all that a question"
-        " allows. Rows name bAbI's task and the score of a guesser."
+        " allows. Rows name bAbI's task and the score of a guesser. 'Values told' has the words of the facts without"
+        " their relations, and 'last value' the last of them; a score below theirs shows no memory of the facts."
     )
     down = "task"
     tasks: list = field(default_factory=lambda: [1, 2, 3, 4, 5])
@@ -238,5 +242,9 @@ class Babilong(Task):
         # Several facts may stand between two sentences of a short text.
         places = np.sort(rng.choice(starts, len(facts)))
         tag = {"length": length, "task": f"{task} (chance {1 / CHOICES[task]:.3f})"}
+        words = re.findall(r"\w+", " ".join(told))
+        tags = [
+            {**tag, "guesses": guesses(words, [p.answer, *(c for c in p.choices if c != p.answer)])} for p in puzzles
+        ]
         read = Read(np.concatenate([setting.start, woven(ids, places, facts), setting.pieces(["\n"])[0]]))
-        return [read, *(Ask(q, a, tag) for q, a in zip(asked, answers, strict=True))]
+        return [read, *map(Ask, asked, answers, tags)]

@@ -65,7 +65,7 @@ class Exposure(Task):
             for exposures in self.exposures:
                 for row in range(self.rows):
                     # The same items whatever holds them. Two rows exchange item and foil, so the control's share is
-                    # one half.
+                    # one half; the two are not independent.
                     rng = setting.rng(self.name, row // 2)
                     (first, one), (_, other) = clauses(rng), clauses(rng)
                     while other == one:
@@ -76,7 +76,7 @@ class Exposure(Task):
                     for before, others in zip([0, *self.others], self.others, strict=False):
                         for _ in range(others - before):
                             stream.append(self._see(by, np.concatenate([front, *setting.pieces(clauses(rng))])))
-                        tag = {"other items": others, "by": by, "seen": f"{exposures} by {by}"}
+                        tag = {"other items": others, "by": by, "seen": f"{exposures} by {by}", "unit": row // 2}
                         both = [item[len(front) :], np.concatenate([first, foil])]
                         stream.append(Ask(front, both, {**tag, "test": "recognition"}))
                         stream.append(Ask(item[: -len(second)], [second], {**tag, "test": "recall"}))

@@ -30,7 +30,8 @@ class NeedleGrid(Task):
     title = "Needles by length and depth"
     note = (
         "A number stands at each depth of a text; the model chooses the number of a key among all numbers of the text."
-        " Depth is in percent of the text. A model that remembers the numbers without their keys has chance."
+        " Depth is in percent of the text. A model that remembers the numbers without their keys has chance; one that"
+        " always gives the last number is right at the last depth alone."
     )
     down = "depth"
     depths: list = field(default_factory=lambda: [0, 25, 50, 75, 100])

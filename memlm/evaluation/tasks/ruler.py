@@ -56,7 +56,8 @@ class Ruler(Task):
     title = "RULER"
     note = (
         "The model reads a long text and generates an answer to a question. The score is RULER's: the share of the "
-        "expected strings in the answer. A guesser has 0."
+        "expected strings in the answer. A guesser has 0; one that repeats the end of the text finds words of cwe and "
+        "fwe, which stand everywhere."
     )
     down = "task"
     tasks: list | None = None
@@ -124,7 +125,8 @@ class Ruler(Task):
         ids = np.concatenate([setting.start, setting.encode(prompt.intro), prompt.context(room)])
         question, reply = setting.pieces([prompt.question, prompt.reply])
         judge = _judge(setting, kind, prompt.answers)
-        return [Read(ids), Ask(question, [reply], {"length": length, "task": task}, judge, kind.generated)]
+        tag = {"length": length, "task": task, "guesses": {"repeats the end": judge(ids[-kind.generated :])}}
+        return [Read(ids), Ask(question, [reply], tag, judge, kind.generated)]
 
     def _prompt(self, setting: Setting, task: str, length: int, row: int) -> Prompt:
         rng = setting.rng("ruler", task, length, row)

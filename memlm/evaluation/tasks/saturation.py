@@ -7,6 +7,7 @@ import numpy as np
 
 from memlm.evaluation.events import Ask, Event, Read, Record, Stream
 from memlm.evaluation.tasks import Setting, Task, View
+from memlm.evaluation.tasks.guesses import guesses
 from memlm.evaluation.tasks.symbols import signs
 from memlm.settings import named, require
 
@@ -28,7 +29,8 @@ class Saturation(Task):
     note = (
         "Pairs are written one after another. At some numbers of them, old ones are asked; all values are candidates. "
         "The age counts the pairs written since. The capacity is the number of pairs at which the share right crosses "
-        "one half, with a bootstrap over texts; a capacity at the last number is a lower bound."
+        "one half, with a bootstrap over texts; a capacity at the last number is a lower bound. Values without keys "
+        "have a capacity of 2 pairs."
     )
     pairs: list = field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
     asked: int = 32
@@ -55,13 +57,8 @@ class Saturation(Task):
         return self.rows * (self.tokens() + asked)
 
     def views(self) -> Sequence[View]:
-        # Values come in blocks without repetition, so the commonest has been seen so often.
-        seen = {n: -(-n // self.num_values) / n for n in self.pairs}
-        floors = {"chance": 1 / self.num_values, "knows the values seen": seen}
-        return [
-            View("pairs", floors=floors),
-            View("age in pairs", "pairs", floors={"chance": 1 / self.num_values}, name="age"),
-        ]
+        floors = {"chance": 1 / self.num_values}
+        return [View("pairs", floors=floors), View("age in pairs", "pairs", floors=floors, name="age")]
 
     def streams(self, setting: Setting) -> Iterator[Stream]:
         chosen = signs(setting, self.num_keys, self.num_values)
@@ -84,7 +81,8 @@ class Saturation(Task):
                     least = 1 << age.bit_length() >> 1
                     named = f"{least}" if least < 2 else f"{least}-{2 * least - 1}"
                     ids = np.concatenate([chosen.filler(rng, self.gap), keys[i]])
-                    stream.append(Ask(ids, answers, {"pairs": stored, "age in pairs": named}))
+                    floors = guesses(values[:stored].tolist(), [int(a[0]) for a in answers])
+                    stream.append(Ask(ids, answers, {"pairs": stored, "age in pairs": named, "guesses": floors}))
             yield stream
 
     @property

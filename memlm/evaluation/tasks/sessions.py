@@ -12,6 +12,7 @@ import numpy as np
 
 from memlm.evaluation.events import Ask, Event, Read, Record, Stream
 from memlm.evaluation.tasks import Setting, Task, View
+from memlm.evaluation.tasks.guesses import guesses
 from memlm.evaluation.tasks.invented import NAMES, VALUES_OF, noise
 from memlm.settings import build_config, named, require
 
@@ -76,14 +77,22 @@ class _Sessions(Task):
         ]
 
     def _asks(
-        self, setting: Setting, questions: Iterable[SessionQuestion], ask: str, tag: Mapping[str, Any]
+        self,
+        setting: Setting,
+        questions: Iterable[SessionQuestion],
+        ask: str,
+        tag: Mapping[str, Any],
+        values: Sequence[str] = (),
     ) -> Iterator[Ask]:
+        """values: all that were told so far, in their order; none if they are unknown"""
         for question in questions:
             answers = [(question.a, RIGHT), *((x, STALE) for x in question.old)]
             answers += [(x, FABRICATED) for x in question.distractors]
             if self.unknown and len(answers) > 1:
                 answers.append((self.unknown, OMITTED))
             told = {"told": "changed" if question.old else "once", "kinds": [kind for _, kind in answers]}
+            if values:
+                tag = {**tag, "guesses": guesses(values, [text for text, _ in answers])}
             ids, *of_answers = setting.pieces([ask.format(question.q), *(f" {text}" for text, _ in answers)])
             yield Ask(ids, of_answers, {**tag, **told})
 
@@ -106,7 +115,8 @@ class WhileConstructing(_Sessions):
     note = (
         "Sessions tell facts on 8 names with 6 attributes; some change an earlier one. After every few sessions, only "
         "facts told so far are asked. Candidates: the present value (right), the former one if there is one (stale), "
-        "values told of other names (fabricated), and 'none' (omitted)."
+        "values told of other names (fabricated), and 'none' (omitted). 'Values told' and 'last value' are guessers "
+        "that have the values without their names."
     )
     sessions: int = 20
     facts: int = 2
@@ -131,17 +141,19 @@ class WhileConstructing(_Sessions):
         return self.rows * len(self.noise) * (self.tokens() + asked)
 
     def views(self) -> Sequence[View]:
-        return self._views("noise", {"chance": 0.25, "knows the values told": 1 / 3})
+        return self._views("noise", {"chance": 0.25})
 
     def streams(self, setting: Setting) -> Iterator[Stream]:
         for noisy in self.noise:
             for row in range(self.rows):
                 # The same facts and questions whatever the noise.
-                yield self._stream(setting, noisy, setting.rng(self.name, row), setting.rng(self.name, "noise", row))
+                yield self._stream(setting, noisy, row)
 
-    def _stream(self, setting: Setting, noisy: int, rng: np.random.Generator, other: np.random.Generator) -> Stream:
-        """noisy: sessions of noise after each with facts; other: their draws"""
+    def _stream(self, setting: Setting, noisy: int, row: int) -> Stream:
+        """noisy: sessions of noise after each with facts"""
+        rng, other = setting.rng(self.name, row), setting.rng(self.name, "noise", row)
         now: dict[tuple[str, str], list[str]] = {}
+        values: list[str] = []
         untold = [(name, attribute) for name in NAMES for attribute in VALUES_OF]
         rng.shuffle(untold)
         stream: list[Event] = []
@@ -153,13 +165,15 @@ class WhileConstructing(_Sessions):
                 of = [*now][rng.integers(len(now))] if change else untold.pop()
                 value = rng.choice([v for v in VALUES_OF[of[1]] if v not in now.get(of, [])[-1:]])
                 now.setdefault(of, []).append(str(value))
+                values.append(str(value))
                 facts.append(f"The {of[1]} of {of[0]} is {value}.")
             texts += [" ".join(facts), *(" ".join(noise(other) for _ in facts) for _ in range(noisy))]
             if session % self.every == 0:
                 stream.append(_read(setting, texts, not stream))
                 asked = rng.choice(len(now), min(self.questions, len(now)), replace=False)
                 questions = [self._question(now, [*now][i], rng) for i in asked]
-                stream += self._asks(setting, questions, "{}", {"sessions": session, "noise": f"{noisy} of noise"})
+                tag = {"sessions": session, "noise": f"{noisy} of noise", "unit": row}
+                stream += self._asks(setting, questions, "{}", tag, values)
                 texts = []
         return stream
 
@@ -215,8 +229,10 @@ class Sessions(_Sessions):
             reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
             raise ValueError(f"path={self.path}: {reason}; name a JSONL file") from None
         found = [_parsed(line, f"{self.path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
-        require(any(questions for _, questions in found), f"path={self.path} has no question; add some")
-        return found[: self.rows]
+        found = found[: self.rows]
+        more = f"path={self.path} has no question in its first {self.rows} lines; add some, or raise rows"
+        require(any(questions for _, questions in found), more)
+        return found
 
     def streams(self, setting: Setting) -> Iterator[Stream]:
         for sessions, questions in self._lines:
