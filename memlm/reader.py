@@ -109,6 +109,16 @@ class Reader:
         return nbytes(self.cache)
 
 
+def bytes_after(model: PreTrainedModel, tokens: int) -> int | None:
+    """Bytes of the memory of one stream after so many tokens; None if its cache cannot be carried on."""
+    try:
+        reader = Reader(model)
+    except ValueError:
+        return None
+    reader(torch.zeros(1, tokens, dtype=torch.long, device=model.device))
+    return reader.nbytes()
+
+
 def nbytes(cache: Cache) -> int:
     """Bytes of all tensors that a cache holds for later tokens."""
     if isinstance(cache, MemoryCache):

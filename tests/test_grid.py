@@ -13,6 +13,7 @@ from memlm.evaluation.events import Read, run
 from memlm.evaluation.measures.asked import cells
 from memlm.evaluation.measures.needles import needles
 from memlm.evaluation.tasks import Setting, tasks
+from memlm.training.objective import Score
 from tests.oracles import Guesser, Oracle, scores
 from tests.test_ruler import TOKENIZERS
 
@@ -102,9 +103,9 @@ def test_read_events_hold_no_question():
 def test_each_cell_of_the_needle_map_has_rows_of_its_own(monkeypatch):
     seen = []
 
-    def scored(model, batches, *_):
+    def scored(model, batches, names, *_):
         seen.extend(row.tobytes() for batch in batches for row in batch.labels.numpy())
-        return {"task": SimpleNamespace(accuracy=0.5)}
+        return {name: Score(correct=1, tokens=2) for name in names}
 
     monkeypatch.setattr("memlm.evaluation.measures.recall.score", scored)
     model = SimpleNamespace(config=SimpleNamespace(vocab_size=259), device="cpu")

@@ -110,8 +110,9 @@ def _cell(topic: Topic, figures: dict[Any, Figure], row: Runs) -> dict[str, Any]
     """The mean over seeds. Its interval is over seeds if there are three, otherwise over texts."""
     first = next(iter(figures.values()))
     value, (low, high), n = _mean(figures)
-    known = [figure.bytes or row.facts[seed].get("state_bytes") for seed, figure in figures.items()]
-    size = None if None in known else max(known)
+    facts = {seed: row.facts[seed].get("state_bytes") for seed in figures}
+    known = [facts[seed] if figure.bytes is None else figure.bytes for seed, figure in figures.items()]
+    size = max(known) if all(known) else None
     chance = topic.floors.get("chance", 0.0)
     chance = chance.get(first.across, 0.0) if isinstance(chance, Mapping) else chance
     return {

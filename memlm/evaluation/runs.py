@@ -11,7 +11,7 @@ from typing import Any
 from memlm import files
 from memlm.evaluation import storage
 from memlm.evaluation.figures import Figure
-from memlm.evaluation.measures import measures
+from memlm.evaluation.measures import Measure, measures
 from memlm.evaluation.subject import differences
 
 FOLDERS = ("evaluation", "evaluation-memory_off")
@@ -72,7 +72,8 @@ def grouped(paths: Sequence[Path]) -> tuple[list[Runs], list[str], list[str]]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             lines.append(f"{path}: {_reason(error).removeprefix(f'{path}: ')}; evaluate the run again")
             continue
-        for name, facts, figures in read:
+        for name, facts, figures, left_out in read:
+            notes += [note for note in left_out if note not in notes]
             folder = next((place for place in path.parents if place.name in FOLDERS), path)
             model = (folder, name, facts["seed"])
             if weights.setdefault(model, facts.get("weights")) != facts.get("weights"):
@@ -95,8 +96,8 @@ def grouped(paths: Sequence[Path]) -> tuple[list[Runs], list[str], list[str]]:
     return list(rows.values()), lines, notes
 
 
-def _models(path: Path) -> Iterator[tuple[str, dict[str, Any], list[Figure]]]:
-    """Name, facts and figures of each model of results.json."""
+def _models(path: Path) -> Iterator[tuple[str, dict[str, Any], list[Figure], list[str]]]:
+    """Name, facts and figures of each model of results.json, and a line for each measure without figures."""
     results = files.read_json(path)
     evaluation = dict(results["evaluation"])
     seed, _ = evaluation.pop("seed"), evaluation.pop("memory_off")
@@ -110,14 +111,12 @@ def _models(path: Path) -> Iterator[tuple[str, dict[str, Any], list[Figure]]]:
 
         about = {"seed": seed, "corpora": results["corpora"], "tokenizer": model["tokenizer"]}
         about["sources"] = results["data"].get("sources") or {}
-        figures = [
-            figure
-            for measure in chosen
-            if model.get(measure.name)
-            for figure in measure.figures(model[measure.name], about, records)
-        ]
+        used = [measure for measure in chosen if model.get(measure.name)]
+        figures = [figure for one in used for figure in one.figures(model[one.name], about, records)]
+        bare = [one for one in used if type(one).figures is Measure.figures]
+        left_out = [f"{one.name} is not compared: {one.apart}." for one in bare]
         control = re.fullmatch(r"control \((.*)\)", name)
-        yield control[1] if control else name, model, figures
+        yield control[1] if control else name, model, figures, left_out
 
 
 def _reason(error: Exception) -> str:

@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,7 @@ from memlm.evaluation.storage import weights
 from memlm.flops import count_flops, count_parameters
 from memlm.hub import load_tokenizer
 from memlm.hub.causal import kinds, load_any
-from memlm.reader import Reader
+from memlm.reader import bytes_after
 from memlm.training import checkpoint
 from memlm.training.resume import FREE, Record
 
@@ -81,16 +80,11 @@ class Subject:
     @cached_property
     def _sizes(self) -> dict[str, float | None]:
         """FLOPs of a token, and bytes of the memory of a text, in texts of the trained length; None if unknown."""
-        sizes: dict[str, float | None] = {"flops": None, "state_bytes": None}
         if (length := self.trained_length) is None:
-            return sizes
-        if isinstance(self.model.config, MemLMConfig):
-            sizes["flops"] = count_flops(self.model.config, length)
-        with suppress(ValueError):
-            reader = Reader(self.model)
-            reader(torch.zeros(1, length, dtype=torch.long, device=self.model.device))
-            sizes["state_bytes"] = reader.nbytes()
-        return sizes
+            return {"flops": None, "state_bytes": None}
+        own = isinstance(self.model.config, MemLMConfig)
+        flops = count_flops(self.model.config, length) if own else None
+        return {"flops": flops, "state_bytes": bytes_after(self.model, length)}
 
     def _tokens_seen(self) -> int | None:
         known = [_at(self.record.config, key, int) for key in ("train.batch_size", "data.seq_len")]

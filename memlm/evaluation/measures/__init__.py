@@ -44,11 +44,13 @@ class Measure:
     name: the key of its results in results.json
     nothing: its result for data without a source that it measures
     whole: whether its result is kept as one part; otherwise ``run`` keeps its parts by ``one.parts.measure``
+    apart: the reason why runs are not compared by it; of no meaning for a measure with ``figures``
     """
 
     name: ClassVar[str]
     nothing: ClassVar[Any] = []
     whole: ClassVar[bool] = True
+    apart: ClassVar[str] = "it has no figures"
 
     def measures(self, source: Source) -> bool:
         """Whether it measures a source, with these settings."""
@@ -94,8 +96,7 @@ class Measure:
         return {} if table is None else {self.name: table}
 
     def figures(self, found: Any, about: Mapping[str, Any], records: Records) -> Iterator[Figure]:
-        """The figures by which runs are compared (``evaluate.py compare=...``); none for a measure that has only a
-        page of its own.
+        """The figures by which runs are compared (``evaluate.py compare=...``).
 
         found: the result of ``run``; records: of a part of it, by name
         about: what else determines the texts: ``seed``, ``corpora`` and ``sources`` by name, and ``tokenizer``

@@ -1,7 +1,9 @@
 """Questions to a bank of documents that training never saw."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +15,10 @@ from memlm.bank import MemoryBank
 from memlm.data import IGNORE_INDEX, Inquiry, Library, Source, make_sample
 from memlm.evaluation import plots
 from memlm.evaluation.data import Examined, has_documents, library
+from memlm.evaluation.figures import Figure, Records, Topic, identity, scored
 from memlm.evaluation.measures import Measure, Models, Table, check_counts, check_range, plain
 from memlm.evaluation.report import Report
+from memlm.evaluation.statistics import wilson
 from memlm.evaluation.subject import Subject
 from memlm.modeling import MemLMForCausalLM
 from memlm.roles import RESPONSE, Roles
@@ -43,11 +47,13 @@ class Banked:
     exact: share of answers with every token right, as in greedy decoding
     exact_deleted: the same after all documents asked about are deleted
     chance: probability of a right answer without reading
+    bytes: of the bank
     """
 
     source: str
     documents: int
     tokens: int
+    bytes: int
     questions: int
     chance: float
     exact: float
@@ -56,13 +62,26 @@ class Banked:
 
 
 @torch.no_grad()
-def bank(model: MemLMForCausalLM, source: str, library: Library, rows: int = 32) -> Banked:
-    """Read a library into a bank and ask all its questions. Raises ValueError if the model supports no bank."""
+def bank(
+    model: MemLMForCausalLM,
+    source: str,
+    library: Library,
+    rows: int = 32,
+    records: list[dict[str, Any]] | None = None,
+) -> Banked:
+    """Read a library into a bank and ask all its questions. Raises ValueError if the model supports no bank.
+
+    records: gets one: the identity of each question, with the documents, and whether its answers and the best document
+        of each layer are right
+    """
     held = MemoryBank.build(model, {str(i): ids for i, ids in enumerate(library.documents)}, progress=False)
     stats, asked = held.stats(), library.inquiries
     batches = [_asked(library, asked[at : at + rows], model.device) for at in range(0, len(asked), rows)]
-    exact = torch.cat([_exact(held, *batch) for batch in batches]).double().mean().item()
-    layers = []
+    exact = torch.cat([_exact(held, *batch) for batch in batches]).double()
+    around = map(np.asarray, (library.template, library.tail, library.opening, *library.documents))
+    layers, documents = [], np.array(identity(*around))
+    texts = [identity(documents, inquiry.question, inquiry.answer) for inquiry in asked]
+    of_questions: dict[str, Any] = {"source": source, "documents": stats["documents"], "texts": texts}
     searches = [held.search(**inputs) for inputs, _ in batches]
     for layer, settings in zip(held.layers, held.settings, strict=True):
         best = [[int(name) for name in names] for search in searches for names in search[layer]]
@@ -71,9 +90,13 @@ def bank(model: MemLMForCausalLM, source: str, library: Library, rows: int = 32)
         precision = [sum(of) / max(1, len(of)) for of in right]
         figures = [any(of[:1]) for of in right], [any(of) for of in right], recall, precision
         layers.append(Routed(layer, settings["top_k"], *map(share, figures)))
+        of_questions[f"layer {layer}"] = [int(hit) for hit in figures[0]]
     held.delete({str(i) for inquiry in asked for i in inquiry.found})
-    deleted = torch.cat([_exact(held, *batch) for batch in batches]).double().mean().item()
-    return Banked(source, stats["documents"], stats["tokens"], len(asked), library.chance, exact, deleted, layers)
+    deleted = torch.cat([_exact(held, *batch) for batch in batches]).double()
+    if records is not None:
+        records.append({**of_questions, "exact": exact.int().tolist(), "exact_deleted": deleted.int().tolist()})
+    counts = stats["documents"], stats["tokens"], held_bytes(stats), len(asked)
+    return Banked(source, *counts, library.chance, exact.mean().item(), deleted.mean().item(), layers)
 
 
 def _asked(library: Library, inquiries: Sequence[Inquiry], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
@@ -106,6 +129,39 @@ def check_bank(model: PreTrainedModel) -> None:
         raise ValueError(f"has no bank: {error}") from None
 
 
+def held_bytes(stats: Mapping[str, Any]) -> int:
+    """Bytes of a bank, wherever they are, from its ``stats``."""
+    return sum(stats[place] for place in ("device_bytes", "host_bytes", "disk_bytes"))
+
+
+def of_banks(
+    measure: str,
+    title: str,
+    found: Sequence[Mapping[str, Any]],
+    of_source: Mapping[str, Mapping[str, Any]],
+    records: Sequence[Mapping[str, Any]],
+    steps: Callable[[Mapping[str, Any]], Mapping[str, float]],
+    label: str,
+) -> Iterator[Figure]:
+    """Figures of banks by their size: answers, answers with the documents deleted, and the steps to them.
+
+    of_source: what determines the banks; steps: the share right of each step, by the name that it has in ``records``
+    """
+    for source in dict.fromkeys(b["source"] for b in found):
+        banks = {b["documents"]: b for b in found if b["source"] == source}
+        chance = {"chance": {documents: b["chance"] for documents, b in banks.items()}}
+        name, words, settings = f"{measure}-{source}", ("answers right", "documents"), of_source.get(source, {})
+        answers = Topic(name, f"{title}: {source}", *words, floors=chance, settings=settings)
+        deleted = replace(answers, name=f"{name}-deleted", title=f"{title}: {source}, documents deleted", share=False)
+        stepwise = replace(answers, name=f"{name}-steps", title=f"{title}: {source}, {label}", label=label, floors={})
+        for documents, b in banks.items():
+            values = [(answers, None, "exact", b["exact"]), (deleted, None, "exact_deleted", b["exact_deleted"])]
+            for topic, down, key, value in [*values, *((stepwise, step, step, x) for step, x in steps(b).items())]:
+                units = scored(records, {"source": source, "documents": documents}, key)
+                interval = wilson(value, b["questions"])
+                yield Figure(topic, down, documents, value, *interval, b["questions"], units, b.get("bytes", 0))
+
+
 def share(flags: Iterable[bool]) -> float:
     return float(np.mean([*flags]))
 
@@ -117,6 +173,7 @@ class Bank(Measure):
     """
 
     name = "bank"
+    whole = False
     bank_documents: list
     bank_questions: int
 
@@ -141,14 +198,17 @@ class Bank(Measure):
         unasked = [name for name, source in sources.items() if has_documents(source) and not self.bank_documents]
         return [f"{name}: eval=bank asks banks of its documents" for name in unasked]
 
-    def run(self, one: Examined, examined: Sequence[Examined]) -> list[dict]:
+    def run(self, one: Examined, examined: Sequence[Examined]) -> list[dict] | None:
+        return one.parts.measure(self.name, self, partial(self._measured, one))
+
+    def _measured(self, one: Examined, records: list[dict[str, Any]]) -> list[dict]:
         held = [
             (name, documents)
             for name, source in one.sources.items()
             for size in self.bank_documents
             if (documents := library(source, size, self.bank_questions)) is not None
         ]
-        return plain(bank(one.subject.model, name, documents) for name, documents in held)
+        return plain(bank(one.subject.model, name, documents, records=records) for name, documents in held)
 
     def table(self, models: Models) -> Table:
         header = [
@@ -174,6 +234,13 @@ class Bank(Measure):
                     for layer in b["layers"]
                 ]
         return header, rows
+
+    def figures(self, found: Any, about: Mapping[str, Any], records: Records) -> Iterator[Figure]:
+        def routed(b: Mapping[str, Any]) -> dict[str, float]:
+            return {f"layer {of['layer']}": of["hit_1"] for of in b["layers"]}
+
+        of_source = {name: {"bank_questions": self.bank_questions, **of} for name, of in about["sources"].items()}
+        yield from of_banks("bank", "Bank", found, of_source, records(self.name), routed, "best document right")
 
     def section(self, report: Report, models: Models, first: Subject) -> None:
         report.heading("A bank of documents that training never saw")

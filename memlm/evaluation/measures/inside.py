@@ -32,6 +32,7 @@ class Inside(Measure):
     """
 
     name = "inside"
+    apart = "it shows single texts, which the pages of the runs have"
     inside: int = 0
     inside_length: int = 384
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -9,19 +10,20 @@ from transformers import PreTrainedModel
 from memlm.data import Passkey, RecallSource, Source
 from memlm.evaluation import plots
 from memlm.evaluation.data import Examined
-from memlm.evaluation.figures import Figure, Records, Topic
+from memlm.evaluation.figures import Figure, Records, Topic, scored
 from memlm.evaluation.measures import Measure, Models, Table, by_source, check_counts, check_range, plain
 from memlm.evaluation.measures.recall import score_task
 from memlm.evaluation.report import Report
 from memlm.evaluation.statistics import wilson
 from memlm.evaluation.subject import Subject
+from memlm.reader import bytes_after
 from memlm.settings import require
 
 
 @dataclass(frozen=True)
 class Needle:
     """Accuracy by token in one cell of the grid; low, high: its 95 % interval over rows; depth 0 is the front,
-    and at 1 the needle ends where the question begins.
+    and at 1 the needle ends where the question begins. bytes: of the state of a text; None if unknown.
     """
 
     length: int
@@ -32,6 +34,7 @@ class Needle:
     accuracy: float
     low: float
     high: float
+    bytes: int | None = None
 
 
 def needles(
@@ -41,15 +44,21 @@ def needles(
     lengths: Sequence[int],
     depths: Sequence[float],
     rows: int,
+    records: list[dict[str, Any]] | None = None,
 ) -> list[Needle]:
-    """A passkey at each depth of texts of each length; each cell has rows of its own."""
+    """A passkey at each depth of texts of each length; each cell has rows of its own.
+
+    records: gets one for each cell, as in ``score_task``
+    """
     cells: list[Needle] = []
     for length in lengths:
         for depth in depths:
             placed = replace(task, length=length, depth=depth)
-            s = score_task(model, placed, seed, rows, first=len(cells) * rows)
+            s, of_rows = score_task(model, placed, seed, rows, first=len(cells) * rows)
             floors, interval = (task.chance, task.set_guesser), wilson(s.accuracy, rows)
             cells.append(Needle(length, depth, rows, *floors, s.accuracy, *interval))
+            if records is not None:
+                records.append({"length": length, "depth": depth, **of_rows})
     return cells
 
 
@@ -61,6 +70,7 @@ class Needles(Measure):
     """
 
     name = "needles"
+    whole = False
     nothing = {}  # noqa: RUF012
     factors: list
     depths: list
@@ -84,19 +94,25 @@ class Needles(Measure):
         lengths = [s.task.length for s in sources.values() if isinstance(s, RecallSource) and self.measures(s)]
         return sum(self.factors) * sum(lengths) * len(self.depths) * self.needle_rows
 
-    def run(self, one: Examined, examined: Sequence[Examined]) -> dict[str, Any]:
-        found = {}
+    def run(self, one: Examined, examined: Sequence[Examined]) -> dict[str, Any] | None:
+        return one.parts.measure(self.name, self, partial(self._measured, one), self.cost(one.sources))
+
+    def _measured(self, one: Examined, records: list[dict[str, Any]]) -> dict[str, Any]:
+        model, found = one.subject.model, dict[str, Any]()
         for name, source in one.sources.items():
             if isinstance(source, RecallSource) and isinstance(task := source.task, Passkey):
-                lengths = [task.length * f for f in self.factors]
-                cells = needles(one.subject.model, task, source.seed, lengths, self.depths, self.needle_rows)
-                found[name] = plain(cells)
+                lengths, of_cells = [task.length * f for f in self.factors], list[dict[str, Any]]()
+                cells = needles(model, task, source.seed, lengths, self.depths, self.needle_rows, of_cells)
+                sizes = {length: bytes_after(model, length) for length in lengths}
+                found[name] = plain(replace(cell, bytes=sizes[cell.length]) for cell in cells)
+                records += [{"source": name, **record} for record in of_cells]
         return found
 
     def table(self, models: Models) -> Table | None:
         """None: the picture shows all results."""
 
     def figures(self, found: Any, about: Mapping[str, Any], records: Records) -> Iterator[Figure]:
+        of_rows = records(self.name)
         for source, cells in found.items():
             floors = {floor.replace("_", " "): cells[0][floor] for floor in ("chance", "set_guesser")}
             name = "Needle in a haystack" + (f" of {source}" if len(found) > 1 else "")
@@ -105,7 +121,10 @@ class Needles(Measure):
             topic = Topic(f"needles-{source}", name, *words, floors=floors, settings=about_task)
             for cell in cells:
                 mean = (cell["accuracy"], cell["low"], cell["high"])
-                yield Figure(topic, f"depth {cell['depth']:.0%}", cell["length"], *mean, cell["rows"])
+                place = {"source": source, "length": cell["length"], "depth": cell["depth"]}
+                units = scored(of_rows, place, "right", "asked")
+                down = f"depth {cell['depth']:.0%}"
+                yield Figure(topic, down, cell["length"], *mean, cell["rows"], units, cell.get("bytes"))
 
     def section(self, report: Report, models: Models, first: Subject) -> None:
         report.heading("Needle in a haystack")
