@@ -19,6 +19,7 @@ VARIANTS = [
     ("titans_lmm", {"inner_loss": "lp", "memory_depth": 2, "memory_norm": False, "initial_lr": 0.047}),
     ("titans_lmm", {"inner_loss": "dot_product", "initial_decay": 0}),
     ("titans_lmm", {"omega_window": 5, "chunk_size": 3, "initial_momentum": 0}),
+    ("omeganet", {"memory_depth": 2}),
 ]
 
 
@@ -269,8 +270,7 @@ def test_optimizer_steps_with_several_heads_reach_every_parameter():
 
 
 def trained(memory, depth, marks=()):
-    settings = {} if memory == "omeganet" else {"memory_depth": depth}
-    return pytest.param(memory, settings, marks=marks, id=f"{memory} {depth}")
+    return pytest.param(memory, {"memory_depth": depth}, marks=marks, id=f"{memory} {depth}")
 
 
 TRAINED = [trained("titans_lmm", 1), trained("titans_lmm", 2), trained("titans_mac", 3), trained("titans_mag", 3)]
