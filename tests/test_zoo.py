@@ -64,7 +64,9 @@ def test_an_interrupt_starts_no_further_job_and_blames_none(zoo, monkeypatch, tm
     assert "the same command goes on" in capsys.readouterr().out and not (tmp_path / "runs/zoo/failed").exists()
 
 
-@pytest.mark.parametrize("memory", ["titans_mag_deep", "none"])
+@pytest.mark.parametrize(
+    "memory", [pytest.param(m, marks=() if m in ("omeganet", "none") else pytest.mark.slow) for m in MEMORIES]
+)
 def test_its_commands_compose(zoo, memory):
     code, commands = zoo("--seeds", "0", "--memories", memory)
     assert code == 0
