@@ -69,7 +69,8 @@ def test_an_interrupt_starts_no_further_job_and_blames_none(zoo, monkeypatch, tm
 )
 def test_its_commands_compose(zoo, memory):
     code, commands = zoo("--seeds", "0", "--memories", memory)
-    assert code == 0
+    # The fixture lets it fail.
+    assert code == int(memory == "lact")
     for script, *overrides in commands:
         if script == "train.py":
             assert composed(*overrides).name.startswith("zoo/")
