@@ -7,15 +7,17 @@ import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
 from transformers import MistralConfig, MistralForCausalLM
 
 from memlm.data import byte_tokenizer, token_bytes
 from memlm.evaluation.measures.text import Text
-from memlm.evaluation.perplexity import read
+from memlm.evaluation.perplexity import WAYS, read
 from memlm.reader import Reader
 from tests.conftest import ROOT, build
 from tests.test_any_model import made
@@ -48,7 +50,7 @@ def texts():
     return documents
 
 
-def plainly(model, ids, way):
+def plainly(model, ids, way, prefix):
     """{position: nats} by plain forwards of all that a token may depend on."""
     found = {}
 
@@ -57,30 +59,33 @@ def plainly(model, ids, way):
         logits = model(inputs, use_cache=False).logits[0, -len(targets) :].log_softmax(-1)
         found.update({start + i: -logits[i, t].item() for i, t in enumerate(targets)})
 
-    ids = ids.tolist()
+    ids, front = ids.tolist(), [] if prefix is None else [prefix]
     if way == "carried" and len(ids) > 1:
-        score(ids[:1], ids[1:], 1)
+        score([*front, *ids[:1]], ids[1:], 1)
     for start in range(0, len(ids), SEGMENT):
         piece = ids[start : start + SEGMENT]
         if way == "reset" and len(piece) > 1:
-            score(piece[:1], piece[1:], start + 1)
+            score([*front, *piece[:1]], piece[1:], start + 1)
         if way == "rolling" and start == 0:
-            score([PREFIX], piece, 0)
+            score(front, piece, 0)
         elif way == "rolling":
             # The last window begins earlier, so that it is as long as the others.
             score(ids[start + len(piece) - SEGMENT - 1 : start], piece, start)
     return {t: nats for t, nats in found.items() if ids[t] < 256}
 
 
-@pytest.mark.parametrize("way", ["carried", "reset", "rolling"])
+@pytest.mark.parametrize(
+    ("way", "prefix"),
+    [("carried", None), ("carried", PREFIX), ("reset", None), ("reset", PREFIX), ("rolling", PREFIX)],
+)
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_nats_of_every_document_are_those_of_plain_forwards(name, way):
+def test_nats_of_every_document_are_those_of_plain_forwards(name, way, prefix):
     model, documents = MODELS[name](name), texts()
-    expected = [plainly(model, ids, way) for ids in documents]
+    expected = [plainly(model, ids, way, prefix) for ids in documents]
     # Three documents a forward, with padding behind the shorter ones.
     make = functools.partial(Reader, model, with_metrics=True)
-    got = read(make, way, documents, SIZES, SEGMENT, 100, PREFIX, tokens_at_once=3 * SEGMENT)
+    got = read(make, way, documents, SIZES, SEGMENT, 100, prefix, tokens_at_once=3 * SEGMENT)
     assert got.all.tokens == got.all.bytes == [len(of) for of in expected]
     assert got.all.nats == pytest.approx([sum(of.values()) for of in expected], rel=1e-5)
     common = [{t: x for t, x in of.items() if t % SEGMENT} for of in expected]
@@ -92,10 +97,24 @@ def test_nats_of_every_document_are_those_of_plain_forwards(name, way):
         assert bits == pytest.approx(np.mean(inside) / math.log(2), rel=1e-5)
     low, high = got.intervals[2]
     assert low < got.by_position[2] < high and got.common.low < got.common.bits_per_byte < got.common.high
-    if name == "titans_mag" and way == "carried":
+    if name == "titans_mag" and way == "carried" and prefix is None:
         told = [model(torch.from_numpy(ids)[None]).metrics["layer0/surprise"][0, :-1] for ids in documents]
         second = torch.cat([x[32:64] for x in told]).mean().item()
         assert got.of_tokens["layer0/surprise"][1] == pytest.approx(second, rel=1e-5)
+
+
+def test_a_tokenizer_that_begins_texts_does_so_in_every_way_of_reading():
+    model, tokenizer = made("llama"), byte_tokenizer()
+    for begins in (False, True):
+        if begins:
+            front = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", PREFIX)])
+            tokenizer.backend_tokenizer.post_processor = front
+        one = SimpleNamespace(subject=SimpleNamespace(model=model, memory_off=False), tokenizer=tokenizer)
+        found = Text(text_documents=6, text_length=100, text_ways=[*WAYS]).source(one, SEGMENT, texts())
+        for way in WAYS:
+            prefix = PREFIX if begins or way == "rolling" else None
+            expected = [sum(plainly(model, ids, way, prefix).values()) for ids in texts()]
+            assert found[way]["all"]["nats"] == pytest.approx(expected, rel=1e-4), (way, begins)
 
 
 def test_logits_that_are_not_finite_and_windows_without_a_prefix_are_errors():
@@ -141,7 +160,7 @@ LONG = """
 import functools, resource, sys
 import numpy as np, torch
 from memlm.data import byte_tokenizer, token_bytes
-from memlm.evaluation.perplexity import read
+from memlm.evaluation.perplexity import WAYS, read
 from memlm.reader import Reader
 from tests.conftest import build
 ids = np.random.default_rng(0).integers(0, 256, int(sys.argv[1]), np.uint16)

@@ -196,6 +196,19 @@ def test_guessers_have_the_values_that_the_text_tells(name, make):
     assert np.mean(scored) > 0.25
 
 
+def test_the_clauses_that_were_read_have_the_floor_of_recall(make):
+    task = make("exposure", rows=4, exposures=[1], others=[0, 3], by=["state"])
+    floor = task.views()[1].floors["has those that were read"]
+    for stream in task.streams(SETTINGS["byte"]):
+        read = set()
+        for event in stream:
+            if isinstance(event, Read):
+                read.add(event.ids.tobytes())
+            elif event.tag["test"] == "recall":
+                assert floor[event.tag["other items"]] == 1 / len(read)
+                assert np.concatenate([event.ids, event.answers[0]]).tobytes() in read
+
+
 def test_the_control_of_recognition_is_one_half(make):
     """Two texts exchange the sentence and its counterpart, so a preference for one of them cancels out."""
     torch.manual_seed(0)

@@ -34,6 +34,7 @@ from .text import TextCorpus, TextSource
 from .tokenizer import (
     byte_tokenizer,
     fingerprint,
+    first_token,
     is_byte_tokenizer,
     load_tokenizer,
     read_tokenizer,
@@ -72,6 +73,7 @@ __all__ = [
     "byte_tokenizer",
     "check_manifest",
     "fingerprint",
+    "first_token",
     "is_byte_tokenizer",
     "left_out",
     "load_tokenizer",

@@ -97,6 +97,12 @@ def is_byte_tokenizer(tokenizer: PreTrainedTokenizerFast) -> bool:
     return len(tokenizer) == 256 + len(_SPECIAL) and fingerprint(tokenizer) == fingerprint(byte_tokenizer())
 
 
+def first_token(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The token that the tokenizer puts before a text, if it does."""
+    first = tokenizer.bos_token_id
+    return first if first is not None and tokenizer("a").input_ids[:1] == [first] else None
+
+
 def encoder(tokenizer: PreTrainedTokenizerFast, special: bool = False) -> Callable[[str], np.ndarray]:
     """text -> token ids [T]. Names of special tokens count as text unless `special`, and no token is added."""
     if is_byte_tokenizer(tokenizer):

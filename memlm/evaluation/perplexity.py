@@ -23,7 +23,7 @@ _TOKENS, _LOGITS = 2048, 2**26
 class Stretch(NamedTuple):
     """Tokens that are read with a memory of their own.
 
-    document: its number; ids [T]; start: the position of the first of them in the document, -1 for the prefix
+    document: its number; ids [T]; start: the position of the first of them in the document, one less for a prefix
     scored: the first position whose token is scored
     """
 
@@ -34,12 +34,14 @@ class Stretch(NamedTuple):
 
 
 def _carried(number: int, ids: np.ndarray, segment: int, prefix: int | None) -> Iterator[Stretch]:
-    yield Stretch(number, ids, 0, 1)
+    yield from _reset(number, ids, max(1, len(ids)), prefix)
 
 
 def _reset(number: int, ids: np.ndarray, segment: int, prefix: int | None) -> Iterator[Stretch]:
+    front = np.array([] if prefix is None else [prefix], ids.dtype)
     for start in range(0, len(ids), segment):
-        yield Stretch(number, ids[start : start + segment], start, start + 1)
+        piece = np.concatenate([front, ids[start : start + segment]])
+        yield Stretch(number, piece, start - len(front), start + 1)
 
 
 def _rolling(number: int, ids: np.ndarray, segment: int, prefix: int | None) -> Iterator[Stretch]:
@@ -54,7 +56,8 @@ def _rolling(number: int, ids: np.ndarray, segment: int, prefix: int | None) -> 
 
 
 # carried: one memory for a document, which predicts all tokens but the first.
-# reset: a new memory for each segment, which predicts all of the segment's tokens but the first.
+# reset: a new memory for each segment, which predicts all of the segment's tokens but the first. These two begin with
+#     the prefix if there is one.
 # rolling: lm-eval's loglikelihood_rolling with max_length = segment: a new memory for each window, which begins one
 #     token earlier, the document's first window with the prefix. All tokens are predicted.
 WAYS: dict[str, Callable[[int, np.ndarray, int, int | None], Iterator[Stretch]]] = {
@@ -126,7 +129,7 @@ def read(
     make_reader: of a reader whose forwards are of a given length
     sizes_V: the bytes of text of each token
     longest: tokens of the longest document, and the last edge
-    prefix: the token before a document in rolling windows
+    prefix: the token before a text, which rolling windows need; it is not scored
 
     Documents are read together, about ``tokens_at_once`` tokens in a forward, however long a segment is: a memory
     carried on is the same at any cut. A shorter document ends with padding and leaves, so that no memory has read

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from memlm.data import Source, TextSource, token_bytes
+from memlm.data import Source, TextSource, first_token, token_bytes
 from memlm.evaluation import plots
 from memlm.evaluation.ablation import long_term, memory_off
 from memlm.evaluation.data import Examined, texts
@@ -96,7 +96,9 @@ class Text(Measure):
         words = [len(re.split(r"\s+", tokenizer.decode(ids, skip_special_tokens=True))) for ids in documents]
         num_bytes = [int(sizes[ids].sum()) for ids in documents]
         a_word = sum(num_bytes) / max(1, sum(words))
-        prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        # A model that was trained with a first token reads with it.
+        first = first_token(tokenizer)
+        rolling = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         sizes_V = torch.from_numpy(sizes).to(model.device)
         results: dict[str, Any] = {
             "documents": {"tokens": [len(ids) for ids in documents], "bytes": num_bytes, "words": words}
@@ -106,6 +108,7 @@ class Text(Measure):
             for way in self.text_ways:
                 # The memory's surprise is shown where it is carried on.
                 reader = partial(Reader, model, with_metrics=way == "carried" and not silent)
+                prefix = rolling if way == "rolling" else first
                 with memory_off(model) if silent else nullcontext():
                     reading = asdict(read(reader, way, documents, sizes_V, segment, self.text_length, prefix))
                 of_byte = reading["all"]["bits_per_byte"] * math.log(2)

@@ -35,7 +35,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from memlm.data import Source, TextSource
-from memlm.data.tokenizer import continuer, encoder
+from memlm.data.tokenizer import continuer, encoder, first_token
 from memlm.evaluation.events import Record, Stream
 from memlm.settings import build_config, require, suggest
 
@@ -53,8 +53,8 @@ class Setting:
         self.tokenizer, self.seed, self.sources = tokenizer, seed, sources or {}
         encode = encoder(tokenizer)
         self.encode: Callable[[str], np.ndarray] = lambda text: encode(text).astype(np.int64)
-        first = tokenizer.bos_token_id
-        self.start = np.array([first] if tokenizer("a").input_ids[:1] == [first] else [], np.int64)
+        first = first_token(tokenizer)
+        self.start = np.array([] if first is None else [first], np.int64)
         self._continue = continuer(tokenizer)
         self._made: dict[Hashable, Any] = {}
 

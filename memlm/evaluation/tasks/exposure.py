@@ -51,7 +51,9 @@ class Exposure(Task):
         return self.rows * len(self.by) * len(self.exposures) * (self.tokens() + asked)
 
     def views(self) -> Sequence[View]:
-        floors = {"recognition": {"chance": 0.5}, "recall": {"knows all second clauses": 1 / 640}}
+        seen = {n: 1 / (1 + n) for n in self.others}
+        recall = {"knows all second clauses": 1 / 640, "has those that were read": seen}
+        floors: dict[str, dict] = {"recognition": {"chance": 0.5}, "recall": recall}
         return [View("other items", "seen", (name,), f"share, {name}", True, of, name) for name, of in floors.items()]
 
     def reduce(self, records: Iterable[Record]) -> Iterable[Record]:
