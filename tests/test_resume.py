@@ -1,6 +1,7 @@
 """No work of a run is lost, and no run continues as another: faults, damage, signals, locks, compared settings."""
 
 import copy
+import dataclasses
 import json
 import os
 import random
@@ -20,6 +21,7 @@ from memlm.hub import load_model
 from memlm.training import checkpoint, loop, resume, run
 from memlm.training.display import Display
 from memlm.training.interrupt import Interrupt, Stopped
+from memlm.training.settings import OptimSettings, TrainSettings
 from memlm.training.tracking import read_metrics
 from tests.conftest import ROOT, build, composed
 from tests.faults import every_fault
@@ -272,6 +274,25 @@ def test_only_settings_that_change_the_result_make_another_run():
     keys = {key for key, _ in leaves(cfg)}
     # paths are compared by content.
     assert keys - refused == FREE | {"data.sources.text.paths"}
+
+
+def test_a_run_of_an_earlier_version_goes_on_without_newer_settings():
+    """At the values that change nothing; another value is refused."""
+    cfg = OmegaConf.to_container(composed("run_dir=here"), resolve=True)
+    before = copy.deepcopy(cfg)
+    newer = {"train": TrainSettings, "optim": OptimSettings}
+    for group, of in newer.items():
+        for setting in dataclasses.fields(of):
+            if setting.default is not dataclasses.MISSING:
+                before[group].pop(setting.name, None)
+    assert before != cfg
+    record = resume.Record(before, {}, {})
+    assert record.compare_settings(Path("here"), cfg, 1) == []
+    cfg["train"]["z_loss"] = 0.1
+    with pytest.raises(
+        ValueError, match=r"train\.z_loss=0\.1, but the run in here has 0\.0; set train\.z_loss=0\.0 to"
+    ):
+        record.compare_settings(Path("here"), cfg, 1)
 
 
 def test_a_longer_run_keeps_to_its_schedule_or_says_how(copied, capsys):

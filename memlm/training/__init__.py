@@ -4,6 +4,7 @@ Files:
 
     loop                the loop: steps, validation, checkpoints
     objective           a batch becomes a loss here; scores of validation
+    scores              the cross-entropy of tokens, with few logits at once
     optim               Muon, AdamW, the schedule
     model               the model of a run: a new decoder, or a backbone with a memory
     match               sizes equal to those of another memory

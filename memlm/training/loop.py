@@ -81,7 +81,7 @@ class Trainer:
         if any(getattr(module, "without_gradient", None) for module in self.model.modules()):
             # Otherwise ranks may wait for gradients that never come.
             accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-        objective = Objective(self.model, self.settings.lm_weight)
+        objective = Objective(self.model, self.settings.lm_weight, self.settings.z_loss)
         if settings.hardware.compile:
             objective.compile()
         self.objective, *self.optimizers = accelerator.prepare(objective, *self.optimizers)

@@ -1,27 +1,16 @@
-"""The training loss, and the scores of a batch. B rows, T tokens, S places that predict, V vocabulary, N sources."""
+"""The training loss, and the scores of a batch. B rows, T tokens, S places that predict."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memlm.data import IGNORE_INDEX, Batch
 from memlm.hub.causal import of_model
 from memlm.roles import Roles
-
-
-def token_losses(logits_BSV: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, S]: nats of each target, 0 where it is not scored; and which targets are scored."""
-    nats = F.cross_entropy(logits_BSV.float().transpose(1, 2), targets_BS, ignore_index=IGNORE_INDEX, reduction="none")
-    return nats, targets_BS != IGNORE_INDEX
-
-
-def predictions(logits: Tensor, labels_BT: Tensor, places_S: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Logits [B, S, V] and targets [B, S]. The logits are those at ``places``, or all but the last token's."""
-    return (logits[:, :-1], labels_BT[:, 1:]) if places_S is None else (logits, labels_BT[:, places_S + 1])
+from memlm.training.scores import Wanted, scored
 
 
 class Objective(nn.Module):
@@ -29,12 +18,13 @@ class Objective(nn.Module):
 
     A row's loss is the mean over its scored tokens, and the batch's loss the mean over its rows. So a source's weight
     is its share of the loss, however few of its tokens are scored. ``lm_weight`` multiplies this loss; the mixers'
-    losses have their own weights.
+    losses have their own weights. ``z_loss`` is the weight of the squared log of the softmax's denominator, averaged
+    in the same way, which keeps logits small (PaLM, arXiv:2204.02311).
     """
 
-    def __init__(self, model: nn.Module, lm_weight: float = 1.0) -> None:
+    def __init__(self, model: nn.Module, lm_weight: float = 1.0, z_loss: float = 0.0) -> None:
         super().__init__()
-        self.model, self.lm_weight = model, lm_weight
+        self.model, self.lm_weight, self.z_loss = model, lm_weight, z_loss
 
     def forward(
         self,
@@ -52,16 +42,23 @@ class Objective(nn.Module):
         labels: [B, T], not shifted; -100 is not scored; the other arguments are as in ``MemLMModel.forward`` and
             ``Batch``
         """
-        out = self.model(
+        out, scores, targets = scored(
+            self.model,
+            labels,
+            places,
+            Wanted(norms=self.z_loss > 0),
             input_ids=input_ids,
             position_ids=position_ids,
-            use_cache=False,
-            logits_to_keep=0 if places is None else places,
             **of_model(self.model, max_documents=max_documents, roles=roles, output_metrics=output_metrics),
         )
-        nats, scored = token_losses(*predictions(out.logits, labels, places))
-        rows = nats.sum(1) / scored.sum(1).clamp(min=1)
+        nats, *norms = scores.unbind(-1)
+        counted = targets != IGNORE_INDEX
+        counts = counted.sum(1).clamp(min=1)
+        rows = nats.sum(1) / counts
         aux_losses = {name: x.mean() for name, x in getattr(out, "aux_losses", {}).items()}
+        if norms:
+            squares = norms[0].square().masked_fill(~counted, 0.0)
+            aux_losses["z_loss"] = self.z_loss * (squares.sum(1) / counts).mean()
         loss = self.lm_weight * rows.mean() + sum(aux_losses.values())
         metrics = {name: x.nanmean() if x.ndim == 1 else x.mean() for name, x in getattr(out, "metrics", {}).items()}
         return loss, rows.detach(), metrics | {name: x.detach() for name, x in aux_losses.items()}
@@ -143,13 +140,12 @@ def score(
         inputs, source_ids = model_inputs(batch, device), batch.source_ids.to(device)
         labels, places = inputs.pop("labels"), inputs.pop("places")
         own = of_model(model, max_documents=inputs.pop("max_documents"), roles=inputs.pop("roles"))
-        out = model(**inputs, **own, use_cache=False, logits_to_keep=0 if places is None else places)
-        logits, targets = predictions(out.logits, labels, places)
-        nats, scored = token_losses(logits, targets)
-        right = (logits.argmax(-1) == targets) & scored
-        counted = token_bytes[targets.clamp(min=0)] * scored
-        whole = (right | ~scored).all(1)
-        per_row = [nats.sum(1), right.sum(1), scored.sum(1), counted.sum(1), torch.ones_like(whole), whole]
+        out, scores, targets = scored(model, labels, places, Wanted(right=True), **inputs, **own)
+        (nats, right), counted = scores.unbind(-1), targets != IGNORE_INDEX
+        right = right.bool() & counted
+        sizes = token_bytes[targets.clamp(min=0)] * counted
+        whole = (right | ~counted).all(1)
+        per_row = [nats.sum(1), right.sum(1), counted.sum(1), sizes.sum(1), torch.ones_like(whole), whole]
         sums.index_add_(0, source_ids, torch.stack([x.double() for x in per_row], 1))
         for name, x in getattr(out, "metrics", {}).items():
             if x.ndim == 1:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from memlm.data import check_manifest
 from memlm.data.tokenizer import fingerprint
 from memlm.hub import load_tokenizer
 from memlm.training.checkpoint import FACTS
+from memlm.training.settings import OptimSettings, TrainSettings
 
 CONFIG = "config.yaml"
 # Settings that do not change the result: places, the division of rows, display and saving.
@@ -76,6 +77,7 @@ class Record:
         if not self.config:
             return [f"{run_dir / CONFIG}: cannot be read; continuing without a comparison of settings"]
         before, lines = _with_global_batch(self.config, processes)
+        before = _with_defaults(before)
         changed = []
         for key, old, new in _differences(before, now, ""):
             source = re.fullmatch(r"data\.sources\.([^.]+)\.paths", key)
@@ -152,6 +154,15 @@ def _with_global_batch(config: dict[str, Any], processes: int) -> tuple[dict[str
         f"train.batch_size={train['batch_size']} counts all rows of a step, and these may be others"
     )
     return {**config, "train": train}, [line] if parts > 1 else []
+
+
+def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an earlier version, plus those that it did not have, at the values that change nothing."""
+    groups = {"train": TrainSettings, "optim": OptimSettings}
+    defaults = {
+        name: {f.name: f.default for f in fields(of) if f.default is not MISSING} for name, of in groups.items()
+    }
+    return config | {name: defaults[name] | config[name] for name in groups}
 
 
 def _differences(a: Any, b: Any, key: str) -> list[tuple[str, Any, Any]]:

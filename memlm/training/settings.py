@@ -55,7 +55,7 @@ class TrainSettings:
     """steps: optimiser steps
     batch_size: rows of one step, over all processes
     micro_batch_size: the most rows of one forward on one device; null: all rows of the device
-    lm_weight: weight of the language model's loss, beside the mixers' losses
+    lm_weight, z_loss: weights of the language model's loss and of its z-loss, beside the mixers' losses
     log_every, validate_every, save_every: intervals in steps
     validation_batches: batches of each validation
     keep: number of checkpoints that are kept
@@ -75,14 +75,17 @@ class TrainSettings:
     validation_batches: int
     save_every: int
     keep: int
+    z_loss: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name not in ("gradient_checkpointing", "init_from", "trainable", "lm_weight") and value is not None:
+            if type(value) is int and name not in ("lm_weight", "z_loss"):
                 # The host keeps lists of rows, so their number is limited further.
                 most = 10**6 if name == "batch_size" else _MOST
                 require(1 <= value <= most, f"{name}={value} must be a whole number in [1, {most:,}]")
-        require(0 <= self.lm_weight < math.inf, f"lm_weight={self.lm_weight} must not be negative, and be finite")
+        for name in ("lm_weight", "z_loss"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"{name}={value} must not be negative, and be finite")
         trainable.check(self.trainable)
 
     def forwards(self, processes: int) -> int:
