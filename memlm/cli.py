@@ -32,6 +32,8 @@ TRACED = os.environ.get("HYDRA_FULL_ERROR") == "1"
 _GONE = {
     "train.gradient_accumulation": "train.batch_size is all rows of a step, train.micro_batch_size those of a forward"
 }
+# Two keys for one size, of which a configuration sets one.
+_UNITS = (("train.steps", "train.tokens"), ("train.batch_size", "train.batch_tokens"))
 
 
 @contextmanager
@@ -93,8 +95,18 @@ def use_gpu_preset(argv: list[str], preset: str, unless: tuple[str, ...]) -> lis
 
 
 def completed(argv: list[str]) -> list[str]:
-    """``argv``, so that Hydra finds the group of a backbone, and the settings that no YAML names."""
-    return open_settings(backbone_model(argv))
+    """``argv``, so that Hydra finds the group of a backbone, and the settings that no YAML names; of two units for one
+    size, the one given.
+    """
+    return one_unit(open_settings(backbone_model(argv)))
+
+
+def one_unit(argv: list[str]) -> list[str]:
+    """``argv``, plus null for a size that a YAML gives in one unit and the command line in the other."""
+    given = {key for key, _, value in (argument.partition("=") for argument in argv) if value != "null"}
+    named = {argument.partition("=")[0] for argument in argv}
+    pairs = [(a, b) for pair in _UNITS for a, b in (pair, pair[::-1])]
+    return [*argv, *(f"{other}=null" for key, other in pairs if key in given and other not in named)]
 
 
 def backbone_model(argv: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ Files:
     trainable           the parameters that a run trains
     settings            the run's settings, checked
     checkpoint          checkpoints that exist completely or not at all
+    budget              a run's length and batch in tokens
     resume              checks whether a checkpoint belongs to the requested run
     interrupt           signals
     sweep               members of a sweep, one process each

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from memlm.memory.base import PACKAGE
 from memlm.settings import build_config, check_type, require, suggest
 from memlm.training import trainable
+from memlm.training.budget import in_steps
 
 # The largest number of steps, rows or batches; more is a typing mistake.
 _MOST = 10**9
@@ -163,5 +164,6 @@ class RunSettings:
         require(0 <= seed < 2**63, f"seed={seed} must lie in [0, 2**63)")
         named = isinstance(run_dir, str) and run_dir.strip()
         require(bool(named), f"run_dir={run_dir!r} names no folder; leave it out, or name one")
+        config["train"] = in_steps(config["train"], config["data"])
         built = (build_config(of, config[group], group) for of, group in zip(types, groups, strict=True))
         return cls(config, str(name), seed, Path(run_dir), *built)
