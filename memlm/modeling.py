@@ -25,6 +25,7 @@ from memlm.loss import bound, weighted
 from memlm.memory.base import MixerOutput, build_mixer, checked, initialize
 from memlm.memory.rows import Padding, Rows, most_documents
 from memlm.memory.state import State
+from memlm.memory.stretches import Stretches
 from memlm.roles import Roles
 from memlm.versions import CACHE
 
@@ -133,7 +134,13 @@ class MemLMPreTrainedModel(PreTrainedModel):
 
 
 class MemLMModel(MemLMPreTrainedModel):
-    """The decoder without its head."""
+    """The decoder without its head.
+
+    stretches: sequence parallelism (``memlm.memory.stretches``): the inputs are this process's stretch of the rows.
+        Set on all its processes. None: the inputs are whole rows
+    """
+
+    stretches: Stretches | None = None
 
     def __init__(self, config: MemLMConfig) -> None:
         super().__init__(config)
@@ -191,6 +198,10 @@ class MemLMModel(MemLMPreTrainedModel):
         if torch.compiler.is_exporting() and not isinstance(length, int):
             self._check_any_length()
         memory = past_key_values if cache is None else cache
+        if self.stretches is not None:
+            if memory is not None or use_cache or roles is not None:
+                raise ValueError("sequence parallelism: leave past_key_values, use_cache and roles out")
+            use_cache = False
         if memory is not None and not isinstance(memory, MemoryCache):
             raise ValueError(f"past_key_values must be a memlm.MemoryCache, not {type(memory).__name__}")
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
@@ -212,23 +223,33 @@ class MemLMModel(MemLMPreTrainedModel):
             if position_ids is not None:
                 raise ValueError("position_ids: packed rows cannot ask a bank; give one row to each question")
         x_BTD, rows, padding = self._rows(
-            x_BTD, attention_mask, position_ids, max_documents, roles, memory, output_metrics
+            x_BTD, attention_mask, position_ids, max_documents, roles, memory, output_metrics, self.stretches
         )
         hidden_states, states, aux_losses, metrics = [], [], {}, {}
         for i, layer in enumerate(self.layers):
             if output_hidden_states:
                 hidden_states.append(x_BTD)
             state = self._state(i, x_BTD, memory, rows)
+            if self.stretches is not None:
+                key = (i, x_BTD.shape, x_BTD.dtype)
+                x_BTD, state = self.stretches.receive(key, x_BTD, state)
             if self.gradient_checkpointing and self.training and i % self.checkpointed_layers == 0:
                 # The reentrant way loses gradients of non-tensor arguments, such as states; results are equal.
                 out = self._gradient_checkpointing_func(layer.__call__, x_BTD, state, rows, use_reentrant=False)
             else:
                 out = layer(x_BTD, state, rows)
             x_BTD = out.y_BTD
+            if self.stretches is not None:
+                x_BTD = self.stretches.send(key, x_BTD, out.state)
             states.append(out.state)
             aux_losses |= {f"layer{i}/{name}": x for name, x in out.aux_losses.items()}
             metrics |= {f"layer{i}/{name}": x for name, x in out.metrics.items() if length}
         x_BTD = self.norm(x_BTD)
+        if aux_losses and self.stretches is not None and self.training:
+            raise ValueError(
+                f"sequence parallelism: {next(iter(aux_losses))} is a loss of whole rows; set its weight in "
+                "model.mixers to 0"
+            )
         if aux_losses and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             x_BTD, aux_losses = bound(x_BTD, aux_losses)
         hidden_states.append(x_BTD)
@@ -276,6 +297,7 @@ class MemLMModel(MemLMPreTrainedModel):
         roles: Roles | None,
         memory: MemoryCache | None,
         metrics: bool,
+        stretches: Stretches | None,
     ) -> tuple[Tensor, Rows, Padding | None]:
         """Inputs with each row's real tokens first, their ``Rows``, and the padding (None: none was given)."""
         batch, length, _ = x_BTD.shape
@@ -304,6 +326,8 @@ class MemLMModel(MemLMPreTrainedModel):
         before: dict[str, Any] = {"start": 0}
         if memory is not None and memory.states:
             before = {"before_B": memory.position, "start": memory.start}
+        elif stretches is not None:
+            before = stretches.start(x_BTD, position_ids, lengths_B)
         else:
             before["before_B"] = torch.zeros(batch, dtype=torch.int64, device=x_BTD.device)
         documents = 1
@@ -372,6 +396,8 @@ class MemLMForCausalLM(MemLMPreTrainedModel, MemoryGenerationMixin):
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         hidden = out.last_hidden_state[:, keep] if not isinstance(keep, int) else out.last_hidden_state
         logits = self.lm_head(hidden)
+        if labels is not None and self.model.stretches is not None:
+            raise ValueError("sequence parallelism: leave labels out; the next stretch holds a part of the targets")
         loss, aux_losses = None, out.aux_losses
         if labels is not None:
             loss = self.loss_function(

@@ -1,0 +1,25 @@
+"""Tests of several processes: they meet by gloo, and save their results in files."""
+
+import multiprocessing
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from memlm.cli import leave_group
+
+
+def run(work, size, folder, *arguments):
+    """Results of ``work(rank, size, *arguments)``, a function of a module, on ``size`` processes."""
+    # One process imports everything, and the others are copies of it.
+    multiprocessing.set_forkserver_preload(["tests.conftest"])
+    mp.start_processes(_start, (size, folder, work, arguments), nprocs=size, start_method="forkserver")
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(size)]
+
+
+def _start(rank, size, folder, work, arguments):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+    torch.save(work(rank, size, *arguments), folder / f"rank{rank}.pt")
+    dist.barrier()
+    leave_group()

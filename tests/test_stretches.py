@@ -1,0 +1,129 @@
+"""Rows cut over processes equal whole rows, outputs and every gradient, whatever the memory is."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from memlm import MemoryCache
+from memlm.memory.stretches import Stretches
+from memlm_kernels.testing import relative_error
+from tests import ranks
+from tests.conftest import MEMORIES, build, variants
+
+LENGTH, VOCAB, EXACT = 40, 259, 1e-12
+SLOW = [variant.values[0] for variant in variants()]
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A group of one process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield Stretches(dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+def inputs(form):
+    """Two rows: of one document; of several; with padding, which no cut is near; or with both."""
+    ids = torch.randint(VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    given, mask = {}, torch.ones(2, LENGTH, dtype=torch.long)
+    if "padded" in form:
+        mask[0, 5:9], mask[1, :2], mask[1, 18:33] = 0, 0, 0
+        given["attention_mask"] = mask
+    if "packed" in form:
+        positions = torch.zeros_like(ids)
+        for row, sizes in enumerate(([14, 1, 17, 8], [3, 30, 7])):
+            places = torch.cat([torch.arange(size) for size in sizes])
+            real = mask[row].bool()
+            positions[row, real] = places[: int(real.sum())]
+        given |= {"position_ids": positions, "max_documents": 4}
+    return ids, given, mask[..., None]
+
+
+def part(x, rank, size):
+    """A process's stretch of x [B, T, ...]."""
+    return x.chunk(size, 1)[rank] if isinstance(x, torch.Tensor) else x
+
+
+def loss_of(model, form, rank=0, size=1):
+    """Outputs of the real tokens of a stretch; their loss is backpropagated."""
+    ids, given, mask = inputs(form)
+    weights = torch.randn(2, LENGTH, VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * mask
+    logits = model(part(ids, rank, size), **{k: part(x, rank, size) for k, x in given.items()}).logits
+    (logits * part(weights, rank, size)).sum().backward()
+    return logits.detach() * part(mask, rank, size)
+
+
+def gradients(model):
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+
+
+def compare(rank, size, variant, form):
+    """The largest error of outputs and gradients; and how much outputs change if no state is handed on."""
+    name, settings = variant
+    # The losses of routers are not compared here.
+    model = build(name, **settings).train()
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda *given: given[2]._replace(aux_losses={}))
+    whole, stretches = loss_of(model, form), Stretches(dist.group.WORLD)
+    expected = gradients(model)
+    with torch.no_grad():
+        ids, given, mask = inputs(form)
+        alone = model(
+            part(ids, rank, size), **{k: part(x, rank, size) for k, x in given.items() if k != "position_ids"}
+        )
+    alone = alone.logits * part(mask, rank, size)
+    model.zero_grad()
+    model.model.stretches = stretches
+    mine = loss_of(model, form, rank, size)
+    errors = [relative_error(part(whole, rank, size), mine)]
+    for parameter, grad in gradients(model).items():
+        dist.all_reduce(grad)
+        errors.append(
+            relative_error(expected[parameter], grad) if expected[parameter].any() else float(grad.abs().max())
+        )
+    return max(errors), relative_error(part(whole, rank, size), alone)
+
+
+def work(rank, size, cases):
+    return [compare(rank, size, *case) for case in cases]
+
+
+def check(folder, size, cases):
+    for rank, found in enumerate(ranks.run(work, size, folder, cases)):
+        for case, (error, alone) in zip(cases, found, strict=True):
+            assert error < EXACT, (case, rank, error)
+            # The comparison can fail.
+            assert rank == 0 or alone > 1e-4, (case, rank, alone)
+
+
+def test_stretches_on_two_processes_equal_whole_rows(tmp_path):
+    check(tmp_path, 2, [((name, {}), "packed and padded") for name in MEMORIES])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_stretches_of_every_variant_equal_whole_rows(size, tmp_path):
+    check(tmp_path, size, [(v, form) for v in SLOW for form in ("plain", "packed", "padded", "packed and padded")])
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"use_cache": True}, "use_cache"),
+        ({"past_key_values": MemoryCache()}, "past_key_values"),
+        ({"labels": torch.zeros(1, 4, dtype=torch.long)}, "labels"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_a_stretch_refuses_arguments_of_whole_rows(given, told, alone):
+    model = build("none")
+    model.model.stretches = alone
+    with pytest.raises(ValueError, match=f"sequence parallelism: .*{told}"):
+        model(torch.zeros(1, 4, dtype=torch.long), **given)
+
+
+def test_a_stretch_refuses_losses_of_whole_rows(alone):
+    model = build("mom").train()
+    model.model.stretches = alone
+    with pytest.raises(ValueError, match="sequence parallelism: layer0/balance"):
+        model(torch.zeros(1, 4, dtype=torch.long))
