@@ -88,7 +88,7 @@ def lora(seed: int, out: Path, overrides: Sequence[str] = ()) -> None:
     print(f"LoRA of {count_parameters(adapted, trained=True):,} parameters")
     objective, optimizers = Objective(model.train()), build_optimizers(adapted, optim)
     for step in range(train.steps):
-        set_lr(optimizers, lr_factor(step, optim.schedule_steps or train.steps, optim.warmup_steps, optim.final_lr))
+        set_lr(optimizers, lr_factor(step, optim.schedule_steps or train.steps, optim))
         loss, _, _ = objective(**model_inputs(mixture.batch(step), model.device), output_metrics=False)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(adapted.parameters(), optim.clip)

@@ -20,7 +20,7 @@ from memlm.data import Batch, Row
 from memlm.hub import load_model
 from memlm.training import checkpoint, run
 from memlm.training.objective import Objective, model_inputs, score
-from memlm.training.optim import Muon, build_optimizers, lr_factor, parameter_groups
+from memlm.training.optim import Muon, build_optimizers, parameter_groups
 from memlm.training.settings import OptimSettings
 from memlm_kernels.testing import assert_close, relative_error
 from tests.conftest import ROOT, build, composed
@@ -336,12 +336,6 @@ def test_tied_heads_are_embeddings_and_never_decay():
     model.config.tie_word_embeddings = True
     model.tie_weights()
     assert not parameter_groups(model)["head"]
-
-
-def test_learning_rate_warms_up_and_ends_where_it_says():
-    factors = [lr_factor(step, 100, 10, 0.05) for step in range(101)]
-    assert factors[0] == pytest.approx(0.1) and factors[9] == 1.0 and max(factors) == 1.0
-    assert factors[10:] == sorted(factors[10:], reverse=True) and factors[100] == pytest.approx(0.05)
 
 
 def test_the_loss_weighs_rows_not_tokens():

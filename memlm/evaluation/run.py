@@ -64,7 +64,7 @@ def _run(cfg: DictConfig) -> bool:
     chosen = measures(options)
     device = _device(cfg.hardware)
     progress = Progress()
-    subject = load_subject(cfg.checkpoint, device)
+    subject = load_subject(cfg.checkpoint, device, ema=cfg.ema)
     if cfg.memory_off:
         subject = replace(subject, name=f"{subject.name} (memory off)", memory_off=True)
         with memory_off(subject.model):
@@ -163,7 +163,7 @@ def _choice() -> list[str]:
     return [HydraConfig.get().runtime.choices["eval"]] if HydraConfig.initialized() else []
 
 
-_KEYS = {"checkpoint": str, "control": str | None, "memory_off": bool, "out": str | None, "seed": int}
+_KEYS = {"checkpoint": str, "control": str | None, "memory_off": bool, "ema": bool, "out": str | None, "seed": int}
 
 
 def _place(source: Path | str) -> Path:
@@ -194,7 +194,7 @@ def _control(cfg: DictConfig, data: dict[str, Any], first: Examined, device: tor
     if not Path(cfg.control).exists():
         progress.say(f"no control at {cfg.control}; 'python train.py memory=none' trains it")
         return []
-    control = load_subject(cfg.control, device, "control")
+    control = load_subject(cfg.control, device, "control", cfg.ema)
     control = replace(control, name=f"control ({control.name})")
     if cfg.data.tokenizer is None and fingerprint(control.tokenizer) != fingerprint(first.tokenizer):
         data = {**data, "tokenizer": control.place_of_tokenizer}

@@ -20,6 +20,7 @@ from memlm.hub import load_tokenizer
 from memlm.hub.causal import kinds, load_any
 from memlm.reader import bytes_after
 from memlm.training import checkpoint
+from memlm.training.ema import use_average
 from memlm.training.resume import FREE, Record
 
 
@@ -95,9 +96,10 @@ class Subject:
         return math.prod([*known, parts, self.step])
 
 
-def load_subject(source: str, device: torch.device, key: str = "checkpoint") -> Subject:
-    """The last checkpoint of a run directory, a checkpoint folder, or a hub name. Raises ValueError if there
-    is none.
+def load_subject(source: str, device: torch.device, key: str = "checkpoint", ema: bool = False) -> Subject:
+    """The last checkpoint of a run directory, a checkpoint folder, or a hub name. Raises ValueError if there is none.
+
+    ema: with the moving averages of the weights
     """
     path = Path(source)
     folder, lines = checkpoint.newest_whole(path)
@@ -107,8 +109,11 @@ def load_subject(source: str, device: torch.device, key: str = "checkpoint") -> 
     elif not path.exists() and (source.startswith(("runs", ".", "/")) or source.count("/") != 1):
         raise ValueError(f"{key}={source}: there is no run; train it first, or name a run, a folder or a hub name")
     place = folder or source
-    model = load_any(place).to(device).eval()
-    name = run_dir.name.split("-seed")[0] if run_dir else path.name
+    model = load_any(place)
+    if ema:
+        use_average(model, place, f"ema=true, {key}={source}")
+    model = model.to(device).eval()
+    name = (run_dir.name.split("-seed")[0] if run_dir else path.name) + (" (ema)" if ema else "")
     record = Record.read(run_dir or Path(place), Path(place))
     named = re.fullmatch(r"step_(\d+)", Path(place).name)
     step = int(named[1]) if named else _at(record.facts, "step", int)

@@ -6,6 +6,7 @@ Files:
     objective           a batch becomes a loss here; scores of validation
     scores              the cross-entropy of tokens, with few logits at once
     optim               Muon, AdamW, the schedule
+    ema                 a moving average of the weights
     model               the model of a run: a new decoder, or a backbone with a memory
     match               sizes equal to those of another memory
     trainable           the parameters that a run trains

@@ -3,6 +3,7 @@
 runs/<name>/.../config.yaml  manifest-<source>.json  metrics.jsonl  checkpoints/step_000200/  checkpoints/latest
 
 A checkpoint holds everything that a run needs to continue: the model; the tokenizer; ``trainer.pt`` (optimisers);
+with ``train.ema``, ``ema.safetensors``;
 ``config.yaml`` and ``manifest-<source>.json`` (settings and data of the run); ``run.json`` (its step, and where it
 ran); ``README.md`` (the model card, which may be edited); and ``digests.json`` of all other files, written last.
 Checkpoints of versions without digests have only the model, the tokenizer and ``trainer.pt``.
@@ -26,6 +27,7 @@ from memlm.data import save_tokenizer
 from memlm.hub import load_tokenizer
 from memlm.hub.causal import load_any
 from memlm.memory.base import SequenceMixer
+from memlm.training.ema import WeightAverage
 
 FACTS = "run.json"
 _NAME = re.compile(r"step_\d{6,}")
@@ -127,6 +129,7 @@ def save(
     trainer: dict[str, Any],
     record: Mapping[str, str],
     keep: int,
+    ema: WeightAverage | None = None,
 ) -> Path:
     """Write checkpoint ``step``, then point ``latest`` at it, then remove all but the newest ``keep``.
 
@@ -142,6 +145,8 @@ def save(
             model.save_pretrained(partial)
             save_tokenizer(tokenizer, partial)
             torch.save(trainer, partial / "trainer.pt")
+            if ema:
+                ema.save(partial)
             for name, text in record.items():
                 (partial / name).write_text(text, encoding="utf-8")
             card.write(partial, run=partial)

@@ -23,6 +23,7 @@ from memlm.hub.causal import kinds, load_any
 from memlm.modeling import MemLMForCausalLM
 from memlm.training import checkpoint, resume, trainable
 from memlm.training.display import Display
+from memlm.training.ema import WeightAverage
 from memlm.training.interrupt import Agreement, Interrupt, Stopped
 from memlm.training.model import build, check, check_length, described, expected, without_dropout
 from memlm.training.objective import Objective, Score, model_inputs, score
@@ -85,6 +86,7 @@ class Trainer:
         if settings.hardware.compile:
             objective.compile()
         self.objective, *self.optimizers = accelerator.prepare(objective, *self.optimizers)
+        self.ema = WeightAverage(self.model, self.settings.ema, self.folder) if self.settings.ema else None
         if accelerator.scaler is not None and self.trainer_state and "scaler" in self.trainer_state:
             accelerator.scaler.load_state_dict(self.trainer_state["scaler"])
 
@@ -203,8 +205,7 @@ class Trainer:
         """
         sources = len(self.mixture.sources)
         steps = self.optim.schedule_steps or self.settings.steps
-        factor = lr_factor(self.step, steps, self.optim.warmup_steps, self.optim.final_lr)
-        set_lr(self.optimizers, factor)
+        set_lr(self.optimizers, lr_factor(self.step, steps, self.optim))
         total = torch.zeros((), device=self.accelerator.device)
         per_source = torch.zeros(sources, 2, device=self.accelerator.device)
         told: dict[str, list[Tensor]] = {}
@@ -226,6 +227,8 @@ class Trainer:
             of_rows = torch.stack([rows.float(), torch.ones_like(rows)], 1)
             per_source.index_add_(0, batch.source_ids.to(per_source.device), of_rows)
         self.step += 1
+        if self.ema:
+            self.ema.update(self.step)
         means = {name: torch.stack(values).nanmean() for name, values in told.items()}
         return {"loss": total, "grad_norm": torch.as_tensor(norm), "rows": per_source, **means}
 
@@ -294,7 +297,8 @@ class Trainer:
             if self.accelerator.scaler is not None:
                 state["scaler"] = self.accelerator.scaler.state_dict()
             texts = self._record().texts()
-            checkpoint.save(self.run_dir, self.step, model, self.tokenizer, state, texts, self.settings.keep)
+            keep = self.settings.keep
+            checkpoint.save(self.run_dir, self.step, model, self.tokenizer, state, texts, keep, self.ema)
         self.accelerator.wait_for_everyone()
 
     def _record(self) -> resume.Record:

@@ -96,12 +96,21 @@ def build_optimizers(model: nn.Module, optim: OptimSettings) -> list[torch.optim
     return optimizers
 
 
-def lr_factor(step: int, steps: int, warmup_steps: int, final: float) -> float:
-    """Share of the peak learning rate at a step: linear warm-up, then a cosine to ``final``."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+def lr_factor(step: int, steps: int, optim: OptimSettings) -> float:
+    """Share of the peak learning rate at a step: linear warm-up, then the schedule to ``final_lr`` at ``steps``."""
+    warmup, final = optim.warmup_steps, optim.final_lr
+    if step < warmup:
+        return (step + 1) / warmup
+    start = max(warmup, stable_steps(steps, optim.decay)) if optim.schedule == "wsd" else warmup
+    done = min(1.0, max(0, step - start) / max(1, steps - start))
+    if optim.schedule == "wsd":
+        return 1 - (1 - final) * done
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def stable_steps(steps: int, decay: float) -> int:
+    """The first step of WSD's fall."""
+    return steps - round(decay * steps)
 
 
 def set_lr(optimizers: list[torch.optim.Optimizer], factor: float) -> None:

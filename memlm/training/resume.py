@@ -16,6 +16,7 @@ from memlm.data import check_manifest
 from memlm.data.tokenizer import fingerprint
 from memlm.hub import load_tokenizer
 from memlm.training.checkpoint import FACTS
+from memlm.training.optim import stable_steps
 from memlm.training.settings import OptimSettings, TrainSettings
 
 CONFIG = "config.yaml"
@@ -93,7 +94,7 @@ class Record:
                     f"{key}={_as_typed(new)}, but the run in {run_dir} {said}; {fix} to continue that run, or "
                     "choose another name=..."
                 )
-        _compare_schedules(run_dir, before, now)
+        _compare_schedules(run_dir, before, now, self.facts.get("step"))
         if (old := before["train"]["steps"]) != (new := now["train"]["steps"]):
             changed.append(f"train.steps {old} -> {new}")
         if (old := self.facts.get("processes", processes)) != processes:
@@ -129,10 +130,15 @@ def compare_models(run_dir: Path, before: dict[str, Any], now: dict[str, Any]) -
         )
 
 
-def _compare_schedules(run_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def _compare_schedules(run_dir: Path, before: dict[str, Any], now: dict[str, Any], step: int | None) -> None:
+    """step: of the checkpoint"""
     old, new = (c["optim"].get("schedule_steps") or c["train"]["steps"] for c in (before, now))
     # A final share of 1 is a constant rate.
     if old == new or now["optim"]["final_lr"] == 1:
+        return
+    # As long as neither has begun to fall, the steps so far are the same.
+    constant = stable_steps(min(old, new), now["optim"]["decay"]) if now["optim"]["schedule"] == "wsd" else 0
+    if step is not None and step <= constant:
         return
     key = "optim.schedule_steps" if now["optim"].get("schedule_steps") else "train.steps"
     raise ValueError(

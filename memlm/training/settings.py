@@ -19,6 +19,8 @@ _MOST = 10**9
 @dataclass(frozen=True)
 class OptimSettings:
     """lr, muon_lr: peak learning rates of AdamW and Muon
+    schedule: cosine, falling from the warm-up on; or wsd, constant until the last share ``decay`` of the steps, then
+        falling linearly
     final_lr: share of the peak at the last step, or from ``schedule_steps`` on if set
     clip: largest gradient norm
     """
@@ -32,10 +34,17 @@ class OptimSettings:
     final_lr: float
     clip: float
     schedule_steps: int | None = None
+    schedule: str = "cosine"
+    decay: float = 0.2
 
     def __post_init__(self) -> None:
         require(self.name in ("adamw", "muon"), f"name={self.name!r} is unknown; use adamw or muon")
         require(self.name != "muon" or self.muon_lr is not None, "muon_lr=null; give Muon a learning rate")
+        known = self.schedule in ("cosine", "wsd")
+        require(known, f"schedule={self.schedule!r} is unknown; use cosine or wsd (warm-up, stable, decay)")
+        require(
+            0 < self.decay <= 1, f"decay={self.decay} must lie in (0, 1]: the share of the steps at the end of wsd"
+        )
         for name in ("lr", "muon_lr", "clip"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name}={value} must be above 0")
@@ -61,6 +70,7 @@ class TrainSettings:
     validation_batches: batches of each validation
     keep: number of checkpoints that are kept
     init_from: the run, or checkpoint folder, whose weights a new run starts with
+    ema: decay of the moving average of the weights; null: none
     trainable: the parameters that are trained (``memlm.training.trainable``); null: all
     """
 
@@ -77,6 +87,7 @@ class TrainSettings:
     save_every: int
     keep: int
     z_loss: float = 0.0
+    ema: float | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -87,6 +98,9 @@ class TrainSettings:
         for name in ("lm_weight", "z_loss"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"{name}={value} must not be negative, and be finite")
+        require(
+            self.ema is None or 0 < self.ema < 1, f"ema={self.ema} must lie between 0 and 1, such as 0.999, or be null"
+        )
         trainable.check(self.trainable)
 
     def forwards(self, processes: int) -> int:
