@@ -279,14 +279,15 @@ class Facts(KeyedTask):
         return make_sample([MARK], told, [ASK, *keys[asked]], digits[asked])
 
     def library(self, seed: int, split: str, documents: int, questions: int) -> Library:
-        """`documents` documents as long as those of a sample, and `questions` questions, spread evenly over them."""
+        """`documents` documents as long as those of a sample, and `questions` questions about one each, or fewer:
+        none is asked twice, as the same answer again is no further trial.
+        """
         rest = 2 + self.key_length + self.digits
         length = rest + -(-(self.length - rest) * documents // self.num_documents)
         many = replace(self, length=length, num_documents=documents, min_documents=None, alike=0)
         rng = np.random.default_rng([seed, split_id(split), documents, questions])
         keys, digits, texts = many._facts(rng, many._keys(rng, split, documents), 1.0)
-        asked = (rng.permutation(documents) for _ in range(-(-questions // documents)))
-        numbers = np.concatenate([*asked])[:questions]
+        numbers = rng.permutation(documents)[:questions]
         found = [Inquiry(np.array([ASK, *keys[n]]), digits[n], frozenset({int(n)})) for n in numbers]
         return Library(np.array([MARK]), texts, found, self.chance**self.digits)
 

@@ -84,7 +84,7 @@ def test_alike_keys_differ_in_one_symbol():
 def test_a_library_is_of_unseen_keys_and_its_questions_have_one_document_each():
     task = Facts(length=100, key_length=3, digits=2, alike=5)
     library = task.library(5, "test", 700, 900)
-    assert (len(library.documents), len(library.inquiries), library.chance) == (700, 900, 1 / 1024)
+    assert (len(library.documents), len(library.inquiries), library.chance) == (700, 700, 1 / 1024)
     keys = [key_of(document) for document in library.documents]
     assert len(set(keys)) == 700
     assert abs(np.mean([len(d) for d in library.documents]) - (100 - 7) / 8) < 0.1
@@ -94,6 +94,7 @@ def test_a_library_is_of_unseen_keys_and_its_questions_have_one_document_each():
         assert (
             library.documents[number][np.isin(library.documents[number], VALUES)].tolist() == inquiry.answer.tolist()
         )
+    # A question that is asked twice would count twice in the interval.
     assert len({inquiry.found for inquiry in library.inquiries}) == 700
     again = task.library(5, "test", 700, 900)
     assert all(np.array_equal(a, b) for a, b in zip(library.documents, again.documents, strict=True))

@@ -169,7 +169,7 @@ def share(flags: Iterable[bool]) -> float:
 @dataclass(frozen=True)
 class Bank(Measure):
     """bank_documents: sizes of banks; [] for none
-    bank_questions: questions to each bank
+    bank_questions: questions to each bank, at most; each is asked once
     """
 
     name = "bank"
@@ -224,7 +224,7 @@ class Bank(Measure):
             for b in measured["bank"]:
                 rows += [
                     [
-                        f"{name}, {b['documents']:,} of {b['source']}",
+                        f"{name}, {b['documents']:,} of {b['source']} (n = {b['questions']:,})",
                         f"{layer['layer']}, {layer['top_k']}",
                         f"{layer['hit_1']:.3f}, {layer['hit']:.3f}",
                         f"{layer['recall']:.3f}, {layer['precision']:.3f}",
@@ -248,8 +248,8 @@ class Bank(Measure):
         banks = {name: m["bank"] for name, m in models.items() if m["bank"]}
         report.picture("bank", plots.by_documents(banks), "hits and answers by documents of a bank")
         report.note(
-            f"{next(iter(banks.values()))[0]['questions']} questions, each about one document or a few. hit@1: the "
-            "best document is one of these; hit@k: one of those read is; recall@k: the share of these that is read; "
+            "Each of the n questions is about one document or a few. hit@1: the best document is one of these; hit@k: "
+            "one of those read is; recall@k: the share of these that is read; "
             "precision: the share of these among the documents read; answers: every token right; deleted: the same "
             "with every document asked about deleted from the bank."
         )
