@@ -137,6 +137,10 @@ def test_numbers_of_the_python_api_are_the_models(folder, make):
     assert perplexity == pytest.approx(math.exp(-sum(completions) / len(PAIRS)), rel=1e-4)
 
 
+def test_the_files_that_tasks_name_are_in_their_keys(folder):
+    assert module._files(str(folder)) == [str(folder / "rows.jsonl")] and module._files(None) == []
+
+
 def test_rolling_windows_of_evaluate_py_are_those_of_lm_eval(folder):
     from lm_eval.api.instance import Instance
     from lm_eval.api.metrics import bits_per_byte, weighted_perplexity

@@ -2,14 +2,18 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor, nn
 
 from memlm import files
 from memlm.cli import is_mistake
 from memlm.evaluation import storage
 from memlm.evaluation.progress import Progress
+from memlm.settings import require
 
 Record = dict[str, Any]
 
@@ -19,6 +23,7 @@ class Parts:
 
     folder: of kept results; without one, nothing is kept
     about: everything but the parts' settings that determines their results
+    model: a part whose forwards of it give logits that are not finite fails
 
     missing: part -> the reason why it could not be measured
     seconds: part -> of its measurement, also if that was earlier
@@ -26,9 +31,14 @@ class Parts:
     """
 
     def __init__(
-        self, name: str = "", folder: Path | None = None, about: Any = None, progress: Progress | None = None
+        self,
+        name: str = "",
+        folder: Path | None = None,
+        about: Any = None,
+        progress: Progress | None = None,
+        model: nn.Module | None = None,
     ) -> None:
-        self.name, self.folder, self.about = name, folder, about
+        self.name, self.folder, self.about, self.model = name, folder, about, model
         self.progress = Progress(shown=False) if progress is None else progress
         self.missing: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
@@ -51,7 +61,7 @@ class Parts:
                 return self._take(name, found)
         started, records = time.perf_counter(), list[Record]()
         try:
-            with self.progress.part(f"{self.name}, {name}", cost):
+            with self.progress.part(f"{self.name}, {name}", cost), _finite(self.model):
                 result = make(records)
         except Exception as error:
             if not is_mistake(error):
@@ -82,3 +92,26 @@ def _kept(path: Path) -> dict[str, Any] | None:
         # Not there, or damaged: measured anew.
         return None
     return found if found.keys() >= {"seconds", "result", "records"} else None
+
+
+@contextmanager
+def _finite(model: nn.Module | None) -> Iterator[None]:
+    """Raise ValueError at the end if a forward of the model gave logits that are not finite: the choice of a token by
+    them would count as wrong. A device is not waited for before.
+    """
+    fine: Tensor | bool = True
+
+    def look(module: nn.Module, inputs: Any, out: Any) -> None:
+        nonlocal fine
+        logits = getattr(out, "logits", None)
+        if isinstance(logits, Tensor) and logits.numel():
+            # The largest is nan if one is.
+            fine = logits.detach().amax(-1).isfinite().all() & fine
+
+    hook = model.register_forward_hook(look) if model else None
+    try:
+        yield
+    finally:
+        if hook:
+            hook.remove()
+    require(bool(fine), "the model's logits are not finite")

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from hydra.core.hydra_config import HydraConfig
@@ -70,12 +71,12 @@ def _run(cfg: DictConfig) -> bool:
         with memory_off(subject.model):
             pass
     data = data_config(cfg.data, subject, needed=not any(measure.applies({}) for measure in chosen))
-    examined = [examine(subject, data, cfg.seed)]
+    examined, left_out = [examine(subject, data, cfg.seed)], list[str]()
     sources = examined[0].sources
     _check_measurable(chosen, sources)
     if cfg.control and Path(cfg.control) != subject.run_dir:
-        examined += _control(cfg, data, examined[0], device, progress)
-    fit, examined, left_out = _measurable(chosen, examined, progress)
+        examined += _control(cfg, data, examined[0], device, progress, left_out)
+    fit, examined = _measurable(chosen, examined, left_out)
     results: dict[str, Any] = {
         "schema": storage.SCHEMA,
         "command": storage.command(),
@@ -85,14 +86,17 @@ def _run(cfg: DictConfig) -> bool:
         "corpora": {n: s.corpus.folder.name for n, s in sources.items() if isinstance(s, TextSource)},
         "models": {one.subject.name: one.subject.facts() for one in examined},
     }
-    results["of"] = _of(results)
+    abouts = [_about(one, examined, results) for one in examined]
+    results["of"] = _of([results["models"], results["corpora"], storage.content(options), abouts], subject.step)
     results["notes"] = left_out + _notes(examined, chosen, data)
     for note in results["notes"]:
         progress.say(note)
     folder = "evaluation-memory_off" if cfg.memory_off else "evaluation"
     out = Path(cfg.out) if cfg.out else (subject.run_dir or _place(subject.folder)) / folder
     _check_writable(out)
-    _measure(results, chosen, fit, examined, out / storage.MEASURED, progress)
+    for one, about in zip(examined, abouts, strict=True):
+        one.parts = Parts(one.subject.name, out / storage.MEASURED, about, progress, one.subject.model)
+    _measure(results, chosen, fit, examined, progress)
     models = results["models"]
     missing = [f"{name}: {part} is missing: {why}" for name, m in models.items() for part, why in m["missing"].items()]
     if missing and not any(model[measure.name] for model in models.values() for measure in fit):
@@ -112,7 +116,20 @@ def _run(cfg: DictConfig) -> bool:
             table.add_row(*row)
         progress.console.print(table)
     progress.say(f"{results['seconds']:.0f} s; results: {path}")
-    return not missing
+    return not missing and not left_out
+
+
+def _about(one: Examined, examined: Sequence[Examined], results: Mapping[str, Any]) -> list[Any]:
+    """Everything but a part's settings that determines its result."""
+    data = {key: value for key, value in results["data"].items() if key not in ("cache_dir", "tokenizer")}
+    texts = {
+        name: getattr(source, "manifest", None) or storage.content(data["sources"][name])
+        for name, source in one.sources.items()
+    }
+    # Models read the same bytes in the tokens of all.
+    tokens = sorted({storage.tokens(other.tokenizer) for other in examined})
+    model = [results["models"][one.subject.name]["weights"], one.subject.memory_off, storage.tokens(one.tokenizer)]
+    return [*model, one.seed, data, texts, tokens, results["environment"]]
 
 
 def _measure(
@@ -120,21 +137,15 @@ def _measure(
     chosen: Sequence[Measure],
     fit: Sequence[Measure],
     examined: Sequence[Examined],
-    kept: Path,
     progress: Progress,
 ) -> None:
     """Add the results of each model. Raises ``Stopped`` at a signal; parts that are complete are then kept."""
     progress.total = sum(measure.cost(one.sources) for one in examined for measure in fit)
-    tokens = sorted({fingerprint(one.tokenizer) for one in examined})
     with Interrupt(), progress:
         try:
             for one in examined:
                 subject, found = one.subject, results["models"][one.subject.name]
                 progress.say(f"evaluating {subject.name}: {subject.folder}")
-                sources = [{k: v for k, v in results["data"].items() if k not in ("cache_dir", "tokenizer")}, tokens]
-                sources += [{name: getattr(source, "manifest", None) for name, source in one.sources.items()}]
-                about = [found["weights"], subject.memory_off, one.seed, fingerprint(one.tokenizer), *sources]
-                one.parts = Parts(subject.name, kept, [*about, results["environment"]], progress)
                 with (
                     memory_off(subject.model) if subject.memory_off else nullcontext(),
                     progress.reading(subject.model),
@@ -177,31 +188,41 @@ def _check_writable(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         files.write(out / ".writable", "")
-        (out / ".writable").unlink()
+        # Another evaluation may have removed it.
+        (out / ".writable").unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"out={out}: nothing can be written there ({error.strerror}); name another folder") from None
 
 
-def _of(results: dict[str, Any]) -> str:
+def _of(what: Any, step: int | None) -> str:
     """A name for everything that determines results: the step, and a hash."""
-    what = [results[key] for key in ("environment", "evaluation", "data", "corpora", "models")]
-    step = next(iter(results["models"].values()))["step"]
     return (f"step_{step:06d}-" if step is not None else "") + storage.digest(what)[:8]
 
 
-def _control(cfg: DictConfig, data: dict[str, Any], first: Examined, device: torch.device, progress: Progress) -> list:
-    """The control, if it exists and is comparable; otherwise prints a line."""
+def _control(
+    cfg: DictConfig,
+    data: dict[str, Any],
+    first: Examined,
+    device: torch.device,
+    progress: Progress,
+    left_out: list[str],
+) -> list[Examined]:
+    """The control, if it exists; a line in ``left_out`` if it cannot be compared."""
     if not Path(cfg.control).exists():
         progress.say(f"no control at {cfg.control}; 'python train.py memory=none' trains it")
         return []
-    control = load_subject(cfg.control, device, "control", cfg.ema)
+    try:
+        control = load_subject(cfg.control, device, "control", cfg.ema)
+    except ValueError as error:
+        left_out.append(f"control={cfg.control} is left out: {error}")
+        return []
     control = replace(control, name=f"control ({control.name})")
     if cfg.data.tokenizer is None and fingerprint(control.tokenizer) != fingerprint(first.tokenizer):
         data = {**data, "tokenizer": control.place_of_tokenizer}
     try:
         return [examine(control, data, cfg.seed)]
     except ValueError as error:
-        progress.say(f"{control.name} cannot be compared and is left out: {error}")
+        left_out.append(f"{control.name} cannot be compared and is left out: {error}")
         return []
 
 
@@ -247,10 +268,10 @@ def _told(pairs: Mapping[str, list[Any]], here: str, there: str) -> str:
 
 
 def _measurable(
-    chosen: Sequence[Measure], examined: list[Examined], progress: Progress
-) -> tuple[list[Measure], list[Examined], list[str]]:
-    """The measures that fit the first model and its data, the models that all of these fit, and lines on measures that
-    are left out.
+    chosen: Sequence[Measure], examined: list[Examined], left_out: list[str]
+) -> tuple[list[Measure], list[Examined]]:
+    """The measures that fit the first model and its data, and the models that all of these fit; ``left_out`` gets
+    lines on the others.
 
     Raises ValueError if no measure is left.
     """
@@ -262,10 +283,11 @@ def _measurable(
     able = [first]
     for one in examined[1:]:
         if reasons := [reason for measure in fit if (reason := _unfit(measure, one)) is not None]:
-            progress.say(f"{one.subject.name} {reasons[0]}")
+            left_out.append(f"{one.subject.name} is left out: it {reasons[0]}")
         else:
             able.append(one)
-    return fit, able, [f"{name} is left out: {first.subject.name} {reason}" for name, reason in unfit.items()]
+    left_out += [f"{name} is left out: {first.subject.name} {reason}" for name, reason in unfit.items()]
+    return fit, able
 
 
 def _unfit(measure: Measure, one: Examined) -> str | None:
@@ -304,6 +326,8 @@ def _environment(device: torch.device) -> dict[str, str]:
         "commit": commit,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        # It draws the texts.
+        "numpy": np.__version__,
         "python": platform.python_version(),
         "device": processor,
     }

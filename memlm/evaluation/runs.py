@@ -3,7 +3,7 @@
 import glob
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from memlm.evaluation import storage
 from memlm.evaluation.figures import Figure
 from memlm.evaluation.measures import Measure, measures
 from memlm.evaluation.subject import differences
+from memlm.settings import require
 
 FOLDERS = ("evaluation", "evaluation-memory_off")
 
@@ -60,45 +61,68 @@ def grouped(paths: Sequence[Path]) -> tuple[list[Runs], list[str], list[str]]:
     """Rows in the order of the files, a line for each file that cannot be read, and notes.
 
     A figure that several evaluations of a run have is taken from the first of them, the newest. Evaluations of earlier
-    weights of a run do not count.
+    checkpoints and of other weights of a run do not count, which is noted.
     """
     rows: dict[tuple[str, str], Runs] = {}
-    weights: dict[tuple, Any] = {}
     origins: dict[tuple, Path] = {}
-    lines, notes = [], []
+    read, lines = list[tuple[Path, str, dict[str, Any], list[Figure], list[str]]](), []
     for path in paths:
         try:
-            read = list(_models(path))
+            read += [(path, *model) for model in list(_models(path))]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             lines.append(f"{path}: {_reason(error).removeprefix(f'{path}: ')}; evaluate the run again")
+    last = dict[tuple, int]()
+    for path, name, facts, *_ in read:
+        model = (_folder(path), name, facts["seed"])
+        last[model] = max(last.get(model, -1), _step(facts))
+    notes = []
+    for path, name, facts, figures, without in read:
+        seed, folder = facts["seed"], _folder(path)
+        told = f"{path}: {name}" if seed is None else f"{path}: {name}, seed {seed}"
+        if _step(facts) < (step := last[folder, name, seed]):
+            notes.append(f"{told}: step {facts['step']} does not count beside step {step}")
             continue
-        for name, facts, figures, left_out in read:
-            notes += [note for note in left_out if note not in notes]
-            folder = next((place for place in path.parents if place.name in FOLDERS), path)
-            model = (folder, name, facts["seed"])
-            if weights.setdefault(model, facts.get("weights")) != facts.get("weights"):
-                continue
-            # Without a run, the checkpoint is all that tells two models apart.
-            known = facts["settings"] or {"checkpoint": facts["checkpoint"]}
-            settings = {**known, **{key: facts[key] for key in ("step", "tokenizer", "dtype")}}
-            row = rows.setdefault((name, repr(sorted(settings.items()))), Runs(name, settings))
-            seed = facts["seed"]
-            row.facts.setdefault(seed, facts)
-            held = row.seeds.setdefault(seed, {})
-            row.files.setdefault(seed, []).append(str(path))
-            for figure in figures:
-                before = held.setdefault(figure.place, figure)
-                origin = origins.setdefault((id(row), seed, figure.place), folder)
-                if before.value != figure.value and origin != folder:
-                    place = ", ".join(str(word) for word in (name, f"seed {seed}", *figure.place) if word is not None)
-                    notes.append(f"{path}: {place}: another value than in {origin}, which counts")
-    _label(list(rows.values()))
-    return list(rows.values()), lines, notes
+        notes += [note for note in without if note not in notes]
+        # Without a run, the checkpoint is all that tells two models apart.
+        known = facts["settings"] or {"checkpoint": facts["checkpoint"]}
+        settings = {**known, **{key: facts[key] for key in ("step", "tokenizer", "dtype")}}
+        # Seeds may begin from runs of their own seeds, or all from one.
+        whole = {key: x.replace("seed*", f"seed{seed}") if isinstance(x, str) else x for key, x in settings.items()}
+        keys = [(name, repr(sorted(these.items()))) for these in (settings, whole)]
+        row = next((rows[key] for key in keys if key in rows), None) or Runs(name, settings)
+        rows |= dict.fromkeys(keys, row)
+        if row.facts.setdefault(seed, facts).get("weights") != facts.get("weights"):
+            notes.append(f"{told}: other weights than in {row.files[seed][0]}, which counts")
+            continue
+        if seed not in row.files:
+            notes += [f"{told}: {part} is missing: {why}" for part, why in (facts.get("missing") or {}).items()]
+        held = row.seeds.setdefault(seed, {})
+        row.files.setdefault(seed, []).append(str(path))
+        for figure in figures:
+            before = held.setdefault(figure.place, figure)
+            origin = origins.setdefault((id(row), seed, figure.place), folder)
+            if before.value != figure.value and origin != folder:
+                place = ", ".join(str(word) for word in figure.place if word is not None)
+                notes.append(f"{told}, {place}: another value than in {origin}, which counts")
+    found = list({id(row): row for row in rows.values()}.values())
+    _label(found)
+    return found, lines, notes
+
+
+def _folder(path: Path) -> Path:
+    """The folder of a run's evaluations."""
+    return next((place for place in path.parents if place.name in FOLDERS), path)
+
+
+def _step(facts: Mapping[str, Any]) -> int:
+    return -1 if facts["step"] is None else facts["step"]
 
 
 def _models(path: Path) -> Iterator[tuple[str, dict[str, Any], list[Figure], list[str]]]:
     """Name, facts and figures of each model of results.json, and a line for each measure without figures."""
     results = files.read_json(path)
+    fix = f"its schema is {results['schema']}, this version reads {storage.SCHEMA}"
+    require(results["schema"] == storage.SCHEMA, fix)
     evaluation = dict(results["evaluation"])
     seed, _ = evaluation.pop("seed"), evaluation.pop("memory_off")
     chosen = measures(evaluation)

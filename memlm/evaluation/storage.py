@@ -13,9 +13,10 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from memlm import attached, files
+from memlm.data import fingerprint
 from memlm.fingerprint import digest_of, stored
 
 # Version of the form of results.json.
@@ -32,10 +33,13 @@ def command() -> str:
 
 def point_to(folder: Path) -> None:
     """Make ``latest``, beside an evaluation's folder, a link to it."""
-    link = folder.parent / f".{LATEST}-{os.getpid()}"
+    latest, link = folder.parent / LATEST, folder.parent / f".{LATEST}-{os.getpid()}"
+    if latest.is_dir() and not latest.is_symlink():
+        # A tool that follows links has copied the run.
+        latest.rename(latest.with_name(f"{LATEST}-copied-{os.getpid()}"))
     link.unlink(missing_ok=True)
     link.symlink_to(folder.name)
-    link.replace(folder.parent / LATEST)
+    link.replace(latest)
 
 
 def write_records(folder: Path, records: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
@@ -60,11 +64,18 @@ def digest(words: Any) -> str:
 
 
 def weights(model: PreTrainedModel) -> str:
-    """A hash of a model's weights and of the settings that its outputs depend on."""
-    config = model.config.to_dict()
-    settings = {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
+    """A hash of a model's weights and of the settings that its outputs and its generation depend on."""
+    configs = [config.to_dict() for config in (model.config, getattr(model, "generation_config", None)) if config]
+    apart = ("_name_or_path", "transformers_version")
+    settings = [{key: value for key, value in config.items() if key not in apart} for config in configs]
     memory, adapters = attached.of(model), getattr(model, "peft_config", None)
     return digest_of(stored(model), digest([settings, str(memory), str(adapters)]))
+
+
+def tokens(tokenizer: PreTrainedTokenizerFast) -> str:
+    """A hash of a tokenizer's texts and special tokens."""
+    special = [sorted(tokenizer.all_special_ids), tokenizer.bos_token_id, tokenizer.eos_token_id]
+    return digest([fingerprint(tokenizer), special, tokenizer.clean_up_tokenization_spaces])
 
 
 @functools.cache
@@ -96,7 +107,6 @@ def content(settings: Any) -> Any:
         path = Path(settings).expanduser()
         if path.is_file():
             return [str(settings), files.digest(path)]
-        # A plain word that is also a folder's name is a word.
-        if path.is_dir() and "/" in str(settings):
+        if path.is_dir():
             return [str(settings), *(files.digest(file) for file in sorted(path.rglob("*")) if file.is_file())]
     return settings if isinstance(settings, str | int | float | bool | None) else str(settings)

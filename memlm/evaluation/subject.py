@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from memlm import attached
+from memlm import attached, files
 from memlm.configuration import MemLMConfig
 from memlm.data import fingerprint, is_byte_tokenizer
 from memlm.evaluation.storage import weights
@@ -104,6 +104,12 @@ def load_subject(source: str, device: torch.device, key: str = "checkpoint", ema
     path = Path(source)
     folder, lines = checkpoint.newest_whole(path)
     run_dir = path if folder else None
+    if folder is None and files.is_sealed(path):
+        try:
+            files.check_seal(path)
+        except ValueError as error:
+            fix = f"put it back from a copy, or remove {files.DIGESTS} to take the folder as it is"
+            raise ValueError(f"{key}={source}: {error}; {fix}") from None
     if path.is_dir() and path.parent.name == "checkpoints":
         run_dir = path.parent.parent
     elif not path.exists() and (source.startswith(("runs", ".", "/")) or source.count("/") != 1):

@@ -21,6 +21,7 @@ from memlm.evaluation.subject import Subject
 from memlm.evaluation.tasks import Setting, Task, View, tasks
 from memlm.policies import Policy, build_policies, reader_of
 from memlm.reader import continues
+from memlm.settings import require
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class Asked(Measure):
         def ask(task: Task, policy: Policy | None, records: list[Record]) -> list[dict[str, Any]]:
             task.check(setting)
             records += run(partial(reader_of, model, policy), task.streams(setting))
+            require(bool(records), f"eval.ask.{task.name} asks no question; one of its lists is empty")
             shown = list(task.reduce(records))
             return [cell for view in task.views() for cell in cells(view, shown)] + totals(task, shown)
 

@@ -88,7 +88,7 @@ class LMEval(Measure):
         found: dict[str, Any] = {}
         for task in self.tasks or []:
             settings = {"task": task, "limit": self.limit, "num_fewshot": self.num_fewshot}
-            settings |= {"include_path": f"{self.include_path}/" if self.include_path else None}
+            settings |= {"include_path": self.include_path, "files": _files(self.include_path)}
             settings |= {"max_length": self.length(one.subject), "lm_eval": importlib.metadata.version("lm-eval")}
             found |= one.parts.measure(f"{self.name}-{task}", settings, partial(self._task, one, task)) or {}
         return found
@@ -185,6 +185,14 @@ def _quiet() -> Iterator[None]:
         finally:
             logging.disable(logging.NOTSET)
             os.environ.pop("DISABLE_MULTIPROC") if before is None else os.environ.update(DISABLE_MULTIPROC=before)
+
+
+def _files(include_path: str | None) -> list[str]:
+    """The files that the YAMLs of a folder name, such as data sets."""
+    paths = sorted(Path(include_path).rglob("*.y*ml")) if include_path else []
+    texts = [path.read_text(encoding="utf-8", errors="ignore") for path in paths]
+    words = {word for text in texts for word in re.findall(r"[^\s\"'\[\]{},]{1,1024}", text)}
+    return sorted(word for word in words if os.path.isfile(word))
 
 
 def _manager(task: str, include_path: str | None) -> Any:

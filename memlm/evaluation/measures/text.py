@@ -91,8 +91,9 @@ class Text(Measure):
     def source(self, one: Examined, segment: int, documents: list[np.ndarray]) -> dict[str, Any]:
         """The results of one source."""
         model, tokenizer, sizes = one.subject.model, one.tokenizer, token_bytes(one.tokenizer)
-        # Nothing follows a document's end.
-        documents = [ids if sizes[ids[-1]] else ids[:-1] for ids in documents if len(ids)]
+        # Nothing follows a document's end. Empty ones stay, so that all models have the same documents.
+        documents = [ids[:-1] if len(ids) and not sizes[ids[-1]] else ids for ids in documents]
+        require(any(len(ids) > 1 for ids in documents), "no document has two tokens; raise eval.text_length")
         words = [len(re.split(r"\s+", tokenizer.decode(ids, skip_special_tokens=True))) for ids in documents]
         num_bytes = [int(sizes[ids].sum()) for ids in documents]
         a_word = sum(num_bytes) / max(1, sum(words))

@@ -190,5 +190,6 @@ def tasks(chosen: Mapping[str, Mapping[str, Any]], lengths: list, rows: int) -> 
         require(name in kinds, f"ask: {name!r} is unknown; {suggest(str(name), sorted(kinds))}")
         require(settings is None or isinstance(settings, Mapping), f"ask.{name}={settings!r} must be its settings")
         given = {"lengths": lengths, "rows": rows, **(settings or {})}
+        require(given["lengths"] != [], f"ask.{name}.lengths=[] is empty; name some lengths")
         found.append(build_config(kinds[name], given, f"ask.{name}"))
     return found
