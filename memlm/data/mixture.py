@@ -58,6 +58,20 @@ class Batch:
             torch.from_numpy(places) if few else None,
         )
 
+    def cut(self, length: int) -> Self:
+        """The pieces of each row of text, of ``length`` tokens, a divisor of T. A piece begins as a document does."""
+        assert self.roles is None and self.places is None
+        input_ids, positions = self.input_ids.view(-1, length), self.position_ids.view(-1, length)
+        place_T = torch.arange(length)
+        positions = torch.where(positions == positions[:, :1] + place_T, place_T, positions)
+        return type(self)(
+            input_ids,
+            self.labels.view(-1, length).masked_fill(positions == 0, IGNORE_INDEX),
+            positions,
+            int((positions == 0).sum(1).max()),
+            self.source_ids.repeat_interleave(len(input_ids) // len(self.input_ids)),
+        )
+
     def to(self, device: torch.device | str) -> Self:
         moved: dict[str, Any] = {
             name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | Roles)

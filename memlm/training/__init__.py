@@ -5,6 +5,7 @@ Files:
     loop                the loop: steps, validation, checkpoints
     objective           a batch becomes a loss here; scores of validation
     scores              the cross-entropy of tokens, with few logits at once
+    lengths             a curriculum of lengths
     optim               Muon, AdamW, the schedule
     ema                 a moving average of the weights
     model               the model of a run: a new decoder, or a backbone with a memory

@@ -25,6 +25,7 @@ from memlm.training import checkpoint, resume, trainable
 from memlm.training.display import Display
 from memlm.training.ema import WeightAverage
 from memlm.training.interrupt import Agreement, Interrupt, Stopped
+from memlm.training.lengths import Lengths
 from memlm.training.model import build, check, check_length, described, expected, without_dropout
 from memlm.training.objective import Objective, Score, model_inputs, score
 from memlm.training.optim import build_optimizers, lr_factor, set_lr
@@ -67,6 +68,7 @@ class Trainer:
         with accelerator.main_process_first():
             self.tokenizer, self.mixture = build_data(data, seed=settings.seed, batch_size=self.settings.batch_size)
         self.texts = [name for name, source in self.mixture.sources.items() if isinstance(source, TextSource)]
+        self.lengths = Lengths(self.settings.lengths or [], self.mixture, self.config["data"]["seq_len"])
         if before:
             before.compare_data(self.folder, self.tokenizer, self.mixture.manifests)
         self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer))
@@ -236,7 +238,8 @@ class Trainer:
         """This process's parts of a step's batch."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         parts = self.forwards * processes
-        return (self.mixture.batch(step, split, part, parts) for part in range(rank, parts, processes))
+        batches = (self.mixture.batch(step, split, part, parts) for part in range(rank, parts, processes))
+        return (self.lengths.cut(batch, step) for batch in batches) if split == "train" else batches
 
     def _read(self, figures: dict[str, Tensor]) -> dict[str, float]:
         """Figures as numbers, losses averaged over all processes. Metrics that no row has are left out.
@@ -343,6 +346,8 @@ class Trainer:
         if device.type == "cpu":
             say("no GPU: the preset for CPUs, minutes long")
         say(f"rows a batch: {mixture}; {self.settings.steps:,} steps x {self.tokens_per_step():,} tokens = {total:,}")
+        if self.settings.lengths:
+            say(f"tokens of a row: {self.lengths}")
         for name, manifest in self.mixture.manifests.items():
             if reasons := left_out(manifest):
                 say(f"data.sources.{name}: {len(manifest['files'])} files; not read: {reasons} (manifest-{name}.json)")

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from memlm.memory.base import PACKAGE
 from memlm.settings import build_config, check_type, require, suggest
-from memlm.training import trainable
+from memlm.training import lengths, trainable
 from memlm.training.budget import in_steps
 
 # The largest number of steps, rows or batches; more is a typing mistake.
@@ -70,6 +70,7 @@ class TrainSettings:
     validation_batches: batches of each validation
     keep: number of checkpoints that are kept
     init_from: the run, or checkpoint folder, whose weights a new run starts with
+    lengths: a curriculum of lengths, [[length, tokens], ...] (``memlm.training.lengths``); null: all rows are whole
     ema: decay of the moving average of the weights; null: none
     trainable: the parameters that are trained (``memlm.training.trainable``); null: all
     """
@@ -88,6 +89,7 @@ class TrainSettings:
     keep: int
     z_loss: float = 0.0
     ema: float | None = None
+    lengths: list | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -101,6 +103,7 @@ class TrainSettings:
         require(
             self.ema is None or 0 < self.ema < 1, f"ema={self.ema} must lie between 0 and 1, such as 0.999, or be null"
         )
+        lengths.check(self.lengths or [])
         trainable.check(self.trainable)
 
     def forwards(self, processes: int) -> int:
