@@ -146,6 +146,8 @@ def test_runs_of_one_configuration_share_a_row_and_those_of_other_weights_do_not
         for i, change in enumerate(changes):
             one = copy.deepcopy(results) | others
             settings = one["models"]["run"]["settings"] | {"train.init_from": change.pop("base")}
+            without = change.pop("without", ())
+            settings = {key: x for key, x in settings.items() if key not in without}
             one["models"]["run"] |= {"weights": str(i), "settings": settings, **change}
             paths.append(tmp_path / f"{i}.json")
             paths[-1].write_text(json.dumps(one))
@@ -157,6 +159,9 @@ def test_runs_of_one_configuration_share_a_row_and_those_of_other_weights_do_not
     own = [{"seed": seed, "base": "base-seed*"} for seed in range(3)]
     other = [{"seed": 0, "base": "base-seed*"}, {"seed": 1, "base": "other-seed0"}]
     assert rows(*one) == rows(*own) == ([[0, 1, 2]], [], []) and rows(*other)[0] == [[0], [1]]
+    # An earlier version has no such settings.
+    earlier = {"seed": 1, "base": "a", "without": ["optim.schedule", "train.ema", "train.z_loss"]}
+    assert rows({"seed": 0, "base": "a"}, earlier) == ([[0, 1]], [], [])
     _, _, (note,) = rows({"seed": 0, "base": "a"}, {"seed": 0, "base": "a"})
     assert note == f"{tmp_path}/1.json: run, seed 0: other weights than in {tmp_path}/0.json, which counts"
     _, _, (note,) = rows({"seed": 0, "base": "a", "missing": {"text": "no text"}})

@@ -12,8 +12,9 @@ from memlm import files
 from memlm.evaluation import storage
 from memlm.evaluation.figures import Figure
 from memlm.evaluation.measures import Measure, measures
-from memlm.evaluation.subject import differences
+from memlm.evaluation.subject import differences, flat
 from memlm.settings import require
+from memlm.training.resume import DEFAULTS
 
 FOLDERS = ("evaluation", "evaluation-memory_off")
 
@@ -88,7 +89,7 @@ def grouped(paths: Sequence[Path]) -> tuple[list[Runs], list[str], list[str]]:
         settings = {**known, **{key: facts[key] for key in ("step", "tokenizer", "dtype")}}
         # Seeds may begin from runs of their own seeds, or all from one.
         whole = {key: x.replace("seed*", f"seed{seed}") if isinstance(x, str) else x for key, x in settings.items()}
-        keys = [(name, repr(sorted(these.items()))) for these in (settings, whole)]
+        keys = [(name, _canonical(these)) for these in (settings, whole)]
         row = next((rows[key] for key in keys if key in rows), None) or Runs(name, settings)
         rows |= dict.fromkeys(keys, row)
         if row.facts.setdefault(seed, facts).get("weights") != facts.get("weights"):
@@ -107,6 +108,12 @@ def grouped(paths: Sequence[Path]) -> tuple[list[Runs], list[str], list[str]]:
     found = list({id(row): row for row in rows.values()}.values())
     _label(found)
     return found, lines, notes
+
+
+def _canonical(settings: Mapping[str, Any]) -> str:
+    """The same for settings of equal effect, also of earlier versions, which lack some."""
+    whole = {**flat(DEFAULTS), **settings}
+    return repr([(key, float(x) if type(x) is int else x) for key, x in sorted(whole.items()) if x is not None])
 
 
 def _folder(path: Path) -> Path:

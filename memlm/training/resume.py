@@ -30,6 +30,12 @@ FREE = re.compile(
 # because its weights are in the checkpoint.
 _ELSEWHERE = re.compile(r"train\.steps|optim\.schedule_steps|model\.(?!backbone$).*|data\.tokenizer(\..*)?")
 
+# Settings that a run of an earlier version may lack, at the values that change nothing.
+DEFAULTS = {
+    group: {field.name: field.default for field in fields(settings) if field.default is not MISSING}
+    for group, settings in {"train": TrainSettings, "optim": OptimSettings}.items()
+}
+
 
 @dataclass(frozen=True)
 class Record:
@@ -163,12 +169,8 @@ def _with_global_batch(config: dict[str, Any], processes: int) -> tuple[dict[str
 
 
 def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """Settings of an earlier version, plus those that it did not have, at the values that change nothing."""
-    groups = {"train": TrainSettings, "optim": OptimSettings}
-    defaults = {
-        name: {f.name: f.default for f in fields(of) if f.default is not MISSING} for name, of in groups.items()
-    }
-    return config | {name: defaults[name] | config[name] for name in groups}
+    """Settings of an earlier version, plus those that it did not have."""
+    return config | {name: values | config[name] for name, values in DEFAULTS.items()}
 
 
 def _differences(a: Any, b: Any, key: str) -> list[tuple[str, Any, Any]]:
