@@ -1,6 +1,7 @@
 """Tests of several processes: they meet by gloo, and save their results in files."""
 
 import multiprocessing
+import os
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,9 @@ def run(work, size, folder, *arguments):
 
 def _start(rank, size, folder, work, arguments):
     torch.set_num_threads(1)
+    # As torchrun sets them; nothing listens at the port.
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": 1}
+    os.environ |= {"MASTER_ADDR": "localhost"} | {name: str(x) for name, x in places.items()}
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
     torch.save(work(rank, size, *arguments), folder / f"rank{rank}.pt")
     dist.barrier()

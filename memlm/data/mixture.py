@@ -4,11 +4,12 @@ Legend: B rows of a batch, T tokens of a row.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from memlm.roles import RESPONSE, RoleCounts, Roles
@@ -35,6 +36,8 @@ class Batch:
     roles: Roles | None = None
     # int64 [S], ascending: positions whose next token is scored in some row, if these are few; None: any
     places: Tensor | None = None
+    # [B], divisors of the rows' summed losses, see `stretch`; None: their scored tokens
+    counts: Tensor | None = None
 
     @classmethod
     def from_rows(cls, rows: Sequence[Row | RetrievalRow], source_ids: Sequence[int]) -> Self:
@@ -70,6 +73,27 @@ class Batch:
             positions,
             int((positions == 0).sum(1).max()),
             self.source_ids.repeat_interleave(len(input_ids) // len(self.input_ids)),
+        )
+
+    def stretch(self, rank: int, size: int) -> Self:
+        """Tokens of part `rank` of `size` equal parts of the rows. Its labels have one more token, the last target.
+
+        The mean of the parts' losses is the whole rows' loss: each part sums the losses of its tokens, and divides by
+        the row's scored tokens over `size`.
+        """
+        if self.roles is not None:
+            raise ValueError("data: rows of documents and questions cannot be cut; set hardware.sequence_parallel=1")
+        assert self.input_ids.shape[1] % size == 0
+        length = self.input_ids.shape[1] // size
+        first, end = rank * length, (rank + 1) * length
+        places = torch.arange(first, end) if self.places is None else self.places
+        return replace(
+            self,
+            input_ids=self.input_ids[:, first:end],
+            position_ids=self.position_ids[:, first:end],
+            labels=F.pad(self.labels, (0, 1), value=IGNORE_INDEX)[:, first : end + 1],
+            places=places[(places >= first) & (places < end)] - first,
+            counts=(self.labels[:, 1:] != IGNORE_INDEX).sum(1).clamp(min=1) / size,
         )
 
     def to(self, device: torch.device | str) -> Self:

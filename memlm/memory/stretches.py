@@ -70,6 +70,12 @@ class Stretches:
         dist.all_gather(parts, lengths_B.contiguous(), group=self.group)
         return {"start": None, "before_B": torch.stack(parts)[: self.rank].sum(0)}
 
+    def everywhere(self, flag_B: Tensor) -> Tensor:
+        """Whether a flag is true on all processes."""
+        number_B = flag_B.long()
+        dist.all_reduce(number_B, dist.ReduceOp.MIN, group=self.group)
+        return number_B.bool()
+
     def push(self, tensors: list[Tensor], to: int) -> None:
         """Send tensors to the process ``to`` places further, as one message for each dtype."""
         # One state is on its way at a time, so a fast process does not fill the memory.

@@ -14,6 +14,7 @@ Files:
     settings            the run's settings, checked
     checkpoint          checkpoints that exist completely or not at all
     budget              a run's length and batch in tokens
+    sequence            processes that share each row
     resume              checks whether a checkpoint belongs to the requested run
     interrupt           signals
     sweep               members of a sweep, one process each

@@ -21,7 +21,7 @@ from memlm.data import Batch, TextSource, build_data, left_out, token_bytes
 from memlm.flops import count_flops, count_parameters
 from memlm.hub.causal import kinds, load_any
 from memlm.modeling import MemLMForCausalLM
-from memlm.training import checkpoint, resume, trainable
+from memlm.training import checkpoint, resume, sequence, trainable
 from memlm.training.display import Display
 from memlm.training.ema import WeightAverage
 from memlm.training.interrupt import Agreement, Interrupt, Stopped
@@ -52,7 +52,8 @@ class Trainer:
     def __init__(self, settings: RunSettings, accelerator: Accelerator) -> None:
         self.config, self.run_dir, self.settings = settings.config, settings.run_dir, settings.train
         self.run_settings, self.optim, self.accelerator = settings, settings.optim, accelerator
-        self.forwards = self.settings.forwards(accelerator.num_processes)
+        self.owners = sequence.rows_of(settings.hardware.sequence_parallel, accelerator.num_processes)
+        self.forwards = self.settings.forwards(self.owners)
         accelerator.gradient_accumulation_steps = self.forwards
         self.display, self.shown = Display(self.settings.steps, accelerator.is_main_process), dict[str, str]()
         self.folder = self._find_checkpoint()
@@ -73,6 +74,9 @@ class Trainer:
             before.compare_data(self.folder, self.tokenizer, self.mixture.manifests)
         self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer))
         self.model = self._build_model()
+        rows = [self.config["data"]["seq_len"], *(length for length, _ in self.settings.lengths or [])]
+        hardware = settings.hardware
+        self.stretches = sequence.cut_rows(self.model, hardware.sequence_parallel, rows, hardware.compile)
         self.trained = (self.trainer_state or {}).get("trained") or trainable.choose(
             self.model, self.settings.trainable
         )
@@ -212,7 +216,7 @@ class Trainer:
         per_source = torch.zeros(sources, 2, device=self.accelerator.device)
         told: dict[str, list[Tensor]] = {}
         for batch in self._batches(self.step, "train"):
-            inputs = model_inputs(batch, self.accelerator.device)
+            inputs = model_inputs(batch, self.accelerator.device, self.stretches)
             with self.accelerator.accumulate(self.objective):
                 loss, rows, metrics = self.objective(**inputs, output_metrics=logged)
                 if not loss.requires_grad:
@@ -236,9 +240,9 @@ class Trainer:
 
     def _batches(self, step: int, split: str) -> Iterator[Batch]:
         """This process's parts of a step's batch."""
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        parts = self.forwards * processes
-        batches = (self.mixture.batch(step, split, part, parts) for part in range(rank, parts, processes))
+        owner = self.accelerator.process_index // (self.accelerator.num_processes // self.owners)
+        parts = self.forwards * self.owners
+        batches = (self.mixture.batch(step, split, part, parts) for part in range(owner, parts, self.owners))
         return (self.lengths.cut(batch, step) for batch in batches) if split == "train" else batches
 
     def _read(self, figures: dict[str, Tensor]) -> dict[str, float]:
@@ -272,7 +276,8 @@ class Trainer:
         batches = chain.from_iterable(self._batches(step, "validation") for step in steps)
         batches = takewhile(lambda _: not agreement.number, batches)
         with self.accelerator.autocast():
-            scores = score(model, batches, list(self.mixture.sources), self.token_bytes, self.accelerator.device)
+            names, device = list(self.mixture.sources), self.accelerator.device
+            scores = score(model, batches, names, self.token_bytes, device, self.stretches)
         if self.accelerator.num_processes > 1:
             # Objects, because ranks may have different sources and metrics.
             ranks = gather_object([scores])

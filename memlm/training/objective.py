@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from memlm.data import IGNORE_INDEX, Batch
 from memlm.hub.causal import of_model
+from memlm.memory.stretches import Stretches
 from memlm.roles import Roles
 from memlm.training.scores import Wanted, scored
 
@@ -34,13 +35,16 @@ class Objective(nn.Module):
         max_documents: int,
         roles: Roles | None = None,
         places: Tensor | None = None,
+        counts: Tensor | None = None,
         output_metrics: bool = True,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Returns the loss with the auxiliary losses, each row's own loss [B], and, if asked for, the mixers' metrics:
         scalars, nan if no row has a value.
 
-        labels: [B, T], not shifted; -100 is not scored; the other arguments are as in ``MemLMModel.forward`` and
-            ``Batch``
+        labels: [B, T], not shifted; -100 is not scored
+        counts: [B], the divisor of each row's sum of nats; None: its scored tokens
+
+        The other arguments are as in ``MemLMModel.forward`` and ``Batch``.
         """
         out, scores, targets = scored(
             self.model,
@@ -53,7 +57,7 @@ class Objective(nn.Module):
         )
         nats, *norms = scores.unbind(-1)
         counted = targets != IGNORE_INDEX
-        counts = counted.sum(1).clamp(min=1)
+        counts = counted.sum(1).clamp(min=1) if counts is None else counts
         rows = nats.sum(1) / counts
         aux_losses = {name: x.mean() for name, x in getattr(out, "aux_losses", {}).items()}
         if norms:
@@ -64,8 +68,11 @@ class Objective(nn.Module):
         return loss, rows.detach(), metrics | {name: x.detach() for name, x in aux_losses.items()}
 
 
-def model_inputs(batch: Batch, device: torch.device | str) -> dict:
-    """A batch as keyword arguments on a device; without positions if each row is one document."""
+def model_inputs(batch: Batch, device: torch.device | str, stretches: Stretches | None = None) -> dict:
+    """A batch, or this process's stretch of it, as keyword arguments on a device; without positions if each row is one
+    document.
+    """
+    batch = batch if stretches is None else batch.stretch(stretches.rank, stretches.size)
     batch = batch.to(device)
     positions = batch.position_ids if batch.max_documents > 1 else None
     return {
@@ -75,6 +82,7 @@ def model_inputs(batch: Batch, device: torch.device | str) -> dict:
         "max_documents": batch.max_documents,
         "roles": batch.roles,
         "places": batch.places,
+        "counts": batch.counts,
     }
 
 
@@ -127,25 +135,35 @@ class Score:
 
 @torch.no_grad()
 def score(
-    model: nn.Module, batches: Iterable[Batch], names: list[str], token_bytes: Tensor, device: torch.device
+    model: nn.Module,
+    batches: Iterable[Batch],
+    names: list[str],
+    token_bytes: Tensor,
+    device: torch.device,
+    stretches: Stretches | None = None,
 ) -> dict[str, Score]:
     """Score every source of the batches; names: the sources, in the order of their ids. Runs in eval mode and restores
     the model's mode.
+
+    stretches: the processes that share the rows: the sum of their scores is the rows' score
     """
     training = model.training
     model.eval()
     sums = torch.zeros(len(names), 6, dtype=torch.float64, device=device)
     token_bytes, told = token_bytes.to(device), dict[str, Tensor]()
     for batch in batches:
-        inputs, source_ids = model_inputs(batch, device), batch.source_ids.to(device)
-        labels, places = inputs.pop("labels"), inputs.pop("places")
+        inputs, source_ids = model_inputs(batch, device, stretches), batch.source_ids.to(device)
+        labels, places, _ = (inputs.pop(name) for name in ("labels", "places", "counts"))
         own = of_model(model, max_documents=inputs.pop("max_documents"), roles=inputs.pop("roles"))
         out, scores, targets = scored(model, labels, places, Wanted(right=True), **inputs, **own)
         (nats, right), counted = scores.unbind(-1), targets != IGNORE_INDEX
         right = right.bool() & counted
         sizes = token_bytes[targets.clamp(min=0)] * counted
         whole = (right | ~counted).all(1)
-        per_row = [nats.sum(1), right.sum(1), counted.sum(1), sizes.sum(1), torch.ones_like(whole), whole]
+        one = torch.ones_like(whole)
+        if stretches is not None:
+            one, whole = one & stretches.first, stretches.everywhere(whole) & stretches.first
+        per_row = [nats.sum(1), right.sum(1), counted.sum(1), sizes.sum(1), one, whole]
         sums.index_add_(0, source_ids, torch.stack([x.double() for x in per_row], 1))
         for name, x in getattr(out, "metrics", {}).items():
             if x.ndim == 1:

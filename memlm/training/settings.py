@@ -128,12 +128,15 @@ class HardwareSettings:
     mixed_precision: str
     compile: bool
     kernels: str
+    sequence_parallel: int = 1
 
     def __post_init__(self) -> None:
         require(self.device in ("auto", "cpu", "cuda"), f"device={self.device!r} is unknown; use auto, cpu or cuda")
         precisions = ("auto", "no", "bf16", "fp16")
         known = self.mixed_precision in precisions
         require(known, f"mixed_precision={self.mixed_precision!r} is unknown; use auto, no, bf16 or fp16")
+        size = self.sequence_parallel
+        require(1 <= size <= _MOST, f"sequence_parallel={size} must be at least 1, the number of processes of a row")
 
 
 @dataclass(frozen=True)

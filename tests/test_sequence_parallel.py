@@ -1,0 +1,94 @@
+"""A run whose rows are cut over processes equals the run of one process: losses, gradients, validation."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from memlm.data import Batch, Row
+from memlm.training import run
+from memlm.training.objective import Objective, model_inputs
+from memlm.training.sequence import cut_rows
+from memlm.training.tracking import read_metrics
+from memlm_kernels.testing import assert_close
+from tests import ranks
+from tests.conftest import build
+from tests.runs import SMALLEST, config
+
+RUN = ("train.steps=4", "memory=titans_lmm", "model.num_hidden_layers=2", "data.seq_len=16", "train.z_loss=0.1")
+CUT = "hardware.sequence_parallel=2"
+
+
+def train(rank, size, folder, overrides):
+    run(config(folder, *RUN, *overrides, small=SMALLEST))
+
+
+def losses(folder):
+    """Figures of all steps that do not depend on time or on the machine."""
+    metrics = read_metrics(folder / "run" / "metrics.jsonl")
+    return {
+        (line["step"], name): value
+        for line in metrics
+        for name, value in line.items()
+        if "loss" in name or "accuracy" in name or name in ("grad_norm", "z_loss")
+    }
+
+
+def test_a_run_of_two_processes_that_share_rows_equals_a_run_of_one(tmp_path):
+    train(0, 1, tmp_path / "one", ())
+    (tmp_path / "two").mkdir()
+    ranks.run(train, 2, tmp_path / "two", tmp_path / "two", (CUT,))
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert one.keys() == two.keys() and len(one) > 12
+    # z_loss is the first process's own part.
+    assert {k: x for k, x in two.items() if k[1] != "z_loss"} == pytest.approx(
+        {k: x for k, x in one.items() if k[1] != "z_loss"}, rel=1e-5
+    )
+
+
+def test_the_mean_of_the_stretches_losses_is_the_rows_loss():
+    """Also where scored tokens are at the ends of stretches, in one stretch alone, or nowhere."""
+    model = Objective(build("none").double())
+    labels = torch.full((4, 40), -100)
+    labels[0, [5, 10, 11, 39]], labels[1, 20], labels[2, 0] = torch.tensor([3, 4, 1, 2]), 0, 7
+    everywhere = torch.arange(40).numpy()
+    for given in (labels, torch.arange(160).view(4, 40)):
+        rows = [Row(torch.arange(40).numpy(), row.numpy(), everywhere) for row in given]
+        batch = Batch.from_rows(rows, [0, 0, 0, 0])
+        loss, of_rows, _ = model(**model_inputs(batch, "cpu"))
+        # The model sees whole rows here: only the labels, the places and the divisors are those of the stretches.
+        nats, targets = torch.zeros(4, dtype=torch.float64), F.pad(given, (0, 1), value=-100)
+        for rank in range(4):
+            part, first = batch.stretch(rank, 4), 10 * rank
+            assert torch.equal(part.input_ids, batch.input_ids[:, first : first + 10])
+            assert torch.equal(part.labels, targets[:, first : first + 11])
+            own = {"labels": targets, "places": part.places + first, "counts": part.counts}
+            nats += model(**model_inputs(batch, "cpu") | own)[1] / 4
+        # Losses of tokens are fp32.
+        assert_close("rows", of_rows, nats, 2e-7)
+        assert_close("loss", loss, nats.mean(), 2e-7)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (("hardware.sequence_parallel=0",), "hardware.sequence_parallel=0 must be at least 1"),
+        (("hardware.sequence_parallel=2",), "hardware.sequence_parallel=2 does not divide the 1 processes"),
+    ],
+)
+def test_mistakes_of_a_run(tmp_path, overrides, told):
+    with pytest.raises(ValueError, match=told):
+        train(0, 1, tmp_path, overrides)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [((2, [16, 15], False), "does not divide rows of 15 tokens"), ((2, [16], True), "set hardware.compile=false")],
+)
+def test_rows_that_cannot_be_cut(given, told):
+    with pytest.raises(ValueError, match=f"hardware.sequence_parallel=2 .*{told}"):
+        cut_rows(build("none"), *given)
+
+
+def test_a_backbone_takes_whole_rows():
+    with pytest.raises(ValueError, match=r"hardware\.sequence_parallel=2 is for models of memlm"):
+        cut_rows(torch.nn.Linear(1, 1), 2, [16], False)
