@@ -1,14 +1,23 @@
-"""A run in tokens, and its plan."""
+"""A run in tokens, and its plan beside the run itself."""
 
 import functools
+import json
 
 import pytest
+import torch
 from omegaconf import OmegaConf
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from memlm.cli import completed
+from memlm.flops import count_parameters
+from memlm.training import run
+from memlm.training.objective import model_inputs
+from memlm.training.plan import plan
 from memlm.training.settings import RunSettings
+from memlm_kernels import set_backend
 from tests.conftest import composed
-from tests.runs import SMALLEST
+from tests.runs import SMALLEST, config, trainer
 
 # Rows of 8 tokens.
 SMALL = ("run_dir=nowhere", "data.cache_dir=nowhere", *(s for s in SMALLEST if "batch_size" not in s))
@@ -69,3 +78,107 @@ def test_a_command_replaces_the_unit_of_a_file():
 def test_wrong_budgets_are_named(given, message):
     with pytest.raises(ValueError, match=message):
         settings(*given)
+
+
+@pytest.fixture
+def text(tmp_path):
+    """Settings of rows of text, most of them with two documents."""
+    lines = [json.dumps({"text": "It was the best of times. " * (4 + i % 3)}) for i in range(400)]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
+    return (
+        "data=text",
+        f"data.sources.text.paths=[{tmp_path}/corpus.jsonl]",
+        "data.seq_len=96",
+        "train.batch_size=16",
+    )
+
+
+def allocated(take, trace):
+    """The most bytes above the begin that the allocator of the CPU gave out during a call."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        begin = torch.empty(1)
+        take()
+        del begin
+    profiler.export_chrome_trace(str(trace))
+    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    totals = [e["args"]["Total Allocated"] for e in sorted(events, key=lambda e: e["ts"])]
+    return max(totals) - totals[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("memory=titans_mag",),
+        ("memory=mom", "train.gradient_checkpointing=true", "optim=adamw"),
+        ("memory=attention", "train.micro_batch_size=2", "model.hidden_size=128"),
+        ("memory=none", "model.hidden_size=128", "train.batch_size=2", "data.seq_len=16"),
+        ("memory=titans_mag", "train.trainable=memory"),
+        ("memory=gla", "hardware.mixed_precision=bf16", "model.num_hidden_layers=5"),
+    ],
+    ids=["titans", "mom checkpointed", "accumulated", "weights alone", "memory trained", "bf16"],
+)
+def test_memory_of_a_plan_is_that_of_a_step(tmp_path, text, options):
+    """Within 5 % of all bytes of tensors; the weights' and the optimiser's exactly."""
+    cfg = config(tmp_path, *options, small=("train.validation_batches=1", *text))
+    made, real = plan(RunSettings.of(cfg), 1, cfg.hardware.mixed_precision.replace("auto", "no")), trainer(cfg)
+    real._one_step(True)
+    states = [x for o in real.optimizers for values in o.state.values() for x in values.values()]
+    fixed = sum(x.nbytes for x in [*real.model.parameters(), *states])
+    assert (made.weights + made.optimizer, made.parameters) == (fixed, count_parameters(real.model))
+    assert made.trained == count_parameters(real.model, trained=True)
+    most = fixed + allocated(lambda: real._one_step(True), tmp_path / "trace.json")
+    assert made.memory[made.checkpointed].most == pytest.approx(most, rel=0.05)
+
+
+def test_flops_of_a_plan_are_those_of_a_step(tmp_path):
+    (tmp_path / "corpus.txt").write_text("It was the best of times. " * 200)
+    data = ("data=text", f"data.sources.text.paths=[{tmp_path}/corpus.txt]", "data.seq_len=32", "train.batch_size=1")
+    cfg = config(tmp_path, small=("train.validation_batches=1", *data))
+    made, real = plan(RunSettings.of(cfg), 1, "no"), trainer(cfg)
+    real.model.set_attn_implementation("eager")
+    inputs = model_inputs(next(real._batches(0, "train")), "cpu")
+    assert inputs["position_ids"] is None
+    with set_backend("reference"), FlopCounterMode(display=False) as counter:
+        real.objective(**inputs)
+    assert counter.get_total_flops() == made.flops * inputs["input_ids"].numel()
+
+
+def test_a_checkpoint_is_as_large_as_planned(tmp_path):
+    cfg = config(tmp_path, "train.steps=1", "model.hidden_size=128", small=SMALLEST)
+    made = plan(RunSettings.of(cfg), 1, "no")
+    run(cfg)
+    (folder,) = (tmp_path / "run" / "checkpoints").glob("step_*")
+    sizes = [(folder / name).stat().st_size for name in ("model.safetensors", "trainer.pt")]
+    assert sizes == pytest.approx([made.weights, made.optimizer], rel=0.02)
+
+
+def test_a_dry_run_prints_and_leaves_nothing(tmp_path, capsys):
+    options = ("train.dry_run=2", "train.steps=10000000", "train.batch_size=8", "train.micro_batch_size=2")
+    run(config(tmp_path, *options, small=SMALLEST))
+    assert [*tmp_path.iterdir()] == []
+    told = capsys.readouterr().out
+    for text in ("10,000,000 steps x 64 tokens = 640,000,000 tokens, by 2 processes in fp32", "2 forwards of 2 rows"):
+        assert text in told
+    made = plan(RunSettings.of(config(tmp_path, *options, small=SMALLEST)), 2, "no")
+    hours = 3 * made.flops * 64e7 / (2 * 2250e12 * 0.4) / 3600
+    assert made.hours(2250e12, 0.4) == pytest.approx(hours) and f"{hours:.2f}  NVIDIA B200" in told
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("train.dry_run=0",), "train.dry_run=0 must be true, false, or a number of processes"),
+        (("train.dry_run=fast",), "train.dry_run='fast' must be bool or int"),
+        (("train.dry_run=3", "train.batch_size=4"), "train.batch_size=4 rows of a step cannot be shared equally by 3"),
+        (("train.dry_run=true", "train.trainable={condition: 2}"), "plan with null, or patterns"),
+        (("train.dry_run=true", "model.backbone=my/llama"), "train.dry_run: only a new decoder is planned"),
+        (
+            ("train.dry_run=true", "data.tokenizer=/nowhere/there", "data.sources.mqar.kind=text"),
+            r"data.tokenizer: '/nowhere/there' is not .*; or plan without it: model.vocab_size=32000",
+        ),
+    ],
+)
+def test_wrong_plans_are_named(given, message):
+    cfg = OmegaConf.create(OmegaConf.to_container(small()))
+    with pytest.raises(ValueError, match=message):
+        run(OmegaConf.merge(cfg, OmegaConf.from_dotlist([*given])))

@@ -20,7 +20,7 @@ Files:
     templates           the texts around documents, questions and answers: for training, banks and ``Interleave``
 """
 
-from .build import build_data
+from .build import build_data, is_made_by_rule
 from .chains import TEMPLATES, Chains
 from .documents import Documents
 from .manifest import check_manifest, left_out
@@ -75,6 +75,7 @@ __all__ = [
     "fingerprint",
     "first_token",
     "is_byte_tokenizer",
+    "is_made_by_rule",
     "left_out",
     "load_tokenizer",
     "make_sample",

@@ -91,6 +91,13 @@ def build_data(cfg: Mapping[str, Any], *, seed: int, batch_size: int) -> tuple[P
     return tokenizer, Mixture(sources, weights, batch_size)
 
 
+def is_made_by_rule(cfg: Mapping[str, Any]) -> bool:
+    """Whether no source of a `data` config reads files."""
+    sources = cfg.get("sources")
+    options = sources.values() if isinstance(sources, Mapping) else []
+    return all(isinstance(o, Mapping) and o.get("kind") in _TASKS for o in options)
+
+
 def _build_source(
     name: str,
     cfg: Mapping[str, Any],

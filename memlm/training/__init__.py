@@ -15,6 +15,9 @@ Files:
     checkpoint          checkpoints that exist completely or not at all
     budget              a run's length and batch in tokens
     sequence            processes that share each row
+    plan                sizes, memory and hours of a run, before it begins
+    footprint           the memory of a step, from tensors without data
+    devices             speeds and memories of GPUs
     resume              checks whether a checkpoint belongs to the requested run
     interrupt           signals
     sweep               members of a sweep, one process each

@@ -21,7 +21,7 @@ from memlm.data import Batch, TextSource, build_data, left_out, token_bytes
 from memlm.flops import count_flops, count_parameters
 from memlm.hub.causal import kinds, load_any
 from memlm.modeling import MemLMForCausalLM
-from memlm.training import checkpoint, resume, sequence, trainable
+from memlm.training import checkpoint, plan, resume, sequence, trainable
 from memlm.training.display import Display
 from memlm.training.ema import WeightAverage
 from memlm.training.interrupt import Agreement, Interrupt, Stopped
@@ -40,6 +40,9 @@ def run(cfg: DictConfig) -> None:
     Raises ValueError, one line, for mistakes that the user can fix, and ``Stopped`` if a signal ends the run.
     """
     settings = RunSettings.of(cfg)
+    if settings.dry_run:
+        plan.show(settings, precision(settings.hardware))
+        return
     with set_backend(settings.hardware.kernels, "hardware.kernels"), Interrupt() as interrupt:
         accelerator = build_accelerator(settings.hardware)
         with files.lock(settings.run_dir) if accelerator.is_main_process else nullcontext():
@@ -360,11 +363,17 @@ class Trainer:
 
 
 def build_accelerator(hardware: HardwareSettings) -> Accelerator:
-    """accelerate's ``Accelerator``; ``mixed_precision: auto`` is bf16 on GPUs that support it, else fp32."""
     if hardware.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("hardware.device='cuda' but torch sees no GPU; use hardware.device=auto")
-    precision = hardware.mixed_precision
-    on_gpu = hardware.device != "cpu" and torch.cuda.is_available()
-    if precision == "auto":
-        precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no"
-    return Accelerator(cpu=not on_gpu, mixed_precision=precision)
+    return Accelerator(cpu=not _on_gpu(hardware), mixed_precision=precision(hardware))
+
+
+def precision(hardware: HardwareSettings) -> str:
+    """``auto`` is bf16 on GPUs that support it, else fp32, which is ``no``."""
+    if hardware.mixed_precision != "auto":
+        return hardware.mixed_precision
+    return "bf16" if _on_gpu(hardware) and torch.cuda.is_bf16_supported() else "no"
+
+
+def _on_gpu(hardware: HardwareSettings) -> bool:
+    return hardware.device != "cpu" and torch.cuda.is_available()

@@ -150,7 +150,10 @@ class TrackerSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """All groups of a run; ``config``: the same as plain values."""
+    """All groups of a run; ``config``: the same as plain values.
+
+    dry_run: whether the run is planned instead; a number: for so many processes
+    """
 
     config: dict[str, Any]
     name: str
@@ -160,6 +163,7 @@ class RunSettings:
     optim: OptimSettings
     hardware: HardwareSettings
     tracker: TrackerSettings
+    dry_run: bool | int
 
     @classmethod
     def of(cls, cfg: DictConfig) -> "RunSettings":
@@ -185,5 +189,9 @@ class RunSettings:
         named = isinstance(run_dir, str) and run_dir.strip()
         require(bool(named), f"run_dir={run_dir!r} names no folder; leave it out, or name one")
         config["train"] = in_steps(config["train"], config["data"])
+        dry_run = config["train"].pop("dry_run", False)
+        check_type(dry_run, bool | int, "train.dry_run")
+        whole = isinstance(dry_run, bool) or 1 <= dry_run <= _MOST
+        require(whole, f"train.dry_run={dry_run} must be true, false, or a number of processes")
         built = (build_config(of, config[group], group) for of, group in zip(types, groups, strict=True))
-        return cls(config, str(name), seed, Path(run_dir), *built)
+        return cls(config, str(name), seed, Path(run_dir), *built, dry_run)

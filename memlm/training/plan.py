@@ -1,0 +1,202 @@
+"""The plan of a run: its sizes, memory and hours, without its data and its model (``train.dry_run``)."""
+
+import math
+import os
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from memlm.configuration import MemLMConfig
+from memlm.data import Batch, build_data, is_made_by_rule, load_tokenizer
+from memlm.flops import count_active_parameters, count_flops, count_parameters, state_bytes
+from memlm.modeling import MemLMForCausalLM
+from memlm.settings import require
+from memlm.training import sequence, trainable
+from memlm.training.devices import DEVICES
+from memlm.training.footprint import of_optimizers, of_step
+from memlm.training.objective import model_inputs
+from memlm.training.optim import build_optimizers
+from memlm.training.settings import RunSettings
+
+_MFUS = (0.2, 0.3, 0.4)
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class DeviceMemory(NamedTuple):
+    """Bytes of one device in a step; most: the most at once, in which not all parts coincide."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    most: float
+
+
+class RunPlan(NamedTuple):
+    """active, long_term, trained: parameters that a token uses, of layers with a long-term memory, that are trained
+    flops: of a token's forward; state: bytes of a stream after a row; steps, tokens: of the run
+    forwards, rows: of a process in a step, and of a forward
+    memory: of a device, without and with gradient checkpointing; checkpointed: which of them the run has
+    weights, optimizer: bytes in a checkpoint, of which ``keep`` are kept; with the averages of ``train.ema``
+    """
+
+    processes: int
+    precision: str
+    parameters: int
+    active: int
+    long_term: int
+    trained: int
+    flops: float
+    state: int
+    steps: int
+    tokens: int
+    forwards: int
+    rows: int
+    memory: dict[bool, DeviceMemory]
+    checkpointed: bool
+    weights: int
+    optimizer: int
+    keep: int
+
+    @property
+    def total_flops(self) -> float:
+        """Of the run; a backward costs two forwards. Repeated forwards of checkpointing do not count."""
+        return 3 * self.flops * self.tokens
+
+    def hours(self, flops: float, mfu: float) -> float:
+        """Hours of the run on devices of this peak."""
+        return self.total_flops / (self.processes * flops * mfu) / 3600
+
+    def lines(self) -> list[str]:
+        """The plan as text."""
+        of = "" if self.trained == self.parameters else f", {self.trained:,} trained"
+        long_term = f", {self.long_term:,} of layers' long-term memory" if self.long_term else ""
+        memory, other = self.memory[self.checkpointed], self.memory[not self.checkpointed]
+        word = "without" if self.checkpointed else "with"
+        told = {
+            "run": f"{self.steps:,} steps x {self.tokens // self.steps:,} tokens = {self.tokens:,} tokens, by "
+            f"{self.processes} process{'es' * (self.processes > 1)} in {self.precision}; a step of one has "
+            f"{self.forwards} forward{'s' * (self.forwards > 1)} of {self.rows} rows",
+            "parameters": f"{self.parameters:,}, {self.active:,} active for a token{long_term}{of}",
+            "FLOPs": f"{self.flops / 1e6:,.1f} MFLOPs a token forward, three times that with its backward; "
+            f"{self.total_flops:.3g} in the run",
+            "state": f"{_bytes(self.state)} of a stream after a row",
+            "memory": f"{_bytes(memory.most)} of a device at once: weights {_bytes(memory.weights)}, gradients "
+            f"{_bytes(memory.gradients)}, optimiser {_bytes(memory.optimizer)}, activations "
+            f"{_bytes(memory.activations)}",
+            "": f"{_bytes(other.most)} {word} gradient checkpointing, activations {_bytes(other.activations)}; "
+            "by the reference ops, kernels of a GPU need less",
+            "checkpoint": f"{_bytes(self.weights + self.optimizer)}, of which weights {_bytes(self.weights)}; "
+            f"{self.keep} are kept",
+            "hours": "".join(f"{f'MFU {mfu:g}':>10}" for mfu in _MFUS)
+            + f"  of the dense bf16 peak of {self.processes} x",
+        }
+        lines = [f"{name:<11}{text}" for name, text in told.items()]
+        for device, name in {device: name for name, device in reversed(DEVICES.items())}.items():
+            hours = "".join(f"{self.hours(device.flops, mfu):>10,.2f}" for mfu in _MFUS)
+            lines.append(f"{'':11}{hours}  {name}" + (": memory too small" if memory.most > device.memory else ""))
+        return lines
+
+
+def plan(settings: RunSettings, processes: int, precision: str) -> RunPlan:
+    """Raises ValueError, one line, for a run that cannot be planned or begun."""
+    train, data = settings.train, settings.config["data"]
+    key = "train.dry_run"
+    new = "backbone" not in settings.config["model"]
+    require(new, f"{key}: only a new decoder is planned; leave backbone=... out, or train.dry_run")
+    known = not isinstance(train.trainable, dict)
+    require(known, f"{key}: train.trainable={train.trainable} depends on weights; plan with null, or patterns")
+    # Processes that share rows have stretches of them.
+    sharing = settings.hardware.sequence_parallel
+    owners = sequence.rows_of(sharing, processes)
+    forwards = train.forwards(owners)
+    rows = train.batch_size // owners // forwards
+    batch, entries = _sample(settings, owners * forwards, data["seq_len"] // sharing)
+    config = MemLMConfig.from_hydra({"vocab_size": entries, **_without_none(settings.config["model"])})
+    with FakeTensorMode():
+        model = MemLMForCausalLM(config)
+        chosen = trainable.choose(model, train.trainable)
+        trainable.train_only(model, chosen)
+        optimizer, stepping = of_optimizers(build_optimizers(model, settings.optim))
+        weights = sum(p.nbytes for p in model.parameters())
+        gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        averages = 4 * count_parameters(model, trained=True) if train.ema else 0
+    autocast = nullcontext() if precision == "no" else torch.autocast("cpu", _DTYPES[precision])
+    inputs = model_inputs(batch, "cpu")
+    step = of_step(config, train, inputs, autocast)
+    names = config.layer_mixers()
+    # DDP copies gradients into its buckets, which it keeps.
+    base = weights + optimizer + averages + (gradients if processes > 1 else 0) + _size(batch)
+    memory = {}
+    for checkpointed in (False, True):
+        activations = step.peak(names, checkpointed)
+        # Gradients of a first forward remain during a second one.
+        passes = activations + gradients if forwards > 1 else step.peak(names, checkpointed, kept=1.0)
+        at_once = base + max(passes, gradients + stepping - optimizer)
+        memory[checkpointed] = DeviceMemory(weights, gradients, optimizer + averages, activations, at_once)
+    length = data["seq_len"]
+    return RunPlan(
+        processes,
+        {"no": "fp32"}.get(precision, precision),
+        count_parameters(model),
+        count_active_parameters(model),
+        sum(p.numel() for name, p in model.named_parameters() if name in {*trainable.memory_names(model)}),
+        count_parameters(model, trained=True),
+        count_flops(config, length),
+        state_bytes(config, length),
+        train.steps,
+        train.steps * train.batch_size * length,
+        forwards,
+        rows,
+        memory,
+        train.gradient_checkpointing,
+        weights,
+        optimizer + averages,
+        train.keep,
+    )
+
+
+def show(settings: RunSettings, precision: str) -> None:
+    """Print the plan, once."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    made = plan(settings, world if settings.dry_run is True else settings.dry_run, precision)
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(made.lines()))
+
+
+def _sample(settings: RunSettings, parts: int, length: int) -> tuple[Batch, int]:
+    """A batch of one forward, with rows of this length, and the entries of the tokenizer. Text is not read: a row of
+    it has two documents.
+    """
+    data, size = settings.config["data"], settings.train.batch_size
+    given = settings.config["model"].get("vocab_size")
+    if is_made_by_rule(data) and length == data["seq_len"]:
+        tokenizer, mixture = build_data(data, seed=settings.seed, batch_size=size)
+        return mixture.batch(0, parts=parts), given or len(tokenizer)
+    shape = size // parts, length
+    ids = torch.zeros(shape, dtype=torch.int64)
+    positions = (torch.arange(length) % -(-length // 2)).expand(shape)
+    batch = Batch(ids, ids, positions, 2, ids[:, 0])
+    tokenizer = data["tokenizer"]
+    if given is None and isinstance(tokenizer, Mapping) and [*tokenizer] == ["bpe"]:
+        given = tokenizer["bpe"]
+    try:
+        return batch, given or len(load_tokenizer(tokenizer))
+    except ValueError as error:
+        raise ValueError(f"{error}; or plan without it: model.vocab_size=32000") from error
+
+
+def _without_none(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _size(batch: Batch) -> int:
+    return sum(x.nbytes for x in vars(batch).values() if isinstance(x, torch.Tensor))
+
+
+def _bytes(count: float) -> str:
+    power = min(4, int(math.log10(max(1, count))) // 3)
+    return f"{count / 1000**power:,.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
