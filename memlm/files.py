@@ -44,7 +44,7 @@ def make_folder(folder: Path) -> None:
 def write(path: Path, content: str | bytes) -> None:
     """Replace a file in one step, also while others read or write it."""
     make_folder(path.parent)
-    partial = _beside(path)
+    partial = beside(path)
     try:
         with partial.open("xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -64,7 +64,7 @@ def write_tensors(path: Path, tensors: dict[str, Any], words: dict[str, str]) ->
 
     make_folder(path.parent)
     # A separate folder: safetensors makes another file beside the one it writes, which a kill would leave behind.
-    partial = _beside(path)
+    partial = beside(path)
     partial.mkdir()
     try:
         save_file(tensors, partial / path.name, words)
@@ -86,7 +86,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     A folder that has the name by then stays, and the new one is dropped.
     """
     make_folder(folder.parent)
-    partial = _beside(folder)
+    partial = beside(folder)
     partial.mkdir()
     try:
         yield partial
@@ -101,7 +101,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _beside(path: Path) -> Path:
+def beside(path: Path) -> Path:
+    """A new name for what is to get this one."""
     # Not tempfile, whose files are private to their user: others may read a shared cache.
     return path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:12]}")
 

@@ -9,7 +9,10 @@ Files:
     recall_mad          selective copying, and keys and values of several tokens
     guesser             the floor of recall tasks: what the answers' set gives without binding
     text                text corpora: token files and their rows
-    documents           documents of txt, md, py, jsonl and parquet files, read and split
+    layout              the files of an encoded corpus
+    encoding            parts of a corpus, encoded in parallel processes into shards
+    documents           documents of txt, md, py, jsonl and parquet files, in parts and splits
+    reading             files read in stretches of bounded size
     find                the files that ``paths`` name
     manifest            the files of a source, compared when a run continues
     disk_cache          folders built once and checked when opened
@@ -23,6 +26,7 @@ Files:
 from .build import build_data, is_made_by_rule
 from .chains import TEMPLATES, Chains
 from .documents import Documents
+from .encoding import QUIET, Preparation
 from .manifest import check_manifest, left_out
 from .mixture import Batch, Mixture
 from .questions import Question, Questions, QuestionSource
@@ -45,6 +49,7 @@ from .tokenizer import (
 __all__ = [
     "IGNORE_INDEX",
     "MQAR",
+    "QUIET",
     "SPLITS",
     "TEMPLATES",
     "Batch",
@@ -57,6 +62,7 @@ __all__ = [
     "Linked",
     "Mixture",
     "Passkey",
+    "Preparation",
     "Question",
     "QuestionSource",
     "Questions",

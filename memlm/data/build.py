@@ -5,9 +5,10 @@ which derives from `RecallTask`, or a dataclass `Config` and a `Source(config, t
 """
 
 import dataclasses
-import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -16,7 +17,9 @@ from memlm import plugins
 from memlm.settings import build_config, named, require, suggest
 
 from .chains import Chains
+from .disk_cache import DiskCache
 from .documents import Documents
+from .encoding import QUIET, Preparation
 from .mixture import Mixture
 from .questions import Questions, QuestionSource
 from .recall import MQAR, Copy, Passkey, RecallSource, RecallTask, StackedMQAR, ZoologyMQAR
@@ -48,10 +51,17 @@ _OPTIONS = {
 }
 
 
-def build_data(cfg: Mapping[str, Any], *, seed: int, batch_size: int) -> tuple[PreTrainedTokenizerFast, Mixture]:
+def build_data(
+    cfg: Mapping[str, Any],
+    *,
+    seed: int,
+    batch_size: int,
+    preparation: Preparation = QUIET,
+) -> tuple[PreTrainedTokenizerFast, Mixture]:
     """The tokenizer, and batches of `batch_size` rows over all processes, from a config like those in configs/data.
 
-    Builds whatever the cache lacks. Each source has its own random stream, seeded by `seed` and its name.
+    Builds whatever the cache lacks. Processes that need the same data may call it together: one of them builds, and
+    the others wait for its lock, however long. Each source has its own random stream, seeded by `seed` and its name.
     Raises ValueError with the key if a setting is unknown, missing or does not fit.
     """
     _check_keys(cfg, "data", ("tokenizer", "seq_len", "cache_dir", "sources"), ("noise_ramp",))
@@ -73,6 +83,20 @@ def build_data(cfg: Mapping[str, Any], *, seed: int, batch_size: int) -> tuple[P
         if not isinstance(name, str) or not name or {*"/\0"} & {*name}:
             raise ValueError(f"data.sources: {name!r} cannot be a name; use letters and digits")
         outside[name] = _check_source(options, f"data.sources.{name}", cfg["seq_len"])
+    of_files = any("paths" in _OPTIONS.get(options["kind"], ()) for options in cfg["sources"].values())
+    turn = DiskCache(cfg["cache_dir"]).turn([cfg["tokenizer"], cfg["sources"]], preparation.say)
+    with turn if of_files else nullcontext():
+        return _build(cfg, outside, seed, batch_size, preparation)
+
+
+def _build(
+    cfg: Mapping[str, Any],
+    outside: Mapping[str, RecallTask | Callable[..., Source] | None],
+    seed: int,
+    batch_size: int,
+    preparation: Preparation,
+) -> tuple[PreTrainedTokenizerFast, Mixture]:
+    """outside: of each source, the result of `_check_source`"""
     corpora = {}
     for name, options in cfg["sources"].items():
         if options["kind"] == "text":
@@ -86,7 +110,7 @@ def build_data(cfg: Mapping[str, Any], *, seed: int, batch_size: int) -> tuple[P
     sources, weights = {}, {}
     for name, options in cfg["sources"].items():
         with named(f"data.sources.{name}"):
-            sources[name] = _build_source(name, cfg, tokenizer, corpora.get(name), outside[name], seed)
+            sources[name] = _build_source(name, cfg, tokenizer, corpora.get(name), outside[name], seed, preparation)
         weights[name] = options["weight"]
     return tokenizer, Mixture(sources, weights, batch_size)
 
@@ -105,6 +129,7 @@ def _build_source(
     documents: Documents | None,
     outside: RecallTask | Callable[..., Source] | None,
     seed: int,
+    preparation: Preparation,
 ) -> Source:
     """outside: the result of `_check_source`"""
     options = cfg["sources"][name]
@@ -114,7 +139,8 @@ def _build_source(
     if outside is not None:
         return outside(tokenizer, cfg["seq_len"], own_seed)
     if documents is not None:
-        return TextSource(TextCorpus(documents, tokenizer), cfg["seq_len"], own_seed)
+        corpus = TextCorpus(documents, tokenizer, preparation.workers, partial(preparation.advance, name))
+        return TextSource(corpus, cfg["seq_len"], own_seed)
     sizes = {key: options[key] for key in _OPTIONS[options["kind"]] if key in options and key != "paths"}
     if options["kind"] == "questions":
         questions = Questions(options["paths"], cfg["cache_dir"])
@@ -144,7 +170,7 @@ def _check_source(options: Mapping[str, Any], where: str, seq_len: int) -> Recal
     given = {key: options[key] for key in settings if key in options}
     if task:
         return build_config(task, {"length": seq_len, **given}, where)
-    return functools.partial(module.Source, build_config(module.Config, given, where))
+    return partial(module.Source, build_config(module.Config, given, where))
 
 
 def _check_weight(weight: Any, where: str) -> None:

@@ -9,8 +9,8 @@ import shutil
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any, NamedTuple
@@ -73,6 +73,27 @@ class DiskCache:
                 f"data.cache_dir: {folder} cannot be made ({error}); make room, or name another folder"
             ) from error
         return folder
+
+    @contextmanager
+    def turn(self, key: Any, wait: Callable[[str], None]) -> Iterator[None]:
+        """Let one process after the other do the work of a key; `wait` is called with a line if it is not yet ours.
+
+        A cache that cannot be written to has no turns.
+        """
+        name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+        try:
+            files.make_folder(self.root)
+            lock = (self.root / f".turn-{name}").open("a")
+        except OSError:
+            yield
+            return
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                wait(f"{self.root}: another process prepares the same data; waiting for it")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def contents(self, paths: Iterable[Path]) -> dict[Path, Content]:
         """The state of each file. As in git, a file is read again only if its size or times have changed.

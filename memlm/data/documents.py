@@ -4,26 +4,28 @@ A document is one txt, md or py file, or one row of a jsonl or parquet file (its
 parquet may be compressed: a.txt.gz, .xz or .zst.
 """
 
-import codecs
-import gzip
 import hashlib
-import io
 import json
-import lzma
 import os
 import sysconfig
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice, pairwise
+from functools import cached_property
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .disk_cache import Content, DiskCache
-from .find import PACKED, ending, find
+from .find import find
+from .reading import ENDINGS, Span, byte_offsets, cut_at, find_spans, is_plain, read, stretches
 
+# Bytes of a part; the parts are part of a large corpus's fingerprint.
+PART = 2**25
+# Corpora of more bytes stay in shards (`text`), and are split in another way.
+LARGE = 2**30
+Part = tuple[Span, ...]
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -38,19 +40,28 @@ class File(NamedTuple):
 
 
 class Document(NamedTuple):
-    """`file` is an index into `Documents.files`; `row` is the line or row, from 1, or 0 for a whole file."""
+    """A document's text, or a stretch of it if it is long.
+
+    file: an index into `Documents.files`; row: the line or row, from 1, or 0 for a whole file
+    starts, ends: whether the document starts and ends with this stretch
+    unit: distinguishes stretches of one file that may be in different splits
+    """
 
     file: int
     row: int
     text: str
+    starts: bool
+    ends: bool
+    unit: str
 
 
 class Documents:
     """The documents under `paths`: files, folders (recursively) or globs, see `find`. None or "stdlib" means the
     Python standard library's own sources, without its tests. left_out: files that are not read, with reasons.
 
-    Iteration yields documents in a fixed order, without empty ones. If there are fewer than three, each is cut into
-    three of the same name: the first 90 %, the next 5 % and the last 5 % of its characters.
+    Iteration yields documents in a fixed order, in stretches, without empty ones. If there are fewer than three, each
+    is cut into three of the same name: the first 90 %, the next 5 % and the last 5 % of its characters. `parts` are
+    parts of this order that can be read separately; they depend on the files alone.
     Raises ValueError with the path, file or line that cannot be read.
     """
 
@@ -59,7 +70,7 @@ class Documents:
         if self.is_stdlib:
             names, self.left_out = _find_stdlib(), dict[str, str]()
         else:
-            names, self.left_out = find(paths, _ENDINGS)
+            names, self.left_out = find(paths, ENDINGS)
         if not names:
             raise ValueError("paths is an empty list; name a file, a folder or a glob, or use null")
         twice = [name for name, count in Counter(names.values()).items() if count > 1]
@@ -69,36 +80,98 @@ class Documents:
         contents = self.cache.contents(names)
         # Sorted, so that the order of paths does not matter.
         self.files = sorted(File(name, path, contents[path]) for path, name in names.items())
+        self.is_large = sum(file.content.num_bytes for file in self.files) > LARGE
 
     @property
     def fingerprint(self) -> str:
         content = json.dumps([(file.name, file.content.sha256) for file in self.files])
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def name(self, document: Document) -> str:
-        name = self.files[document.file].name
-        return f"{name}:{document.row}" if document.row else name
+    def name(self, file: int, row: int) -> str:
+        name = self.files[file].name
+        return f"{name}:{row}" if row else name
+
+    def identity(self, part: Part) -> list[Any]:
+        """Everything that determines the documents of a part."""
+        files = [self.files[span.file] for span in part]
+        cuts = [[row, *places] for (_, row), places in sorted(self._cuts.items())]
+        return [cuts, *([f.name, f.content.sha256, *span[1:]] for f, span in zip(files, part, strict=True))]
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        parts, part, size = [], list[Span](), 0
+        for span in chain.from_iterable(map(self._spans, range(len(self.files)))):
+            part.append(span)
+            size += span.end - span.start
+            if size >= PART:
+                parts.append(tuple(part))
+                part, size = [], 0
+        return [*parts, tuple(part)] if part else parts
+
+    def _spans(self, index: int) -> list[Span]:
+        file, size = self.files[index], self.files[index].content.num_bytes
+        span = Span(index, 0, size)
+        if not self._cuts:
+            return find_spans(file.path, span, PART)
+        if (places := self._cuts.get((index, 0))) is None or not is_plain(file.path) or size <= PART:
+            return [span]
+        bounds = [0, *byte_offsets(file.path, places), size]
+        return [part for a, b in pairwise(bounds) for part in find_spans(file.path, Span(index, a, b), PART)]
+
+    def read(self, part: Part) -> Iterator[tuple[Document, int]]:
+        """Yields the documents, and for each the bytes of the part read so far."""
+        done = 0
+        for span in part:
+            path, content = self.files[span.file].path, self.files[span.file].content
+            ranged = is_plain(path) and span.end - span.start < content.num_bytes
+            for row, chunks, tell in read(path, span):
+                for number, (text, starts, ends) in enumerate(self._stretches(span, row, chunks, ranged)):
+                    unit = f":{span.start}:{number}" if ranged else ""
+                    yield Document(span.file, row, text, starts, ends, unit), done + tell() - span.start
+            content.check(path.stat(), path)
+            done += span.end - span.start
+
+    def _stretches(
+        self, span: Span, row: int, chunks: Iterable[str], ranged: bool
+    ) -> Iterator[tuple[str, bool, bool]]:
+        pieces, starts = stretches(chunks), span.starts or not ranged
+        places = None if ranged else self._cuts.get((span.file, row))
+        for text, ends in pieces if places is None else cut_at(pieces, places):
+            if text or places:
+                yield text, starts, ends and (span.ends or not ranged)
+            starts = ends
 
     def __iter__(self) -> Iterator[Document]:
-        documents = (
-            Document(index, row, text) for index, file in enumerate(self.files) for row, text in _read(file) if text
-        )
-        head = list(islice(documents, 3))
-        if not head:
+        return (document for part in self.parts for document, _ in self.read(part))
+
+    @cached_property
+    def _cuts(self) -> dict[tuple[int, int], tuple[int, int]]:
+        """The characters at which documents are cut, by file and row, if they are fewer than three."""
+        if self.is_large:
+            return {}
+        lengths: dict[tuple[int, int], int] = {}
+        for index, file in enumerate(self.files):
+            for row, chunks, _ in read(file.path, Span(index, 0, file.content.num_bytes)):
+                if length := sum(map(len, chunks)):
+                    lengths[index, row] = length
+                if len(lengths) == 3:
+                    return {}
+        if not lengths:
             raise ValueError(f"paths: {self.files[0].path} and all other files are empty; give some text")
-        if len(head) < 3:
-            head = [piece for document in head for piece in _cut(document)]
-        return chain(head, documents)
+        return {place: (length * 90 // 100, length * 95 // 100) for place, length in lengths.items()}
 
     def training_texts(self) -> Iterator[str]:
-        splits = assign_splits(self.name(document) for document in self)
-        return (document.text for document, split in zip(self, splits, strict=True) if split == 0)
+        splits = assign_splits(self.name(document.file, document.row) for document in self if document.ends)
+        number = 0
+        for document in self:
+            if splits[number] == 0:
+                yield document.text
+            number += document.ends
 
 
-def _cut(document: Document) -> list[Document]:
-    text = document.text
-    cuts = [0, len(text) * 90 // 100, len(text) * 95 // 100, len(text)]
-    return [document._replace(text=text[a:b]) for a, b in pairwise(cuts)]
+def place(name: str) -> int:
+    """A document's place, in 64 bits, in the order of the names' hashes."""
+    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8])
 
 
 def assign_splits(names: Iterable[str]) -> np.ndarray:
@@ -107,8 +180,7 @@ def assign_splits(names: Iterable[str]) -> np.ndarray:
     In the order of the names' hashes, the last 5 % (rounded up) are test, the 5 % before them validation. The pieces
     of one or two documents that were cut take turns.
     """
-    hashes = (hashlib.sha256(os.fsencode(name)).digest() for name in names)
-    keys = np.fromiter((int.from_bytes(digest[:8]) for digest in hashes), np.uint64)
+    keys = np.fromiter(map(place, names), np.uint64)
     if len(keys) in (3, 6) and len(np.unique(keys)) < 3:
         return np.arange(len(keys), dtype=np.uint8) % 3
     held_out = -(-len(keys) // 20)
@@ -127,88 +199,3 @@ def _find_stdlib() -> dict[Path, str]:
         paths = (Path(parent, name) for name in files if name.endswith(".py"))
         names |= {path: path.relative_to(root).as_posix() for path in paths}
     return names
-
-
-def _read(file: File) -> Iterator[tuple[int, str]]:
-    """Yields row numbers and texts. Raises ValueError with the file's name if it is damaged or has changed."""
-    reader = _READERS[ending(file.path).removesuffix(_packing(file.path))]
-    try:
-        with file.path.open("rb") as raw:
-            yield from reader(_unpacked(raw, file.path), file.path)
-        file.content.check(file.path.stat(), file.path)
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise ValueError(f"{file.path} cannot be read ({error}); repair it, or leave it out") from error
-
-
-def _packing(path: Path) -> str:
-    return path.suffix.lower() if path.suffix.lower() in PACKED else ""
-
-
-def _unpacked(raw: BinaryIO, path: Path) -> BinaryIO:
-    match _packing(path):
-        case ".gz":
-            return gzip.GzipFile(fileobj=raw)
-        case ".xz":
-            return lzma.LZMAFile(raw)
-        case ".zst":
-            try:
-                import pyarrow
-            except ImportError:
-                raise ValueError(f"{path}: reading zst needs pyarrow; pip install pyarrow") from None
-            return io.BufferedReader(pyarrow.input_stream(raw, compression="zstd"))
-    return raw
-
-
-def _whole_file(file: BinaryIO, path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        text = file.read().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
-        raise ValueError(f"{path} is not UTF-8 text; convert it, or leave it out")
-    yield 0, text
-
-
-def _jsonl_rows(file: BinaryIO, path: Path) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(file, start=1):
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line.decode())["text"]
-            # JSON can encode half a surrogate pair, which UTF-8 cannot.
-            text.encode()
-        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-            raise ValueError(
-                f'{path}, line {number}: no string "text" in JSON and UTF-8; correct or remove it'
-            ) from None
-        yield number, text
-
-
-def _parquet_rows(file: BinaryIO, path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError(f"{path}: reading parquet needs pyarrow; pip install pyarrow") from None
-    try:
-        with pyarrow.parquet.ParquetFile(file) as parquet:
-            columns = (batch["text"].to_pylist() for batch in parquet.iter_batches(columns=["text"]))
-            for number, text in enumerate(chain.from_iterable(columns), start=1):
-                if not isinstance(text, str):
-                    raise ValueError(f"row {number} has no string")
-                yield number, text
-    except (pyarrow.ArrowException, ValueError, KeyError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f'{path}: not a parquet file with a column "text" of strings ({reason})') from error
-
-
-_READERS = {
-    ".txt": _whole_file,
-    ".md": _whole_file,
-    ".py": _whole_file,
-    ".jsonl": _jsonl_rows,
-    ".parquet": _parquet_rows,
-}
-# Parquet compresses its own columns.
-_ENDINGS = (*_READERS, *(end + packed for end in _READERS if end != ".parquet" for packed in PACKED))

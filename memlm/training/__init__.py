@@ -23,6 +23,7 @@ Files:
     sweep               members of a sweep, one process each
     tracking            metrics, in ``metrics.jsonl`` and on Weights & Biases
     display             the screen
+    preparing           the screen while data is prepared
 """
 
 from memlm.training.loop import run

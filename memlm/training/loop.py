@@ -29,6 +29,7 @@ from memlm.training.lengths import Lengths
 from memlm.training.model import build, check, check_length, described, expected, without_dropout
 from memlm.training.objective import Objective, Score, model_inputs, score
 from memlm.training.optim import build_optimizers, lr_factor, set_lr
+from memlm.training.preparing import Preparing
 from memlm.training.settings import HardwareSettings, RunSettings
 from memlm.training.tracking import Tracker, is_validated
 from memlm_kernels import set_backend
@@ -69,8 +70,9 @@ class Trainer:
         else:
             check(self.config["model"])
         data = before.data(self.folder, self.config) if before else self.config["data"]
-        with accelerator.main_process_first():
-            self.tokenizer, self.mixture = build_data(data, seed=settings.seed, batch_size=self.settings.batch_size)
+        self.tokenizer, self.mixture = build_data(
+            data, seed=settings.seed, batch_size=self.settings.batch_size, preparation=Preparing(self.display)
+        )
         self.texts = [name for name, source in self.mixture.sources.items() if isinstance(source, TextSource)]
         self.lengths = Lengths(self.settings.lengths or [], self.mixture, self.config["data"]["seq_len"])
         if before:

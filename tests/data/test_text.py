@@ -192,7 +192,7 @@ def test_cache_is_reused_without_reading(books, tmp_path, monkeypatch):
         os.utime(path, (1e9, 1e9))
     build([books], tmp_path)
     monkeypatch.setattr(documents.hashlib, "file_digest", None)
-    monkeypatch.setattr(text, "_build", None)
+    monkeypatch.setattr(text, "build_small", None)
     again = build([books], tmp_path)
     assert again.folder == first.folder and everything(again) == content
 
@@ -219,12 +219,12 @@ def test_failed_build_leaves_nothing_and_the_slower_of_two_yields(books, tmp_pat
         build([books], tmp_path)
         original(folder, *args)
 
-    original = text._build
-    monkeypatch.setattr(text, "_build", fail)
+    original = text.build_small
+    monkeypatch.setattr(text, "build_small", fail)
     with pytest.raises(RuntimeError):
         build([books], tmp_path)
     assert not [*(tmp_path / "cache").iterdir()]
-    monkeypatch.setattr(text, "_build", build_twice)
+    monkeypatch.setattr(text, "build_small", build_twice)
     corpus = build([books], tmp_path)
     assert len(everything(corpus)) == 59
     assert [*(tmp_path / "cache").iterdir()] == [corpus.folder]
@@ -241,7 +241,7 @@ def test_rows_are_the_documents_in_a_line(books, tmp_path, seq_len):
     orders = []
     for epoch in range(3):
         rows = [source.row(epoch * num_rows + i, "train", step=0) for i in range(num_rows)]
-        _, _, order = source._draw_epoch("train", epoch)
+        _, _, order = source._draw_group("train", epoch, 0)
         assert (np.diff(order) < 0).any()
         line = np.concatenate([rows[i].input_ids for i in np.argsort(order)])
         positions = np.concatenate([rows[i].position_ids for i in np.argsort(order)])

@@ -3,7 +3,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from memlm.data import documents
+from memlm.data import documents, reading
 from memlm.data.documents import Documents
 from memlm.data.tokenizer import byte_tokenizer, encoder, fingerprint, load_tokenizer, shortener, token_bytes
 
@@ -107,7 +107,7 @@ def test_bpe_is_deterministic_and_cached(corpus, tmp_path, monkeypatch):
     load_tokenizer({"bpe": 280}, [again])
     (first,), (second,) = ((c.cache.root / "tokenizers").iterdir() for c in (corpus, again))
     assert first.name == second.name and plain(first) == plain(second)
-    monkeypatch.setitem(documents._READERS, ".txt", None)
+    monkeypatch.setitem(reading._READERS, ".txt", None)
     assert fingerprint(load_tokenizer({"bpe": 280}, [corpus])) == fingerprint(tokenizer)
 
 

@@ -1,0 +1,133 @@
+"""Corpora encoded in parts: by any number of processes, after a stop, in memory that does not grow with files."""
+
+import gzip
+import json
+import random
+import subprocess
+import sys
+import time
+import tracemalloc
+
+import pytest
+
+from memlm.data import documents, reading
+from memlm.data.documents import Documents
+from memlm.data.encoding import Encoding
+from memlm.data.row import SPLITS
+from memlm.data.text import TextCorpus
+from memlm.data.tokenizer import byte_tokenizer, load_tokenizer
+
+BYTES = byte_tokenizer()
+
+
+def text(size, seed=0):
+    rng = random.Random(seed)
+    return "".join(rng.choice(["the ", "cat, ", "sat\n", "ü 世界。\n", "on\n\n", "mat \n "]) for _ in range(size // 4))
+
+
+@pytest.fixture
+def books(tmp_path):
+    """Files of every form, of up to 60 KB."""
+    folder = tmp_path / "books"
+    folder.mkdir()
+    for i in range(4):
+        (folder / f"{i}.txt").write_text(text(60_000 if i == 2 else 300, i))
+    rows = [json.dumps({"text": text(random.Random(i).choice([0, 40, 900, 9000]), i)}) for i in range(60)]
+    (folder / "rows.jsonl").write_text("\n".join(rows))
+    (folder / "packed.jsonl.gz").write_bytes(gzip.compress("\n\n".join(rows[::-1]).encode()))
+    return folder
+
+
+def corpus(folder, cache, tokenizer=BYTES, workers=1, **options):
+    return TextCorpus(Documents(str(folder), cache), tokenizer, workers, **options)
+
+
+def content(corpus):
+    return {name: (corpus.folder / name).read_bytes() for name in ("tokens.bin", "documents.npy", "manifest.json")}
+
+
+def test_cuts_change_no_token(books, tmp_path, monkeypatch):
+    """A text's stretches and a file's parts have the tokens of the whole."""
+    tokenizer = load_tokenizer({"bpe": 280}, [Documents(str(books), tmp_path / "cache")])
+    whole = [content(corpus(books, tmp_path / "whole", of)) for of in (BYTES, tokenizer)]
+    monkeypatch.setattr(reading, "STRETCH", 2000)
+    monkeypatch.setattr(reading, "_LONGEST", 8000)
+    monkeypatch.setattr(documents, "PART", 9000)
+    assert len(Documents(str(books), tmp_path / "cut").parts) > 10
+    assert [content(corpus(books, tmp_path / "cut", of)) for of in (BYTES, tokenizer)] == whole
+    assert not [*(tmp_path / "cut" / "shards").iterdir()]
+
+
+def test_a_text_without_lines_is_cut_too(monkeypatch):
+    monkeypatch.setattr(reading, "STRETCH", 10)
+    monkeypatch.setattr(reading, "_LONGEST", 40)
+    long = "ü" * 95 + "a\nb" + "x" * 9
+    for size in (1, 7, 1000):
+        chunks = [long[i : i + size] for i in range(0, len(long), size)]
+        assert [*reading.stretches(chunks)] == [("ü" * 40, False)] * 2 + [
+            ("ü" * 15 + "a\n", False),
+            ("b" + "x" * 9, True),
+        ]
+
+
+@pytest.mark.parametrize("form", ["txt", "txt.gz", "jsonl"])
+@pytest.mark.parametrize("large", [False, True])
+def test_the_only_document_is_cut_at_the_same_characters(tmp_path, monkeypatch, form, large):
+    whole = text(50_000) if large else "aü世"
+    data = (json.dumps({"text": whole}) if form == "jsonl" else whole).encode()
+    (tmp_path / f"one.{form}").write_bytes(gzip.compress(data) if form.endswith("gz") else data)
+    monkeypatch.setattr(reading, "STRETCH", 900)
+    monkeypatch.setattr(documents, "PART", 7000)
+    found = corpus(tmp_path / f"one.{form}", tmp_path / "cache")
+    pieces = [bytes(ids[:-1].tolist()).decode() for split in SPLITS for _, ids in found.documents(split)]
+    cuts = [len(whole) * 90 // 100, len(whole) * 95 // 100]
+    assert pieces == [whole[: cuts[0]], whole[cuts[0] : cuts[1]], whole[cuts[1] :]]
+
+
+def test_memory_does_not_grow_with_a_file(tmp_path):
+    """It is a constant of some MB, here less than the file, whose text alone was held twice before."""
+    with (tmp_path / "a.txt").open("w") as file:
+        for _ in range(30):
+            file.write("a line of text\n" * (2**20 // 15))
+    (tmp_path / "b.jsonl").write_text('{"text": "another"}\n' * 9)
+    tracemalloc.start()
+    corpus(tmp_path, tmp_path / "cache")
+    assert tracemalloc.get_traced_memory()[1] < 15 * 2**20
+
+
+def killed(folder, cache, after):
+    """Encode in a process of its own, and kill it once `after` shards are there."""
+    code = (
+        "import sys\n"
+        "from memlm.data import documents, encoding, text, byte_tokenizer\n"
+        "documents.PART = 9000\n"
+        "text.TextCorpus(documents.Documents(sys.argv[1], sys.argv[2]), byte_tokenizer(), 2)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder), str(cache)])
+    while len([*(cache / "shards").glob("*.json")]) < after and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+
+
+def test_workers_and_stops_change_nothing(books, tmp_path, monkeypatch):
+    """Two processes, one killed after some shards, and one that goes on, make the files that one process makes; the
+    workers end with their parent; what was finished is not encoded again.
+    """
+    monkeypatch.setattr(documents, "PART", 9000)
+    alone = content(corpus(books, tmp_path / "alone"))
+    cache = tmp_path / "cache"
+    killed(books, cache, 5)
+    before = {path: path.stat().st_mtime_ns for path in (cache / "shards").glob("*.json")}
+    assert len(before) >= 5
+    damaged = min(before)
+    damaged.with_suffix(".bin").write_bytes(b"?")
+    made, shares = [], []
+    write = Encoding._write
+    monkeypatch.setattr(Encoding, "_write", lambda self, name, *rest: (made.append(name), write(self, name, *rest))[1])
+    assert content(corpus(books, cache, report=lambda done, total: shares.append(done / total))) == alone
+    assert not {path.stem for path in before} - {damaged.stem} & {*made} and damaged.stem in made
+    assert shares == sorted(shares) and shares[-1] == 1
+    (books / "broken.jsonl").write_text('{"text": "a"}\n{"text": 1}\n')
+    with pytest.raises(ValueError, match=r'broken\.jsonl, line 2: no string "text" in JSON and UTF-8'):
+        corpus(books, cache, workers=2)
