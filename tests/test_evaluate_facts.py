@@ -14,6 +14,7 @@ from memlm.evaluation import run as evaluate
 from memlm.evaluation.data import Examined, examine, texts
 from memlm.evaluation.measures import measures
 from memlm.evaluation.run import _check_measurable
+from memlm.evaluation.runs import grouped
 from memlm.hub import load_model
 from memlm.training import run as train
 from tests.conftest import composed
@@ -206,6 +207,13 @@ def test_runs_of_several_seeds_and_tokenizers_are_compared(runs, tmp_path, capsy
         carried[2] - sum(carried[:2]) / 2, abs=1e-9
     )
     assert both["state_bytes"] == cells[0]["bytes"] > 0 and both["flops"] > 0
+    # An earlier version, whose FLOPs are counted again where the checkpoint is, and unknown elsewhere.
+    for name, model in (("bytes", found["bytes"]["none"]), ("long", found["long"]["none"] | {"checkpoint": "gone"})):
+        old = json.loads((tmp_path / f"{name}.json").read_text())
+        old |= {"schema": 1, "models": {"none": model | {"flops": 1.0}}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(old))
+    rows, *_ = grouped([tmp_path / f"{name}.json" for name in ("bytes", "long")])
+    assert [next(iter(row.facts.values()))["flops"] for row in rows] == [both["flops"], None]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "bits per byte" in page and (tmp_path / "out" / "plots" / "text-text.png").exists()
 

@@ -139,7 +139,7 @@ def test_every_evaluation_has_its_folder_and_measured_parts_are_measured_once(co
     assert (
         found["parted"]["a"]["a"] == [1, 2] and found["missing"] == {} and set(found["seconds"]) == {*"abc", "whole"}
     )
-    assert first["schema"] == 1 and "evaluate.py 'name=a b'" in first["command"]
+    assert first["schema"] == storage.SCHEMA and "evaluate.py 'name=a b'" in first["command"]
     (folder,) = [path for path in counted.out.glob("*-*") if path.is_dir()]
     assert (counted.out / "latest").resolve() == folder.resolve() and folder.name == first["of"]
     records = [json.loads(x) for x in (folder / "records" / "run" / "b.jsonl").read_text().splitlines()]

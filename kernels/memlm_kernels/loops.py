@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 
 from memlm_kernels.backend import outside_autocast
 
@@ -173,5 +173,8 @@ def _count_flops(op: Any, run: Callable[..., list[Tensor]]) -> None:
     register_flop_formula(op, get_raw=True)(flops)
 
 
+# torch counts these products only where they make a new tensor.
+flop_registry.setdefault(torch.ops.aten.baddbmm_, flop_registry[torch.ops.aten.baddbmm])
+flop_registry.setdefault(torch.ops.aten.addmm_, flop_registry[torch.ops.aten.addmm])
 _count_flops(torch.ops.memlm.loop, _run)
 _count_flops(torch.ops.memlm.loop_backward, _run_backward)

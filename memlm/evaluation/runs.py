@@ -4,15 +4,19 @@ import glob
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from memlm import files
+from memlm.configuration import MemLMConfig
 from memlm.evaluation import storage
 from memlm.evaluation.figures import Figure
 from memlm.evaluation.measures import Measure, measures
 from memlm.evaluation.subject import differences, flat
+from memlm.flops import count_flops
+from memlm.hub.causal import read_config
 from memlm.settings import require
 from memlm.training.resume import DEFAULTS
 
@@ -92,6 +96,8 @@ def grouped(paths: Sequence[Path]) -> tuple[list[Runs], list[str], list[str]]:
         keys = [(name, _canonical(these)) for these in (settings, whole)]
         row = next((rows[key] for key in keys if key in rows), None) or Runs(name, settings)
         rows |= dict.fromkeys(keys, row)
+        if not row.facts and facts["schema"] == 1:
+            facts = facts | {"flops": _flops(facts, path)}
         if row.facts.setdefault(seed, facts).get("weights") != facts.get("weights"):
             notes.append(f"{told}: other weights than in {row.files[seed][0]}, which counts")
             continue
@@ -128,8 +134,8 @@ def _step(facts: Mapping[str, Any]) -> int:
 def _models(path: Path) -> Iterator[tuple[str, dict[str, Any], list[Figure], list[str]]]:
     """Name, facts and figures of each model of results.json, and a line for each measure without figures."""
     results = files.read_json(path)
-    fix = f"its schema is {results['schema']}, this version reads {storage.SCHEMA}"
-    require(results["schema"] == storage.SCHEMA, fix)
+    fix = f"its schema is {results['schema']}, this version reads 1 to {storage.SCHEMA}"
+    require(results["schema"] in range(1, storage.SCHEMA + 1), fix)
     evaluation = dict(results["evaluation"])
     seed, _ = evaluation.pop("seed"), evaluation.pop("memory_off")
     chosen = measures(evaluation)
@@ -147,7 +153,22 @@ def _models(path: Path) -> Iterator[tuple[str, dict[str, Any], list[Figure], lis
         bare = [one for one in used if type(one).figures is Measure.figures]
         left_out = [f"{one.name} is not compared: {one.apart}." for one in bare]
         control = re.fullmatch(r"control \((.*)\)", name)
-        yield control[1] if control else name, model, figures, left_out
+        facts = model | {"schema": results["schema"]}
+        yield control[1] if control else name, facts, figures, left_out
+
+
+def _flops(facts: Mapping[str, Any], path: Path) -> float | None:
+    """Those of a model of memlm whose checkpoint is here, counted again; path: of the results."""
+    length = facts["settings"].get("data.seq_len")
+    # The command ran in a folder above the run.
+    places = (folder / facts["checkpoint"] for folder in (Path(), *path.parents))
+    place = next((folder for folder in places if folder.is_dir()), None)
+    if place is None or length is None:
+        return None
+    with suppress(ValueError):
+        config = read_config(place)
+        return count_flops(config, length) if isinstance(config, MemLMConfig) else None
+    return None
 
 
 def _reason(error: Exception) -> str:

@@ -19,8 +19,8 @@ from memlm import attached, files
 from memlm.data import fingerprint
 from memlm.fingerprint import digest_of, stored
 
-# Version of the form of results.json.
-SCHEMA = 1
+# Version of the form of results.json. 1 left products in place out of a model's FLOPs.
+SCHEMA = 2
 LATEST, MEASURED = "latest", "measured"
 
 

@@ -15,7 +15,7 @@ from memlm import attached, files
 from memlm.configuration import MemLMConfig
 from memlm.data import fingerprint, is_byte_tokenizer
 from memlm.evaluation.storage import weights
-from memlm.flops import count_flops, count_parameters
+from memlm.flops import count_flops, count_flops_of, count_parameters
 from memlm.hub import load_tokenizer
 from memlm.hub.causal import kinds, load_any
 from memlm.reader import bytes_after
@@ -83,8 +83,9 @@ class Subject:
         """FLOPs of a token, and bytes of the memory of a text, in texts of the trained length; None if unknown."""
         if (length := self.trained_length) is None:
             return {"flops": None, "state_bytes": None}
-        own = isinstance(self.model.config, MemLMConfig)
-        flops = count_flops(self.model.config, length) if own else None
+        config = self.model.config
+        own = isinstance(config, MemLMConfig)
+        flops = count_flops(config, length) if own else count_flops_of(self.model, length)
         return {"flops": flops, "state_bytes": bytes_after(self.model, length)}
 
     def _tokens_seen(self) -> int | None:
