@@ -28,6 +28,9 @@ from memlm.settings import require, suggest
 _MISTAKES = (ValueError, OSError, HydraException, OmegaConfBaseException, YAMLError, RecursionError)
 TRACED = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
+# A dict of the evaluation, as an argument.
+_DICT = re.compile(r"(eval\.[\w.]+=)\s*\{")
+
 # Keys of earlier versions, and their replacements.
 _GONE = {
     "train.gradient_accumulation": "train.batch_size is all rows of a step, train.micro_batch_size those of a forward"
@@ -120,9 +123,27 @@ def open_settings(argv: list[str]) -> list[str]:
     """``argv``, where settings of a mixer and of the evaluation that no YAML names can be set too.
 
     Hydra refuses keys that no YAML names; the mixer's own configuration, or the measures, then check whether they
-    exist.
+    exist. It also merges a dict into that of the YAML: one of the evaluation is emptied first, so that
+    ``eval.ask={mqar: {}}`` asks this task alone.
     """
-    return [f"++{a}" if re.match(r"(model\.mixers\.\w+\.\w+|eval\.[\w.]+)=", a) else a for a in argv]
+    opened = []
+    for argument in argv:
+        setting = re.match(r"(model\.mixers\.\w+\.\w+|eval\.[\w.]+)=", argument)
+        if found := _DICT.match(argument):
+            opened.append(f"++{found[1]}null")
+        opened.append(f"++{argument}" if setting else argument)
+    return opened
+
+
+def typed(argv: list[str]) -> list[str]:
+    """The arguments of the evaluation before ``open_settings``."""
+    found: list[str] = []
+    for argument in argv:
+        own = argument.removeprefix("++") if argument.startswith("++eval.") else argument
+        if (given := _DICT.match(own)) and found[-1:] == [f"{given[1]}null"]:
+            found.pop()
+        found.append(own)
+    return found
 
 
 def of_memory(cfg: DictConfig, hydra: DictConfig) -> DictConfig:

@@ -9,7 +9,7 @@ from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
 from memlm import MemLMConfig, MemLMForCausalLM, cli
-from memlm.cli import one_line, use_gpu_preset
+from memlm.cli import one_line, open_settings, use_gpu_preset
 from memlm.data import MQAR, Passkey, byte_tokenizer
 from memlm.evaluation.measures import measures
 from memlm.evaluation.tasks import Setting
@@ -45,6 +45,23 @@ def test_every_evaluation_composes_and_its_tasks_take_their_settings(choice):
     setting = Setting(byte_tokenizer(), 0)
     for task in asked.tasks:
         task.check(setting)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "asked"),
+    [
+        (["eval=state", "eval.ask={mqar: {}}"], {"mqar": {}}),
+        (["eval=recall", "eval.ask= {mqar: {gap: 0.5}}"], {"mqar": {"gap": 0.5}}),
+        (["eval=recall", "eval.ask.mqar={gap: 0.5}", "eval.ask.mqar.rows=2"], {"mqar": {"gap": 0.5, "rows": 2}}),
+        (["eval=recall", "eval.ask.mqar.num_pairs=4"], {"mqar": {"num_pairs": 4, "forms": ["own", "zoology"]}}),
+        (["eval=recall", "+eval.ask.order={}"], {"order": {}, "mqar": {"num_pairs": 8, "forms": ["own", "zoology"]}}),
+        (["eval.ask.mqar={}"], {"mqar": {}}),
+    ],
+)
+def test_tasks_that_a_command_names_replace_those_of_the_choice(arguments, asked):
+    found = OmegaConf.to_container(composed(*open_settings(arguments), config="evaluate").eval.ask)
+    alone = any("eval.ask=" in argument for argument in arguments)
+    assert found == asked if alone else asked.items() <= found.items()
 
 
 def test_the_default_model_is_small():

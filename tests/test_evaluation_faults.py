@@ -166,5 +166,5 @@ def test_runs_of_one_configuration_share_a_row_and_those_of_other_weights_do_not
     assert note == f"{tmp_path}/1.json: run, seed 0: other weights than in {tmp_path}/0.json, which counts"
     _, _, (note,) = rows({"seed": 0, "base": "a", "missing": {"text": "no text"}})
     assert note == f"{tmp_path}/0.json: run, seed 0: text is missing: no text"
-    _, (line,), _ = rows({"seed": 0, "base": "a"}, schema=2)
-    assert line == f"{tmp_path}/0.json: its schema is 2, this version reads 1; evaluate the run again"
+    _, (line,), _ = rows({"seed": 0, "base": "a"}, schema=3)
+    assert line == f"{tmp_path}/0.json: its schema is 3, this version reads 1 to 2; evaluate the run again"

@@ -420,6 +420,7 @@ def test_an_evaluation_names_its_policies_and_shows_scores_by_budget():
 
 def test_the_command_of_an_evaluation_is_kept_as_it_was_typed(monkeypatch):
     typed = ["eval=policies", "eval.policy={kind: recent, budget: 9}", "+eval.ask.mqar.gap=0.5", "seed=1"]
+    typed += ["eval.ask=null", "eval.lengths=[8]", "eval.ask={}", "memory.x={}", "eval.policy=null"]
     monkeypatch.setattr("sys.argv", ["evaluate.py", *open_settings(typed)])
     assert shlex.split(storage.command()) == ["python", "evaluate.py", *typed]
 

@@ -16,6 +16,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from memlm import attached, files
+from memlm.cli import typed
 from memlm.data import fingerprint
 from memlm.fingerprint import digest_of, stored
 
@@ -26,8 +27,7 @@ LATEST, MEASURED = "latest", "measured"
 
 def command() -> str:
     """The command line of this process, quoted for a shell."""
-    # As it was typed, before ``cli.open_settings``.
-    words = [word.removeprefix("++") if word.startswith("++eval.") else word for word in sys.argv]
+    words = typed(sys.argv)
     return shlex.join(["python", *words] if words[0].endswith(".py") else words)
 
 
