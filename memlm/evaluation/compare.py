@@ -12,7 +12,6 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.table import Table as Shown
 
 from memlm import files
 from memlm.evaluation import plots, storage
@@ -20,6 +19,7 @@ from memlm.evaluation.figures import Figure, Topic, Units
 from memlm.evaluation.measures import Table
 from memlm.evaluation.report import Report
 from memlm.evaluation.runs import FOLDERS, Runs, find, grouped
+from memlm.evaluation.screen import shown
 from memlm.evaluation.statistics import bootstrap, of_seeds, paired, unpaired, wilson
 from memlm.evaluation.subject import differences, flat
 from memlm.settings import require
@@ -53,13 +53,13 @@ def compare(cfg: DictConfig) -> bool:
     results["notes"] = notes + _uneven(found["rows"]) + _asked_otherwise(rows)
     tables = {"models": _models(found), **_tables(found)}
     report = _page(results, tables)
+    # The page has the range of the seeds too.
+    tables |= _tables(found, seeds=False)
     path = report.write(out)
     files.write(out / "compare.json", json.dumps(results, indent=1, default=str))
     for header, body in tables.values():
-        shown = Shown(*header)
-        for row in body:
-            shown.add_row(*row)
-        console.print(shown)
+        for part in shown(header, body, console.width):
+            console.print(part)
     for note in results["notes"]:
         console.print(note, markup=False)
     console.print(f"{len(rows)} rows; results: {path}", markup=False)
@@ -215,8 +215,8 @@ def _models(found: dict[str, Any]) -> Table:
     return ["model", "seeds", "tokens are", *_SIZES.values()], rows
 
 
-def _tables(found: dict[str, Any]) -> dict[str, Table]:
-    """Means and differences of each topic."""
+def _tables(found: dict[str, Any], seeds: bool = True) -> dict[str, Table]:
+    """Means and differences of each topic; seeds: with the range of each cell's seeds."""
     tables: dict[str, Table] = {}
     for name, topic in found["topics"].items():
         lines = _lines(found, name)
@@ -226,7 +226,7 @@ def _tables(found: dict[str, Any]) -> dict[str, Table]:
             of_column = {cell["across"]: cell for cell in cells}
             per_kb = [cell["above_chance_per_kb"] for cell in cells]
             mean = [] if not topic["share"] else ["" if None in per_kb else f"{sum(per_kb) / len(per_kb):.4f}"]
-            values.append([label, *(_told(of_column[x]) if x in of_column else "" for x in across), *mean])
+            values.append([label, *(_told(of_column[x], seeds) if x in of_column else "" for x in across), *mean])
             if any("difference" in cell for cell in cells):
                 row = [of_column.get(x, {}).get("difference") for x in across]
                 differences.append([label, *("" if d is None else _told_difference(d) for d in row)])
@@ -252,12 +252,11 @@ def _lines(found: dict[str, Any], topic: str) -> dict[str, list[dict[str, Any]]]
     return lines
 
 
-def _told(cell: dict[str, Any]) -> str:
+def _told(cell: dict[str, Any], seeds: bool) -> str:
     interval = f" ({_short(cell['low'])} to {_short(cell['high'])})" if math.isfinite(cell["low"]) else ""
-    seeds = list(cell["seeds"].values())
-    return f"{_short(cell['value'])}{interval}" + (
-        f"; seeds {_short(min(seeds))} to {_short(max(seeds))}" if len(seeds) > 1 else ""
-    )
+    values = list(cell["seeds"].values())
+    spread = f"; seeds {_short(min(values))} to {_short(max(values))}" if seeds and len(values) > 1 else ""
+    return f"{_short(cell['value'])}{interval}{spread}"
 
 
 def _told_difference(difference: dict[str, Any]) -> str:

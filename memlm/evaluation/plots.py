@@ -6,6 +6,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import itertools
+import textwrap
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -32,7 +33,7 @@ def needle_map(grids: dict[str, list[dict]], training_length: int | None) -> Fig
         image = _heat(axis, values, depths, lengths, vmin=0, vmax=1)
         axis.set_yticks(range(len(depths)), [f"{100 * d:.0f} %" for d in depths])
         axis.set_xlabel("length of the text, tokens")
-        axis.set_title(name, fontsize=11)
+        axis.set_title(_wrapped(name, 4.0, 11), fontsize=11)
         if training_length in lengths:
             edge = lengths.index(training_length) + 0.5
             axis.axvline(edge, color="black", linestyle="--", linewidth=1.5)
@@ -306,12 +307,18 @@ def _asked_map(task: Any, view: Any, results: dict[str, list[dict]], rows: list[
         image = _heat(axis, values, rows, columns, vmin=low, vmax=high)
         axis.tick_params(axis="x", labelrotation=45, labelsize=8)
         axis.set_xlabel(view.across)
-        axis.set_title(name, fontsize=9)
+        axis.set_title(_wrapped(name, (size[0] - 2.2) / len(results), 9), fontsize=9)
     axes[0][0].set_ylabel(view.down)
     bar = figure.colorbar(image, ax=axes[0].tolist(), label=view.label)
     floors = {name: floor for name, floor in view.floors.items() if not isinstance(floor, Mapping)}
     for (_, floor), style in zip(floors.items(), itertools.cycle((":", "--", "-."))):
         bar.ax.axhline(floor, color="black", linestyle=style, linewidth=1.5)
     told = "; ".join(f"{name} {floor:.3f}" for name, floor in floors.items())
-    figure.suptitle(task.title + (f" ({told}: line in the bar)" if told else ""), fontsize=10)
+    title = task.title + (f" ({told}: line in the bar)" if told else "")
+    figure.suptitle(_wrapped(title, size[0], 10), fontsize=10)
     return figure
+
+
+def _wrapped(title: str, inches: float, points: int) -> str:
+    """A title in lines of at most so many inches; a letter is 0.6 of the font's size wide."""
+    return textwrap.fill(title, max(10, int(72 * inches / (0.6 * points))))

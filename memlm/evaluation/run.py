@@ -15,7 +15,6 @@ import torch
 import transformers
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from rich.table import Column, Table
 
 import memlm
 from memlm import files
@@ -35,6 +34,7 @@ from memlm.evaluation.measures import Measure, measures
 from memlm.evaluation.page import page, tables
 from memlm.evaluation.parts import Parts
 from memlm.evaluation.progress import Progress
+from memlm.evaluation.screen import shown
 from memlm.evaluation.subject import differences, load_subject
 from memlm.hub.causal import longest
 from memlm.settings import check_type, require
@@ -111,10 +111,8 @@ def _run(cfg: DictConfig) -> bool:
     files.write(out / "results.json", json.dumps(results, indent=1, default=str))
     storage.point_to(out)
     for header, rows in tables(results, chosen).values():
-        table = Table(*(Column(name, overflow="fold") for name in header))
-        for row in rows:
-            table.add_row(*row)
-        progress.console.print(table)
+        for part in shown(header, rows, progress.console.width):
+            progress.console.print(part)
     progress.say(f"{results['seconds']:.0f} s; results: {path}")
     return not missing and not left_out
 
