@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from typing import Any
 DIGESTS = "digests.json"
 # The weights of a checkpoint, in one file, or in several with an index.
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# The folder of a checkpoint with the parts of processes that share the parameters.
+PARTS = "sharded"
 # A page for readers, which a user may edit.
 CARD = "README.md"
 
@@ -113,10 +115,25 @@ def seal(folder: Path) -> None:
     """
     apart = (folder / DIGESTS, folder / CARD)
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path not in apart]
-    digests = {path.relative_to(folder).as_posix(): [path.stat().st_size, digest(path)] for path in files}
+    digests = {path.relative_to(folder).as_posix(): _entry(path) for path in files}
     for path in [*files, *(path for path in folder.rglob("*") if path.is_dir())]:
         sync(path)
     write(folder / DIGESTS, json.dumps(digests, indent=1))
+
+
+def add_to_seal(folder: Path, files: Iterable[Path]) -> None:
+    """Move files into a sealed folder, each in one step, and add their digests."""
+    digests = read_json(folder / DIGESTS)
+    for path in files:
+        digests[path.name] = _entry(path)
+        sync(path)
+        path.replace(folder / path.name)
+    sync(folder)
+    write(folder / DIGESTS, json.dumps(digests, indent=1))
+
+
+def _entry(path: Path) -> list[int | str]:
+    return [path.stat().st_size, digest(path)]
 
 
 def is_sealed(folder: Path) -> bool:
@@ -130,7 +147,7 @@ def check_seal(folder: Path) -> None:
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{path}: missing")
-        if [path.stat().st_size, digest(path)] != entry:
+        if _entry(path) != entry:
             raise ValueError(f"{path}: damaged; its content is not the one that was written")
 
 

@@ -2,18 +2,23 @@
 
 import multiprocessing
 import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import memlm.training
 from memlm.cli import leave_group
+from memlm.training import tracking
 
 
 def run(work, size, folder, *arguments):
     """Results of ``work(rank, size, *arguments)``, a function of a module, on ``size`` processes."""
     # One process imports everything, and the others are copies of it.
-    multiprocessing.set_forkserver_preload(["tests.conftest"])
+    multiprocessing.set_forkserver_preload(["tests.ranks"])
     mp.start_processes(_start, (size, folder, work, arguments), nprocs=size, start_method="forkserver")
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(size)]
 
@@ -27,3 +32,23 @@ def _start(rank, size, folder, work, arguments):
     torch.save(work(rank, size, *arguments), folder / f"rank{rank}.pt")
     dist.barrier()
     leave_group()
+
+
+def train(cfg, size=1, prepare=None):
+    """Train on ``size`` processes, with all digits in ``metrics.jsonl``.
+
+    prepare: a function of a module, called first on each of several processes
+    """
+    if size == 1:
+        _train(0, 1, cfg, prepare)
+        return
+    with TemporaryDirectory() as folder:
+        run(_train, size, Path(folder), cfg, prepare)
+
+
+def _train(rank, size, cfg, prepare):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracking, "_short", lambda value: value)
+        if prepare:
+            prepare(patch)
+        memlm.training.run(cfg)

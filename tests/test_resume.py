@@ -236,7 +236,10 @@ def test_what_is_not_a_state_is_named(tmp_path):
 
 FREE = {
     *("name", "run_dir", "data.cache_dir", "data.tokenizer", "tracker.name", "tracker.project"),
-    *(f"hardware.{name}" for name in ("device", "mixed_precision", "compile", "kernels")),
+    *(
+        f"hardware.{name}"
+        for name in ("device", "mixed_precision", "compile", "kernels", "shard", "sequence_parallel")
+    ),
     *(f"train.{name}" for name in ("micro_batch_size", "gradient_checkpointing", "validation_batches", "keep")),
     *("train.log_every", "train.validate_every", "train.save_every"),
 }

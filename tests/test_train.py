@@ -24,6 +24,7 @@ from memlm.training.optim import Muon, build_optimizers, parameter_groups
 from memlm.training.settings import OptimSettings
 from memlm_kernels.testing import assert_close, relative_error
 from tests.conftest import ROOT, build, composed
+from tests.ranks import train
 from tests.runs import SMALL, config, figures, stopped, trainer
 
 
@@ -396,10 +397,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, capsys):
 
 def test_two_processes_train_what_the_loss_does_not_reach(tmp_path):
     """Plain text gives no gradient to a router of documents."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    options = [*SMALL, "memory=msa", "train.steps=2", "train.batch_size=2", f"run_dir={tmp_path}/run"]
-    done = subprocess.run([*command, str(ROOT / "train.py"), *options], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    train(config(tmp_path, "memory=msa", "train.steps=2", "train.batch_size=2"), 2)
 
 
 def test_muon_is_torchs_but_for_rounding():

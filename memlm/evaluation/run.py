@@ -302,7 +302,7 @@ def _unfit(measure: Measure, one: Examined) -> str | None:
 
 
 def _device(hardware: DictConfig) -> torch.device:
-    for key, kept in (("mixed_precision", ("auto", "no")), ("compile", (False,))):
+    for key, kept in (("mixed_precision", ("auto", "no")), ("compile", (False,)), ("shard", (None,))):
         value = hardware[key]
         require(value in kept, f"hardware.{key}={value!r}: a model is evaluated as its checkpoint is; leave it out")
     if hardware.device not in ("auto", "cpu", "cuda"):

@@ -8,6 +8,8 @@ Files:
     lengths             a curriculum of lengths
     optim               Muon, AdamW, the schedule
     ema                 a moving average of the weights
+    shards              tensors that processes share
+    sharding            parameters that processes share, by torch's FSDP2
     model               the model of a run: a new decoder, or a backbone with a memory
     match               sizes equal to those of another memory
     trainable           the parameters that a run trains
@@ -18,6 +20,7 @@ Files:
     plan                sizes, memory and hours of a run, before it begins
     footprint           the memory of a step, from tensors without data
     devices             speeds and memories of GPUs
+    sharded_checkpoint  checkpoints of parameters that processes share
     resume              checks whether a checkpoint belongs to the requested run
     interrupt           signals
     sweep               members of a sweep, one process each

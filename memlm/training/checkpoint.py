@@ -11,7 +11,8 @@ Checkpoints of versions without digests have only the model, the tokenizer and `
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,28 @@ def _set_aside(folder: Path) -> Path:
     return aside
 
 
+@contextmanager
+def new(run_dir: Path, step: int, keep: int) -> Iterator[Path]:
+    """A folder to fill with checkpoint ``step``. After the block it is complete, ``latest`` points at it, and all but
+    the newest ``keep`` are removed.
+
+    If the block fails, for example on a full disk, the earlier checkpoints are unchanged.
+    """
+    folder = run_dir / "checkpoints" / f"step_{step:06d}"
+    try:
+        if folder.exists():
+            _set_aside(folder)
+        with files.new_folder(folder) as partial:
+            yield partial
+        files.write(folder.parent / "latest", folder.name)
+    except Exception as error:
+        # Libraries wrap system errors in their own exceptions; tokenizers raises a bare Exception.
+        raise OSError(f"{folder}: could not be written ({error}); free disk space and run the same command") from error
+    for old in sorted(_checkpoints(run_dir), key=_step)[:-keep]:
+        # A partly removed checkpoint must not keep its name.
+        shutil.rmtree(old.rename(old.with_name(f"{old.name}.partial-old")), ignore_errors=True)
+
+
 def save(
     run_dir: Path,
     step: int,
@@ -131,33 +154,27 @@ def save(
     keep: int,
     ema: WeightAverage | None = None,
 ) -> Path:
-    """Write checkpoint ``step``, then point ``latest`` at it, then remove all but the newest ``keep``.
+    """Write checkpoint ``step``, and return its folder; see ``new``, and ``describe`` for the arguments."""
+    with new(run_dir, step, keep) as partial:
+        model.save_pretrained(partial)
+        if ema:
+            ema.save(partial)
+        describe(partial, tokenizer, trainer, record)
+    return run_dir / "checkpoints" / f"step_{step:06d}"
+
+
+def describe(
+    partial: Path, tokenizer: PreTrainedTokenizerBase, trainer: dict[str, Any], record: Mapping[str, str]
+) -> None:
+    """Write all files of a checkpoint but those of the model.
 
     record: further text files, among them ``run.json``
-
-    If it fails, for example on a full disk, the earlier checkpoints are unchanged.
     """
-    folder = run_dir / "checkpoints" / f"step_{step:06d}"
-    try:
-        if folder.exists():
-            _set_aside(folder)
-        with files.new_folder(folder) as partial:
-            model.save_pretrained(partial)
-            save_tokenizer(tokenizer, partial)
-            torch.save(trainer, partial / "trainer.pt")
-            if ema:
-                ema.save(partial)
-            for name, text in record.items():
-                (partial / name).write_text(text, encoding="utf-8")
-            card.write(partial, run=partial)
-        files.write(folder.parent / "latest", folder.name)
-    except Exception as error:
-        # Libraries wrap system errors in their own exceptions; tokenizers raises a bare Exception.
-        raise OSError(f"{folder}: could not be written ({error}); free disk space and run the same command") from error
-    for old in sorted(_checkpoints(run_dir), key=_step)[:-keep]:
-        # A partly removed checkpoint must not keep its name.
-        shutil.rmtree(old.rename(old.with_name(f"{old.name}.partial-old")), ignore_errors=True)
-    return folder
+    save_tokenizer(tokenizer, partial)
+    torch.save(trainer, partial / "trainer.pt")
+    for name, text in record.items():
+        (partial / name).write_text(text, encoding="utf-8")
+    card.write(partial, run=partial)
 
 
 def load_trainer(folder: Path) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from memlm.training.shards import divided
+
 NAME = "ema.safetensors"
 
 
@@ -23,7 +25,7 @@ class WeightAverage:
         self.averages = {name: p.detach().float().clone() for name, p in self._weights.items()}
         if folder is not None:
             for name, saved in load_file(folder / NAME).items():
-                self.averages[name].copy_(saved)
+                self.averages[name].copy_(divided(saved, self.averages[name]))
 
     @torch.no_grad()
     def update(self, step: int) -> None:

@@ -31,6 +31,9 @@ from memlm.training.objective import Objective, Score, model_inputs, score
 from memlm.training.optim import build_optimizers, lr_factor, set_lr
 from memlm.training.preparing import Preparing
 from memlm.training.settings import HardwareSettings, RunSettings
+from memlm.training.sharded_checkpoint import Saver, State, consolidate, distribute, has_parts, skeleton
+from memlm.training.sharding import Sharding
+from memlm.training.shards import whole
 from memlm.training.tracking import Tracker, is_validated
 from memlm_kernels import set_backend
 
@@ -58,6 +61,7 @@ class Trainer:
         self.run_settings, self.optim, self.accelerator = settings, settings.optim, accelerator
         self.owners = sequence.rows_of(settings.hardware.sequence_parallel, accelerator.num_processes)
         self.forwards = self.settings.forwards(self.owners)
+        sharers = settings.hardware.sharers(accelerator.num_processes)
         accelerator.gradient_accumulation_steps = self.forwards
         self.display, self.shown = Display(self.settings.steps, accelerator.is_main_process), dict[str, str]()
         self.folder = self._find_checkpoint()
@@ -86,18 +90,29 @@ class Trainer:
             self.model, self.settings.trainable
         )
         trainable.train_only(self.model, self.trained)
+        compiled = settings.hardware.compile
+        self.sharding = Sharding(self.model, accelerator, sharers, compiled) if sharers > 1 else None
         self.optimizers = build_optimizers(self.model, self.optim)
-        if self.trainer_state:
+        in_parts = self.folder is not None and has_parts(self.folder)
+        if self.trainer_state and not in_parts:
             for optimizer, state in zip(self.optimizers, self.trainer_state["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
+            distribute(self.optimizers)
         if any(getattr(module, "without_gradient", None) for module in self.model.modules()):
             # Otherwise ranks may wait for gradients that never come.
             accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         objective = Objective(self.model, self.settings.lm_weight, self.settings.z_loss)
-        if settings.hardware.compile:
+        if compiled and not self.sharding:
             objective.compile()
-        self.objective, *self.optimizers = accelerator.prepare(objective, *self.optimizers)
-        self.ema = WeightAverage(self.model, self.settings.ema, self.folder) if self.settings.ema else None
+        # Evaluation mode: in the precision of the run, but without DDP.
+        self.objective = accelerator.prepare_model(objective, evaluation_mode=self.sharding is not None)
+        self.optimizers = [accelerator.prepare_optimizer(optimizer) for optimizer in self.optimizers]
+        folder = None if in_parts else self.folder
+        self.ema = WeightAverage(self.model, self.settings.ema, folder) if self.settings.ema else None
+        state = State(self.model, self.optimizers, self.ema)
+        if self.folder and in_parts:
+            state.load(self.folder)
+        self.saver = Saver(state) if self.sharding else None
         if accelerator.scaler is not None and self.trainer_state and "scaler" in self.trainer_state:
             accelerator.scaler.load_state_dict(self.trainer_state["scaler"])
 
@@ -113,7 +128,7 @@ class Trainer:
     def _build_model(self) -> PreTrainedModel:
         group = self.config["model"]
         if self.folder:
-            model = load_any(self.folder)
+            model = skeleton(self.folder) if has_parts(self.folder) else load_any(self.folder)
             for tensor in chain(model.parameters(), model.buffers()):
                 # Tensors of a mapped file are aligned differently from a new model's, so sums would round differently.
                 tensor.data = tensor.data.clone()
@@ -155,11 +170,13 @@ class Trainer:
         agreement, done = Agreement(interrupt, self.accelerator.num_processes), False
         interrupt.patient = True
         try:
-            with self.display:
+            with self.display, self.saver or nullcontext():
                 if pending:
                     self._validate(tracker, agreement)
                 self._steps(tracker, agreement)
             done = not agreement.number
+            if done and self.saver and main:
+                consolidate(checkpoint.latest(self.run_dir))
         finally:
             interrupt.patient = False
             if tracker:
@@ -222,12 +239,14 @@ class Trainer:
         told: dict[str, list[Tensor]] = {}
         for batch in self._batches(self.step, "train"):
             inputs = model_inputs(batch, self.accelerator.device, self.stretches)
-            with self.accelerator.accumulate(self.objective):
+            with self.accelerator.accumulate(self.sharding or self.objective):
                 loss, rows, metrics = self.objective(**inputs, output_metrics=logged)
                 if not loss.requires_grad:
                     raise ValueError("train.trainable: no trained parameter has an effect on the loss; choose others")
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
+                    if self.sharding:
+                        self.sharding.drop_unreached()
                     norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.optim.clip)
                 for optimizer in self.optimizers:
                     optimizer.step()
@@ -241,7 +260,7 @@ class Trainer:
         if self.ema:
             self.ema.update(self.step)
         means = {name: torch.stack(values).nanmean() for name, values in told.items()}
-        return {"loss": total, "grad_norm": torch.as_tensor(norm), "rows": per_source, **means}
+        return {"loss": total, "grad_norm": whole(norm), "rows": per_source, **means}
 
     def _batches(self, step: int, split: str) -> Iterator[Batch]:
         """This process's parts of a step's batch."""
@@ -304,14 +323,16 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if tracker:
             tracker.sync()
+        state: dict[str, Any] = {"step": self.step, "trained": self.trained}
+        if self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
+        arguments = (self.tokenizer, state, self._record().texts())
+        if self.saver:
+            self.saver.save(self.run_dir, self.step, *arguments, self.settings.keep)
+        elif tracker:
+            state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
             model = self.accelerator.unwrap_model(self.objective).model
-            optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
-            state: dict[str, Any] = {"step": self.step, "optimizers": optimizers, "trained": self.trained}
-            if self.accelerator.scaler is not None:
-                state["scaler"] = self.accelerator.scaler.state_dict()
-            texts = self._record().texts()
-            keep = self.settings.keep
-            checkpoint.save(self.run_dir, self.step, model, self.tokenizer, state, texts, keep, self.ema)
+            checkpoint.save(self.run_dir, self.step, model, *arguments, self.settings.keep, self.ema)
         self.accelerator.wait_for_everyone()
 
     def _record(self) -> resume.Record:

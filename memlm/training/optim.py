@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from memlm.layers import GroupedLinear
 from memlm.training.settings import OptimSettings
+from memlm.training.shards import at_owners, local
 
 
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -33,7 +35,10 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon with Nesterov momentum, but faster: it batches matrices of equal shape, and on a CPU uses fp32."""
+    """torch's Muon with Nesterov momentum, but faster: it batches matrices of equal shape, and on a CPU uses fp32.
+
+    Matrices that processes share have one owner each, which alone orthogonalises them.
+    """
 
     # Elements orthogonalised at once: batching speeds up small matrices; large ones gain nothing.
     _AT_ONCE = 2**22
@@ -46,20 +51,26 @@ class Muon(torch.optim.Muon):
                 if p.grad is not None:
                     alike[p.device, p.dtype, p.shape].append(p)
             for (*_, shape), parameters in alike.items():
-                size = max(1, self._AT_ONCE // shape.numel())
+                owners = parameters[0].device_mesh.shape[-1] if isinstance(parameters[0], DTensor) else 1
+                size = max(1, self._AT_ONCE // shape.numel()) * owners
                 for start in range(0, len(parameters), size):
                     self._update(parameters[start : start + size], group)
 
     def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        grads = [p.grad for p in parameters]
         for p in parameters:
             self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
-        buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+        grads = [local(p.grad) for p in parameters]
+        buffers = [local(self.state[p]["momentum_buffer"]) for p in parameters]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-        updates = _orthogonalised(torch.stack(grads).lerp(torch.stack(buffers), group["momentum"]), group)
-        rows, columns = parameters[0].shape
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, updates.unbind(), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+        moves, first = torch.stack(grads).lerp(torch.stack(buffers), group["momentum"]), parameters[0]
+        if isinstance(first, DTensor):
+            updates = at_owners(moves, first, lambda x: _orthogonalised(x, group))
+        else:
+            updates = _orthogonalised(moves, group)
+        rows, columns = first.shape
+        weights = [local(p) for p in parameters]
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, updates.unbind(), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
 def _orthogonalised(x: Tensor, group: dict[str, Any]) -> Tensor:

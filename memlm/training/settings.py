@@ -1,6 +1,7 @@
 """The settings of a run, as dataclasses. Types and ranges are checked before anything is built."""
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,13 +123,17 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class HardwareSettings:
-    """See configs/hardware/auto.yaml; ``kernels`` is checked by the ops themselves."""
+    """See configs/hardware/auto.yaml; ``kernels`` is checked by the ops themselves.
+
+    shard: the number of processes that share one copy of the parameters, ``all``, or ``node``; null: each has all
+    """
 
     device: str
     mixed_precision: str
     compile: bool
     kernels: str
     sequence_parallel: int = 1
+    shard: int | str | None = None
 
     def __post_init__(self) -> None:
         require(self.device in ("auto", "cpu", "cuda"), f"device={self.device!r} is unknown; use auto, cpu or cuda")
@@ -137,6 +142,31 @@ class HardwareSettings:
         require(known, f"mixed_precision={self.mixed_precision!r} is unknown; use auto, no, bf16 or fp16")
         size = self.sequence_parallel
         require(1 <= size <= _MOST, f"sequence_parallel={size} must be at least 1, the number of processes of a row")
+        known = self.shard in (None, "all", "node") or (isinstance(self.shard, int) and self.shard > 1)
+        require(known, f"shard={self.shard!r} must be all, node, or a number of processes above 1; null for none")
+        half = self.shard and self.mixed_precision == "fp16"
+        require(not half, "mixed_precision='fp16' cannot scale the loss of shared parameters; use bf16")
+
+    def sharers(self, processes: int) -> int:
+        """The number of processes that share one copy of the parameters.
+
+        Raises ValueError, with a fix, if this many processes cannot do as asked.
+        """
+        if self.shard is None:
+            return 1
+        asked, start = f"hardware.shard={self.shard}", "start with torchrun --nproc_per_node N, or use hardware=auto"
+        require(processes > 1, f"{asked}: one process cannot share parameters; {start}")
+        here = os.environ.get("LOCAL_WORLD_SIZE")
+        told = self.shard != "node" or here is not None
+        require(told, f"{asked}: the launcher does not tell the processes of a node (LOCAL_WORLD_SIZE); use a number")
+        sharers = int(here or 0) if self.shard == "node" else processes if self.shard == "all" else int(self.shard)
+        require(
+            processes % sharers == 0,
+            f"{asked}: {processes} processes cannot be divided into groups of {sharers}; choose a divisor",
+        )
+        alone = self.shard == "node" and sharers == processes
+        require(not alone, f"{asked}: one node has all {processes} processes and no copies; use hardware=fsdp2")
+        return sharers
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,107 @@
+"""Parameters that processes share: torch's FSDP2 on each decoder layer, and on the model around the layers.
+
+accelerate calls it on GPUs only, and elsewhere trains copies without a word, so it is called here directly.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import PreTrainedModel
+
+from memlm.memory.base import MixerOutput, SequenceMixer
+from memlm.modeling import MemLMForCausalLM
+from memlm.settings import require
+from memlm.training.shards import local
+
+
+class Sharding:
+    """A model whose parameters are divided among ``size`` processes; other groups of ``size`` hold copies.
+
+    Raises ValueError, one line, if the model cannot be divided.
+    """
+
+    def __init__(self, model: PreTrainedModel, accelerator: Accelerator, size: int, compiled: bool) -> None:
+        require(
+            isinstance(model, MemLMForCausalLM),
+            f"hardware.shard: a {type(model).__name__} cannot be divided, only memlm's own decoder; use hardware=auto",
+        )
+        for name, parameter in model.named_parameters():
+            fix = "its memory has a setting without it, or use hardware=auto"
+            require(parameter.ndim > 0, f"hardware.shard: {name} is a single number, which cannot be divided; {fix}")
+        sometimes = _reached_in_some_rows(model)
+        for mixer, names in sometimes:
+            mixer.register_forward_hook(_Reached(names))
+        processes = accelerator.num_processes
+        shape = (size,) if size == processes else (processes // size, size)
+        mesh = init_device_mesh(accelerator.device.type, shape)
+        # Nothing changes a state in place.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        for layer in model.model.layers:
+            if compiled:
+                layer.compile()
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        self.model = model
+        self._sometimes = [mixer.get_parameter(name) for mixer, names in sometimes for name in names]
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backwards in the block add to the gradients of this process alone."""
+        self.model.set_requires_gradient_sync(False)
+        yield
+        self.model.set_requires_gradient_sync(True)
+
+    def drop_unreached(self) -> None:
+        """Take away gradients that no process has, so that optimisers leave these parameters as they are."""
+        if not self._sometimes:
+            return
+        reached = torch.stack([local(p.grad).any() for p in self._sometimes]).float()
+        dist.all_reduce(reached, dist.ReduceOp.MAX)
+        for parameter, is_reached in zip(self._sometimes, reached.tolist(), strict=True):
+            if not is_reached:
+                parameter.grad = None
+
+
+def _reached_in_some_rows(model: nn.Module) -> list[tuple[SequenceMixer, list[str]]]:
+    """Mixers, and their trained parameters that get a gradient from some rows only."""
+    found = []
+    for module in model.modules():
+        if isinstance(module, SequenceMixer):
+            named, trained = getattr(module, "without_gradient", ()), dict(module.named_parameters())
+            names = [name for name in named if name in trained and trained[name].requires_grad]
+            if names:
+                found.append((module, names))
+    return found
+
+
+class _Reached:
+    """A hook of a mixer: these parameters get a gradient in every backward, of zeros where there is none.
+
+    FSDP2 sums the gradients that a process has. If another has others, sums do not match, or never end.
+    """
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def __call__(self, mixer: nn.Module, inputs: Any, output: MixerOutput) -> MixerOutput:
+        parameters = (mixer.get_parameter(name) for name in self.names)
+        return output._replace(y_BTD=_ZeroGradients.apply(output.y_BTD, *parameters))
+
+
+class _ZeroGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_BTD: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.sizes = [(p.shape, p.dtype, p.device) for p in parameters]
+        return y_BTD.view_as(y_BTD)
+
+    @staticmethod
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, ...]:
+        return (d_y, *(torch.zeros(s, dtype=dtype, device=device) for s, dtype, device in ctx.sizes))

@@ -1,0 +1,124 @@
+"""Processes that share parameters take the steps of a single one, and leave checkpoints for any number of them."""
+
+import json
+import re
+import runpy
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from memlm import files
+from memlm.hub import load_model
+from memlm.training import checkpoint
+from memlm.training.settings import HardwareSettings
+from memlm.training.sharded_checkpoint import has_parts
+from tests.conftest import ROOT
+from tests.ranks import train
+from tests.runs import config, figures
+
+TINY = (
+    "data=mqar",
+    "data.seq_len=32",
+    "data.sources.mqar.num_pairs=4",
+    "train.batch_size=4",
+    "train.log_every=1",
+    "train.validate_every=10",
+    "train.validation_batches=1",
+    "train.save_every=20",
+    "model.hidden_size=32",
+    "optim.warmup_steps=2",
+)
+
+
+def tiny(folder, *overrides):
+    return config(folder, *overrides, small=TINY)
+
+
+def assert_alike(one, two):
+    for name, tolerance in {"loss": 1e-6, "grad_norm": 1e-5, "validation/mqar/loss": 1e-6}.items():
+        assert figures(two, name) == pytest.approx(figures(one, name), rel=tolerance), name
+
+
+@pytest.mark.parametrize("memory", ["titans_mag", "msa", "gated_delta_net", "mom"])
+def test_sharers_take_the_steps_of_one_process(tmp_path, memory):
+    options = (f"memory={memory}", "train.steps=20")
+    train(tiny(tmp_path / "one", *options))
+    train(tiny(tmp_path / "two", *options, "hardware=fsdp2"), 2)
+    assert_alike(tmp_path / "one", tmp_path / "two")
+
+
+def test_any_number_of_processes_goes_on_from_parts(tmp_path, monkeypatch, capsys):
+    """Two that share, one, two that share: from parts to whole state and back. The final weights are one's; two take
+    each row in a forward of its own.
+    """
+    steps, one, many = (
+        ("optim.schedule_steps=6", "train.validate_every=2", "train.ema=0.9"),
+        tmp_path / "one",
+        tmp_path / "many",
+    )
+    train(tiny(one, "train.steps=6", *steps))
+    shared = ("hardware=fsdp2", "train.save_every=1", "train.micro_batch_size=1")
+    train(tiny(many, "train.steps=2", *steps, *shared), 2)
+    first, second = (many / "run" / "checkpoints" / f"step_00000{step}" for step in (1, 2))
+    assert has_parts(first) and has_parts(second)
+    with pytest.raises(ValueError, match=r"step_000001: its weights are in parts; run python scripts/consolidate\.py"):
+        load_model(first)
+    monkeypatch.setattr(sys, "argv", ["consolidate.py", str(first)])
+    runpy.run_path(str(ROOT / "scripts" / "consolidate.py"), run_name="__main__")
+    assert capsys.readouterr().out.endswith(f"\n{first}\n")
+    for folder in (first, second):
+        load_model(folder)
+        checkpoint.check(folder)
+        assert {"model.safetensors", "ema.safetensors"} <= json.loads((folder / files.DIGESTS).read_text()).keys()
+    train(tiny(many, "train.steps=4", *steps))
+    train(tiny(many, "train.steps=6", *steps, *shared), 2)
+    assert_alike(one, many)
+    whole, parts = (folder / "run" / "checkpoints" / "step_000006" for folder in (one, many))
+    assert (whole / "config.json").read_text() == (parts / "config.json").read_text()
+    assert (whole / "generation_config.json").read_text() == (parts / "generation_config.json").read_text()
+    for file in ("model.safetensors", "ema.safetensors"):
+        expected, found = load_file(whole / file), load_file(parts / file)
+        assert found.keys() == expected.keys()
+        assert all(torch.allclose(found[name], x, atol=1e-4) for name, x in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["hardware=fsdp2"], "hardware.shard=all: one process cannot share parameters; start with torchrun"),
+        (["hardware=hsdp"], "hardware.shard=node: one process cannot share parameters; start with torchrun"),
+        (["hardware.shard=some"], "hardware.shard='some' must be all, node, or a number of processes above 1"),
+        (["hardware.shard=1"], "hardware.shard=1 must be all, node, or a number"),
+        (
+            ["hardware=fsdp2", "hardware.mixed_precision=fp16"],
+            "hardware.mixed_precision='fp16' cannot scale the loss of shared parameters; use bf16",
+        ),
+    ],
+)
+def test_one_process_shares_nothing(tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        train(tiny(tmp_path, "train.steps=1", *overrides))
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("shard", "processes", "here", "message"),
+    [
+        (3, 8, 4, "hardware.shard=3: 8 processes cannot be divided into groups of 3; choose a divisor"),
+        (16, 8, 4, "hardware.shard=16: 8 processes cannot be divided into groups of 16; choose a divisor"),
+        ("node", 8, 8, "hardware.shard=node: one node has all 8 processes and no copies; use hardware=fsdp2"),
+        ("node", 8, None, "hardware.shard=node: the launcher does not tell the processes of a node"),
+    ],
+)
+def test_groups_that_do_not_fit_are_named(monkeypatch, shard, processes, here, message):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if here is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    hardware = HardwareSettings("cpu", "no", False, "auto", shard=shard)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        hardware.sharers(processes)
+    if here == 4:
+        assert [replace(hardware, shard=s).sharers(8) for s in (None, "all", "node", 2)] == [1, 8, 4, 2]
