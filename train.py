@@ -10,6 +10,8 @@ from omegaconf import DictConfig
 from memlm.cli import check_arguments, completed, leave_group, of_memory, use_gpu_preset, user_errors
 
 CONFIGS = Path(__file__).parent / "configs"
+# A launcher starts the members of a sweep in processes whose sys.argv is its own.
+COMMAND = sys.argv
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
@@ -19,7 +21,7 @@ def main(cfg: DictConfig) -> None:
     from memlm.training.sweep import is_member, run_member
 
     if is_member():
-        run_member(cfg)
+        run_member(cfg, COMMAND)
         return
     with user_errors(CONFIGS, "train"):
         run(matched(of_memory(cfg, HydraConfig.get()), HydraConfig.get()))

@@ -314,6 +314,8 @@ def one_line(error: Exception, config_dir: Path, config: str) -> str:
         return f"{given}: there is no key {wrong!r}; {_meant(wrong, config_dir, config)}"
     if match := re.search(r"Could not find '([^']+)/([^']+)'", text):
         return _no_choice(f"{match[1]}/{match[2]}", config_dir)
+    if "hydra/launcher/submitit_" in text:
+        return "hydra/launcher: submitit is not installed; pip install -e '.[cluster]', or leave it out"
     if isinstance(error, YAMLError):
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f"{mark.name}, line {mark.line + 1}" if mark else "a YAML file"

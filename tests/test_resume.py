@@ -353,7 +353,7 @@ def test_one_process_writes_a_run(copied):
     run(smallest(copied.parent, "train.steps=6"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 @pytest.mark.parametrize("place", ["build_data", "score", "save_trainer", "first step"])
 def test_a_signal_anywhere_leaves_a_run_that_goes_on(tmp_path, monkeypatch, saved, number, place):
     """While data are built, in a validation, while a checkpoint is written, before the first checkpoint."""

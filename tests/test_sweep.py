@@ -18,12 +18,14 @@ import sys, time
 from pathlib import Path
 import hydra
 
+COMMAND = sys.argv
+
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg):
     from hydra.core.hydra_config import HydraConfig
     if HydraConfig.get().mode.name == "MULTIRUN":
         from memlm.training.sweep import run_member
-        run_member(cfg)
+        run_member(cfg, COMMAND)
         return
     Path(cfg.run_dir, "here").write_text(str(cfg.x))
     if cfg.x == 1:
