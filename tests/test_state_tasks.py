@@ -162,6 +162,26 @@ def test_the_answer_is_the_one_that_the_text_gives(name, make):
     assert kinds == expected
 
 
+def test_an_age_counts_the_pairs_since_and_a_distance_the_tokens_between_starts(make):
+    def place(ids, of, step=1):
+        (found,) = (i for i in range(0, len(of) - len(ids) + 1, step) if (of[i : i + len(ids)] == ids).all())
+        return found
+
+    for stream in make("saturation", num_values=16, num_keys=8).streams(SETTINGS["byte"]):
+        read = np.zeros(0, np.int64)
+        for event in stream:
+            if isinstance(event, Read):
+                read = np.concatenate([read, event.ids])
+                continue
+            age = (len(read) - place(event.ids[SIZES["saturation"]["gap"] :], read, 3)) // 3 - 1
+            first, _, last = event.tag["age in pairs"].partition("-")
+            assert int(first) <= age <= int(last or first) and event.tag["pairs"] == len(read) // 3
+    for read, *asks in [s for s in make("order", segment=16, distances=[16, 40]).streams(SETTINGS["byte"])][::2]:
+        for ask in asks:
+            a, b = np.split(ask.answers[0], 2)
+            assert place(b, read.ids) - place(a, read.ids) == ask.tag["distance"]
+
+
 def test_the_last_value_is_not_the_answer(make):
     """Neither that of the text, nor that of the sentences that have the question's form."""
     for read, ask in make("overwrite", rows=8).streams(SETTINGS["byte"]):
