@@ -155,8 +155,8 @@ def test_common_words_are_the_most_frequent():
 
 def test_needles_stand_at_drawn_depths_and_answers_are_of_their_keys():
     setting = Words(0)
-    places = []
     for name in ("niah_single_1", "niah_single_2", "niah_multikey_2", "niah_multiquery", "niah_multivalue"):
+        places = []
         (task,) = tasks({"ruler": {"tasks": [name]}}, [2000], 40)
         for stream in task.streams(setting):
             text, question, reply = texts(setting, stream)
@@ -168,7 +168,8 @@ def test_needles_stand_at_drawn_depths_and_answers_are_of_their_keys():
             assert len(expected) == {"niah_multiquery": 4, "niah_multivalue": 4}.get(name, 1)
             if len(held) == 1:
                 places.append(1 - text.split()[::-1].index("magic") / len(text.split()))
-    assert min(places) < 0.1 and max(places) > 0.9 and 0.35 < np.mean(places) < 0.65
+        if places:
+            assert min(places) < 0.1 and max(places) > 0.9 and 0.35 < np.mean(places) < 0.65
 
 
 def test_a_chain_is_in_order():
