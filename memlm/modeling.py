@@ -5,7 +5,7 @@ B batch, T tokens, D hidden, V vocabulary.
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -230,26 +230,28 @@ class MemLMModel(MemLMPreTrainedModel):
             if output_hidden_states:
                 hidden_states.append(x_BTD)
             state = self._state(i, x_BTD, memory, rows)
-            if self.stretches is not None:
-                key = (i, x_BTD.shape, x_BTD.dtype)
+            handed, rows_of_layer = self.stretches is not None and not layer.mixer.at_once, rows
+            if handed:
+                key, rows_of_layer = (
+                    (i, x_BTD.shape, x_BTD.dtype),
+                    rows.once("alone", lambda: replace(rows, stretches=None, made={})),
+                )
                 x_BTD, state = self.stretches.receive(key, x_BTD, state)
             if self.gradient_checkpointing and self.training and i % self.checkpointed_layers == 0:
                 # The reentrant way loses gradients of non-tensor arguments, such as states; results are equal.
-                out = self._gradient_checkpointing_func(layer.__call__, x_BTD, state, rows, use_reentrant=False)
+                out = self._gradient_checkpointing_func(
+                    layer.__call__, x_BTD, state, rows_of_layer, use_reentrant=False
+                )
             else:
-                out = layer(x_BTD, state, rows)
+                out = layer(x_BTD, state, rows_of_layer)
             x_BTD = out.y_BTD
-            if self.stretches is not None:
+            if handed:
                 x_BTD = self.stretches.send(key, x_BTD, out.state)
+                self.stretches.refuse(i, out.aux_losses)
             states.append(out.state)
             aux_losses |= {f"layer{i}/{name}": x for name, x in out.aux_losses.items()}
             metrics |= {f"layer{i}/{name}": x for name, x in out.metrics.items() if length}
         x_BTD = self.norm(x_BTD)
-        if aux_losses and self.stretches is not None and self.training:
-            raise ValueError(
-                f"sequence parallelism: {next(iter(aux_losses))} is a loss of whole rows; set its weight in "
-                "model.mixers to 0"
-            )
         if aux_losses and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             x_BTD, aux_losses = bound(x_BTD, aux_losses)
         hidden_states.append(x_BTD)
@@ -338,6 +340,7 @@ class MemLMModel(MemLMPreTrainedModel):
         if roles is not None:
             roles = roles.counted(position_ids, lengths_B)
         facts: dict[str, Any] = {"max_documents": documents, "roles": roles, "metrics": metrics}
+        facts["stretches"] = stretches
         rows = Rows(length, **before, given_BT=position_ids, lengths_B=lengths_B, **facts)
         if roles is not None and roles.bank is not None and rows.role_counts.within:
             raise ValueError("roles: documents in the input cannot be combined with a bank; add them to the bank")

@@ -5,6 +5,7 @@ Files:
     base                the slot: ``SequenceMixer``, ``MixerOutput``, ``Dims``
     rows                the positions of a call's tokens: ``Rows``, computed once per call
     stretches           sequence parallelism: rows cut over processes
+    joined              memories along documents that go on from other processes
     state               the state of a mixer: dicts of tensors and of dicts, and their names in a file
     parts               parts that several memories share: gates of two branches, starts
     rope                rotary positions of an extended context

@@ -81,6 +81,7 @@ class Mixer(SequenceMixer):
     """
 
     is_causal = True
+    at_once = True
 
     def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
         super().__init__()
@@ -141,6 +142,12 @@ class Mixer(SequenceMixer):
         angles = self.angles(rows, k_BTGK.dtype)
         seen = {"k": rotary(k_BTGK, angles), "v": v_BTGK}
         window = self.config.window_size
+        if rows.stretches is not None:
+            state = dict(state)
+            both, past = (torch.stack([x["k"], x["v"]], 3) for x in (seen, state))
+            (seen["k"], seen["v"]), (state["k"], state["v"]) = (
+                x.unbind(3) for x in rows.past(both, past, whole=window is None)
+            )
         for name, new in seen.items():
             if window is None:
                 seen[name], new_state[name] = append(state[name], new, rows.lengths_B, new.device.type == "cpu")
@@ -171,8 +178,8 @@ class Mixer(SequenceMixer):
         history = {}
         projected = [proj(x_BTD) for proj in (self.q_proj, self.k_proj, self.v_proj)]
         if self.config.conv_size:
-            qkv = torch.cat(projected, -1)
-            qkv, history["conv"] = self.conv.over_rows(qkv, state["conv"], rows.history_BT, rows.lengths_B)
+            qkv, past = rows.past(torch.cat(projected, -1), state["conv"])
+            qkv, history["conv"] = self.conv.over_rows(qkv, past, rows.history_BT, rows.lengths_B)
             projected = list(qkv.split(self.sizes, -1))
         q_BTC, k_BTC, v_BTC = projected
         norms = (self.q_norm, self.k_norm) if self.config.qk_norm else (None, None)

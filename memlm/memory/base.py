@@ -54,7 +54,8 @@ class MixerOutput(NamedTuple):
     state: the state for the next call (``memlm.memory.state``), never changed in place (room after keys that grow is
         invisible: ``memlm.memory.kv``)
     aux_losses: losses [B], already weighted, added to the training loss. Each entry depends on its own row alone, so a
-        step's loss does not depend on how its rows are divided into calls and processes
+        step's loss does not depend on how its rows are divided into calls and processes. With ``rows.stretches``, the
+        mean over their processes is the row's loss
     metrics: detached; only if ``rows.metrics``. A scalar, [B] (nan where a row has none) or [B, T]; logs show the
         mean. The decoder drops the metrics of a call without tokens
     """
@@ -70,12 +71,15 @@ class SequenceMixer(nn.Module):
 
     long_term: true for a part that reads long-term memory; the memory-off ablation replaces its output by zeros.
     any_length: true if torch.export can leave the number of tokens open; others loop over chunks in Python.
+    at_once: true if the mixer itself exchanges all it needs with the processes that hold the rest of a row
+        (``rows.stretches``); for others the decoder hands the state on, from process to process.
     starts_silent: names of parameters that have no effect at initialisation; ``train.init_from`` accepts weights
         without them.
     """
 
     long_term = False
     any_length = False
+    at_once = False
     starts_silent: tuple[str, ...] = ()
 
     def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:

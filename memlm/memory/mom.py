@@ -89,6 +89,10 @@ class Config(recurrence.Config):
 
 
 class Mixer(SequenceMixer):
+    @property
+    def at_once(self) -> bool:  # type: ignore[override]
+        return not self.config.conv_across_segments
+
     def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
         super().__init__()
         self.config = config
@@ -157,14 +161,16 @@ class Mixer(SequenceMixer):
         after: dict[str, State] = {}
         input_BTD = x_BTD
         if hasattr(self, "conv"):
-            input_BTD, history = self.conv.over_rows(x_BTD, state["input"]["conv"], rows.history_BT, rows.lengths_B)
+            x_BTD, past = rows.past(x_BTD, state["input"]["conv"])
+            input_BTD, history = self.conv.over_rows(x_BTD, past, rows.history_BT, rows.lengths_B)
             after["input"] = {"conv": history}
 
         weight_BTJ, memory_BTJ, aux_losses, metrics = self._choose(x_BTD, rows)
         if self.config.shared_memory:
             weight_BTJ = F.pad(weight_BTJ, (0, 1), value=1.0)
         across = self.config.conv_across_segments and self.training
-        mix = self._mix_token if rows.length == 1 and rows.goes_on and not across else self._mix
+        alone = rows.length == 1 and rows.goes_on and rows.stretches is None
+        mix = self._mix_token if alone and not across else self._mix
         o_BTHV, of_memories, of_rule = mix(input_BTD, state, rows, weight_BTJ, memory_BTJ)
         y_BTD = self.reading(o_BTHV, x_BTD)
         if self.config.window_size is not None:
@@ -201,6 +207,7 @@ class Mixer(SequenceMixer):
             start,
             routes.ungrouped[0, : memory_BTJ.numel(), 0] if across else None,
             told=rows.metrics,
+            stretches=rows.stretches,
         )
         # Copies, because a view would keep the whole tensor alive.
         kept = {"routed": {name: x[:, : config.num_memories].clone() for name, x in after.items()}}
@@ -281,6 +288,8 @@ class Mixer(SequenceMixer):
         share: Tensor | float = 1 / max(rows.length, 1)
         if rows.real_BT is not None and rows.lengths_B is not None:
             real_BT1, tokens = rows.real_BT[..., None].to(p_BTM.dtype), rows.lengths_B[:, None].to(p_BTM.dtype)
+            if rows.stretches is not None:
+                tokens = rows.stretches.mean(tokens)
             share = 1 / tokens.clamp(min=1)
 
         def total(x_BTK: Tensor) -> Tensor:
@@ -291,7 +300,8 @@ class Mixer(SequenceMixer):
         losses = {}
         if config.balance_loss:
             scale = config.balance_loss * config.num_memories
-            losses["balance"] = (load_BM * (scale * share) * total(p_BTM)).sum(1)
+            of_row_BM = load_BM if rows.stretches is None else rows.stretches.mean(load_BM)
+            losses["balance"] = (of_row_BM * (scale * share) * total(p_BTM)).sum(1)
         if config.z_loss:
             square_BT1 = logits_BTM.logsumexp(-1, keepdim=True).square()
             losses["router_z"] = config.z_loss * (total(square_BT1) * share)[:, 0]

@@ -16,6 +16,7 @@ C channels of q, k, v together, L logits of the gates.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +26,11 @@ from transformers import initialization as init
 
 from memlm.layers import ExactLinear, GroupedLinear, RMSNorm, ShortConv
 from memlm.memory.base import Dims, MixerOutput, SequenceMixer
+from memlm.memory.joined import Joined, carried
 from memlm.memory.parts import Recalled, gate_logits, start_delayed
 from memlm.memory.rows import Rows, Segments
 from memlm.memory.state import State
+from memlm.memory.stretches import Stretches, Tensors
 from memlm.settings import require
 from memlm_kernels import (
     SegmentedMemoryState,
@@ -99,13 +102,26 @@ class Rule(nn.Module):
         return {"memory": torch.zeros(shape, device=device, dtype=torch.promote_types(dtype, torch.float32))}
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, logits_BTL: Tensor, cu_seqlens: Tensor | None, state: State, told: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        logits_BTL: Tensor,
+        cu_seqlens: Tensor | None,
+        state: State,
+        told: bool,
+        joined: Joined | None,
     ) -> tuple[Tensor, State, dict[str, Tensor]]:
         """q, k, v: [B, T, H, *]; state: [B, S, ...]. Returns reads [B, T, H, V], the state, and metrics if
         ``told``.
         """
         log_decay = self.log_decay(logits_BTL)
-        o, memory = linear_attention(q, k, v, log_decay, cu_seqlens=cu_seqlens, state=state["memory"])
+
+        def op(columns: Tensors, shared: Tensors, memory: Tensor) -> tuple[Tensor, Tensor]:
+            q, k, log_decay = shared
+            return linear_attention(q, k, columns[0], log_decay, cu_seqlens=cu_seqlens, state=memory)
+
+        o, memory = carried(joined, op, [v], [q, k, log_decay], state["memory"], diagonal=True)
         return o, {"memory": memory}, _metrics(log_decay) if told else {}
 
     def log_decay(self, logits_BTL: Tensor) -> Tensor | None:
@@ -182,12 +198,25 @@ class Delta(Rule):
         self.logits = config.num_heads
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, logits_BTL: Tensor, cu_seqlens: Tensor | None, state: State, told: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        logits_BTL: Tensor,
+        cu_seqlens: Tensor | None,
+        state: State,
+        told: bool,
+        joined: Joined | None,
     ) -> tuple[Tensor, State, dict[str, Tensor]]:
         heads = self.config.num_heads
         beta_BTH, decay_BTL = logits_BTL.split([heads, self.logits - heads], -1)
         beta, log_decay = beta_BTH.sigmoid(), self.log_decay(decay_BTL)
-        o, memory = delta_rule(q, k, v, beta, log_decay, cu_seqlens=cu_seqlens, state=state["memory"])
+
+        def op(columns: Tensors, shared: Tensors, memory: Tensor) -> tuple[Tensor, Tensor]:
+            q, k, *gates = shared
+            return delta_rule(q, k, columns[0], *gates, cu_seqlens=cu_seqlens, state=memory)
+
+        o, memory = carried(joined, op, [v], [q, k, beta, log_decay], state["memory"])
         return o, {"memory": memory}, {"beta": beta.detach().mean(), **_metrics(log_decay)} if told else {}
 
 
@@ -225,15 +254,31 @@ class Titans(Rule):
         return {"memory": torch.stack([memory] * 3, 1), "written": written}
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, logits_BTL: Tensor, cu_seqlens: Tensor | None, state: State, told: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        logits_BTL: Tensor,
+        cu_seqlens: Tensor | None,
+        state: State,
+        told: bool,
+        joined: Joined | None,
     ) -> tuple[Tensor, State, dict[str, Tensor]]:
         gates = (logits_BTL + exact(self.bias)).sigmoid().chunk(3, -1)
-        before = SegmentedMemoryState(state["memory"], state["written"])
-        chunk_size = self.config.chunk_size
-        o, after = segmented_neural_memory(q, k, v, *gates, chunk_size=chunk_size, state=before, cu_seqlens=cu_seqlens)
+        written = state["written"] if joined is None else joined.tokens_before()
+
+        def op(columns: Tensors, shared: Tensors, memory: Tensor) -> tuple[Tensor, ...]:
+            before = SegmentedMemoryState(rearrange(memory, "b s h (p k) v -> b s p h k v", p=3), written)
+            options: Any = {"chunk_size": self.config.chunk_size, "cu_seqlens": cu_seqlens, "state": before}
+            o, (after, position) = segmented_neural_memory(*shared[:2], *columns, *shared[2:], **options)
+            return o, rearrange(after, "b s p h k v -> b s h (p k) v"), position
+
+        before = rearrange(state["memory"], "b s p h k v -> b s h (p k) v")
+        o, after, position = carried(joined, op, [v], [q, k, *gates], before)
+        memory = rearrange(after, "b s h (p k) v -> b s p h k v", p=3)
         named = zip(("lr", "momentum", "decay"), gates, strict=True)
         metrics = {name: gate.detach().mean() for name, gate in named} if told else {}
-        return o, {"memory": after.memory, "written": after.position}, metrics
+        return o, {"memory": memory, "written": position}, metrics
 
 
 RULES: dict[str, type[Rule]] = {
@@ -277,6 +322,7 @@ class Recurrence(nn.Module):
         state: State,
         across_N: Tensor | None = None,
         told: bool = True,
+        joined: Joined | None = None,
     ) -> tuple[Tensor, State, dict[str, Tensor]]:
         """state: [B, S, ...]; across_N: an order of tokens of all rows to convolve along, across segments.
 
@@ -284,7 +330,11 @@ class Recurrence(nn.Module):
         """
         state, conv = dict(state), {}
         if self.conv is not None:
-            convolved_BTC, conv["conv"] = self.conv.over_segments(qkv_BTC, state.pop("conv"), cu_seqlens)
+            history = state.pop("conv")
+            if joined is not None:
+                ends = self.conv.over_segments(qkv_BTC, history, cu_seqlens)[1]
+                qkv_BTC, history = joined.history(qkv_BTC, ends)
+            convolved_BTC, conv["conv"] = self.conv.over_segments(qkv_BTC, history, cu_seqlens)
             if across_N is not None:
                 row_1NC = qkv_BTC.flatten(0, 1)[across_N][None]
                 start_1WC = row_1NC.new_zeros(1, self.config.conv_size - 1, row_1NC.shape[2])
@@ -301,7 +351,7 @@ class Recurrence(nn.Module):
             qk_BT2HK = qk_BT2HK * torch.rsqrt(qk_BT2HK.square().sum(-1, keepdim=True) + 1e-6)
         q, k = qk_BT2HK.unbind(2)
         q = q * self.config.head_dim**-0.5
-        o, memory, metrics = self.rule(q, k, v, exact(logits_BTL), cu_seqlens, state, told)
+        o, memory, metrics = self.rule(q, k, v, exact(logits_BTL), cu_seqlens, state, told, joined)
         return o, {**memory, **conv}, metrics
 
 
@@ -314,12 +364,17 @@ def recur(
     start: State,
     across_N: Tensor | None = None,
     told: bool = True,
+    stretches: Stretches | None = None,
 ) -> tuple[Tensor, State, dict[str, Tensor]]:
     """``Recurrence.forward`` with a segment for each document and memory; before, start and the new state: [B, M,
     ...].
     """
     state = documents.spread(before, start) if documents else before
-    o, after, metrics = recurrence(*inputs, cu_seqlens, state, across_N, told)
+    joined = None
+    if stretches is not None:
+        memories = len(next(iter(before.values()))[0])
+        joined = Joined.counted(stretches, documents, cu_seqlens, inputs[0], memories)
+    o, after, metrics = recurrence(*inputs, cu_seqlens, state, across_N, told, joined)
     return o, documents.collect(after) if documents else after, metrics
 
 
@@ -343,6 +398,7 @@ class Layer(SequenceMixer):
     """A rule alone: one memory that every token writes."""
 
     rule: str
+    at_once = True
 
     def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
         super().__init__()
@@ -372,7 +428,8 @@ class Layer(SequenceMixer):
         inputs = torch.cat([self.q_proj(x_BTD), self.kv_proj(x_BTD)], -1), gate_logits(self.gates, x_BTD)
         cu_seqlens = documents.cu_seqlens if documents else None
         told = rows.metrics
-        o_BTHV, after, metrics = recur(self.recurrence, inputs, cu_seqlens, documents, state, start, told=told)
+        options: Any = {"told": told, "stretches": rows.stretches}
+        o_BTHV, after, metrics = recur(self.recurrence, inputs, cu_seqlens, documents, state, start, **options)
         if told:
             metrics["memory_norm"] = torch.linalg.vector_norm(after["memory"].detach()) / len(x_BTD) ** 0.5
         return MixerOutput(self.reading(o_BTHV, x_BTD), after, {}, metrics)

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from memlm.layers import Rope, rotary_angles
 from memlm.memory.state import State, mapped
+from memlm.memory.stretches import Stretches
 from memlm.roles import RoleCounts, Roles
 from memlm_kernels.segments import counts, next_position
 
@@ -70,6 +71,8 @@ class Rows:
     roles: roles of the tokens, with counts, for memories of documents. The documents of the roles are then parts of
         one document in the sense of this class. None: all tokens are a response
     metrics: whether mixers return metrics
+    stretches: the processes that hold the rest of the rows, for mixers that exchange ``at_once``; None: rows are
+        whole, or the decoder hands the states on
     """
 
     length: int
@@ -80,6 +83,7 @@ class Rows:
     max_documents: int = 1
     roles: Roles | None = None
     metrics: bool = True
+    stretches: Stretches | None = None
     # A constructor argument, because tools that rebuild dataclasses refuse other fields.
     made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -174,6 +178,14 @@ class Rows:
             return None
         return self.start + self.length
 
+    def past(self, x: Tensor, given: Tensor, whole: bool = False) -> tuple[Tensor, Tensor]:
+        """x [B, T, ...], to be used from then on, and the entries [B, N, ...] before it in the row, real ones aligned
+        right.
+
+        given: those of the state, whose number N they have; whole: all of earlier stretches follow them
+        """
+        return (x, given) if self.stretches is None else self.stretches.past(x, given, self.lengths_B, whole)
+
     def rotary(self, rope: Rope, dtype: torch.dtype, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the rotary embedding, as ``memlm.layers.rotary`` takes them, rounded once to ``dtype``.
 
@@ -229,7 +241,7 @@ class Rows:
         def make() -> "Rows":
             roles = None if self.roles is None else self.roles.to(device)
             given, lengths, before = move(self.given_BT), move(self.lengths_B), self.before_B.to(device)
-            facts = (given, lengths, self.max_documents, roles, self.metrics)
+            facts = (given, lengths, self.max_documents, roles, self.metrics, self.stretches)
             return Rows(self.length, before, self.start, *facts)
 
         return self.once(("to", str(device)), make)

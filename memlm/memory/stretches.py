@@ -8,14 +8,22 @@ layers on a stretch for N layers. The backward hands the states' gradients back 
 Every process calls the model with the same shapes; the lengths of stretches are equal.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from memlm.memory.state import State, named, nested
+from memlm_kernels.grid import keep_last
+
+# Tensors, or None.
+Tensors = Sequence[Any]
+# columns, shared, state -> output, state after the tokens, ...
+Carried = Callable[[Any, Any, Tensor], Sequence[Tensor]]
 
 
 class Stretches:
@@ -69,6 +77,82 @@ class Stretches:
         parts = [torch.empty_like(lengths_B) for _ in range(self.size)]
         dist.all_gather(parts, lengths_B.contiguous(), group=self.group)
         return {"start": None, "before_B": torch.stack(parts)[: self.rank].sum(0)}
+
+    def refuse(self, layer: int, aux_losses: dict[str, Tensor]) -> None:
+        """Raise ValueError if a layer whose state is handed on has losses of its own."""
+        if aux_losses:
+            raise ValueError(
+                f"sequence parallelism: layer{layer}/{next(iter(aux_losses))} is a loss of whole rows; set its weight "
+                "in model.mixers to 0"
+            )
+
+    def gather(self, x: Tensor, tie: Tensor) -> tuple[Tensor, Tensor]:
+        """x of all processes, [P, ...]; and ``tie``.
+
+        The backward is an exchange too, in which all take part. So the output must depend on the returned tie, even
+        where it does not depend on x of the others.
+        """
+        tie, parts = _Gather.apply(tie, self, x)
+        return parts, tie
+
+    def all(self, x: Tensor) -> Tensor:
+        """x of all processes, [P, ...], without a gradient."""
+        parts = x.new_empty(self.size, *x.shape)
+        dist.all_gather(list(parts.unbind()), x.contiguous(), group=self.group)
+        self._count(x)
+        return parts
+
+    def shift(self, x: Tensor, to: int) -> Tensor:
+        """x of the process ``to`` places earlier, zeros if there is none; without a gradient."""
+        source, target = self.rank - to, self.rank + to
+        x, other, moves = x.contiguous(), torch.zeros_like(x, memory_format=torch.contiguous_format), []
+        if 0 <= target < self.size:
+            moves.append(dist.P2POp(dist.isend, x, group=self.group, group_peer=target))
+            self.messages, self.bytes = self.messages + 1, self.bytes + x.numel() * x.element_size()
+        if 0 <= source < self.size:
+            moves.append(dist.P2POp(dist.irecv, other, group=self.group, group_peer=source))
+        for work in dist.batch_isend_irecv(moves) if moves else ():
+            work.wait()
+        return other
+
+    def past(self, x: Tensor, given: Tensor, lengths_B: Tensor | None, whole: bool) -> tuple[Tensor, Tensor]:
+        """``Rows.past``: from the neighbour where its stretch is long enough, else from all."""
+        length, count = x.shape[1], given.shape[1]
+        if not whole and count == 0:
+            return x, given
+        if not whole and lengths_B is None and count <= length:
+            x, past = _Neighbour.apply(x, self, count)
+            return x, past
+        parts, x = self.gather(x, x)
+        lengths = [None] * self.size if lengths_B is None else self.all(lengths_B)
+        past = given.to(x.dtype)
+        for part, of_part in zip(parts[: self.rank], lengths, strict=False):
+            past = torch.cat([past, part], 1)
+            past = keep_last(past, past.shape[1] if whole else count, length, of_part)
+        return x, past
+
+    def carry(
+        self, op: Carried, columns: Tensors, shared: Tensors, before: Tensor, diagonal: bool = False
+    ) -> tuple[Tensor, ...]:
+        """``op(columns, shared, state)``, from the state after all earlier stretches, for an op that is linear in its
+        state and columns, and treats each of their last channels alike and apart from the others. Its results: the
+        output, the state [..., N, V] after the tokens, and values without a gradient.
+
+        A stretch maps its first state S to T S + U. T is the op's result on an identity with columns of zeros, and U
+        that on zeros. One gather of T and U gives every process its first state. In the backward, one gather of the
+        gradients of the first states gives that of the last states: T^T maps them, and T and U need none.
+
+        before: the state before the row; diagonal: T is a diagonal matrix, so one channel holds it
+        """
+        results: tuple[Tensor, ...] = _Carry.apply(self, op, diagonal, len(columns), before, *columns, *shared)
+        return results
+
+    def _count(self, x: Tensor) -> None:
+        self.messages, self.bytes = self.messages + 1, self.bytes + (self.size - 1) * x.numel() * x.element_size()
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean of x over the processes, without a gradient."""
+        return self.all(x.detach()).mean(0)
 
     def everywhere(self, flag_B: Tensor) -> Tensor:
         """Whether a flag is true on all processes."""
@@ -162,3 +246,79 @@ class _Send(torch.autograd.Function):
         real = [dtype.is_floating_point for _, dtype in ctx.forms]
         arrived = iter(ctx.stretches.pull([f for f, r in zip(ctx.forms, real, strict=True) if r], d_y_BTD.device, 1))
         return None, None, None, d_y_BTD, *(next(arrived) if r else None for r in real)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tie: Tensor, stretches: Stretches, x: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.stretches = stretches
+        return tie.view_as(tie), stretches.all(x)
+
+    @staticmethod
+    def backward(ctx: Any, d_tie: Tensor, d_parts: Tensor) -> tuple[Tensor | None, ...]:
+        mine = torch.empty_like(d_parts, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(mine, d_parts.contiguous(), group=ctx.stretches.group)
+        ctx.stretches._count(d_parts[0])
+        return d_tie, None, mine.sum(0)
+
+
+class _Neighbour(torch.autograd.Function):
+    """x, and the last ``count`` entries of x of the process before."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stretches: Stretches, count: int) -> tuple[Tensor, Tensor]:
+        ctx.stretches, ctx.count = stretches, count
+        return x.view_as(x), stretches.shift(x[:, x.shape[1] - count :], 1)
+
+    @staticmethod
+    def backward(ctx: Any, d_x: Tensor, d_past: Tensor) -> tuple[Tensor | None, ...]:
+        d_x = d_x.clone()
+        d_x[:, d_x.shape[1] - ctx.count :] += ctx.stretches.shift(d_past, -1)
+        return d_x, None, None
+
+
+class _Carry(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        stretches: Stretches,
+        op: Carried,
+        diagonal: bool,
+        count: int,
+        before: Tensor,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        columns, shared = tensors[:count], tensors[count:]
+        rows, width = before.shape[-2:]
+        unit = before.new_ones(rows, 1) if diagonal else torch.eye(rows, dtype=before.dtype, device=before.device)
+        wide = [None if x is None else F.pad(x, (0, unit.shape[1])) for x in columns]
+        both = torch.cat([torch.zeros_like(before), unit.expand(*before.shape[:-1], -1)], -1)
+        U, T = stretches.all(op(wide, shared, both)[1]).split([width, unit.shape[1]], -1)
+        start = before
+        for j in range(stretches.rank):
+            start = U[j] + (T[j] * start if diagonal else T[j] @ start)
+        results = op(columns, shared, start)
+        ctx.save_for_backward(start, T[stretches.rank + 1 :].clone(), *tensors)
+        ctx.stretches, ctx.op, ctx.diagonal, ctx.count = stretches, op, diagonal, count
+        kind = before.device.type
+        ctx.autocast = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
+        ctx.mark_non_differentiable(*results[1:])
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_o: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        start, T, *tensors = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[5:]
+        tensors = [None if x is None else x.detach().requires_grad_(w) for x, w in zip(tensors, wanted, strict=True)]
+        start = start.detach().requires_grad_()
+        with torch.enable_grad(), torch.autocast(start.device.type, **ctx.autocast):
+            o, end, *_ = ctx.op(tensors[: ctx.count], tensors[ctx.count :], start)
+        options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
+        (d_start,) = torch.autograd.grad(o, start, d_o, retain_graph=True, **options)
+        d_starts, d_end = ctx.stretches.all(d_start), torch.zeros_like(end)
+        for j in reversed(range(len(T))):
+            d_end = d_starts[j + len(d_starts) - len(T)] + (T[j] * d_end if ctx.diagonal else T[j].mT @ d_end)
+        inputs = [x for x, w in zip(tensors, wanted, strict=True) if w]
+        found = iter(torch.autograd.grad((o, end), inputs, (d_o, d_end), **options))
+        return None, None, None, None, None, *(next(found) if w else None for w in wanted)

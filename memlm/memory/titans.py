@@ -17,7 +17,7 @@ or, for a memory alone, its share beside the layer's input.
 
 import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -33,9 +33,19 @@ from memlm.memory.base import Dims, MixerOutput, SequenceMixer
 from memlm.memory.parts import Parameters, Recalled, gate_logits, memory_share, start_delayed
 from memlm.memory.rows import Rows
 from memlm.memory.state import State, in_order, numbered
+from memlm.memory.stretches import Tensors
 from memlm.settings import require
 from memlm_kernels import NeuralMemoryState, neural_memory
-from memlm_kernels.neural_memory import ACTIVATIONS, BLOCKS, block_size, dot_product, huber, lp, squared_error
+from memlm_kernels.neural_memory import (
+    ACTIVATIONS,
+    BLOCKS,
+    NeuralMemoryOutput,
+    block_size,
+    dot_product,
+    huber,
+    lp,
+    squared_error,
+)
 from memlm_kernels.segments import exact
 
 INITIALIZATIONS = ("default", "recall")
@@ -216,24 +226,11 @@ class Store(nn.Module):
     ) -> tuple[Tensor, State, dict[str, Tensor]]:
         """x drives the gates; q and k come from ``NeuralMemory.features``. Returns reads, state, metrics [B, T]."""
         gates = self._gates(x_BTD)
-        o_BTHK, memory, surprise_BTH = neural_memory(
-            q_BTHK,
-            k_BTHK,
-            v_BTHK,
-            gates["lr"],
-            gates.get("momentum"),
-            gates.get("decay"),
-            weights=self.memory(),
-            chunk_size=self.config.chunk_size,
-            window=self.config.omega_window,
-            weight=gates.get("weight"),
-            loss=self.loss,
-            **self.network(),
-            cu_seqlens=rows.cu_seqlens,
-            start=rows.start if rows.goes_on else None,
-            state=None if rows.fresh else unpack(state, rows.first_B),
-            with_surprise=rows.metrics,
-        )
+        if rows.stretches is None:
+            before, weights = None if rows.fresh else unpack(state, rows.first_B), self.memory()
+            o_BTHK, memory, surprise_BTH = self._op(q_BTHK, k_BTHK, v_BTHK, gates, weights, before, rows)
+        else:
+            o_BTHK, memory, surprise_BTH = self._joined(q_BTHK, k_BTHK, v_BTHK, gates, state, rows)
         if not rows.metrics:
             return o_BTHK, pack(memory), {}
         assert surprise_BTH is not None
@@ -242,6 +239,79 @@ class Store(nn.Module):
             if self.config.memory_norm:
                 metrics["known_share"] = memory_share(o_BTHK - q_BTHK, q_BTHK, (-2, -1))
         return o_BTHK, pack(memory), metrics
+
+    def _op(
+        self,
+        q_BTHK: Tensor,
+        k_BTHK: Tensor,
+        v_BTHK: Tensor,
+        gates: dict[str, Tensor],
+        weights: Sequence[Tensor],
+        before: NeuralMemoryState | None,
+        rows: Rows,
+    ) -> NeuralMemoryOutput:
+        return neural_memory(
+            q_BTHK,
+            k_BTHK,
+            v_BTHK,
+            gates["lr"],
+            gates.get("momentum"),
+            gates.get("decay"),
+            weights=weights,
+            chunk_size=self.config.chunk_size,
+            window=self.config.omega_window,
+            weight=gates.get("weight"),
+            loss=self.loss,
+            **self.network(),
+            cu_seqlens=rows.cu_seqlens,
+            start=rows.start if rows.goes_on else None,
+            state=before,
+            with_surprise=rows.metrics,
+        )
+
+    def _joined(
+        self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, gates: dict[str, Tensor], state: State, rows: Rows
+    ) -> NeuralMemoryOutput:
+        """One layer, linear in M, momentum and anchor, from their values after the stretches of earlier processes."""
+        assert rows.stretches is not None
+        names, (weights,) = list(gates), self.memory()
+        parts = [name for name in _PARTS[:3] if name in state]
+        halo: list[Tensor] = []
+        if self.config.omega_window > 1:
+            # In one exchange.
+            sizes = [k_BTHK.shape[-1], v_BTHK.shape[-1], 1]
+            tokens, past = (
+                torch.cat([k, v, weight[..., None]], -1)
+                for k, v, weight in ((k_BTHK, v_BTHK, gates["weight"]), in_order(state["recent"]))
+            )
+            tokens, past = rows.past(tokens, past)
+            k_BTHK, v_BTHK, weight_BTH1 = tokens.split(sizes, -1)
+            gates = gates | {"weight": weight_BTH1[..., 0]}
+            halo = list(past.split(sizes, -1))
+
+        def op(columns: Tensors, shared: Tensors, memory: Tensor) -> tuple[Tensor, ...]:
+            v, weights, *recent_v = columns
+            q, k, *rest = shared
+            of_gates, recent = dict(zip(names, rest, strict=False)), tuple[Tensor, ...]()
+            if recent_v:
+                recent_k, recent_weight = rest[len(names) :]
+                recent = (recent_k, *recent_v, recent_weight[..., 0])
+            tensors = rearrange(memory, "b h (p k) v -> p b h k v", p=len(parts)).unbind()
+            of_parts = {name: (x,) for name, x in zip(parts, tensors, strict=True)}
+            before = NeuralMemoryState(**{"momentum": ()} | of_parts, position=rows.first_B, recent=recent)
+            o, after, surprise = self._op(q, k, v, of_gates, [weights], None if rows.fresh else before, rows)
+            end = torch.cat([getattr(after, name)[0] for name in parts], 2)
+            return (o, end) if surprise is None else (o, end, surprise)
+
+        columns, shared = [v_BTHK, weights, *halo[1:2]], [q_BTHK, k_BTHK, *gates.values(), *halo[::2]]
+        start = torch.cat([state[name]["0"] for name in parts], 2)
+        o_BTHK, end, *surprise = rows.stretches.carry(op, columns, shared, start)
+        after = rearrange(end, "b h (p k) v -> p b h k v", p=len(parts)).unbind()
+        # The decoder keeps no state of stretches: recent tokens are left out.
+        memory = NeuralMemoryState(
+            **{"momentum": ()} | {name: (x,) for name, x in zip(parts, after, strict=True)}, position=rows.after_B
+        )
+        return NeuralMemoryOutput(o_BTHK, memory, surprise[0] if surprise else None)
 
     def norms(self, before: State, after: State, rows: Rows) -> dict[str, Tensor]:
         """Metrics of the memory after a call."""
@@ -280,6 +350,13 @@ class NeuralMemory(SequenceMixer):
         self.recalled = Recalled()
         self.reset_parameters()
 
+    @property
+    def at_once(self) -> bool:  # type: ignore[override]
+        """Whether the memory is linear in its state, and T of ``Stretches.carry`` is small."""
+        config = self.config
+        linear = config.memory_depth == 1 and not config.memory_norm
+        return linear and config.inner_loss in ("squared_error", "dot_product") and config.polynomial_degree == 1
+
     def reset_parameters(self) -> None:
         for module in self.modules():
             if isinstance(module, Store):
@@ -306,9 +383,11 @@ class NeuralMemory(SequenceMixer):
 
     def project(self, x_BTD: Tensor, state: State, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Features of queries and keys; values; and the convolution's history for the next call."""
+        qkv = torch.cat([proj(x_BTD) for proj in (self.q_proj, self.k_proj, self.v_proj)], -1)
+        qkv, past = rows.past(qkv, state["conv"])
         qkv, conv = self.conv.over_rows(
-            torch.cat([proj(x_BTD) for proj in (self.q_proj, self.k_proj, self.v_proj)], -1),
-            state["conv"],
+            qkv,
+            past,
             rows.history_BT,
             rows.lengths_B,
         )

@@ -29,6 +29,10 @@ class Mixer(SequenceMixer):
     def reset_parameters(self) -> None:
         self.gate.reset_parameters()
 
+    @property
+    def at_once(self) -> bool:  # type: ignore[override]
+        return self.memory.at_once
+
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         parts = {"memory": self.memory, "attention": self.attention}
         return {name: part.init_state(batch_size, device, dtype) for name, part in parts.items()}

@@ -28,6 +28,10 @@ class Mixer(SequenceMixer):
         self.norm = RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
         self.attention = attention.Mixer(config.attention(), dims, layer_idx)
 
+    @property
+    def at_once(self) -> bool:  # type: ignore[override]
+        return self.memory.at_once
+
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         parts = {"memory": self.memory, "attention": self.attention}
         return {name: part.init_state(batch_size, device, dtype) for name, part in parts.items()}

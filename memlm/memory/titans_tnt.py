@@ -64,6 +64,8 @@ class Config(titans.NeuralMemoryConfig):
 class Mixer(titans.NeuralMemory):
     """One set of queries, keys and values for all levels."""
 
+    at_once = False
+
     def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
         super().__init__(config, dims)
         self.shard_size = config.shard_size
