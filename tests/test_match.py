@@ -68,6 +68,16 @@ def test_a_run_is_a_reference_and_flops_are_matched(tmp_path):
     assert near(sizes("memory=none", "match.parameters=null", f"match.flops={tmp_path}/a-seed0")[2], flops)
 
 
+def test_tables_of_tokens_count_as_large_as_the_tokenizer_makes_them(tmp_path, capsys):
+    small = MemLMConfig.from_hydra({**composed("model=tiny", "model.hidden_size=48").model, "vocab_size": 1000})
+    small.save_pretrained(tmp_path)
+    wanted = count_parameters(MemLMForCausalLM(small))
+    tokens = ("data=text", "data.tokenizer={bpe: 1000}")
+    cfg = composed("model=tiny", *tokens, "memory=none", "model.hidden_size=32", f"match.parameters={tmp_path}")
+    found = count_parameters(MemLMForCausalLM(MemLMConfig.from_hydra({**cfg.model, "vocab_size": 1000})))
+    assert near(found, wanted) and f"gives {found:,} parameters, {wanted:,} are wanted" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

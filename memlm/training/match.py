@@ -7,6 +7,7 @@
 state after ``data.seq_len`` tokens, solves a width of the memory. No weights are made.
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from memlm.cli import of_memory
 from memlm.configuration import MemLMConfig
+from memlm.data import load_tokenizer
 from memlm.flops import count_flops, count_parameters, state_bytes
 from memlm.hub.causal import read_config
 from memlm.modeling import MemLMForCausalLM
@@ -118,8 +120,19 @@ def _key(override: str) -> str:
 
 
 def _config(cfg: DictConfig) -> MemLMConfig:
-    settings: dict[str, Any] = OmegaConf.to_container(cfg.model, resolve=True)
-    return MemLMConfig.from_hydra({name: value for name, value in settings.items() if value is not None})
+    given: dict[str, Any] = OmegaConf.to_container(cfg.model, resolve=True)
+    settings = {name: value for name, value in given.items() if value is not None}
+    if "vocab_size" not in settings:
+        spec = OmegaConf.to_container(cfg.data, resolve=True).get("tokenizer")
+        # A BPE has as many entries as it is asked for, and is not trained yet.
+        size = spec.get("bpe") if isinstance(spec, dict) else None
+        settings["vocab_size"] = size if type(size) is int else _entries(spec)
+    return MemLMConfig.from_hydra(settings)
+
+
+@functools.cache
+def _entries(tokenizer: str) -> int:
+    return len(load_tokenizer(tokenizer))
 
 
 def _reference(cfg: DictConfig, name: str, overrides: list[str], source: str, key: str) -> MemLMConfig:
