@@ -18,6 +18,7 @@ Files:
     runs                their results, found, read and grouped
     figures             a figure of any measure, in the form that is compared
     page                tables, and the content of the HTML page
+    screen              tables on a terminal
     plots               pictures
     report              the HTML page
     insight, tokens     a look at memories while they read; a text in colours

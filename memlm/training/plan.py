@@ -63,7 +63,7 @@ class RunPlan(NamedTuple):
 
     @property
     def total_flops(self) -> float:
-        """Of the run; a backward costs two forwards. Repeated forwards of checkpointing do not count."""
+        """FLOPs of the run; a backward costs two forwards. Repeated forwards of checkpointing do not count."""
         return 3 * self.flops * self.tokens
 
     def hours(self, flops: float, mfu: float) -> float:
