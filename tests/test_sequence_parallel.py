@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 
 from memlm.data import Batch, Row
 from memlm.training import run
@@ -18,8 +19,10 @@ RUN = ("train.steps=4", "memory=titans_lmm", "model.num_hidden_layers=2", "data.
 CUT = "hardware.sequence_parallel=2"
 
 
-def train(rank, size, folder, overrides):
-    run(config(folder, *RUN, *overrides, small=SMALLEST))
+def train(rank, size, *cases):
+    for folder, *overrides in cases:
+        run(config(folder, *RUN, *overrides, small=SMALLEST))
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def losses(folder):
@@ -29,20 +32,32 @@ def losses(folder):
         (line["step"], name): value
         for line in metrics
         for name, value in line.items()
-        if "loss" in name or "accuracy" in name or name in ("grad_norm", "z_loss")
+        # z_loss is the first process's own part.
+        if ("loss" in name or "accuracy" in name or name == "grad_norm") and name != "z_loss"
     }
 
 
 def test_a_run_of_two_processes_that_share_rows_equals_a_run_of_one(tmp_path):
-    train(0, 1, tmp_path / "one", ())
-    (tmp_path / "two").mkdir()
-    ranks.run(train, 2, tmp_path / "two", tmp_path / "two", (CUT,))
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert one.keys() == two.keys() and len(one) > 12
-    # z_loss is the first process's own part.
-    assert {k: x for k, x in two.items() if k[1] != "z_loss"} == pytest.approx(
-        {k: x for k, x in one.items() if k[1] != "z_loss"}, rel=1e-5
+    train(0, 1, (tmp_path / "one",))
+    ranks.run(train, 2, tmp_path, (tmp_path / "two", CUT), (tmp_path / "sharded", CUT, "hardware.shard=all"))
+    one = losses(tmp_path / "one")
+    assert len(one) > 12
+    for name in ("two", "sharded"):
+        assert losses(tmp_path / name) == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_pairs_of_processes_share_the_rows_of_a_step(tmp_path):
+    train(0, 1, (tmp_path / "one", "memory=mom"))
+    ranks.run(
+        train,
+        4,
+        tmp_path,
+        (tmp_path / "pairs", CUT, "memory=mom"),
+        (tmp_path / "all", "hardware.sequence_parallel=4", "memory=mom"),
     )
+    for name in ("pairs", "all"):
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
 def test_the_mean_of_the_stretches_losses_is_the_rows_loss():
@@ -77,18 +92,26 @@ def test_the_mean_of_the_stretches_losses_is_the_rows_loss():
 )
 def test_mistakes_of_a_run(tmp_path, overrides, told):
     with pytest.raises(ValueError, match=told):
-        train(0, 1, tmp_path, overrides)
+        train(0, 1, (tmp_path, *overrides))
 
 
 @pytest.mark.parametrize(
     ("given", "told"),
-    [((2, [16, 15], False), "does not divide rows of 15 tokens"), ((2, [16], True), "set hardware.compile=false")],
+    [
+        ((2, [16, 15], False, False), "does not divide rows of 15 tokens"),
+        ((2, [16], True, False), "set hardware.compile=false"),
+    ],
 )
 def test_rows_that_cannot_be_cut(given, told):
     with pytest.raises(ValueError, match=f"hardware.sequence_parallel=2 .*{told}"):
         cut_rows(build("none"), *given)
 
 
+def test_states_are_handed_on_between_processes_with_whole_parameters():
+    with pytest.raises(ValueError, match=r"hands on states of \['lact'\], .* set hardware\.shard=null"):
+        cut_rows(build("lact"), 2, [16], False, True)
+
+
 def test_a_backbone_takes_whole_rows():
     with pytest.raises(ValueError, match=r"hardware\.sequence_parallel=2 is for models of memlm"):
-        cut_rows(torch.nn.Linear(1, 1), 2, [16], False)
+        cut_rows(torch.nn.Linear(1, 1), 2, [16], False, False)

@@ -60,7 +60,8 @@ def gradients(model):
 
 
 def compare(rank, size, variant, form):
-    """The largest error of outputs and gradients; and how much outputs change if no state is handed on."""
+    """The largest error of outputs and gradients; how much outputs change without an exchange; and the messages and
+    bytes that this process sends."""
     name, settings = variant
     model = build(name, **settings).train()
     for layer in model.model.layers:
@@ -84,7 +85,8 @@ def compare(rank, size, variant, form):
         errors.append(
             relative_error(expected[parameter], grad) if expected[parameter].any() else float(grad.abs().max())
         )
-    return max(errors), relative_error(part(whole, rank, size), alone)
+    sent = stretches.messages, stretches.bytes
+    return max(errors), relative_error(part(whole, rank, size), alone), sent
 
 
 def work(rank, size, cases):
@@ -92,15 +94,36 @@ def work(rank, size, cases):
 
 
 def check(folder, size, cases):
-    for rank, found in enumerate(ranks.run(work, size, folder, cases)):
-        for case, (error, alone) in zip(cases, found, strict=True):
+    results = ranks.run(work, size, folder, cases)
+    for rank, found in enumerate(results):
+        for case, (error, alone, _) in zip(cases, found, strict=True):
             assert error < EXACT, (case, rank, error)
             # The comparison can fail.
             assert rank == 0 or alone > 1e-4, (case, rank, alone)
+    return [[sent for *_, sent in found] for found in results]
 
 
 def test_stretches_on_two_processes_equal_whole_rows(tmp_path):
-    check(tmp_path, 2, [((name, {}), "packed and padded") for name in MEMORIES])
+    """And memories that are linear in their state send one message each way, windows one to the next process."""
+    counted = [
+        ("simple_gla", {"conv_size": 1}),
+        ("gated_delta_net", {"conv_size": 1}),
+        ("attention", {"window_size": 9}),
+    ]
+    routed = {"z_loss": 0.1, "balance_bias": True, "window_size": 8, "rule": "titans", "chunk_size": 4}
+    cases = [(case, "plain") for case in counted]
+    cases += [((name, {}), "packed and padded") for name in MEMORIES]
+    sent = check(tmp_path, 2, [*cases, (("mom", routed), "packed and padded")])
+    rows, layers, fp64 = 2, 2, 8
+    of_rule = build("simple_gla").model.layers[0].mixer.config
+    keys, state = of_rule.num_heads * of_rule.head_dim, of_rule.num_heads * of_rule.head_dim**2
+    dims = build("attention").config.dims()
+    # T of simple_gla is diagonal, that of gated_delta_net a matrix; the gradient of the state returns.
+    numbers = [keys + 2 * state, state + 2 * state, 8 * 2 * dims.num_key_value_heads * dims.head_dim]
+    for rank in (0, 1):
+        for (messages, size), each, of_layer in zip(sent[rank], (2, 2, 1), numbers, strict=False):
+            assert messages == each * layers
+            assert size == rows * layers * fp64 * of_layer
 
 
 @pytest.mark.slow

@@ -84,13 +84,12 @@ class Trainer:
         self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer))
         self.model = self._build_model()
         rows = [self.config["data"]["seq_len"], *(length for length, _ in self.settings.lengths or [])]
-        hardware = settings.hardware
-        self.stretches = sequence.cut_rows(self.model, hardware.sequence_parallel, rows, hardware.compile)
+        compiled, size = settings.hardware.compile, settings.hardware.sequence_parallel
+        self.stretches = sequence.cut_rows(self.model, size, rows, compiled, sharers > 1)
         self.trained = (self.trainer_state or {}).get("trained") or trainable.choose(
             self.model, self.settings.trainable
         )
         trainable.train_only(self.model, self.trained)
-        compiled = settings.hardware.compile
         self.sharding = Sharding(self.model, accelerator, sharers, compiled) if sharers > 1 else None
         self.optimizers = build_optimizers(self.model, self.optim)
         in_parts = self.folder is not None and has_parts(self.folder)

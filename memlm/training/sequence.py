@@ -19,7 +19,9 @@ def rows_of(size: int, processes: int) -> int:
     return processes // size
 
 
-def cut_rows(model: PreTrainedModel, size: int, lengths: Sequence[int], compiled: bool) -> Stretches | None:
+def cut_rows(
+    model: PreTrainedModel, size: int, lengths: Sequence[int], compiled: bool, sharded: bool
+) -> Stretches | None:
     """Let a model take stretches of rows, if ``size`` processes share each row; all processes call this.
 
     lengths: of rows, at any step
@@ -34,6 +36,13 @@ def cut_rows(model: PreTrainedModel, size: int, lengths: Sequence[int], compiled
         require(length % size == 0, f"{key} does not divide rows of {length} tokens; {fix}")
     require(isinstance(model, MemLMPreTrainedModel), f"{key} is for models of memlm; a backbone needs 1")
     require(not compiled, f"{key} exchanges states within a forward; set hardware.compile=false")
+    mixers = (layer.mixer for layer in model.base_model.layers)
+    waiting = [type(mixer).__module__.rpartition(".")[2] for mixer in mixers if not mixer.at_once]
+    # A process that waits for a layer's state does not gather its parameters, and the sender waits for these.
+    at_once = not (sharded and waiting)
+    require(
+        at_once, f"{key} hands on states of {waiting[:1]}, whose parameters must be whole; set hardware.shard=null"
+    )
     group, _ = dist.new_subgroups(size)
     model.base_model.stretches = Stretches(group)
     return model.base_model.stretches
