@@ -16,6 +16,8 @@ from memlm.training import scores
 from memlm.training.model import without_dropout
 from memlm.training.objective import Objective, score
 from tests.conftest import build, model_config
+from tests.ranks import train
+from tests.runs import config, figures
 from tests.test_any_model import GPT2, LLAMA
 
 ROWS, LENGTH, VOCABULARY = 3, 21, 259
@@ -196,3 +198,20 @@ def test_pieces_need_less_than_half_of_the_memory(pieces, z_loss):
         peaks.append(peak.most)
     assert peaks[0] > 3 * 4 * ids.numel() * VOCABULARY
     assert peaks[1] < peaks[0] / 2
+
+
+def few_logits(patch):
+    patch.setattr(scores, "LOGITS", 30 * VOCABULARY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hardware", ["cpu", "fsdp2", "fsdp2_checkpointed"])
+def test_pieces_on_two_processes_take_the_steps_of_one(tmp_path, hardware):
+    """Each with a copy, by DDP, or with a share of the parameters, by FSDP2."""
+    name, _, checkpointed = hardware.partition("_")
+    options = ("train.steps=5", "train.z_loss=0.01", f"train.gradient_checkpointing={str(bool(checkpointed)).lower()}")
+    train(config(tmp_path / "one", *options))
+    train(config(tmp_path / "two", *options, f"hardware={name}"), 2, few_logits)
+    for figure, tolerance in (("loss", 1e-6), ("grad_norm", 1e-5)):
+        one, two = (figures(tmp_path / folder, figure) for folder in ("one", "two"))
+        assert len(one) == 5 and two == pytest.approx(one, rel=tolerance)
