@@ -53,8 +53,9 @@ def attempt(folder: Path, number: int = 0, after: float = 0.0) -> int:
 def left(folder: Path) -> dict[str, object]:
     """The files of a finished run, without its speed and without earlier checkpoints, which depend on the signals."""
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    of_machine = ("tokens_per_second", "tflops", "mfu", "peak_memory", "seconds/")
     contents: dict[str, object] = {
-        "metrics": [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+        "metrics": [{k: v for k, v in line.items() if not k.startswith(of_machine)} for line in lines]
     }
     newest, damaged = checkpoint.newest_whole(folder / "run")
     assert newest and not damaged

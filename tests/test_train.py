@@ -247,7 +247,8 @@ def test_accumulated_parts_are_one_batch(tmp_path):
         ("run_dir=''", "run_dir=''"),
         ("hardware.device=tpu", "hardware.device='tpu'"),
         ("hardware.kernels=cuda", "hardware.kernels='cuda' is unknown; use one of auto, reference, triton, fla"),
-        ("tracker.name=tensorboard", "tracker.name='tensorboard'"),
+        ("tracker.name=mlflow", "tracker.name='mlflow' is unknown; use none, wandb, tensorboard, or a list"),
+        ("tracker.name=[wandb,aim]", "tracker.name='aim' is unknown"),
     ],
 )
 def test_bad_settings_are_named(tmp_path, override, message):

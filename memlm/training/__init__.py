@@ -24,6 +24,8 @@ Files:
     resume              checks whether a checkpoint belongs to the requested run
     interrupt           signals
     sweep               members of a sweep, one process each
+    telemetry           figures of speed and gradients
+    alerts              warnings, from the figures
     tracking            metrics, in ``metrics.jsonl`` and on Weights & Biases
     display             the screen
     preparing           the screen while data is prepared

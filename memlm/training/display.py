@@ -1,11 +1,13 @@
 """The screen during training: a banner and one progress bar, or plain lines if there is no terminal."""
 
 import time
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 
 class Screen(Console):
@@ -21,6 +23,18 @@ class Screen(Console):
             self.quiet = True
 
 
+class Left(ProgressColumn):
+    """The time left at the mean speed so far, from the first step on."""
+
+    def render(self, task: Task) -> Text:
+        # A run that goes on begins above 0.
+        done = task.completed - task.fields.get("begun", 0)
+        if not done or task.total is None or task.elapsed is None:
+            return Text("-:--:--", style="progress.remaining")
+        seconds = round(task.elapsed / done * (task.total - task.completed))
+        return Text(str(timedelta(seconds=seconds)), style="progress.remaining")
+
+
 def bar(counted: str, **options: Any) -> Progress:
     """A bar behind its count; options: of ``rich.progress.Progress``."""
     return Progress(
@@ -30,7 +44,7 @@ def bar(counted: str, **options: Any) -> Progress:
         TextColumn("{task.description}", markup=False),
         TimeElapsedColumn(),
         TextColumn("left"),
-        TimeRemainingColumn(),
+        Left(),
         **options,
     )
 
@@ -42,10 +56,9 @@ class Display:
         self.console = Screen(quiet=not shown, highlight=False, soft_wrap=True)
         self.steps = steps
         self.live = self.console.is_terminal and shown
-        self._started = time.perf_counter()
-        self._first: int | None = None
+        self._started, self._begun = time.perf_counter(), 0
         self._bar = bar("step {task.completed:.0f}/{task.total:.0f}", console=self.console, disable=not self.live)
-        self._task = self._bar.add_task("", total=steps)
+        self._task = self._bar.add_task("", total=steps, start=False)
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -58,16 +71,20 @@ class Display:
         """Print a line."""
         (self._bar.console if self.live else self.console).print(text, markup=False)
 
-    def advance(self, step: int, figures: dict[str, str]) -> None:
-        """Show that ``step`` steps are done."""
+    def begin(self, step: int) -> None:
+        """The steps after ``step`` begin now."""
+        self._started, self._begun = time.perf_counter(), step
+        self._bar.update(self._task, completed=step, begun=step)
+        self._bar.start_task(self._task)
+
+    def advance(self, step: int, figures: dict[str, str] | None = None) -> None:
+        """Show that ``step`` steps are done, and figures if they are new."""
+        if figures is None:
+            self._bar.update(self._task, completed=step)
+            return
         text = "  ".join(f"{name} {value}" for name, value in figures.items())
         if self.live:
             self._bar.update(self._task, completed=step, description=text)
             return
-        if self._first is None:
-            self._started, self._first = time.perf_counter(), step
-        done = step - self._first
-        left = (time.perf_counter() - self._started) / done * (self.steps - step) if done else float("nan")
-        self.say(
-            f"step {step}/{self.steps}  {text}  left {left:.0f}s" if done else f"step {step}/{self.steps}  {text}"
-        )
+        left = (time.perf_counter() - self._started) / (step - self._begun) * (self.steps - step)
+        self.say(f"step {step}/{self.steps}  {text}  left {left:.0f}s")

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import cached_property
 from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from memlm.data import Batch, TextSource, build_data, left_out, token_bytes
 from memlm.flops import count_flops, count_parameters
 from memlm.hub.causal import kinds, load_any
 from memlm.modeling import MemLMForCausalLM
-from memlm.training import checkpoint, plan, resume, sequence, trainable
+from memlm.training import checkpoint, plan, resume, sequence, telemetry, trainable
+from memlm.training.alerts import Alerts
 from memlm.training.display import Display
 from memlm.training.ema import WeightAverage
 from memlm.training.interrupt import Agreement, Interrupt, Stopped
@@ -64,6 +66,7 @@ class Trainer:
         sharers = settings.hardware.sharers(accelerator.num_processes)
         accelerator.gradient_accumulation_steps = self.forwards
         self.display, self.shown = Display(self.settings.steps, accelerator.is_main_process), dict[str, str]()
+        self.clock, self.alerts = telemetry.StepClock(accelerator.device), Alerts()
         self.folder = self._find_checkpoint()
         self.trainer_state = checkpoint.load_trainer(self.folder) if self.folder else None
         self.step = self.trainer_state["step"] if self.trainer_state else 0
@@ -189,19 +192,24 @@ class Trainer:
         """Train to the end, or until a signal. In both cases the last step is saved."""
         settings, saved = self.settings, self.step
         clock, clock_step = time.perf_counter(), self.step
+        self.display.begin(self.step)
         while self.step < settings.steps and not agreement.number:
             logged = self.step % settings.log_every == 0 or self.step == settings.steps - 1
             figures = self._one_step(logged)
             agreement.poll()
             if logged:
                 values = self._read(figures)
-                now = time.perf_counter()
-                speed = (self.step - clock_step) * self.tokens_per_step() / (now - clock)
+                now, taken = time.perf_counter(), self.step - clock_step
+                values |= self._speed((now - clock) / taken, taken)
                 clock, clock_step = now, self.step
+                for line in self.alerts.of(self.step - 1, values):
+                    self.display.say(line)
                 if tracker:
-                    tracker.log(self.step - 1, {**values, "tokens_per_second": speed})
-                self.shown |= {"loss": f"{values['loss']:.3f}", "tok/s": f"{speed:,.0f}"}
-                self.display.advance(self.step, self.shown)
+                    tracker.log(self.step - 1, values)
+                self.shown |= {"loss": f"{values['loss']:.3f}", "tok/s": f"{values['tokens_per_second']:,.0f}"}
+                if "mfu" in values:
+                    self.shown["MFU"] = f"{values['mfu']:.3f}"
+            self.display.advance(self.step, self.shown if logged else None)
             before = time.perf_counter()
             last = self.step == settings.steps
             if (self.step % settings.validate_every == 0 or last) and not agreement.number:
@@ -212,6 +220,18 @@ class Trainer:
             clock += time.perf_counter() - before
         if saved < self.step:
             self._save(figures, tracker)
+
+    def _speed(self, seconds: float, steps: int) -> dict[str, float]:
+        """Figures of the last steps; seconds: of a step, without validations and checkpoints."""
+        device, processes = self.accelerator.device, self.accelerator.num_processes
+        return {
+            **telemetry.learning_rates(self.optimizers),
+            **telemetry.rates(self.tokens_per_step() / seconds, self.flops, device, processes),
+            **self.clock.read(steps),
+            "seconds/step": seconds,
+            "tokens": self.step * self.tokens_per_step(),
+            "peak_memory": telemetry.peak_memory(device),
+        }
 
     def _validate(self, tracker: Tracker | None, agreement: Agreement) -> None:
         """Log the scores on the validation split, unless a signal arrives first."""
@@ -236,6 +256,8 @@ class Trainer:
         total = torch.zeros((), device=self.accelerator.device)
         per_source = torch.zeros(sources, 2, device=self.accelerator.device)
         told: dict[str, list[Tensor]] = {}
+        norms: dict[str, Tensor] = {}
+        self.clock.begin()
         for batch in self._batches(self.step, "train"):
             inputs = model_inputs(batch, self.accelerator.device, self.stretches)
             with self.accelerator.accumulate(self.sharding or self.objective):
@@ -247,6 +269,8 @@ class Trainer:
                     if self.sharding:
                         self.sharding.drop_unreached()
                     norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.optim.clip)
+                    if logged:
+                        norms = telemetry.gradient_norms(self.model, torch.as_tensor(norm), self.optim.clip)
                 for optimizer in self.optimizers:
                     optimizer.step()
                     optimizer.zero_grad()
@@ -255,11 +279,12 @@ class Trainer:
                 told.setdefault(name, []).append(value)
             of_rows = torch.stack([rows.float(), torch.ones_like(rows)], 1)
             per_source.index_add_(0, batch.source_ids.to(per_source.device), of_rows)
+            self.clock.lap("optimizer")
         self.step += 1
         if self.ema:
             self.ema.update(self.step)
         means = {name: torch.stack(values).nanmean() for name, values in told.items()}
-        return {"loss": total, "grad_norm": whole(norm), "rows": per_source, **means}
+        return {"loss": total, "grad_norm": whole(norm), "rows": per_source, **norms, **means}
 
     def _batches(self, step: int, split: str) -> Iterator[Batch]:
         """This process's parts of a step's batch."""
@@ -357,6 +382,12 @@ class Trainer:
     def tokens_per_step(self) -> int:
         return self.mixture.batch_size * self.config["data"]["seq_len"]
 
+    @cached_property
+    def flops(self) -> float | None:
+        """FLOPs of a token's forward; None for a backbone."""
+        known = isinstance(self.model, MemLMForCausalLM)
+        return count_flops(self.model.config, self.config["data"]["seq_len"]) if known else None
+
     def _banner(self) -> None:
         device, precision = self.accelerator.device, self.accelerator.mixed_precision
         where = f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
@@ -365,9 +396,8 @@ class Trainer:
         mixture = ", ".join(f"{name} {count}" for name, count in self.mixture.counts.items())
         total = self.tokens_per_step() * self.settings.steps
         flops = ""
-        if isinstance(self.model, MemLMForCausalLM):
-            count = count_flops(self.model.config, self.config["data"]["seq_len"])
-            flops = f"{count / 1e6:,.1f} MFLOPs a token forward, "
+        if self.flops is not None:
+            flops = f"{self.flops / 1e6:,.1f} MFLOPs a token forward, "
         say = self.display.say
         trained = count_parameters(self.model, trained=True)
         some = f" ({trained:,} trained)" if self.settings.trainable is not None else ""

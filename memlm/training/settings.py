@@ -1,5 +1,6 @@
 """The settings of a run, as dataclasses. Types and ranges are checked before anything is built."""
 
+import importlib.util
 import math
 import os
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from memlm.settings import build_config, check_type, require, suggest
 from memlm.training import lengths, trainable
 from memlm.training.budget import in_steps
 
+TRACKERS = ("wandb", "tensorboard")
 # The largest number of steps, rows or batches; more is a typing mistake.
 _MOST = 10**9
 
@@ -171,11 +173,21 @@ class HardwareSettings:
 
 @dataclass(frozen=True)
 class TrackerSettings:
-    name: str
+    """name: none, one tracker, or a list of them"""
+
+    name: str | list
     project: str | None
 
     def __post_init__(self) -> None:
-        require(self.name in ("none", "wandb"), f"name={self.name!r} is unknown; use none or wandb")
+        for name in self.names:
+            require(name in TRACKERS, f"name={name!r} is unknown; use none, {', '.join(TRACKERS)}, or a list")
+            there = importlib.util.find_spec(name) is not None
+            require(there, f"name={name}: its package is not installed; pip install {name}, or leave it out")
+
+    @property
+    def names(self) -> list[str]:
+        names = self.name if isinstance(self.name, list) else [self.name]
+        return [name for name in names if name != "none"]
 
 
 @dataclass(frozen=True)

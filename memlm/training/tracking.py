@@ -1,4 +1,4 @@
-"""Metrics of a run: always in ``metrics.jsonl``, and on Weights & Biases if configured."""
+"""Metrics of a run: always in ``metrics.jsonl``, and in other places if configured."""
 
 import json
 import os
@@ -17,24 +17,13 @@ class Tracker:
         kept = [line for line in read_metrics(self.path) if _before(line, step)]
         files.write(self.path, "".join(f"{json.dumps(line)}\n" for line in kept))
         self._file = self.path.open("a")
-        self._run = None
-        if settings.tracker.name == "wandb":
-            import wandb
-
-            self._run = wandb.init(
-                project=settings.tracker.project,
-                name=settings.name,
-                id=_wandb_id(settings.run_dir),
-                resume="allow",
-                dir=str(settings.run_dir),
-                config=settings.config,
-            )
+        self._others = [_TRACKERS[name](settings, step) for name in settings.tracker.names]
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **{k: _short(v) for k, v in figures.items()}}) + "\n")
         self._file.flush()
-        if self._run is not None:
-            self._run.log(figures, step=step)
+        for other in self._others:
+            other.log(step, figures)
 
     def sync(self) -> None:
         """Flush all lines to the disk, so that a checkpoint is never ahead of them."""
@@ -42,8 +31,48 @@ class Tracker:
 
     def close(self, failed: bool) -> None:
         self._file.close()
-        if self._run is not None:
-            self._run.finish(exit_code=int(failed))
+        for other in self._others:
+            other.close(failed)
+
+
+class WeightsAndBiases:
+    def __init__(self, settings: RunSettings, step: int) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=settings.tracker.project,
+            name=settings.name,
+            id=_wandb_id(settings.run_dir),
+            resume="allow",
+            dir=str(settings.run_dir),
+            config=settings.config,
+        )
+
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        self._run.log(figures, step=step)
+
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+
+class TensorBoard:
+    """Event files in ``run_dir/tensorboard``."""
+
+    def __init__(self, settings: RunSettings, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # Figures that an earlier run wrote from this step on are hidden.
+        self._writer = SummaryWriter(str(settings.run_dir / "tensorboard"), purge_step=step)
+
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self, failed: bool) -> None:
+        self._writer.close()
+
+
+_TRACKERS = {"wandb": WeightsAndBiases, "tensorboard": TensorBoard}
 
 
 def _wandb_id(run_dir: Path) -> str:
