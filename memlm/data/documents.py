@@ -161,6 +161,14 @@ class Documents:
         return {place: (length * 90 // 100, length * 95 // 100) for place, length in lengths.items()}
 
     def training_texts(self) -> Iterator[str]:
+        """Texts to train a tokenizer on: those for training, of a large corpus about a gibibyte of them."""
+        if self.is_large:
+            size = sum(file.content.num_bytes for file in self.files)
+            for document in chain.from_iterable(map(self.read, self.parts[:: -(-size // LARGE)])):
+                # The last documents in this order will be held out.
+                if place(self.name(document[0].file, document[0].row) + document[0].unit) < 7 * 2**61:
+                    yield document[0].text
+            return
         splits = assign_splits(self.name(document.file, document.row) for document in self if document.ends)
         number = 0
         for document in self:
