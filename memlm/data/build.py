@@ -83,9 +83,8 @@ def build_data(
         if not isinstance(name, str) or not name or {*"/\0"} & {*name}:
             raise ValueError(f"data.sources: {name!r} cannot be a name; use letters and digits")
         outside[name] = _check_source(options, f"data.sources.{name}", cfg["seq_len"])
-    of_files = any("paths" in _OPTIONS.get(options["kind"], ()) for options in cfg["sources"].values())
     turn = DiskCache(cfg["cache_dir"]).turn([cfg["tokenizer"], cfg["sources"]], preparation.say)
-    with turn if of_files else nullcontext():
+    with nullcontext() if is_made_by_rule(cfg) else turn:
         return _build(cfg, outside, seed, batch_size, preparation)
 
 

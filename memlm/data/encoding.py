@@ -80,10 +80,12 @@ class TokenShard:
     digests: list[str]
     bytes: list[int]
 
-    def is_whole(self, folder: Path) -> bool:
-        """Whether its files have their sizes."""
+    def is_whole(self, folder: Path, thorough: bool = False) -> bool:
+        """Whether its files have their sizes; thorough: and their content."""
+        paths = self.paths(folder)
         try:
-            return [path.stat().st_size for path in self.paths(folder)] == self.bytes
+            whole = [path.stat().st_size for path in paths] == self.bytes
+            return whole and (not thorough or [*map(files.digest, paths)] == self.digests)
         except OSError:
             return False
 
@@ -177,10 +179,9 @@ class Encoding:
     def _finished(self, name: str) -> TokenShard | None:
         try:
             shard = TokenShard(**files.read_json(self.folder / f"{name}.json"))
-            whole = shard.is_whole(self.folder) and [*map(files.digest, shard.paths(self.folder))] == shard.digests
-        except (ValueError, TypeError, OSError):
+        except (ValueError, TypeError):
             return None
-        return shard if whole else None
+        return shard if shard.is_whole(self.folder, thorough=True) else None
 
     def _write(
         self, name: str, part: Part, documents: Iterator[tuple[Document, int]], advance: Callable[[int], None]

@@ -64,13 +64,13 @@ class TextCorpus:
         large = documents.is_large
         names, build, form = (LARGE, build_large, LARGE_FORMAT) if large else (SMALL, build_small, SMALL_FORMAT)
         key = [form, documents.fingerprint, fingerprint(tokenizer)]
-        workers, store = workers or len(os.sched_getaffinity(0)), documents.cache.root / STORE
+        workers, self._store = workers or len(os.sched_getaffinity(0)), documents.cache.root / STORE
 
         def fill(folder: Path) -> None:
             build(folder, documents, tokenizer, workers, report)
 
         self.folder = documents.cache.folder(key, names, fill)
-        if large and not all(of.shard.is_whole(store) for of in large_shards(self.folder)):
+        if large and not all(of.shard.is_whole(self._store) for of in large_shards(self.folder)):
             shutil.rmtree(self.folder)
             documents.cache.folder(key, names, fill)
         left_out = [{"path": name, "reason": reason} for name, reason in documents.left_out.items()]
@@ -78,7 +78,7 @@ class TextCorpus:
         self._dtype = np.dtype(self.manifest["dtype"])
         if large:
             shards = large_shards(self.folder)
-            self._files = [_TokenFile(of.bin(store), partial(of.table, store), of.train) for of in shards]
+            self._files = [_TokenFile(of.bin(self._store), partial(of.table, self._store), of.train) for of in shards]
             self._files += [self._whole(split, split) for split in SPLITS[1:]]
             numbers = range(len(self._files))
             self._of_split = dict(zip(SPLITS, (numbers[:-2], numbers[-2:-1], numbers[-1:]), strict=True))
@@ -90,6 +90,14 @@ class TextCorpus:
         self._opened = lru_cache(maxsize=4 * _TOGETHER)(self._open)
         if not large:
             self._opened(0)
+
+    def drop_damaged(self) -> list[Path]:
+        """Remove the shards whose content is not that which was written; the next start encodes them again."""
+        shards = large_shards(self.folder) if (self.folder / LARGE[0]).exists() else []
+        damaged = [of for of in shards if not of.shard.is_whole(self._store, thorough=True)]
+        for of in damaged:
+            of.shard.remove(self._store)
+        return [of.bin(self._store) for of in damaged]
 
     def documents(self, split: str) -> Iterator[tuple[str, np.ndarray]]:
         """Name and tokens [length] of each document of the split, in the order of the files."""

@@ -83,7 +83,7 @@ def test_rows_of_an_epoch_are_the_shards_in_random_order(books, tmp_path, seq_le
         assert len(groups) > 2 and bounds[-1] == total
         assert sorted(number for group in groups for number in group) == [n for n, _ in found.token_files("train")]
         orders.append(groups)
-        for group, (numbers, first, last) in enumerate(zip(groups, bounds, bounds[1:], strict=False)):
+        for group, (numbers, first) in enumerate(zip(groups, bounds, strict=False)):
             order = np.argsort(source._group("train", epoch, group)[2])
             line = np.concatenate([rows[first + i].input_ids for i in order])
             spans = source._group("train", epoch, group)[0]
@@ -126,16 +126,17 @@ def test_a_large_corpus_without_text(books, tmp_path):
     for path in books.iterdir():
         path.write_text("")
     (books / "00.jsonl").write_text('{"text": ""}\n')
-    with pytest.raises(ValueError, match="books and all other files are empty|00.jsonl and all other files are empty"):
+    with pytest.raises(ValueError, match=r"books/00\.jsonl and all other files are empty"):
         corpus(books, tmp_path / "cache")
 
 
 def test_a_tokenizer_is_trained_on_a_part_of_a_large_corpus(books, tmp_path, monkeypatch):
     source = Documents(str(books), tmp_path / "cache")
     held = [ids[ids < 256] for split in SPLITS[1:] for _, ids in corpus(books, tmp_path / "cache").documents(split)]
+    monkeypatch.setattr(documents, "LARGE", 10**6)
     texts = [*source.training_texts()]
     # Stretches of one file are alike here.
     among = [text for ids in held if (text := bytes(ids.tolist()).decode()) in texts and "text 7," not in text]
     assert not among and len(texts) > 200
     monkeypatch.setattr(documents, "LARGE", 40_000)
-    assert 30_000 < sum(map(len, source.training_texts())) < 60_000
+    assert 20_000 < sum(map(len, source.training_texts())) < 45_000
