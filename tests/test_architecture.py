@@ -85,7 +85,7 @@ OUTER = {"memlm.hub", "memlm.reader", "memlm.policies", "memlm.training"} | {
 }
 OUTSIDE = {
     "memlm_kernels": {"torch", "triton", "fla"},
-    "memlm.data": {"torch", "numpy", "transformers", "tokenizers", "pyarrow"},
+    "memlm.data": {"torch", "numpy", "transformers", "tokenizers", "pyarrow", "datasets", "huggingface_hub"},
     "memlm.memory": {"torch", "transformers", "einops"},
 }
 

@@ -13,6 +13,7 @@ Files:
     encoding            parts of a corpus, encoded in parallel processes into shards
     documents           documents of txt, md, py, jsonl and parquet files, in parts and splits
     reading             files read in stretches of bounded size
+    streamed            text of the Hugging Face hub, read as a stream
     find                the files that ``paths`` name
     manifest            the files of a source, compared when a run continues
     disk_cache          folders built once and checked when opened
@@ -33,6 +34,7 @@ from .questions import Question, Questions, QuestionSource
 from .recall import MQAR, Passkey, RecallSource, RecallTask, ramp
 from .retrieval import Chain, Facts, Inquiry, Library, Linked, RetrievalRow, make_sample
 from .row import IGNORE_INDEX, SPLITS, Row, Source
+from .streamed import HubSettings, Streamed
 from .templates import Templates, Writer
 from .text import TextCorpus, TextSource
 from .tokenizer import (
@@ -57,6 +59,7 @@ __all__ = [
     "Chains",
     "Documents",
     "Facts",
+    "HubSettings",
     "Inquiry",
     "Library",
     "Linked",
@@ -71,6 +74,7 @@ __all__ = [
     "RetrievalRow",
     "Row",
     "Source",
+    "Streamed",
     "Templates",
     "TextCorpus",
     "TextSource",

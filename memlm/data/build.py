@@ -26,6 +26,7 @@ from .recall import MQAR, Copy, Passkey, RecallSource, RecallTask, StackedMQAR, 
 from .recall_mad import FuzzyRecall, SelectiveCopy
 from .retrieval import Facts
 from .row import Source
+from .streamed import HubSettings, Streamed
 from .text import TextCorpus, TextSource
 from .tokenizer import is_byte_tokenizer, load_tokenizer
 
@@ -38,6 +39,7 @@ _MOST_TOKENS, _MOST_WEIGHT = 2**28, 1e9
 _SIZES = ("gap", "num_keys", "num_values")
 _OPTIONS = {
     "text": ("paths",),
+    "hub": tuple(field.name for field in dataclasses.fields(HubSettings)),
     "mqar": ("num_pairs", *_SIZES),
     "mqar_zoology": ("num_pairs", *_SIZES),
     "mqar_stacked": ("num_pairs", *_SIZES),
@@ -96,11 +98,15 @@ def _build(
     preparation: Preparation,
 ) -> tuple[PreTrainedTokenizerFast, Mixture]:
     """outside: of each source, the result of `_check_source`"""
-    corpora = {}
+    corpora: dict[str, Documents | Streamed] = {}
     for name, options in cfg["sources"].items():
         if options["kind"] == "text":
             with named(f"data.sources.{name}"):
                 corpora[name] = Documents(options.get("paths"), cfg["cache_dir"])
+        elif options["kind"] == "hub":
+            given = {key: options[key] for key in _OPTIONS["hub"] if key in options}
+            settings = build_config(HubSettings, given, f"data.sources.{name}")
+            corpora[name] = Streamed(settings, cfg["cache_dir"])
     tokenizer = load_tokenizer(cfg["tokenizer"], [*corpora.values()])
     tasks = [name for name, options in cfg["sources"].items() if options["kind"] in _TASKS]
     recall = [*tasks, *(name for name, config in outside.items() if isinstance(config, RecallTask))]
@@ -125,7 +131,7 @@ def _build_source(
     name: str,
     cfg: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerFast,
-    documents: Documents | None,
+    documents: Documents | Streamed | None,
     outside: RecallTask | Callable[..., Source] | None,
     seed: int,
     preparation: Preparation,
@@ -158,7 +164,8 @@ def _check_source(options: Mapping[str, Any], where: str, seq_len: int) -> Recal
         _check_weight(options["weight"], where)
         if kind == "questions" and not options.get("paths"):
             raise ValueError(f"{where}.paths is missing; name JSONL files of questions")
-        _check_whole(options, where, (set(_OPTIONS[kind]) - {"paths", "templates"}) & options.keys())
+        if kind != "hub":
+            _check_whole(options, where, (set(_OPTIONS[kind]) - {"paths", "templates"}) & options.keys())
         return None
     task = getattr(module, "Task", None)
     whole = task or (hasattr(module, "Config") and hasattr(module, "Source"))

@@ -13,12 +13,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from .disk_cache import Content, DiskCache
 from .find import find
+from .manifest import file_entry
 from .reading import ENDINGS, Span, byte_offsets, cut_at, find_spans, is_plain, read, stretches
 
 # Bytes of a part; the parts are part of a large corpus's fingerprint.
@@ -55,6 +56,30 @@ class Document(NamedTuple):
     unit: str
 
 
+class Corpus(Protocol):
+    """Documents in parts that can be read separately: `Documents`, or `Streamed`.
+
+    part_tokens: the most tokens of a part; entries: its files, for the manifest
+    """
+
+    cache: DiskCache
+    is_large: bool
+    is_stdlib: bool
+    left_out: dict[str, str]
+
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def parts(self) -> list[Part]: ...
+    @property
+    def part_tokens(self) -> int | None: ...
+    def training_texts(self) -> Iterator[str]: ...
+    def entries(self) -> list[dict[str, Any]]: ...
+    def identity(self, part: Part) -> list[Any]: ...
+    def name(self, file: int, row: int) -> str: ...
+    def read(self, part: Part) -> Iterator[tuple[Document, int]]: ...
+
+
 class Documents:
     """The documents under `paths`: files, folders (recursively) or globs, see `find`. None or "stdlib" means the
     Python standard library's own sources, without its tests. left_out: files that are not read, with reasons.
@@ -87,9 +112,17 @@ class Documents:
         content = json.dumps([(file.name, file.content.sha256) for file in self.files])
         return hashlib.sha256(content.encode()).hexdigest()
 
+    @property
+    def part_tokens(self) -> None:
+        """A part is encoded as a whole."""
+
     def name(self, file: int, row: int) -> str:
         name = self.files[file].name
         return f"{name}:{row}" if row else name
+
+    def entries(self) -> list[dict[str, Any]]:
+        """The files, for the manifest."""
+        return [file_entry(file.name, file.content) for file in self.files]
 
     def identity(self, part: Part) -> list[Any]:
         """Everything that determines the documents of a part."""
@@ -165,8 +198,7 @@ class Documents:
         if self.is_large:
             size = sum(file.content.num_bytes for file in self.files)
             for document in chain.from_iterable(map(self.read, self.parts[:: -(-size // LARGE)])):
-                # The last documents in this order will be held out.
-                if place(self.name(document[0].file, document[0].row) + document[0].unit) < 7 * 2**61:
+                if is_trained(self.name(document[0].file, document[0].row) + document[0].unit):
                     yield document[0].text
             return
         splits = assign_splits(self.name(document.file, document.row) for document in self if document.ends)
@@ -180,6 +212,11 @@ class Documents:
 def place(name: str) -> int:
     """A document's place, in 64 bits, in the order of the names' hashes."""
     return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8])
+
+
+def is_trained(name: str) -> bool:
+    """Whether a document of a large corpus is certainly not held out: the last ones in the order of hashes are."""
+    return place(name) < 7 * 2**61
 
 
 def assign_splits(names: Iterable[str]) -> np.ndarray:

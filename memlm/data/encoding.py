@@ -23,14 +23,14 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from memlm import files
 
-from .documents import Document, Part, place
+from .documents import Corpus, Document, Part, place
 from .tokenizer import continuer, encoder, fingerprint
 
 # Part of every shard's name; increase it if the files or the cuts change.
@@ -57,16 +57,6 @@ class Preparation:
 
 
 QUIET = Preparation()
-
-
-class Corpus(Protocol):
-    """Documents in parts that can be read separately."""
-
-    parts: list[Part]
-
-    def identity(self, part: Part) -> list[Any]: ...
-    def name(self, file: int, row: int) -> str: ...
-    def read(self, part: Part) -> Iterator[tuple[Document, int]]: ...
 
 
 @dataclass(frozen=True)
@@ -147,7 +137,8 @@ class Encoding:
 
     def encode(self, part: Part, tell: Callable[[int], None]) -> list[TokenShard]:
         """The shards of a part, written now or earlier; `tell` is called with numbers of bytes that are done."""
-        key = [_FORMAT, self._tokens, self.shard_characters, self.corpus.identity(part)]
+        most = self.corpus.part_tokens
+        key = [_FORMAT, self._tokens, self.shard_characters, most, self.corpus.identity(part)]
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
         documents, known, told, shards = self.corpus.read(part), 0, 0, list[TokenShard]()
 
@@ -161,7 +152,8 @@ class Encoding:
             if shard is None:
                 # Read again what earlier shards hold.
                 next(islice(documents, known, known), None)
-                shard, known = self._write(f"{name}-{len(shards):05}", part, documents, advance), 0
+                left = None if most is None else most - sum(shard.tokens for shard in shards)
+                shard, known = self._write(f"{name}-{len(shards):05}", part, documents, advance, left), 0
             else:
                 known += shard.stretches
             shards.append(shard)
@@ -184,9 +176,14 @@ class Encoding:
         return shard if shard.is_whole(self.folder, thorough=True) else None
 
     def _write(
-        self, name: str, part: Part, documents: Iterator[tuple[Document, int]], advance: Callable[[int], None]
+        self,
+        name: str,
+        part: Part,
+        documents: Iterator[tuple[Document, int]],
+        advance: Callable[[int], None],
+        most: int | None,
     ) -> TokenShard:
-        """The next shard of a part."""
+        """The next shard of a part, which ends at the document that fills it, or reaches the `most` tokens."""
         encode, go_on, end = encoder(self.tokenizer), continuer(self.tokenizer), self.tokenizer.eos_token_id
         dtype, numbers = self.dtype, {span.file: number for number, span in enumerate(part)}
         tokens, size, table, digest = 0, 0, array("q"), hashlib.sha256()
@@ -205,8 +202,8 @@ class Encoding:
                     row = (tokens, numbers[document.file], document.row, document.ends, key - 2**63)
                     table.extend(row)
                     advance(at)
-                    if size >= self.shard_characters:
-                        last = False
+                    last = most is not None and tokens >= most
+                    if last or size >= self.shard_characters:
                         break
                 else:
                     last = True

@@ -20,9 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 from memlm import files
 
-from .documents import Documents, Part, assign_splits
+from .documents import Corpus, Part, assign_splits
 from .encoding import ENDS, FILE, KEY, ROW, WHOLE, Encoding, Report, TokenShard
-from .manifest import file_entry
 from .row import SPLITS
 from .tokenizer import fingerprint
 
@@ -39,7 +38,7 @@ _BITS = 16
 
 
 def build_small(
-    folder: Path, documents: Documents, tokenizer: PreTrainedTokenizerFast, workers: int, report: Report
+    folder: Path, documents: Corpus, tokenizer: PreTrainedTokenizerFast, workers: int, report: Report
 ) -> None:
     """Encode into shards, and join them; they are kept meanwhile, so that a stopped preparation can go on."""
     store = documents.cache.root / STORE if len(documents.parts) > 1 else folder / STORE
@@ -62,12 +61,12 @@ def build_small(
         name: {"documents": int((splits == split).sum()), "tokens": int(lengths[splits == split].sum())}
         for split, name in enumerate(SPLITS)
     }
-    splits_of_file = [set() for _ in documents.files]
+    splits_of_file = [set() for _ in documents.entries()]
     for index, split in zip(numbers.tolist(), splits, strict=True):
         splits_of_file[index].add(SPLITS[split])
     entries = [
-        file_entry(file.name, file.content) | {"splits": sorted(in_splits)}
-        for file, in_splits in zip(documents.files, splits_of_file, strict=True)
+        entry | {"splits": sorted(in_splits)}
+        for entry, in_splits in zip(documents.entries(), splits_of_file, strict=True)
     ]
     _write_manifest(folder, SMALL_FORMAT, documents, tokenizer, sizes, entries)
     for _, shard in shards:
@@ -77,7 +76,7 @@ def build_small(
 
 
 def build_large(
-    folder: Path, documents: Documents, tokenizer: PreTrainedTokenizerFast, workers: int, report: Report
+    folder: Path, documents: Corpus, tokenizer: PreTrainedTokenizerFast, workers: int, report: Report
 ) -> None:
     """Encode into shards, and hold out the last documents in the order of hashes."""
     store = documents.cache.root / STORE
@@ -116,10 +115,7 @@ def build_large(
     for copy in held.values():
         copy.close()
     (folder / "shards.json").write_text(json.dumps(entries))
-    found = [
-        file_entry(file.name, file.content) | ({} if index in seen else {"splits": []})
-        for index, file in enumerate(documents.files)
-    ]
+    found = [entry | ({} if index in seen else {"splits": []}) for index, entry in enumerate(documents.entries())]
     _write_manifest(folder, LARGE_FORMAT, documents, tokenizer, sizes, found)
 
 
@@ -168,7 +164,7 @@ def large_shards(folder: Path) -> list[LargeShard]:
 
 
 def _encoded(
-    documents: Documents, tokenizer: PreTrainedTokenizerFast, store: Path, workers: int, report: Report
+    documents: Corpus, tokenizer: PreTrainedTokenizerFast, store: Path, workers: int, report: Report
 ) -> Iterator[tuple[Part, TokenShard]]:
     """The shards, and the part of each, encoded now or earlier."""
     if tokenizer.eos_token_id is None:
@@ -189,7 +185,7 @@ def _files(part: Part) -> np.ndarray:
 def _write_manifest(
     folder: Path,
     form: int,
-    documents: Documents,
+    documents: Corpus,
     tokenizer: PreTrainedTokenizerFast,
     sizes: dict[str, dict[str, int]],
     entries: list[dict[str, Any]],

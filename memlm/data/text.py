@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from memlm.files import read_json
 
 from .disk_cache import Watched
-from .documents import Documents
+from .documents import Corpus
 from .encoding import Report
 from .layout import LARGE, LARGE_FORMAT, SMALL, SMALL_FORMAT, STORE, build_large, build_small, large_shards
 from .row import IGNORE_INDEX, SPLITS, Row, split_id
@@ -56,7 +56,7 @@ class TextCorpus:
 
     def __init__(
         self,
-        documents: Documents,
+        documents: Corpus,
         tokenizer: PreTrainedTokenizerFast,
         workers: int | None = None,
         report: Report = lambda done, total: None,

@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .documents import Documents
+from .documents import Corpus
 
 _SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
 # Part of the name of every cached BPE; increase it if training changes.
@@ -37,7 +37,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return _byte_level(backend, use_regex=False)
 
 
-def load_tokenizer(spec: str | Mapping[str, int], corpora: Sequence[Documents] = ()) -> PreTrainedTokenizerFast:
+def load_tokenizer(spec: str | Mapping[str, int], corpora: Sequence[Corpus] = ()) -> PreTrainedTokenizerFast:
     """spec: "byte"; a folder or hub name for AutoTokenizer; or {"bpe": vocab_size}: a BPE trained on the training
         split of `corpora`, deterministic, and kept in their cache.
 
@@ -214,7 +214,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     return counts
 
 
-def _load_bpe(vocab_size: int, corpora: Sequence[Documents]) -> PreTrainedTokenizerFast:
+def _load_bpe(vocab_size: int, corpora: Sequence[Corpus]) -> PreTrainedTokenizerFast:
     least = len(_ALPHABET) + len(_SPECIAL)
     if type(vocab_size) is not int or not least <= vocab_size <= _MOST_ENTRIES:
         raise ValueError(

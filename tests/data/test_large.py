@@ -1,6 +1,7 @@
 """Corpora that stay in shards: what is held out, rows of groups of shards, and damage. Small limits make them here."""
 
 import json
+import runpy
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from memlm.data.encoding import Encoding
 from memlm.data.row import SPLITS
 from memlm.data.text import TextCorpus, TextSource
 from memlm.data.tokenizer import byte_tokenizer
+from tests.conftest import ROOT, composed
 
 BYTES = byte_tokenizer()
 EOS = BYTES.eos_token_id
@@ -120,6 +122,23 @@ def test_a_damaged_shard_is_encoded_again_and_no_other(books, tmp_path, monkeypa
         source.row(0, "train", 0)
     with pytest.raises(ValueError, match=r"\.bin (cannot be read|has changed)"):
         [source.row(i, "train", 0) for i in range(source.epoch_rows["train"])]
+
+
+def test_the_script_prepares_mends_and_reports(books, tmp_path, capsys):
+    script = runpy.run_path(str(ROOT / "scripts" / "prepare_data.py"))
+    options = ("data=text", f"data.sources.text.paths={books}", f"data.cache_dir={tmp_path}/cache", "data.seq_len=32")
+    script["prepare"](composed(*options), 1)
+    found = corpus(books, tmp_path / "cache")
+    tokens = found.manifest["splits"]["train"]["tokens"]
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"data.sources.text: train {tokens:,} tokens in " in told and str(found.folder) in told
+    shard = sorted((tmp_path / "cache" / "shards").glob("*.bin"))[2]
+    right = shard.read_bytes()
+    # Only its digest differs.
+    shard.write_bytes(right[::-1])
+    script["prepare"](composed(*options), 1)
+    assert f"encoding 1 damaged shards again, the first {shard.name}" in " ".join(capsys.readouterr().out.split())
+    assert shard.read_bytes() == right
 
 
 def test_a_large_corpus_without_text(books, tmp_path):
