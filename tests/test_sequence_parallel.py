@@ -5,15 +5,16 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 
+from memlm import MemoryCache
 from memlm.data import Batch, Row
 from memlm.training import run
 from memlm.training.objective import Objective, model_inputs
-from memlm.training.sequence import cut_rows
+from memlm.training.sequence import cut_rows, pieces_of
 from memlm.training.tracking import read_metrics
-from memlm_kernels.testing import assert_close
+from memlm_kernels.testing import assert_close, relative_error
 from tests import ranks
 from tests.conftest import build
-from tests.runs import SMALLEST, config
+from tests.runs import SMALLEST, config, trainer
 
 RUN = ("train.steps=4", "memory=titans_lmm", "model.num_hidden_layers=2", "data.seq_len=16", "train.z_loss=0.1")
 CUT = "hardware.sequence_parallel=2"
@@ -81,6 +82,60 @@ def test_the_mean_of_the_stretches_losses_is_the_rows_loss():
         # Losses of tokens are fp32.
         assert_close("rows", of_rows, nats, 2e-7)
         assert_close("loss", loss, nats.mean(), 2e-7)
+
+
+@pytest.mark.parametrize("memory", ["titans_lmm", "none"])
+def test_gradients_are_truncated_and_the_memory_goes_on(tmp_path, memory):
+    """The loss is that of whole rows; the gradient that of a stream whose memory is detached between the pieces."""
+    found, trainers = [], []
+    for truncate in ("4", "null"):
+        overrides = (f"memory={memory}", f"train.truncate={truncate}", "optim.clip=1e9")
+        trainers.append(trainer(config(tmp_path / truncate, *RUN, *overrides, small=SMALLEST)))
+        # The gradients stay.
+        trainers[-1].optimizers = []
+        found.append(trainers[-1]._one_step(False))
+    cut, whole = trainers
+    batch = cut.mixture.batch(0)
+    assert found[0]["loss"].item() == pytest.approx(found[1]["loss"].item(), rel=1e-6)
+    assert found[0]["rows"].tolist()[0][0] / 4 == pytest.approx(found[1]["rows"].tolist()[0][0], rel=1e-6)
+    grads = {name: p.grad.clone() for name, p in cut.model.named_parameters()}
+    assert any(relative_error(p.grad, grads[name]) > 1e-3 for name, p in whole.model.named_parameters())
+
+    model, memory = cut.model, MemoryCache()
+    model.zero_grad()
+    scored = (batch.labels[:, 1:] != -100).sum(1)
+    targets = F.pad(batch.labels[:, 1:], (0, 1), value=-100)
+    for ids, of_piece in zip(batch.input_ids.split(4, 1), targets.split(4, 1), strict=True):
+        logits = model(ids, past_key_values=memory).logits
+        nats = F.cross_entropy(logits.mT, of_piece, reduction="none")
+        z = 0.1 * logits.logsumexp(-1).square() * (of_piece != -100)
+        ((nats + z).sum(1) / scored).mean().backward()
+        memory = memory.detach()
+    for name, p in model.named_parameters():
+        assert_close(name, p.grad, grads[name], 1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_of_pieces_goes_on_exactly(tmp_path):
+    options = ("train.truncate=8", "optim.schedule_steps=9", "train.validate_every=9")
+    train(0, 1, (tmp_path / "one", *options), (tmp_path / "two", *options, "train.steps=2"))
+    train(0, 1, (tmp_path / "two", *options))
+    assert {k: x for k, x in losses(tmp_path / "two").items() if k[0] != 2 or "validation" not in k[1]} == losses(
+        tmp_path / "one"
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ((5, [16], False), "does not divide data.seq_len=16"),
+        ((4, [16, 8], False), "leave train.lengths out"),
+        ((4, [16], True), "hardware.sequence_parallel"),
+    ],
+)
+def test_rows_that_cannot_be_read_in_pieces(given, told):
+    with pytest.raises(ValueError, match=f"train.truncate={given[0]} .*{told}"):
+        pieces_of(given[0], build("none"), *given[1:])
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,10 @@ class Batch:
         the row's scored tokens over `size`.
         """
         if self.roles is not None:
-            raise ValueError("data: rows of documents and questions cannot be cut; set hardware.sequence_parallel=1")
+            raise ValueError(
+                "data: rows of documents and questions cannot be cut; leave train.truncate and "
+                "hardware.sequence_parallel out"
+            )
         assert self.input_ids.shape[1] % size == 0
         length = self.input_ids.shape[1] // size
         first, end = rank * length, (rank + 1) * length

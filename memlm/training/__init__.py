@@ -16,7 +16,7 @@ Files:
     settings            the run's settings, checked
     checkpoint          checkpoints that exist completely or not at all
     budget              a run's length and batch in tokens
-    sequence            processes that share each row
+    sequence            rows shared by processes, or read in pieces
     plan                sizes, memory and hours of a run, before it begins
     footprint           the memory of a step, from tensors without data
     devices             speeds and memories of GPUs

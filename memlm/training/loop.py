@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 import memlm
 from memlm import files
+from memlm.cache import MemoryCache
 from memlm.data import Batch, TextSource, build_data, left_out, token_bytes
 from memlm.flops import count_flops, count_parameters
 from memlm.hub.causal import kinds, load_any
@@ -64,7 +65,6 @@ class Trainer:
         self.owners = sequence.rows_of(settings.hardware.sequence_parallel, accelerator.num_processes)
         self.forwards = self.settings.forwards(self.owners)
         sharers = settings.hardware.sharers(accelerator.num_processes)
-        accelerator.gradient_accumulation_steps = self.forwards
         self.display, self.shown = Display(self.settings.steps, accelerator.is_main_process), dict[str, str]()
         self.clock, self.alerts = telemetry.StepClock(accelerator.device), Alerts()
         self.folder = self._find_checkpoint()
@@ -89,6 +89,8 @@ class Trainer:
         rows = [self.config["data"]["seq_len"], *(length for length, _ in self.settings.lengths or [])]
         compiled, size = settings.hardware.compile, settings.hardware.sequence_parallel
         self.stretches = sequence.cut_rows(self.model, size, rows, compiled, sharers > 1)
+        self.pieces = sequence.pieces_of(self.settings.truncate, self.model, rows, size > 1)
+        accelerator.gradient_accumulation_steps = self.forwards * self.pieces
         self.trained = (self.trainer_state or {}).get("trained") or trainable.choose(
             self.model, self.settings.trainable
         )
@@ -258,8 +260,7 @@ class Trainer:
         told: dict[str, list[Tensor]] = {}
         norms: dict[str, Tensor] = {}
         self.clock.begin()
-        for batch in self._batches(self.step, "train"):
-            inputs = model_inputs(batch, self.accelerator.device, self.stretches)
+        for batch, inputs in self._inputs():
             with self.accelerator.accumulate(self.sharding or self.objective):
                 loss, rows, metrics = self.objective(**inputs, output_metrics=logged)
                 if not loss.requires_grad:
@@ -274,7 +275,7 @@ class Trainer:
                 for optimizer in self.optimizers:
                     optimizer.step()
                     optimizer.zero_grad()
-            total += loss.detach() / self.forwards
+            total += loss.detach() / (self.forwards * self.pieces)
             for name, value in metrics.items():
                 told.setdefault(name, []).append(value)
             of_rows = torch.stack([rows.float(), torch.ones_like(rows)], 1)
@@ -285,6 +286,19 @@ class Trainer:
             self.ema.update(self.step)
         means = {name: torch.stack(values).nanmean() for name, values in told.items()}
         return {"loss": total, "grad_norm": whole(norm), "rows": per_source, **norms, **means}
+
+    def _inputs(self) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        """The batches of each forward and backward of a step, with their inputs."""
+        device = self.accelerator.device
+        for batch in self._batches(self.step, "train"):
+            if self.pieces == 1:
+                yield batch, model_inputs(batch, device, self.stretches)
+                continue
+            memory = MemoryCache()
+            for number in range(self.pieces):
+                piece = batch.stretch(number, self.pieces)
+                yield piece, model_inputs(piece, device) | {"past_key_values": memory}
+                memory.detach()
 
     def _batches(self, step: int, split: str) -> Iterator[Batch]:
         """This process's parts of a step's batch."""

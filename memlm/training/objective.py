@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from memlm.cache import MemoryCache
 from memlm.data import IGNORE_INDEX, Batch
 from memlm.hub.causal import of_model
 from memlm.memory.stretches import Stretches
@@ -36,6 +37,7 @@ class Objective(nn.Module):
         roles: Roles | None = None,
         places: Tensor | None = None,
         counts: Tensor | None = None,
+        past_key_values: MemoryCache | None = None,
         output_metrics: bool = True,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Returns the loss with the auxiliary losses, each row's own loss [B], and, if asked for, the mixers' metrics:
@@ -43,6 +45,8 @@ class Objective(nn.Module):
 
         labels: [B, T], not shifted; -100 is not scored
         counts: [B], the divisor of each row's sum of nats; None: its scored tokens
+
+        past_key_values: the memory of the rows so far, which is written
 
         The other arguments are as in ``MemLMModel.forward`` and ``Batch``.
         """
@@ -53,6 +57,7 @@ class Objective(nn.Module):
             Wanted(norms=self.z_loss > 0),
             input_ids=input_ids,
             position_ids=position_ids,
+            **({} if past_key_values is None else {"past_key_values": past_key_values}),
             **of_model(self.model, max_documents=max_documents, roles=roles, output_metrics=output_metrics),
         )
         nats, *norms = scores.unbind(-1)

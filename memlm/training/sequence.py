@@ -1,4 +1,4 @@
-"""Sequence parallelism of a run: ``hardware.sequence_parallel`` processes share each row."""
+"""Long rows: shared by ``hardware.sequence_parallel`` processes, or read in pieces of ``train.truncate`` tokens."""
 
 from collections.abc import Sequence
 
@@ -8,6 +8,21 @@ from transformers import PreTrainedModel
 from memlm.memory.stretches import Stretches
 from memlm.modeling import MemLMPreTrainedModel
 from memlm.settings import require
+
+
+def pieces_of(truncate: int | None, model: PreTrainedModel, lengths: Sequence[int], shared: bool) -> int:
+    """The number of pieces in which a row is read. Raises ValueError if this cannot be.
+
+    lengths: of rows, at any step; shared: whether processes share a row
+    """
+    if truncate is None:
+        return 1
+    key, row = f"train.truncate={truncate}", lengths[0]
+    require(row % truncate == 0, f"{key} does not divide data.seq_len={row}; choose a divisor of it")
+    require(len(lengths) == 1, f"{key} needs rows of one length; leave train.lengths out")
+    require(not shared, f"{key} reads rows in order, which hardware.sequence_parallel cuts; leave one of them out")
+    require(isinstance(model, MemLMPreTrainedModel), f"{key} is for models of memlm; leave it out for a backbone")
+    return row // truncate
 
 
 def rows_of(size: int, processes: int) -> int:

@@ -74,6 +74,8 @@ class TrainSettings:
     keep: number of checkpoints that are kept
     init_from: the run, or checkpoint folder, whose weights a new run starts with
     lengths: a curriculum of lengths, [[length, tokens], ...] (``memlm.training.lengths``); null: all rows are whole
+    truncate: tokens through which gradients flow back; rows are read in pieces of this length, with the memory carried
+        on; null: whole rows
     ema: decay of the moving average of the weights; null: none
     trainable: the parameters that are trained (``memlm.training.trainable``); null: all
     """
@@ -93,6 +95,7 @@ class TrainSettings:
     z_loss: float = 0.0
     ema: float | None = None
     lengths: list | None = None
+    truncate: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
