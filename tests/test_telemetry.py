@@ -25,8 +25,8 @@ def test_a_run_logs_its_speed_and_its_gradients(tmp_path):
     assert [line["lr/adamw"] / line["lr/muon"] for line in (first, second)] == pytest.approx([3e-3 / 0.02] * 2)
     assert first["lr/adamw"] == pytest.approx(1.5e-3) and second["lr/adamw"] == pytest.approx(3e-3)
     for line in (first, second, third):
-        split = sum(line[f"seconds/{part}"] for part in ("data", "forward", "backward", "optimizer"))
-        assert 0.3 * line["seconds/step"] < split < line["seconds/step"]
+        split = [line[f"seconds/{part}"] for part in ("data", "forward", "backward", "optimizer")]
+        assert min(split) > 0 and 0.3 * line["seconds/step"] < sum(split) < line["seconds/step"]
         assert line["tokens_per_second"] == pytest.approx(32 / line["seconds/step"], rel=1e-3)
         assert 0.05 < line["peak_memory"] < 100 and "mfu" not in line
         parts = [line[f"grad_norm/{part}"] ** 2 for part in ("embed_tokens", "lm_head", "mixer", "mlp", "norm")]

@@ -261,17 +261,20 @@ class Trainer:
         norms: dict[str, Tensor] = {}
         self.clock.begin()
         for batch, inputs in self._inputs():
+            self.clock.lap("data")
             with self.accelerator.accumulate(self.sharding or self.objective):
                 loss, rows, metrics = self.objective(**inputs, output_metrics=logged)
                 if not loss.requires_grad:
                     raise ValueError("train.trainable: no trained parameter has an effect on the loss; choose others")
+                self.clock.lap("forward")
                 self.accelerator.backward(loss)
+                self.clock.lap("backward")
                 if self.accelerator.sync_gradients:
                     if self.sharding:
                         self.sharding.drop_unreached()
                     norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.optim.clip)
                     if logged:
-                        norms = telemetry.gradient_norms(self.model, torch.as_tensor(norm), self.optim.clip)
+                        norms = telemetry.gradient_norms(self.model, whole(norm), self.optim.clip)
                 for optimizer in self.optimizers:
                     optimizer.step()
                     optimizer.zero_grad()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from memlm.training.devices import peak_flops
+from memlm.training.shards import whole
 
 _PARTS = ("data", "forward", "backward", "optimizer")
 
@@ -94,4 +95,4 @@ def gradient_norms(model: nn.Module, norm: Tensor, clip: float) -> dict[str, Ten
             inner = re.search(r"\.\d+\.(\w+)\.", name)
             parts[inner[1] if inner else name.split(".")[-2]].append(parameter.grad)
     scale = ((norm + 1e-6) / clip).clamp(min=1)
-    return {f"grad_norm/{part}": nn.utils.get_total_norm(grads) * scale for part, grads in parts.items()}
+    return {f"grad_norm/{part}": whole(nn.utils.get_total_norm(grads)) * scale for part, grads in parts.items()}
