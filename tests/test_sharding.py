@@ -98,6 +98,10 @@ def test_any_number_of_processes_goes_on_from_parts(tmp_path, monkeypatch, capsy
         (["hardware.shard=some"], "hardware.shard='some' must be all, node, or a number of processes above 1"),
         (["hardware.shard=1"], "hardware.shard=1 must be all, node, or a number"),
         (
+            ["hardware=fsdp2", "hardware.sequence_parallel=2"],
+            "hardware.shard=all and sequence_parallel=2: share one; set one back",
+        ),
+        (
             ["hardware=fsdp2", "hardware.mixed_precision=fp16"],
             "hardware.mixed_precision='fp16' cannot scale the loss of shared parameters; use bf16",
         ),
@@ -127,3 +131,51 @@ def test_groups_that_do_not_fit_are_named(monkeypatch, shard, processes, here, m
         hardware.sharers(processes)
     if here == 4:
         assert [replace(hardware, shard=s).sharers(8) for s in (None, "all", "node", 2)] == [1, 8, 4, 2]
+
+
+@pytest.mark.parametrize("documents", [True, False])
+def test_routers_that_some_rows_teach_learn_as_on_one_process(tmp_path, documents):
+    """Documents are in the row of one process, or in none: then the weights do not even decay."""
+    facts = "data=facts", "data.seq_len=64", "data.sources.facts.num_documents=3"
+    beside = "+data.sources.mqar={kind: mqar, weight: 1.0, num_pairs: 4, gap: 0, num_keys: 32, num_values: 32}"
+    sources = (*facts, beside) if documents else ("data=mqar", "data.seq_len=64")
+    kept = [option for option in TINY if "mqar" not in option and "seq_len" not in option]
+    options = "memory=msa", "optim=adamw", "optim.weight_decay=0.5", "train.steps=3", "train.batch_size=2"
+    one, two = (config(tmp_path / name, *sources, *options, small=kept) for name in ("one", "two"))
+    train(one)
+    two.hardware.shard = "all"
+    train(two, 2)
+    first, second = (load_file(checkpoint.latest(tmp_path / n / "run") / "model.safetensors") for n in ("one", "two"))
+    assert figures(tmp_path / "two") == pytest.approx(figures(tmp_path / "one"), rel=1e-6)
+    for name, weight in first.items():
+        assert torch.allclose(second[name], weight, atol=1e-5, rtol=1e-3), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("option", "tolerance"),
+    [
+        ("train.gradient_checkpointing=true", 1e-6),
+        ("hardware.mixed_precision=bf16", 2e-3),
+        ("hardware.compile=true", 1e-5),
+    ],
+)
+def test_options_of_one_process_hold_for_sharers(tmp_path, option, tolerance):
+    # One process compiles everything at once, which other tests cover.
+    train(tiny(tmp_path / "one", "train.steps=5", *(() if "compile" in option else (option,))))
+    train(tiny(tmp_path / "two", "train.steps=5", "hardware=fsdp2", option), 2)
+    assert figures(tmp_path / "two") == pytest.approx(figures(tmp_path / "one"), rel=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharing", ["hardware=fsdp2", "hardware.shard=2"])
+@pytest.mark.parametrize("memory", ["titans_mag", "msa", "gated_delta_net", "mom"])
+def test_four_processes_go_on_as_two_and_as_one(tmp_path, memory, sharing):
+    """Of four, all share one model, or two share one of two."""
+    options, many = (f"memory={memory}", "optim.schedule_steps=20"), tmp_path / "many"
+    train(tiny(tmp_path / "one", *options, "train.steps=20"))
+    train(tiny(many, *options, "train.steps=10", sharing), 4)
+    train(tiny(many, *options, "train.steps=15", "hardware=fsdp2"), 2)
+    train(tiny(many, *options, "train.steps=20"))
+    for name, tolerance in {"loss": 1e-6, "grad_norm": 1e-5}.items():
+        assert figures(many, name) == pytest.approx(figures(tmp_path / "one", name), rel=tolerance), name
