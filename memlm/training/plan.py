@@ -109,12 +109,12 @@ def plan(settings: RunSettings, processes: int, precision: str) -> RunPlan:
     require(new, f"{key}: only a new decoder is planned; leave backbone=... out, or train.dry_run")
     known = not isinstance(train.trainable, dict)
     require(known, f"{key}: train.trainable={train.trainable} depends on weights; plan with null, or patterns")
-    # Processes that share rows have stretches of them.
+    # Processes that share rows have stretches of them; a truncated backward is of pieces.
     sharing = settings.hardware.sequence_parallel
     owners = sequence.rows_of(sharing, processes)
     forwards = train.forwards(owners)
     rows = train.batch_size // owners // forwards
-    batch, entries = _sample(settings, owners * forwards, data["seq_len"] // sharing)
+    batch, entries = _sample(settings, owners * forwards, train.truncate or data["seq_len"] // sharing)
     config = MemLMConfig.from_hydra({"vocab_size": entries, **_without_none(settings.config["model"])})
     with FakeTensorMode():
         model = MemLMForCausalLM(config)
