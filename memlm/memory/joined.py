@@ -62,7 +62,7 @@ class Joined(NamedTuple):
             before_BM = torch.where(tokens_BM < 0, -1 - tokens_BM, before_BM + tokens_BM)
         return self._enter(before_BM)
 
-    def carry(self, op: Carried, columns: Tensors, shared: Tensors, state: Tensor, diagonal: bool) -> Any:
+    def carry(self, op: Carried, columns: Tensors, shared: Tensors, state: Tensor, diagonal: bool = False) -> Any:
         def of_memories(columns: Tensors, shared: Tensors, memory: Tensor) -> tuple[Tensor, ...]:
             o, after, *more = op(columns, shared, self._enter(memory))
             return o, self._leave(after), *more

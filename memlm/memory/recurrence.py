@@ -268,14 +268,23 @@ class Titans(Rule):
         written = state["written"] if joined is None else joined.tokens_before()
 
         def op(columns: Tensors, shared: Tensors, memory: Tensor) -> tuple[Tensor, ...]:
-            before = SegmentedMemoryState(rearrange(memory, "b s h (p k) v -> b s p h k v", p=3), written)
+            before = SegmentedMemoryState(memory, written)
             options: Any = {"chunk_size": self.config.chunk_size, "cu_seqlens": cu_seqlens, "state": before}
             o, (after, position) = segmented_neural_memory(*shared[:2], *columns, *shared[2:], **options)
+            return o, after, position
+
+        def op_of_rows(columns: Tensors, shared: Tensors, memory: Tensor) -> tuple[Tensor, ...]:
+            o, after, position = op(columns, shared, rearrange(memory, "b s h (p k) v -> b s p h k v", p=3))
             return o, rearrange(after, "b s p h k v -> b s h (p k) v"), position
 
-        before = rearrange(state["memory"], "b s p h k v -> b s h (p k) v")
-        o, after, position = carried(joined, op, [v], [q, k, *gates], before)
-        memory = rearrange(after, "b s h (p k) v -> b s p h k v", p=3)
+        columns, shared, memory = [v], [q, k, *gates], state["memory"]
+        if joined is None:
+            o, memory, position = op(columns, shared, memory)
+        else:
+            # M, momentum and anchor are one state: T mixes them.
+            memory = rearrange(memory, "b s p h k v -> b s h (p k) v")
+            o, memory, position = joined.carry(op_of_rows, columns, shared, memory)
+            memory = rearrange(memory, "b s h (p k) v -> b s p h k v", p=3)
         named = zip(("lr", "momentum", "decay"), gates, strict=True)
         metrics = {name: gate.detach().mean() for name, gate in named} if told else {}
         return o, {"memory": memory, "written": position}, metrics
