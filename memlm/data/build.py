@@ -35,7 +35,7 @@ _TASKS = {
     **{"passkey": Passkey, "copy": Copy, "selective_copy": SelectiveCopy, "fuzzy_recall": FuzzyRecall},
     **{"facts": Facts, "chains": Chains},
 }
-_MOST_TOKENS, _MOST_WEIGHT = 2**28, 1e9
+_MOST_TOKENS, _MOST_WEIGHT = 2**28, 1e15
 _SIZES = ("gap", "num_keys", "num_values")
 _OPTIONS = {
     "text": ("paths",),

@@ -12,8 +12,11 @@ def file_entry(name: str, content: Content) -> dict[str, Any]:
 
 
 def left_out(manifest: Mapping[str, Any]) -> str:
-    """A summary of the files that were found but not read, such as "2 hidden"; empty if there are none."""
-    return counted([file["reason"] for file in manifest["left_out"]])
+    """A summary of the files that were found but not read, or hold no text, such as "2 hidden"; empty if there are
+    none.
+    """
+    empty = ["empty" for file in manifest["files"] if file.get("splits") == []]
+    return counted([*(file["reason"] for file in manifest["left_out"]), *empty])
 
 
 def check_manifest(source: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -15,9 +15,11 @@ from torch import Tensor
 from memlm.roles import RESPONSE, RoleCounts, Roles
 
 from .retrieval import RetrievalRow
-from .row import IGNORE_INDEX, Row, Source
+from .row import IGNORE_INDEX, SPLITS, Row, Source, split_id
 
 _MOST_ROWS = 2**20
+# Rows of each source in a period, and batches of the longest period.
+_LEAST_ROWS, _LONGEST_PERIOD = 16, 2**12
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,9 @@ class Mixture:
     """Every batch has `batch_size` rows: those of one optimiser step over all processes.
 
     Each source has the same number of rows in every batch, as close to its weight as whole rows allow. Weights are
-    relative to their sum.
+    relative to their sum: shares of the tokens, because all rows are equally long. Where a source would get no row,
+    batches differ: rows are shared out among those of a period, in which each source has at least 16, and spread
+    evenly over it. `counts` are rows of a batch, or their mean. Each batch of validation then has rows of all sources.
 
     Raises ValueError if weights do not fit the sources, or leave a source without a row.
     """
@@ -121,13 +125,36 @@ class Mixture:
         if not 1 <= batch_size <= _MOST_ROWS:
             raise ValueError(f"batch_size={batch_size} must lie between 1 and {_MOST_ROWS}")
         self.sources, self.batch_size = dict(sources), batch_size
-        self.counts = _apportion({name: weights[name] for name in sources}, batch_size)
+        weights = {name: weights[name] for name in sources}
+        rows = _apportion(weights, batch_size)
+        self._batches = {split: [_slots(rows)] for split in SPLITS}
+        self._rows = dict.fromkeys(SPLITS, rows)
+        self.counts: dict[str, float] = dict(rows)
+        present = [name for name, weight in weights.items() if weight > 0]
+        if not all(rows[name] for name in present):
+            period = _period(weights, batch_size)
+            rows = _apportion(weights, period * batch_size)
+            held = _apportion(weights, batch_size - len(present)) if batch_size > len(present) else {}
+            held = {name: held.get(name, 0) + (name in present) for name in weights}
+            self._rows = dict.fromkeys(SPLITS, held) | {"train": rows}
+            self._batches = {split: [_slots(held)] for split in SPLITS} | {"train": _spread(rows, period)}
+            self.counts = {name: count / period for name, count in rows.items()}
 
     @property
     def manifests(self) -> dict[str, dict[str, Any]]:
         """The manifest of each source that is made of files, see `check_manifest`."""
         found = ((name, getattr(source, "manifest", None)) for name, source in self.sources.items())
         return {name: manifest for name, manifest in found if manifest is not None}
+
+    def repeated(self, steps: int) -> dict[str, str]:
+        """A line for each source of text that so many steps read more than once."""
+        sizes = {name: getattr(source, "epoch_rows", {}).get("train") for name, source in self.sources.items()}
+        read = {name: steps * count for name, count in self.counts.items()}
+        return {
+            name: f"{steps:,} steps read {read[name]:,.0f} rows of its {rows:,}: each {read[name] / rows:.1f} times"
+            for name, rows in sizes.items()
+            if rows and read[name] > rows
+        }
 
     def batch(self, step: int, split: str = "train", part: int = 0, parts: int = 1) -> Batch:
         """Part `part` of `parts` equal parts of batch `step`, a pure function of its arguments.
@@ -141,11 +168,11 @@ class Mixture:
                 f"batch_size={self.batch_size} rows cannot be cut into {parts} equal parts (forwards of a step over "
                 "all processes); make it a multiple"
             )
-        # Row j of a source, over all steps, is its row number step * count + j.
-        slots = [(i, j) for i, count in enumerate(self.counts.values()) for j in range(count)]
-        names, rows = [*self.sources], []
+        split_id(split)
+        period, number = divmod(step, len(self._batches[split]))
+        slots, names, rows = self._batches[split][number], [*self.sources], []
         for i, j in slots[part::parts]:
-            index = step * self.counts[names[i]] + j
+            index = period * self._rows[split][names[i]] + j
             rows.append(self.sources[names[i]].row(index, split, step))
         return Batch.from_rows(rows, [i for i, _ in slots[part::parts]])
 
@@ -160,10 +187,32 @@ def _apportion(weights: Mapping[str, float], num_rows: int) -> dict[str, int]:
     by_remainder = sorted(shares, key=lambda name: counts[name] - shares[name])
     for name in by_remainder[: num_rows - sum(counts.values())]:
         counts[name] += 1
-    for name, count in counts.items():
-        if weights[name] > 0 and count == 0:
-            raise ValueError(
-                f"data weight {weights[name]} of source {name} gives it no row in a batch of {num_rows};"
-                " raise its weight or the batch size"
-            )
     return counts
+
+
+def _slots(rows: Mapping[str, int]) -> list[tuple[int, int]]:
+    """Source and number of each row."""
+    return [(i, j) for i, count in enumerate(rows.values()) for j in range(count)]
+
+
+def _period(weights: Mapping[str, float], batch_size: int) -> int:
+    """The fewest batches, a power of two, in which each source has its least number of rows."""
+    least = min((weight, name) for name, weight in weights.items() if weight > 0)
+    share = least[0] / sum(weights.values())
+    period = 1
+    while period * batch_size * share < _LEAST_ROWS:
+        period *= 2
+    present = sum(weight > 0 for weight in weights.values())
+    if period > _LONGEST_PERIOD or present > batch_size:
+        raise ValueError(
+            f"data weight {least[0]} of source {least[1]} gives it no row in a batch of {batch_size}, or too few in "
+            "others; raise its weight or the batch size"
+        )
+    return period
+
+
+def _spread(rows: Mapping[str, int], period: int) -> list[list[tuple[int, int]]]:
+    """The rows of each batch of a period, those of a source at equal distances."""
+    places = sorted(((j + 0.5) / count, i, j) for i, count in enumerate(rows.values()) for j in range(count))
+    size = len(places) // period
+    return [sorted((i, j) for _, i, j in places[k * size : (k + 1) * size]) for k in range(period)]

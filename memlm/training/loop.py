@@ -410,7 +410,7 @@ class Trainer:
         where = f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
         if self.accelerator.num_processes > 1:
             where = f"{self.accelerator.num_processes} processes, {where}"
-        mixture = ", ".join(f"{name} {count}" for name, count in self.mixture.counts.items())
+        mixture = ", ".join(f"{name} {count:g}" for name, count in self.mixture.counts.items())
         total = self.tokens_per_step() * self.settings.steps
         flops = ""
         if self.flops is not None:
@@ -428,6 +428,8 @@ class Trainer:
         for name, manifest in self.mixture.manifests.items():
             if reasons := left_out(manifest):
                 say(f"data.sources.{name}: {len(manifest['files'])} files; not read: {reasons} (manifest-{name}.json)")
+        for name, line in self.mixture.repeated(self.settings.steps).items():
+            say(f"data.sources.{name}: {line}")
         say(f"run: {self.run_dir}" + (f", continuing from step {self.step}" if self.step else ""))
 
 

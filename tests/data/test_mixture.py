@@ -196,7 +196,12 @@ def test_largest_remainder(weights, batch_size, counts):
 @pytest.mark.parametrize(
     ("weights", "batch_size", "message"),
     [
-        ({"a": 1, "b": 0.01}, 8, "data weight 0.01 of source b gives it no row in a batch of 8; raise"),
+        ({"a": 1, "b": 1e-4}, 8, "data weight 0.0001 of source b gives it no row in a batch of 8, or too few in"),
+        (
+            {"a": 1, "b": 2},
+            1,
+            "data weight 1 of source a gives it no row in a batch of 1, or too few in others",
+        ),
         ({"a": 1, "b": -1}, 8, "must not be negative"),
         ({"a": 0, "b": 0.0}, 8, "not all zero"),
         ({"a": float("nan"), "b": 1}, 8, "data weights"),
@@ -207,6 +212,30 @@ def test_largest_remainder(weights, batch_size, counts):
 def test_weights_that_do_not_fit(weights, batch_size, message):
     with pytest.raises(ValueError, match=message):
         numbers(weights, batch_size)
+
+
+@pytest.mark.parametrize(
+    ("weights", "batch_size"),
+    [({"a": 15e9, "b": 4e8, "c": 0}, 8), ({"a": 1, "b": 0.01}, 3), ({"a": 0.97, "b": 0.01, "c": 0.02}, 16)],
+)
+def test_a_source_of_few_tokens_has_rows_in_some_batches(weights, batch_size):
+    """Shares are those of the weights over steps and, within a row, at any step; rows come one after the other."""
+    mixture = numbers(weights, batch_size)
+    names, seen, total = [*weights], {name: [] for name in weights}, sum(weights.values())
+    for step in range(2 * len(mixture._batches["train"])):
+        batch = mixture.batch(step)
+        assert len(batch.input_ids) == batch_size
+        for source, row in zip(batch.source_ids.tolist(), batch.input_ids.tolist(), strict=True):
+            seen[names[source]].append(row[0])
+        for name, numbers_of_rows in seen.items():
+            share = weights[name] / total * batch_size * (step + 1)
+            assert abs(len(numbers_of_rows) - share) < 1.5 + 0.05 * share
+    assert all(found == [*range(len(found))] for found in seen.values()) and seen["b"] and not seen.get("d")
+    assert {name: len(found) / (step + 1) for name, found in seen.items()} == mixture.counts
+    validated = torch.bincount(mixture.batch(5, "validation").source_ids, minlength=len(names)).tolist()
+    assert all((count > 0) == (weights[name] > 0) for name, count in zip(names, validated, strict=True))
+    parts = [mixture.batch(7, part=part, parts=batch_size).input_ids.tolist() for part in range(batch_size)]
+    assert [part[0] for part in parts] == mixture.batch(7).input_ids.tolist()
 
 
 def test_weights_of_other_sources():
@@ -272,3 +301,13 @@ def test_a_batch_takes_little_time(config):
         mixture.batch(step)
         times.append(perf_counter() - start)
     assert min(times) < 5e-3
+
+
+def test_a_schedule_longer_than_the_text_is_told(cache):
+    (cache / "short.txt").write_text("a short text. " * 200)
+    source = {"kind": "text", "weight": 1, "paths": str(cache / "short.txt")}
+    data = {"tokenizer": "byte", "seq_len": 32, "cache_dir": str(cache), "sources": {"text": source}}
+    _, mixture = build_data(data, seed=0, batch_size=4)
+    rows = mixture.sources["text"].epoch_rows["train"]
+    assert rows == 78 and not mixture.repeated(19)
+    assert mixture.repeated(39) == {"text": "39 steps read 156 rows of its 78: each 2.0 times"}

@@ -1,7 +1,9 @@
 """Corpora encoded in parts: by any number of processes, after a stop, in memory that does not grow with files."""
 
 import gzip
+import io
 import json
+import os
 import random
 import subprocess
 import sys
@@ -9,13 +11,16 @@ import time
 import tracemalloc
 
 import pytest
+from rich.console import Console
 
-from memlm.data import documents, reading
+from memlm.data import Preparation, build_data, documents, reading
 from memlm.data.documents import Documents
 from memlm.data.encoding import Encoding
 from memlm.data.row import SPLITS
 from memlm.data.text import TextCorpus
 from memlm.data.tokenizer import byte_tokenizer, load_tokenizer
+from memlm.training.display import Display
+from memlm.training.preparing import Preparing
 
 BYTES = byte_tokenizer()
 
@@ -99,7 +104,7 @@ def killed(folder, cache, after):
     """Encode in a process of its own, and kill it once `after` shards are there."""
     code = (
         "import sys\n"
-        "from memlm.data import documents, encoding, text, byte_tokenizer\n"
+        "from memlm.data import Preparation, build_data, documents, encoding, text, byte_tokenizer\n"
         "documents.PART = 9000\n"
         "text.TextCorpus(documents.Documents(sys.argv[1], sys.argv[2]), byte_tokenizer(), 2)\n"
     )
@@ -131,3 +136,53 @@ def test_workers_and_stops_change_nothing(books, tmp_path, monkeypatch):
     (books / "broken.jsonl").write_text('{"text": "a"}\n{"text": 1}\n')
     with pytest.raises(ValueError, match=r'broken\.jsonl, line 2: no string "text" in JSON and UTF-8'):
         corpus(books, cache, workers=2)
+
+
+def test_one_of_several_processes_encodes_and_the_others_wait(books, tmp_path, monkeypatch):
+    """They wait for a file's lock, which has no time limit, and not in a collective, which has one."""
+    run = Encoding.run
+
+    def slow(self, *rest):
+        (tmp_path / f"encodes-{os.getpid()}").touch()
+        time.sleep(0.5)
+        return run(self, *rest)
+
+    class Told(Preparation):
+        def say(self, line):
+            assert line == f"{tmp_path}/cache: another process prepares the same data; waiting for it"
+            (tmp_path / f"waits-{os.getpid()}").touch()
+
+    monkeypatch.setattr(Encoding, "run", slow)
+    source = {"kind": "text", "weight": 1, "paths": str(books)}
+    data = {"tokenizer": "byte", "seq_len": 32, "cache_dir": str(tmp_path / "cache"), "sources": {"text": source}}
+    children = []
+    for _ in range(3):
+        if (child := os.fork()) == 0:
+            try:
+                build_data(data, seed=0, batch_size=2, preparation=Told())
+                os._exit(0)
+            finally:
+                os._exit(1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 3
+    assert len([*tmp_path.glob("encodes-*")]) == 1 and len([*tmp_path.glob("waits-*")]) == 2
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_long_preparation_shows_how_much_is_left(monkeypatch, live):
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr("memlm.training.preparing.time.perf_counter", lambda: next(clock))
+    display = Display(1, shown=True)
+    screen = io.StringIO()
+    display.console, display.live = Console(file=screen, force_terminal=live, width=100), live
+    preparing = Preparing(display)
+    for done in (0, 25, 50, 75, 100):
+        preparing.advance("web", done, 100)
+    told = screen.getvalue()
+    if live:
+        assert "encoding data.sources.web" in told and "75 %" in told
+    else:
+        assert told.splitlines() == [
+            "encoding data.sources.web: 25%  left 60s",
+            "encoding data.sources.web: 75%  left 20s",
+        ]
