@@ -70,10 +70,6 @@ def compare(rank, size, variant, form):
     bytes that this process sends."""
     name, settings = variant
     model = build(name, **settings).train()
-    for layer in model.model.layers:
-        if not layer.mixer.at_once:
-            # Refused with losses of their own.
-            layer.register_forward_hook(lambda *given: given[2]._replace(aux_losses={}))
     whole, stretches = loss_of(model, form), Stretches(dist.group.WORLD)
     expected = gradients(model)
     with torch.no_grad():
@@ -117,7 +113,12 @@ def test_stretches_on_two_processes_equal_whole_rows(tmp_path):
     routed = {"z_loss": 0.1, "balance_bias": True, "window_size": 8, "rule": "titans", "chunk_size": 4}
     cases = [(case, "plain") for case in counted]
     cases += [((name, {}), "packed and padded") for name in MEMORIES]
-    sent = check(tmp_path, 2, [*cases, (("mom", routed), "packed and padded")])
+    distilled = {"learning": "distilled", "chunk_size": 4, "window_size": 6, "loss_weight": 100.0}
+    sent = check(
+        tmp_path,
+        2,
+        [*cases, (("mom", routed), "packed and padded"), (("chunk_sparse", distilled), "packed and padded")],
+    )
     rows, layers, fp64 = 2, 2, 8
     of_rule = build("simple_gla").model.layers[0].mixer.config
     keys, state = of_rule.num_heads * of_rule.head_dim, of_rule.num_heads * of_rule.head_dim**2
@@ -152,8 +153,17 @@ def test_a_stretch_refuses_arguments_of_whole_rows(given, told, alone):
         model(torch.zeros(1, 4, dtype=torch.long), **given)
 
 
-def test_a_stretch_refuses_losses_of_whole_rows(alone):
-    model = build("chunk_sparse", learning="distilled").train()
+def test_a_stretch_refuses_losses_of_layers_that_hand_states_on(alone):
+    model = build("lact").train()
     model.model.stretches = alone
-    with pytest.raises(ValueError, match="sequence parallelism: layer0/router"):
+    loss = {"own": torch.zeros(1)}
+    model.model.layers[1].register_forward_hook(lambda *given: given[2]._replace(aux_losses=loss))
+    with pytest.raises(ValueError, match="sequence parallelism: layer1/own is a loss of whole rows"):
+        model(torch.zeros(1, 4, dtype=torch.long))
+
+
+def test_a_stretch_refuses_convolutions_of_all_rows(alone):
+    model = build("mom", conv_across_segments=True).train()
+    model.model.stretches = alone
+    with pytest.raises(ValueError, match=r"conv_across_segments=true .* set it to false"):
         model(torch.zeros(1, 4, dtype=torch.long))

@@ -168,8 +168,6 @@ class Chunks(NamedTuple):
 
 
 class Mixer(attention.Mixer):
-    at_once = False
-
     def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
         super().__init__(attention.Config(conv_size=config.conv_size, **config.projections()), dims, layer_idx)
         self.chunked, self.any_length = config, False
@@ -200,12 +198,17 @@ class Mixer(attention.Mixer):
         (q_BTHK, k_BTGK, v_BTGK), after = self.project(x_BTD, state, rows)
         if length == 0:
             return MixerOutput(self.output(q_BTHK), state, {}, {})
+        angles = self.angles(rows, q_BTHK.dtype)
+        turned_BTHK, turned_BTGK = rotary(q_BTHK, angles), rotary(k_BTGK, angles)
+        if rows.stretches is not None:
+            if config.far_positions:
+                state, turned_BTGK, v_BTGK = self._joined(turned_BTGK, v_BTGK, state, rows)
+            else:
+                state, k_BTGK, v_BTGK = self._joined(k_BTGK, v_BTGK, state, rows)
         past, kept = state["v"].shape[1], state["pooled"]["k"].shape[1]
         # Equal settings imply equal sizes. A size in a key would be a constant of compiled code.
         settings = (config.chunk_size, config.window_size)
         chunks = rows.once(("chunks", settings), lambda: Chunks.of(rows, past, kept, config))
-        angles = self.angles(rows, q_BTHK.dtype)
-        turned_BTHK, turned_BTGK = rotary(q_BTHK, angles), rotary(k_BTGK, angles)
         # Past keys are kept in one form, rotated or not. Only near keys are needed in the other: the window and the
         # open chunk.
         near = min(state["k"].shape[1], config.window_size - 1)
@@ -259,6 +262,27 @@ class Mixer(attention.Mixer):
                 metrics["router"] = aux_losses["router"].detach().mean()
         return MixerOutput(self.output(seen_BTHK), after, aux_losses, metrics)
 
+    def _joined(self, k_BTGK: Tensor, v_BTGK: Tensor, state: State, rows: Rows) -> tuple[State, Tensor, Tensor]:
+        """The state after the stretches of earlier processes; and keys, in the state's form, and values, to be used from
+        then on. Means are made again: they cost little beside the exchange of all keys.
+        """
+        new, old = (torch.stack(pair, 3) for pair in ((k_BTGK, v_BTGK), (state["k"], state["v"])))
+        new, old = rows.past(new, old, whole=True)
+        (k_BSGK, v_BSGK), size, past = old.unbind(3), self.chunked.chunk_size, old.shape[1]
+        plain_BSGK = k_BSGK
+        if self.chunked.far_positions:
+            plain_BSGK = rotary(k_BSGK, self._recent_angles(rows, past, k_BSGK.dtype))
+        back_N = torch.arange(past // size, 0, -1, device=new.device) * size
+        starts_BN = past - (rows.before_B % size)[:, None] - back_N
+        index_BNC = (starts_BN[..., None] + torch.arange(size, device=new.device)).clamp(min=0)
+        pooled = {
+            name: exact(pick(x, index_BNC.flatten(1))).unflatten(1, index_BNC.shape[1:]).mean(2)
+            for name, x in (("k", plain_BSGK), ("v", v_BSGK))
+            if name in state["pooled"]
+        }
+        k_BTGK, v_BTGK = new.unbind(3)
+        return {**state, "k": k_BSGK, "v": v_BSGK, "pooled": pooled}, k_BTGK, v_BTGK
+
     def _recent_angles(self, rows: Rows, near: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """Angles that rotate the last ``near`` keys of the past, or with far_positions rotate them back."""
         back = self.chunked.far_positions
@@ -267,7 +291,8 @@ class Mixer(attention.Mixer):
             places_BS = rows.positions_BT[:, :1] - torch.arange(near, 0, -1, device=rows.device)
             return -places_BS if back else places_BS
 
-        places_BS = rows.once(("recent", self.chunked.window_size, back), make)
+        # With stretches, all of the past is asked too.
+        places_BS = rows.once(("recent", self.chunked.window_size, back, rows.stretches and near), make)
         rope = self.dims.rope
         if back:
             rope = rope._replace(scale=1 / rope.scale)
@@ -334,4 +359,8 @@ class Mixer(attention.Mixer):
         if rows.real_BT is not None:
             taught_BT = taught_BT & rows.real_BT
         nats_BT = (known.lse - score_BTH).mean(-1).masked_fill(~taught_BT, 0.0)
-        return nats_BT.sum(1) / taught_BT.sum(1).clamp(min=1)
+        taught_B = taught_BT.sum(1)
+        if rows.stretches is not None:
+            taught_B = rows.stretches.mean(taught_B.to(nats_BT.dtype))
+            return nats_BT.sum(1) / taught_B.clamp(min=1 / rows.stretches.size)
+        return nats_BT.sum(1) / taught_B.clamp(min=1)

@@ -89,9 +89,7 @@ class Config(recurrence.Config):
 
 
 class Mixer(SequenceMixer):
-    @property
-    def at_once(self) -> bool:  # type: ignore[override]
-        return not self.config.conv_across_segments
+    at_once = True
 
     def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
         super().__init__()
@@ -169,6 +167,10 @@ class Mixer(SequenceMixer):
         if self.config.shared_memory:
             weight_BTJ = F.pad(weight_BTJ, (0, 1), value=1.0)
         across = self.config.conv_across_segments and self.training
+        require(
+            not (across and rows.stretches),
+            "conv_across_segments=true sees tokens of all rows, and sequence parallelism cuts rows; set it to false",
+        )
         alone = rows.length == 1 and rows.goes_on and rows.stretches is None
         mix = self._mix_token if alone and not across else self._mix
         o_BTHV, of_memories, of_rule = mix(input_BTD, state, rows, weight_BTJ, memory_BTJ)
