@@ -263,8 +263,8 @@ class Mixer(attention.Mixer):
         return MixerOutput(self.output(seen_BTHK), after, aux_losses, metrics)
 
     def _joined(self, k_BTGK: Tensor, v_BTGK: Tensor, state: State, rows: Rows) -> tuple[State, Tensor, Tensor]:
-        """The state after the stretches of earlier processes; keys, in the state's form, and values, to be used from then
-        on. Means are made again: they cost little beside the exchange of all keys.
+        """The state after the stretches of earlier processes; and keys, as the state has them, and values, to be used
+        afterwards. Means are made again: they cost little beside the exchange of all keys.
         """
         new, old = (torch.stack(pair, 3) for pair in ((k_BTGK, v_BTGK), (state["k"], state["v"])))
         new, old = rows.past(new, old, whole=True)
