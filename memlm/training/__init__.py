@@ -19,13 +19,14 @@ Files:
     sequence            rows shared by processes, or read in pieces
     plan                sizes, memory and hours of a run, before it begins
     footprint           the memory of a step, from tensors without data
-    devices             speeds and memories of GPUs
+    devices             the device of a run; speeds and memories of GPUs
     sharded_checkpoint  checkpoints of parameters that processes share
     resume              checks whether a checkpoint belongs to the requested run
     interrupt           signals
     sweep               members of a sweep, one process each
     telemetry           figures of speed and gradients
     alerts              warnings, from the figures
+    guard               steps that are not finite, or spike
     tracking            metrics, in ``metrics.jsonl`` and on Weights & Biases
     display             the screen
     preparing           the screen while data is prepared

@@ -24,8 +24,11 @@ class WeightAverage:
         self._weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.averages = {name: p.detach().float().clone() for name, p in self._weights.items()}
         if folder is not None:
-            for name, saved in load_file(folder / NAME).items():
-                self.averages[name].copy_(divided(saved, self.averages[name]))
+            self.load(folder)
+
+    def load(self, folder: Path) -> None:
+        for name, saved in load_file(folder / NAME).items():
+            self.averages[name].copy_(divided(saved, self.averages[name]))
 
     @torch.no_grad()
     def update(self, step: int) -> None:

@@ -23,17 +23,20 @@ from memlm.data import Batch, TextSource, build_data, left_out, token_bytes
 from memlm.flops import count_flops, count_parameters
 from memlm.hub.causal import kinds, load_any
 from memlm.modeling import MemLMForCausalLM
+from memlm.settings import require
 from memlm.training import checkpoint, plan, resume, sequence, telemetry, trainable
 from memlm.training.alerts import Alerts
+from memlm.training.devices import build_accelerator, precision
 from memlm.training.display import Display
 from memlm.training.ema import WeightAverage
+from memlm.training.guard import Guard, keep_batches
 from memlm.training.interrupt import Agreement, Interrupt, Stopped
 from memlm.training.lengths import Lengths
 from memlm.training.model import build, check, check_length, described, expected, without_dropout
 from memlm.training.objective import Objective, Score, model_inputs, score
 from memlm.training.optim import build_optimizers, lr_factor, set_lr
 from memlm.training.preparing import Preparing
-from memlm.training.settings import HardwareSettings, RunSettings
+from memlm.training.settings import RunSettings
 from memlm.training.sharded_checkpoint import Saver, State, consolidate, distribute, has_parts, skeleton
 from memlm.training.sharding import Sharding
 from memlm.training.shards import whole
@@ -113,12 +116,13 @@ class Trainer:
         self.optimizers = [accelerator.prepare_optimizer(optimizer) for optimizer in self.optimizers]
         folder = None if in_parts else self.folder
         self.ema = WeightAverage(self.model, self.settings.ema, folder) if self.settings.ema else None
-        state = State(self.model, self.optimizers, self.ema)
+        self.state = State(self.model, self.optimizers, self.ema)
         if self.folder and in_parts:
-            state.load(self.folder)
-        self.saver = Saver(state) if self.sharding else None
+            self.state.load(self.folder)
+        self.saver = Saver(self.state) if self.sharding else None
         if accelerator.scaler is not None and self.trainer_state and "scaler" in self.trainer_state:
             accelerator.scaler.load_state_dict(self.trainer_state["scaler"])
+        self.guard = Guard(self.settings, (self.trainer_state or {}).get("recent_losses", ()))
 
     def _find_checkpoint(self) -> Path | None:
         """The newest undamaged checkpoint; the main process finds it for all."""
@@ -199,7 +203,7 @@ class Trainer:
             logged = self.step % settings.log_every == 0 or self.step == settings.steps - 1
             figures = self._one_step(logged)
             agreement.poll()
-            if logged:
+            if logged and not self.guard.bad:
                 values = self._read(figures)
                 now, taken = time.perf_counter(), self.step - clock_step
                 values |= self._speed((now - clock) / taken, taken)
@@ -211,7 +215,7 @@ class Trainer:
                 self.shown |= {"loss": f"{values['loss']:.3f}", "tok/s": f"{values['tokens_per_second']:,.0f}"}
                 if "mfu" in values:
                     self.shown["MFU"] = f"{values['mfu']:.3f}"
-            self.display.advance(self.step, self.shown if logged else None)
+            self.display.advance(self.step, self.shown if logged and not self.guard.bad else None)
             before = time.perf_counter()
             last = self.step == settings.steps
             if (self.step % settings.validate_every == 0 or last) and not agreement.number:
@@ -273,10 +277,13 @@ class Trainer:
                     if self.sharding:
                         self.sharding.drop_unreached()
                     norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.optim.clip)
+                    part = total + loss.detach() / (self.forwards * self.pieces)
+                    self._judge(part, whole(norm))
                     if logged:
                         norms = telemetry.gradient_norms(self.model, whole(norm), self.optim.clip)
                 for optimizer in self.optimizers:
-                    optimizer.step()
+                    if not self.guard.bad:
+                        optimizer.step()
                     optimizer.zero_grad()
             total += loss.detach() / (self.forwards * self.pieces)
             for name, value in metrics.items():
@@ -285,10 +292,47 @@ class Trainer:
             per_source.index_add_(0, batch.source_ids.to(per_source.device), of_rows)
             self.clock.lap("optimizer")
         self.step += 1
-        if self.ema:
+        if self.guard.bad and self.guard.action == "rewind":
+            self._rewind()
+        if self.ema and not self.guard.bad:
             self.ema.update(self.step)
         means = {name: torch.stack(values).nanmean() for name, values in told.items()}
         return {"loss": total, "grad_norm": whole(norm), "rows": per_source, **norms, **means}
+
+    def _judge(self, loss: Tensor, norm: Tensor) -> None:
+        """Tell the guard of a step, before its update."""
+        # With fp16, loss scaling skips steps whose gradients overflow.
+        checked = loss if self.accelerator.scaler is not None else loss + norm
+        self.guard.note(self.step, checked.isfinite())
+        if not self.guard.judges:
+            return
+        if self.accelerator.num_processes > 1:
+            loss = self.accelerator.reduce(loss, "mean")
+        try:
+            reason = self.guard.judge(loss.item(), norm.item())
+        except ValueError as error:
+            raise ValueError(f"step {self.step}: {error}; its batch is in {self._keep_batches(self.step)}") from error
+        if reason:
+            self.display.say(f"step {self.step}: {reason}; no update, its batch is in {self._keep_batches(self.step)}")
+
+    def _keep_batches(self, step: int) -> Path:
+        return keep_batches(self.run_dir, step, self.accelerator.process_index, self._batches(step, "train"))
+
+    def _rewind(self) -> None:
+        """Take weights and optimisers from the newest checkpoint. The steps go on behind the bad one."""
+        if self.saver:
+            self.saver.wait()
+        folder = self._find_checkpoint()
+        require(folder is not None, "train.on_nan=rewind, but the run has no checkpoint yet; lower train.save_every")
+        if has_parts(folder):
+            self.state.load(folder)
+        else:
+            self.model.load_state_dict(load_any(folder).state_dict())
+            for optimizer, state in zip(self.optimizers, checkpoint.load_trainer(folder)["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            if self.ema:
+                self.ema.load(folder)
+        self.display.say(f"step {self.step}: goes on with the weights of {folder.name}")
 
     def _inputs(self) -> Iterator[tuple[Batch, dict[str, Any]]]:
         """The batches of each forward and backward of a step, with their inputs."""
@@ -325,10 +369,12 @@ class Trainer:
         # With fp16, loss scaling skips steps whose gradients overflow, so only the loss is checked.
         told = ("loss", "grad_norm") if self.accelerator.scaler is None else ("loss",)
         if not all(math.isfinite(values[name]) for name in told):
-            kept = checkpoint.latest(self.run_dir)
+            kept, first = checkpoint.latest(self.run_dir), self.guard.first
+            first = self.step - 1 if first is None else first
             raise ValueError(
-                f"loss is {values['loss']}, gradient norm {values['grad_norm']} at step {self.step - 1}; lower "
-                f"optim.lr or optim.muon_lr" + (f" ({kept} stays as it is)" if kept else "")
+                f"loss is {values['loss']}, gradient norm {values['grad_norm']} at step {self.step - 1}, since step "
+                f"{first}; lower optim.lr or optim.muon_lr, or set train.on_nan=skip; the batch of that step is in "
+                f"{self._keep_batches(first)}" + (f" ({kept} stays as it is)" if kept else "")
             )
         return {name: value for name, value in values.items() if name in told or not math.isnan(value)}
 
@@ -359,12 +405,15 @@ class Trainer:
         return figures
 
     def _save(self, figures: dict[str, Tensor], tracker: Tracker | None) -> None:
-        """Save a checkpoint if its last loss and gradients were finite."""
-        self._read(figures)
+        """Save a checkpoint if its last loss and gradients were finite, or left out."""
+        if not self.guard.bad:
+            self._read(figures)
         self.accelerator.wait_for_everyone()
         if tracker:
             tracker.sync()
         state: dict[str, Any] = {"step": self.step, "trained": self.trained}
+        if self.guard.judges:
+            state["recent_losses"] = [*self.guard.recent]
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         arguments = (self.tokenizer, state, self._record().texts())
@@ -431,20 +480,3 @@ class Trainer:
         for name, line in self.mixture.repeated(self.settings.steps).items():
             say(f"data.sources.{name}: {line}")
         say(f"run: {self.run_dir}" + (f", continuing from step {self.step}" if self.step else ""))
-
-
-def build_accelerator(hardware: HardwareSettings) -> Accelerator:
-    if hardware.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("hardware.device='cuda' but torch sees no GPU; use hardware.device=auto")
-    return Accelerator(cpu=not _on_gpu(hardware), mixed_precision=precision(hardware))
-
-
-def precision(hardware: HardwareSettings) -> str:
-    """``auto`` is bf16 on GPUs that support it, else fp32, which is ``no``."""
-    if hardware.mixed_precision != "auto":
-        return hardware.mixed_precision
-    return "bf16" if _on_gpu(hardware) and torch.cuda.is_bf16_supported() else "no"
-
-
-def _on_gpu(hardware: HardwareSettings) -> bool:
-    return hardware.device != "cpu" and torch.cuda.is_available()

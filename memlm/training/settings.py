@@ -78,6 +78,8 @@ class TrainSettings:
         on; null: whole rows
     ema: decay of the moving average of the weights; null: none
     trainable: the parameters that are trained (``memlm.training.trainable``); null: all
+    on_nan: stop, skip or rewind after a step that is not finite (``memlm.training.guard``)
+    spike: a loss above so many times the median of the last ones counts as not finite; null: none does
     """
 
     steps: int
@@ -96,6 +98,8 @@ class TrainSettings:
     ema: float | None = None
     lengths: list | None = None
     truncate: int | None = None
+    on_nan: str = "stop"
+    spike: float | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -109,6 +113,10 @@ class TrainSettings:
         require(
             self.ema is None or 0 < self.ema < 1, f"ema={self.ema} must lie between 0 and 1, such as 0.999, or be null"
         )
+        known = self.on_nan in ("stop", "skip", "rewind")
+        require(known, f"on_nan={self.on_nan!r} is unknown; use stop, skip or rewind")
+        good = self.spike is None or 1 < self.spike < math.inf
+        require(good, f"spike={self.spike} must be above 1, such as 3, or be null")
         lengths.check(self.lengths or [])
         trainable.check(self.trainable)
 
@@ -242,5 +250,7 @@ class RunSettings:
         check_type(dry_run, bool | int, "train.dry_run")
         whole = isinstance(dry_run, bool) or 1 <= dry_run <= _MOST
         require(whole, f"train.dry_run={dry_run} must be true, false, or a number of processes")
+        half = config["hardware"].get("mixed_precision") == "fp16" and config["train"].get("on_nan", "stop") != "stop"
+        require(not half, "train.on_nan: fp16 skips steps that overflow by itself; set train.on_nan=stop, or use bf16")
         built = (build_config(of, config[group], group) for of, group in zip(types, groups, strict=True))
         return cls(config, str(name), seed, Path(run_dir), *built, dry_run)
