@@ -1,20 +1,23 @@
 """Processes that share parameters take the steps of a single one, and leave checkpoints for any number of them."""
 
 import json
+import os
 import re
 import runpy
+import signal
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from memlm import files
 from memlm.hub import load_model
 from memlm.training import checkpoint
 from memlm.training.settings import HardwareSettings
-from memlm.training.sharded_checkpoint import has_parts
+from memlm.training.sharded_checkpoint import Saver, has_parts
 from tests.conftest import ROOT
 from tests.ranks import train
 from tests.runs import config, figures
@@ -151,6 +154,31 @@ def test_routers_that_some_rows_teach_learn_as_on_one_process(tmp_path, document
         assert torch.allclose(second[name], weight, atol=1e-5, rtol=1e-3), name
 
 
+def killed_in_the_second_save(patch):
+    real, saves = Saver._complete, []
+
+    def complete(self, written, into):
+        saves.append(written)
+        if len(saves) == 2 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(self, written, into)
+
+    patch.setattr(Saver, "_complete", complete)
+
+
+def test_a_process_that_dies_while_it_saves_loses_that_save_alone(tmp_path):
+    """The other process ends too; one process goes on from the save before, to the same losses."""
+    options = ("memory=none", "match.parameters=null", "train.steps=4")
+    train(tiny(tmp_path / "one", *options))
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
+        train(tiny(tmp_path, *options, "hardware=fsdp2", "train.save_every=1"), 2, killed_in_the_second_save)
+    folder = tmp_path / "run" / "checkpoints"
+    assert checkpoint.newest_whole(tmp_path / "run") == (folder / "step_000001", [])
+    train(tiny(tmp_path, *options))
+    assert not [path.name for path in folder.iterdir() if "partial" in path.name]
+    assert_alike(tmp_path / "one", tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "tolerance"),
@@ -171,7 +199,7 @@ def test_options_of_one_process_hold_for_sharers(tmp_path, option, tolerance):
 @pytest.mark.parametrize("sharing", ["hardware=fsdp2", "hardware.shard=2"])
 @pytest.mark.parametrize("memory", ["titans_mag", "msa", "gated_delta_net", "mom"])
 def test_four_processes_go_on_as_two_and_as_one(tmp_path, memory, sharing):
-    """Of four, all share one model, or two share one of two."""
+    """Four share one model, or two share each of two."""
     options, many = (f"memory={memory}", "optim.schedule_steps=20"), tmp_path / "many"
     train(tiny(tmp_path / "one", *options, "train.steps=20"))
     train(tiny(many, *options, "train.steps=10", sharing), 4)

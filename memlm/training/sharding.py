@@ -40,8 +40,9 @@ class Sharding:
         for mixer, names in sometimes:
             mixer.register_forward_hook(_Reached(names))
         processes = accelerator.num_processes
-        shape = (size,) if size == processes else (processes // size, size)
-        mesh = init_device_mesh(accelerator.device.type, shape)
+        axes = ("copies", "sharers") if size < processes else ("sharers",)
+        shape = (processes // size, size)[-len(axes) :]
+        mesh = init_device_mesh(accelerator.device.type, shape, mesh_dim_names=axes)
         # Nothing changes a state in place.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         for layer in model.model.layers:
