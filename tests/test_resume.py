@@ -241,7 +241,7 @@ FREE = {
         for name in ("device", "mixed_precision", "compile", "kernels", "shard", "sequence_parallel")
     ),
     *(f"train.{name}" for name in ("micro_batch_size", "gradient_checkpointing", "validation_batches", "keep")),
-    *("train.log_every", "train.validate_every", "train.save_every"),
+    *("train.log_every", "train.validate_every", "train.save_every", "train.on_nan", "train.spike"),
 }
 
 
