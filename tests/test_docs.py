@@ -29,7 +29,10 @@ PAGES = [
 ]
 
 # A line of a shell block, without its comment, begins with one of these.
-PROGRAM = r"(?:[A-Z_]+=\S+ )*(?:python|torchrun|pip|git|pytest|accelerate|\./scripts/\w+\.sh|for \w+ in|done)(?= |$)"
+PROGRAM = (
+    r"(?:[A-Z_]+=\S+ )*"
+    r"(?:python|torchrun|pip|git|pytest|accelerate|sbatch|\./scripts/[\w/]+\.sh|for \w+ in|done)(?= |$)"
+)
 
 
 def blocks(document, language):
