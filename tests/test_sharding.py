@@ -101,10 +101,6 @@ def test_any_number_of_processes_goes_on_from_parts(tmp_path, monkeypatch, capsy
         (["hardware.shard=some"], "hardware.shard='some' must be all, node, or a number of processes above 1"),
         (["hardware.shard=1"], "hardware.shard=1 must be all, node, or a number"),
         (
-            ["hardware=fsdp2", "hardware.sequence_parallel=2"],
-            "hardware.shard=all and sequence_parallel=2: share one; set one back",
-        ),
-        (
             ["hardware=fsdp2", "hardware.mixed_precision=fp16"],
             "hardware.mixed_precision='fp16' cannot scale the loss of shared parameters; use bf16",
         ),

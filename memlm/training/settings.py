@@ -159,10 +159,6 @@ class HardwareSettings:
         require(known, f"shard={self.shard!r} must be all, node, or a number of processes above 1; null for none")
         half = self.shard and self.mixed_precision == "fp16"
         require(not half, "mixed_precision='fp16' cannot scale the loss of shared parameters; use bf16")
-        both = self.shard and self.sequence_parallel > 1
-        require(
-            not both, f"shard={self.shard} and sequence_parallel={self.sequence_parallel}: share one; set one back"
-        )
 
     def sharers(self, processes: int) -> int:
         """The number of processes that share one copy of the parameters.
