@@ -8,6 +8,8 @@ import pytest
 from memlm.data import Preparation, build_data, layout
 from memlm.data.encoding import Encoding
 from memlm.data.row import SPLITS
+from memlm.training import run
+from tests.conftest import composed
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +100,20 @@ def test_a_tokenizer_is_trained_on_it(rows, tmp_path):
     found, corpus, _ = texts(config(rows, tmp_path) | {"tokenizer": {"bpe": 275}})
     assert len(found) == 300 and corpus.manifest["tokenizer"]["vocab_size"] == 275
     assert max(len(ids) for _, ids in corpus.documents("train")) < 40
+
+
+def test_a_run_on_it_goes_on(rows, tmp_path, capsys):
+    for path in rows.iterdir():
+        path.write_text(path.read_text().replace("content", "text"))
+    (rows / "part-0.jsonl").write_text("\n".join(path.read_text() for path in sorted(rows.iterdir())))
+    [(rows / f"part-{i}.jsonl").unlink() for i in (1, 2)]
+    folders = (f"run_dir={tmp_path}/run", f"data.cache_dir={tmp_path}/cache", "data.sources.hub.config=null")
+    sizes = ("data.seq_len=16", "model.hidden_size=32", "train.batch_size=2")
+    options = ("data=hub", f"data.sources.hub.dataset={rows}", *folders, *sizes)
+    for steps in (1, 2):
+        run(composed(*options, f"train.steps={steps}", "optim.schedule_steps=2"))
+        told = " ".join(capsys.readouterr().out.split())
+        assert "bits/byte" in told and ("continuing from step 1" in told) == (steps == 2)
 
 
 def test_without_the_package(rows, tmp_path, monkeypatch):
