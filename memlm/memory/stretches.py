@@ -20,6 +20,9 @@ from torch.autograd.function import once_differentiable
 from memlm.memory.state import State, named, nested
 from memlm_kernels.grid import keep_last
 
+# Messages on their way, and their tensors. They outlive the model that sent them.
+_sent: list[tuple[Any, Tensor]] = []
+
 # Tensors, or None.
 Tensors = Sequence[Any]
 # columns, shared, state -> output, state after the tokens, ...
@@ -38,7 +41,6 @@ class Stretches:
         self.messages = self.bytes = 0
         # Shapes and dtypes of the state that a layer sends, or gets, at a length.
         self._forms: dict[Any, Any] = {}
-        self._sent: list[tuple[Any, Tensor]] = []
 
     @property
     def first(self) -> bool:
@@ -163,13 +165,13 @@ class Stretches:
     def push(self, tensors: list[Tensor], to: int) -> None:
         """Send tensors to the process ``to`` places further, as one message for each dtype."""
         # One state is on its way at a time, so a fast process does not fill the memory.
-        for work, _ in self._sent:
+        for work, _ in _sent:
             work.wait()
-        self._sent = []
+        _sent.clear()
         for _, places in _by_dtype(tensors):
             flat = torch.cat([tensors[i].reshape(-1) for i in places]).view(torch.uint8)
             if flat.numel():
-                self._sent.append((dist.isend(flat, group=self.group, group_dst=self.rank + to), flat))
+                _sent.append((dist.isend(flat, group=self.group, group_dst=self.rank + to), flat))
                 self.messages, self.bytes = self.messages + 1, self.bytes + flat.numel()
 
     def pull(self, forms: list[tuple[torch.Size, torch.dtype]], device: torch.device, away: int) -> list[Tensor]:
