@@ -1,5 +1,6 @@
 """Processes that share parameters take the steps of a single one, and leave checkpoints for any number of them."""
 
+import copy
 import json
 import os
 import re
@@ -11,14 +12,17 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from memlm import files
 from memlm.hub import load_model
 from memlm.training import checkpoint
-from memlm.training.settings import HardwareSettings
-from memlm.training.sharded_checkpoint import Saver, has_parts
-from tests.conftest import ROOT
+from memlm.training.optim import build_optimizers
+from memlm.training.settings import HardwareSettings, OptimSettings
+from memlm.training.sharded_checkpoint import Saver, State, has_parts
+from tests.conftest import ROOT, build, composed
 from tests.ranks import train
 from tests.runs import config, figures
 
@@ -173,6 +177,23 @@ def test_a_process_that_dies_while_it_saves_loses_that_save_alone(tmp_path):
     train(tiny(tmp_path, *options))
     assert not [path.name for path in folder.iterdir() if "partial" in path.name]
     assert_alike(tmp_path / "one", tmp_path)
+
+
+def test_an_earlier_checkpoint_has_no_later_state(tmp_path):
+    """A run that goes back leaves no state of optimisers from the steps after."""
+    model = build("none", torch.float32)
+    optimizers = build_optimizers(model, OptimSettings(**OmegaConf.to_container(composed().optim)))
+    state, before = State(model, optimizers), copy.deepcopy(model.state_dict())
+    with pytest.warns(UserWarning, match="single process"):
+        dcp.save(state.tensors(), checkpoint_id=str(tmp_path / files.PARTS), no_dist=True)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    for optimizer in optimizers:
+        optimizer.step()
+    assert all(optimizer.state for optimizer in optimizers)
+    state.load(tmp_path)
+    assert not any(optimizer.state for optimizer in optimizers)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
 @pytest.mark.slow

@@ -58,6 +58,7 @@ class State:
         """Fill the tensors from the parts in a checkpoint, however many processes wrote them."""
         held = dcp.FileSystemReader(str(folder / files.PARTS)).read_metadata().state_dict_metadata
         for optimizer in self._optimizers:
+            optimizer.state.clear()
             for p in (p for group in optimizer.param_groups for p in group["params"]):
                 prefix = f"optimizer.{self._names[p]}."
                 for key in (name.removeprefix(prefix) for name in held if name.startswith(prefix)):
