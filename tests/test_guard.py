@@ -1,5 +1,7 @@
 """Steps that are not finite or spike: stopped, skipped, rewound; and the waits of a step between logs."""
 
+import os
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -7,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from memlm.training import checkpoint, loop, run
 from memlm.training.objective import Objective
 from memlm.training.settings import RunSettings
+from tests import ranks
 from tests.runs import SMALLEST, config, figures, trainer
 
 NAN = float("nan")
@@ -77,6 +80,27 @@ def test_a_rewound_run_has_the_weights_of_its_checkpoint(tmp_path, broken, monke
     assert same(dict(loop.load_any(folder).named_parameters()), seen)
     assert [*figures(tmp_path)] == [0, 1, 2, 3, 4, 6, 7]
     assert "step 6: goes on with the weights of step_000003" in capsys.readouterr().out
+
+
+def breaks_on_the_second(patch):
+    """Breaks the loss of the fourth forward of one of two processes."""
+    real, count = Objective.forward, [0]
+
+    def forward(self, *args, **inputs):
+        loss, *rest = real(self, *args, **inputs)
+        count[0] += 1
+        return loss * (NAN if count[0] == 4 and os.environ["RANK"] == "1" else 1.0), *rest
+
+    patch.setattr(Objective, "forward", forward)
+
+
+@pytest.mark.parametrize("hardware", ["fsdp2", pytest.param("auto", marks=pytest.mark.slow)])
+def test_processes_rewind_together(tmp_path, hardware):
+    options = ("train.steps=6", "train.on_nan=rewind", "train.save_every=2", f"hardware={hardware}")
+    ranks.train(config(tmp_path, *options, small=SMALLEST), 2, breaks_on_the_second)
+    assert [*figures(tmp_path)] == [0, 1, 2, 4, 5]
+    kept = {path.name for path in (tmp_path / "run" / "bad_batches").iterdir()}
+    assert kept == {"step_000003-rank0.pt", "step_000003-rank1.pt"}
 
 
 @pytest.mark.parametrize(

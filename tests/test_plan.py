@@ -164,6 +164,18 @@ def test_a_dry_run_prints_and_leaves_nothing(tmp_path, capsys):
     assert made.hours(2250e12, 0.4) == pytest.approx(hours) and f"{hours:.2f}  NVIDIA B200" in told
 
 
+def test_sharers_and_pieces_of_rows_need_less():
+    """Weights, gradients and optimiser are divided; activations follow the length of a piece."""
+    text = ("data.sources.mqar.kind=text", "train.batch_size=64", "model.num_hidden_layers=8")
+    options = {"copies": (), "shared": ("hardware.shard=8",), "pieces": ("train.truncate=4",)}
+    made = {key: plan(settings(*given, *text), 8, "no") for key, given in options.items()}
+    copies, shared, pieces = (made[key].memory[False] for key in ("copies", "shared", "pieces"))
+    for part in ("weights", "gradients", "optimizer"):
+        assert getattr(shared, part) == getattr(copies, part) / 8
+    assert shared.activations == copies.activations and shared.most < copies.most
+    assert 0.4 < pieces.activations / copies.activations < 0.7 and made["pieces"].flops == made["copies"].flops
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

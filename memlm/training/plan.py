@@ -114,6 +114,7 @@ def plan(settings: RunSettings, processes: int, precision: str) -> RunPlan:
     owners = sequence.rows_of(sharing, processes)
     forwards = train.forwards(owners)
     rows = train.batch_size // owners // forwards
+    pieces = data["seq_len"] // (train.truncate or data["seq_len"])
     batch, entries = _sample(settings, owners * forwards, train.truncate or data["seq_len"] // sharing)
     config = MemLMConfig.from_hydra({"vocab_size": entries, **_without_none(settings.config["model"])})
     with FakeTensorMode():
@@ -128,16 +129,26 @@ def plan(settings: RunSettings, processes: int, precision: str) -> RunPlan:
     inputs = model_inputs(batch, "cpu")
     step = of_step(config, train, inputs, autocast)
     names = config.layer_mixers()
-    # DDP copies gradients into its buckets, which it keeps.
-    base = weights + optimizer + averages + (gradients if processes > 1 else 0) + _size(batch)
+    length = data["seq_len"]
+    state = state_bytes(config, length)
+    sharers = settings.hardware.sharers(processes)
+    held = (weights + optimizer + averages) / sharers + _size(batch) + (rows * state if pieces > 1 else 0)
+    if sharers > 1:
+        # Layers are gathered while they run, the next one ahead; the parameters around them all the time.
+        layers = [sum(p.nbytes for p in layer.parameters()) for layer in model.model.layers]
+        held += weights - sum(layers) + sum(sorted(layers)[-2:])
+    elif processes > 1:
+        # DDP copies gradients into its buckets, which it keeps.
+        held += gradients
     memory = {}
     for checkpointed in (False, True):
         activations = step.peak(names, checkpointed)
-        # Gradients of a first forward remain during a second one.
-        passes = activations + gradients if forwards > 1 else step.peak(names, checkpointed, kept=1.0)
-        at_once = base + max(passes, gradients + stepping - optimizer)
-        memory[checkpointed] = DeviceMemory(weights, gradients, optimizer + averages, activations, at_once)
-    length = data["seq_len"]
+        # Gradients of a first forward remain during a second one, whole.
+        again = forwards * pieces > 1
+        passes = activations + gradients if again else step.peak(names, checkpointed, kept=1 / sharers)
+        at_once = held + max(passes, (gradients + stepping - optimizer) / sharers)
+        kept = (size / sharers for size in (weights, gradients, optimizer + averages))
+        memory[checkpointed] = DeviceMemory(*kept, activations, at_once)
     return RunPlan(
         processes,
         {"no": "fp32"}.get(precision, precision),
@@ -146,7 +157,7 @@ def plan(settings: RunSettings, processes: int, precision: str) -> RunPlan:
         sum(p.numel() for name, p in model.named_parameters() if name in {*trainable.memory_names(model)}),
         count_parameters(model, trained=True),
         count_flops(config, length),
-        state_bytes(config, length),
+        state,
         train.steps,
         train.steps * train.batch_size * length,
         forwards,
