@@ -41,7 +41,8 @@ def prepare(config, workers: int | None) -> None:
     size, display = in_steps(train, data)["batch_size"], Display(0, shown=True)
 
     def build():
-        _, mixture = build_data(data, seed=0, batch_size=size, preparation=Preparing(display, workers))
+        with Preparing(display, workers) as preparing:
+            _, mixture = build_data(data, seed=0, batch_size=size, preparation=preparing)
         return {name: source for name, source in mixture.sources.items() if isinstance(source, TextSource)}
 
     if damaged := [path for source in build().values() for path in source.corpus.drop_damaged()]:

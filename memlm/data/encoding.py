@@ -101,7 +101,9 @@ class Encoding:
         parts = self.corpus.parts
         total = sum(span.end - span.start for span in chain.from_iterable(parts))
         if (workers := min(workers, len(parts))) > 1:
-            return self._in_processes(workers, lambda done: report(done, total))
+            shards = self._in_processes(workers, lambda done: report(done, total))
+            report(total, total)
+            return shards
         done = 0
 
         def tell(number: int) -> None:

@@ -39,8 +39,8 @@ _BITS = 16
 
 def build_small(
     folder: Path, documents: Corpus, tokenizer: PreTrainedTokenizerFast, workers: int, report: Report
-) -> None:
-    """Encode into shards, and join them; they are kept meanwhile, so that a stopped preparation can go on."""
+) -> list[TokenShard]:
+    """Encode into shards, and join them. Returns those that are not needed once the folder is complete."""
     store = documents.cache.root / STORE if len(documents.parts) > 1 else folder / STORE
     shards = [*_encoded(documents, tokenizer, store, workers, report)]
     total, tables = 0, []
@@ -69,16 +69,16 @@ def build_small(
         for entry, in_splits in zip(documents.entries(), splits_of_file, strict=True)
     ]
     _write_manifest(folder, SMALL_FORMAT, documents, tokenizer, sizes, entries)
-    for _, shard in shards:
-        shard.remove(store)
     if store.parent == folder:
-        store.rmdir()
+        shutil.rmtree(store)
+        return []
+    return [shard for _, shard in shards]
 
 
 def build_large(
     folder: Path, documents: Corpus, tokenizer: PreTrainedTokenizerFast, workers: int, report: Report
-) -> None:
-    """Encode into shards, and hold out the last documents in the order of hashes."""
+) -> list[TokenShard]:
+    """Encode into shards, which are kept, and hold out the last documents in the order of hashes."""
     store = documents.cache.root / STORE
     shards = [(part, shard) for part, shard in _encoded(documents, tokenizer, store, workers, report) if shard.tokens]
     tokens = np.zeros(2**_BITS, np.int64)
@@ -117,6 +117,7 @@ def build_large(
     (folder / "shards.json").write_text(json.dumps(entries))
     found = [entry | ({} if index in seen else {"splits": []}) for index, entry in enumerate(documents.entries())]
     _write_manifest(folder, LARGE_FORMAT, documents, tokenizer, sizes, found)
+    return []
 
 
 class _Copy:

@@ -17,7 +17,7 @@ from memlm.files import read_json
 
 from .disk_cache import Watched
 from .documents import Corpus
-from .encoding import Report
+from .encoding import Report, TokenShard
 from .layout import LARGE, LARGE_FORMAT, SMALL, SMALL_FORMAT, STORE, build_large, build_small, large_shards
 from .row import IGNORE_INDEX, SPLITS, Row, split_id
 from .tokenizer import fingerprint
@@ -64,15 +64,17 @@ class TextCorpus:
         large = documents.is_large
         names, build, form = (LARGE, build_large, LARGE_FORMAT) if large else (SMALL, build_small, SMALL_FORMAT)
         key = [form, documents.fingerprint, fingerprint(tokenizer)]
-        workers, self._store = workers or len(os.sched_getaffinity(0)), documents.cache.root / STORE
+        self._store, spare = documents.cache.root / STORE, list[TokenShard]()
 
         def fill(folder: Path) -> None:
-            build(folder, documents, tokenizer, workers, report)
+            spare.extend(build(folder, documents, tokenizer, workers or _cores(), report))
 
         self.folder = documents.cache.folder(key, names, fill)
         if large and not all(of.shard.is_whole(self._store) for of in large_shards(self.folder)):
             shutil.rmtree(self.folder)
             documents.cache.folder(key, names, fill)
+        for shard in spare:
+            shard.remove(self._store)
         left_out = [{"path": name, "reason": reason} for name, reason in documents.left_out.items()]
         self.manifest = read_json(self.folder / "manifest.json") | {"left_out": left_out}
         self._dtype = np.dtype(self.manifest["dtype"])
@@ -146,6 +148,11 @@ class TextCorpus:
             raise ValueError(f"{file.path} cannot be read ({error}); start again, and it is made anew") from error
         spans = np.column_stack([np.append(0, ends[:-1]), ends]) + self._starts[number]
         return _Opened(tokens, watched, spans, splits, files, rows)
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class TextSource:

@@ -80,9 +80,10 @@ class Trainer:
         else:
             check(self.config["model"])
         data = before.data(self.folder, self.config) if before else self.config["data"]
-        self.tokenizer, self.mixture = build_data(
-            data, seed=settings.seed, batch_size=self.settings.batch_size, preparation=Preparing(self.display)
-        )
+        with Preparing(self.display) as preparing:
+            self.tokenizer, self.mixture = build_data(
+                data, seed=settings.seed, batch_size=self.settings.batch_size, preparation=preparing
+            )
         self.texts = [name for name, source in self.mixture.sources.items() if isinstance(source, TextSource)]
         self.lengths = Lengths(self.settings.lengths or [], self.mixture, self.config["data"]["seq_len"])
         if before:

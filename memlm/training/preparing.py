@@ -1,6 +1,8 @@
 """The screen while data is prepared: a bar with the time left, or a line now and then if there is no terminal."""
 
 import time
+from types import TracebackType
+from typing import Self
 
 from rich.progress import Progress
 
@@ -17,6 +19,17 @@ class Preparing(Preparation):
         self._name, self._started, self._told = "", 0.0, 0.0
         self._bar: Progress | None = None
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
     def say(self, line: str) -> None:
         self._display.say(line)
 
@@ -24,9 +37,8 @@ class Preparing(Preparation):
         now = time.perf_counter()
         if name != self._name:
             self._name, self._started, self._told = name, now, now + _FIRST - _BETWEEN
-        if done >= total and self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        if done >= total:
+            self._end()
         elif self._display.live:
             if self._bar is None and now - self._started > _FIRST:
                 self._bar = bar("{task.percentage:.0f} %", console=self._display.console)

@@ -217,7 +217,7 @@ def test_failed_build_leaves_nothing_and_the_slower_of_two_yields(books, tmp_pat
     def build_twice(folder, *args):
         monkeypatch.undo()
         build([books], tmp_path)
-        original(folder, *args)
+        return original(folder, *args)
 
     original = text.build_small
     monkeypatch.setattr(text, "build_small", fail)
