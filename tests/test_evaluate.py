@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from torch import nn
+from transformers import PreTrainedConfig
 
 import memlm.evaluation.measures
 from memlm import Interleave
@@ -49,7 +50,7 @@ class Oracle(nn.Module):
 
     def __init__(self, wrong=lambda ids: torch.zeros_like(ids, dtype=torch.bool)):
         super().__init__()
-        self.wrong, self.config, self.device = wrong, SimpleNamespace(vocab_size=259), torch.device("cpu")
+        self.wrong, self.config, self.device = wrong, PreTrainedConfig(vocab_size=259), torch.device("cpu")
 
     def forward(self, input_ids, logits_to_keep=0, **_):
         target = input_ids.roll(-1, 1)
@@ -347,7 +348,7 @@ def test_an_evaluation_of_banks(tmp_path, capsys):
     capsys.readouterr()
     evaluate(composed(*options, *paths, config="evaluate"))
     screen = capsys.readouterr().out
-    assert "control (none) has no bank: model.mixers.*.kind='attention'" in screen
+    assert "control (none) is left out: it has no bank: model.mixers.*.kind='attention'" in screen
     assert "hit@1" in screen and "deleted" in screen
     out = tmp_path / "msa-seed0" / "evaluation"
     models = json.loads((out / "latest" / "results.json").read_text())["models"]
@@ -416,7 +417,7 @@ def test_a_checkpoint_without_a_run_needs_data(trained, tmp_path):
         (bare / file.name).write_bytes(file.read_bytes())
     evaluate(evaluated(trained, f"checkpoint={bare}", f"out={tmp_path}/own", "control=null", "eval.text_documents=0"))
     assert json.loads((tmp_path / "own" / "latest" / "results.json").read_text())["models"]["bare"]["step"] == 3
-    for name in ("config.yaml", "run.json"):
+    for name in ("config.yaml", "run.json", "digests.json"):
         (bare / name).unlink()
     with pytest.raises(ValueError, match=r"add data=\.\.\."):
         evaluate(evaluated(trained, f"checkpoint={bare}", f"out={tmp_path}/out"))

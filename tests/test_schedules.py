@@ -84,7 +84,8 @@ def test_the_average_follows_the_weights_also_after_a_stop(tmp_path, monkeypatch
     assert all(torch.equal(held[name], x) for name, x in found.items())
     plain = load_subject(str(tmp_path / "run"), torch.device("cpu"))
     assert plain.facts()["weights"] != subject.facts()["weights"]
-    (checkpoint.latest(tmp_path / "run") / "ema.safetensors").unlink()
+    for name in ("ema.safetensors", "digests.json"):
+        (checkpoint.latest(tmp_path / "run") / name).unlink()
     with pytest.raises(
         ValueError, match=r"ema=true, checkpoint=.* has no ema\.safetensors; leave it out, or train with"
     ):

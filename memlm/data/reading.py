@@ -14,6 +14,7 @@ import mmap
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -79,12 +80,17 @@ def read(path: Path, span: Span) -> Iterator[tuple[int, Iterable[str], Callable[
     Raises ValueError with the file's name if it is damaged.
     """
     reader = _READERS[ending(path).removesuffix(_packing(path))]
+    with _named(path), path.open("rb") as raw:
+        raw.seek(span.start)
+        file = _unpacked(raw, path)
+        for row, chunks in reader(_Within(raw, span.end) if file is raw else file, path, span):
+            yield row, chunks, lambda: min(raw.tell(), span.end)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
     try:
-        with path.open("rb") as raw:
-            raw.seek(span.start)
-            file = _unpacked(raw, path)
-            for row, chunks in reader(_Within(raw, span.end) if file is raw else file, path, span):
-                yield row, chunks, lambda: min(raw.tell(), span.end)
+        yield
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"{path} cannot be read ({error}); repair it, or leave it out") from error
 
@@ -177,8 +183,10 @@ def _whole_file(file: BinaryIO, path: Path, span: Span) -> Iterator[tuple[int, I
 
     def chunks() -> Iterator[str]:
         try:
-            while data := file.read(STRETCH):
-                yield _text(decoder.decode(data))
+            # The caller reads the chunks, so ``read`` does not see their errors.
+            with _named(path):
+                while data := file.read(STRETCH):
+                    yield _text(decoder.decode(data))
             yield decoder.decode(b"", True)
         except UnicodeError:
             raise ValueError(f"{path} is not UTF-8 text; convert it, or leave it out") from None

@@ -168,7 +168,7 @@ def test_packed_files(tmp_path, end):
     pack(tmp_path / "in", end)
     documents = Documents(str(tmp_path / "in"), tmp_path / "cache")
     assert [d.text for d in documents] == [*TEXTS, "four " + "times" * 50_000]
-    assert [*map(documents.name, documents)][::3] == [f"in/a.JSONL{end}:1", f"in/b.txt{end.upper()}"]
+    assert [documents.name(d.file, d.row) for d in documents][::3] == [f"in/a.JSONL{end}:1", f"in/b.txt{end.upper()}"]
 
 
 @pytest.mark.parametrize("end", [end for end in PACK if end])

@@ -21,9 +21,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def written_here() -> set[str]:
-    """Functions of autograd, and ops of torch with a gradient, of all modules."""
+    """Functions of autograd, and ops of torch with a gradient, of all modules but the one that passes tensors between
+    processes as they are.
+    """
     found, rooms = set(), (memlm_kernels, memlm.memory)
     names = [info.name for room in rooms for info in pkgutil.walk_packages(room.__path__, f"{room.__name__}.")]
+    names.remove("memlm.memory.stretches")
     for module in map(importlib.import_module, ("memlm.layers", *names)):
         for name, x in vars(module).items():
             if inspect.isclass(x) and issubclass(x, torch.autograd.Function):
