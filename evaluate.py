@@ -30,7 +30,8 @@ if __name__ == "__main__":
         main()
 elif __name__ == "evaluate":
     # Programs that run in this folder, such as python -m lm_eval, mean Hugging Face's package of this name.
-    elsewhere = [folder for folder in sys.path if Path(folder).resolve() != CONFIGS.parent]
+    # Another checkout on the path has this file too.
+    elsewhere = [folder for folder in sys.path if not Path(folder, "evaluate.py").is_file()]
     if spec := PathFinder.find_spec("evaluate", elsewhere):
         sys.modules["evaluate"] = package = module_from_spec(spec)
         spec.loader.exec_module(package)

@@ -227,6 +227,14 @@ def test_evaluate_of_hugging_face_is_found_beside_evaluate_py():
     assert callable(evaluate.load) and Path(evaluate.__file__) != ROOT / "evaluate.py"
 
 
+def test_two_checkouts_on_the_path_do_not_ask_each_other(tmp_path):
+    (tmp_path / "evaluate.py").write_bytes((ROOT / "evaluate.py").read_bytes())
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", tmp_path)))
+    command = [sys.executable, "-c", "import evaluate; print(callable(evaluate.load))"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr[-500:]
+
+
 def evaluated(folder, tmp_path, *overrides):
     """Whether ``evaluate.py eval=lm_eval`` measured everything, and its results."""
     given = ["eval=lm_eval", "control=null", f"checkpoint={folder}/own", f"out={tmp_path}/out", *overrides]
