@@ -53,7 +53,7 @@ def test_a_skipped_step_changes_nothing(tmp_path, broken, capsys, factor, spike)
     assert not same(before, weights(made.model))
     path = tmp_path / "run" / "bad_batches" / "step_000022-rank0.pt"
     assert f"its batch is in {path}" in capsys.readouterr().out
-    (kept,), batch = torch.load(path), next(made._batches(22, "train"))
+    (kept,), batch = torch.load(path), next(made.feed.batches(22, "train"))
     assert torch.equal(kept["input_ids"], batch.input_ids) and torch.equal(kept["labels"], batch.labels)
 
 

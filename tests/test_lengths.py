@@ -36,10 +36,10 @@ def test_a_piece_begins_as_a_document_does():
 def test_the_steps_have_the_same_text_and_a_stopped_run_goes_on_exactly(tmp_path):
     plain, staged = trainer(small(tmp_path / "plain")), trainer(small(tmp_path / "staged", STAGED))
     for step, length in enumerate([8, 8, 16, 32, 32]):
-        (whole,), (cut,) = plain._batches(step, "train"), staged._batches(step, "train")
+        (whole,), (cut,) = plain.feed.batches(step, "train"), staged.feed.batches(step, "train")
         assert cut.input_ids.shape == (64 // length, length)
         assert torch.equal(cut.input_ids.flatten(), whole.input_ids.flatten())
-        (validated,) = staged._batches(step, "validation")
+        (validated,) = staged.feed.batches(step, "validation")
         assert validated.input_ids.shape == (2, 32)
     run(small(tmp_path / "straight", STAGED, "train.steps=5", "train.micro_batch_size=1"))
     stopped(small(tmp_path, STAGED, "train.steps=5"), 1)

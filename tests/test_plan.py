@@ -136,7 +136,7 @@ def test_flops_of_a_plan_are_those_of_a_step(tmp_path):
     cfg = config(tmp_path, small=("train.validation_batches=1", *data))
     made, real = plan(RunSettings.of(cfg), 1, "no"), trainer(cfg)
     real.model.set_attn_implementation("eager")
-    inputs = model_inputs(next(real._batches(0, "train")), "cpu")
+    inputs = model_inputs(next(real.feed.batches(0, "train")), "cpu")
     assert inputs["position_ids"] is None
     with set_backend("reference"), FlopCounterMode(display=False) as counter:
         real.objective(**inputs)

@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memlm.roles import RESPONSE, RoleCounts, Roles
+from memlm.settings import require
 
 from .retrieval import RetrievalRow
 from .row import IGNORE_INDEX, SPLITS, Row, Source, split_id
+from .text import TextSource
 
 _MOST_ROWS = 2**20
 # Rows of each source in a period, and batches of the longest period.
@@ -57,7 +59,8 @@ class Batch:
             torch.from_numpy(input_ids),
             torch.from_numpy(labels),
             positions,
-            int((position_ids == 0).sum(1).max()),
+            # The first one may have begun in an earlier row.
+            int(((position_ids == 0).sum(1) + (position_ids[:, 0] != 0)).max()),
             torch.tensor(source_ids),
             roles,
             torch.from_numpy(places) if few else None,
@@ -155,6 +158,21 @@ class Mixture:
             for name, rows in sizes.items()
             if rows and read[name] > rows
         }
+
+    def carry(self) -> None:
+        """Let each training row of a text be the continuation of the same row of the batch before.
+
+        Raises ValueError if no source is a text, or one is too small or in some batches only.
+        """
+        texts = {name: source for name, source in self.sources.items() if isinstance(source, TextSource)}
+        require(bool(texts), "train.carry: no source of data is a text; leave it out")
+        apart = len(self._batches["train"]) > 1
+        require(not apart, "train.carry: a source has no row in some batches; raise its weight or train.batch_size")
+        for name, source in texts.items():
+            streams, rows = self._rows["train"][name], source.epoch_rows["train"]
+            fix = "lower data.seq_len or train.batch_size, or add text"
+            require(streams <= rows, f"train.carry: {name} has {rows} rows for the {streams} of a batch; {fix}")
+            source.streams = streams
 
     def batch(self, step: int, split: str = "train", part: int = 0, parts: int = 1) -> Batch:
         """Part `part` of `parts` equal parts of batch `step`, a pure function of its arguments.

@@ -163,11 +163,15 @@ class TextSource:
     groups of them; the last row of a group is filled up with the beginning of its first document. Nothing is copied: a
     row is looked up on demand. Positions restart at 0 at each document's start; the first token is not scored, because
     nothing before it predicts it. `epoch_rows` has the rows of an epoch of each split.
+
+    With `streams`, training rows are those of so many streams: row i is the next one of stream i % streams. Positions
+    go on from row to row of a stream. An epoch cuts its documents into one long text for each stream.
     Raises ValueError if a split is smaller than one row.
     """
 
     def __init__(self, corpus: TextCorpus, seq_len: int, seed: int):
         self.corpus, self.seq_len, self.seed, self.manifest = corpus, seq_len, seed, corpus.manifest
+        self.streams: int | None = None
         sizes = {split: corpus.manifest["splits"][split]["tokens"] for split in SPLITS}
         for split, tokens in sizes.items():
             if tokens < seq_len:
@@ -181,12 +185,30 @@ class TextSource:
 
     def row(self, index: int, split: str, step: int) -> Row:
         split_id(split)
+        if split == "train" and self.streams:
+            return self._row_of_stream(*divmod(index, self.streams))
         epoch, index = divmod(index, self.epoch_rows[split])
         _, bounds = self._groups(split, epoch)
         group = int(np.searchsorted(bounds, index, side="right")) - 1
         spans, ends, rows = self._group(split, epoch, group)
-        position = int(rows[index - bounds[group]]) * self.seq_len
+        return self._read(spans, ends, int(rows[index - bounds[group]]) * self.seq_len)
+
+    def _row_of_stream(self, turn: int, stream: int) -> Row:
+        """A group is divided among the streams; each begins anew in the next one."""
+        assert self.streams
+        epoch, turn = divmod(turn, self.epoch_rows["train"] // self.streams)
+        bounds = self._groups("train", epoch)[1] // self.streams
+        group = int(np.searchsorted(bounds, turn, side="right")) - 1
+        spans, ends, _ = self._group("train", epoch, group)
+        turn, tokens = turn - int(bounds[group]), int(ends[-1])
+        # The end of a group is filled up with its beginning.
+        position = (stream * tokens // self.streams + turn * self.seq_len) % tokens
+        return self._read(spans, ends, position, turn * self.seq_len)
+
+    def _read(self, spans: np.ndarray, ends: np.ndarray, position: int, before: int = 0) -> Row:
+        """The row at a position of documents. before: the tokens that its reader has read right before it"""
         document = int(np.searchsorted(ends, position, side="right"))
+        before = min(before, position - int(ends[document] - (spans[document, 1] - spans[document, 0])))
         pieces, starts, missing = [], [], self.seq_len
         while missing:
             if document == len(spans):
@@ -200,6 +222,7 @@ class TextSource:
             missing -= len(piece)
             document += 1
         input_ids = np.concatenate(pieces).astype(np.int64)
+        starts[0] = -before
         position_ids = np.arange(self.seq_len) - np.repeat(starts, [len(piece) for piece in pieces])
         return Row(input_ids, np.where(position_ids == 0, IGNORE_INDEX, input_ids), position_ids)
 

@@ -88,7 +88,7 @@ class Mixer(SequenceMixer):
         heads, kv_heads, head_dim = dims.num_attention_heads, dims.num_key_value_heads, dims.head_dim
         self.config, self.dims, self.layer_idx = config, dims, layer_idx
         self.num_key_value_groups = heads // kv_heads
-        self.any_length = config.window_size is None
+        self.any_length = self.grows = config.window_size is None
         self.q_proj = nn.Linear(dims.hidden_size, heads * head_dim, bias=config.qkv_bias)
         self.k_proj = nn.Linear(dims.hidden_size, kv_heads * head_dim, bias=config.qkv_bias)
         self.v_proj = nn.Linear(dims.hidden_size, kv_heads * head_dim, bias=config.qkv_bias)

@@ -73,6 +73,7 @@ class SequenceMixer(nn.Module):
     any_length: true if torch.export can leave the number of tokens open; others loop over chunks in Python.
     at_once: true if the mixer itself exchanges all it needs with the processes that hold the rest of a row
         (``rows.stretches``); for others the decoder hands the state on, from process to process.
+    grows: true if the state keeps every token.
     starts_silent: names of parameters that have no effect at initialisation; ``train.init_from`` accepts weights
         without them.
     """
@@ -80,6 +81,7 @@ class SequenceMixer(nn.Module):
     long_term = False
     any_length = False
     at_once = False
+    grows = False
     starts_silent: tuple[str, ...] = ()
 
     def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:

@@ -3,6 +3,8 @@
 Files:
 
     loop                the loop: steps, validation, checkpoints
+    feed                the rows of each step as inputs
+    carried             memories that go on from step to step
     objective           a batch becomes a loss here; scores of validation
     scores              the cross-entropy of tokens, with few logits at once
     lengths             a curriculum of lengths

@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import cached_property
 from itertools import chain, takewhile
@@ -18,8 +17,7 @@ from transformers import PreTrainedModel
 
 import memlm
 from memlm import files
-from memlm.cache import MemoryCache
-from memlm.data import Batch, TextSource, build_data, left_out, token_bytes
+from memlm.data import TextSource, build_data, left_out, token_bytes
 from memlm.flops import count_flops, count_parameters
 from memlm.hub.causal import kinds, load_any
 from memlm.modeling import MemLMForCausalLM
@@ -29,11 +27,11 @@ from memlm.training.alerts import Alerts
 from memlm.training.devices import build_accelerator, precision
 from memlm.training.display import Display
 from memlm.training.ema import WeightAverage
+from memlm.training.feed import Feed
 from memlm.training.guard import Guard, keep_batches
 from memlm.training.interrupt import Agreement, Interrupt, Stopped
-from memlm.training.lengths import Lengths
 from memlm.training.model import build, check, check_length, described, expected, without_dropout
-from memlm.training.objective import Objective, Score, model_inputs, score
+from memlm.training.objective import Objective, Score, score
 from memlm.training.optim import build_optimizers, lr_factor, set_lr
 from memlm.training.preparing import Preparing
 from memlm.training.settings import RunSettings
@@ -65,9 +63,9 @@ class Trainer:
     def __init__(self, settings: RunSettings, accelerator: Accelerator) -> None:
         self.config, self.run_dir, self.settings = settings.config, settings.run_dir, settings.train
         self.run_settings, self.optim, self.accelerator = settings, settings.optim, accelerator
-        self.owners = sequence.rows_of(settings.hardware.sequence_parallel, accelerator.num_processes)
-        self.forwards = self.settings.forwards(self.owners)
         sharers = settings.hardware.sharers(accelerator.num_processes)
+        # Texts may take hours to prepare, so mistakes come first.
+        self.settings.forwards(sequence.rows_of(settings.hardware.sequence_parallel, accelerator.num_processes))
         self.display, self.shown = Display(self.settings.steps, accelerator.is_main_process), dict[str, str]()
         self.clock, self.alerts = telemetry.StepClock(accelerator.device), Alerts()
         self.folder = self._find_checkpoint()
@@ -85,20 +83,17 @@ class Trainer:
                 data, seed=settings.seed, batch_size=self.settings.batch_size, preparation=preparing
             )
         self.texts = [name for name, source in self.mixture.sources.items() if isinstance(source, TextSource)]
-        self.lengths = Lengths(self.settings.lengths or [], self.mixture, self.config["data"]["seq_len"])
         if before:
             before.compare_data(self.folder, self.tokenizer, self.mixture.manifests)
         self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer))
         self.model = self._build_model()
-        rows = [self.config["data"]["seq_len"], *(length for length, _ in self.settings.lengths or [])]
-        compiled, size = settings.hardware.compile, settings.hardware.sequence_parallel
-        self.stretches = sequence.cut_rows(self.model, size, rows, compiled, sharers > 1)
-        self.pieces = sequence.pieces_of(self.settings.truncate, self.model, rows, size > 1)
-        accelerator.gradient_accumulation_steps = self.forwards * self.pieces
+        self.feed = Feed(settings, self.mixture, self.model, accelerator, (self.trainer_state or {}).get("carried"))
+        accelerator.gradient_accumulation_steps = self.feed.forwards * self.feed.pieces
         self.trained = (self.trainer_state or {}).get("trained") or trainable.choose(
             self.model, self.settings.trainable
         )
         trainable.train_only(self.model, self.trained)
+        compiled = settings.hardware.compile
         self.sharding = Sharding(self.model, accelerator, sharers, compiled) if sharers > 1 else None
         self.optimizers = build_optimizers(self.model, self.optim)
         in_parts = self.folder is not None and has_parts(self.folder)
@@ -265,7 +260,9 @@ class Trainer:
         told: dict[str, list[Tensor]] = {}
         norms: dict[str, Tensor] = {}
         self.clock.begin()
-        for batch, inputs in self._inputs():
+        if self.feed.carried:
+            self.feed.carried.begin()
+        for batch, inputs in self.feed.inputs(self.step):
             self.clock.lap("data")
             with self.accelerator.accumulate(self.sharding or self.objective):
                 loss, rows, metrics = self.objective(**inputs, output_metrics=logged)
@@ -278,7 +275,7 @@ class Trainer:
                     if self.sharding:
                         self.sharding.drop_unreached()
                     norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), self.optim.clip)
-                    part = total + loss.detach() / (self.forwards * self.pieces)
+                    part = total + loss.detach() / self.accelerator.gradient_accumulation_steps
                     self._judge(part, whole(norm))
                     if logged:
                         norms = telemetry.gradient_norms(self.model, whole(norm), self.optim.clip)
@@ -286,13 +283,15 @@ class Trainer:
                     if not self.guard.bad:
                         optimizer.step()
                     optimizer.zero_grad()
-            total += loss.detach() / (self.forwards * self.pieces)
+            total += loss.detach() / self.accelerator.gradient_accumulation_steps
             for name, value in metrics.items():
                 told.setdefault(name, []).append(value)
             of_rows = torch.stack([rows.float(), torch.ones_like(rows)], 1)
             per_source.index_add_(0, batch.source_ids.to(per_source.device), of_rows)
             self.clock.lap("optimizer")
         self.step += 1
+        if self.guard.bad and self.feed.carried:
+            self.feed.carried.undo()
         if self.guard.bad and self.guard.action == "rewind":
             self._rewind()
         if self.ema and not self.guard.bad:
@@ -317,7 +316,7 @@ class Trainer:
             self.display.say(f"step {self.step}: {reason}; no update, its batch is in {self._keep_batches(self.step)}")
 
     def _keep_batches(self, step: int) -> Path:
-        return keep_batches(self.run_dir, step, self.accelerator.process_index, self._batches(step, "train"))
+        return keep_batches(self.run_dir, step, self.accelerator.process_index, self.feed.batches(step, "train"))
 
     def _rewind(self) -> None:
         """Take weights and optimisers from the newest checkpoint. The steps go on behind the bad one."""
@@ -334,26 +333,6 @@ class Trainer:
             if self.ema:
                 self.ema.load(folder)
         self.display.say(f"step {self.step}: goes on with the weights of {folder.name}")
-
-    def _inputs(self) -> Iterator[tuple[Batch, dict[str, Any]]]:
-        """The batches of each forward and backward of a step, with their inputs."""
-        device = self.accelerator.device
-        for batch in self._batches(self.step, "train"):
-            if self.pieces == 1:
-                yield batch, model_inputs(batch, device, self.stretches)
-                continue
-            memory = MemoryCache()
-            for number in range(self.pieces):
-                piece = batch.stretch(number, self.pieces)
-                yield piece, model_inputs(piece, device) | {"past_key_values": memory}
-                memory.detach()
-
-    def _batches(self, step: int, split: str) -> Iterator[Batch]:
-        """This process's parts of a step's batch."""
-        owner = self.accelerator.process_index // (self.accelerator.num_processes // self.owners)
-        parts = self.forwards * self.owners
-        batches = (self.mixture.batch(step, split, part, parts) for part in range(owner, parts, self.owners))
-        return (self.lengths.cut(batch, step) for batch in batches) if split == "train" else batches
 
     def _read(self, figures: dict[str, Tensor]) -> dict[str, float]:
         """Figures as numbers, losses averaged over all processes. Metrics that no row has are left out.
@@ -385,11 +364,11 @@ class Trainer:
         """
         model = self.accelerator.unwrap_model(self.objective).model
         steps = range(self.settings.validation_batches)
-        batches = chain.from_iterable(self._batches(step, "validation") for step in steps)
+        batches = chain.from_iterable(self.feed.batches(step, "validation") for step in steps)
         batches = takewhile(lambda _: not agreement.number, batches)
         with self.accelerator.autocast():
             names, device = list(self.mixture.sources), self.accelerator.device
-            scores = score(model, batches, names, self.token_bytes, device, self.stretches)
+            scores = score(model, batches, names, self.token_bytes, device, self.feed.stretches)
         if self.accelerator.num_processes > 1:
             # Objects, because ranks may have different sources and metrics.
             ranks = gather_object([scores])
@@ -417,6 +396,8 @@ class Trainer:
             state["recent_losses"] = [*self.guard.recent]
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
+        if self.feed.carried:
+            state["carried"] = self.feed.carried.saved(self.accelerator.num_processes)
         arguments = (self.tokenizer, state, self._record().texts())
         if self.saver:
             self.saver.save(self.run_dir, self.step, *arguments, self.settings.keep)
@@ -431,7 +412,7 @@ class Trainer:
             "step": self.step,
             "processes": self.accelerator.num_processes,
             "batch_size": self.settings.batch_size,
-            "forwards": self.forwards,
+            "forwards": self.feed.forwards,
             "parameters": count_parameters(self.model),
             "trained_parameters": count_parameters(self.model, trained=True),
             "device": self.accelerator.device.type,
@@ -474,7 +455,7 @@ class Trainer:
             say("no GPU: the preset for CPUs, minutes long")
         say(f"rows a batch: {mixture}; {self.settings.steps:,} steps x {self.tokens_per_step():,} tokens = {total:,}")
         if self.settings.lengths:
-            say(f"tokens of a row: {self.lengths}")
+            say(f"tokens of a row: {self.feed.lengths}")
         for name, manifest in self.mixture.manifests.items():
             if reasons := left_out(manifest):
                 say(f"data.sources.{name}: {len(manifest['files'])} files; not read: {reasons} (manifest-{name}.json)")

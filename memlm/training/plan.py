@@ -132,7 +132,8 @@ def plan(settings: RunSettings, processes: int, precision: str) -> RunPlan:
     length = data["seq_len"]
     state = state_bytes(config, length)
     sharers = settings.hardware.sharers(processes)
-    held = (weights + optimizer + averages) / sharers + _size(batch) + (rows * state if pieces > 1 else 0)
+    memories = rows * forwards if train.carry else rows if pieces > 1 else 0
+    held = (weights + optimizer + averages) / sharers + _size(batch) + memories * state
     if sharers > 1:
         # Layers are gathered while they run, the next one ahead; the parameters around them all the time.
         layers = [sum(p.nbytes for p in layer.parameters()) for layer in model.model.layers]

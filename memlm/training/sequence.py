@@ -25,6 +25,16 @@ def pieces_of(truncate: int | None, model: PreTrainedModel, lengths: Sequence[in
     return row // truncate
 
 
+def check_carry(model: PreTrainedModel, lengths: Sequence[int], shared: bool) -> None:
+    """Raise ValueError if memories cannot go on from step to step; arguments as in ``pieces_of``."""
+    key = "train.carry=true"
+    require(len(lengths) == 1, f"{key} needs rows of one length; leave train.lengths out")
+    require(not shared, f"{key} reads rows in order, which hardware.sequence_parallel cuts; leave one of them out")
+    require(isinstance(model, MemLMPreTrainedModel), f"{key} is for models of memlm; leave it out for a backbone")
+    growing = [type(of.mixer).__module__.rpartition(".")[2] for of in model.base_model.layers if of.mixer.grows]
+    require(not growing, f"{key} needs a state of constant size; {growing[:1]} keeps every token, so leave it out")
+
+
 def rows_of(size: int, processes: int) -> int:
     """The number of groups of processes, each of which has rows of its own."""
     key = f"hardware.sequence_parallel={size}"

@@ -74,8 +74,9 @@ class TrainSettings:
     keep: number of checkpoints that are kept
     init_from: the run, or checkpoint folder, whose weights a new run starts with
     lengths: a curriculum of lengths, [[length, tokens], ...] (``memlm.training.lengths``); null: all rows are whole
-    truncate: tokens through which gradients flow back; rows are read in pieces of this length, with the memory carried
+    truncate: tokens through which gradients flow back; rows are read in pieces of this length, with the memory going
         on; null: whole rows
+    carry: whether texts longer than a row go on in the next step, with their memory (``memlm.training.carried``)
     ema: decay of the moving average of the weights; null: none
     trainable: the parameters that are trained (``memlm.training.trainable``); null: all
     on_nan: stop, skip or rewind after a step that is not finite (``memlm.training.guard``)
@@ -98,6 +99,7 @@ class TrainSettings:
     ema: float | None = None
     lengths: list | None = None
     truncate: int | None = None
+    carry: bool = False
     on_nan: str = "stop"
     spike: float | None = None
 
