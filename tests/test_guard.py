@@ -82,25 +82,35 @@ def test_a_rewound_run_has_the_weights_of_its_checkpoint(tmp_path, broken, monke
     assert "step 6: goes on with the weights of step_000003" in capsys.readouterr().out
 
 
-def breaks_on_the_second(patch):
-    """Breaks the loss of the fourth forward of one of two processes."""
+def breaks(patch):
+    """Breaks the losses of the second and the fifth forward, of two processes on one of them."""
     real, count = Objective.forward, [0]
 
     def forward(self, *args, **inputs):
         loss, *rest = real(self, *args, **inputs)
         count[0] += 1
-        return loss * (NAN if count[0] == 4 and os.environ["RANK"] == "1" else 1.0), *rest
+        return loss * (NAN if count[0] in (2, 5) and os.environ.get("RANK") != "0" else 1.0), *rest
 
     patch.setattr(Objective, "forward", forward)
 
 
 @pytest.mark.parametrize("hardware", ["fsdp2", pytest.param("auto", marks=pytest.mark.slow)])
 def test_processes_rewind_together(tmp_path, hardware):
-    options = ("train.steps=6", "train.on_nan=rewind", "train.save_every=2", f"hardware={hardware}")
-    ranks.train(config(tmp_path, *options, small=SMALLEST), 2, breaks_on_the_second)
-    assert [*figures(tmp_path)] == [0, 1, 2, 4, 5]
-    kept = {path.name for path in (tmp_path / "run" / "bad_batches").iterdir()}
-    assert kept == {"step_000003-rank0.pt", "step_000003-rank1.pt"}
+    """As one process does; first to its checkpoint, then to one of their own."""
+    options, one, two = (
+        ("train.on_nan=rewind", "train.save_every=5", "train.ema=0.9"),
+        tmp_path / "one",
+        tmp_path / "two",
+    )
+    for folder in (one, two):
+        run(config(folder, *options, "train.steps=2", "optim.schedule_steps=8", small=SMALLEST))
+    more = (*options, "train.steps=8", "optim.schedule_steps=8")
+    ranks.train(config(one, *more, small=SMALLEST), 1, breaks)
+    ranks.train(config(two, *more, f"hardware={hardware}", small=SMALLEST), 2, breaks)
+    assert [*figures(two)] == [0, 1, 2, 4, 5, 7]
+    assert figures(two) == pytest.approx(figures(one), rel=1e-4)
+    kept = {path.name for path in (two / "run" / "bad_batches").iterdir()}
+    assert kept == {f"step_00000{step}-rank{rank}.pt" for step in (3, 6) for rank in (0, 1)}
 
 
 @pytest.mark.parametrize(

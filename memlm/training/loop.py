@@ -35,7 +35,7 @@ from memlm.training.objective import Objective, Score, score
 from memlm.training.optim import build_optimizers, lr_factor, set_lr
 from memlm.training.preparing import Preparing
 from memlm.training.settings import RunSettings
-from memlm.training.sharded_checkpoint import Saver, State, consolidate, distribute, has_parts, skeleton
+from memlm.training.sharded_checkpoint import Saver, State, consolidate, has_parts, load_optimizers, skeleton
 from memlm.training.sharding import Sharding
 from memlm.training.shards import whole
 from memlm.training.tracking import Tracker, is_validated
@@ -98,9 +98,7 @@ class Trainer:
         self.optimizers = build_optimizers(self.model, self.optim)
         in_parts = self.folder is not None and has_parts(self.folder)
         if self.trainer_state and not in_parts:
-            for optimizer, state in zip(self.optimizers, self.trainer_state["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-            distribute(self.optimizers)
+            load_optimizers(self.optimizers, self.trainer_state)
         if any(getattr(module, "without_gradient", None) for module in self.model.modules()):
             # Otherwise ranks may wait for gradients that never come.
             accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
@@ -324,14 +322,7 @@ class Trainer:
             self.saver.wait()
         folder = self._find_checkpoint()
         require(folder is not None, "train.on_nan=rewind, but the run has no checkpoint yet; lower train.save_every")
-        if has_parts(folder):
-            self.state.load(folder)
-        else:
-            self.model.load_state_dict(load_any(folder).state_dict())
-            for optimizer, state in zip(self.optimizers, checkpoint.load_trainer(folder)["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-            if self.ema:
-                self.ema.load(folder)
+        self.state.load(folder)
         self.display.say(f"step {self.step}: goes on with the weights of {folder.name}")
 
     def _read(self, figures: dict[str, Tensor]) -> dict[str, float]:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memlm import card, files
 from memlm.configuration import MemLMConfig
+from memlm.hub.causal import load_any
 from memlm.modeling import MemLMForCausalLM
 from memlm.settings import require
 from memlm.training import checkpoint
@@ -42,7 +43,7 @@ class State:
     def __init__(
         self, model: PreTrainedModel, optimizers: Sequence[Optimizer], ema: WeightAverage | None = None
     ) -> None:
-        self.model, self._optimizers = model, optimizers
+        self.model, self._optimizers, self._ema = model, optimizers, ema
         self._names = {p: name for name, p in model.named_parameters()}
         self._averages = {f"ema.{name}": x for name, x in ema.averages.items()} if ema else {}
 
@@ -55,7 +56,18 @@ class State:
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """Fill the tensors from the parts in a checkpoint, however many processes wrote them."""
+        """Fill the tensors from a checkpoint, in parts or whole, however many processes wrote it."""
+        if has_parts(folder):
+            self._load_parts(folder)
+            return
+        held = _weights(load_any(folder))
+        for name, x in _weights(self.model).items():
+            x.copy_(divided(held[name], x))
+        load_optimizers(self._optimizers, checkpoint.load_trainer(folder))
+        if self._ema:
+            self._ema.load(folder)
+
+    def _load_parts(self, folder: Path) -> None:
         held = dcp.FileSystemReader(str(folder / files.PARTS)).read_metadata().state_dict_metadata
         for optimizer in self._optimizers:
             optimizer.state.clear()
@@ -150,9 +162,10 @@ def _read(folder: Path, tensors: dict[str, Tensor], alone: bool) -> None:
         dcp.load(tensors, storage_reader=dcp.FileSystemReader(str(folder / files.PARTS)), no_dist=alone)
 
 
-def distribute(optimizers: Sequence[Optimizer]) -> None:
-    """Divide optimiser state, loaded whole, as its parameters are."""
-    for optimizer in optimizers:
+def load_optimizers(optimizers: Sequence[Optimizer], trainer: Mapping[str, Any]) -> None:
+    """Give optimisers their state of a whole checkpoint, divided as their parameters are."""
+    for optimizer, state in zip(optimizers, trainer["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
         for p, values in optimizer.state.items():
             values |= {key: divided(x, p) for key, x in values.items() if x.shape == p.shape}
 
