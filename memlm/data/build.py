@@ -144,7 +144,8 @@ def _build_source(
     if outside is not None:
         return outside(tokenizer, cfg["seq_len"], own_seed)
     if documents is not None:
-        corpus = TextCorpus(documents, tokenizer, preparation.workers, partial(preparation.advance, name))
+        told = partial(preparation.advance, name)
+        corpus = TextCorpus(documents, tokenizer, preparation.workers, told, preparation.say)
         return TextSource(corpus, cfg["seq_len"], own_seed)
     sizes = {key: options[key] for key in _OPTIONS[options["kind"]] if key in options and key != "paths"}
     if options["kind"] == "questions":

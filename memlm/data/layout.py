@@ -1,11 +1,13 @@
 """The files of an encoded corpus.
 
 A small corpus is one token file, `tokens.bin`, and `documents.npy`: for each document its end in the token file, its
-split, its file and its row. A large one (`documents.LARGE`) stays in the shards it was encoded to: `shards.json` names
-them, and the documents held out are copied to `validation.bin` and `test.bin`, each with such a table.
+split, its file and its row; the shards that it is joined from are its own, and removed. A large one
+(`documents.LARGE`) stays in the shards it was encoded to: `shards.json` names them, and the documents held out are
+copied to `validation.bin` and `test.bin`, each with such a table.
 Both have `manifest.json`.
 """
 
+import hashlib
 import json
 import platform
 import shutil
@@ -25,7 +27,7 @@ from .encoding import ENDS, FILE, KEY, ROW, WHOLE, Encoding, Report, TokenShard
 from .row import SPLITS
 from .tokenizer import fingerprint
 
-# The folder of all shards of a cache.
+# The folder of the shards of a cache that large corpora share.
 STORE = "shards"
 SMALL = ("tokens.bin", "documents.npy", "manifest.json")
 LARGE = ("shards.json", "validation.bin", "validation.npy", "test.bin", "test.npy", "manifest.json")
@@ -37,12 +39,20 @@ _HELD_OUT = 2**23
 _BITS = 16
 
 
+def own_store(documents: Corpus, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """The folder of the shards of a small corpus, which are not needed once it is complete. No other corpus may use
+    them, because they are then removed.
+    """
+    name = hashlib.sha256(f"{documents.fingerprint} {fingerprint(tokenizer)}".encode()).hexdigest()[:32]
+    return documents.cache.root / STORE / name
+
+
 def build_small(
     folder: Path, documents: Corpus, tokenizer: PreTrainedTokenizerFast, workers: int, report: Report
-) -> list[TokenShard]:
-    """Encode into shards, and join them. Returns those that are not needed once the folder is complete."""
-    store = documents.cache.root / STORE if len(documents.parts) > 1 else folder / STORE
-    shards = [*_encoded(documents, tokenizer, store, workers, report)]
+) -> None:
+    """Encode into shards, and join them."""
+    store = own_store(documents, tokenizer)
+    shards = _encoded(documents, tokenizer, store, workers, report)
     total, tables = 0, []
     with (folder / "tokens.bin").open("wb") as file:
         for part, shard in shards:
@@ -69,15 +79,11 @@ def build_small(
         for entry, in_splits in zip(documents.entries(), splits_of_file, strict=True)
     ]
     _write_manifest(folder, SMALL_FORMAT, documents, tokenizer, sizes, entries)
-    if store.parent == folder:
-        shutil.rmtree(store)
-        return []
-    return [shard for _, shard in shards]
 
 
 def build_large(
     folder: Path, documents: Corpus, tokenizer: PreTrainedTokenizerFast, workers: int, report: Report
-) -> list[TokenShard]:
+) -> None:
     """Encode into shards, which are kept, and hold out the last documents in the order of hashes."""
     store = documents.cache.root / STORE
     shards = [(part, shard) for part, shard in _encoded(documents, tokenizer, store, workers, report) if shard.tokens]
@@ -117,7 +123,6 @@ def build_large(
     (folder / "shards.json").write_text(json.dumps(entries))
     found = [entry | ({} if index in seen else {"splits": []}) for index, entry in enumerate(documents.entries())]
     _write_manifest(folder, LARGE_FORMAT, documents, tokenizer, sizes, found)
-    return []
 
 
 class _Copy:

@@ -17,8 +17,8 @@ from memlm.files import read_json
 
 from .disk_cache import Watched
 from .documents import Corpus
-from .encoding import Report, TokenShard
-from .layout import LARGE, LARGE_FORMAT, SMALL, SMALL_FORMAT, STORE, build_large, build_small, large_shards
+from .encoding import Report
+from .layout import LARGE, LARGE_FORMAT, SMALL, SMALL_FORMAT, STORE, build_large, build_small, large_shards, own_store
 from .row import IGNORE_INDEX, SPLITS, Row, split_id
 from .tokenizer import fingerprint
 
@@ -50,8 +50,8 @@ class TextCorpus:
 
     They are encoded once, by up to `workers` processes (None: one for each core), into a cache folder named after the
     content of the files and the tokenizer, see `layout`. `report` is called with the bytes done and their total.
-    `manifest` is that of the folder, with the files left out. Processes that start together should let one of them
-    build first; otherwise each builds, and the first one to finish counts.
+    `manifest` is that of the folder, with the files left out. Processes that need the same corpus take turns: one of
+    them builds, and `wait` is called with a line in the others.
     """
 
     def __init__(
@@ -60,21 +60,23 @@ class TextCorpus:
         tokenizer: PreTrainedTokenizerFast,
         workers: int | None = None,
         report: Report = lambda done, total: None,
+        wait: Callable[[str], None] = lambda line: None,
     ):
         large = documents.is_large
         names, build, form = (LARGE, build_large, LARGE_FORMAT) if large else (SMALL, build_small, SMALL_FORMAT)
         key = [form, documents.fingerprint, fingerprint(tokenizer)]
-        self._store, spare = documents.cache.root / STORE, list[TokenShard]()
+        self._store = documents.cache.root / STORE
 
         def fill(folder: Path) -> None:
-            spare.extend(build(folder, documents, tokenizer, workers or _cores(), report))
+            build(folder, documents, tokenizer, workers or _cores(), report)
 
-        self.folder = documents.cache.folder(key, names, fill)
-        if large and not all(of.shard.is_whole(self._store) for of in large_shards(self.folder)):
-            shutil.rmtree(self.folder)
-            documents.cache.folder(key, names, fill)
-        for shard in spare:
-            shard.remove(self._store)
+        with documents.cache.turn(key, wait):
+            self.folder = documents.cache.folder(key, names, fill)
+            if not large:
+                shutil.rmtree(own_store(documents, tokenizer), ignore_errors=True)
+            elif not all(of.shard.is_whole(self._store) for of in large_shards(self.folder)):
+                shutil.rmtree(self.folder)
+                documents.cache.folder(key, names, fill)
         left_out = [{"path": name, "reason": reason} for name, reason in documents.left_out.items()]
         self.manifest = read_json(self.folder / "manifest.json") | {"left_out": left_out}
         self._dtype = np.dtype(self.manifest["dtype"])

@@ -124,6 +124,15 @@ def test_a_damaged_shard_is_encoded_again_and_no_other(books, tmp_path, monkeypa
         [source.row(i, "train", 0) for i in range(source.epoch_rows["train"])]
 
 
+def test_a_small_corpus_of_the_same_files_takes_no_shard_away(books, tmp_path, monkeypatch):
+    found = corpus(books, tmp_path / "cache")
+    monkeypatch.setattr(documents, "LARGE", 10**9)
+    assert corpus(books, tmp_path / "cache").manifest["format"] == 2
+    source = TextSource(found, 64, 0)
+    assert all(of.shard.is_whole(found._store) for of in layout.large_shards(found.folder))
+    assert len([source.row(i, "train", 0) for i in range(source.epoch_rows["train"])])
+
+
 def test_the_script_prepares_mends_and_reports(books, tmp_path, capsys):
     script = runpy.run_path(str(ROOT / "scripts" / "prepare_data.py"))
     options = ("data=text", f"data.sources.text.paths={books}", f"data.cache_dir={tmp_path}/cache", "data.seq_len=32")

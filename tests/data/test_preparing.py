@@ -109,7 +109,7 @@ def killed(folder, cache, after):
         "text.TextCorpus(documents.Documents(sys.argv[1], sys.argv[2]), byte_tokenizer(), 2)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(folder), str(cache)])
-    while len([*(cache / "shards").glob("*.json")]) < after and process.poll() is None:
+    while len([*(cache / "shards").rglob("*.json")]) < after and process.poll() is None:
         time.sleep(0.002)
     process.kill()
     process.wait()
@@ -123,7 +123,7 @@ def test_workers_and_stops_change_nothing(books, tmp_path, monkeypatch):
     alone = content(corpus(books, tmp_path / "alone"))
     cache = tmp_path / "cache"
     killed(books, cache, 5)
-    before = {path: path.stat().st_mtime_ns for path in (cache / "shards").glob("*.json")}
+    before = {path: path.stat().st_mtime_ns for path in (cache / "shards").rglob("*.json")}
     assert len(before) >= 5
     damaged = min(before)
     damaged.with_suffix(".bin").write_bytes(b"?")
@@ -139,7 +139,9 @@ def test_workers_and_stops_change_nothing(books, tmp_path, monkeypatch):
 
 
 def test_one_of_several_processes_encodes_and_the_others_wait(books, tmp_path, monkeypatch):
-    """They wait for a file's lock, which has no time limit, and not in a collective, which has one."""
+    """They wait for a file's lock, which has no time limit, and not in a collective, which has one. Their other
+    settings may differ.
+    """
     run = Encoding.run
 
     def slow(self, *rest):
@@ -153,10 +155,11 @@ def test_one_of_several_processes_encodes_and_the_others_wait(books, tmp_path, m
             (tmp_path / f"waits-{os.getpid()}").touch()
 
     monkeypatch.setattr(Encoding, "run", slow)
-    source = {"kind": "text", "weight": 1, "paths": str(books)}
+    source = {"kind": "text", "paths": str(books)}
     data = {"tokenizer": "byte", "seq_len": 32, "cache_dir": str(tmp_path / "cache"), "sources": {"text": source}}
     children = []
-    for _ in range(3):
+    for weight in (1, 1, 2):
+        source["weight"] = weight
         if (child := os.fork()) == 0:
             try:
                 build_data(data, seed=0, batch_size=2, preparation=Told())
