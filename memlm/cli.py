@@ -65,6 +65,7 @@ def user_errors(config_dir: Path, config: str) -> Iterator[None]:
         if TRACED or not is_mistake(error):
             raise
         print(f"error: {one_line(error, config_dir, config)}", file=sys.stderr)
+        leave_group(2)
         sys.exit(2)
     finally:
         # Programs that are started later inherit it.

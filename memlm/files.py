@@ -136,6 +136,11 @@ def _entry(path: Path) -> list[int | str]:
     return [path.stat().st_size, digest(path)]
 
 
+def in_parts_alone(folder: Path) -> bool:
+    """Whether a checkpoint has its weights in parts, and not whole."""
+    return (folder / PARTS).is_dir() and not any((folder / name).exists() for name in (WHOLE, INDEX))
+
+
 def is_sealed(folder: Path) -> bool:
     return (folder / DIGESTS).is_file()
 

@@ -53,7 +53,7 @@ def load_model(source: str | Path, **kwargs: Any) -> MemLMForCausalLM:
     """
     if Path(source).is_dir() and not (Path(source) / "config.json").exists():
         raise ValueError(f"{source}: no config.json there; name a folder that save_pretrained wrote")
-    if (Path(source) / files.PARTS).is_dir() and not any(Path(source).glob("model*.safetensors")):
+    if files.in_parts_alone(Path(source)):
         raise ValueError(f"{source}: its weights are in parts; run python scripts/consolidate.py {source}")
     # transformers would report this over many lines; below it is one error.
     verbosity = logging.get_verbosity()

@@ -161,6 +161,7 @@ class Trainer:
                 f"{self.run_dir}: all {self.step} steps are done. Go further with a larger train.steps, or train anew "
                 "under another name (name=...)."
             )
+            self._make_whole()
             return
         if main:
             for name, text in self._record().texts().items():
@@ -177,8 +178,8 @@ class Trainer:
                     self._validate(tracker, agreement)
                 self._steps(tracker, agreement)
             done = not agreement.number
-            if done and self.saver and main:
-                consolidate(checkpoint.latest(self.run_dir))
+            if done:
+                self._make_whole()
         finally:
             interrupt.patient = False
             if tracker:
@@ -397,6 +398,12 @@ class Trainer:
             model = self.accelerator.unwrap_model(self.objective).model
             checkpoint.save(self.run_dir, self.step, model, *arguments, self.settings.keep, self.ema)
         self.accelerator.wait_for_everyone()
+
+    def _make_whole(self) -> None:
+        """Add whole weights to the last checkpoint of a complete run."""
+        last = checkpoint.latest(self.run_dir)
+        if self.accelerator.is_main_process and files.in_parts_alone(last):
+            consolidate(last)
 
     def _record(self) -> resume.Record:
         facts = {

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -151,7 +152,7 @@ class Saver:
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     # A tied parameter has one name here.
-    kept = {name for name, _ in model.named_parameters()}
+    kept = {name for name, _ in chain(model.named_parameters(), model.named_buffers())}
     return {f"model.{name}": x for name, x in model.state_dict().items() if name in kept}
 
 
@@ -192,7 +193,8 @@ def consolidate(folder: Path) -> None:
     averages = {f"ema.{name}": torch.zeros_like(p, dtype=torch.float32) for name, p in weights.items()}
     averages = {name: x for name, x in averages.items() if name in held}
     _read(folder, {**_weights(model), **averages}, alone=True)
-    with TemporaryDirectory(prefix="weights.partial-", dir=folder) as made:
+    # Beside the checkpoint, where the next start of the run removes the remains of a killed process.
+    with TemporaryDirectory(prefix=f"{folder.name}.partial-", dir=folder.parent) as made:
         model.save_pretrained(made)
         if averages:
             save_file({name.removeprefix("ema."): x for name, x in averages.items()}, Path(made) / EMA)
