@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from memlm.memory.base import MixerOutput, SequenceMixer
 from memlm.modeling import MemLMForCausalLM
 from memlm.settings import require
-from memlm.training.shards import local
 
 
 class Sharding:
@@ -36,9 +35,9 @@ class Sharding:
         for name, parameter in model.named_parameters():
             fix = "its memory has a setting without it, or use hardware=auto"
             require(parameter.ndim > 0, f"hardware.shard: {name} is a single number, which cannot be divided; {fix}")
-        sometimes = _reached_in_some_rows(model)
-        for mixer, names in sometimes:
-            mixer.register_forward_hook(_Reached(names))
+        hooks = [(mixer, _Reached(names)) for mixer, names in _reached_in_some_rows(model)]
+        for mixer, hook in hooks:
+            mixer.register_forward_hook(hook)
         processes = accelerator.num_processes
         axes = ("copies", "sharers") if size < processes else ("sharers",)
         shape = (processes // size, size)[-len(axes) :]
@@ -51,7 +50,9 @@ class Sharding:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
         self.model = model
-        self._sometimes = [mixer.get_parameter(name) for mixer, names in sometimes for name in names]
+        self._sometimes = [(hook, [mixer.get_parameter(name) for name in hook.names]) for mixer, hook in hooks]
+        # Between hosts, none of which then waits for its device.
+        self._hosts = dist.new_group(backend="gloo") if hooks else None
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -62,17 +63,18 @@ class Sharding:
 
     def drop_unreached(self) -> None:
         """Take away gradients that no process has, so that optimisers leave these parameters as they are."""
-        if not self._sometimes:
+        if self._hosts is None:
             return
-        reached = torch.stack([local(p.grad).any() for p in self._sometimes]).float()
-        dist.all_reduce(reached, dist.ReduceOp.MAX)
-        for parameter, is_reached in zip(self._sometimes, reached.tolist(), strict=True):
-            if not is_reached:
+        reached = torch.tensor([hook.reached for hook, _ in self._sometimes], dtype=torch.uint8)
+        dist.all_reduce(reached, dist.ReduceOp.MAX, group=self._hosts)
+        for (hook, parameters), is_reached in zip(self._sometimes, reached.tolist(), strict=True):
+            hook.reached = False
+            for parameter in () if is_reached else parameters:
                 parameter.grad = None
 
 
 def _reached_in_some_rows(model: nn.Module) -> list[tuple[SequenceMixer, list[str]]]:
-    """Mixers, and their trained parameters that get a gradient from some rows only."""
+    """Mixers, and their trained parameters that only losses of the mixer reach, which some rows have."""
     found = []
     for module in model.modules():
         if isinstance(module, SequenceMixer):
@@ -87,12 +89,16 @@ class _Reached:
     """A hook of a mixer: these parameters get a gradient in every backward, of zeros where there is none.
 
     FSDP2 sums the gradients that a process has. If another has others, sums do not match, or never end.
+
+    reached: whether there was another gradient since this was last set to False
     """
 
     def __init__(self, names: list[str]) -> None:
-        self.names = names
+        self.names, self.reached = names, False
 
     def __call__(self, mixer: nn.Module, inputs: Any, output: MixerOutput) -> MixerOutput:
+        if any(loss.requires_grad for loss in output.aux_losses.values()):
+            self.reached = True
         parameters = (mixer.get_parameter(name) for name in self.names)
         return output._replace(y_BTD=_ZeroGradients.apply(output.y_BTD, *parameters))
 
