@@ -23,7 +23,7 @@ from tests.conftest import ROOT, build, composed
 # All but the log, whose commands are those of its commits.
 PAGES = [
     str(path.relative_to(ROOT))
-    for pattern in ("*.md", "configs/*.md", "memlm/**/*.md", "benchmarks/*.md", "kernels/README.md")
+    for pattern in ("*.md", "configs/*.md", "memlm/**/*.md", "benchmarks/*.md", "kernels/README.md", "scripts/*.md")
     for path in sorted(ROOT.glob(pattern))
     if path.name != "LOG.md"
 ]
@@ -257,11 +257,13 @@ def test_a_package_maps_its_files(package):
 
 
 def test_the_readme_maps_the_top_level():
-    text = (ROOT / "README.md").read_text()
-    tracked = [*ROOT.glob("*.py"), *ROOT.glob("*.txt"), *ROOT.glob("scripts/*.*")]
-    tracked += [ROOT / name for name in ("benchmarks", "configs", "kernels", "memlm", "scripts", "tests")]
-    for path in tracked:
-        assert re.search(rf"[`/]{re.escape(path.name)}[`/]", text), f"README.md does not map {path.relative_to(ROOT)}"
+    rooms = [ROOT / name for name in ("benchmarks", "configs", "kernels", "memlm", "scripts", "tests")]
+    scripts = [path for path in (*ROOT.glob("scripts/*.*"), *ROOT.glob("scripts/launch/*")) if path.suffix != ".md"]
+    maps = {"README.md": [*ROOT.glob("*.py"), *ROOT.glob("*.txt"), *rooms], "scripts/README.md": scripts}
+    for page, mapped in maps.items():
+        text = (ROOT / page).read_text()
+        for path in mapped:
+            assert re.search(rf"[`/]{re.escape(path.name)}[`/]", text), f"{page} does not map {path.relative_to(ROOT)}"
 
 
 def test_the_pages_can_be_read():
