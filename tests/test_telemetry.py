@@ -8,6 +8,7 @@ import types
 
 import pytest
 import torch
+import wandb
 from rich.console import Console
 
 from memlm.training import display, run, settings, telemetry
@@ -82,21 +83,46 @@ def test_several_trackers_get_the_same_figures(tmp_path, monkeypatch):
         def add_scalar(self, name, value, step):
             written.append((name, value, step))
 
+        def flush(self):
+            written.append("flushed")
+
         def close(self):
             written.append("closed")
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
     monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    run(config(tmp_path, "train.steps=2", "tracker=wandb", "tracker.name=[wandb,tensorboard]", small=SMALLEST))
+    run(config(tmp_path, "train.steps=2", "tracker=wandb", "tracker.name=[wandb,tensorboard,wandb]", small=SMALLEST))
     assert written[0] == (str(tmp_path / "run" / "tensorboard"), 0) and written[-1] == "closed"
-    logged = {step: value for name, value, step in written[1:-1] if name == "loss"}
+    logged = {of[2]: of[1] for of in written[1:-1] if of[0] == "loss"}
     assert logged == pytest.approx(figures(tmp_path)) and [*(tmp_path / "run" / "wandb").glob("offline-run-*")]
+    # A checkpoint is not ahead of what is on the disk, and the validation at its step is not lost when a run goes on.
+    assert written[-2] == "flushed"
+    (validated,) = (of for of in written[1:-2] if of[0] == "validation/mqar/loss")
+    written.clear()
+    options = ("train.steps=3", "optim.schedule_steps=2", "tracker=tensorboard")
+    run(config(tmp_path, *options, small=SMALLEST))
+    assert written[0][1] == 2 and [of[2] for of in written if of[0] == "loss"] == [2]
+    again = [of for of in written if of[0] == "validation/mqar/loss"]
+    assert [of[2] for of in again] == [2, 3] and again[0][1] == pytest.approx(validated[1], rel=1e-5)
+
+
+def test_a_tracker_that_cannot_be_reached_is_named(tmp_path, monkeypatch):
+    def refuse(**options):
+        raise wandb.errors.UsageError("No API key\nconfigured.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(
+        ValueError, match=r"tracker\.name=wandb: No API key configured\.; log in, .*WANDB_MODE=offline"
+    ):
+        run(config(tmp_path, "tracker=wandb", small=SMALLEST))
 
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"tracker\.name=tensorboard: its package is not installed; pip install"):
+    with pytest.raises(
+        ValueError, match=r"tracker\.name=tensorboard: .* not installed; pip install -e '\.\[tensorboard\]'"
+    ):
         RunSettings.of(config(tmp_path, "tracker=tensorboard", small=SMALLEST))
 
 

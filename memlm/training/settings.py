@@ -14,7 +14,8 @@ from memlm.settings import build_config, check_type, require, suggest
 from memlm.training import lengths, trainable
 from memlm.training.budget import in_steps
 
-TRACKERS = ("wandb", "tensorboard")
+# Names of trackers, and what pip installs for them.
+TRACKERS = {"wandb": "wandb", "tensorboard": "-e '.[tensorboard]'"}
 # The largest number of steps, rows or batches; more is a typing mistake.
 _MOST = 10**9
 
@@ -195,12 +196,12 @@ class TrackerSettings:
         for name in self.names:
             require(name in TRACKERS, f"name={name!r} is unknown; use none, {', '.join(TRACKERS)}, or a list")
             there = importlib.util.find_spec(name) is not None
-            require(there, f"name={name}: its package is not installed; pip install {name}, or leave it out")
+            require(there, f"name={name}: {name} is not installed; pip install {TRACKERS[name]}, or leave it out")
 
     @property
     def names(self) -> list[str]:
         names = self.name if isinstance(self.name, list) else [self.name]
-        return [name for name in names if name != "none"]
+        return [name for name in dict.fromkeys(map(str, names)) if name != "none"]
 
 
 @dataclass(frozen=True)

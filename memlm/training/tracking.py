@@ -16,8 +16,10 @@ class Tracker:
         self.path = settings.run_dir / "metrics.jsonl"
         kept = [line for line in read_metrics(self.path) if _before(line, step)]
         files.write(self.path, "".join(f"{json.dumps(line)}\n" for line in kept))
+        # The validation after this step, which is not done again.
+        now = [{name: x for name, x in line.items() if name != "step"} for line in kept if line["step"] == step]
+        self._others = [_TRACKERS[name](settings, step, now) for name in settings.tracker.names]
         self._file = self.path.open("a")
-        self._others = [_TRACKERS[name](settings, step) for name in settings.tracker.names]
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **{k: _short(v) for k, v in figures.items()}}) + "\n")
@@ -26,8 +28,10 @@ class Tracker:
             other.log(step, figures)
 
     def sync(self) -> None:
-        """Flush all lines to the disk, so that a checkpoint is never ahead of them."""
+        """Flush all figures to the disk, so that a checkpoint is never ahead of them."""
         os.fsync(self._file.fileno())
+        for other in self._others:
+            other.flush()
 
     def close(self, failed: bool) -> None:
         self._file.close()
@@ -36,20 +40,31 @@ class Tracker:
 
 
 class WeightsAndBiases:
-    def __init__(self, settings: RunSettings, step: int) -> None:
+    """Raises ValueError if it cannot be reached. It has what an earlier run wrote after this step."""
+
+    def __init__(self, settings: RunSettings, step: int, now: list[dict[str, float]]) -> None:
         import wandb
 
-        self._run = wandb.init(
-            project=settings.tracker.project,
-            name=settings.name,
-            id=_wandb_id(settings.run_dir),
-            resume="allow",
-            dir=str(settings.run_dir),
-            config=settings.config,
-        )
+        try:
+            self._run = wandb.init(
+                project=settings.tracker.project,
+                name=settings.name,
+                id=_wandb_id(settings.run_dir),
+                resume="allow",
+                dir=str(settings.run_dir),
+                config=settings.config,
+            )
+        except wandb.Error as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"tracker.name=wandb: {reason}; log in, set the variable WANDB_MODE=offline, or use tracker=none"
+            ) from error
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         self._run.log(figures, step=step)
+
+    def flush(self) -> None:
+        """A process of its own writes."""
 
     def close(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
@@ -58,15 +73,20 @@ class WeightsAndBiases:
 class TensorBoard:
     """Event files in ``run_dir/tensorboard``."""
 
-    def __init__(self, settings: RunSettings, step: int) -> None:
+    def __init__(self, settings: RunSettings, step: int, now: list[dict[str, float]]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # Figures that an earlier run wrote from this step on are hidden.
+        # Figures that an earlier run wrote from this step on are hidden, so those of this step are written again.
         self._writer = SummaryWriter(str(settings.run_dir / "tensorboard"), purge_step=step)
+        for figures in now:
+            self.log(step, figures)
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         for name, value in figures.items():
             self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        self._writer.flush()
 
     def close(self, failed: bool) -> None:
         self._writer.close()
