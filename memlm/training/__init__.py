@@ -3,6 +3,7 @@
 Files:
 
     loop                the loop: steps, validation, checkpoints
+    banner              the first lines of a run
     feed                the rows of each step as inputs
     carried             memories that go on from step to step
     objective           a batch becomes a loss here; scores of validation

@@ -13,16 +13,17 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast_object_list, gather_object
 from omegaconf import DictConfig
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch.nn import Module
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import memlm
 from memlm import files
-from memlm.data import TextSource, build_data, left_out, token_bytes
+from memlm.data import Mixture, TextSource, build_data, token_bytes
 from memlm.flops import count_flops, count_parameters
-from memlm.hub.causal import kinds, load_any
+from memlm.hub.causal import load_any
 from memlm.modeling import MemLMForCausalLM
 from memlm.settings import require
-from memlm.training import checkpoint, plan, resume, sequence, telemetry, trainable
+from memlm.training import banner, checkpoint, plan, resume, sequence, telemetry, trainable
 from memlm.training.alerts import Alerts
 from memlm.training.devices import build_accelerator, precision
 from memlm.training.display import Display
@@ -69,54 +70,63 @@ class Trainer:
         self.display, self.shown = Display(self.settings.steps, accelerator.is_main_process), dict[str, str]()
         self.clock, self.alerts = telemetry.StepClock(accelerator.device), Alerts()
         self.folder = self._find_checkpoint()
-        self.trainer_state = checkpoint.load_trainer(self.folder) if self.folder else None
-        self.step = self.trainer_state["step"] if self.trainer_state else 0
+        saved = checkpoint.load_trainer(self.folder) if self.folder else {}
+        self.step = saved.get("step", 0)
+        self.tokenizer, self.mixture = self._build_data()
+        self.texts = [name for name, source in self.mixture.sources.items() if isinstance(source, TextSource)]
+        self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer))
+        self.model = self._build_model()
+        self.feed = Feed(settings, self.mixture, self.model, accelerator, saved.get("carried"))
+        accelerator.gradient_accumulation_steps = self.feed.forwards * self.feed.pieces
+        self.trained = saved.get("trained") or trainable.choose(self.model, self.settings.trainable)
+        trainable.train_only(self.model, self.trained)
+        self.sharding = Sharding(self.model, accelerator, sharers, settings.hardware.compile) if sharers > 1 else None
+        self.objective = self._build_objective()
+        self._build_state(saved)
+        self.saver = Saver(self.state) if self.sharding else None
+        self.guard = Guard(self.settings, saved.get("recent_losses", ()))
+
+    def _build_data(self) -> tuple[PreTrainedTokenizerFast, Mixture]:
+        """The data of the configuration, compared with those of the run before."""
         before = resume.Record.read(self.run_dir, self.folder) if self.folder else None
         if before:
-            for line in before.compare_settings(self.run_dir, self.config, accelerator.num_processes):
+            for line in before.compare_settings(self.run_dir, self.config, self.accelerator.num_processes):
                 self.display.say(line)
         else:
             check(self.config["model"])
         data = before.data(self.folder, self.config) if before else self.config["data"]
         with Preparing(self.display) as preparing:
-            self.tokenizer, self.mixture = build_data(
-                data, seed=settings.seed, batch_size=self.settings.batch_size, preparation=preparing
+            tokenizer, mixture = build_data(
+                data, seed=self.run_settings.seed, batch_size=self.settings.batch_size, preparation=preparing
             )
-        self.texts = [name for name, source in self.mixture.sources.items() if isinstance(source, TextSource)]
         if before:
-            before.compare_data(self.folder, self.tokenizer, self.mixture.manifests)
-        self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer))
-        self.model = self._build_model()
-        self.feed = Feed(settings, self.mixture, self.model, accelerator, (self.trainer_state or {}).get("carried"))
-        accelerator.gradient_accumulation_steps = self.feed.forwards * self.feed.pieces
-        self.trained = (self.trainer_state or {}).get("trained") or trainable.choose(
-            self.model, self.settings.trainable
-        )
-        trainable.train_only(self.model, self.trained)
-        compiled = settings.hardware.compile
-        self.sharding = Sharding(self.model, accelerator, sharers, compiled) if sharers > 1 else None
-        self.optimizers = build_optimizers(self.model, self.optim)
-        in_parts = self.folder is not None and has_parts(self.folder)
-        if self.trainer_state and not in_parts:
-            load_optimizers(self.optimizers, self.trainer_state)
+            before.compare_data(self.folder, tokenizer, mixture.manifests)
+        return tokenizer, mixture
+
+    def _build_objective(self) -> Module:
         if any(getattr(module, "without_gradient", None) for module in self.model.modules()):
             # Otherwise ranks may wait for gradients that never come.
-            accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+            self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         objective = Objective(self.model, self.settings.lm_weight, self.settings.z_loss)
-        if compiled and not self.sharding:
+        if self.run_settings.hardware.compile and not self.sharding:
             objective.compile()
         # Evaluation mode: in the precision of the run, but without DDP.
-        self.objective = accelerator.prepare_model(objective, evaluation_mode=self.sharding is not None)
-        self.optimizers = [accelerator.prepare_optimizer(optimizer) for optimizer in self.optimizers]
+        return self.accelerator.prepare_model(objective, evaluation_mode=self.sharding is not None)
+
+    def _build_state(self, saved: dict[str, Any]) -> None:
+        """Optimisers and averages, continued from ``saved`` and the files beside it. The model is where it trains."""
+        optimizers = build_optimizers(self.model, self.optim)
+        in_parts = self.folder is not None and has_parts(self.folder)
+        if saved and not in_parts:
+            load_optimizers(optimizers, saved)
+        self.optimizers = [self.accelerator.prepare_optimizer(optimizer) for optimizer in optimizers]
         folder = None if in_parts else self.folder
         self.ema = WeightAverage(self.model, self.settings.ema, folder) if self.settings.ema else None
         self.state = State(self.model, self.optimizers, self.ema)
         if self.folder and in_parts:
             self.state.load(self.folder)
-        self.saver = Saver(self.state) if self.sharding else None
-        if accelerator.scaler is not None and self.trainer_state and "scaler" in self.trainer_state:
-            accelerator.scaler.load_state_dict(self.trainer_state["scaler"])
-        self.guard = Guard(self.settings, (self.trainer_state or {}).get("recent_losses", ()))
+        if self.accelerator.scaler is not None and "scaler" in saved:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
 
     def _find_checkpoint(self) -> Path | None:
         """The newest undamaged checkpoint; the main process finds it for all."""
@@ -168,7 +178,8 @@ class Trainer:
                 if name != checkpoint.FACTS:
                     files.write(self.run_dir / name, text)
         with interrupt.after():
-            self._banner()
+            for line in banner.lines(self):
+                self.display.say(line)
         tracker = Tracker(self.run_settings, self.step) if main else None
         agreement, done = Agreement(interrupt, self.accelerator.num_processes), False
         interrupt.patient = True
@@ -433,30 +444,3 @@ class Trainer:
         """FLOPs of a token's forward; None for a backbone."""
         known = isinstance(self.model, MemLMForCausalLM)
         return count_flops(self.model.config, self.config["data"]["seq_len"]) if known else None
-
-    def _banner(self) -> None:
-        device, precision = self.accelerator.device, self.accelerator.mixed_precision
-        where = f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
-        if self.accelerator.num_processes > 1:
-            where = f"{self.accelerator.num_processes} processes, {where}"
-        mixture = ", ".join(f"{name} {count:g}" for name, count in self.mixture.counts.items())
-        total = self.tokens_per_step() * self.settings.steps
-        flops = ""
-        if self.flops is not None:
-            flops = f"{self.flops / 1e6:,.1f} MFLOPs a token forward, "
-        say = self.display.say
-        trained = count_parameters(self.model, trained=True)
-        some = f" ({trained:,} trained)" if self.settings.trainable is not None else ""
-        model = f"{', '.join(kinds(self.model))}, {count_parameters(self.model):,} parameters{some}"
-        say(f"memlm {memlm.__version__}: {model}, {flops}on {where}, {'fp32' if precision == 'no' else precision}")
-        if device.type == "cpu":
-            say("no GPU: the preset for CPUs, minutes long")
-        say(f"rows a batch: {mixture}; {self.settings.steps:,} steps x {self.tokens_per_step():,} tokens = {total:,}")
-        if self.settings.lengths:
-            say(f"tokens of a row: {self.feed.lengths}")
-        for name, manifest in self.mixture.manifests.items():
-            if reasons := left_out(manifest):
-                say(f"data.sources.{name}: {len(manifest['files'])} files; not read: {reasons} (manifest-{name}.json)")
-        for name, line in self.mixture.repeated(self.settings.steps).items():
-            say(f"data.sources.{name}: {line}")
-        say(f"run: {self.run_dir}" + (f", continuing from step {self.step}" if self.step else ""))
