@@ -106,7 +106,8 @@ class MemLMPreTrainedModel(PreTrainedModel):
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, every_n_layers: int = 1
     ) -> None:
         decoder = self.base_model
-        decoder.gradient_checkpointing, decoder.checkpointed_layers = enable, every_n_layers
+        decoder.gradient_checkpointing = enable
+        decoder.checkpointed_layers = range(0, len(decoder.layers), every_n_layers)
         decoder._gradient_checkpointing_func = gradient_checkpointing_func
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -136,6 +137,7 @@ class MemLMPreTrainedModel(PreTrainedModel):
 class MemLMModel(MemLMPreTrainedModel):
     """The decoder without its head.
 
+    checkpointed_layers: numbers of the layers that gradient checkpointing is for
     stretches: sequence parallelism (``memlm.memory.stretches``): the inputs are this process's stretch of the rows.
         Set on all its processes. None: the inputs are whole rows
     """
@@ -147,7 +149,7 @@ class MemLMModel(MemLMPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([MemLMDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.gradient_checkpointing, self.checkpointed_layers = False, 1
+        self.gradient_checkpointing, self.checkpointed_layers = False, range(0)
         self.post_init()
 
     @can_return_tuple
@@ -237,7 +239,7 @@ class MemLMModel(MemLMPreTrainedModel):
                     rows.once("alone", lambda: replace(rows, stretches=None, made={})),
                 )
                 x_BTD, state = self.stretches.receive(key, x_BTD, state)
-            if self.gradient_checkpointing and self.training and i % self.checkpointed_layers == 0:
+            if self.gradient_checkpointing and self.training and i in self.checkpointed_layers:
                 # The reentrant way loses gradients of non-tensor arguments, such as states; results are equal.
                 out = self._gradient_checkpointing_func(
                     layer.__call__, x_BTD, state, rows_of_layer, use_reentrant=False

@@ -138,13 +138,13 @@ def training_step(s: Setting) -> Callable:
 
     from memlm import MemLMConfig, MemLMForCausalLM
     from memlm.cli import composed
+    from memlm.training.model import checkpoint_layers
     from memlm_kernels import set_backend
 
     cfg = composed(ROOT / "configs", "train", s["overrides"])
     set_backend(cfg.hardware.kernels, "hardware.kernels")
     model = MemLMForCausalLM(MemLMConfig.from_hydra(OmegaConf.to_container(cfg.model, resolve=True))).train()
-    if cfg.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+    checkpoint_layers(model, OmegaConf.to_container(cfg.train)["gradient_checkpointing"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.optim.lr)
     ids = torch.randint(model.config.vocab_size, (s["batch"], s["tokens"]))
     dtype = getattr(torch, s["dtype"])

@@ -110,12 +110,21 @@ def allocated(take, trace):
     [
         ("memory=titans_mag",),
         ("memory=mom", "train.gradient_checkpointing=true", "optim=adamw"),
+        ("memory=gla", "train.gradient_checkpointing=[0,2]", "model.num_hidden_layers=5"),
         ("memory=attention", "train.micro_batch_size=2", "model.hidden_size=128"),
         ("memory=none", "model.hidden_size=128", "train.batch_size=2", "data.seq_len=16"),
         ("memory=titans_mag", "train.trainable=memory"),
         ("memory=gla", "hardware.mixed_precision=bf16", "model.num_hidden_layers=5"),
     ],
-    ids=["titans", "mom checkpointed", "accumulated", "weights alone", "memory trained", "bf16"],
+    ids=[
+        "titans",
+        "mom checkpointed",
+        "some checkpointed",
+        "accumulated",
+        "weights alone",
+        "memory trained",
+        "bf16",
+    ],
 )
 def test_memory_of_a_plan_is_that_of_a_step(tmp_path, text, options):
     """Within 5 % of all bytes of tensors; the weights' and the optimiser's exactly."""

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from memlm.data import Batch, Row
 from memlm.hub import load_model
 from memlm.training import checkpoint, run
+from memlm.training.model import checkpoint_layers
 from memlm.training.objective import Objective, model_inputs, score
 from memlm.training.optim import Muon, build_optimizers, parameter_groups
 from memlm.training.settings import OptimSettings
@@ -229,7 +230,10 @@ def test_accumulated_parts_are_one_batch(tmp_path):
         ("optim.muon_lr=null", "optim.muon_lr=null; give Muon a learning rate"),
         ("optim.warmup_steps=-1", "optim.warmup_steps=-1"),
         ("train.steps=true", "train.steps=True must be int"),
-        ("train.gradient_checkpointing=maybe", "train.gradient_checkpointing='maybe' must be bool"),
+        ("train.gradient_checkpointing=maybe", "train.gradient_checkpointing='maybe' must be bool or list"),
+        ("train.gradient_checkpointing=[]", r"train.gradient_checkpointing=\[\] must be true, false, or names"),
+        ("train.gradient_checkpointing=[memry]", "'memry' names no mixer of a layer, and no layer; use "),
+        ("train.gradient_checkpointing=[9]", "train.gradient_checkpointing: 9 names no mixer .* numbers from 0 to "),
         ("train.lm_weight=-0.1", r"train\.lm_weight=-0\.1 must not be negative"),
         ("train.validation_batches=0", "train.validation_batches=0"),
         ("train.init_from=runs/nowhere", "train.init_from=runs/nowhere: there is no run and no checkpoint there"),
@@ -289,6 +293,15 @@ def test_wandb_offline(tmp_path, monkeypatch):
 def test_options_train(tmp_path, option):
     run(config(tmp_path, "train.steps=2", option))
     assert len(figures(tmp_path)) == 2
+
+
+def test_layers_to_checkpoint_are_named_or_numbered():
+    model = build("titans_mag")
+    model.config.mixers["attention"] = {"kind": "attention"}
+    model.config.num_hidden_layers, model.config.mixer_pattern = 5, ["attention", "memory"]
+    for chosen, layers in ((["memory"], [1, 3]), ([4, "memory"], [1, 3, 4]), (["attention", 0], [0, 2, 4])):
+        checkpoint_layers(model, chosen)
+        assert (model.model.gradient_checkpointing, model.model.checkpointed_layers) == (True, layers)
 
 
 # Dynamo reads the .grad of each input of a graph and makes objects of autograd functions, and hides the warnings of

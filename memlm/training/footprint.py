@@ -2,7 +2,7 @@
 
 import copy
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
@@ -47,10 +47,10 @@ class Footprint(NamedTuple):
     head: StepPart
     shared: int
 
-    def peak(self, names: Sequence[str], checkpointed: bool, kept: float = 0.0) -> float:
+    def peak(self, names: Sequence[str], checkpointed: Collection[int], kept: float = 0.0) -> float:
         """The most bytes of activations and gradients in the step of a model with these layers.
 
-        checkpointed: a layer keeps its input alone, and its forward runs again in its backward
+        checkpointed: numbers of layers that keep their input alone, and whose forward runs again in their backward
         kept: the share of gradients that a device keeps after the backward of their part
         """
         now = most = float(self.shared)
@@ -59,7 +59,7 @@ class Footprint(NamedTuple):
             nonlocal now, most
             now, most = now + lap[0], max(most, now + lap[1])
 
-        layers = [(self.layers[name], checkpointed) for name in names]
+        layers = [(self.layers[name], i in checkpointed) for i, name in enumerate(names)]
         parts = [(self.embedding, False), *layers, (self.head, False)]
         for part, again in parts:
             take((part.output, part.forward[1]) if again else part.forward)

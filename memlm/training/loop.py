@@ -31,7 +31,7 @@ from memlm.training.ema import WeightAverage
 from memlm.training.feed import Feed
 from memlm.training.guard import Guard, keep_batches
 from memlm.training.interrupt import Agreement, Interrupt, Stopped
-from memlm.training.model import build, check, check_length, described, expected, without_dropout
+from memlm.training.model import build, check, check_length, checkpoint_layers, described, expected, without_dropout
 from memlm.training.objective import Objective, Score, score
 from memlm.training.optim import build_optimizers, lr_factor, set_lr
 from memlm.training.preparing import Preparing
@@ -154,10 +154,7 @@ class Trainer:
                     self.display.say(line)
         check_length(model, self.config["data"]["seq_len"])
         without_dropout(model)
-        if self.settings.gradient_checkpointing:
-            # Renamed in transformers 5.23.
-            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-            enable({"use_reentrant": False})
+        checkpoint_layers(model, self.settings.gradient_checkpointing)
         return model.train()
 
     def train(self, interrupt: Interrupt) -> None:

@@ -134,6 +134,32 @@ def _values(config: MemLMConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in MemLMConfig.__annotations__ if name != "use_cache"}
 
 
+def checkpoint_layers(model: PreTrainedModel, chosen: bool | list) -> None:
+    """Let the backward compute the activations of layers again. chosen: all, or those of ``layers_of``
+
+    Raises ValueError if a model has no such layers.
+    """
+    if not chosen:
+        return
+    # Renamed in transformers 5.23.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+    if isinstance(chosen, list):
+        own = isinstance(model, MemLMPreTrainedModel)
+        require(own, "train.gradient_checkpointing: a backbone's layers have no names here; use true or false")
+        model.base_model.checkpointed_layers = layers_of(model.config, chosen)
+
+
+def layers_of(config: MemLMConfig, chosen: list) -> list[int]:
+    """Numbers of the layers with these numbers, or with mixers of these names. Raises ValueError if there are none."""
+    mixers = config.layer_mixers()
+    for name in chosen:
+        known = f"use {', '.join(dict.fromkeys(mixers))}, or numbers from 0 to {len(mixers) - 1}"
+        there = name in mixers or name in range(len(mixers))
+        require(there, f"train.gradient_checkpointing: {name!r} names no mixer of a layer, and no layer; {known}")
+    return [i for i, name in enumerate(mixers) if i in chosen or name in chosen]
+
+
 def without_dropout(model: nn.Module) -> None:
     """Switch dropout off, which some backbones have: a step would then depend on more than its number."""
     for module in model.modules():

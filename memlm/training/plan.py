@@ -17,6 +17,7 @@ from memlm.settings import require
 from memlm.training import sequence, trainable
 from memlm.training.devices import DEVICES
 from memlm.training.footprint import of_optimizers, of_step
+from memlm.training.model import layers_of
 from memlm.training.objective import model_inputs
 from memlm.training.optim import build_optimizers
 from memlm.training.settings import RunSettings
@@ -142,11 +143,14 @@ def plan(settings: RunSettings, processes: int, precision: str) -> RunPlan:
         # DDP copies gradients into its buckets, which it keeps.
         held += gradients
     memory = {}
+    asked = train.gradient_checkpointing
+    chosen_layers = layers_of(config, asked) if isinstance(asked, list) else range(len(names))
     for checkpointed in (False, True):
-        activations = step.peak(names, checkpointed)
+        layers = chosen_layers if checkpointed else ()
+        activations = step.peak(names, layers)
         # Gradients of a first forward remain during a second one, whole.
         again = forwards * pieces > 1
-        passes = activations + gradients if again else step.peak(names, checkpointed, kept=1 / sharers)
+        passes = activations + gradients if again else step.peak(names, layers, kept=1 / sharers)
         at_once = held + max(passes, (gradients + stepping - optimizer) / sharers)
         kept = (size / sharers for size in (weights, gradients, optimizer + averages))
         memory[checkpointed] = DeviceMemory(*kept, activations, at_once)
@@ -164,7 +168,7 @@ def plan(settings: RunSettings, processes: int, precision: str) -> RunPlan:
         forwards,
         rows,
         memory,
-        train.gradient_checkpointing,
+        bool(asked),
         weights,
         optimizer + averages,
         train.keep,

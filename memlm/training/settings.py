@@ -69,6 +69,7 @@ class TrainSettings:
     """steps: optimiser steps
     batch_size: rows of one step, over all processes
     micro_batch_size: the most rows of one forward on one device; null: all rows of the device
+    gradient_checkpointing: for all layers, for none, or a list of mixers' names and numbers of layers
     lm_weight, z_loss: weights of the language model's loss and of its z-loss, beside the mixers' losses
     log_every, validate_every, save_every: intervals in steps
     validation_batches: batches of each validation
@@ -87,7 +88,7 @@ class TrainSettings:
     steps: int
     batch_size: int
     micro_batch_size: int | None
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | list
     lm_weight: float
     init_from: str | None
     trainable: str | list | dict | None
@@ -110,6 +111,11 @@ class TrainSettings:
                 # The host keeps lists of rows, so their number is limited further.
                 most = 10**6 if name == "batch_size" else _MOST
                 require(1 <= value <= most, f"{name}={value} must be a whole number in [1, {most:,}]")
+        chosen = self.gradient_checkpointing
+        named = isinstance(chosen, bool) or (chosen and all(type(x) in (str, int) for x in chosen))
+        require(
+            bool(named), f"gradient_checkpointing={chosen} must be true, false, or names of mixers and layers' numbers"
+        )
         for name in ("lm_weight", "z_loss"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"{name}={value} must not be negative, and be finite")
