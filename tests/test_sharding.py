@@ -114,10 +114,11 @@ def test_any_number_of_processes_goes_on_from_parts(tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["hardware=fsdp2"], "hardware.shard=all: one process cannot share parameters; start with torchrun"),
-        (["hardware=hsdp"], "hardware.shard=node: one process cannot share parameters; start with torchrun"),
-        (["hardware.shard=some"], "hardware.shard='some' must be all, node, or a number of processes above 1"),
-        (["hardware.shard=1"], "hardware.shard=1 must be all, node, or a number"),
+        (["hardware=fsdp2"], "hardware.shard=all: there is one process; start with torchrun"),
+        (["hardware=hsdp"], "hardware.shard=node: there is one process; start with torchrun"),
+        (["hardware=ddp"], "hardware.shard=1: there is one process; start with torchrun"),
+        (["hardware.shard=some"], "hardware.shard='some' must be all, node, or a number of processes"),
+        (["hardware.shard=0"], "hardware.shard=0 must be all, node, or a number"),
         (
             ["hardware=fsdp2", "hardware.mixed_precision=fp16"],
             "hardware.mixed_precision='fp16' cannot scale the loss of shared parameters; use bf16",

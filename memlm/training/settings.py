@@ -147,7 +147,8 @@ class TrainSettings:
 class HardwareSettings:
     """See configs/hardware/auto.yaml; ``kernels`` is checked by the ops themselves.
 
-    shard: the number of processes that share one copy of the parameters, ``all``, or ``node``; null: each has all
+    shard: the number of processes that share one copy of the parameters, ``all``, or ``node``; 1: each has all; null:
+        the same, and one process may run alone
     """
 
     device: str
@@ -164,9 +165,9 @@ class HardwareSettings:
         require(known, f"mixed_precision={self.mixed_precision!r} is unknown; use auto, no, bf16 or fp16")
         size = self.sequence_parallel
         require(1 <= size <= _MOST, f"sequence_parallel={size} must be at least 1, the number of processes of a row")
-        known = self.shard in (None, "all", "node") or (isinstance(self.shard, int) and self.shard > 1)
-        require(known, f"shard={self.shard!r} must be all, node, or a number of processes above 1; null for none")
-        half = self.shard and self.mixed_precision == "fp16"
+        known = self.shard in (None, "all", "node") or (isinstance(self.shard, int) and self.shard >= 1)
+        require(known, f"shard={self.shard!r} must be all, node, or a number of processes; null for none")
+        half = self.shard not in (None, 1) and self.mixed_precision == "fp16"
         require(not half, "mixed_precision='fp16' cannot scale the loss of shared parameters; use bf16")
 
     def sharers(self, processes: int) -> int:
@@ -177,7 +178,7 @@ class HardwareSettings:
         if self.shard is None:
             return 1
         asked, start = f"hardware.shard={self.shard}", "start with torchrun --nproc_per_node N, or use hardware=auto"
-        require(processes > 1, f"{asked}: one process cannot share parameters; {start}")
+        require(processes > 1, f"{asked}: there is one process; {start}")
         here = os.environ.get("LOCAL_WORLD_SIZE")
         told = self.shard != "node" or here is not None
         require(told, f"{asked}: the launcher does not tell the processes of a node (LOCAL_WORLD_SIZE); use a number")
