@@ -45,6 +45,8 @@ def prepare(config, workers: int | None) -> None:
             _, mixture = build_data(data, seed=0, batch_size=size, preparation=preparing)
         return {name: source for name, source in mixture.sources.items() if isinstance(source, TextSource)}
 
+    if not build():
+        display.say(f"data.sources: no text among {', '.join(data['sources'])}; nothing to encode")
     if damaged := [path for source in build().values() for path in source.corpus.drop_damaged()]:
         display.say(f"{damaged[0].parent}: encoding {len(damaged)} damaged shards again, the first {damaged[0].name}")
     for name, source in build().items():

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from memlm.training.sweep import end_sweep, member_dir
+from memlm.training.sweep import _passed_on, end_sweep, member_dir
 from tests.conftest import ROOT
 from tests.runs import SMALLEST
 
@@ -82,6 +82,18 @@ def test_a_failure_ends_no_sweep_and_a_signal_does(sweep, tmp_path):
     assert [(folders[x] / "failed.txt").exists() for x in (0, 1, 9)] == [False, True, False]
     record = (folders[1] / "failed.txt").read_text()
     assert "exit code 1" in record and "x=1" in record and "error: one is refused" in record
+
+
+@pytest.mark.parametrize("given", [None, "60"])
+def test_members_have_time_to_save(monkeypatch, given):
+    """Those under torchrun too, which kills its processes after this time."""
+    name = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+    monkeypatch.delenv(name, raising=False)
+    if given:
+        monkeypatch.setenv(name, given)
+    program = f"import os, sys; print(os.environ[{name!r}], file=sys.stderr); sys.exit(3)"
+    code, told = _passed_on([sys.executable, "-S", "-c", program], traced=False)
+    assert code == 3 and int(told.split()[-1]) == int(given or 300)
 
 
 def test_failures_are_told_at_the_end(monkeypatch):

@@ -138,14 +138,17 @@ class Encoding:
                 process.kill()
 
     def encode(self, part: Part, tell: Callable[[int], None]) -> list[TokenShard]:
-        """The shards of a part, written now or earlier; `tell` is called with numbers of bytes that are done."""
+        """The shards of a part, written now or earlier; `tell` is called with numbers of bytes that are done, or of
+        tokens, if these are limited.
+        """
         most = self.corpus.part_tokens
         key = [_FORMAT, self._tokens, self.shard_characters, most, self.corpus.identity(part)]
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
         documents, known, told, shards = self.corpus.read(part), 0, 0, list[TokenShard]()
 
-        def advance(at: int) -> None:
+        def advance(at: int, tokens: int) -> None:
             nonlocal told
+            at = at if most is None else min(most, sum(shard.tokens for shard in shards) + tokens)
             tell(at - told)
             told = at
 
@@ -159,7 +162,7 @@ class Encoding:
             else:
                 known += shard.stretches
             shards.append(shard)
-        advance(sum(span.end - span.start for span in part))
+        tell(sum(span.end - span.start for span in part) - told)
         return shards
 
     @cached_property
@@ -182,7 +185,7 @@ class Encoding:
         name: str,
         part: Part,
         documents: Iterator[tuple[Document, int]],
-        advance: Callable[[int], None],
+        advance: Callable[[int, int], None],
         most: int | None,
     ) -> TokenShard:
         """The next shard of a part, which ends at the document that fills it, or reaches the `most` tokens."""
@@ -203,7 +206,7 @@ class Encoding:
                     # As a signed number of the same order.
                     row = (tokens, numbers[document.file], document.row, document.ends, key - 2**63)
                     table.extend(row)
-                    advance(at)
+                    advance(at, tokens)
                     last = most is not None and tokens >= most
                     if last or size >= self.shard_characters:
                         break

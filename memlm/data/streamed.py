@@ -65,7 +65,7 @@ class Streamed:
     def part_tokens(self) -> int | None:
         """The most tokens of a part."""
         tokens = self.settings.tokens
-        return None if tokens is None else max(1, int(tokens) // len(self.parts))
+        return None if tokens is None else max(1, int(tokens) // self._num_parts)
 
     def name(self, file: int, row: int) -> str:
         return f"{self._name(file)}:{row}"
@@ -79,17 +79,22 @@ class Streamed:
 
     def identity(self, part: Part) -> list[Any]:
         of = self.settings
-        return ["hub", of.dataset, of.config, of.split, of.column, self._revision, len(self.parts), part[0].file]
+        return ["hub", of.dataset, of.config, of.split, of.column, self._revision, self._num_parts, part[0].file]
+
+    @property
+    def parts(self) -> list[Part]:
+        """Their sizes are in tokens if these are limited; otherwise each counts as one."""
+        return [(Span(i, 0, self.part_tokens or 1),) for i in range(self._num_parts)]
 
     @cached_property
-    def parts(self) -> list[Part]:
+    def _num_parts(self) -> int:
         with self._named():
-            return [(Span(i, 0, 1),) for i in range(self._load().num_shards)]
+            return int(self._load().num_shards)
 
     def read(self, part: Part) -> Iterator[tuple[Document, int]]:
         number = part[0].file
         with self._named():
-            rows = iter(self._load().shard(len(self.parts), number).select_columns([self.settings.column]))
+            rows = iter(self._load().shard(self._num_parts, number).select_columns([self.settings.column]))
         for row in range(1, 2**62):
             with self._named():
                 found = next(rows, None)
@@ -111,7 +116,7 @@ class Streamed:
                 if is_trained(self.name(document.file, document.row)):
                     yield document.text
                     size += len(document.text)
-                if size >= LARGE // len(self.parts):
+                if size >= LARGE // self._num_parts:
                     break
 
     def _load(self) -> Any:

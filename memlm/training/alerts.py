@@ -11,7 +11,7 @@ _FEW = 5
 class Alerts:
     """An alert is given when a figure goes wrong, and again only after it was right.
 
-    A gate dies if it falls below 0.01, and below a tenth of its highest value. A router collapses if its entropy falls
+    A gate dies if its size falls below 0.01, and below a tenth of its highest. A router collapses if its entropy falls
     below a twentieth of its highest, or memories get no token in three logs. A memory explodes if its norm is ten
     times the median of recent ones, or a thousand times the first. A loss spikes if it is twice that median.
     """
@@ -35,9 +35,11 @@ class Alerts:
         kind = name.rpartition("/")[2]
         recent = self._recent.setdefault(name, deque(maxlen=_RECENT))
         first, usual = self._first.setdefault(name, value), median(recent) if len(recent) >= _FEW else None
-        highest = self._highest[name] = max(value, self._highest.get(name, value))
+        # Gates of tanh may be negative.
+        size = abs(value)
+        highest = self._highest[name] = max(size, self._highest.get(name, size))
         recent.append(value)
-        if kind.endswith("gate") and value < min(0.01, highest / 10):
+        if kind.endswith("gate") and size < min(0.01, highest / 10):
             return f"it was up to {highest:.3g}: the gate closes"
         if kind == "router_entropy" and value < highest / 20:
             return f"it was up to {highest:.3g}: the router collapses"

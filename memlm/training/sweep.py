@@ -101,6 +101,8 @@ def _passed_on(command: list[str], traced: bool) -> tuple[int, str]:
     """
     # user_errors makes Hydra raise here; the child prints its own errors.
     environment = {name: value for name, value in os.environ.items() if traced or name != "HYDRA_FULL_ERROR"}
+    # Seconds that torchrun gives its processes to save; its own 30 are too few for a large model.
+    environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
     process = subprocess.Popen(
         command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
     )
@@ -127,6 +129,8 @@ def _passed_on(command: list[str], traced: bool) -> tuple[int, str]:
             tail.append(line)
         code = process.wait()
     finally:
+        if process.stderr:
+            process.stderr.close()
         for s, handler in before.items():
             signal.signal(s, handler)
     if preempted:

@@ -150,6 +150,12 @@ def test_the_script_prepares_mends_and_reports(books, tmp_path, capsys):
     assert shard.read_bytes() == right
 
 
+def test_the_script_tells_of_data_without_text(tmp_path, capsys):
+    script = runpy.run_path(str(ROOT / "scripts" / "prepare_data.py"))
+    script["prepare"](composed("data=mqar", f"data.cache_dir={tmp_path}/cache"), 1)
+    assert capsys.readouterr().out == "data.sources: no text among mqar; nothing to encode\n"
+
+
 def test_a_large_corpus_without_text(books, tmp_path):
     for path in books.iterdir():
         path.write_text("")

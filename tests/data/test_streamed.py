@@ -74,6 +74,19 @@ def test_a_limit_is_shared_out_among_the_parts(rows, tmp_path):
         assert 1000 <= sum(len(text) + 1 for text in of_file) < 1070
 
 
+def test_a_limited_part_shows_how_far_it_is(rows, tmp_path):
+    """In tokens, because a part may take hours."""
+    shares = []
+
+    class Told(Alone):
+        def advance(self, name, done, total):
+            shares.append(done / total)
+
+    build_data(config(rows, tmp_path, tokens=3000), seed=0, batch_size=2, preparation=Told())
+    assert shares == sorted(shares) and shares[-1] == 1
+    assert max(b - a for a, b in zip([0.0, *shares], shares, strict=False)) < 0.05
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
