@@ -100,7 +100,7 @@ def lora(seed: int, out: Path, overrides: Sequence[str] = ()) -> None:
     record = Record(settings.config, mixture.manifests, {"step": train.steps}).texts()
     trainer = {"step": train.steps, "optimizers": []}
     merged = adapted.merge_and_unload()
-    print(checkpoint.save(out, train.steps, merged, tokenizer, trainer, record, keep=1))
+    print(checkpoint.save(out, train.steps, merged, checkpoint.Beside(tokenizer, trainer, record), keep=1))
 
 
 if __name__ == "__main__":

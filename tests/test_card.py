@@ -197,7 +197,8 @@ MANIFEST = {
 def run(model, tmp_path):
     record = Record(CONFIG, {"text": MANIFEST}, {"step": 200, "torch": "2.13.0"})
     trainer = {"step": 200, "optimizers": []}
-    checkpoint.save(tmp_path / "run", 200, model, byte_tokenizer(), trainer, record.texts(), keep=2)
+    beside = checkpoint.Beside(byte_tokenizer(), trainer, record.texts())
+    checkpoint.save(tmp_path / "run", 200, model, beside, keep=2)
     return tmp_path / "run"
 
 

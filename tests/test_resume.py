@@ -56,7 +56,8 @@ class SaveACheckpoint:
 
     def save(self, folder, step=3):
         texts = {checkpoint.FACTS: json.dumps({"step": step}), "config.yaml": "seed: 0\n"}
-        checkpoint.save(folder, step, self.model, self.tokenizer, {"step": step, "optimizers": []}, texts, 2)
+        beside = checkpoint.Beside(self.tokenizer, {"step": step, "optimizers": []}, texts)
+        checkpoint.save(folder, step, self.model, beside, 2)
 
     def check(self, folder, done):
         newest, damaged = checkpoint.newest_whole(folder)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -144,35 +144,33 @@ def new(run_dir: Path, step: int, keep: int) -> Iterator[Path]:
         shutil.rmtree(old.rename(old.with_name(f"{old.name}.partial-old")), ignore_errors=True)
 
 
+class Beside(NamedTuple):
+    """The content of a checkpoint beside the model. trainer: its step, and the state of optimisers; record: further
+    text files, among them ``run.json``
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    trainer: dict[str, Any]
+    record: Mapping[str, str]
+
+
 def save(
-    run_dir: Path,
-    step: int,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    trainer: dict[str, Any],
-    record: Mapping[str, str],
-    keep: int,
-    ema: WeightAverage | None = None,
+    run_dir: Path, step: int, model: PreTrainedModel, beside: Beside, keep: int, ema: WeightAverage | None = None
 ) -> Path:
-    """Write checkpoint ``step``, and return its folder; see ``new``, and ``describe`` for the arguments."""
+    """Write checkpoint ``step``, and return its folder; see ``new``."""
     with new(run_dir, step, keep) as partial:
         model.save_pretrained(partial)
         if ema:
             ema.save(partial)
-        describe(partial, tokenizer, trainer, record)
+        describe(partial, beside)
     return run_dir / "checkpoints" / f"step_{step:06d}"
 
 
-def describe(
-    partial: Path, tokenizer: PreTrainedTokenizerBase, trainer: dict[str, Any], record: Mapping[str, str]
-) -> None:
-    """Write all files of a checkpoint but those of the model.
-
-    record: further text files, among them ``run.json``
-    """
-    save_tokenizer(tokenizer, partial)
-    torch.save(trainer, partial / "trainer.pt")
-    for name, text in record.items():
+def describe(partial: Path, beside: Beside) -> None:
+    """Write all files of a checkpoint but those of the model."""
+    save_tokenizer(beside.tokenizer, partial)
+    torch.save(beside.trainer, partial / "trainer.pt")
+    for name, text in beside.record.items():
         (partial / name).write_text(text, encoding="utf-8")
     card.write(partial, run=partial)
 

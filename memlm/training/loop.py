@@ -391,20 +391,21 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if tracker:
             tracker.sync()
-        state: dict[str, Any] = {"step": self.step, "trained": self.trained}
+        # Of shared parameters, it is in parts.
+        of_optimizers = [] if self.saver else [optimizer.state_dict() for optimizer in self.optimizers]
+        state: dict[str, Any] = {"step": self.step, "trained": self.trained, "optimizers": of_optimizers}
         if self.guard.judges:
             state["recent_losses"] = [*self.guard.recent]
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         if self.feed.carried:
             state["carried"] = self.feed.carried.saved(self.accelerator.num_processes)
-        arguments = (self.tokenizer, state, self._record().texts())
+        beside = checkpoint.Beside(self.tokenizer, state, self._record().texts())
         if self.saver:
-            self.saver.save(self.run_dir, self.step, *arguments, self.settings.keep)
+            self.saver.save(self.run_dir, self.step, beside, self.settings.keep)
         elif tracker:
-            state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
             model = self.accelerator.unwrap_model(self.objective).model
-            checkpoint.save(self.run_dir, self.step, model, *arguments, self.settings.keep, self.ema)
+            checkpoint.save(self.run_dir, self.step, model, beside, self.settings.keep, self.ema)
         self.accelerator.wait_for_everyone()
 
     def _make_whole(self) -> None:

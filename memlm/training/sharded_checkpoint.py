@@ -22,7 +22,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from memlm import card, files
 from memlm.configuration import MemLMConfig
@@ -100,15 +100,7 @@ class Saver:
             if kind is None:
                 raise
 
-    def save(
-        self,
-        run_dir: Path,
-        step: int,
-        tokenizer: PreTrainedTokenizerBase,
-        trainer: dict[str, Any],
-        record: Mapping[str, str],
-        keep: int,
-    ) -> None:
+    def save(self, run_dir: Path, step: int, beside: checkpoint.Beside, keep: int) -> None:
         """Copy the state, and begin to write checkpoint ``step``; every process calls it. See ``checkpoint.save``."""
         self.wait()
         with ExitStack() as stack:
@@ -117,7 +109,7 @@ class Saver:
                 if dist.get_rank() == 0:
                     partial = stack.enter_context(checkpoint.new(run_dir, step, keep))
                     self._write_config(partial)
-                    checkpoint.describe(partial, tokenizer, {**trainer, "optimizers": []}, record)
+                    checkpoint.describe(partial, beside)
                     parts = [str(partial / files.PARTS)]
             finally:
                 dist.broadcast_object_list(parts, group=self._group)
