@@ -391,7 +391,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if tracker:
             tracker.sync()
-        # Of shared parameters, it is in parts.
+        # It is in parts if processes share parameters.
         of_optimizers = [] if self.saver else [optimizer.state_dict() for optimizer in self.optimizers]
         state: dict[str, Any] = {"step": self.step, "trained": self.trained, "optimizers": of_optimizers}
         if self.guard.judges:
