@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from memlm.data import IGNORE_INDEX, Batch, Row
+from memlm.flops import count_flops
 from memlm.training import run
+from memlm.training.plan import plan
+from memlm.training.settings import RunSettings
 from tests.runs import SMALLEST, config, figures, stopped, trainer
 
 TEXT = ("data=text", "train.batch_size=2", "data.seq_len=32", "memory=linear_attention", "data.tokenizer=byte")
@@ -45,6 +48,21 @@ def test_the_steps_have_the_same_text_and_a_stopped_run_goes_on_exactly(tmp_path
     stopped(small(tmp_path, STAGED, "train.steps=5"), 1)
     run(small(tmp_path, STAGED, "train.steps=5"))
     assert figures(tmp_path) == pytest.approx(figures(tmp_path / "straight"), rel=1e-6)
+
+
+def test_flops_are_those_of_the_lengths(tmp_path):
+    """Those of a run and of its plan; attention costs less in short rows."""
+    cfg = small(tmp_path, STAGED, "memory=attention", "train.steps=6")
+    made = trainer(cfg)
+    counts = {length: count_flops(made.model.config, length) for length in (8, 16, 32)}
+    assert counts[8] < counts[16] < counts[32]
+    assert plan(RunSettings.of(cfg), 1, "no").flops == pytest.approx((2 * counts[8] + counts[16] + 3 * counts[32]) / 6)
+    run(cfg)
+    told, rates = figures(tmp_path, "tflops"), figures(tmp_path, "tokens_per_second")
+    for step, length in enumerate([8, 8, 16, 32, 32, 32]):
+        assert told[step] == pytest.approx(3 * counts[length] * rates[step] / 1e12, rel=1e-4)
+    with pytest.raises(ValueError, match=r"train\.lengths: 7 is not a part of data\.seq_len=32"):
+        plan(RunSettings.of(small(tmp_path, "train.lengths=[[7,10]]")), 1, "no")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ def lines(run: Trainer) -> Iterator[str]:
     where = f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
     if accelerator.num_processes > 1:
         where = f"{accelerator.num_processes} processes, {where}"
-    flops = "" if run.flops is None else f"{run.flops / 1e6:,.1f} MFLOPs a token forward, "
+    stages = run.feed.lengths.stages
+    flops = "" if run.flops is None else f"{run.flops[stages.row] / 1e6:,.1f} MFLOPs a token forward, "
     some = f" ({count_parameters(model, trained=True):,} trained)" if settings.trainable is not None else ""
     about = f"{', '.join(kinds(model))}, {count_parameters(model):,} parameters{some}"
     yield f"memlm {memlm.__version__}: {about}, {flops}on {where}, {'fp32' if precision == 'no' else precision}"
@@ -33,7 +34,7 @@ def lines(run: Trainer) -> Iterator[str]:
     tokens = run.tokens_per_step()
     yield f"rows a batch: {mixture}; {settings.steps:,} steps x {tokens:,} tokens = {tokens * settings.steps:,}"
     if settings.lengths:
-        yield f"tokens of a row: {run.feed.lengths}"
+        yield f"tokens of a row: {stages}"
     for name, manifest in run.mixture.manifests.items():
         if reasons := left_out(manifest):
             yield f"data.sources.{name}: {len(manifest['files'])} files; not read: {reasons} (manifest-{name}.json)"

@@ -8,35 +8,54 @@ from memlm.data import Batch, Mixture, TextSource
 from memlm.settings import require
 
 
-class Lengths:
-    """A step has the same tokens with and without a curriculum. It depends on the step alone.
+class Stages:
+    """The length of each step's rows. A step has the same tokens at every length.
 
     stages: [length, tokens], one after another; then rows are whole
     """
 
+    def __init__(self, stages: Sequence[Any], row: int, tokens: int) -> None:
+        """row, tokens: of a whole row, and of a step. Raises ValueError if a length does not divide the row."""
+        self.row, self.tokens = row, tokens
+        self._ends: list[tuple[int, float]] = []
+        end = 0.0
+        for length, of_stage in stages:
+            fits = length < row and row % length == 0
+            require(fits, f"train.lengths: {length} is not a part of data.seq_len={row}; choose a divisor of it")
+            end += of_stage
+            self._ends.append((length, end))
+
+    def at(self, step: int) -> int:
+        """The length of a step's rows."""
+        return next((length for length, end in self._ends if step * self.tokens < end), self.row)
+
+    def steps(self, steps: int) -> dict[int, int]:
+        """How many of a run's steps have rows of each length."""
+        found, before = dict[int, int](), 0
+        for length, end in [*self._ends, (self.row, math.inf)]:
+            until = steps if end >= steps * self.tokens else math.ceil(end / self.tokens)
+            found[length] = found.get(length, 0) + until - before
+            before = until
+        return found
+
+    def __str__(self) -> str:
+        told = [f"{length:,} until token {end:,.0f}" for length, end in self._ends]
+        return ", ".join([*told, f"then {self.row:,}"])
+
+
+class Lengths:
+    """A curriculum's rows. They depend on the step alone."""
+
     def __init__(self, stages: Sequence[Any], mixture: Mixture, row: int) -> None:
         """row: tokens of a whole row. Raises ValueError if a length does not divide it, or rows are no texts."""
-        self._row, self._tokens_per_step = row, row * mixture.batch_size
-        self._ends: list[tuple[int, float]] = []
         others = [name for name, source in mixture.sources.items() if not isinstance(source, TextSource)]
         fix = f"data.sources.{others[0]} has whole tasks; leave lengths out, or that source" if others else ""
         require(not (stages and others), f"train.lengths cuts rows of text, and {fix}")
-        end = 0.0
-        for length, tokens in stages:
-            fits = length < row and row % length == 0
-            require(fits, f"train.lengths: {length} is not a part of data.seq_len={row}; choose a divisor of it")
-            end += tokens
-            self._ends.append((length, end))
+        self.stages = Stages(stages, row, row * mixture.batch_size)
 
     def cut(self, batch: Batch, step: int) -> Batch:
-        seen = step * self._tokens_per_step
-        length = next((length for length, end in self._ends if seen < end), self._row)
-        return batch if length == self._row else batch.cut(length)
-
-    def __str__(self) -> str:
-        return ", ".join(
-            [*(f"{length:,} until token {end:,.0f}" for length, end in self._ends), f"then {self._row:,}"]
-        )
+        length = self.stages.at(step)
+        return batch if length == self.stages.row else batch.cut(length)
 
 
 def check(stages: Any) -> None:

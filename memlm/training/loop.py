@@ -233,9 +233,10 @@ class Trainer:
     def _speed(self, seconds: float, steps: int) -> dict[str, float]:
         """Figures of the last steps; seconds: of a step, without validations and checkpoints."""
         device, processes = self.accelerator.device, self.accelerator.num_processes
+        flops = self.flops and self.flops[self.feed.lengths.stages.at(self.step - 1)]
         return {
             **telemetry.learning_rates(self.optimizers),
-            **telemetry.rates(self.tokens_per_step() / seconds, self.flops, device, processes),
+            **telemetry.rates(self.tokens_per_step() / seconds, flops, device, processes),
             **self.clock.read(steps),
             "seconds/step": seconds,
             "tokens": self.step * self.tokens_per_step(),
@@ -438,7 +439,9 @@ class Trainer:
         return self.mixture.batch_size * self.config["data"]["seq_len"]
 
     @cached_property
-    def flops(self) -> float | None:
-        """FLOPs of a token's forward; None for a backbone."""
-        known = isinstance(self.model, MemLMForCausalLM)
-        return count_flops(self.model.config, self.config["data"]["seq_len"]) if known else None
+    def flops(self) -> dict[int, float] | None:
+        """FLOPs of a token's forward in rows of each length; None for a backbone."""
+        if not isinstance(self.model, MemLMForCausalLM):
+            return None
+        lengths = self.feed.lengths.stages.steps(self.settings.steps)
+        return {length: count_flops(self.model.config, length) for length in lengths}

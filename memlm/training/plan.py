@@ -17,6 +17,7 @@ from memlm.settings import require
 from memlm.training import sequence, trainable
 from memlm.training.devices import DEVICES
 from memlm.training.footprint import of_optimizers, of_step
+from memlm.training.lengths import Stages
 from memlm.training.model import layers_of
 from memlm.training.objective import model_inputs
 from memlm.training.optim import build_optimizers
@@ -38,7 +39,8 @@ class DeviceMemory(NamedTuple):
 
 class RunPlan(NamedTuple):
     """active, long_term, trained: parameters that a token uses, of layers with a long-term memory, that are trained
-    flops: of a token's forward; state: bytes of a stream after a row; steps, tokens: of the run
+    flops: of a token's forward, in the mean of the run
+    state: bytes of a stream after a row; steps, tokens: of the run
     forwards, rows: of a process in a step, and of a forward
     memory: of a device, without and with gradient checkpointing; checkpointed: which of them the run has
     weights, optimizer: bytes in a checkpoint, of which ``keep`` are kept; with the averages of ``train.ema``
@@ -131,6 +133,7 @@ def plan(settings: RunSettings, processes: int, precision: str) -> RunPlan:
     step = of_step(config, train, inputs, autocast)
     names = config.layer_mixers()
     length = data["seq_len"]
+    stages = Stages(train.lengths or [], length, train.batch_size * length)
     state = state_bytes(config, length)
     sharers = settings.hardware.sharers(processes)
     memories = rows * forwards if train.carry else rows if pieces > 1 else 0
@@ -161,7 +164,7 @@ def plan(settings: RunSettings, processes: int, precision: str) -> RunPlan:
         count_active_parameters(model),
         sum(p.numel() for name, p in model.named_parameters() if name in {*trainable.memory_names(model)}),
         count_parameters(model, trained=True),
-        count_flops(config, length),
+        _mean_flops(config, stages.steps(train.steps)),
         state,
         train.steps,
         train.steps * train.batch_size * length,
@@ -173,6 +176,14 @@ def plan(settings: RunSettings, processes: int, precision: str) -> RunPlan:
         optimizer + averages,
         train.keep,
     )
+
+
+def _mean_flops(config: MemLMConfig, stages: Mapping[int, int]) -> float:
+    """FLOPs of a token's forward, in the mean of steps with rows of several lengths. stages: steps of each length"""
+    counts = {length: count_flops(config, length) for length, steps in stages.items() if steps}
+    if len(counts) == 1:
+        return next(iter(counts.values()))
+    return sum(stages[length] * count for length, count in counts.items()) / sum(stages.values())
 
 
 def show(settings: RunSettings, precision: str) -> None:
