@@ -33,8 +33,7 @@ def losses(folder):
         (line["step"], name): value
         for line in metrics
         for name, value in line.items()
-        # z_loss is the first process's own part.
-        if ("loss" in name or "accuracy" in name or name == "grad_norm") and name != "z_loss"
+        if "loss" in name or "accuracy" in name or name == "grad_norm"
     }
 
 

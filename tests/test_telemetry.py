@@ -59,7 +59,7 @@ def test_utilisation_is_of_the_peak_of_the_device_by_its_whole_name(monkeypatch)
         ("layer0/gate", [0.005, 0.004, 0.003], []),
         ("layer0/gate", [0.0, -0.3, -0.6, -0.001], [3]),
         ("layer1/router_entropy", [1.0, 0.9, 0.04], [2]),
-        ("layer1/dead_memories", [1.0, 0.0, 1.0, 1.0, 1.0, 2.0, 0.0], [4]),
+        ("layer1/load_2", [0.0, 0.1, 0.0, 0.0, 0.0, 0.0, 0.1], [4]),
         ("layer0/memory_norm", [1.0, 1.1, 1.0, 1.2, 1.0, 30.0, 900.0, 1.0], [5]),
         ("layer0/memory_norm", [1.1**i for i in range(80)], [73]),
         ("loss", [5.0, 4.0, 3.0, 3.0, 3.0, 7.0, 3.0], [5]),

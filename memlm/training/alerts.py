@@ -43,8 +43,8 @@ class Alerts:
             return f"it was up to {highest:.3g}: the gate closes"
         if kind == "router_entropy" and value < highest / 20:
             return f"it was up to {highest:.3g}: the router collapses"
-        if kind == "dead_memories" and len(recent) >= 3 and min([*recent][-3:]) > 0:
-            return "three times in a row: the router sends these memories no token"
+        if kind.startswith("load_") and len(recent) >= 3 and max([*recent][-3:]) == 0:
+            return "three times in a row: the router sends this memory no token"
         if kind.endswith("memory_norm"):
             if usual is not None and value > 10 * usual:
                 return f"it was {usual:.3g}: the memory explodes"

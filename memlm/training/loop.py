@@ -207,7 +207,7 @@ class Trainer:
             figures = self._one_step(logged)
             agreement.poll()
             if logged and not self.guard.bad:
-                values = self._read(figures)
+                values = telemetry.over_processes(self._read(figures))
                 now, taken = time.perf_counter(), self.step - clock_step
                 values |= self._speed((now - clock) / taken, taken)
                 clock, clock_step = now, self.step

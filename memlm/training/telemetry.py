@@ -6,8 +6,10 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from statistics import fmean
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from memlm.training.devices import peak_flops
@@ -68,6 +70,13 @@ def rates(tokens_per_second: float, flops: float | None, device: torch.device, p
         if (peak := peak_flops(device)) is not None:
             found["mfu"] = found["tflops"] * 1e12 / peak
     return found
+
+
+def over_processes(figures: dict[str, float]) -> dict[str, float]:
+    """The mean of each figure over the processes that have it. All processes call this."""
+    of_each = gather_object([figures])
+    names = dict.fromkeys(name for of_one in of_each for name in of_one)
+    return {name: fmean(of_one[name] for of_one in of_each if name in of_one) for name in names}
 
 
 def peak_memory(device: torch.device) -> float:
