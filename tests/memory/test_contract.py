@@ -265,10 +265,23 @@ def test_every_parameter_gets_a_gradient(variant):
     assert not missing
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("repeated", [False, True], ids=["random", "one token"])
-@pytest.mark.parametrize("length", [2048, pytest.param(16384, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("length", "dtype", "repeated"),
+    [
+        pytest.param(
+            length,
+            dtype,
+            repeated,
+            id=f"{length}-{'one token' if repeated else 'random'}-{dtype}",
+            marks=[pytest.mark.slow] if length > 2048 or repeated == (dtype == torch.float32) else [],
+        )
+        for length in (2048, 16384)
+        for repeated in (False, True)
+        for dtype in (torch.float32, torch.bfloat16)
+    ],
+)
 def test_finite_at_initialisation(variant, length, dtype, repeated):
+    """By default random tokens in fp32, and one token repeated in bf16."""
     model = model_of(variant, dtype=dtype).train()
     ids = torch.zeros(1, length, dtype=torch.long) if repeated else tokens(1, length)
     out = model(ids, labels=ids)
