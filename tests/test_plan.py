@@ -139,6 +139,28 @@ def test_memory_of_a_plan_is_that_of_a_step(tmp_path, text, options):
     assert made.memory[made.checkpointed].most == pytest.approx(most, rel=0.05)
 
 
+def test_a_plan_looks_at_the_rows_of_encoded_text(tmp_path):
+    """Many short documents in a row double the memory of a step. Before text is encoded, their number is a guess, and
+    a plan encodes nothing.
+    """
+    lines = [json.dumps({"text": "It was. "[: 3 + i % 6]}) for i in range(800)]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
+    data = (f"data.sources.text.paths=[{tmp_path}/corpus.jsonl]", "data.seq_len=96", "train.batch_size=4")
+    cfg = config(tmp_path, "data=text", *data, "memory=gla", "match.parameters=null", small=())
+    (tmp_path / "cache").mkdir()
+    guess = plan(RunSettings.of(cfg), 1, "no")
+    assert (guess.documents, guess.known) == (2, False) and "a guess: prepare the data" in "\n".join(guess.lines())
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    real = trainer(cfg)
+    made = plan(RunSettings.of(cfg), 1, "no")
+    assert made.documents > 12 and made.known and "up to 1" in "\n".join(made.lines())
+    real._one_step(True)
+    states = [x for o in real.optimizers for values in o.state.values() for x in values.values()]
+    fixed = sum(x.nbytes for x in [*real.model.parameters(), *states])
+    most = fixed + max(allocated(lambda: real._one_step(True), tmp_path / "trace.json") for _ in range(2))
+    assert made.memory[False].most == pytest.approx(most, rel=0.1) and guess.memory[False].most < 0.7 * most
+
+
 def test_flops_of_a_plan_are_those_of_a_step(tmp_path):
     (tmp_path / "corpus.txt").write_text("It was the best of times. " * 200)
     data = ("data=text", f"data.sources.text.paths=[{tmp_path}/corpus.txt]", "data.seq_len=32", "train.batch_size=1")

@@ -26,6 +26,7 @@ Files:
 
 from .build import build_data, is_made_by_rule
 from .chains import TEMPLATES, Chains
+from .disk_cache import only_built
 from .documents import Documents
 from .encoding import QUIET, Preparation
 from .manifest import check_manifest, left_out
@@ -89,6 +90,7 @@ __all__ = [
     "left_out",
     "load_tokenizer",
     "make_sample",
+    "only_built",
     "ramp",
     "read_tokenizer",
     "save_tokenizer",

@@ -11,6 +11,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any, NamedTuple
@@ -48,6 +49,23 @@ class Watched:
         self._content.check(os.fstat(self._descriptor), self.path)
 
 
+_builds = ContextVar("builds", default=True)
+
+
+class NotBuilt(ValueError):
+    """A folder is not in the cache."""
+
+
+@contextmanager
+def only_built() -> Iterator[None]:
+    """Within the block, caches raise ``NotBuilt`` instead of building a folder, and nothing waits for its turn."""
+    token = _builds.set(False)
+    try:
+        yield
+    finally:
+        _builds.reset(token)
+
+
 class DiskCache:
     """Folders below `root`; each one's name is a hash of everything that determines its content."""
 
@@ -55,17 +73,31 @@ class DiskCache:
         self.root = Path(os.path.expanduser(root)).absolute()
         self._known = self.root / "sha256.json"
 
-    def folder(self, key: Sequence[Any], names: Iterable[str], fill: Callable[[Path], None], below: str = "") -> Path:
+    def folder(
+        self,
+        key: Sequence[Any],
+        names: Iterable[str],
+        fill: Callable[[Path], None],
+        below: str = "",
+        has_more: Callable[[Path], bool] = lambda folder: True,
+    ) -> Path:
         """The folder of a key, filled by `fill` with files of these names, now or earlier.
 
-        Processes may build it together: the first one to finish counts. A damaged folder is replaced.
+        Processes may build it together: the first one to finish counts. A damaged folder is replaced, and so is one
+        without the files elsewhere that it needs, see `has_more`.
         Raises ValueError if it cannot be written.
         """
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
         folder = self.root / below / digest[:32]
+
+        def is_whole() -> bool:
+            return self._is_whole(folder, names) and has_more(folder)
+
         try:
-            if not self._is_whole(folder, names):
-                self._put_aside(folder, names)
+            if not is_whole():
+                if not _builds.get():
+                    raise NotBuilt(f"{folder} is not built")
+                self._put_aside(folder, is_whole)
                 with files.new_folder(folder) as partial:
                     fill(partial)
         except OSError as error:
@@ -80,6 +112,9 @@ class DiskCache:
 
         A cache that cannot be written to has no turns.
         """
+        if not _builds.get():
+            yield
+            return
         name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
         try:
             files.make_folder(self.root)
@@ -142,13 +177,13 @@ class DiskCache:
             return False
         return now == sealed and sealed.keys() >= {*names}
 
-    def _put_aside(self, folder: Path, names: Iterable[str]) -> None:
+    def _put_aside(self, folder: Path, is_whole: Callable[[], bool]) -> None:
         """Remove a damaged folder unless another process has replaced it; processes that read it may continue."""
         if not folder.exists():
             return
         with (self.root / ".lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if folder.exists() and not self._is_whole(folder, names):
+            if folder.exists() and not is_whole():
                 aside = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex[:12]}")
                 folder.rename(aside)
                 shutil.rmtree(aside, ignore_errors=True)

@@ -71,12 +71,11 @@ class TextCorpus:
             build(folder, documents, tokenizer, workers or _cores(), report)
 
         with documents.cache.turn(key, wait):
-            self.folder = documents.cache.folder(key, names, fill)
+            self.folder = documents.cache.folder(
+                key, names, fill, has_more=self._has_shards if large else lambda _: True
+            )
             if not large:
                 shutil.rmtree(own_store(documents, tokenizer), ignore_errors=True)
-            elif not all(of.shard.is_whole(self._store) for of in large_shards(self.folder)):
-                shutil.rmtree(self.folder)
-                documents.cache.folder(key, names, fill)
         left_out = [{"path": name, "reason": reason} for name, reason in documents.left_out.items()]
         self.manifest = read_json(self.folder / "manifest.json") | {"left_out": left_out}
         self._dtype = np.dtype(self.manifest["dtype"])
@@ -94,6 +93,9 @@ class TextCorpus:
         self._opened = lru_cache(maxsize=4 * _TOGETHER)(self._open)
         if not large:
             self._opened(0)
+
+    def _has_shards(self, folder: Path) -> bool:
+        return all(of.shard.is_whole(self._store) for of in large_shards(folder))
 
     def drop_damaged(self) -> list[Path]:
         """Remove the shards whose content is not that which was written; the next start encodes them again."""

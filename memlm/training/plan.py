@@ -1,16 +1,20 @@
-"""The plan of a run: its sizes, memory and hours, without its data and its model (``train.dry_run``)."""
+"""The plan of a run: its sizes, memory and hours, without its model (``train.dry_run``).
+
+Text is looked at if it is encoded, because rows of many documents need more memory; a plan encodes none.
+"""
 
 import math
 import os
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memlm.configuration import MemLMConfig
-from memlm.data import Batch, build_data, is_made_by_rule, load_tokenizer
+from memlm.data import Batch, build_data, is_made_by_rule, load_tokenizer, only_built
 from memlm.flops import count_active_parameters, count_flops, count_parameters, state_bytes
 from memlm.modeling import MemLMForCausalLM
 from memlm.settings import require
@@ -23,6 +27,8 @@ from memlm.training.objective import model_inputs
 from memlm.training.optim import build_optimizers
 from memlm.training.settings import RunSettings
 
+# Steps whose rows are looked at.
+_SEEN = 4
 _MFUS = (0.2, 0.3, 0.4)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,6 +48,7 @@ class RunPlan(NamedTuple):
     flops: of a token's forward, in the mean of the run
     state: bytes of a stream after a row; steps, tokens: of the run
     forwards, rows: of a process in a step, and of a forward
+    documents: the most in a row; known: whether the data has them, not the plan
     memory: of a device, without and with gradient checkpointing; checkpointed: which of them the run has
     weights, optimizer: bytes in a checkpoint, of which ``keep`` are kept; with the averages of ``train.ema``
     """
@@ -58,6 +65,8 @@ class RunPlan(NamedTuple):
     tokens: int
     forwards: int
     rows: int
+    documents: int
+    known: bool
     memory: dict[bool, DeviceMemory]
     checkpointed: bool
     weights: int
@@ -92,6 +101,8 @@ class RunPlan(NamedTuple):
             f"{_bytes(memory.activations)}",
             "": f"{_bytes(other.most)} {word} gradient checkpointing, activations {_bytes(other.activations)}; "
             "by the reference ops, kernels of a GPU need less",
+            " ": f"rows have up to {self.documents} document{'s' * (self.documents > 1)}"
+            + ("" if self.known else ", a guess: prepare the data, and the plan looks at them"),
             "checkpoint": f"{_bytes(self.weights + self.optimizer)}, of which weights {_bytes(self.weights)}; "
             f"{self.keep} are kept",
             "hours": "".join(f"{f'MFU {mfu:g}':>10}" for mfu in _MFUS)
@@ -118,7 +129,7 @@ def plan(settings: RunSettings, processes: int, precision: str) -> RunPlan:
     forwards = train.forwards(owners)
     rows = train.batch_size // owners // forwards
     pieces = data["seq_len"] // (train.truncate or data["seq_len"])
-    batch, entries = _sample(settings, owners * forwards, train.truncate or data["seq_len"] // sharing)
+    batch, entries, known_rows = _sample(settings, owners * forwards, train.truncate or data["seq_len"] // sharing)
     config = MemLMConfig.from_hydra({"vocab_size": entries, **_without_none(settings.config["model"])})
     with FakeTensorMode():
         model = MemLMForCausalLM(config)
@@ -170,6 +181,8 @@ def plan(settings: RunSettings, processes: int, precision: str) -> RunPlan:
         train.steps * train.batch_size * length,
         forwards,
         rows,
+        batch.max_documents,
+        known_rows,
         memory,
         bool(asked),
         weights,
@@ -194,24 +207,36 @@ def show(settings: RunSettings, precision: str) -> None:
         print("\n".join(made.lines()))
 
 
-def _sample(settings: RunSettings, parts: int, length: int) -> tuple[Batch, int]:
-    """A batch of one forward, with rows of this length, and the entries of the tokenizer. Text is not read: a row of
-    it has two documents.
+def _sample(settings: RunSettings, parts: int, length: int) -> tuple[Batch, int, bool]:
+    """A batch of one forward, with rows of this length; the entries of the tokenizer; whether the documents of a row
+    are known. They are if text was encoded; otherwise it is not read, and rows of it have two.
     """
     data, size = settings.config["data"], settings.train.batch_size
     given = settings.config["model"].get("vocab_size")
-    if is_made_by_rule(data) and length == data["seq_len"]:
+    mixture, most = None, 2
+    if is_made_by_rule(data):
         tokenizer, mixture = build_data(data, seed=settings.seed, batch_size=size)
-        return mixture.batch(0, parts=parts), given or len(tokenizer)
+    elif os.path.isdir(os.path.expanduser(str(data["cache_dir"]))):
+        # Mistakes in the data's settings are found by the run itself: its files may be on another machine.
+        with suppress(ValueError), only_built():
+            tokenizer, mixture = build_data(data, seed=settings.seed, batch_size=size)
+    if mixture is not None:
+        entries = given or len(tokenizer)
+        # The memory of a step follows the row with the most documents.
+        most = max(mixture.batch(step).max_documents for step in range(_SEEN))
+        if length == data["seq_len"]:
+            return replace(mixture.batch(0, parts=parts), max_documents=most), entries, True
     shape = size // parts, length
     ids = torch.zeros(shape, dtype=torch.int64)
     positions = (torch.arange(length) % -(-length // 2)).expand(shape)
-    batch = Batch(ids, ids, positions, 2, ids[:, 0])
+    batch = Batch(ids, ids, positions, most, ids[:, 0])
+    if mixture is not None:
+        return batch, entries, True
     tokenizer = data["tokenizer"]
     if given is None and isinstance(tokenizer, Mapping) and [*tokenizer] == ["bpe"]:
         given = tokenizer["bpe"]
     try:
-        return batch, given or len(load_tokenizer(tokenizer))
+        return batch, given or len(load_tokenizer(tokenizer)), False
     except ValueError as error:
         raise ValueError(f"{error}; or plan without it: model.vocab_size=32000") from error
 
