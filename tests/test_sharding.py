@@ -7,6 +7,7 @@ import re
 import runpy
 import signal
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from memlm import files
+from memlm.data import byte_tokenizer
 from memlm.hub import load_model
 from memlm.training import checkpoint, loop
 from memlm.training.optim import build_optimizers
@@ -213,6 +215,27 @@ def test_an_earlier_checkpoint_has_no_later_state(tmp_path):
     state.load(tmp_path)
     assert not any(optimizer.state for optimizer in optimizers)
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_a_process_that_fails_alone_does_not_wait_for_others(tmp_path, monkeypatch):
+    """Its thread does, and completes the save."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    real, waits = dist.barrier, []
+
+    def barrier(*group):
+        waits.append(threading.current_thread() is threading.main_thread())
+        real(*group)
+
+    monkeypatch.setattr(dist, "barrier", barrier)
+    beside = checkpoint.Beside(byte_tokenizer(), {"step": 1, "optimizers": []}, {checkpoint.FACTS: '{"step": 1}'})
+    try:
+        with pytest.raises(ZeroDivisionError), Saver(State(build("none", torch.float32), [])) as saver:
+            saver.save(tmp_path, 1, beside, 1)
+            _ = 1 / 0
+    finally:
+        dist.destroy_process_group()
+    assert waits == [False]
+    assert checkpoint.newest_whole(tmp_path)[0].name == "step_000001"
 
 
 @pytest.mark.slow

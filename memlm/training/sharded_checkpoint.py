@@ -93,12 +93,11 @@ class Saver:
         return self
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        try:
+        if kind is None:
             self.wait()
-        except Exception:
-            # The first error tells more.
-            if kind is None:
-                raise
+        elif self._running is not None:
+            # Without the other processes, which may know of no error. The first error tells more than that of a save.
+            self._running.exception()
 
     def save(self, run_dir: Path, step: int, beside: checkpoint.Beside, keep: int) -> None:
         """Copy the state, and begin to write checkpoint ``step``; every process calls it. See ``checkpoint.save``."""
