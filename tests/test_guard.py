@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memlm.training import checkpoint, loop, run
+from memlm.training.guard import keep_batches
 from memlm.training.objective import Objective
 from memlm.training.settings import RunSettings
 from tests import ranks
@@ -129,6 +130,16 @@ def test_a_run_that_cannot_go_on_stops(tmp_path, broken, options, bad, message):
     with pytest.raises(ValueError, match=message):
         run(config(tmp_path, *runs, small=SMALLEST))
     assert [*(tmp_path / "run" / "bad_batches").iterdir()]
+
+
+def test_a_kept_batch_is_complete(tmp_path):
+    """Rows of documents too, with the tokens' roles."""
+    made = trainer(config(tmp_path, "data=facts", "memory=none", "train.batch_size=2", small=()))
+    (batch,) = made.feed.batches(0, "train")
+    (kept,) = torch.load(keep_batches(tmp_path, 3, 0, [batch]))
+    held = {n: x for part in (batch, batch.roles) for n, x in vars(part).items() if isinstance(x, torch.Tensor)}
+    assert {"input_ids", "labels", "doc_ids", "positives"} <= held.keys() == kept.keys()
+    assert all(torch.equal(kept[name], x) for name, x in held.items())
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from memlm.cli import completed
 from memlm.flops import count_parameters
+from memlm.training import plan as plans
 from memlm.training import run
 from memlm.training.objective import model_inputs
 from memlm.training.plan import plan
@@ -205,6 +206,13 @@ def test_sharers_and_pieces_of_rows_need_less():
         assert getattr(shared, part) == getattr(copies, part) / 8
     assert shared.activations == copies.activations and shared.most < copies.most
     assert 0.4 < pieces.activations / copies.activations < 0.7 and made["pieces"].flops == made["copies"].flops
+
+
+def test_a_plan_in_words():
+    made = plan(settings("train.trainable=['lm_head.*']"), 1, "no")
+    assert "three times that with its backward, or less, as not all is trained;" in made.lines()[2]
+    told = {0: "0 B", 999.4: "999 B", 999.6: "1 kB", 999_700_000: "1 GB", 1.234e15: "1.23 PB", 12_345: "12.3 kB"}
+    assert {size: plans._bytes(size) for size in told} == told
 
 
 @pytest.mark.parametrize(

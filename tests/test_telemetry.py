@@ -43,6 +43,21 @@ def test_gradient_norms_are_those_before_clipping(tmp_path):
     assert step["grad_norm"] > 0.1 and torch.allclose(parts.norm(), step["grad_norm"], rtol=1e-3)
 
 
+def test_a_part_is_a_kind_of_module_in_the_layers_or_a_module_outside():
+    model = torch.nn.Module()
+    model.scale = torch.nn.Parameter(torch.ones(1))
+    model.head = torch.nn.Linear(2, 1, bias=False)
+    model.layers = torch.nn.ModuleList([torch.nn.ModuleDict({"mlp": torch.nn.Linear(1, 1)}) for _ in range(2)])
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    found = telemetry.gradient_norms(model, torch.tensor(0.5), 1.0)
+    assert {name: round(x.item() ** 2) for name, x in found.items()} == {
+        "grad_norm/scale": 1,
+        "grad_norm/head": 2,
+        "grad_norm/mlp": 4,
+    }
+
+
 def test_utilisation_is_of_the_peak_of_the_device_by_its_whole_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
     found = telemetry.rates(1e6, 1e9, torch.device("cuda", 0), 8)

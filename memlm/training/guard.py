@@ -74,5 +74,6 @@ def keep_batches(run_dir: Path, step: int, rank: int, batches: Iterable[Batch]) 
     """Save the tensors of a process's batches of a step; returns their file."""
     path = run_dir / BATCHES / f"step_{step:06d}-rank{rank}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save([{name: x for name, x in vars(b).items() if isinstance(x, Tensor)} for b in batches], path)
+    parts = [vars(b) | (vars(b.roles) if b.roles else {}) for b in batches]
+    torch.save([{name: x for name, x in of_part.items() if isinstance(x, Tensor)} for of_part in parts], path)
     return path

@@ -86,6 +86,7 @@ class RunPlan(NamedTuple):
         """The plan as text."""
         of = "" if self.trained == self.parameters else f", {self.trained:,} trained"
         long_term = f", {self.long_term:,} of layers' long-term memory" if self.long_term else ""
+        less = ", or less, as not all is trained" if of else ""
         memory, other = self.memory[self.checkpointed], self.memory[not self.checkpointed]
         word = "without" if self.checkpointed else "with"
         told = {
@@ -93,7 +94,7 @@ class RunPlan(NamedTuple):
             f"{self.processes} process{'es' * (self.processes > 1)} in {self.precision}; a step of one has "
             f"{self.forwards} forward{'s' * (self.forwards > 1)} of {self.rows} rows",
             "parameters": f"{self.parameters:,}, {self.active:,} active for a token{long_term}{of}",
-            "FLOPs": f"{self.flops / 1e6:,.1f} MFLOPs a token forward, three times that with its backward; "
+            "FLOPs": f"{self.flops / 1e6:,.1f} MFLOPs a token forward, three times that with its backward{less}; "
             f"{self.total_flops:.3g} in the run",
             "state": f"{_bytes(self.state)} of a stream after a row",
             "memory": f"{_bytes(memory.most)} of a device at once: weights {_bytes(memory.weights)}, gradients "
@@ -250,5 +251,7 @@ def _size(batch: Batch) -> int:
 
 
 def _bytes(count: float) -> str:
-    power = min(4, int(math.log10(max(1, count))) // 3)
-    return f"{count / 1000**power:,.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+    # Rounded first, because 999.9 MB are 1 GB.
+    count = float(f"{count:.3g}")
+    power = min(5, int(math.log10(max(1, count))) // 3)
+    return f"{count / 1000**power:,.3g} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[power]}"

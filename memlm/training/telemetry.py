@@ -102,6 +102,6 @@ def gradient_norms(model: nn.Module, norm: Tensor, clip: float) -> dict[str, Ten
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             inner = re.search(r"\.\d+\.(\w+)\.", name)
-            parts[inner[1] if inner else name.split(".")[-2]].append(parameter.grad)
+            parts[inner[1] if inner else name.split(".")[-2:][0]].append(parameter.grad)
     scale = ((norm + 1e-6) / clip).clamp(min=1)
     return {f"grad_norm/{part}": whole(nn.utils.get_total_norm(grads)) * scale for part, grads in parts.items()}
