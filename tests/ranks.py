@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,7 +29,9 @@ def _start(rank, size, folder, work, arguments):
     # As torchrun sets them; nothing listens at the port.
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": 1}
     os.environ |= {"MASTER_ADDR": "localhost"} | {name: str(x) for name, x in places.items()}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+    # A deadlock ends in time.
+    limit = timedelta(minutes=4)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size, timeout=limit)
     torch.save(work(rank, size, *arguments), folder / f"rank{rank}.pt")
     dist.barrier()
     leave_group()

@@ -256,7 +256,9 @@ class RunSettings:
         check_type(dry_run, bool | int, "train.dry_run")
         whole = isinstance(dry_run, bool) or 1 <= dry_run <= _MOST
         require(whole, f"train.dry_run={dry_run} must be true, false, or a number of processes")
-        half = config["hardware"].get("mixed_precision") == "fp16" and config["train"].get("on_nan", "stop") != "stop"
-        require(not half, "train.on_nan: fp16 skips steps that overflow by itself; set train.on_nan=stop, or use bf16")
+        half, train = config["hardware"].get("mixed_precision") == "fp16", config["train"]
+        judged = train.get("on_nan", "stop") != "stop" or train.get("spike") is not None
+        fix = "set train.on_nan=stop and train.spike=null, or use bf16"
+        require(not (half and judged), f"train.on_nan, train.spike: fp16 skips steps that overflow by itself; {fix}")
         built = (build_config(of, config[group], group) for of, group in zip(types, groups, strict=True))
         return cls(config, str(name), seed, Path(run_dir), *built, dry_run)
