@@ -147,6 +147,7 @@ def test_a_kept_batch_is_complete(tmp_path):
     [
         (("train.on_nan=ignore",), "train.on_nan='ignore' is unknown; use stop, skip or rewind"),
         (("train.spike=1",), "train.spike=1 must be above 1"),
+        (("train.spike=-1",), "train.spike=-1 must be above 1"),
         (("train.on_nan=skip", "hardware.mixed_precision=fp16"), "fp16 skips steps that overflow by itself"),
         (("train.spike=3", "hardware.mixed_precision=fp16"), "train.spike: fp16 skips steps that overflow by itself"),
     ],

@@ -208,6 +208,12 @@ def test_sharers_and_pieces_of_rows_need_less():
     assert 0.4 < pieces.activations / copies.activations < 0.7 and made["pieces"].flops == made["copies"].flops
 
 
+def test_a_plan_without_a_tokenizer():
+    """With the setting that the error names."""
+    cfg = composed(*SMALL, "data.sources.mqar.kind=text", "data.tokenizer=/nowhere", "+model.vocab_size=32000")
+    assert plan(RunSettings.of(cfg), 1, "no").parameters > 32_000 * 8
+
+
 def test_a_plan_in_words():
     made = plan(settings("train.trainable=['lm_head.*']"), 1, "no")
     assert "three times that with its backward, or less, as not all is trained;" in made.lines()[2]
@@ -225,8 +231,13 @@ def test_a_plan_in_words():
         (("train.dry_run=true", "model.backbone=my/llama"), "train.dry_run: only a new decoder is planned"),
         (
             ("train.dry_run=true", "data.tokenizer=/nowhere/there", "data.sources.mqar.kind=text"),
-            r"data.tokenizer: '/nowhere/there' is not .*; or plan without it: model.vocab_size=32000",
+            r"data.tokenizer: '/nowhere/there' is not .*; or plan without it: \+model.vocab_size=32000",
         ),
+        # A run checks these with its model.
+        (("train.dry_run=true", "train.truncate=3"), "train.truncate=3 does not divide data.seq_len=8"),
+        (("train.dry_run=true", "train.truncate=16"), "train.truncate=16 does not divide data.seq_len=8"),
+        (("train.dry_run=true", "train.truncate=4", "train.lengths=[[4,64]]"), "needs rows of one length"),
+        (("train.dry_run=3", "train.batch_size=3", "hardware.sequence_parallel=3"), "=3 does not divide rows of 8"),
     ],
 )
 def test_wrong_plans_are_named(given, message):

@@ -26,6 +26,7 @@ from memlm.training.model import layers_of
 from memlm.training.objective import model_inputs
 from memlm.training.optim import build_optimizers
 from memlm.training.settings import RunSettings
+from memlm.training.sharding import check_divisible
 
 # Steps whose rows are looked at.
 _SEEN = 4
@@ -129,7 +130,6 @@ def plan(settings: RunSettings, processes: int, precision: str) -> RunPlan:
     owners = sequence.rows_of(sharing, processes)
     forwards = train.forwards(owners)
     rows = train.batch_size // owners // forwards
-    pieces = data["seq_len"] // (train.truncate or data["seq_len"])
     batch, entries, known_rows = _sample(settings, owners * forwards, train.truncate or data["seq_len"] // sharing)
     config = MemLMConfig.from_hydra({"vocab_size": entries, **_without_none(settings.config["model"])})
     with FakeTensorMode():
@@ -141,13 +141,19 @@ def plan(settings: RunSettings, processes: int, precision: str) -> RunPlan:
         gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
         averages = 4 * count_parameters(model, trained=True) if train.ema else 0
     autocast = nullcontext() if precision == "no" else torch.autocast("cpu", _DTYPES[precision])
+    length, sharers = data["seq_len"], settings.hardware.sharers(processes)
+    lengths = [length, *(of for of, _ in train.lengths or [])]
+    stages = Stages(train.lengths or [], length, train.batch_size * length)
+    sequence.check_stretches(model, sharing, lengths, settings.hardware.compile, sharers > 1)
+    pieces = sequence.pieces_of(train.truncate, model, lengths, sharing > 1)
+    if train.carry:
+        sequence.check_carry(model, lengths, sharing > 1)
+    if sharers > 1:
+        check_divisible(model)
     inputs = model_inputs(batch, "cpu")
     step = of_step(config, train, inputs, autocast)
     names = config.layer_mixers()
-    length = data["seq_len"]
-    stages = Stages(train.lengths or [], length, train.batch_size * length)
     state = state_bytes(config, length)
-    sharers = settings.hardware.sharers(processes)
     memories = rows * forwards if train.carry else rows if pieces > 1 else 0
     held = (weights + optimizer + averages) / sharers + _size(batch) + memories * state
     if sharers > 1:
@@ -239,7 +245,7 @@ def _sample(settings: RunSettings, parts: int, length: int) -> tuple[Batch, int,
     try:
         return batch, given or len(load_tokenizer(tokenizer)), False
     except ValueError as error:
-        raise ValueError(f"{error}; or plan without it: model.vocab_size=32000") from error
+        raise ValueError(f"{error}; or plan without it: +model.vocab_size=32000") from error
 
 
 def _without_none(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,17 +44,10 @@ def rows_of(size: int, processes: int) -> int:
     return processes // size
 
 
-def cut_rows(
-    model: PreTrainedModel, size: int, lengths: Sequence[int], compiled: bool, sharded: bool
-) -> Stretches | None:
-    """Let a model take stretches of rows, if ``size`` processes share each row; all processes call this.
-
-    lengths: of rows, at any step
-
-    Returns None, and changes nothing, if a process has whole rows. Raises ValueError if this cannot be.
-    """
+def check_stretches(model: PreTrainedModel, size: int, lengths: Sequence[int], compiled: bool, sharded: bool) -> None:
+    """Raise ValueError if ``size`` processes cannot share each row. lengths: of rows, at any step"""
     if size == 1:
-        return None
+        return
     key = f"hardware.sequence_parallel={size}"
     for length in lengths:
         fix = "make data.seq_len and the lengths of train.lengths multiples of it"
@@ -68,6 +61,18 @@ def cut_rows(
     require(
         at_once, f"{key} hands on states of {waiting[:1]}, whose parameters must be whole; set hardware.shard=null"
     )
+
+
+def cut_rows(
+    model: PreTrainedModel, size: int, lengths: Sequence[int], compiled: bool, sharded: bool
+) -> Stretches | None:
+    """Let a model take stretches of rows, if ``size`` processes share each row; all processes call this.
+
+    Returns None, and changes nothing, if a process has whole rows. Raises ValueError, as ``check_stretches``.
+    """
+    check_stretches(model, size, lengths, compiled, sharded)
+    if size == 1:
+        return None
     group, _ = dist.new_subgroups(size)
     model.base_model.stretches = Stretches(group)
     return model.base_model.stretches

@@ -3,7 +3,7 @@
 import importlib.util
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +106,9 @@ class TrainSettings:
     spike: float | None = None
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if type(value) is int and name not in ("lm_weight", "z_loss"):
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if field.type in (int, int | None) and value is not None:
                 # The host keeps lists of rows, so their number is limited further.
                 most = 10**6 if name == "batch_size" else _MOST
                 require(1 <= value <= most, f"{name}={value} must be a whole number in [1, {most:,}]")

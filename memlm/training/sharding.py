@@ -28,13 +28,7 @@ class Sharding:
     """
 
     def __init__(self, model: PreTrainedModel, accelerator: Accelerator, size: int, compiled: bool) -> None:
-        require(
-            isinstance(model, MemLMForCausalLM),
-            f"hardware.shard: a {type(model).__name__} cannot be divided, only memlm's own decoder; use hardware=auto",
-        )
-        for name, parameter in model.named_parameters():
-            fix = "its memory has a setting without it, or use hardware=auto"
-            require(parameter.ndim > 0, f"hardware.shard: {name} is a single number, which cannot be divided; {fix}")
+        check_divisible(model)
         hooks = [(mixer, _Reached(names)) for mixer, names in _reached_in_some_rows(model)]
         for mixer, hook in hooks:
             mixer.register_forward_hook(hook)
@@ -71,6 +65,17 @@ class Sharding:
             hook.reached = False
             for parameter in () if is_reached else parameters:
                 parameter.grad = None
+
+
+def check_divisible(model: PreTrainedModel) -> None:
+    """Raise ValueError, one line, if the parameters of a model cannot be divided."""
+    require(
+        isinstance(model, MemLMForCausalLM),
+        f"hardware.shard: a {type(model).__name__} cannot be divided, only memlm's own decoder; use hardware=auto",
+    )
+    for name, parameter in model.named_parameters():
+        fix = "its memory has a setting without it, or use hardware=auto"
+        require(parameter.ndim > 0, f"hardware.shard: {name} is a single number, which cannot be divided; {fix}")
 
 
 def _reached_in_some_rows(model: nn.Module) -> list[tuple[SequenceMixer, list[str]]]:
