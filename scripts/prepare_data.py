@@ -21,10 +21,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, help="processes that encode")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of train.py")
     arguments = parser.parse_args()
-    from memlm.cli import composed, user_errors
+    from memlm.cli import check_arguments, completed, composed, user_errors
 
     with user_errors(ROOT / "configs", "train"):
-        prepare(composed(ROOT / "configs", "train", arguments.overrides), arguments.workers)
+        overrides = completed(arguments.overrides)
+        check_arguments(overrides, ROOT / "configs", "train")
+        prepare(composed(ROOT / "configs", "train", overrides), arguments.workers)
 
 
 def prepare(config, workers: int | None) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import sys
 
 import numpy as np
 import pytest
@@ -150,10 +151,17 @@ def test_the_script_prepares_mends_and_reports(books, tmp_path, capsys):
     assert shard.read_bytes() == right
 
 
-def test_the_script_tells_of_data_without_text(tmp_path, capsys):
+def test_the_script_tells_of_data_without_text(tmp_path, capsys, monkeypatch):
+    """It takes the settings of a run, a batch in tokens too."""
     script = runpy.run_path(str(ROOT / "scripts" / "prepare_data.py"))
-    script["prepare"](composed("data=mqar", f"data.cache_dir={tmp_path}/cache"), 1)
+    settings = ["data=mqar", f"data.cache_dir={tmp_path}/cache", "train.batch_tokens=1024"]
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "--workers", "1", *settings])
+    script["main"]()
     assert capsys.readouterr().out == "data.sources: no text among mqar; nothing to encode\n"
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "data=mqar", "train.batch_tokns=1024"])
+    with pytest.raises(SystemExit):
+        script["main"]()
+    assert "did you mean 'train.batch_tokens'" in capsys.readouterr().err
 
 
 def test_a_large_corpus_without_text(books, tmp_path):
