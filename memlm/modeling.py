@@ -149,7 +149,7 @@ class MemLMModel(MemLMPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([MemLMDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.gradient_checkpointing, self.checkpointed_layers = False, range(0)
+        self.gradient_checkpointing, self.checkpointed_layers = False, range(config.num_hidden_layers)
         self.post_init()
 
     @can_return_tuple

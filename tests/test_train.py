@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM
 
 from memlm.data import Batch, Row
 from memlm.hub import load_model
@@ -27,6 +28,7 @@ from memlm_kernels.testing import assert_close, relative_error
 from tests.conftest import ROOT, build, composed
 from tests.ranks import train
 from tests.runs import SMALL, config, figures, stopped, trainer
+from tests.test_any_model import LLAMA
 
 
 def optim_settings(*overrides):
@@ -302,6 +304,9 @@ def test_layers_to_checkpoint_are_named_or_numbered():
     for chosen, layers in ((["memory"], [1, 3]), ([4, "memory"], [1, 3, 4]), (["attention", 0], [0, 2, 4])):
         checkpoint_layers(model, chosen)
         assert (model.model.gradient_checkpointing, model.model.checkpointed_layers) == (True, layers)
+    backbone = AutoModelForCausalLM.from_config(LLAMA)
+    with pytest.raises(ValueError, match=r"train.gradient_checkpointing=\[0\] names layers of memlm's decoder"):
+        checkpoint_layers(backbone, [0])
 
 
 # Dynamo reads the .grad of each input of a graph and makes objects of autograd functions, and hides the warnings of

@@ -146,7 +146,8 @@ def checkpoint_layers(model: PreTrainedModel, chosen: bool | list) -> None:
     enable({"use_reentrant": False})
     if isinstance(chosen, list):
         own = isinstance(model, MemLMPreTrainedModel)
-        require(own, "train.gradient_checkpointing: a backbone's layers have no names here; use true or false")
+        key = f"train.gradient_checkpointing={chosen}"
+        require(own, f"{key} names layers of memlm's decoder, and this is a backbone; use true or false")
         model.base_model.checkpointed_layers = layers_of(model.config, chosen)
 
 
