@@ -1,6 +1,7 @@
 """Processes that share parameters take the steps of a single one, and leave checkpoints for any number of them."""
 
 import copy
+import errno
 import json
 import os
 import re
@@ -217,9 +218,27 @@ def test_an_earlier_checkpoint_has_no_later_state(tmp_path):
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
-def test_a_process_that_fails_alone_does_not_wait_for_others(tmp_path, monkeypatch):
-    """Its thread does, and completes the save."""
+@pytest.fixture
+def one_sharer(tmp_path):
+    """A group of one process, and the content of its checkpoint."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield checkpoint.Beside(byte_tokenizer(), {"step": 1, "optimizers": []}, {checkpoint.FACTS: '{"step": 1}'})
+    dist.destroy_process_group()
+
+
+def test_a_full_disk_is_one_line(tmp_path, one_sharer, monkeypatch):
+    def write(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", write)
+    message = r"step_000001: could not be written \(a process's part: .*No space left on device\); free disk space"
+    with pytest.raises(OSError, match=message), Saver(State(build("none", torch.float32), [])) as saver:
+        saver.save(tmp_path, 1, one_sharer, 1)
+    assert not [*(tmp_path / "checkpoints").iterdir()]
+
+
+def test_a_process_that_fails_alone_does_not_wait_for_others(tmp_path, one_sharer, monkeypatch):
+    """Its thread does, and completes the save."""
     real, waits = dist.barrier, []
 
     def barrier(*group):
@@ -227,13 +246,9 @@ def test_a_process_that_fails_alone_does_not_wait_for_others(tmp_path, monkeypat
         real(*group)
 
     monkeypatch.setattr(dist, "barrier", barrier)
-    beside = checkpoint.Beside(byte_tokenizer(), {"step": 1, "optimizers": []}, {checkpoint.FACTS: '{"step": 1}'})
-    try:
-        with pytest.raises(ZeroDivisionError), Saver(State(build("none", torch.float32), [])) as saver:
-            saver.save(tmp_path, 1, beside, 1)
-            _ = 1 / 0
-    finally:
-        dist.destroy_process_group()
+    with pytest.raises(ZeroDivisionError), Saver(State(build("none", torch.float32), [])) as saver:
+        saver.save(tmp_path, 1, one_sharer, 1)
+        _ = 1 / 0
     assert waits == [False]
     assert checkpoint.newest_whole(tmp_path)[0].name == "step_000001"
 

@@ -129,7 +129,12 @@ class Saver:
 
     def _complete(self, written: Any, into: ExitStack) -> None:
         with into:
-            written.result()
+            try:
+                written.result()
+            except dcp.CheckpointException as error:
+                # It is no Exception; the failures are those of the processes.
+                reason, _ = next(iter(error.failures.values()))
+                raise OSError(f"a process's part: {reason}") from error
             # DCP gives metadata to the first process when all have written.
             dist.barrier(self._group)
 
