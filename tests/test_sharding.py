@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from dataclasses import replace
+from functools import partialmethod
 
 import pytest
 import torch
@@ -154,8 +155,15 @@ def test_groups_that_do_not_fit_are_named(monkeypatch, shard, processes, here, m
         assert [replace(hardware, shard=s).sharers(8) for s in (None, "all", "node", 2)] == [1, 8, 4, 2]
 
 
-@pytest.mark.parametrize("documents", [3, 1, None])
-def test_routers_that_some_rows_teach_learn_as_on_one_process(tmp_path, documents):
+def eager_graphs(patch):
+    patch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+
+
+@pytest.mark.parametrize(
+    ("documents", "compiled"),
+    [(3, False), (1, False), (None, False), pytest.param(3, True, marks=pytest.mark.slow)],
+)
+def test_routers_that_some_rows_teach_learn_as_on_one_process(tmp_path, documents, compiled):
     """Documents are in the row of one process, or in none: then the weights do not even decay. They do if the loss of
     a choice among one document has zeros as its gradient.
     """
@@ -166,8 +174,8 @@ def test_routers_that_some_rows_teach_learn_as_on_one_process(tmp_path, document
     options = "memory=msa", "optim=adamw", "optim.weight_decay=0.5", "train.steps=3", "train.batch_size=2"
     one, two = (config(tmp_path / name, *sources, *options, small=kept) for name in ("one", "two"))
     train(one)
-    two.hardware.shard = "all"
-    train(two, 2)
+    two.hardware.shard, two.hardware.compile = "all", compiled
+    train(two, 2, eager_graphs)
     first, second = (load_file(checkpoint.latest(tmp_path / n / "run") / "model.safetensors") for n in ("one", "two"))
     assert figures(tmp_path / "two") == pytest.approx(figures(tmp_path / "one"), rel=1e-6)
     for name, weight in first.items():

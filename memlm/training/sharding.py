@@ -101,6 +101,8 @@ class _Reached:
     def __init__(self, names: list[str]) -> None:
         self.names, self.reached = names, False
 
+    # Dynamo gives the function a wrong output.
+    @torch.compiler.disable
     def __call__(self, mixer: nn.Module, inputs: Any, output: MixerOutput) -> MixerOutput:
         if any(loss.requires_grad for loss in output.aux_losses.values()):
             self.reached = True
