@@ -50,6 +50,8 @@ class Watched:
 
 
 _builds = ContextVar("builds", default=True)
+# Bytes of unknown files that are read where nothing may be built: seconds.
+_READ = 2**31
 
 
 class NotBuilt(ValueError):
@@ -58,7 +60,9 @@ class NotBuilt(ValueError):
 
 @contextmanager
 def only_built() -> Iterator[None]:
-    """Within the block, caches raise ``NotBuilt`` instead of building a folder, and nothing waits for its turn."""
+    """Within the block, caches raise ``NotBuilt`` instead of building a folder, or reading many bytes of files that
+    they do not know; and nothing waits for its turn.
+    """
     token = _builds.set(False)
     try:
         yield
@@ -136,7 +140,7 @@ class DiskCache:
         Raises ValueError with the file's name if it cannot be read.
         """
         known, fresh = self._remembered(), {}
-        contents = {}
+        contents, read = {}, 0
         for path in paths:
             try:
                 stat = path.stat()
@@ -148,6 +152,9 @@ class DiskCache:
                     case [*before, str(digest)] if before == times:
                         pass
                     case _:
+                        read += stat.st_size
+                        if read > _READ and not _builds.get():
+                            raise NotBuilt(f"{path} and others were not read before")
                         digest = files.digest(path)
                         if time.time_ns() - stat.st_mtime_ns > _TICK:
                             fresh[str(path)] = [*times, digest]

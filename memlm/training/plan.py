@@ -223,7 +223,7 @@ def _sample(settings: RunSettings, parts: int, length: int) -> tuple[Batch, int,
     mixture, most = None, 2
     if is_made_by_rule(data):
         tokenizer, mixture = build_data(data, seed=settings.seed, batch_size=size)
-    elif os.path.isdir(os.path.expanduser(str(data["cache_dir"]))):
+    elif os.path.isdir(os.path.expanduser(str(data.get("cache_dir")))):
         # Mistakes in the data's settings are found by the run itself: its files may be on another machine.
         with suppress(ValueError), only_built():
             tokenizer, mixture = build_data(data, seed=settings.seed, batch_size=size)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from memlm import files
-from memlm.data import Documents, Questions, TextCorpus, TextSource, byte_tokenizer, load_tokenizer
-from memlm.data.disk_cache import DiskCache
+from memlm.data import Documents, Questions, TextCorpus, TextSource, byte_tokenizer, disk_cache, load_tokenizer
+from memlm.data.disk_cache import DiskCache, NotBuilt, only_built
 from memlm.data.row import SPLITS
 from memlm.data.tokenizer import fingerprint
 from tests.faults import every_fault
@@ -210,6 +210,28 @@ class Building:
             place, content = read(folder)
             files.check_seal(place)
             assert content == right
+
+
+def test_within_only_built_nothing_is_built_and_little_is_read(tmp_path, monkeypatch):
+    cache = DiskCache(tmp_path / "cache")
+    paths = [tmp_path / f"{i}.txt" for i in range(3)]
+    for path in paths:
+        path.write_text("1234")
+    with only_built(), pytest.raises(NotBuilt):
+        cache.folder([1], ["a"], lambda folder: (folder / "a").touch())
+    assert not (tmp_path / "cache").exists()
+    made = cache.folder([1], ["a"], lambda folder: (folder / "a").touch())
+    with only_built():
+        assert cache.folder([1], ["a"], None) == made
+        with pytest.raises(NotBuilt):
+            cache.folder([1], ["a"], None, has_more=lambda folder: False)
+    assert made.exists()
+    monkeypatch.setattr(disk_cache, "_READ", 10)
+    assert len(cache.contents(paths)) == 3
+    with only_built():
+        assert len(cache.contents(paths[:2])) == 2
+        with pytest.raises(NotBuilt, match=r"2\.txt and others were not read before"):
+            cache.contents(paths)
 
 
 def test_a_build_survives_faults(tmp_path):
