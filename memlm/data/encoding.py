@@ -5,6 +5,7 @@ sizes and SHA-256. A shard's name is a hash of everything that determines its co
 where it was, on any number of processes, and a corpus with one more file encodes that file alone.
 """
 
+import fcntl
 import hashlib
 import io
 import json
@@ -15,10 +16,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import chain, islice
@@ -195,6 +198,9 @@ class Encoding:
         partial = files.beside(self.folder / f"{name}.bin")
         try:
             with partial.open("xb") as file:
+                # A file that nobody holds is of a process that was killed, see `remove_remains`.
+                with suppress(OSError):
+                    fcntl.flock(file, fcntl.LOCK_EX)
                 for document, at in documents:
                     ids = encode(document.text) if document.starts else go_on([document.text])[0]
                     ids = ids.astype(dtype)
@@ -225,6 +231,15 @@ class Encoding:
         shard = TokenShard(name, tokens, len(table) // 5, last, digests, sizes)
         files.write(self.folder / f"{name}.json", json.dumps(asdict(shard)))
         return shard
+
+
+def remove_remains(store: Path) -> None:
+    """Remove the unfinished shards of killed processes: files of a minute ago or earlier that no process holds."""
+    for path in store.glob("*.bin.partial-*"):
+        with suppress(OSError), path.open("rb") as file:
+            if time.time() - path.stat().st_mtime > 60:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
 
 
 def serve() -> None:

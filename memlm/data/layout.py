@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from memlm import files
 
 from .documents import Corpus, Part, assign_splits
-from .encoding import ENDS, FILE, KEY, ROW, WHOLE, Encoding, Report, TokenShard
+from .encoding import ENDS, FILE, KEY, ROW, WHOLE, Encoding, Report, TokenShard, remove_remains
 from .row import SPLITS
 from .tokenizer import fingerprint
 
@@ -176,6 +176,7 @@ def _encoded(
     if tokenizer.eos_token_id is None:
         raise ValueError("data tokenizer has no end-of-text token; set its eos_token")
     store.mkdir(parents=True, exist_ok=True)
+    remove_remains(store)
     shards = Encoding(documents, tokenizer, store).run(workers, report)
     return ((part, shard) for part, of_part in zip(documents.parts, shards, strict=True) for shard in of_part)
 

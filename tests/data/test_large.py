@@ -1,6 +1,8 @@
 """Corpora that stay in shards: what is held out, rows of groups of shards, and damage. Small limits make them here."""
 
+import fcntl
 import json
+import os
 import runpy
 import sys
 
@@ -9,7 +11,7 @@ import pytest
 
 from memlm.data import documents, layout, reading, text
 from memlm.data.documents import Documents
-from memlm.data.encoding import Encoding
+from memlm.data.encoding import Encoding, remove_remains
 from memlm.data.row import SPLITS
 from memlm.data.text import TextCorpus, TextSource
 from memlm.data.tokenizer import byte_tokenizer
@@ -132,6 +134,36 @@ def test_a_small_corpus_of_the_same_files_takes_no_shard_away(books, tmp_path, m
     source = TextSource(found, 64, 0)
     assert all(of.shard.is_whole(found._store) for of in layout.large_shards(found.folder))
     assert len([source.row(i, "train", 0) for i in range(source.epoch_rows["train"])])
+
+
+def test_remains_of_killed_processes_are_removed(books, tmp_path, monkeypatch):
+    """Files that a process still writes stay, whatever their age."""
+    store = tmp_path / "cache" / "shards"
+    store.mkdir(parents=True)
+    dead, new, held = (store / f"{name}.bin.partial-0" for name in ("dead", "new", "held"))
+    for path in (dead, new, held):
+        path.write_bytes(b"half")
+    for path in (dead, held):
+        os.utime(path, (1e9, 1e9))
+    seen, write = [], Encoding._write
+
+    def writes(self, name, part, documents, advance, most):
+        assert not dead.exists()
+
+        def advanced(*args):
+            (mine,) = self.folder.glob(f"{name}.bin.partial-*")
+            os.utime(mine, (1e9, 1e9))
+            remove_remains(self.folder)
+            seen.append(mine.exists())
+            advance(*args)
+
+        return write(self, name, part, documents, advanced, most)
+
+    monkeypatch.setattr(Encoding, "_write", writes)
+    with held.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        corpus(books, tmp_path / "cache")
+    assert [path.exists() for path in (dead, new, held)] == [False, True, True] and seen and all(seen)
 
 
 def test_the_script_prepares_mends_and_reports(books, tmp_path, capsys):
