@@ -89,6 +89,18 @@ def test_results_of_other_files_have_a_folder_of_their_own(run, tmp_path, monkey
     assert keys[0] != keys[1]
 
 
+def test_texts_that_cannot_be_asked_are_lines_and_the_others_go_on(run, capsys):
+    """Also where the others were measured before."""
+    ask = ("eval.factors=[]", "eval.ask={babilong: {tasks: [1]}}", "eval.lengths=[16, 1500]", "eval.rows=1")
+    for _ in range(2):
+        complete, results = evaluated(run, *ask)
+        model = results["models"]["run"]
+        assert not complete and {cell["across"] for cell in model["asked"]["babilong"]} >= {1500}
+        (line,) = (note for note in results["notes"] if "is missing" in note)
+        assert line.startswith("run: babilong, task 1, 16 tokens is missing: eval.ask.babilong: lengths=16 is too")
+        assert line in capsys.readouterr().out
+
+
 def test_a_damaged_checkpoint_is_refused_also_by_its_own_name(run, trained, capsys):
     step = run / "checkpoints" / "step_000002"
     weights = bytearray((step / "model.safetensors").read_bytes())

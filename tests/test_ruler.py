@@ -231,6 +231,22 @@ def test_mistakes_are_a_line(settings, lengths, line):
         asked(TOKENIZERS["byte"], lengths, **settings)
 
 
+def test_texts_that_are_too_short_are_left_out_alone():
+    """The others are those of a task without them, in the order of the lengths."""
+    chosen, setting = ["vt", "cwe", "niah_single_1"], Setting(TOKENIZERS["byte"], 0)
+    (task,) = tasks({"ruler": {"tasks": chosen}}, [4096, 800], 1)
+    streams, unfit = task.fitting(setting)
+    found = [(ask.tag["length"], ask.tag["task"], read.ids.tolist()) for read, ask in streams]
+    assert [cell[:2] for cell in found] == [*((4096, name) for name in chosen), (800, "niah_single_1")]
+    _, whole = asked(TOKENIZERS["byte"], [4096], tasks=chosen)
+    assert [cell[2] for cell in found[:3]] == [read.ids.tolist() for read, _ in whole]
+    assert [*unfit] == ["vt, 800 tokens", "cwe, 800 tokens"]
+    assert "lengths=800 is too short for cwe" in unfit["cwe, 800 tokens"]
+    (task,) = tasks({"ruler": {"tasks": chosen}}, [8], 1)
+    with pytest.raises(ValueError, match="lengths=8 is too short for vt"):
+        task.fitting(setting)
+
+
 def test_256_tokens_hold_a_needle():
     asked(TOKENIZERS["bpe"], [400], tasks=["niah_single_1"])
 

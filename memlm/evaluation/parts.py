@@ -66,8 +66,7 @@ class Parts:
         except Exception as error:
             if not is_mistake(error):
                 raise
-            self.missing[name] = " ".join(str(error).split())
-            self.progress.say(f"{self.name}: {name} is missing: {self.missing[name]}")
+            self.leave_out(name, str(error))
             return None
         seconds = round(time.perf_counter() - started, 2)
         # Kept results and new ones have passed through JSON alike.
@@ -77,6 +76,10 @@ class Parts:
         if path:
             files.write(path, text)
         return self._take(name, json.loads(text))
+
+    def leave_out(self, name: str, reason: str) -> None:
+        self.missing[name] = " ".join(reason.split())
+        self.progress.say(f"{self.name}: {name} is missing: {self.missing[name]}")
 
     def _take(self, name: str, found: dict[str, Any]) -> Any:
         self.seconds[name] = found["seconds"]

@@ -93,26 +93,31 @@ class Asked(Measure):
     def run(self, one: Examined, examined: Sequence[Examined]) -> dict[str, Any]:
         setting, model = Setting(one.tokenizer, one.seed, one.sources), one.subject.model
 
-        def ask(task: Task, policy: Policy | None, records: list[Record]) -> list[dict[str, Any]]:
-            task.check(setting)
-            records += run(partial(reader_of, model, policy), task.streams(setting))
+        def ask(task: Task, policy: Policy | None, records: list[Record]) -> dict[str, Any]:
+            streams, unfit = task.fitting(setting)
+            records += run(partial(reader_of, model, policy), streams)
             require(bool(records), f"eval.ask.{task.name} asks no question; one of its lists is empty")
             shown = list(task.reduce(records))
-            return [cell for view in task.views() for cell in cells(view, shown)] + totals(task, shown)
+            of_views = [cell for view in task.views() for cell in cells(view, shown)]
+            return {"cells": of_views + totals(task, shown), "unfit": unfit}
 
         found: dict[str, Any] = {}
         for task, policy in product(self.tasks, (None, *self.policies)):
             name = task.name if policy is None else f"{task.name}, {policy.label}"
             settings = task if policy is None else {"task": asdict(task), "policy": [policy.kind, asdict(policy)]}
-            of_task = one.parts.measure(name, settings, partial(ask, task, policy), task.cost())
-            if of_task is not None and self.policies:
+            asked = one.parts.measure(name, settings, partial(ask, task, policy), task.cost())
+            if asked is None:
+                continue
+            of_task = asked["cells"]
+            for texts, reason in asked["unfit"].items():
+                one.parts.leave_out(f"{name}, {texts}", reason)
+            if self.policies:
                 of_task = [{**cell, "policy": _told(policy, one.subject)} for cell in of_task]
                 budget = f"{policy.budget:,} bytes" if policy else "all entries"
                 about = {"policy": self._words(policy), "budget": budget}
                 records = [{**record, **about} for record in task.reduce(one.parts.records[name])]
                 of_task += cells(self.views(task)[-1], records)
-            if of_task is not None:
-                found.setdefault(task.name, []).extend(of_task)
+            found.setdefault(task.name, []).extend(of_task)
         return found
 
     def tables(self, models: Models) -> dict[str, Table]:

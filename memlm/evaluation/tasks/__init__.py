@@ -28,8 +28,8 @@ Files:
 import importlib
 import pkgutil
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -145,7 +145,36 @@ class Task:
     rows: int
 
     def check(self, setting: Setting) -> None:
-        """Raise ValueError, with the key, if the tokenizer or the lengths do not serve."""
+        """Raise ValueError, with the key, if the tokenizer or the lengths do not serve. If a length does, so do longer
+        ones.
+        """
+
+    def kinds_apart(self) -> Mapping[str, Self]:
+        """Kinds of its texts, by name, each of which is left out alone if it cannot be asked."""
+        return {"": self}
+
+    def fitting(self, setting: Setting) -> tuple[Iterator[Stream], dict[str, str]]:
+        """The texts and questions that can be asked, and the reasons why others cannot, by kind and length.
+
+        Raises ValueError if none can.
+        """
+        fit, reasons = list[tuple[int, Self]](), dict[str, str]()
+        for kind, task in self.kinds_apart().items():
+            lengths = sorted(self.lengths)
+            for length in sorted(self.lengths):
+                try:
+                    replace(task, lengths=[length]).check(setting)
+                except ValueError as error:
+                    reasons[", ".join(filter(None, (kind, f"{length:,} tokens")))] = str(error)
+                    lengths.remove(length)
+                else:
+                    break
+            fit += [(length, replace(task, lengths=[length])) for length in lengths]
+        if not reasons:
+            return self.streams(setting), {}
+        require(bool(fit), next(iter(reasons.values())))
+        fit.sort(key=lambda of: self.lengths.index(of[0]))
+        return (stream for _, task in fit for stream in task.streams(setting)), reasons
 
     def tokens(self) -> int:
         """Tokens of the longest text."""

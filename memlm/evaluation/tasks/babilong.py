@@ -5,9 +5,9 @@ default sentences made by rule; BABILong takes books.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -191,6 +191,9 @@ class Babilong(Task):
     def floors(self) -> dict[str, float]:
         chances = {1 / CHOICES[task] for task in self.tasks}
         return {"chance": chances.pop()} if len(chances) == 1 else {}
+
+    def kinds_apart(self) -> Mapping[str, Self]:
+        return {f"task {name}": replace(self, tasks=[name]) for name in self.tasks}
 
     def check(self, setting: Setting) -> None:
         setting.check_text(" ".join((*PERSONS, *GIVERS, *PLACES, *OBJECTS, *_WENT, "?.")), "eval.ask.babilong")

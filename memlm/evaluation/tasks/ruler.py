@@ -14,8 +14,9 @@ Files: ``ruler_needles``, ``ruler_lists`` and ``ruler_qa`` have the tasks.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Self
 
 import numpy as np
 
@@ -88,6 +89,9 @@ class Ruler(Task):
 
     def views(self) -> Sequence[View]:
         return [View(down="task"), View(name="mean", label="mean of the tasks")]
+
+    def kinds_apart(self) -> Mapping[str, Self]:
+        return {name: replace(self, tasks=[name]) for name in self.kinds}
 
     def check(self, setting: Setting) -> None:
         length = min(self.lengths)
