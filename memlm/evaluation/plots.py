@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import LogLocator, NullFormatter
 
 _SCALE = LinearSegmentedColormap.from_list("needle", ["#F0496E", "#EBB839", "#0CD79F"])
 _COLOURS = ("#2563eb", "#64748b", "#d97706", "#0f766e")
@@ -244,8 +245,12 @@ def asked(task: Any, view: Any, results: dict[str, list[dict]]) -> Figure:
 
 
 def compared(topic: dict[str, Any], rows: dict[str, list[dict]]) -> Figure:
-    """All rows of a topic: means by column, over its lines; and the mean of all against the bytes of state."""
+    """All rows of a topic: means by column, over its lines; and the mean of all against the bytes of state. A topic
+    without a word across has a figure of its own kind in each column.
+    """
     rows = {name: cells for name, cells in rows.items() if cells}
+    if not topic["across"]:
+        return _totals(topic, rows)
     sized = {name: cells for name, cells in rows.items() if all(cell["bytes"] for cell in cells)}
     panels = 1 + bool(topic["share"] and sized)
     height = 3.6 + 0.16 * max(0, len(rows) - 6)
@@ -257,7 +262,8 @@ def compared(topic: dict[str, Any], rows: dict[str, list[dict]]) -> Figure:
         groups = [[cell for cell in cells if cell["across"] == x] for x in at]
         means = [float(np.mean([cell["value"] for cell in group])) for group in groups]
         # Side by side, so that intervals of equal values are seen.
-        places = [columns.index(x) + 0.06 * (i - (len(rows) - 1) / 2) for x in at]
+        apart = min(0.06, 0.7 / len(rows))
+        places = [columns.index(x) + apart * (i - (len(rows) - 1) / 2) for x in at]
         alone = all(len(group) == 1 for group in groups)
         around = [[max(0.0, m - g[0]["low"]), max(0.0, g[0]["high"] - m)] for m, g in zip(means, groups, strict=True)]
         error = np.nan_to_num(np.array(around).T) if alone else None
@@ -276,14 +282,34 @@ def compared(topic: dict[str, Any], rows: dict[str, list[dict]]) -> Figure:
     axes[0][0].set_ylabel(topic["label"])
     if panels == 2:
         axes[0][1].set_xscale("log")
+        axes[0][1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes[0][1].xaxis.set_major_formatter("{x:,g}")
-        axes[0][1].xaxis.set_minor_formatter("{x:,g}")
+        axes[0][1].xaxis.set_minor_formatter(NullFormatter())
         axes[0][1].set_ylim(-0.03, 1.03)
         axes[0][1].set_xlabel("state of a text, KB")
         axes[0][1].set_ylabel(f"{topic['label']}, mean")
     for axis in axes[0]:
         axis.grid(alpha=0.25)
     figure.legend(loc="outside right upper", fontsize=7)
+    figure.suptitle(topic["title"], fontsize=11)
+    return figure
+
+
+def _totals(topic: dict[str, Any], rows: dict[str, list[dict]]) -> Figure:
+    """A panel for each column, with its own scale and a line for each row."""
+    columns = list(dict.fromkeys(cell["across"] for cells in rows.values() for cell in cells))
+    size = (2.0 + 3.2 * len(columns), 1.4 + 0.24 * len(rows))
+    figure, axes = plt.subplots(1, len(columns), figsize=size, sharey=True, layout="constrained", squeeze=False)
+    for axis, column in zip(axes[0], columns, strict=True):
+        for i, cells in enumerate(rows.values()):
+            for cell in (cell for cell in cells if cell["across"] == column and cell["value"] is not None):
+                around = [cell["value"] - cell["low"]], [cell["high"] - cell["value"]]
+                error = np.clip(np.nan_to_num(np.array(around, float)), 0, None)
+                axis.errorbar(cell["value"], i, xerr=error, color="C0", marker="o", markersize=4, capsize=2)
+        axis.set_title(column, fontsize=9)
+        axis.grid(alpha=0.25)
+    axes[0][0].set_yticks(range(len(rows)), list(rows), fontsize=8)
+    axes[0][0].invert_yaxis()
     figure.suptitle(topic["title"], fontsize=11)
     return figure
 
