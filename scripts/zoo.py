@@ -2,13 +2,14 @@
 """All memories beside each other: train, evaluate and compare them, with equal parameters and with equal states.
 
     python scripts/zoo.py [--memories titans_mag none ...] [--seeds 0 1 2] [--jobs 2]
-    python scripts/zoo.py --table  # one table for each of the two pages, in Markdown
+    python scripts/zoo.py --table  # the tables of benchmarks/zoo, in Markdown
 
 Runs stand in runs/zoo/parameters, where all memories have titans_mag's parameters, and in runs/zoo/state, where they
 also have its bytes of state after a row, within 6 %; memories that keep every token cannot, and are left out there.
 Each job is one process of one thread. The same command goes on after a stop: finished runs are not trained or
-evaluated again. The pages are runs/compare/zoo-parameters and runs/compare/zoo-state. A job that fails leaves its
-output in runs/zoo/failed and ends the command with exit code 1 after all others.
+evaluated again. The pages are runs/compare/zoo-parameters and runs/compare/zoo-state; the figures of the tables go to
+benchmarks/zoo. A job that fails leaves its output in runs/zoo/failed and ends the command with exit code 1 after all
+others.
 
 A cell of ``--table`` is the mean over seeds and its 95 % interval; the order of rows is that of the first column.
 """
@@ -23,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "zoo"
 MEMORIES = sorted(path.stem for path in (ROOT / "configs/memory").glob("*.yaml"))
 # Their states grow with the text, or are a window and the fast weights of a size that no setting solves.
 WITHOUT_STATE = ("attention", "chunk_sparse", "lact", "msa")
@@ -43,20 +45,38 @@ COLUMNS = {
 }
 
 
+def figures(compared: dict, commit: str) -> dict:
+    """The part of a compare.json that the table shows."""
+    places = [place[:3] for place in COLUMNS.values()]
+    rows = []
+    for row in compared["rows"]:
+        sizes = {key: row[key] for key in ("name", "seeds", "parameters", "flops", "state_bytes")}
+        cells = [cell for cell in row["cells"] if (cell["topic"], cell["down"], cell["across"]) in places]
+        rows.append({**sizes, "cells": cells})
+    return {"command": compared["command"], "commit": commit, "rows": rows}
+
+
 def table(compared: dict) -> str:
-    """Markdown of a compare.json."""
+    """Markdown of ``figures``."""
     lines = []
     for row in compared["rows"]:
         cells = {(c["topic"], c["down"], c["across"]): c for c in row["cells"]}
         found = [(cells.get(place[:3]), place[3]) for place in COLUMNS.values()]
-        texts = [
-            f"{c['value']:.{n}f} ({c['low']:.{n}f} to {c['high']:.{n}f})" if c and c["value"] is not None else "-"
-            for c, n in found
-        ]
+        texts = [_told(cell, digits, len(row["seeds"])) for cell, digits in found]
         order = found[0][0]["value"] if found[0][0] else -1
         lines.append((order, f"| {row['name']} | {row['state_bytes'] / 1000:.0f} | {' | '.join(texts)} |"))
     header = f"| memory | KB of state | {' | '.join(COLUMNS)} |"
     return "\n".join([header, "|---" * (len(COLUMNS) + 2) + "|", *(line for _, line in sorted(lines, reverse=True))])
+
+
+def _told(cell: dict | None, digits: int, seeds: int) -> str:
+    """Value and interval, and the number of seeds if some have none. Student's interval may end below 0."""
+    if not cell or cell["value"] is None:
+        return "-"
+    value, low, high = (f"{max(0.0, cell[word]):.{digits}f}" for word in ("value", "low", "high"))
+    return f"{value} ({low} to {high})" + (
+        "" if len(cell["seeds"]) == seeds else f", {len(cell['seeds'])} of {seeds} seeds"
+    )
 
 
 def run(size: str, memory: str, seed: int) -> str | None:
@@ -79,6 +99,16 @@ def run(size: str, memory: str, seed: int) -> str | None:
     return None
 
 
+def publish() -> None:
+    pages = {size: Path(f"runs/compare/zoo-{size}/compare.json") for size in SIZES}
+    for size, page in pages.items():
+        if page.exists():
+            described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+            found = figures(json.loads(page.read_text()), described.stdout.strip())
+            RESULTS.mkdir(parents=True, exist_ok=True)
+            (RESULTS / f"{size}.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memories", nargs="+", default=MEMORIES, choices=MEMORIES)
@@ -88,7 +118,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.table:
         for size in SIZES:
-            print(f"{size}\n\n{table(json.loads(Path(f'runs/compare/zoo-{size}/compare.json').read_text()))}\n")
+            print(f"{size}\n\n{table(json.loads((RESULTS / f'{size}.json').read_text()))}\n")
         return
     # All memories of one seed come before the next seed, so that a stopped command can already be compared.
     chosen = itertools.product(given.seeds, SIZES, given.memories)
@@ -104,6 +134,7 @@ def main() -> None:
     for size in SIZES:
         command = [sys.executable, "evaluate.py", f"compare=[runs/zoo/{size}/*]", f"out=runs/compare/zoo-{size}"]
         failed += [size] if subprocess.run(command).returncode else []
+    publish()
     sys.exit(1 if failed else 0)
 
 

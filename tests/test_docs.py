@@ -23,7 +23,7 @@ from tests.conftest import ROOT, build, composed
 # All but the log, whose commands are those of its commits.
 PAGES = [
     str(path.relative_to(ROOT))
-    for pattern in ("*.md", "configs/*.md", "memlm/**/*.md", "benchmarks/*.md", "kernels/README.md", "scripts/*.md")
+    for pattern in ("*.md", "configs/*.md", "memlm/**/*.md", "benchmarks/**/*.md", "kernels/README.md", "scripts/*.md")
     for path in sorted(ROOT.glob(pattern))
     if path.name != "LOG.md"
 ]

@@ -1,6 +1,7 @@
 """scripts/zoo.py starts each run once and goes on after failures; its commands compose."""
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -13,11 +14,16 @@ import pytest
 from tests.conftest import MEMORIES, ROOT, composed
 
 
-@pytest.fixture
-def zoo(monkeypatch, tmp_path):
+def script():
     spec = importlib.util.spec_from_file_location("zoo", ROOT / "scripts" / "zoo.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def zoo(monkeypatch, tmp_path):
+    module = script()
     monkeypatch.chdir(tmp_path)
     commands = []
 
@@ -76,3 +82,11 @@ def test_its_commands_compose(zoo, memory):
             assert composed(*overrides).name.startswith("zoo/")
         elif "eval=zoo" in overrides:
             assert composed(*overrides, config="evaluate").eval.ask
+
+
+def test_the_tables_of_the_page_are_those_of_the_results():
+    page, module = (ROOT / "benchmarks" / "zoo" / "README.md").read_text(), script()
+    for size in module.SIZES:
+        results = json.loads((module.RESULTS / f"{size}.json").read_text())
+        assert all(row["seeds"] == [0, 1, 2] for row in results["rows"])
+        assert module.table(results) in page
