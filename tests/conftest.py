@@ -8,6 +8,7 @@ import os
 import runpy
 import signal
 import sys
+import tracemalloc
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -39,6 +40,15 @@ def fresh_accelerate():
     """accelerate keeps one state per process, whatever the precision."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_switched_on():
+    """A test that leaves tracing or another precision behind changes the tests after it, or makes them slow."""
+    before = sys.gettrace(), sys.getprofile(), torch.get_default_dtype(), torch.get_num_threads()
+    yield
+    assert not tracemalloc.is_tracing() and torch.is_grad_enabled()
+    assert (sys.gettrace(), sys.getprofile(), torch.get_default_dtype(), torch.get_num_threads()) == before
 
 
 def composed(*overrides: str, config: str = "train"):
