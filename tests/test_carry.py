@@ -151,6 +151,21 @@ def test_two_processes_go_on_with_the_memories_of_one_and_the_other_way_round(tm
         assert figures(folder) == pytest.approx(figures(tmp_path / "one"), rel=1e-5)
 
 
+def test_a_run_whose_first_step_is_skipped_is_saved_and_goes_on(tmp_path, monkeypatch):
+    real, count = Objective.forward, [0]
+
+    def broken(self, *args, **inputs):
+        loss, *rest = real(self, *args, **inputs)
+        count[0] += 1
+        return loss * (float("nan") if count[0] == 1 else 1.0), *rest
+
+    monkeypatch.setattr(Objective, "forward", broken)
+    settings = ("train.on_nan=skip", "train.save_every=1", "train.keep=9")
+    run(small(tmp_path, *settings, "train.steps=1", "optim.schedule_steps=3"))
+    run(small(tmp_path, *settings, "train.steps=3", "optim.schedule_steps=3"))
+    assert np.isfinite([*figures(tmp_path).values()]).all() and len(figures(tmp_path)) == 2
+
+
 def test_a_skipped_step_leaves_the_memories_as_they_were(tmp_path, monkeypatch):
     made, real = trainer(small(tmp_path, "train.on_nan=skip")), Objective.forward
     made._one_step(False)

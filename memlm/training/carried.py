@@ -40,8 +40,9 @@ class Carried:
         self._before = [memory.fork() for memory in self.memories]
 
     def undo(self) -> None:
-        """Return to the memories before the step."""
-        self.memories = self._before
+        """Pass over the text of the step: states are those before it, of zeros before the first step."""
+        for memory, before in zip(self.memories, self._before, strict=True):
+            memory.states = before.states or [mapped(torch.zeros_like, state) for state in memory.states]
 
     def saved(self, processes: int) -> dict[str, Any]:
         """The memories of all processes, by row of the batch, for a checkpoint. All processes call this."""
