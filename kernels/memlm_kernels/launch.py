@@ -4,7 +4,6 @@ B batch, T tokens of a row, S segments of a row, N chunks of a row, BT tokens of
 dim. Segment s of row b holds the tokens cu[b, s] to cu[b, s + 1] - 1; without cu a row is one segment.
 """
 
-import contextlib
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memlm_kernels.backend import exact_products
+from memlm_kernels.segments import power_of_two
 
 Tiles = dict[str, int]
 
@@ -32,10 +32,11 @@ class Kernel:
     def __init__(self, function: Any, tiles: Mapping[str, list[Tiles]]) -> None:
         self.function, self.tiles = function, tiles
         self.best: dict[tuple, Tiles] = {}
+        self._fitting: dict[tuple, list[Tiles]] = {}
 
     def __call__(self, programs: Callable[[Tiles], int], limits: Tiles, **arguments: Any) -> None:
         """programs: the number of programs that a choice of tiles needs; limits: the largest size of each tile."""
-        choices = fitting(self.tiles[target()], limits)
+        choices = self.choices(limits)
         tiles = choices[0]
         if len(choices) > 1 and os.environ.get("MEMLM_AUTOTUNE") == "1":
             kinds = (x.dtype if isinstance(x, Tensor) else x is None for x in arguments.values())
@@ -46,16 +47,30 @@ class Kernel:
             tiles = self.best[key]
         self._launch(programs, tiles, arguments)
 
+    def choices(self, limits: Tiles) -> list[Tiles]:
+        """The tiles of this machine's GPUs that keep to the limits."""
+        key = tuple(limits.items())
+        if (found := self._fitting.get(key)) is None:
+            found = self._fitting[key] = fitting(self.tiles[target()], limits)
+        return found
+
     def _launch(self, programs: Callable[[Tiles], int], tiles: Tiles, arguments: Mapping[str, Any]) -> None:
-        count, threads = programs(tiles), tiles["num_warps"] * (64 if target() == "hip" else 32)
+        count = programs(tiles)
         if count == 0:
             return
-        if count >= (2**32 // threads if target() == "hip" else 2**31):
+        hip = target() == "hip"
+        if count >= (2**32 // (64 * tiles["num_warps"]) if hip else 2**31):
             name = self.function.__name__
             raise ValueError(f"{name}: no GPU starts {count} programs at once; use backend='reference'")
-        device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
+        for x in arguments.values():
+            if isinstance(x, Tensor):
+                device = x.device
+                break
         # Triton launches on the current device, wherever the tensors are.
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self.function[(count,)](**arguments, **tiles)
+        else:
             self.function[(count,)](**arguments, **tiles)
 
     def _seconds(self, programs: Callable[[Tiles], int], tiles: Tiles, arguments: Mapping[str, Any]) -> float:
@@ -103,12 +118,12 @@ def cdiv(x: int, y: int) -> int:
 
 def at_least_16(size: int) -> int:
     """The smallest power of two that holds ``size`` and that a product can take."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, power_of_two(size))
 
 
 def powers_of_two(**sizes: int) -> Tiles:
     """The smallest power of two that holds each size: the limit of its tile."""
-    return {name: triton.next_power_of_2(size) for name, size in sizes.items()}
+    return {name: power_of_two(size) for name, size in sizes.items()}
 
 
 def with_features(x: Tensor) -> Tensor:

@@ -153,11 +153,11 @@ def chunk_width(length: int, cu_seqlens: Tensor | None, most: int) -> int:
     segments are short, because each may leave all but one slot of its last chunk empty.
     """
     share = length / segments_of(cu_seqlens)
-    return min(most, max(_power_of_two(share / 8), min(16, _power_of_two(share))))
+    return min(most, max(power_of_two(share / 8), min(16, power_of_two(share))))
 
 
-def _power_of_two(x: float) -> int:
-    """The smallest power of two that is at least x, and at least 1."""
+def power_of_two(x: float) -> int:
+    """The smallest power of two that is at least x, and at least 1. Triton's own function is slow outside kernels."""
     return 1 << max(0, math.ceil(x) - 1).bit_length()
 
 

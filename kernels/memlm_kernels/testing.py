@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 def import_triton_ops() -> None:
     """Import all Triton ops, so that torch's FlopCounterMode counts them: it counts only ops known when it starts."""
     for path in Path(__file__).parent.glob("*/*.py"):
-        if "custom_op(" in path.read_text():
+        if "register_flop_formula(" in path.read_text():
             importlib.import_module(f"memlm_kernels.{path.parent.name}.{path.stem}")
 
 

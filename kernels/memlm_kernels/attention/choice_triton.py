@@ -3,16 +3,17 @@
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
-from triton import next_power_of_2
 
 from memlm_kernels.attention.choice_kernels import best_chunks, count_digits, place_by_digit
 from memlm_kernels.launch import at_least_16, cdiv, laid, no_products, precision
+from memlm_kernels.ops import kernel_op
+from memlm_kernels.segments import power_of_two
 
 # Entries that a program of the radix sort holds.
 WIDTH = 512
 
 
-@torch.library.custom_op("memlm::chunk_topk", mutates_args=())
+@kernel_op("chunk_topk")
 def choose_chunks(q: Tensor, k: Tensor, first: Tensor | None, end: Tensor | None, top_k: int) -> Tensor:
     """[B, T, G, top_k] int64; first, end: int32."""
     q, k, first, end = laid(q, k, first, end)
@@ -22,7 +23,7 @@ def choose_chunks(q: Tensor, k: Tensor, first: Tensor | None, end: Tensor | None
         lambda tiles: batch * groups * cdiv(length, tiles["BT"]),
         {},
         **{"q": q, "k": k, "first": first, "end": end, "index": index, "T": length, "N": k.shape[1], "H": heads},
-        **{"G": groups, "K": keys, "J": top_k, "BJ": next_power_of_2(top_k), "BK": at_least_16(keys), "BN": 64},
+        **{"G": groups, "K": keys, "J": top_k, "BJ": power_of_two(top_k), "BK": at_least_16(keys), "BN": 64},
         # Sums and pooled keys are fp32 for every type; for 16-bit tokens, NVIDIA's matrix units take them as tf32.
         PRECISION=precision(q),
     )
@@ -39,7 +40,7 @@ def _flops(q: tuple[int, ...], k: tuple[int, ...], *_: object, **__: object) -> 
     return 2 * q[0] * q[1] * k[1] * k[2] * k[3]
 
 
-@torch.library.custom_op("memlm::invert_chunks", mutates_args=())
+@kernel_op("invert_chunks")
 def invert(index: Tensor, num_chunks: int) -> tuple[Tensor, Tensor]:
     """Tokens [B, G, T J] int32, and offsets [B, G, N + 1]."""
     index = index.clamp(-1, num_chunks).to(torch.int32).contiguous()

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
-from triton import next_power_of_2
 
 from memlm_kernels.attention.choice_triton import invert
 from memlm_kernels.attention.chunk_kernels import add_parts, chunks_backward, unite_chunks
@@ -22,6 +21,8 @@ from memlm_kernels.attention.kernels import (
 from memlm_kernels.backend import outside_autocast
 from memlm_kernels.checks import in_one_type
 from memlm_kernels.launch import Tiles, arguments_of, at_least_16, cdiv, laid, precision
+from memlm_kernels.ops import kernel_op
+from memlm_kernels.segments import power_of_two
 
 # The number of programs that keeps a GPU busy; the number of a chunk's readers that one program sums.
 ENOUGH, PER = 256, 1024
@@ -36,7 +37,7 @@ class AttentionCall:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, index: Tensor | None, chunk: int):
         self.batch, self.length, self.heads, self.keys = q.shape
         self.groups, self.values = k.shape[2], v.shape[-1]
-        self.padded = next_power_of_2(self.heads // self.groups)
+        self.padded = power_of_two(self.heads // self.groups)
         wide = max(at_least_16(self.keys), at_least_16(self.values)) * q.element_size()
         # As large as registers can hold; fp32 takes twice as many.
         most = 64 if wide <= 256 and q.element_size() == 2 else 32
@@ -83,7 +84,7 @@ def _united(call: AttentionCall, index: Tensor | None, chunks: int) -> dict[str,
     """The union of the chunks that the queries of each tile chose."""
     if index is None:
         return {"united": None, "count": None, "U": 0, "BJ": 1}
-    taken = {"U": call.chosen, "BJ": next_power_of_2(call.chosen)}
+    taken = {"U": call.chosen, "BJ": power_of_two(call.chosen)}
     tokens = min(call.rows // call.padded, call.length)
     if tokens == 1:
         return taken | {"united": index, "count": None}
@@ -95,12 +96,12 @@ def _united(call: AttentionCall, index: Tensor | None, chunks: int) -> dict[str,
         lambda _: count.numel(),
         {},
         **{"index": index, "united": united, "count": count, "T": call.length, "N": chunks, "U": room},
-        **{"G": call.groups, "J": call.chosen, "BT": tokens, "W": next_power_of_2(room)},
+        **{"G": call.groups, "J": call.chosen, "BT": tokens, "W": power_of_two(room)},
     )
     return taken | {"united": united, "count": count, "U": room}
 
 
-@torch.library.custom_op("memlm::attention", mutates_args=())
+@kernel_op("attention")
 def forward(
     q: Tensor,
     k: Tensor,
@@ -186,7 +187,7 @@ def _seven(gradients: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor,
     return a, b, c, d, e, f, g
 
 
-@torch.library.custom_op("memlm::attention_backward", mutates_args=())
+@kernel_op("attention_backward")
 def backward(
     q: Tensor,
     k: Tensor,

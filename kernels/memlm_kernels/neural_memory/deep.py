@@ -23,6 +23,7 @@ from memlm_kernels.neural_memory.deep_read_backward_kernels import deep_read_bac
 from memlm_kernels.neural_memory.network import ACTIVATIONS, EPS
 from memlm_kernels.neural_memory.rates import Rates
 from memlm_kernels.neural_memory.step_kernels import deep_step
+from memlm_kernels.ops import kernel_op
 
 # The number of chunks whose memories exist at once.
 SPAN = 16
@@ -175,7 +176,7 @@ def _norm(x: Tensor) -> Tensor:
 Tensors = list[Tensor]
 
 
-@torch.library.custom_op("memlm::deep_memory", mutates_args=())
+@kernel_op("deep_memory")
 def forward(
     tokens: Tensors,
     momentum: Tensors,
@@ -244,7 +245,7 @@ def _(
     return [beta.new_empty(*q.shape[:3], v.shape[-1]), beta.new_empty(beta.shape), *last, *kept]
 
 
-@torch.library.custom_op("memlm::deep_memory_backward", mutates_args=())
+@kernel_op("deep_memory_backward")
 def backward(
     tokens: Tensors,
     momentum: Tensors,

@@ -16,6 +16,7 @@ from memlm_kernels.neural_memory.chunk import Plan
 from memlm_kernels.neural_memory.kernels import memory_backward, memory_forward, tokens_backward
 from memlm_kernels.neural_memory.rates import Rates
 from memlm_kernels.neural_memory.step_kernels import memory_step
+from memlm_kernels.ops import kernel_op
 from memlm_kernels.segments import ChunkedRows
 
 # A memory is kept for backward every so many chunks; and so many chunks' gradients of memories are kept in backward.
@@ -54,7 +55,7 @@ def _programs(sizes: dict[str, Any], groups: int = 1) -> Any:
     return programs
 
 
-@torch.library.custom_op("memlm::neural_memory", mutates_args=())
+@kernel_op("neural_memory")
 def forward(
     q: Tensor,
     k: Tensor,
@@ -145,7 +146,7 @@ def _(
     return [out, squares.sum(0), *present]
 
 
-@torch.library.custom_op("memlm::neural_memory_backward", mutates_args=())
+@kernel_op("neural_memory_backward")
 def backward(
     q: Tensor,
     k: Tensor,

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import register_flop_formula
 from memlm_kernels.backend import outside_autocast
 from memlm_kernels.checks import in_one_type
 from memlm_kernels.launch import laid
+from memlm_kernels.ops import kernel_op
 from memlm_kernels.recurrence.delta_kernels import (
     delta_states_backward,
     delta_states_forward,
@@ -35,7 +36,7 @@ def _solve(call: RecurrenceCall, x: Tensor, beta: Tensor, log_decay: Tensor | No
     return out
 
 
-@torch.library.custom_op("memlm::delta_rule", mutates_args=())
+@kernel_op("delta_rule")
 def forward(
     q: Tensor,
     k: Tensor,
@@ -90,7 +91,7 @@ def _(
     return v.new_empty(v.shape), final, states, v.new_empty(v.shape), Y
 
 
-@torch.library.custom_op("memlm::delta_rule_backward", mutates_args=())
+@kernel_op("delta_rule_backward")
 def backward(
     q: Tensor,
     k: Tensor,

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import register_flop_formula
 from memlm_kernels.backend import outside_autocast
 from memlm_kernels.checks import in_one_type
 from memlm_kernels.launch import Tiles, at_least_16, cdiv, laid, precision, spans
+from memlm_kernels.ops import kernel_op
 from memlm_kernels.recurrence.channel_kernels import (
     channel_keys_backward,
     channel_scores,
@@ -77,7 +78,7 @@ class RecurrenceCall:
         return make(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("memlm::linear_attention", mutates_args=())
+@kernel_op("linear_attention")
 def forward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, state: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,7 +126,7 @@ def _(
     return v.new_empty(v.shape), final, states
 
 
-@torch.library.custom_op("memlm::linear_attention_backward", mutates_args=())
+@kernel_op("linear_attention_backward")
 def backward(
     q: Tensor,
     k: Tensor,

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from memlm_kernels.launch import at_least_16, cdiv, laid, load_tile, part_of, segment_span, store_tile, tiled
+from memlm_kernels.ops import kernel_op
 from memlm_kernels.segments import segments_of
 
 # Above this number of tokens, chunks are faster.
@@ -65,7 +66,7 @@ def tokens_forward(
     store_tile(final, b_state, at, i_k, i_v, i_k < K, V)
 
 
-@torch.library.custom_op("memlm::recurrence_step", mutates_args=())
+@kernel_op("recurrence_step")
 def step(
     q: Tensor,
     k: Tensor,

@@ -4,14 +4,15 @@ import math
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from memlm_kernels.backend import MOST
 from memlm_kernels.launch import arguments_of, at_least_16, cdiv, laid, no_products, precision
+from memlm_kernels.ops import kernel_op
 from memlm_kernels.route_documents.kernels import choose_best, choose_running, score_chunks
 from memlm_kernels.route_documents.reference import Choice, RoutingInputs, RoutingRule, Scored, query_of, walk
+from memlm_kernels.segments import power_of_two
 
 # The largest number of places in the sets of all tokens of a program.
 _PLACES = 4096
@@ -35,8 +36,8 @@ def _best(
     """The best of values [B, C] with names [B or 1, C] below ``known``: names and values [B, R, J]."""
     last = torch.iinfo(names.dtype).max
     batch, size = values.shape
-    set_size = triton.next_power_of_2(top_k)
-    tile = min(16, triton.next_power_of_2(decisions), _PLACES // set_size)
+    set_size = power_of_two(top_k)
+    tile = min(16, power_of_two(decisions), _PLACES // set_size)
     rows = batch * cdiv(decisions, tile)
     each, parts = _split(size, rows, 2048)
     best = values.new_empty(batch, decisions, parts * top_k)
@@ -59,7 +60,7 @@ def _merged(best_name: Tensor, best: Tensor, parts: int, top_k: int) -> tuple[Te
     return name.view(*best.shape[:2], top_k), value.view(*best.shape[:2], top_k)
 
 
-@torch.library.custom_op("memlm::route_documents", mutates_args=())
+@kernel_op("route_documents")
 def forward(
     query: Tensor | None,
     k: Tensor,
@@ -86,7 +87,7 @@ def forward(
     score, asked, token = before_score.clone(), before_asked.clone(), torch.zeros_like(before_asked)
     if query is not None:
         batch, length, groups, heads, keys = query.shape
-        tile = min(64, at_least_16(length), _PLACES // triton.next_power_of_2(top_k))
+        tile = min(64, at_least_16(length), _PLACES // power_of_two(top_k))
         tiles, chunks = cdiv(length, tile), k.shape[1]
         given = {"query": query, "k": k, "document": document, "asks": asks, "first": first, "end": end}
         sizes = {"M": length, "C": chunks, "G": groups, "P": heads, "K": keys, "SHARED": len(k) == 1}
@@ -114,7 +115,7 @@ def forward(
                 **given,
                 **{"so_far_score": so_far_score, "so_far_asked": so_far_asked, "best": best, "best_name": best_name},
                 **{"N": num_documents, "SPLIT": each, "SPLITS": parts, "J": top_k},
-                **{"BJ": triton.next_power_of_2(top_k), "LAST": torch.iinfo(document.dtype).max, **sizes},
+                **{"BJ": power_of_two(top_k), "LAST": torch.iinfo(document.dtype).max, **sizes},
             )
             name, value = _merged(best_name, best, parts, top_k)
             return name.long(), value, score, asked, token
@@ -154,7 +155,7 @@ def _flops(*shapes: Any, **_: Any) -> int:
     return 2 * math.prod(given["query"] or [0]) * given["k"][1] * (2 if given["running"] else 1)
 
 
-@torch.library.custom_op("memlm::merge_topk", mutates_args=())
+@kernel_op("merge_topk")
 def merge(index: Tensor, score: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """[D, n] -> [D, J]"""
     index, score = laid(index, score)

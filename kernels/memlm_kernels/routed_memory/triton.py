@@ -8,6 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from memlm_kernels.backend import outside_autocast
 from memlm_kernels.launch import cdiv, laid, no_products, powers_of_two, with_features
+from memlm_kernels.ops import kernel_op
 from memlm_kernels.routed_memory.kernels import collect, spread
 
 
@@ -26,7 +27,7 @@ def _spread(x: Tensor, place: Tensor, weight: Tensor | None, o: Tensor | None) -
     return rows, d_weight
 
 
-@torch.library.custom_op("memlm::dispatch_tokens", mutates_args=())
+@kernel_op("dispatch_tokens")
 def dispatch(x: Tensor, place: Tensor) -> Tensor:
     """x: [B, T, F]"""
     return _spread(x, place, None, None)[0]
@@ -37,7 +38,7 @@ def _(x: Tensor, place: Tensor) -> Tensor:
     return x.new_empty(len(x), place.shape[1] * place.shape[2], x.shape[2])
 
 
-@torch.library.custom_op("memlm::combine_reads", mutates_args=())
+@kernel_op("combine_reads")
 def combine(o: Tensor, place: Tensor, weight: Tensor | None, shared: Tensor | None) -> Tensor:
     """o: [B, T * J, F]; weight: None for ones"""
     o, place, weight, shared = laid(o, place, weight, shared)
@@ -57,7 +58,7 @@ def _(o: Tensor, place: Tensor, weight: Tensor | None, shared: Tensor | None) ->
     return o.new_empty(len(o), place.shape[1], o.shape[2])
 
 
-@torch.library.custom_op("memlm::combine_reads_backward", mutates_args=())
+@kernel_op("combine_reads_backward")
 def combine_backward(d_y: Tensor, o: Tensor, place: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of o and weight."""
     return _spread(d_y, place, weight, o)

@@ -8,11 +8,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from memlm_kernels.backend import outside_autocast
 from memlm_kernels.launch import cdiv, laid, no_products, powers_of_two, with_features
+from memlm_kernels.ops import kernel_op
 from memlm_kernels.segment_mean_pool.kernels import pool, pool_backward
 from memlm_kernels.segment_mean_pool.reference import owners
 
 
-@torch.library.custom_op("memlm::segment_mean_pool", mutates_args=())
+@kernel_op("segment_mean_pool")
 def forward(x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
     """x: [B, T, F]"""
     x, cu_seqlens = laid(x, cu_seqlens)
@@ -31,7 +32,7 @@ def _(x: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
     return x.new_empty(len(x), cu_seqlens.shape[1] - 1, x.shape[2], dtype=torch.float32)
 
 
-@torch.library.custom_op("memlm::segment_mean_pool_backward", mutates_args=())
+@kernel_op("segment_mean_pool_backward")
 def backward(d_mean: Tensor, cu_seqlens: Tensor, length: int, longest: int, dtype: torch.dtype) -> Tensor:
     d_mean, cu_seqlens = laid(d_mean, cu_seqlens)
     batch, count, features = d_mean.shape
