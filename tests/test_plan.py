@@ -16,7 +16,9 @@ from memlm.training import run
 from memlm.training.objective import model_inputs
 from memlm.training.plan import plan
 from memlm.training.settings import RunSettings
+from memlm.training.shards import local
 from memlm_kernels import set_backend
+from tests import ranks
 from tests.conftest import composed
 from tests.runs import SMALLEST, config, trainer
 
@@ -205,6 +207,8 @@ def test_sharers_and_pieces_of_rows_need_less():
     for part in ("weights", "gradients", "optimizer"):
         assert getattr(shared, part) == getattr(copies, part) / 8
     assert shared.activations == copies.activations and shared.most < copies.most
+    rounded = plan(settings(*options["shared"], *text), 8, "bf16").memory[False]
+    assert rounded.weights == shared.weights and rounded.most < shared.most
     assert 0.4 < pieces.activations / copies.activations < 0.7 and made["pieces"].flops == made["copies"].flops
 
 
@@ -236,7 +240,10 @@ def test_a_plan_in_words():
         # A run checks these with its model.
         (("train.dry_run=true", "train.truncate=3"), "train.truncate=3 does not divide data.seq_len=8"),
         (("train.dry_run=true", "train.truncate=16"), "train.truncate=16 does not divide data.seq_len=8"),
-        (("train.dry_run=true", "train.truncate=4", "train.lengths=[[4,64]]"), "needs rows of one length"),
+        (
+            ("train.dry_run=true", "train.truncate=4", "train.lengths=[[4,64]]", "data.sources.mqar.kind=text"),
+            "needs rows of one length",
+        ),
         (("train.dry_run=3", "train.batch_size=3", "hardware.sequence_parallel=3"), "=3 does not divide rows of 8"),
     ],
 )
@@ -244,3 +251,35 @@ def test_wrong_plans_are_named(given, message):
     cfg = OmegaConf.create(OmegaConf.to_container(small()))
     with pytest.raises(ValueError, match=message):
         run(OmegaConf.merge(cfg, OmegaConf.from_dotlist([*given])))
+
+
+def memory_of_steps(rank, size, cfg, folder):
+    """Bytes of a process's parameters and optimisers, and the most above them during the least of three steps."""
+    real = trainer(cfg)
+    real._one_step(True)
+    states = [x for o in real.optimizers for values in o.state.values() for x in values.values()]
+    held = sum(local(x).nbytes for x in [*real.model.parameters(), *states])
+    # gloo holds copies for as long as another process is late.
+    return held + min(allocated(lambda: real._one_step(True), folder / f"trace{rank}.json") for _ in range(3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_memory_of_a_plan_is_that_of_sharers(tmp_path, precision):
+    wide = ("model.num_hidden_layers=8", "model.hidden_size=256", "model.num_attention_heads=4", "train.batch_size=4")
+    wide = (*wide, "memory=titans_mag", "data.seq_len=32", "optim=adamw", "hardware=fsdp2")
+    cfg = config(tmp_path, *wide, f"hardware.mixed_precision={precision}", small=SMALLEST)
+    made = plan(RunSettings.of(cfg), 2, precision).memory[False].most
+    assert made == pytest.approx(min(ranks.run(memory_of_steps, 2, tmp_path, cfg, tmp_path)), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("train.lengths=[[4,64]]", r"train.lengths cuts rows of text, and data.sources.mqar has whole tasks"),
+        ("train.carry=true", r"train.carry: no source of data is a text; leave it out"),
+    ],
+)
+def test_a_plan_refuses_rows_that_the_run_refuses(option, message):
+    with pytest.raises(ValueError, match=message):
+        plan(settings(option), 1, "no")

@@ -18,16 +18,18 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from torch import nn
 
 from memlm import files
 from memlm.data import byte_tokenizer
 from memlm.hub import load_model
+from memlm.layers import GroupedLinear
 from memlm.training import checkpoint, loop
 from memlm.training.optim import build_optimizers
-from memlm.training.settings import HardwareSettings, OptimSettings
+from memlm.training.settings import HardwareSettings, OptimSettings, RunSettings
 from memlm.training.sharded_checkpoint import Saver, State, has_parts
 from tests.conftest import ROOT, build, composed
-from tests.ranks import train
+from tests.ranks import run, train
 from tests.runs import config, figures
 
 TINY = (
@@ -64,6 +66,48 @@ def test_sharers_take_the_steps_of_one_process(tmp_path, memory):
     train(tiny(tmp_path / "one", *options))
     train(tiny(tmp_path / "two", *options, "hardware=fsdp2"), 2)
     assert_alike(tmp_path / "one", tmp_path / "two")
+
+
+def kept_copies(rank, size, cfg):
+    """Shapes of bf16 tensors that wait for a step's backward, and are those of a weight of a product in a layer."""
+    settings = RunSettings.of(cfg)
+    made = loop.Trainer(settings, loop.build_accelerator(settings.hardware))
+    products = [m for m in made.model.model.layers.modules() if isinstance(m, nn.Linear | GroupedLinear)]
+    shapes = {tuple(module.weight.shape)[::way] for module in products for way in (1, -1)}
+    waiting = []
+    for _, inputs in made.feed.inputs(0):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: waiting.append(x) or x, lambda x: x):
+            loss, *_ = made.objective(**inputs)
+        # FSDP2 frees the data of a parameter, not the tensor.
+        alive = [x for x in waiting if x.dtype == torch.bfloat16 and x.untyped_storage().nbytes()]
+        loss.backward()
+    trained = [p for p in made.model.parameters() if p.grad is not None]
+    assert {x.dtype for p in trained for x in (p, p.grad)} == {torch.float32}
+    return sorted({tuple(x.shape) for x in alive} & shapes)
+
+
+@pytest.mark.parametrize("memory", ["titans_mag", "msa", "mom"])
+def test_sharers_keep_no_rounded_copies_of_weights(tmp_path, memory):
+    cfg = tiny(
+        tmp_path,
+        f"memory={memory}",
+        "model.hidden_size=48",
+        "data.seq_len=46",
+        "train.steps=1",
+        "hardware=fsdp2",
+        "hardware.mixed_precision=bf16",
+    )
+    assert run(kept_copies, 2, tmp_path, cfg) == [[], []]
+
+
+@pytest.mark.parametrize("memory", ["titans_mag", "mom"])
+def test_sharers_in_bf16_take_the_steps_of_copies(tmp_path, memory):
+    """The second loss shows the first gradients, which are sums of two forwards."""
+    options = (f"memory={memory}", "train.steps=2", "train.micro_batch_size=1", "hardware.mixed_precision=bf16")
+    for sharing in ("ddp", "fsdp2"):
+        train(tiny(tmp_path / sharing, *options, f"hardware={sharing}"), 2)
+    for name in ("loss", "grad_norm"):
+        assert figures(tmp_path / "fsdp2", name) == pytest.approx(figures(tmp_path / "ddp", name), rel=2e-5), name
 
 
 def killed_before_whole_weights(patch):

@@ -18,6 +18,7 @@ from memlm.modeling import MemLMForCausalLM
 from memlm.training import trainable
 from memlm.training.objective import Objective
 from memlm.training.settings import TrainSettings
+from memlm.training.sharding import matrices
 from memlm_kernels import set_backend
 
 # Bytes that a stretch of a step adds, and the most that exist during it above its begin.
@@ -72,9 +73,10 @@ class Footprint(NamedTuple):
 
 
 def of_step(
-    config: MemLMConfig, train: TrainSettings, inputs: dict[str, Any], autocast: AbstractContextManager
+    config: MemLMConfig, train: TrainSettings, inputs: dict[str, Any], autocast: AbstractContextManager, rounded: bool
 ) -> Footprint:
     """inputs: of ``Objective.forward``, for one forward of one device
+    rounded: whether the layers' matrices arrive in bf16, so that autocast copies none
 
     The ops are their references; a GPU's kernels keep less.
     """
@@ -84,6 +86,9 @@ def of_step(
     with FakeTensorMode(allow_non_fake_inputs=True), set_backend("reference"):
         model = MemLMForCausalLM(config).train()
         trainable.train_only(model, trainable.choose(model, train.trainable))
+        for module in (module for layer in model.model.layers for module in matrices(layer) if rounded):
+            for name, p in [*module.named_parameters()]:
+                setattr(module, name, nn.Parameter(p.bfloat16(), p.requires_grad))
         objective, live = Objective(model, train.lm_weight, train.z_loss), _Live()
         laps: dict[tuple[str, str], Lap] = {}
         outputs: dict[str, int] = {}

@@ -21,12 +21,12 @@ from memlm.settings import require
 from memlm.training import sequence, trainable
 from memlm.training.devices import DEVICES
 from memlm.training.footprint import of_optimizers, of_step
-from memlm.training.lengths import Stages
+from memlm.training.lengths import Lengths, Stages
 from memlm.training.model import layers_of
 from memlm.training.objective import model_inputs
 from memlm.training.optim import build_optimizers
 from memlm.training.settings import RunSettings
-from memlm.training.sharding import check_divisible
+from memlm.training.sharding import check_divisible, in_bf16, matrices
 
 # Steps whose rows are looked at.
 _SEEN = 4
@@ -151,15 +151,23 @@ def plan(settings: RunSettings, processes: int, precision: str) -> RunPlan:
     if sharers > 1:
         check_divisible(model)
     inputs = model_inputs(batch, "cpu")
-    step = of_step(config, train, inputs, autocast)
+    rounded = sharers > 1 and in_bf16(precision, settings.hardware.compile)
+    step = of_step(config, train, inputs, autocast, rounded)
     names = config.layer_mixers()
     state = state_bytes(config, length)
     memories = rows * forwards if train.carry else rows if pieces > 1 else 0
     held = (weights + optimizer + averages) / sharers + _size(batch) + memories * state
     if sharers > 1:
-        # Layers are gathered while they run, the next one ahead; the parameters around them all the time.
-        layers = [sum(p.nbytes for p in layer.parameters()) for layer in model.model.layers]
-        held += weights - sum(layers) + sum(sorted(layers)[-2:])
+        # Layers are gathered while they run, the next one ahead, and the gradients of the last one are still summed;
+        # the parameters around them are whole all the time.
+        held += weights
+        gathered, summed = [], []
+        for layer in model.model.layers:
+            whole = sum(p.nbytes for p in layer.parameters())
+            held -= whole
+            gathered.append(whole - rounded * sum(p.nbytes // 2 for m in matrices(layer) for p in m.parameters()))
+            summed.append(sum(p.nbytes for p in layer.parameters() if p.requires_grad))
+        held += sum(sorted(gathered)[-2:]) + max(summed)
     elif processes > 1:
         # DDP copies gradients into its buckets, which it keeps.
         held += gradients
@@ -231,8 +239,12 @@ def _sample(settings: RunSettings, parts: int, length: int) -> tuple[Batch, int,
         entries = given or len(tokenizer)
         # The memory of a step follows the row with the most documents.
         most = max(mixture.batch(step).max_documents for step in range(_SEEN))
+        Lengths(settings.train.lengths or [], mixture, data["seq_len"])
+        row = mixture.batch(0, parts=parts)
+        if settings.train.carry:
+            mixture.carry()
         if length == data["seq_len"]:
-            return replace(mixture.batch(0, parts=parts), max_documents=most), entries, True
+            return replace(row, max_documents=most), entries, True
     shape = size // parts, length
     ids = torch.zeros(shape, dtype=torch.int64)
     positions = (torch.arange(length) % -(-length // 2)).expand(shape)

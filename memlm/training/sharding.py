@@ -1,6 +1,9 @@
 """Parameters that processes share: torch's FSDP2 on each decoder layer, and on the model around the layers.
 
 accelerate calls it on GPUs only, and elsewhere trains copies without a word, so it is called here directly.
+
+In bf16 the matrices that autocast would round are gathered in bf16: a process then keeps no rounded copy of them from
+a layer's forward to its backward. Stores, gates, norms and gradients' sums are in fp32, as without sharing.
 """
 
 import warnings
@@ -13,9 +16,10 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
+from memlm.layers import GroupedLinear
 from memlm.memory.base import MixerOutput, SequenceMixer
 from memlm.modeling import MemLMForCausalLM
 from memlm.settings import require
@@ -38,9 +42,12 @@ class Sharding:
         mesh = init_device_mesh(accelerator.device.type, shape, mesh_dim_names=axes)
         # Nothing changes a state in place.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for layer in model.model.layers:
             if compiled:
                 layer.compile()
+            elif accelerator.mixed_precision == "bf16" and (rounded := matrices(layer)):
+                fully_shard(rounded, mesh=mesh, mp_policy=policy)
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
         self.model = model
@@ -65,6 +72,18 @@ class Sharding:
             hook.reached = False
             for parameter in () if is_reached else parameters:
                 parameter.grad = None
+
+
+def in_bf16(precision: str, compiled: bool) -> bool:
+    """Whether processes gather ``matrices`` in bf16. Compiled layers round their own: hooks would cut their graphs."""
+    return precision == "bf16" and not compiled
+
+
+def matrices(layer: nn.Module) -> list[nn.Module]:
+    """Modules of a layer whose parameters autocast rounds, and which every forward calls."""
+    sometimes = {mixer.get_parameter(name) for mixer, names in _reached_in_some_rows(layer) for name in names}
+    rounded = [module for module in layer.modules() if type(module) in (nn.Linear, GroupedLinear)]
+    return [module for module in rounded if sometimes.isdisjoint(module.parameters())]
 
 
 def check_divisible(model: PreTrainedModel) -> None:
