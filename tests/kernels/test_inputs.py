@@ -1,8 +1,7 @@
 """Every op on unusual tensors, which a kernel alone would not survive: it takes them, or its error names the fault."""
 
 import logging
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -11,30 +10,17 @@ from torch import Tensor
 import memlm_kernels
 from memlm_kernels import (
     RouterShard,
-    SegmentedMemoryState,
     backend,
-    chunk_mean_attention,
-    chunk_sparse_attention,
-    chunk_topk,
-    combine_reads,
-    delta_rule,
-    dispatch_tokens,
     grouped_linear,
-    invert_chunks,
-    large_chunk_memory,
-    linear_attention,
     merge_topk,
-    neural_memory,
     nominate_documents,
-    prefix_window_attention,
     read_memory,
     route_documents,
-    segment_mean_pool,
-    segmented_neural_memory,
 )
+from memlm_kernels.calls import CALLS, DEVICE
 from memlm_kernels.grouped_linear import linear_of_group
 from memlm_kernels.testing import Watch, assert_close
-from tests.kernels.test_triton import DEVICE, poisoned  # noqa: F401
+from tests.kernels.test_triton import poisoned  # noqa: F401
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[cpu-kernels]'")
 
@@ -43,159 +29,15 @@ TOKENS = 6
 NO_INTEGERS = [torch.float32, torch.bool, torch.int16, torch.int8, torch.uint8]
 
 
-class Op(NamedTuple):
-    """call: tensors by name -> results; floats: shapes, where T is the number of tokens; integers: functions of T"""
-
-    call: Callable[..., Any]
-    floats: dict[str, tuple[int | str, ...]]
-    integers: dict[str, Callable[[int], Tensor]]
-    triton: bool = True
-
-    def make(self, length: int = TOKENS, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        g = torch.Generator().manual_seed(0)
-        sizes = {"T": length, "2T": 2 * length}
-        shapes = {name: [sizes.get(n, n) for n in shape] for name, shape in self.floats.items()}
-        # In (0, 1), as gates are.
-        floats = {name: torch.rand(shape, generator=g).to(DEVICE, dtype) for name, shape in shapes.items()}
-        return floats | {name: make(length).to(DEVICE) for name, make in self.integers.items()}
-
-    def run(self, tensors: dict[str, Tensor], **settings: Any) -> list[Tensor]:
-        out: list[Tensor] = []
-        self._collect(self.call(**tensors, **settings), out)
-        return out
-
-    def _collect(self, x: Any, out: list[Tensor]) -> None:
-        if isinstance(x, Tensor):
-            out.append(x.masked_fill(x == float("-inf"), 0.0) if x.is_floating_point() else x)
-        for part in x if isinstance(x, tuple) else ():
-            self._collect(part, out)
+# Of an op's kinds of calls, which share their checks, one each. Memories of two layers have kernels of their own.
+KINDS = ("linear_attention", "linear_attention, channels", "delta_rule, decay")
+OPS = {name.removesuffix(", decay"): call for name, call in CALLS.items() if name not in KINDS}
 
 
 def rows(*numbers: int) -> Tensor:
     return torch.tensor([numbers] * 2)
 
 
-def cut(length: int) -> Tensor:
-    return rows(0, length // 2, length)
-
-
-def choices(length: int) -> Tensor:
-    """The chunks, out of three, that tokens chose."""
-    return torch.stack([torch.arange(length) % 3, torch.full((length,), -1)], -1).expand(2, -1, -1)[:, :, None]
-
-
-def places(length: int) -> Tensor:
-    return torch.arange(2 * length).flip(0).view(1, length, 2).repeat(2, 1, 1)
-
-
-def segmented(memory, position, chunk_size=4, **x):
-    return segmented_neural_memory(**x, chunk_size=chunk_size, state=SegmentedMemoryState(memory, position))
-
-
-def titans(weights, hidden=None, chunk_size=4, **x):
-    return neural_memory(**x, weights=[weights] if hidden is None else [weights, hidden], chunk_size=chunk_size)
-
-
-def lact(w1, w2, w3, **x):
-    return large_chunk_memory(**x, weights=[w1, w2, w3], chunk_size=4)
-
-
-def window(prefix_q, prefix_k, prefix_v, window=3, **x):
-    if x.get("backend") in ("reference", "triton"):
-        x["with_lse"] = True
-    return prefix_window_attention(**x, window=window, prefix=(prefix_q, prefix_k, prefix_v))
-
-
-def route(top_k=2, **x):
-    return route_documents(**x, top_k=top_k, num_documents=3, running=True)
-
-
-def nominate(q, document, number, backend="reference"):
-    """By another backend than ``auto``, which reads scores on a CPU."""
-    keys = q.detach().flatten(0, 1)[:5, :1]
-    shard = RouterShard(keys, document[: len(keys)], number)
-    return nominate_documents(q, [shard], top_k=2, running=True, backend=backend)
-
-
-def read(q, weights, hidden, norm, backend=None):
-    """The only op without a backend."""
-    return read_memory(q, [weights, hidden], norm=(norm, norm))
-
-
-def merge(index, score, **x):
-    return merge_topk([(index, score), (index + 1, score)], **{"top_k": 3, **x})
-
-
-QK, V, GATE = (2, "T", 1, 4), (2, "T", 1, 3), (2, "T", 1)
-RECURRENCE = {"q": QK, "k": QK, "v": V}
-GATES = {"lr": GATE, "momentum": GATE, "decay": GATE}
-NUMBERS = {"cu_seqlens": cut}
-PLACES = {"positions": lambda n: torch.arange(n).expand(2, -1)}
-OPS = {
-    "linear_attention": Op(
-        linear_attention, RECURRENCE | {"log_decay": GATE, "state": (2, 2, 1, 4, 3)}, NUMBERS
-    ),
-    "delta_rule": Op(delta_rule, RECURRENCE | {"beta": GATE, "state": (2, 2, 1, 4, 3)}, NUMBERS),
-    "segmented_neural_memory": Op(
-        segmented,
-        RECURRENCE | GATES | {"memory": (2, 2, 3, 1, 4, 3)},
-        NUMBERS | {"position": lambda _: torch.zeros(2, 2, dtype=torch.int64)},
-    ),
-    "neural_memory": Op(titans, RECURRENCE | GATES | {"weights": (1, 4, 3)}, NUMBERS),
-    "neural_memory of two": Op(titans, RECURRENCE | GATES | {"weights": (1, 4, 5), "hidden": (1, 5, 3)}, NUMBERS),
-    "large_chunk_memory": Op(
-        lact, RECURRENCE | {"lr": (2, "T", 1, 3), "momentum": GATE, "w1": (1, 4, 5), "w2": (1, 5, 3), "w3": (1, 4, 5)},
-        NUMBERS, False,
-    ),
-    "chunk_topk": Op(lambda **x: chunk_topk(**x, top_k=2), {"q": (2, "T", 2, 4), "k": (2, 3, 1, 4)}, {}),
-    "invert_chunks": Op(
-        lambda index, **x: invert_chunks(index, num_chunks=3, **x).offsets, {}, {"index": choices}
-    ),
-    "chunk_sparse_attention": Op(
-        lambda **x: chunk_sparse_attention(**x, chunk_size=2, window=2),
-        {"q": (2, "T", 2, 4), "k": QK, "v": V},
-        {"index": choices, "starts": lambda _: rows(0, 2, 4), **PLACES},
-    ),
-    "chunk_mean_attention": Op(chunk_mean_attention, {"q": (2, "T", 2, 4), "k": (2, 3, 1, 4), "v": (2, 3, 1, 3)}, {}),
-    "prefix_window_attention": Op(
-        window,
-        {"q": (2, "T", 2, 4), "k": QK, "v": V, "prefix_q": (2, "T", 2, 4)}
-        | {"prefix_k": (1, 2, 1, 4), "prefix_v": (1, 2, 1, 3)},
-        PLACES,
-    ),
-    "route_documents": Op(
-        route, {"q": (2, "T", 2, 4), "k": (2, 5, 1, 4)}, {"document": lambda _: rows(0, 1, 1, 2, 2)}
-    ),
-    "merge_topk": Op(merge, {"score": (2, 3)}, {"index": lambda _: rows(5, -1, 2)}),
-    "segment_mean_pool": Op(lambda **x: segment_mean_pool(**x, longest=TOKENS), {"x": V}, {"cu_seqlens": cut}),
-    "dispatch_tokens": Op(dispatch_tokens, {"x": V}, {"place": places}),
-    "combine_reads": Op(
-        combine_reads,
-        {"o": (2, "2T", 1, 3), "weight": (2, "T", 2), "shared": V},
-        {"place": places},
-    ),
-    "grouped_linear": Op(
-        grouped_linear,
-        {"x": ("T", 4), "weight": (2, 3, 4)},
-        {"sizes": lambda n: torch.tensor([n // 2, n - n // 2])},
-        False,
-    ),
-    "linear_of_group": Op(
-        lambda x, weight, group, backend=None: linear_of_group(x, weight, group),
-        {"x": ("T", 4), "weight": (2, 3, 4)},
-        {"group": lambda n: torch.arange(n) % 2},
-        False,
-    ),
-    "read_memory": Op(
-        read, {"q": QK, "weights": (2, 1, 4, 5), "hidden": (2, 1, 5, 4), "norm": (1, 4)}, {}, False
-    ),
-    "nominate_documents": Op(
-        nominate,
-        {"q": (2, "T", 2, 4)},
-        {"document": lambda _: torch.tensor([0, 1, 1, 2, 2]), "number": lambda _: torch.arange(3)},
-        False,
-    ),
-}  # fmt: skip
 BOTH = [(name, b) for name, op in OPS.items() for b in ("reference", "triton") if op.triton or b == "reference"]
 both, every = pytest.mark.parametrize(("name", "by"), BOTH), pytest.mark.parametrize("name", OPS)
 by_triton = pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.triton])

@@ -17,7 +17,7 @@ OF_TOKENS = [
     if name not in ("grouped_linear", "invert_chunks", "merge_topk", "segment_mean_pool", "dispatch_tokens")
 ]
 BY_SEGMENTS = ("linear_attention", "delta_rule", "segmented_neural_memory")
-BY_SEGMENTS += ("neural_memory", "neural_memory of two", "large_chunk_memory")
+BY_SEGMENTS += ("neural_memory", "neural_memory, two layers", "large_chunk_memory")
 
 
 def sizes(name):
@@ -29,7 +29,7 @@ def sizes(name):
 def documented():
     text = (ROOT / "kernels" / "README.md").read_text().partition("\n## NaN\n")[2].partition("\n## ")[0]
     listed = {op: set(names.split(", ")) for op, names in re.findall(r"^\| `(\w+)` \| ([\w, ]+) \|", text, re.M)}
-    return listed | {"neural_memory of two": listed["neural_memory"]}
+    return listed | {"neural_memory, two layers": listed["neural_memory"]}
 
 
 @torch.no_grad()

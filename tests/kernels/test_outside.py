@@ -4,14 +4,15 @@ import pytest
 import torch
 
 from memlm_kernels import MemoryRoutes, segment_mean_pool
+from memlm_kernels.calls import DEVICE, Sizes, choices, places
 from memlm_kernels.testing import assert_close
-from tests.kernels.test_inputs import OPS, TOKENS, choices, places, rows, unread  # noqa: F401
-from tests.kernels.test_triton import DEVICE, poisoned  # noqa: F401
+from tests.kernels.test_inputs import OPS, TOKENS, rows, unread  # noqa: F401
+from tests.kernels.test_triton import poisoned  # noqa: F401
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[cpu-kernels]'")
 
 # Ops with one state per row.
-BY_STATE = ("neural_memory", "neural_memory of two", "large_chunk_memory")
+BY_STATE = ("neural_memory", "neural_memory, two layers", "large_chunk_memory")
 # The index out of range, the index that it counts as without checks, and the error with checks.
 OUTSIDE = {
     **{
@@ -26,12 +27,12 @@ OUTSIDE = {
         # Documents have no padding before them.
         if op not in BY_STATE or right[0, 0] == 0
     },
-    ("dispatch_tokens", "outside"): ({"place": places(TOKENS) - 3}, None, "place has numbers from -3 to 8"),
-    ("combine_reads", "outside"): ({"place": places(TOKENS) + 7}, None, "place has numbers from 7 to 18"),
-    ("combine_reads", "twice"): ({"place": places(TOKENS) // 2}, None, "place has numbers more than once"),
+    ("dispatch_tokens", "outside"): ({"place": places(Sizes()) - 3}, None, "place has numbers from -3 to 8"),
+    ("combine_reads", "outside"): ({"place": places(Sizes()) + 7}, None, "place has numbers from 7 to 18"),
+    ("combine_reads", "twice"): ({"place": places(Sizes()) // 2}, None, "place has numbers more than once"),
     ("chunk_sparse_attention", "index"): (
-        {"index": torch.where(choices(TOKENS) == 1, 2**32 + 1, choices(TOKENS))},
-        {"index": torch.where(choices(TOKENS) == 1, -1, choices(TOKENS))},
+        {"index": torch.where(choices(Sizes()) == 1, 2**32 + 1, choices(Sizes()))},
+        {"index": torch.where(choices(Sizes()) == 1, -1, choices(Sizes()))},
         "index has numbers from -1 to 4294967297",
     ),
     ("chunk_sparse_attention", "positions"): (
@@ -45,8 +46,8 @@ OUTSIDE = {
         "positions has numbers from -3",
     ),
     ("invert_chunks", "index"): (
-        {"index": torch.where(choices(TOKENS) == 1, 2**32 + 1, choices(TOKENS))},
-        {"index": torch.where(choices(TOKENS) == 1, -1, choices(TOKENS))},
+        {"index": torch.where(choices(Sizes()) == 1, 2**32 + 1, choices(Sizes()))},
+        {"index": torch.where(choices(Sizes()) == 1, -1, choices(Sizes()))},
         "index has numbers from -1 to 4294967297",
     ),
     ("grouped_linear", "sizes"): ({"sizes": torch.tensor([4, 99])}, {"sizes": torch.tensor([4, 2])}, "sizes"),
