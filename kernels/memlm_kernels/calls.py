@@ -11,29 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlm_kernels import (
-    RouterShard,
-    SegmentedMemoryState,
-    chunk_mean_attention,
-    chunk_sparse_attention,
-    chunk_topk,
-    combine_reads,
-    delta_rule,
-    dispatch_tokens,
-    grouped_linear,
-    invert_chunks,
-    large_chunk_memory,
-    linear_attention,
-    merge_topk,
-    neural_memory,
-    nominate_documents,
-    prefix_window_attention,
-    read_memory,
-    route_documents,
-    segment_mean_pool,
-    segmented_neural_memory,
-)
-from memlm_kernels.grouped_linear import linear_of_group
+import memlm_kernels as ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Factors of what is drawn from (0, 1), with which long rows stay finite: a decay's logarithm is not positive, and a
@@ -56,7 +34,7 @@ class Sizes(NamedTuple):
     N: int = 3
 
 
-class Call(NamedTuple):
+class OpCall(NamedTuple):
     """A kind of call of an op.
 
     call: tensors by name, and settings -> results
@@ -79,7 +57,7 @@ class Call(NamedTuple):
     step: tuple[str, ...] = ()
     n: Sizes = Sizes()
 
-    def of(self, **sizes: int) -> "Call":
+    def of(self, **sizes: int) -> "OpCall":
         """The same call in other sizes."""
         return self._replace(n=self.n._replace(**sizes))
 
@@ -133,45 +111,41 @@ def places(n: Sizes) -> Tensor:
 
 
 def segmented(memory: Tensor, position: Tensor, **x: Any) -> Any:
-    return segmented_neural_memory(**x, state=SegmentedMemoryState(memory, position))
+    return ops.segmented_neural_memory(**x, state=ops.SegmentedMemoryState(memory, position))
 
 
 def titans(weights: Tensor, hidden: Tensor | None = None, **x: Any) -> Any:
-    return neural_memory(**x, weights=[weights] if hidden is None else [weights, hidden])
+    return ops.neural_memory(**x, weights=[weights] if hidden is None else [weights, hidden])
 
 
 def lact(w1: Tensor, w2: Tensor, w3: Tensor, **x: Any) -> Any:
-    return large_chunk_memory(**x, weights=[w1, w2, w3])
+    return ops.large_chunk_memory(**x, weights=[w1, w2, w3])
 
 
 def window(prefix_q: Tensor, prefix_k: Tensor, prefix_v: Tensor, **x: Any) -> Any:
     if x.get("backend") in ("reference", "triton"):
         x["with_lse"] = True
-    return prefix_window_attention(**x, prefix=(prefix_q, prefix_k, prefix_v))
+    return ops.prefix_window_attention(**x, prefix=(prefix_q, prefix_k, prefix_v))
 
 
 def inverse(index: Tensor, **x: Any) -> Any:
-    return invert_chunks(index, **x).offsets
+    return ops.invert_chunks(index, **x).offsets
 
 
 def nominate(q: Tensor, document: Tensor, number: Tensor, backend: str = "reference") -> Any:
     """By another backend than ``auto``, which reads scores on a CPU."""
     keys = q.detach().flatten(0, 1)[: len(document), :1]
-    shard = RouterShard(keys, document[: len(keys)], number)
-    return nominate_documents(q, [shard], top_k=2, running=True, backend=backend)
+    shard = ops.RouterShard(keys, document[: len(keys)], number)
+    return ops.nominate_documents(q, [shard], top_k=2, running=True, backend=backend)
 
 
 def read(q: Tensor, weights: Tensor, hidden: Tensor, norm: Tensor, backend: str | None = None) -> Any:
     """The only op without a backend."""
-    return read_memory(q, [weights, hidden], norm=(norm, norm))
-
-
-def of_group(x: Tensor, weight: Tensor, group: Tensor, backend: str | None = None) -> Tensor:
-    return linear_of_group(x, weight, group)
+    return ops.read_memory(q, [weights, hidden], norm=(norm, norm))
 
 
 def merge(index: Tensor, score: Tensor, top_k: int = 3, **x: Any) -> Any:
-    return merge_topk([(index, score), (index + 1, score)], top_k=top_k, **x)
+    return ops.merge_topk([(index, score), (index + 1, score)], top_k=top_k, **x)
 
 
 def per_chunk(n: Sizes) -> dict[str, Any]:
@@ -186,15 +160,15 @@ GATES: Shapes = {"lr": GATE, "momentum": GATE, "decay": GATE}
 SEGMENTS = {"cu_seqlens": cut}
 PLACES = {"positions": lambda n: torch.arange(n.T).expand(2, -1)}
 CHOICE = {"index": choices}
-LINEAR = Call(
-    linear_attention,
+LINEAR = OpCall(
+    ops.linear_attention,
     RECURRENCE | STATE,
     SEGMENTS,
     optional=("cu_seqlens", "state"),
     step=("q", "k", "v"),
 )
-DELTA = LINEAR._replace(call=delta_rule, floats=RECURRENCE | {"beta": GATE} | STATE, step=("q", "k", "v", "beta"))
-TITANS = Call(
+DELTA = LINEAR._replace(call=ops.delta_rule, floats=RECURRENCE | {"beta": GATE} | STATE, step=("q", "k", "v", "beta"))
+TITANS = OpCall(
     titans,
     RECURRENCE | GATES | {"weights": ("H", "K", "V")},
     SEGMENTS,
@@ -204,7 +178,7 @@ TITANS = Call(
 )
 
 
-def also(call: Call, decay: tuple[int | str, ...]) -> Call:
+def also(call: OpCall, decay: tuple[int | str, ...]) -> OpCall:
     return call._replace(floats=call.floats | {"log_decay": decay}, step=(*call.step, "log_decay"))
 
 
@@ -218,62 +192,59 @@ CALLS = {
     "neural_memory, two layers": TITANS._replace(
         floats=RECURRENCE | GATES | {"weights": ("H", "K", "V+2"), "hidden": ("H", "V+2", "V")}
     ),
-    "segmented_neural_memory": Call(
+    "segmented_neural_memory": OpCall(
         segmented, RECURRENCE | GATES | {"memory": (2, 2, 3, "H", "K", "V")},
         SEGMENTS | {"position": lambda n: torch.zeros(2, 2, dtype=torch.int64)}, per_chunk,
         step=(*RECURRENCE, *GATES),
     ),
-    "large_chunk_memory": Call(
+    "large_chunk_memory": OpCall(
         lact,
         RECURRENCE | {"lr": (2, "T", "H", 3), "momentum": GATE}
         | {"w1": ("H", "K", "V+2"), "w2": ("H", "V+2", "V"), "w3": ("H", "K", "V+2")},
         SEGMENTS, per_chunk, triton=False,
     ),
-    "chunk_topk": Call(chunk_topk, {"q": TOKEN, "k": SHARED}, {}, lambda n: {"top_k": 2}),
-    "invert_chunks": Call(inverse, {}, CHOICE, lambda n: {"num_chunks": n.N}, products=False),
-    "chunk_sparse_attention": Call(
-        chunk_sparse_attention, {"q": TOKEN, "k": QK, "v": V},
+    "chunk_topk": OpCall(ops.chunk_topk, {"q": TOKEN, "k": SHARED}, {}, lambda n: {"top_k": 2}),
+    "invert_chunks": OpCall(inverse, {}, CHOICE, lambda n: {"num_chunks": n.N}, products=False),
+    "chunk_sparse_attention": OpCall(
+        ops.chunk_sparse_attention, {"q": TOKEN, "k": QK, "v": V},
         CHOICE | {"starts": lambda n: (n.C * torch.arange(n.N)).expand(2, -1)} | PLACES,
         lambda n: {"chunk_size": n.C, "window": n.C},
         optional=("positions",), step=("q", "index"),
     ),
-    "chunk_mean_attention": Call(
-        chunk_mean_attention, {"q": TOKEN, "k": SHARED, "v": (2, "N", "H", "V")}, {}, step=("q",)
+    "chunk_mean_attention": OpCall(
+        ops.chunk_mean_attention, {"q": TOKEN, "k": SHARED, "v": (2, "N", "H", "V")}, {}, step=("q",)
     ),
-    "prefix_window_attention": Call(
+    "prefix_window_attention": OpCall(
         window,
         {"q": TOKEN, "k": QK, "v": V, "prefix_q": TOKEN, "prefix_k": (1, 2, "H", "K"), "prefix_v": (1, 2, "H", "V")},
         PLACES, lambda n: {"window": 2 * n.C - 1},
         optional=("positions",), step=("q", "prefix_q"),
     ),
-    "route_documents": Call(
-        route_documents, {"q": TOKEN, "k": (2, "N+2", "H", "K")},
+    "route_documents": OpCall(
+        ops.route_documents, {"q": TOKEN, "k": (2, "N+2", "H", "K")},
         {"document": lambda n: ((torch.arange(n.N + 2) + 1) // 2).expand(2, -1)},
         lambda n: {"top_k": 2, "num_documents": (n.N + 3) // 2, "running": True},
     ),
-    "merge_topk": Call(
+    "merge_topk": OpCall(
         merge, {"score": (2, 3)}, {"index": lambda n: torch.tensor([[5, -1, 2]] * 2)}, products=False
     ),
-    "segment_mean_pool": Call(
-        segment_mean_pool, {"x": V}, SEGMENTS, lambda n: {"longest": n.T}, products=False
+    "segment_mean_pool": OpCall(
+        ops.segment_mean_pool, {"x": V}, SEGMENTS, lambda n: {"longest": n.T}, products=False
     ),
-    "dispatch_tokens": Call(dispatch_tokens, {"x": V}, {"place": places}, products=False),
-    "combine_reads": Call(
-        combine_reads, {"o": (2, "2T", "H", "V"), "weight": (2, "T", 2), "shared": V}, {"place": places},
+    "dispatch_tokens": OpCall(ops.dispatch_tokens, {"x": V}, {"place": places}, products=False),
+    "combine_reads": OpCall(
+        ops.combine_reads, {"o": (2, "2T", "H", "V"), "weight": (2, "T", 2), "shared": V}, {"place": places},
         products=False, optional=("shared",),
     ),
-    "grouped_linear": Call(
-        grouped_linear, {"x": ("T", "K"), "weight": (2, "V", "K")},
+    "grouped_linear": OpCall(
+        ops.grouped_linear, {"x": ("T", "K"), "weight": (2, "V", "K")},
         {"sizes": lambda n: torch.tensor([n.T // 2, n.T - n.T // 2])}, triton=False,
     ),
-    "linear_of_group": Call(
-        of_group, {"x": ("T", "K"), "weight": (2, "V", "K")}, {"group": lambda n: torch.arange(n.T) % 2}, triton=False
-    ),
-    "read_memory": Call(
+    "read_memory": OpCall(
         read, {"q": QK, "weights": (2, "H", "K", 5), "hidden": (2, "H", 5, "K"), "norm": ("H", "K")}, {},
         triton=False,
     ),
-    "nominate_documents": Call(
+    "nominate_documents": OpCall(
         nominate, {"q": TOKEN},
         {"document": lambda n: torch.tensor([0, 1, 1, 2, 2]), "number": lambda n: torch.arange(3)}, triton=False,
     ),

@@ -29,9 +29,19 @@ TOKENS = 6
 NO_INTEGERS = [torch.float32, torch.bool, torch.int16, torch.int8, torch.uint8]
 
 
-# Of an op's kinds of calls, which share their checks, one each. Memories of two layers have kernels of their own.
+# An op has one kind of call here, because kinds share their checks. Memories of two layers have their own kernels.
 KINDS = ("linear_attention", "linear_attention, channels", "delta_rule, decay")
 OPS = {name.removesuffix(", decay"): call for name, call in CALLS.items() if name not in KINDS}
+
+
+def of_group(x: Tensor, weight: Tensor, group: Tensor, backend: str | None = None) -> Tensor:
+    return linear_of_group(x, weight, group)
+
+
+# It is not public.
+OPS["linear_of_group"] = OPS["grouped_linear"]._replace(
+    call=of_group, integers={"group": lambda n: torch.arange(n.T) % 2}
+)
 
 
 def rows(*numbers: int) -> Tensor:
