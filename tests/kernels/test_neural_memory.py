@@ -342,7 +342,7 @@ def test_groups_change_nothing(monkeypatch, chunk_size, grouping, ragged):
     monkeypatch.setattr(reference, "block_size", lambda *_: 32)
     expected = [function(*inputs), *grads_of(function, inputs)]
     size, kept, span = grouping
-    monkeypatch.setattr(scan, "_groups", lambda memories, k, keep: (size, kept and keep))
+    monkeypatch.setattr(scan, "group_size", lambda memories, k, keep: (size, kept and keep))
     monkeypatch.setattr(scan, "_span", lambda memories: span)
     with torch.no_grad():
         assert_close("without gradients", expected[0], function(*inputs), 1e-12)

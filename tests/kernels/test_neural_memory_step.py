@@ -87,9 +87,9 @@ def test_a_chunk_takes_few_operations():
     """Forward and backward, a chunk of a linear memory takes seven operations more, and a call some three hundred."""
 
     def training(chunks):
-        inputs = [x.requires_grad_() for x in make(batch=1, heads=1, key=4, length=4 * chunks)]
+        inputs = [x.requires_grad_() for x in make(batch=1, heads=1, key=4, length=16 * chunks)]
         with Watch() as watch:
-            run(inputs, 4, with_surprise=False).o.sum().backward()
+            run(inputs, 16, with_surprise=False).o.sum().backward()
         return watch.operations
 
     assert training(16) - training(8) <= 8 * 8

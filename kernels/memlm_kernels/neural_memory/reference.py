@@ -22,11 +22,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from memlm_kernels.grid import from_rows, keep_last, pick, row_flags, to_rows
-from memlm_kernels.neural_memory.chunk import Plan
-from memlm_kernels.neural_memory.losses import InnerLoss
+from memlm_kernels.neural_memory.block_rates import block_rates
+from memlm_kernels.neural_memory.blocks import BlockPlan, block_width, in_blocks, solve
+from memlm_kernels.neural_memory.chunk import Plan, by_part, gradient_norm
+from memlm_kernels.neural_memory.losses import InnerLoss, squared_error
 from memlm_kernels.neural_memory.network import ACTIVATIONS, Tail
 from memlm_kernels.neural_memory.rates import scalar_recurrences
 from memlm_kernels.neural_memory.scan import scan as scan_in_torch
@@ -100,11 +103,18 @@ def neural_memory_reference(
             state, start = _fresh(tokens, initial, window), 0 if cu_seqlens is None else None
         if q.numel() == 0:
             return v.clone(), state, torch.zeros_like(tokens.lr) if with_surprise else None
+        if window == 1 and tokens.weight is not None:
+            # The weight of a token's only loss scales its learning rate.
+            tokens = tokens._replace(lr=tokens.lr * tokens.weight, weight=None)
         width = block_size(chunk_size, widest)
         plan = Plan(len(weights), chunk_size // width, ACTIVATIONS[activation], loss, with_surprise)
         tail = None if norm is None else Tail(*(n.to(dtype).repeat(batch, 1)[:, None] for n in norm))
         if length == 1 and cu_seqlens is None and scan is None:
             o, state, surprise = _step(plan, tokens, state, chunk_size, window, start, tail)
+            return o.to(v.dtype), state, surprise
+        affine = len(weights) == 1 and norm is None and loss is squared_error and window == 1
+        if affine and scan is None and in_blocks(chunk_size):
+            o, state, surprise = _blocks(tokens, state, initial[0], chunk_size, cu_seqlens, start, with_surprise)
             return o.to(v.dtype), state, surprise
         aligned = start is not None and start % chunk_size == 0
         if aligned:
@@ -138,6 +148,50 @@ def neural_memory_reference(
     momentum = parts[1] if tokens.momentum is not None else ()
     position = state.position + length if cu_seqlens is None else next_position(cu_seqlens, state.position)
     return out.to(v.dtype), NeuralMemoryState(parts[0], momentum, parts[-1], position, recent), surprise
+
+
+def _blocks(
+    tokens: Tokens,
+    state: NeuralMemoryState,
+    initial: Tensor,
+    chunk_size: int,
+    cu_seqlens: Tensor | None,
+    start: int | None,
+    with_surprise: bool,
+) -> tuple[Tensor, NeuralMemoryState, Tensor | None]:
+    """A memory of one layer under the squared error, see ``blocks``."""
+    q = tokens.q
+    batch, length, heads, keys = q.shape
+    width = block_width(length, cu_seqlens)
+    # Whether blocks start with chunks, so that none reads the anchor of an earlier block.
+    regular = start is not None and start % chunk_size == 0 and (length <= width or width % chunk_size == 0)
+    if regular:
+        rows = lay_out(None, length, width)
+    else:
+        rows = lay_out(whole_rows(q) if cu_seqlens is None else cu_seqlens, length, width, state.position[:, None])
+    grid = rows.grid
+    rates = block_rates(scalar_recurrences(tokens.lr, tokens.momentum, tokens.decay, grid), rows, chunk_size)
+    q, k, v = (to_rows(grid.lay(x)) for x in tokens[:3])
+    parts = [*state.weights, *state.momentum, *(() if regular else state.anchor)]
+    memory = torch.cat([x.to(q.dtype).flatten(0, 1) for x in parts], 1)
+    plan = BlockPlan(-(-grid.width // chunk_size) + (not regular and grid.width % chunk_size > 0))
+    documents = []
+    if rows.start is not None:
+        of_documents = F.pad(initial.flatten(0, 1), (0, 0, 0, memory.shape[1] - keys))
+        documents = [row_flags(rows.start == 0, heads), of_documents]
+    out, errors, before, last = solve(plan, q, k, v, rates, memory, *documents)
+    after = [x.unflatten(0, (batch, heads)) for x in last.split(keys, 1)]
+    surprise = None
+    if with_surprise:
+        surprise = grid.take(from_rows(gradient_norm([k.detach()], [errors.detach()]), heads))
+    if regular:
+        slot = (length - 1) % grid.width
+        of_M, inner = rates.anchors[-1, :, None, slot], rates.inner[-1, :, slot, :, None]
+        anchor = torch.bmm(of_M, by_part(before, len(parts))).view(len(before), keys, -1)
+        after.append(torch.baddbmm(anchor, (inner * k[-1]).mT, errors[-1], alpha=-1).unflatten(0, (batch, heads)))
+    position = state.position + length if cu_seqlens is None else next_position(cu_seqlens, state.position)
+    W, *S, anchor = after
+    return grid.take(from_rows(out, heads)), NeuralMemoryState((W,), tuple(S), (anchor,), position), surprise
 
 
 def _step(
@@ -208,8 +262,7 @@ def _sources(
     grid, heads = chunks.grid, tokens.k.shape[2]
     if window == 1:
         k, v = (to_rows(grid.lay(x)) for x in (tokens.k, tokens.v))
-        U = None if tokens.weight is None else torch.diag_embed(to_rows(grid.lay(tokens.weight)))
-        return (k, v), U, ()
+        return (k, v), None, ()
     token = torch.arange(grid.length, device=tokens.k.device)
     if lengths is not None:
         # Zeros, because a mask is not enough: 0 times the content of padding may be NaN.

@@ -104,7 +104,7 @@ def _forward(plan: Plan, keep: bool, tensors: Tensors) -> tuple[Tensors, list[Te
     assert q is not None and k is not None and v is not None
     rates, tail, flags, memories, given, initial = _sort(plan.depth, rest)
     (chunks, rows), s = q.shape[:2], len(memories[0])
-    size, kept_whole = _groups(memories, k, keep)
+    size, kept_whole = group_size(memories, k, keep)
     fresh = _fresh(memories, initial)
     by_keys = k.shape[-1] <= memories[0][0].shape[-1]
     anchor: Layers = [lay_out(w) for w in given]
@@ -169,7 +169,7 @@ def _backward(plan: Plan, tensors: Tensors, saved: list[Tensor], d_outputs: Tens
     (chunks, rows), s = q.shape[:2], len(memories[0])
     if d_out is None:
         d_out = q.new_zeros(*q.shape[:3], v.shape[-1])
-    size, kept_whole = _groups(memories, k, keep=True)
+    size, kept_whole = group_size(memories, k, keep=True)
     fresh = _fresh(memories, initial)
     # A group keeps equally many tensors, and its anchor if it may start inside a chunk.
     anchors_kept = [depth * _goes_on(start, plan, flags) for start in range(0, chunks, size)]
@@ -289,7 +289,7 @@ def _backward(plan: Plan, tensors: Tensors, saved: list[Tensor], d_outputs: Tens
 SCAN = Loop(_forward, _backward, _outputs)
 
 
-def _groups(memories: Sequence[Sequence[Tensor]], k: Tensor, keep: bool) -> tuple[int, bool]:
+def group_size(memories: Sequence[Sequence[Tensor]], k: Tensor, keep: bool) -> tuple[int, bool]:
     """The number of blocks of a group, and whether the memory of every block is kept.
 
     A group has so many blocks that its kept memory is no larger than its kept activations, and at least 256 tokens,
