@@ -139,9 +139,7 @@ def test_packed_rows_equal_documents_alone_and_padding_changes_nothing(chunk_siz
     def alone(*x):
         state, outputs, last = run([*x[6:12], x[-1]], chunk_size).state, [], []
         for b, ends in enumerate(cu_seqlens.tolist()):
-            of_row = type(state)(
-                *(tuple(t[b : b + 1] for t in p) if isinstance(p, tuple) else p[b : b + 1] for p in state)
-            )
+            of_row = tree_map(lambda t: t[b : b + 1], state)  # noqa: B023
             o = []
             for d, (begin, end) in enumerate(itertools.pairwise(ends)):
                 document = [t[b : b + 1, begin:end] for t in x[:6]]
