@@ -2,7 +2,7 @@
 it looks for aliases, completes arguments and flattens lists at every call. Tests check all of it (``opcheck``).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,33 +32,57 @@ class Op:
         return torch.library.register_fake(self.overload, function, lib=_LIBRARY)
 
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
-        """backward: (ctx, *gradients) -> the gradient of each argument, or None; a list of outputs has a list of
-        gradients. setup_context: (ctx, inputs, output). No argument is a list of tensors.
+        """backward: (ctx, *gradients) -> the gradient of each argument, or None; a list of tensors has a list of
+        gradients. setup_context: (ctx, inputs, output).
         """
         overload = self.overload
-        listed = isinstance(overload._schema.returns[0].type, torch.ListType)
+        listed = [isinstance(x.type, torch.ListType) for x in overload._schema.arguments]
+        returns_list = isinstance(overload._schema.returns[0].type, torch.ListType)
 
-        class Differentiable(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, keys: Any, *inputs: Any) -> Any:
-                with torch._C._AutoDispatchBelowAutograd():
-                    output = overload.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
-                setup_context(ctx, inputs, output)
-                return tuple(output) if listed else output
-
-            @staticmethod
-            def backward(ctx: Any, *gradients: Any) -> Any:
-                found = backward(ctx, [*gradients]) if listed else backward(ctx, *gradients)
-                return (None, *found) if isinstance(found, tuple) else (None, found)
-
-        def autograd(keys: Any, *inputs: Any) -> Any:
-            if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-                output = Differentiable.apply(keys, *inputs)
-                return [*output] if listed else output
+        def run(keys: Any, inputs: Sequence[Any]) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
                 return overload.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
 
+        class Differentiable(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *given: Any) -> Any:
+                # These come last, so that ``ctx.needs_input_grad`` begins with the op's arguments.
+                *flat, ctx.sizes, keys = given
+                inputs = tuple(_nested(flat, ctx.sizes))
+                output = run(keys, inputs)
+                setup_context(ctx, inputs, output)
+                return tuple(output) if returns_list else output
+
+            @staticmethod
+            def backward(ctx: Any, *gradients: Any) -> Any:
+                found = backward(ctx, [*gradients]) if returns_list else backward(ctx, *gradients)
+                return *_flat(found if isinstance(found, tuple) else (found,), ctx.sizes), None, None
+
+        def autograd(keys: Any, *inputs: Any) -> Any:
+            if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
+                return run(keys, inputs)
+            sizes = [len(x) if of_list else None for x, of_list in zip(inputs, listed, strict=True)]
+            output = Differentiable.apply(*_flat(inputs, sizes), sizes, keys)
+            return [*output] if returns_list else output
+
         _LIBRARY.impl(self.name, autograd, "Autograd", with_keyset=True)
+
+
+def _flat(arguments: Sequence[Any], sizes: Sequence[int | None]) -> list[Any]:
+    """Arguments with the entries of lists in their place; sizes: their number, None for other arguments."""
+    flat: list[Any] = []
+    for x, size in zip(arguments, sizes, strict=True):
+        if size is None:
+            flat.append(x)
+        else:
+            flat += [None] * size if x is None else x
+    return flat
+
+
+def _nested(flat: Sequence[Any], sizes: Sequence[int | None]) -> Iterator[Any]:
+    rest = iter(flat)
+    for size in sizes:
+        yield next(rest) if size is None else [next(rest) for _ in range(size)]
 
 
 def kernel_op(name: str) -> Callable[[Callable[..., Any]], Op]:
