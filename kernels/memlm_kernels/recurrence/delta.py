@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from memlm_kernels.backend import as_autocast, choose, with_triton
+from memlm_kernels.pieces import long_rows
 from memlm_kernels.recurrence.delta_reference import delta_rule_reference
 from memlm_kernels.recurrence.fla import limit_of, recurrence, with_fla
 from memlm_kernels.segments import RecurrenceOutput, check_recurrence
@@ -50,4 +51,7 @@ def delta_rule(
         return RecurrenceOutput(*recurrence(q, k, v, beta, log_decay, cu_seqlens, state))
     from memlm_kernels.recurrence.delta_triton import delta_rule_triton
 
-    return RecurrenceOutput(*delta_rule_triton(q, k, v, beta, log_decay, cu_seqlens, state))
+    def op(v: Tensor, cu_seqlens: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        return delta_rule_triton(q, k, v, beta, log_decay, cu_seqlens, state)
+
+    return RecurrenceOutput(*long_rows(op, q, v, cu_seqlens, state, diagonal=False))

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from memlm_kernels.backend import as_autocast, choose, with_triton
+from memlm_kernels.pieces import long_rows
 from memlm_kernels.recurrence.fla import limit_of, recurrence, with_fla
 from memlm_kernels.recurrence.linear_reference import linear_attention_reference
 from memlm_kernels.segments import RecurrenceOutput, check_recurrence
@@ -46,7 +47,10 @@ def linear_attention(
         return RecurrenceOutput(*recurrence(q, k, v, None, log_decay, cu_seqlens, state))
     from memlm_kernels.recurrence.linear_triton import linear_attention_triton
 
-    return RecurrenceOutput(*linear_attention_triton(q, k, v, log_decay, cu_seqlens, state))
+    def op(v: Tensor, cu_seqlens: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        return linear_attention_triton(q, k, v, log_decay, cu_seqlens, state)
+
+    return RecurrenceOutput(*long_rows(op, q, v, cu_seqlens, state, diagonal=True))
 
 
 def _limit(q: Tensor, log_decay: Tensor | None) -> str | None:

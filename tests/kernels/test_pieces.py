@@ -1,0 +1,99 @@
+"""Rows in pieces give the results of whole rows, whatever the pieces are."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from memlm_kernels import delta_rule, linear_attention, pieces
+from memlm_kernels.pieces import cut, in_pieces, pieces_of
+
+BATCH, LENGTH, HEADS, KEYS, VALUES = 3, 50, 2, 8, 6
+BOUNDARIES = torch.tensor([[0, 7, 7, 30, 50], [0, 13, 26, 39, 40], [5, 5, 5, 50, 50]])
+
+
+def inputs(dtype, length=LENGTH, keys=KEYS, values=VALUES):
+    draws = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(BATCH, length, HEADS, keys, generator=draws, dtype=dtype) for _ in range(2))
+    v = torch.randn(BATCH, length, HEADS, values, generator=draws, dtype=dtype)
+    beta, decay = (torch.rand(BATCH, length, HEADS, generator=draws, dtype=dtype) for _ in range(2))
+    channels = torch.rand(BATCH, length, HEADS, keys, generator=draws, dtype=dtype)
+    state = torch.randn(BATCH, 4, HEADS, keys, values, generator=draws, dtype=dtype)
+    return q, F.normalize(k, dim=-1), v, beta, -0.1 * decay, -0.1 * channels, state
+
+
+RULES = {
+    "delta": (lambda q, k, v, beta, decay, channels, **o: delta_rule(q, k, v, beta, **o), False),
+    "gated delta": (lambda q, k, v, beta, decay, channels, **o: delta_rule(q, k, v, beta, decay, **o), False),
+    "linear": (lambda q, k, v, beta, decay, channels, **o: linear_attention(q, k, v, **o), True),
+    "a decay": (lambda q, k, v, beta, decay, channels, **o: linear_attention(q, k, v, decay, **o), True),
+    "a decay per channel": (
+        lambda q, k, v, beta, decay, channels, **o: linear_attention(q, k, v, channels, **o),
+        True,
+    ),
+}
+
+
+def gradients(results, given):
+    draws = torch.Generator().manual_seed(1)
+    total = sum((x * torch.randn(x.shape, generator=draws, dtype=x.dtype)).sum() for x in results)
+    return torch.autograd.grad(total, given, allow_unused=True, materialize_grads=True)
+
+
+@pytest.mark.parametrize("count", [2, 7, LENGTH])
+@pytest.mark.parametrize("whole", [False, True], ids=["documents", "one document"])
+@pytest.mark.parametrize("rule", RULES)
+def test_pieces_equal_whole_rows(rule, whole, count):
+    """Empty segments, padding on both sides, borders at boundaries; a token a piece."""
+    op, diagonal = RULES[rule]
+    given = [x.requires_grad_() for x in inputs(torch.float64)]
+    q, k, v, *gates, state = given
+    cu, state = (None, state[:, :1]) if whole else (BOUNDARIES, state)
+
+    def run(v, cu, state):
+        return tuple(op(q, k, v, *gates, cu_seqlens=cu, state=state))
+
+    expected, found = run(v, cu, state), in_pieces(run, v, cu, state, count, diagonal)
+    for x, y in zip((*expected, *gradients(expected, given)), (*found, *gradients(found, given)), strict=True):
+        torch.testing.assert_close(y, x, atol=1e-12, rtol=0)
+
+
+def test_every_token_is_in_a_piece_of_its_segment():
+    of = cut(BOUNDARIES, LENGTH, 9)
+    assert of.owner.shape == (BATCH, 4 + 9 - 1)
+    for b, row in enumerate(BOUNDARIES.tolist()):
+        spans = list(zip(of.cu[b, :-1].tolist(), of.cu[b, 1:].tolist(), of.owner[b].tolist(), strict=True))
+        for s, (begin, end) in enumerate(itertools.pairwise(row)):
+            mine = [(x, y) for x, y, owner in spans if owner == s]
+            assert mine[0][0] == begin and mine[-1][1] == end and all(y - x <= 6 for x, y in mine)
+            assert all(one[1] == two[0] for one, two in itertools.pairwise(mine))
+        assert of.opens[b].sum() == 4
+
+
+@pytest.mark.parametrize("rule", ["gated delta", "a decay per channel"])
+def test_kernels_take_long_rows_in_pieces(rule, monkeypatch):
+    """Where a device would have idle multiprocessors."""
+    op, _ = RULES[rule]
+    given = [x[:1].requires_grad_() for x in inputs(torch.float32, 26, 16, 16)]
+    state, cu = given[-1][:, :2], torch.tensor([[0, 9, 25]])
+    results, counts, real = [], [], pieces.in_pieces
+    monkeypatch.setattr(pieces, "SHORTEST", 8)
+    monkeypatch.setattr(pieces, "in_pieces", lambda *a: counts.append(a[4]) or real(*a))
+    for processors in (0, 50):
+        monkeypatch.setattr(pieces, "slots", lambda device, processors=processors: processors)
+        out = op(*given[:-1], cu_seqlens=cu, state=state, backend="triton")
+        results.append((*out, *gradients(out, given)))
+    assert counts == [3]
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(y, x, atol=3e-5, rtol=3e-5)
+
+
+@pytest.mark.parametrize(
+    ("length", "chains", "rows", "expected"),
+    # Delta rules of 128 channels on an H200: one row and one head; 16 heads; 8 rows of 4,096 with 16 heads.
+    [(131_072, 2, 128, 22), (131_072, 32, 128, 1), (4_096, 256, 128, 1), (4_096, 2, 128, 4), (2_048, 1, 1, 1)],
+)
+def test_rows_are_cut_where_processors_idle(length, chains, rows, expected, monkeypatch):
+    monkeypatch.setattr(pieces, "slots", lambda device: 132)
+    assert pieces_of(torch.empty(0), length, chains, rows, 128) == expected
