@@ -35,7 +35,7 @@ def unite_chunks(index, united, count, T, N, U, G: tl.constexpr, J: tl.constexpr
 
 
 @tiled(
-    [{"BM": 32, "num_warps": 8, "num_stages": 1}, {"BM": 32, "num_warps": 4, "num_stages": 1}],
+    [{"BM": 32, "num_warps": 4, "num_stages": 2}, {"BM": 32, "num_warps": 4, "num_stages": 1}],
     [{"BM": 64, "num_warps": 4, "num_stages": 1}, {"BM": 32, "num_warps": 4, "num_stages": 1}],
 )
 @triton.jit(do_not_specialize=_SIZES)
@@ -107,7 +107,7 @@ def chunks_backward(
         b_do = load_tile(d_o, row * T * H, rows, i_v, inside, V)
         b_lse = tl.load(lse + row * T * H + rows, mask=inside, other=0.0) * LOG2E
         b_delta = tl.load(delta + row * T * H + rows, mask=inside, other=0.0)
-        before = (start + i_c)[:, None] <= (L - T + token - window)[None, :]
+        before = i_c[:, None] <= (L - T - window - start + token).to(tl.int32)[None, :]
         seen = real[:, None] & inside[None, :] & before
         b_dk, b_dv = key_gradients(b_dk, b_dv, b_q, b_k, b_v, b_do, b_lse, b_delta, seen, scale, PRECISION)
     to = (at * PARTS + part) * C + tile * BC

@@ -19,12 +19,12 @@ LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 # Behind all keys and chunks.
 NEVER = tl.constexpr(2147483647)
 _SIZES = ["B", "T", "LK", "L", "P", "N", "U", "SPLITS", "PARTS", "TILES", "window", "shared"]
-_FORWARD = [{"BN": 64, "num_warps": 8, "num_stages": 2}, {"BN": 32, "num_warps": 8, "num_stages": 2}]
+_FORWARD = [{"BN": 32, "num_warps": 4, "num_stages": 2}]
 _FORWARD_HIP = [{"BN": 64, "num_warps": 4, "num_stages": 1}, {"BN": 32, "num_warps": 4, "num_stages": 1}]
-_QUERIES = [{"BN": 64, "num_warps": 8, "num_stages": 1}, {"BN": 32, "num_warps": 8, "num_stages": 1}]
+_QUERIES = [{"BN": 32, "num_warps": 4, "num_stages": 2}]
 _QUERIES_HIP = [{"BN": 64, "num_warps": 4, "num_stages": 1}, {"BN": 32, "num_warps": 4, "num_stages": 1}]
 _KEYS = [
-    {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 1},
+    {"BM": 32, "BN": 64, "num_warps": 4, "num_stages": 2},
     {"BM": 32, "BN": 64, "num_warps": 4, "num_stages": 1},
 ]
 _KEYS_HIP = [

@@ -34,7 +34,16 @@ _LEARN = ("q", "k", "v", "other_q", "prefix_k", "prefix_v", "far_k")
 class AttentionCall:
     """Sizes of a call, and how it is cut; see ``kernels``."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, index: Tensor | None, chunk: int):
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        prefix_k: Tensor | None,
+        far_k: Tensor | None,
+        index: Tensor | None,
+        chunk: int,
+    ):
         self.batch, self.length, self.heads, self.keys = q.shape
         self.groups, self.values = k.shape[2], v.shape[-1]
         self.padded = power_of_two(self.heads // self.groups)
@@ -46,6 +55,7 @@ class AttentionCall:
         crowded = wide > 512 or (wide > 256 and q.element_size() == 4 and self.rows > 16)
         self.most_keys = 16 if crowded else most
         self.most_stages = 2 if wide <= 256 else 1
+        self.stages_of_keys = self.most_stages if q.element_size() == 2 else 1
         self.prefix = 0 if prefix_k is None else prefix_k.shape[1]
         self.chosen = 0 if index is None else index.shape[3]
         self.chunk = chunk
@@ -59,7 +69,9 @@ class AttentionCall:
         }
         sizes |= {"K": self.keys, "V": self.values, "PRECISION": precision(q), "RP": self.padded}
         self.sizes = sizes | {"BK": at_least_16(self.keys), "BV": at_least_16(self.values)}
-        self.of_choice = {"J": self.chosen, "C": chunk, "BC": self.limit(chunk)["BN"]}
+        # Beside a second set of keys, and in few rows, registers hold fewer chosen keys.
+        most_chosen = 32 if far_k is not None or self.rows < 64 else 64
+        self.of_choice = {"J": self.chosen, "C": chunk, "BC": min(most_chosen, self.limit(chunk)["BN"])}
 
     def limit(self, keys: int) -> Tiles:
         return {"BN": min(self.most_keys, at_least_16(keys)), "num_stages": self.most_stages}
@@ -127,7 +139,7 @@ def forward(
     """
     q, k, v, other_q, far_k, index, starts = laid(q, k, v, other_q, far_k, index, starts)
     prefix_k, prefix_v, first, end = laid(prefix_k, prefix_v, first, end)
-    call = AttentionCall(q, k, v, prefix_k, index, chunk_size)
+    call = AttentionCall(q, k, v, prefix_k, far_k, index, chunk_size)
     splits = call.splits(min(most, k.shape[1]))
     o, lse = q.new_empty(*q.shape[:3], call.values), q.new_empty(q.shape[:3], dtype=torch.float32)
     parts = [x if splits == 1 else x.new_empty(splits, *x.shape, dtype=torch.float32) for x in (o, lse)]
@@ -212,7 +224,7 @@ def backward(
     """Gradients of ``_LEARN``; empty for an input that is None."""
     q, k, v, other_q, far_k, index, starts = laid(q, k, v, other_q, far_k, index, starts)
     prefix_k, prefix_v, first, end, d_o, d_lse = laid(prefix_k, prefix_v, first, end, d_o, d_lse)
-    call = AttentionCall(q, k, v, prefix_k, index, chunk_size)
+    call = AttentionCall(q, k, v, prefix_k, far_k, index, chunk_size)
     d_q, d_other = torch.empty_like(q), None if other_q is None else torch.empty_like(q)
     delta = torch.empty_like(lse)
     bounds = first.new_empty(call.batch, call.tiles, 2)
@@ -254,7 +266,7 @@ def _keys_gradients(call: AttentionCall, queries: dict[str, Any], k: Tensor, v: 
     d_k, d_v = (k.new_empty(*shape, size, dtype=torch.float32) for size in (call.keys, call.values))
     attended_keys_backward(
         lambda tiles: parts * call.batch * call.groups * cdiv(k.shape[1], tiles["BN"]),
-        {**limits, "BM": call.rows},
+        {**limits, "BM": call.rows, "num_stages": call.stages_of_keys},
         **{**queries, "k": k, "v": v, "d_k": d_k, "d_v": d_v, "shared": int(len(k) == call.batch), "B": call.batch},
         **{**call.sizes, "LK": k.shape[1], "L": v.shape[1], "TILES": call.tiles, "PARTS": parts},
         BOUND=call.rows // call.padded,
@@ -285,7 +297,7 @@ def _add_chunks(
     sizes_of_call = {name: x for name, x in call.sizes.items() if name != "LK"}
     chunks_backward(
         lambda _: call.batch * call.groups * count * tiles,
-        {"BM": call.rows},
+        {"BM": call.rows, "num_stages": call.stages_of_keys},
         **{**given, "starts": starts, "readers": token, "offsets": offsets, "owner": owner, "first": first},
         **{"d_k": parts_k, "d_v": parts_v, "N": chunks, "PARTS": count, "PER": PER},
         **sizes_of_call,
