@@ -88,6 +88,11 @@ def in_one_type(*tensors: Tensor | None) -> list[Any]:
     return [None if x is None else x.to(dtype) for x in tensors]
 
 
+def asks_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a result of these tensors has a gradient."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def readable(x: Tensor) -> bool:
     """Whether x can be read without waiting: it lies on a CPU, has data, and is not compiled."""
     return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()

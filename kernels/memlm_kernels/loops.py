@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 
 from memlm_kernels.backend import outside_autocast
+from memlm_kernels.checks import asks_gradient
 
 Tensors = Sequence[Tensor | None]
 
@@ -34,7 +35,7 @@ class Loop(NamedTuple):
     outputs: Callable[[Any, Tensors], Tensors]
 
     def __call__(self, plan: Any, *tensors: Tensor | None) -> Any:
-        keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+        keep = asks_gradient(*tensors)
         if not torch.compiler.is_compiling():
             return _Function.apply(self, plan, keep, *tensors)
         given, present = _apart(tensors)

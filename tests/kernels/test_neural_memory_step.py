@@ -73,6 +73,15 @@ def test_a_token_sees_no_recent_token_of_an_earlier_document(told):
     assert_close("memory", alone.state.weights[0], out.state.weights[0], 1e-12)
 
 
+def test_a_token_starts_a_document_in_some_rows():
+    """A row whose position is 0 starts at M_0, whatever its state holds, as in a call of two tokens."""
+    inputs = make(length=7)
+    state = run([*(x[:, :5] for x in inputs[:6]), *inputs[6:]], 4).state
+    state = state._replace(position=torch.tensor([5, 0]))
+    one, two = (run([*(x[:, 5 : 5 + n] for x in inputs[:6]), *inputs[6:]], 4, state=state) for n in (1, 2))
+    assert_close("o", two.o[:, :1], one.o, 1e-12)
+
+
 def test_a_token_takes_few_operations():
     """A linear memory takes nine kernels and a position, with views between [B, 1, H] and rows."""
     inputs = make(length=9, heads=1)

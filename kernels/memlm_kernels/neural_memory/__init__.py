@@ -14,7 +14,7 @@ Files:
     kernels, triton     Triton: a memory of one layer, and the op around it
     deep, deep_kernels  Triton: a memory of two layers
     deep_backward_kernels, deep_read_backward_kernels  Triton: the gradients of its writes and of its reads
-    step_kernels        Triton: decoding a token, for one layer and for two
+    step_kernels, step_triton  Triton: decoding a token, for one layer and for two
     limits              Triton: the memories that the kernels take
 """
 
@@ -34,6 +34,7 @@ from memlm_kernels.neural_memory.reference import (
     BLOCKS,
     LoopOverChunks,
     NeuralMemoryState,
+    OneToken,
     Tokens,
     block_size,
     neural_memory_reference,
@@ -137,12 +138,15 @@ def neural_memory(
     q, k, v = as_autocast(q, k, v)
     limit = memory_limit(q, v, weights, norm, loss, window, chunk_size)
     scan: LoopOverChunks | None = None
+    one_token: OneToken | None = None
     widest = 64
     if choose("neural_memory", backend, *with_triton(q, limit, v)) == "triton":
         from memlm_kernels.neural_memory.deep import scan_deep
+        from memlm_kernels.neural_memory.step_triton import step_triton
         from memlm_kernels.neural_memory.triton import scan_triton
 
-        scan, widest = (scan_triton if len(weights) == 1 else scan_deep), most_slots(q, len(weights))
+        scan, one_token = scan_triton if len(weights) == 1 else scan_deep, step_triton
+        widest = most_slots(q, len(weights))
     tokens = Tokens(q, k, v, lr, momentum, decay, weight)
     return NeuralMemoryOutput(
         *neural_memory_reference(
@@ -159,6 +163,7 @@ def neural_memory(
             with_surprise=with_surprise,
             scan=scan,
             widest=widest,
+            one_token=one_token,
         )
     )
 

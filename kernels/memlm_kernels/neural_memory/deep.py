@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from memlm_kernels.backend import outside_autocast
-from memlm_kernels.checks import in_one_type
+from memlm_kernels.checks import asks_gradient, in_one_type
 from memlm_kernels.launch import Kernel, arguments_of, at_least_16, cdiv, laid, precision
 from memlm_kernels.neural_memory.chunk import Plan
 from memlm_kernels.neural_memory.deep_backward_kernels import deep_tokens_backward, deep_write_backward
@@ -22,7 +22,6 @@ from memlm_kernels.neural_memory.deep_kernels import deep_read, deep_write
 from memlm_kernels.neural_memory.deep_read_backward_kernels import deep_read_backward_1, deep_read_backward_2
 from memlm_kernels.neural_memory.network import ACTIVATIONS, EPS
 from memlm_kernels.neural_memory.rates import Rates
-from memlm_kernels.neural_memory.step_kernels import deep_step
 from memlm_kernels.ops import kernel_op
 
 # The number of chunks whose memories exist at once.
@@ -198,8 +197,6 @@ def forward(
     call = _Call.of(tokens, momentum, tail, flags, memory, ragged)
     sizes = call.sizes(silu)
     out = _empty_out(call)
-    if not keep and call.q.shape[0] == call.q.shape[2] == 1:
-        return _step(call, sizes, out)
     current, kept, surprise = call.memory(), [], []
     for begin in range(0, sizes["N"], SPAN):
         if keep:
@@ -214,16 +211,6 @@ def forward(
 
 def _empty_out(call: _Call) -> Tensor:
     return call.W_1.new_empty(*call.q.shape[:3], call.v.shape[-1])
-
-
-def _step(call: _Call, sizes: dict[str, Any], out: Tensor) -> Tensors:
-    surprise = call.beta.new_empty(call.beta.shape)
-    names = call.state()
-    last = {f"last_{name}": torch.empty_like(getattr(call, name.replace("A", "W"))) for name in names}
-    arguments = {"last_S_1": None, "last_S_2": None, **call._asdict(), **last, "out": out, "surprise": surprise}
-    sizes = {name: x for name, x in sizes.items() if name not in ("N", "W_C", "BT", "PRECISION")}
-    deep_step(lambda _: int(sizes["G"]), {}, **arguments, **sizes)
-    return [out, surprise, *last.values()]
 
 
 @forward.register_fake
@@ -372,7 +359,7 @@ def scan_deep(plan: Plan, q: Tensor, k: Tensor, v: Tensor, rates: Rates, *rest: 
     tail = [x.flatten(1) for x in tail]
     memory, ragged = weights_of[:size], weights_of[size:]
     tensors = (*tokens, *momentum, *tail, *memory, *ragged)
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    keep = asks_gradient(*tensors)
     silu = plan.activation is ACTIVATIONS["silu"]
     out, surprise, *after = forward(tokens, momentum, tail, flags, memory, ragged, plan.blocks, silu, keep)
     return out, surprise.detach() if plan.surprise else None, *after[: size + 2]

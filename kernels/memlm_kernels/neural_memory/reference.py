@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memlm_kernels.checks import asks_gradient
 from memlm_kernels.grid import from_rows, keep_last, pick, row_flags, to_rows
 from memlm_kernels.neural_memory.block_rates import block_rates
 from memlm_kernels.neural_memory.blocks import BlockPlan, block_width, in_blocks, solve
@@ -41,6 +42,7 @@ BLOCKS = "must be at most 64, or a multiple of a number from 16 to 64"
 
 # The type of ``scan_in_torch``.
 LoopOverChunks = Callable[..., tuple[Any, ...]]
+OneToken = Callable[..., tuple[Tensor, "NeuralMemoryState", Tensor | None]]
 
 
 class NeuralMemoryState(NamedTuple):
@@ -84,11 +86,13 @@ def neural_memory_reference(
     with_surprise: bool,
     scan: LoopOverChunks | None,
     widest: int,
+    one_token: OneToken | None = None,
 ) -> tuple[Tensor, NeuralMemoryState, Tensor | None]:
     """o, the new state, and the norm of each token's gradient [B, T, H], if requested; see ``neural_memory``.
 
     scan: a loop over chunks that replaces the one in PyTorch; it gets the tokens in their own type
     widest: the most slots that it takes at once
+    one_token: a step of one token without gradients, with the arguments of ``step_triton``
     """
     q, v = tokens.q, tokens.v
     batch, length, heads, _ = q.shape
@@ -108,9 +112,13 @@ def neural_memory_reference(
             tokens = tokens._replace(lr=tokens.lr * tokens.weight, weight=None)
         width = block_size(chunk_size, widest)
         plan = Plan(len(weights), chunk_size // width, ACTIVATIONS[activation], loss, with_surprise)
+        if length == 1 and one_token is not None:
+            held = (x for part in state[:3] for x in part)
+            if not asks_gradient(*tokens, *weights, *(norm or ()), *held):
+                return one_token(plan, tokens, state, weights, norm, chunk_size, start, cu_seqlens)
         tail = None if norm is None else Tail(*(n.to(dtype).repeat(batch, 1)[:, None] for n in norm))
         if length == 1 and cu_seqlens is None and scan is None:
-            o, state, surprise = _step(plan, tokens, state, chunk_size, window, start, tail)
+            o, state, surprise = _step(plan, tokens, state, initial, chunk_size, window, start, tail)
             return o.to(v.dtype), state, surprise
         affine = len(weights) == 1 and norm is None and loss is squared_error and window == 1
         if affine and scan is None and in_blocks(chunk_size):
@@ -198,14 +206,18 @@ def _step(
     plan: Plan,
     tokens: Tokens,
     state: NeuralMemoryState,
+    initial: tuple[Tensor, ...],
     chunk_size: int,
     window: int,
     start: int | None,
     tail: Tail | None,
 ) -> tuple[Tensor, NeuralMemoryState, Tensor | None]:
-    """One token of rows that continue."""
+    """One token of rows that continue, or start at ``initial``."""
     weights, momentum, anchor = ([x.to(tokens.lr.dtype) for x in part] for part in state[:3])
     if start is None:
+        new = (state.position == 0)[:, None, None, None]
+        weights = [torch.where(new, i, w) for i, w in zip(initial, weights, strict=True)]
+        momentum = [x.masked_fill(new, 0.0) for x in momentum]
         opens = (state.position % chunk_size == 0)[:, None, None, None]
         anchor = [torch.where(opens, w, a) for w, a in zip(weights, anchor, strict=True)]
     elif start % chunk_size == 0:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memlm_kernels.backend import as_autocast, choose, with_triton
-from memlm_kernels.checks import check_tensors, in_one_type
+from memlm_kernels.checks import asks_gradient, check_tensors, in_one_type
 from memlm_kernels.neural_memory.chunk import Plan
 from memlm_kernels.neural_memory.limits import blocks_limit, keys_limit, most_slots
 from memlm_kernels.neural_memory.losses import squared_error
@@ -88,6 +88,11 @@ def segmented_neural_memory(
         if length == 1 and cu_seqlens is None and not by_triton:
             o, memory = _one_token(tokens, memory, position % chunk_size == 0)
             return SegmentedMemoryOutput(o.to(given), SegmentedMemoryState(memory, position + 1))
+        if length == 1 and cu_seqlens is None and not asks_gradient(*tokens, memory):
+            from memlm_kernels.neural_memory.step_triton import of_segments
+
+            o, after = of_segments(*tokens[:6], position, memory[:, 0], chunk_size)
+            return SegmentedMemoryOutput(o.to(given), SegmentedMemoryState(after[:, None], position + 1))
         if cu_seqlens is None:
             cu_seqlens = whole_rows(q)
         # Blocks divide chunks, so no block crosses a chunk's end.

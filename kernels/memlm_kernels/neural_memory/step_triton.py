@@ -17,6 +17,7 @@ from memlm_kernels.neural_memory.network import ACTIVATIONS, EPS
 from memlm_kernels.neural_memory.reference import NeuralMemoryState, Tokens
 from memlm_kernels.neural_memory.step_kernels import deep_step, memory_step
 from memlm_kernels.ops import kernel_op
+from memlm_kernels.segments import exact
 
 Tensors = list[Tensor]
 
@@ -53,10 +54,9 @@ def step(
     W, S, A, initial = (laid(*part) for part in (W, S, A, initial))
     found = _results(q, v, W, S, surprise)
     layers = [f"_{i + 1}" for i in range(len(W))] if len(W) > 1 else [""]
-    parts = {"W": W, "S": S, "A": A, "initial": initial}
-    there: dict[str, Any] = {
-        f"{part}{layer}": x for part, of in parts.items() for layer, x in zip(layers, of, strict=False)
-    }
+    there: dict[str, Any] = {}
+    for part, tensors in {"W": W, "S": S, "A": A, "initial": initial}.items():
+        there |= {f"{part}{layer}": x for layer, x in zip(layers, tensors, strict=False)}
     names = [f"last_{part}{layer}" for part in ("W", *("S" if S else ""), "A") for layer in layers]
     there |= dict(zip(names, found[1:], strict=False))
     there |= dict(zip(("gain", "bias"), laid(*tail), strict=False))
@@ -217,9 +217,9 @@ def step_triton(
         at = position
     opens = start is not None and start % chunk_size == 0
     silu = plan.activation is ACTIVATIONS["silu"]
-    given = (at, real, [*state.weights], [*state.momentum], [] if opens else [*state.anchor])
-    initial = [] if at is None else [*weights]
-    o, *found = step(*tokens[:6], *given, initial, [*(norm or ())], chunk_size, silu, plan.surprise)
+    W, S, A, initial = ([exact(x) for x in part] for part in (*state[:3], weights))
+    given = (at, real, W, S, [] if opens else A, [] if at is None else initial)
+    o, *found = step(*tokens[:6], *given, [*(norm or ())], chunk_size, silu, plan.surprise)
     surprise = found.pop().sum(-1).sqrt() if plan.surprise else None
     layers = len(weights)
     parts = [tuple(found[i : i + layers]) for i in range(0, len(found), layers)]

@@ -10,12 +10,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from memlm_kernels.backend import outside_autocast
-from memlm_kernels.checks import in_one_type
+from memlm_kernels.checks import asks_gradient, in_one_type
 from memlm_kernels.launch import Tiles, arguments_of, at_least_16, cdiv, laid, precision
 from memlm_kernels.neural_memory.chunk import Plan
 from memlm_kernels.neural_memory.kernels import memory_backward, memory_forward, tokens_backward
 from memlm_kernels.neural_memory.rates import Rates
-from memlm_kernels.neural_memory.step_kernels import memory_step
 from memlm_kernels.ops import kernel_op
 from memlm_kernels.segments import ChunkedRows
 
@@ -99,9 +98,7 @@ def forward(
         **dict(zip(("kept_W", "kept_anchor", "kept_S"), kept, strict=True)),
         **sizes,
     }
-    one_token = not keep and owner is None and sizes["N"] == sizes["W_C"] == 1
-    kernel = memory_step if one_token else memory_forward
-    kernel(_programs(sizes), {}, **{name: there[name] for name in kernel.function.arg_names})
+    memory_forward(_programs(sizes), {}, **{name: there[name] for name in memory_forward.function.arg_names})
     present = [x for x in (*last, errors, *kept) if x is not None]
     return [out, squares.sum(0), *present]
 
@@ -323,7 +320,7 @@ def scan_triton(plan: Plan, q: Tensor, k: Tensor, v: Tensor, rates: Rates, *rest
     flags = [None if x is None else x.flatten(1).to(torch.int32) for x in (opens_document, opens_chunk)]
     tokens = in_one_type(q, k, v)
     tensors = (*tokens, *of_rates, *flags, None, None, W, S, anchor, initial)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    keep = asks_gradient(*tensors)
     found = dict(zip(_outputs(S is not None, keep), forward(*tensors, plan.blocks, keep), strict=True))
     surprise = None
     if plan.surprise:
@@ -356,7 +353,7 @@ def segments_triton(
     W, *S, anchor = (x.flatten(0, 2) for x in memory.unbind(2))
     q, k, v = (x.flatten(1, 2) for x in tokens)
     tensors = (q, k, v, *rates.apart(), *flags, owner, ended, W, S[0] if S else None, anchor, None)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    keep = asks_gradient(*tensors)
     found = dict(zip(_outputs(bool(S), keep), forward(*tensors, 1, keep), strict=True))
     last = [found[name] for name in ("W", "S", "anchor") if name in found]
     after = [x.unflatten(0, (batch, count_of, heads)) for x in last]

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from memlm_kernels.checks import asks_gradient
 from memlm_kernels.launch import at_least_16, cdiv, laid, load_tile, part_of, segment_span, store_tile, tiled
 from memlm_kernels.ops import kernel_op
 from memlm_kernels.segments import segments_of
@@ -117,5 +118,4 @@ def is_step(*tensors: Tensor | None) -> bool:
     """Whether a call is short and needs no gradient; the first tensor is q."""
     q = tensors[0]
     assert q is not None
-    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    return q.shape[1] <= MOST and q.shape[-1] <= 256 and not wanted
+    return q.shape[1] <= MOST and q.shape[-1] <= 256 and not asks_gradient(*tensors)
