@@ -7,6 +7,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from memlm_kernels.neural_memory import blocks, reference, scan
+from memlm_kernels.neural_memory.chunk import Plan
 from memlm_kernels.testing import assert_close, grads_of, relative_error
 from tests.kernels.test_neural_memory import make, make_weight, names, run, token_by_token
 
@@ -53,6 +54,16 @@ def test_equals_the_token_recurrence(chunk_size):
         names(inputs), grads_of(lambda *x: token_by_token(*x, chunk_size=chunk_size), inputs), found, strict=True
     ):
         assert_close(f"gradient of {name}", e, g, 1e-12)
+
+
+@pytest.mark.parametrize("chunk_size", [64, 96])
+def test_small_memories_take_long_chunks_in_narrow_blocks(monkeypatch, chunk_size):
+    inputs = make_stable(140, chunk_size, batch=1)
+    widths = []
+    monkeypatch.setattr(reference, "Plan", lambda *plan: widths.append(chunk_size // plan[1]) or Plan(*plan))
+    found = by_chunks(monkeypatch, lambda: run(inputs, chunk_size).o)
+    assert_close("o", token_by_token(*inputs, chunk_size=chunk_size), found, 1e-12)
+    assert widths == [32]
 
 
 def by_chunks(monkeypatch, function, *inputs):

@@ -96,10 +96,25 @@ def test_a_chunk_takes_few_operations():
     """Forward and backward, a chunk of a linear memory takes seven operations more, and a call some three hundred."""
 
     def training(chunks):
-        inputs = [x.requires_grad_() for x in make(batch=1, heads=1, key=4, length=16 * chunks)]
+        inputs = [x.requires_grad_() for x in make(batch=1, heads=1, key=4, length=32 * chunks)]
         with Watch() as watch:
-            run(inputs, 16, with_surprise=False).o.sum().backward()
+            run(inputs, 32, with_surprise=False).o.sum().backward()
         return watch.operations
 
     assert training(16) - training(8) <= 8 * 8
     assert training(8) <= 360
+
+
+def test_a_block_of_chunks_takes_few_operations():
+    """Forward and backward, a block of 32 tokens takes eight products, however many chunks it has."""
+
+    def training(blocks, chunk_size):
+        inputs = [x.requires_grad_() for x in make(batch=1, heads=1, key=4, length=32 * blocks)]
+        with Watch() as watch:
+            run(inputs, chunk_size, with_surprise=False).o.sum().backward()
+        return watch.operations
+
+    assert training(16, 1) - training(8, 1) <= 8 * 8
+    assert training(8, 1) <= 450
+    # One expands the rates of its chunks.
+    assert training(8, 4) - training(8, 1) <= 16

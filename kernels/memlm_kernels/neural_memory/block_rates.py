@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlm_kernels.neural_memory.rates import Rates, groups
+from memlm_kernels.neural_memory.rates import Rates
 from memlm_kernels.segments import ChunkedRows
 
 
@@ -28,8 +28,10 @@ class BlockRates(NamedTuple):
     writes: Tensor
     carries: Tensor
 
-    def split(self, size: int) -> list["BlockRates"]:
-        return [BlockRates(*x) for x in zip(*(groups(x, size) for x in self), strict=True)]
+    def at_once(self, part: slice) -> "BlockRates":
+        """Those of some blocks, with blocks and rows in one dimension; the carries keep both."""
+        C, inner, reads, anchors, writes = (x[part].flatten(0, 1) for x in self[:5])
+        return BlockRates(C, inner, reads, anchors, writes, self.carries[part])
 
 
 def block_rates(rates: Rates, rows: ChunkedRows, chunk_size: int) -> BlockRates:

@@ -30,7 +30,6 @@ from torch import Tensor
 from memlm_kernels.loops import Loop, Tensors
 from memlm_kernels.neural_memory.block_rates import BlockRates
 from memlm_kernels.neural_memory.chunk import by_part, collect, dots, spread
-from memlm_kernels.neural_memory.rates import groups
 from memlm_kernels.neural_memory.scan import group_size
 from memlm_kernels.segments import chunk_width
 
@@ -62,54 +61,60 @@ class _Given(NamedTuple):
         if self.opens_document is not None and self.initial is not None:
             torch.where(self.opens_document[n], self.initial, M, out=M)
 
-    def groups(self, plan: BlockPlan, size: int) -> list["_Group"]:
-        tensors = (self.q, self.k, *self.rates)
-        parts = zip(*(groups(x, size) for x in tensors), strict=True)
-        return [_Group(plan, size * i, q, k, BlockRates(*rates)) for i, (q, k, *rates) in enumerate(parts)]
+    def group(self, plan: BlockPlan, start: int, size: int, kept: Sequence[Tensor] = ()) -> "_Group":
+        """kept: gram, scores and X, if they are known"""
+        part = slice(start, start + size)
+        q, k = self.q[part].flatten(0, 1), self.k[part].flatten(0, 1)
+        rates = self.rates.at_once(part)
+        if not kept:
+            gram = torch.bmm(k, k.mT)
+            kept = gram, torch.bmm(q, k.mT), _inverse(plan, gram * rates.inner)
+        gram, scores, X = kept
+        return _Group(q, k, rates, gram, scores, X, spread(k, rates.anchors), spread(k, rates.writes))
 
 
-class _Group:
-    """The blocks ``start`` to ``end - 1``, at once: [n G, ...].
+class _Group(NamedTuple):
+    """Some blocks at once, [n G, ...]; only the carries are [n, G, s, s].
 
-    gram: K K^T; scores: Q K^T; X: the inverse; anchors, writes: spread(K, anchors), spread(K, writes)
-    X_n, anchors_n, writes_n, carries_n: for each block
-    read_rows: rows of a memory that are read, those of W and S
+    gram: K K^T   scores: Q K^T   anchors, writes: spread(K, anchors), spread(K, writes)
     """
 
-    def __init__(self, plan: BlockPlan, start: int, q: Tensor, k: Tensor, rates: BlockRates) -> None:
-        self.start, self.end, heads = start, start + len(q), q.shape[1]
-        self.q, self.k = q.flatten(0, 1), k.flatten(0, 1)
-        self.rates = BlockRates(*(x.flatten(0, 1) for x in rates))
-        self.gram, self.scores = torch.bmm(self.k, self.k.mT), torch.bmm(self.q, self.k.mT)
-        N = self.gram * self.rates.inner
-        eye = torch.eye(k.shape[2], dtype=k.dtype, device=k.device)
-        # N^2 = 0 with two chunks.
-        self.X = (
-            eye - N if plan.chunks <= 2 else torch.linalg.solve_triangular(N, eye, upper=False, unitriangular=True)
-        )
-        self.anchors, self.writes = spread(self.k, self.rates.anchors), spread(self.k, self.rates.writes)
-        self.X_n, self.anchors_n, self.writes_n = (x.split(heads) for x in (self.X, self.anchors, self.writes))
-        self.carries_n = rates.carries.unbind()
-        self.read_rows = self.rates.reads.shape[-1] * k.shape[-1]
-
-    @property
-    def count(self) -> int:
-        return self.end - self.start
-
-    def leave(self, M: Sequence[Tensor], i: int, e: Tensor) -> None:
-        """The memory of place i + 1 from that of place i."""
-        carry = self.carries_n[i]
-        torch.bmm(carry, by_part(M[i], carry.shape[-1]), out=by_part(M[i + 1], carry.shape[-1]))
-        M[i + 1].baddbmm_(self.writes_n[i].mT, e, alpha=-1)
+    q: Tensor
+    k: Tensor
+    rates: BlockRates
+    gram: Tensor
+    scores: Tensor
+    X: Tensor
+    anchors: Tensor
+    writes: Tensor
 
 
-def in_blocks(chunk_size: int) -> bool:
-    """Whether blocks are faster than the loop over chunks, on a CPU: measured with 1 to 16 heads of 16 to 384."""
-    return chunk_size <= 4
+def _leave(M: Sequence[Tensor], parts: Sequence[Tensor], i: int, carry: Tensor, to_M: Tensor, e: Tensor) -> None:
+    """The memory of place i + 1 from that of place i."""
+    torch.bmm(carry, parts[i], out=parts[i + 1])
+    M[i + 1].baddbmm_(to_M, e, alpha=-1)
 
 
-def block_width(length: int, cu_seqlens: Tensor | None) -> int:
-    return chunk_width(length, cu_seqlens, 32)
+def _inverse(plan: BlockPlan, N: Tensor) -> Tensor:
+    """(I + N)^-1"""
+    eye = torch.eye(N.shape[-1], dtype=N.dtype, device=N.device)
+    if plan.chunks <= 2:
+        # N^2 = 0
+        return eye - N
+    return torch.linalg.solve_triangular(N, eye, upper=False, unitriangular=True)
+
+
+def in_blocks(chunk_size: int, rows: int) -> bool:
+    """Whether blocks are faster than the loop over chunks on a CPU; rows: rows and heads. With more of them, short
+    chunks are large enough products.
+    """
+    return chunk_size <= 4 or chunk_size**2 * rows <= 256
+
+
+def block_width(chunk_size: int, length: int, cu_seqlens: Tensor | None) -> int:
+    """The slots of a block: whole chunks, so that only a row's first block may start inside one."""
+    width = chunk_width(length, cu_seqlens, 32)
+    return width - width % chunk_size if chunk_size < width else width
 
 
 def solve(
@@ -138,95 +143,96 @@ def _outputs(plan: BlockPlan, tensors: Tensors) -> Tensors:
 
 def _forward(plan: BlockPlan, keep: bool, tensors: Tensors) -> tuple[Tensors, list[Tensor]]:
     given = _Given.of(tensors)
-    size, kept_whole = group_size([[given.memory]], given.k, keep)
-    out, errors = torch.empty_like(given.v), torch.empty_like(given.v)
-    v, e = given.v.unbind(), errors.unbind()
+    (_, heads, *_), s, v = given.q.shape, given.rates.carries.shape[-1], given.v.unbind()
     before = after = given.memory
-    kept, room = [], after.new_empty(0)
-    for group in given.groups(plan, size):
-        count, part = group.count, slice(group.start, group.end)
-        if kept_whole or not group.start:
+    size, kept_whole = group_size([[after]], given.k, keep)
+    out, errors = torch.empty_like(given.v), torch.empty_like(given.v)
+    e, kept, room = errors.unbind(), [errors], after.new_empty(0)
+    for start in range(0, len(v), size):
+        group = given.group(plan, start, size)
+        rates, count = group.rates, len(group.rates.carries)
+        if kept_whole or not start:
             room = after.new_empty(count + 1, *after.shape)
         room[0] = after
-        kept.append(room if kept_whole else after)
-        M = room.unbind()
-        for i, n in enumerate(range(group.start, group.end)):
+        if keep:
+            kept += [room if kept_whole else after, group.gram, group.scores, group.X]
+        M, parts = room.unbind(), by_part(room, s).unbind()
+        X, anchors, to_M = (x.split(heads) for x in (group.X, group.anchors, group.writes.mT))
+        for i, carry in enumerate(rates.carries.unbind()):
+            n = start + i
             given.enter(M[i], n)
-            torch.bmm(group.X_n[i], torch.baddbmm(v[n], group.anchors_n[i], M[i], beta=-1), out=e[n])
-            group.leave(M, i, e[n])
-        o = torch.bmm(spread(group.q, group.rates.reads), room[:count].flatten(0, 1)[:, : group.read_rows])
-        o.baddbmm_(group.rates.C * group.scores, errors[part].flatten(0, 1), alpha=-1)
-        out[part] = o.view_as(out[part])
-        # Copies: a view would keep the memories of all blocks.
+            torch.bmm(X[i], torch.baddbmm(v[n], anchors[i], M[i], beta=-1), out=e[n])
+            _leave(M, parts, i, carry, to_M[i], e[n])
+        part, read = slice(start, start + count), slice(rates.reads.shape[-1] * group.k.shape[-1])
+        o = torch.bmm(spread(group.q, rates.reads), room[:count].flatten(0, 1)[:, read])
+        o.baddbmm_(rates.C * group.scores, errors[part].flatten(0, 1), alpha=-1)
+        out[part] = o.unflatten(0, (count, heads))
+        # Copies: a view would keep all memories of a group.
         before, after = M[count - 1].clone(), M[count].clone()
-    return [out, errors, before, after], [errors, *kept] if keep else []
+    return [out, errors, before, after], kept if keep else []
 
 
 def _backward(plan: BlockPlan, tensors: Tensors, saved: list[Tensor], d_outputs: Tensors) -> Tensors:
     given = _Given.of(tensors)
-    memory, heads = given.memory, len(given.memory)
+    memory, (blocks, heads), s = given.memory, given.q.shape[:2], given.rates.carries.shape[-1]
     d_out, d_errors, d_before, d_after = d_outputs
-    (errors, *kept), s = saved, given.rates.carries.shape[-1]
-    size, kept_whole = group_size([[memory]], given.k, True)
-    most = min(size, len(given.q))
-    room = memory.new_empty(0 if kept_whole else most, *memory.shape)
-    d_room = memory.new_empty(most + 1, *memory.shape)
+    (errors, *kept), (size, kept_whole) = saved, group_size([[memory]], given.k, True)
+    room = memory.new_empty(0 if kept_whole else min(size, blocks), *memory.shape)
+    d_room = memory.new_empty(min(size, blocks) + 1, *memory.shape)
+    d_M, d_parts = d_room.unbind(), by_part(d_room, s).unbind()
     d_room[0] = 0.0 if d_after is None else d_after
     d_initial = None if given.initial is None else torch.zeros_like(memory)
-    if d_out is None:
-        d_out = torch.zeros_like(given.v)
+    d_out = torch.zeros_like(given.v) if d_out is None else d_out
     found = []
-    for group in reversed(given.groups(plan, size)):
-        count, part, rates = group.count, slice(group.start, group.end), group.rates
+    for start in reversed(range(0, blocks, size)):
+        *kept, M, gram, scores, X = kept
+        group = given.group(plan, start, size, (gram, scores, X))
+        q, k, rates, count = group.q, group.k, group.rates, len(group.rates.carries)
+        part, read = slice(start, start + count), rates.reads.shape[-1] * k.shape[-1]
         e, d_o = errors[part].flatten(0, 1), d_out[part].flatten(0, 1)
-        M = kept.pop()
         if kept_whole:
             room = M
         else:
             room[0] = M
-            again = room.unbind()
-            for i, e_i in enumerate(e.split(heads)):
-                given.enter(again[i], group.start + i)
+            again, parts = room.unbind(), by_part(room, s).unbind()
+            each = zip(rates.carries.unbind(), group.writes.mT.split(heads), e.split(heads), strict=True)
+            for i, (carry, to_M, e_i) in enumerate(each):
+                given.enter(again[i], start + i)
                 if i + 1 < count:
-                    group.leave(again, i, e_i)
-        entered, read = room[:count].flatten(0, 1), slice(group.read_rows)
-        d_e = torch.bmm((rates.C * group.scores).mT, d_o).neg_()
-        if d_errors is not None:
-            d_e += d_errors[part].flatten(0, 1)
+                    _leave(again, parts, i, carry, to_M, e_i)
         d_room[count] = d_room[0]
-        d_M = d_room[:count].flatten(0, 1)
-        d_M[:, group.read_rows :] = 0.0
-        d_M[:, read] = torch.bmm(spread(group.q, rates.reads).mT, d_o)
-        if d_before is not None and group.end == len(given.q):
+        d_room[:count, :, read:] = 0.0
+        d_room[:count, :, :read] = torch.bmm(spread(q, rates.reads).mT, d_o).unflatten(0, (count, heads))
+        if d_before is not None and start + count == blocks:
             d_room[count - 1] += d_before
-        d_r = torch.empty_like(d_e)
-        places, d_e_n, d_r_n = d_room.unbind(), d_e.split(heads), d_r.split(heads)
+        # Minus the gradient of e, without that of M'.
+        d_e, d_r = torch.bmm((rates.C * scores).mT, d_o), torch.empty_like(e)
+        if d_errors is not None:
+            d_e -= d_errors[part].flatten(0, 1)
+        d_e_n, d_r_n, writes, X_n, anchors = (x.split(heads) for x in (d_e, d_r, group.writes, X.mT, group.anchors.mT))
+        carries = rates.carries.mT.unbind()
         for i in reversed(range(count)):
-            d_e_n[i].baddbmm_(group.writes_n[i], places[i + 1], alpha=-1)
-            torch.bmm(group.X_n[i].mT, d_e_n[i], out=d_r_n[i])
-            by_part(places[i], s).baddbmm_(group.carries_n[i].mT, by_part(places[i + 1], s))
-            places[i].baddbmm_(group.anchors_n[i].mT, d_r_n[i])
+            d_e_n[i].baddbmm_(writes[i], d_M[i + 1], beta=-1, alpha=-1)
+            torch.bmm(X_n[i], d_e_n[i], out=d_r_n[i])
+            d_parts[i].baddbmm_(carries[i], d_parts[i + 1])
+            d_M[i].baddbmm_(anchors[i], d_r_n[i])
             if given.opens_document is not None and d_initial is not None:
-                opens = given.opens_document[group.start + i]
-                d_initial += places[i].masked_fill(~opens, 0.0)
-                places[i].masked_fill_(opens, 0.0)
-        d_left = d_room[1 : count + 1].flatten(0, 1)
-        d_N, d_scores = torch.bmm(d_r, e.mT).neg_(), torch.bmm(d_o, e.mT).neg_()
-        back = [torch.bmm(d_o, entered[:, read].mT), torch.bmm(d_r, entered.mT), torch.bmm(e, d_left.mT).neg_()]
-        d_rates = BlockRates(
-            d_scores * group.scores,
-            d_N * group.gram,
-            dots(back[0], group.q),
-            dots(back[1], group.k),
-            dots(back[2], group.k),
-            torch.bmm(by_part(d_left, s), by_part(entered, s).mT),
-        )
-        d_scores, d_gram = d_scores.mul_(rates.C), d_N.mul_(rates.inner)
-        d_q = collect(back[0], rates.reads).baddbmm_(d_scores, group.k)
-        d_k = collect(back[2], rates.writes, collect(back[1], rates.anchors)).baddbmm_(d_scores.mT, group.q)
-        d_k.baddbmm_(d_gram + d_gram.mT, group.k)
-        found.append([d_q, d_k, d_r.neg_(), *d_rates])
-    d_tokens = (torch.cat(x[::-1]).unflatten(0, (-1, heads)) for x in zip(*found, strict=True))
+                opens = given.opens_document[start + i]
+                d_initial += d_M[i].masked_fill(~opens, 0.0)
+                d_M[i].masked_fill_(opens, 0.0)
+        entered, d_left, minus_e = room[:count].flatten(0, 1), d_room[1 : count + 1].flatten(0, 1), e.neg()
+        d_N, d_scores = torch.bmm(d_r, minus_e.mT), torch.bmm(d_o, minus_e.mT)
+        d_reads = torch.bmm(d_o, entered[:, :read].mT)
+        d_anchors, d_writes = torch.bmm(d_r, entered.mT), torch.bmm(minus_e, d_left.mT)
+        d_carries = torch.bmm(by_part(d_left, s), by_part(entered, s).mT)
+        d_rates = [d_scores * scores, d_N * gram, dots(d_reads, q), dots(d_anchors, k), dots(d_writes, k)]
+        d_scores.mul_(rates.C)
+        d_gram = d_N.mul_(rates.inner)
+        d_q = collect(d_reads, rates.reads).baddbmm_(d_scores, k)
+        d_k = collect(d_writes, rates.writes, collect(d_anchors, rates.anchors)).baddbmm_(d_scores.mT, q)
+        d_k.baddbmm_(d_gram + d_gram.mT, k)
+        found.append([d_q, d_k, d_r.neg_(), *d_rates, d_carries])
+    d_tokens = (torch.cat(x[::-1]).unflatten(0, (blocks, heads)) for x in zip(*found, strict=True))
     return *d_tokens, d_room[0].clone(), None, d_initial
 
 

@@ -111,6 +111,9 @@ def neural_memory_reference(
             # The weight of a token's only loss scales its learning rate.
             tokens = tokens._replace(lr=tokens.lr * tokens.weight, weight=None)
         width = block_size(chunk_size, widest)
+        if scan is None and chunk_size % 32 == 0 and len(weights) == 1 and max(q.shape[-1], v.shape[-1]) <= 64:
+            # Beside a small memory, masked products and rates are most of the work of a wider block.
+            width = 32
         plan = Plan(len(weights), chunk_size // width, ACTIVATIONS[activation], loss, with_surprise)
         if length == 1 and one_token is not None:
             held = (x for part in state[:3] for x in part)
@@ -121,7 +124,7 @@ def neural_memory_reference(
             o, state, surprise = _step(plan, tokens, state, initial, chunk_size, window, start, tail)
             return o.to(v.dtype), state, surprise
         affine = len(weights) == 1 and norm is None and loss is squared_error and window == 1
-        if affine and scan is None and in_blocks(chunk_size):
+        if affine and scan is None and in_blocks(chunk_size, batch * heads):
             o, state, surprise = _blocks(tokens, state, initial[0], chunk_size, cu_seqlens, start, with_surprise)
             return o.to(v.dtype), state, surprise
         aligned = start is not None and start % chunk_size == 0
@@ -170,7 +173,7 @@ def _blocks(
     """A memory of one layer under the squared error, see ``blocks``."""
     q = tokens.q
     batch, length, heads, keys = q.shape
-    width = block_width(length, cu_seqlens)
+    width = block_width(chunk_size, length, cu_seqlens)
     # Whether blocks start with chunks, so that none reads the anchor of an earlier block.
     regular = start is not None and start % chunk_size == 0 and (length <= width or width % chunk_size == 0)
     if regular:
@@ -179,7 +182,8 @@ def _blocks(
         rows = lay_out(whole_rows(q) if cu_seqlens is None else cu_seqlens, length, width, state.position[:, None])
     grid = rows.grid
     rates = block_rates(scalar_recurrences(tokens.lr, tokens.momentum, tokens.decay, grid), rows, chunk_size)
-    q, k, v = (to_rows(grid.lay(x)) for x in tokens[:3])
+    # Contiguous: otherwise each group of blocks would copy it, forward and backward.
+    q, k, v = (to_rows(grid.lay(x)).contiguous() for x in tokens[:3])
     parts = [*state.weights, *state.momentum, *(() if regular else state.anchor)]
     memory = torch.cat([x.to(q.dtype).flatten(0, 1) for x in parts], 1)
     plan = BlockPlan(-(-grid.width // chunk_size) + (not regular and grid.width % chunk_size > 0))
