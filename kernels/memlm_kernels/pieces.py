@@ -28,7 +28,7 @@ MOST = 64
 class Pieces(NamedTuple):
     """cu: [B, J + 1], the boundaries of the pieces; each belongs to one segment
     opens: [B, J], whether a piece is the first of its segment; owner: [B, J], the segment
-    last: [B, S], the last piece of each segment
+    last: [B, S], the last piece of each segment that has tokens, or else its first
     """
 
     cu: Tensor
@@ -37,45 +37,55 @@ class Pieces(NamedTuple):
     last: Tensor
 
 
-def cut(cu_seqlens: Tensor, length: int, pieces: int) -> Pieces:
-    """Cut the rows at ``pieces - 1`` equal distances, and leave the boundaries of segments. J = S + pieces - 1."""
-    cu = cu_seqlens.long()
+def cut(cu_seqlens: Tensor, length: int, pieces: int, chunk_size: int = 1, before: Tensor | None = None) -> Pieces:
+    """Cut the rows at ``pieces - 1`` equal distances, and leave the boundaries of segments. J = S + pieces - 1.
+
+    chunk_size: pieces begin with a chunk of their segment, or with the segment
+    before: [B, S], the tokens that each segment had in earlier calls; None: 0
+    """
+    cu = cu_seqlens.long().contiguous()
+    count = cu.shape[1] - 1
     borders = torch.arange(1, pieces, device=cu.device) * -(-length // pieces)
-    # Padding has no pieces.
-    borders = borders.expand(len(cu), -1).clamp(cu[:, :1], cu[:, -1:])
-    # A border at a boundary makes a piece without tokens behind it, or before the end.
-    place = torch.arange(cu.shape[1], device=cu.device)
-    first = torch.searchsorted(borders.contiguous(), cu.contiguous()) + place
-    first[:, -1] = cu.shape[1] + pieces - 2
-    piece = torch.arange(cu.shape[1] + pieces - 2, device=cu.device).expand(len(cu), -1).contiguous()
+    borders = borders.expand(len(cu), -1).contiguous()
+    if chunk_size > 1:
+        segment = (torch.searchsorted(cu, borders, right=True) - 1).clamp(0, count - 1)
+        origin = (cu[:, :-1] if before is None else cu[:, :-1] - before).gather(1, segment)
+        borders = origin + (borders - origin + chunk_size - 1) // chunk_size * chunk_size
+        borders = torch.minimum(borders, cu[:, 1:].gather(1, segment))
+    # Padding has no pieces. A border at a boundary, or in padding, makes a piece without tokens at a segment's end:
+    # a segment's first piece has its first tokens.
+    borders = torch.where(borders > cu[:, :1], torch.minimum(borders, cu[:, -1:]), cu[:, -1:]).sort(1).values
+    first = torch.searchsorted(borders, cu, right=True) + torch.arange(count + 1, device=cu.device)
+    piece = torch.arange(count + pieces - 1, device=cu.device).expand(len(cu), -1).contiguous()
     owner = torch.searchsorted(first[:, 1:].contiguous(), piece, right=True)
     opens = first[:, :-1].gather(1, owner) == piece
-    return Pieces(torch.cat([cu, borders], 1).sort(1).values, opens, owner, first[:, 1:] - 1)
+    cu = torch.cat([cu, borders], 1).sort(1).values
+    latest = torch.where(opens | (cu.diff(dim=1) > 0), piece, 0).cummax(1).values
+    return Pieces(cu, opens, owner, latest.gather(1, first[:, 1:] - 1))
 
 
-def in_pieces(
-    op: Recurrence, v: Tensor, cu_seqlens: Tensor | None, state: Tensor, pieces: int, diagonal: bool = False
-) -> tuple[Tensor, Tensor]:
-    """``op(v, cu_seqlens, state)``, with each row cut into ``pieces``.
+def in_pieces(op: Recurrence, v: Tensor, of: Pieces, state: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """``op(v, cu_seqlens, state)`` of the segments that are cut, with ``op`` of the pieces.
 
     op: linear in v and state together, and alike for each of their columns
     state: [B, S, H, N, V], before each segment
-    diagonal: whether T is a diagonal matrix; one column then holds it
+    unit: [N, M], the columns of a unit matrix for the rows that matter at the start of a piece inside a segment;
+        [N, 1]: ones, for a T that is a diagonal matrix
 
     The gradient goes through T and U.
     """
-    of = cut(whole_rows(v) if cu_seqlens is None else cu_seqlens, v.shape[1], pieces)
-    *_, heads, rows, columns = state.shape
-    unit = state.new_ones(rows, 1) if diagonal else torch.eye(rows, dtype=state.dtype, device=state.device)
+    heads, columns = state.shape[2], state.shape[-1]
     more = unit.shape[1]
-    both = F.pad(unit, (columns, 0)).expand(*of.owner.shape, heads, -1, -1)
-    U, T = op(F.pad(v, (0, more)), of.cu, both)[1].split([columns, more], -1)
-    initial = _pick(state, of.owner)
+    opens, initial = of.opens[..., None, None, None], _pick(state, of.owner)
+    # A piece that opens a segment has its start.
+    begins = torch.cat([torch.where(opens, initial, 0), unit.expand(*opens.shape[:2], heads, -1, -1)], -1)
+    ends, T = op(F.pad(v, (0, more)), of.cu, begins)[1].split([columns, more], -1)
     start, starts = initial[:, 0], []
-    for j in range(of.owner.shape[1]):
+    for j in range(opens.shape[1]):
         if j:
-            mapped = T[:, j - 1] * start if diagonal else T[:, j - 1] @ start
-            start = torch.where(of.opens[:, j, None, None, None], initial[:, j], U[:, j - 1] + mapped)
+            end = ends[:, j - 1]
+            mapped = T[:, j - 1] * start if more == 1 else T[:, j - 1] @ start[..., :more, :]
+            start = torch.where(opens[:, j], initial[:, j], end + torch.where(opens[:, j - 1], 0, mapped))
         starts.append(start)
     o, after = op(v, of.cu, torch.stack(starts, 1))
     return o, _pick(after, of.last)
@@ -99,7 +109,9 @@ def long_rows(
         return op(v, cu_seqlens, state)
     if state is None:
         state = torch.zeros(batch, segments, heads, keys, columns, device=q.device)
-    return in_pieces(op, v, cu_seqlens, state, count, diagonal)
+    unit = torch.ones(keys, 1, device=q.device) if diagonal else torch.eye(keys, device=q.device)
+    of = cut(whole_rows(q) if cu_seqlens is None else cu_seqlens, length, count)
+    return in_pieces(op, v, of, state, unit)
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:

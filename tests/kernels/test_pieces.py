@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
-from memlm_kernels import delta_rule, linear_attention, pieces
+from memlm_kernels import SegmentedMemoryState, delta_rule, linear_attention, pieces, segmented_neural_memory
 from memlm_kernels.pieces import cut, in_pieces, pieces_of
 
 BATCH, LENGTH, HEADS, KEYS, VALUES = 3, 50, 2, 8, 6
@@ -54,9 +55,38 @@ def test_pieces_equal_whole_rows(rule, whole, count):
     def run(v, cu, state):
         return tuple(op(q, k, v, *gates, cu_seqlens=cu, state=state))
 
-    expected, found = run(v, cu, state), in_pieces(run, v, cu, state, count, diagonal)
+    unit = torch.ones(KEYS, 1, dtype=v.dtype) if diagonal else torch.eye(KEYS, dtype=v.dtype)
+    of = cut(torch.tensor([[0, LENGTH]] * BATCH) if whole else BOUNDARIES, LENGTH, count)
+    expected, found = run(v, cu, state), in_pieces(run, v, of, state, unit)
     for x, y in zip((*expected, *gradients(expected, given)), (*found, *gradients(found, given)), strict=True):
         torch.testing.assert_close(y, x, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 16])
+@pytest.mark.parametrize("count", [2, 7])
+def test_pieces_of_a_memory_begin_with_chunks(count, chunk_size):
+    """So the anchor before a piece inside a segment has no effect, and T has rows for M and momentum alone."""
+    q, k, v, lr, decay, _, state = inputs(torch.float64)
+    state = torch.stack([state, state.roll(1, 0), state.roll(1, 1)], 2)
+    given = [x.requires_grad_() for x in (q, k, v, lr, 0.3 * lr, -decay, state)]
+    q, k, v, *gates, state = given
+    before = torch.tensor([[0, 3, 0, 9], [5, 0, 2, 7], [6, 1, 0, 11]])
+
+    def run(v, cu, state):
+        begins = (cu[:, :-1] - BOUNDARIES.gather(1, of.owner)) + before.gather(1, of.owner)
+        memory = SegmentedMemoryState(rearrange(state, "b s h (p k) v -> b s p h k v", p=3), begins)
+        o, (after, _) = segmented_neural_memory(
+            q, k, v, *gates, chunk_size=chunk_size, cu_seqlens=cu, state=memory, backend="reference"
+        )
+        return o, rearrange(after, "b s p h k v -> b s h (p k) v")
+
+    of = cut(BOUNDARIES, LENGTH, 1, chunk_size, before)
+    expected = run(v, BOUNDARIES, rearrange(state, "b s p h k v -> b s h (p k) v"))
+    of = cut(BOUNDARIES, LENGTH, count, chunk_size, before)
+    unit = torch.eye(3 * KEYS, dtype=v.dtype)[:, : 2 * KEYS]
+    found = in_pieces(run, v, of, rearrange(state, "b s p h k v -> b s h (p k) v"), unit)
+    for x, y in zip((*expected, *gradients(expected, given)), (*found, *gradients(found, given)), strict=True):
+        torch.testing.assert_close(y, x, atol=1e-11, rtol=1e-12)
 
 
 def test_every_token_is_in_a_piece_of_its_segment():
@@ -79,12 +109,12 @@ def test_kernels_take_long_rows_in_pieces(rule, monkeypatch):
     state, cu = given[-1][:, :2], torch.tensor([[0, 9, 25]])
     results, counts, real = [], [], pieces.in_pieces
     monkeypatch.setattr(pieces, "SHORTEST", 8)
-    monkeypatch.setattr(pieces, "in_pieces", lambda *a: counts.append(a[4]) or real(*a))
+    monkeypatch.setattr(pieces, "in_pieces", lambda *a: counts.append(a[2].cu.shape[1]) or real(*a))
     for processors in (0, 50):
         monkeypatch.setattr(pieces, "slots", lambda device, processors=processors: processors)
         out = op(*given[:-1], cu_seqlens=cu, state=state, backend="triton")
         results.append((*out, *gradients(out, given)))
-    assert counts == [3]
+    assert counts == [2 + 3]
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(y, x, atol=3e-5, rtol=3e-5)
 
