@@ -4,7 +4,7 @@ Shapes: B batch, T tokens of this call, D hidden, F feed-forward,
 C channels, H heads, K head dim, W convolution width, N rows of groups, G groups, O outputs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 
-from memlm_kernels import grouped_linear
+from memlm_kernels import grouped_linear, short_convolution
 from memlm_kernels.backend import as_autocast, outside_autocast
-from memlm_kernels.grid import keep_last, pick, place
+from memlm_kernels.grid import pick, place
 from memlm_kernels.grouped_linear import linear_of_group
 from memlm_kernels.segments import exact
+from memlm_kernels.short_convolution import ShortConvolutionOutput
 
 
 class _Norm(torch.autograd.Function):
@@ -55,30 +56,6 @@ class RMSNorm(nn.RMSNorm):
             # torch has a fused kernel only for GPUs.
             return _Norm.apply(exact(x), exact(self.weight), self.eps).to(x.dtype)
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
-class _Unit(torch.autograd.Function):
-    """x / |x| with its own backward: autograd's takes about ten passes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_(min=1e-12)
-        unit = x / length
-        ctx.save_for_backward(unit, length)
-        return unit
-
-    @staticmethod
-    @outside_autocast
-    @once_differentiable
-    def backward(ctx: Any, d_unit: Tensor) -> Tensor:
-        unit, length = ctx.saved_tensors
-        along = torch.linalg.vecdot(d_unit, unit)[..., None]
-        return torch.addcmul(d_unit, unit, along, value=-1).div_(length)
-
-
-def unit(x: Tensor) -> Tensor:
-    """x / |x| over the last dimension, as ``F.normalize``."""
-    return _Unit.apply(x)
 
 
 class Rope(NamedTuple):
@@ -184,87 +161,6 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
 
 
-# Elements of a short convolution's output that a CPU works on at once: 1 MB, which fits its cache.
-_AT_ONCE = 2**18
-
-
-class _Taps(torch.autograd.Function):
-    """y[:, t] = sum over ``back`` of past[:, W - 1 + t - back] * weight[:, W - 1 - back] within a document, then SiLU
-    if asked.
-
-    Gradients are summed in place: autograd would make two tensors as large as the input for each tap. The backward
-    recomputes the input of SiLU.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, past_BSC: Tensor, taps_WC: Tensor, positions_BT: Tensor | None, silu: bool) -> Tensor:
-        ctx.save_for_backward(past_BSC, taps_WC, positions_BT)
-        ctx.silu = silu
-        batch, total, channels = past_BSC.shape
-        y_BTC = past_BSC.new_empty(batch, total - len(taps_WC) + 1, channels)
-        taps = taps_WC.unbind()
-        for y_BPC, x_BSC, positions_BP in _Taps.pieces(y_BTC, past_BSC, positions_BT):
-            _Taps.convolve(_windows(x_BSC, len(taps)), taps, positions_BP, y_BPC)
-            if silu:
-                F.silu(y_BPC, inplace=True)
-        return y_BTC
-
-    @staticmethod
-    @outside_autocast
-    @once_differentiable
-    def backward(ctx: Any, d_y_BTC: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        past_BSC, taps_WC, positions_BT = ctx.saved_tensors
-        d_past_BSC, sums, width = torch.zeros_like(past_BSC), [], len(taps_WC)
-        taps = taps_WC.unbind()
-        for d_BPC, x_BSC, positions_BP, d_x_BSC in _Taps.pieces(d_y_BTC, past_BSC, positions_BT, d_past_BSC):
-            seen = _windows(x_BSC, width)
-            d_seen = _windows(d_x_BSC, width)
-            product_BPC = torch.empty_like(d_BPC, memory_format=torch.contiguous_format)
-            if ctx.silu:
-                _Taps.convolve(seen, taps, positions_BP, product_BPC)
-                d_BPC = torch.ops.aten.silu_backward(d_BPC, product_BPC)
-            for tap in range(width):
-                of_tap_BPC = _within(d_BPC, positions_BP, width - 1 - tap)
-                d_seen[tap].addcmul_(of_tap_BPC, taps[tap])
-                sums.append(torch.mul(of_tap_BPC, seen[tap], out=product_BPC).sum((0, 1)))
-        d_taps_WC = torch.stack(sums)
-        if len(sums) > width:
-            d_taps_WC = d_taps_WC.unflatten(0, (-1, width)).sum(0)
-        return d_past_BSC, d_taps_WC, None, None
-
-    @staticmethod
-    def pieces(y_BTC: Tensor, past_BSC: Tensor, positions_BT: Tensor | None, *more_BSC: Tensor) -> Iterator[Any]:
-        """Parts of y, each with the inputs that its tokens see."""
-        length, spare = y_BTC.shape[1], past_BSC.shape[1] - y_BTC.shape[1]
-        of_token = y_BTC.shape[0] * y_BTC.shape[2]
-        # Compiled code has one piece, so that it serves every length.
-        if y_BTC.device.type != "cpu" or torch.compiler.is_compiling() or length * of_token <= _AT_ONCE:
-            yield y_BTC, past_BSC, positions_BT, *more_BSC
-            return
-        size = max(1, _AT_ONCE // of_token)
-        for start in range(0, length, size):
-            of_y, of_past = slice(start, start + size), slice(start, min(start + size, length) + spare)
-            positions_BP = None if positions_BT is None else positions_BT[:, of_y]
-            yield y_BTC[:, of_y], past_BSC[:, of_past], positions_BP, *(x[:, of_past] for x in more_BSC)
-
-    @staticmethod
-    def convolve(seen: list[Tensor], taps: tuple[Tensor, ...], positions_BT: Tensor | None, out: Tensor) -> None:
-        torch.mul(seen[-1], taps[-1], out=out)
-        for back in range(1, len(taps)):
-            out.addcmul_(_within(seen[-1 - back], positions_BT, back), taps[-1 - back])
-
-
-def _windows(past_BSC: Tensor, width: int) -> list[Tensor]:
-    """Views [B, T, C]: the input of each tap; the last tap is the token itself."""
-    length = past_BSC.shape[1] - width + 1
-    return [past_BSC.narrow(1, tap, length) for tap in range(width)]
-
-
-def _within(x_BTC: Tensor, positions_BT: Tensor | None, back: int) -> Tensor:
-    """x, with zeros where a document has no token ``back`` places earlier."""
-    return x_BTC if positions_BT is None or not back else x_BTC * (positions_BT >= back)[..., None]
-
-
 class ShortConv(nn.Module):
     """Causal depthwise convolution along each document; the last tap is the token itself. SiLU follows if ``silu``.
 
@@ -281,18 +177,28 @@ class ShortConv(nn.Module):
         bound = self.width**-0.5
         init.uniform_(self.weight, -bound, bound)
 
-    def forward(self, past_BSC: Tensor, positions_BT: Tensor | None, channels: slice | None = None) -> Tensor:
-        """y [B, T, C] of the last T tokens of ``past``, which has W - 1 more; other arguments as in ``over_rows``."""
-        taps_WC = (self.weight if channels is None else self.weight[channels]).t()
-        if past_BSC.shape[1] != self.width:
-            # Contiguous taps: strided ones would be several times slower.
-            return _Taps.apply(past_BSC, taps_WC.contiguous(), positions_BT, self.silu)
-        # A single token.
-        if positions_BT is not None:
-            back_W = torch.arange(self.width - 1, -1, -1, device=past_BSC.device)
-            past_BSC = past_BSC * (positions_BT >= back_W)[..., None]
-        y_B1C = (past_BSC * taps_WC).sum(1, keepdim=True)
-        return (F.silu(y_B1C) if self.silu else y_B1C).to(past_BSC.dtype)
+    def forward(
+        self,
+        x: Sequence[Tensor],
+        history_BWC: Tensor | None,
+        positions_BT: Tensor | None,
+        lengths_B: Tensor | None,
+        channels: slice | None = None,
+        **parts: Any,
+    ) -> ShortConvolutionOutput:
+        """The parts of the channels, and the last W - 1 inputs for the next call.
+
+        x: tensors [B, T, *] that together have the channels
+        history_BWC: the last W - 1 inputs; None: x begins with them
+        positions_BT: positions in documents; None: the history is zero or of the same document, and none starts in
+            this call
+        lengths_B: number of real tokens of each row; None: all
+        channels: the channels of the weight that x has; None: all
+        parts: the sizes of the parts, and which of them get heads of unit length, as in ``short_convolution``
+        """
+        weight_CW = self.weight if channels is None else self.weight[channels]
+        places: Any = {"lengths": lengths_B, "positions": positions_BT, "state": history_BWC}
+        return short_convolution(x, weight_CW, silu=self.silu, **parts, **places)
 
     def over_rows(
         self,
@@ -302,17 +208,9 @@ class ShortConv(nn.Module):
         lengths_B: Tensor | None,
         channels: slice | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Returns y [B, T, C] and the last W - 1 inputs for the next call.
-
-        history_BWC: the last W - 1 inputs
-        positions_BT: positions in documents; None: the history is zero or of the same document, and none starts in
-            this call
-        lengths_B: number of real tokens of each row; None: all
-        channels: the channels of the weight that x has; None: all
-        """
-        past_BSC = torch.cat([history_BWC.to(x_BTC.dtype), x_BTC], 1)
-        y_BTC = self(past_BSC, positions_BT, channels)
-        return y_BTC, keep_last(past_BSC, self.width - 1, x_BTC.shape[1], lengths_B)
+        """The same for one tensor and one part."""
+        (y_BTC,), history_BWC = self([x_BTC], history_BWC, positions_BT, lengths_B, channels)
+        return y_BTC, history_BWC
 
     def over_segments(
         self, x_BTC: Tensor, history_BSWC: Tensor, cu_seqlens_BS: Tensor | None
@@ -336,6 +234,6 @@ class ShortConv(nn.Module):
         inputs_BLC = torch.cat([x_BTC, history_BSWC.flatten(1, 2).to(x_BTC.dtype)], 1)
         row_BLC = place(inputs_BLC, torch.cat([place_BT, before_BS], 1), length + segments * spare)
         # The history of the first segment comes first.
-        y_BLC = self(row_BLC, None)
+        (y_BLC,), _ = self([row_BLC], None, None, None)
         after_BS = (ends_BS[..., None] + before_SW).flatten(1)
         return pick(y_BLC, place_BT - spare), pick(row_BLC, after_BS).unflatten(1, (segments, spare))

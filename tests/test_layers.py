@@ -1,11 +1,14 @@
 """Building blocks against their definitions."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from memlm.layers import ExactLinear, RMSNorm, Rope, ShortConv, SwiGLU, rotary, rotary_angles, unit
+from memlm.layers import ExactLinear, RMSNorm, Rope, ShortConv, SwiGLU, rotary, rotary_angles
+from memlm_kernels.short_convolution import unit_length
 from memlm_kernels.testing import assert_close
 
 
@@ -46,7 +49,7 @@ def test_short_conv_compiles_with_its_backward():
     conv, x = ShortConv(3, 4, silu=True), torch.randn(2, 9, 3, requires_grad=True)
     results = []
     for run in (conv, torch.compile(conv, backend="aot_eager", fullgraph=True)):
-        y = run(x, None)
+        (y,), _ = run([x], None, None, None)
         results.append([y, *torch.autograd.grad(y.square().sum(), [x, conv.weight])])
     for expected, got in zip(*results, strict=True):
         assert torch.equal(expected, got)
@@ -88,7 +91,7 @@ def test_a_long_short_conv_is_made_in_pieces_that_see_what_stands_before(silu, m
     positions = torch.stack([torch.arange(5, 55), torch.cat([torch.arange(7, 25), torch.arange(32)])])
     inputs, results = [x, history, conv.weight], []
     for at_once in (2**18, 12 * 18, 12 * 7, 1):
-        monkeypatch.setattr("memlm.layers._AT_ONCE", at_once)
+        monkeypatch.setattr(importlib.import_module("memlm_kernels.short_convolution.reference"), "_AT_ONCE", at_once)
         y, after = conv.over_rows(x, history, positions, None)
         results.append([y, after, *torch.autograd.grad(y, inputs, d_y)])
     for parts in results[1:]:
@@ -163,6 +166,6 @@ def test_an_exact_linear_is_in_fp32_whatever_the_model_and_autocast(bias):
 def test_unit_vectors_and_their_gradient():
     torch.manual_seed(0)
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(unit(x), F.normalize(x, dim=-1), rtol=0, atol=1e-15)
-    assert torch.autograd.gradcheck(unit, x)
-    assert not unit(torch.zeros(1, 4)).any()
+    torch.testing.assert_close(unit_length(x), F.normalize(x, dim=-1), rtol=0, atol=1e-15)
+    assert torch.autograd.gradcheck(unit_length, x)
+    assert not unit_length(torch.zeros(1, 4)).any()

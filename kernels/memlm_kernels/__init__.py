@@ -16,6 +16,7 @@ Files:
     grouped_linear      products of rows with the matrix of their group
     route_documents     the choice of the best documents for a query
     segment_mean_pool   means of short segments
+    short_convolution   the causal convolution in front of a memory
     grid                rows of tokens, ragged or packed, laid on chunks
     segments            rows as segments, each with its own state, laid on chunks
     checks              checks of types, devices and indices, shared by all ops
@@ -47,6 +48,7 @@ from memlm_kernels.recurrence import delta_rule, linear_attention
 from memlm_kernels.route_documents import RouterShard, merge_topk, nominate_documents, route_documents
 from memlm_kernels.routed_memory import MemoryRoutes, combine_reads, dispatch_tokens
 from memlm_kernels.segment_mean_pool import segment_mean_pool
+from memlm_kernels.short_convolution import short_convolution
 
 __all__ = [
     "LargeChunkMemoryState",
@@ -74,4 +76,5 @@ __all__ = [
     "segment_mean_pool",
     "segmented_neural_memory",
     "set_backend",
+    "short_convolution",
 ]

@@ -144,6 +144,10 @@ def read(q: Tensor, weights: Tensor, hidden: Tensor, norm: Tensor, backend: str 
     return ops.read_memory(q, [weights, hidden], norm=(norm, norm))
 
 
+def convolve(x: Tensor, weight: Tensor, state: Tensor, **rest: Any) -> Any:
+    return ops.short_convolution([x], weight, silu=True, unit=1, state=state, **rest)
+
+
 def merge(index: Tensor, score: Tensor, top_k: int = 3, **x: Any) -> Any:
     return ops.merge_topk([(index, score), (index + 1, score)], top_k=top_k, **x)
 
@@ -230,6 +234,10 @@ CALLS = {
     ),
     "segment_mean_pool": OpCall(
         ops.segment_mean_pool, {"x": V}, SEGMENTS, lambda n: {"longest": n.T}, products=False
+    ),
+    "short_convolution": OpCall(
+        convolve, {"x": (2, "T", "K"), "weight": ("K", 4), "state": (2, 3, "K")}, PLACES,
+        lambda n: {"head_dim": n.K}, products=False, optional=("positions",),
     ),
     "dispatch_tokens": OpCall(ops.dispatch_tokens, {"x": V}, {"place": places}, products=False),
     "combine_reads": OpCall(

@@ -178,9 +178,12 @@ class Mixer(SequenceMixer):
         history = {}
         projected = [proj(x_BTD) for proj in (self.q_proj, self.k_proj, self.v_proj)]
         if self.config.conv_size:
-            qkv, past = rows.past(torch.cat(projected, -1), state["conv"])
-            qkv, history["conv"] = self.conv.over_rows(qkv, past, rows.history_BT, rows.lengths_B)
-            projected = list(qkv.split(self.sizes, -1))
+            past = state["conv"]
+            if rows.stretches is not None:
+                qkv, past = rows.past(torch.cat(projected, -1), past)
+                projected = list(qkv.split(self.sizes, -1))
+            parts, history["conv"] = self.conv(projected, past, rows.history_BT, rows.lengths_B)
+            projected = list(parts)
         q_BTC, k_BTC, v_BTC = projected
         norms = (self.q_norm, self.k_norm) if self.config.qk_norm else (None, None)
         q_BTHK, k_BTGK = self._heads(q_BTC, norms[0]), self._heads(k_BTC, norms[1])

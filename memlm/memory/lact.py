@@ -24,7 +24,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from memlm.layers import ExactLinear, RMSNorm, unit
+from memlm.layers import ExactLinear, RMSNorm
 from memlm.memory import attention
 from memlm.memory.base import Dims, MixerOutput, SequenceMixer
 from memlm.memory.parts import Parameters, gate_logits, memory_share
@@ -35,6 +35,7 @@ from memlm.settings import require
 from memlm_kernels import LargeChunkMemoryState, large_chunk_memory
 from memlm_kernels.large_chunk_memory import MUON
 from memlm_kernels.segments import exact
+from memlm_kernels.short_convolution import unit_length
 
 _PARTS = ("weights", "gradient", "momentum", "momentum_sum")
 
@@ -164,7 +165,7 @@ class FastWeights(nn.Module):
 
         scale, offset = (x[:, None, None] for x in (self.qk_scale, self.qk_offset))
         qk = F.silu(torch.stack([spread(q_BTHK), spread(k_BTGK)]) * scale + offset)
-        q, k = unit(exact(rearrange(qk, "s b t (m c) -> s b t m c", m=heads))).unbind()
+        q, k = unit_length(exact(rearrange(qk, "s b t (m c) -> s b t m c", m=heads))).unbind()
         return q, k, rearrange(spread(F.silu(v_BTGK)), "b t (m c) -> b t m c", m=heads)
 
 

@@ -27,7 +27,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from memlm.layers import ExactLinear, RMSNorm, ShortConv, unit
+from memlm.layers import ExactLinear, RMSNorm, ShortConv
 from memlm.memory import attention
 from memlm.memory.base import Dims, MixerOutput, SequenceMixer
 from memlm.memory.parts import Parameters, Recalled, gate_logits, memory_share, start_delayed
@@ -46,7 +46,7 @@ from memlm_kernels.neural_memory import (
     lp,
     squared_error,
 )
-from memlm_kernels.segments import exact
+from memlm_kernels.short_convolution import ShortConvolutionOutput, unit_length
 
 INITIALIZATIONS = ("default", "recall")
 LOSSES = ("squared_error", "huber", "lp", "dot_product")
@@ -383,19 +383,18 @@ class NeuralMemory(SequenceMixer):
 
     def project(self, x_BTD: Tensor, state: State, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Features of queries and keys; values; and the convolution's history for the next call."""
-        qkv = torch.cat([proj(x_BTD) for proj in (self.q_proj, self.k_proj, self.v_proj)], -1)
-        qkv, past = rows.past(qkv, state["conv"])
-        qkv, conv = self.conv.over_rows(
-            qkv,
-            past,
-            rows.history_BT,
-            rows.lengths_B,
-        )
-        # Values are exact too: reads are rounded once, at the end.
-        qkv_BT3HK = rearrange(exact(qkv), "b t (s h k) -> b t s h k", s=3, h=self.config.memory_heads)
-        qk_BT2HK, v_BT1HK = qkv_BT3HK.split([2, 1], 2)
-        q_BTHK, k_BTHK = self.features(qk_BT2HK).unbind(2)
-        v_BTHK = v_BT1HK.squeeze(2)
+        qkv, past = [proj(x_BTD) for proj in (self.q_proj, self.k_proj, self.v_proj)], state["conv"]
+        if rows.stretches is not None:
+            joined, past = rows.past(torch.cat(qkv, -1), past)
+            qkv = list(joined.chunk(3, -1))
+        if self.config.polynomial_degree == 1:
+            (q_BTHK, k_BTHK, v_BTC), conv = self.convolved(qkv, past, rows, unit=2)
+        else:
+            # Products of both are made at once.
+            inner = self.q_proj.out_features
+            (qk_BTHK, v_BTC), conv = self.convolved(qkv, past, rows, unit=1, sizes=[2 * inner, inner])
+            q_BTHK, k_BTHK = self.features(qk_BTHK).chunk(2, 2)
+        v_BTHK = rearrange(v_BTC, "b t (h k) -> b t h k", h=self.config.memory_heads)
         if self.config.memory_norm:
             # The scale of a LayerNorm output.
             v_BTHK = F.rms_norm(v_BTHK, v_BTHK.shape[-1:], eps=self.norm.eps)
@@ -409,14 +408,18 @@ class NeuralMemory(SequenceMixer):
         y_BTC = rearrange(self.norm(o_BTHK), "b t h k -> b t (h k)") * gate_BTC
         return self.recalled(self.o_proj(y_BTC.to(gate_BTC.dtype)))
 
-    def heads(self, x_BTC: Tensor) -> Tensor:
-        return rearrange(x_BTC, "b t (h k) -> b t h k", h=self.config.memory_heads)
+    def convolved(
+        self, x: Sequence[Tensor], history_BWC: Tensor, rows: Rows, unit: int, **parts: Any
+    ) -> ShortConvolutionOutput:
+        """Parts after the convolution, the first ``unit`` as heads of unit length, and the history for the next call.
+
+        Parts are in fp32 or more: fp16 cannot hold small norms, and reads are rounded once, at the end.
+        """
+        parts |= {"unit": unit, "head_dim": self.config.memory_head_dim, "exact": True}
+        return self.conv(x, history_BWC, rows.history_BT, rows.lengths_B, **parts)
 
     def features(self, x_BTHK: Tensor) -> Tensor:
-        """Keys or queries of unit norm; with polynomial_degree 2, also their products. x is fp32 or more: fp16 cannot
-        hold small norms.
-        """
-        x_BTHK = unit(x_BTHK)
+        """Keys or queries from heads of unit length; with polynomial_degree 2, also their products."""
         if self.config.polynomial_degree == 1:
             return x_BTHK
         row, column = torch.triu_indices(x_BTHK.shape[-1], x_BTHK.shape[-1], device=x_BTHK.device)
@@ -424,7 +427,7 @@ class NeuralMemory(SequenceMixer):
         scales = x_BTHK.new_full(row.shape, 2**0.5).masked_fill(row == column, 1.0)
         products = x_BTHK[..., row] * x_BTHK[..., column] * scales
         first, second = self.feature_scales.to(x_BTHK.dtype)
-        return unit(torch.cat([first * x_BTHK, second * products], -1))
+        return unit_length(torch.cat([first * x_BTHK, second * products], -1))
 
 
 @torch.no_grad()

@@ -33,7 +33,6 @@ from memlm.memory.state import State, in_order, numbered
 from memlm.settings import require
 from memlm_kernels import read_memory
 from memlm_kernels.grid import Grid
-from memlm_kernels.segments import exact
 
 
 @dataclass(frozen=True)
@@ -91,8 +90,8 @@ class ContextMemory(titans.NeuralMemory):
         """Features of the first read's queries, its output gate, and the queries' history for the next call."""
         q_BTC = self.q_proj(x_BTD)
         channels = slice(q_BTC.shape[-1])
-        q_BTC, history_BWC = self.conv.over_rows(q_BTC, history_BWC, rows.history_BT, rows.lengths_B, channels)
-        return self.features(exact(self.heads(q_BTC))), self.output_gate(x_BTD), history_BWC
+        (q_BTHK,), history_BWC = self.convolved([q_BTC], history_BWC, rows, unit=1, channels=channels)
+        return self.features(q_BTHK), self.output_gate(x_BTD), history_BWC
 
     def recall(self, q_BSHK: Tensor, gate_BSC: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """The first read, h."""

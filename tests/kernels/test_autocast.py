@@ -12,7 +12,8 @@ from torch import Tensor
 
 import memlm.memory
 import memlm_kernels
-from memlm.layers import RMSNorm, ShortConv, unit
+from memlm.layers import RMSNorm, ShortConv
+from memlm_kernels.short_convolution import unit_length
 from memlm_kernels.testing import assert_close
 from tests.conftest import MEMORIES, build
 from tests.kernels.test_inputs import BOTH, OPS
@@ -63,7 +64,7 @@ def of_op(name: str, by: str, **changed: Any) -> list[Tensor]:
 
 def short_conv() -> list[Tensor]:
     conv, x = ShortConv(4, 3, silu=True).to(DEVICE), torch.rand(2, 6, 4, device=DEVICE, requires_grad=True)
-    return [conv(x, None)]
+    return [conv([x], None, None, None).o[0]]
 
 
 def in_compiled_code(name: str) -> list[Tensor]:
@@ -80,7 +81,7 @@ CALLS = {f"{name}-{by}": (lambda name=name, by=by: of_op(name, by)) for name, by
     "grouped_linear-by_group": lambda: of_op("grouped_linear", "by_group"),
     "a loop in compiled code": lambda: in_compiled_code("large_chunk_memory"),
     "norm": lambda: [RMSNorm(4, eps=1e-6)(torch.rand(2, 6, 4, device=DEVICE, requires_grad=True))],
-    "unit": lambda: [unit(torch.rand(2, 6, 4, device=DEVICE, requires_grad=True))],
+    "unit": lambda: [unit_length(torch.rand(2, 6, 4, device=DEVICE, requires_grad=True))],
     "short convolution": short_conv,
 }  # fmt: skip
 

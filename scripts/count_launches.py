@@ -1,0 +1,173 @@
+"""Count the kernels that a GPU starts for one layer of a model, and the bytes that they read and write.
+
+    python scripts/count_launches.py                                                the shipped 340M layers
+    python scripts/count_launches.py --rows 1 --tokens 32768 "model=titans_340m memory=titans_mag"
+
+No GPU is needed and nothing is computed: the tensors have no data, and Triton's launches are recorded. An argument is
+a set of overrides of configs/train.yaml. A layer's count is the count of a model of two layers minus that of a model
+of one, in bf16 autocast on a GPU as in training, without metrics. An operation of torch counts as one launch, views as
+none. Bytes are those of all its inputs and outputs; reads that a cache would save are counted.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+from torch.utils._pytree import tree_leaves
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from memlm import MemLMConfig, MemLMForCausalLM, cli, layers  # noqa: E402
+from memlm_kernels import backend, set_backend  # noqa: E402
+from memlm_kernels.launch import Kernel  # noqa: E402
+from memlm_kernels.testing import import_triton_ops  # noqa: E402
+
+ONE_LAYER = "model.mixers.memory.memory_depth=1 model.mixers.memory.chunk_size=16"
+SHIPPED = (f"model=titans_340m memory=titans_mag {ONE_LAYER}", "model=titans_340m memory=attention")
+# Operations that only write, and those that start nothing.
+WRITES, NOTHING = ("zeros", "ones", "full", "fill", "zero_", "new_"), ("empty", "_unsafe_view", "lift", "device")
+
+
+class Cost(NamedTuple):
+    launches: int
+    bytes: int
+
+
+def traffic(tensors: Iterable[Any]) -> int:
+    """Bytes of the tensors; an expanded dimension is read once."""
+    found = 0
+    for x in tensors:
+        if isinstance(x, Tensor):
+            sizes = [n for n, stride in zip(x.shape, x.stride(), strict=True) if stride or not n]
+            found += x.element_size() * torch.Size(sizes).numel()
+    return found
+
+
+class Count(TorchDispatchMode):
+    """Counts launches and bytes by the operation's name. An op of this package runs as its code, with its launches
+    recorded.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches, self.bytes = Counter[str](), Counter[str]()
+
+    def add(self, name: str, tensors: Iterable[Any]) -> None:
+        self.launches[name] += 1
+        self.bytes[name] += traffic(tensors)
+
+    @staticmethod
+    def now() -> "Count":
+        mode: Any = _get_current_dispatch_mode()
+        return mode
+
+    def total(self) -> Cost:
+        return Cost(self.launches.total(), self.bytes.total())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, func.overloadpacket.__name__
+        if func.namespace == "memlm":
+            with self:
+                return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
+        out = func(*args, **kwargs)
+        views = any(x.alias_info is not None and not x.alias_info.is_write for x in func._schema.returns)
+        if not views and not any(part in name for part in NOTHING):
+            reads = [] if name.startswith(WRITES) else tree_leaves((args, kwargs))
+            self.add(name, [*reads, *tree_leaves(out)])
+        return out
+
+
+@contextmanager
+def as_on_a_gpu(count: Count) -> Iterator[None]:
+    """On the CPU, the code of a GPU: Triton's launches are counted and not made, and the norm is torch's."""
+
+    def record(kernel: Kernel, programs: Any, limits: Any, **arguments: Any) -> None:
+        Count.now().add(kernel.function.__name__, arguments.values())
+
+    class Norm(torch.autograd.Function):
+        """torch's fused norm, which a CPU has not."""
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor, module: Any) -> Tensor:
+            ctx.save_for_backward(x, weight)
+            y = torch.empty_like(x)
+            Count.now().add("rms_norm", (x, weight, y))
+            return y
+
+        @staticmethod
+        def backward(ctx: Any, d_y: Tensor) -> Any:
+            x, weight = ctx.saved_tensors
+            d_x, d_weight = torch.empty_like(x), torch.empty_like(weight)
+            Count.now().add("rms_norm_backward", (d_y, x, weight, d_x, d_weight))
+            return d_x, d_weight, None
+
+    with (
+        patch.object(Kernel, "__call__", record),
+        patch.object(layers.RMSNorm, "forward", lambda norm, x: Norm.apply(x, norm.weight.to(x.dtype), norm)),
+        patch.object(layers, "_AT_ONCE", sys.maxsize),
+        patch.object(backend, "missing_triton", lambda device: None),
+        count,
+    ):
+        yield
+
+
+def of_model(config: MemLMConfig, rows: int, tokens: int) -> tuple[Count, Count]:
+    """Forward and backward of a training step, without its loss."""
+    forward, backward = Count(), Count()
+    with FakeTensorMode():
+        model, ids = MemLMForCausalLM(config).train().model, torch.zeros(rows, tokens, dtype=torch.int64)
+        with torch.autocast("cpu", torch.bfloat16), as_on_a_gpu(forward):
+            y = model(ids, use_cache=False, output_metrics=False).last_hidden_state
+        with as_on_a_gpu(backward):
+            y.backward(torch.ones_like(y))
+    return forward, backward
+
+
+def of_layer(overrides: str, rows: int, tokens: int) -> list[Count]:
+    """Forward and backward of one layer."""
+    settings = cli.composed(ROOT / "configs", "train", overrides.split())
+    found = []
+    for number in (1, 2):
+        given: Any = {**OmegaConf.to_container(settings.model, resolve=True), "num_hidden_layers": number}  # type: ignore[dict-item]
+        found.append(of_model(MemLMConfig.from_hydra(given), rows, tokens))
+    both = []
+    for one, two in zip(*found, strict=True):
+        layer = Count()
+        layer.launches, layer.bytes = two.launches - one.launches, two.bytes - one.bytes
+        both.append(layer)
+    return both
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", default=SHIPPED)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--backend", default="triton")
+    parser.add_argument("--names", action="store_true", help="also each operation's launches and GB")
+    given = parser.parse_args()
+    import_triton_ops()
+    print("| one layer | launches forward | backward | GB forward | backward |\n|---|---|---|---|---|")
+    for overrides in given.overrides:
+        with set_backend(given.backend):
+            counts = of_layer(overrides, given.rows, given.tokens)
+        numbers = [str(c.total().launches) for c in counts] + [f"{c.total().bytes / 1e9:.2f}" for c in counts]
+        print(f"| {overrides} | " + " | ".join(numbers) + " |", flush=True)
+        for which, count in zip(("forward", "backward"), counts, strict=True) if given.names else ():
+            for name, size in count.bytes.most_common():
+                print(f"    {which} {name}: {count.launches[name]}, {size / 1e9:.3f} GB")
+
+
+if __name__ == "__main__":
+    main()
