@@ -39,6 +39,7 @@ from memlm_kernels import (
     segmented_neural_memory,
 )
 from memlm_kernels.segments import exact
+from memlm_kernels.short_convolution import parts_of
 
 INITIALIZATIONS = ("default", "recall")
 
@@ -337,29 +338,30 @@ class Recurrence(nn.Module):
 
         Returns reads [B, T, H, V] in fp32 or more, the new state, and metrics if ``told``.
         """
-        state, conv = dict(state), {}
-        if self.conv is not None:
+        state, conv, config = dict(state), {}, self.config
+        parts: Any = {"sizes": config.sizes, "exact": True}
+        if self.rule.unit_keys:
+            parts |= {"unit": 2, "head_dim": config.head_dim, "eps": 1e-6}
+        if self.conv is None:
+            q, k, v = parts_of(F.silu(qkv_BTC), **parts)
+        else:
             history = state.pop("conv")
             if joined is not None:
                 ends = self.conv.over_segments(qkv_BTC, history, cu_seqlens)[1]
                 qkv_BTC, history = joined.history(qkv_BTC, ends)
-            convolved_BTC, conv["conv"] = self.conv.over_segments(qkv_BTC, history, cu_seqlens)
-            if across_N is not None:
-                row_1NC = qkv_BTC.flatten(0, 1)[across_N][None]
-                start_1WC = row_1NC.new_zeros(1, self.config.conv_size - 1, row_1NC.shape[2])
-                row_1NC, _ = self.conv.over_rows(row_1NC, start_1WC, None, None)
-                convolved_BTC = convolved_BTC.flatten(0, 1).index_copy(0, across_N, row_1NC[0]).view_as(qkv_BTC)
-            qkv_BTC = convolved_BTC
-        else:
-            qkv_BTC = F.silu(qkv_BTC)
-        heads, sizes = self.config.num_heads, self.config.sizes
-        qk_BTC, v_BTC = exact(qkv_BTC).split([sizes[0] + sizes[1], sizes[2]], -1)
-        qk_BT2HK = rearrange(qk_BTC, "b t (s h k) -> b t s h k", s=2, h=heads)
-        v = rearrange(v_BTC, "b t (h v) -> b t h v", h=heads)
-        if self.rule.unit_keys:
-            qk_BT2HK = qk_BT2HK * torch.rsqrt(qk_BT2HK.square().sum(-1, keepdim=True) + 1e-6)
-        q, k = qk_BT2HK.unbind(2)
-        q = q * self.config.head_dim**-0.5
+            if cu_seqlens is None and across_N is None:
+                (q, k, v), after = self.conv([qkv_BTC], history[:, 0], None, None, **parts)
+                conv["conv"] = after[:, None]
+            else:
+                convolved_BTC, conv["conv"] = self.conv.over_segments(qkv_BTC, history, cu_seqlens)
+                if across_N is not None:
+                    row_1NC = qkv_BTC.flatten(0, 1)[across_N][None]
+                    start_1WC = row_1NC.new_zeros(1, config.conv_size - 1, row_1NC.shape[2])
+                    row_1NC, _ = self.conv.over_rows(row_1NC, start_1WC, None, None)
+                    convolved_BTC = convolved_BTC.flatten(0, 1).index_copy(0, across_N, row_1NC[0]).view_as(qkv_BTC)
+                q, k, v = parts_of(convolved_BTC, **parts)
+        q, k, v = (x if x.ndim == 4 else x.unflatten(-1, (config.num_heads, -1)) for x in (q, k, v))
+        q = q * config.head_dim**-0.5
         o, memory, metrics = self.rule(q, k, v, exact(logits_BTL), cu_seqlens, state, told, joined)
         return o, {**memory, **conv}, metrics
 

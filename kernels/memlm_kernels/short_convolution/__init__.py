@@ -14,9 +14,9 @@ from torch import Tensor
 
 from memlm_kernels.backend import choose, with_triton
 from memlm_kernels.checks import check_tensors, named
-from memlm_kernels.short_convolution.reference import short_convolution_reference, unit_length
+from memlm_kernels.short_convolution.reference import parts_of, short_convolution_reference, unit_length
 
-__all__ = ["ShortConvolutionOutput", "short_convolution", "unit_length"]
+__all__ = ["ShortConvolutionOutput", "parts_of", "short_convolution", "unit_length"]
 
 
 class ShortConvolutionOutput(NamedTuple):

@@ -34,10 +34,17 @@ def short_convolution_reference(
     past = joined if state is None else torch.cat([state.to(joined.dtype), joined], 1)
     y = convolve(past, weight, positions, silu)
     kept = keep_last(past, weight.shape[1] - 1, joined.shape[1], lengths)
+    return parts_of(y, sizes, unit, head_dim, eps, exact), kept
+
+
+def parts_of(
+    y: Tensor, sizes: Sequence[int], unit: int = 0, head_dim: int = 1, eps: float = 0.0, exact: bool = False
+) -> tuple[Tensor, ...]:
+    """y [B, T, C] in parts, as ``short_convolution`` returns them."""
     if exact:
         y = in_fp32(y)
     if unit == 0:
-        return ((y,) if len(sizes) == 1 else y.split(list(sizes), -1)), kept
+        return (y,) if len(sizes) == 1 else y.split(list(sizes), -1)
     leading = sum(sizes[:unit])
     units, rest = y.split([leading, y.shape[-1] - leading], -1)
     heads = units.unflatten(-1, (-1, head_dim))
@@ -45,10 +52,9 @@ def short_convolution_reference(
         heads = heads * torch.rsqrt(heads.square().sum(-1, keepdim=True) + eps)
     else:
         heads = unit_length(heads)
-    of_parts = [size // head_dim for size in sizes[:unit]]
-    whole = [(heads,) if unit == 1 else heads.split(of_parts, -2)]
+    whole = [(heads,) if unit == 1 else heads.split([size // head_dim for size in sizes[:unit]], -2)]
     whole.append((rest,) if unit + 1 == len(sizes) else rest.split(list(sizes[unit:]), -1))
-    return tuple(part for parts in whole for part in parts), kept
+    return tuple(part for parts in whole for part in parts)
 
 
 def convolve(past: Tensor, weight: Tensor, positions: Tensor | None, silu: bool) -> Tensor:
