@@ -49,6 +49,7 @@ from memlm_kernels.route_documents.reference import RoutingInputs, RoutingRule, 
 from memlm_kernels.route_documents.triton import choose_triton, merge_topk_triton  # noqa: E402
 from memlm_kernels.routed_memory.triton import combine_reads_triton, dispatch_tokens_triton  # noqa: E402
 from memlm_kernels.segment_mean_pool.triton import segment_mean_pool_triton  # noqa: E402
+from memlm_kernels.short_convolution.triton import short_convolution_triton  # noqa: E402
 
 # Targets, each with the shared memory of a block in bytes.
 TARGETS = {
@@ -122,6 +123,8 @@ def cases(dtype: str, size: int, sample: bool) -> Iterator[tuple[str, Callable[[
         yield f"{name} memory, blocks", both(memory, q, k, v, gate, 64, 16)
         if dtype == "bfloat16":
             yield "bfloat16 64 memory, blocks of 32", both(memory, *narrow, gate, 64, 32)
+    yield f"{name} convolution", both(convolution, q, k, v, True)
+    yield f"{name} convolution, plain", both(convolution, q, k, v, False)
     yield f"{name} means", both(segment_mean_pool_triton, k.flatten(2), cu, 1024)
     yield f"{name} routed tokens", both(routed, q.flatten(2), torch.zeros(2, 1024, 2, dtype=torch.int64), gate)
     yield f"{name} routing", once(route, q, k, ("cosine", "mean", "max"), True, 16)
@@ -179,6 +182,16 @@ def memory(
     rest = (squared_error, 1, None, cu_seqlens, None, True, scan, width, step_triton)
     o, state, _ = neural_memory_reference(tokens, weights, chunk_size, "gelu", norm, *rest)
     return o, *state.weights
+
+
+def convolution(q: Tensor, k: Tensor, v: Tensor, heads: bool) -> tuple[Tensor, ...]:
+    """The short convolution, with queries and keys of unit length in packed rows, or without."""
+    x = [part.flatten(2) for part in (q, k, v)]
+    sizes, channels = [part.shape[2] for part in x], sum(part.shape[2] for part in x)
+    positions = torch.zeros(q.shape[:2], dtype=torch.int64) if heads else None
+    state, weight = torch.zeros(len(q), 3, channels), torch.zeros(channels, 4, requires_grad=True)
+    options: Any = (sizes, True, 2 if heads else 0, q.shape[3], 0.0, heads)
+    return short_convolution_triton(x, weight, *options, None, positions, state)[0]
 
 
 def route(q: Tensor, k: Tensor, reductions: tuple[str, str, str], running: bool, top_k: int) -> tuple[Any, ...]:

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from memlm import MemLMConfig, MemLMForCausalLM, cli, layers  # noqa: E402
-from memlm_kernels import backend, set_backend  # noqa: E402
+from memlm_kernels import set_backend  # noqa: E402
 from memlm_kernels.launch import Kernel  # noqa: E402
 from memlm_kernels.testing import import_triton_ops  # noqa: E402
 
@@ -115,8 +115,7 @@ def as_on_a_gpu(count: Count) -> Iterator[None]:
     with (
         patch.object(Kernel, "__call__", record),
         patch.object(layers.RMSNorm, "forward", lambda norm, x: Norm.apply(x, norm.weight.to(x.dtype), norm)),
-        patch.object(layers, "_AT_ONCE", sys.maxsize),
-        patch.object(backend, "missing_triton", lambda device: None),
+        patch("memlm_kernels.backend.missing_triton", lambda device: None),
         count,
     ):
         yield

@@ -51,10 +51,11 @@ def seen(
 @triton.jit
 def places(positions, row, t, i_t, T, W: tl.constexpr):
     """Positions of tokens t + i_t in their documents; without positions, all are far from the start."""
-    if positions is None:
-        return i_t * 0 + W
-    inside = (t + i_t >= 0) & (t + i_t < T)
-    return tl.minimum(tl.load(positions + row * T + t + i_t, mask=inside, other=0), W).to(tl.int32)
+    b_p = i_t * 0 + W
+    if positions is not None:
+        inside = (t + i_t >= 0) & (t + i_t < T)
+        b_p = tl.minimum(tl.load(positions + row * T + t + i_t, mask=inside, other=0), W).to(tl.int32)
+    return b_p
 
 
 @triton.jit
@@ -198,19 +199,23 @@ def of_part_backward(
     of_c = (i < STEP) & (i_c < C)
     b_dw = tl.zeros([BW, BC], tl.float32)
     for t in range(begin, end, BT):
-        b_dx = tl.zeros([BT, BC], tl.float32)
-        for j in tl.static_range(W):
+        b_d = d_sums(
+            x, state, weight, positions, d_y, row, t, i_t, i_c, of_c, T, C, S, FIRST, ALL, W, SILU, UNIT, EPS
+        )
+        b_dx = b_d * tap(weight, i_c, of_c, 0, FIRST, W)[None, :]
+        b_p = places(positions, row, t, i_t, T, W)
+        # Tokens of the next program are not this one's.
+        b_d = tl.where((t + i_t < end)[:, None], b_d, 0.0)
+        for back in range(W):
+            b_x = seen(x, state, b_p, row, t, i_t, i_c, of_c, back, T, S, FIRST, ALL, W)
+            b_dw += tl.where((i_w == W - 1 - back)[:, None], tl.sum(b_d * b_x, 0)[None, :], 0.0)
+        # Not unrolled: each step needs many registers.
+        for j in range(1, W):
             b_d = d_sums(
                 x, state, weight, positions, d_y, row, t + j, i_t, i_c, of_c, T, C, S, FIRST, ALL, W, SILU, UNIT, EPS
             )
             b_p = places(positions, row, t + j, i_t, T, W)
             b_dx += tl.where((b_p >= j)[:, None], b_d, 0.0) * tap(weight, i_c, of_c, j, FIRST, W)[None, :]
-            if j == 0:
-                # Tokens of the next program are not this one's.
-                b_d = tl.where((t + i_t < end)[:, None], b_d, 0.0)
-                for back in tl.static_range(W):
-                    b_x = seen(x, state, b_p, row, t, i_t, i_c, of_c, back, T, S, FIRST, ALL, W)
-                    b_dw += tl.where((i_w == W - 1 - back)[:, None], tl.sum(b_d * b_x, 0)[None, :], 0.0)
         mine = t + i_t < end
         inside = (mine & (t + i_t >= 0))[:, None] & of_c[None, :]
         place = d_x + (row * T + t) * C + (i_t[:, None] * C + i_c[None, :])

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
 from memlm_kernels.backend import outside_autocast
 from memlm_kernels.grid import keep_last, pick
 from memlm_kernels.launch import cdiv, laid, no_products
@@ -14,7 +15,7 @@ from memlm_kernels.segments import power_of_two
 from memlm_kernels.short_convolution.kernels import convolve, convolve_backward
 
 # Elements of a tile, which its threads hold in registers several times.
-_TILE = 2048
+_TILE, _TILE_BACKWARD = 2048, 1024
 
 
 def _sizes(x: Sequence[Tensor], weight: Tensor, silu: bool, unit: int, head_dim: int, eps: float) -> dict[str, Any]:
@@ -116,7 +117,7 @@ def backward(
     sums = weight.new_empty(batch * cdiv(length - first, span), *weight.shape, dtype=torch.float32)
     convolve_backward(
         lambda tiles: len(sums) * count,
-        {"BT": min(power_of_two(length - first), max(1, _TILE // sizes["BC"]))},
+        {"BT": min(power_of_two(length - first), max(1, _TILE_BACKWARD // sizes["BC"]))},
         **_parts("x", x),
         **{"state": state, "weight": weight, "positions": positions},
         **_parts("d_y", laid(*d_y)),
