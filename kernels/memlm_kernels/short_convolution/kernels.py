@@ -199,9 +199,7 @@ def of_part_backward(
     of_c = (i < STEP) & (i_c < C)
     b_dw = tl.zeros([BW, BC], tl.float32)
     for t in range(begin, end, BT):
-        b_d = d_sums(
-            x, state, weight, positions, d_y, row, t, i_t, i_c, of_c, T, C, S, FIRST, ALL, W, SILU, UNIT, EPS
-        )
+        b_d = d_sums(x, state, weight, positions, d_y, row, t, i_t, i_c, of_c, T, C, S, FIRST, ALL, W, SILU, UNIT, EPS)
         b_dx = b_d * tap(weight, i_c, of_c, 0, FIRST, W)[None, :]
         b_p = places(positions, row, t, i_t, T, W)
         # Tokens of the next program are not this one's.
