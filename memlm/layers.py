@@ -10,39 +10,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 
-from memlm_kernels import grouped_linear, short_convolution
-from memlm_kernels.backend import as_autocast, outside_autocast
+from memlm_kernels import grouped_linear, rms_norm, short_convolution
+from memlm_kernels.backend import as_autocast
 from memlm_kernels.grid import pick, place
 from memlm_kernels.grouped_linear import linear_of_group
+from memlm_kernels.rms_norm import norm
 from memlm_kernels.segments import exact
 from memlm_kernels.short_convolution import ShortConvolutionOutput
-
-
-class _Norm(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, with its own backward: autograd's takes about 20
-    passes.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
-
-    @staticmethod
-    @outside_autocast
-    @once_differentiable
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, scale = ctx.saved_tensors
-        unit = x * scale
-        product = d_y * unit
-        d_weight = product.sum(list(range(x.ndim - 1)))
-        along = product.mul_(weight).mean(-1, keepdim=True)
-        d_x = torch.addcmul(d_y * weight, unit, along, value=-1).mul_(scale)
-        return d_x, d_weight, None
 
 
 class RMSNorm(nn.RMSNorm):
@@ -51,11 +27,11 @@ class RMSNorm(nn.RMSNorm):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__(size, eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and torch.is_grad_enabled():
-            # torch has a fused kernel only for GPUs.
-            return _Norm.apply(exact(x), exact(self.weight), self.eps).to(x.dtype)
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+    def forward(self, x: Tensor, gate: Tensor | None = None, other: Tensor | None = None) -> Tensor:
+        """The norm, or, with a gate, the results of ``memlm_kernels.rms_norm``, in the gate's shape and dtype."""
+        if gate is None:
+            return norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, gate, other, eps=self.eps)
 
 
 class Rope(NamedTuple):

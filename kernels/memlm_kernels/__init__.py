@@ -16,6 +16,7 @@ Files:
     grouped_linear      products of rows with the matrix of their group
     route_documents     the choice of the best documents for a query
     segment_mean_pool   means of short segments
+    rms_norm            the root-mean-square norm, and the gate behind it
     short_convolution   the causal convolution in front of a memory
     grid                rows of tokens, ragged or packed, laid on chunks
     segments            rows as segments, each with its own state, laid on chunks
@@ -45,6 +46,7 @@ from memlm_kernels.neural_memory import (
     segmented_neural_memory,
 )
 from memlm_kernels.recurrence import delta_rule, linear_attention
+from memlm_kernels.rms_norm import rms_norm
 from memlm_kernels.route_documents import RouterShard, merge_topk, nominate_documents, route_documents
 from memlm_kernels.routed_memory import MemoryRoutes, combine_reads, dispatch_tokens
 from memlm_kernels.segment_mean_pool import segment_mean_pool
@@ -72,6 +74,7 @@ __all__ = [
     "nominate_documents",
     "prefix_window_attention",
     "read_memory",
+    "rms_norm",
     "route_documents",
     "segment_mean_pool",
     "segmented_neural_memory",

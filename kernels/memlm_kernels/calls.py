@@ -239,6 +239,10 @@ CALLS = {
         convolve, {"x": (2, "T", "K"), "weight": ("K", 4), "state": (2, 3, "K")}, PLACES,
         lambda n: {"head_dim": n.K}, products=False, optional=("positions",),
     ),
+    "rms_norm": OpCall(
+        ops.rms_norm, {"x": V, "weight": ("V",), "gate": V, "other": V}, {}, lambda n: {"eps": 1e-6},
+        products=False, optional=("other",),
+    ),
     "dispatch_tokens": OpCall(ops.dispatch_tokens, {"x": V}, {"place": places}, products=False),
     "combine_reads": OpCall(
         ops.combine_reads, {"o": (2, "2T", "H", "V"), "weight": (2, "T", 2), "shared": V}, {"place": places},

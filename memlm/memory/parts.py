@@ -56,12 +56,12 @@ class BranchGate(nn.Module):
         self, x_BTD: Tensor, seen_BTD: Tensor, recalled_BTD: Tensor, told: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the output, and metrics if ``told``."""
-        gate_BTD = torch.sigmoid(self.gate(x_BTD))
-        seen_BTD, recalled_BTD = self.attention_norm(seen_BTD), self.memory_norm(recalled_BTD)
-        metrics = {}
-        if told:
-            share = memory_share(gate_BTD * recalled_BTD, (1 - gate_BTD) * seen_BTD)
-            metrics = {"gate": gate_BTD.detach().mean(-1), "memory_share": share}
+        logits_BTD, seen_BTD = self.gate(x_BTD), self.attention_norm(seen_BTD)
+        if not told:
+            return self.memory_norm(recalled_BTD, logits_BTD, seen_BTD), {}
+        gate_BTD, recalled_BTD = torch.sigmoid(logits_BTD), self.memory_norm(recalled_BTD)
+        share = memory_share(gate_BTD * recalled_BTD, (1 - gate_BTD) * seen_BTD)
+        metrics = {"gate": gate_BTD.detach().mean(-1), "memory_share": share}
         return torch.lerp(seen_BTD, recalled_BTD, gate_BTD), metrics
 
 

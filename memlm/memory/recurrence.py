@@ -401,8 +401,7 @@ class Readout(nn.Module):
         self.recalled = Recalled()
 
     def forward(self, o_BTHV: Tensor, x_BTD: Tensor) -> Tensor:
-        y_BTC = rearrange(self.norm(o_BTHV), "b t h v -> b t (h v)") * F.silu(self.output_gate_proj(x_BTD))
-        return self.recalled(self.o_proj(y_BTC.to(x_BTD.dtype)))
+        return self.recalled(self.o_proj(self.norm(o_BTHV, self.output_gate_proj(x_BTD))))
 
 
 class Layer(SequenceMixer):

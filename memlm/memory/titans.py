@@ -401,12 +401,12 @@ class NeuralMemory(SequenceMixer):
         return q_BTHK, k_BTHK, v_BTHK, conv
 
     def output_gate(self, x_BTD: Tensor) -> Tensor:
-        return F.silu(self.output_gate_proj(x_BTD))
+        """Before its SiLU."""
+        return self.output_gate_proj(x_BTD)
 
     def output(self, o_BTHK: Tensor, gate_BTC: Tensor) -> Tensor:
         """Reads after norm and gate, [B, T, D], in the gate's dtype."""
-        y_BTC = rearrange(self.norm(o_BTHK), "b t h k -> b t (h k)") * gate_BTC
-        return self.recalled(self.o_proj(y_BTC.to(gate_BTC.dtype)))
+        return self.recalled(self.o_proj(self.norm(o_BTHK, gate_BTC)))
 
     def convolved(
         self, x: Sequence[Tensor], history_BWC: Tensor, rows: Rows, unit: int, **parts: Any
@@ -432,8 +432,8 @@ class NeuralMemory(SequenceMixer):
 
 @torch.no_grad()
 def mean_size(gate_BTC: Tensor) -> Tensor:
-    """The metric ``output_gate`` [B, T]: mean absolute gate."""
-    return gate_BTC.abs().mean(-1)
+    """The metric ``output_gate`` [B, T]: mean absolute gate, from the gate before its SiLU."""
+    return F.silu(gate_BTC).abs().mean(-1)
 
 
 def pack(memory: NeuralMemoryState) -> State:
