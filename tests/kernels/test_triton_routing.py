@@ -60,9 +60,32 @@ def test_routing_over_tiles_and_parts(tokens, dim, top_k, shared, running, monke
     agree(*inputs, top_k=top_k, num_documents=6, running=running)
 
 
+@pytest.mark.parametrize("head", ["mean", "max"])
 @pytest.mark.parametrize("dtype", [torch.float16, BFLOAT16])
-def test_routing_in_16_bits(dtype):
-    agree(*bank([3, 1, 5, 1, 2], dim=64), dtype, top_k=3, num_documents=5, running=True)
+def test_routing_in_16_bits(dtype, head):
+    agree(*bank([3, 1, 5, 1, 2], heads=6, dim=64), dtype, top_k=3, num_documents=5, running=True, head_reduce=head)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter counts what is read")
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+@pytest.mark.parametrize("head", ["mean", "max"])
+@torch.no_grad()
+def test_a_tile_of_keys_is_read_once_for_all_heads(head, similarity, monkeypatch):
+    """Two tiles of tokens read all keys twice."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    q, k, document = (x.to(DEVICE) for x in bank([20, 1, 43], 1, 70, heads=8, dim=100))
+    q, k = q.half(), k.half()
+    low, high, read, load = k.data_ptr(), k.data_ptr() + k.nbytes, [], InterpreterBuilder.create_masked_load
+
+    def counted(self, ptrs, mask, *rest):
+        read.append(int((mask.data & (ptrs.data >= low) & (ptrs.data < high)).sum()))
+        return load(self, ptrs, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted)
+    settings = dict(head_reduce=head, similarity=similarity, top_k=1, num_documents=3)
+    route_documents(q, k, document, **settings, backend="triton")
+    assert sum(read) == 2 * k.numel()
 
 
 @pytest.mark.parametrize("running", [False, True])

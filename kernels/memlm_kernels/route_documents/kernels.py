@@ -19,11 +19,9 @@ from memlm_kernels.launch import load_tile, tiled
 _LAST: tl.constexpr = tl.constexpr(2**31 - 1)
 _NEVER: tl.constexpr = tl.constexpr(float("-inf"))
 _SIZES = ["M", "C", "N", "R", "SPLIT", "SPLITS"]
-_PRODUCTS = [
-    {"BC": 64, "BK": 64, "num_warps": 8, "num_stages": 2},
-    {"BC": 64, "BK": 32, "num_warps": 8, "num_stages": 2},
-]
-_PRODUCTS_HIP = [{"BC": 64, "BK": 64, "num_warps": 4, "num_stages": 1}]
+_SCORES = [{"BC": 64, "num_warps": 8, "num_stages": 3}]
+_SCORES_HIP = [{"BC": 64, "num_warps": 4, "num_stages": 1}]
+_RUNNING = [{"BC": 64, "num_warps": 8, "num_stages": 2}]
 
 
 @triton.jit
@@ -32,59 +30,66 @@ def similarities(
     k,
     of_query,
     of_k,
-    i_m,
-    i_c,
-    inside_m,
-    inside_c,
+    last_m,
+    last_c,
     G: tl.constexpr,
     P: tl.constexpr,
     K: tl.constexpr,
     MEAN: tl.constexpr,
     COSINE: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """[BM, BC], the sum or the maximum over heads; of_query, of_k: the first token and the first chunk."""
-    b_scores = tl.zeros([BM, BC], tl.float32)
+    """[BM, BC], or with ROWS [BC, BM], a chunk in a row: the sum or the maximum over heads.
+
+    A tile of keys is read, and its length computed, once for all heads of a group. of_query, of_k: the first token and
+    the first chunk. Rows behind last_m and last_c are these once more, because masks take registers.
+    """
+    i_k = tl.arange(0, BK)
+    i_m, i_c = tl.minimum(tl.arange(0, BM), last_m), tl.minimum(tl.arange(0, BC), last_c)
+    b_scores = tl.zeros([BC, BM] if ROWS else [BM, BC], tl.float32)
     if not MEAN:
         b_scores += _NEVER
-    for h in range(G * P):
-        b_head = tl.zeros([BM, BC], tl.float32)
-        b_square = tl.zeros([BC], tl.float32)
-        for i in range((K + BK - 1) // BK):
-            i_k = i * BK + tl.arange(0, BK)
-            b_q = load_tile(query, of_query * (G * P) + h, i_m * (G * P), i_k, inside_m, K)
-            b_k = load_tile(k, of_k * G + h // P, i_c * G, i_k, inside_c, K)
-            if COSINE:
-                b_exact = b_k.to(tl.float32)
-                b_square += tl.sum(b_exact * b_exact, 1)
-            b_head += tl.dot(b_q, tl.trans(b_k.to(b_q.dtype)), input_precision=PRECISION)
+    for g in range(G):
+        b_k = load_tile(k, of_k * G + g, i_c * G, i_k, i_c >= 0, K)
         if COSINE:
-            b_head *= tl.rsqrt(b_square + 1e-12)[None, :]
-        if MEAN:
-            b_scores += b_head
-        else:
-            b_scores = tl.maximum(b_scores, b_head)
+            b_exact = b_k.to(tl.float32)
+            b_scale = tl.rsqrt(tl.sum(b_exact * b_exact, 1) + 1e-12)
+        for p in range(P):
+            b_q = load_tile(query, of_query * (G * P) + g * P + p, i_m * (G * P), i_k, i_m >= 0, K)
+            b_same = b_k.to(b_q.dtype)
+            if ROWS:
+                b_head = tl.dot(b_same, tl.trans(b_q), input_precision=PRECISION)
+            else:
+                b_head = tl.dot(b_q, tl.trans(b_same), input_precision=PRECISION)
+            if COSINE:
+                b_head *= b_scale[:, None] if ROWS else b_scale[None, :]
+            if MEAN:
+                b_scores += b_head
+            else:
+                b_scores = tl.maximum(b_scores, b_head)
     return b_scores
 
 
 @triton.jit
 def knows(b_document, asks, first, end, at, inside):
-    """Which tokens from ``at`` on may choose which documents, [BM, BC], and which of these tokens route."""
-    sees = inside[:, None] & (b_document >= 0)[None, :]
+    """Which tokens ``at`` may choose which documents, and which of these tokens route. Documents lie along one of two
+    dimensions, tokens along the other.
+    """
+    sees = inside & (b_document >= 0)
     if first is not None:
-        b_first = tl.load(first + at, mask=inside, other=0)
-        b_end = tl.load(end + at, mask=inside, other=0)
-        sees = sees & (b_document[None, :] >= b_first[:, None]) & (b_document[None, :] < b_end[:, None])
+        sees = sees & (b_document >= tl.load(first + at, mask=inside, other=0))
+        sees = sees & (b_document < tl.load(end + at, mask=inside, other=0))
     asking = inside
     if asks is not None:
         asking = inside & (tl.load(asks + at, mask=inside, other=0) != 0)
     return sees, asking
 
 
-@tiled(_PRODUCTS, _PRODUCTS_HIP)
+@tiled(_SCORES, _SCORES_HIP)
 @triton.jit(do_not_specialize=_SIZES)
 def score_chunks(
     query,
@@ -117,9 +122,9 @@ def score_chunks(
     """score: the maximum over tokens, or with SUM the sum; so_far: [B, tiles of tokens, C], the score before each
     tile; the number of tokens only with SUM.
     """
-    program = tl.program_id(0).to(tl.int64)
-    tiles_c, tiles_m = (C + BC - 1) // BC, (M + BM - 1) // BM
-    row, c = program // tiles_c, program % tiles_c * BC
+    program = tl.program_id(0)
+    tiles_c, tiles_m = tl.cdiv(C, BC), tl.cdiv(M, BM)
+    row, c = (program // tiles_c).to(tl.int64), program % tiles_c * BC
     row_k = row * (1 - SHARED)
     i_c = tl.arange(0, BC)
     inside_c = c + i_c < C
@@ -128,31 +133,32 @@ def score_chunks(
     b_asked = tl.load(before_asked + row * C + c + i_c, mask=inside_c, other=0)
     if not SUM:
         b_score = tl.where(b_asked > 0, b_score, _NEVER)
-    b_best = tl.zeros([BC], tl.float32) + _NEVER
     b_token = tl.zeros([BC], tl.int32)
     for tile in range(tiles_m):
         if so_far_score is not None:
             at = (row * tiles_m + tile) * C + c + i_c
             tl.store(so_far_score + at, b_score, mask=inside_c)
-            if SUM:
-                tl.store(so_far_asked + at, b_asked, mask=inside_c)
         i_m, m = tl.arange(0, BM), row * M + tile * BM
         inside = tile * BM + i_m < M
-        b_s = similarities(
-            query, k, m, row_k * C + c, i_m, i_c, inside, inside_c, G, P, K, MEAN, COSINE, PRECISION, BM, BC, BK
-        )
-        sees, asking = knows(b_document, asks, first, end, m + i_m, inside)
-        known = sees & asking[:, None]
-        b_asked += tl.sum(known.to(tl.int32), 0)
+        lasts = M - tile * BM - 1, C - c - 1
+        b_s = similarities(query, k, m, row_k * C + c, *lasts, G, P, K, MEAN, COSINE, PRECISION, True, BM, BC, BK)
+        sees, asking = knows(b_document[:, None], asks, first, end, m + i_m[None, :], inside[None, :])
+        known = sees & asking
         if SUM:
-            b_score += tl.sum(tl.where(known, b_s, 0.0), 0)
+            b_score += tl.sum(tl.where(known, b_s, 0.0), 1)
         else:
             b_s = tl.where(known, b_s, _NEVER)
-            b_max = tl.max(b_s, 0)
-            b_first = tl.min(tl.where(b_s == b_max[None, :], tile * BM + i_m[:, None], _LAST), 0)
-            b_token = tl.where(b_max > b_best, b_first, b_token)
-            b_best = tl.maximum(b_best, b_max)
+            b_max = tl.max(b_s, 1)
+            b_first = tl.min(tl.where(b_s == b_max[:, None], tile * BM + i_m[None, :], _LAST), 1)
+            b_token = tl.where(b_max > b_score, b_first, b_token)
             b_score = tl.maximum(b_score, b_max)
+    # A loop of its own needs fewer registers.
+    for tile in range(tiles_m):
+        if so_far_asked is not None:
+            tl.store(so_far_asked + (row * tiles_m + tile) * C + c + i_c, b_asked, mask=inside_c)
+        i_m = tile * BM + tl.arange(0, BM)
+        sees, asking = knows(b_document[:, None], asks, first, end, row * M + i_m[None, :], (i_m < M)[None, :])
+        b_asked += tl.sum((sees & asking).to(tl.int32), 1)
     at = row * C + c + i_c
     tl.store(score + at, tl.where(b_asked > 0, b_score, 0.0), mask=inside_c)
     tl.store(asked + at, b_asked, mask=inside_c)
@@ -206,7 +212,7 @@ def store_best(best, best_name, b_best, b_best_name, at, inside, J, LAST: tl.con
         b_best = tl.where(b_best_name == b_name[:, None], _NEVER, b_best)
 
 
-@tiled(_PRODUCTS, _PRODUCTS_HIP)
+@tiled(_RUNNING, _SCORES_HIP)
 @triton.jit(do_not_specialize=_SIZES)
 def choose_running(
     query,
@@ -252,11 +258,10 @@ def choose_running(
         c = split * SPLIT + i * BC
         inside_c = c + i_c < C
         b_document = tl.load(document + row_k * C + c + i_c, mask=inside_c, other=-1)
-        b_s = similarities(
-            query, k, m, row_k * C + c, i_m, i_c, inside, inside_c, G, P, K, MEAN, COSINE, PRECISION, BM, BC, BK
-        )
-        sees, asking = knows(b_document, asks, first, end, m + i_m, inside)
-        known = sees & asking[:, None]
+        lasts = (M - tile * BM - 1).to(tl.int32), (C - c - 1).to(tl.int32)
+        b_s = similarities(query, k, m, row_k * C + c, *lasts, G, P, K, MEAN, COSINE, PRECISION, False, BM, BC, BK)
+        sees, asking = knows(b_document[None, :], asks, first, end, m + i_m[:, None], inside[:, None])
+        known = sees & asking
         at = (row * tiles_m + tile) * C + c + i_c
         b_score = tl.load(so_far_score + at, mask=inside_c, other=_NEVER)
         if SUM:
@@ -314,7 +319,7 @@ def choose_best(
         inside_c = c + i_c < C
         b_names = tl.load(names + row * (1 - SHARED) * C + c + i_c, mask=inside_c, other=-1)
         b_values = tl.load(values + row * C + c + i_c, mask=inside_c, other=_NEVER)
-        sees, _ = knows(b_names, None, first, end, d + i_d, inside)
+        sees, _ = knows(b_names[None, :], None, first, end, d + i_d[:, None], inside[:, None])
         b_values = tl.where(sees & (b_names < N)[None, :], b_values[None, :], _NEVER)
         b_best, b_best_name = keep_best(b_values, b_names[None, :], b_best, b_best_name, LAST)
     store_best(best, best_name, b_best, b_best_name, (d + i_d) * SPLITS + split, inside, J, LAST)

@@ -90,11 +90,12 @@ def forward(
         tile = min(64, at_least_16(length), _PLACES // power_of_two(top_k))
         tiles, chunks = cdiv(length, tile), k.shape[1]
         given = {"query": query, "k": k, "document": document, "asks": asks, "first": first, "end": end}
+        width = at_least_16(keys)
         sizes = {"M": length, "C": chunks, "G": groups, "P": heads, "K": keys, "SHARED": len(k) == 1}
-        sizes |= {"MEAN": mean_heads, "SUM": mean_tokens, "COSINE": cosine, "PRECISION": precision(query), "BM": tile}
-        # fp32 takes twice the registers.
-        most = 32 if query.dtype == torch.float32 else 64
-        limits = {"BC": at_least_16(chunks), "BK": min(most, at_least_16(keys))}
+        sizes |= {"MEAN": mean_heads, "SUM": mean_tokens, "COSINE": cosine, "PRECISION": precision(query)}
+        sizes |= {"BM": tile, "BK": width}
+        # A tile of keys is at most 32 KB, of which a multiprocessor holds several.
+        limits = {"BC": min(at_least_16(chunks), 2**15 // (width * query.element_size()))}
         # Only the mean needs the number of tokens that routed.
         so_far_score = score.new_empty(batch, tiles, chunks) if running else None
         so_far_asked = asked.new_empty(batch, tiles, chunks) if running and mean_tokens else None
