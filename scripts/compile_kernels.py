@@ -42,7 +42,7 @@ from memlm_kernels.neural_memory.deep import scan_deep  # noqa: E402
 from memlm_kernels.neural_memory.reference import Tokens, neural_memory_reference  # noqa: E402
 from memlm_kernels.neural_memory.segmented import SegmentedMemoryState, segmented_neural_memory  # noqa: E402
 from memlm_kernels.neural_memory.step_triton import step_triton  # noqa: E402
-from memlm_kernels.neural_memory.triton import scan_triton  # noqa: E402
+from memlm_kernels.neural_memory.triton import memory_triton  # noqa: E402
 from memlm_kernels.recurrence.delta_triton import delta_rule_triton  # noqa: E402
 from memlm_kernels.recurrence.linear_triton import linear_attention_triton  # noqa: E402
 from memlm_kernels.rms_norm.triton import rms_norm_triton  # noqa: E402
@@ -113,17 +113,14 @@ def cases(dtype: str, size: int, sample: bool) -> Iterator[tuple[str, Callable[[
         yield f"{name} linear", both(linear_attention_triton, q, k, v, None, None, None)
         yield f"{name} delta", both(delta_rule_triton, q, k, v, gate, None, None, None)
     if size * q.element_size() <= 256:
-        yield f"{name} memory", both(memory, q, k, v, gate, 16, 16)
-        yield f"{name} memory, step", once(memory, *first(q, k, v, gate), 16, 16)
+        yield f"{name} memory", both(memory, q, k, v, gate, 16)
+        yield f"{name} memory, step", once(memory, *first(q, k, v, gate), 16)
         yield f"{name} memories of segments", both(segmented, q, k, v, gate, cu, torch.zeros(2, 2, 3, 2, size, size))
     narrow = [x[..., :64].detach().requires_grad_() for x in (q, k, v)]
-    yield f"{dtype} 64 memory of two layers", both(memory, *narrow, gate, 16, 16, 64)
-    yield f"{dtype} 64 memory of two layers, step", once(memory, *first(*narrow, gate), 16, 16, 64)
+    yield f"{dtype} 64 memory of two layers", both(memory, *narrow, gate, 16, 64)
+    yield f"{dtype} 64 memory of two layers, step", once(memory, *first(*narrow, gate), 16, 64)
     if not sample:
-        yield f"{dtype} 64 memory of two layers, 128 hidden", both(memory, *narrow, gate, 16, 16, 128)
-        yield f"{name} memory, blocks", both(memory, q, k, v, gate, 64, 16)
-        if dtype == "bfloat16":
-            yield "bfloat16 64 memory, blocks of 32", both(memory, *narrow, gate, 64, 32)
+        yield f"{dtype} 64 memory of two layers, 128 hidden", both(memory, *narrow, gate, 16, 128)
     yield f"{name} convolution", both(convolution, q, k, v, True)
     yield f"{name} convolution, plain", both(convolution, q, k, v, False)
     yield f"{name} norm", both(rms_norm_triton, q, torch.ones(size), None, None, 1e-6, kind)
@@ -172,7 +169,7 @@ def first(*tensors: Tensor) -> list[Tensor]:
 
 
 def memory(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, chunk_size: int, width: int, hidden: int | None = None
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, chunk_size: int, hidden: int | None = None
 ) -> tuple[Tensor, ...]:
     """A memory over documents, with momentum and decay; with ``hidden`` channels, two layers and a norm."""
     tokens = Tokens(q, k, v, gate, gate, gate, None)
@@ -182,8 +179,7 @@ def memory(
     )
     norm = None if hidden is None else (torch.ones(v.shape[2:]), torch.zeros(v.shape[2:]))
     cu_seqlens = torch.tensor([0, q.shape[1] // 2, q.shape[1]]).expand(len(q), -1)
-    scan = scan_triton if hidden is None else scan_deep
-    rest = (squared_error, 1, None, cu_seqlens, None, True, scan, width, step_triton)
+    rest = (squared_error, 1, None, cu_seqlens, None, True, scan_deep, 16, memory_triton, step_triton)
     o, state, _ = neural_memory_reference(tokens, weights, chunk_size, "gelu", norm, *rest)
     return o, *state.weights
 

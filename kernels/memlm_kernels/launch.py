@@ -233,3 +233,30 @@ def lower(BT: tl.constexpr):
     """[BT, BT]: 1 on and below the diagonal."""
     i = tl.arange(0, BT)
     return tl.where(i[:, None] >= i[None, :], 1.0, 0.0)
+
+
+@triton.jit
+def invert(b_A, BT: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + A)^-1 for [BT, BT] below the diagonal: row by row in blocks of 16, all at once, then between blocks.
+
+    With D the inverse of the blocks on the diagonal and L the blocks left of them, it is (I + D L)^-1 D. D L to the
+    power of the number of blocks, which is at most four, is 0.
+    """
+    blocks: tl.constexpr = BT // 16
+    i_b, i_r = tl.arange(0, blocks), tl.arange(0, 16)
+    own = i_b[:, None, None, None] == i_b[None, None, :, None]
+    b_A4 = tl.reshape(b_A, [blocks, 16, blocks, 16])
+    b_own = tl.sum(tl.where(own, b_A4, 0.0), 2)
+    b_D = tl.zeros([blocks, 16, 16], tl.float32) + tl.where(i_r[:, None] == i_r[None, :], 1.0, 0.0)[None, :, :]
+    for r in range(1, 16):
+        b_row = tl.sum(tl.where(i_r[None, :, None] == r, b_own, 0.0), 1)
+        b_new = tl.sum(b_row[:, :, None] * b_D, 1)
+        b_D = tl.where(i_r[None, :, None] == r, b_D - b_new[:, None, :], b_D)
+    b_D2 = tl.reshape(tl.where(own, b_D[:, :, None, :], 0.0), [BT, BT])
+    if blocks == 1:
+        return b_D2
+    b_L = tl.reshape(tl.where(own, 0.0, b_A4), [BT, BT])
+    b_X = tl.dot(b_D2, b_L, input_precision=PRECISION)
+    b_X2 = tl.dot(b_X, b_X, input_precision=PRECISION)
+    b_Y = b_X2 - b_X - tl.dot(b_X, b_X2, input_precision=PRECISION)
+    return b_D2 + tl.dot(b_Y, b_D2, input_precision=PRECISION)

@@ -318,11 +318,14 @@ def test_ops_keep_the_rules_of_torch(op):
 def test_the_memory_keeps_the_rules_of_torch():
     import memlm_kernels.neural_memory.triton  # noqa: F401
 
-    shapes = [(3, 2, 4, 6), (3, 2, 4, 6), (3, 2, 4, 5), (3, 2, 4, 4), *[(3, 2, 4)] * 3, (3, 2)]
-    tensors = [torch.rand(shape, device=DEVICE, requires_grad=True) for shape in shapes]
-    state = [torch.rand(2, 6, 5, device=DEVICE, requires_grad=True) for _ in "WS"]
+    tensors = [
+        torch.rand(2, 20, 1, *rest, device=DEVICE, requires_grad=True) for rest in ((6,), (6,), (5,), (), (), ())
+    ]
+    state = [torch.rand(2, 1, 1, 6, 5, device=DEVICE, requires_grad=True) for _ in range(3)]
+    initial = torch.rand(2, 1, 6, 5, device=DEVICE, requires_grad=True)
+    cu, position = torch.tensor([[0, 9, 20], [0, 20, 20]], device=DEVICE), torch.tensor([[3], [0]], device=DEVICE)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    arguments = (*tensors, *[None] * 4, *state, None, None, 1, True)
+    arguments = (*tensors, cu, position, *state, initial, 4, True, True)
     torch.library.opcheck(torch.ops.memlm.neural_memory, arguments, test_utils=tests)
     inputs = on_device(x for x in memory_inputs(20, 6, 5)[:7])
     compiled = torch.compile(lambda *x: memory(4)(x, "triton")[0], fullgraph=True, backend="aot_eager")
@@ -383,11 +386,8 @@ def on_device(tensors, dtype=torch.float32):
             lambda: run("linear_channel", on_device(inputs("linear_channel", 5, keys=300)), backend="triton"),
             "at most 256 channels, not K=300",
         ),
-        (lambda: memory(61)(on_device(memory_inputs(5, 6, 5)), "triton"), "chunk_size up to 32 .* not 61"),
-        (
-            lambda: memory(24)(on_device(memory_inputs(5, 100, 5), torch.float16), "triton"),
-            "up to 16 or one .* not 24",
-        ),
+        (lambda: memory(16)(on_device(memory_inputs(5, 100, 5)), "triton"), "64 of float32, not K=100"),
+        (lambda: deep(24)(on_device(deep_inputs(5, 6, 5, 4)), "triton"), "up to 16 or one .* not 24"),
     ],
 )
 def test_what_the_kernels_do_not_take_is_named(call, message):

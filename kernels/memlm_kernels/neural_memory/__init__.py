@@ -11,7 +11,7 @@ Files:
     blocks, block_rates a memory of one layer in blocks of tokens: its chunks as one triangular system
     network, losses     the network of the memory, and the inner losses
     segmented           the linear memory over segments: many memories in a row of tokens
-    kernels, triton     Triton: a memory of one layer, and the op around it
+    block_kernels, block_backward_kernels, triton  Triton: the memory of one layer in blocks, and the op around it
     deep, deep_kernels  Triton: a memory of two layers
     deep_backward_kernels, deep_read_backward_kernels  Triton: the gradients of its writes and of its reads
     step_kernels, step_triton  Triton: decoding a token, for one layer and for two
@@ -27,11 +27,12 @@ from torch import Tensor
 
 from memlm_kernels.backend import as_autocast, choose, with_triton
 from memlm_kernels.checks import check_sizes, check_tensors, named
-from memlm_kernels.neural_memory.limits import memory_limit, most_slots
+from memlm_kernels.neural_memory.limits import WIDTH, memory_limit
 from memlm_kernels.neural_memory.losses import InnerLoss, dot_product, huber, lp, squared_error
 from memlm_kernels.neural_memory.network import ACTIVATIONS, Tail
 from memlm_kernels.neural_memory.reference import (
     BLOCKS,
+    Blocks,
     LoopOverChunks,
     NeuralMemoryState,
     OneToken,
@@ -136,18 +137,18 @@ def neural_memory(
     if state is not None:
         _check_state(state, q, v, weights, momentum, window)
     q, k, v = as_autocast(q, k, v)
+    tokens = Tokens(q, k, v, lr, momentum, decay, weight)
     limit = memory_limit(q, v, weights, norm, loss, window, chunk_size)
     scan: LoopOverChunks | None = None
+    blocks: Blocks | None = None
     one_token: OneToken | None = None
     widest = 64
     if choose("neural_memory", backend, *with_triton(q, limit, v)) == "triton":
         from memlm_kernels.neural_memory.deep import scan_deep
         from memlm_kernels.neural_memory.step_triton import step_triton
-        from memlm_kernels.neural_memory.triton import scan_triton
+        from memlm_kernels.neural_memory.triton import memory_triton
 
-        scan, one_token = scan_triton if len(weights) == 1 else scan_deep, step_triton
-        widest = most_slots(q, len(weights))
-    tokens = Tokens(q, k, v, lr, momentum, decay, weight)
+        scan, blocks, one_token, widest = scan_deep, memory_triton, step_triton, WIDTH
     return NeuralMemoryOutput(
         *neural_memory_reference(
             tokens,
@@ -163,6 +164,7 @@ def neural_memory(
             with_surprise=with_surprise,
             scan=scan,
             widest=widest,
+            blocks=blocks,
             one_token=one_token,
         )
     )

@@ -9,11 +9,11 @@ from memlm_kernels.neural_memory.deep_kernels import (
     activate,
     curvature,
     load_columns,
+    load_slots,
     output_error_backward,
     slope,
     store_columns,
 )
-from memlm_kernels.neural_memory.kernels import load_slots
 
 # With four warps it spills on sm_80 if the hidden layer is wider than the keys.
 _WRITE = [{"num_warps": 8, "num_stages": 1}]

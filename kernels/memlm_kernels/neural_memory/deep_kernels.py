@@ -15,10 +15,14 @@ import triton
 import triton.language as tl
 
 from memlm_kernels.launch import load_tile, store_tile, tiled
-from memlm_kernels.neural_memory.kernels import load_slots
 
 _SIZES = ["begin", "N", "G"]
 TILES = [{"num_warps": 4, "num_stages": 1}]
+
+
+@triton.jit
+def load_slots(x, base, slots, W_C: tl.constexpr):
+    return tl.load(x + base + slots, mask=slots < W_C, other=0.0)
 
 
 @triton.jit

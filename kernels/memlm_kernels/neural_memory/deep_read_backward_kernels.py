@@ -10,11 +10,11 @@ from memlm_kernels.neural_memory.deep_kernels import (
     TILES,
     activate,
     load_columns,
+    load_slots,
     read_hidden,
     slope,
     store_columns,
 )
-from memlm_kernels.neural_memory.kernels import load_slots
 
 
 @tiled(TILES)

@@ -42,6 +42,7 @@ BLOCKS = "must be at most 64, or a multiple of a number from 16 to 64"
 
 # The type of ``scan_in_torch``.
 LoopOverChunks = Callable[..., tuple[Any, ...]]
+Blocks = Callable[..., tuple[Tensor, "NeuralMemoryState", Tensor | None]]
 OneToken = Callable[..., tuple[Tensor, "NeuralMemoryState", Tensor | None]]
 
 
@@ -86,12 +87,14 @@ def neural_memory_reference(
     with_surprise: bool,
     scan: LoopOverChunks | None,
     widest: int,
+    blocks: Blocks | None = None,
     one_token: OneToken | None = None,
 ) -> tuple[Tensor, NeuralMemoryState, Tensor | None]:
     """o, the new state, and the norm of each token's gradient [B, T, H], if requested; see ``neural_memory``.
 
     scan: a loop over chunks that replaces the one in PyTorch; it gets the tokens in their own type
     widest: the most slots that it takes at once
+    blocks: ``_blocks`` by other means; it gets the tokens in their own type too
     one_token: a step of one token without gradients, with the arguments of ``step_triton``
     """
     q, v = tokens.q, tokens.v
@@ -124,8 +127,10 @@ def neural_memory_reference(
             o, state, surprise = _step(plan, tokens, state, initial, chunk_size, window, start, tail)
             return o.to(v.dtype), state, surprise
         affine = len(weights) == 1 and norm is None and loss is squared_error and window == 1
-        if affine and scan is None and in_blocks(chunk_size, batch * heads):
-            o, state, surprise = _blocks(tokens, state, initial[0], chunk_size, cu_seqlens, start, with_surprise)
+        if affine and (blocks is not None or (scan is None and in_blocks(chunk_size, batch * heads))):
+            o, state, surprise = (blocks or _blocks)(
+                tokens, state, initial[0], chunk_size, cu_seqlens, start, with_surprise
+            )
             return o.to(v.dtype), state, surprise
         aligned = start is not None and start % chunk_size == 0
         if aligned:

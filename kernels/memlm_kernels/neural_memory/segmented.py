@@ -12,7 +12,7 @@ from torch import Tensor
 from memlm_kernels.backend import as_autocast, choose, with_triton
 from memlm_kernels.checks import asks_gradient, check_tensors, in_one_type
 from memlm_kernels.neural_memory.chunk import Plan
-from memlm_kernels.neural_memory.limits import blocks_limit, keys_limit, most_slots
+from memlm_kernels.neural_memory.limits import keys_limit
 from memlm_kernels.neural_memory.losses import squared_error
 from memlm_kernels.neural_memory.network import ACTIVATIONS
 from memlm_kernels.neural_memory.rates import scalar_recurrences
@@ -74,8 +74,7 @@ def segmented_neural_memory(
     gates_of = {"lr": lr, "momentum": momentum, "decay": decay}
     cu_seqlens = check_recurrence(q, k, v, gates_of, cu_seqlens, state.memory[:, :, 0])
     q, k, v = as_autocast(q, k, v)
-    limit = keys_limit(q) or blocks_limit(chunk_size, most_slots(q, 1))
-    by_triton = choose("segmented_neural_memory", backend, *with_triton(q, limit, v, cu_seqlens)) == "triton"
+    by_triton = choose("segmented_neural_memory", backend, *with_triton(q, keys_limit(q), v, cu_seqlens)) == "triton"
     batch, length, heads, _ = q.shape
     with torch.autocast(q.device.type, enabled=False):
         memory, position = exact(state.memory), state.position
@@ -93,10 +92,16 @@ def segmented_neural_memory(
 
             o, after = of_segments(*tokens[:6], position, memory[:, 0], chunk_size)
             return SegmentedMemoryOutput(o.to(given), SegmentedMemoryState(after[:, None], position + 1))
+        if by_triton:
+            from memlm_kernels.neural_memory.triton import segments_triton
+
+            o, memory = segments_triton(tokens, chunk_size, cu_seqlens, memory, position)
+            position = position + (length if cu_seqlens is None else cu_seqlens.long().diff(dim=1))
+            return SegmentedMemoryOutput(o.to(given), SegmentedMemoryState(memory, position))
         if cu_seqlens is None:
             cu_seqlens = whole_rows(q)
         # Blocks divide chunks, so no block crosses a chunk's end.
-        widest = chunk_width(length, cu_seqlens, most_slots(q, 1) if by_triton else 64)
+        widest = chunk_width(length, cu_seqlens, 64)
         width = max(size for size in range(1, widest + 1) if chunk_size % size == 0)
         segments = lay_out(cu_seqlens, length, width, position)
         opens = segments.opens(chunk_size)
@@ -104,11 +109,6 @@ def segmented_neural_memory(
         rates = scalar_recurrences(tokens.lr, momentum, decay, segments.grid)
         q_c, k_c, v_c = (segments.lay(x) for x in (q, k, v))
         position = position + cu_seqlens.long().diff(dim=1)
-        if by_triton:
-            from memlm_kernels.neural_memory.triton import segments_triton
-
-            out, memory = segments_triton((q_c, k_c, v_c), rates, opens, segments, memory)
-            return SegmentedMemoryOutput(segments.take(out).to(given), SegmentedMemoryState(memory, position))
         opens = opens.mT[:, :, None, None, None]
         C, beta, f, P, m = (None if x is None else x.unflatten(1, (batch, heads)) for x in rates.apart())
         assert C is not None and beta is not None

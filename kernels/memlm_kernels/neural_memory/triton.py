@@ -1,8 +1,5 @@
-"""The loop over chunks of a linear memory by Triton kernels, as an op of torch. It replaces ``scan.scan`` and the loop
-in ``segmented``.
-"""
+"""A memory of one layer under the squared error by Triton kernels, as an op of torch; see ``block_kernels``."""
 
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -11,47 +8,130 @@ from torch.utils.flop_counter import register_flop_formula
 
 from memlm_kernels.backend import outside_autocast
 from memlm_kernels.checks import asks_gradient, in_one_type
-from memlm_kernels.launch import Tiles, arguments_of, at_least_16, cdiv, laid, precision
-from memlm_kernels.neural_memory.chunk import Plan
-from memlm_kernels.neural_memory.kernels import memory_backward, memory_forward, tokens_backward
-from memlm_kernels.neural_memory.rates import Rates
+from memlm_kernels.launch import Kernel, Tiles, arguments_of, at_least_16, cdiv, laid, precision
+from memlm_kernels.neural_memory.block_backward_kernels import (
+    block_gates_backward,
+    block_memory_backward,
+    block_pairs_backward,
+    block_reads_backward,
+    block_states_backward,
+)
+from memlm_kernels.neural_memory.block_kernels import (
+    RATES,
+    block_reads,
+    block_solutions,
+    block_states,
+    block_systems,
+    block_table,
+)
+from memlm_kernels.neural_memory.reference import NeuralMemoryState, Tokens
 from memlm_kernels.ops import kernel_op
-from memlm_kernels.segments import ChunkedRows
+from memlm_kernels.segments import chunk_width, next_position, segments_of
 
-# A memory is kept for backward every so many chunks; and so many chunks' gradients of memories are kept in backward.
-GROUP, SPAN = 16, 64
-_STARTS = ("initial", "initial_anchor", "initial_S")
-_SHARED = ("q", "k", "C", "beta", "f", "P", "m")
+WIDTH = 64
+_STATE = ("last_W", "last_S", "last_anchor")
+# What backward takes of the arguments of ``forward``, and of its results.
+_SAVED = ("q", "k", "lr", "momentum", "decay", "cu_seqlens", "position", "anchor")
+_KEPT = ("X", "R", "rates", "d", "states_W", "states_S")
 
-
-def _outputs(has_S: bool, keep: bool) -> list[str]:
-    """The names of the tensors that ``forward`` returns."""
-    state = ["W", "anchor", *(["S"] if has_S else [])]
-    return ["out", "squares", *state, *(["errors", *(f"kept_{name}" for name in state)] if keep else [])]
+Named = dict[str, Any]
 
 
-def _gradients(f: Tensor | None, has_owners: bool, has_initial: bool) -> list[str]:
+class _Call:
+    """Sizes of a call and its blocks. Rows of q are [B, T, H, K]; with ``position``, chunks may begin anywhere."""
+
+    def __init__(
+        self, q: Tensor, v: Tensor, cu_seqlens: Tensor | None, position: Tensor | None, chunk_size: int
+    ) -> None:
+        self.q, self.v, self.ragged = q, v, cu_seqlens is not None
+        self.batch, length, self.heads, self.keys = q.shape
+        self.segments, self.values = segments_of(cu_seqlens), v.shape[-1]
+        self.width = max(16, chunk_width(length, cu_seqlens, WIDTH))
+        # Whole chunks come in periods, of chunks in a block or of blocks in a chunk.
+        inner = cdiv(chunk_size, self.width)
+        period = chunk_size if inner > 1 else self.width // chunk_size * chunk_size
+        if cu_seqlens is None and position is None:
+            last = (length - 1) // chunk_size * chunk_size
+            self.count = cdiv(last, period) * inner + cdiv(length - last, self.width)
+        else:
+            # Each segment may begin inside a chunk, end inside a period, and has a last chunk.
+            self.count = min(length, length * inner // period + 3 * min(self.segments, length))
+        cu, position = laid(cu_seqlens, position)
+        self.given: dict[str, Any] = {
+            **{"cu": cu, "position": position, "F": 1 if position is None else position.shape[1]},
+            **{"B": self.batch, "T": length, "N": self.count, "S": self.segments, "H": self.heads},
+            **{"CHUNK": chunk_size, "PERIOD": period, "INNER": inner, "BT": self.width},
+            **{"K": self.keys, "V": self.values, "BK": at_least_16(self.keys), "PRECISION": precision(q)},
+        }
+
+    def lay(self) -> None:
+        """Compute the table of the blocks."""
+        self.given["table"] = self.q.new_empty(self.batch, self.count, 4, dtype=torch.int32)
+        self.given["first"] = self.q.new_empty(self.batch, self.segments + 1, dtype=torch.int32)
+        self._launch(block_table, lambda _: self.batch * self.segments, {}, {"BS": 64})
+
+    def blocks(self, *shape: int) -> Tensor:
+        """[B, N, H, *shape], of the blocks; those without tokens stay unwritten."""
+        return self.q.new_empty(self.batch, self.count, self.heads, *shape)
+
+    def tokens(self, like: Tensor) -> Tensor:
+        """A tensor like a given one; zeros if there may be padding, which no program writes."""
+        make = torch.zeros_like if self.ragged else torch.empty_like
+        return make(like, memory_format=torch.contiguous_format)
+
+    def rates(self) -> Tensor:
+        return self.q.new_empty(*self.q.shape[:3], RATES.value, dtype=torch.float32)
+
+    def at_once(self, kernel: Kernel, there: Named, columns: int = 1, tile: str | None = None) -> None:
+        """A pass over all blocks, with a program for each ``tile`` of ``columns``."""
+        blocks = self.batch * self.count * self.heads
+        limits = {"BK": at_least_16(self.keys), "BV": at_least_16(self.values), "BD": at_least_16(columns)}
+        self._launch(kernel, lambda tiles: blocks * (cdiv(columns, tiles[tile]) if tile else 1), limits, there)
+
+    def along(self, kernel: Kernel, there: Named) -> None:
+        """A pass along segments."""
+        rows = self.batch * self.segments * self.heads
+        limits = {"BV": min(32, at_least_16(self.values)), "num_warps": 4}
+        if self.keys * self.q.element_size() > 128:
+            # A state of so many rows takes twice the registers.
+            limits = {"BV": 16}
+        self._launch(kernel, lambda tiles: rows * cdiv(self.values, tiles["BV"]), limits, there)
+
+    def products(self, inside: int, states: int) -> int:
+        """FLOPs of ``states`` products of each token with a memory, and of products with a matrix of a block's pairs,
+        whose other sizes add up to ``inside``.
+        """
+        slots = self.batch * self.count * self.heads * self.width
+        return 2 * slots * (self.width * inside + states * self.keys * self.values)
+
+    def _launch(self, kernel: Kernel, programs: Any, limits: Tiles, there: Named) -> None:
+        """Launch a kernel with those arguments of the call and of ``there`` that it names."""
+        there, (tiles, *_) = {**self.given, **there}, kernel.tiles["cuda"]
+        names = [name for name in kernel.function.arg_names if name not in tiles]
+        limits = {name: size for name, size in limits.items() if name in tiles}
+        kernel(programs, limits, **{name: there[name] for name in names})
+
+    def solve(self, x: Tensor, X: Tensor, rates: Tensor | None, has_S: bool, transposed: bool = False) -> Any:
+        """X x or X^T x; with ``rates`` X (beta x) and X (f x), with the scalars of each token's anchor."""
+        out, out_S = self.tokens(x), self.tokens(x) if has_S and rates is not None else None
+        given = {"x": x, "X": X, "rates": rates, "out": out, "out_S": out_S, "D": x.shape[-1]}
+        self.at_once(block_solutions, given | {"TRANSPOSED": transposed}, x.shape[-1], "BD")
+        return out if rates is None else (out, out_S)
+
+
+def _gradients(momentum: Tensor | None, decay: Tensor | None, anchor: Tensor | None, documents: bool) -> list[str]:
     """The inputs of ``forward`` whose gradients ``backward`` returns."""
-    momentum = ["f", "P", "m", "S"] if f is not None else []
-    anchor = ["anchor"] if has_owners or has_initial else []
-    return ["q", "k", "v", "C", "beta", "W", *momentum, *anchor, *(["initial"] if has_initial else [])]
+    optional = {"momentum": momentum is not None, "decay": decay is not None, "W": True, "S": momentum is not None}
+    optional |= {"anchor": anchor is not None, "initial": documents}
+    return ["q", "k", "v", "lr", *(name for name, there in optional.items() if there)]
 
 
-def _sizes(q: Tensor, v: Tensor, blocks: int) -> dict[str, Any]:
-    count, rows, width, keys = q.shape
-    values = v.shape[-1]
-    # The columns that a program carries: three matrices of them stay in registers.
-    columns = 32 if keys <= 64 else 16
-    tiles = {"BT": at_least_16(width), "BK": at_least_16(keys), "BV": min(columns, at_least_16(values))}
-    sizes = {"N": count, "G": rows, "K": keys, "V": values, "W_C": width, "BLOCKS": blocks, "GROUP": GROUP}
-    return {**sizes, **tiles, "PRECISION": precision(q)}
-
-
-def _programs(sizes: dict[str, Any], groups: int = 1) -> Any:
-    def programs(_: Tiles) -> int:
-        return groups * sizes["G"] * cdiv(sizes["V"], sizes["BV"])
-
-    return programs
+def _outputs(has_S: bool, surprise: bool, keep: bool) -> list[str]:
+    """The names of the tensors that ``forward`` returns."""
+    state, states = ["last_W", "last_anchor"], ["states_W"]
+    if has_S:
+        state, states = [*state, "last_S"], [*states, "states_S"]
+    return ["o", *state, *(["squares"] if surprise else []), *(["X", "R", "rates", "d", *states] if keep else [])]
 
 
 @kernel_op("neural_memory")
@@ -59,61 +139,64 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    C: Tensor,
-    beta: Tensor,
-    f: Tensor | None,
-    P: Tensor | None,
-    m: Tensor | None,
-    opens_document: Tensor | None,
-    opens_chunk: Tensor | None,
-    owner: Tensor | None,
-    closes: Tensor | None,
+    lr: Tensor,
+    momentum: Tensor | None,
+    decay: Tensor | None,
+    cu_seqlens: Tensor | None,
+    position: Tensor | None,
     W: Tensor,
     S: Tensor | None,
     anchor: Tensor | None,
     initial: Tensor | None,
-    blocks: int,
+    chunk_size: int,
+    surprise: bool,
     keep: bool,
 ) -> list[Tensor]:
-    """out [N, G, C, V], squares of the errors' norms [N, G, C], W, anchor, then S if there is momentum. With ``keep``
-    also the errors, and W, anchor and S before every ``GROUP``-th chunk, from which backward starts.
+    """The tensors that ``_outputs`` names: o [B, T, H, V]; W, the anchor and S after
+    each segment; the squares of the
+    errors' norms, [B, T, H], with ``surprise``; and with ``keep`` the tensors that backward needs.
 
-    owner: [N, G], for each chunk the index of its segment's W, S and anchor. ``closes`` then has the ends of segments,
-        ``opens_*`` the starts of segments and of their chunks, and initial is None. None: each row has one W, S and
-        anchor
+    position: [B, S], tokens that each segment had in earlier calls; None: 0   W, S, anchor: [B, S, H, K, V]; no anchor
+        if no segment continues a chunk
+    initial: [B, H, K, V], the memory of a document that starts. The segments are then documents, W, S, the anchor and
+        position are those of each row's first, [B, 1, ...], and those of the last with tokens are returned.
     """
-    q, k, v, C, beta, f, P, m = laid(q, k, v, C, beta, f, P, m)
-    opens_document, opens_chunk, W, S, anchor, initial = laid(opens_document, opens_chunk, W, S, anchor, initial)
-    sizes = _sizes(q, v, blocks)
-    out, squares, last, errors, kept = _room(q, v, W, S, keep, sizes)
-    if owner is not None:
-        # A segment without tokens keeps its state.
-        last = [None if x is None else x.clone() for x in (W, anchor, S)]
-    there: dict[str, Any] = {
-        **{"q": q, "k": k, "v": v, "C": C, "beta": beta, "f": f, "P": P, "m": m},
-        **{"opens_document": opens_document, "opens_chunk": opens_chunk, "owner": owner, "closes": closes},
-        **{"W": W, "S": S, "anchor": anchor, "initial": initial},
-        **{"out": out, "errors": errors, "squares": squares},
-        **dict(zip(("last_W", "last_anchor", "last_S"), last, strict=True)),
-        **dict(zip(("kept_W", "kept_anchor", "kept_S"), kept, strict=True)),
-        **sizes,
-    }
-    memory_forward(_programs(sizes), {}, **{name: there[name] for name in memory_forward.function.arg_names})
-    present = [x for x in (*last, errors, *kept) if x is not None]
-    return [out, squares.sum(0), *present]
+    q, k, v, lr, momentum, decay, W, S, anchor, initial = laid(q, k, v, lr, momentum, decay, W, S, anchor, initial)
+    call, has_S = _Call(q, v, cu_seqlens, position, chunk_size), S is not None
+    call.lay()
+    made = _room(call, W, S, surprise, True)
+    there = {"q": q, "k": k, "lr": lr, "momentum": momentum, "decay": decay, "states_S": None, "last_S": None}
+    there |= {"before_W": W, "before_S": S, "before_anchor": _carried(call, W, anchor), "initial": initial}
+    there |= {"squares": None, **made}
+    call.at_once(block_systems, there)
+    there["Y"], there["Z"] = call.solve(k, made["X"], made["rates"], has_S)
+    there["U"] = call.solve(v, made["X"], None, False)
+    call.along(block_states, there)
+    call.at_once(block_reads, there, call.values, "BV")
+    if surprise:
+        made["squares"] = made["squares"].sum(0)
+    return [made[name] for name in _outputs(has_S, surprise, keep)]
 
 
-def _room(q: Tensor, v: Tensor, W: Tensor, S: Tensor | None, keep: bool, sizes: dict[str, Any]) -> tuple[Any, ...]:
-    tiles = cdiv(sizes["V"], sizes["BV"])
-    squares = q.new_empty(tiles, *q.shape[:3], dtype=torch.float32)
-    last = [torch.empty_like(W), torch.empty_like(W), None if S is None else torch.empty_like(W)]
-    errors: Tensor | None = None
-    kept: list[Tensor | None] = [None] * 3
+def _carried(call: _Call, W: Tensor, anchor: Tensor | None) -> Tensor | None:
+    """The anchors before the first blocks, if chunks may go beyond a block."""
+    return W if anchor is None and call.given["INNER"] > 1 else anchor
+
+
+def _room(call: _Call, W: Tensor, S: Tensor | None, surprise: bool, keep: bool) -> Named:
+    made = {"o": call.tokens(call.v), "last_W": torch.empty_like(W), "last_anchor": torch.empty_like(W)}
+    if surprise:
+        # Of each tile of values.
+        tiles = cdiv(call.values, 64)
+        made["squares"] = call.tokens(call.q.new_empty(tiles, *call.q.shape[:3], dtype=torch.float32))
     if keep:
-        errors = torch.empty_like(v)
-        shape = (cdiv(sizes["N"], GROUP), q.shape[1], *W.shape[1:])
-        kept = [W.new_empty(shape), W.new_empty(shape), None if S is None else W.new_empty(shape)]
-    return torch.empty_like(v), squares, last, errors, kept
+        made |= {"X": call.blocks(call.width, call.width), "R": call.blocks(call.width, call.width)}
+        made |= {"rates": call.rates(), "d": call.tokens(call.v), "states_W": call.blocks(call.keys, call.values)}
+    if S is not None:
+        made["last_S"] = torch.empty_like(W)
+        if keep:
+            made["states_S"] = call.blocks(call.keys, call.values)
+    return made
 
 
 @forward.register_fake
@@ -121,175 +204,128 @@ def _(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    C: Tensor,
-    beta: Tensor,
-    f: Tensor | None,
-    P: Tensor | None,
-    m: Tensor | None,
-    opens_document: Tensor | None,
-    opens_chunk: Tensor | None,
-    owner: Tensor | None,
-    closes: Tensor | None,
+    lr: Tensor,
+    momentum: Tensor | None,
+    decay: Tensor | None,
+    cu_seqlens: Tensor | None,
+    position: Tensor | None,
     W: Tensor,
     S: Tensor | None,
     anchor: Tensor | None,
     initial: Tensor | None,
-    blocks: int,
+    chunk_size: int,
+    surprise: bool,
     keep: bool,
 ) -> list[Tensor]:
-    W = W.new_empty(W.shape)
-    out, squares, last, errors, kept = _room(q, v.new_empty(v.shape), W, S, keep, _sizes(q, v, blocks))
-    present = [x for x in (*last, errors, *kept) if x is not None]
-    return [out, squares.sum(0), *present]
+    made = _room(_Call(q, v, cu_seqlens, position, chunk_size), W.contiguous(), S, surprise, keep)
+    if surprise:
+        made["squares"] = made["squares"].sum(0)
+    return [made[name] for name in _outputs(S is not None, surprise, keep)]
 
 
 @kernel_op("neural_memory_backward")
 def backward(
     q: Tensor,
     k: Tensor,
-    C: Tensor,
-    beta: Tensor,
-    f: Tensor | None,
-    P: Tensor | None,
-    m: Tensor | None,
-    opens_document: Tensor | None,
-    opens_chunk: Tensor | None,
-    owner: Tensor | None,
-    closes: Tensor | None,
-    initial: Tensor | None,
-    owned: list[Tensor],
-    errors: Tensor,
-    kept: list[Tensor],
-    d_out: Tensor,
-    d_last: list[Tensor],
-    blocks: int,
+    lr: Tensor,
+    momentum: Tensor | None,
+    decay: Tensor | None,
+    cu_seqlens: Tensor | None,
+    position: Tensor | None,
+    anchor: Tensor | None,
+    X: Tensor,
+    R: Tensor,
+    rates: Tensor,
+    d: Tensor,
+    states_W: Tensor,
+    states_S: Tensor | None,
+    d_o: Tensor,
+    d_last_W: Tensor,
+    d_last_anchor: Tensor,
+    d_last_S: Tensor | None,
+    documents: bool,
+    chunk_size: int,
 ) -> list[Tensor]:
-    """The gradients that ``_gradients`` names.
-
-    owned: W, anchor and S if chunks have owners; then there is a gradient of the anchor and none of initial
-    """
-    q, k, C, beta, f, P, m = laid(q, k, C, beta, f, P, m)
-    opens_document, opens_chunk, initial, d_out = laid(opens_document, opens_chunk, initial, d_out)
-    owned = laid(*owned)
-    sizes = _sizes(q, errors, blocks)
-    # More columns would not fit into registers beside the tokens.
-    of_tokens = sizes | {"BV": 16}
-    tiles = cdiv(sizes["V"], of_tokens["BV"])
-    # Each tile of values stores its own part of the gradients of tensors that all tiles read.
-    shared = [q, k, C, beta, *((f, P, m) if f is not None else ())]
-    d_shared = [x.new_empty(tiles, *x.shape, dtype=torch.float32) for x in shared]
-    d_c = beta.new_empty(tiles, *beta.shape)
-    d_errors, state = torch.empty_like(errors), kept[0][0]
-    names = ["W", "anchor", *(["S"] if f is not None else []), *(["initial"] if initial is not None else [])]
-    d_owned = {}
-    if owned:
-        d_owned = {name: x.clone(memory_format=torch.contiguous_format) for name, x in zip(names, d_last, strict=True)}
-    carried = dict(zip(names, [torch.zeros_like(state) if owned else x.contiguous() for x in d_last], strict=False))
-    if initial is not None:
-        carried["initial"] = torch.zeros_like(state)
-    count = sizes["N"]
-    d_next = [state.new_empty(min(SPAN, count), *state.shape) for _ in range(1 if f is None else 2)]
-    given: dict[str, Any] = {
-        "q": q,
-        "k": k,
-        "C": C,
-        "beta": beta,
-        "f": f,
-        "P": P,
-        "m": m,
-        "d_out": d_out,
-        "d_errors": d_errors,
-    }
-    given |= {"opens_document": opens_document, "opens_chunk": opens_chunk, "owner": owner}
-    given |= dict.fromkeys(("d_next_W", "d_next_S")) | dict(zip(("d_next_W", "d_next_S"), d_next, strict=False))
-    for begin in reversed(range(0, count, SPAN)):
-        span = {"begin": begin, "end": min(begin + SPAN, count)}
-        before = {name: torch.empty_like(state) for name in names}
-        without_group = {name: x for name, x in sizes.items() if name != "GROUP"}
-        memory_backward(
-            _programs(sizes),
-            {},
-            **given,
-            **{f"d_last_{name}": carried.get(name) for name in ("W", "S", "anchor", "initial")},
-            **{f"d_{name}": before.get(name) for name in ("W", "S", "anchor", "initial")},
-            **{f"d_of_{name}": d_owned.get(name) for name in ("W", "S", "anchor")},
-            **{"closes": closes},
-            **span,
-            **without_group,
-        )
-        groups = cdiv(span["end"] - begin, GROUP)
-        tokens_backward(
-            _programs(of_tokens, groups),
-            {},
-            **given,
-            **{"errors": errors, "d_c": d_c},
-            **dict(zip_longest(_STARTS, owned or [initial])),
-            **{f"d_{name}": x for name, x in zip_longest(_SHARED, d_shared)},
-            **{"kept_W": kept[0], "kept_anchor": kept[1], "kept_S": kept[2] if f is not None else None},
-            **span,
-            **of_tokens,
-        )
-        carried = before
-    d = {name: d.sum(0).to(x.dtype) for name, d, x in zip(_SHARED, d_shared, shared, strict=False)}
-    # The last row of C also scales the write to the memory.
-    d["C"][:, :, -1] += d_c.sum(0)
-    d |= {"v": -d_errors, **(d_owned or carried)}
-    return [d[name] for name in _gradients(f, bool(owned), initial is not None)]
+    """The gradients that ``_gradients`` names; that of a document's first memory is [B, S, H, K, V]."""
+    q, k, lr, momentum, decay, anchor, d_o = laid(q, k, lr, momentum, decay, anchor, d_o)
+    d_last_W, d_last_anchor, d_last_S = laid(d_last_W, d_last_anchor, d_last_S)
+    call, has_S = _Call(q, d, cu_seqlens, position, chunk_size), states_S is not None
+    call.lay()
+    names, anchor = _gradients(momentum, decay, anchor, documents), _carried(call, d_last_W, anchor)
+    like = {"q": q, "k": k, "lr": lr, "momentum": momentum, "decay": decay}
+    made = {f"d_{name}": call.tokens(x) for name, x in like.items() if x is not None}
+    of_memory = ("W", *(["S"] if has_S else []), *(["anchor"] if anchor is not None else []))
+    made |= {f"d_{name}": torch.empty_like(d_last_W) for name in of_memory}
+    if documents:
+        made["d_initial"] = d_last_W.new_empty(call.batch, call.segments, *d_last_W.shape[2:])
+    there: Named = {**like, "R": R, "rates": rates, "d": d, "d_o": d_o, "before_anchor": anchor}
+    there |= {"d_last_W": d_last_W, "d_last_anchor": d_last_anchor, "d_last_S": d_last_S}
+    there |= dict.fromkeys(("d_S", "d_anchor", "d_initial", "d_momentum", "d_decay")) | made
+    there |= {"states_W": states_W, "d_next_W": torch.empty_like(states_W)}
+    there |= {"states_S": states_S, "d_next_S": torch.empty_like(states_W) if has_S else None}
+    there |= {"d_local": call.tokens(d), "d_d": call.tokens(d), "d_rates": torch.empty_like(rates)}
+    there["d_C"] = torch.empty_like(X, dtype=torch.float32)
+    there["Y"], there["Z"] = call.solve(k, X, rates, has_S)
+    call.at_once(block_reads_backward, there, call.values, "BV")
+    call.along(block_states_backward, there)
+    made["d_v"] = there["g"] = call.solve(there["d_d"], X, None, False, transposed=True)
+    for kernel in (block_memory_backward, block_pairs_backward, block_gates_backward):
+        call.at_once(kernel, there)
+    return [made[f"d_{name}"] for name in names]
 
 
 @backward.register_fake
 def _(
     q: Tensor,
     k: Tensor,
-    C: Tensor,
-    beta: Tensor,
-    f: Tensor | None,
-    P: Tensor | None,
-    m: Tensor | None,
-    opens_document: Tensor | None,
-    opens_chunk: Tensor | None,
-    owner: Tensor | None,
-    closes: Tensor | None,
-    initial: Tensor | None,
-    owned: list[Tensor],
-    errors: Tensor,
-    kept: list[Tensor],
-    d_out: Tensor,
-    d_last: list[Tensor],
-    blocks: int,
+    lr: Tensor,
+    momentum: Tensor | None,
+    decay: Tensor | None,
+    cu_seqlens: Tensor | None,
+    position: Tensor | None,
+    anchor: Tensor | None,
+    X: Tensor,
+    R: Tensor,
+    rates: Tensor,
+    d: Tensor,
+    states_W: Tensor,
+    states_S: Tensor | None,
+    d_o: Tensor,
+    d_last_W: Tensor,
+    d_last_anchor: Tensor,
+    d_last_S: Tensor | None,
+    documents: bool,
+    chunk_size: int,
 ) -> list[Tensor]:
-    state = owned[0] if owned else kept[0][0]
-    like = {"q": q, "k": k, "v": errors, "C": C, "beta": beta, "f": f, "P": P, "m": m}
-    like |= dict.fromkeys(("W", "S", "anchor", "initial"), state)
-    found = (like[name] for name in _gradients(f, bool(owned), initial is not None))
+    like = {"q": q, "k": k, "v": d, "lr": lr, "momentum": momentum, "decay": decay}
+    like |= dict.fromkeys(("W", "S", "anchor"), d_last_W)
+    like["initial"] = d_last_W[:, :1].expand(-1, segments_of(cu_seqlens), -1, -1, -1)
+    found = (like[name] for name in _gradients(momentum, decay, anchor, documents))
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in found if x is not None]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     given = arguments_of(torch.ops.memlm.neural_memory, inputs)
     ctx.set_materialize_grads(False)
-    ctx.blocks, ctx.state = given["blocks"], given["W"].shape
-    ctx.returned = _outputs(given["S"] is not None, given["keep"])
-    ctx.given = tuple(given)
-    saved = {name: x for name, x in given.items() if name not in ("v", "W", "S", "anchor", "blocks", "keep")}
-    if given["owner"] is not None:
-        saved |= {f"owned_{name}": given[name] for name in ("W", "anchor", "S") if given[name] is not None}
-    results = dict(zip(ctx.returned, output, strict=True))
-    saved |= {name: x for name, x in results.items() if name == "errors" or name.startswith("kept_")}
-    ctx.names = tuple(saved)
-    ctx.save_for_backward(*saved.values())
+    ctx.chunk_size, ctx.documents, ctx.state = given["chunk_size"], given["initial"] is not None, given["W"].shape
+    ctx.returned, ctx.given = _outputs(given["S"] is not None, given["surprise"], given["keep"]), tuple(given)
+    made = dict(zip(ctx.returned, output, strict=True))
+    ctx.save_for_backward(*(given[name] for name in _SAVED), *(made.get(name) for name in _KEPT))
 
 
 @outside_autocast
 def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-    owned, kept = ([saved.pop(name) for name in ctx.names if name.startswith(part)] for part in ("owned_", "kept_"))
-    given = dict(zip(ctx.returned, gradients, strict=True))
-    d_out = torch.zeros_like(saved["errors"]) if given["out"] is None else given["out"]
-    last = [given[name] for name in ("W", "anchor", "S") if name in given]
-    d_last = [kept[0].new_zeros(ctx.state) if x is None else x for x in last]
-    found = backward(**saved, owned=owned, kept=kept, d_out=d_out, d_last=d_last, blocks=ctx.blocks)
-    d = dict(zip(_gradients(saved["f"], bool(owned), saved["initial"] is not None), found, strict=True))
+    saved = dict(zip((*_SAVED, *_KEPT), ctx.saved_tensors, strict=True))
+    given, rates = dict(zip(ctx.returned, gradients, strict=True)), saved["rates"]
+    d_o = torch.zeros_like(saved["d"]) if given["o"] is None else given["o"]
+    d_last = {f"d_{name}": rates.new_zeros(ctx.state) if given.get(name) is None else given[name] for name in _STATE}
+    if saved["momentum"] is None:
+        d_last["d_last_S"] = None
+    found = backward(**saved, **d_last, d_o=d_o, documents=ctx.documents, chunk_size=ctx.chunk_size)
+    names = _gradients(saved["momentum"], saved["decay"], saved["anchor"], ctx.documents)
+    d = dict(zip(names, found, strict=True))
+    if ctx.documents:
+        d["initial"] = d["initial"].sum(1)
     return tuple(d.get(name) for name in ctx.given)
 
 
@@ -298,63 +334,70 @@ forward.register_autograd(_backward, setup_context=_setup)
 
 @register_flop_formula(torch.ops.memlm.neural_memory)
 def _forward_flops(*shapes: Any, **_: Any) -> int:
-    """The products of ``kernels``."""
-    given = arguments_of(torch.ops.memlm.neural_memory, shapes)
-    (count, rows, width, keys), values, of_memory = given["q"], given["v"][-1], 5 if given["f"] else 3
-    return 2 * count * rows * width * (of_memory * keys * values + width * (keys + values))
+    """The products of ``block_kernels``."""
+    call, S = _shaped(torch.ops.memlm.neural_memory, shapes)
+    keys, values, width = call.keys, call.values, call.width
+    inside = width * (1 + S + (4 if width > 16 else 0)) + keys * (3 + S) + 2 * values
+    return call.products(inside, 3 + 3 * S)
 
 
 @register_flop_formula(torch.ops.memlm.neural_memory_backward)
 def _backward_flops(*shapes: Any, **_: Any) -> int:
-    given = arguments_of(torch.ops.memlm.neural_memory_backward, shapes)
-    (count, rows, width, keys), values, of_memory = given["q"], given["errors"][-1], 12 if given["f"] else 7
-    return 2 * count * rows * width * (of_memory * keys * values + width * (4 * keys + 2 * values))
+    call, S = _shaped(torch.ops.memlm.neural_memory_backward, shapes)
+    keys, values, width = call.keys, call.values, call.width
+    return call.products(width * (2 + 3 * S) + keys * (6 + S) + 4 * values, 6 + 6 * S)
 
 
-def scan_triton(plan: Plan, q: Tensor, k: Tensor, v: Tensor, rates: Rates, *rest: Tensor | None) -> tuple[Any, ...]:
-    """``scan.scan`` for a plan of one layer; without anchor and initial the anchor is W."""
-    _, _, opens_document, opens_chunk, W, *weights = rest
-    of_rates = rates.apart()
-    S = weights.pop(0) if of_rates[2] is not None else None
-    anchor, initial = weights or (None, None)
-    flags = [None if x is None else x.flatten(1).to(torch.int32) for x in (opens_document, opens_chunk)]
-    tokens = in_one_type(q, k, v)
-    tensors = (*tokens, *of_rates, *flags, None, None, W, S, anchor, initial)
+def _shaped(op: Any, shapes: Any) -> tuple[_Call, int]:
+    """A call of the given shapes, and the parts of its memory beside W."""
+    given = arguments_of(op, shapes)
+    names = ("q", "v" if "v" in given else "d", "cu_seqlens", "position")
+    shapes_of = (given[name] for name in names)
+    tensors: list[Any] = [None if shape is None else torch.empty(shape, device="meta") for shape in shapes_of]
+    q, v, cu_seqlens, position = tensors
+    return _Call(q, v, cu_seqlens, position, given["chunk_size"]), int(given["momentum"] is not None)
+
+
+def _run(surprise: bool, *arguments: Any) -> Named:
+    """The results of ``forward``, by name. arguments: those before ``surprise``"""
+    *tensors, _chunk_size = arguments
     keep = asks_gradient(*tensors)
-    found = dict(zip(_outputs(S is not None, keep), forward(*tensors, plan.blocks, keep), strict=True))
+    names = _outputs(arguments[9] is not None, surprise, keep)
+    return dict(zip(names, forward(*arguments, surprise, keep), strict=True))
+
+
+def memory_triton(
+    tokens: Tokens,
+    state: NeuralMemoryState,
+    initial: Tensor,
+    chunk_size: int,
+    cu_seqlens: Tensor | None,
+    start: int | None,
+    with_surprise: bool,
+) -> tuple[Tensor, NeuralMemoryState, Tensor | None]:
+    """``reference._blocks``"""
+    q, k, v = in_one_type(*tokens[:3])
+    W, S, anchor = (x[0].float()[:, None] if x else None for x in state[:3])
+    places: tuple[Any, ...] = (state.position[:, None], W, S, anchor, initial)
+    if start is not None and start % chunk_size == 0:
+        places = (None, W, S, None, None)
+    made = _run(with_surprise, q, k, v, *tokens[3:6], cu_seqlens, *places, chunk_size)
     surprise = None
-    if plan.surprise:
-        surprise = torch.linalg.vector_norm(k.detach().float(), dim=-1) * found["squares"].detach().sqrt()
-    return found["out"], surprise, *(found[name] for name in ("W", "S", "anchor") if name in found)
+    if with_surprise:
+        surprise = torch.linalg.vector_norm(k.detach().float(), dim=-1) * made["squares"].detach().sqrt()
+    weights, momentum, anchors = ((made[name][:, 0],) if name in made else () for name in _STATE)
+    position = state.position + q.shape[1] if cu_seqlens is None else next_position(cu_seqlens, state.position)
+    return made["o"], NeuralMemoryState(weights, momentum, anchors, position), surprise
 
 
 def segments_triton(
-    tokens: tuple[Tensor, ...], rates: Rates, opens: Tensor, segments: ChunkedRows, memory: Tensor
+    tokens: Tokens, chunk_size: int, cu_seqlens: Tensor | None, memory: Tensor, position: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The reads [N, B, H, C, V] and the memory after each segment.
+    """The reads [B, T, H, V], and the memory after each segment.
 
-    tokens: q, k, v [N, B, H, C, ...]; opens: [B, N], where a chunk sets its segment's anchor
-    memory: [B, S, 3, H, K, V], W, S and the anchor of each segment; 2 without S
+    memory: [B, S, 3, H, K, V], W, S and the anchor of each segment; 2 without S   position: [B, S]
     """
-    assert segments.segment is not None and segments.start is not None
-    assert segments.enters is not None and segments.last is not None
-    batch, count_of, _, heads = memory.shape[:4]
-    index = torch.arange(segments.grid.count, device=memory.device)
-    # A chunk without tokens ends no segment.
-    closes = (index == segments.last.gather(1, segments.segment)) & (segments.start >= 0)
-
-    def of_rows(x: Tensor) -> Tensor:
-        """[B, N] -> [N, B * H]"""
-        return x.mT.repeat_interleave(heads, 1)
-
-    segment = torch.arange(batch, device=memory.device)[:, None] * count_of + segments.segment
-    owner = of_rows(segment) * heads + torch.arange(heads, device=memory.device).repeat(batch)
-    *flags, ended = (of_rows(x).to(torch.int32) for x in (segments.enters, opens, closes))
-    W, *S, anchor = (x.flatten(0, 2) for x in memory.unbind(2))
-    q, k, v = (x.flatten(1, 2) for x in tokens)
-    tensors = (q, k, v, *rates.apart(), *flags, owner, ended, W, S[0] if S else None, anchor, None)
-    keep = asks_gradient(*tensors)
-    found = dict(zip(_outputs(bool(S), keep), forward(*tensors, 1, keep), strict=True))
-    last = [found[name] for name in ("W", "S", "anchor") if name in found]
-    after = [x.unflatten(0, (batch, count_of, heads)) for x in last]
-    return found["out"].unflatten(1, (batch, heads)), torch.stack(after, 2)
+    W, *S, anchor = memory.unbind(2)
+    places = (cu_seqlens, position, W, S[0] if S else None, anchor, None)
+    made = _run(False, *tokens[:6], *places, chunk_size)
+    return made["o"], torch.stack([made[name] for name in _STATE if name in made], 2)

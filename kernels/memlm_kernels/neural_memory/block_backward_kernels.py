@@ -1,0 +1,457 @@
+"""The gradients of ``block_kernels``, in Triton. With D the gradient of d, and g that of V - beta_a K W - f_a K S::
+
+    D = R^T dO + c (K dW') + p (K dS')     dW = beta dW' + Q^T (beta dO) - Y^T D
+    g = X^T D                              dS = m dS' + f dW' + Q^T (f dO) - Z^T D
+    dR = dO d^T                            dN = -g d^T
+
+First R^T dO of all blocks at once; then, along each segment from its end, dW, dS and D; then, for all blocks at once,
+g, which is dV, the gradients through memories, and those through the pairs of a block's tokens and its scalars.
+"""
+
+import triton
+import triton.language as tl
+
+from memlm_kernels.launch import decay_between, load_tile, part_of, store_tile, tiled
+from memlm_kernels.neural_memory.block_kernels import (
+    RATES,
+    SIZES,
+    anchors,
+    block_at,
+    load_logs,
+    load_rate,
+    load_rows,
+    load_writes,
+    of_document,
+    weights,
+)
+
+
+@tiled([{"BV": 64, "num_warps": 4, "num_stages": 1}])
+@triton.jit(do_not_specialize=SIZES)
+def block_reads_backward(
+    R,
+    table,
+    d_o,
+    d_local,
+    T,
+    N,
+    H: tl.constexpr,
+    V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """d_local = R^T dO, some columns: the gradient of d through its own block's reads."""
+    program = tl.program_id(0).to(tl.int64)
+    tiles: tl.constexpr = (V + BV - 1) // BV
+    tile, h, n, row = part_of(program, tiles, H, N)
+    start, end, _opener = block_at(table, row, n, N, True)
+    if start >= end:
+        return
+    i_t, i_v = tl.arange(0, BT), (tile * BV).to(tl.int32) + tl.arange(0, BV)
+    inside = start + i_t < end
+    base, rows = (row * T + start) * H + h, i_t * H
+    b_R = load_tile(R, ((row * N + n) * H + h) * BT, i_t, i_t, i_t < BT, BT)
+    b_o = load_tile(d_o, base, rows, i_v, inside, V)
+    store_tile(d_local, tl.dot(tl.trans(b_R), b_o, input_precision=PRECISION), base, rows, i_v, inside, V)
+
+
+@tiled([{"BV": 32, "num_warps": 8, "num_stages": 1}], [{"BV": 32, "num_warps": 4, "num_stages": 1}])
+@triton.jit(do_not_specialize=SIZES)
+def block_states_backward(
+    q,
+    k,
+    Y,
+    Z,
+    rates,
+    table,
+    first,
+    cu,
+    position,
+    d_o,
+    d_local,
+    d_last_W,
+    d_last_S,
+    d_last_anchor,
+    d_next_W,
+    d_next_S,
+    d_d,
+    d_W,
+    d_S,
+    d_anchor,
+    d_initial,
+    T,
+    N,
+    S,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """Gradients of some columns of a segment's memory, and d_d: [B, T, H, V], all of the gradient of d.
+
+    d_next_*: [B, N, H, K, V], of the memory after each block; d_initial: [B, S, H, K, V], of a document's first memory
+    Without ``d_anchor`` each block begins with a chunk.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    tiles: tl.constexpr = (V + BV - 1) // BV
+    tile, h, s, row = part_of(program, tiles, H, S)
+    i_t, i_k, i_v = tl.arange(0, BT), tl.arange(0, BK), (tile * BV).to(tl.int32) + tl.arange(0, BV)
+    n = tl.load(first + row * (S + 1) + s)
+    count = tl.load(first + row * (S + 1) + s + 1) - n
+    at, own, closes, goes_on = ((row * S + s) * H + h) * K, i_k < K, i_k < K, 1.0
+    if d_initial is not None:
+        fresh, closing = of_document(cu, position, row, s, S)
+        at = (row * H + h) * K
+        own, closes = i_k < tl.where(s > 0, 0, K), i_k < tl.where(closing, K, 0)
+        goes_on = 1.0 - fresh.to(tl.float32)
+    b_dW = load_tile(d_last_W, at, i_k, i_v, closes, V)
+    b_dS = tl.zeros([BK, BV], tl.float32)
+    b_dA = b_dS
+    if Z is not None:
+        b_dS += load_tile(d_last_S, at, i_k, i_v, closes, V)
+    if d_anchor is not None:
+        b_dA += load_tile(d_last_anchor, at, i_k, i_v, closes, V)
+    start, end, opener = block_at(table, row, n + count - 1, N, count > 0)
+    b_k = load_rows(k, row, start, end, i_t, i_k, T, h, H, K)
+    b_d = load_rows(d_local, row, start, end, i_t, i_v, T, h, H, V)
+    b_Y = load_rows(Y, row, start, end, i_t, i_k, T, h, H, K)
+    b_Z = b_Y
+    if Z is not None:
+        b_Z = load_rows(Z, row, start, end, i_t, i_k, T, h, H, K)
+    b_q = load_rows(q, row, start, end, i_t, i_k, T, h, H, K)
+    b_o = load_rows(d_o, row, start, end, i_t, i_v, T, h, H, V)
+    b_c, b_p, beta, f, m = load_writes(rates, row, start, end, i_t, T, h, H)
+    for back in range(count):
+        i = n + count - 1 - back
+        kept = ((row * N + i) * H + h) * K
+        store_tile(d_next_W, b_dW, kept, i_k, i_v, i_k < K, V)
+        base, inside, opens = (row * T + start) * H + h, start + i_t < end, (opener == i).to(tl.float32)
+        b_beta, b_f = load_rate(rates, base, i_t * H, 0, inside), load_rate(rates, base, i_t * H, 1, inside)
+        # A tile of the next block is loaded as soon as that of this block is used.
+        start, end, opener = block_at(table, row, i - 1, N, back + 1 < count)
+        b_d = b_d + tl.dot(b_k, b_dW.to(b_k.dtype), input_precision=PRECISION) * b_c[:, None]
+        if Z is not None:
+            store_tile(d_next_S, b_dS, kept, i_k, i_v, i_k < K, V)
+            b_d += tl.dot(b_k, b_dS.to(b_k.dtype), input_precision=PRECISION) * b_p[:, None]
+        store_tile(d_d, b_d, base, i_t * H, i_v, inside, V)
+        b_k = load_rows(k, row, start, end, i_t, i_k, T, h, H, K)
+        b_D = b_d.to(b_k.dtype)
+        b_d = load_rows(d_local, row, start, end, i_t, i_v, T, h, H, V)
+        b_qt = tl.trans(b_q)
+        if Z is not None:
+            b_dS = b_dS * m + b_dW * f - tl.dot(tl.trans(b_Z), b_D, input_precision=PRECISION)
+            b_dS += tl.dot(b_qt, (b_o * b_f[:, None]).to(b_q.dtype), input_precision=PRECISION)
+            b_Z = load_rows(Z, row, start, end, i_t, i_k, T, h, H, K)
+        b_anchor = tl.dot(tl.trans(b_Y), b_D, input_precision=PRECISION)
+        b_Y = load_rows(Y, row, start, end, i_t, i_k, T, h, H, K)
+        b_dW = b_dW * beta + tl.dot(b_qt, (b_o * b_beta[:, None]).to(b_q.dtype), input_precision=PRECISION)
+        b_q = load_rows(q, row, start, end, i_t, i_k, T, h, H, K)
+        b_o = load_rows(d_o, row, start, end, i_t, i_v, T, h, H, V)
+        b_c, b_p, beta, f, m = load_writes(rates, row, start, end, i_t, T, h, H)
+        if d_anchor is None:
+            # The last block begins with the last chunk.
+            b_dW += load_tile(d_last_anchor, at, i_k, i_v, i_k < tl.where(back == 0, K, 0), V)
+            b_dW -= b_anchor
+        else:
+            # Products, because Triton 3.9 fails on ``where`` between values in tensor memory (sm_100).
+            b_dA -= b_anchor
+            b_dW += b_dA * opens
+            b_dA *= 1.0 - opens
+    store_tile(d_W, b_dW * goes_on, at, i_k, i_v, own, V)
+    if Z is not None:
+        store_tile(d_S, b_dS * goes_on, at, i_k, i_v, own, V)
+    if d_anchor is not None:
+        store_tile(d_anchor, b_dA * goes_on, at, i_k, i_v, own, V)
+    if d_initial is not None:
+        store_tile(d_initial, b_dW * (1.0 - goes_on), ((row * S + s) * H + h) * K, i_k, i_v, i_k < K, V)
+
+
+@triton.jit
+def through(
+    x,
+    states,
+    base,
+    rows,
+    inside,
+    at,
+    i_k,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """[BT, BK]: x M^T, with the memory M at ``at``."""
+    b_out = tl.zeros([BT, BK], tl.float32)
+    for i in range((V + BV - 1) // BV):
+        i_v = i * BV + tl.arange(0, BV)
+        b_x = load_tile(x, base, rows, i_v, inside, V)
+        b_M = load_tile(states, at * K, i_k, i_v, i_k < K, V).to(b_x.dtype)
+        b_out += tl.dot(b_x, tl.trans(b_M), input_precision=PRECISION)
+    return b_out
+
+
+@triton.jit
+def shared(x, y, at, i_k, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr):
+    """The sum of the products of the entries of two memories."""
+    b_sum = tl.zeros(i_k.shape, tl.float32)
+    for i in range((V + BV - 1) // BV):
+        i_v = i * BV + tl.arange(0, BV)
+        b_x = load_tile(x, at * K, i_k, i_v, i_k < K, V).to(tl.float32)
+        b_sum += tl.sum(b_x * load_tile(y, at * K, i_k, i_v, i_k < K, V).to(tl.float32), 1)
+    return tl.sum(b_sum)
+
+
+@tiled(
+    [{"BK": 64, "BV": 64, "num_warps": 8, "num_stages": 1}], [{"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1}]
+)
+@triton.jit(do_not_specialize=SIZES)
+def block_memory_backward(
+    q,
+    k,
+    rates,
+    table,
+    before_anchor,
+    states_W,
+    states_S,
+    d_next_W,
+    d_next_S,
+    d_o,
+    d,
+    g,
+    d_q,
+    d_k,
+    d_rates,
+    T,
+    N,
+    F,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """The parts of the gradients of q and k that come through the memories before and after a block, and the
+    gradients of its ``rates``. before_anchor: [B, F, H, K, V], of chunks that an earlier call began, or None.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    _tile, h, n, row = part_of(program, 1, H, N)
+    start, end, opener = block_at(table, row, n, N, True)
+    if start >= end:
+        return
+    i_t = tl.arange(0, BT)
+    inside = start + i_t < end
+    base, rows = (row * T + start) * H + h, i_t * H
+    b_reads = tl.zeros([BT], tl.float32)
+    b_writes, b_anchors, b_reads_S, b_writes_S, b_anchors_S = b_reads, b_reads, b_reads, b_reads, b_reads
+    beta, f, m = 0.0, 0.0, 0.0
+    for j in range((K + BK - 1) // BK):
+        i_k = j * BK + tl.arange(0, BK)
+        b_q = load_tile(q, base, rows, i_k, inside, K)
+        b_k = load_tile(k, base, rows, i_k, inside, K)
+        b_x = through(d_o, states_W, base, rows, inside, program, i_k, K, V, PRECISION, BT, BK, BV)
+        b_reads += tl.sum(b_x * b_q, 1)
+        b_dq = b_x * load_rate(rates, base, rows, 0, inside)[:, None]
+        b_x = through(d, d_next_W, base, rows, inside, program, i_k, K, V, PRECISION, BT, BK, BV)
+        b_writes += tl.sum(b_x * b_k, 1)
+        b_dk = b_x * load_rate(rates, base, rows, 3, inside)[:, None]
+        if before_anchor is None:
+            b_x = through(g, states_W, base, rows, inside, program, i_k, K, V, PRECISION, BT, BK, BV)
+        elif opener < 0:
+            at = (row * F + tl.load(table + (row * N + n) * 4 + 3)) * H + h
+            b_x = through(g, before_anchor, base, rows, inside, at, i_k, K, V, PRECISION, BT, BK, BV)
+        else:
+            at = (row * N + opener) * H + h
+            b_x = through(g, states_W, base, rows, inside, at, i_k, K, V, PRECISION, BT, BK, BV)
+        b_anchors -= tl.sum(b_x * b_k, 1)
+        b_dk -= b_x * load_rate(rates, base, rows, 5, inside)[:, None]
+        beta += shared(states_W, d_next_W, program, i_k, K, V, BV)
+        if states_S is not None:
+            b_x = through(d_o, states_S, base, rows, inside, program, i_k, K, V, PRECISION, BT, BK, BV)
+            b_reads_S += tl.sum(b_x * b_q, 1)
+            b_dq += b_x * load_rate(rates, base, rows, 1, inside)[:, None]
+            b_x = through(d, d_next_S, base, rows, inside, program, i_k, K, V, PRECISION, BT, BK, BV)
+            b_writes_S += tl.sum(b_x * b_k, 1)
+            b_dk += b_x * load_rate(rates, base, rows, 4, inside)[:, None]
+            b_x = through(g, states_S, base, rows, inside, program, i_k, K, V, PRECISION, BT, BK, BV)
+            b_anchors_S -= tl.sum(b_x * b_k, 1)
+            b_dk -= b_x * load_rate(rates, base, rows, 6, inside)[:, None]
+            f += shared(states_S, d_next_W, program, i_k, K, V, BV)
+            m += shared(states_S, d_next_S, program, i_k, K, V, BV)
+        store_tile(d_q, b_dq, base, rows, i_k, inside, K)
+        store_tile(d_k, b_dk, base, rows, i_k, inside, K)
+    last = i_t == end - start - 1
+    place = d_rates + (base + rows) * RATES
+    tl.store(place, b_reads + tl.where(last, beta, 0.0), mask=inside)
+    tl.store(place + 3, b_writes, mask=inside)
+    tl.store(place + 5, b_anchors, mask=inside)
+    if states_S is not None:
+        tl.store(place + 1, b_reads_S + tl.where(last, f, 0.0), mask=inside)
+        tl.store(place + 2, tl.where(last, m, 0.0), mask=inside)
+        tl.store(place + 4, b_writes_S, mask=inside)
+        tl.store(place + 6, b_anchors_S, mask=inside)
+
+
+@tiled(
+    [{"BK": 32, "BV": 32, "num_warps": 8, "num_stages": 1}],
+    [{"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1}],
+)
+@triton.jit(do_not_specialize=SIZES)
+def block_pairs_backward(
+    q,
+    k,
+    lr,
+    momentum,
+    decay,
+    table,
+    d_o,
+    d,
+    g,
+    d_q,
+    d_k,
+    d_C,
+    T,
+    N,
+    CHUNK,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """Adds to d_q and d_k the parts that come through the pairs of a block's tokens. d_C: [B, N, H, BT, BT]"""
+    program = tl.program_id(0).to(tl.int64)
+    _tile, h, n, row = part_of(program, 1, H, N)
+    start, end, opener = block_at(table, row, n, N, True)
+    if start >= end:
+        return
+    i_t = tl.arange(0, BT)
+    inside = start + i_t < end
+    base, rows = (row * T + start) * H + h, i_t * H
+    b_lr = tl.load(lr + base + rows, mask=inside, other=0.0)
+    b_m, b_g = load_logs(momentum, decay, base, rows, inside)
+    _L, _P, b_C = weights(b_lr, b_m, b_g, momentum is not None, BT, PRECISION)
+    b_at = anchors(opener, n, CHUNK, BT)
+    b_pairs = tl.zeros([BT, BT], tl.float32)
+    b_dC = tl.zeros([BT, BT], tl.float32)
+    for i in range((V + BV - 1) // BV):
+        i_v = i * BV + tl.arange(0, BV)
+        b_d = load_tile(d, base, rows, i_v, inside, V)
+        b_pairs += tl.dot(load_tile(d_o, base, rows, i_v, inside, V), tl.trans(b_d), input_precision=PRECISION)
+    for i in range((K + BK - 1) // BK):
+        i_k = i * BK + tl.arange(0, BK)
+        b_k = load_tile(k, base, rows, i_k, inside, K)
+        b_dC += tl.dot(load_tile(q, base, rows, i_k, inside, K), tl.trans(b_k), input_precision=PRECISION)
+    b_dC *= b_pairs
+    b_of_qk = (b_pairs * b_C).to(q.dtype.element_ty)
+    b_pairs = tl.zeros([BT, BT], tl.float32)
+    b_kk = tl.zeros([BT, BT], tl.float32)
+    for i in range((V + BV - 1) // BV):
+        i_v = i * BV + tl.arange(0, BV)
+        b_d = load_tile(d, base, rows, i_v, inside, V)
+        b_pairs -= tl.dot(load_tile(g, base, rows, i_v, inside, V), tl.trans(b_d), input_precision=PRECISION)
+    for i in range((K + BK - 1) // BK):
+        b_k = load_tile(k, base, rows, i * BK + tl.arange(0, BK), inside, K)
+        b_kk += tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
+    b_of_kk = b_pairs * tl.dot(b_at.to(tl.float32), b_C, input_precision=PRECISION)
+    b_of_kk = (b_of_kk + tl.trans(b_of_kk)).to(k.dtype.element_ty)
+    b_dC += tl.dot(tl.trans(b_at.to(tl.float32)), b_pairs * b_kk, input_precision=PRECISION)
+    for i in range((K + BK - 1) // BK):
+        i_k = i * BK + tl.arange(0, BK)
+        b_q = load_tile(q, base, rows, i_k, inside, K)
+        b_k = load_tile(k, base, rows, i_k, inside, K)
+        b_dq = tl.dot(b_of_qk, b_k, input_precision=PRECISION)
+        b_dk = tl.dot(tl.trans(b_of_qk), b_q, input_precision=PRECISION)
+        b_dk += tl.dot(b_of_kk, b_k, input_precision=PRECISION)
+        store_tile(d_q, b_dq + load_tile(d_q, base, rows, i_k, inside, K), base, rows, i_k, inside, K)
+        store_tile(d_k, b_dk + load_tile(d_k, base, rows, i_k, inside, K), base, rows, i_k, inside, K)
+    store_tile(d_C, b_dC, program * BT, i_t, i_t, i_t < BT, BT)
+
+
+@triton.jit
+def load_pairs(d_C, d_rates, block, base, rows, inside, tokens, BT: tl.constexpr):
+    """The gradient of a block's C; that of c comes on top in its last row."""
+    i = tl.arange(0, BT)
+    b_dc = load_rate(d_rates, base, rows, 3, inside)
+    return load_tile(d_C, block * BT, i, i, i < BT, BT) + tl.where(i[:, None] == tokens - 1, b_dc[None, :], 0.0)
+
+
+@triton.jit
+def of_logs(b_z, b_row):
+    """The gradient of each logarithm x_j, where exp of the sum of x over i < j <= r has the gradient b_z[r, i], times
+    itself, and exp of the sum over j <= r has b_row[r].
+    """
+    i = tl.arange(0, b_row.shape[0])
+    b_z = tl.where(i[:, None] > i[None, :], b_z, 0.0)
+    return tl.cumsum(tl.sum(b_z, 1) - tl.sum(b_z, 0) + b_row, 0, reverse=True)
+
+
+@tiled([{"num_warps": 8, "num_stages": 1}])
+@triton.jit(do_not_specialize=SIZES)
+def block_gates_backward(
+    lr,
+    momentum,
+    decay,
+    table,
+    d_C,
+    d_rates,
+    d_lr,
+    d_momentum,
+    d_decay,
+    T,
+    N,
+    CHUNK,
+    H: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """The gradients of a block's gates, from those of C and of ``rates``."""
+    program = tl.program_id(0).to(tl.int64)
+    _tile, h, n, row = part_of(program, 1, H, N)
+    start, end, opener = block_at(table, row, n, N, True)
+    if start >= end:
+        return
+    i_t = tl.arange(0, BT)
+    inside = start + i_t < end
+    base, rows = (row * T + start) * H + h, i_t * H
+    b_at = anchors(opener, n, CHUNK, BT)
+    b_dbeta = load_rate(d_rates, base, rows, 0, inside)
+    b_dbeta += tl.sum(tl.where(b_at, load_rate(d_rates, base, rows, 5, inside)[:, None], 0.0), 0)
+    b_lr = tl.load(lr + base + rows, mask=inside, other=0.0)
+    b_m, b_g = load_logs(momentum, decay, base, rows, inside)
+    b_dC = load_pairs(d_C, d_rates, program, base, rows, inside, end - start, BT)
+    if momentum is None:
+        b_dL = b_dC * decay_between(b_g, BT)
+        tl.store(d_lr + base + rows, tl.sum(b_dL, 0), mask=inside)
+        b_dL *= b_lr[None, :]
+    else:
+        b_df = load_rate(d_rates, base, rows, 1, inside)
+        b_df += tl.sum(tl.where(b_at, load_rate(d_rates, base, rows, 6, inside)[:, None], 0.0), 0)
+        b_of_S = tl.exp(tl.cumsum(b_m, 0))
+        b_L = decay_between(b_g, BT)
+        b_dm = (tl.sum(b_L * b_df[:, None], 0) + load_rate(d_rates, base, rows, 2, inside)) * b_of_S
+        b_dP = tl.dot(tl.trans(b_L), b_dC, input_precision=PRECISION)
+        b_dp = load_rate(d_rates, base, rows, 4, inside)
+        b_dP += tl.where(i_t[:, None] == end - start - 1, b_dp[None, :], 0.0)
+        b_dP *= decay_between(b_m, BT)
+        tl.store(d_lr + base + rows, tl.sum(b_dP, 0), mask=inside)
+        b_dm = of_logs(b_dP * b_lr[None, :], b_dm)
+        tl.store(d_momentum + base + rows, b_dm * tl.exp(-b_m), mask=inside)
+        # Loaded and computed anew, because registers are short.
+        b_m, b_g = load_logs(momentum, decay, base, rows, inside)
+        b_dC = load_pairs(d_C, d_rates, program, base, rows, inside, end - start, BT)
+        b_P = decay_between(b_m, BT) * b_lr[None, :]
+        b_dL = tl.dot(b_dC, tl.trans(b_P), input_precision=PRECISION) + b_df[:, None] * b_of_S[None, :]
+        b_dL *= decay_between(b_g, BT)
+    if decay is not None:
+        b_dg = of_logs(b_dL, b_dbeta * tl.exp(tl.cumsum(b_g, 0)))
+        tl.store(d_decay + base + rows, -b_dg * tl.exp(-b_g), mask=inside)
