@@ -1,10 +1,16 @@
 """Print the machine's hardware and software, and the backend that each op uses here, with the reason.
 
-python scripts/doctor.py
+    python scripts/doctor.py
+    python scripts/doctor.py --prove                compare Triton's kernels of all ops with their references
+    python scripts/doctor.py --prove delta_rule     of these kinds of calls (memlm_kernels.calls)
+
+``auto`` proves the kernels that it needs by itself. --prove does all at once, prints a table and keeps the verdicts.
 """
 
 import argparse
+import concurrent.futures
 import importlib.metadata
+import os
 import platform
 import sys
 import warnings
@@ -27,12 +33,15 @@ except Exception as error:
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent / "kernels")]
 
 import memlm_kernels as ops  # noqa: E402
-from memlm_kernels.backend import against_triton, architecture, exact_products, missing_triton, with_triton  # noqa: E402
+from memlm_kernels import proof  # noqa: E402
+from memlm_kernels.backend import exact_products, missing_triton, with_triton  # noqa: E402
+from memlm_kernels.calls import CALLS  # noqa: E402
 from memlm_kernels.grouped_linear.reference import takes_grouped_mm  # noqa: E402
 from memlm_kernels.recurrence.fla import with_fla  # noqa: E402
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "flash-attn", "flash-linear-attention")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PLACE = torch.device("cuda", 0) if DEVICE.type == "cuda" else DEVICE
 FLA = ("linear_attention", "delta_rule")
 REFERENCE = (
     "large_chunk_memory",
@@ -116,7 +125,7 @@ def device() -> str:
     if not torch.cuda.is_available():
         return "no GPU that torch can use"
     found = torch.cuda.get_device_properties(0)
-    arch = architecture(torch.device("cuda", 0))
+    arch = proof.architecture(torch.device("cuda", 0))
     return f"{torch.cuda.device_count()} x {found.name}, {arch}, {found.total_memory / 2**30:.0f} GiB"
 
 
@@ -132,23 +141,80 @@ def float32() -> str:
     )
 
 
+def verdicts(op: str) -> list[str]:
+    """The results of earlier trials of an op."""
+    found = {kind: x for kind, x in proof.kept(PLACE).items() if kind.partition(", ")[0] == op}
+    return [f"{kind}: {x.reason or f'proven, {x.way}'}" for kind, x in found.items()]
+
+
+def kinds(names: list[str]) -> list[proof.Claim]:
+    """The calls to prove, with heads of 64 and 128; the interpreter has no products of bfloat16."""
+    gpu = DEVICE.type == "cuda"
+    dtypes = [torch.bfloat16, torch.float16, torch.float32] if gpu else [torch.float32, torch.float16]
+    heads = [(64, 64), (128, 128)] if gpu else [(16, 16)]
+    calls = {name: call for name, call in CALLS.items() if call.triton and (not names or name in names)}
+    return [
+        proof.Claim(name, dtype, channels)
+        for name, call in calls.items()
+        for dtype in (dtypes if call.floats else [torch.int64])
+        for channels in (heads if call.products else [()])
+    ]
+
+
+def prove(names: list[str]) -> bool:
+    """Print a line for each trial; returns whether none failed."""
+    if unknown := [name for name in names if not (name in CALLS and CALLS[name].triton)]:
+        known = "; ".join(name for name, call in CALLS.items() if call.triton)
+        sys.exit(f"--prove {unknown[0]!r} is no call with Triton's kernels; use {known}")
+    if missing := missing_triton(DEVICE.type):
+        sys.exit(f"--prove: {missing}")
+    here = proof.surroundings(PLACE)
+    for fault in proof.known_faults(here["architecture"], here["triton"], here["ptxas"]):
+        print(fault)
+    print(
+        f"{'op':28}{'dtype':10}{'channels':10}{'passed with':28}{'error':>6}{'seconds':>9}  (error: of the tolerance)"
+    )
+    chosen, passed = kinds(names), True
+    with concurrent.futures.ThreadPoolExecutor(max(1, min(4, (os.cpu_count() or 1) // 2))) as pool:
+        for kind, found in zip(chosen, pool.map(partial(proof.prove, device=PLACE), chosen), strict=True):
+            failed = "; ".join(f"{way}: {fault}" for way, fault in found.tried.items())
+            passed &= found.way is not None or not found.lasting
+            said = found.way or ("failed" if found.lasting else "not tried")
+            size = f"{kind.call:28}{str(kind.dtype)[6:]:10}{'x'.join(map(str, kind.channels)):10}"
+            print(f"{size}{said:28}{found.error:6.2f}{found.seconds:9.1f}  {failed}", flush=True)
+    return passed
+
+
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prove", nargs="*", metavar="CALL", help="prove Triton's kernels, of all calls or of these")
+    args = parser.parse_args()
     # torch warns if a GPU has no driver.
     warnings.simplefilter("ignore")
+    if args.prove is not None:
+        sys.exit(not prove(args.prove))
     say("python", f"{platform.python_version()}, {platform.platform()}")
     for package in PACKAGES:
         say(package, version(package))
     say("CUDA or ROCm", torch.version.cuda or torch.version.hip or "none: torch is built for CPUs")
     say("device", device())
     say("float32 in Triton", float32())
+    if DEVICE.type == "cuda" and not missing_triton("cuda"):
+        here = proof.surroundings(PLACE)
+        for fault in proof.known_faults(here["architecture"], here["triton"], here["ptxas"]):
+            say("known faults", fault)
     for op in TOO_MUCH:
-        known = with_triton(x(1, 1), None)
+        known = with_triton(op, "triton", x(1, 1), None)
         available, refused = with_fla(known, "fla", x(1, 1), None) if op in FLA else known
-        first, because = available[0], None if "triton" in refused else against_triton(x(1, 1), products=True)
+        first, because = available[0], None
+        if DEVICE.type == "cpu" and "triton" not in refused:
+            available = ("reference", *(name for name in available if name != "reference"))
+            first, because = "reference", "Triton's interpreter is for tests"
         if op == "prefix_window_attention" and first == "reference":
             first = "sdpa"
         said = [f"{first}, because {because}" if because else first]
+        if first == "triton":
+            said += verdicts(op) or ["auto proves it at its first use, or with --prove"]
         said += [f"{name} can run on request" for name in available[1:] if name != "reference"]
         if "triton" not in refused:
             said += [f"triton's kernels {limit}" for limit in limits(op)]

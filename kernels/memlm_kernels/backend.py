@@ -5,18 +5,18 @@
 import functools
 import importlib
 import logging
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Compute capabilities and gfx names on which tests/kernels/test_triton*.py have passed. Elsewhere Triton's kernels run
-# when asked for, and ``auto`` takes the reference: a kernel that never ran may be wrong without an error.
-PROVEN: frozenset[str] = frozenset()
+from memlm_kernels import proof
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+ABLE = ("triton", "reference")
 BACKENDS = ("auto", "reference", "triton", "fla")
 
 # Kernels count within a row in 32 bits, with room to count a little further; offsets of elements have 64 bits.
@@ -71,22 +71,29 @@ def choose(op: str, backend: str, available: tuple[str, ...], refused: Mapping[s
             backend, key = _asked, _key
     if backend == "auto":
         backend = available[0]
-        # A compiler has no logger.
-        if (op, backend) not in _announced and not torch.compiler.is_compiling():
-            _announced.add((op, backend))
-            logger.info("%s: backend %s", op, backend)
+        _announce(op, backend)
     elif backend not in available:
         because = f": {refused[backend]}" if backend in refused else ""
         raise ValueError(f"{op}: {key}={backend!r} cannot run here{because}; use one of auto, {', '.join(available)}")
     return backend
 
 
+# Not traced by a compiler, which has no logger and would guard the set.
+@torch.compiler.assume_constant_result
+def _announce(op: str, backend: str) -> None:
+    if (op, backend) not in _announced:
+        _announced.add((op, backend))
+        logger.info("%s: backend %s", op, backend)
+
+
 def with_triton(
-    x: Tensor, limit: str | None, *others: Tensor | None, products: bool = True
+    call: str, backend: str, x: Tensor, limit: str | None, *others: Tensor | None, products: bool = True
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """``available`` and ``refused`` of ``choose``, for an op with the backends ``reference`` and ``triton``.
 
-    x, others: tensors of the call
+    call: the kind of call, a name of ``memlm_kernels.calls``
+    backend: the name that the call gives
+    x, others: tensors of the call; of ops with products first one with keys, then one with values
     limit: the reason why Triton's kernels do not take this call; None if they take it
     products: whether the kernels multiply matrices
 
@@ -94,7 +101,15 @@ def with_triton(
     """
     if reason := missing_triton(x.device.type) or limit or _against_kernels((x, *others), products):
         return ("reference",), {"triton": reason}
-    return (("reference", "triton") if against_triton(x, products) else ("triton", "reference")), {}
+    # A call that names its backend needs no trial.
+    left = backend == "auto" and _asked in ("auto", "fla")
+    return (("reference", "triton") if left and against_triton(call, x, *others, products=products) else ABLE), {}
+
+
+def pick(call: str, backend: str, x: Tensor, limit: str | None, *others: Tensor | None, products: bool = True) -> str:
+    """The backend that runs a call of an op with the backends ``reference`` and ``triton``; see ``with_triton``."""
+    op = call.partition(", ")[0]
+    return choose(op, backend, *with_triton(call, backend, x, limit, *others, products=products))
 
 
 def _against_kernels(tensors: tuple[Tensor | None, ...], products: bool) -> str | None:
@@ -112,16 +127,17 @@ def _against_kernels(tensors: tuple[Tensor | None, ...], products: bool) -> str 
     return None
 
 
-def against_triton(x: Tensor, products: bool) -> str | None:
-    """Why ``auto`` takes the reference where Triton's kernels can run, None if it takes them."""
+def against_triton(call: str, x: Tensor, *others: Tensor | None, products: bool = True) -> str | None:
+    """Why ``auto`` takes the reference where Triton's kernels can run, None if it takes them. Their first use starts a
+    trial (``proof``).
+    """
     if x.device.type != "cuda":
         return "Triton's interpreter is for tests"
-    name = architecture(x.device)
-    if name not in PROVEN:
-        return f"the tests of Triton's kernels have not passed on {name} yet"
     if products and not torch.version.hip and exact_products(x):
         return "torch's float32_matmul_precision is 'highest', and NVIDIA's matrix units take no float32 as it is"
-    return None
+    # A compiler with dynamic shapes makes a number of ``index`` alone.
+    channels = [operator.index(y.shape[-1]) for y in (x, *others) if y is not None and y.is_floating_point()]
+    return proof.against(call, x.dtype, tuple(channels[:2]) if products else (), x.device)
 
 
 def exact_products(x: Tensor) -> bool:
@@ -155,13 +171,6 @@ def outside_autocast(backward: Callable[..., Any]) -> Any:
             return backward(ctx, *gradients)
 
     return wrapped
-
-
-@torch.compiler.assume_constant_result
-def architecture(device: torch.device) -> str:
-    """The name of a GPU's architecture, such as sm_90 or gfx942."""
-    found = torch.cuda.get_device_properties(device)
-    return found.gcnArchName.partition(":")[0] if torch.version.hip else f"sm_{found.major}{found.minor}"
 
 
 def asks_for(name: str, backend: str) -> bool:

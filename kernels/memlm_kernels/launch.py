@@ -4,6 +4,7 @@ B batch, T tokens of a row, S segments of a row, N chunks of a row, BT tokens of
 dim. Segment s of row b holds the tokens cu[b, s] to cu[b, s + 1] - 1; without cu a row is one segment.
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from memlm_kernels import proof
 from memlm_kernels.backend import exact_products
 from memlm_kernels.segments import power_of_two
 
@@ -26,11 +28,13 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 class Kernel:
     """A Triton function with the tiles it may be launched with, the best guess first.
 
-    ``MEMLM_AUTOTUNE=1`` times all of them, once for each kind of argument; otherwise the first is taken.
+    ``MEMLM_AUTOTUNE=1`` times all of them, once for each kind of argument; otherwise the first is taken. Where the
+    first failed its trial, ``proof.ways`` names a slower way.
     """
 
     def __init__(self, function: Any, tiles: Mapping[str, list[Tiles]]) -> None:
         self.function, self.tiles = function, tiles
+        self.name = f"{function.fn.__module__}.{function.fn.__name__}"
         self.best: dict[tuple, Tiles] = {}
         self._fitting: dict[tuple, list[Tiles]] = {}
 
@@ -38,7 +42,9 @@ class Kernel:
         """programs: the number of programs that a choice of tiles needs; limits: the largest size of each tile."""
         choices = self.choices(limits)
         tiles = choices[0]
-        if len(choices) > 1 and os.environ.get("MEMLM_AUTOTUNE") == "1":
+        if proof.ways[self.name] != proof.FIRST:
+            tiles = {**tiles, "num_warps": 4, "num_stages": 1}
+        elif len(choices) > 1 and os.environ.get("MEMLM_AUTOTUNE") == "1":
             kinds = (x.dtype if isinstance(x, Tensor) else x is None for x in arguments.values())
             constants = (arguments.get(p.name) for p in self.function.params if p.is_constexpr)
             key = (*kinds, *limits.items(), *constants, torch.cuda.get_device_name())
@@ -66,12 +72,30 @@ class Kernel:
             if isinstance(x, Tensor):
                 device = x.device
                 break
+        run = self.function[(count,)]
+        if proof.ways[self.name] == proof.PLAIN:
+            run = functools.partial(self._run_plain, count)
         # Triton launches on the current device, wherever the tensors are.
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                self.function[(count,)](**arguments, **tiles)
+                run(**arguments, **tiles)
         else:
-            self.function[(count,)](**arguments, **tiles)
+            run(**arguments, **tiles)
+
+    def _run_plain(self, count: int, **arguments: Any) -> None:
+        """Launch code that was compiled in the environment of ``proof.PLAIN``."""
+        before = {name: os.environ.get(name) for name in proof.WAYS[proof.PLAIN]}
+        os.environ.update(proof.WAYS[proof.PLAIN])
+        try:
+            self._plain[(count,)](**arguments)
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+    @functools.cached_property
+    def _plain(self) -> Any:
+        """A function of its own, because Triton finds compiled code by its arguments, whatever the environment."""
+        return triton.jit(self.function.fn)
 
     def _seconds(self, programs: Callable[[Tiles], int], tiles: Tiles, arguments: Mapping[str, Any]) -> float:
         try:

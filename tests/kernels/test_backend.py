@@ -94,7 +94,7 @@ def test_compiled_code_follows_the_setting(monkeypatch):
     seen.register_fake(torch.empty_like)
 
     def op(x):
-        return seen(x) if choose("op", "auto", *backend.with_triton(x, None)) == "triton" else x * 1
+        return seen(x) if choose("op", "auto", *backend.with_triton("op", "auto", x, None)) == "triton" else x * 1
 
     compiled, x = torch.compile(op, backend="aot_eager", fullgraph=True), torch.ones(3)
     compiled(x)
@@ -150,25 +150,26 @@ def test_autocast_leaves_what_has_no_data_alone():
 
 def test_auto_keeps_the_precision_of_products(monkeypatch):
     """fp32 stays fp32: NVIDIA's matrix units would round it."""
-    monkeypatch.setattr(backend, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(backend, "PROVEN", frozenset({"sm_90"}))
+    monkeypatch.setattr(backend.proof, "against", lambda call, dtype, channels, device: None)
 
     class Somewhere(NamedTuple):
         device: torch.device
         dtype: torch.dtype
+        shape: torch.Size = torch.Size([1])
+
+        def is_floating_point(self):
+            return True
 
     def reason(dtype, precision="highest", products=True):
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(precision)
         try:
-            return backend.against_triton(Somewhere(torch.device("cuda"), dtype), products)
+            return backend.against_triton("op", Somewhere(torch.device("cuda"), dtype), products=products)
         finally:
             torch.set_float32_matmul_precision(before)
 
     assert "float32_matmul_precision is 'highest'" in reason(torch.float32)
     assert reason(torch.float32, "high") is reason(torch.float32, products=False) is reason(torch.bfloat16) is None
-    monkeypatch.setattr(backend, "PROVEN", frozenset())
-    assert "have not passed on sm_90 yet" in reason(torch.bfloat16)
 
 
 def test_precision_of_products(monkeypatch):

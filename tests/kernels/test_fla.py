@@ -2,8 +2,10 @@
 else in Triton's interpreter.
 """
 
+import importlib.metadata
 import importlib.util
 import sys
+import types
 import warnings
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from memlm_kernels import delta_rule, linear_attention
+from memlm_kernels.recurrence import fla as peer
 from memlm_kernels.recurrence.fla import limit_of
 from tests.kernels.test_linear_recurrences import OPS, inputs, run
 
@@ -94,3 +97,22 @@ def test_asking_for_what_is_not_installed_says_so():
     ):
         with pytest.raises(ValueError, match=r"backend='fla' cannot run here: .* not installed \(pip install 'memlm"):
             call()
+
+
+@pytest.mark.parametrize(
+    ("version", "refused"), [("0.6.1", None), ("0.5.2", "0.5.2 has other"), (None, "of no version")]
+)
+def test_a_checkout_on_the_path_has_no_metadata(version, refused, monkeypatch):
+    checkout = types.ModuleType("fla")
+    if version:
+        checkout.__version__ = version
+
+    def no_metadata(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setitem(sys.modules, "fla", checkout)
+    monkeypatch.setattr(peer, "missing", lambda *names: None)
+    monkeypatch.setattr(peer, "missing_triton", lambda device: None)
+    monkeypatch.setattr(importlib.metadata, "version", no_metadata)
+    said = peer._missing("cuda")
+    assert said is None if refused is None else refused in said

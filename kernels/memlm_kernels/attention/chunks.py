@@ -9,7 +9,7 @@ from memlm_kernels.attention.choice_reference import chunk_topk_reference, inver
 from memlm_kernels.attention.chunks_reference import Chosen, Keys, Pooled, attend, first_keys
 from memlm_kernels.attention.one_token import read_all, read_chosen
 from memlm_kernels.attention.window import check_heads, check_positions, too_large, window_spans
-from memlm_kernels.backend import MOST, as_autocast, choose, with_triton
+from memlm_kernels.backend import MOST, as_autocast, pick
 from memlm_kernels.checks import check_range, check_sizes, check_tensors, named
 
 
@@ -61,7 +61,7 @@ def chunk_topk(
     _check_spans(q, spans)
     (q,) = as_autocast(q)
     limit = f"its kernels take a top_k of at most 128, not {top_k}" if top_k > 128 else None
-    if choose("chunk_topk", backend, *with_triton(q, limit, k)) == "triton" and q.numel() and k.numel():
+    if pick("chunk_topk", backend, q, limit, k) == "triton" and q.numel() and k.numel():
         from memlm_kernels.attention.choice_triton import choose_chunks
 
         first, end = (x.clamp(0, k.shape[1]).to(torch.int32) for x in spans) if spans else (None, None)
@@ -84,7 +84,7 @@ def invert_chunks(index: Tensor, *, num_chunks: int, backend: str = "auto") -> C
         raise ValueError(f"num_chunks={num_chunks} must not be negative")
     check_tensors({}, {"index": index})
     limit = _too_many(index, num_chunks)
-    chosen = choose("invert_chunks", backend, *with_triton(index, limit, products=False))
+    chosen = pick("invert_chunks", backend, index, limit, products=False)
     check_range("index", index, None, num_chunks)
     if chosen == "triton" and index.numel():
         from memlm_kernels.attention.choice_triton import invert
@@ -156,8 +156,7 @@ def chunk_sparse_attention(
     limit = too_large(q, k, v) or _too_many(index, chunks)
     if index.shape[3] > 128:
         limit = limit or f"its kernels take at most 128 chunks of each token, not {index.shape[3]}"
-    available = with_triton(q, limit, v, index, starts)
-    by = choose("chunk_sparse_attention", backend, *available)
+    by = pick("chunk_sparse_attention", backend, q, limit, v, index, starts)
     check_range("index", index, None, chunks)
     positions = check_positions(q, positions)
     has_chunks = index.shape[3] > 0 and chunks > 0
@@ -210,7 +209,7 @@ def chunk_mean_attention(
     check_sizes("v", v)
     check_tensors({"q": q, "k": k, "v": v})
     q, k, v = as_autocast(q, k, v)
-    if choose("chunk_mean_attention", backend, *with_triton(q, too_large(q, k, v), k)) == "triton" and q.numel():
+    if pick("chunk_mean_attention", backend, q, too_large(q, k, v), v) == "triton" and q.numel():
         from memlm_kernels.attention.triton import attend_triton
 
         if k.shape[1]:

@@ -53,7 +53,7 @@ def prefix_window_attention(
     given = q.dtype
     q, k, v, *rest = in_one_type(q, k, v, *rest)
     prefix = (rest[0], rest[1], rest[2]) if prefix else None
-    available, refused = with_triton(q, too_large(q, k, v), k, *rest)
+    available, refused = with_triton("prefix_window_attention", backend, q, too_large(q, k, v), v, *rest)
     if with_lse:
         refused = {**refused, "sdpa": "it gives no lse"}
     else:

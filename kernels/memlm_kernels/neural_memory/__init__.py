@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memlm_kernels.backend import as_autocast, choose, with_triton
+from memlm_kernels.backend import as_autocast, pick
 from memlm_kernels.checks import check_sizes, check_tensors, named
 from memlm_kernels.neural_memory.limits import WIDTH, memory_limit
 from memlm_kernels.neural_memory.losses import InnerLoss, dot_product, huber, lp, squared_error
@@ -143,7 +143,8 @@ def neural_memory(
     blocks: Blocks | None = None
     one_token: OneToken | None = None
     widest = 64
-    if choose("neural_memory", backend, *with_triton(q, limit, v)) == "triton":
+    kind = "neural_memory" if len(weights) == 1 else "neural_memory, two layers"
+    if pick(kind, backend, q, limit, v) == "triton":
         from memlm_kernels.neural_memory.deep import scan_deep
         from memlm_kernels.neural_memory.step_triton import step_triton
         from memlm_kernels.neural_memory.triton import memory_triton

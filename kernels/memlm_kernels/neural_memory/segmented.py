@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memlm_kernels.backend import as_autocast, choose, with_triton
+from memlm_kernels.backend import as_autocast, pick
 from memlm_kernels.checks import asks_gradient, check_tensors, in_one_type
 from memlm_kernels.neural_memory.chunk import Plan
 from memlm_kernels.neural_memory.limits import keys_limit
@@ -74,7 +74,7 @@ def segmented_neural_memory(
     gates_of = {"lr": lr, "momentum": momentum, "decay": decay}
     cu_seqlens = check_recurrence(q, k, v, gates_of, cu_seqlens, state.memory[:, :, 0])
     q, k, v = as_autocast(q, k, v)
-    by_triton = choose("segmented_neural_memory", backend, *with_triton(q, keys_limit(q), v, cu_seqlens)) == "triton"
+    by_triton = pick("segmented_neural_memory", backend, q, keys_limit(q), v, cu_seqlens) == "triton"
     batch, length, heads, _ = q.shape
     with torch.autocast(q.device.type, enabled=False):
         memory, position = exact(state.memory), state.position

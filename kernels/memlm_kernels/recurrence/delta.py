@@ -43,7 +43,8 @@ def delta_rule(
     cu_seqlens = check_recurrence(q, k, v, {"beta": beta, "log_decay": log_decay}, cu_seqlens, state)
     q, k, v = as_autocast(q, k, v)
     limit = None if q.shape[-1] <= 256 else f"its kernels take keys of at most 256 channels, not K={q.shape[-1]}"
-    known = with_triton(q, limit, v, cu_seqlens)
+    kind = "delta_rule" if log_decay is None else "delta_rule, decay"
+    known = with_triton(kind, backend, q, limit, v, cu_seqlens)
     chosen = choose("delta_rule", backend, *with_fla(known, backend, q, limit_of(q, v, log_decay, beta)))
     if chosen == "reference" or q.numel() == 0:
         return RecurrenceOutput(*delta_rule_reference(q, k, v, beta, log_decay, cu_seqlens, state))

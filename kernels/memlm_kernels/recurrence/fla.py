@@ -7,6 +7,7 @@ behind the other, and the padding of a row becomes its last segment. It then rea
 B rows, T tokens of a row, S segments of a row, H heads, K key dim, V value dim.
 """
 
+import importlib
 import importlib.metadata
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlm_kernels.backend import DTYPES, architecture, asks_for, missing, missing_triton
+from memlm_kernels import proof
+from memlm_kernels.backend import DTYPES, asks_for, missing, missing_triton
 from memlm_kernels.checks import in_one_type
 from memlm_kernels.segments import segments_of
 
@@ -43,8 +45,10 @@ def _missing(device_type: str) -> str | None:
     reason = missing("flash-linear-attention", "fla.ops", "pip install 'memlm[fla]'") or missing_triton(device_type)
     if reason:
         return reason
+    # A checkout on the path has no metadata, or that of another version.
+    found = getattr(importlib.import_module("fla"), "__version__", None)
     try:
-        found = importlib.metadata.version("fla-core")
+        found = found or importlib.metadata.version("fla-core")
     except importlib.metadata.PackageNotFoundError:
         found = "of no version"
     return None if found.startswith("0.6.") else f"flash-linear-attention {found} has other signatures; use 0.6"
@@ -66,11 +70,9 @@ def limit_of(q: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None
 
 @torch.compiler.assume_constant_result
 def _wrong_on(device: torch.device) -> bool:
-    if device.type != "cuda" or architecture(device) != "sm_90":
-        return False
     import triton
 
-    return (3, 4, 0) <= tuple(int(x) for x in triton.__version__.split("+")[0].split(".")[:3]) < (3, 7, 1)
+    return device.type == "cuda" and proof.wrong_on_hopper(proof.architecture(device), triton.__version__)
 
 
 def recurrence(

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from memlm_kernels.backend import MOST, choose, with_triton
+from memlm_kernels.backend import MOST, pick
 from memlm_kernels.checks import check_ascending, check_range, check_sizes, check_tensors, named, readable
 from memlm_kernels.route_documents.bank import (
     RouterShard,
@@ -120,7 +120,7 @@ def route_documents(
     if num_documents > MOST:
         limit = f"its kernels take at most {MOST} documents, not num_documents={num_documents}"
     chosen = None
-    if choose("route_documents", backend, *with_triton(k, limit, q)) == "triton":
+    if pick("route_documents", backend, k, limit, q) == "triton":
         from memlm_kernels.route_documents.triton import choose_triton
 
         chosen = functools.partial(choose_triton, dtype=k.dtype if q is None else q.dtype)
@@ -223,7 +223,7 @@ def merge_topk(parts: Sequence[tuple[Tensor, Tensor]], *, top_k: int, backend: s
             )
         check_tensors({"score": s, "score of the first": parts[0][1]}, {"index": i})
     index, score = (torch.cat(tensors, -1).detach() for tensors in zip(*parts, strict=True))
-    chosen = choose("merge_topk", backend, *with_triton(score, _too_many(top_k), products=False))
+    chosen = pick("merge_topk", backend, score, _too_many(top_k), products=False)
     if chosen == "reference" or index.numel() == 0:
         return merge_topk_reference(index, score, top_k)
     from memlm_kernels.route_documents.triton import merge_topk_triton

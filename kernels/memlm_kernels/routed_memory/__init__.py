@@ -18,7 +18,7 @@ Files:
 import torch
 from torch import Tensor
 
-from memlm_kernels.backend import MOST, choose, with_triton
+from memlm_kernels.backend import MOST, pick
 from memlm_kernels.checks import check_range, check_tensors, number, readable
 from memlm_kernels.routed_memory.reference import combine_reads_reference, dispatch_tokens_reference
 from memlm_kernels.routed_memory.routes import MemoryRoutes
@@ -39,7 +39,7 @@ def dispatch_tokens(x: Tensor, place: Tensor, *, backend: str = "auto") -> Tenso
     check_tensors({"x": x}, {"place": place})
     rows = place.shape[1] * place.shape[2]
     limit = f"its kernels take at most {MOST} rows, not {rows}" if rows > MOST else None
-    chosen = choose("dispatch_tokens", backend, *with_triton(x, limit, place, products=False))
+    chosen = pick("dispatch_tokens", backend, x, limit, place, products=False)
     _check_places(place)
     if chosen == "reference" or x.numel() * place.numel() == 0:
         return dispatch_tokens_reference(x, place)
@@ -69,7 +69,7 @@ def combine_reads(
     if shared is not None and shared.shape != expected:
         raise ValueError(f"shared {list(shared.shape)} must be [B, T, ...] = {list(expected)}")
     check_tensors({"o": o, "weight": weight, "shared": shared}, {"place": place})
-    chosen = choose("combine_reads", backend, *with_triton(o, None, place, products=False))
+    chosen = pick("combine_reads", backend, o, None, place, products=False)
     _check_places(place)
     if chosen == "reference" or o.numel() == 0:
         return combine_reads_reference(o, place, weight, shared)

@@ -9,7 +9,7 @@ Files:
 
 from torch import Tensor
 
-from memlm_kernels.backend import choose, with_triton
+from memlm_kernels.backend import pick
 from memlm_kernels.checks import check_range, check_tensors, segments_within
 from memlm_kernels.segment_mean_pool.reference import segment_mean_pool_reference
 
@@ -38,7 +38,7 @@ def segment_mean_pool(x: Tensor, cu_seqlens: Tensor, *, longest: int, backend: s
     cu_seqlens = segments_within("cu_seqlens", cu_seqlens, x.shape[1])
     check_range(f"lengths of segments, longest={longest},", cu_seqlens.diff(dim=1), 0, longest + 1)
     longest = min(longest, max(1, x.shape[1]))
-    chosen = choose("segment_mean_pool", backend, *with_triton(x, None, cu_seqlens, products=False))
+    chosen = pick("segment_mean_pool", backend, x, None, cu_seqlens, products=False)
     if chosen == "reference" or x.numel() == 0 or cu_seqlens.shape[1] == 1:
         return segment_mean_pool_reference(x, cu_seqlens, longest)
     from memlm_kernels.segment_mean_pool.triton import segment_mean_pool_triton
