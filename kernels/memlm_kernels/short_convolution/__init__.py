@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from memlm_kernels.backend import choose, with_triton
+from memlm_kernels.backend import pick
 from memlm_kernels.checks import check_tensors, named
 from memlm_kernels.short_convolution.reference import parts_of, short_convolution_reference, unit_length
 
@@ -69,7 +69,7 @@ def short_convolution(
     limit = f"its kernels take 1 to 3 parts, not {len(sizes)}" if len(sizes) > 3 else None
     if unit and head_dim > 512:
         limit = f"its kernels take heads of up to 512 channels, not {head_dim}"
-    chosen = choose("short_convolution", backend, *with_triton(x[0], limit, *x[1:], weight, positions, products=False))
+    chosen = pick("short_convolution", backend, x[0], limit, *x[1:], weight, positions, products=False)
     options = (sizes, silu, unit, head_dim, eps, exact, lengths, positions, state)
     if chosen == "reference" or x[0].shape[0] * x[0].shape[1] == 0:
         return ShortConvolutionOutput(*short_convolution_reference(x, weight, *options))
