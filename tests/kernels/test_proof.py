@@ -19,7 +19,7 @@ from memlm_kernels.calls import CALLS
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[cpu-kernels]'")
 
-CPU, HALF = torch.device("cpu"), torch.float16
+CPU, GPU, HALF = torch.device("cpu"), torch.device("cuda", 0), torch.float16
 KIND = proof.Claim("merge_topk", torch.float32, ())
 PASSED = {"fault": None, "error": 0.4, "kernels": ["memlm_kernels.some.kernel"]}
 
@@ -126,7 +126,7 @@ def test_wrong_source_is_refused(hopper, monkeypatch, tmp_path):
 
 
 def test_the_first_call_tries_and_later_ones_remember(hopper, tried, caplog, monkeypatch):
-    ask = lambda: proof.against("delta_rule", HALF, (64, 64), CPU)  # noqa: E731
+    ask = lambda: proof.against("delta_rule", HALF, (64, 64), GPU)  # noqa: E731
     with caplog.at_level(logging.INFO, logger=proof.__name__):
         assert ask() is ask() is None
         assert tried.held == [("delta_rule, float16, 64x64", proof.FIRST)]
@@ -134,24 +134,24 @@ def test_the_first_call_tries_and_later_ones_remember(hopper, tried, caplog, mon
         assert ask() is None and len(tried.held) == 1
     (line,) = caplog.messages
     assert line.startswith("delta_rule, float16, 64x64: Triton's kernels passed their trial on sm_90 (Triton ")
-    proof.against("delta_rule", HALF, (64, 128), CPU)
-    proof.against("delta_rule", torch.bfloat16, (64, 64), CPU)
+    proof.against("delta_rule", HALF, (64, 128), GPU)
+    proof.against("delta_rule", torch.bfloat16, (64, 64), GPU)
     assert len(tried.held) == 3 and len(list(hopper.rglob("*.json"))) == 3
 
 
 def test_what_fails_is_tried_in_slower_ways(hopper, tried, caplog, monkeypatch):
     tried.answers[proof.FIRST] = {"fault": "output 0 is 0.3 off"}
-    assert proof.against("delta_rule", HALF, (64, 64), CPU) is None
+    assert proof.against("delta_rule", HALF, (64, 64), GPU) is None
     assert proof.ways["memlm_kernels.some.kernel"] == proof.SAFE
     forget(monkeypatch)
-    assert proof.against("delta_rule", HALF, (64, 64), CPU) is None
+    assert proof.against("delta_rule", HALF, (64, 64), GPU) is None
     assert proof.ways["memlm_kernels.some.kernel"] == proof.SAFE
     tried.answers[proof.SAFE] = {"fault": "the process ended with -11"}
-    assert proof.against("linear_attention", HALF, (64, 64), CPU) is None
+    assert proof.against("linear_attention", HALF, (64, 64), GPU) is None
     assert proof.ways["memlm_kernels.some.kernel"] == proof.PLAIN
     # A kind whose kernels passed in a faster way leaves the slower one.
     tried.answers.clear()
-    assert proof.against("merge_topk", HALF, (), CPU) is None
+    assert proof.against("merge_topk", HALF, (), GPU) is None
     assert proof.ways["memlm_kernels.some.kernel"] == proof.PLAIN
     assert "with 4 warps and 1 stage; first tiles: output 0 is 0.3 off. Triton" not in caplog.text
     assert "ptxas 12.8 is known to reuse registers" in caplog.text
@@ -159,59 +159,59 @@ def test_what_fails_is_tried_in_slower_ways(hopper, tried, caplog, monkeypatch):
 
 def test_what_fails_in_all_ways_is_refused_with_the_reasons(hopper, tried, caplog, monkeypatch):
     tried.answers |= {way: {"fault": f"fault {i}"} for i, way in enumerate(proof.WAYS)}
-    reason = proof.against("delta_rule", HALF, (64, 64), CPU)
+    reason = proof.against("delta_rule", HALF, (64, 64), GPU)
     for i, way in enumerate(proof.WAYS):
         assert f"{way}: fault {i}" in reason and f"{way}: fault {i}" in caplog.text
     assert "delta_rule, float16, 64x64: auto takes the reference on sm_90 (Triton" in caplog.text
     forget(monkeypatch)
-    assert proof.against("delta_rule", HALF, (64, 64), CPU) == reason and len(tried.held) == 3
+    assert proof.against("delta_rule", HALF, (64, 64), GPU) == reason and len(tried.held) == 3
     # Without products there is no instruction to avoid.
-    proof.against("merge_topk", HALF, (), CPU)
+    proof.against("merge_topk", HALF, (), GPU)
     assert len(tried.held) == 5
 
 
 def test_what_could_not_be_tried_is_not_kept(hopper, tried, monkeypatch):
     tried.answers[proof.FIRST] = {"unable": "OutOfMemoryError: none left"}
-    assert "OutOfMemoryError: none left" in proof.against("delta_rule", HALF, (64, 64), CPU)
-    assert proof.against("delta_rule", HALF, (64, 64), CPU) and len(tried.held) == 1
+    assert "OutOfMemoryError: none left" in proof.against("delta_rule", HALF, (64, 64), GPU)
+    assert proof.against("delta_rule", HALF, (64, 64), GPU) and len(tried.held) == 1
     forget(monkeypatch)
     tried.answers.clear()
-    assert proof.against("delta_rule", HALF, (64, 64), CPU) is None
+    assert proof.against("delta_rule", HALF, (64, 64), GPU) is None
 
 
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "null", '{"way": "first tiles"}', "ÿ", '{"surroundings": 1, "kind": 2, "way": 3}']
 )
 def test_a_corrupt_file_is_another_trial(hopper, tried, text, monkeypatch):
-    proof.verdict(KIND, CPU)
+    proof.verdict(KIND, GPU)
     (path,) = hopper.rglob("*.json")
     path.write_text(text)
     forget(monkeypatch)
-    assert proof.verdict(KIND, CPU).way == proof.FIRST and len(tried.held) == 2
+    assert proof.verdict(KIND, GPU).way == proof.FIRST and len(tried.held) == 2
     assert json.loads(path.read_text())["way"] == proof.FIRST
 
 
 @pytest.mark.parametrize("changed", ["torch", "triton", "ptxas", "kernels", "settings", "architecture"])
 def test_verdicts_of_other_versions_do_not_count(hopper, tried, changed, monkeypatch):
-    proof.verdict(KIND, CPU)
-    here = proof.surroundings(CPU)
+    proof.verdict(KIND, GPU)
+    here = proof.surroundings(GPU)
     forget(monkeypatch)
     monkeypatch.setattr(proof, "surroundings", lambda device: here | {changed: "another"})
-    assert proof.known(KIND, CPU) is None
+    assert proof.known(KIND, GPU) is None
     # Nor where the file of this one has another's content.
     (path,) = hopper.rglob("*.json")
     monkeypatch.setattr(proof, "_file", lambda kind, here: path)
-    assert proof.known(KIND, CPU) is None
+    assert proof.known(KIND, GPU) is None
     monkeypatch.setattr(proof, "surroundings", lambda device: here)
-    assert proof.known(KIND, CPU).way == proof.FIRST
+    assert proof.known(KIND, GPU).way == proof.FIRST
 
 
 def test_a_changed_source_is_another_version(hopper, monkeypatch, tmp_path):
-    before = proof.surroundings(CPU)["kernels"]
+    before = proof.surroundings(GPU)["kernels"]
     (tmp_path / "kernel.py").write_text("x = 1")
     monkeypatch.setattr(proof, "__file__", str(tmp_path / "proof.py"))
     proof.surroundings.cache_clear()
-    assert proof.surroundings(CPU)["kernels"] != before
+    assert proof.surroundings(GPU)["kernels"] != before
     proof.surroundings.cache_clear()
 
 
@@ -221,7 +221,7 @@ def test_a_home_that_cannot_be_written_is_no_error(hopper, tried, monkeypatch, t
         monkeypatch.setenv("XDG_CACHE_HOME", str(home))
         forget(monkeypatch)
         tried.held.clear()
-        assert proof.verdict(KIND, CPU).way == proof.verdict(KIND, CPU).way == proof.FIRST
+        assert proof.verdict(KIND, GPU).way == proof.verdict(KIND, GPU).way == proof.FIRST
         assert len(tried.held) == 1
 
 
@@ -282,20 +282,20 @@ def test_a_kernel_that_faults_ends_only_the_trial(hopper, monkeypatch, answer, l
 
 def test_nothing_is_tried_within_a_cuda_graph(hopper, tried, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert "a CUDA graph is captured" in proof.against("delta_rule", HALF, (64, 64), CPU)
+    assert "a CUDA graph is captured" in proof.against("delta_rule", HALF, (64, 64), GPU)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert proof.against("delta_rule", HALF, (64, 64), CPU) is None
+    assert proof.against("delta_rule", HALF, (64, 64), GPU) is None
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert proof.against("delta_rule", HALF, (64, 64), CPU) is None and len(tried.held) == 1
+    assert proof.against("delta_rule", HALF, (64, 64), GPU) is None and len(tried.held) == 1
 
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """``auto`` decides on CPU tensors as on a GPU's."""
+    """``auto`` decides on GPU tensors as on a GPU's."""
     decide = backend.against_triton
 
     def on_a_gpu(call, *tensors, products=True):
-        place = {"device": torch.device("cuda", 0)}
+        place = {"device": GPU}
         stubs = [
             None
             if x is None
@@ -378,12 +378,12 @@ def test_only_auto_tries(tried):
 
 
 def test_proven_machines_need_no_trial(hopper, tried, monkeypatch):
-    here = proof.surroundings(CPU)
+    here = proof.surroundings(GPU)
     for changed in (("sm_90", here["triton"], "13.1"), ("sm_90", "3.0", "12.8"), ("sm_80", here["triton"], "12.8")):
         monkeypatch.setattr(proof, "PROVEN", frozenset({changed}))
-        assert proof.known(KIND, CPU) is None
+        assert proof.known(KIND, GPU) is None
     monkeypatch.setattr(proof, "PROVEN", frozenset({("sm_90", here["triton"], "12.8")}))
-    assert proof.against(*KIND, CPU) is None and not tried.held
+    assert proof.against(*KIND, GPU) is None and not tried.held
 
 
 def test_the_ways_reach_the_launch(monkeypatch):
