@@ -43,11 +43,6 @@ PACKAGES = ("torch", "triton", "transformers", "accelerate", "flash-attn", "flas
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PLACE = torch.device("cuda", 0) if DEVICE.type == "cuda" else DEVICE
 FLA = ("linear_attention", "delta_rule")
-REFERENCE = (
-    "large_chunk_memory",
-    "read_memory",
-    "nominate_documents",
-)
 
 
 def x(*shape: int) -> torch.Tensor:
@@ -80,7 +75,7 @@ def documents(**options: Any) -> Any:
 
 
 ATTENTIONS = ("chunk_sparse_attention", "chunk_mean_attention", "prefix_window_attention")
-# For each op with Triton's kernels, calls beyond its limits; the op's error states the limit.
+# Calls beyond the limits of Triton's kernels; the op's error states the limit.
 TOO_MUCH: dict[str, list[Callable[[], Any]]] = {
     "linear_attention": [lambda: ops.linear_attention(*[x(1, 1, 1, 999)] * 4, backend="triton")],
     "delta_rule": [lambda: ops.delta_rule(*[x(1, 1, 1, 999)] * 3, x(1, 1, 1), backend="triton")],
@@ -92,20 +87,16 @@ TOO_MUCH: dict[str, list[Callable[[], Any]]] = {
     ],
     "segmented_neural_memory": [lambda: memories(999)],
     "chunk_topk": [lambda: ops.chunk_topk(x(1, 1, 1, 16), x(1, 1, 1, 16), top_k=999, backend="triton")],
-    "invert_chunks": [],
     **{op: [partial(attention, op, 1, 999), partial(attention, op, 99, 16)] for op in ATTENTIONS},
     "route_documents": [lambda: documents(chunk_reduce="mean"), lambda: documents(top_k=999)],
     "merge_topk": [lambda: ops.merge_topk([(x(1, 1).long(), x(1, 1))], top_k=999, backend="triton")],
-    "segment_mean_pool": [],
-    "dispatch_tokens": [],
-    "combine_reads": [],
 }
 
 
 def limits(op: str) -> list[str]:
     """The limits of Triton's kernels, from the op's own errors."""
     said = []
-    for call in TOO_MUCH[op]:
+    for call in TOO_MUCH.get(op, []):
         try:
             call()
         except ValueError as error:
@@ -203,7 +194,8 @@ def main() -> None:
         here = proof.surroundings(PLACE)
         for fault in proof.known_faults(here["architecture"], here["triton"], here["ptxas"]):
             say("known faults", fault)
-    for op in TOO_MUCH:
+    with_kernels = dict.fromkeys(name.partition(", ")[0] for name, call in CALLS.items() if call.triton)
+    for op in with_kernels:
         known = with_triton(op, "triton", x(1, 1), None)
         available, refused = with_fla(known, "fla", x(1, 1), None) if op in FLA else known
         first, because = available[0], None
@@ -219,8 +211,9 @@ def main() -> None:
         if "triton" not in refused:
             said += [f"triton's kernels {limit}" for limit in limits(op)]
         say(op, "; ".join([*said, *(f"{name} cannot: {reason}" for name, reason in refused.items())]))
-    for op in REFERENCE:
-        say(op, "reference, its only one")
+    for op in sorted(CALLS.keys() - with_kernels - {"grouped_linear"}):
+        if not CALLS[op].triton:
+            say(op, "reference, its only one")
     rows = x(16, 16)
     fast = "by_group"
     if DEVICE.type != "cpu":

@@ -10,7 +10,7 @@ Files:
 import torch
 from torch import Tensor
 
-from memlm_kernels.backend import choose, with_triton
+from memlm_kernels.backend import pick
 from memlm_kernels.checks import FLOATS, check_tensors
 from memlm_kernels.rms_norm.reference import norm, rms_norm_reference
 
@@ -54,7 +54,7 @@ def rms_norm(
     if dtype not in FLOATS:
         raise ValueError(f"dtype={dtype} is no type of floats that ops take")
     limit = f"its kernels take at most {_WIDEST} channels, not {len(weight)}" if len(weight) > _WIDEST else None
-    chosen = choose("rms_norm", backend, *with_triton(x, limit, weight, gate, other, products=False))
+    chosen = pick("rms_norm", backend, x, limit, weight, gate, other, products=False)
     if chosen == "reference" or x.numel() == 0:
         return rms_norm_reference(x, weight, gate, other, eps, dtype)
     from memlm_kernels.rms_norm.triton import rms_norm_triton
