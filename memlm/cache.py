@@ -1,7 +1,7 @@
 """``MemoryCache``: the memory of a model as a user's object. Keep it, copy it, save it, continue from it."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +40,19 @@ class MemoryCache(Cache):
     fingerprint. A memory keeps its model alive. If compiled code begins a memory, the first ``save`` takes the weights
     of that moment as those of the beginning.
 
+    fixed: later calls write into the tensors of the first one, without gradients. So a step of decoding is a graph of
+        the device, by ``torch.compile(model, mode="reduce-overhead")``. A failed call may leave the memory half
+        written, and ``fork`` copies it. Raises ValueError if a layer keeps every token
     read: [B], a hash of the ids that each stream has read; ``generate`` recognises these ids at the start of a prompt.
         None if some inputs were not ids
     """
 
-    is_compileable = False
     # transformers skips ids that a cache has read unless all its layers are linear.
     is_linear = (False,)
 
-    def __init__(self) -> None:
+    def __init__(self, fixed: bool = False) -> None:
         super().__init__(layers=[])
+        self.fixed = fixed
         self._forget()
 
     def _forget(self) -> None:
@@ -58,13 +61,28 @@ class MemoryCache(Cache):
         self.position: Tensor | None = None
         self.start: int | None = 0
         self.signature: str | None = None
-        self.seen = 0
+        # A tensor in a fixed memory, so that compiled code holds no number that changes.
+        self._seen: int | Tensor = 0
         self.read: Tensor | None = None
         # The model that continues it, and a snapshot of its weights.
         self.model: PreTrainedModel | None = None
         self.weights: Snapshot | None = None
         # The fingerprint in the file, until a model continues the memory; None accepts any weights.
         self.fingerprint: str | None = None
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate`` compiles its steps on a GPU."""
+        return self.fixed
+
+    @property
+    def seen(self) -> int:
+        """Tokens passed so far, with padding. A fixed memory waits for the device."""
+        return int(self._seen)
+
+    @seen.setter
+    def seen(self, number: int) -> None:
+        self._seen = number
 
     def __len__(self) -> int:
         return len(self.states)
@@ -129,8 +147,53 @@ class MemoryCache(Cache):
             self.model, self.signature = model, _signature(model, dtype)
             # A compiler cannot inspect weights.
             self.weights = None if torch.compiler.is_compiling() else Snapshot(model)
-        self.states, self.seen, self.read = states, self.seen + rows.length, read
+        if self.fixed and self.states:
+            self._write(states, rows, read)
+            return
+        if self.fixed:
+            kept = [type(layer.mixer).__module__ for layer in model.base_model.layers if layer.mixer.grows]
+            if kept:
+                kind = kept[0].rpartition(".")[2]
+                raise ValueError(f"past_key_values: a memory of kind {kind!r} keeps every token; leave fixed=True out")
+        self.states, self._seen, self.read = states, self._seen + rows.length, read
         self.position, self.start = rows.after_B, rows.next_start
+        if self.fixed:
+            self._fix()
+
+    @torch.compiler.disable(reason="run the first call of a fixed memory without torch.compile")
+    def _fix(self) -> None:
+        """Give each state tensors of its own, whose addresses compiled code may keep."""
+        assert self.position is not None
+        # Positions on the device alone: code that knows a number would serve one token.
+        self.start, self._seen = None, torch.full((), self.seen, device=self.position.device)
+        self.states = [mapped(lambda x: x.detach().clone(), state) for state in self.states]
+        self.position = self.position.clone()
+        self.read = None if self.read is None else self.read.clone()
+        for x in self._tensors():
+            torch._dynamo.mark_static_address(x, guard=False)
+
+    def _tensors(self) -> Iterator[Tensor]:
+        """All tensors of a memory that is not empty."""
+        for state in self.states:
+            yield from leaves(state)
+        yield from (x for x in (self.position, self.read, self._seen) if isinstance(x, Tensor))
+
+    @torch.no_grad()
+    def _write(self, states: list[State], rows: Rows, read: Tensor | None) -> None:
+        """Write the states after a call into the tensors of a fixed memory."""
+        assert self.position is not None and isinstance(self._seen, Tensor)
+        into, new = [self.position], [rows.after_B]
+        for before, after in zip(self.states, states, strict=True):
+            old = [*leaves(before)]
+            into += old
+            # A tensor may take another's place, as an anchor does.
+            in_order = leaves(mapped(lambda _, x: x, before, after))
+            new += [x.clone() if any(x is y for y in old) else x for x in in_order]
+        if self.read is not None:
+            into.append(self.read)
+            new.append(self.read if read is None else read)
+        torch._foreach_copy_(into, new)
+        self._seen.add_(rows.length)
 
     def reading(self, ids_BT: Tensor | None, mask_BT: Tensor | None = None) -> Tensor | None:
         """The hash [B] after these ids [B, T], without ids that the mask [B, T] excludes. Does not wait for the
@@ -159,7 +222,6 @@ class MemoryCache(Cache):
         return -1 if self.position is None else len(self.position)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens passed so far, with padding."""
         return self.seen
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
@@ -178,12 +240,15 @@ class MemoryCache(Cache):
 
         def once(x: Tensor) -> Tensor:
             if id(x) not in made:
-                made[id(x)] = function(x)
+                new = function(x)
+                if self.fixed and new.shape == x.shape and new.device == x.device:
+                    new = x.copy_(new)
+                made[id(x)] = new
             return made[id(x)]
 
         self.states = [mapped(once, state) for state in self.states]
-        self.read = None if self.read is None else function(self.read)
-        self.position = None if self.position is None else function(self.position)
+        self.read = None if self.read is None else once(self.read)
+        self.position = None if self.position is None else once(self.position)
 
     def _select(self, name: str, rows: Tensor | list[int]) -> None:
         rows = self._rows(name, rows)
@@ -239,8 +304,11 @@ class MemoryCache(Cache):
     def fork(self) -> "MemoryCache":
         """An independent copy. It shares the tensors, so it costs nothing until one of the two continues."""
         other = MemoryCache()
-        other.__dict__ |= self.__dict__
+        other.__dict__ |= self.__dict__ | {"fixed": False}
         other.states = [mapped(lambda x: x, state) for state in self.states]
+        if self.fixed:
+            other.seen = self.seen
+            other._map(Tensor.clone)
         return other
 
     __copy__ = fork

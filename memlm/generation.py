@@ -65,10 +65,21 @@ class MemoryGenerationMixin(GenerationMixin):
         return super().generate(inputs, generation_config, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic", "static"):
+            raise ValueError(
+                f"cache_implementation={kind!r}: a memory is 'dynamic', or 'static' to keep its addresses"
+            )
         if generation_config.use_cache and model_kwargs.get(CACHE) is None:
             # Set before the first call, because prefill_chunk_size looks for it.
-            model_kwargs[CACHE] = MemoryCache()
+            model_kwargs[CACHE] = MemoryCache(fixed=kind == "static")
+            generation_config.cache_implementation = None
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+        """transformers makes masks of attention for a compiled step; here a mask is of padding alone."""
+        return attention_mask
 
     def _prefill(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
@@ -119,10 +130,13 @@ class MemoryGenerationMixin(GenerationMixin):
         inputs.pop("position_ids", None)
         read = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         memory = inputs.get(CACHE)
-        new, past = read.shape[1], 0 if memory is None else memory.get_seq_length()
-        if attention_mask is not None and bool(attention_mask[:, attention_mask.shape[1] - new :].all()):
-            # Without a mask the faster paths are open. Generation waits for the device at every token anyway.
+        new, generated = read.shape[1], next_sequence_length == 1 and not is_first_iteration
+        if attention_mask is not None and (
+            generated or bool(attention_mask[:, attention_mask.shape[1] - new :].all())
+        ):
+            # Without a mask the faster paths are open. A generated token is never padding.
             inputs.pop("attention_mask")
+        past = 0 if memory is None or doc_ids is None else memory.get_seq_length()
         if doc_ids is not None and past < doc_ids.shape[1]:
             # Generated tokens are a response.
             doc_ids = F.pad(doc_ids, (0, max(0, past + new - doc_ids.shape[1])), value=RESPONSE)

@@ -317,8 +317,9 @@ class MemLMModel(MemLMPreTrainedModel):
                 raise ValueError("roles.counts are of rows without an attention_mask; leave them out")
         padding = None
         if attention_mask is not None:
-            widths = {length, length + (memory.get_seq_length() if memory is not None else 0)}
-            if attention_mask.ndim != 2 or attention_mask.shape[1] not in widths:
+            widths = {length, length + (memory.get_seq_length() if memory is not None and not memory.fixed else 0)}
+            fits = attention_mask.shape[-1] in widths or (memory is not None and memory.fixed)
+            if attention_mask.ndim != 2 or not fits:
                 allowed = " or ".join(map(str, sorted(widths)))
                 raise ValueError(f"attention_mask {list(attention_mask.shape)} must be [batch, {allowed}]")
             padding = Padding.of(attention_mask[:, attention_mask.shape[1] - length :])
