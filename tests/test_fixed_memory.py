@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 # Their states keep every token.
 GROWING = ("attention", "chunk_sparse", "msa")
-# Of these the host knows no place in a chunk, so they take the way of packed rows, which rounds otherwise.
+# Without a place in a chunk that the host knows, these take the way of packed rows, which rounds otherwise.
 ROUNDED = ("lact", "titans_mac", "titans_tnt")
 FIXED = [
     pytest.param(name, marks=[] if name == "titans_mag" else pytest.mark.slow)

@@ -24,7 +24,9 @@ Files:
     backend             the choice of a backend, per call or for all (``hardware.kernels``)
     loops               loops in Python as single ops for a compiler
     launch              launching Triton kernels: tiles and shared code
+    ops                 ops of torch that launch kernels, at little host time
     topk                the largest scores and their entries
+    calls               a call of every op, of any size
     testing             comparison and gradients for tests
 """
 

@@ -8,7 +8,7 @@ Files:
     scan                the loop over chunks, with its own backward
     chunk, chunk_backward  one step of that loop, and its gradients
     rates               the scalars of the dual form, and their gradients
-    blocks, block_rates a memory of one layer in blocks of tokens: its chunks as one triangular system
+    blocks, block_rates  a memory of one layer in blocks of tokens: its chunks as one triangular system
     network, losses     the network of the memory, and the inner losses
     segmented           the linear memory over segments: many memories in a row of tokens
     block_kernels, block_backward_kernels, triton  Triton: the memory of one layer in blocks, and the op around it
