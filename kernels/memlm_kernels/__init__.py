@@ -20,8 +20,10 @@ Files:
     short_convolution   the causal convolution in front of a memory
     grid                rows of tokens, ragged or packed, laid on chunks
     segments            rows as segments, each with its own state, laid on chunks
+    pieces              a recurrence cut along its rows
     checks              checks of types, devices and indices, shared by all ops
     backend             the choice of a backend, per call or for all (``hardware.kernels``)
+    proof, trial        the checks of kernels on this machine, and their verdicts
     loops               loops in Python as single ops for a compiler
     launch              launching Triton kernels: tiles and shared code
     ops                 ops of torch that launch kernels, at little host time
