@@ -7,7 +7,16 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from memlm_kernels import SegmentedMemoryState, delta_rule, linear_attention, pieces, segmented_neural_memory
+from memlm_kernels import (
+    NeuralMemoryState,
+    SegmentedMemoryState,
+    delta_rule,
+    linear_attention,
+    neural_memory,
+    pieces,
+    segmented_neural_memory,
+)
+from memlm_kernels.neural_memory import triton as memory_triton
 from memlm_kernels.pieces import cut, in_pieces, pieces_of
 
 BATCH, LENGTH, HEADS, KEYS, VALUES = 3, 50, 2, 8, 6
@@ -101,20 +110,50 @@ def test_every_token_is_in_a_piece_of_its_segment():
         assert of.opens[b].sum() == 4
 
 
-@pytest.mark.parametrize("rule", ["gated delta", "a decay per channel"])
-def test_kernels_take_long_rows_in_pieces(rule, monkeypatch):
+LONG = ["gated delta", "neural memory"]
+MORE = ["a decay per channel", "segmented memory", "neural memory of whole rows"]
+
+
+def run(case, given, state):
+    """The results of Triton's kernels on a row of 26 tokens."""
+    q, k, v, lr, decay, channels = given
+    rates = (lr, 0.3 * lr, 0.1 * lr)
+    cu = torch.tensor([[0, 9, 25]])
+    if case in RULES:
+        return RULES[case][0](q, k, v, lr, decay, channels, cu_seqlens=cu, state=state, backend="triton")
+    if case == "segmented memory":
+        memory = SegmentedMemoryState(torch.stack([state, -state, 0.5 * state], 2), torch.tensor([[3, 0]]))
+        o, (memory, _) = segmented_neural_memory(
+            q, k, v, *rates, chunk_size=4, cu_seqlens=cu, state=memory, backend="triton"
+        )
+        return o, memory
+    if case == "neural memory":
+        parts = [(x,) for x in (state[:, 0], -state[:, 0], 0.5 * state[:, 0])]
+        places = {"cu_seqlens": cu, "state": NeuralMemoryState(*parts, torch.tensor([3]))}
+    else:
+        places = {"start": 0}
+    o, memory, surprise = neural_memory(
+        q, k, v, *rates, weights=[state[0, 1]], chunk_size=4, **places, backend="triton"
+    )
+    parts = [x for part in memory[:3] for x in part]
+    torch.testing.assert_close(surprise[:, 25:].sum() * (case == "neural memory"), torch.tensor(0.0))
+    return o, *parts, surprise[:, :25]
+
+
+@pytest.mark.parametrize("case", [*LONG, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)])
+def test_kernels_take_long_rows_in_pieces(case, monkeypatch):
     """Where a device would have idle multiprocessors."""
-    op, _ = RULES[rule]
-    given = [x[:1].requires_grad_() for x in inputs(torch.float32, 26, 16, 16)]
-    state, cu = given[-1][:, :2], torch.tensor([[0, 9, 25]])
-    results, counts, real = [], [], pieces.in_pieces
+    *given, state = (x[:1].requires_grad_() for x in inputs(torch.float32, 26, 16, 16))
+    results, counts, real = [], [], pieces.cut
     monkeypatch.setattr(pieces, "SHORTEST", 8)
-    monkeypatch.setattr(pieces, "in_pieces", lambda *a: counts.append(a[2].cu.shape[1]) or real(*a))
+    for module in (pieces, memory_triton):
+        monkeypatch.setattr(module, "cut", lambda *a: counts.append(a[2]) or real(*a))
     for processors in (0, 50):
         monkeypatch.setattr(pieces, "slots", lambda device, processors=processors: processors)
-        out = op(*given[:-1], cu_seqlens=cu, state=state, backend="triton")
-        results.append((*out, *gradients(out, given)))
-    assert counts == [2 + 3]
+        out = run(case, given, state[:, :2])
+        # A surprise has no gradient.
+        results.append((*out, *gradients([x for x in out if x.requires_grad], [*given, state])))
+    assert counts == [3]
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(y, x, atol=3e-5, rtol=3e-5)
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -26,7 +27,8 @@ from memlm_kernels.neural_memory.block_kernels import (
 )
 from memlm_kernels.neural_memory.reference import NeuralMemoryState, Tokens
 from memlm_kernels.ops import kernel_op
-from memlm_kernels.segments import chunk_width, next_position, segments_of
+from memlm_kernels.pieces import cut, in_pieces, pieces_of
+from memlm_kernels.segments import chunk_width, next_position, segments_of, whole_rows
 
 WIDTH = 64
 _STATE = ("last_W", "last_S", "last_anchor")
@@ -377,17 +379,37 @@ def memory_triton(
 ) -> tuple[Tensor, NeuralMemoryState, Tensor | None]:
     """``reference._blocks``"""
     q, k, v = in_one_type(*tokens[:3])
+    tokens = Tokens(q, k, v, *tokens[3:])
+    position = state.position + q.shape[1] if cu_seqlens is None else next_position(cu_seqlens, state.position)
+    if (count := _pieces_of(tokens, segments_of(cu_seqlens))) > 1:
+        cu = whole_rows(q) if cu_seqlens is None else cu_seqlens.long()
+        memory, before = _of_documents(state, initial, cu)
+        o, after, squares = _in_pieces(count, with_surprise, tokens, chunk_size, cu, memory, before)
+        last = torch.where(cu.diff(dim=1) > 0, torch.arange(cu.shape[1] - 1, device=cu.device), 0).amax(1)
+        parts = after[torch.arange(len(after), device=cu.device), last].unbind(1)
+        return o, NeuralMemoryState(parts[:1], parts[1:-1], parts[-1:], position), _surprise(k, squares)
     W, S, anchor = (x[0].float()[:, None] if x else None for x in state[:3])
     places: tuple[Any, ...] = (state.position[:, None], W, S, anchor, initial)
     if start is not None and start % chunk_size == 0:
         places = (None, W, S, None, None)
     made = _run(with_surprise, q, k, v, *tokens[3:6], cu_seqlens, *places, chunk_size)
-    surprise = None
-    if with_surprise:
-        surprise = torch.linalg.vector_norm(k.detach().float(), dim=-1) * made["squares"].detach().sqrt()
     weights, momentum, anchors = ((made[name][:, 0],) if name in made else () for name in _STATE)
-    position = state.position + q.shape[1] if cu_seqlens is None else next_position(cu_seqlens, state.position)
-    return made["o"], NeuralMemoryState(weights, momentum, anchors, position), surprise
+    return made["o"], NeuralMemoryState(weights, momentum, anchors, position), _surprise(k, made.get("squares"))
+
+
+def _surprise(k: Tensor, squares: Tensor | None) -> Tensor | None:
+    """The norms of the tokens' gradients k^T e. squares: |e|^2"""
+    return None if squares is None else torch.linalg.vector_norm(k.detach().float(), dim=-1) * squares.detach().sqrt()
+
+
+def _of_documents(state: NeuralMemoryState, initial: Tensor, cu: Tensor) -> tuple[Tensor, Tensor]:
+    """The memory before each document, [B, S, 3, H, K, V], and the tokens that it had in earlier calls, [B, S]."""
+    fresh = torch.stack([initial, *(torch.zeros_like(initial) for _ in state.momentum), initial], 1)
+    kept = torch.stack([part[0].float() for part in state[:3] if part], 1)
+    goes_on = (state.position > 0)[:, None, None, None, None]
+    others = fresh[:, None].expand(-1, cu.shape[1] - 2, *fresh.shape[1:])
+    memory = torch.cat([torch.where(goes_on, kept, fresh)[:, None], others], 1)
+    return memory, F.pad(state.position[:, None], (0, cu.shape[1] - 2))
 
 
 def segments_triton(
@@ -397,7 +419,48 @@ def segments_triton(
 
     memory: [B, S, 3, H, K, V], W, S and the anchor of each segment; 2 without S   position: [B, S]
     """
+    if (count := _pieces_of(tokens, memory.shape[1])) == 1:
+        return _segments(False, tokens, chunk_size, cu_seqlens, memory, position)[:2]
+    cu = whole_rows(tokens.q) if cu_seqlens is None else cu_seqlens.long()
+    return _in_pieces(count, False, tokens, chunk_size, cu, memory, position)[:2]
+
+
+def _segments(
+    with_surprise: bool,
+    tokens: Tokens,
+    chunk_size: int,
+    cu_seqlens: Tensor | None,
+    memory: Tensor,
+    position: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The results of ``segments_triton``, and the squares of the errors' norms."""
     W, *S, anchor = memory.unbind(2)
     places = (cu_seqlens, position, W, S[0] if S else None, anchor, None)
-    made = _run(False, *tokens[:6], *places, chunk_size)
-    return made["o"], torch.stack([made[name] for name in _STATE if name in made], 2)
+    made = _run(with_surprise, *tokens[:6], *places, chunk_size)
+    return made["o"], torch.stack([made[name] for name in _STATE if name in made], 2), made.get("squares")
+
+
+def _pieces_of(tokens: Tokens, segments: int) -> int:
+    (batch, length, heads, keys), columns = tokens.q.shape, tokens.v.shape[-1]
+    parts = 1 if tokens.momentum is None else 2
+    return pieces_of(tokens.q, length, batch * segments * heads * cdiv(columns, 64), parts * keys, columns)
+
+
+def _in_pieces(
+    count: int, with_surprise: bool, tokens: Tokens, chunk_size: int, cu: Tensor, memory: Tensor, position: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``_segments``, each row in ``count`` pieces, which begin with chunks: the anchor before them has no effect."""
+    of = cut(cu, tokens.q.shape[1], count, chunk_size, position)
+    before = of.cu[:, :-1] - cu.gather(1, of.owner) + position.gather(1, of.owner)
+    sizes, squares = memory.shape, None
+
+    def op(v: Tensor, cu: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal squares
+        rows = state.unflatten(3, (sizes[2], -1)).transpose(2, 3)
+        o, after, squares = _segments(with_surprise, tokens._replace(v=v), chunk_size, cu, rows, before)
+        return o, after.transpose(2, 3).flatten(3, 4)
+
+    rows = sizes[2] * sizes[4]
+    unit = torch.eye(rows, rows - sizes[4], device=memory.device)
+    o, after = in_pieces(op, tokens.v, of, memory.transpose(2, 3).flatten(3, 4), unit)
+    return o, after.unflatten(3, (sizes[2], -1)).transpose(2, 3), squares
