@@ -17,7 +17,7 @@ from memlm_kernels.rms_norm.reference import norm, rms_norm_reference
 __all__ = ["norm", "rms_norm"]
 
 # Kernels hold a whole vector.
-_WIDEST = 16384
+_WIDEST = 8192
 
 
 def rms_norm(

@@ -9,10 +9,11 @@ import triton.language as tl
 
 from memlm_kernels.launch import load_tile, store_tile, tiled
 
+# Warps are cut to the width.
 _TILES = [
-    {"BN": 32, "num_warps": 4, "num_stages": 1},
-    {"BN": 16, "num_warps": 4, "num_stages": 1},
-    {"BN": 4, "num_warps": 8, "num_stages": 1},
+    {"BN": 32, "num_warps": 16, "num_stages": 1},
+    {"BN": 16, "num_warps": 16, "num_stages": 1},
+    {"BN": 8, "num_warps": 16, "num_stages": 1},
 ]
 
 

@@ -13,13 +13,13 @@ from memlm_kernels.rms_norm.kernels import normalise, normalise_backward
 from memlm_kernels.segments import power_of_two
 
 # Elements of a tile, which its threads hold in registers several times.
-_TILE = 4096
+_TILE = 2048
 
 
 def _sizes(x: Tensor, eps: float) -> tuple[dict[str, int], dict[str, Any]]:
     """The limits of tiles, and the sizes of the kernels."""
     count, width = x.numel() // x.shape[-1], power_of_two(x.shape[-1])
-    limits = {"BN": min(power_of_two(count), max(1, _TILE // width))}
+    limits = {"BN": min(power_of_two(count), max(1, _TILE // width)), "num_warps": max(4, width // 512)}
     return limits, {"N": count, "K": x.shape[-1], "EPS": eps, "BK": width}
 
 
