@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from memlm_kernels import grouped_linear, rms_norm, short_convolution
-from memlm_kernels.backend import as_autocast
+from memlm_kernels.backend import as_autocast, autocast_type
 from memlm_kernels.grid import pick, place
 from memlm_kernels.grouped_linear import linear_of_group
 from memlm_kernels.rms_norm import norm
@@ -27,11 +27,17 @@ class RMSNorm(nn.RMSNorm):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__(size, eps)
 
-    def forward(self, x: Tensor, gate: Tensor | None = None, other: Tensor | None = None) -> Tensor:
-        """The norm, or, with a gate, the results of ``memlm_kernels.rms_norm``, in the gate's shape and dtype."""
-        if gate is None:
+    def forward(
+        self, x: Tensor, gate: Tensor | None = None, other: Tensor | None = None, for_products: bool = False
+    ) -> Tensor:
+        """The norm; with a gate, the result of ``memlm_kernels.rms_norm``.
+
+        for_products: round to autocast's type, once; each of the products that follow would round again
+        """
+        dtype = autocast_type(x) if for_products and x.dtype == torch.float32 else None
+        if gate is None and dtype is None:
             return norm(x, self.weight, self.eps)
-        return rms_norm(x, self.weight, gate, other, eps=self.eps)
+        return rms_norm(x, self.weight, gate, other, eps=self.eps, dtype=dtype)
 
 
 class Rope(NamedTuple):

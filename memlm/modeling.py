@@ -76,9 +76,9 @@ class MemLMDecoderLayer(nn.Module):
             mixed = checked(self.mixer(x_BTD, state, rows), self.mixer, x_BTD)
             x_BTD = x_BTD + self.post_attention_layernorm(mixed.y_BTD)
             return mixed._replace(y_BTD=x_BTD + self.post_feedforward_layernorm(self.mlp(x_BTD)))
-        mixed = checked(self.mixer(self.input_layernorm(x_BTD), state, rows), self.mixer, x_BTD)
+        mixed = checked(self.mixer(self.input_layernorm(x_BTD, for_products=True), state, rows), self.mixer, x_BTD)
         x_BTD = x_BTD + mixed.y_BTD
-        return MixerOutput(x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), *mixed[1:])
+        return MixerOutput(x_BTD + self.mlp(self.post_attention_layernorm(x_BTD, for_products=True)), *mixed[1:])
 
 
 class MemLMPreTrainedModel(PreTrainedModel):

@@ -145,14 +145,17 @@ def exact_products(x: Tensor) -> bool:
     return x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
 
 
+def autocast_type(x: Tensor) -> torch.dtype | None:
+    """The type that fp32 becomes in torch's own products on x's device; None outside autocast."""
+    device = x.device.type
+    # Autocast knows no meta device.
+    return None if device == "meta" or not torch.is_autocast_enabled(device) else torch.get_autocast_dtype(device)
+
+
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the type that torch's own products take: under autocast, fp32 becomes autocast's type."""
-    device = tensors[0].device.type
-    # Autocast knows no meta device.
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if x.dtype == torch.float32 else x for x in tensors)
+    dtype = autocast_type(tensors[0])
+    return tensors if dtype is None else tuple(x.to(dtype) if x.dtype == torch.float32 else x for x in tensors)
 
 
 def outside_autocast(backward: Callable[..., Any]) -> Any:

@@ -339,7 +339,7 @@ class Recurrence(nn.Module):
         Returns reads [B, T, H, V] in fp32 or more, the new state, and metrics if ``told``.
         """
         state, conv, config = dict(state), {}, self.config
-        parts: Any = {"sizes": config.sizes, "exact": True}
+        parts: Any = {"sizes": config.sizes, "dtype": torch.promote_types(qkv_BTC.dtype, torch.float32)}
         if self.rule.unit_keys:
             parts |= {"unit": 2, "head_dim": config.head_dim, "eps": 1e-6}
         if self.conv is None:

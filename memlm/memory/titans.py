@@ -36,6 +36,7 @@ from memlm.memory.state import State, in_order, numbered
 from memlm.memory.stretches import Tensors
 from memlm.settings import require
 from memlm_kernels import NeuralMemoryState, neural_memory
+from memlm_kernels.backend import autocast_type
 from memlm_kernels.neural_memory import (
     ACTIVATIONS,
     BLOCKS,
@@ -413,9 +414,13 @@ class NeuralMemory(SequenceMixer):
     ) -> ShortConvolutionOutput:
         """Parts after the convolution, the first ``unit`` as heads of unit length, and the history for the next call.
 
-        Parts are in fp32 or more: fp16 cannot hold small norms, and reads are rounded once, at the end.
+        Parts are in fp32 or more: fp16 cannot hold small norms, and reads are rounded once, at the end. Under autocast
+        the op rounds them, so they come rounded where nothing else is computed with them.
         """
-        parts |= {"unit": unit, "head_dim": self.config.memory_head_dim, "exact": True}
+        dtype = torch.promote_types(x[0].dtype, torch.float32)
+        if self.config.polynomial_degree == 1 and not self.config.memory_norm and rows.stretches is None:
+            dtype = autocast_type(x[0]) or dtype
+        parts |= {"unit": unit, "head_dim": self.config.memory_head_dim, "dtype": dtype}
         return self.conv(x, history_BWC, rows.history_BT, rows.lengths_B, **parts)
 
     def features(self, x_BTHK: Tensor) -> Tensor:

@@ -63,7 +63,13 @@ def test_the_kernels_are_the_reference(length, sizes, given, width, unit, head_d
         torch.arange(length) + 5,
         torch.cat([torch.arange(4, 4 + length // 2), torch.arange(length - length // 2)]),
     ]
-    options = {"sizes": sizes, "silu": True, "unit": unit, "head_dim": head_dim, "exact": unit > 0}
+    options = {
+        "sizes": sizes,
+        "silu": True,
+        "unit": unit,
+        "head_dim": head_dim,
+        "dtype": torch.float32 if unit else None,
+    }
     options |= {"positions": torch.stack(ends).to(DEVICE) if packed else None}
     found = {}
 
@@ -136,11 +142,11 @@ def test_the_op_keeps_the_rules_of_torch():
     parts = [part.contiguous() for part in x.detach().split([6, 5], -1)]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     x0, x1 = (part.requires_grad_() for part in parts)
-    arguments = (x0, x1, None, weight, state, PACKED.to(DEVICE), True, 1, 3, 0.0, True)
+    arguments = (x0, x1, None, weight, state, PACKED.to(DEVICE), True, 1, 3, 0.0, torch.float32)
     torch.library.opcheck(torch.ops.memlm.short_convolution, arguments, test_utils=tests)
 
     def call(x, weight, state, backend):
-        options = {"silu": True, "unit": 1, "head_dim": 3, "exact": True, "backend": backend}
+        options = {"silu": True, "unit": 1, "head_dim": 3, "dtype": torch.float32, "backend": backend}
         return short_convolution(x.split([6, 5], -1), weight, state=state, **options).o[0]
 
     compiled = torch.compile(lambda *x: call(*x, "triton"), fullgraph=True, backend="aot_eager")

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from memlm_kernels.backend import outside_autocast
 from memlm_kernels.grid import keep_last
-from memlm_kernels.segments import exact as in_fp32
+from memlm_kernels.segments import exact
 
 # Elements of the output that a CPU works on at once: 1 MB, which fits its cache.
 _AT_ONCE = 2**18
@@ -24,7 +24,7 @@ def short_convolution_reference(
     unit: int,
     head_dim: int,
     eps: float,
-    exact: bool,
+    dtype: torch.dtype | None,
     lengths: Tensor | None,
     positions: Tensor | None,
     state: Tensor | None,
@@ -34,16 +34,21 @@ def short_convolution_reference(
     past = joined if state is None else torch.cat([state.to(joined.dtype), joined], 1)
     y = convolve(past, weight, positions, silu)
     kept = keep_last(past, weight.shape[1] - 1, joined.shape[1], lengths)
-    return parts_of(y, sizes, unit, head_dim, eps, exact), kept
+    return parts_of(y, sizes, unit, head_dim, eps, dtype), kept
 
 
 def parts_of(
-    y: Tensor, sizes: Sequence[int], unit: int = 0, head_dim: int = 1, eps: float = 0.0, exact: bool = False
+    y: Tensor,
+    sizes: Sequence[int],
+    unit: int = 0,
+    head_dim: int = 1,
+    eps: float = 0.0,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     """y [B, T, C] in parts, as ``short_convolution`` returns them."""
-    if exact:
-        y = in_fp32(y)
+    y = y if dtype is None else exact(y)
     if unit == 0:
+        y = y if dtype is None else y.to(dtype)
         return (y,) if len(sizes) == 1 else y.split(list(sizes), -1)
     leading = sum(sizes[:unit])
     units, rest = y.split([leading, y.shape[-1] - leading], -1)
@@ -54,7 +59,7 @@ def parts_of(
         heads = unit_length(heads)
     whole = [(heads,) if unit == 1 else heads.split([size // head_dim for size in sizes[:unit]], -2)]
     whole.append((rest,) if unit + 1 == len(sizes) else rest.split(list(sizes[unit:]), -1))
-    return tuple(part for parts in whole for part in parts)
+    return tuple(part if dtype is None else part.to(dtype) for parts in whole for part in parts)
 
 
 def convolve(past: Tensor, weight: Tensor, positions: Tensor | None, silu: bool) -> Tensor:

@@ -51,12 +51,12 @@ def forward(
     unit: int,
     head_dim: int,
     eps: float,
-    exact: bool,
+    dtype: torch.dtype,
 ) -> list[Tensor]:
     x = _rows(x0, x1, x2)
     weight, state, positions = laid(weight, state, positions)
     batch, length = x0.shape[:2]
-    y = [_out(part, exact) for part in x]
+    y = [_out(part, dtype) for part in x]
     sizes = _sizes(x, weight, silu, unit, head_dim, eps)
     count = _tiles(x, sizes)
     convolve(
@@ -80,13 +80,13 @@ def _rows(*x: Tensor | None) -> list[Tensor]:
     return rows
 
 
-def _out(part: Tensor, exact: bool) -> Tensor:
-    return torch.empty(part.shape, device=part.device, dtype=torch.float32 if exact else part.dtype)
+def _out(part: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(part.shape, device=part.device, dtype=dtype)
 
 
 @forward.register_fake
-def _(x0, x1, x2, weight, state, positions, silu, unit, head_dim, eps, exact):  # type: ignore[no-untyped-def]
-    return [_out(part, exact) for part in (x0, x1, x2) if part is not None]
+def _(x0, x1, x2, weight, state, positions, silu, unit, head_dim, eps, dtype):  # type: ignore[no-untyped-def]
+    return [_out(part, dtype) for part in (x0, x1, x2) if part is not None]
 
 
 @kernel_op("short_convolution_backward")
@@ -108,7 +108,7 @@ def backward(
     x = _rows(x0, x1, x2)
     weight, state, positions = laid(weight, state, positions)
     batch, length = x0.shape[:2]
-    d_x = [_out(part, False) for part in x]
+    d_x = [_out(part, part.dtype) for part in x]
     d_state = None if state is None or not of_state else torch.empty_like(state)
     sizes = _sizes(x, weight, silu, unit, head_dim, eps)
     first, count = 0 if d_state is None else 1 - weight.shape[1], _tiles(x, sizes)
@@ -130,7 +130,7 @@ def backward(
 
 @backward.register_fake
 def _(d_y, x0, x1, x2, weight, state, positions, silu, unit, head_dim, eps, of_state):  # type: ignore[no-untyped-def]
-    d_x = [_out(part, False) for part in (x0, x1, x2) if part is not None]
+    d_x = [_out(part, part.dtype) for part in (x0, x1, x2) if part is not None]
     return [*d_x, torch.empty_like(weight), *([torch.empty_like(state)] if of_state else [])]
 
 
@@ -163,7 +163,7 @@ def short_convolution_triton(
     unit: int,
     head_dim: int,
     eps: float,
-    exact: bool,
+    dtype: torch.dtype | None,
     lengths: Tensor | None,
     positions: Tensor | None,
     state: Tensor | None,
@@ -174,7 +174,7 @@ def short_convolution_triton(
         parts = list((parts[0] if len(x) == 1 else torch.cat(parts, -1)).split(list(sizes), -1))
     held = state if spare else None
     given = [*parts, *[None] * (3 - len(parts))]
-    o = forward(*given, weight, held, positions, silu, unit, head_dim, eps, exact)
+    o = forward(*given, weight, held, positions, silu, unit, head_dim, eps, dtype or x[0].dtype)
     o = [part.unflatten(-1, (-1, head_dim)) if i < unit else part for i, part in enumerate(o)]
     if state is None:
         return tuple(part[:, spare:] for part in o), _last(x, x[0][:, :0], lengths, spare)
