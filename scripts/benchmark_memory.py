@@ -176,8 +176,6 @@ def layer_step(s: Setting) -> Callable:
     """A pass over one layer; ``decode`` has no peer."""
     import torch
 
-    from memlm.memory.rows import Rows
-
     torch.set_default_dtype(getattr(torch, s["dtype"]))
     layer = (build_memlm if s["what"] == "memlm" else build_peer)(s)
     x = torch.randn(s["batch"], s["tokens"], s["width"], requires_grad=True)
@@ -186,6 +184,9 @@ def layer_step(s: Setting) -> Callable:
     def call(x: torch.Tensor) -> tuple:
         if s["what"] != "memlm":
             return layer(x)
+        # Here, because the peer's environment lacks transformers.
+        from memlm.memory.rows import Rows
+
         rows = Rows(x.shape[1], torch.full((len(x),), start), start, metrics=False)
         return layer(x, layer.init_state(len(x), x.device, x.dtype) if state is None else state, rows)
 

@@ -105,8 +105,8 @@ def _inverse(plan: BlockPlan, N: Tensor) -> Tensor:
 
 
 def in_blocks(chunk_size: int, rows: int) -> bool:
-    """Whether blocks are faster than the loop over chunks on a CPU; rows: rows and heads. With more of them, short
-    chunks are large enough products.
+    """Whether blocks are faster than the loop over chunks, as measured on a CPU. With many rows and heads, chunks of
+    more than four tokens are large enough products themselves.
     """
     return chunk_size <= 4 or chunk_size**2 * rows <= 256
 

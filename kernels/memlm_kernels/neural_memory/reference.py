@@ -127,7 +127,9 @@ def neural_memory_reference(
             o, state, surprise = _step(plan, tokens, state, initial, chunk_size, window, start, tail)
             return o.to(v.dtype), state, surprise
         affine = len(weights) == 1 and norm is None and loss is squared_error and window == 1
-        if affine and (blocks is not None or (scan is None and in_blocks(chunk_size, batch * heads))):
+        # On a GPU a product costs its launch, as that of a single row on a CPU.
+        rows = 1 if q.is_cuda else batch * heads
+        if affine and (blocks is not None or (scan is None and in_blocks(chunk_size, rows))):
             o, state, surprise = (blocks or _blocks)(
                 tokens, state, initial[0], chunk_size, cu_seqlens, start, with_surprise
             )
