@@ -255,7 +255,7 @@ def block_solutions(
 
 @triton.jit
 def of_document(cu, position, row, s, S):
-    """Of a segment that is a document: whether it starts at ``initial``, and whether it is the row's last one."""
+    """Whether a segment that is a document starts at ``initial``, and whether it is the row's last one."""
     fresh = s > 0
     if position is not None:
         fresh = fresh | (tl.load(position + row) == 0)

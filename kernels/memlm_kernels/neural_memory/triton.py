@@ -32,7 +32,7 @@ from memlm_kernels.segments import chunk_width, next_position, segments_of, whol
 
 WIDTH = 64
 _STATE = ("last_W", "last_S", "last_anchor")
-# What backward takes of the arguments of ``forward``, and of its results.
+# The arguments and results of ``forward`` that backward takes.
 _SAVED = ("q", "k", "lr", "momentum", "decay", "cu_seqlens", "position", "anchor")
 _KEPT = ("X", "R", "rates", "d", "states_W", "states_S")
 
@@ -188,7 +188,7 @@ def _carried(call: _Call, W: Tensor, anchor: Tensor | None) -> Tensor | None:
 def _room(call: _Call, W: Tensor, S: Tensor | None, surprise: bool, keep: bool) -> Named:
     made = {"o": call.tokens(call.v), "last_W": torch.empty_like(W), "last_anchor": torch.empty_like(W)}
     if surprise:
-        # Of each tile of values.
+        # One for each tile of values.
         tiles = cdiv(call.values, 64)
         made["squares"] = call.tokens(call.q.new_empty(tiles, *call.q.shape[:3], dtype=torch.float32))
     if keep:
