@@ -41,7 +41,6 @@ from memlm_kernels.neural_memory import squared_error  # noqa: E402
 from memlm_kernels.neural_memory.deep import scan_deep  # noqa: E402
 from memlm_kernels.neural_memory.reference import Tokens, neural_memory_reference  # noqa: E402
 from memlm_kernels.neural_memory.segmented import SegmentedMemoryState, segmented_neural_memory  # noqa: E402
-from memlm_kernels.neural_memory.step_triton import step_triton  # noqa: E402
 from memlm_kernels.neural_memory.triton import memory_triton  # noqa: E402
 from memlm_kernels.recurrence.delta_triton import delta_rule_triton  # noqa: E402
 from memlm_kernels.recurrence.linear_triton import linear_attention_triton  # noqa: E402
@@ -179,7 +178,7 @@ def memory(
     )
     norm = None if hidden is None else (torch.ones(v.shape[2:]), torch.zeros(v.shape[2:]))
     cu_seqlens = torch.tensor([0, q.shape[1] // 2, q.shape[1]]).expand(len(q), -1)
-    rest = (squared_error, 1, None, cu_seqlens, None, True, scan_deep, 16, memory_triton, step_triton)
+    rest = (squared_error, 1, None, cu_seqlens, None, True, scan_deep, 16, memory_triton)
     o, state, _ = neural_memory_reference(tokens, weights, chunk_size, "gelu", norm, *rest)
     return o, *state.weights
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from memlm_kernels.backend import as_autocast, pick
-from memlm_kernels.checks import check_sizes, check_tensors, named
+from memlm_kernels.checks import asks_gradient, check_sizes, check_tensors, named
 from memlm_kernels.neural_memory.limits import WIDTH, memory_limit
 from memlm_kernels.neural_memory.losses import InnerLoss, dot_product, huber, lp, squared_error
 from memlm_kernels.neural_memory.network import ACTIVATIONS, Tail
@@ -35,7 +35,6 @@ from memlm_kernels.neural_memory.reference import (
     Blocks,
     LoopOverChunks,
     NeuralMemoryState,
-    OneToken,
     Tokens,
     block_size,
     neural_memory_reference,
@@ -141,15 +140,22 @@ def neural_memory(
     limit = memory_limit(q, v, weights, norm, loss, window, chunk_size)
     scan: LoopOverChunks | None = None
     blocks: Blocks | None = None
-    one_token: OneToken | None = None
     widest = 64
     kind = "neural_memory" if len(weights) == 1 else "neural_memory, two layers"
     if pick(kind, backend, q, limit, v) == "triton":
         from memlm_kernels.neural_memory.deep import scan_deep
-        from memlm_kernels.neural_memory.step_triton import step_triton
         from memlm_kernels.neural_memory.triton import memory_triton
 
-        scan, blocks, one_token, widest = scan_deep, memory_triton, step_triton, WIDTH
+        if q.shape[1] == 1 and state is not None and start != 0:
+            held = (x for part in state[:3] for x in part)
+            if not asks_gradient(*tokens, *weights, *(norm or ()), *held):
+                from memlm_kernels.neural_memory.step_triton import step_triton
+
+                places = (chunk_size, start, cu_seqlens)
+                return NeuralMemoryOutput(
+                    *step_triton(tokens, state, weights, norm, activation == "silu", *places, with_surprise)
+                )
+        scan, blocks, widest = scan_deep, memory_triton, WIDTH
     return NeuralMemoryOutput(
         *neural_memory_reference(
             tokens,
@@ -166,7 +172,6 @@ def neural_memory(
             scan=scan,
             widest=widest,
             blocks=blocks,
-            one_token=one_token,
         )
     )
 

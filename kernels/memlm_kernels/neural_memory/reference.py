@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlm_kernels.checks import asks_gradient
 from memlm_kernels.grid import from_rows, keep_last, pick, row_flags, to_rows
 from memlm_kernels.neural_memory.block_rates import block_rates
 from memlm_kernels.neural_memory.blocks import BlockPlan, block_width, in_blocks, solve
@@ -43,7 +42,6 @@ BLOCKS = "must be at most 64, or a multiple of a number from 16 to 64"
 # The type of ``scan_in_torch``.
 LoopOverChunks = Callable[..., tuple[Any, ...]]
 Blocks = Callable[..., tuple[Tensor, "NeuralMemoryState", Tensor | None]]
-OneToken = Callable[..., tuple[Tensor, "NeuralMemoryState", Tensor | None]]
 
 
 class NeuralMemoryState(NamedTuple):
@@ -88,14 +86,12 @@ def neural_memory_reference(
     scan: LoopOverChunks | None,
     widest: int,
     blocks: Blocks | None = None,
-    one_token: OneToken | None = None,
 ) -> tuple[Tensor, NeuralMemoryState, Tensor | None]:
     """o, the new state, and the norm of each token's gradient [B, T, H], if requested; see ``neural_memory``.
 
     scan: a loop over chunks that replaces the one in PyTorch; it gets the tokens in their own type
     widest: the most slots that it takes at once
     blocks: ``_blocks`` by other means; it gets the tokens in their own type too
-    one_token: a step of one token without gradients, with the arguments of ``step_triton``
     """
     q, v = tokens.q, tokens.v
     batch, length, heads, _ = q.shape
@@ -118,10 +114,6 @@ def neural_memory_reference(
             # Beside a small memory, masked products and rates are most of the work of a wider block.
             width = 32
         plan = Plan(len(weights), chunk_size // width, ACTIVATIONS[activation], loss, with_surprise)
-        if length == 1 and one_token is not None:
-            held = (x for part in state[:3] for x in part)
-            if not asks_gradient(*tokens, *weights, *(norm or ()), *held):
-                return one_token(plan, tokens, state, weights, norm, chunk_size, start, cu_seqlens)
         tail = None if norm is None else Tail(*(n.to(dtype).repeat(batch, 1)[:, None] for n in norm))
         if length == 1 and cu_seqlens is None and scan is None:
             o, state, surprise = _step(plan, tokens, state, initial, chunk_size, window, start, tail)

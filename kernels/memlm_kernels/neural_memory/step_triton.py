@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from memlm_kernels.launch import Tiles, arguments_of, at_least_16, cdiv, laid
-from memlm_kernels.neural_memory.chunk import Plan
-from memlm_kernels.neural_memory.network import ACTIVATIONS, EPS
+from memlm_kernels.launch import arguments_of, at_least_16, cdiv, laid
+from memlm_kernels.neural_memory.network import EPS
 from memlm_kernels.neural_memory.reference import NeuralMemoryState, Tokens
 from memlm_kernels.neural_memory.step_kernels import deep_step, memory_step
 from memlm_kernels.ops import kernel_op
 from memlm_kernels.segments import exact
 
 Tensors = list[Tensor]
+_PARTS = ("W", "S", "A", "initial", "last_W", "last_S", "last_A")
 
 
 @kernel_op("neural_memory_step")
@@ -51,17 +51,16 @@ def step(
     Returns the reads [B, 1, H, V], W, S and A after the token, and with ``surprise`` the squares [B, 1, H, parts] of
     its gradient's norm.
     """
-    W, S, A, initial = (laid(*part) for part in (W, S, A, initial))
     found = _results(q, v, W, S, surprise)
-    layers = [f"_{i + 1}" for i in range(len(W))] if len(W) > 1 else [""]
-    there: dict[str, Any] = {}
-    for part, tensors in {"W": W, "S": S, "A": A, "initial": initial}.items():
-        there |= {f"{part}{layer}": x for layer, x in zip(layers, tensors, strict=False)}
-    names = [f"last_{part}{layer}" for part in ("W", *("S" if S else ""), "A") for layer in layers]
-    there |= dict(zip(names, found[1:], strict=False))
-    there |= dict(zip(("gain", "bias"), laid(*tail), strict=False))
-    position, real = laid(position, real)
-    there |= {"out": found[0], "squares": found[-1] if surprise else None, "position": position, "real": real}
+    layers = ("_1", "_2") if len(W) > 1 else ("",)
+    names = [f"{part}{layer}" for part in _PARTS for layer in layers]
+    none, after_W, after_S = [None] * len(W), 1 + len(W), 1 + len(W) + len(S)
+    last = [*found[1:after_W], *(found[after_W:after_S] or none), *found[after_S:]]
+    there = dict(zip(names, laid(*W, *(S or none), *(A or none), *(initial or none), *last), strict=False))
+    there["position"], there["real"] = laid(position, real)
+    if len(W) > 1:
+        there["gain"], there["bias"] = laid(*tail) or (None, None)
+    there["out"], there["squares"] = found[0], found[-1] if surprise else None
     hidden = W[1].shape[-2] if len(W) > 1 else 0
     _launch((q, k, v), (lr, momentum, decay), there, q.shape[2], chunk_size, hidden, silu)
     return found
@@ -120,7 +119,8 @@ def of_segments(
     memory, position = laid(memory, position)
     out, after = v.new_empty(v.shape), torch.empty_like(memory)
     names = ("W", "A") if momentum is None else ("W", "S", "A")
-    there: dict[str, Any] = dict(zip(names, memory.unbind(1), strict=True))
+    there: dict[str, Any] = dict.fromkeys((*_PARTS, "squares", "real"))
+    there |= dict(zip(names, memory.unbind(1), strict=True))
     there |= {f"last_{name}": x for name, x in zip(names, after.unbind(1), strict=True)}
     there |= {"out": out, "position": position}
     _launch((q, k, v), (lr, momentum, decay), there, memory.shape[1] * memory.shape[2], chunk_size)
@@ -164,12 +164,8 @@ def _launch(
     else:
         kernel, columns = memory_step, _columns(keys, values)
         sizes["BV"], count = columns, count * cdiv(values, columns)
-    there |= {"q": q, "k": k, "v": v, "lr": lr, "momentum": momentum, "decay": decay, **sizes}
-
-    def programs(_: Tiles) -> int:
-        return count
-
-    kernel(programs, {}, **{name: there.get(name) for name in kernel.function.arg_names})
+    tensors = {"q": q, "k": k, "v": v, "lr": lr, "momentum": momentum, "decay": decay}
+    kernel(lambda _: count, {}, **tensors, **there, **sizes)
 
 
 def _rows(*tensors: Tensor | None) -> tuple[list[Any], int]:
@@ -198,31 +194,34 @@ def _segmented_flops(*shapes: Any, **_: Any) -> int:
 
 
 def step_triton(
-    plan: Plan,
     tokens: Tokens,
     state: NeuralMemoryState,
     weights: Sequence[Tensor],
     norm: tuple[Tensor, Tensor] | None,
+    silu: bool,
     chunk_size: int,
     start: int | None,
     cu_seqlens: Tensor | None,
+    with_surprise: bool,
 ) -> tuple[Tensor, NeuralMemoryState, Tensor | None]:
     """``reference._step``, also for a token that starts a document, or that is padding."""
+    q, k, v, lr, momentum, decay, weight = tokens
     position, real, at = state.position, None, None
     if cu_seqlens is not None:
         real = cu_seqlens[:, -1]
         # The document that goes on ends before the token if another one starts with it.
         position = torch.where((cu_seqlens[:, 1] == 0) & (real > 0), 0, position)
+    W, S, A, initial = ([exact(x) for x in part] for part in (*state[:3], weights))
     if start is None:
         at = position
-    opens = start is not None and start % chunk_size == 0
-    silu = plan.activation is ACTIVATIONS["silu"]
-    W, S, A, initial = ([exact(x) for x in part] for part in (*state[:3], weights))
-    given = (at, real, W, S, [] if opens else A, [] if at is None else initial)
-    o, *found = step(*tokens[:6], *given, [*(norm or ())], chunk_size, silu, plan.surprise)
-    surprise = found.pop().sum(-1).sqrt() if plan.surprise else None
+    else:
+        initial = []
+        A = [] if start % chunk_size == 0 else A
+    lr = lr if weight is None else lr * weight
+    given = (at, real, W, S, A, initial, [*(norm or ())], chunk_size, silu, with_surprise)
+    o, *found = step(q, k, v, lr, momentum, decay, *given)
+    surprise = found.pop().sum(-1).sqrt() if with_surprise else None
     layers = len(weights)
     parts = [tuple(found[i : i + layers]) for i in range(0, len(found), layers)]
-    momentum = parts[1] if state.momentum else ()
     after = position + (1 if real is None else real)
-    return o, NeuralMemoryState(parts[0], momentum, parts[-1], after), surprise
+    return o, NeuralMemoryState(parts[0], parts[1] if S else (), parts[-1], after), surprise
