@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+import memlm_kernels
 from memlm_kernels import grouped_linear, rms_norm, short_convolution
 from memlm_kernels.backend import as_autocast, autocast_type
 from memlm_kernels.grid import pick, place
 from memlm_kernels.grouped_linear import linear_of_group
 from memlm_kernels.rms_norm import norm
+from memlm_kernels.rotary import rotate
 from memlm_kernels.segments import exact
 from memlm_kernels.short_convolution import ShortConvolutionOutput
 
@@ -76,12 +78,12 @@ def rotary_angles(positions_BT: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
 
 def rotary(x_BTHK: Tensor, angles: tuple[Tensor, Tensor] | None) -> Tensor:
     """Rotate the pairs (i, i + K/2) of each head by their angles, as in Llama; None: no rotation."""
-    if angles is None:
-        return x_BTHK
-    cos, sin = angles
-    if cos.dtype != x_BTHK.dtype:
-        cos, sin = cos.to(x_BTHK.dtype), sin.to(x_BTHK.dtype)
-    return torch.addcmul(x_BTHK * cos, x_BTHK.roll(x_BTHK.shape[-1] // 2, -1), sin)
+    return x_BTHK if angles is None else rotate(x_BTHK, *angles)
+
+
+def rotary_of_both(q_BTHK: Tensor, k_BTGK: Tensor, angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """The same for queries and keys, in one op."""
+    return (q_BTHK, k_BTGK) if angles is None else memlm_kernels.rotary(q_BTHK, k_BTGK, *angles)
 
 
 class ExactLinear(nn.Linear):

@@ -45,6 +45,7 @@ from memlm_kernels.neural_memory.triton import memory_triton  # noqa: E402
 from memlm_kernels.recurrence.delta_triton import delta_rule_triton  # noqa: E402
 from memlm_kernels.recurrence.linear_triton import linear_attention_triton  # noqa: E402
 from memlm_kernels.rms_norm.triton import rms_norm_triton  # noqa: E402
+from memlm_kernels.rotary.triton import rotary_triton  # noqa: E402
 from memlm_kernels.route_documents.reference import RoutingInputs, RoutingRule, Scored  # noqa: E402
 from memlm_kernels.route_documents.triton import choose_triton, merge_topk_triton  # noqa: E402
 from memlm_kernels.routed_memory.triton import combine_reads_triton, dispatch_tokens_triton  # noqa: E402
@@ -125,6 +126,7 @@ def cases(dtype: str, size: int, sample: bool) -> Iterator[tuple[str, Callable[[
     yield f"{name} norm", both(rms_norm_triton, q, torch.ones(size), None, None, 1e-6, kind)
     yield f"{name} norm, gate", both(rms_norm_triton, q.float(), torch.ones(size), k, None, 1e-6, kind)
     yield f"{name} norm, mix", both(rms_norm_triton, q, torch.ones(size), k, v, 1e-6, kind)
+    yield f"{name} rotary", both(rotary_triton, q, k, *(torch.ones(2, 1024, 1, size, dtype=kind) for _ in "cs"))
     yield f"{name} means", both(segment_mean_pool_triton, k.flatten(2), cu, 1024)
     yield f"{name} routed tokens", both(routed, q.flatten(2), torch.zeros(2, 1024, 2, dtype=torch.int64), gate)
     yield f"{name} routing", once(route, q, k, ("cosine", "mean", "max"), True, 16)

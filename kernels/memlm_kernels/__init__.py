@@ -17,6 +17,7 @@ Files:
     route_documents     the choice of the best documents for a query
     segment_mean_pool   means of short segments
     rms_norm            the root-mean-square norm, and the gate behind it
+    rotary              rotary positions of queries and keys
     short_convolution   the causal convolution in front of a memory
     grid                rows of tokens, ragged or packed, laid on chunks
     segments            rows as segments, each with its own state, laid on chunks
@@ -51,6 +52,7 @@ from memlm_kernels.neural_memory import (
 )
 from memlm_kernels.recurrence import delta_rule, linear_attention
 from memlm_kernels.rms_norm import rms_norm
+from memlm_kernels.rotary import rotary
 from memlm_kernels.route_documents import RouterShard, merge_topk, nominate_documents, route_documents
 from memlm_kernels.routed_memory import MemoryRoutes, combine_reads, dispatch_tokens
 from memlm_kernels.segment_mean_pool import segment_mean_pool
@@ -79,6 +81,7 @@ __all__ = [
     "prefix_window_attention",
     "read_memory",
     "rms_norm",
+    "rotary",
     "route_documents",
     "segment_mean_pool",
     "segmented_neural_memory",

@@ -243,6 +243,10 @@ CALLS = {
         ops.rms_norm, {"x": V, "weight": ("V",), "gate": V, "other": V}, {}, lambda n: {"eps": 1e-6},
         products=False, optional=("other",),
     ),
+    "rotary": OpCall(
+        ops.rotary, {"q": (2, "T", "2H", 4), "k": (2, "T", "H", 4), "cos": (1, "T", 1, 4), "sin": (1, "T", 1, 4)}, {},
+        products=False,
+    ),
     "dispatch_tokens": OpCall(ops.dispatch_tokens, {"x": V}, {"place": places}, products=False),
     "combine_reads": OpCall(
         ops.combine_reads, {"o": (2, "2T", "H", "V"), "weight": (2, "T", 2), "shared": V}, {"place": places},

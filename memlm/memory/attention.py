@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from memlm.layers import RMSNorm, ShortConv, rotary
+from memlm.layers import RMSNorm, ShortConv, rotary_of_both
 from memlm.memory.base import Dims, MixerOutput, SequenceMixer
 from memlm.memory.kv import append, join
 from memlm.memory.rows import Rows
@@ -140,7 +140,8 @@ class Mixer(SequenceMixer):
         length, fresh = rows.length, rows.fresh
         (q_BTHK, k_BTGK, v_BTGK), new_state = self.project(x_BTD, state, rows)
         angles = self.angles(rows, k_BTGK.dtype)
-        seen = {"k": rotary(k_BTGK, angles), "v": v_BTGK}
+        rotated_BTHK, rotated_BTGK = rotary_of_both(q_BTHK, k_BTGK, angles)
+        seen = {"k": rotated_BTGK, "v": v_BTGK}
         window = self.config.window_size
         if rows.stretches is not None:
             state = dict(state)
@@ -165,7 +166,7 @@ class Mixer(SequenceMixer):
             prefix = (q_BTHK, *(persistent or self.persistent_tokens()))
         y_BTHK = q_BTHK
         if length:
-            rotated_BTHK, k, v = rotary(q_BTHK, angles), seen["k"], seen["v"]
+            k, v = seen["k"], seen["v"]
             if length == 1 and rows.goes_on and rows.start is not None:
                 # One token sees all keys, so it needs no mask.
                 known = rows.start + 1 if window is None else min(rows.start + 1, window)

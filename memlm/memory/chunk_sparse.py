@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from memlm.layers import rotary
+from memlm.layers import rotary, rotary_of_both
 from memlm.memory import attention
 from memlm.memory.base import Dims, MixerOutput
 from memlm.memory.kv import append, join
@@ -199,7 +199,7 @@ class Mixer(attention.Mixer):
         if length == 0:
             return MixerOutput(self.output(q_BTHK), state, {}, {})
         angles = self.angles(rows, q_BTHK.dtype)
-        turned_BTHK, turned_BTGK = rotary(q_BTHK, angles), rotary(k_BTGK, angles)
+        turned_BTHK, turned_BTGK = rotary_of_both(q_BTHK, k_BTGK, angles)
         if rows.stretches is not None:
             if config.far_positions:
                 state, turned_BTGK, v_BTGK = self._joined(turned_BTGK, v_BTGK, state, rows)

@@ -45,7 +45,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from memlm.layers import rotary
+from memlm.layers import rotary_of_both
 from memlm.memory import attention
 from memlm.memory.base import Dims, MixerOutput
 from memlm.memory.kv import append, join
@@ -192,7 +192,7 @@ class Mixer(attention.Mixer):
             before, layout = self._retrieved(x_BTD, before, layout, rows)
         (q_BTHK, k_BTGK, v_BTGK), _ = self.project(x_BTD, before, rows)
         angles = self.angles(rows, k_BTGK.dtype, layout.rotary_BT)
-        heads = Heads(rotary(q_BTHK, angles), rotary(k_BTGK, angles), v_BTGK)
+        heads = Heads(*rotary_of_both(q_BTHK, k_BTGK, angles), v_BTGK)
 
         aux_losses: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
