@@ -393,7 +393,7 @@ class NeuralMemory(SequenceMixer):
             (q_BTHK, k_BTHK, v_BTC), conv = self.convolved(qkv, past, rows, unit=2)
         else:
             # Products of both are made at once.
-            inner = self.q_proj.out_features
+            inner = qkv[0].shape[-1]
             (qk_BTHK, v_BTC), conv = self.convolved(qkv, past, rows, unit=1, sizes=[2 * inner, inner])
             q_BTHK, k_BTHK = self.features(qk_BTHK).chunk(2, 2)
         v_BTHK = rearrange(v_BTC, "b t (h k) -> b t h k", h=self.config.memory_heads)

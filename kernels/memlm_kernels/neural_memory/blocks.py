@@ -104,11 +104,15 @@ def _inverse(plan: BlockPlan, N: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(N, eye, upper=False, unitriangular=True)
 
 
-def in_blocks(chunk_size: int, rows: int) -> bool:
-    """Whether blocks are faster than the loop over chunks, as measured on a CPU. With many rows and heads, chunks of
-    more than four tokens are large enough products themselves.
+def in_blocks(chunk_size: int, x: Tensor) -> bool:
+    """Whether blocks are faster than the loop over chunks. x: [B, T, H, *]
+
+    Measured on a CPU. With many rows and heads, chunks of more than four tokens are large enough products themselves;
+    chunks of 16 are, in rows of up to 256 tokens, even with one head. On a GPU a product costs its launch.
     """
-    return chunk_size <= 4 or chunk_size**2 * rows <= 256
+    if x.is_cuda:
+        return chunk_size <= 16
+    return chunk_size <= 4 or (chunk_size <= 8 and chunk_size**2 * x.shape[0] * x.shape[2] <= 256)
 
 
 def block_width(chunk_size: int, length: int, cu_seqlens: Tensor | None) -> int:

@@ -119,9 +119,7 @@ def neural_memory_reference(
             o, state, surprise = _step(plan, tokens, state, initial, chunk_size, window, start, tail)
             return o.to(v.dtype), state, surprise
         affine = len(weights) == 1 and norm is None and loss is squared_error and window == 1
-        # On a GPU a product costs its launch, as that of a single row on a CPU.
-        rows = 1 if q.is_cuda else batch * heads
-        if affine and (blocks is not None or (scan is None and in_blocks(chunk_size, rows))):
+        if affine and (blocks is not None or (scan is None and in_blocks(chunk_size, q))):
             o, state, surprise = (blocks or _blocks)(
                 tokens, state, initial[0], chunk_size, cu_seqlens, start, with_surprise
             )
@@ -191,7 +189,8 @@ def _blocks(
         of_documents = F.pad(initial.flatten(0, 1), (0, 0, 0, memory.shape[1] - keys))
         documents = [row_flags(rows.start == 0, heads), of_documents]
     out, errors, before, last = solve(plan, q, k, v, rates, memory, *documents)
-    after = [x.unflatten(0, (batch, heads)) for x in last.split(keys, 1)]
+    # Copies: each part of a state is a tensor of its own.
+    after = [x.unflatten(0, (batch, heads)).clone() for x in last.split(keys, 1)]
     surprise = None
     if with_surprise:
         surprise = grid.take(from_rows(gradient_norm([k.detach()], [errors.detach()]), heads))
