@@ -139,6 +139,8 @@ MEMORIES = {
     "one_token": (1, 20, 20, 16, {}),
     "more_chunks_than_a_span": (70, 6, 5, 1, {}),
     "odd": (63, 60, 100, 64, {}),
+    "short_chunks": (70, 17, 5, 4, {}),
+    "chunks_that_do_not_divide_a_block": (260, 6, 5, 20, {}),
     "long_chunks": (150, 6, 5, 128, {}),
     "no_momentum": (75, 20, 40, 16, {"momentum": False}),
     "documents": (75, 6, 5, 16, {"documents": True}),
