@@ -17,11 +17,13 @@ from memlm_kernels.neural_memory.block_kernels import (
     SIZES,
     anchors,
     block_at,
+    load_at_anchors,
     load_logs,
     load_rate,
     load_rows,
     load_writes,
     of_document,
+    places_of_anchors,
     weights,
 )
 
@@ -230,6 +232,7 @@ def block_memory_backward(
     T,
     N,
     F,
+    CHUNK,
     H: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -252,6 +255,7 @@ def block_memory_backward(
     b_reads = tl.zeros([BT], tl.float32)
     b_writes, b_anchors, b_reads_S, b_writes_S, b_anchors_S = b_reads, b_reads, b_reads, b_reads, b_reads
     beta, f, m = 0.0, 0.0, 0.0
+    b_at_beta, b_at_f = load_at_anchors(rates, base, inside, opener, n, CHUNK, H, BT)
     for j in range((K + BK - 1) // BK):
         i_k = j * BK + tl.arange(0, BK)
         b_q = load_tile(q, base, rows, i_k, inside, K)
@@ -271,7 +275,7 @@ def block_memory_backward(
             at = (row * N + opener) * H + h
             b_x = through(g, states_W, base, rows, inside, at, i_k, K, V, PRECISION, BT, BK, BV)
         b_anchors -= tl.sum(b_x * b_k, 1)
-        b_dk -= b_x * load_rate(rates, base, rows, 5, inside)[:, None]
+        b_dk -= b_x * b_at_beta[:, None]
         beta += shared(states_W, d_next_W, program, i_k, K, V, BV)
         if states_S is not None:
             b_x = through(d_o, states_S, base, rows, inside, program, i_k, K, V, PRECISION, BT, BK, BV)
@@ -282,7 +286,7 @@ def block_memory_backward(
             b_dk += b_x * load_rate(rates, base, rows, 4, inside)[:, None]
             b_x = through(g, states_S, base, rows, inside, program, i_k, K, V, PRECISION, BT, BK, BV)
             b_anchors_S -= tl.sum(b_x * b_k, 1)
-            b_dk -= b_x * load_rate(rates, base, rows, 6, inside)[:, None]
+            b_dk -= b_x * b_at_f[:, None]
             f += shared(states_S, d_next_W, program, i_k, K, V, BV)
             m += shared(states_S, d_next_S, program, i_k, K, V, BV)
         store_tile(d_q, b_dq, base, rows, i_k, inside, K)
@@ -307,9 +311,7 @@ def block_memory_backward(
 def block_pairs_backward(
     q,
     k,
-    lr,
-    momentum,
-    decay,
+    C,
     table,
     d_o,
     d,
@@ -323,6 +325,7 @@ def block_pairs_backward(
     H: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
+    CHUNKS: tl.constexpr,
     PRECISION: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
@@ -337,10 +340,6 @@ def block_pairs_backward(
     i_t = tl.arange(0, BT)
     inside = start + i_t < end
     base, rows = (row * T + start) * H + h, i_t * H
-    b_lr = tl.load(lr + base + rows, mask=inside, other=0.0)
-    b_m, b_g = load_logs(momentum, decay, base, rows, inside)
-    _L, _P, b_C = weights(b_lr, b_m, b_g, momentum is not None, BT, PRECISION)
-    b_at = anchors(opener, n, CHUNK, BT)
     b_pairs = tl.zeros([BT, BT], tl.float32)
     b_dC = tl.zeros([BT, BT], tl.float32)
     for i in range((V + BV - 1) // BV):
@@ -352,58 +351,56 @@ def block_pairs_backward(
         b_k = load_tile(k, base, rows, i_k, inside, K)
         b_dC += tl.dot(load_tile(q, base, rows, i_k, inside, K), tl.trans(b_k), input_precision=PRECISION)
     b_dC *= b_pairs
-    b_of_qk = (b_pairs * b_C).to(q.dtype.element_ty)
-    b_pairs = tl.zeros([BT, BT], tl.float32)
-    b_kk = tl.zeros([BT, BT], tl.float32)
-    for i in range((V + BV - 1) // BV):
-        i_v = i * BV + tl.arange(0, BV)
-        b_d = load_tile(d, base, rows, i_v, inside, V)
-        b_pairs -= tl.dot(load_tile(g, base, rows, i_v, inside, V), tl.trans(b_d), input_precision=PRECISION)
-    for i in range((K + BK - 1) // BK):
-        b_k = load_tile(k, base, rows, i * BK + tl.arange(0, BK), inside, K)
-        b_kk += tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
-    b_of_kk = b_pairs * tl.dot(b_at.to(tl.float32), b_C, input_precision=PRECISION)
-    b_of_kk = (b_of_kk + tl.trans(b_of_kk)).to(k.dtype.element_ty)
-    b_dC += tl.dot(tl.trans(b_at.to(tl.float32)), b_pairs * b_kk, input_precision=PRECISION)
+    b_of_qk = (b_pairs * load_tile(C, program * BT, i_t, i_t, i_t < BT, BT)).to(q.dtype.element_ty)
+    b_of_kk = b_of_qk
+    if CHUNKS > 1:
+        i_a = places_of_anchors(opener, n, CHUNK, BT)
+        b_pairs = tl.zeros([BT, BT], tl.float32)
+        b_kk = tl.zeros([BT, BT], tl.float32)
+        for i in range((V + BV - 1) // BV):
+            i_v = i * BV + tl.arange(0, BV)
+            b_d = load_tile(d, base, rows, i_v, inside, V)
+            b_pairs -= tl.dot(load_tile(g, base, rows, i_v, inside, V), tl.trans(b_d), input_precision=PRECISION)
+        for i in range((K + BK - 1) // BK):
+            b_k = load_tile(k, base, rows, i * BK + tl.arange(0, BK), inside, K)
+            b_kk += tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
+        b_both = b_pairs * load_tile(C, program * BT, i_a, i_t, i_a >= 0, BT)
+        b_of_kk = (b_both + tl.trans(b_both)).to(k.dtype.element_ty)
+        b_at = anchors(opener, n, CHUNK, BT).to(tl.float32)
+        b_dC += tl.dot(tl.trans(b_at), b_pairs * b_kk, input_precision=PRECISION)
     for i in range((K + BK - 1) // BK):
         i_k = i * BK + tl.arange(0, BK)
         b_q = load_tile(q, base, rows, i_k, inside, K)
         b_k = load_tile(k, base, rows, i_k, inside, K)
         b_dq = tl.dot(b_of_qk, b_k, input_precision=PRECISION)
         b_dk = tl.dot(tl.trans(b_of_qk), b_q, input_precision=PRECISION)
-        b_dk += tl.dot(b_of_kk, b_k, input_precision=PRECISION)
+        if CHUNKS > 1:
+            b_dk += tl.dot(b_of_kk, b_k, input_precision=PRECISION)
         store_tile(d_q, b_dq + load_tile(d_q, base, rows, i_k, inside, K), base, rows, i_k, inside, K)
         store_tile(d_k, b_dk + load_tile(d_k, base, rows, i_k, inside, K), base, rows, i_k, inside, K)
     store_tile(d_C, b_dC, program * BT, i_t, i_t, i_t < BT, BT)
 
 
 @triton.jit
-def load_pairs(d_C, d_rates, block, base, rows, inside, tokens, BT: tl.constexpr):
-    """The gradient of a block's C; that of c comes on top in its last row."""
-    i = tl.arange(0, BT)
-    b_dc = load_rate(d_rates, base, rows, 3, inside)
-    return load_tile(d_C, block * BT, i, i, i < BT, BT) + tl.where(i[:, None] == tokens - 1, b_dc[None, :], 0.0)
-
-
-@triton.jit
-def of_logs(b_z, b_row):
-    """The gradient of each logarithm x_j, where exp of the sum of x over i < j <= r has the gradient b_z[r, i], times
-    itself, and exp of the sum over j <= r has b_row[r].
+def of_logs(b_z):
+    """The gradient of each logarithm x_j, up to a sum over the rows behind j, where b_z[r, i] is the gradient of exp
+    of the sum of x over i < j <= r, times itself.
     """
-    i = tl.arange(0, b_row.shape[0])
+    i = tl.arange(0, b_z.shape[0])
     b_z = tl.where(i[:, None] > i[None, :], b_z, 0.0)
-    return tl.cumsum(tl.sum(b_z, 1) - tl.sum(b_z, 0) + b_row, 0, reverse=True)
+    return tl.sum(b_z, 1) - tl.sum(b_z, 0)
 
 
-@tiled([{"num_warps": 8, "num_stages": 1}])
+@tiled([{"num_warps": 4, "num_stages": 1}])
 @triton.jit(do_not_specialize=SIZES)
 def block_gates_backward(
     lr,
     momentum,
     decay,
+    rates,
     table,
-    d_C,
     d_rates,
+    d_C,
     d_lr,
     d_momentum,
     d_decay,
@@ -411,10 +408,17 @@ def block_gates_backward(
     N,
     CHUNK,
     H: tl.constexpr,
+    CHUNKS: tl.constexpr,
     PRECISION: tl.constexpr,
     BT: tl.constexpr,
 ):
-    """The gradients of a block's gates, from those of C and of ``rates``."""
+    """The gradients of a block's gates, from those of C and of ``rates``.
+
+    With L and C below the diagonal alone, and G = L^T dC, they are, up to sums over the tokens behind,
+
+        d log (1 - decay) = beta d beta + df (f - m) - m L^T df + row sums of dC * C - P * G
+        d log momentum = m (dm + df + L^T df) + row sums - column sums of P * (G + dC)
+    """
     program = tl.program_id(0).to(tl.int64)
     _tile, h, n, row = part_of(program, 1, H, N)
     start, end, opener = block_at(table, row, n, N, True)
@@ -423,35 +427,36 @@ def block_gates_backward(
     i_t = tl.arange(0, BT)
     inside = start + i_t < end
     base, rows = (row * T + start) * H + h, i_t * H
-    b_at = anchors(opener, n, CHUNK, BT)
-    b_dbeta = load_rate(d_rates, base, rows, 0, inside)
-    b_dbeta += tl.sum(tl.where(b_at, load_rate(d_rates, base, rows, 5, inside)[:, None], 0.0), 0)
+    b_dC = load_tile(d_C, program * BT, i_t, i_t, i_t < BT, BT)
     b_lr = tl.load(lr + base + rows, mask=inside, other=0.0)
     b_m, b_g = load_logs(momentum, decay, base, rows, inside)
-    b_dC = load_pairs(d_C, d_rates, program, base, rows, inside, end - start, BT)
+    b_L, b_P, b_C = weights(b_lr, b_m, b_g, momentum is not None, BT, PRECISION)
+    last = i_t[:, None] == end - start - 1
+    b_dC += tl.where(last, load_rate(d_rates, base, rows, 3, inside)[None, :], 0.0)
+    b_of_beta = load_rate(d_rates, base, rows, 0, inside)
+    b_of_f = load_rate(d_rates, base, rows, 1, inside)
+    if CHUNKS > 1:
+        b_at_anchor = anchors(opener, n, CHUNK, BT)
+        b_beta, b_f = load_rate(d_rates, base, rows, 5, inside), load_rate(d_rates, base, rows, 6, inside)
+        b_of_beta += tl.sum(tl.where(b_at_anchor, b_beta[:, None], 0.0), 0)
+        b_of_f += tl.sum(tl.where(b_at_anchor, b_f[:, None], 0.0), 0)
+    b_of_g = b_of_beta * load_rate(rates, base, rows, 0, inside)
     if momentum is None:
-        b_dL = b_dC * decay_between(b_g, BT)
-        tl.store(d_lr + base + rows, tl.sum(b_dL, 0), mask=inside)
-        b_dL *= b_lr[None, :]
+        tl.store(
+            d_lr + base + rows, tl.sum(b_dC * (b_L + tl.where(i_t[:, None] == i_t[None, :], 1.0, 0.0)), 0), mask=inside
+        )
+        b_of_g += of_logs(b_dC * b_C)
     else:
-        b_df = load_rate(d_rates, base, rows, 1, inside)
-        b_df += tl.sum(tl.where(b_at, load_rate(d_rates, base, rows, 6, inside)[:, None], 0.0), 0)
-        b_of_S = tl.exp(tl.cumsum(b_m, 0))
-        b_L = decay_between(b_g, BT)
-        b_dm = (tl.sum(b_L * b_df[:, None], 0) + load_rate(d_rates, base, rows, 2, inside)) * b_of_S
-        b_dP = tl.dot(tl.trans(b_L), b_dC, input_precision=PRECISION)
-        b_dp = load_rate(d_rates, base, rows, 4, inside)
-        b_dP += tl.where(i_t[:, None] == end - start - 1, b_dp[None, :], 0.0)
-        b_dP *= decay_between(b_m, BT)
-        tl.store(d_lr + base + rows, tl.sum(b_dP, 0), mask=inside)
-        b_dm = of_logs(b_dP * b_lr[None, :], b_dm)
-        tl.store(d_momentum + base + rows, b_dm * tl.exp(-b_m), mask=inside)
-        # Loaded and computed anew, because registers are short.
-        b_m, b_g = load_logs(momentum, decay, base, rows, inside)
-        b_dC = load_pairs(d_C, d_rates, program, base, rows, inside, end - start, BT)
-        b_P = decay_between(b_m, BT) * b_lr[None, :]
-        b_dL = tl.dot(b_dC, tl.trans(b_P), input_precision=PRECISION) + b_df[:, None] * b_of_S[None, :]
-        b_dL *= decay_between(b_g, BT)
+        b_G = tl.dot(tl.trans(b_L), b_dC, input_precision=PRECISION)
+        b_of_S = load_rate(rates, base, rows, 2, inside)
+        b_of_m = tl.sum(b_L * b_of_f[:, None], 0)
+        b_of_g += tl.sum(b_dC * b_C - b_P * b_G, 1) - b_of_S * b_of_m
+        b_of_g += b_of_f * (load_rate(rates, base, rows, 1, inside) - b_of_S)
+        b_G += b_dC + tl.where(last, load_rate(d_rates, base, rows, 4, inside)[None, :], 0.0)
+        b_of_m = (b_of_m + b_of_f + load_rate(d_rates, base, rows, 2, inside)) * b_of_S
+        b_of_m = tl.cumsum(b_of_m + of_logs(b_P * b_G), 0, reverse=True)
+        tl.store(d_momentum + base + rows, b_of_m * tl.exp(-b_m), mask=inside)
+        b_m, _g = load_logs(momentum, decay, base, rows, inside)
+        tl.store(d_lr + base + rows, tl.sum(b_G * decay_between(b_m, BT), 0), mask=inside)
     if decay is not None:
-        b_dg = of_logs(b_dL, b_dbeta * tl.exp(tl.cumsum(b_g, 0)))
-        tl.store(d_decay + base + rows, -b_dg * tl.exp(-b_g), mask=inside)
+        tl.store(d_decay + base + rows, -tl.cumsum(b_of_g, 0, reverse=True) * tl.exp(-b_g), mask=inside)

@@ -19,7 +19,7 @@ import triton.language as tl
 from memlm_kernels.launch import decay_between, invert, load_tile, part_of, segment_span, store_tile, tiled
 
 SIZES = ["B", "T", "N", "S", "F", "CHUNK", "PERIOD", "INNER"]
-# The scalars of a token, in the order in which ``rates`` has them; those behind ``p`` are at its anchor.
+# The numbers of a token in ``rates``: beta, f, m, c, p; gradients have those of beta and f at its anchor behind them.
 RATES = tl.constexpr(8)
 
 
@@ -130,26 +130,53 @@ def load_logs(momentum, decay, base, rows, inside):
 
 @triton.jit
 def weights(b_lr, b_m, b_g, MOMENTUM: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr):
-    """L, P and C; without momentum P is C."""
-    b_L = decay_between(b_g, BT)
+    """L, P and C, the first and the last below the diagonal alone: there L is 1, and C is P. Without momentum P is the
+    diagonal of lr.
+    """
+    i = tl.arange(0, BT)
+    b_L = tl.where(i[:, None] > i[None, :], decay_between(b_g, BT), 0.0)
     if MOMENTUM:
         b_P = decay_between(b_m, BT) * b_lr[None, :]
         b_C = tl.dot(b_L, b_P, input_precision=PRECISION)
     else:
-        b_P = b_L * b_lr[None, :]
-        b_C = b_P
+        b_P = tl.where(i[:, None] == i[None, :], b_lr[None, :], 0.0)
+        b_C = b_L * b_lr[None, :]
     return b_L, b_P, b_C
+
+
+@triton.jit
+def places_of_anchors(opener, n, CHUNK, BT: tl.constexpr):
+    """a(i) for each token of block n."""
+    return tl.where(opener == n, tl.arange(0, BT) // CHUNK, 0) * CHUNK - 1
 
 
 @triton.jit
 def anchors(opener, n, CHUNK, BT: tl.constexpr):
     """[BT, BT]: whether token r of a block is a(i)."""
+    return tl.arange(0, BT)[None, :] == places_of_anchors(opener, n, CHUNK, BT)[:, None]
+
+
+@triton.jit
+def load_at_anchors(rates, base, inside, opener, n, CHUNK, H: tl.constexpr, BT: tl.constexpr):
+    """beta and f at a(i), those before a block are 1 and 0."""
+    i_a = places_of_anchors(opener, n, CHUNK, BT)
+    place, there = rates + (base + i_a * H) * RATES, inside & (i_a >= 0)
+    return tl.load(place, mask=there, other=1.0), tl.load(place + 1, mask=there, other=0.0)
+
+
+@triton.jit
+def solve_system(b_N, BT: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + N)^-1 for the pairs of a block of at most so many chunks, whose own pairs are not in N: N^CHUNKS is 0."""
+    if CHUNKS > 4:
+        return invert(b_N, BT, PRECISION)
     i = tl.arange(0, BT)
-    a = tl.where(opener == n, i // CHUNK, 0) * CHUNK - 1
-    return i[None, :] == a[:, None]
+    b_X = tl.where(i[:, None] == i[None, :], 1.0, 0.0) - b_N
+    if CHUNKS > 2:
+        b_X += tl.dot(b_X, tl.dot(b_N, b_N, input_precision=PRECISION), input_precision=PRECISION)
+    return b_X
 
 
-@tiled([{"BK": 32, "num_warps": 8, "num_stages": 1}], [{"BK": 32, "num_warps": 4, "num_stages": 1}])
+@tiled([{"BK": 32, "num_warps": 4, "num_stages": 1}], [{"BK": 32, "num_warps": 4, "num_stages": 1}])
 @triton.jit(do_not_specialize=SIZES)
 def block_systems(
     q,
@@ -160,17 +187,21 @@ def block_systems(
     table,
     X,
     R,
+    C,
     rates,
     T,
     N,
     CHUNK,
     H: tl.constexpr,
     K: tl.constexpr,
+    CHUNKS: tl.constexpr,
     PRECISION: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """X, R: [B, N, H, BT, BT]; rates: [B, T, H, RATES], beta, f, m, c, p, and beta and f at the anchor"""
+    """X, R, C: [B, N, H, BT, BT], C for backward alone; rates: [B, T, H, RATES], of which beta, f, m, c and p are
+    stored.
+    """
     program = tl.program_id(0).to(tl.int64)
     _tile, h, n, row = part_of(program, 1, H, N)
     start, end, opener = block_at(table, row, n, N, True)
@@ -182,34 +213,35 @@ def block_systems(
     b_lr = tl.load(lr + base + rows, mask=inside, other=0.0)
     b_m, b_g = load_logs(momentum, decay, base, rows, inside)
     b_L, b_P, b_C = weights(b_lr, b_m, b_g, momentum is not None, BT, PRECISION)
-    b_at = anchors(opener, n, CHUNK, BT)
-    none = tl.sum(b_at.to(tl.int32), 1) == 0
-    last = i_t[:, None] == end - start - 1
-    place = rates + (base + rows) * RATES
-    b_beta = tl.exp(tl.cumsum(b_g, 0))
-    tl.store(place, b_beta, mask=inside)
-    tl.store(place + 3, tl.sum(tl.where(last, b_C, 0.0), 0), mask=inside)
-    b_beta = tl.sum(tl.where(b_at, b_beta[None, :], 0.0), 1)
-    tl.store(place + 5, tl.where(none, 1.0, b_beta), mask=inside)
+    b_C += b_P
+    # Stores of one row of a tile, because sums over rows would wait for all warps.
+    place, last = rates + (base + rows) * RATES, (i_t[:, None] == end - start - 1) & inside[None, :]
+    tl.store(place[None, :] + 3 + i_t[:, None] * 0, b_C, mask=last)
+    tl.store(place, tl.exp(tl.cumsum(b_g, 0)), mask=inside)
     if momentum is not None:
         b_of_S = tl.exp(tl.cumsum(b_m, 0))
+        tl.store(place + 1, tl.sum(b_L * b_of_S[None, :], 1) + b_of_S, mask=inside)
         tl.store(place + 2, b_of_S, mask=inside)
-        b_f = tl.sum(b_L * b_of_S[None, :], 1)
-        tl.store(place + 1, b_f, mask=inside)
-        tl.store(place + 4, tl.sum(tl.where(last, b_P, 0.0), 0), mask=inside)
-        tl.store(place + 6, tl.sum(tl.where(b_at, b_f[None, :], 0.0), 1), mask=inside)
+        tl.store(place[None, :] + 4 + i_t[:, None] * 0, b_P, mask=last)
+    if C is not None:
+        store_tile(C, b_C, program * BT, i_t, i_t, i_t < BT, BT)
     b_pairs = tl.zeros([BT, BT], tl.float32)
     for i in range((K + BK - 1) // BK):
         i_k = i * BK + tl.arange(0, BK)
         b_k = load_tile(k, base, rows, i_k, inside, K)
         b_pairs += tl.dot(load_tile(q, base, rows, i_k, inside, K), tl.trans(b_k), input_precision=PRECISION)
     store_tile(R, b_C * b_pairs, program * BT, i_t, i_t, i_t < BT, BT)
-    b_N = tl.dot(b_at.to(tl.float32), b_C, input_precision=PRECISION)
-    b_pairs = tl.zeros([BT, BT], tl.float32)
-    for i in range((K + BK - 1) // BK):
-        b_k = load_tile(k, base, rows, i * BK + tl.arange(0, BK), inside, K)
-        b_pairs += tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
-    store_tile(X, invert(b_N * b_pairs, BT, PRECISION), program * BT, i_t, i_t, i_t < BT, BT)
+    b_N = b_C * 0.0
+    if CHUNKS > 1:
+        b_at = anchors(opener, n, CHUNK, BT).to(tl.float32)
+        b_N = tl.dot(b_at, b_C, input_precision=PRECISION)
+        b_pairs = tl.zeros([BT, BT], tl.float32)
+        for i in range((K + BK - 1) // BK):
+            b_k = load_tile(k, base, rows, i * BK + tl.arange(0, BK), inside, K)
+            b_pairs += tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
+        b_N *= b_pairs
+    b_X = solve_system(b_N, BT, CHUNKS, PRECISION)
+    store_tile(X, b_X, program * BT, i_t, i_t, i_t < BT, BT)
 
 
 @tiled([{"BD": 64, "num_warps": 4, "num_stages": 1}])
@@ -223,6 +255,7 @@ def block_solutions(
     out_S,
     T,
     N,
+    CHUNK,
     H: tl.constexpr,
     D: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -234,7 +267,7 @@ def block_solutions(
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (D + BD - 1) // BD
     tile, h, n, row = part_of(program, tiles, H, N)
-    start, end, _opener = block_at(table, row, n, N, True)
+    start, end, opener = block_at(table, row, n, N, True)
     if start >= end:
         return
     i_t, i_d = tl.arange(0, BT), (tile * BD).to(tl.int32) + tl.arange(0, BD)
@@ -244,13 +277,15 @@ def block_solutions(
     b_X = load_tile(X, ((row * N + n) * H + h) * BT, i_t, i_t, i_t < BT, BT)
     if TRANSPOSED:
         b_X = tl.trans(b_X)
-    b_scaled = b_x
-    if rates is not None:
-        b_scaled = (b_x * load_rate(rates, base, rows, 5, inside)[:, None]).to(b_x.dtype)
-    store_tile(out, tl.dot(b_X, b_scaled, input_precision=PRECISION), base, rows, i_d, inside, D)
-    if out_S is not None:
-        b_scaled = (b_x * load_rate(rates, base, rows, 6, inside)[:, None]).to(b_x.dtype)
-        store_tile(out_S, tl.dot(b_X, b_scaled, input_precision=PRECISION), base, rows, i_d, inside, D)
+    if rates is None:
+        b_out = tl.dot(b_X, b_x, input_precision=PRECISION)
+    else:
+        b_beta, b_f = load_at_anchors(rates, base, inside, opener, n, CHUNK, H, BT)
+        b_out = tl.dot(b_X, (b_x * b_beta[:, None]).to(b_x.dtype), input_precision=PRECISION)
+        if out_S is not None:
+            b_of_S = tl.dot(b_X, (b_x * b_f[:, None]).to(b_x.dtype), input_precision=PRECISION)
+            store_tile(out_S, b_of_S, base, rows, i_d, inside, D)
+    store_tile(out, b_out, base, rows, i_d, inside, D)
 
 
 @triton.jit

@@ -34,7 +34,7 @@ WIDTH = 64
 _STATE = ("last_W", "last_S", "last_anchor")
 # The arguments and results of ``forward`` that backward takes.
 _SAVED = ("q", "k", "lr", "momentum", "decay", "cu_seqlens", "position", "anchor")
-_KEPT = ("X", "R", "rates", "d", "states_W", "states_S")
+_KEPT = ("X", "R", "C", "rates", "d", "states_W", "states_S")
 
 Named = dict[str, Any]
 
@@ -52,6 +52,8 @@ class _Call:
         # Whole chunks come in periods, of chunks in a block or of blocks in a chunk.
         inner = cdiv(chunk_size, self.width)
         period = chunk_size if inner > 1 else self.width // chunk_size * chunk_size
+        # Chunks of a block, as far as they change the code.
+        self.chunks = next(most for most in (1, 2, 4, self.width) if most * chunk_size >= period)
         if cu_seqlens is None and position is None:
             last = (length - 1) // chunk_size * chunk_size
             self.count = cdiv(last, period) * inner + cdiv(length - last, self.width)
@@ -63,6 +65,7 @@ class _Call:
             **{"cu": cu, "position": position, "F": 1 if position is None else position.shape[1]},
             **{"B": self.batch, "T": length, "N": self.count, "S": self.segments, "H": self.heads},
             **{"CHUNK": chunk_size, "PERIOD": period, "INNER": inner, "BT": self.width},
+            **{"CHUNKS": self.chunks},
             **{"K": self.keys, "V": self.values, "BK": at_least_16(self.keys), "PRECISION": precision(q)},
         }
 
@@ -133,7 +136,7 @@ def _outputs(has_S: bool, surprise: bool, keep: bool) -> list[str]:
     state, states = ["last_W", "last_anchor"], ["states_W"]
     if has_S:
         state, states = [*state, "last_S"], [*states, "states_S"]
-    return ["o", *state, *(["squares"] if surprise else []), *(["X", "R", "rates", "d", *states] if keep else [])]
+    return ["o", *state, *(["squares"] if surprise else []), *(["X", "R", "C", "rates", "d", *states] if keep else [])]
 
 
 @kernel_op("neural_memory")
@@ -167,6 +170,8 @@ def forward(
     call, has_S = _Call(q, v, cu_seqlens, position, chunk_size), S is not None
     call.lay()
     made = _room(call, W, S, surprise, True)
+    if not keep:
+        made["C"] = None
     there = {"q": q, "k": k, "lr": lr, "momentum": momentum, "decay": decay, "states_S": None, "last_S": None}
     there |= {"before_W": W, "before_S": S, "before_anchor": _carried(call, W, anchor), "initial": initial}
     there |= {"squares": None, **made}
@@ -192,7 +197,7 @@ def _room(call: _Call, W: Tensor, S: Tensor | None, surprise: bool, keep: bool) 
         tiles = cdiv(call.values, 64)
         made["squares"] = call.tokens(call.q.new_empty(tiles, *call.q.shape[:3], dtype=torch.float32))
     if keep:
-        made |= {"X": call.blocks(call.width, call.width), "R": call.blocks(call.width, call.width)}
+        made |= {name: call.blocks(call.width, call.width) for name in "XRC"}
         made |= {"rates": call.rates(), "d": call.tokens(call.v), "states_W": call.blocks(call.keys, call.values)}
     if S is not None:
         made["last_S"] = torch.empty_like(W)
@@ -237,6 +242,7 @@ def backward(
     anchor: Tensor | None,
     X: Tensor,
     R: Tensor,
+    C: Tensor,
     rates: Tensor,
     d: Tensor,
     states_W: Tensor,
@@ -260,7 +266,7 @@ def backward(
     made |= {f"d_{name}": torch.empty_like(d_last_W) for name in of_memory}
     if documents:
         made["d_initial"] = d_last_W.new_empty(call.batch, call.segments, *d_last_W.shape[2:])
-    there: Named = {**like, "R": R, "rates": rates, "d": d, "d_o": d_o, "before_anchor": anchor}
+    there: Named = {**like, "R": R, "C": C, "rates": rates, "d": d, "d_o": d_o, "before_anchor": anchor}
     there |= {"d_last_W": d_last_W, "d_last_anchor": d_last_anchor, "d_last_S": d_last_S}
     there |= dict.fromkeys(("d_S", "d_anchor", "d_initial", "d_momentum", "d_decay")) | made
     there |= {"states_W": states_W, "d_next_W": torch.empty_like(states_W)}
@@ -288,6 +294,7 @@ def _(
     anchor: Tensor | None,
     X: Tensor,
     R: Tensor,
+    C: Tensor,
     rates: Tensor,
     d: Tensor,
     states_W: Tensor,
@@ -338,16 +345,18 @@ forward.register_autograd(_backward, setup_context=_setup)
 def _forward_flops(*shapes: Any, **_: Any) -> int:
     """The products of ``block_kernels``."""
     call, S = _shaped(torch.ops.memlm.neural_memory, shapes)
-    keys, values, width = call.keys, call.values, call.width
-    inside = width * (1 + S + (4 if width > 16 else 0)) + keys * (3 + S) + 2 * values
+    solves = 0 if call.chunks <= 2 else 2 if call.chunks <= 4 else 4 if call.width > 16 else 0
+    pairs = int(call.chunks > 1)
+    inside = call.width * (S + pairs + solves) + call.keys * (2 + pairs + S) + call.values * 2
     return call.products(inside, 3 + 3 * S)
 
 
 @register_flop_formula(torch.ops.memlm.neural_memory_backward)
 def _backward_flops(*shapes: Any, **_: Any) -> int:
     call, S = _shaped(torch.ops.memlm.neural_memory_backward, shapes)
-    keys, values, width = call.keys, call.values, call.width
-    return call.products(width * (2 + 3 * S) + keys * (6 + S) + 4 * values, 6 + 6 * S)
+    pairs = int(call.chunks > 1)
+    inside = call.width * (2 * S + pairs) + call.keys * (4 + 2 * pairs + S) + call.values * (3 + pairs)
+    return call.products(inside, 6 + 6 * S)
 
 
 def _shaped(op: Any, shapes: Any) -> tuple[_Call, int]:
