@@ -9,19 +9,12 @@ cannot run records its reason. Goals come first, with a line each. MEMLM_AUTOTUN
 """
 
 import argparse
-import datetime
 import functools
-import importlib.metadata
-import json
-import multiprocessing
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +24,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "kernels")]
+sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "scripts")]
+
+import gpu_records  # noqa: E402
+from gpu_records import DEVICE, GPU  # noqa: E402
 
 from memlm_kernels import (  # noqa: E402
     MemoryRoutes,
@@ -52,11 +48,8 @@ from memlm_kernels import (  # noqa: E402
     segmented_neural_memory,
 )
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
 # Bandwidths of GPU memories, by a part of the GPU's name.
 TB_A_SECOND = {"H200": 4.8, "H100": 3.35, "A100": 2.04, "MI300X": 5.3, "MI250X": 1.64}
-PATIENCE = 60  # Seconds for a measurement, with compilation.
 
 
 class Size(NamedTuple):
@@ -107,7 +100,7 @@ def recurrence(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:
 
 
 def attention(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:
-    """Causal attention by torch's kernels; four heads share a key."""
+    """Causal attention by torch's kernels, over all keys or a window of 512; four heads share a key."""
     q, k, v = (
         torch.randn(size.rows, heads, size.tokens, 128, device=DEVICE, dtype=dtype)
         for heads in (size.heads, *[-(-size.heads // 4)] * 2)
@@ -115,7 +108,10 @@ def attention(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:
     if backend == "flex":
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, size.tokens, size.tokens, device=DEVICE)
+        reach = 512 if op.endswith("window") else size.tokens
+        mask = create_block_mask(
+            lambda b, h, i, j: (i >= j) & (i - j < reach), None, None, size.tokens, size.tokens, device=DEVICE
+        )
         return Case(
             [q, k, v], functools.partial(torch.compile(flex_attention), block_mask=mask, enable_gqa=True), learns=GPU
         )
@@ -235,6 +231,7 @@ OPS: dict[str, tuple[Callable[..., Case], tuple[str, ...]]] = {
     "routed delta_rule, its scans alone": (routed, BACKENDS),
     "chunk_sparse_attention, with selection": (near_and_far, BACKENDS),
     "attention": (attention, ("flash", "cudnn", "flex")),
+    "attention, window": (attention, ("flex",)),
     "chunk_sparse_attention": (near_and_far, BACKENDS),
     "chunk_topk": (near_and_far, BACKENDS),
     "invert_chunks": (near_and_far, BACKENDS),
@@ -272,23 +269,43 @@ def goals(dtype: torch.dtype, size: Size) -> list[Goal]:
     def timed(op: str, backend: str = "triton", size: Size = size, **rest: Any) -> Timed:
         return Timed(op, backend, dtype, size, **rest)
 
-    recurrences = ("delta_rule, decay", "delta_rule", "linear_attention, channels")
-    found = [Goal(timed(op), timed(op, "fla"), 1.0) for op in recurrences]
-    found += [
-        Goal(timed("neural_memory"), timed("delta_rule, heads of 64", "fla"), 0.8),
-        Goal(timed("neural_memory, two layers"), timed("neural_memory, two layers", "reference"), 10.0),
-        Goal(timed("routed delta_rule"), timed("routed delta_rule, its scans alone"), 1 / 1.15),
-    ]
-    for times, least in ((2, 1.0), (8, 2.0), (32, 4.6)):
+    def sparse(times: int, least: float) -> Goal:
         long = size._replace(rows=1, tokens=times * size.tokens)
         ours = timed("chunk_sparse_attention, with selection", size=long)
-        found.append(Goal(ours, timed("attention", "flash", size=long), least))
-    return [*found, Goal(timed("route_documents", what="forward"), None, 1 / 1.5)]
+        return Goal(ours, timed("attention", "flash", size=long), least)
+
+    def beside_fla(op: str) -> Goal:
+        return Goal(timed(op), timed(op, "fla"), 1.0)
+
+    # By the predicted shares of the goals, the smallest first.
+    return [
+        Goal(timed("neural_memory"), timed("delta_rule, heads of 64", "fla"), 0.55),
+        Goal(timed("route_documents", what="forward"), None, 1 / 1.5),
+        Goal(timed("prefix_window_attention"), timed("attention, window", "flex"), 0.9),
+        sparse(2, 1.0),
+        sparse(8, 2.0),
+        beside_fla("delta_rule, decay"),
+        beside_fla("linear_attention, channels"),
+        sparse(32, 4.6),
+        beside_fla("delta_rule"),
+        Goal(timed("routed delta_rule"), timed("routed delta_rule, its scans alone"), 1 / 1.15),
+        Goal(timed("neural_memory, two layers"), timed("neural_memory, two layers", "reference"), 10.0),
+    ]
 
 
-def plan(size: Size, dtypes: list[torch.dtype], only: str, part: str) -> list[Timed]:
-    """All measurements, each once, or one part of them: the goals' comparisons first, references last."""
+def shipped(dtype: torch.dtype, size: Size) -> list[Timed]:
+    """Shapes of configs/memory: a memory of one head, also over one long row, where few programs run."""
+    one = Timed("neural_memory", "triton", dtype, size._replace(heads=1))
+    return [one, one._replace(size=Size(1, 32 * size.tokens, 1, size.chunks))]
+
+
+def plan(size: Size, dtypes: list[torch.dtype], only: str, part: str, by: str) -> list[Timed]:
+    """All measurements, each once, or one part of them: the goals' comparisons first, references last.
+
+    only: a part of the op's name; by: a backend, or "" for all
+    """
     of_goals = dict.fromkeys(x for goal in goals(dtypes[0], size) for x in goal[:2] if x)
+    of_goals |= dict.fromkeys(shipped(dtypes[0], size))
     rest = []
     for dtype in dtypes:
         for op, (make, backends) in OPS.items():
@@ -301,7 +318,7 @@ def plan(size: Size, dtypes: list[torch.dtype], only: str, part: str) -> list[Ti
     rest.sort(key=lambda one: one.backend == "reference")
     parts = {"goals": list(of_goals), "rest": [x for x in dict.fromkeys(rest) if x not in of_goals]}
     chosen = [x for name in parts for x in parts[name] if part in (name, "all")]
-    return [x for x in chosen if only in x.op]
+    return [x for x in chosen if only in x.op and by in ("", x.backend)]
 
 
 def about(one: Timed) -> dict[str, Any]:
@@ -309,8 +326,9 @@ def about(one: Timed) -> dict[str, Any]:
     return record | {"what": one.what, "tiles": "tuned" if os.environ.get("MEMLM_AUTOTUNE") == "1" else "first"}
 
 
-def measured(one: Timed, once: bool) -> dict[str, Any] | None:
+def measured(one: Timed, once: bool = False) -> dict[str, Any] | None:
     """The result of one measurement, or None if there is no such call; once: call without timing."""
+    torch.set_float32_matmul_precision("high")
     record = about(one)
     try:
         case = OPS[one.op][0](one.op, one.backend, one.dtype, one.size)
@@ -346,62 +364,15 @@ def measured(one: Timed, once: bool) -> dict[str, Any] | None:
     return record
 
 
-def works() -> bool:
-    """Whether the GPU still works in this process; after a kernel's fault every call fails."""
-    try:
-        if GPU:
-            torch.cuda.synchronize()
-    except RuntimeError:
-        return False
-    return True
-
-
-def serve(pipe: Connection) -> None:
-    torch.set_float32_matmul_precision("high")
-    while True:
-        record = measured(*pipe.recv())
-        pipe.send((record, works()))
-
-
-class Process:
-    """Measures in another process, so a kernel that faults or never ends costs only its own measurement."""
-
-    def __init__(self) -> None:
-        self.running: multiprocessing.context.SpawnProcess | None = None
-
-    def measured(self, one: Timed, once: bool = False) -> dict[str, Any] | None:
-        if self.running is None:
-            spawn = multiprocessing.get_context("spawn")
-            self.pipe, theirs = spawn.Pipe()
-            self.running = spawn.Process(target=serve, args=(theirs,), daemon=True)
-            self.running.start()
-            theirs.close()
-        try:
-            self.pipe.send((one, once))
-            answer = self.pipe.recv() if self.pipe.poll(PATIENCE) else None
-            record, well = answer or (about(one) | {"error": f"no answer in {PATIENCE} seconds"}, False)
-        except (EOFError, OSError):
-            record, well = about(one) | {"error": "the process died"}, False
-        if not well:
-            self.end()
-        return record
-
-    def end(self) -> None:
-        if self.running is not None:
-            self.running.kill()
-            self.running.join(5)
-            self.running = None
-
-
 def compile_all(chosen: list[Timed], processes: int) -> None:
     """Run each case once, in parallel processes."""
     ours = iter([one for one in chosen if one.backend == "triton"])
 
     def work(_: int) -> None:
-        process = Process()
+        elsewhere = gpu_records.Elsewhere(measured)
         for one in ours:
-            process.measured(one, once=True)
-        process.end()
+            elsewhere(one, True)
+        elsewhere.end()
 
     with ThreadPoolExecutor(processes) as pool:
         list(pool.map(work, range(processes)))
@@ -424,18 +395,22 @@ def milliseconds(call: Callable[[], Any]) -> float:
     return 1000 * (time.perf_counter() - begin)
 
 
-def measurements(chosen: list[Timed], wanted: list[Goal]) -> Iterator[dict[str, Any]]:
+def measurements(chosen: list[Timed], wanted: list[Goal], inline: bool) -> Iterator[dict[str, Any]]:
+    """inline: in this process"""
     found: dict[Timed, dict[str, Any]] = {}
-    process = Process()
+    # A kernel that faults or never ends costs only its own measurement.
+    elsewhere = gpu_records.Elsewhere(measured)
     for one in chosen:
-        record = process.measured(one)
+        record, reason = (measured(one), None) if inline else elsewhere(one)
+        if reason:
+            record = about(one) | {"error": reason}
         if record:
             yield record
             found[one] = record
         for goal in [x for x in wanted if one in x and x.ours in found and (x.theirs is None or x.theirs in found)]:
             wanted.remove(goal)
             yield judged(goal, found)
-    process.end()
+    elsewhere.end()
 
 
 def judged(goal: Goal, found: dict[Timed, dict[str, Any]]) -> dict[str, Any]:
@@ -448,49 +423,26 @@ def judged(goal: Goal, found: dict[Timed, dict[str, Any]]) -> dict[str, Any]:
     return record | {"ratio": ratio, "least": round(goal.least, 3), "met": ratio is not None and ratio >= goal.least}
 
 
-def commit() -> str:
-    """The commit of the checkout; COMMIT names it in a copy without history."""
-    if told := os.environ.get("COMMIT"):
-        return told
-    try:
-        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-        said = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        said = ""
-    return said or "unknown"
-
-
 def main(args: argparse.Namespace) -> None:
-    about = {
-        "hardware": torch.cuda.get_device_name() if GPU else f"{platform.machine()}, no GPU",
-        "torch": torch.__version__,
-        "triton": next((found.version for found in importlib.metadata.distributions(name="triton")), "missing"),
-        "cuda_or_rocm": torch.version.cuda or torch.version.hip,
-        "python": platform.python_version(),
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
-    }
     size = Size(args.rows, args.tokens, args.heads, args.chunks)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     dtypes = [getattr(torch, name) for name in args.dtypes]
-    chosen = plan(size, dtypes, args.op, args.part)
+    chosen = plan(size, dtypes, args.op, args.part, args.backend)
     if args.plan:
         for x in chosen:
             print(f"{x.op}: {x.backend}, {x.dtype}, {x.size.tokens} tokens, {x.what}")
         return
-    if args.processes:
+    if args.processes and not args.inline:
         compile_all(chosen, args.processes)
-    for record in measurements(chosen, goals(dtypes[0], size)):
-        line = json.dumps(record | about)
-        print(line, flush=True)
-        with args.out.open("a") as file:
-            file.write(f"{line}\n")
+    for record in measurements(chosen, goals(dtypes[0], size), args.inline):
+        gpu_records.write(args.out, record)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/gpu/kernels.jsonl")
     parser.add_argument("--op", default="", help="only ops whose name contains this")
+    parser.add_argument("--backend", default="", help="only this backend")
+    parser.add_argument("--inline", action="store_true", help="measure in this process: faults end it")
     parser.add_argument("--part", default="all", choices=["all", "goals", "rest"], help="which part to run")
     parser.add_argument("--plan", action="store_true", help="print the measurements, without running them")
     parser.add_argument("--processes", type=int, default=0, help="processes that compile all cases first; 0: none")

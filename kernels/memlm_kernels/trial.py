@@ -43,10 +43,19 @@ def sizes(channels: tuple[int, ...], device: torch.device) -> dict[str, int]:
     return {"T": tokens, "H": 1 if small else 3, "K": keys, "V": values, "C": chunk, "N": -(-tokens // chunk)}
 
 
+def tensors_of(call: OpCall, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    return {name: x.to(dtype) if name in TOKENS else x for name, x in call.make(device=device).items()}
+
+
+def unit_of(call: OpCall, dtype: torch.dtype, device: torch.device) -> float:
+    """The unit of rounding: of products of fp32 that of tf32, where NVIDIA's matrix units take it."""
+    matrix_units = call.products and device.type == "cuda" and not torch.version.hip
+    return torch.finfo(torch.float16 if dtype == torch.float32 and matrix_units else dtype).eps
+
+
 def cases(call: OpCall, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, dict[str, Tensor], bool]]:
     """Name, tensors, and whether gradients are compared."""
-    made = call.make(device=device)
-    made = {name: x.to(dtype) if name in TOKENS else x for name, x in made.items()}
+    made = tensors_of(call, dtype, device)
     yield "all tensors", made, True
     if call.optional:
         yield f"without {' and '.join(call.optional)}", {n: x for n, x in made.items() if n not in call.optional}, True
@@ -90,8 +99,8 @@ def larger(one: Compared, other: Compared) -> Compared:
     return max(one, other, key=lambda x: x.error)
 
 
-def compared(call: OpCall, tensors: dict[str, Tensor], gradients: bool, unit: float) -> Compared:
-    """unit: of rounding"""
+def compared(call: OpCall, tensors: dict[str, Tensor], gradients: bool, unit: float, runs: int = 3) -> Compared:
+    """unit: of rounding; runs: how often the kernels run"""
     exact = {n: x.double() if x.is_floating_point() else x for n, x in tensors.items()}
     try:
         exact, rounded = (results(call, x, gradients, "reference") for x in (exact, tensors))
@@ -110,7 +119,7 @@ def compared(call: OpCall, tensors: dict[str, Tensor], gradients: bool, unit: fl
             share = mine / allowed if mine else 0.0
             fault = f"{of}{name} is {mine:.2g} off, {allowed:.2g} is allowed" if share > 1 else None
             worst = larger(worst, Compared(share, fault))
-    for _ in range(2 if worst.fault is None else 0):
+    for _ in range(runs - 1 if worst.fault is None else 0):
         again = results(call, tensors, gradients, "triton")
         if other := [name for name, x in got.items() if not torch.equal(x, again[name])]:
             return Compared(float("inf"), f"{other[0]} differs between equal calls")
@@ -129,9 +138,7 @@ def trial(kind: proof.Claim, device: torch.device) -> dict[str, Any]:
 
     call = CALLS[kind.call].of(**sizes(kind.channels, device))
     dtype = kind.dtype if kind.dtype.is_floating_point else torch.float32
-    matrix_units = call.products and device.type == "cuda" and not torch.version.hip
-    unit = torch.finfo(torch.float16 if dtype == torch.float32 and matrix_units else dtype).eps
-    worst = Compared()
+    unit, worst = unit_of(call, dtype, device), Compared()
     before = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
     # fp32 is for tf32 here, and memory that no kernel wrote is NaN.
     torch.set_float32_matmul_precision("high")
