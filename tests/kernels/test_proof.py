@@ -14,7 +14,16 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
 
-from memlm_kernels import backend, choose, delta_rule, dispatch_tokens, proof, set_backend, trial
+from memlm_kernels import (
+    backend,
+    choose,
+    delta_rule,
+    dispatch_tokens,
+    prefix_window_attention,
+    proof,
+    set_backend,
+    trial,
+)
 from memlm_kernels.calls import CALLS
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[cpu-kernels]'")
@@ -423,3 +432,19 @@ def test_the_ways_reach_the_launch(monkeypatch):
 def test_compilers_known_to_be_wrong_are_named(machine, words):
     faults = proof.known_faults(*machine)
     assert len(faults) == len(words) and all(word in fault for word, fault in zip(words, faults, strict=True))
+
+
+@pytest.mark.usefixtures("hopper", "as_on_a_gpu")
+def test_plain_causal_attention_stays_with_torch(tried, caplog):
+    """Its kernels are faster than those for windows; no trial is held for it."""
+    q = torch.rand(1, 5, 2, 16, dtype=HALF)
+    with caplog.at_level(logging.INFO, logger="memlm_kernels"):
+        prefix_window_attention(q, q, q)
+        prefix_window_attention(q, q, q, window=5)
+        prefix_window_attention(q[:, -1:], q, q)
+        assert not tried.held
+        with set_backend("triton"):
+            prefix_window_attention(q, q, q)
+        tried.answers |= {way: {"fault": "a test"} for way in proof.WAYS}
+        prefix_window_attention(q, q, q, window=3)
+    assert {x for x, _ in tried.held} == {"prefix_window_attention, float16, 16x16"}

@@ -53,11 +53,15 @@ def prefix_window_attention(
     given = q.dtype
     q, k, v, *rest = in_one_type(q, k, v, *rest)
     prefix = (rest[0], rest[1], rest[2]) if prefix else None
-    available, refused = with_triton("prefix_window_attention", backend, q, too_large(q, k, v), v, *rest)
+    # torch's own kernels of plain causal attention are the fastest, and need no trial of ours.
+    whole = prefix is None and positions is None and (window is None or window >= k.shape[1])
+    whole = whole and not with_lse and q.shape[1] in (1, k.shape[1])
+    asked = "sdpa" if whole and backend == "auto" else backend
+    available, refused = with_triton("prefix_window_attention", asked, q, too_large(q, k, v), v, *rest)
     if with_lse:
         refused = {**refused, "sdpa": "it gives no lse"}
     else:
-        at = available.index("reference")
+        at = 0 if whole else available.index("reference")
         available = (*available[:at], "sdpa", *available[at:])
     backend = choose("prefix_window_attention", backend, available, refused)
     positions = check_positions(q, positions)
