@@ -104,21 +104,21 @@ def _inverse(plan: BlockPlan, N: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(N, eye, upper=False, unitriangular=True)
 
 
-def in_blocks(chunk_size: int, x: Tensor) -> bool:
-    """Whether blocks are faster than the loop over chunks. x: [B, T, H, *]
-
-    Measured on a CPU. With many rows and heads, chunks of more than four tokens are large enough products themselves;
-    chunks of 16 are, in rows of up to 256 tokens, even with one head. On a GPU a product costs its launch.
-    """
-    if x.is_cuda:
-        return chunk_size <= 16
-    return chunk_size <= 4 or (chunk_size <= 8 and chunk_size**2 * x.shape[0] * x.shape[2] <= 256)
-
-
 def block_width(chunk_size: int, length: int, cu_seqlens: Tensor | None) -> int:
     """The slots of a block: whole chunks, so that only a row's first block may start inside one."""
     width = chunk_width(length, cu_seqlens, 32)
     return width - width % chunk_size if chunk_size < width else width
+
+
+def in_blocks(chunk_size: int, width: int, x: Tensor) -> bool:
+    """Whether blocks of ``width`` slots are faster than the loop over chunks. x: [B, T, H, *]
+
+    Measured on a CPU. With many rows and heads, chunks of more than four tokens are large enough products themselves;
+    in short rows too, beside the work that a call takes once. On a GPU a product costs its launch.
+    """
+    if x.is_cuda or chunk_size <= 4:
+        return 2 * chunk_size <= width
+    return 2 * chunk_size <= width and chunk_size**2 * x.shape[0] * x.shape[2] <= min(256, x.shape[1] // 2)
 
 
 def solve(

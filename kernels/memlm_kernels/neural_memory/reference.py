@@ -109,8 +109,9 @@ def neural_memory_reference(
         if window == 1 and tokens.weight is not None:
             # The weight of a token's only loss scales its learning rate.
             tokens = tokens._replace(lr=tokens.lr * tokens.weight, weight=None)
-        width = block_size(chunk_size, widest)
-        if scan is None and chunk_size % 32 == 0 and len(weights) == 1 and max(q.shape[-1], v.shape[-1]) <= 64:
+        width, aligned = block_size(chunk_size, widest), start is not None and start % chunk_size == 0
+        small = len(weights) == 1 and max(q.shape[-1], v.shape[-1]) <= 64
+        if scan is None and small and chunk_size % 32 == 0 and (aligned or batch * heads > 1):
             # Beside a small memory, masked products and rates are most of the work of a wider block.
             width = 32
         plan = Plan(len(weights), chunk_size // width, ACTIVATIONS[activation], loss, with_surprise)
@@ -119,12 +120,12 @@ def neural_memory_reference(
             o, state, surprise = _step(plan, tokens, state, initial, chunk_size, window, start, tail)
             return o.to(v.dtype), state, surprise
         affine = len(weights) == 1 and norm is None and loss is squared_error and window == 1
-        if affine and (blocks is not None or (scan is None and in_blocks(chunk_size, q))):
+        short = in_blocks(chunk_size, block_width(chunk_size, length, cu_seqlens), q)
+        if affine and (blocks is not None or (scan is None and short)):
             o, state, surprise = (blocks or _blocks)(
                 tokens, state, initial[0], chunk_size, cu_seqlens, start, with_surprise
             )
             return o.to(v.dtype), state, surprise
-        aligned = start is not None and start % chunk_size == 0
         if aligned:
             chunks = lay_out(None, length, width)
         else:
