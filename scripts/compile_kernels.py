@@ -36,6 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from memlm_kernels import launch  # noqa: E402
 from memlm_kernels.attention.choice_triton import choose_chunks, invert  # noqa: E402
 from memlm_kernels.attention.triton import attend_triton  # noqa: E402
+from memlm_kernels.grouped_linear.triton import grouped_linear_triton  # noqa: E402
 from memlm_kernels.launch import Kernel  # noqa: E402
 from memlm_kernels.neural_memory import squared_error  # noqa: E402
 from memlm_kernels.neural_memory.deep import scan_deep  # noqa: E402
@@ -129,6 +130,11 @@ def cases(dtype: str, size: int, sample: bool) -> Iterator[tuple[str, Callable[[
     yield f"{name} rotary", both(rotary_triton, q, k, *(torch.ones(2, 1024, 1, size, dtype=kind) for _ in "cs"))
     yield f"{name} means", both(segment_mean_pool_triton, k.flatten(2), cu, 1024)
     yield f"{name} routed tokens", both(routed, q.flatten(2), torch.zeros(2, 1024, 2, dtype=torch.int64), gate)
+    rows, matrices = (
+        q.detach().flatten(0, 2).requires_grad_(),
+        torch.empty(4, 192, size, dtype=kind, requires_grad=True),
+    )
+    yield f"{name} grouped product", both(lambda: [grouped_linear_triton(rows, matrices, torch.full((4,), 1024))])
     yield f"{name} routing", once(route, q, k, ("cosine", "mean", "max"), True, 16)
     yield f"{name} routing, row", once(route, q, k, ("cosine", "mean", "max"), False, 16)
     if not sample:

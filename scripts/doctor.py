@@ -204,21 +204,20 @@ def main() -> None:
             first, because = "reference", "Triton's interpreter is for tests"
         if op == "prefix_window_attention" and first == "reference":
             first = "sdpa"
+        if op == "grouped_linear" and DEVICE.type == "cpu":
+            first, because = "by_group", None
         said = [f"{first}, because {because}" if because else first]
         if first == "triton":
             said += verdicts(op) or ["auto proves it at its first use, or with --prove"]
+        if op == "grouped_linear" and takes_grouped_mm(rows := x(16, 16), rows[None]):
+            said += ["grouped_mm for bfloat16"]
         said += [f"{name} can run on request" for name in available[1:] if name != "reference"]
         if "triton" not in refused:
             said += [f"triton's kernels {limit}" for limit in limits(op)]
         say(op, "; ".join([*said, *(f"{name} cannot: {reason}" for name, reason in refused.items())]))
-    for op in sorted(CALLS.keys() - with_kernels - {"grouped_linear"}):
+    for op in sorted(CALLS.keys() - with_kernels):
         if not CALLS[op].triton:
             say(op, "reference, its only one")
-    rows = x(16, 16)
-    fast = "by_group"
-    if DEVICE.type != "cpu":
-        fast = "grouped_mm for bfloat16" if takes_grouped_mm(rows, rows[None]) else "reference"
-    say("grouped_linear", fast)
 
 
 def say(name: str, what: str) -> None:

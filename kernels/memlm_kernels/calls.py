@@ -254,7 +254,7 @@ CALLS = {
     ),
     "grouped_linear": OpCall(
         ops.grouped_linear, {"x": ("T", "K"), "weight": (2, "V", "K")},
-        {"sizes": lambda n: torch.tensor([n.T // 2, n.T - n.T // 2])}, triton=False,
+        {"sizes": lambda n: torch.tensor([n.T // 2, n.T - n.T // 2])},
     ),
     "read_memory": OpCall(
         read, {"q": QK, "weights": (2, "H", "K", 5), "hidden": (2, "H", 5, "K"), "norm": ("H", "K")}, {},

@@ -4,6 +4,7 @@ Files:
 
     naive               the definition as a loop over groups, and the form in tiles
     reference           three ways to compute the product
+    kernels, triton     Triton: tiles of rows read the matrix of their group as it is
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from memlm_kernels.backend import as_autocast, choose
+from memlm_kernels.backend import as_autocast, choose, exact_products, with_triton
 from memlm_kernels.checks import check_range, check_tensors, in_one_type, number, readable
 from memlm_kernels.grouped_linear.reference import by_group, by_tile, grouped_mm, takes_grouped_mm
 from memlm_kernels.segments import counts
@@ -30,8 +31,9 @@ def grouped_linear(x: Tensor, weight: Tensor, sizes: Tensor, *, backend: str = "
 
     x: [N, D], group after group   weight: [G, O, D], one matrix per group
     sizes: [G] integers, the number of rows of each group; their sum is N
-    backend: ``grouped_mm``, torch's, for bf16 on Hopper and later; ``by_group``, one product per group, on CPUs, where
-        sizes may be read; ``reference``, a batched product of tiles of few rows, with a copy of the matrix per tile
+    backend: ``grouped_mm``, torch's, for bf16 on Hopper and later; ``triton``; ``by_group``, one product per group, on
+        CPUs, where sizes may be read; ``reference``, a batched product of tiles of few rows, with a copy of the matrix
+        per tile
 
     Returns [N, O], in the wider type of x and weight. On a GPU the sizes are not checked: groups end where x ends, and
     rows without a group have arbitrary results. Raises ValueError if shapes, types or devices disagree, the sizes do
@@ -47,7 +49,16 @@ def grouped_linear(x: Tensor, weight: Tensor, sizes: Tensor, *, backend: str = "
         raise ValueError(f"sizes add up to {total} rows, but x has {len(x)}")
     x, weight = in_one_type(*as_autocast(x, weight))
     fast = ["by_group"] if x.device.type == "cpu" else ["grouped_mm"] if takes_grouped_mm(x, weight) else []
-    return _BACKENDS[choose("grouped_linear", backend, (*fast, "reference"))](x, weight, sizes)
+    # Products of 64 channels at a time: no width is too large.
+    known, refused = with_triton("grouped_linear", backend, x, None, weight, products=False)
+    if not torch.version.hip and exact_products(x):
+        known = tuple(sorted(known))
+    chosen = choose("grouped_linear", backend, (*fast, *known), refused)
+    if chosen == "triton" and x.numel():
+        from memlm_kernels.grouped_linear.triton import grouped_linear_triton
+
+        return grouped_linear_triton(x, weight, sizes)
+    return _BACKENDS.get(chosen, by_tile)(x, weight, sizes)
 
 
 def linear_of_group(x: Tensor, weight: Tensor, group: Tensor) -> Tensor:

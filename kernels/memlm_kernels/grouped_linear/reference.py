@@ -17,7 +17,7 @@ Shape = tuple[int, ...]
 
 def by_tile(x: Tensor, weight: Tensor, sizes: Tensor) -> Tensor:
     """A batched product of tiles of rows, each of one group; the overhead of a tile is a copy of its matrix."""
-    cu_seqlens = F.pad(_ends(sizes, x), (1, 0))[None]
+    cu_seqlens = F.pad(ends_of(sizes, x), (1, 0))[None]
     segments = lay_out(cu_seqlens, len(x), chunk_width(len(x), cu_seqlens, _WIDTH))
     assert segments.segment is not None
     tiles = segments.grid.lay(x[None])[0]
@@ -26,16 +26,19 @@ def by_tile(x: Tensor, weight: Tensor, sizes: Tensor) -> Tensor:
 
 def takes_grouped_mm(x: Tensor, weight: Tensor) -> bool:
     """Whether torch's product runs without reading the sizes back from the device."""
+    if x.device.type != "cuda":
+        return False
     aligned = all(size % 8 == 0 for size in weight.shape[1:])
     hopper = torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0)
     return x.dtype == torch.bfloat16 and len(x) > 0 and aligned and hopper
 
 
 def grouped_mm(x: Tensor, weight: Tensor, sizes: Tensor) -> Tensor:
-    return F.grouped_mm(x, weight.mT, offs=_ends(sizes, x).int())
+    return F.grouped_mm(x, weight.mT, offs=ends_of(sizes, x).int())
 
 
-def _ends(sizes: Tensor, x: Tensor) -> Tensor:
+def ends_of(sizes: Tensor, x: Tensor) -> Tensor:
+    """[G], the end of each group's rows, at most that of x."""
     return sizes.long().clamp(min=0).cumsum(0).clamp(max=len(x))
 
 
