@@ -40,7 +40,7 @@ def of_group(x: Tensor, weight: Tensor, group: Tensor, backend: str | None = Non
 
 # It is not public.
 OPS["linear_of_group"] = OPS["grouped_linear"]._replace(
-    call=of_group, integers={"group": lambda n: torch.arange(n.T) % 2}
+    call=of_group, integers={"group": lambda n: torch.arange(n.T) % 2}, triton=False
 )
 
 
