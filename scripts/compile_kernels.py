@@ -151,6 +151,8 @@ def attentions(name: str, kind: torch.dtype, size: int, sample: bool) -> Iterato
     k, v = (torch.empty(2, 1024, 2, size, dtype=kind, requires_grad=True) for _ in "kv")
     spans = [torch.zeros(2, 1024, dtype=torch.int64)] * 2
     choice = (torch.zeros(2, 1024, 2, 16, dtype=torch.int64), torch.zeros(2, 16, dtype=torch.int64), 64, 512)
+    # So many chunks that tiles of queries may gather them.
+    many = (choice[0], torch.zeros(2, 64, dtype=torch.int64), *choice[2:])
 
     def call(*given: Tensor, **options: Any) -> tuple[Tensor, ...]:
         return attend_triton(*given, *spans, 512, None, **options)
@@ -163,10 +165,11 @@ def attentions(name: str, kind: torch.dtype, size: int, sample: bool) -> Iterato
     # Chunk numbers of two digits.
     yield f"{name} inverse", once(invert, choice[0], 300)
     yield f"{name} chunks", both(lambda: call(q, k, v, choice=choice))
+    yield f"{name} chunks, gathered", both(lambda: call(q, k, v, choice=many))
     yield f"{name} chunks, step", step
     yield f"{name} window, prefix", both(lambda: call(q, k, v, prefix=(q, k[:1, :16], v[:1, :16])))
     if not sample:
-        yield f"{name} chunks, far", both(lambda: call(q, k, v, far=(q, k), choice=choice))
+        yield f"{name} chunks, far", both(lambda: call(q, k, v, far=(q, k), choice=many))
         yield f"{name} window", both(lambda: call(q, k, v))
 
 

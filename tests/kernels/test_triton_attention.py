@@ -1,5 +1,7 @@
 """Triton's kernels of attention and of the choice of chunks against the references; see ``test_triton``."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from memlm_kernels import (
     invert_chunks,
     prefix_window_attention,
 )
+from memlm_kernels.attention import gathering
 from memlm_kernels.testing import assert_close
 from tests.kernels.test_chunk_sparse_attention import choices, heads_of, spans_of
 from tests.kernels.test_triton import BFLOAT16, DEVICE, compare, poisoned  # noqa: F401
@@ -50,8 +53,20 @@ CHOSEN = {
 }
 
 
-@pytest.mark.parametrize("name", CHOSEN)
-def test_attention_to_chosen_chunks(name):
+# The largest union that a tile goes through, in choices of a token: all tiles do, some do, the others gather.
+UNIONS = {"all": 100, "some": 1.6, "none": 0}
+QUICK = {("one_token", "all"), ("odd", "all"), ("chunks_of_tiles", "none"), ("two_rows_of_documents", "some")}
+
+
+@pytest.mark.parametrize(
+    ("name", "unions"),
+    [pytest.param(*x, marks=[pytest.mark.slow] * (x not in QUICK)) for x in itertools.product(CHOSEN, UNIONS)],
+)
+def test_attention_to_chosen_chunks(name, unions, monkeypatch):
+    monkeypatch.setattr(gathering, "WORTH", UNIONS[unions])
+    monkeypatch.setattr(
+        gathering, "_stretches", lambda call: (slice(i, min(i + 7, call.length)) for i in range(0, call.length, 7))
+    )
     (heads, groups, dim, value_dim), settings = CHOSEN[name]
     rows = settings.get("batch", 1)
     tensors = heads_of(rows, settings["tokens"], settings["keys"], heads, groups, dim, value_dim)
@@ -59,18 +74,35 @@ def test_attention_to_chosen_chunks(name):
     compare(chosen(**settings, **extra), tensors, torch.float32)
 
 
+@pytest.mark.parametrize("unions", ["all", "none"])
 @pytest.mark.parametrize("dtype", [torch.float16, BFLOAT16])
-def test_attention_to_chosen_chunks_in_16_bits(dtype):
+def test_attention_to_chosen_chunks_in_16_bits(dtype, unions, monkeypatch):
+    monkeypatch.setattr(gathering, "WORTH", UNIONS[unions])
     tensors = heads_of(1, 40, 40, 4, 2, 16, 16)
     compare(chosen(40, 40, 4, 6, 3), tensors, dtype)
+
+
+def test_partial_results_of_a_few_tokens_at_a_time(monkeypatch):
+    """Calls with little room hold few of them and return the same; the same call again returns the same bits."""
+    monkeypatch.setattr(gathering, "WORTH", 0)
+    tensors, call = heads_of(1, 9, 12, 2, 1), chosen(9, 12, 3, 2, 2, groups=1)
+    results = []
+    # The results of five tokens, and of all.
+    for room in (5 * 2 * 2 * 6, 2**30, 2**30):
+        monkeypatch.setattr(gathering, "ROOM", room)
+        leaves = [x.float().to(DEVICE).requires_grad_() for x in tensors]
+        out = call(leaves, "triton")
+        (out[0].square().sum() + out[1].sum()).backward()
+        results.append([*out, *(x.grad for x in leaves)])
+    for few, whole, again in zip(*results, strict=True):
+        assert_close("in stretches", whole, few, 1e-6)
+        assert torch.equal(whole, again)
 
 
 @torch.no_grad()
 def test_a_chunk_read_by_more_than_a_part_holds(monkeypatch):
     """Its parts are summed. All splits of keys are one softmax, also with chunks that no token chose."""
-    from memlm_kernels.attention import triton
-
-    monkeypatch.setattr(triton, "PER", 5)
+    monkeypatch.setattr(gathering, "PER", 5)
     with torch.enable_grad():
         compare(chosen(30, 30, 6, 3, 2), heads_of(1, 30, 30, 4, 2), torch.float32)
     q, k, v = (x.float().to(DEVICE) for x in heads_of(1, 1, 300, 4, 2))

@@ -7,6 +7,7 @@ Files:
     window_reference, chunks_reference, choice_reference  the ops in plain PyTorch
     one_token           the ops of chunks for a single token per row
     kernels, chunk_kernels, triton  attention of all ops in Triton
+    cut, gathering  the programs of a call; chunks that gather the tokens that chose them
     choice_kernels, choice_triton   the choice of chunks in Triton
 """
 
