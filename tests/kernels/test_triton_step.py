@@ -1,9 +1,12 @@
 """One token in Triton: places on the host and on the device, parts of one tensor, and the host's work of a call."""
 
+import sys
+
 import pytest
 import torch
 
 from memlm_kernels import SegmentedMemoryState, neural_memory, segmented_neural_memory
+from memlm_kernels.calls import CALLS, titans
 from memlm_kernels.testing import assert_close
 from tests.kernels.test_triton import DEVICE, TOLERANCES, deep_inputs, memory_inputs
 
@@ -123,3 +126,56 @@ def test_steps_keep_the_rules_of_torch():
     torch.library.opcheck(torch.ops.memlm.neural_memory_step, (*given, 4, True, True), test_utils=tests)
     given = (q, k, v, gate, gate, None, position.to(DEVICE)[:, None], rand(2, 3, 3, 6, 5), 4)
     torch.library.opcheck(torch.ops.memlm.segmented_memory_step, given, test_utils=tests)
+
+
+def calls_of(function):
+    """Functions of Python and C that a call runs: its work on the host, the same on every machine."""
+    counted = 0
+
+    def count(_, event, __):
+        nonlocal counted
+        counted += event in ("call", "c_call")
+
+    for _ in range(2):
+        function()
+    sys.setprofile(count)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return counted
+
+
+# Kinds of calls, tokens, whether gradients follow, and the most functions, a tenth above those of today.
+WORK = [
+    ("neural_memory", 1, False, 300),
+    ("neural_memory", 64, True, 1070),
+    ("delta_rule, decay", 1, False, 135),
+    ("delta_rule, decay", 64, True, 440),
+    ("linear_attention, decay", 64, True, 380),
+    ("prefix_window_attention", 64, True, 710),
+]
+
+
+@pytest.mark.parametrize(("kind", "length", "gradients", "most"), WORK)
+def test_host_work_of_a_call(kind, length, gradients, most, monkeypatch):
+    """Checks, the choice of a backend, torch's machinery and the arguments of launches take few functions."""
+    from memlm_kernels.launch import Kernel
+
+    monkeypatch.setattr(Kernel, "__call__", lambda *_, **__: None)
+    call = CALLS[kind].of(T=64, K=16, V=16, C=16)
+    tensors = {name: x.requires_grad_(gradients and x.is_floating_point()) for name, x in call.make(length).items()}
+    tensors = {name: x for name, x in tensors.items() if name not in call.optional}
+    if kind == "neural_memory" and length == 1:
+        with torch.no_grad():
+            state = titans(**tensors, chunk_size=16, backend="triton").state
+        call = call._replace(call=lambda **x: titans(**x, state=state, start=1, with_surprise=False))
+
+    def work():
+        out = call.run(tensors, backend="triton")
+        if gradients:
+            out = out if isinstance(out, torch.Tensor) else out[0]
+            out.sum().backward()
+
+    with torch.set_grad_enabled(gradients):
+        assert calls_of(work) <= most
