@@ -7,8 +7,11 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 dry=()
+# A dry run compiles nothing, and may share its CPU with others.
+patience=1
 if [ "${1:-}" = --dry-run ]; then
     dry=(--dry-run)
+    patience=20
     shift
 fi
 out=${1:-benchmarks/gpu}
@@ -18,8 +21,11 @@ mkdir -p "$out"
 # Before the export, because nproc obeys it. The first minutes mostly compile, one process per core.
 cores=$(nproc)
 processes=$((cores < 16 ? cores : 16))
-wheels=$(find wheels -name '*.whl' -exec realpath {} + 2>/dev/null | paste -sd:)
-export PYTHONPATH="$PWD:$PWD/kernels:$PWD/scripts${wheels:+:$wheels}${PYTHONPATH:+:$PYTHONPATH}"
+# Unpacked, because Triton reads the source of its functions.
+for wheel in wheels/*.whl; do
+    [ ! -e "$wheel" ] || "$python" -m zipfile -e "$wheel" "$out/wheels"
+done
+export PYTHONPATH="$PWD:$PWD/kernels:$PWD/scripts:$(realpath "$out")/wheels${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 GPU_RECORDS=$results
 # Asked once, because files written below change the tree.
 COMMIT=${COMMIT:-$(git describe --always --dirty 2>/dev/null || true)}
@@ -37,7 +43,7 @@ status=0
 part() {
     local name=$1 limit=$2 begin=$SECONDS
     shift 2
-    timeout -s INT -k 10 "$limit" env --default-signal=INT "$@" >"$out/$name.txt" 2>&1
+    timeout -s INT -k 10 "$((limit * patience))" env --default-signal=INT "$@" >"$out/$name.txt" 2>&1
     local code=$?
     echo "$name: $((SECONDS - begin)) of $limit s, exit $code ($out/$name.txt)"
     tail -n 3 "$out/$name.txt"
