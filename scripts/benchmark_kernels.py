@@ -31,6 +31,7 @@ from gpu_records import DEVICE, GPU  # noqa: E402
 
 from memlm_kernels import (  # noqa: E402
     MemoryRoutes,
+    NeuralMemoryState,
     SegmentedMemoryState,
     chunk_mean_attention,
     chunk_sparse_attention,
@@ -91,6 +92,11 @@ def recurrence(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:
         start = torch.randn(size.heads, head_dim, head_dim, device=DEVICE) / head_dim**0.5
         layers = 2 if op.endswith("two layers") else 1
         function = functools.partial(neural_memory, weights=[start] * layers, chunk_size=16)
+        if size.tokens == 1:
+            # A decoded token continues a document.
+            memory = (start.expand(size.rows, *start.shape),) * layers
+            position = torch.full((size.rows,), 999, device=DEVICE)
+            function = functools.partial(function, state=NeuralMemoryState(memory, memory, memory, position))
     elif op == "segmented_neural_memory":
         cu = torch.linspace(0, size.tokens, 5, device=DEVICE).long().expand(size.rows, -1)
         memory = torch.zeros(size.rows, 4, 3, size.heads, head_dim, head_dim, device=DEVICE)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from memlm_kernels.attention import gathering
-from memlm_kernels.launch import Kernel, cdiv
+from memlm_kernels.launch import Kernel
 from memlm_kernels.neural_memory.deep import SPAN
 from memlm_kernels.testing import import_triton_ops
 
@@ -62,7 +62,7 @@ def moved(arguments: dict[str, Any]) -> float:
     if "begin" in arguments:
         end = arguments.get("end", min(arguments["begin"] + SPAN, arguments["N"]))
         share = (end - arguments["begin"]) / arguments["N"]
-        counts = {arguments["N"], *([cdiv(arguments["N"], arguments["GROUP"])] if "GROUP" in arguments else [])}
+        counts = {arguments["N"]}
     tensors = [x for x in arguments.values() if isinstance(x, Tensor)]
     # Each tile of values has its own share of a gradient.
     return sum(x.nbytes * (share if x.ndim > 2 and {*x.shape[:2]} & counts else 1) for x in tensors)

@@ -11,7 +11,7 @@ g, which is dV, the gradients through memories, and those through the pairs of a
 import triton
 import triton.language as tl
 
-from memlm_kernels.launch import decay_between, load_tile, part_of, store_tile, tiled
+from memlm_kernels.launch import load_tile, part_of, store_tile, tiled
 from memlm_kernels.neural_memory.block_kernels import (
     RATES,
     SIZES,
@@ -259,13 +259,18 @@ def block_memory_backward(
     for j in range((K + BK - 1) // BK):
         i_k = j * BK + tl.arange(0, BK)
         b_q = load_tile(q, base, rows, i_k, inside, K)
-        b_k = load_tile(k, base, rows, i_k, inside, K)
         b_x = through(d_o, states_W, base, rows, inside, program, i_k, K, V, PRECISION, BT, BK, BV)
         b_reads += tl.sum(b_x * b_q, 1)
-        b_dq = b_x * load_rate(rates, base, rows, 0, inside)[:, None]
+        b_dx = b_x * load_rate(rates, base, rows, 0, inside)[:, None]
+        if states_S is not None:
+            b_x = through(d_o, states_S, base, rows, inside, program, i_k, K, V, PRECISION, BT, BK, BV)
+            b_reads_S += tl.sum(b_x * b_q, 1)
+            b_dx += b_x * load_rate(rates, base, rows, 1, inside)[:, None]
+        store_tile(d_q, b_dx, base, rows, i_k, inside, K)
+        b_k = load_tile(k, base, rows, i_k, inside, K)
         b_x = through(d, d_next_W, base, rows, inside, program, i_k, K, V, PRECISION, BT, BK, BV)
         b_writes += tl.sum(b_x * b_k, 1)
-        b_dk = b_x * load_rate(rates, base, rows, 3, inside)[:, None]
+        b_dx = b_x * load_rate(rates, base, rows, 3, inside)[:, None]
         if before_anchor is None:
             b_x = through(g, states_W, base, rows, inside, program, i_k, K, V, PRECISION, BT, BK, BV)
         elif opener < 0:
@@ -275,22 +280,19 @@ def block_memory_backward(
             at = (row * N + opener) * H + h
             b_x = through(g, states_W, base, rows, inside, at, i_k, K, V, PRECISION, BT, BK, BV)
         b_anchors -= tl.sum(b_x * b_k, 1)
-        b_dk -= b_x * b_at_beta[:, None]
-        beta += shared(states_W, d_next_W, program, i_k, K, V, BV)
+        b_dx -= b_x * b_at_beta[:, None]
         if states_S is not None:
-            b_x = through(d_o, states_S, base, rows, inside, program, i_k, K, V, PRECISION, BT, BK, BV)
-            b_reads_S += tl.sum(b_x * b_q, 1)
-            b_dq += b_x * load_rate(rates, base, rows, 1, inside)[:, None]
             b_x = through(d, d_next_S, base, rows, inside, program, i_k, K, V, PRECISION, BT, BK, BV)
             b_writes_S += tl.sum(b_x * b_k, 1)
-            b_dk += b_x * load_rate(rates, base, rows, 4, inside)[:, None]
+            b_dx += b_x * load_rate(rates, base, rows, 4, inside)[:, None]
             b_x = through(g, states_S, base, rows, inside, program, i_k, K, V, PRECISION, BT, BK, BV)
             b_anchors_S -= tl.sum(b_x * b_k, 1)
-            b_dk -= b_x * b_at_f[:, None]
+            b_dx -= b_x * b_at_f[:, None]
+        store_tile(d_k, b_dx, base, rows, i_k, inside, K)
+        beta += shared(states_W, d_next_W, program, i_k, K, V, BV)
+        if states_S is not None:
             f += shared(states_S, d_next_W, program, i_k, K, V, BV)
             m += shared(states_S, d_next_S, program, i_k, K, V, BV)
-        store_tile(d_q, b_dq, base, rows, i_k, inside, K)
-        store_tile(d_k, b_dk, base, rows, i_k, inside, K)
     last = i_t == end - start - 1
     place = d_rates + (base + rows) * RATES
     tl.store(place, b_reads + tl.where(last, beta, 0.0), mask=inside)
@@ -391,7 +393,7 @@ def of_logs(b_z):
     return tl.sum(b_z, 1) - tl.sum(b_z, 0)
 
 
-@tiled([{"num_warps": 4, "num_stages": 1}])
+@tiled([{"num_warps": 8, "num_stages": 1}], [{"num_warps": 4, "num_stages": 1}])
 @triton.jit(do_not_specialize=SIZES)
 def block_gates_backward(
     lr,
@@ -416,8 +418,8 @@ def block_gates_backward(
 
     With L and C below the diagonal alone, and G = L^T dC, they are, up to sums over the tokens behind,
 
-        d log (1 - decay) = beta d beta + df (f - m) - m L^T df + row sums of dC * C - P * G
-        d log momentum = m (dm + df + L^T df) + row sums - column sums of P * (G + dC)
+        d log (1 - decay) = beta d beta + df (f - m) - m L^T df + row sums of dC * C - lr E * G
+        d log momentum = m (dm + df + L^T df) + row sums - column sums of lr E * (G + dC)
     """
     program = tl.program_id(0).to(tl.int64)
     _tile, h, n, row = part_of(program, 1, H, N)
@@ -427,36 +429,33 @@ def block_gates_backward(
     i_t = tl.arange(0, BT)
     inside = start + i_t < end
     base, rows = (row * T + start) * H + h, i_t * H
-    b_dC = load_tile(d_C, program * BT, i_t, i_t, i_t < BT, BT)
-    b_lr = tl.load(lr + base + rows, mask=inside, other=0.0)
-    b_m, b_g = load_logs(momentum, decay, base, rows, inside)
-    b_L, b_P, b_C = weights(b_lr, b_m, b_g, momentum is not None, BT, PRECISION)
-    last = i_t[:, None] == end - start - 1
-    b_dC += tl.where(last, load_rate(d_rates, base, rows, 3, inside)[None, :], 0.0)
     b_of_beta = load_rate(d_rates, base, rows, 0, inside)
     b_of_f = load_rate(d_rates, base, rows, 1, inside)
     if CHUNKS > 1:
-        b_at_anchor = anchors(opener, n, CHUNK, BT)
-        b_beta, b_f = load_rate(d_rates, base, rows, 5, inside), load_rate(d_rates, base, rows, 6, inside)
-        b_of_beta += tl.sum(tl.where(b_at_anchor, b_beta[:, None], 0.0), 0)
-        b_of_f += tl.sum(tl.where(b_at_anchor, b_f[:, None], 0.0), 0)
+        b_at = anchors(opener, n, CHUNK, BT)
+        b_of_beta += tl.sum(tl.where(b_at, load_rate(d_rates, base, rows, 5, inside)[:, None], 0.0), 0)
+        b_of_f += tl.sum(tl.where(b_at, load_rate(d_rates, base, rows, 6, inside)[:, None], 0.0), 0)
+    b_lr = tl.load(lr + base + rows, mask=inside, other=0.0)
+    b_m, b_g = load_logs(momentum, decay, base, rows, inside)
+    b_L, b_E, b_C = weights(b_lr, b_m, b_g, momentum is not None, BT, PRECISION)
+    last = i_t[:, None] == end - start - 1
+    b_dC = load_tile(d_C, program * BT, i_t, i_t, i_t < BT, BT)
+    b_dC += tl.where(last, load_rate(d_rates, base, rows, 3, inside)[None, :], 0.0)
     b_of_g = b_of_beta * load_rate(rates, base, rows, 0, inside)
     if momentum is None:
-        tl.store(
-            d_lr + base + rows, tl.sum(b_dC * (b_L + tl.where(i_t[:, None] == i_t[None, :], 1.0, 0.0)), 0), mask=inside
-        )
+        tl.store(d_lr + base + rows, tl.sum(b_dC * (b_L + b_E), 0), mask=inside)
         b_of_g += of_logs(b_dC * b_C)
     else:
-        b_G = tl.dot(tl.trans(b_L), b_dC, input_precision=PRECISION)
         b_of_S = load_rate(rates, base, rows, 2, inside)
         b_of_m = tl.sum(b_L * b_of_f[:, None], 0)
-        b_of_g += tl.sum(b_dC * b_C - b_P * b_G, 1) - b_of_S * b_of_m
-        b_of_g += b_of_f * (load_rate(rates, base, rows, 1, inside) - b_of_S)
-        b_G += b_dC + tl.where(last, load_rate(d_rates, base, rows, 4, inside)[None, :], 0.0)
+        b_of_g += b_of_f * (load_rate(rates, base, rows, 1, inside) - b_of_S) - b_of_S * b_of_m
         b_of_m = (b_of_m + b_of_f + load_rate(d_rates, base, rows, 2, inside)) * b_of_S
-        b_of_m = tl.cumsum(b_of_m + of_logs(b_P * b_G), 0, reverse=True)
+        b_G = tl.dot(tl.trans(b_L), b_dC, input_precision=PRECISION)
+        b_of_g += tl.sum(b_dC * b_C - b_E * b_G * b_lr[None, :], 1)
+        b_G += b_dC + tl.where(last, load_rate(d_rates, base, rows, 4, inside)[None, :], 0.0)
+        b_G *= b_E
+        tl.store(d_lr + base + rows, tl.sum(b_G, 0), mask=inside)
+        b_of_m = tl.cumsum(b_of_m + of_logs(b_G * b_lr[None, :]), 0, reverse=True)
         tl.store(d_momentum + base + rows, b_of_m * tl.exp(-b_m), mask=inside)
-        b_m, _g = load_logs(momentum, decay, base, rows, inside)
-        tl.store(d_lr + base + rows, tl.sum(b_G * decay_between(b_m, BT), 0), mask=inside)
     if decay is not None:
         tl.store(d_decay + base + rows, -tl.cumsum(b_of_g, 0, reverse=True) * tl.exp(-b_g), mask=inside)

@@ -130,18 +130,16 @@ def load_logs(momentum, decay, base, rows, inside):
 
 @triton.jit
 def weights(b_lr, b_m, b_g, MOMENTUM: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr):
-    """L, P and C, the first and the last below the diagonal alone: there L is 1, and C is P. Without momentum P is the
-    diagonal of lr.
-    """
+    """L, E and C = L E lr, L below the diagonal alone; there it is 1. Without momentum E is the identity."""
     i = tl.arange(0, BT)
     b_L = tl.where(i[:, None] > i[None, :], decay_between(b_g, BT), 0.0)
     if MOMENTUM:
-        b_P = decay_between(b_m, BT) * b_lr[None, :]
-        b_C = tl.dot(b_L, b_P, input_precision=PRECISION)
+        b_E = decay_between(b_m, BT)
+        b_C = tl.dot(b_L, b_E * b_lr[None, :], input_precision=PRECISION)
     else:
-        b_P = tl.where(i[:, None] == i[None, :], b_lr[None, :], 0.0)
+        b_E = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
         b_C = b_L * b_lr[None, :]
-    return b_L, b_P, b_C
+    return b_L, b_E, b_C
 
 
 @triton.jit
@@ -212,7 +210,8 @@ def block_systems(
     base, rows = (row * T + start) * H + h, i_t * H
     b_lr = tl.load(lr + base + rows, mask=inside, other=0.0)
     b_m, b_g = load_logs(momentum, decay, base, rows, inside)
-    b_L, b_P, b_C = weights(b_lr, b_m, b_g, momentum is not None, BT, PRECISION)
+    b_L, b_E, b_C = weights(b_lr, b_m, b_g, momentum is not None, BT, PRECISION)
+    b_P = b_E * b_lr[None, :]
     b_C += b_P
     # Stores of one row of a tile, because sums over rows would wait for all warps.
     place, last = rates + (base + rows) * RATES, (i_t[:, None] == end - start - 1) & inside[None, :]

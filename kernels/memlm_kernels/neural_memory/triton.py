@@ -60,6 +60,8 @@ class _Call:
         else:
             # Each segment may begin inside a chunk, end inside a period, and has a last chunk.
             self.count = min(length, length * inner // period + 3 * min(self.segments, length))
+        # Memories of wide keys take twice the registers.
+        self.most_warps = 4 if self.keys * q.element_size() <= 128 else 8
         cu, position = laid(cu_seqlens, position)
         self.given: dict[str, Any] = {
             **{"cu": cu, "position": position, "F": 1 if position is None else position.shape[1]},
@@ -87,19 +89,20 @@ class _Call:
     def rates(self) -> Tensor:
         return self.q.new_empty(*self.q.shape[:3], RATES.value, dtype=torch.float32)
 
-    def at_once(self, kernel: Kernel, there: Named, columns: int = 1, tile: str | None = None) -> None:
+    def at_once(
+        self, kernel: Kernel, there: Named, columns: int = 1, tile: str | None = None, most_warps: int = 8
+    ) -> None:
         """A pass over all blocks, with a program for each ``tile`` of ``columns``."""
         blocks = self.batch * self.count * self.heads
         limits = {"BK": at_least_16(self.keys), "BV": at_least_16(self.values), "BD": at_least_16(columns)}
+        limits["num_warps"] = most_warps
         self._launch(kernel, lambda tiles: blocks * (cdiv(columns, tiles[tile]) if tile else 1), limits, there)
 
     def along(self, kernel: Kernel, there: Named) -> None:
         """A pass along segments."""
         rows = self.batch * self.segments * self.heads
-        limits = {"BV": min(32, at_least_16(self.values)), "num_warps": 4}
-        if self.keys * self.q.element_size() > 128:
-            # A state of so many rows takes twice the registers.
-            limits = {"BV": 16}
+        most = 32 if self.most_warps == 4 else 16
+        limits = {"BV": min(most, at_least_16(self.values)), "num_warps": self.most_warps}
         self._launch(kernel, lambda tiles: rows * cdiv(self.values, tiles["BV"]), limits, there)
 
     def products(self, inside: int, states: int) -> int:
@@ -277,8 +280,9 @@ def backward(
     call.at_once(block_reads_backward, there, call.values, "BV")
     call.along(block_states_backward, there)
     made["d_v"] = there["g"] = call.solve(there["d_d"], X, None, False, transposed=True)
-    for kernel in (block_memory_backward, block_pairs_backward, block_gates_backward):
-        call.at_once(kernel, there)
+    call.at_once(block_memory_backward, there, most_warps=call.most_warps)
+    call.at_once(block_pairs_backward, there)
+    call.at_once(block_gates_backward, there)
     return [made[f"d_{name}"] for name in names]
 
 
