@@ -109,7 +109,7 @@ def prove(kind: Claim, device: torch.device) -> Verdict:
     begin, tried, found = time.monotonic(), dict[str, str](), None
     for way in WAYS:
         # Only NVIDIA's GPUs since Hopper have other instructions for products.
-        if way == PLAIN and not (kind.channels and re.match("sm_(9|1)", architecture(device))):
+        if way == PLAIN and not re.match("sm_(9|1)", architecture(device)):
             continue
         result = _tried(kind, device, way)
         seconds = round(time.monotonic() - begin, 1)

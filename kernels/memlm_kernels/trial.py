@@ -36,10 +36,13 @@ class Unable(Exception):
 
 
 def sizes(channels: tuple[int, ...], device: torch.device) -> dict[str, int]:
-    """Two chunks of 64 tokens and a part, odd everywhere but in channels, which kernels are compiled for."""
+    """Two chunks of 64 tokens and a part, odd everywhere but in channels, which kernels are compiled for. 64 channels
+    fill the tiles of kernels whose code does not depend on them.
+    """
     small = device.type == "cpu"
     tokens, chunk = (37, 8) if small else (139, 16)
-    keys, values = (*channels, *channels, 16, 16)[:2]
+    wide = 16 if small else 64
+    keys, values = (*channels, *channels, wide, wide)[:2]
     return {"T": tokens, "H": 1 if small else 3, "K": keys, "V": values, "C": chunk, "N": -(-tokens // chunk)}
 
 

@@ -68,7 +68,8 @@ def tried(monkeypatch):
 
 def test_a_call_of_every_op_and_of_every_kind_of_verdict():
     """Ops ask for the verdicts of calls that exist, and each op with kernels has one."""
-    asked = set()
+    # On a CPU it has a faster backend that needs no trial.
+    asked = {"grouped_linear"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "missing_triton", lambda device: None)
         patch.setattr(backend, "against_triton", lambda call, *x, **y: asked.add(call) or "a test")
@@ -174,9 +175,10 @@ def test_what_fails_in_all_ways_is_refused_with_the_reasons(hopper, tried, caplo
     assert "delta_rule, float16, 64x64: auto takes the reference on sm_90 (Triton" in caplog.text
     forget(monkeypatch)
     assert proof.against("delta_rule", HALF, (64, 64), GPU) == reason and len(tried.held) == 3
-    # Without products there is no instruction to avoid.
+    # Older GPUs have no other instructions for products.
+    monkeypatch.setattr(proof, "architecture", lambda device: "sm_80")
     proof.against("merge_topk", HALF, (), GPU)
-    assert len(tried.held) == 5
+    assert [way for _, way in tried.held[3:]] == [proof.FIRST, proof.SAFE]
 
 
 def test_what_could_not_be_tried_is_not_kept(hopper, tried, monkeypatch):

@@ -49,9 +49,12 @@ def grouped_linear(x: Tensor, weight: Tensor, sizes: Tensor, *, backend: str = "
         raise ValueError(f"sizes add up to {total} rows, but x has {len(x)}")
     x, weight = in_one_type(*as_autocast(x, weight))
     fast = ["by_group"] if x.device.type == "cpu" else ["grouped_mm"] if takes_grouped_mm(x, weight) else []
+    exact = not torch.version.hip and exact_products(x)
+    # Where auto takes another backend first, no trial of the kernels is held.
+    asked = "reference" if backend == "auto" and (fast or exact) else backend
     # Products of 64 channels at a time: no width is too large.
-    known, refused = with_triton("grouped_linear", backend, x, None, weight, products=False)
-    if not torch.version.hip and exact_products(x):
+    known, refused = with_triton("grouped_linear", asked, x, None, weight, products=False)
+    if exact:
         known = tuple(sorted(known))
     chosen = choose("grouped_linear", backend, (*fast, *known), refused)
     if chosen == "triton" and x.numel():
