@@ -200,7 +200,7 @@ def convolution(q: Tensor, k: Tensor, v: Tensor, heads: bool) -> tuple[Tensor, .
     sizes, channels = [part.shape[2] for part in x], sum(part.shape[2] for part in x)
     positions = torch.zeros(q.shape[:2], dtype=torch.int64) if heads else None
     state, weight = torch.zeros(len(q), 3, channels), torch.zeros(channels, 4, requires_grad=True)
-    options: Any = (sizes, True, 2 if heads else 0, q.shape[3], 0.0, torch.float32 if heads else None)
+    options: Any = (sizes, True, 2 if heads else 0, q.shape[3], 0.0, 1.0, torch.float32 if heads else None)
     return short_convolution_triton(x, weight, *options, None, positions, state)[0]
 
 

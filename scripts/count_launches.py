@@ -127,9 +127,10 @@ def of_model(config: MemLMConfig, rows: int, tokens: int) -> tuple[Count, Count]
     with FakeTensorMode():
         model, ids = MemLMForCausalLM(config).train().model, torch.zeros(rows, tokens, dtype=torch.int64)
         with torch.autocast("cpu", torch.bfloat16), as_on_a_gpu(forward):
-            y = model(ids, use_cache=False, output_metrics=False).last_hidden_state
+            out = model(ids, use_cache=False, output_metrics=False)
+        outputs = [out.last_hidden_state, *out.aux_losses.values()]
         with as_on_a_gpu(backward):
-            y.backward(torch.ones_like(y))
+            torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
     return forward, backward
 
 

@@ -162,3 +162,16 @@ def test_plain_attention_takes_no_more_operations_than_llama(monkeypatch):
     operations = importlib.import_module("benchmark_peer").operations
     for case, (ours, llama) in operations("2x64x2", 24).items():
         assert ours <= 1.05 * llama, case
+
+
+def test_a_layer_starts_few_kernels():
+    """The 340M layers at 8 x 4,096 tokens: launches and bytes are counted without a GPU."""
+    module = importlib.import_module("scripts.count_launches")
+    memlm_kernels.testing.import_triton_ops()
+    with memlm_kernels.set_backend("triton"):
+        (mag, mag_back), (plain, plain_back) = (
+            [count.total() for count in module.of_layer(overrides, 8, 4096)] for overrides in module.SHIPPED
+        )
+    assert mag.launches <= 90 and mag_back.launches <= 160
+    assert plain.launches <= 40 and plain_back.launches <= 50
+    assert mag.bytes <= 2.6 * plain.bytes and mag_back.bytes <= 2.6 * plain_back.bytes

@@ -180,8 +180,13 @@ def counts(index: Tensor, size: int) -> Tensor:
 
 def exact(x: Tensor) -> Tensor:
     """x in fp32; fp64 stays fp64."""
-    # ``torch.promote_types`` is a dispatched operation.
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def exact_type(x: Tensor) -> torch.dtype:
+    """The type of ``exact(x)``."""
+    # ``torch.promote_types`` is a dispatched operation.
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def state_of(x: Tensor, cu_seqlens: Tensor | None, *shape: int) -> Tensor:

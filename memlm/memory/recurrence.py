@@ -38,7 +38,8 @@ from memlm_kernels import (
     linear_attention,
     segmented_neural_memory,
 )
-from memlm_kernels.segments import exact
+from memlm_kernels.backend import autocast_type
+from memlm_kernels.segments import exact, exact_type
 from memlm_kernels.short_convolution import parts_of
 
 INITIALIZATIONS = ("default", "recall")
@@ -339,7 +340,9 @@ class Recurrence(nn.Module):
         Returns reads [B, T, H, V] in fp32 or more, the new state, and metrics if ``told``.
         """
         state, conv, config = dict(state), {}, self.config
-        parts: Any = {"sizes": config.sizes, "dtype": torch.promote_types(qkv_BTC.dtype, torch.float32)}
+        # The ops round fp32 to autocast's type, so it comes rounded.
+        dtype = exact_type(qkv_BTC) if joined else autocast_type(qkv_BTC) or exact_type(qkv_BTC)
+        parts: Any = {"sizes": config.sizes, "factor": config.head_dim**-0.5, "dtype": dtype}
         if self.rule.unit_keys:
             parts |= {"unit": 2, "head_dim": config.head_dim, "eps": 1e-6}
         if self.conv is None:
@@ -361,7 +364,6 @@ class Recurrence(nn.Module):
                     convolved_BTC = convolved_BTC.flatten(0, 1).index_copy(0, across_N, row_1NC[0]).view_as(qkv_BTC)
                 q, k, v = parts_of(convolved_BTC, **parts)
         q, k, v = (x if x.ndim == 4 else x.unflatten(-1, (config.num_heads, -1)) for x in (q, k, v))
-        q = q * config.head_dim**-0.5
         o, memory, metrics = self.rule(q, k, v, exact(logits_BTL), cu_seqlens, state, told, joined)
         return o, {**memory, **conv}, metrics
 

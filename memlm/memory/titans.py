@@ -47,6 +47,7 @@ from memlm_kernels.neural_memory import (
     lp,
     squared_error,
 )
+from memlm_kernels.segments import exact_type
 from memlm_kernels.short_convolution import ShortConvolutionOutput, unit_length
 
 INITIALIZATIONS = ("default", "recall")
@@ -418,7 +419,7 @@ class NeuralMemory(SequenceMixer):
         Parts are in fp32 or more: fp16 cannot hold small norms, and reads are rounded once, at the end. Under autocast
         the op rounds them, so they come rounded where nothing else is computed with them.
         """
-        dtype = torch.promote_types(x[0].dtype, torch.float32)
+        dtype = exact_type(x[0])
         if self.config.polynomial_degree == 1 and not self.config.memory_norm and rows.stretches is None:
             dtype = autocast_type(x[0]) or dtype
         parts |= {"unit": unit, "head_dim": self.config.memory_head_dim, "dtype": dtype}

@@ -142,7 +142,7 @@ def test_the_op_keeps_the_rules_of_torch():
     parts = [part.contiguous() for part in x.detach().split([6, 5], -1)]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     x0, x1 = (part.requires_grad_() for part in parts)
-    arguments = (x0, x1, None, weight, state, PACKED.to(DEVICE), True, 1, 3, 0.0, torch.float32)
+    arguments = (x0, x1, None, weight, state, PACKED.to(DEVICE), True, 1, 3, 0.0, 0.5, torch.float32)
     torch.library.opcheck(torch.ops.memlm.short_convolution, arguments, test_utils=tests)
 
     def call(x, weight, state, backend):

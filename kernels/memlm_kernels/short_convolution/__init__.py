@@ -38,6 +38,7 @@ def short_convolution(
     unit: int = 0,
     head_dim: int = 1,
     eps: float = 0.0,
+    factor: float = 1.0,
     dtype: torch.dtype | None = None,
     lengths: Tensor | None = None,
     positions: Tensor | None = None,
@@ -53,6 +54,7 @@ def short_convolution(
     silu: SiLU follows
     unit: heads of the first ``unit`` parts, of ``head_dim`` channels each, get unit length: they are divided by
         sqrt(|y|^2 + eps)
+    factor: of the first part, at last
     dtype: the type of the parts; unit length is then computed in fp32 (fp64 for fp64). None: the type of x
     lengths: [B], the number of real tokens of each row, which come first; None: all. It concerns the new state only
     positions: [B, T], positions of tokens in their documents; None: ``state`` is zero or of the same document, and
@@ -71,7 +73,7 @@ def short_convolution(
     if unit and head_dim > 512:
         limit = f"its kernels take heads of up to 512 channels, not {head_dim}"
     chosen = pick("short_convolution", backend, x[0], limit, *x[1:], weight, positions, products=False)
-    options = (sizes, silu, unit, head_dim, eps, dtype, lengths, positions, state)
+    options = (sizes, silu, unit, head_dim, eps, factor, dtype, lengths, positions, state)
     if chosen == "reference" or x[0].shape[0] * x[0].shape[1] == 0:
         return ShortConvolutionOutput(*short_convolution_reference(x, weight, *options))
     from memlm_kernels.short_convolution.triton import short_convolution_triton

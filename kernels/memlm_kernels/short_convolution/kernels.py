@@ -3,7 +3,8 @@ Backward computes the pre-activations of a tile's tokens and of the W - 1 tokens
 once; gradients of weights are sums per program, which torch adds up.
 
 T tokens of a row, W taps, C0, C1, C2 channels of the parts, ALL of all together, S0, S1, S2 the distance between
-tokens in the inputs of the parts, K channels of a head, UNIT parts with unit length.
+tokens in the inputs of the parts, K channels of a head, UNIT parts with unit length, FACTOR of
+the first part.
 """
 
 import triton
@@ -107,6 +108,7 @@ def of_part(
     SILU: tl.constexpr,
     UNIT: tl.constexpr,
     EPS: tl.constexpr,
+    FACTOR: tl.constexpr,
     STEP: tl.constexpr,
     BC: tl.constexpr,
     BT: tl.constexpr,
@@ -120,6 +122,8 @@ def of_part(
         b_y = b_y * tl.sigmoid(b_y)
     if UNIT:
         b_y = b_y * tl.rsqrt(tl.maximum(tl.sum(b_y * b_y, 1) + EPS, 1e-24))[:, None]
+    if FACTOR != 1.0:
+        b_y = b_y * FACTOR
     place = y + (row * T + t) * C + (i_t[:, None] * C + i_c[None, :])
     tl.store(place, b_y.to(y.dtype.element_ty), mask=(t + i_t < T)[:, None] & of_c[None, :])
 
@@ -145,10 +149,13 @@ def d_sums(
     SILU: tl.constexpr,
     UNIT: tl.constexpr,
     EPS: tl.constexpr,
+    FACTOR: tl.constexpr,
 ):
     """[BT, BC]: the gradient of the convolution before SiLU, 0 outside the row."""
     inside = ((t + i_t >= 0) & (t + i_t < T))[:, None] & of_c[None, :]
     b_d = tl.load(d_y + (row * T + t) * C + (i_t[:, None] * C + i_c[None, :]), mask=inside, other=0.0).to(tl.float32)
+    if FACTOR != 1.0:
+        b_d = b_d * FACTOR
     if SILU or UNIT:
         b_p = places(positions, row, t, i_t, T, W)
         b_a = sums(x, state, weight, b_p, row, t, i_t, i_c, of_c, T, S, FIRST, ALL, W)
@@ -189,6 +196,7 @@ def of_part_backward(
     SILU: tl.constexpr,
     UNIT: tl.constexpr,
     EPS: tl.constexpr,
+    FACTOR: tl.constexpr,
     STEP: tl.constexpr,
     BW: tl.constexpr,
     BC: tl.constexpr,
@@ -199,7 +207,9 @@ def of_part_backward(
     of_c = (i < STEP) & (i_c < C)
     b_dw = tl.zeros([BW, BC], tl.float32)
     for t in range(begin, end, BT):
-        b_d = d_sums(x, state, weight, positions, d_y, row, t, i_t, i_c, of_c, T, C, S, FIRST, ALL, W, SILU, UNIT, EPS)
+        b_d = d_sums(
+            x, state, weight, positions, d_y, row, t, i_t, i_c, of_c, T, C, S, FIRST, ALL, W, SILU, UNIT, EPS, FACTOR
+        )
         b_dx = b_d * tap(weight, i_c, of_c, 0, FIRST, W)[None, :]
         b_p = places(positions, row, t, i_t, T, W)
         # Tokens of the next program are not this one's.
@@ -210,7 +220,26 @@ def of_part_backward(
         # Not unrolled: each step needs many registers.
         for j in range(1, W):
             b_d = d_sums(
-                x, state, weight, positions, d_y, row, t + j, i_t, i_c, of_c, T, C, S, FIRST, ALL, W, SILU, UNIT, EPS
+                x,
+                state,
+                weight,
+                positions,
+                d_y,
+                row,
+                t + j,
+                i_t,
+                i_c,
+                of_c,
+                T,
+                C,
+                S,
+                FIRST,
+                ALL,
+                W,
+                SILU,
+                UNIT,
+                EPS,
+                FACTOR,
             )
             b_p = places(positions, row, t + j, i_t, T, W)
             b_dx += tl.where((b_p >= j)[:, None], b_d, 0.0) * tap(weight, i_c, of_c, j, FIRST, W)[None, :]
@@ -250,6 +279,7 @@ def convolve(
     UNIT: tl.constexpr,
     K: tl.constexpr,
     EPS: tl.constexpr,
+    FACTOR: tl.constexpr,
     BC: tl.constexpr,
     BT: tl.constexpr,
 ):
@@ -267,7 +297,27 @@ def convolve(
     t, row = (part % blocks * BT).to(tl.int32), part // blocks
     if tile < end0:
         of_part(
-            x0, state, weight, positions, y0, row, t, tile, T, C0, S0, 0, ALL, W, SILU, UNIT > 0, EPS, step0, BC, BT
+            x0,
+            state,
+            weight,
+            positions,
+            y0,
+            row,
+            t,
+            tile,
+            T,
+            C0,
+            S0,
+            0,
+            ALL,
+            W,
+            SILU,
+            UNIT > 0,
+            EPS,
+            FACTOR,
+            step0,
+            BC,
+            BT,
         )
     if C1 > 0:  # noqa: SIM102
         if (tile >= end0) & (tile < end1):
@@ -289,6 +339,7 @@ def convolve(
                 SILU,
                 UNIT > 1,
                 EPS,
+                1.0,
                 step1,
                 BC,
                 BT,
@@ -313,6 +364,7 @@ def convolve(
                 SILU,
                 UNIT > 2,
                 EPS,
+                1.0,
                 step2,
                 BC,
                 BT,
@@ -350,6 +402,7 @@ def convolve_backward(
     UNIT: tl.constexpr,
     K: tl.constexpr,
     EPS: tl.constexpr,
+    FACTOR: tl.constexpr,
     BW: tl.constexpr,
     BC: tl.constexpr,
     BT: tl.constexpr,
@@ -391,6 +444,7 @@ def convolve_backward(
             SILU,
             UNIT > 0,
             EPS,
+            FACTOR,
             step0,
             BW,
             BC,
@@ -421,6 +475,7 @@ def convolve_backward(
                 SILU,
                 UNIT > 1,
                 EPS,
+                1.0,
                 step1,
                 BW,
                 BC,
@@ -451,6 +506,7 @@ def convolve_backward(
                 SILU,
                 UNIT > 2,
                 EPS,
+                1.0,
                 step2,
                 BW,
                 BC,

@@ -24,6 +24,7 @@ def short_convolution_reference(
     unit: int,
     head_dim: int,
     eps: float,
+    factor: float,
     dtype: torch.dtype | None,
     lengths: Tensor | None,
     positions: Tensor | None,
@@ -34,7 +35,7 @@ def short_convolution_reference(
     past = joined if state is None else torch.cat([state.to(joined.dtype), joined], 1)
     y = convolve(past, weight, positions, silu)
     kept = keep_last(past, weight.shape[1] - 1, joined.shape[1], lengths)
-    return parts_of(y, sizes, unit, head_dim, eps, dtype), kept
+    return parts_of(y, sizes, unit, head_dim, eps, factor, dtype), kept
 
 
 def parts_of(
@@ -43,23 +44,26 @@ def parts_of(
     unit: int = 0,
     head_dim: int = 1,
     eps: float = 0.0,
+    factor: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     """y [B, T, C] in parts, as ``short_convolution`` returns them."""
     y = y if dtype is None else exact(y)
     if unit == 0:
-        y = y if dtype is None else y.to(dtype)
-        return (y,) if len(sizes) == 1 else y.split(list(sizes), -1)
-    leading = sum(sizes[:unit])
-    units, rest = y.split([leading, y.shape[-1] - leading], -1)
-    heads = units.unflatten(-1, (-1, head_dim))
-    if eps:
-        heads = heads * torch.rsqrt(heads.square().sum(-1, keepdim=True) + eps)
+        parts = [y] if len(sizes) == 1 else [*y.split(list(sizes), -1)]
     else:
-        heads = unit_length(heads)
-    whole = [(heads,) if unit == 1 else heads.split([size // head_dim for size in sizes[:unit]], -2)]
-    whole.append((rest,) if unit + 1 == len(sizes) else rest.split(list(sizes[unit:]), -1))
-    return tuple(part if dtype is None else part.to(dtype) for parts in whole for part in parts)
+        leading = sum(sizes[:unit])
+        units, rest = y.split([leading, y.shape[-1] - leading], -1)
+        heads = units.unflatten(-1, (-1, head_dim))
+        if eps:
+            heads = heads * torch.rsqrt(heads.square().sum(-1, keepdim=True) + eps)
+        else:
+            heads = unit_length(heads)
+        parts = [heads] if unit == 1 else [*heads.split([size // head_dim for size in sizes[:unit]], -2)]
+        parts += [rest] if unit + 1 == len(sizes) else rest.split(list(sizes[unit:]), -1)
+    if factor != 1:
+        parts[0] = parts[0] * factor
+    return tuple(part if dtype is None else part.to(dtype) for part in parts)
 
 
 def convolve(past: Tensor, weight: Tensor, positions: Tensor | None, silu: bool) -> Tensor:

@@ -18,14 +18,16 @@ from memlm_kernels.short_convolution.kernels import convolve, convolve_backward
 _TILE, _TILE_BACKWARD = 2048, 1024
 
 
-def _sizes(x: Sequence[Tensor], weight: Tensor, silu: bool, unit: int, head_dim: int, eps: float) -> dict[str, Any]:
+def _sizes(
+    x: Sequence[Tensor], weight: Tensor, silu: bool, unit: int, head_dim: int, eps: float, factor: float
+) -> dict[str, Any]:
     channels = [part.shape[2] for part in x] + [0] * (3 - len(x))
     strides = [part.stride(1) for part in x] + [0] * (3 - len(x))
     tile = power_of_two(head_dim) if unit else min(64, power_of_two(max(channels)))
     return {
         **{f"C{i}": c for i, c in enumerate(channels)},
         **{f"S{i}": s for i, s in enumerate(strides)},
-        **{"W": weight.shape[1], "SILU": silu, "UNIT": unit, "K": head_dim, "EPS": eps, "BC": tile},
+        **{"W": weight.shape[1], "SILU": silu, "UNIT": unit, "K": head_dim, "EPS": eps, "FACTOR": factor, "BC": tile},
     }
 
 
@@ -51,13 +53,14 @@ def forward(
     unit: int,
     head_dim: int,
     eps: float,
+    factor: float,
     dtype: torch.dtype,
 ) -> list[Tensor]:
     x = _rows(x0, x1, x2)
     weight, state, positions = laid(weight, state, positions)
     batch, length = x0.shape[:2]
     y = [_out(part, dtype) for part in x]
-    sizes = _sizes(x, weight, silu, unit, head_dim, eps)
+    sizes = _sizes(x, weight, silu, unit, head_dim, eps, factor)
     count = _tiles(x, sizes)
     convolve(
         lambda tiles: batch * cdiv(length, tiles["BT"]) * count,
@@ -85,7 +88,7 @@ def _out(part: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @forward.register_fake
-def _(x0, x1, x2, weight, state, positions, silu, unit, head_dim, eps, dtype):  # type: ignore[no-untyped-def]
+def _(x0, x1, x2, weight, state, positions, silu, unit, head_dim, eps, factor, dtype):  # type: ignore[no-untyped-def]
     return [_out(part, dtype) for part in (x0, x1, x2) if part is not None]
 
 
@@ -102,6 +105,7 @@ def backward(
     unit: int,
     head_dim: int,
     eps: float,
+    factor: float,
     of_state: bool,
 ) -> list[Tensor]:
     """Gradients of the parts, of weight, and of state if ``of_state``."""
@@ -110,7 +114,7 @@ def backward(
     batch, length = x0.shape[:2]
     d_x = [_out(part, part.dtype) for part in x]
     d_state = None if state is None or not of_state else torch.empty_like(state)
-    sizes = _sizes(x, weight, silu, unit, head_dim, eps)
+    sizes = _sizes(x, weight, silu, unit, head_dim, eps, factor)
     first, count = 0 if d_state is None else 1 - weight.shape[1], _tiles(x, sizes)
     # As few sums for weight as leave enough programs.
     span = 64 * max(1, min(16, batch * length * count // (64 * 2048)))
@@ -129,13 +133,13 @@ def backward(
 
 
 @backward.register_fake
-def _(d_y, x0, x1, x2, weight, state, positions, silu, unit, head_dim, eps, of_state):  # type: ignore[no-untyped-def]
+def _(d_y, x0, x1, x2, weight, state, positions, silu, unit, head_dim, eps, factor, of_state):  # type: ignore[no-untyped-def]
     d_x = [_out(part, part.dtype) for part in (x0, x1, x2) if part is not None]
     return [*d_x, torch.empty_like(weight), *([torch.empty_like(state)] if of_state else [])]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    *tensors, ctx.silu, ctx.unit, ctx.head_dim, ctx.eps, _ = inputs
+    *tensors, ctx.silu, ctx.unit, ctx.head_dim, ctx.eps, ctx.factor, _ = inputs
     state = tensors[4]
     ctx.of_state = state is not None and state.requires_grad
     ctx.save_for_backward(*tensors)
@@ -144,10 +148,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 @outside_autocast
 def _backward(ctx: Any, d_y: list[Tensor]) -> tuple[Any, ...]:
     tensors = ctx.saved_tensors
-    found = backward(d_y, *tensors, ctx.silu, ctx.unit, ctx.head_dim, ctx.eps, ctx.of_state)
+    found = backward(d_y, *tensors, ctx.silu, ctx.unit, ctx.head_dim, ctx.eps, ctx.factor, ctx.of_state)
     d_x, (d_weight, *d_state) = found[: len(d_y)], found[len(d_y) :]
     none = [None] * (3 - len(d_x))
-    return *d_x, *none, d_weight, d_state[0] if d_state else None, *[None] * 6
+    return *d_x, *none, d_weight, d_state[0] if d_state else None, *[None] * 7
 
 
 forward.register_autograd(_backward, setup_context=_setup)
@@ -163,6 +167,7 @@ def short_convolution_triton(
     unit: int,
     head_dim: int,
     eps: float,
+    factor: float,
     dtype: torch.dtype | None,
     lengths: Tensor | None,
     positions: Tensor | None,
@@ -174,7 +179,7 @@ def short_convolution_triton(
         parts = list((parts[0] if len(x) == 1 else torch.cat(parts, -1)).split(list(sizes), -1))
     held = state if spare else None
     given = [*parts, *[None] * (3 - len(parts))]
-    o = forward(*given, weight, held, positions, silu, unit, head_dim, eps, dtype or x[0].dtype)
+    o = forward(*given, weight, held, positions, silu, unit, head_dim, eps, factor, dtype or x[0].dtype)
     o = [part.unflatten(-1, (-1, head_dim)) if i < unit else part for i, part in enumerate(o)]
     if state is None:
         return tuple(part[:, spare:] for part in o), _last(x, x[0][:, :0], lengths, spare)
