@@ -5,6 +5,7 @@ Files:
     naive               the definition, token by token, and its gradients
     reference           sums over taps in PyTorch
     kernels, triton     Triton kernels, and the op around them
+    backward_kernels    Triton kernels of the gradients
 """
 
 from collections.abc import Sequence

@@ -12,7 +12,8 @@ from memlm_kernels.grid import keep_last, pick
 from memlm_kernels.launch import cdiv, laid, no_products
 from memlm_kernels.ops import kernel_op
 from memlm_kernels.segments import power_of_two
-from memlm_kernels.short_convolution.kernels import convolve, convolve_backward
+from memlm_kernels.short_convolution.backward_kernels import convolve_backward
+from memlm_kernels.short_convolution.kernels import convolve
 
 # Elements of a tile, which its threads hold in registers several times.
 _TILE, _TILE_BACKWARD = 2048, 1024
