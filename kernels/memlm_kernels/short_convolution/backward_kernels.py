@@ -1,5 +1,5 @@
-"""Gradients of the short convolution in Triton. A program computes the pre-activations of a tile's tokens and of the W - 1
-tokens after it again, so each tensor moves once; gradients of weights are sums per program, which torch adds up.
+"""Gradients of the short convolution in Triton. A program computes the pre-activations of a tile's tokens and of the
+W - 1 tokens after it again, so each tensor moves once; gradients of weights are sums per program, which torch adds up.
 
 Names are those of ``kernels``.
 """

@@ -1,8 +1,7 @@
 """The short convolution in Triton. A program has some channels of one part: one head where heads get unit length.
 
 T tokens of a row, W taps, C0, C1, C2 channels of the parts, ALL of all together, S0, S1, S2 the distance between
-tokens in the inputs of the parts, K channels of a head, UNIT parts with unit length, FACTOR of
-the first part.
+tokens in the inputs of the parts, K channels of a head, UNIT parts with unit length, FACTOR of the first part.
 """
 
 import triton
