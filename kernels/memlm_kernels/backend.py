@@ -142,7 +142,13 @@ def against_triton(call: str, x: Tensor, *others: Tensor | None, products: bool 
 
 def exact_products(x: Tensor) -> bool:
     """Whether torch multiplies x without rounding its entries first, which is its default for fp32."""
-    return x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return x.dtype == torch.float32 and _precision() == "highest"
+
+
+# A compiler cannot trace it.
+@torch.compiler.assume_constant_result
+def _precision() -> str:
+    return torch.get_float32_matmul_precision()
 
 
 def autocast_type(x: Tensor) -> torch.dtype | None:

@@ -323,10 +323,11 @@ def as_on_a_gpu(monkeypatch):
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_the_first_call_may_be_a_compiled_one(tried, monkeypatch, caplog, dynamic):
-    """The trial and the lines of the log break no graph, and happen once."""
+    """The trial, the precision of products and the lines of the log break no graph, and happen once."""
     monkeypatch.setattr(backend, "_announced", set())
 
     def op(x):
+        assert backend.exact_products(x)
         reason = proof.against("segment_mean_pool", x.dtype, (operator.index(x.shape[-1]),), x.device)
         return x + 1 if choose("pool", "auto", ("reference" if reason else "triton", "reference")) == "triton" else x
 
