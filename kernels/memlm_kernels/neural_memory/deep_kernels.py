@@ -17,7 +17,7 @@ import triton.language as tl
 from memlm_kernels.launch import load_tile, store_tile, tiled
 
 _SIZES = ["begin", "N", "G"]
-TILES = [{"num_warps": 4, "num_stages": 1}]
+TILES, TILES_HIP = [{"num_warps": 4, "num_stages": 2}], [{"num_warps": 4, "num_stages": 1}]
 
 
 @triton.jit

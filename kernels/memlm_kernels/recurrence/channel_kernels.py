@@ -13,6 +13,50 @@ _SIZES = ["T", "N"]
 _WHOLE_K = [{"num_warps": 4, "num_stages": 1}]
 
 
+@tiled([{"BK": 64, "num_warps": 4, "num_stages": 1}])
+@triton.jit(do_not_specialize=_SIZES)
+def decay_channels(
+    q,
+    k,
+    log_decay,
+    chunks,
+    q_decayed,
+    k_decayed,
+    kept,
+    T,
+    N,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """q with the decays from its chunk's start on, k with those behind it, and the share that a chunk keeps of each
+    channel, [B, N, H, K]: all kernels of states take the same.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    tiles: tl.constexpr = (K + BK - 1) // BK
+    tile, h, n, row = part_of(program, tiles, H, N)
+    i_k = (tile * BK).to(tl.int32) + tl.arange(0, BK)
+    start, end = chunk_span(chunks, row, n, N, T, BT)
+    if start >= end:
+        return
+    inside = start + tl.arange(0, BT) < end
+    base, rows = (row * T + start) * H + h, tl.arange(0, BT) * H
+    b_q, b_k = load_tile(q, base, rows, i_k, inside, K), load_tile(k, base, rows, i_k, inside, K)
+    b_g = load_tile(log_decay, base, rows, i_k, inside, K).to(tl.float32)
+    b_behind = channels_behind(log_decay, base, start, end, i_k, H, K, BT)
+    store_tile(q_decayed, b_q * tl.exp(tl.cumsum(b_g, 0)), base, rows, i_k, inside, K)
+    store_tile(k_decayed, b_k * tl.exp(b_behind), base, rows, i_k, inside, K)
+    tl.store(kept + ((row * N + n) * H + h) * K + i_k, tl.exp(tl.sum(b_g, 0)), mask=i_k < K)
+
+
+@triton.jit
+def load_row(x, base, j, count, i_k, H: tl.constexpr, K: tl.constexpr):
+    """[BK], token j of a block whose first ``count`` tokens are real; 0 for others."""
+    of_j = i_k < tl.where(j < count, K, 0)
+    return tl.load(x + (base + j * H) * K + i_k, mask=of_j, other=0.0)
+
+
 @tiled(_WHOLE_K)
 @triton.jit(do_not_specialize=_SIZES)
 def channel_scores(
@@ -46,15 +90,18 @@ def channel_scores(
     b_g = load_tile(log_decay, base, rows, i_k, inside, K).to(tl.float32)
     b_diagonal = tl.zeros([BC, BC], tl.float32)
     b_between = tl.zeros([BC, BK], tl.float32)
+    count = tl.minimum(end - first, BC)
+    # The next token is loaded while one is in use.
+    b_row, b_step = load_row(k, base, BC - 1, count, i_k, H, K), load_row(log_decay, base, BC - 1, count, i_k, H, K)
     for back in range(BC):
         j = BC - 1 - back
-        of_j = i_k < tl.where(first + j < end, K, 0)
-        row_j = ((row * T + first + j) * H + h) * K + i_k
-        b_k = tl.load(k + row_j, mask=of_j, other=0.0).to(tl.float32)
-        b_column = tl.sum(b_q * b_k[None, :] * tl.exp(b_between), 1)
+        before = tl.maximum(j - 1, 0)
+        b_next = load_row(k, base, before, count, i_k, H, K)
+        b_next_step = load_row(log_decay, base, before, count, i_k, H, K)
+        b_column = tl.sum(b_q * b_row.to(tl.float32)[None, :] * tl.exp(b_between), 1)
         b_diagonal = tl.where((i_c[:, None] >= j) & (i_c[None, :] == j), b_column[:, None], b_diagonal)
-        b_step = tl.load(log_decay + row_j, mask=of_j, other=0.0).to(tl.float32)
-        b_between = tl.where(i_c[:, None] >= j, b_between + b_step[None, :], 0.0)
+        b_between = tl.where(i_c[:, None] >= j, b_between + b_step.to(tl.float32)[None, :], 0.0)
+        b_row, b_step = b_next, b_next_step
     store_tile(scores, b_diagonal, at, i_c, block * BC + i_c, i_c < BC, BT)
     b_q = (b_q * tl.exp(tl.cumsum(b_g, 0))).to(b_q.dtype)
     b_total = tl.zeros([BK], tl.float32)
@@ -152,15 +199,20 @@ def channel_scores_backward(
         b_total += tl.sum(load_tile(log_decay, base_j, rows, i_k, inside_j, K).to(tl.float32), 0)
     b_dq *= tl.exp(b_up_to)
     b_between = tl.zeros([BC, BK], tl.float32)
+    count = tl.minimum(end - first, BC)
+    own = d_scores + (at + block * BC) * BT + block * BC
+    # The next token is loaded while one is in use.
+    b_row, b_step = load_row(k, base, BC - 1, count, i_k, H, K), load_row(log_decay, base, BC - 1, count, i_k, H, K)
+    b_pair = tl.load(own + i_c * BT + BC - 1, mask=i_c >= BC - 1, other=0.0)
     for back in range(BC):
         j = BC - 1 - back
-        of_j = i_k < tl.where(first + j < end, K, 0)
-        row_j = ((row * T + first + j) * H + h) * K + i_k
-        b_k = tl.load(k + row_j, mask=of_j, other=0.0).to(tl.float32)
-        b_ds = tl.load(d_scores + (at + block * BC + i_c) * BT + block * BC + j, mask=i_c >= j, other=0.0)
-        b_dq += b_ds[:, None] * b_k[None, :] * tl.exp(b_between)
-        b_step = tl.load(log_decay + row_j, mask=of_j, other=0.0).to(tl.float32)
-        b_between = tl.where(i_c[:, None] >= j, b_between + b_step[None, :], 0.0)
+        before = tl.maximum(j - 1, 0)
+        b_next = load_row(k, base, before, count, i_k, H, K)
+        b_next_step = load_row(log_decay, base, before, count, i_k, H, K)
+        b_next_pair = tl.load(own + i_c * BT + before, mask=i_c >= before, other=0.0)
+        b_dq += b_pair[:, None] * b_row.to(tl.float32)[None, :] * tl.exp(b_between)
+        b_between = tl.where(i_c[:, None] >= j, b_between + b_step.to(tl.float32)[None, :], 0.0)
+        b_row, b_step, b_pair = b_next, b_next_step, b_next_pair
     store_tile(d_q, b_dq, base, rows, i_k, inside, K)
 
     b_dk = tl.zeros([BC, BK], tl.float32)
@@ -176,19 +228,21 @@ def channel_scores_backward(
         b_total += tl.sum(b_g, 0)
     b_dk *= tl.exp(b_behind)
     b_between = tl.zeros([BC, BK], tl.float32)
+    b_row, b_step = load_row(q, base, 0, count, i_k, H, K), load_row(log_decay, base, 0, count, i_k, H, K)
+    b_pair = tl.load(own + i_c, mask=i_c <= 0, other=0.0)
     for i in range(BC):
-        of_i = i_k < tl.where(first + i < end, K, 0)
-        row_i = ((row * T + first + i) * H + h) * K + i_k
-        b_step = tl.load(log_decay + row_i, mask=of_i, other=0.0).to(tl.float32)
-        b_between = tl.where(i_c[:, None] < i, b_between + b_step[None, :], 0.0)
-        b_q = tl.load(q + row_i, mask=of_i, other=0.0).to(tl.float32)
-        b_ds = tl.load(d_scores + (at + block * BC + i) * BT + block * BC + i_c, mask=i_c <= i, other=0.0)
-        b_dk += b_ds[:, None] * b_q[None, :] * tl.exp(b_between)
+        after = tl.minimum(i + 1, BC - 1)
+        b_next = load_row(q, base, after, count, i_k, H, K)
+        b_next_step = load_row(log_decay, base, after, count, i_k, H, K)
+        b_next_pair = tl.load(own + after * BT + i_c, mask=i_c <= after, other=0.0)
+        b_between = tl.where(i_c[:, None] < i, b_between + b_step.to(tl.float32)[None, :], 0.0)
+        b_dk += b_pair[:, None] * b_row.to(tl.float32)[None, :] * tl.exp(b_between)
+        b_row, b_step, b_pair = b_next, b_next_step, b_next_pair
     store_tile(d_k, b_dk, base, rows, i_k, inside, K)
 
 
 @tiled(
-    [{"BK": 32, "BV": 32, "num_warps": 8, "num_stages": 2}, {"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 2}],
+    [{"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 2}],
     [{"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1}],
 )
 @triton.jit(do_not_specialize=_SIZES)

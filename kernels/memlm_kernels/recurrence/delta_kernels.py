@@ -21,10 +21,6 @@ from memlm_kernels.launch import (
 )
 
 _SIZES = ["T", "N", "S"]
-_NARROW = [
-    {"BK": 32, "BV": 32, "num_warps": 8, "num_stages": 1},
-    {"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1},
-]
 
 
 @tiled(
@@ -106,7 +102,7 @@ def solutions(
 
 
 @tiled(
-    [{"BV": 32, "num_warps": 8, "num_stages": 1}, {"BV": 16, "num_warps": 4, "num_stages": 1}],
+    [{"BV": 32, "num_warps": 4, "num_stages": 2}, {"BV": 16, "num_warps": 4, "num_stages": 2}],
     [{"BV": 32, "num_warps": 4, "num_stages": 1}, {"BV": 16, "num_warps": 4, "num_stages": 1}],
 )
 @triton.jit(do_not_specialize=_SIZES)
@@ -161,7 +157,7 @@ def delta_states_forward(
 
 
 @tiled(
-    [{"BV": 32, "num_warps": 8, "num_stages": 1}, {"BV": 16, "num_warps": 4, "num_stages": 1}],
+    [{"BV": 16, "num_warps": 8, "num_stages": 2}],
     [{"BV": 32, "num_warps": 4, "num_stages": 1}, {"BV": 16, "num_warps": 4, "num_stages": 1}],
 )
 @triton.jit(do_not_specialize=_SIZES)
@@ -226,7 +222,10 @@ def delta_states_backward(
     store_tile(d_initial, b_state, at * K, i_k, i_v, i_k < K, V)
 
 
-@tiled(_NARROW[:1], _NARROW[1:])
+@tiled(
+    [{"BK": 32, "BV": 64, "num_warps": 4, "num_stages": 2}, {"BK": 32, "BV": 64, "num_warps": 4, "num_stages": 1}],
+    [{"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1}],
+)
 @triton.jit(do_not_specialize=_SIZES)
 def solutions_backward(
     k,

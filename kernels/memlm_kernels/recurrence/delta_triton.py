@@ -118,11 +118,11 @@ def backward(
         **{"d_o": d_o, "d_states": None, "d_v": d_local, **sizes},
     )
     d_states, d_initial = torch.empty_like(states), q.new_empty(call.state_shape, dtype=torch.float32)
-    # More columns of a state with so many rows would not fit into registers.
-    narrow = call.limits["BV"] if call.keys * q.element_size() <= 256 else 16
+    # A state with so many rows takes more registers: fewer columns in more warps.
+    wide = call.keys * q.element_size() > 256
     delta_states_backward(
         lambda tiles: call.batch * call.segments * call.heads * cdiv(call.values, tiles["BV"]),
-        {"BV": narrow},
+        {"BV": 16, "num_warps": 8, "num_stages": 1} if wide else {"BV": call.limits["BV"], "num_warps": 4},
         **{"q": q, "k": k, "W": W, "log_decay": log_decay, "cu": call.cu, "first": call.first, "d_o": d_o},
         **{"d_final": d_final, "d_states": d_states, "d_initial": d_initial, "d_local": d_local, "d_d": d_d},
         **{"S": call.segments, "BK": call.limits["BK"], **sizes},
@@ -137,7 +137,7 @@ def backward(
     d_pairs = torch.empty_like(Y, dtype=torch.float32)
     solutions_backward(
         call.at_once(1),
-        call.limits,
+        {**call.limits_of_gradients, "num_stages": 1 if wide else 2},
         **{"k": k, "v": v, "beta": beta, "log_decay": log_decay, "chunks": call.chunks, "Y": Y, "W": W, "U": U},
         **{"states": states, "d_d": d_d, "d_k": of_solutions, "d_v": d_v, "d_beta": d_beta},
         **{"d_decay": through_solutions, "d_pairs": d_pairs, **sizes},

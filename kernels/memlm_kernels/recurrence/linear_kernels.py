@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from memlm_kernels.launch import (
-    channels_behind,
     chunk_span,
     decay_behind,
     decay_between,
@@ -34,8 +33,8 @@ _WIDE_HIP = [
 ]
 # Sixteen tiles are alive at once: larger ones would spill.
 _NARROW = [
-    {"BK": 32, "BV": 32, "num_warps": 8, "num_stages": 2},
-    {"BK": 32, "BV": 32, "num_warps": 8, "num_stages": 1},
+    {"BK": 64, "BV": 32, "num_warps": 4, "num_stages": 2},
+    {"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 2},
 ]
 _NARROW_HIP = [{"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1}]
 
@@ -46,6 +45,7 @@ def states_forward(
     k,
     v,
     log_decay,
+    kept,
     cu,
     first,
     initial,
@@ -57,13 +57,15 @@ def states_forward(
     H: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
-    CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """A tile of a segment's state, from chunk to chunk; states: [B, N, H, K, V], final: [B, S, H, K, V]."""
+    """A tile of a segment's state, from chunk to chunk; states: [B, N, H, K, V], final: [B, S, H, K, V].
+
+    With a decay per channel, k already has it, and ``kept`` has the share of the state that a chunk keeps.
+    """
     program = tl.program_id(0).to(tl.int64)
     across: tl.constexpr = (V + BV - 1) // BV
     tiles: tl.constexpr = (K + BK - 1) // BK * across
@@ -84,17 +86,13 @@ def states_forward(
         store_tile(states, b_state, ((row * N + n + i) * H + h) * K, i_k, i_v, i_k < K, V)
         b_k = load_tile(k, base, rows, i_k, inside, K)
         b_v = load_tile(v, base, rows, i_v, inside, V)
-        if log_decay is not None:
-            if CHANNELS:
-                b_after = channels_behind(log_decay, base, begin + i * BT, end, i_k, H, K, BT)
-                b_keep = tl.sum(load_tile(log_decay, base, rows, i_k, inside, K).to(tl.float32), 0)
-                b_k = (b_k * tl.exp(b_after)).to(b_v.dtype)
-                b_state *= tl.exp(b_keep)[:, None]
-            else:
-                b_after = decay_behind(log_decay, base, begin + i * BT, end, H, BT)
-                b_keep = tl.load(log_decay + base + rows, mask=inside, other=0.0).to(tl.float32)
-                b_k = (b_k * tl.exp(b_after)[:, None]).to(b_v.dtype)
-                b_state *= tl.exp(tl.sum(b_keep))
+        if kept is not None:
+            b_state *= tl.load(kept + ((row * N + n + i) * H + h) * K + i_k, mask=i_k < K, other=0.0)[:, None]
+        elif log_decay is not None:
+            b_after = decay_behind(log_decay, base, begin + i * BT, end, H, BT)
+            b_keep = tl.load(log_decay + base + rows, mask=inside, other=0.0).to(tl.float32)
+            b_k = (b_k * tl.exp(b_after)[:, None]).to(b_v.dtype)
+            b_state *= tl.exp(tl.sum(b_keep))
         b_state += tl.dot(tl.trans(b_k), b_v, input_precision=PRECISION)
     store_tile(final, b_state, at * K, i_k, i_v, i_k < K, V)
 
@@ -120,7 +118,7 @@ def outputs_forward(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Some value channels of a chunk's reads; scores: [B, N, H, BT, BT] with a decay per channel, else None."""
+    """Some value channels of a chunk's reads; scores: [B, N, H, BT, BT] with a decay per channel, which q then has."""
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (V + BV - 1) // BV
     tile, h, n, row = part_of(program, tiles, H, N)
@@ -137,10 +135,7 @@ def outputs_forward(
     for i in range((K + BK - 1) // BK):
         i_k = i * BK + tl.arange(0, BK)
         b_q = load_tile(q, base, rows, i_k, inside, K)
-        if scores is not None:
-            b_g = load_tile(log_decay, base, rows, i_k, inside, K).to(tl.float32)
-            b_q = (b_q * tl.exp(tl.cumsum(b_g, 0))).to(b_q.dtype)
-        else:
+        if scores is None:
             b_k = load_tile(k, base, rows, i_k, inside, K)
             b_scores += tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         b_state = load_tile(states, at * K, i_k, i_v, i_k < K, V)
@@ -165,6 +160,7 @@ def states_backward(
     q,
     d_o,
     log_decay,
+    kept,
     cu,
     first,
     d_final,
@@ -176,13 +172,12 @@ def states_backward(
     H: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
-    CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Gradients of a tile of the states after the chunks, from the last to the first."""
+    """Gradients of a tile of the states after the chunks, from the last to the first; q and ``kept`` as in forward."""
     program = tl.program_id(0).to(tl.int64)
     across: tl.constexpr = (V + BV - 1) // BV
     tiles: tl.constexpr = (K + BK - 1) // BK * across
@@ -205,15 +200,12 @@ def states_backward(
         store_tile(d_states, b_state, ((row * N + n + i) * H + h) * K, i_k, i_v, i_k < K, V)
         b_q = load_tile(q, base, rows, i_k, inside, K)
         b_o = load_tile(d_o, base, rows, i_v, inside, V)
-        if log_decay is not None:
-            if CHANNELS:
-                b_g = load_tile(log_decay, base, rows, i_k, inside, K).to(tl.float32)
-                b_q = (b_q * tl.exp(tl.cumsum(b_g, 0))).to(b_o.dtype)
-                b_state *= tl.exp(tl.sum(b_g, 0))[:, None]
-            else:
-                b_g = tl.load(log_decay + base + rows, mask=inside, other=0.0).to(tl.float32)
-                b_q = (b_q * tl.exp(tl.cumsum(b_g, 0))[:, None]).to(b_o.dtype)
-                b_state *= tl.exp(tl.sum(b_g))
+        if kept is not None:
+            b_state *= tl.load(kept + ((row * N + n + i) * H + h) * K + i_k, mask=i_k < K, other=0.0)[:, None]
+        elif log_decay is not None:
+            b_g = tl.load(log_decay + base + rows, mask=inside, other=0.0).to(tl.float32)
+            b_q = (b_q * tl.exp(tl.cumsum(b_g, 0))[:, None]).to(b_o.dtype)
+            b_state *= tl.exp(tl.sum(b_g))
         b_state += tl.dot(tl.trans(b_q), b_o, input_precision=PRECISION)
     store_tile(d_initial, b_state, at * K, i_k, i_v, i_k < K, V)
 
@@ -239,7 +231,10 @@ def values_backward(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Gradients of some value channels of a chunk; d_states: None leaves out the part through the state."""
+    """Gradients of some value channels of a chunk; d_states: None leaves out the part through the state.
+
+    scores: as in forward; k then has the decays behind it
+    """
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (V + BV - 1) // BV
     tile, h, n, row = part_of(program, tiles, H, N)
@@ -259,8 +254,6 @@ def values_backward(
         if scores is None:
             b_q = load_tile(q, base, rows, i_k, inside, K)
             b_scores += tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        else:
-            b_k = (b_k * tl.exp(channels_behind(log_decay, base, start, end, i_k, H, K, BT))).to(b_k.dtype)
         if d_states is not None:
             b_state = load_tile(d_states, at * K, i_k, i_v, i_k < K, V)
             b_v += tl.dot(b_k, b_state, input_precision=PRECISION)
@@ -333,13 +326,16 @@ def keys_backward(
         b_dk += tl.dot(b_v, tl.trans(b_dstate), input_precision=PRECISION)
         if log_decay is not None:
             b_kept += tl.sum(b_state.to(tl.float32) * b_dstate.to(tl.float32), 1)
-    b_q = load_tile(q, base, rows, i_k, inside, K)
-    b_k = load_tile(k, base, rows, i_k, inside, K)
     if log_decay is not None:
         b_g = tl.load(log_decay + base + rows, mask=inside, other=0.0).to(tl.float32)
         b_scores *= decay_between(b_g, BT)
         b_dq *= tl.exp(tl.cumsum(b_g, 0))[:, None]
         b_dk *= tl.exp(decay_behind(log_decay, base, start, end, H, BT))[:, None]
+    else:
+        b_scores *= lower(BT)
+    # Not above, where registers are short.
+    b_q, b_k = load_tile(q, base, rows, i_k, inside, K), load_tile(k, base, rows, i_k, inside, K)
+    if log_decay is not None:
         # The decays of a score (i, j) are those of j < l <= i, of a read of the state those up to the token, of a
         # write those behind it, and of the kept state all of them.
         b_pairs = b_scores * tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
@@ -352,8 +348,6 @@ def keys_backward(
             + (tl.sum(b_kept) * tl.exp(tl.sum(b_g)))
         )
         tl.store(d_decay + tile * B * T * H + base + rows, b_g, mask=inside)
-    else:
-        b_scores *= lower(BT)
     b_scores = b_scores.to(b_k.dtype)
     b_dq += tl.dot(b_scores, b_k, input_precision=PRECISION)
     b_dk += tl.dot(tl.trans(b_scores), b_q, input_precision=PRECISION)

@@ -14,6 +14,7 @@ from memlm_kernels.recurrence.channel_kernels import (
     channel_keys_backward,
     channel_scores,
     channel_scores_backward,
+    decay_channels,
     scores_backward,
 )
 from memlm_kernels.recurrence.linear_kernels import (
@@ -50,8 +51,10 @@ class RecurrenceCall:
         # fp32 takes twice the registers.
         most = 32 if q.dtype == torch.float32 else 64
         self.limits = {"BK": at_least_16(self.keys), "BV": min(most, at_least_16(self.values))}
-        # So do decays per channel.
-        self.limits_with_channels = {**self.limits, "BV": min(32, self.limits["BV"])}
+        # Gradients hold two tiles more.
+        self.limits_of_gradients = {**self.limits, "BK": min(most, self.limits["BK"])}
+        # More warps on a block of 16 tokens would compute the same scores.
+        self.limits_of_pairs = {"num_warps": 2 if self.limits["BK"] <= 128 else 4}
         self.sizes = {"T": self.length, "N": self.count, "H": self.heads, "BT": self.width, "PRECISION": precision(q)}
 
     @property
@@ -61,6 +64,10 @@ class RecurrenceCall:
     @property
     def states_shape(self) -> tuple[int, ...]:
         return self.batch, self.count, self.heads, self.keys, self.values
+
+    @property
+    def scores_shape(self) -> tuple[int, ...]:
+        return self.batch, self.count, self.heads, self.width, self.width
 
     def along(self, tiles: Tiles) -> int:
         """Programs of a pass along segments, one for each tile of a state."""
@@ -81,49 +88,61 @@ class RecurrenceCall:
 @kernel_op("linear_attention")
 def forward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, state: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """o, the state after each segment, and the states before the chunks, [B, N, H, K, V]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """o, the state after each segment, and for backward the states before the chunks, [B, N, H, K, V], and the scores
+    with a decay per channel (empty without one).
+    """
     q, k, v, log_decay, state = laid(q, k, v, log_decay, state)
     call = RecurrenceCall(q, v, cu_seqlens)
-    channels = log_decay is not None and log_decay.ndim == 4
     sizes = {**call.sizes, "K": call.keys, "V": call.values}
     states, final = q.new_empty(call.states_shape), q.new_empty(call.state_shape, dtype=torch.float32)
-    scores, o = None, call.room(v)
+    o, scores, kept = call.room(v), None, None
+    if log_decay is not None and log_decay.ndim == 4:
+        scores = q.new_empty(call.scores_shape)
+        channel_scores(
+            call.at_once(call.width // BLOCK),
+            call.limits_of_pairs,
+            **{"q": q, "k": k, "log_decay": log_decay, "chunks": call.chunks, "scores": scores},
+            **{"K": call.keys, "BC": BLOCK, "BK": call.limits["BK"], **call.sizes},
+        )
+        q, k, kept = _decayed(call, q, k, log_decay)
     states_forward(
         call.along,
-        call.limits_with_channels if channels else call.limits,
-        **{"k": k, "v": v, "log_decay": log_decay, "cu": call.cu, "first": call.first, "initial": state},
-        **{"states": states, "final": final, "S": call.segments, "CHANNELS": channels, **sizes},
+        call.limits,
+        **{"k": k, "v": v, "log_decay": log_decay, "kept": kept, "cu": call.cu, "first": call.first},
+        **{"initial": state, "states": states, "final": final, "S": call.segments, **sizes},
     )
-    if channels:
-        scores = _scores(call, q, k, log_decay)
     outputs_forward(
         call.at_once(call.values, "BV"),
         call.limits,
         **{"q": q, "k": k, "v": v, "log_decay": log_decay, "scores": scores, "chunks": call.chunks},
         **{"states": states, "o": o, **sizes},
     )
-    return o, final, states
+    return o, final, states, q.new_empty(0) if scores is None else scores
 
 
-def _scores(call: RecurrenceCall, q: Tensor, k: Tensor, log_decay: Tensor) -> Tensor:
-    scores = q.new_empty(call.batch, call.count, call.heads, call.width, call.width, dtype=torch.float32)
-    channel_scores(
-        call.at_once(call.width // BLOCK),
-        {},
-        **{"q": q, "k": k, "log_decay": log_decay, "chunks": call.chunks, "scores": scores},
-        **{"K": call.keys, "BC": BLOCK, "BK": call.limits["BK"], **call.sizes},
+def _decayed(call: RecurrenceCall, q: Tensor, k: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k with the decays per channel of their chunks, and the share that each chunk keeps of the state."""
+    q_decayed, k_decayed = torch.empty_like(q), torch.empty_like(k)
+    kept = q.new_empty(call.states_shape[:-1], dtype=torch.float32)
+    decay_channels(
+        call.at_once(call.keys, "BK"),
+        call.limits,
+        **{"q": q, "k": k, "log_decay": log_decay, "chunks": call.chunks},
+        **{"q_decayed": q_decayed, "k_decayed": k_decayed, "kept": kept},
+        **{"K": call.keys, **{name: x for name, x in call.sizes.items() if name != "PRECISION"}},
     )
-    return scores
+    return q_decayed, k_decayed, kept
 
 
 @forward.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, state: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = RecurrenceCall(q, v, cu_seqlens)
     final, states = q.new_empty(call.state_shape, dtype=torch.float32), q.new_empty(call.states_shape)
-    return v.new_empty(v.shape), final, states
+    channels = log_decay is not None and log_decay.ndim == 4
+    return v.new_empty(v.shape), final, states, q.new_empty(call.scores_shape if channels else 0)
 
 
 @kernel_op("linear_attention_backward")
@@ -134,32 +153,34 @@ def backward(
     log_decay: Tensor | None,
     cu_seqlens: Tensor | None,
     states: Tensor,
+    scores: Tensor,
     d_o: Tensor,
     d_final: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_decay (empty without one) and the state before each segment."""
     q, k, v, log_decay, d_o, d_final = laid(q, k, v, log_decay, d_o, d_final)
     call = RecurrenceCall(q, v, cu_seqlens)
-    channels = log_decay is not None and log_decay.ndim == 4
     sizes = {**call.sizes, "K": call.keys, "V": call.values}
-    scores = _scores(call, q, k, log_decay) if channels else None
+    of_q, of_k, kept, of_scores = q, k, None, None
+    if log_decay is not None and log_decay.ndim == 4:
+        (of_q, of_k, kept), of_scores = _decayed(call, q, k, log_decay), scores
     d_states, d_initial = torch.empty_like(states), q.new_empty(call.state_shape, dtype=torch.float32)
     states_backward(
         call.along,
-        call.limits_with_channels if channels else call.limits,
-        **{"q": q, "d_o": d_o, "log_decay": log_decay, "cu": call.cu, "first": call.first, "d_final": d_final},
-        **{"d_states": d_states, "d_initial": d_initial, "S": call.segments, "CHANNELS": channels, **sizes},
+        call.limits,
+        **{"q": of_q, "d_o": d_o, "log_decay": log_decay, "kept": kept, "cu": call.cu, "first": call.first},
+        **{"d_final": d_final, "d_states": d_states, "d_initial": d_initial, "S": call.segments, **sizes},
     )
     d_q, d_k, d_v = (call.room(x) for x in (q, k, v))
     values_backward(
         call.at_once(call.values, "BV"),
         call.limits,
-        **{"q": q, "k": k, "log_decay": log_decay, "scores": scores, "chunks": call.chunks},
+        **{"q": of_q, "k": of_k, "log_decay": log_decay, "scores": of_scores, "chunks": call.chunks},
         **{"d_o": d_o, "d_states": d_states, "d_v": d_v, **sizes},
     )
     given = {"q": q, "k": k, "v": v, "log_decay": log_decay, "chunks": call.chunks, "states": states}
     given |= {"d_o": d_o, "d_states": d_states}
-    if channels:
+    if kept is not None:
         d_decay = call.room(log_decay)
         _channel_keys_backward(call, given, sizes, {"d_q": d_q, "d_k": d_k, "d_decay": d_decay})
     else:
@@ -178,7 +199,8 @@ def decay_gradient(
     q = given["q"]
     tiles = cdiv(call.keys, min(32, call.limits["BK"]))
     parts = q.new_zeros(0 if log_decay is None else tiles, *q.shape[:3], dtype=torch.float32)
-    keys_backward(call.at_once(call.keys, "BK"), call.limits, **given, **out, d_decay=parts, B=call.batch, **sizes)
+    limits = call.limits_of_gradients
+    keys_backward(call.at_once(call.keys, "BK"), limits, **given, **out, d_decay=parts, B=call.batch, **sizes)
     return q.new_empty(0) if log_decay is None else parts.sum(0).to(log_decay.dtype)
 
 
@@ -186,7 +208,7 @@ def _channel_keys_backward(
     call: RecurrenceCall, given: dict[str, Any], sizes: dict[str, Any], out: dict[str, Tensor]
 ) -> None:
     q, k, v, log_decay, chunks, d_o = (given[name] for name in ("q", "k", "v", "log_decay", "chunks", "d_o"))
-    d_scores = q.new_empty(call.batch, call.count, call.heads, call.width, call.width, dtype=torch.float32)
+    d_scores = q.new_empty(call.scores_shape, dtype=torch.float32)
     scores_backward(
         call.at_once(1),
         {"BV": call.limits["BV"]},
@@ -195,7 +217,7 @@ def _channel_keys_backward(
     inner_q, inner_k = (q.new_empty(q.shape, dtype=torch.float32) for _ in "qk")
     channel_scores_backward(
         call.at_once(call.width // BLOCK),
-        {},
+        call.limits_of_pairs,
         **{"q": q, "k": k, "log_decay": log_decay, "chunks": chunks, "d_scores": d_scores},
         **{"d_q": inner_q, "d_k": inner_k, "K": call.keys, "BC": BLOCK, "BK": call.limits["BK"], **call.sizes},
     )
@@ -212,6 +234,7 @@ def _(
     log_decay: Tensor | None,
     cu_seqlens: Tensor | None,
     states: Tensor,
+    scores: Tensor,
     d_o: Tensor,
     d_final: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -221,16 +244,16 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    (*tensors, _), (_, _, states) = inputs, output
+    (*tensors, _), (_, _, *kept) = inputs, output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, states)
+    ctx.save_for_backward(*tensors, *kept)
 
 
 @outside_autocast
-def _backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, log_decay, cu_seqlens, states = ctx.saved_tensors
+def _backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    q, k, v, log_decay, cu_seqlens, *kept = ctx.saved_tensors
     d_o = torch.zeros_like(v) if d_o is None else d_o
-    d_q, d_k, d_v, d_decay, d_initial = backward(q, k, v, log_decay, cu_seqlens, states, d_o, d_final)
+    d_q, d_k, d_v, d_decay, d_initial = backward(q, k, v, log_decay, cu_seqlens, *kept, d_o, d_final)
     needs_state = ctx.needs_input_grad[5]
     return d_q, d_k, d_v, None if log_decay is None else d_decay, None, d_initial if needs_state else None
 
@@ -280,5 +303,5 @@ def linear_attention_triton(
     if is_step(*tokens, log_decay, state):
         o, final = step(*tokens, None, log_decay, cu_seqlens, state)
     else:
-        o, final, _ = forward(*tokens, log_decay, cu_seqlens, state)
+        o, final, *_ = forward(*tokens, log_decay, cu_seqlens, state)
     return o.to(v.dtype), final
