@@ -288,8 +288,8 @@ def signature(kernel: Kernel, arguments: dict[str, Any]) -> dict[str, str]:
     return types
 
 
-def compile_one(one: Launch, tiles: dict[str, int], target: GPUTarget, most_shared: int) -> Compiled:
-    function = one.kernel.function
+def build(one: Launch, tiles: dict[str, int], target: GPUTarget) -> Any:
+    """Triton's compiled kernel of a launch."""
     arguments = one.arguments | {n: x for n, x in tiles.items() if n not in OPTIONS}
     if target.backend == "hip" and "PRECISION" in arguments:
         # The launch was recorded for CUDA; see ``launch.precision``.
@@ -297,9 +297,12 @@ def compile_one(one: Launch, tiles: dict[str, int], target: GPUTarget, most_shar
     types = signature(one.kernel, arguments)
     constants = {name: arguments.get(name) for name, kind in types.items() if kind == "constexpr"}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind.startswith("*")}
-    source = ASTSource(function, types, constants, aligned)
-    options = {name: tiles[name] for name in OPTIONS if name in tiles}
-    compiled = triton.compile(source, target=target, options=options)
+    source = ASTSource(one.kernel.function, types, constants, aligned)
+    return triton.compile(source, target=target, options={name: tiles[name] for name in OPTIONS if name in tiles})
+
+
+def compile_one(one: Launch, tiles: dict[str, int], target: GPUTarget, most_shared: int) -> Compiled:
+    compiled, types = build(one, tiles, target), signature(one.kernel, one.arguments | tiles)
     text = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
     found = collections.Counter(re.findall(INSTRUCTIONS[target.backend], text))
     registers, spills = (resources_cuda if target.backend == "cuda" else resources_hip)(compiled.asm)
@@ -314,7 +317,7 @@ def compile_one(one: Launch, tiles: dict[str, int], target: GPUTarget, most_shar
     idle = re.search(r"tt\.dot .*-> tensor<[^#]*#blocked", compiled.asm["ttgir"])
     if idle or ("tt.dot " in compiled.asm["ttir"] and not found):
         problems.append("a product without matrix instructions")
-    sizes = [n for n, kind in types.items() if kind == "i32" and n not in function.do_not_specialize]
+    sizes = [n for n, kind in types.items() if kind == "i32" and n not in one.kernel.function.do_not_specialize]
     if sizes:
         problems.append(f"compiled again for other values of {', '.join(sizes)}")
     return Compiled(registers, spills, shared, ", ".join(f"{n} {x}" for x, n in found.items()), problems)

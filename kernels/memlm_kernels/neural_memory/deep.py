@@ -117,7 +117,9 @@ class _Span:
         rooms: dict[str, Tensor | None] = {"S_1": None, "S_2": None, **self.rooms}
         tensors = {**self.call._asdict(), **rooms, **self.written, **given, "anchors": self.anchors}
         there = {**tensors, "begin": self.begin, "end": self.end, **self.sizes}
-        kernel(lambda _: programs, {}, **{name: there[name] for name in kernel.function.arg_names})
+        # Loading ahead takes registers, which more hidden channels need.
+        limits = {"num_stages": 2 if self.sizes["X"] <= 64 else 1}
+        kernel(lambda _: programs, limits, **{name: there[name] for name in kernel.function.arg_names})
 
     def read(self, out: Tensor) -> Tensor:
         """Write the reads into ``out``, [N, G, C, V]; return the norm of each token's gradient, [chunks, G, C]."""

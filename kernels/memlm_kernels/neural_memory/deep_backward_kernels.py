@@ -6,6 +6,7 @@ import triton.language as tl
 from memlm_kernels.launch import load_tile, store_tile, tiled
 from memlm_kernels.neural_memory.deep_kernels import (
     TILES,
+    TILES_HIP,
     activate,
     curvature,
     load_columns,
@@ -16,7 +17,6 @@ from memlm_kernels.neural_memory.deep_kernels import (
 )
 
 # With four warps it spills on sm_80 if the hidden layer is wider than the keys.
-_WRITE = [{"num_warps": 8, "num_stages": 1}]
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def load_new(opens_document, chunk, N, G, g):
     return new
 
 
-@tiled(_WRITE, TILES)
+@tiled(TILES, TILES_HIP)
 @triton.jit(do_not_specialize=["begin", "end", "N", "G"])
 def deep_write_backward(
     k,
@@ -224,7 +224,7 @@ def deep_write_backward(
         tl.store(d_bias + g * V + i_v, tl.load(d_bias + g * V + i_v, mask=inside, other=0.0) + b_dbias, mask=inside)
 
 
-@tiled(TILES)
+@tiled(TILES, TILES_HIP)
 @triton.jit(do_not_specialize=["begin", "N", "G"])
 def deep_tokens_backward(
     k,

@@ -157,7 +157,7 @@ def leave(
     store_tile(W, b_next, after, rows, columns, inside, width)
 
 
-@tiled(TILES)
+@tiled(TILES, TILES_HIP)
 @triton.jit(do_not_specialize=[*_SIZES, "end"])
 def deep_write(
     k,
@@ -274,7 +274,7 @@ def read_hidden(
     return b_z - tl.dot(b_e, b_R, input_precision=PRECISION)
 
 
-@tiled(TILES)
+@tiled(TILES, TILES_HIP)
 @triton.jit(do_not_specialize=_SIZES)
 def deep_read(
     q,

@@ -8,6 +8,7 @@ import triton.language as tl
 from memlm_kernels.launch import load_tile, store_tile, tiled
 from memlm_kernels.neural_memory.deep_kernels import (
     TILES,
+    TILES_HIP,
     activate,
     load_columns,
     load_slots,
@@ -17,7 +18,7 @@ from memlm_kernels.neural_memory.deep_kernels import (
 )
 
 
-@tiled(TILES)
+@tiled(TILES, TILES_HIP)
 @triton.jit(do_not_specialize=["begin", "N", "G"])
 def deep_read_backward_2(
     q,
@@ -118,7 +119,7 @@ def deep_read_backward_2(
         tl.store(d_f + at * W_C + i_c, b_df, mask=real)
 
 
-@tiled(TILES)
+@tiled(TILES, TILES_HIP)
 @triton.jit(do_not_specialize=["begin", "N", "G"])
 def deep_read_backward_1(
     q,

@@ -9,7 +9,15 @@ import triton
 import triton.language as tl
 
 from memlm_kernels.launch import load_tile, store_tile, tiled
-from memlm_kernels.neural_memory.deep_kernels import TILES, activate, load_tail, normalised, output_error, slope
+from memlm_kernels.neural_memory.deep_kernels import (
+    TILES,
+    TILES_HIP,
+    activate,
+    load_tail,
+    normalised,
+    output_error,
+    slope,
+)
 
 _SIZES = ["H", "of_keys", "of_values", "of_gates", "of_memory", "chunk_size"]
 
@@ -51,7 +59,7 @@ def place_of(position, real, initial, row, chunk_size):
     return new, opens, there
 
 
-@tiled(TILES)
+@tiled(TILES, TILES_HIP)
 @triton.jit(do_not_specialize=_SIZES)
 def memory_step(
     q,
@@ -109,7 +117,7 @@ def memory_step(
     tl.store(out + g * V + i_v, tl.where(there, b_o, 0.0).to(out.dtype.element_ty), mask=i_v < V)
 
 
-@tiled(TILES)
+@tiled(TILES, TILES_HIP)
 @triton.jit(do_not_specialize=_SIZES)
 def deep_step(
     q,
