@@ -33,7 +33,7 @@ _WIDE_HIP = [
 ]
 # Sixteen tiles are alive at once: larger ones would spill.
 _NARROW = [
-    {"BK": 64, "BV": 32, "num_warps": 4, "num_stages": 2},
+    {"BK": 32, "BV": 64, "num_warps": 4, "num_stages": 2},
     {"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 2},
 ]
 _NARROW_HIP = [{"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1}]
