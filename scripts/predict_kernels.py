@@ -24,7 +24,7 @@ import torch
 import triton
 from benchmark_kernels import OPS, Size
 from compile_kernels import TARGETS, VERSION, Launch, build, resources_cuda
-from kernel_loops import Unknown, bounds_of, flops, loops_of, trips
+from kernel_report.loops import Unknown, bounds_of, flops, loops_of, trips
 from roofline import moved
 from torch import Tensor
 

@@ -221,8 +221,8 @@ def test_folders_that_cannot_be_written_are_told_before_anything_is_measured(tmp
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").glob("*.py")))
 def test_scripts_show_their_help_without_optional_packages(script, monkeypatch, capsys):
-    # These two are only for Triton's kernels.
-    of_triton = script in ("compile_kernels.py", "roofline.py")
+    # These are only for Triton's kernels.
+    of_triton = script in ("compile_kernels.py", "predict_kernels.py", "roofline.py")
     packages = ("fla", "flash_attn", "matplotlib", "hydra", "wandb", "datasets", *(() if of_triton else ("triton",)))
     for package in packages:
         monkeypatch.setitem(sys.modules, package, None)

@@ -70,17 +70,17 @@ def scripts(monkeypatch):
 
 
 def test_loops_trip_counts_and_waits(scripts):
-    import kernel_loops
+    from kernel_report import loops
 
-    bounds = kernel_loops.bounds_of(TTGIR)
+    bounds = loops.bounds_of(TTGIR)
     assert [(x.line, x.parent) for x in bounds] == [(10, None), (12, 0), (20, None)]
     # Half of the programs run the inner loop once; the while loop's count is given.
-    assert kernel_loops.trips(TTGIR, {"N": 50}, 1000, [7]) == [4, 0.5, 7]
-    with pytest.raises(kernel_loops.Unknown, match="line 20"):
-        kernel_loops.trips(TTGIR, {"N": 50}, 1000)
-    assert kernel_loops.flops(TTGIR, [4, 0.5, 7]) == 2 * 64 * 64 * 32 * 2
+    assert loops.trips(TTGIR, {"N": 50}, 1000, [7]) == [4, 0.5, 7]
+    with pytest.raises(loops.Unknown, match="line 20"):
+        loops.trips(TTGIR, {"N": 50}, 1000)
+    assert loops.flops(TTGIR, [4, 0.5, 7]) == 2 * 64 * 64 * 32 * 2
     # %r7 is used in the next iteration at the earliest: nothing waits for it.
-    outside, outer, inner = kernel_loops.loops_of(PTX, bounds)
+    outside, outer, inner = loops.loops_of(PTX, bounds)
     assert (outside.bounds, outer.bounds, inner.bounds, inner.parent) == (None, 0, 1, 1)
     assert (outside.rounds, outer.barriers, outer.rounds) == (1, 1, 0)
     assert (inner.barriers, inner.rounds, inner.waits, inner.instructions) == (1, 1, 1, 8)

@@ -223,7 +223,7 @@ def delta_states_backward(
 
 
 @tiled(
-    [{"BK": 32, "BV": 64, "num_warps": 4, "num_stages": 2}, {"BK": 32, "BV": 64, "num_warps": 4, "num_stages": 1}],
+    [{"BK": 16, "BV": 32, "num_warps": 4, "num_stages": 2}, {"BK": 32, "BV": 64, "num_warps": 4, "num_stages": 1}],
     [{"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1}],
 )
 @triton.jit(do_not_specialize=_SIZES)
