@@ -209,7 +209,7 @@ def used(*patterns):
     paths = [path for pattern in patterns for path in ROOT.glob(pattern)]
     names = {name for path in paths for name in imports(path, "")}
     skipped = (re.findall(r"importorskip\(\"(\w+)", path.read_text()) for path in paths)
-    own = {"", "memlm", "memlm_kernels", "tests", *(path.stem for path in ROOT.glob("scripts/*.py"))}
+    own = {"", "memlm", "memlm_kernels", "tests", *(path.stem for path in ROOT.glob("scripts/[!_.]*"))}
     return {name.split(".")[0] for name in chain(names, *skipped)} - own - set(sys.stdlib_module_names)
 
 
