@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map
 
-from memlm_kernels.neural_memory import blocks, reference, scan
+from memlm_kernels.neural_memory import (
+    SegmentedMemoryState,
+    blocks,
+    reference,
+    scan,
+    segmented,
+    segmented_neural_memory,
+)
 from memlm_kernels.neural_memory.chunk import Plan
 from memlm_kernels.testing import assert_close, grads_of, relative_error
 from tests.kernels.test_neural_memory import make, make_weight, names, run, token_by_token
@@ -222,3 +229,28 @@ def test_rounding_is_that_of_the_loop_over_chunks(monkeypatch, keys, chunk_size)
     chunks, of_blocks = by_chunks(monkeypatch, found, *inputs), found(*inputs)
     for name, e, c, b in zip(("all", *names(inputs)), exact, chunks, of_blocks, strict=True):
         assert relative_error(e, b) <= max(2 * relative_error(e, c), 2e-6), name
+
+
+@pytest.mark.parametrize("momentum", [True, False])
+@pytest.mark.parametrize("chunk_size", [1, 3, 20])
+def test_segments_in_blocks_equal_segments_in_chunks(monkeypatch, chunk_size, momentum):
+    """Memories that go on inside a chunk, an empty one, and padding; all gradients."""
+    q, k, v, lr, *gates, w = make(length=70)
+    gates = gates if momentum else [None, gates[1]]
+    memory = w.expand(2, 4, 3 if momentum else 2, *w.shape).clone() * torch.rand(2, 4, 1, 1, 1, 1)
+    position, cu_seqlens = torch.tensor([[0, 5, 1, 2]] * 2), torch.tensor([[0, 33, 33, 60, 66], [0, 1, 40, 41, 70]])
+    given = [x for x in (q, k, v, lr, *gates, memory) if x is not None]
+
+    def call(*x):
+        *tokens, memory = x
+        tokens = tokens if momentum else [*tokens[:4], None, tokens[4]]
+        state = SegmentedMemoryState(memory, position)
+        o, after = segmented_neural_memory(*tokens, chunk_size=chunk_size, cu_seqlens=cu_seqlens, state=state)
+        return torch.cat([o.flatten(), after.memory.flatten()])
+
+    made = []
+    for short in (False, True):
+        monkeypatch.setattr(segmented, "in_blocks", lambda *_: short)  # noqa: B023
+        made.append([call(*given), *grads_of(call, given)])
+    for i, (e, g) in enumerate(zip(*made, strict=True)):
+        assert_close(f"{i}", e, g, 1e-12)

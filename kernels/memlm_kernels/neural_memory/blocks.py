@@ -39,6 +39,11 @@ class BlockPlan(NamedTuple):
 
     chunks: int
 
+    @staticmethod
+    def of(width: int, chunk_size: int, regular: bool) -> "BlockPlan":
+        """regular: whether blocks start with chunks"""
+        return BlockPlan(-(-width // chunk_size) + (not regular and width % chunk_size > 0))
+
 
 class _Given(NamedTuple):
     """The arguments of ``solve``."""
@@ -68,7 +73,7 @@ class _Given(NamedTuple):
         rates = self.rates.at_once(part)
         if not kept:
             gram = torch.bmm(k, k.mT)
-            kept = gram, torch.bmm(q, k.mT), _inverse(plan, gram * rates.inner)
+            kept = gram, torch.bmm(q, k.mT), inverse(gram * rates.inner, plan)
         gram, scores, X = kept
         return _Group(q, k, rates, gram, scores, X, spread(k, rates.anchors), spread(k, rates.writes))
 
@@ -95,7 +100,7 @@ def _leave(M: Sequence[Tensor], parts: Sequence[Tensor], i: int, carry: Tensor, 
     M[i + 1].baddbmm_(to_M, e, alpha=-1)
 
 
-def _inverse(plan: BlockPlan, N: Tensor) -> Tensor:
+def inverse(N: Tensor, plan: BlockPlan) -> Tensor:
     """(I + N)^-1"""
     eye = torch.eye(N.shape[-1], dtype=N.dtype, device=N.device)
     if plan.chunks <= 2:

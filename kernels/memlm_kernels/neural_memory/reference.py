@@ -184,7 +184,7 @@ def _blocks(
     q, k, v = (to_rows(grid.lay(x)).contiguous() for x in tokens[:3])
     parts = [*state.weights, *state.momentum, *(() if regular else state.anchor)]
     memory = torch.cat([x.to(q.dtype).flatten(0, 1) for x in parts], 1)
-    plan = BlockPlan(-(-grid.width // chunk_size) + (not regular and grid.width % chunk_size > 0))
+    plan = BlockPlan.of(grid.width, chunk_size, regular)
     documents = []
     if rows.start is not None:
         of_documents = F.pad(initial.flatten(0, 1), (0, 0, 0, memory.shape[1] - keys))

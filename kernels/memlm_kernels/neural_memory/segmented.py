@@ -1,7 +1,7 @@
 """The linear neural memory over segments: many memories in a row of tokens, each written by its own tokens.
 
 It is ``neural_memory`` with one layer, no norm and the squared error, but with a state for each segment. ``naive`` and
-``reference`` have the equations.
+``blocks`` have the equations.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from memlm_kernels.backend import as_autocast, pick
 from memlm_kernels.checks import asks_gradient, check_tensors, in_one_type
-from memlm_kernels.neural_memory.chunk import Plan
+from memlm_kernels.neural_memory.block_rates import block_rates
+from memlm_kernels.neural_memory.blocks import BlockPlan, block_width, in_blocks, inverse
+from memlm_kernels.neural_memory.chunk import Plan, spread
 from memlm_kernels.neural_memory.limits import keys_limit
 from memlm_kernels.neural_memory.losses import squared_error
 from memlm_kernels.neural_memory.network import ACTIVATIONS
@@ -75,7 +77,7 @@ def segmented_neural_memory(
     cu_seqlens = check_recurrence(q, k, v, gates_of, cu_seqlens, state.memory[:, :, 0])
     q, k, v = as_autocast(q, k, v)
     by_triton = pick("segmented_neural_memory", backend, q, keys_limit(q), v, cu_seqlens) == "triton"
-    batch, length, heads, _ = q.shape
+    length = q.shape[1]
     with torch.autocast(q.device.type, enabled=False):
         memory, position = exact(state.memory), state.position
         if length == 0:
@@ -100,40 +102,78 @@ def segmented_neural_memory(
             return SegmentedMemoryOutput(o.to(given), SegmentedMemoryState(memory, position))
         if cu_seqlens is None:
             cu_seqlens = whole_rows(q)
-        # Blocks divide chunks, so no block crosses a chunk's end.
-        widest = chunk_width(length, cu_seqlens, 64)
-        width = max(size for size in range(1, widest + 1) if chunk_size % size == 0)
-        segments = lay_out(cu_seqlens, length, width, position)
-        opens = segments.opens(chunk_size)
-        assert opens is not None
-        rates = scalar_recurrences(tokens.lr, momentum, decay, segments.grid)
-        q_c, k_c, v_c = (segments.lay(x) for x in (q, k, v))
+        loop = _blocks if in_blocks(chunk_size, block_width(chunk_size, length, cu_seqlens), q) else _chunks
+        o, memory = loop(tokens, chunk_size, cu_seqlens, memory, position)
         position = position + cu_seqlens.long().diff(dim=1)
-        opens = opens.mT[:, :, None, None, None]
-        C, beta, f, P, m = (None if x is None else x.unflatten(1, (batch, heads)) for x in rates.apart())
-        assert C is not None and beta is not None
-        # Unbound, because the gradient of an index is a tensor as large as all chunks.
-        keys, values, to_W = k_c.unbind(), v_c.unbind(), (k_c * C[..., -1, :, None]).mT.unbind()
-        keep, errors = beta[..., -1, None, None].unbind(), []
-        of_S = None
-        if f is not None and P is not None and m is not None:
-            of_S = [x.unbind() for x in ((k_c * P[..., None]).mT, f[..., -1, None, None], m[..., None, None])]
+        return SegmentedMemoryOutput(o.to(given), SegmentedMemoryState(memory, position))
 
-        def write(n: int, memory: Tensor) -> Tensor:
-            W, *S, anchor = memory.unbind(1)
-            anchor = torch.where(opens[n], W, anchor)
-            errors.append(keys[n] @ anchor - values[n])
-            new = keep[n] * W - to_W[n] @ errors[-1]
-            if of_S is None:
-                return torch.stack([new, anchor], 1)
-            to_S, enters, momentum = (x[n] for x in of_S)
-            return torch.stack([new + enters * S[0], momentum * S[0] - to_S @ errors[-1], anchor], 1)
 
-        starts, memory = segments.scan(memory, write)
-        out = beta[..., None] * (q_c @ starts[:, :, 0]) - (C * (q_c @ k_c.mT)) @ torch.stack(errors)
-        if f is not None:
-            out = out + f[..., None] * (q_c @ starts[:, :, 1])
-        return SegmentedMemoryOutput(segments.take(out).to(given), SegmentedMemoryState(memory, position))
+def _chunks(
+    tokens: Tokens, chunk_size: int, cu_seqlens: Tensor, memory: Tensor, position: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A step for each chunk, or for parts of it."""
+    q, k, v, lr, momentum, decay, _ = tokens
+    batch, length, heads, _ = q.shape
+    # Blocks divide chunks, so no block crosses a chunk's end.
+    widest = chunk_width(length, cu_seqlens, 64)
+    width = max(size for size in range(1, widest + 1) if chunk_size % size == 0)
+    segments = lay_out(cu_seqlens, length, width, position)
+    opens = segments.opens(chunk_size)
+    assert opens is not None
+    rates = scalar_recurrences(lr, momentum, decay, segments.grid)
+    q_c, k_c, v_c = (segments.lay(x) for x in (q, k, v))
+    opens = opens.mT[:, :, None, None, None]
+    C, beta, f, P, m = (None if x is None else x.unflatten(1, (batch, heads)) for x in rates.apart())
+    assert C is not None and beta is not None
+    # Unbound, because the gradient of an index is a tensor as large as all chunks.
+    keys, values, to_W = k_c.unbind(), v_c.unbind(), (k_c * C[..., -1, :, None]).mT.unbind()
+    keep, errors = beta[..., -1, None, None].unbind(), []
+    of_S = None
+    if f is not None and P is not None and m is not None:
+        of_S = [x.unbind() for x in ((k_c * P[..., None]).mT, f[..., -1, None, None], m[..., None, None])]
+
+    def write(n: int, memory: Tensor) -> Tensor:
+        W, *S, anchor = memory.unbind(1)
+        anchor = torch.where(opens[n], W, anchor)
+        errors.append(keys[n] @ anchor - values[n])
+        new = keep[n] * W - to_W[n] @ errors[-1]
+        if of_S is None:
+            return torch.stack([new, anchor], 1)
+        to_S, enters, passes = (x[n] for x in of_S)
+        return torch.stack([new + enters * S[0], passes * S[0] - to_S @ errors[-1], anchor], 1)
+
+    starts, memory = segments.scan(memory, write)
+    out = beta[..., None] * (q_c @ starts[:, :, 0]) - (C * (q_c @ k_c.mT)) @ torch.stack(errors)
+    if f is not None:
+        out = out + f[..., None] * (q_c @ starts[:, :, 1])
+    return segments.take(out), memory
+
+
+def _blocks(
+    tokens: Tokens, chunk_size: int, cu_seqlens: Tensor, memory: Tensor, position: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A step for each block of chunks, see ``blocks``."""
+    q, k, v, lr, momentum, decay, _ = tokens
+    batch, length, heads, _ = q.shape
+    segments = lay_out(cu_seqlens, length, block_width(chunk_size, length, cu_seqlens), position)
+    rates = block_rates(scalar_recurrences(lr, momentum, decay, segments.grid), segments, chunk_size)
+    C, inner, reads, anchors, writes, carries = (x.unflatten(1, (batch, heads)) for x in rates)
+    q_c, k_c, v_c = (segments.lay(x) for x in (q, k, v))
+    # Unbound, because the gradient of an index is a tensor as large as all blocks.
+    X = inverse(k_c @ k_c.mT * inner, BlockPlan.of(segments.grid.width, chunk_size, False)).unbind()
+    at_anchors, to_M = spread(k_c, anchors).unbind(), spread(k_c, writes).mT.unbind()
+    values, carry, errors = v_c.unbind(), carries.unbind(), []
+
+    def write(n: int, M: Tensor) -> Tensor:
+        errors.append(X[n] @ (at_anchors[n] @ M - values[n]))
+        return (carry[n] @ M.unflatten(2, (carries.shape[-1], -1)).flatten(3)).view_as(M) - to_M[n] @ errors[-1]
+
+    # The parts of a head's memory are one matrix.
+    starts, after = segments.scan(memory.transpose(2, 3).flatten(3, 4), write)
+    entered = starts[..., : reads.shape[-1] * q.shape[-1], :]
+    out = spread(q_c, reads) @ entered - (C * (q_c @ k_c.mT)) @ torch.stack(errors)
+    memory = after.unflatten(3, memory.shape[2:5:2]).transpose(2, 3).contiguous()
+    return segments.take(out), memory
 
 
 def _one_token(tokens: Tokens, memory: Tensor, opens: Tensor) -> tuple[Tensor, Tensor]:
