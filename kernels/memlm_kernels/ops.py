@@ -16,6 +16,8 @@ class Op:
     It changes no argument and returns new tensors, one, a tuple or a list of them. No argument has a default.
     """
 
+    differentiable: type[torch.autograd.Function] | None = None
+
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self.name = name
         schema = torch.library.infer_schema(function, mutates_args=())
@@ -58,11 +60,15 @@ class Op:
                 found = backward(ctx, [*gradients]) if returns_list else backward(ctx, *gradients)
                 return *_flat(found if isinstance(found, tuple) else (found,), ctx.sizes), None, None
 
+        # Profiles show the name of the op.
+        differentiable: Any = type(f"memlm_{self.name}", (Differentiable,), {})
+        self.differentiable = differentiable
+
         def autograd(keys: Any, *inputs: Any) -> Any:
             if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
                 return run(keys, inputs)
             sizes = [len(x) if of_list else None for x, of_list in zip(inputs, listed, strict=True)]
-            output = Differentiable.apply(*_flat(inputs, sizes), sizes, keys)
+            output = differentiable.apply(*_flat(inputs, sizes), sizes, keys)
             return [*output] if returns_list else output
 
         _LIBRARY.impl(self.name, autograd, "Autograd", with_keyset=True)

@@ -126,7 +126,8 @@ def pieces_of(x: Tensor, length: int, chains: int, rows: int, columns: int) -> i
     chains: programs that run along the rows of one call
     rows, columns: of T, and of a state; the pass for T and U has both, beside the columns of the pass itself
     """
-    count = min(slots(x.device) * columns // (chains * (rows + 2 * columns)), length // SHORTEST, MOST)
+    programs = max(1, chains) * (rows + 2 * columns)
+    count = min(slots(x.device) * columns // programs, length // SHORTEST, MOST)
     return count if count >= 3 else 1
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 import memlm.memory
 import memlm_kernels
 from memlm.layers import RMSNorm, ShortConv
+from memlm_kernels.ops import Op
 from memlm_kernels.short_convolution import unit_length
 from memlm_kernels.testing import assert_close
 from tests.conftest import MEMORIES, build
@@ -34,6 +35,8 @@ def written_here() -> set[str]:
                 found.add(name)
             elif getattr(x, "_backward_fn", None) is not None:
                 found.add(x._qualname.replace("::", "_"))
+            elif isinstance(x, Op) and x.differentiable is not None:
+                found.add(x.differentiable.__name__)
     return found
 
 

@@ -236,7 +236,6 @@ def nominating(x: Tensor, asks: Tensor | None = None, **changed: Any) -> Any:
         (lambda x: memories(chunk_size=0), "chunk_size=0"),
         (lambda x: memories(momentum=None), r"\[B, S, 2, H, K, V\], without"),
         (lambda x: memories(position=x.long()), r"state.position \[2, 3\] must be"),
-        (lambda x: memories(chunk_size=67, backend="triton"), "up to 32 .* not 67"),
         (lambda x: sparse(129), "at most 128 chunks of each token, not 129"),
         (lambda x: routing(x, x.long(), num_documents=2**31, backend="triton"), "num_documents=2147483648"),
         (lambda x: routing(x, torch.tensor([[0, 2, 1]] * 2), num_documents=3), "document decreases"),

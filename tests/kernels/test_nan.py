@@ -38,7 +38,8 @@ def test_a_nan_reaches_what_is_documented(name, by):
     op, reached, (length, here) = OPS[name], set(), sizes(name)
     tensors = op.make(length)
     expected = op.run(tensors, backend=by)
-    for changed in (n for n, shape in op.floats.items() if shape[1] == "T"):
+    # One row of cosines may serve all.
+    for changed in (n for n, shape in op.floats.items() if shape[:2] == (2, "T")):
         wrong = tensors[changed].clone()
         wrong[0, here] = NAN
         got = op.run(tensors | {changed: wrong}, backend=by)
@@ -46,6 +47,8 @@ def test_a_nan_reaches_what_is_documented(name, by):
         if not torch.equal(expected[0][0, :here], got[0][0, :here]):
             reached.add(changed)
     selected = {"k"} if (name, by) == ("linear_attention", "reference") else set()
+    if by == "triton" and name in ("neural_memory", "segmented_neural_memory"):
+        selected = {"momentum", "decay"}
     assert reached == documented().get(name, set()) - selected
 
 
