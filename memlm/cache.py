@@ -42,7 +42,9 @@ class MemoryCache(Cache):
 
     fixed: later calls write into the tensors of the first one, without gradients. So a step of decoding is a graph of
         the device, by ``torch.compile(model, mode="reduce-overhead")``. A failed call may leave the memory half
-        written, and ``fork`` copies it. Raises ValueError if a layer keeps every token
+        written, and ``fork`` copies it
+    max_length: of a fixed memory, the most tokens of a row, for attention that keeps every token. Without it a layer
+        that keeps every token raises ValueError, and so does any but attention
     read: [B], a hash of the ids that each stream has read; ``generate`` recognises these ids at the start of a prompt.
         None if some inputs were not ids
     """
@@ -50,9 +52,11 @@ class MemoryCache(Cache):
     # transformers skips ids that a cache has read unless all its layers are linear.
     is_linear = (False,)
 
-    def __init__(self, fixed: bool = False) -> None:
+    def __init__(self, fixed: bool = False, max_length: int | None = None) -> None:
         super().__init__(layers=[])
-        self.fixed = fixed
+        if max_length is not None and not (fixed and max_length >= 1):
+            raise ValueError(f"max_length={max_length} must be at least 1, with fixed=True")
+        self.fixed, self.max_length = fixed, max_length
         self._forget()
 
     def _forget(self) -> None:
@@ -151,10 +155,11 @@ class MemoryCache(Cache):
             self._write(states, rows, read)
             return
         if self.fixed:
-            kept = [type(layer.mixer).__module__ for layer in model.base_model.layers if layer.mixer.grows]
-            if kept:
-                kind = kept[0].rpartition(".")[2]
-                raise ValueError(f"past_key_values: a memory of kind {kind!r} keeps every token; leave fixed=True out")
+            mixers = [layer.mixer for layer in model.base_model.layers]
+            if kept := [x for x in mixers if x.grows and not (x.has_room and self.max_length)]:
+                fix = "give max_length, or leave fixed=True out" if kept[0].has_room else "leave fixed=True out"
+                kind = type(kept[0]).__module__.rpartition(".")[2]
+                raise ValueError(f"past_key_values: a memory of kind {kind!r} keeps every token; {fix}")
         self.states, self._seen, self.read = states, self._seen + rows.length, read
         self.position, self.start = rows.after_B, rows.next_start
         if self.fixed:
@@ -193,6 +198,9 @@ class MemoryCache(Cache):
             into.append(self.read)
             new.append(self.read if read is None else read)
         torch._foreach_copy_(into, new)
+        if self.max_length is not None:
+            full = f"a row has more than max_length={self.max_length} tokens; give the memory a larger one"
+            torch._assert_async((self.position <= self.max_length).all(), full)
         self._seen.add_(rows.length)
 
     def reading(self, ids_BT: Tensor | None, mask_BT: Tensor | None = None) -> Tensor | None:
@@ -228,7 +236,7 @@ class MemoryCache(Cache):
         return self.seen + query_length, 0
 
     def get_max_length(self, layer_idx: int = 0) -> int:
-        return -1
+        return -1 if self.max_length is None else self.max_length
 
     def nbytes(self) -> int:
         """Bytes of state for the whole batch, without spare room for growing keys (``memlm.memory.kv``)."""
@@ -304,7 +312,7 @@ class MemoryCache(Cache):
     def fork(self) -> "MemoryCache":
         """An independent copy. It shares the tensors, so it costs nothing until one of the two continues."""
         other = MemoryCache()
-        other.__dict__ |= self.__dict__ | {"fixed": False}
+        other.__dict__ |= self.__dict__ | {"fixed": False, "max_length": None}
         other.states = [mapped(lambda x: x, state) for state in self.states]
         if self.fixed:
             other.seen = self.seen

@@ -64,7 +64,9 @@ class MemoryGenerationMixin(GenerationMixin):
                 kwargs["doc_ids"] = F.pad(kwargs["doc_ids"], (seen, 0), value=RESPONSE)
         return super().generate(inputs, generation_config, **kwargs)
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict, mode: Any, batch_size: int, max_length: int, *args: Any
+    ) -> None:
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", "static"):
             raise ValueError(
@@ -72,9 +74,10 @@ class MemoryGenerationMixin(GenerationMixin):
             )
         if generation_config.use_cache and model_kwargs.get(CACHE) is None:
             # Set before the first call, because prefill_chunk_size looks for it.
-            model_kwargs[CACHE] = MemoryCache(fixed=kind == "static")
+            most = max(max_length, getattr(generation_config, "max_cache_len", None) or 0)
+            model_kwargs[CACHE] = MemoryCache(True, most) if kind == "static" else MemoryCache()
             generation_config.cache_implementation = None
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, max_length, *args)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:

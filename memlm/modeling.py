@@ -343,7 +343,7 @@ class MemLMModel(MemLMPreTrainedModel):
         if roles is not None:
             roles = roles.counted(position_ids, lengths_B)
         facts: dict[str, Any] = {"max_documents": documents, "roles": roles, "metrics": metrics}
-        facts["stretches"] = stretches
+        facts["stretches"], facts["room"] = stretches, None if memory is None else memory.max_length
         rows = Rows(length, **before, given_BT=position_ids, lengths_B=lengths_B, **facts)
         if roles is not None and roles.bank is not None and rows.role_counts.within:
             raise ValueError("roles: documents in the input cannot be combined with a bank; add them to the bank")

@@ -13,8 +13,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor", "ignore:.*should not be instantiated"
 )
 
-# Their states keep every token.
-GROWING = ("attention", "chunk_sparse", "msa")
+# Their states keep every token, and have no room.
+GROWING = ("chunk_sparse", "msa")
 # Without a place in a chunk that the host knows, these take the way of packed rows, which rounds otherwise.
 ROUNDED = ("lact", "titans_mac", "titans_tnt")
 FIXED = [
@@ -37,7 +37,7 @@ def ids_of(length):
 
 def begun(model, ids):
     """An ordinary and a fixed memory that have read the same."""
-    memories = MemoryCache(), MemoryCache(fixed=True)
+    memories = MemoryCache(), MemoryCache(fixed=True, max_length=70)
     with torch.no_grad():
         for memory in memories:
             model(ids, past_key_values=memory)
@@ -69,8 +69,10 @@ def test_a_token_is_one_graph_of_fixed_tensors(name):
                 b = step(token, past_key_values=fixed, output_metrics=False).logits
             torch.testing.assert_close(b, a, **tolerance, msg=str(t))
     (graph,) = graphs
-    inputs = [x.meta["example_value"] for x in graph.graph.nodes if x.op == "placeholder"]
-    assert all(isinstance(x, torch.Tensor) for x in inputs)
+    inputs = [x.meta for x in graph.graph.nodes if x.op == "placeholder"]
+    assert all(isinstance(x["example_value"], torch.Tensor) for x in inputs)
+    # A CUDA graph copies only the token into its own memory.
+    assert sum("_dynamo_static_input_type" not in x["tensor_dict"] for x in inputs) == 1
     assert addresses(fixed) == before
     assert (fixed.seen, fixed.position.tolist()) == (60, [60, 60])
 
@@ -123,8 +125,16 @@ def test_rows_of_a_fixed_memory():
 
 
 def test_a_fixed_memory_that_grows_is_refused():
+    model = build("msa", torch.float32)
+    with pytest.raises(ValueError, match="kind 'msa' keeps every token; leave fixed=True out"):
+        model(ids_of(4), past_key_values=MemoryCache(fixed=True, max_length=9))
     model = build("attention", torch.float32)
-    with pytest.raises(ValueError, match="kind 'attention' keeps every token; leave fixed=True out"):
+    with pytest.raises(ValueError, match="kind 'attention' keeps every token; give max_length"):
         model(ids_of(4), past_key_values=MemoryCache(fixed=True))
+    full = MemoryCache(fixed=True, max_length=5)
+    model(ids_of(4), past_key_values=full)
+    model(ids_of(1), past_key_values=full)
+    with pytest.raises(RuntimeError, match="more than max_length=5 tokens"):
+        model(ids_of(1), past_key_values=full)
     with pytest.raises(ValueError, match="cache_implementation='quantized'"):
         model.generate(ids_of(4), cache_implementation="quantized", max_new_tokens=2)

@@ -82,6 +82,7 @@ class Mixer(SequenceMixer):
 
     is_causal = True
     at_once = True
+    has_room = True
 
     def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
         super().__init__()
@@ -143,6 +144,7 @@ class Mixer(SequenceMixer):
         rotated_BTHK, rotated_BTGK = rotary_of_both(q_BTHK, k_BTGK, angles)
         seen = {"k": rotated_BTGK, "v": v_BTGK}
         window = self.config.window_size
+        places = window or rows.room
         if rows.stretches is not None:
             state = dict(state)
             both, past = (torch.stack([x["k"], x["v"]], 3) for x in (seen, state))
@@ -150,15 +152,18 @@ class Mixer(SequenceMixer):
                 x.unbind(3) for x in rows.past(both, past, whole=window is None)
             )
         for name, new in seen.items():
-            if window is None:
+            if places is None:
                 seen[name], new_state[name] = append(state[name], new, rows.lengths_B, new.device.type == "cpu")
                 continue
             if fresh and not keep:
                 continue
             # A fresh call has no history, but zeros fill the window if the call is shorter.
-            joined = new if fresh and length >= window - 1 else join(state[name], new)
+            past = state[name]
+            if rows.room and not past.shape[1]:
+                past = F.pad(past, (0, 0, 0, 0, places - 1, 0))
+            joined = new if fresh and length >= places - 1 else join(past, new)
             seen[name] = new if fresh else joined
-            new_state[name] = keep_last(joined, window - 1, length, rows.lengths_B)
+            new_state[name] = keep_last(joined, places - 1, length, rows.lengths_B)
 
         prefix = None
         if self.config.persistent_tokens and length:

@@ -74,6 +74,7 @@ class SequenceMixer(nn.Module):
     at_once: true if the mixer itself exchanges all it needs with the processes that hold the rest of a row
         (``rows.stretches``); for others the decoder hands the state on, from process to process.
     grows: true if the state keeps every token.
+    has_room: true if it then has ``rows.room`` places, filled or not, where that is given.
     starts_silent: names of parameters that have no effect at initialisation; ``train.init_from`` accepts weights
         without them.
     """
@@ -82,6 +83,7 @@ class SequenceMixer(nn.Module):
     any_length = False
     at_once = False
     grows = False
+    has_room = False
     starts_silent: tuple[str, ...] = ()
 
     def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:

@@ -168,6 +168,8 @@ class Chunks(NamedTuple):
 
 
 class Mixer(attention.Mixer):
+    has_room = False
+
     def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
         super().__init__(attention.Config(conv_size=config.conv_size, **config.projections()), dims, layer_idx)
         self.chunked, self.any_length = config, False

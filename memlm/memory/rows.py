@@ -71,6 +71,7 @@ class Rows:
     roles: roles of the tokens, with counts, for memories of documents. The documents of the roles are then parts of
         one document in the sense of this class. None: all tokens are a response
     metrics: whether mixers return metrics
+    room: places for tokens in states that keep every token (``MemoryCache.fixed``); None: they grow
     stretches: the processes that hold the rest of the rows, for mixers that exchange ``at_once``; None: rows are
         whole, or the decoder hands the states on
     """
@@ -84,6 +85,7 @@ class Rows:
     roles: Roles | None = None
     metrics: bool = True
     stretches: Stretches | None = None
+    room: int | None = None
     # A constructor argument, because tools that rebuild dataclasses refuse other fields.
     made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -241,7 +243,7 @@ class Rows:
         def make() -> "Rows":
             roles = None if self.roles is None else self.roles.to(device)
             given, lengths, before = move(self.given_BT), move(self.lengths_B), self.before_B.to(device)
-            facts = (given, lengths, self.max_documents, roles, self.metrics, self.stretches)
+            facts = (given, lengths, self.max_documents, roles, self.metrics, self.stretches, self.room)
             return Rows(self.length, before, self.start, *facts)
 
         return self.once(("to", str(device)), make)

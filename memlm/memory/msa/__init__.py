@@ -138,7 +138,7 @@ class ChosenDocuments(nn.Module):
 
 
 class Mixer(attention.Mixer):
-    at_once = False
+    at_once = has_room = False
     without_gradient = {  # noqa: RUF012
         "router_q_proj.weight": _NO_LM_GRADIENT,
         "router_k_proj.weight": _NO_LM_GRADIENT,
