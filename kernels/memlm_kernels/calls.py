@@ -100,10 +100,11 @@ def cut(n: Sizes) -> Tensor:
 
 
 def choices(n: Sizes) -> Tensor:
-    """Two chunks that each token chose, and a place that is free."""
+    """Two chunks that each token chose; every third has one. In the first half neighbours agree, then they do not."""
     token = torch.arange(n.T)
-    chosen = [token % n.N, (token + n.N // 2) % n.N, torch.full_like(token, -1)]
-    return torch.stack(chosen, -1).expand(2, -1, -1)[:, :, None].expand(-1, -1, n.H, -1)
+    chosen = torch.where(token < n.T // 2, token // 16, token)
+    two = torch.stack([chosen % n.N, torch.where(token % 3 == 2, -1, (chosen + n.N // 2) % n.N)], -1)
+    return two.expand(2, -1, -1)[:, :, None].expand(-1, -1, n.H, -1)
 
 
 def places(n: Sizes) -> Tensor:
