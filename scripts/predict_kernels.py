@@ -28,6 +28,7 @@ from kernel_report.loops import Unknown, bounds_of, flops, loops_of, trips
 from roofline import moved
 from torch import Tensor
 
+from memlm_kernels.attention.gathering import WORTH
 from memlm_kernels.launch import Kernel, cdiv, fitting
 
 # Cycles of a round of loads, of a barrier and of a wait for wgmma, and cycles a microsecond.
@@ -89,7 +90,13 @@ def readers(a: Arguments, goal: Goal) -> float:
 
 
 def union(a: Arguments, goal: Goal) -> float:
-    return cdiv(64, a["BC"]) * goal.union
+    """Tiles of the chosen chunks that a tile of queries goes through; long unions are gathered by the chunks."""
+    return 0 if goal.union > WORTH * a["J"] else cdiv(64, a["BC"]) * goal.union
+
+
+def gathered(a: Arguments, goal: Goal) -> list[float]:
+    """Tiles of the readers of a part of a chunk."""
+    return [a["T"] * a["J"] / a["PARTS"] * a["RP"] / a["BM"]]
 
 
 # Trip counts that depend on data, in the order of the loops.
@@ -97,8 +104,7 @@ DATA: dict[str, Callable[[Arguments, Goal], list[float]]] = {
     "attend_forward": lambda a, goal: [window(a, goal), union(a, goal)],
     "queries_backward": lambda a, goal: [window(a, goal), union(a, goal)],
     "attended_keys_backward": lambda a, goal: [readers(a, goal)],
-    # A chunk of 64 tokens has 16 x 64 readers on average.
-    "chunks_backward": lambda a, goal: [1024 * a["RP"] / a["BM"]],
+    **dict.fromkeys(("chunks_forward", "chunk_queries_backward", "chunks_backward"), gathered),
     "add_parts": lambda a, goal: [1],
     "unite_chunks": lambda a, goal: [goal.union],
     # Half of the chunks are before a token; few of a tile's chunks take a place.
@@ -279,6 +285,14 @@ def main(args: argparse.Namespace) -> int:
         sums[-1].append(f"{goal.least:.2g}")
         print(" | ".join(sums[-1]), flush=True)
     if args.out:
+        made = {x[0] for x in sums}
+        cells = [x[2:-2].split(" | ") for x in args.out.read_text().splitlines()] if args.out.exists() else []
+        kept = [x for x in cells if x[0] in {goal.name for goal in GOALS} - made]
+        order = [goal.name for goal in GOALS]
+        rows, sums = (
+            sorted([*new, *(x for x in kept if len(x) == size)], key=lambda x: order.index(x[0]))
+            for new, size in ((rows, len(HEAD)), (sums, 5))
+        )
         args.out.write_text(table(rows, sums))
     return int(any(x[-1] != "ok" for x in rows))
 
@@ -310,5 +324,5 @@ if __name__ == "__main__":
     parser.add_argument("--goal", default="", help="only goals whose name contains this")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--tiles", action="store_true", help="all tiles of each kernel, not only the first")
-    parser.add_argument("--out", type=Path, help="the table, as Markdown")
+    parser.add_argument("--out", type=Path, help="the table, as Markdown; rows of other goals stay")
     sys.exit(main(parser.parse_args()))
