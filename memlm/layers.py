@@ -221,3 +221,17 @@ class ShortConv(nn.Module):
         (y_BLC,), _ = self([row_BLC], None, None, None)
         after_BS = (ends_BS[..., None] + before_SW).flatten(1)
         return pick(y_BLC, place_BT - spare), pick(row_BLC, after_BS).unflatten(1, (segments, spare))
+
+    def over_fresh_segments(
+        self, x_BTC: Tensor, cu_seqlens_BS: Tensor, **parts: Any
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The same where no segment has a history, so that tokens stay where they are; in parts."""
+        spare, starts_BS, ends_BS = self.width - 1, cu_seqlens_BS[:, :-1], cu_seqlens_BS[:, 1:].contiguous()
+        token_BT = torch.arange(x_BTC.shape[1], device=x_BTC.device).expand(len(x_BTC), -1).contiguous()
+        owner_BT = torch.searchsorted(ends_BS, token_BT, right=True).clamp(max=ends_BS.shape[1] - 1)
+        place_BT = token_BT - starts_BS.gather(1, owner_BT)
+        zeros_BWC = x_BTC.new_zeros(len(x_BTC), spare, x_BTC.shape[2])
+        of_parts, _ = self([x_BTC], zeros_BWC, place_BT, None, **parts)
+        last_BSW = ends_BS[..., None] + torch.arange(-spare, 0, device=x_BTC.device)
+        after_BSWC = pick(x_BTC, last_BSW.clamp(min=0).flatten(1)).unflatten(1, last_BSW.shape[1:])
+        return of_parts, after_BSWC.masked_fill((last_BSW < starts_BS[..., None])[..., None], 0.0)

@@ -169,3 +169,17 @@ def test_unit_vectors_and_their_gradient():
     torch.testing.assert_close(unit_length(x), F.normalize(x, dim=-1), rtol=0, atol=1e-15)
     assert torch.autograd.gradcheck(unit_length, x)
     assert not unit_length(torch.zeros(1, 4)).any()
+
+
+def test_segments_without_history_stay_where_they_are():
+    """As with histories of zeros, also for empty and short segments; padding's output is not used."""
+    torch.manual_seed(0)
+    conv, cu = ShortConv(5, 4, silu=True).double(), torch.tensor([[0, 0, 2, 9], [0, 5, 6, 7]])
+    x = torch.randn(2, 9, 5, dtype=torch.float64, requires_grad=True)
+    real = torch.arange(9) < cu[:, -1:]
+    expected, kept = conv.over_segments(x, torch.zeros(2, 3, 3, 5, dtype=torch.float64), cu)
+    (got,), after = conv.over_fresh_segments(x, cu)
+    assert_close("y", expected[real], got[real], 1e-15)
+    assert torch.equal(kept, after)
+    for e, g in zip(*(torch.autograd.grad(y[real].sum(), [x, conv.weight]) for y in (expected, got)), strict=True):
+        assert_close("gradient", e, g, 1e-14)

@@ -210,6 +210,7 @@ class Mixer(SequenceMixer):
             routes.ungrouped[0, : memory_BTJ.numel(), 0] if across else None,
             told=rows.metrics,
             stretches=rows.stretches,
+            fresh=rows.start == 0,
         )
         # Copies, because a view would keep the whole tensor alive.
         kept = {"routed": {name: x[:, : config.num_memories].clone() for name, x in after.items()}}

@@ -334,8 +334,10 @@ class Recurrence(nn.Module):
         across_N: Tensor | None = None,
         told: bool = True,
         joined: Joined | None = None,
+        fresh: bool = False,
     ) -> tuple[Tensor, State, dict[str, Tensor]]:
-        """state: [B, S, ...]; across_N: an order of tokens of all rows to convolve along, across segments.
+        """state: [B, S, ...]; across_N: an order of tokens of all rows to convolve along, across segments; fresh:
+        whether all states are initial.
 
         Returns reads [B, T, H, V] in fp32 or more, the new state, and metrics if ``told``.
         """
@@ -355,6 +357,8 @@ class Recurrence(nn.Module):
             if cu_seqlens is None and across_N is None:
                 (q, k, v), after = self.conv([qkv_BTC], history[:, 0], None, None, **parts)
                 conv["conv"] = after[:, None]
+            elif fresh and cu_seqlens is not None and across_N is None and joined is None:
+                (q, k, v), conv["conv"] = self.conv.over_fresh_segments(qkv_BTC, cu_seqlens, **parts)
             else:
                 convolved_BTC, conv["conv"] = self.conv.over_segments(qkv_BTC, history, cu_seqlens)
                 if across_N is not None:
@@ -378,6 +382,7 @@ def recur(
     across_N: Tensor | None = None,
     told: bool = True,
     stretches: Stretches | None = None,
+    fresh: bool = False,
 ) -> tuple[Tensor, State, dict[str, Tensor]]:
     """``Recurrence.forward`` with a segment for each document and memory; before, start and the new state: [B, M,
     ...].
@@ -387,7 +392,7 @@ def recur(
     if stretches is not None:
         memories = len(next(iter(before.values()))[0])
         joined = Joined.counted(stretches, documents, cu_seqlens, inputs[0], memories)
-    o, after, metrics = recurrence(*inputs, cu_seqlens, state, across_N, told, joined)
+    o, after, metrics = recurrence(*inputs, cu_seqlens, state, across_N, told, joined, fresh)
     return o, documents.collect(after) if documents else after, metrics
 
 
@@ -440,7 +445,7 @@ class Layer(SequenceMixer):
         inputs = torch.cat([self.q_proj(x_BTD), self.kv_proj(x_BTD)], -1), gate_logits(self.gates, x_BTD)
         cu_seqlens = documents.cu_seqlens if documents else None
         told = rows.metrics
-        options: Any = {"told": told, "stretches": rows.stretches}
+        options: Any = {"told": told, "stretches": rows.stretches, "fresh": rows.start == 0}
         o_BTHV, after, metrics = recur(self.recurrence, inputs, cu_seqlens, documents, state, start, **options)
         if told:
             metrics["memory_norm"] = torch.linalg.vector_norm(after["memory"].detach()) / len(x_BTD) ** 0.5
