@@ -25,6 +25,7 @@ from memlm_kernels import (
     trial,
 )
 from memlm_kernels.calls import CALLS
+from tests.conftest import MEMORIES, build
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[cpu-kernels]'")
 
@@ -451,3 +452,18 @@ def test_plain_causal_attention_stays_with_torch(tried, caplog):
         tried.answers |= {way: {"fault": "a test"} for way in proof.WAYS}
         prefix_window_attention(q, q, q, window=3)
     assert {x for x, _ in tried.held} == {"prefix_window_attention, float16, 16x16"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")
+@pytest.mark.parametrize("memory", [name for name in MEMORIES if name != "omeganet"])
+def test_a_model_on_the_kernels_is_one_graph(memory):
+    """omeganet's memory has no kernels."""
+
+    def stop(graph, inputs):
+        raise Traced
+
+    model, ids = build(memory, torch.float32).train(), torch.zeros(1, 24, dtype=torch.int64)
+    with set_backend("triton"), pytest.raises(BackendCompilerFailed, match="Traced"):
+        torch.compile(model, backend=stop, fullgraph=True)(ids, labels=ids)
+    torch.compiler.reset()
