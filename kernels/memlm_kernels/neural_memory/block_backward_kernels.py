@@ -140,24 +140,25 @@ def block_states_backward(
             store_tile(d_next_S, b_dS, kept, i_k, i_v, i_k < K, V)
             b_d += tl.dot(b_k, b_dS.to(b_k.dtype), input_precision=PRECISION) * b_p[:, None]
         store_tile(d_d, b_d, base, i_t * H, i_v, inside, V)
-        b_k = load_rows(k, row, start, end, i_t, i_k, T, h, H, K)
         b_D = b_d.to(b_k.dtype)
-        b_d = load_rows(d_local, row, start, end, i_t, i_v, T, h, H, V)
         b_qt = tl.trans(b_q)
         if Z is not None:
             b_dS = b_dS * m + b_dW * f - tl.dot(tl.trans(b_Z), b_D, input_precision=PRECISION)
             b_dS += tl.dot(b_qt, (b_o * b_f[:, None]).to(b_q.dtype), input_precision=PRECISION)
             b_Z = load_rows(Z, row, start, end, i_t, i_k, T, h, H, K)
         b_anchor = tl.dot(tl.trans(b_Y), b_D, input_precision=PRECISION)
+        b_k = load_rows(k, row, start, end, i_t, i_k, T, h, H, K)
         b_Y = load_rows(Y, row, start, end, i_t, i_k, T, h, H, K)
         b_dW = b_dW * beta + tl.dot(b_qt, (b_o * b_beta[:, None]).to(b_q.dtype), input_precision=PRECISION)
         b_q = load_rows(q, row, start, end, i_t, i_k, T, h, H, K)
         b_o = load_rows(d_o, row, start, end, i_t, i_v, T, h, H, V)
+        b_d = load_rows(d_local, row, start, end, i_t, i_v, T, h, H, V)
         b_c, b_p, beta, f, m = load_writes(rates, row, start, end, i_t, T, h, H)
         if d_anchor is None:
-            # The last block begins with the last chunk.
-            b_dW += load_tile(d_last_anchor, at, i_k, i_v, i_k < tl.where(back == 0, K, 0), V)
             b_dW -= b_anchor
+            # The last block begins with the last chunk.
+            if back == 0:
+                b_dW += load_tile(d_last_anchor, at, i_k, i_v, i_k < K, V)
         else:
             # Products, because Triton 3.9 fails on ``where`` between values in tensor memory (sm_100).
             b_dA -= b_anchor
@@ -210,7 +211,7 @@ def shared(x, y, at, i_k, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr):
 
 
 @tiled(
-    [{"BK": 64, "BV": 64, "num_warps": 8, "num_stages": 1}], [{"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1}]
+    [{"BK": 32, "BV": 64, "num_warps": 8, "num_stages": 1}], [{"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1}]
 )
 @triton.jit(do_not_specialize=SIZES)
 def block_memory_backward(

@@ -89,13 +89,11 @@ class _Call:
     def rates(self) -> Tensor:
         return self.q.new_empty(*self.q.shape[:3], RATES.value, dtype=torch.float32)
 
-    def at_once(
-        self, kernel: Kernel, there: Named, columns: int = 1, tile: str | None = None, most_warps: int = 8
-    ) -> None:
-        """A pass over all blocks, with a program for each ``tile`` of ``columns``."""
+    def at_once(self, kernel: Kernel, there: Named, columns: int = 1, tile: str | None = None, **most: int) -> None:
+        """A pass over all blocks, with a program for each ``tile`` of ``columns``; most: limits of tiles."""
         blocks = self.batch * self.count * self.heads
         limits = {"BK": at_least_16(self.keys), "BV": at_least_16(self.values), "BD": at_least_16(columns)}
-        limits["num_warps"] = most_warps
+        limits |= {name: min(size, limits.get(name, size)) for name, size in most.items()}
         self._launch(kernel, lambda tiles: blocks * (cdiv(columns, tiles[tile]) if tile else 1), limits, there)
 
     def along(self, kernel: Kernel, there: Named) -> None:
@@ -280,7 +278,7 @@ def backward(
     call.at_once(block_reads_backward, there, call.values, "BV")
     call.along(block_states_backward, there)
     made["d_v"] = there["g"] = call.solve(there["d_d"], X, None, False, transposed=True)
-    call.at_once(block_memory_backward, there, most_warps=call.most_warps)
+    call.at_once(block_memory_backward, there, BV=128 // q.element_size(), num_warps=call.most_warps)
     call.at_once(block_pairs_backward, there)
     call.at_once(block_gates_backward, there)
     return [made[f"d_{name}"] for name in names]
