@@ -357,7 +357,7 @@ class Recurrence(nn.Module):
             if cu_seqlens is None and across_N is None:
                 (q, k, v), after = self.conv([qkv_BTC], history[:, 0], None, None, **parts)
                 conv["conv"] = after[:, None]
-            elif fresh and cu_seqlens is not None and across_N is None and joined is None:
+            elif fresh and qkv_BTC.shape[1] and cu_seqlens is not None and across_N is None and joined is None:
                 (q, k, v), conv["conv"] = self.conv.over_fresh_segments(qkv_BTC, cu_seqlens, **parts)
             else:
                 convolved_BTC, conv["conv"] = self.conv.over_segments(qkv_BTC, history, cu_seqlens)
