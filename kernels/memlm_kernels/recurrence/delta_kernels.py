@@ -102,7 +102,7 @@ def solutions(
 
 
 @tiled(
-    [{"BV": 32, "num_warps": 4, "num_stages": 2}, {"BV": 16, "num_warps": 4, "num_stages": 2}],
+    [{"BV": 32, "num_warps": 4, "num_stages": 2}, {"BV": 16, "num_warps": 4, "num_stages": 1}],
     [{"BV": 32, "num_warps": 4, "num_stages": 1}, {"BV": 16, "num_warps": 4, "num_stages": 1}],
 )
 @triton.jit(do_not_specialize=_SIZES)

@@ -62,7 +62,8 @@ def forward(
     d, o = call.room(v), call.room(v)
     delta_states_forward(
         lambda tiles: call.batch * call.segments * call.heads * cdiv(call.values, tiles["BV"]),
-        {"BV": call.limits["BV"]},
+        # Factors of fp32 in registers (sm_80) leave none to load ahead.
+        {"BV": 16, "num_stages": 1} if q.dtype == torch.float32 and call.keys <= 64 else {"BV": call.limits["BV"]},
         **{"k": k, "W": W, "U": U, "log_decay": log_decay, "cu": call.cu, "first": call.first, "initial": state},
         **{"states": states, "final": final, "d": d, "S": call.segments, "BK": call.limits["BK"], **sizes},
     )
@@ -119,10 +120,10 @@ def backward(
     )
     d_states, d_initial = torch.empty_like(states), q.new_empty(call.state_shape, dtype=torch.float32)
     # A state with so many rows takes more registers: fewer columns in more warps.
-    wide = call.keys * q.element_size() > 256
+    wide, stages = call.keys * q.element_size() > 256, 1 if q.dtype == torch.float32 else 2
     delta_states_backward(
         lambda tiles: call.batch * call.segments * call.heads * cdiv(call.values, tiles["BV"]),
-        {"BV": 16, "num_warps": 8, "num_stages": 1} if wide else {"BV": call.limits["BV"], "num_warps": 4},
+        {"BV": 16, **({"num_warps": 8, "num_stages": 1} if wide else {"num_warps": 4, "num_stages": stages})},
         **{"q": q, "k": k, "W": W, "log_decay": log_decay, "cu": call.cu, "first": call.first, "d_o": d_o},
         **{"d_final": d_final, "d_states": d_states, "d_initial": d_initial, "d_local": d_local, "d_d": d_d},
         **{"S": call.segments, "BK": call.limits["BK"], **sizes},
