@@ -100,3 +100,15 @@ def test_strong_gates_neither_overflow_nor_lose_digits():
         outputs[backend] = call(given, backend)
     for expected, got in zip(*outputs.values(), strict=True):
         assert_close("o or state", expected, got, TOLERANCES[torch.float32][0])
+
+
+def test_a_row_without_tokens_ends_with_the_memory_of_a_start():
+    tensors, cu = memory_inputs(5, 6, 5, rows=2)[:7], torch.tensor([[0, 0, 0], [0, 3, 5]], device=DEVICE)
+
+    def call(x, backend):
+        *tokens, weights = x
+        given = {"weights": [weights], "chunk_size": 4, "cu_seqlens": cu, "backend": backend}
+        o, state, _ = neural_memory(*tokens, **given)
+        return o, *state.weights, *state.momentum, *state.anchor
+
+    compare(call, tensors, torch.float32)

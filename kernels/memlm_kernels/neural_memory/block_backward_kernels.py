@@ -170,7 +170,7 @@ def block_states_backward(
     if d_anchor is not None:
         store_tile(d_anchor, b_dA * goes_on, at, i_k, i_v, own, V)
     if d_initial is not None:
-        store_tile(d_initial, b_dW * (1.0 - goes_on), ((row * S + s) * H + h) * K, i_k, i_v, i_k < K, V)
+        store_tile(d_initial, (b_dW + b_dA) * (1.0 - goes_on), ((row * S + s) * H + h) * K, i_k, i_v, i_k < K, V)
 
 
 @triton.jit

@@ -371,9 +371,9 @@ def block_states(
         at = (row * H + h) * K
         own, closes = i_k < tl.where(fresh, 0, K), i_k < tl.where(closing, K, 0)
         b_W += load_tile(initial, at, i_k, i_v, i_k < tl.where(fresh, K, 0), V)
+    b_A = b_W
     b_W += load_tile(before_W, at, i_k, i_v, own, V)
     b_S = tl.zeros([BK, BV], tl.float32)
-    b_A = b_S
     if before_S is not None:
         b_S += load_tile(before_S, at, i_k, i_v, own, V)
     if before_anchor is not None:
