@@ -138,7 +138,7 @@ def backward(
     d_pairs = torch.empty_like(Y, dtype=torch.float32)
     solutions_backward(
         call.at_once(1),
-        {**call.limits_of_gradients, "num_stages": 1 if wide else 2},
+        {**call.narrow_limits, "num_stages": 1 if wide else 2},
         **{"k": k, "v": v, "beta": beta, "log_decay": log_decay, "chunks": call.chunks, "Y": Y, "W": W, "U": U},
         **{"states": states, "d_d": d_d, "d_k": of_solutions, "d_v": d_v, "d_beta": d_beta},
         **{"d_decay": through_solutions, "d_pairs": d_pairs, **sizes},

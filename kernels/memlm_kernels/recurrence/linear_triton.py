@@ -51,8 +51,8 @@ class RecurrenceCall:
         # fp32 takes twice the registers.
         most = 32 if q.dtype == torch.float32 else 64
         self.limits = {"BK": at_least_16(self.keys), "BV": min(most, at_least_16(self.values))}
-        # Gradients hold two tiles more.
-        self.limits_of_gradients = {**self.limits, "BK": min(most, self.limits["BK"])}
+        # For kernels with more tiles at a time.
+        self.narrow_limits = {**self.limits, "BK": min(most, self.limits["BK"])}
         # More warps on a block of 16 tokens would compute the same scores.
         self.limits_of_pairs = {"num_warps": 2 if self.limits["BK"] <= 128 else 4}
         self.sizes = {"T": self.length, "N": self.count, "H": self.heads, "BT": self.width, "PRECISION": precision(q)}
@@ -114,7 +114,7 @@ def forward(
     )
     outputs_forward(
         call.at_once(call.values, "BV"),
-        call.limits,
+        call.limits if scores is None else call.narrow_limits,
         **{"q": q, "k": k, "v": v, "log_decay": log_decay, "scores": scores, "chunks": call.chunks},
         **{"states": states, "o": o, **sizes},
     )
@@ -199,7 +199,7 @@ def decay_gradient(
     q = given["q"]
     tiles = cdiv(call.keys, min(32, call.limits["BK"]))
     parts = q.new_zeros(0 if log_decay is None else tiles, *q.shape[:3], dtype=torch.float32)
-    limits = call.limits_of_gradients
+    limits = call.narrow_limits
     keys_backward(call.at_once(call.keys, "BK"), limits, **given, **out, d_decay=parts, B=call.batch, **sizes)
     return q.new_empty(0) if log_decay is None else parts.sum(0).to(log_decay.dtype)
 
