@@ -388,8 +388,11 @@ def written(path: Path) -> list[list[str]]:
 
 def table(rows: list[list[str]], sample: bool) -> str:
     whole, more = (", ".join(f"{dtype} {size}" for dtype, size in sizes) for sizes in (SIZES, MORE))
+    there = {row[2] for row in rows}
+    targets = ", ".join(name for name in TARGETS if name in there)
+    sampled = " and ".join(name for name in SAMPLE if name in there)
     covers = [
-        f"{whole}: every call and tile, for six GPUs. {more}: a sample of the calls, the first tiles, for two GPUs."
+        f"{whole}: every call and tile, for {targets}. {more}: a sample of the calls, the first tiles, for {sampled}."
     ]
     lines = [
         "# Compilations of the Triton kernels",

@@ -78,6 +78,11 @@ def against(call: str, dtype: torch.dtype, channels: tuple[int, ...], device: to
     kind = Claim(call, dtype, channels)
     found = _found.get((kind, device.index))
     if found is None:
+        # The calls import the ops, which import this.
+        from memlm_kernels.calls import CALLS
+
+        if call not in CALLS:
+            return f"there is no trial of {call}; ask for its kernels by backend='triton'"
         if torch.cuda.is_current_stream_capturing():
             return "a CUDA graph is captured; call the op once before"
         found = verdict(kind, device)

@@ -467,3 +467,8 @@ def test_a_model_on_the_kernels_is_one_graph(memory):
     with set_backend("triton"), pytest.raises(BackendCompilerFailed, match="Traced"):
         torch.compile(model, backend=stop, fullgraph=True)(ids, labels=ids)
     torch.compiler.reset()
+
+
+def test_an_op_of_a_package_has_no_trial():
+    said = proof.against("leaky_sum", torch.float32, (), torch.device("cuda", 0))
+    assert said == "there is no trial of leaky_sum; ask for its kernels by backend='triton'"
