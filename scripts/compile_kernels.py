@@ -40,8 +40,9 @@ from memlm_kernels.grouped_linear.triton import grouped_linear_triton  # noqa: E
 from memlm_kernels.launch import Kernel  # noqa: E402
 from memlm_kernels.neural_memory import squared_error  # noqa: E402
 from memlm_kernels.neural_memory.deep import scan_deep  # noqa: E402
-from memlm_kernels.neural_memory.reference import Tokens, neural_memory_reference  # noqa: E402
+from memlm_kernels.neural_memory.reference import NeuralMemoryState, Tokens, neural_memory_reference  # noqa: E402
 from memlm_kernels.neural_memory.segmented import SegmentedMemoryState, segmented_neural_memory  # noqa: E402
+from memlm_kernels.neural_memory.step_triton import step_triton  # noqa: E402
 from memlm_kernels.neural_memory.triton import memory_triton  # noqa: E402
 from memlm_kernels.recurrence.delta_triton import delta_rule_triton  # noqa: E402
 from memlm_kernels.recurrence.linear_triton import linear_attention_triton  # noqa: E402
@@ -115,11 +116,11 @@ def cases(dtype: str, size: int, sample: bool) -> Iterator[tuple[str, Callable[[
         yield f"{name} delta", both(delta_rule_triton, q, k, v, gate, None, None, None)
     if size * q.element_size() <= 256:
         yield f"{name} memory", both(memory, q, k, v, gate, 16)
-        yield f"{name} memory, step", once(memory, *first(q, k, v, gate), 16)
+        yield f"{name} memory, step", once(decoded, *first(q, k, v, gate))
         yield f"{name} memories of segments", both(segmented, q, k, v, gate, cu, torch.zeros(2, 2, 3, 2, size, size))
     narrow = [x[..., :64].detach().requires_grad_() for x in (q, k, v)]
     yield f"{dtype} 64 memory of two layers", both(memory, *narrow, gate, 16, 64)
-    yield f"{dtype} 64 memory of two layers, step", once(memory, *first(*narrow, gate), 16, 64)
+    yield f"{dtype} 64 memory of two layers, step", once(decoded, *first(*narrow, gate), 64)
     if not sample:
         yield f"{dtype} 64 memory of two layers, 128 hidden", both(memory, *narrow, gate, 16, 128)
     yield f"{name} convolution", both(convolution, q, k, v, True)
@@ -183,15 +184,31 @@ def memory(
 ) -> tuple[Tensor, ...]:
     """A memory over documents, with momentum and decay; with ``hidden`` channels, two layers and a norm."""
     tokens = Tokens(q, k, v, gate, gate, gate, None)
-    sizes = [q.shape[3], *([] if hidden is None else [hidden]), v.shape[3]]
-    weights = tuple(
-        torch.zeros(q.shape[2], *layer, requires_grad=q.requires_grad) for layer in itertools.pairwise(sizes)
-    )
-    norm = None if hidden is None else (torch.ones(v.shape[2:]), torch.zeros(v.shape[2:]))
+    weights, norm = network(q, v, hidden)
     cu_seqlens = torch.tensor([0, q.shape[1] // 2, q.shape[1]]).expand(len(q), -1)
     rest = (squared_error, 1, None, cu_seqlens, None, True, scan_deep, 16, memory_triton)
     o, state, _ = neural_memory_reference(tokens, weights, chunk_size, "gelu", norm, *rest)
     return o, *state.weights
+
+
+def decoded(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, hidden: int | None = None) -> tuple[Tensor, ...]:
+    """A token of such a memory."""
+    weights, norm = network(q, v, hidden)
+    held = tuple(w.expand(len(q), *w.shape).contiguous() for w in weights)
+    state = NeuralMemoryState(held, held, held, torch.zeros(len(q), dtype=torch.int64))
+    o, state, _ = step_triton(
+        Tokens(q, k, v, gate, gate, gate, None), state, weights, norm, False, 16, None, None, True
+    )
+    return o, *state.weights
+
+
+def network(q: Tensor, v: Tensor, hidden: int | None) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor] | None]:
+    """The weights and the norm of a memory."""
+    sizes = [q.shape[3], *([] if hidden is None else [hidden]), v.shape[3]]
+    weights = tuple(
+        torch.zeros(q.shape[2], *layer, requires_grad=q.requires_grad) for layer in itertools.pairwise(sizes)
+    )
+    return weights, None if hidden is None else (torch.ones(v.shape[2:]), torch.zeros(v.shape[2:]))
 
 
 def convolution(q: Tensor, k: Tensor, v: Tensor, heads: bool) -> tuple[Tensor, ...]:

@@ -411,7 +411,8 @@ def test_kernels_keep_to_what_every_target_has():
         assert f"| `{kernel.function.__name__}` |" in compiled
         for target, choices in kernel.tiles.items():
             for tiles in choices:
-                assert tiles["num_stages"] <= 2 and tiles["num_warps"] * (64 if target == "hip" else 32) <= 1024
+                stages = 2 if target == "hip" else 3
+                assert tiles["num_stages"] <= stages and tiles["num_warps"] * (64 if target == "hip" else 32) <= 1024
     loads = []
     for source in sources.values():
         assert not re.search(r"inline_asm|tensor_descriptor|block_ptr|tf32x3|atomic", source)
