@@ -74,3 +74,11 @@ def test_faults_are_named(change, message):
     given = {"q": torch.zeros(2, 3, 2, 6), "k": torch.zeros(2, 3, 1, 6)}
     with pytest.raises(ValueError, match=message):
         rotary(**(given | dict.fromkeys(("cos", "sin"), torch.zeros(2, 3, 1, 6)) | change))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_angles_get_no_gradient(backend):
+    """With either backend: a trial of the kernels compares all gradients."""
+    q, k, cos, sin = (x.float().to(DEVICE).requires_grad_() for x in inputs(2, 5, 2, 1, 6, 1))
+    found = torch.autograd.grad(rotary(q, k, cos, sin, backend=backend).q.sum(), [q, cos, sin], allow_unused=True)
+    assert found[0].any() and found[1] is None and found[2] is None

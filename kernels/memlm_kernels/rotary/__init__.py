@@ -31,7 +31,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "au
         y_i = c_i x_i - s_i x_{i + K/2}        y_{i + K/2} = c_i x_{i + K/2} + s_i x_i
 
     q: [B, T, H, K]; k: [B, T, G, K]
-    cos, sin: [c, c] and [-s, s], [B or 1, T, 1, K]; they get no gradient in Triton
+    cos, sin: [c, c] and [-s, s], [B or 1, T, 1, K]; they get no gradient
 
     Raises ValueError if shapes, types or devices disagree, K is odd, or the backend cannot run.
     """
@@ -43,6 +43,8 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "au
     angles = [cos.shape[0], q.shape[1], 1, q.shape[3]]
     if list(cos.shape) != angles or cos.shape != sin.shape or cos.shape[0] not in (1, len(q)):
         raise ValueError(f"cos {list(cos.shape)} and sin {list(sin.shape)} must be [B or 1, T, 1, K]")
+    if cos.requires_grad or sin.requires_grad:
+        cos, sin = cos.detach(), sin.detach()
     chosen = pick("rotary", backend, q, None, k, cos, sin, products=False)
     if chosen == "reference" or q.numel() * k.numel() == 0:
         return RotaryOutput(rotate(q, cos, sin), rotate(k, cos, sin))
