@@ -84,7 +84,9 @@ def in_pieces(op: Recurrence, v: Tensor, of: Pieces, state: Tensor, unit: Tensor
     for j in range(opens.shape[1]):
         if j:
             end = ends[:, j - 1]
-            mapped = T[:, j - 1] * start if more == 1 else T[:, j - 1] @ start[..., :more, :]
+            # In fp32, whatever autocast takes: the errors of transitions grow from piece to piece.
+            with torch.autocast(v.device.type, enabled=False):
+                mapped = T[:, j - 1] * start if more == 1 else T[:, j - 1] @ start[..., :more, :].to(T.dtype)
             start = torch.where(opens[:, j], initial[:, j], end + torch.where(opens[:, j - 1], 0, mapped))
         starts.append(start)
     o, after = op(v, of.cu, torch.stack(starts, 1))

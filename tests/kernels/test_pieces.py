@@ -166,3 +166,16 @@ def test_kernels_take_long_rows_in_pieces(case, monkeypatch):
 def test_rows_are_cut_where_processors_idle(length, chains, rows, expected, monkeypatch):
     monkeypatch.setattr(pieces, "slots", lambda device: 132)
     assert pieces_of(torch.empty(0), length, chains, rows, 128) == expected
+
+
+def test_starts_follow_in_fp32_under_autocast():
+    """Rounded transitions would lose most digits of a long row."""
+    q, k, v, beta, decay, _, state = inputs(torch.float32)
+
+    def run(v, cu, state):
+        return tuple(delta_rule(q, k, v, beta, decay, cu_seqlens=cu, state=state, backend="reference"))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = in_pieces(run, v, cut(BOUNDARIES, LENGTH, 7), state, torch.eye(KEYS))
+        expected = run(v, BOUNDARIES, state)
+    torch.testing.assert_close(found[1], expected[1], atol=1e-5, rtol=1e-5)
