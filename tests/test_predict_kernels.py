@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[cpu-kernels]'")
 
 TTGIR = """\
 #loc = loc("kernel.py":1:0)
