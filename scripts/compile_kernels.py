@@ -33,6 +33,8 @@ from triton.compiler import ASTSource
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
+from kernel_report.launches import recording  # noqa: E402
+
 from memlm_kernels import launch  # noqa: E402
 from memlm_kernels.attention.choice_triton import choose_chunks, invert  # noqa: E402
 from memlm_kernels.attention.triton import attend_triton  # noqa: E402
@@ -270,23 +272,22 @@ def recorded(sample: bool) -> list[Launch]:
     """The launches of the ops, each once."""
     sizes = {("bfloat16", 64): False} if sample else dict.fromkeys(SIZES, True) | dict.fromkeys(MORE, False)
     launches: dict[tuple, Launch] = {}
-    run, before = Kernel.__call__, torch.get_float32_matmul_precision()
+    before = torch.get_float32_matmul_precision()
 
     def record(kernel: Kernel, programs: Any, limits: dict[str, int], **arguments: Any) -> None:
         key = (kernel.function.__name__, *signature(kernel, arguments).items(), *sorted(limits.items()))
         key += tuple((n, x) for n, x in arguments.items() if signature(kernel, arguments)[n] == "constexpr")
         launches.setdefault(key, Launch(name, kernel, limits, arguments, whole))
 
-    Kernel.__call__ = record
     try:
         # With "highest", auto does not choose Triton for fp32 on CUDA; for AMD see ``compile_one``.
         torch.set_float32_matmul_precision("high")
-        for (dtype, size), whole in sizes.items():
-            for case, call in cases(dtype, size, not whole):
-                name = case
-                call()
+        with recording(record):
+            for (dtype, size), whole in sizes.items():
+                for case, call in cases(dtype, size, not whole):
+                    name = case
+                    call()
     finally:
-        Kernel.__call__ = run
         torch.set_float32_matmul_precision(before)
     return list(launches.values())
 

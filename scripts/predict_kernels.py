@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from benchmark_kernels import OPS, Size
 from compile_kernels import TARGETS, VERSION, Launch, build, resources_cuda
+from kernel_report.launches import recording
 from kernel_report.loops import Unknown, bounds_of, flops, loops_of, trips
 from roofline import moved
 from torch import Tensor
@@ -157,7 +157,6 @@ def light(x: Any) -> Any:
 def recorded(goal: Goal) -> list[list[Recorded]]:
     """The launches of a goal, those of the same code together."""
     found: dict[tuple, list[Recorded]] = {}
-    run = Kernel.__call__
 
     def record(kernel: Kernel, programs: Any, limits: dict[str, int], **arguments: Any) -> None:
         tiles = fitting(kernel.tiles["cuda"], limits)
@@ -165,24 +164,15 @@ def recorded(goal: Goal) -> list[list[Recorded]]:
         fixed = {p.name for p in kernel.function.params if p.is_constexpr}
         given = ((n, x.dtype if isinstance(x, Tensor) else x) for n, x in arguments.items())
         key = (kernel.function.__name__, *(x for n, x in given if n in fixed or not isinstance(x, (int, float))))
-        if kernel.function.__name__ == "best_chunks":
-            # It does not run, and the memory of its result may hold anything.
-            arguments["index"].zero_()
         found.setdefault(key, []).append(Recorded(one, tiles, [programs(x) for x in tiles], moved(arguments)))
 
-    Kernel.__call__ = record
-    try:
-        with triton.knobs.runtime.scope():
-            # The ops accept CPU tensors only with the interpreter.
-            triton.knobs.runtime.interpret = True
-            case = OPS[goal.op][0](goal.op, "triton", torch.bfloat16, goal.size)
-            if goal.learns:
-                case.run(*(x.requires_grad_() for x in case.inputs)).sum().backward()
-            else:
-                with torch.no_grad():
-                    case.run(*case.inputs)
-    finally:
-        Kernel.__call__ = run
+    with recording(record):
+        case = OPS[goal.op][0](goal.op, "triton", torch.bfloat16, goal.size)
+        if goal.learns:
+            case.run(*(x.requires_grad_() for x in case.inputs)).sum().backward()
+        else:
+            with torch.no_grad():
+                case.run(*case.inputs)
     return list(found.values())
 
 

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
 from benchmark_kernels import OPS, Case, Size
+from kernel_report.launches import recording
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -71,15 +71,12 @@ def moved(arguments: dict[str, Any]) -> float:
 def counted(call: Callable[[], Any]) -> tuple[float, float]:
     """Bytes and FLOPs of a call."""
     launches: list[float] = []
-    run = Kernel.__call__
-    Kernel.__call__ = lambda kernel, programs, limits, **arguments: launches.append(moved(arguments))
-    try:
-        with triton.knobs.runtime.scope(), FlopCounterMode(display=False) as counter:
-            # The ops accept CPU tensors only with the interpreter.
-            triton.knobs.runtime.interpret = True
-            call()
-    finally:
-        Kernel.__call__ = run
+
+    def record(kernel: Kernel, programs: Any, limits: Any, **arguments: Any) -> None:
+        launches.append(moved(arguments))
+
+    with recording(record), FlopCounterMode(display=False) as counter:
+        call()
     return sum(launches), counter.get_total_flops()
 
 

@@ -111,6 +111,21 @@ def test_roofline_counts_what_kernels_move():
     assert forward.startswith(f"| `segment_mean_pool`, forward | {gb:.3g} | 0 | {1e3 * gb / 4.8:.0f}, 0 us |")
 
 
+def test_recorded_launches_leave_no_arbitrary_integers(monkeypatch):
+    """Attention reads the chunks of a choice that no kernel made."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    roofline, ops = (importlib.import_module(name) for name in ("roofline", "benchmark_kernels"))
+    name = "chunk_sparse_attention, with selection"
+    # New memory then holds the largest integer.
+    torch.use_deterministic_algorithms(True)
+    try:
+        case = ops.OPS[name][0](name, "triton", torch.bfloat16, ops.Size(rows=1, tokens=1024, heads=4))
+        found = roofline.parts(case)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(moved > 0 for moved, _ in found.values()) and {*found} == {"forward", "backward"}
+
+
 def test_benchmark_times_what_the_goals_compare_first():
     planned = run("--plan", "--dtypes", "bfloat16", "float32", script="benchmark_kernels.py").splitlines()
     goals = run("--plan", "--part", "goals", script="benchmark_kernels.py").splitlines()
