@@ -1,7 +1,9 @@
 """Parts that several memories share.
 
-B batch, T tokens, D hidden, C channels, W convolution width.
+B batch, T tokens, D hidden, C channels, W convolution width; H heads of size K, N streams of keys.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +81,21 @@ def memory_share(recalled: Tensor, seen: Tensor, dim: tuple[int, ...] | None = N
     """
     recalled, seen = (torch.linalg.vector_norm(x, dim=dim) for x in (recalled, seen))
     return recalled / (recalled + seen).clamp(min=torch.finfo(seen.dtype).tiny)
+
+
+def join_softmax(streams: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """One softmax over the keys of several streams, from the outputs o [B, T, H, K] and the log-sum-exps lse [B, T, H]
+    of a softmax over each::
+
+        share = softmax over the streams of lse        o = sum of share o
+
+    A stream whose lse is -inf, or far below the others', has the share 0; one stream at least must have a key.
+    Returns o in the type of the outputs and the shares [B, T, H, N]. FlashAttention joins its blocks of keys in this
+    way (arXiv:2205.14135).
+    """
+    share_BTHN = torch.stack([exact(lse) for _, lse in streams], -1).softmax(-1)
+    parts = [share[..., None] * o for share, (o, _) in zip(share_BTHN.unbind(-1), streams, strict=True)]
+    return torch.stack(parts).sum(0).to(streams[0][0].dtype), share_BTHN
 
 
 def top_choices(scores: Tensor, count: int) -> Tensor:
