@@ -66,8 +66,8 @@ def fill(tokens: int, folder: Path) -> None:
     import torch
 
     from memlm import MemoryBank
-    from memlm.bank.bank import SHARD_BYTES
     from memlm.bank.shard import Shard
+    from memlm.bank.shelf import SHARD_BYTES
     from memlm_kernels.route_documents import bank_keys
 
     bank = MemoryBank(model())
@@ -84,7 +84,7 @@ def fill(tokens: int, folder: Path) -> None:
         names = [f"document {i}" for i in range(first, first + n)]
         alive = torch.ones(n, dtype=torch.bool)
         table = names, [f"{i:032x}" for i in range(n)], [LENGTH] * n, [i << 20 for i in range(first, first + n)]
-        bank._append(Shard(router, None, content, *table, CHUNK, alive, alive.clone()))
+        bank.shelf.append(Shard(router, None, content, *table, CHUNK, alive, alive.clone()))
         # As in a build, saved shards need no memory.
         start = time.perf_counter()
         bank.save(folder)
@@ -128,8 +128,8 @@ def use(folder: Path, repeats: int, changes: int, threads: int) -> None:
     names = iter(bank.documents()[:: max(1, len(bank) // repeats)])
     _, record["delete_s"] = timed(lambda: bank.delete(next(names)), repeats)
     _, record["save_s"] = timed(lambda: bank.save(folder), 1)
-    tidied, replace = [], bank._replace
-    bank._replace = lambda start, end: tidied.append(end - start) or replace(start, end)
+    tidied, replace = [], bank.shelf._replace
+    bank.shelf._replace = lambda start, end: tidied.append(end - start) or replace(start, end)
     record["add_most_s"] = slowest(lambda i: bank.add({f"more {i}": document}), changes)
     names = iter(bank.documents())
     record["delete_most_s"] = slowest(lambda i: bank.delete(next(names)), changes)

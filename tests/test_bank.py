@@ -154,7 +154,7 @@ def test_documents_of_one_text_stand_beside_each_other():
 @pytest.mark.parametrize("limit", [1 << 26, 2000], ids=["merging", "small shards"])
 @torch.no_grad()
 def test_any_history_equals_a_rebuild(limit, monkeypatch, tmp_path):
-    monkeypatch.setattr(memlm.bank.bank, "SHARD_BYTES", limit)
+    monkeypatch.setattr(memlm.bank.shelf, "SHARD_BYTES", limit)
     model, documents = model_of(), library()
     bank = bank_of(model, {}, tokens_per_batch=16)
     generator = torch.Generator().manual_seed(0)
@@ -392,7 +392,7 @@ def test_low_precision(autocast):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         bank = bank_of(low, documents)
         got = asked(low, bank, QUESTION)
-    assert bank.shards[0].router_LCGK.dtype == bank.shards[0].content_LC2GK.dtype == low.dtype
+    assert bank.shelf.shards[0].router_LCGK.dtype == bank.shelf.shards[0].content_LC2GK.dtype == low.dtype
     assert_close("logits", expected, got.double(), 2e-2)
 
 

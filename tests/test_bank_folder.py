@@ -34,7 +34,7 @@ class Saves:
 
     def __init__(self, folder):
         # Every batch is a shard and is saved.
-        memlm.bank.bank.AHEAD, memlm.bank.bank.COMMIT_SECONDS, memlm.bank.bank.SHARD_BYTES = 1, 0, 2000
+        memlm.bank.bank.AHEAD, memlm.bank.bank.COMMIT_SECONDS, memlm.bank.shelf.SHARD_BYTES = 1, 0, 2000
         self.model = model_of()
         self.memories = [MemoryCache(), MemoryCache()]
         with torch.no_grad():

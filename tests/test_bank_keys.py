@@ -74,7 +74,7 @@ def test_keys_in_low_precision_find_what_is_clear(dtype, most, similarity, backe
 @torch.no_grad()
 def test_contents_live_where_they_are_told_to(content, key_dtype, tmp_path, monkeypatch):
     """The bank is saved, loaded, grown and pruned; its answers are those of a bank that was never saved."""
-    monkeypatch.setattr(memlm.bank.bank, "SHARD_BYTES", 4000)
+    monkeypatch.setattr(memlm.bank.shelf, "SHARD_BYTES", 4000)
     model, documents = model_of().float(), library()
     bank = bank_of(model, documents, tokens_per_batch=16, content=content, key_dtype=key_dtype)
     plain = bank_of(model, documents, key_dtype=key_dtype)
@@ -87,7 +87,7 @@ def test_contents_live_where_they_are_told_to(content, key_dtype, tmp_path, monk
         heads = len(bank.layers) * model.config.num_key_value_heads
         per_chunk, all_chunks = heads * model.config.head_dim, stats["chunks"] + stats["dead_chunks"]
         scales = heads * 4 if key_dtype == "float8_e4m3fn" else 0
-        keys = all_chunks * (per_chunk * bank.shards[0].router_LCGK.element_size() + scales)
+        keys = all_chunks * (per_chunk * bank.shelf.shards[0].router_LCGK.element_size() + scales)
         kept = {"mapped": stats["disk_bytes"], "host": stats["host_bytes"], "device": stats["device_bytes"] - keys}
         assert kept[content] == sum(kept.values()) == 2 * 4 * per_chunk * all_chunks
         assert stats["key_dtype"] == ("float32" if key_dtype == "auto" else key_dtype)
@@ -105,13 +105,13 @@ def test_contents_live_where_they_are_told_to(content, key_dtype, tmp_path, monk
 @torch.no_grad()
 def test_a_device_of_its_own_has_the_keys_side_by_side(monkeypatch, tmp_path):
     """As on a GPU: routing reads slabs of keys, which grow, are marked and cleaned up, independently of the shards."""
-    monkeypatch.setattr(memlm.bank.bank, "SHARD_BYTES", 2000)
+    monkeypatch.setattr(memlm.bank.shelf, "SHARD_BYTES", 2000)
     monkeypatch.setattr(memlm.bank.resident, "_LEAST", 8)
     made, nominate = MemoryBank.__init__, memlm.bank.bank.nominate_documents
 
     def init(self, *args, **options):
         made(self, *args, **options)
-        self.resident = memlm.bank.bank.Resident(self.model.device)
+        self.shelf.resident = memlm.bank.resident.Resident(self.model.device)
 
     for key_dtype in ("auto", "float8_e4m3fn"):
         model, documents = model_of(), library()
@@ -124,8 +124,8 @@ def test_a_device_of_its_own_has_the_keys_side_by_side(monkeypatch, tmp_path):
             for step in range(14):
                 expected = asked(model, plain, QUESTION)
                 assert_close(f"step {step}", expected, asked(model, bank, QUESTION), EXACT)
-                live = sum(slab.used - slab.dead for slab in bank.resident.slabs)
-                assert live == bank.stats()["chunks"] and all(s.dead * 2 <= s.used for s in bank.resident.slabs)
+                live = sum(slab.used - slab.dead for slab in bank.shelf.resident.slabs)
+                assert live == bank.stats()["chunks"] and all(s.dead * 2 <= s.used for s in bank.shelf.resident.slabs)
                 names = bank.documents()
                 for it in (bank, plain):
                     it.delete(names[step % 3 :: 3] if step % 4 else names[:1])
@@ -134,4 +134,4 @@ def test_a_device_of_its_own_has_the_keys_side_by_side(monkeypatch, tmp_path):
                     folder = tmp_path / key_dtype
                     bank.save(folder)
                     bank = MemoryBank.load(folder, model)
-                    assert len(bank.resident.slabs) == 1
+                    assert len(bank.shelf.resident.slabs) == 1

@@ -82,7 +82,7 @@ def work(rank, folder):
 def alone(rank, group):
     """The share of each process, ties, differing models, and the number of collectives per layer."""
     bank = MemoryBank.build(model_of(), library(), progress=False, group=group)
-    ranks, said = Ranks(group), {"kept": sum(shard.router_LCGK.shape[1] for shard in bank.shards)}
+    ranks, said = Ranks(group), {"kept": sum(shard.router_LCGK.shape[1] for shard in bank.shelf.shards)}
     mine = torch.tensor([[9 - rank, 20 + rank, -1]]), torch.tensor([[0.5, 0.25, float("-inf")]])
     said["ties"] = ranks.best(*mine, 3)
     try:

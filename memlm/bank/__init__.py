@@ -3,6 +3,7 @@
 Files:
 
     bank                ``MemoryBank``
+    shelf               the shards of a bank, and the place of each document
     ingest              token ids of documents, and their kept chunks
     shard               a part of a bank, in memory or mapped from a file
     folder              the folder of a bank, and its one writer at a time

@@ -3,9 +3,6 @@
 For models of Memory Sparse Attention (arXiv:2603.23516), where a document's kept chunks depend on it alone. A bank is
 a list of shards of whole documents. A document keeps its number forever; memories refer to documents by number.
 
-Deletion only marks a document. A shard is rewritten when half of its chunks are deleted. The last two shards are
-merged while they are small and the later one has at least half the chunks of the other, so there are few shards.
-
 On disk, a shard never changes. ``index.json`` lists shards and deleted documents. A save replaces it last, in one
 step, so a killed save leaves the old bank. A folder has one writer at a time, who must have loaded or saved its
 present index.
@@ -13,10 +10,8 @@ present index.
 B rows, A tokens, C chunks, G groups of H heads, K head dim, L layers that route.
 """
 
-import bisect
-import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +32,16 @@ from memlm.bank.ingest import (
     read_batch,
 )
 from memlm.bank.ranks import Ranks
-from memlm.bank.resident import Resident
-from memlm.bank.shard import Shard, merged, sent
+from memlm.bank.shard import Shard
+from memlm.bank.shelf import Shelf
 from memlm.cache import MemoryCache
 from memlm.fingerprint import fingerprint, made_by
 from memlm.memory.state import State
 from memlm.modeling import MemLMForCausalLM, MemLMModel
 from memlm.roles import Roles
-from memlm_kernels.route_documents import RouterShard, Scored, bank_keys, nominate_documents, route_documents
+from memlm_kernels.route_documents import Scored, bank_keys, nominate_documents, route_documents
 
 _RULE = ("top_k", "similarity", "head_reduce", "query_reduce", "chunk_reduce")
-# Larger shards are not merged: this bounds the cost of adding or deleting one document.
-SHARD_BYTES = 1 << 25
 # Documents are sorted by length within so many batches, so that batches need little padding.
 AHEAD = 4
 # Seconds of a build that a kill may lose.
@@ -110,9 +103,7 @@ class MemoryBank:
             raise ValueError(f"group: its processes have models of {len(said)} fingerprints; load one in all of them")
         # Number of documents ever read, deleted ones too.
         self.read = 0
-        self.shards: list[Shard] = []
-        self.resident = Resident(model.device) if model.device.type != "cpu" else None
-        self._home: dict[str, Shard] = {}
+        self.shelf = Shelf(model, content, self.chunk_size, self.ranks)
         self.folders = Folders(model, content, self.ranks)
 
     @classmethod
@@ -157,7 +148,7 @@ class MemoryBank:
         committed = time.monotonic()
         total = len(documents) if isinstance(documents, Sized) else None
         for shard in self._read(self._not_read(documents, given), progress, total):
-            self._append(shard)
+            self.shelf.append(shard)
             if directory is not None and self.ranks.told(time.monotonic() - committed >= COMMIT_SECONDS):
                 self._save(directory, complete=False)
                 committed = time.monotonic()
@@ -169,7 +160,7 @@ class MemoryBank:
         """Read new documents, all or none. Raises ValueError if a name exists."""
         self.check(self.model)
         for shard in list(self._read(self._new(documents), progress=False)):
-            self._append(shard)
+            self.shelf.append(shard)
 
     def update(self, documents: DocumentTokens) -> None:
         """Read changed documents again, all or none; they move to the end. Unchanged documents cost nothing.
@@ -186,57 +177,31 @@ class MemoryBank:
         new = list(self._read(changed.items(), progress=False))
         self.delete(changed)
         for shard in new:
-            self._append(shard)
+            self.shelf.append(shard)
 
     def delete(self, names: str | Iterable[str]) -> None:
         """Delete documents, all or none. Raises ValueError if a name does not exist."""
         names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
         for name in names:
             self._known(name)
-        touched = {}
-        for name in names:
-            shard = self._home.pop(name)
-            shard.delete(name)
-            if self.resident is not None:
-                self.resident.forget(shard.numbers[shard.place[name]])
-            touched[id(shard)] = shard
-        for shard in touched.values():
-            if shard.live_chunks * 2 <= shard.chunks:
-                at = next(i for i, other in enumerate(self.shards) if other is shard)
-                self._replace(at, at + 1)
+        self.shelf.delete(names)
 
     def documents(self) -> list[str]:
         """The names, in the order of reading."""
-        return [name for shard in self.shards for name in shard.living()]
+        return self.shelf.names()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._home
+        return name in self.shelf
 
     def __len__(self) -> int:
-        return len(self._home)
+        return len(self.shelf)
 
     def stats(self) -> dict[str, Any]:
         """Counts and bytes: documents, tokens, chunks; dead_chunks (deleted, not yet removed); shards; key_dtype and
         content as given; and of this process device_bytes (with the routers' keys), host_bytes and disk_bytes
         (mapped).
         """
-        live, content = sum(s.live_chunks for s in self.shards), {"mapped": 0, "host": 0, "device": 0}
-        keys = sum(x.nbytes for s in self.shards for x in (s.router_LCGK, s.scale_LCG1) if x is not None)
-        for shard in self.shards:
-            tier = "mapped" if shard.mapped else "device" if self.content == "device" else "host"
-            content[tier] += shard.content_LC2GK.nbytes
-        return {
-            "documents": len(self),
-            "tokens": sum(int(s.tokens_N[s.alive_N].sum()) for s in self.shards),
-            "chunks": live,
-            "dead_chunks": sum(s.chunks for s in self.shards) - live,
-            "shards": len(self.shards),
-            "key_dtype": self.key_dtype,
-            "content": self.content,
-            "device_bytes": (keys if self.resident is None else self.resident.nbytes) + content["device"],
-            "host_bytes": content["host"],
-            "disk_bytes": content["mapped"],
-        }
+        return self.shelf.stats() | {"key_dtype": self.key_dtype, "content": self.content}
 
     def save(self, directory: str | Path) -> None:
         """Write the shards that the folder lacks, then replace its index in one step.
@@ -308,99 +273,29 @@ class MemoryBank:
             first = torch.searchsorted(document_BC, routes.document[:, 0].clamp(min=0))
             numbers = F.pad(bank["number"], (0, 1), value=-1).gather(1, first)
             rows = zip(numbers.tolist(), routes.document[:, 0].tolist(), routes.score[:, 0].tolist(), strict=True)
-            found[layer] = [{self._name(n): score for n, i, score in zip(*row, strict=True) if i >= 0} for row in rows]
+            name = self.shelf.name
+            found[layer] = [{name(n): score for n, i, score in zip(*row, strict=True) if i >= 0} for row in rows]
         return found
 
     def candidates(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor, held_BC: Tensor) -> State:
         """See ``memlm.roles.BankLike``."""
         numbers = self._nominated(self.layers.index(layer_idx), q_BAHK, asks_BA)
         new = [sorted(set(row) - set(held)) for row, held in zip(numbers, held_BC.tolist(), strict=True)]
-        return self._fetched(self.layers.index(layer_idx), new, q_BAHK)
+        return self.shelf.fetched(self.layers.index(layer_idx), new, q_BAHK)
 
     def _nominated(self, layer: int, q_BAHK: Tensor, asks_BA: Tensor) -> list[set[int]]:
         """Each row's candidates: the numbers of a few documents, among them all that it can choose."""
         config = self.settings[layer]
-        parts = self._parts(layer) if self.resident is None else self.resident.parts(layer)
         with torch.autocast(q_BAHK.device.type, enabled=False):
             index, score = nominate_documents(
                 q_BAHK,
-                parts,
+                self.shelf.parts(layer),
                 asks=asks_BA,
                 running=config["routing"] == "causal",
                 **{name: config[name] for name in _RULE},
             )
         index = self.ranks.best(index, score, config["top_k"])
         return [{*row} - {-1} for row in index.flatten(1).tolist()]
-
-    def _parts(self, layer: int) -> list[RouterShard]:
-        """The routers' keys as the shards hold them."""
-        for shard in self.shards:
-            shard.check_keys()
-        scales = [None if s.scale_LCG1 is None else s.scale_LCG1[layer] for s in self.shards]
-        return [
-            RouterShard(s.router_LCGK[layer], s.document_C, s.number_N, scale)
-            for s, scale in zip(self.shards, scales, strict=True)
-        ]
-
-    def _fetched(self, layer: int, numbers: Sequence[Sequence[int]], like: Tensor) -> State:
-        """The result of ``candidates`` for each row's documents; like: a tensor of the target device and dtype."""
-        rows = [self._fetched_row(layer, of_row, like) for of_row in numbers]
-        width = max(len(row["size"]) for row in rows)
-        state = {name: torch.stack([_padded(row[name], width) for row in rows]) for name in rows[0]}
-        k, v, router_k = self.ranks.total(state.pop("kept")).unbind(2)
-        return state | {"k": k, "v": v, "router_k": router_k}
-
-    def _fetched_row(self, layer: int, numbers: Sequence[int], like: Tensor) -> State:
-        """The chunks of documents: size, number, and this process's content and keys, zeros for others'."""
-        none = torch.zeros(0, dtype=torch.int64)
-        sizes, owners, own, contents, routers = [none], [none], [none.bool()], [], []
-        for _, group in itertools.groupby(map(self._place, numbers), key=lambda place: id(place[0])):
-            (shard, *_), places = zip(*group, strict=True)
-            local_N = torch.tensor(places)
-            count_N, own_N = shard.count_N[local_N], shard.own_N[local_N]
-            content, router = shard.kept(layer, local_N[own_N])
-            contents.append(content)
-            routers.append(router)
-            before = torch.arange(int(count_N.sum())) - (count_N.cumsum(0) - count_N).repeat_interleave(count_N)
-            left = shard.tokens_N[local_N].repeat_interleave(count_N) - before * self.chunk_size
-            sizes.append(left.clamp(max=self.chunk_size))
-            owners.append(shard.number_N[local_N].repeat_interleave(count_N))
-            own.append(own_N.repeat_interleave(count_N))
-        own_C, config = torch.cat(own), self.model.config
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        shape = (len(own_C), 3, config.num_key_value_heads, config.head_dim)
-        kept = torch.zeros(shape, device=like.device, dtype=dtype)
-        if contents:
-            parts = sent(torch.cat(contents), like.device), sent(torch.cat(routers)[:, None], like.device)
-            kept[sent(own_C.nonzero()[:, 0], like.device)] = torch.cat([x.to(dtype) for x in parts], 1)
-        integers = {"size": torch.cat(sizes), "number": torch.cat(owners)}
-        return {"kept": kept, **{name: sent(x, like.device) for name, x in integers.items()}}
-
-    def _name(self, number: int) -> str:
-        shard, i = self._place(number)
-        return shard.names[i]
-
-    def _place(self, number: int) -> tuple[Shard, int]:
-        """The shard and the index of a document that is not deleted."""
-        at = bisect.bisect_right(self.shards, number, key=lambda shard: shard.numbers[0]) - 1
-        return self.shards[at], bisect.bisect_left(self.shards[at].numbers, number)
-
-    def _append(self, shard: Shard) -> None:
-        if self.resident is not None:
-            self.resident.append(shard)
-        self.shards.append(shard)
-        self._home |= dict.fromkeys(shard.living(), shard)
-        while len(self.shards) > 1:
-            a, b = self.shards[-2:]
-            if b.chunks * 2 < a.chunks or a.nbytes + b.nbytes > SHARD_BYTES:
-                return
-            self._replace(len(self.shards) - 2, len(self.shards))
-
-    def _replace(self, start: int, end: int) -> None:
-        """Merge neighbouring shards, without deleted documents."""
-        new = merged(self.shards[start:end]).housed(self.content, self.model.device)
-        self.shards[start:end] = [new] if len(new) else []
-        self._home |= dict.fromkeys(new.names, new)
 
     def _new(self, documents: DocumentTokens) -> Iterator[tuple[str, Tensor]]:
         given = set()
@@ -428,8 +323,8 @@ class MemoryBank:
             raise ValueError(f"document {name!r} is not in the bank of {len(self)}; see bank.documents()")
 
     def _holds(self, name: str, tokens: Tensor) -> bool:
-        shard = self._home[name]
-        return shard.hashes[shard.place[name]] == hash_of(tokens)
+        shard, i = self.shelf.find(name)
+        return shard.hashes[i] == hash_of(tokens)
 
     def _read(
         self, documents: Iterable[tuple[str, Tensor]], progress: bool, total: int | None = None
@@ -477,22 +372,9 @@ class MemoryBank:
 
     def _save(self, directory: Path, complete: bool) -> None:
         said = {"fingerprint": self.fingerprint, "key_dtype": self.key_dtype, "complete": complete, "read": self.read}
-        saved = self.folders.save(directory, self.shards, said)
-        for old, new in zip(self.shards, saved, strict=True):
-            if new is not old:
-                self._home |= dict.fromkeys(new.living(), new)
-        self.shards = saved
+        self.shelf.exchange(self.folders.save(directory, self.shelf.shards, said))
 
     def _open(self, directory: Path, verify: bool = False) -> None:
-        index, self.shards = self.folders.open(directory, self.chunk_size, verify)
+        index, shards = self.folders.open(directory, self.chunk_size, verify)
         self.read = index["read"]
-        for shard in self.shards:
-            self._home |= dict.fromkeys(shard.living(), shard)
-        if self.resident is not None:
-            expected = sum(shard.router_LCGK.shape[1] for shard in self.shards)
-            for shard in self.shards:
-                self.resident.append(shard, expected)
-
-
-def _padded(x: Tensor, length: int) -> Tensor:
-    return torch.cat([x, x.new_zeros(length - len(x), *x.shape[1:])])
+        self.shelf.fill(shards)
