@@ -27,6 +27,7 @@ Files:
     roles               the roles of tokens: query, response, template
     settings            checks of settings: types, ranges, the nearest name
     versions            names of transformers that differ between its versions
+    editing             facts written into the weights of any model, in closed form
     reader              a model reads streams of any length and is asked on copies
     policies            key-value policies: full attention within a budget of bytes
     plugins             memories, data and measures of installed packages

@@ -16,10 +16,14 @@ from torch.nn.functional import cross_entropy
 from transformers import Cache, PreTrainedModel
 
 from memlm.attached.cache import fork, own, state_layer
+from memlm.bank import MemoryBank
 from memlm.cache import MemoryCache
+from memlm.data.row import IGNORE_INDEX
+from memlm.editing import Editor
 from memlm.hub.causal import new_memory, of_model
 from memlm.memory.state import leaves
 from memlm.modeling import MemLMPreTrainedModel
+from memlm.roles import QUERY, RESPONSE, Roles
 from memlm.settings import require
 from memlm.versions import CACHE
 
@@ -48,6 +52,12 @@ class Reader:
         self._behind = segment if continues(model) else 1
         self.cache, self.tokens = new_memory(model), 0
         self._optimizer: torch.optim.Optimizer | None = None
+        self._editor: Editor | None = None
+        self.bank: MemoryBank | None = None
+        # Places of the question that is put to the bank.
+        self._question = range(0)
+        # Bytes of the weights that differ from the given model's.
+        self._learnt = 0
         self.metrics: dict[str, Tensor] = {}
         self._options = of_model(model, output_metrics=with_metrics)
         self._keeps, self._word = "logits_to_keep" in _words(model), _cache_word(model)
@@ -72,6 +82,10 @@ class Reader:
     def _read(self, ids_BT: Tensor, keep: int, **words: Any) -> Tensor:
         """The logits of at least the last ``keep`` tokens of a forward; words: further ones of the model."""
         kept = {"logits_to_keep": keep} if self._keeps else {}
+        if self.bank is not None:
+            places = range(self.tokens, self.tokens + ids_BT.shape[1])
+            roles_T = [QUERY if place in self._question else RESPONSE for place in places]
+            words["roles"] = Roles(ids_BT.new_tensor(roles_T).expand_as(ids_BT), bank=self.bank)
         out = self.model(ids_BT, use_cache=True, **{self._word: self.cache}, **kept, **self._options, **words)
         self.tokens += ids_BT.shape[1]
         self.metrics = getattr(out, "metrics", None) or {}
@@ -86,11 +100,39 @@ class Reader:
             self.model = copy.deepcopy(self.model)
             weights = [p.requires_grad_() for p in self.model.parameters() if p.is_floating_point()]
             self._optimizer = torch.optim.AdamW(weights, rate, weight_decay=0.0)
+            self._learnt = sum(p.nbytes for p in weights)
         with torch.enable_grad():
             logits_BTV = self.model(ids_BT[:, :-1], use_cache=False, **self._options).logits
             cross_entropy(logits_BTV.flatten(0, 1).float(), ids_BT[:, 1:].flatten()).backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
+
+    @torch.no_grad()
+    def edit(self, ids_NT: Tensor, answer: int, rate: float) -> None:
+        """Write facts into the weights at once, in closed form; see ``memlm.editing.Editor``.
+
+        answer: tokens at the end of each fact that are its answer
+
+        The first call copies the model: later reading uses the copy, and the given model keeps its weights.
+        """
+        if self._editor is None:
+            self.model = copy.deepcopy(self.model)
+            self._editor = Editor(self.model, rate=rate)
+            self._learnt = sum(module.weight.nbytes for module in self._editor.modules.values())
+        labels_NT = ids_NT.clone()
+        labels_NT[:, : ids_NT.shape[1] - answer] = IGNORE_INDEX
+        self._editor(ids_NT, labels_NT)
+
+    def file(self, documents: Mapping[str, Tensor]) -> None:
+        """Put documents [T] into a bank, by name; a known name's is replaced. Questions of copies are put to the bank.
+
+        Raises ValueError if the model supports no bank.
+        """
+        if self.bank is None:
+            self.bank = MemoryBank(self.model)
+        known = {name: ids for name, ids in documents.items() if name in self.bank}
+        self.bank.update(known)
+        self.bank.add({name: ids for name, ids in documents.items() if name not in known})
 
     def fork(self, rows: Tensor | None = None, question_BT: Tensor | None = None) -> Self:
         """A copy with the streams of the given indices, which may repeat; its reading leaves this one unchanged.
@@ -100,14 +142,17 @@ class Reader:
         other = object.__new__(type(self))
         other.__dict__ |= self.__dict__
         other.cache = fork(self.cache)
+        if question_BT is not None:
+            other._question = range(self.tokens, self.tokens + question_BT.shape[1])
         if rows is not None and self.tokens:
             # Recurrent layers of transformers have no ``batch_select_indices``.
             other.cache.reorder_cache(rows)
         return other
 
     def nbytes(self) -> int:
-        """Bytes of the memory of all streams."""
-        return nbytes(self.cache)
+        """Bytes of all that the streams left: the memory, the bank and changed weights."""
+        bank = {} if self.bank is None else self.bank.stats()
+        return nbytes(self.cache) + self._learnt + sum(bank[name] for name in bank if name.endswith("_bytes"))
 
 
 def bytes_after(model: PreTrainedModel, tokens: int) -> int | None:

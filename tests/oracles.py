@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from memlm.evaluation.events import Ask, Learn, Read, run
+from memlm.evaluation.events import Ask, Read, Store, run
 
 
 class _Stub:
@@ -42,7 +42,13 @@ class Oracle:
         return logits
 
     def learn(self, ids_BT, rate):
-        self.read = [read + learnt(ids) for read, ids in zip(self.read or [b""], ids_BT.numpy(), strict=True)]
+        self.read = [read + stored(ids) for read, ids in zip(self.read or [b""], ids_BT.numpy(), strict=True)]
+
+    def edit(self, ids_NT, answer, rate):
+        self.learn(ids_NT[None], rate)
+
+    def file(self, documents):
+        self.learn(torch.stack([*documents.values()])[None], 0.0)
 
     def fork(self, rows=None, question_BT=None):
         other = type(self)(self.answers, self.vocabulary)
@@ -61,9 +67,9 @@ class Guesser(Oracle):
         return torch.randn(self.vocabulary)
 
 
-def learnt(ids):
-    """Weights that hold an item are a place of their own."""
-    return b"learnt" + ids.astype(np.int64).tobytes()
+def stored(ids):
+    """Weights or a bank that hold an item are a place of their own."""
+    return b"stored" + ids.astype(np.int64).tobytes()
 
 
 def known(streams):
@@ -74,8 +80,8 @@ def known(streams):
         for event in stream:
             if isinstance(event, Read):
                 read += event.ids.astype(np.int64).tobytes()
-            if isinstance(event, Learn):
-                read += learnt(event.ids)
+            if isinstance(event, Store):
+                read += stored(event.ids)
             if isinstance(event, Ask) and event.at is not None:
                 for place, token in zip(event.at, event.answers[0], strict=True):
                     answers[read + event.ids[: place + 1].astype(np.int64).tobytes()] = int(token)

@@ -9,9 +9,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import memlm
 from memlm.evaluation import events
-from memlm.evaluation.events import Ask, Learn, Read, run
+from memlm.evaluation.events import Ask, Edit, File, Learn, Read, run
 from memlm.evaluation.statistics import bootstrap, wilson
 from memlm.reader import Reader
+from memlm.roles import QUERY, RESPONSE, Roles
+from tests.conftest import build
 from tests.oracles import Guesser, Oracle, scores
 
 SIZES = {
@@ -175,6 +177,45 @@ def test_learning_changes_a_copy_of_the_weights(model):
     assert learnt < first - 1 and first == last
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+@MODELS
+def test_an_edit_changes_a_copy_of_the_weights(model):
+    rng = np.random.default_rng(0)
+    facts = np.stack([rng.permutation(64)[:16], rng.integers(64, size=16)], 1)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    asks = [Ask(fact[:1], [fact[1:]]) for fact in facts]
+    found = sorted(run(lambda: Reader(model), [asks, [Edit(facts, 1, 0.05), *asks], asks]), key=lambda r: r["stream"])
+    first, edited, last = ([r["nats"] for r in found[i : i + 16]] for i in (0, 16, 32))
+    assert np.mean(edited) < np.mean(first) - 0.03 and first == last
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert found[16]["bytes"] > found[0]["bytes"]
+
+
+def test_a_question_is_put_to_the_bank_of_its_own_stream():
+    """As by ``MemoryBank`` itself; a document of a known name replaces it, and a model without a bank is told."""
+    torch.manual_seed(0)
+    model, rng = build("msa").eval(), np.random.default_rng(0)
+    texts, question, answer = rng.integers(259, size=(5, 6)), rng.integers(259, size=3), rng.integers(259, size=2)
+    names, ask = [*"abcd"], Ask(question, [answer])
+    streams = [[ask], [File(texts[:4], names), ask, File(texts[4:], ["b"]), ask], [ask]]
+    found = [r["nats"] for r in sorted(run(lambda: Reader(model), streams), key=lambda r: r["stream"])]
+    expected = []
+    for documents in (
+        {},
+        dict(zip(names, texts[:4], strict=True)),
+        dict(zip("acdb", texts[[0, 2, 3, 4]], strict=True)),
+    ):
+        bank = memlm.MemoryBank.build(model, {name: ids.tolist() for name, ids in documents.items()}, progress=False)
+        ids = torch.tensor([[*question, *answer[:1]]])
+        roles = Roles(torch.tensor([[QUERY] * 3 + [RESPONSE]]), bank=bank)
+        with torch.no_grad():
+            logits = (model(ids, roles=roles) if documents else model(ids)).logits[0, -2:]
+        expected.append(-float(logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum()))
+    assert found == pytest.approx([expected[0], *expected[1:], expected[0]], rel=1e-5)
+    assert len({round(x, 4) for x in found}) == 3
+    with pytest.raises(ValueError, match="a bank needs 'msa' in every layer"):
+        list(run(lambda: Reader(own()), streams))
 
 
 @pytest.mark.parametrize("words", [{}, {"judge": lambda ids: float(len(ids) == 4), "tokens": 4}])

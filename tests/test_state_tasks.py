@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from memlm.data import byte_tokenizer
-from memlm.evaluation.events import Ask, Learn, Read, run
+from memlm.evaluation.events import Ask, Edit, File, Learn, Read, run
 from memlm.evaluation.measures.asked import cells
 from memlm.evaluation.statistics import wilson
 from memlm.evaluation.tasks import Setting, tasks
@@ -39,6 +39,10 @@ SIZES = {
     "exposure": {"exposures": [1, 2], "others": [0, 2]},
     "while_constructing": {"sessions": 6, "every": 3, "noise": [0, 1], "questions": 3, "changes": 0.5},
     "sessions": {"every": 1},
+    "stores": {
+        **{"facts": 6, "rewritten": 2, "fresh": 2, "gap": 8, "num_keys": 8, "num_values": 4},
+        "by": ["memory", "steps", "edit", "bank"],
+    },
 }
 TASKS = pytest.mark.parametrize("name", SIZES)
 
@@ -92,7 +96,8 @@ def test_an_oracle_is_always_right(name, tokens, make):
 
 @pytest.mark.parametrize("name", [name for name in SIZES if name != "sessions"])
 def test_a_guesser_scores_the_chance(name, make):
-    sizes = {"exposure": {"by": ["state"], "others": [0]}, "overwrite": {"num_values": 8}}.get(name, {})
+    sizes: dict = {"exposure": {"by": ["state"], "others": [0]}, "overwrite": {"num_values": 8}}
+    sizes = {**sizes, "stores": {"by": ["nothing"]}}.get(name, {})
     task = make(name, rows=24, **sizes)
     records = [r for r in task.reduce(scores(Guesser, task.streams(SETTINGS["byte"]), 259)) if len(r["shares"]) > 1]
     chance = task.views()[0].floors["chance"]
@@ -105,7 +110,8 @@ def test_any_cut_of_the_reading_gives_the_same_answers(name, make):
     torch.manual_seed(0)
     model = llama()
     # Steps on weights read nothing.
-    task = make(name, rows=1, **({"by": ["state"]} if name == "exposure" else {}))
+    by = {"exposure": ["state"], "stores": ["memory"]}
+    task = make(name, rows=1, **({"by": by[name]} if name in by else {}))
     streams = list(task.streams(SETTINGS["byte"]))
     whole, cut = ([r["nats"] for r in run(lambda n=n: Reader(model, n), streams)] for n in (2048, 23))
     assert cut == pytest.approx(whole, rel=1e-4)
@@ -250,6 +256,34 @@ def test_state_and_weights_hold_the_same_items(make):
         item, foil = asks[0].answers
         assert len(item) == len(foil) and not np.array_equal(item, foil)
     assert by["state"] == by["weights"]
+
+
+def test_all_stores_get_the_same_facts_and_the_latest_value_is_right(make):
+    kinds = {"memory": Read, "steps": Learn, "edit": Edit, "bank": File, "nothing": Read}
+    by = {}
+    for stream in make("stores", by=[*kinds], rows=3).streams(SETTINGS["byte"]):
+        asks = [event for event in stream if isinstance(event, Ask)]
+        (store,) = {ask.tag["store"] for ask in asks}
+        assert {type(event) for event in stream} == {Ask, Read, kinds[store]}
+        by.setdefault(store, []).append([(int(a.ids[-1]), int(a.answers[0][0]), a.tag["asked"]) for a in asks])
+        if store == "nothing":
+            assert sum(len(event.ids) for event in stream if isinstance(event, Read)) == 8 + 2 * 2
+            continue
+        told, noise = {}, 0
+        for event in stream:
+            if isinstance(event, Ask):
+                key, value = int(event.ids[-1]), int(event.answers[0][0])
+                assert told[key][-1] == value
+                if event.tag["asked"] == "written again":
+                    assert int(event.answers[event.tag["earlier"]][0]) == told[key][-2]
+                assert len(event.answers) == 4 and len({int(a[0]) for a in event.answers}) == 4
+            elif isinstance(event, Read) and len(event.ids) == 8:
+                noise += 1
+            else:
+                for key, value in event.ids.reshape(-1, 2).tolist():
+                    told.setdefault(key, []).append(value)
+        assert noise == 1 and len(told) == 8
+    assert by["memory"] == by["steps"] == by["edit"] == by["bank"] == by["nothing"]
 
 
 def test_an_order_of_passages_is_scored_with_the_symmetrised_gain(make):

@@ -6,7 +6,7 @@ Files:
     subject             a model, and its checkpoint's information
     data                test data in the tokens of each model
     measures            one file per measure: recall, needles, banks, text, tasks
-    ablation            the model without its long-term memory
+    ablation            the model without parts, or with their outputs of another run
     parts               parts of an evaluation: kept as they complete, each may fail alone
     storage             folders and files of results
     progress            the progress bar

@@ -58,18 +58,57 @@ class Ask:
     at: np.ndarray | None = None
 
 
-@dataclass(frozen=True)
-class Learn:
-    """ids [T]: tokens of one optimiser step on a copy of the weights, from an empty memory; see ``Reader.learn``
+class Store:
+    """An event that writes elsewhere than into the memory; later events of its stream alone find it."""
 
-    The stream's later events see the changed weights, other streams do not.
-    """
+    ids: np.ndarray
+
+    def write(self, reader: Reader, ids: Tensor) -> None:
+        """ids: those of the event, on the model's device"""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Learn(Store):
+    """ids [T]: tokens of one optimiser step on a copy of the weights, from an empty memory; see ``Reader.learn``"""
 
     ids: np.ndarray
     rate: float
 
+    def write(self, reader: Reader, ids: Tensor) -> None:
+        reader.learn(ids[None], self.rate)
 
-Event = Read | Ask | Learn
+
+@dataclass(frozen=True)
+class Edit(Store):
+    """ids [N, T]: facts that are written into a copy of the weights at once, in closed form; see ``Reader.edit``
+
+    answer: tokens at the end of each that are its answer
+    """
+
+    ids: np.ndarray
+    answer: int
+    rate: float
+
+    def write(self, reader: Reader, ids: Tensor) -> None:
+        reader.edit(ids, self.answer, self.rate)
+
+
+@dataclass(frozen=True)
+class File(Store):
+    """ids [N, T]: documents of a bank, to which later questions are put; see ``Reader.file``
+
+    names: of the documents; one of a known name replaces it
+    """
+
+    ids: np.ndarray
+    names: Sequence[str]
+
+    def write(self, reader: Reader, ids: Tensor) -> None:
+        reader.file(dict(zip(self.names, ids, strict=True)))
+
+
+Event = Read | Ask | Store
 # The events of one text, in their order.
 Stream = Sequence[Event]
 Record = dict[str, Any]
@@ -100,7 +139,7 @@ def run(
     waiting: dict[tuple, list[tuple[int, Stream]]] = {}
     held = 0
     for number, stream in enumerate(streams):
-        if any(isinstance(event, Learn) for event in stream):
+        if any(isinstance(event, Store) for event in stream):
             yield from _together(make_reader(), [(number, stream)], advance)
             continue
         shape = tuple(_shape(event) for event in stream)
@@ -146,8 +185,8 @@ def _together(reader: Reader, group: list[tuple[int, Stream]], advance: Callable
         ids_BT = _stacked([event.ids for event in events], device)
         if isinstance(events[0], Read) and ids_BT.numel():
             reader(ids_BT)
-        if isinstance(events[0], Learn):
-            reader.learn(ids_BT, events[0].rate)
+        if isinstance(events[0], Store):
+            events[0].write(reader, ids_BT[0])
         advance(ids_BT.numel())
         if not isinstance(events[0], Ask):
             continue

@@ -5,7 +5,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from memlm.evaluation.page import page, tables
 from memlm.evaluation.parts import Parts
 from memlm.evaluation.progress import Progress
 from memlm.evaluation.screen import shown
-from memlm.evaluation.subject import differences, load_subject
+from memlm.evaluation.subject import Subject, differences, load_subject
 from memlm.hub.causal import longest
 from memlm.settings import check_type, require
 from memlm.training.interrupt import Interrupt
@@ -45,7 +45,8 @@ from memlm_kernels import set_backend
 def run(cfg: DictConfig) -> bool:
     """Evaluate ``cfg.checkpoint``: a run directory, a checkpoint folder or a hub name; or compare ``cfg.compare``.
 
-    With ``cfg.memory_off``, the model runs without its long-term memory, and the results go to a separate folder.
+    With ``cfg.memory_off``, the model runs without its long-term memory, or without the named parts of it, and the
+    results go to a separate folder.
     Returns whether every part could be measured. Raises ValueError, one line, for mistakes that the user can fix, and
     ``Stopped`` if a signal ends it.
     """
@@ -57,8 +58,9 @@ def run(cfg: DictConfig) -> bool:
 
 def _run(cfg: DictConfig) -> bool:
     started = time.perf_counter()
+    given = {key: OmegaConf.to_container(cfg[key]) if OmegaConf.is_config(cfg[key]) else cfg[key] for key in _KEYS}
     for key, hint in _KEYS.items():
-        check_type(cfg[key], hint, key)
+        check_type(given[key], hint, key)
     require(0 <= cfg.seed < 2**63, f"seed={cfg.seed} must lie in [0, 2**63)")
     require(cfg.checkpoint != "", "checkpoint='' names no run, folder or hub name")
     options: dict[str, Any] = OmegaConf.to_container(cfg.eval, resolve=True)
@@ -66,9 +68,10 @@ def _run(cfg: DictConfig) -> bool:
     device = _device(cfg.hardware)
     progress = Progress()
     subject = load_subject(cfg.checkpoint, device, ema=cfg.ema)
-    if cfg.memory_off:
-        subject = replace(subject, name=f"{subject.name} (memory off)", memory_off=True)
-        with memory_off(subject.model):
+    if off := given["memory_off"]:
+        words = "memory off" if off is True else f"memory off: {', '.join(map(str, off))}"
+        subject = replace(subject, name=f"{subject.name} ({words})", memory_off=off)
+        with _off(subject):
             pass
     data = data_config(cfg.data, subject, needed=not any(measure.applies({}) for measure in chosen))
     examined, left_out = [examine(subject, data, cfg.seed)], list[str]()
@@ -81,7 +84,7 @@ def _run(cfg: DictConfig) -> bool:
         "schema": storage.SCHEMA,
         "command": storage.command(),
         "environment": {**_environment(device), "kernels": cfg.hardware.kernels, "code": storage.code()},
-        "evaluation": {"seed": cfg.seed, "memory_off": cfg.memory_off, **options},
+        "evaluation": {"seed": cfg.seed, "memory_off": off, **options},
         "data": data,
         "corpora": {n: s.corpus.folder.name for n, s in sources.items() if isinstance(s, TextSource)},
         "models": {one.subject.name: one.subject.facts() for one in examined},
@@ -91,7 +94,7 @@ def _run(cfg: DictConfig) -> bool:
     results["notes"] = left_out + _notes(examined, chosen, data)
     for note in results["notes"]:
         progress.say(note)
-    folder = "evaluation-memory_off" if cfg.memory_off else "evaluation"
+    folder = "evaluation-memory_off" if off else "evaluation"
     out = Path(cfg.out) if cfg.out else (subject.run_dir or _place(subject.folder)) / folder
     _check_writable(out)
     for one, about in zip(examined, abouts, strict=True):
@@ -145,7 +148,7 @@ def _measure(
                 subject, found = one.subject, results["models"][one.subject.name]
                 progress.say(f"evaluating {subject.name}: {subject.folder}")
                 with (
-                    memory_off(subject.model) if subject.memory_off else nullcontext(),
+                    _off(subject) if subject.memory_off else nullcontext(),
                     progress.reading(subject.model),
                 ):
                     for measure in chosen:
@@ -157,6 +160,10 @@ def _measure(
         except KeyboardInterrupt:
             progress.say("Stopped; the same command measures what is left.")
             raise
+
+
+def _off(subject: Subject) -> AbstractContextManager[None]:
+    return memory_off(subject.model, None if subject.memory_off is True else subject.memory_off)
 
 
 def _result(measure: Measure, one: Examined, examined: Sequence[Examined]) -> Any:
@@ -172,7 +179,8 @@ def _choice() -> list[str]:
     return [HydraConfig.get().runtime.choices["eval"]] if HydraConfig.initialized() else []
 
 
-_KEYS = {"checkpoint": str, "control": str | None, "memory_off": bool, "ema": bool, "out": str | None, "seed": int}
+_KEYS = {"checkpoint": str, "control": str | None, "out": str | None, "seed": int}
+_KEYS |= {"memory_off": bool | list, "ema": bool}
 
 
 def _place(source: Path | str) -> Path:

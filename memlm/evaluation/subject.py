@@ -31,7 +31,7 @@ class Subject:
     record: information on its run, empty if there is no run
     step: of the checkpoint, None if unknown
     lines: messages on newer, damaged checkpoints
-    memory_off: whether it is measured without its long-term memory
+    memory_off: whether it is measured without its long-term memory, or patterns of the parts that it lacks
     """
 
     name: str
@@ -42,7 +42,7 @@ class Subject:
     record: Record
     step: int | None
     lines: list[str]
-    memory_off: bool = False
+    memory_off: bool | list[str] = False
 
     @property
     def place_of_tokenizer(self) -> str:

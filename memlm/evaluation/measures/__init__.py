@@ -6,6 +6,7 @@ Files:
 
     asked               tasks of events: texts that are read, and questions about them
     bank                questions to a bank, over the number of its documents
+    conflict            weights against memory: which part decides
     inside              one text token by token
     interleaved         questions answered by reading on in a bank
     lm_eval             tasks of EleutherAI's lm-eval

@@ -200,8 +200,8 @@ def _told(policy: Policy | None, subject: Subject) -> dict[str, Any] | None:
 def cells(view: View, records: Sequence[Record]) -> list[dict[str, Any]]:
     """Means over the records of each cell of a view, row by row.
 
-    Records without the view's values are left out. The questions of one text are not independent, so the interval
-    counts texts, not questions. A cell of scores has those of the guessers, if the questions have any.
+    Records without the view's column or values are left out. The questions of one text are not independent, so the
+    interval counts texts, not questions. A cell of scores has those of the guessers, if the questions have any.
     """
     found = []
     for down, across, value, group in grouped(view, records):
@@ -218,7 +218,7 @@ def grouped(view: View, records: Sequence[Record]) -> Iterator[tuple[str | None,
     groups: dict[Any, dict[Any, list[Record]]] = {}
     # The runner returns texts of one shape together; rows and columns have the order of the texts.
     for record in sorted(records, key=lambda record: record["stream"]):
-        if not all(value in record for value in view.values):
+        if not all(word in record for word in (view.across, *view.values)):
             continue
         groups.setdefault(record.get(view.down or ""), {}).setdefault(record[view.across], []).append(record)
     for down, row in groups.items():

@@ -21,6 +21,7 @@ Files:
     ruler_qa            questions about documents
     saturation          how many pairs a state holds
     sessions            a memory is asked while it is written; sessions of your files
+    stores              the same facts in a memory, in weights, and in a bank
     symbols             keys, values and noise as single tokens
     words               words, names and numbers
 """
