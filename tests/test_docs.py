@@ -80,6 +80,7 @@ EXAMPLES = {
 BACKBONES = {
     ("README.md", 1): ("", "memories/llama/memlm_memory.safetensors"),
     ("memlm/attached/README.md", 0): ("torch.Size([1, 618])", None),
+    ("memlm/evaluation/README.md", 0): ("model.layers.1.mlp.gate_proj", None),
 }
 
 
