@@ -55,6 +55,7 @@ ROOMS = {
         "memlm.modeling",
     },
     "memlm.interleave": {"memlm.settings", "memlm.roles", "memlm.data", "memlm.memory", "memlm.cache", "memlm.bank"},
+    "memlm.editing": {"memlm_kernels", "memlm.settings", "memlm.data"},
     "memlm.attached": {
         "memlm.configuration",
         "memlm.card",
