@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from memlm.evaluation.events import Ask, Read, Stored, run
+from memlm.evaluation.events import Ask, Read, Elsewhere, run
 
 
 class _Stub:
@@ -80,7 +80,7 @@ def known(streams):
         for event in stream:
             if isinstance(event, Read):
                 read += event.ids.astype(np.int64).tobytes()
-            if isinstance(event, Stored):
+            if isinstance(event, Elsewhere):
                 read += stored(event.ids)
             if isinstance(event, Ask) and event.at is not None:
                 for place, token in zip(event.at, event.answers[0], strict=True):

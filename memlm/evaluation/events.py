@@ -58,7 +58,7 @@ class Ask:
     at: np.ndarray | None = None
 
 
-class Stored:
+class Elsewhere:
     """An event that writes elsewhere than into the memory; later events of its stream alone find it."""
 
     ids: np.ndarray
@@ -69,7 +69,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Learn(Stored):
+class Learn(Elsewhere):
     """ids [T]: tokens of one optimiser step on a copy of the weights, from an empty memory; see ``Reader.learn``"""
 
     ids: np.ndarray
@@ -80,7 +80,7 @@ class Learn(Stored):
 
 
 @dataclass(frozen=True)
-class Edit(Stored):
+class Edit(Elsewhere):
     """ids [N, T]: facts that are written into a copy of the weights at once, in closed form; see ``Reader.edit``
 
     answer: tokens at the end of each that are its answer
@@ -95,7 +95,7 @@ class Edit(Stored):
 
 
 @dataclass(frozen=True)
-class File(Stored):
+class File(Elsewhere):
     """ids [N, T]: documents of a bank, to which later questions are put; see ``Reader.file``
 
     names: of the documents; one of a known name replaces it
@@ -108,7 +108,7 @@ class File(Stored):
         reader.file(dict(zip(self.names, ids, strict=True)))
 
 
-Event = Read | Ask | Stored
+Event = Read | Ask | Elsewhere
 # The events of one text, in their order.
 Stream = Sequence[Event]
 Record = dict[str, Any]
@@ -139,7 +139,7 @@ def run(
     waiting: dict[tuple, list[tuple[int, Stream]]] = {}
     held = 0
     for number, stream in enumerate(streams):
-        if any(isinstance(event, Stored) for event in stream):
+        if any(isinstance(event, Elsewhere) for event in stream):
             yield from _together(make_reader(), [(number, stream)], advance)
             continue
         shape = tuple(_shape(event) for event in stream)
@@ -185,7 +185,7 @@ def _together(reader: Reader, group: list[tuple[int, Stream]], advance: Callable
         ids_BT = _stacked([event.ids for event in events], device)
         if isinstance(events[0], Read) and ids_BT.numel():
             reader(ids_BT)
-        if isinstance(events[0], Stored):
+        if isinstance(events[0], Elsewhere):
             events[0].write(reader, ids_BT[0])
         advance(ids_BT.numel())
         if not isinstance(events[0], Ask):
