@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from memlm.evaluation.events import Ask, Read, Elsewhere, run
+from memlm.evaluation.events import Ask, Elsewhere, Read, run
 
 
 class _Stub:

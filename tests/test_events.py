@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import memlm
 from memlm.evaluation import events
-from memlm.evaluation.events import Ask, Edit, File, Learn, Read, run
+from memlm.evaluation.events import Ask, Edit, Learn, Read, Shelve, run
 from memlm.evaluation.statistics import bootstrap, wilson
 from memlm.reader import Reader
 from memlm.roles import QUERY, RESPONSE, Roles
@@ -198,7 +198,7 @@ def test_a_question_is_put_to_the_bank_of_its_own_stream():
     model, rng = build("msa").eval(), np.random.default_rng(0)
     texts, question, answer = rng.integers(259, size=(5, 6)), rng.integers(259, size=3), rng.integers(259, size=2)
     names, ask = [*"abcd"], Ask(question, [answer])
-    streams = [[ask], [File(texts[:4], names), ask, File(texts[4:], ["b"]), ask], [ask]]
+    streams = [[ask], [Shelve(texts[:4], names), ask, Shelve(texts[4:], ["b"]), ask], [ask]]
     found = [r["nats"] for r in sorted(run(lambda: Reader(model), streams), key=lambda r: r["stream"])]
     expected = []
     for documents in (

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from memlm.data import byte_tokenizer
-from memlm.evaluation.events import Ask, Edit, File, Learn, Read, run
+from memlm.evaluation.events import Ask, Edit, Learn, Read, Shelve, run
 from memlm.evaluation.measures.asked import cells
 from memlm.evaluation.statistics import wilson
 from memlm.evaluation.tasks import Setting, tasks
@@ -259,7 +259,7 @@ def test_state_and_weights_hold_the_same_items(make):
 
 
 def test_all_stores_get_the_same_facts_and_the_latest_value_is_right(make):
-    kinds = {"memory": Read, "steps": Learn, "edit": Edit, "bank": File, "nothing": Read}
+    kinds = {"memory": Read, "steps": Learn, "edit": Edit, "bank": Shelve, "nothing": Read}
     by = {}
     for stream in make("stores", by=[*kinds], rows=3).streams(SETTINGS["byte"]):
         asks = [event for event in stream if isinstance(event, Ask)]

@@ -95,7 +95,7 @@ class Edit(Elsewhere):
 
 
 @dataclass(frozen=True)
-class File(Elsewhere):
+class Shelve(Elsewhere):
     """ids [N, T]: documents of a bank, to which later questions are put; see ``Reader.file``
 
     names: of the documents; one of a known name replaces it

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from memlm.evaluation.events import Ask, Edit, Event, File, Learn, Read, Record, Stream
+from memlm.evaluation.events import Ask, Edit, Event, Learn, Read, Record, Shelve, Stream
 from memlm.evaluation.tasks import Setting, Task, View
 from memlm.evaluation.tasks.symbols import Signs, signs
 from memlm.settings import named, require
@@ -127,4 +127,4 @@ class Stores(Task):
         elif by == "edit":
             yield Edit(pairs, 1, self.edit_rate)
         elif by == "bank":
-            yield File(pairs, [str(key) for key in keys])
+            yield Shelve(pairs, [str(key) for key in keys])
