@@ -170,6 +170,11 @@ def attentions(name: str, kind: torch.dtype, size: int, sample: bool) -> Iterato
     yield f"{name} chunks", both(lambda: call(q, k, v, choice=choice))
     yield f"{name} chunks, gathered", both(lambda: call(q, k, v, choice=many))
     yield f"{name} chunks, step", step
+    documents = (torch.zeros(1, 512, dtype=torch.int64), choice[0][:, :, 0])
+    yield (
+        f"{name} documents",
+        both(lambda: call(q, k, v, prefix=(None, k[:1, :512], v[:1, :512]), documents=documents)),
+    )
     yield f"{name} window, prefix", both(lambda: call(q, k, v, prefix=(q, k[:1, :16], v[:1, :16])))
     if not sample:
         yield f"{name} chunks, far", both(lambda: call(q, k, v, far=(q, k), choice=many))

@@ -66,6 +66,8 @@ def attention(op: str, heads: int, keys: int) -> Any:
     if op == "chunk_sparse_attention":
         given = {"index": x(1, 1, 1, 1).long(), "starts": x(1, 1).long(), "chunk_size": 1, "window": 1}
     k = x(1, 1, 1, keys)
+    if op == "document_attention":
+        given = {"pooled_k": k, "pooled_v": k, "document": x(1, 1).long(), "chosen": x(1, 1, 1).long()}
     return getattr(ops, op)(x(1, 1, heads, keys), k, k, **given, backend="triton")
 
 
@@ -74,7 +76,7 @@ def documents(**options: Any) -> Any:
     return ops.route_documents(x(1, 1, 1, 16), x(1, 1, 1, 16), x(1, 1).long(), **given)
 
 
-ATTENTIONS = ("chunk_sparse_attention", "chunk_mean_attention", "prefix_window_attention")
+ATTENTIONS = ("chunk_sparse_attention", "chunk_mean_attention", "prefix_window_attention", "document_attention")
 # Calls beyond the limits of Triton's kernels; the op's error states the limit.
 TOO_MUCH: dict[str, list[Callable[[], Any]]] = {
     "linear_attention": [lambda: ops.linear_attention(*[x(1, 1, 1, 999)] * 4, backend="triton")],

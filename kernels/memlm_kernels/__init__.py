@@ -37,6 +37,7 @@ from memlm_kernels.attention import (
     chunk_mean_attention,
     chunk_sparse_attention,
     chunk_topk,
+    document_attention,
     invert_chunks,
     prefix_window_attention,
 )
@@ -71,6 +72,7 @@ __all__ = [
     "combine_reads",
     "delta_rule",
     "dispatch_tokens",
+    "document_attention",
     "grouped_linear",
     "invert_chunks",
     "large_chunk_memory",

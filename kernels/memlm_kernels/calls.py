@@ -225,6 +225,12 @@ CALLS = {
         PLACES, lambda n: {"window": 2 * n.C - 1},
         optional=("positions",), step=("q", "prefix_q"),
     ),
+    "document_attention": OpCall(
+        ops.document_attention,
+        {"q": TOKEN, "k": QK, "v": V, "pooled_k": SHARED, "pooled_v": (2, "N", "H", "V")},
+        {"document": lambda n: (torch.arange(n.N) // 2).expand(2, -1), "chosen": lambda n: choices(n)[:, :, 0]},
+        step=("q", "chosen"),
+    ),
     "route_documents": OpCall(
         ops.route_documents, {"q": TOKEN, "k": (2, "N+2", "H", "K")},
         {"document": lambda n: ((torch.arange(n.N + 2) + 1) // 2).expand(2, -1)},

@@ -19,7 +19,10 @@ from memlm_kernels import proof
 from memlm_kernels.calls import CALLS, OpCall
 
 # Tensors in the type of the call; the others, gates and states, are fp32.
-TOKENS = ("q", "k", "v", "x", "o", "shared", "gate", "other", "prefix_q", "prefix_k", "prefix_v")
+TOKENS = (
+    *("q", "k", "v", "x", "o", "shared", "gate", "other"),
+    *("prefix_q", "prefix_k", "prefix_v", "pooled_k", "pooled_v"),
+)
 # Units of rounding that outputs and gradients may be off.
 UNITS = {"output": 2.0, "gradient": 3.0}
 

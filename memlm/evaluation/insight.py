@@ -63,8 +63,11 @@ class Insight:
             scores_BTM = scores_BTM + mixer.bias
         self.memories.setdefault(name, []).extend(parts.top_choices(scores_BTM, mixer.config.top_k)[0].tolist())
 
-    def _chosen(self, name: str, module: nn.Module, inputs: tuple[Tensor], out: Any) -> None:
-        chosen = inputs[0][0]
+    def _chosen(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], out: Any) -> None:
+        chosen, *document = (x[0] for x in inputs)
+        if document:
+            # Chunks of the chosen documents, which are counted from 1.
+            chosen = (chosen[:, None] == document[0][:, None] + 1).any(-1)
         if chosen.dtype == torch.bool:
             found = [row.nonzero().flatten().tolist() for row in chosen]
         else:

@@ -238,12 +238,17 @@ class Mixer(SequenceMixer):
             return self._flash(q, k, v, prefix, positions_BT is None, window)
         if backend == "flex_attention":
             return self._flex(q, k, v, prefix, positions_BT, window)
-        if backend not in _BACKENDS:
-            known = ", ".join([*_BACKENDS, "flex_attention", "flash_attention_2"])
-            raise ValueError(f"attn_implementation={backend!r} is unknown here; use one of {known}")
         places_BT = None if positions_BT is None else positions_BT.expand(q.shape[:2])
-        options: Any = {"window": window, "positions": places_BT, "prefix": prefix, "backend": _BACKENDS[backend]}
+        options: Any = {"window": window, "positions": places_BT, "prefix": prefix, "backend": self.op_backend}
         return prefix_window_attention(q, k, v, **options).o
+
+    @property
+    def op_backend(self) -> str:
+        """The backend that ``attn_implementation`` gives an op."""
+        if (name := self.dims.attn_implementation) not in _BACKENDS:
+            known = ", ".join([*_BACKENDS, "flex_attention", "flash_attention_2"])
+            raise ValueError(f"attn_implementation={name!r} is unknown here; use one of {known}")
+        return _BACKENDS[name]
 
     def _flex(
         self,

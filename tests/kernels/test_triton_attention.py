@@ -9,12 +9,15 @@ from memlm_kernels import (
     chunk_mean_attention,
     chunk_sparse_attention,
     chunk_topk,
+    document_attention,
     invert_chunks,
     prefix_window_attention,
 )
 from memlm_kernels.attention import gathering
 from memlm_kernels.testing import assert_close
 from tests.kernels.test_chunk_sparse_attention import choices, heads_of, spans_of
+from tests.kernels.test_document_attention import made
+from tests.kernels.test_document_attention import tensors as of_documents
 from tests.kernels.test_triton import BFLOAT16, DEVICE, compare, poisoned  # noqa: F401
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[cpu-kernels]'")
@@ -148,6 +151,23 @@ def test_attention_to_a_window_in_16_bits(dtype):
     compare(windowed(70, 17, 3), heads_of(1, 70, 80, 4, 2, 20, 20), dtype)
 
 
+# Tokens, keys, chunks, rows of the chunks.
+@pytest.mark.parametrize("sizes", [(1, 70, 75, 1), (37, 40, 75, 2), (5, 5, 0, 2)])
+def test_attention_to_documents(sizes):
+    """Tiles that nobody chose are skipped; a step of decoding splits the keys; few keys take parts of the queries."""
+    document, chosen, spans = made(*sizes)
+    # Neighbours agree, so that some tiles of chunks are chosen by none.
+    chosen = torch.where(torch.arange(sizes[0])[:, None] // 16 % 2 == 0, chosen.clamp(max=4), chosen)
+    placed = [x.to(DEVICE) for x in (document, chosen)], [x.to(DEVICE) for x in spans]
+
+    def call(x, backend):
+        return document_attention(*x, *placed[0], spans=placed[1], backend=backend)
+
+    compare(call, of_documents(*sizes), torch.float32)
+    if sizes[0] == 37:
+        compare(call, of_documents(*sizes), torch.float16)
+
+
 @pytest.mark.parametrize("tokens", [1, 75])
 def test_attention_to_means(tokens):
     """A token without chunks reads zeros; few keys are handled in several parts of the queries."""
@@ -209,7 +229,7 @@ def test_attention_keeps_the_rules_of_torch():
     q, k, v = (x.float().to(DEVICE).requires_grad_() for x in heads_of(1, 5, 9))
     first, end = (torch.full((1, 5), n, dtype=torch.int32, device=DEVICE) for n in (2, 6))
     index, starts = (torch.zeros(shape, dtype=torch.int32, device=DEVICE) for shape in ((1, 5, 2, 1), (1, 2)))
-    others = (None, None, None, None, index, starts, 2, 3, 4, 0.5)
+    others = (*[None] * 6, index, starts, 2, 3, 4, 0.5)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.memlm.attention, (q, k, v, first, end, *others), test_utils=tests)
     call = chosen(5, 9, 2, 3, 2)

@@ -1,13 +1,14 @@
 """Softmax attention of tiles of queries, in one softmax, to a prefix, to a span of keys of each token, and to the
-chunks that a token chose. All ops of attention use these kernels.
+chunks that a token chose. All ops of attention use these kernels. The keys of the prefix may belong to documents; a
+token then sees those of the documents that it chose.
 
 A program holds BM rows: the RP heads of a group (R of them real) of each of BT = BM / RP successive tokens. It goes
 through tiles of the keys that any of them sees, and masks the keys that a row does not see. Backward computes the
 scores again: gradients of q by tiles of queries, gradients of k and v by tiles of keys. Each gradient has one owner,
 so the order of sums is fixed. Scores have the base 2, lse the base e.
 
-L keys of a row (LK of them with a span, the last ones), P keys of the prefix, N chunks of C keys, J chosen, U of a
-tile's union.
+L keys of a row (LK of them with a span, the last ones), P keys of the prefix, D documents chosen, N chunks of C keys,
+J chosen, U of a tile's union.
 """
 
 import triton
@@ -18,7 +19,7 @@ from memlm_kernels.launch import load_tile, store_tile, tiled
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 # Behind all keys and chunks.
 NEVER = tl.constexpr(2147483647)
-_SIZES = ["B", "T", "LK", "L", "P", "N", "U", "SPLITS", "PARTS", "TILES", "window", "shared"]
+_SIZES = ["B", "T", "LK", "L", "P", "D", "N", "U", "SPLITS", "PARTS", "TILES", "window", "shared"]
 _FORWARD = [{"BN": 32, "num_warps": 4, "num_stages": 2}]
 _FORWARD_HIP = [{"BN": 64, "num_warps": 4, "num_stages": 1}, {"BN": 32, "num_warps": 4, "num_stages": 1}]
 _QUERIES = [{"BN": 32, "num_warps": 4, "num_stages": 2}]
@@ -89,6 +90,16 @@ def load_item(united, starts, b_index, item, begin, row, N, C: tl.constexpr, BC:
     return start + skipped, tl.minimum(C - skipped, BC), chose
 
 
+@triton.jit
+def sees_document(document, chosen, keys, real, tokens, inside, D):
+    """Whether tokens chose the documents of keys. Keys lie along one of two dimensions, tokens along the other."""
+    b_document = tl.load(document + keys, mask=real, other=-1)
+    b_seen = b_document == tl.load(chosen + tokens * D, mask=inside, other=-1)
+    for d in range(1, D):
+        b_seen = b_seen | (b_document == tl.load(chosen + tokens * D + d, mask=inside, other=-1))
+    return b_seen & (b_document >= 0)
+
+
 @tiled(_FORWARD, _FORWARD_HIP)
 @triton.jit(do_not_specialize=_SIZES)
 def attend_forward(
@@ -100,6 +111,8 @@ def attend_forward(
     other_q,
     prefix_k,
     prefix_v,
+    document,
+    chosen,
     far_k,
     index,
     united,
@@ -115,6 +128,7 @@ def attend_forward(
     LK,
     L,
     P,
+    D,
     N,
     U,
     SPLITS,
@@ -163,10 +177,16 @@ def attend_forward(
     if prefix_k is not None:
         from_row = row * shared * P
         for key in range(split * BN, P, SPLITS * BN):
-            b_k = load_tile(prefix_k, (from_row + key) * G + g, i_n * G, i_k, key + i_n < P, K)
-            b_v = load_tile(prefix_v, (from_row + key) * G + g, i_n * G, i_v, key + i_n < P, V)
-            seen = inside[:, None] & (key + i_n < P)
-            b_o, b_max, b_sum = read_tile(b_o, b_max, b_sum, b_q, b_k, b_v, seen, scale, PRECISION)
+            seen, some = inside[:, None] & (key + i_n < P), True
+            if document is not None:
+                at, keys = row * T + tile * BT + i_m // RP, from_row + key + i_n
+                real = (key + i_n < P)[None, :]
+                seen = sees_document(document, chosen, keys[None, :], real, at[:, None], inside[:, None], D)
+                some = tl.max(seen.to(tl.int32)) > 0
+            if some:
+                b_k = load_tile(prefix_k, (from_row + key) * G + g, i_n * G, i_k, key + i_n < P, K)
+                b_v = load_tile(prefix_v, (from_row + key) * G + g, i_n * G, i_v, key + i_n < P, V)
+                b_o, b_max, b_sum = read_tile(b_o, b_max, b_sum, b_q, b_k, b_v, seen, scale, PRECISION)
     if index is not None:
         i_c, i_j = tl.arange(0, BC), tl.arange(0, BJ)
         parts: tl.constexpr = (C + BC - 1) // BC
@@ -229,6 +249,8 @@ def queries_backward(
     other_q,
     prefix_k,
     prefix_v,
+    document,
+    chosen,
     far_k,
     index,
     united,
@@ -250,6 +272,7 @@ def queries_backward(
     LK,
     L,
     P,
+    D,
     N,
     U,
     H: tl.constexpr,
@@ -304,10 +327,16 @@ def queries_backward(
     if prefix_k is not None:
         from_row = row * shared * P
         for key in range(0, P, BN):
-            b_k = load_tile(prefix_k, (from_row + key) * G + g, i_n * G, i_k, key + i_n < P, K)
-            b_v = load_tile(prefix_v, (from_row + key) * G + g, i_n * G, i_v, key + i_n < P, V)
-            seen = inside[:, None] & (key + i_n < P)
-            b_dq = query_gradient(b_dq, b_q, b_k, b_v, b_do, b_lse, b_delta, seen, scale, PRECISION)
+            seen, some = inside[:, None] & (key + i_n < P), True
+            if document is not None:
+                at, keys = row * T + tile * BT + i_m // RP, from_row + key + i_n
+                real = (key + i_n < P)[None, :]
+                seen = sees_document(document, chosen, keys[None, :], real, at[:, None], inside[:, None], D)
+                some = tl.max(seen.to(tl.int32)) > 0
+            if some:
+                b_k = load_tile(prefix_k, (from_row + key) * G + g, i_n * G, i_k, key + i_n < P, K)
+                b_v = load_tile(prefix_v, (from_row + key) * G + g, i_n * G, i_v, key + i_n < P, V)
+                b_dq = query_gradient(b_dq, b_q, b_k, b_v, b_do, b_lse, b_delta, seen, scale, PRECISION)
     if index is not None:
         i_c, i_j = tl.arange(0, BC), tl.arange(0, BJ)
         parts: tl.constexpr = (C + BC - 1) // BC
@@ -335,6 +364,8 @@ def attended_keys_backward(
     first,
     end,
     bounds,
+    document,
+    chosen,
     lse,
     delta,
     d_o,
@@ -347,6 +378,7 @@ def attended_keys_backward(
     T,
     LK,
     L,
+    D,
     TILES,
     PARTS,
     H: tl.constexpr,
@@ -363,8 +395,8 @@ def attended_keys_backward(
 ):
     """Gradients of a tile of keys from a part of the queries that see it; d_k, d_v: [PARTS, B, LK, G, K or V].
 
-    bounds: spans of tiles of BOUND tokens; None: all queries see all keys. Each row has its own keys if shared is 1,
-        otherwise all rows have the same
+    bounds: spans of tiles of BOUND tokens; None: all queries see all keys, or those of the documents that they chose.
+        Each row has its own keys if shared is 1, otherwise all rows have the same
     """
     BT: tl.constexpr = BM // RP
     R: tl.constexpr = H // G
@@ -395,17 +427,22 @@ def attended_keys_backward(
     for token in range(low * BOUND, tl.minimum(high * BOUND, T), BT):
         inside = (token + i_m // RP < T) & (i_m % RP < R)
         base, rows = (row * T + token) * H + g * R, i_m // RP * H + i_m % RP
-        b_q = load_tile(q, base, rows, i_k, inside, K)
-        b_do = load_tile(d_o, base, rows, i_v, inside, V)
-        b_lse = tl.load(lse + base + rows, mask=inside, other=0.0) * LOG2E
-        b_delta = tl.load(delta + base + rows, mask=inside, other=0.0)
         # Keys behind the last one get gradients too; these are not stored.
-        seen = inside[None, :]
+        seen, some = inside[None, :], True
         if bounds is not None:
             b_first = tl.load(first + row * T + token + i_m // RP, mask=inside, other=0)
             b_end = tl.load(end + row * T + token + i_m // RP, mask=inside, other=0)
             seen = seen & ((key + i_n)[:, None] >= b_first[None, :]) & ((key + i_n)[:, None] < b_end[None, :])
-        b_dk, b_dv = key_gradients(b_dk, b_dv, b_q, b_k, b_v, b_do, b_lse, b_delta, seen, scale, PRECISION)
+        if document is not None:
+            at, keys = row * T + token + i_m // RP, row * shared * LK + key + i_n
+            seen = sees_document(document, chosen, keys[:, None], real[:, None], at[None, :], seen, D)
+            some = tl.max(seen.to(tl.int32)) > 0
+        if some:
+            b_q = load_tile(q, base, rows, i_k, inside, K)
+            b_do = load_tile(d_o, base, rows, i_v, inside, V)
+            b_lse = tl.load(lse + base + rows, mask=inside, other=0.0) * LOG2E
+            b_delta = tl.load(delta + base + rows, mask=inside, other=0.0)
+            b_dk, b_dv = key_gradients(b_dk, b_dv, b_q, b_k, b_v, b_do, b_lse, b_delta, seen, scale, PRECISION)
     of_part = part * B + row
     store_tile(d_k, b_dk * factor, (of_part * LK + key) * G + g, i_n * G, i_k, real, K)
     store_tile(d_v, b_dv, (of_part * LK + key) * G + g, i_n * G, i_v, real, V)

@@ -38,6 +38,8 @@ def forward(
     other_q: Tensor | None,
     prefix_k: Tensor | None,
     prefix_v: Tensor | None,
+    document: Tensor | None,
+    chosen: Tensor | None,
     far_k: Tensor | None,
     index: Tensor | None,
     starts: Tensor | None,
@@ -51,9 +53,10 @@ def forward(
     first, end: [B, T] int32, the span of the LK keys k that each token sees, at most ``most`` of them
     v: [B, L, G, V]; k are the last LK of L keys, far_k (None: k) all, of which index (int32) chooses
     other_q: queries for the prefix, or for far_k; None: q
+    document: the document of each key of the prefix, and chosen, [B, T, D], those that a token sees
     """
     q, k, v, other_q, far_k, index, starts = laid(q, k, v, other_q, far_k, index, starts)
-    prefix_k, prefix_v, first, end = laid(prefix_k, prefix_v, first, end)
+    prefix_k, prefix_v, document, chosen, first, end = laid(prefix_k, prefix_v, document, chosen, first, end)
     call = AttentionCall(q, k, v, prefix_k, far_k, index, chunk_size)
     splits = call.splits(min(most, k.shape[1]))
     union = unite(call, index, starts)
@@ -66,6 +69,7 @@ def forward(
         **{"prefix_k": prefix_k, "prefix_v": prefix_v, "far_k": _or(far_k, k), "o": parts[0], "lse": parts[1]},
         **{"scale": scale * _LOG2E, "window": window, "SPLITS": splits, "B": call.batch, "BM": call.rows},
         **_shared(call, prefix_k, starts),
+        **_documents(document, chosen),
         **union.given,
         **call.sizes,
         **call.of_choice,
@@ -78,8 +82,8 @@ def forward(
             **{"H": call.heads, "V": call.values, "BV": call.sizes["BV"]},
         )
     if union.gathered is not None and starts is not None:
-        chosen = {"q": _or(other_q, q), "k": _or(far_k, k), "v": v, "scale": scale * _LOG2E}
-        read_chunks(call, chosen, union.gathered, starts, window, o, lse)
+        of_chunks = {"q": _or(other_q, q), "k": _or(far_k, k), "v": v, "scale": scale * _LOG2E}
+        read_chunks(call, of_chunks, union.gathered, starts, window, o, lse)
     return o, lse
 
 
@@ -92,6 +96,10 @@ def _shared(call: AttentionCall, prefix_k: Tensor | None, starts: Tensor | None)
     return {"shared": 0 if one else 1, "P": call.prefix, "N": 0 if starts is None else starts.shape[1]}
 
 
+def _documents(document: Tensor | None = None, chosen: Tensor | None = None) -> dict[str, Any]:
+    return {"document": document, "chosen": chosen, "D": 0 if chosen is None else chosen.shape[2]}
+
+
 @forward.register_fake
 def _(
     q: Tensor,
@@ -102,6 +110,8 @@ def _(
     other_q: Tensor | None,
     prefix_k: Tensor | None,
     prefix_v: Tensor | None,
+    document: Tensor | None,
+    chosen: Tensor | None,
     far_k: Tensor | None,
     index: Tensor | None,
     starts: Tensor | None,
@@ -128,6 +138,8 @@ def backward(
     other_q: Tensor | None,
     prefix_k: Tensor | None,
     prefix_v: Tensor | None,
+    document: Tensor | None,
+    chosen: Tensor | None,
     far_k: Tensor | None,
     index: Tensor | None,
     starts: Tensor | None,
@@ -142,7 +154,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``_LEARN``; empty for an input that is None."""
     q, k, v, other_q, far_k, index, starts = laid(q, k, v, other_q, far_k, index, starts)
-    prefix_k, prefix_v, first, end, d_o, d_lse = laid(prefix_k, prefix_v, first, end, d_o, d_lse)
+    prefix_k, prefix_v, document, chosen = laid(prefix_k, prefix_v, document, chosen)
+    first, end, d_o, d_lse = laid(first, end, d_o, d_lse)
     call = AttentionCall(q, k, v, prefix_k, far_k, index, chunk_size)
     union = unite(call, index, starts)
     # Partial results are added to gradients in fp32.
@@ -159,25 +172,27 @@ def backward(
         **{"d_lse": d_lse, "d_q": d_q, "d_other_q": d_other, "delta": delta, "bounds": bounds, **scales},
         **{"window": window, "BM": call.rows},
         **_shared(call, prefix_k, starts),
+        **_documents(document, chosen),
         **union.given,
         **call.sizes,
         **call.of_choice,
     )
     queries = {"q": q, "lse": lse, "delta": delta, "d_o": d_o, **scales}
-    d_k, d_v = _keys_gradients(call, {**queries, "first": first, "end": end, "bounds": bounds}, k, v)
+    spans = {"first": first, "end": end, "bounds": bounds, **_documents()}
+    d_k, d_v = _keys_gradients(call, {**queries, **spans}, k, v)
     others = queries if other_q is None else {**queries, "q": other_q}
     d_prefix_k = d_prefix_v = d_far_k = None
     if prefix_k is not None and prefix_v is not None:
-        everyone = {**others, "first": None, "end": None, "bounds": None}
-        d_prefix_k, d_prefix_v = _keys_gradients(call, everyone, prefix_k, prefix_v)
+        of_prefix = {"first": None, "end": None, "bounds": None, **_documents(document, chosen)}
+        d_prefix_k, d_prefix_v = _keys_gradients(call, {**others, **of_prefix}, prefix_k, prefix_v)
     if index is not None and starts is not None:
         d_v = torch.nn.functional.pad(d_v, (0, 0, 0, 0, v.shape[1] - k.shape[1], 0))
         if far_k is not None:
             d_far_k = far_k.new_zeros(far_k.shape, dtype=torch.float32)
-        chosen = {**others, "k": _or(far_k, k), "v": v}
+        of_chunks = {**others, "k": _or(far_k, k), "v": v}
         if union.gathered is not None:
-            add_query_gradients(call, chosen, union.gathered, starts, window, _or(d_other, d_q))
-        add_key_gradients(call, chosen, index, starts, window, _or(d_far_k, d_k), d_v)
+            add_query_gradients(call, of_chunks, union.gathered, starts, window, _or(d_other, d_q))
+        add_key_gradients(call, of_chunks, index, starts, window, _or(d_far_k, d_k), d_v)
     gradients = (d_q, d_k, d_v, d_other, d_prefix_k, d_prefix_v, d_far_k)
     return _seven(q.new_empty(0) if x is None else x.to(q.dtype) for x in gradients)
 
@@ -214,6 +229,8 @@ def _(
     other_q: Tensor | None,
     prefix_k: Tensor | None,
     prefix_v: Tensor | None,
+    document: Tensor | None,
+    chosen: Tensor | None,
     far_k: Tensor | None,
     index: Tensor | None,
     starts: Tensor | None,
@@ -275,21 +292,26 @@ def attend_triton(
     scale: float | None,
     *,
     prefix: tuple[Tensor | None, Tensor, Tensor] | None = None,
+    documents: tuple[Tensor, Tensor] | None = None,
     far: tuple[Tensor | None, Tensor] | None = None,
     choice: tuple[Tensor, Tensor, int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """prefix: queries (None: q), keys, values; far: queries, keys; choice: index, starts, chunk_size, window."""
+    """prefix: queries (None: q), keys, values; documents: the document of each key of the prefix, and those that each
+    token chose; far: queries, keys; choice: index, starts, chunk_size, window.
+    """
     other_q, prefix_k, prefix_v = prefix or (None, None, None)
     far_q, far_k = far or (None, None)
     index, starts, chunk_size, window = choice or (None, None, 1, 1)
+    document, chosen = documents or (None, None)
     given = [q, k, v, other_q if far is None else far_q, prefix_k, prefix_v, far_k]
     # One type for all factors of products; sums are fp32 in any case.
-    q_, k_, v_, *others = in_one_type(*given)
-    seen = [x.to(torch.int32) for x in (first, end)]
+    q_, k_, v_, other_q, prefix_k, prefix_v, far_k = in_one_type(*given)
+    first, end = (x.to(torch.int32) for x in (first, end))
     if index is not None and starts is not None:
         # Numbers out of range become -1 here: in the kernels this test costs registers, which spill on sm_100.
         index = torch.where(index < starts.shape[1], index, -1).clamp(min=-1).to(torch.int32)
         starts = starts.to(torch.int32)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    o, lse = forward(q_, k_, v_, *seen, *others, index, starts, chunk_size, window, most, scale)
+    others = other_q, prefix_k, prefix_v, document, chosen, far_k, index, starts
+    o, lse = forward(q_, k_, v_, first, end, *others, chunk_size, window, most, scale)
     return o.to(q.dtype), lse

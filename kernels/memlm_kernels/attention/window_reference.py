@@ -1,7 +1,7 @@
-"""Attention to a window and a prefix, in blocks of queries that see overlapping blocks of keys.
+"""Attention to a window and a prefix, in blocks of queries that see overlapping blocks of keys; and to documents.
 
 B rows, T tokens, L keys, H query heads in G groups, K key dim, V value dim, P keys of the prefix, W window, N blocks
-of Q queries.
+of Q queries, C chunks of documents, D documents chosen.
 """
 
 from collections.abc import Callable
@@ -105,6 +105,37 @@ def _dense(
     elif window:
         seen = seen & (places > own[:, None] - window)
     return attend(q, k, v, F.pad(seen, (kept, 0), value=True)[:, None] if kept else seen[:, None], scale)
+
+
+def read_documents(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pooled_k: Tensor,
+    pooled_v: Tensor,
+    document: Tensor,
+    chosen: Tensor,
+    spans: tuple[Tensor, Tensor],
+    scale: float,
+    attend: Attend,
+) -> Tensor:
+    """The arguments are those of ``document_attention``."""
+    length, number = q.shape[1], torch.arange(k.shape[1], device=q.device)
+    if len(pooled_k) < len(k):
+        pooled_k, pooled_v = (x.expand(len(k), -1, -1, -1) for x in (pooled_k, pooled_v))
+    k, v = torch.cat([pooled_k, k], 1), torch.cat([pooled_v, v], 1)
+    # No chunk has this number.
+    chosen = chosen.masked_fill(chosen < 0, torch.iinfo(chosen.dtype).min)
+
+    def read(q: Tensor, chosen: Tensor, first: Tensor, end: Tensor) -> Tensor:
+        of_documents = (chosen[..., None] == document[:, None, None]).any(2)
+        of_spans = (number >= first[..., None]) & (number < end[..., None])
+        return attend(q, k, v, torch.cat([of_documents, of_spans], 2)[:, None], scale)[0]
+
+    if length <= _MASKED or torch.compiler.is_compiling():
+        return read(q, chosen, *spans)
+    blocks = zip(*(x.split(_MASKED, 1) for x in (q, chosen, *spans)), strict=True)
+    return torch.cat([read(*block) for block in blocks], 1)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, None]:

@@ -55,7 +55,7 @@ from memlm.memory.rows import Rows
 from memlm.memory.state import State
 from memlm.roles import Roles
 from memlm.settings import require
-from memlm_kernels import route_documents, segment_mean_pool
+from memlm_kernels import document_attention, route_documents, segment_mean_pool
 from memlm_kernels.grid import keep_last, pick, place
 from memlm_kernels.route_documents import REDUCTIONS, SIMILARITIES, Routes, Scored
 from memlm_kernels.segments import exact
@@ -129,12 +129,28 @@ class Heads(NamedTuple):
 
 
 class ChosenDocuments(nn.Module):
-    """The chunks that tokens see, [B, A, C]. Long-term memory enters the layer here."""
+    """The documents that tokens see, [B, A, J], counted from 1 (0: none), of those that chunks belong to, [B, C].
+    Without a document per chunk: the chunks that they see, [B, A, C] bool. Long-term memory enters the layer here.
+    """
 
     long_term = True
 
-    def forward(self, chosen_BAC: Tensor) -> Tensor:
-        return chosen_BAC
+    def forward(self, chosen: Tensor, document_BC: Tensor | None = None) -> Tensor:
+        return chosen
+
+
+class Chosen(NamedTuple):
+    """The documents that tokens chose, -1: none; the document of each chunk; its key and value [B, C, G, K]."""
+
+    document_BAJ: Tensor
+    document_BC: Tensor
+    k: Tensor
+    v: Tensor
+
+    @classmethod
+    def nothing(cls, q: Tensor, k: Tensor, v: Tensor) -> "Chosen":
+        none = torch.zeros(len(q), 0, dtype=torch.int64, device=q.device)
+        return cls(none[:, None].expand(-1, q.shape[1], -1), none, k[:, :0], v[:, :0])
 
 
 class Mixer(attention.Mixer):
@@ -210,14 +226,14 @@ class Mixer(attention.Mixer):
             # No row has an open document now.
             after["open"] = {name: x[:, :0] for name, x in before["open"].items()}
         if layout.outside is not None and x_BTD.shape[1]:
-            outside, chosen_BAC = layout.outside, None
+            outside, chosen = layout.outside, None
             if config.routes and answers:
                 front_B = self.choice(before["front"][:, None]).sum(2)
                 outside = outside._replace(place_BA=outside.place_BA + front_B)
             elif config.routes and bank["k"].shape[1]:
                 routes, document_BC = self._route(x_BTD, layout, bank, rows.roles)
                 bank["score"], bank["asked"] = routes.scored
-                chosen_BAC = self.choice(held.chunks_of(routes.document, document_BC))
+                chosen = Chosen(self.choice(routes.document + 1, document_BC) - 1, document_BC, bank["k"], bank["v"])
                 if routes.scores is not None and rows.roles is not None:
                     aux_losses, metrics = self._taught(layout, routes.scores, bank["found"], document_BC, rows)
             injected = rows.start != 0 and rows.roles is None and config.injection == "bidirectional"
@@ -225,8 +241,7 @@ class Mixer(attention.Mixer):
             fronted = "front" in before and before["front"].shape[1] > 0
             alone = rows.length == 1 and rows.goes_on and rows.start is not None and answers and not fronted
             plain = alone or (rows.start == 0 and rows.given_BT is None)
-            of_outside = heads.of(outside)
-            seen, kept = self._outside(outside, of_outside, before, bank, chosen_BAC, plain, injected)
+            seen, kept = self._outside(outside, heads.of(outside), before, chosen, plain, injected, rows)
             outputs.insert(0, seen)
             after |= kept
         y_BTHK = torch.cat(outputs, 1) if outputs else q_BTHK
@@ -271,41 +286,52 @@ class Mixer(attention.Mixer):
         stream: Stream,
         heads: Heads,
         before: State,
-        bank: State,
-        chosen_BAC: Tensor | None,
+        chosen: Chosen | None,
         plain: bool,
         injected: bool,
+        rows: Rows,
     ) -> tuple[Tensor, State]:
         """Attention of template, query and response tokens: to the chosen chunks, and causally to each other."""
         q, new = heads.q, heads.q.shape[1]
         k, kept_k = append(before["k"], heads.k, stream.lengths_B)
         v, kept_v = append(before["v"], heads.v, stream.lengths_B)
-        total, kept = k.shape[1], {"k": kept_k, "v": kept_v}
-        if chosen_BAC is None and not injected:
+        kept = {"k": kept_k, "v": kept_v}
+        if chosen is None and not injected:
             return self._attend(q, k, v, None, None if plain else stream.place_BA, None), kept
-        key_L = torch.arange(total, device=q.device)
-        distance = torch.arange(total - new, total, device=q.device)[:, None] - key_L
-        seen_BAL = (distance >= 0) & (distance <= stream.place_BA[..., None])
-        if injected:
-            real_BL = key_L < total if stream.lengths_B is None else key_L < total - new + stream.lengths_B[:, None]
-            seen_BAL = seen_BAL | ((key_L >= total - new) & real_BL)[..., None, :]
-        if chosen_BAC is not None:
-            k, v = (torch.cat([bank[name].to(x.dtype), x], 1) for name, x in (("k", k), ("v", v)))
-            seen_BAL = torch.cat([chosen_BAC, seen_BAL], -1)
-        return self._masked(q, k, v, seen_BAL), kept
+        past = k.shape[1] - new
 
-    def _masked(self, q: Tensor, k: Tensor, v: Tensor, seen_BAL: Tensor) -> Tensor:
+        def spans() -> tuple[Tensor, Tensor]:
+            """The first key that each token sees, and the end of its keys."""
+            here_A = torch.arange(past, past + new, device=q.device)
+            first_BA = here_A - torch.minimum(here_A, stream.place_BA.clamp(min=0))
+            if not injected:
+                return first_BA, (here_A + 1).expand_as(first_BA)
+            end_B = past + (here_A.new_full((len(q),), new) if stream.lengths_B is None else stream.lengths_B)
+            # Padding sees a key too.
+            return first_BA.clamp(max=past), end_B.clamp(min=past + 1)[:, None].expand_as(first_BA)
+
+        seen = rows.once_for((stream.place_BA,), ("spans", injected), spans)
+        return self._read(q, k, v, chosen or Chosen.nothing(q, k, v), seen), kept
+
+    def _read(self, q: Tensor, k: Tensor, v: Tensor, chosen: Chosen, spans: tuple[Tensor, Tensor]) -> Tensor:
         self._check_backend()
-        backend = self.dims.attn_implementation
-        mask: Any = seen_BAL[:, None]
-        if backend == "flex_attention":
-            from torch.nn.attention.flex_attention import create_block_mask
+        pooled_k, pooled_v = chosen.k.to(k.dtype), chosen.v.to(v.dtype)
+        if self.dims.attn_implementation != "flex_attention":
+            documents = pooled_k, pooled_v, chosen.document_BC, chosen.document_BAJ
+            return document_attention(q, k, v, *documents, spans=spans, backend=self.op_backend)
+        from torch.nn.attention.flex_attention import create_block_mask
 
-            def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-                return seen_BAL[b, i, j]
+        (first_BA, end_BA), chunks = spans, pooled_k.shape[1]
+        number_L = torch.arange(k.shape[1], device=k.device)
+        seen_BAL = (number_L >= first_BA[..., None]) & (number_L < end_BA[..., None])
+        seen_BAL = torch.cat([held.chunks_of(chosen.document_BAJ, chosen.document_BC), seen_BAL], 2)
 
-            mask = create_block_mask(sees, len(q), None, q.shape[1], k.shape[1], device=q.device)
-        return self._call(backend, q, k, v, mask)
+        def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return seen_BAL[b, i, j]
+
+        mask = create_block_mask(sees, len(q), None, q.shape[1], chunks + k.shape[1], device=q.device)
+        k, v = torch.cat([pooled_k, k], 1), torch.cat([pooled_v, v], 1)
+        return self._call("flex_attention", q, k, v, mask)
 
     def _check_backend(self) -> None:
         require(
