@@ -139,7 +139,7 @@ class ChosenDocuments(nn.Module):
         return chosen
 
 
-class Chosen(NamedTuple):
+class DocumentChoice(NamedTuple):
     """The documents that tokens chose, -1: none; the document of each chunk; its key and value [B, C, G, K]."""
 
     document_BAJ: Tensor
@@ -148,7 +148,7 @@ class Chosen(NamedTuple):
     v: Tensor
 
     @classmethod
-    def nothing(cls, q: Tensor, k: Tensor, v: Tensor) -> "Chosen":
+    def nothing(cls, q: Tensor, k: Tensor, v: Tensor) -> "DocumentChoice":
         none = torch.zeros(len(q), 0, dtype=torch.int64, device=q.device)
         return cls(none[:, None].expand(-1, q.shape[1], -1), none, k[:, :0], v[:, :0])
 
@@ -233,7 +233,9 @@ class Mixer(attention.Mixer):
             elif config.routes and bank["k"].shape[1]:
                 routes, document_BC = self._route(x_BTD, layout, bank, rows.roles)
                 bank["score"], bank["asked"] = routes.scored
-                chosen = Chosen(self.choice(routes.document + 1, document_BC) - 1, document_BC, bank["k"], bank["v"])
+                chosen = DocumentChoice(
+                    self.choice(routes.document + 1, document_BC) - 1, document_BC, bank["k"], bank["v"]
+                )
                 if routes.scores is not None and rows.roles is not None:
                     aux_losses, metrics = self._taught(layout, routes.scores, bank["found"], document_BC, rows)
             injected = rows.start != 0 and rows.roles is None and config.injection == "bidirectional"
@@ -286,7 +288,7 @@ class Mixer(attention.Mixer):
         stream: Stream,
         heads: Heads,
         before: State,
-        chosen: Chosen | None,
+        chosen: DocumentChoice | None,
         plain: bool,
         injected: bool,
         rows: Rows,
@@ -311,9 +313,9 @@ class Mixer(attention.Mixer):
             return first_BA.clamp(max=past), end_B.clamp(min=past + 1)[:, None].expand_as(first_BA)
 
         seen = rows.once_for((stream.place_BA,), ("spans", injected), spans)
-        return self._read(q, k, v, chosen or Chosen.nothing(q, k, v), seen), kept
+        return self._read(q, k, v, chosen or DocumentChoice.nothing(q, k, v), seen), kept
 
-    def _read(self, q: Tensor, k: Tensor, v: Tensor, chosen: Chosen, spans: tuple[Tensor, Tensor]) -> Tensor:
+    def _read(self, q: Tensor, k: Tensor, v: Tensor, chosen: DocumentChoice, spans: tuple[Tensor, Tensor]) -> Tensor:
         self._check_backend()
         pooled_k, pooled_v = chosen.k.to(k.dtype), chosen.v.to(v.dtype)
         if self.dims.attn_implementation != "flex_attention":
