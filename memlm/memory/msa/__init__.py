@@ -33,6 +33,7 @@ Files:
 
     layout              the positions of a call's tokens among documents
     held                the state: the documents held
+    reading             what tokens outside documents see
     router              the router's losses and metrics
 
 B batch, T tokens, A tokens outside documents, N within, D hidden, H heads in G groups, K head dim, C chunks.
@@ -49,7 +50,7 @@ from memlm.layers import rotary_of_both
 from memlm.memory import attention
 from memlm.memory.base import Dims, MixerOutput
 from memlm.memory.kv import append, join
-from memlm.memory.msa import held, router
+from memlm.memory.msa import held, reading, router
 from memlm.memory.msa.layout import COUNTERS, Layout, Stream, Within, boundaries, sizes_of
 from memlm.memory.rows import Rows
 from memlm.memory.state import State
@@ -128,31 +129,6 @@ class Heads(NamedTuple):
         return Heads(stream.take(self.q), stream.take(self.k), stream.take(self.v))
 
 
-class ChosenDocuments(nn.Module):
-    """The documents that tokens see, [B, A, J], counted from 1 (0: none), of those that chunks belong to, [B, C].
-    Without a document per chunk: the chunks that they see, [B, A, C] bool. Long-term memory enters the layer here.
-    """
-
-    long_term = True
-
-    def forward(self, chosen: Tensor, document_BC: Tensor | None = None) -> Tensor:
-        return chosen
-
-
-class DocumentChoice(NamedTuple):
-    """The documents that tokens chose, -1: none; the document of each chunk; its key and value [B, C, G, K]."""
-
-    document_BAJ: Tensor
-    document_BC: Tensor
-    k: Tensor
-    v: Tensor
-
-    @classmethod
-    def nothing(cls, q: Tensor, k: Tensor, v: Tensor) -> "DocumentChoice":
-        none = torch.zeros(len(q), 0, dtype=torch.int64, device=q.device)
-        return cls(none[:, None].expand(-1, q.shape[1], -1), none, k[:, :0], v[:, :0])
-
-
 class Mixer(attention.Mixer):
     at_once = has_room = False
     without_gradient = {  # noqa: RUF012
@@ -166,7 +142,7 @@ class Mixer(attention.Mixer):
         self.msa = config
         queries, keys, _ = self.sizes
         if config.routes:
-            self.choice = ChosenDocuments()
+            self.choice = reading.ChosenDocuments()
             self.router_q_proj = nn.Linear(dims.hidden_size, queries, bias=False)
             self.router_k_proj = nn.Linear(dims.hidden_size, keys, bias=False)
             if config.router_loss == "bce":
@@ -233,9 +209,8 @@ class Mixer(attention.Mixer):
             elif config.routes and bank["k"].shape[1]:
                 routes, document_BC = self._route(x_BTD, layout, bank, rows.roles)
                 bank["score"], bank["asked"] = routes.scored
-                chosen = DocumentChoice(
-                    self.choice(routes.document + 1, document_BC) - 1, document_BC, bank["k"], bank["v"]
-                )
+                documents_BAJ = self.choice(routes.document + 1, document_BC) - 1
+                chosen = reading.DocumentChoice(documents_BAJ, document_BC, bank["k"], bank["v"])
                 if routes.scores is not None and rows.roles is not None:
                     aux_losses, metrics = self._taught(layout, routes.scores, bank["found"], document_BC, rows)
             injected = rows.start != 0 and rows.roles is None and config.injection == "bidirectional"
@@ -288,7 +263,7 @@ class Mixer(attention.Mixer):
         stream: Stream,
         heads: Heads,
         before: State,
-        chosen: DocumentChoice | None,
+        chosen: reading.DocumentChoice | None,
         plain: bool,
         injected: bool,
         rows: Rows,
@@ -301,39 +276,13 @@ class Mixer(attention.Mixer):
         if chosen is None and not injected:
             return self._attend(q, k, v, None, None if plain else stream.place_BA, None), kept
         past = k.shape[1] - new
-
-        def spans() -> tuple[Tensor, Tensor]:
-            """The first key that each token sees, and the end of its keys."""
-            here_A = torch.arange(past, past + new, device=q.device)
-            first_BA = here_A - torch.minimum(here_A, stream.place_BA.clamp(min=0))
-            if not injected:
-                return first_BA, (here_A + 1).expand_as(first_BA)
-            end_B = past + (here_A.new_full((len(q),), new) if stream.lengths_B is None else stream.lengths_B)
-            # Padding sees a key too.
-            return first_BA.clamp(max=past), end_B.clamp(min=past + 1)[:, None].expand_as(first_BA)
-
-        seen = rows.once_for((stream.place_BA,), ("spans", injected), spans)
-        return self._read(q, k, v, chosen or DocumentChoice.nothing(q, k, v), seen), kept
-
-    def _read(self, q: Tensor, k: Tensor, v: Tensor, chosen: DocumentChoice, spans: tuple[Tensor, Tensor]) -> Tensor:
+        seen = rows.once_for((stream.place_BA,), ("spans", injected), lambda: reading.spans(stream, past, injected))
+        chosen = chosen or reading.DocumentChoice.nothing(q, k, v)
         self._check_backend()
-        pooled_k, pooled_v = chosen.k.to(k.dtype), chosen.v.to(v.dtype)
-        if self.dims.attn_implementation != "flex_attention":
-            documents = pooled_k, pooled_v, chosen.document_BC, chosen.document_BAJ
-            return document_attention(q, k, v, *documents, spans=spans, backend=self.op_backend)
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        (first_BA, end_BA), chunks = spans, pooled_k.shape[1]
-        number_L = torch.arange(k.shape[1], device=k.device)
-        seen_BAL = (number_L >= first_BA[..., None]) & (number_L < end_BA[..., None])
-        seen_BAL = torch.cat([held.chunks_of(chosen.document_BAJ, chosen.document_BC), seen_BAL], 2)
-
-        def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return seen_BAL[b, i, j]
-
-        mask = create_block_mask(sees, len(q), None, q.shape[1], chunks + k.shape[1], device=q.device)
-        k, v = torch.cat([pooled_k, k], 1), torch.cat([pooled_v, v], 1)
-        return self._call("flex_attention", q, k, v, mask)
+        if self.dims.attn_implementation == "flex_attention":
+            return self._call("flex_attention", q, *reading.masked(k, v, chosen, seen)), kept
+        documents = chosen.k.to(k.dtype), chosen.v.to(v.dtype), chosen.document_BC, chosen.document_BAJ
+        return document_attention(q, k, v, *documents, spans=seen, backend=self.op_backend), kept
 
     def _check_backend(self) -> None:
         require(
