@@ -168,7 +168,7 @@ def lock(folder: Path) -> Iterator[None]:
 
     Raises ValueError with the other process if one holds the lock.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with (folder / ".lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

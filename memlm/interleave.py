@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from memlm.bank import MemoryBank
 from memlm.cache import MemoryCache
 from memlm.data.templates import CONTROLS, Templates, Writer
-from memlm.roles import QUERY, RESPONSE, TEMPLATE, Roles
+from memlm.roles import QUERY, RESPONSE, Roles
 from memlm.settings import require
 
 
@@ -125,9 +125,8 @@ class _Transcript:
 
     def __post_init__(self) -> None:
         self.left, self._say = self.config.max_new_tokens, Writer(self.config, self.tokenizer)
-        for key, role in (("head", TEMPLATE), ("question", QUERY), ("tail", TEMPLATE), ("response", RESPONSE)):
-            self._give(self._say(key, question=self.question), role)
-        require(QUERY in self.roles, f"questions: {self.question!r} has no tokens; ask something")
+        for ids, role in self._say.asked(self.question):
+            self._give(ids, role)
 
     def _give(self, ids: list[int], role: int) -> None:
         self.ids += ids

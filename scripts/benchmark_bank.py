@@ -66,7 +66,7 @@ def fill(tokens: int, folder: Path) -> None:
     import torch
 
     from memlm import MemoryBank
-    from memlm.bank.shard import Shard
+    from memlm.bank.shard import Shard, without_texts
     from memlm.bank.shelf import SHARD_BYTES
     from memlm_kernels.route_documents import bank_keys
 
@@ -84,7 +84,8 @@ def fill(tokens: int, folder: Path) -> None:
         names = [f"document {i}" for i in range(first, first + n)]
         alive = torch.ones(n, dtype=torch.bool)
         table = names, [f"{i:032x}" for i in range(n)], [LENGTH] * n, [i << 20 for i in range(first, first + n)]
-        bank.shelf.append(Shard(router, None, content, *table, CHUNK, alive, alive.clone()))
+        rest = dict(chunk_size=CHUNK, alive_N=alive, own_N=alive.clone(), **without_texts(n))
+        bank.shelf.append(Shard(router, None, content, *table, **rest))
         # As in a build, saved shards need no memory.
         start = time.perf_counter()
         bank.save(folder)

@@ -234,7 +234,7 @@ def test_a_killed_build_goes_on(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="the build was not finished; run it again"):
         MemoryBank.load(tmp_path, model)
     read, shard = [], MemoryBank._shard
-    monkeypatch.setattr(MemoryBank, "_shard", lambda self, x: read.extend(n for n, _ in x) or shard(self, x))
+    monkeypatch.setattr(MemoryBank, "_shard", lambda self, x: read.extend(e.name for e in x) or shard(self, x))
     bank = bank_of(model, documents, directory=tmp_path)
     assert 0 < len(read) < len(documents)
     assert set(bank.documents()) == set(documents)
@@ -343,7 +343,7 @@ def test_every_weight_counts_and_is_counted_once(dtype, monkeypatch):
     ("documents", "message"),
     [
         ({"a": []}, r"documents\['a'\] of shape \[0\] must be token ids"),
-        ({"a": "text"}, r"documents\['a'\]='?text'? must be token ids under a name; use a tokenizer"),
+        ({"a": "text"}, r"documents\['a'\]='text': this bank has no tokenizer: build it with tokenizer="),
         ({"a": [1.5]}, r"documents\['a'\] of shape \[1\] must be token ids"),
         ({"a": [[1]]}, r"documents\['a'\] of shape \[1, 1\] must be token ids"),
         ({"a": [3, 259]}, r"documents\['a'\] holds token 259; the model has tokens 0 to"),

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import memlm.bank
 from memlm import MemLMForCausalLM, MemoryBank, MemoryCache, files
 from memlm.bank.folder import INDEX, read_index, write_index
+from memlm.data import byte_tokenizer
 from memlm_kernels.testing import assert_close
 from tests.conftest import build, same_state
 from tests.faults import every_fault
@@ -26,7 +27,8 @@ def shards(folder):
 
 
 def named(folder):
-    return {entry["file"] for entry in read_index(folder)["shards"]}
+    index = read_index(folder)
+    return {entry["file"] for entry in index["shards"]} | {index["tokenizer"]} - {None}
 
 
 class Saves:
@@ -41,14 +43,16 @@ class Saves:
             for length, memory in zip((3, 8), self.memories, strict=True):
                 self.model(tokens(length, 1)[None], past_key_values=memory)
             self.memories[0].save(folder / "memory")
-            before = bank_of(self.model, library(), tokens_per_batch=16)
+            before = bank_of(
+                self.model, library() | {"text": "deleted"}, tokenizer=byte_tokenizer(), tokens_per_batch=16
+            )
             before.save(folder / "changed")
             self.answers = {tuple(before.documents()): asked(self.model, before, QUESTION)}
             self.after = self.changed(before)
             self.answers[self.after] = asked(self.model, before, QUESTION)
 
     def changed(self, bank):
-        bank.delete(["d1", "d3"])
+        bank.delete(["d1", "d3", "text"])
         bank.update({"d5": tokens(6, 78)})
         bank.add({"new": tokens(20, 77)})
         return tuple(bank.documents())

@@ -3,6 +3,8 @@
 Files:
 
     bank                ``MemoryBank``
+    ask                 questions in words, and the passages that an answer was read from
+    texts               the tokenizer that a bank keeps, and the facts on its documents
     shelf               the shards of a bank, and the place of each document
     ingest              token ids of documents, and their kept chunks
     shard               a part of a bank, in memory or mapped from a file
@@ -12,5 +14,6 @@ Files:
 """
 
 from memlm.bank.bank import MemoryBank
+from memlm.bank.folder import listed, read_finished
 
-__all__ = ["MemoryBank"]
+__all__ = ["MemoryBank", "listed", "read_finished"]

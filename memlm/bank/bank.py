@@ -11,22 +11,27 @@ B rows, A tokens, C chunks, G groups of H heads, K head dim, L layers that route
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from transformers import PreTrainedTokenizerFast
 
-from memlm.bank.folder import INDEX, Folders, read_index, writing
+from memlm.bank.ask import BARE, Reply, ask, readings
+from memlm.bank.folder import INDEX, Folders, read_finished, read_index, writing
 from memlm.bank.ingest import (
-    DocumentTokens,
-    checked,
+    Entry,
+    Given,
+    GivenDocuments,
     decoder_of,
+    entry_of,
     hash_of,
     number_of,
+    origin_of,
     pairs_of,
     progress_bar,
     read_batch,
@@ -34,12 +39,16 @@ from memlm.bank.ingest import (
 from memlm.bank.ranks import Ranks
 from memlm.bank.shard import Shard
 from memlm.bank.shelf import Shelf
+from memlm.bank.texts import Wording
 from memlm.cache import MemoryCache
+from memlm.configuration import MemLMConfig
+from memlm.data import Templates
 from memlm.fingerprint import fingerprint, made_by
 from memlm.memory.state import State
 from memlm.modeling import MemLMForCausalLM, MemLMModel
 from memlm.roles import Roles
-from memlm_kernels.route_documents import Scored, bank_keys, nominate_documents, route_documents
+from memlm.settings import suggest
+from memlm_kernels.route_documents import bank_keys, nominate_documents
 
 _RULE = ("top_k", "similarity", "head_reduce", "query_reduce", "chunk_reduce")
 # Documents are sorted by length within so many batches, so that batches need little padding.
@@ -54,8 +63,8 @@ KEY_DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfl
 class MemoryBank:
     """Documents by name, for one model; ``model.generate(question, memory_bank=bank)`` asks it.
 
-    >>> bank = memlm.MemoryBank.build(model, {"a": tokenizer("some text").input_ids}, "banks/mine")
-    >>> answer = model.generate(question_ids, memory_bank=bank)
+    >>> bank = memlm.MemoryBank.build(model, {"a": "some text"}, "banks/mine", tokenizer=tokenizer)
+    >>> bank.ask("a question").text
 
     The routers' keys stay on the model's device. The content, keys and values of attention, is fetched only for
     documents that a query may choose. Both take 1 / chunk_size of the space of a document's tokens in a cache.
@@ -65,6 +74,7 @@ class MemoryBank:
         scale per head and chunk; nearly equal scores may then change their order
     group: a torch.distributed group whose processes share the bank. All have the same model, see the bank's folder,
         and make the same calls in the same order. ``stats`` then counts the bytes of this process
+    tokenizer: of the model; the bank then takes texts in place of token ids, and keeps them
     Raises ValueError if the model has no routers, or a layer of another kind.
     """
 
@@ -75,6 +85,7 @@ class MemoryBank:
         group: ProcessGroup | None = None,
         content: str = "mapped",
         key_dtype: str = "auto",
+        tokenizer: PreTrainedTokenizerFast | None = None,
     ) -> None:
         if tokens_per_batch < 1:
             raise ValueError(f"tokens_per_batch={tokens_per_batch} must be at least 1")
@@ -83,6 +94,10 @@ class MemoryBank:
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
         self.model, self.tokens_per_batch, self.content = model, tokens_per_batch, content
         self.key_dtype = str(model.dtype).removeprefix("torch.") if key_dtype == "auto" else key_dtype
+        if not isinstance(model.config, MemLMConfig):
+            raise ValueError(
+                f"model: a {model.config.model_type} of transformers has no bank; use one with kind 'msa'"
+            )
         settings = [model.config.mixers[name] for name in model.config.layer_mixers()]
         for mixer in settings:
             if mixer["kind"] != "msa":
@@ -94,6 +109,7 @@ class MemoryBank:
         if not self.layers:
             raise ValueError("model.mixers.*.routes is false in every layer; a bank needs one that routes")
         self.settings = [dict(settings[i]) for i in self.layers]
+        self.rules = [{name: mixer[name] for name in _RULE} for mixer in self.settings]
         sizes = sorted({mixer["chunk_size"] for mixer in self.settings})
         if len(sizes) > 1:
             raise ValueError(f"model.mixers.*.chunk_size is {sizes[0]} and {sizes[1]}; a bank needs one")
@@ -104,28 +120,32 @@ class MemoryBank:
         # Number of documents ever read, deleted ones too.
         self.read = 0
         self.shelf = Shelf(model, content, self.chunk_size, self.ranks)
-        self.folders = Folders(model, content, self.ranks)
+        self.wording = Wording(tokenizer)
+        self.folders = Folders(model, content, self.ranks, self.wording)
 
     @classmethod
     def build(
         cls,
         model: MemLMForCausalLM,
-        documents: DocumentTokens,
+        documents: GivenDocuments,
         directory: str | Path | None = None,
         tokens_per_batch: int = 4096,
         progress: bool = True,
         group: ProcessGroup | None = None,
         content: str = "mapped",
         key_dtype: str = "auto",
+        tokenizer: PreTrainedTokenizerFast | None = None,
     ) -> "MemoryBank":
-        """Read documents, a mapping or an iterable of pairs (name, token ids), ``tokens_per_batch`` tokens at a time.
+        """Read documents, ``tokens_per_batch`` tokens at a time.
 
+        documents: a mapping, or an iterable of pairs, of names and token ids or texts; ``memlm.data.Texts(paths)`` are
+            those of files
         directory: the bank is saved here while it grows. The same call continues a build that was killed: it reads
             only missing documents, and drops documents that are no longer given
 
         Raises ValueError if the directory holds a finished bank or one of another model.
         """
-        bank = cls(model, tokens_per_batch, group, content, key_dtype)
+        bank = cls(model, tokens_per_batch, group, content, key_dtype, tokenizer)
         if directory is None:
             bank._build(documents, progress, None)
         else:
@@ -133,7 +153,7 @@ class MemoryBank:
                 bank._build(documents, progress, Path(directory))
         return bank
 
-    def _build(self, documents: DocumentTokens, progress: bool, directory: Path | None) -> None:
+    def _build(self, documents: GivenDocuments, progress: bool, directory: Path | None) -> None:
         if directory is not None and self.ranks.first((directory / INDEX).exists):
             index = self.ranks.first(lambda: read_index(directory))
             if index["complete"]:
@@ -146,8 +166,7 @@ class MemoryBank:
             self._open(directory)
         given: set[str] = set()
         committed = time.monotonic()
-        total = len(documents) if isinstance(documents, Sized) else None
-        for shard in self._read(self._not_read(documents, given), progress, total):
+        for shard in self._read(self._not_read(documents, given), progress, _count(documents)):
             self.shelf.append(shard)
             if directory is not None and self.ranks.told(time.monotonic() - committed >= COMMIT_SECONDS):
                 self._save(directory, complete=False)
@@ -156,28 +175,39 @@ class MemoryBank:
         if directory is not None:
             self._save(directory, complete=True)
 
-    def add(self, documents: DocumentTokens) -> None:
+    def add(self, documents: GivenDocuments, progress: bool = False) -> None:
         """Read new documents, all or none. Raises ValueError if a name exists."""
-        self.check(self.model)
-        for shard in list(self._read(self._new(documents), progress=False)):
-            self.shelf.append(shard)
+        self._take(documents, self._unknown, progress)
 
-    def update(self, documents: DocumentTokens) -> None:
+    def update(self, documents: GivenDocuments, progress: bool = False) -> None:
         """Read changed documents again, all or none; they move to the end. Unchanged documents cost nothing.
 
         Raises ValueError if a name does not exist.
         """
+        self._take(documents, self._known, progress)
+
+    def put(self, documents: GivenDocuments, progress: bool = False) -> dict[str, int]:
+        """``add`` the new ones and ``update`` the others, all or none; how many were added, updated, and unchanged."""
+        return self._take(documents, lambda name: None, progress)
+
+    def _take(self, documents: GivenDocuments, check: Callable[[str], None], progress: bool) -> dict[str, int]:
         self.check(self.model)
-        changed = {}
-        for name, tokens in pairs_of(documents):
-            self._known(name)
-            tokens = checked(name, tokens, self.model.config.vocab_size)
-            if not self._holds(name, tokens):
-                changed[name] = tokens
-        new = list(self._read(changed.items(), progress=False))
-        self.delete(changed)
-        for shard in new:
+        kinds: dict[str, str] = {}
+
+        def wanted() -> Iterator[Entry | None]:
+            for name, given in pairs_of(documents):
+                check(name)
+                if name in kinds:
+                    raise ValueError(f"documents[{name!r}] is given twice; names must differ")
+                entry = self._entry(name, given)
+                kinds[name] = "added" if name not in self else "unchanged" if self._holds(entry) else "updated"
+                yield None if kinds[name] == "unchanged" else entry
+
+        shards = list(self._read(wanted(), progress, _count(documents)))
+        self.delete([name for name, kind in kinds.items() if kind == "updated"])
+        for shard in shards:
             self.shelf.append(shard)
+        return {kind: [*kinds.values()].count(kind) for kind in ("added", "updated", "unchanged")}
 
     def delete(self, names: str | Iterable[str]) -> None:
         """Delete documents, all or none. Raises ValueError if a name does not exist."""
@@ -190,6 +220,26 @@ class MemoryBank:
         """The names, in the order of reading."""
         return self.shelf.names()
 
+    def text(self, name: str) -> str | None:
+        """The text of a document; None if it was given as token ids. Raises ValueError if the file is damaged."""
+        return self._text(name)[0]
+
+    def passage(self, name: str, chunk: int) -> str | None:
+        """The text of a document's chunk, counted from 0; None if the document has no text."""
+        text, ids = self._text(name)
+        return None if text is None else self.wording.decode(ids[chunk * self.chunk_size :][: self.chunk_size])
+
+    def _text(self, name: str) -> tuple[str | None, Tensor]:
+        self._known(name)
+        shard, i = self.shelf.find(name)
+        if shard.lengths[i] < 0:
+            return None, torch.zeros(0, dtype=torch.int64)
+        text = shard.text_of(i).numpy().tobytes().decode(errors="replace")
+        ids = self.wording.ids(text)
+        if hash_of(ids) != shard.hashes[i]:
+            raise ValueError(f"{shard.file}: the text of {name!r} is not as it was saved; restore the file")
+        return text, ids
+
     def __contains__(self, name: str) -> bool:
         return name in self.shelf
 
@@ -197,9 +247,9 @@ class MemoryBank:
         return len(self.shelf)
 
     def stats(self) -> dict[str, Any]:
-        """Counts and bytes: documents, tokens, chunks; dead_chunks (deleted, not yet removed); shards; key_dtype and
-        content as given; and of this process device_bytes (with the routers' keys), host_bytes and disk_bytes
-        (mapped).
+        """Counts and bytes: documents, tokens, chunks; dead_chunks (deleted, not yet removed); shards; text_bytes;
+        key_dtype and content as given; and, without texts, of this process device_bytes (with the routers' keys),
+        host_bytes and disk_bytes (mapped).
         """
         return self.shelf.stats() | {"key_dtype": self.key_dtype, "content": self.content}
 
@@ -228,10 +278,8 @@ class MemoryBank:
 
         Raises ValueError if the bank belongs to another model, is not finished, or has a damaged file.
         """
-        index = Ranks(group).first(lambda: read_index(Path(directory)))
+        index = Ranks(group).first(lambda: read_finished(Path(directory)))
         bank = cls(model, group=group, content=content, key_dtype=index["key_dtype"])
-        if not index["complete"]:
-            raise ValueError(f"{directory}: the build was not finished; run it again to continue it")
         bank._open(Path(directory), verify)
         return bank
 
@@ -246,36 +294,27 @@ class MemoryBank:
 
     @torch.no_grad()
     def search(
-        self, input_ids: Tensor, doc_ids: Tensor | None = None, **inputs: Any
+        self, question: Tensor | str, doc_ids: Tensor | None = None, **inputs: Any
     ) -> dict[int, list[dict[str, float]]]:
         """The documents that each row's question reads, and their scores, best first: layer -> a dict per row.
 
-        >>> name, score = next(iter(bank.search(question_ids)[layer][0].items()))  # the best of the first row
-        input_ids [B, T], doc_ids, inputs: as for ``generate``
+        >>> name, score = next(iter(bank.search("a question")[layer][0].items()))  # the best
+        question: a text, or input_ids [B, T]; doc_ids, inputs: as for ``generate``
         """
-        roles = Roles.query(self, input_ids) if doc_ids is None else Roles(doc_ids, bank=self)
-        memory, found = MemoryCache(), {}
-        decoder_of(self.model)(input_ids, roles=roles, past_key_values=memory, **inputs)
-        for layer, settings in zip(self.layers, self.settings, strict=True):
-            bank = memory.states[layer]["bank"]
-            chunks = bank["size"].shape[1]
-            document_BC = torch.where(bank["size"] > 0, bank["document"], chunks)
-            # The choice that tokens after the question see.
-            routes = route_documents(
-                None,
-                bank["router_k"],
-                document_BC,
-                num_documents=chunks,
-                scored=Scored(bank["score"], bank["asked"]),
-                **{name: settings[name] for name in _RULE},
-            )
-            # Find each document by its first chunk; an empty bank has none.
-            first = torch.searchsorted(document_BC, routes.document[:, 0].clamp(min=0))
-            numbers = F.pad(bank["number"], (0, 1), value=-1).gather(1, first)
-            rows = zip(numbers.tolist(), routes.document[:, 0].tolist(), routes.score[:, 0].tolist(), strict=True)
-            name = self.shelf.name
-            found[layer] = [{name(n): score for n, i, score in zip(*row, strict=True) if i >= 0} for row in rows]
-        return found
+        if isinstance(question, str):
+            question, doc_ids = (x.to(self.model.device) for x in self.wording.asked(question, BARE))
+        roles, memory = Roles.query(self, question) if doc_ids is None else Roles(doc_ids, bank=self), MemoryCache()
+        decoder_of(self.model)(question, roles=roles, past_key_values=memory, **inputs)
+        found = readings(self, memory)
+        return {layer: [{r.name: r.score for r in row} for row in rows] for layer, rows in found.items()}
+
+    @torch.no_grad()
+    def ask(self, question: str, max_new_tokens: int = 64, templates: Templates = BARE) -> Reply:
+        """Answer a question, greedily, and name the documents and passages that were read.
+
+        templates: the texts around the question, as in the model's training; ``BARE``: none
+        """
+        return ask(self, question, max_new_tokens, templates)
 
     def candidates(self, layer_idx: int, q_BAHK: Tensor, asks_BA: Tensor, held_BC: Tensor) -> State:
         """See ``memlm.roles.BankLike``."""
@@ -292,59 +331,61 @@ class MemoryBank:
                 self.shelf.parts(layer),
                 asks=asks_BA,
                 running=config["routing"] == "causal",
-                **{name: config[name] for name in _RULE},
+                **self.rules[layer],
             )
         index = self.ranks.best(index, score, config["top_k"])
         return [{*row} - {-1} for row in index.flatten(1).tolist()]
 
-    def _new(self, documents: DocumentTokens) -> Iterator[tuple[str, Tensor]]:
-        given = set()
-        for name, tokens in pairs_of(documents):
-            if name in self or name in given:
-                raise ValueError(f"documents[{name!r}] is in the bank already; update it, or give it another name")
-            given.add(name)
-            yield name, checked(name, tokens, self.model.config.vocab_size)
-
-    def _not_read(self, documents: DocumentTokens, given: set[str]) -> Iterator[tuple[str, Tensor]]:
+    def _not_read(self, documents: GivenDocuments, given: set[str]) -> Iterator[Entry | None]:
         """The documents that a build has not read yet. Adds all names to ``given``."""
-        for name, tokens in pairs_of(documents):
+        for name, document in pairs_of(documents):
             if name in given:
                 raise ValueError(f"documents[{name!r}] is given twice; names must differ")
             given.add(name)
-            tokens = checked(name, tokens, self.model.config.vocab_size)
-            if name in self:
-                if self._holds(name, tokens):
-                    continue
+            entry = self._entry(name, document)
+            held = name in self and self._holds(entry)
+            if name in self and not held:
                 self.delete(name)
-            yield name, tokens
+            yield None if held else entry
+
+    def _entry(self, name: str, given: Given) -> Entry:
+        return entry_of(name, given, self.model.config.vocab_size, self.wording.ids)
+
+    def _unknown(self, name: str) -> None:
+        if name in self:
+            raise ValueError(f"documents[{name!r}] is in the bank already; update it, or give it another name")
 
     def _known(self, name: str) -> None:
         if name not in self:
-            raise ValueError(f"document {name!r} is not in the bank of {len(self)}; see bank.documents()")
+            advice = suggest(name, self.documents(), "see bank.documents()")
+            raise ValueError(f"document {name!r} is not in the bank of {len(self)}; {advice}")
 
-    def _holds(self, name: str, tokens: Tensor) -> bool:
-        shard, i = self.shelf.find(name)
-        return shard.hashes[i] == hash_of(tokens)
+    def _holds(self, entry: Entry) -> bool:
+        shard, i = self.shelf.find(entry.name)
+        return shard.hashes[i] == hash_of(entry.ids)
 
-    def _read(
-        self, documents: Iterable[tuple[str, Tensor]], progress: bool, total: int | None = None
-    ) -> Iterator[Shard]:
-        """Yields a shard for every few batches; total: the number of documents, if known, for the progress bar."""
-        ahead: list[tuple[str, Tensor]] = []
+    def _read(self, documents: Iterable[Entry | None], progress: bool, total: int | None) -> Iterator[Shard]:
+        """Yields a shard for every few batches; documents: None for one that need not be read; total: their number, if
+        known, for the progress bar.
+        """
+        ahead: list[Entry] = []
         size = 0
         with progress_bar(progress, total) as advance:
-            for name, tokens in documents:
-                if ahead and size + len(tokens) > AHEAD * self.tokens_per_batch:
+            for entry in documents:
+                tokens = 0 if entry is None else len(entry.ids)
+                advance(tokens)
+                if entry is None:
+                    continue
+                if ahead and size + tokens > AHEAD * self.tokens_per_batch:
                     yield self._shard(ahead)
                     ahead, size = [], 0
-                ahead.append((name, tokens))
-                size += len(tokens)
-                advance(len(tokens))
+                ahead.append(entry)
+                size += tokens
             if ahead:
                 yield self._shard(ahead)
 
-    def _shard(self, pairs: list[tuple[str, Tensor]]) -> Shard:
-        names, documents = zip(*pairs, strict=True)
+    def _shard(self, entries: list[Entry]) -> Shard:
+        names, documents, texts, sources = zip(*entries, strict=True)
         own_N, lengths_N = self.ranks.own(names), torch.tensor([len(ids) for ids in documents])
         hashes, alive_N = [hash_of(ids) for ids in documents], torch.ones(len(names), dtype=torch.bool)
         numbers = [number_of(self.read + i, tokens) for i, tokens in enumerate(hashes)]
@@ -366,15 +407,25 @@ class MemoryBank:
         ]
         of_keys, scales = zip(*keys, strict=True)
         scale = None if scales[0] is None else torch.stack(scales)
-        table = list(names), hashes, lengths_N.tolist(), numbers
-        shard = Shard(torch.stack(of_keys), scale, content[:, back_C], *table, self.chunk_size, alive_N, own_N)
+        kept = [b"" if text is None else text.encode() for text in texts]
+        lengths = [-1 if text is None else len(of) for text, of in zip(texts, kept, strict=True)]
+        table = list(names), hashes, lengths_N.tolist(), numbers, list(sources), [time.time()] * len(names), lengths
+        text = torch.from_numpy(np.frombuffer(bytearray(b"".join(kept)), np.uint8))
+        rest = text, self.chunk_size, alive_N, own_N
+        shard = Shard(torch.stack(of_keys), scale, content[:, back_C], *table, *rest)
         return shard.housed(self.content, self.model.device)
 
     def _save(self, directory: Path, complete: bool) -> None:
+        self.shelf.drop_texts()
         said = {"fingerprint": self.fingerprint, "key_dtype": self.key_dtype, "complete": complete, "read": self.read}
+        said["model"] = origin_of(self.model)
         self.shelf.exchange(self.folders.save(directory, self.shelf.shards, said))
 
     def _open(self, directory: Path, verify: bool = False) -> None:
         index, shards = self.folders.open(directory, self.chunk_size, verify)
         self.read = index["read"]
         self.shelf.fill(shards)
+
+
+def _count(documents: GivenDocuments) -> int | None:
+    return len(documents) if isinstance(documents, Sized) else None

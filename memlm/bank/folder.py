@@ -13,12 +13,15 @@ from typing import Any
 from memlm import files
 from memlm.bank.ingest import decoder_of
 from memlm.bank.ranks import Ranks
-from memlm.bank.shard import Shard, read_shard, whole
+from memlm.bank.shard import Shard, read_file, read_shard, whole
+from memlm.bank.texts import About, Wording, abouts
 from memlm.fingerprint import fingerprint, made_by
 from memlm.modeling import MemLMForCausalLM
 
 INDEX = "index.json"
-_SHARDS = re.compile(r"shard-[0-9a-f]{16}\.safetensors(\.partial-\w+)?|index\.json\.partial-\w+")
+_OURS = re.compile(
+    r"(shard-[0-9a-f]{16}\.safetensors|tokenizer-[0-9a-f]{16})(\.partial-\w+)?|index\.json\.partial-\w+"
+)
 
 
 @contextmanager
@@ -32,7 +35,9 @@ def writing(directory: Path, ranks: Ranks) -> Iterator[None]:
 
 
 def read_index(directory: Path) -> dict[str, Any]:
-    """The index: fingerprint, key_dtype, complete, read; shards (file, sample, deleted); digest, of all these."""
+    """The index: fingerprint, key_dtype, complete, read; model, the checkpoint, and tokenizer, its folder, null if
+    there is none; shards (file, sample, deleted); digest, of all these.
+    """
     path, advice = directory / INDEX, "restore it, or build the bank in another folder"
     if not path.exists():
         raise ValueError(f"{path}: no such file; a bank is written by MemoryBank.save")
@@ -47,6 +52,23 @@ def read_index(directory: Path) -> dict[str, Any]:
     return index
 
 
+def read_finished(directory: Path) -> dict[str, Any]:
+    """``read_index`` of a bank whose build has ended."""
+    index = read_index(directory)
+    if not index["complete"]:
+        raise ValueError(f"{directory}: the build was not finished; run it again to continue it")
+    return index
+
+
+def listed(directory: str | Path) -> list[About]:
+    """Facts on the documents of a saved bank, in the order of reading, without its model."""
+    directory, found = Path(directory), list[About]()
+    for entry in read_finished(directory)["shards"]:
+        deleted = {*entry["deleted"]}
+        found += [about for i, about in enumerate(abouts(read_file(directory, entry)[1])) if i not in deleted]
+    return found
+
+
 def write_index(directory: Path, index: dict[str, Any]) -> None:
     """Replace the index in one step, then remove the shards that it does not name, also those of killed saves.
 
@@ -55,12 +77,13 @@ def write_index(directory: Path, index: dict[str, Any]) -> None:
     """
     files.sync(directory)
     files.write(directory / INDEX, json.dumps(index))
-    drop(directory, (path for path in directory.iterdir() if _SHARDS.fullmatch(path.name)))
+    drop(directory, (path for path in directory.iterdir() if _OURS.fullmatch(path.name)))
 
 
 def drop(directory: Path, paths: Iterable[Path]) -> None:
     """Unlink the files among ``paths`` that the index does not name."""
-    kept = {entry["file"] for entry in read_index(directory)["shards"]} if (directory / INDEX).exists() else set()
+    index = read_index(directory) if (directory / INDEX).exists() else {"shards": []}
+    kept = {index.get("tokenizer"), *(entry["file"] for entry in index["shards"])}
     for path in paths:
         if path.name not in kept:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
@@ -74,8 +97,8 @@ def _digest(index: dict[str, Any]) -> str:
 class Folders:
     """The folders that one bank is saved in. It replaces only indices that it has read or written."""
 
-    def __init__(self, model: MemLMForCausalLM, content: str, ranks: Ranks) -> None:
-        self.model, self.content, self.ranks = model, content, ranks
+    def __init__(self, model: MemLMForCausalLM, content: str, ranks: Ranks, wording: Wording) -> None:
+        self.model, self.content, self.ranks, self.wording = model, content, ranks, wording
         # Digests of the indices that this bank has loaded or written.
         self._known: set[str] = set()
 
@@ -93,7 +116,8 @@ class Folders:
                 there = self.ranks.first(lambda file=shard.file: file and file.parent == directory and file.exists())
                 saved.append(shard if there else self._written(shard, directory, written))
             entries = [_entry(shard.file, shard.sample, shard) for shard in saved]
-            index = said | {"shards": entries}
+            tokenizer = self.ranks.first(lambda: self.wording.save(directory))
+            index = said | {"tokenizer": tokenizer, "shards": entries}
             index["digest"] = _digest(index)
             # Known from here on: the index may be on disk even if the next lines fail.
             self._known.add(index["digest"])
@@ -132,6 +156,7 @@ class Folders:
             try:
                 shards = self.ranks.each(lambda index=index: self._shards(directory, index, chunk_size, verify))
                 self._known.add(index["digest"])
+                self.wording.open(directory, index.get("tokenizer"))
                 return index, shards
             except ValueError:
                 # Another save has removed files that this index names: read the new index.

@@ -1,18 +1,31 @@
-"""From documents to a bank: check the token ids, and compute their kept chunks with the model."""
+"""From documents to a bank: check texts and token ids, and compute their kept chunks with the model."""
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from memlm.cache import MemoryCache
+from memlm.data import WholeText
 from memlm.modeling import MemLMForCausalLM, MemLMModel
 from memlm.roles import Roles
+from memlm.settings import named
 
-DocumentTokens = Mapping[str, Sequence[int]] | Iterable[tuple[str, Sequence[int]]]
+Given = Sequence[int] | str | WholeText
+GivenDocuments = Mapping[str, Given] | Iterable[tuple[str, Given]]
+
+
+class Entry(NamedTuple):
+    """A document to read: token ids [T]; its text, None if only tokens were given; and the text's file."""
+
+    name: str
+    ids: Tensor
+    text: str | None
+    source: str
 
 
 def decoder_of(model: nn.Module) -> MemLMModel:
@@ -20,13 +33,29 @@ def decoder_of(model: nn.Module) -> MemLMModel:
     return next(module for module in model.modules() if isinstance(module, MemLMModel))
 
 
-def pairs_of(documents: DocumentTokens) -> Iterable[tuple[str, Sequence[int]]]:
+def origin_of(model: MemLMForCausalLM) -> str | None:
+    """The folder or hub name that a model was loaded from."""
+    source = getattr(model.config, "_name_or_path", "")
+    return str(Path(source).resolve()) if Path(source).is_dir() and source else source or None
+
+
+def pairs_of(documents: GivenDocuments) -> Iterable[tuple[str, Given]]:
     return documents.items() if isinstance(documents, Mapping) else documents
 
 
+def entry_of(name: str, given: Given, vocab_size: int, ids_of: Callable[[str], Tensor]) -> Entry:
+    """A document as given, checked; ids_of: the tokens of a text."""
+    if not isinstance(name, str):
+        raise ValueError(f"documents[{name!r}]: a name must be a string")
+    text, source = (given.text, given.source) if isinstance(given, WholeText) else (given, "")
+    if not isinstance(text, str):
+        return Entry(name, checked(name, text, vocab_size), None, "")
+    with named(f"documents[{name!r}]={text!r:.40}"):
+        ids = ids_of(text)
+    return Entry(name, checked(name, ids, vocab_size), text, source)
+
+
 def checked(name: str, tokens: Sequence[int], vocab_size: int) -> Tensor:
-    if isinstance(tokens, str) or not isinstance(name, str):
-        raise ValueError(f"documents[{name!r}]={tokens!r:.40} must be token ids under a name; use a tokenizer")
     ids = tokens if isinstance(tokens, Tensor) else torch.tensor(tokens)
     if ids.ndim != 1 or ids.is_floating_point() or not len(ids):
         raise ValueError(f"documents[{name!r}] of shape {list(ids.shape)} must be token ids [T], at least one")

@@ -27,7 +27,7 @@ from memlm_kernels.route_documents import restored_keys
 # Pages of ``sample_of``, spread evenly over the file, with its first and last.
 _PAGES, _PAGE_BYTES = 64, 4096
 # Columns of the table of documents.
-_TABLE = ("names", "hashes", "tokens", "numbers")
+_TABLE = ("names", "hashes", "tokens", "numbers", "sources", "added", "lengths")
 _KEYS = ("router", "scale")
 _ADVICE = "restore the file, or build the bank again in an empty folder"
 
@@ -37,6 +37,8 @@ class Shard:
     """router_LCGK, scale_LCG1: router keys from ``bank_keys``, on the host, of this process's documents
     content_LC2GK: attention's keys and values of these documents; if ``mapped``, of all processes' documents
     names, hashes, tokens, numbers: one per document, in the order of their chunks; numbers ascend over all shards
+    sources, added: as in ``About``; lengths: bytes of the documents' texts, -1 for documents without text
+    text_X: the texts in UTF-8, one after the other, of all processes' documents
     alive_N: false for deleted documents; own_N: false for documents of other processes
     file, sample: the shard's file and its ``sample_of``
     unchecked: digests of mapped tensors that were not read in full yet
@@ -49,6 +51,10 @@ class Shard:
     hashes: list[str]
     tokens: list[int]
     numbers: list[int]
+    sources: list[str]
+    added: list[float]
+    lengths: list[int]
+    text_X: Tensor
     chunk_size: int
     alive_N: Tensor
     own_N: Tensor
@@ -65,6 +71,7 @@ class Shard:
         self.content_first_N = self.count_N.cumsum(0) - self.count_N if self.mapped else self.first_N
         place_N = torch.where(self.alive_N, torch.arange(len(self)), -1)
         self.document_C = place_N.repeat_interleave(own_count_N)
+        self.text_end_N = torch.tensor(self.lengths, dtype=torch.int64).clamp(min=0).cumsum(0)
         self.place = {name: i for i, name in enumerate(self.names)}
 
     def __len__(self) -> int:
@@ -86,10 +93,19 @@ class Shard:
         layers, _, groups, width = self.router_LCGK.shape
         kept = self.router_LCGK.element_size() + 2 * self.content_LC2GK.element_size()
         scales = 0 if self.scale_LCG1 is None else self.scale_LCG1.element_size()
-        return self.chunks * layers * groups * (width * kept + scales)
+        return self.chunks * layers * groups * (width * kept + scales) + self.text_X.nbytes
 
     def living(self) -> list[str]:
         return [self.names[i] for i in self.alive_N.nonzero()[:, 0].tolist()]
+
+    def table(self) -> dict[str, list[Any]]:
+        """The columns of the table of documents, deleted ones too."""
+        return {name: getattr(self, name) for name in _TABLE}
+
+    def text_of(self, i: int) -> Tensor:
+        """The bytes of a document's text."""
+        end = int(self.text_end_N[i])
+        return self.text_X[end - max(0, self.lengths[i]) : end]
 
     def delete(self, name: str) -> None:
         i = self.place[name]
@@ -134,6 +150,7 @@ class Shard:
         in full.
         """
         kept = {"router": self.router_LCGK, "scale": self.scale_LCG1, "content": self.content_LC2GK}
+        kept["text"] = self.text_X
         for name in names or tuple(kept):
             if name in self.unchecked and digest_of([(name, kept[name])]) != self.unchecked[name]:
                 raise ValueError(f"{self.file}: its {name} is not as it was saved; {_ADVICE}")
@@ -147,10 +164,11 @@ class Shard:
         """Write a file with a unique name, complete when this returns; returns it and its ``sample_of``."""
         self.check()
         path = directory / f"shard-{uuid.uuid4().hex[:16]}.safetensors"
-        documents = json.dumps({name: getattr(self, name) for name in _TABLE})
+        documents = json.dumps(self.table())
         tensors = {
             "router": self.router_LCGK,
             "content": self.content_LC2GK.cpu(),
+            "text": self.text_X,
             "documents": torch.frombuffer(bytearray(documents.encode()), dtype=torch.uint8),
         }
         if self.scale_LCG1 is not None:
@@ -160,8 +178,17 @@ class Shard:
         return path, sample_of(path)
 
 
-def read_shard(directory: Path, entry: dict[str, Any], chunk_size: int, ranks: Ranks) -> Shard:
-    """Map the file that ``Shard.write`` wrote; entry: its entry in the index.
+def without_texts(documents: int) -> dict[str, Any]:
+    """The part of a shard about texts, if its documents have none."""
+    columns = {"sources": [""] * documents, "added": [0.0] * documents, "lengths": [-1] * documents}
+    return columns | {"text_X": torch.zeros(0, dtype=torch.uint8)}
+
+
+def read_file(
+    directory: Path, entry: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, list[Any]], dict[str, str]]:
+    """Map the file that ``Shard.write`` wrote; entry: its entry in the index. Returns its tensors, its table of
+    documents, and the digests of the tensors.
 
     Raises ValueError if the file has visibly changed. This does not read all of it; ``Shard.check`` does.
     """
@@ -181,14 +208,34 @@ def read_shard(directory: Path, entry: dict[str, Any], chunk_size: int, ranks: R
         if digest_of([("documents", documents)]) != digests.pop("documents"):
             raise ValueError("its table of documents is not as it was saved")
         table = json.loads(bytes(documents.numpy()))
+        if "lengths" not in table:
+            # A file of an earlier version.
+            table |= without_texts(len(table["names"]))
+            kept["text"] = table.pop("text_X")
+        if len(kept["text"]) != sum(length for length in table["lengths"] if length > 0):
+            raise ValueError("its texts are missing")
     except Exception as error:
         raise ValueError(f"{path}: not a part of a bank ({error}); {_ADVICE}") from None
+    return kept, table, digests
+
+
+def read_shard(directory: Path, entry: dict[str, Any], chunk_size: int, ranks: Ranks) -> Shard:
+    """A shard, mapped; see ``read_file``."""
+    kept, table, digests = read_file(directory, entry)
     alive_N, own_N = torch.ones(len(table["names"]), dtype=torch.bool), ranks.own(table["names"])
     alive_N[entry["deleted"]] = False
-    router, scale, content = kept["router"], kept.get("scale"), kept["content"]
-    rest = dict(chunk_size=chunk_size, mapped=True, file=path, sample=entry["sample"])
+    router, scale, content, text = kept["router"], kept.get("scale"), kept["content"], kept["text"]
+    rest = dict(chunk_size=chunk_size, mapped=True, file=directory / entry["file"], sample=entry["sample"])
     shard = Shard(
-        router, scale, content, **table, alive_N=alive_N, own_N=torch.ones_like(own_N), unchecked=digests, **rest
+        router,
+        scale,
+        content,
+        **table,
+        text_X=text,
+        alive_N=alive_N,
+        own_N=torch.ones_like(own_N),
+        unchecked=digests,
+        **rest,
     )
     if own_N.all():
         return shard
@@ -201,6 +248,7 @@ def read_shard(directory: Path, entry: dict[str, Any], chunk_size: int, ranks: R
 def merged(shards: Sequence[Shard]) -> Shard:
     """One shard, not mapped, of several shards' documents without the deleted ones."""
     table, routers, scales, contents, own = {name: [] for name in _TABLE}, [], [], [], []
+    texts = [torch.zeros(0, dtype=torch.uint8)]
     for shard in shards:
         shard.check()
         living = shard.alive_N.nonzero()[:, 0]
@@ -211,10 +259,12 @@ def merged(shards: Sequence[Shard]) -> Shard:
         contents.append((shard.content_LC2GK, of_content))
         for name, of_all in table.items():
             of_all.extend(getattr(shard, name)[i] for i in living.tolist())
+        texts += [shard.text_of(i) for i in living.tolist()]
     router, content = _joined(routers), _joined(contents)
     scale = None if shards[0].scale_LCG1 is None else _joined(scales)
     own_N, size = torch.cat(own), shards[0].chunk_size
-    return Shard(router, scale, content, **table, chunk_size=size, alive_N=torch.ones_like(own_N), own_N=own_N)
+    rest = dict(text_X=torch.cat(texts), chunk_size=size, alive_N=torch.ones_like(own_N), own_N=own_N)
+    return Shard(router, scale, content, **table, **rest)
 
 
 def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

@@ -1,6 +1,7 @@
 """The shards of a bank, and the place of each document in them.
 
-Deletion only marks a document. A shard is rewritten when half of its chunks are deleted. The last two shards are
+Deletion only marks a document. A shard is rewritten when half of its chunks are deleted, and, before a save, if it
+holds the text of a deleted document. The last two shards are
 merged while they are small and the later one has at least half the chunks of the other, so there are few shards.
 
 C chunks, G groups of heads, K head dim, N documents.
@@ -57,6 +58,7 @@ class Shelf:
             "chunks": live,
             "dead_chunks": sum(s.chunks for s in self.shards) - live,
             "shards": len(self.shards),
+            "text_bytes": sum(s.text_X.nbytes for s in self.shards),
             "device_bytes": (keys if self.resident is None else self.resident.nbytes) + content["device"],
             "host_bytes": content["host"],
             "disk_bytes": content["mapped"],
@@ -115,6 +117,13 @@ class Shelf:
         for shard in touched.values():
             if shard.live_chunks * 2 <= shard.chunks:
                 at = next(i for i, other in enumerate(self.shards) if other is shard)
+                self._replace(at, at + 1)
+
+    def drop_texts(self) -> None:
+        """Rewrite the shards that hold the text of a deleted document."""
+        for at in reversed(range(len(self.shards))):
+            dead = (~self.shards[at].alive_N).nonzero()[:, 0].tolist()
+            if any(self.shards[at].lengths[i] > 0 for i in dead):
                 self._replace(at, at + 1)
 
     def _replace(self, start: int, end: int) -> None:

@@ -27,8 +27,9 @@ Files:
 from .build import build_data, is_made_by_rule
 from .chains import TEMPLATES, Chains
 from .disk_cache import only_built
-from .documents import Documents
+from .documents import Documents, Texts, WholeText
 from .encoding import QUIET, Preparation
+from .find import counted
 from .manifest import check_manifest, left_out
 from .mixture import Batch, Mixture
 from .questions import Question, Questions, QuestionSource
@@ -40,6 +41,7 @@ from .templates import Templates, Writer
 from .text import TextCorpus, TextSource
 from .tokenizer import (
     byte_tokenizer,
+    encoder,
     fingerprint,
     first_token,
     is_byte_tokenizer,
@@ -79,10 +81,14 @@ __all__ = [
     "Templates",
     "TextCorpus",
     "TextSource",
+    "Texts",
+    "WholeText",
     "Writer",
     "build_data",
     "byte_tokenizer",
     "check_manifest",
+    "counted",
+    "encoder",
     "fingerprint",
     "first_token",
     "is_byte_tokenizer",

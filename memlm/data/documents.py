@@ -1,5 +1,6 @@
 """Text documents on disk: read one by one, and split into train, validation and test.
 
+``Documents`` are a corpus, ``Texts`` the documents of a bank.
 A document is one txt, md or py file, or one row of a jsonl or parquet file (its field "text"). Files other than
 parquet may be compressed: a.txt.gz, .xz or .zst.
 """
@@ -10,6 +11,7 @@ import os
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from .disk_cache import Content, DiskCache
-from .find import find
+from .find import Found, find
 from .manifest import file_entry
 from .reading import ENDINGS, Span, byte_offsets, cut_at, find_spans, is_plain, read, stretches
 
@@ -92,15 +94,7 @@ class Documents:
 
     def __init__(self, paths: str | Sequence[str] | None, cache_dir: str | Path):
         self.is_stdlib = paths is None or paths == "stdlib"
-        if self.is_stdlib:
-            names, self.left_out = _find_stdlib(), dict[str, str]()
-        else:
-            names, self.left_out = find(paths, ENDINGS)
-        if not names:
-            raise ValueError("paths is an empty list; name a file, a folder or a glob, or use null")
-        twice = [name for name, count in Counter(names.values()).items() if count > 1]
-        if twice:
-            raise ValueError(f"paths: two files are named {twice[0]}; give their common folder instead")
+        names, self.left_out = Found(_find_stdlib(), {}) if self.is_stdlib else _find_texts(paths)
         self.cache = DiskCache(cache_dir)
         contents = self.cache.contents(names)
         # Sorted, so that the order of paths does not matter.
@@ -209,6 +203,41 @@ class Documents:
             number += document.ends
 
 
+@dataclass(frozen=True)
+class WholeText:
+    """A whole document; source: the file that it came from, "" for none."""
+
+    text: str
+    source: str = ""
+
+
+class Texts:
+    """The documents that ``Documents`` reads under `paths`, whole and without empty ones: name and ``WholeText``.
+
+    Nothing is cached. The number of documents costs one reading of all files, which finds those that cannot be read.
+    Raises ValueError with the path, file or line that cannot be read, or if there is no document.
+    """
+
+    def __init__(self, paths: str | Sequence[str]):
+        names, self.left_out = _find_texts(paths)
+        self._files = sorted((name, path) for path, name in names.items())
+
+    def __iter__(self) -> Iterator[tuple[str, WholeText]]:
+        for name, path in self._files:
+            for row, chunks, _ in read(path, Span(0, 0, path.stat().st_size)):
+                if text := "".join(chunks):
+                    yield f"{name}:{row}" if row else name, WholeText(text, str(path))
+
+    def __len__(self) -> int:
+        return self._count
+
+    @cached_property
+    def _count(self) -> int:
+        if not (count := sum(1 for _ in self)):
+            raise ValueError(f"paths: {self._files[0][1]} and all other files are empty; give some text")
+        return count
+
+
 def place(name: str) -> int:
     """A document's place, in 64 bits, in the order of the names' hashes."""
     return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8])
@@ -234,6 +263,17 @@ def assign_splits(names: Iterable[str]) -> np.ndarray:
     splits[order[held_out : 2 * held_out]] = 1
     splits[order[:held_out]] = 2
     return splits
+
+
+def _find_texts(paths: str | Sequence[str]) -> Found:
+    """Files of text, whose names differ."""
+    found = find(paths, ENDINGS)
+    if not found.files:
+        raise ValueError("paths is an empty list; name a file, a folder or a glob, or use null")
+    twice = [name for name, count in Counter(found.files.values()).items() if count > 1]
+    if twice:
+        raise ValueError(f"paths: two files are named {twice[0]}; give their common folder instead")
+    return found
 
 
 def _find_stdlib() -> dict[Path, str]:

@@ -9,11 +9,13 @@ The transcript of a question, with the roles of ``doc_ids`` below; capitals mark
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Self
 
 from transformers import PreTrainedTokenizerFast
+
+from memlm.roles import QUERY, RESPONSE, TEMPLATE
 
 from .tokenizer import Piece, piece_encoder
 
@@ -157,6 +159,15 @@ class Writer:
 
     def __call__(self, key: str, **given: str) -> list[int]:
         return self._encode(self.templates.pieces(key, **given))
+
+    def asked(self, question: str) -> Iterator[tuple[list[int], int]]:
+        """A question with the texts around it: token ids and role of each part. Raises ValueError if it is empty."""
+        parts = (("head", TEMPLATE), ("question", QUERY), ("tail", TEMPLATE), ("response", RESPONSE))
+        for key, role in parts:
+            ids = self(key, question=question)
+            if role == QUERY and not ids:
+                raise ValueError(f"questions: {question!r} has no tokens; ask something")
+            yield ids, role
 
     def names(self, names: Iterable[str]) -> list[int]:
         """The request for these documents."""
