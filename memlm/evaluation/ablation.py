@@ -1,4 +1,4 @@
-"""Which part of a trained model knows: parts are silenced, or their outputs replaced by those of another run."""
+"""Which part of a trained model holds a fact: parts are silenced, or their outputs replaced by another run's."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
