@@ -264,7 +264,7 @@ def test_all_stores_get_the_same_facts_and_the_latest_value_is_right(make):
     for stream in make("stores", by=[*kinds], rows=3).streams(SETTINGS["byte"]):
         asks = [event for event in stream if isinstance(event, Ask)]
         (store,) = {ask.tag["store"] for ask in asks}
-        assert {type(event) for event in stream} == {Ask, Read, kinds[store]}
+        assert {type(event) for event in stream} == {Ask, kinds[store], Shelve if store == "bank" else Read}
         by.setdefault(store, []).append([(int(a.ids[-1]), int(a.answers[0][0]), a.tag["asked"]) for a in asks])
         if store == "nothing":
             assert sum(len(event.ids) for event in stream if isinstance(event, Read)) == 8 + 2 * 2
@@ -277,7 +277,7 @@ def test_all_stores_get_the_same_facts_and_the_latest_value_is_right(make):
                 if event.tag["asked"] == "written again":
                     assert int(event.answers[event.tag["earlier"]][0]) == told[key][-2]
                 assert len(event.answers) == 4 and len({int(a[0]) for a in event.answers}) == 4
-            elif isinstance(event, Read) and len(event.ids) == 8:
+            elif not isinstance(event, Edit) and event.ids.size == 8 and (event.ids < 97).all():
                 noise += 1
             else:
                 for key, value in event.ids.reshape(-1, 2).tolist():

@@ -21,7 +21,8 @@ class Stores(Task):
     gap: tokens of noise that are read between the writing and the second round of questions
     by: the stores. memory: one text of all facts is read. steps: a step of AdamW on a copy of the weights for each
         fact. edit: one edit of such a copy by all facts (``memlm.editing``). bank: a document for each fact, in a bank
-        of Memory Sparse Attention; questions are then those of data=facts. nothing: the control
+        of Memory Sparse Attention; noise and later pairs are then documents too, and questions those of data=facts.
+        nothing: the control
     rate, edit_rate: of a step of AdamW, and of the edit
     num_keys, num_values: symbols to choose from
     """
@@ -102,12 +103,15 @@ class Stores(Task):
                     tag["place of the fact"] = f"{('first', 'second', 'third', 'last')[quarter]} quarter"
                 if earlier is not None:
                     tag["earlier"] = 1 + int(np.flatnonzero(others == earlier[i])[0])
-                question = [known.ask, keys[i]] if by == "bank" and asked != "pairs read then" else [keys[i]]
+                question = [known.ask, keys[i]] if by == "bank" else [keys[i]]
                 yield Ask(np.array(question), answers, tag)
 
         yield from self._written(by, keys[facts], known.values[value[facts]])
         yield from ask("at once", facts)
-        yield Read(known.filler(rng, self.gap))
+        noise = known.filler(rng, self.gap)
+        # A bank's question comes to an empty memory, so all that is read is filed.
+        pieces = noise[: self.gap // 2 * 2].reshape(-1, 2)
+        yield Shelve(pieces, [f"noise {i}" for i in range(len(pieces))]) if by == "bank" else Read(noise)
         yield from ask("after noise", facts)
         if self.rewritten:
             before = value.copy()
@@ -115,7 +119,7 @@ class Stores(Task):
             yield from self._written(by, keys[again], known.values[value[again]])
             yield from ask("written again", again, before)
             yield from ask("the others then", np.setdiff1d(facts, again))
-        yield Read(np.stack([keys[fresh], known.values[value[fresh]]], 1).ravel())
+        yield from self._written("bank" if by == "bank" else "memory", keys[fresh], known.values[value[fresh]])
         yield from ask("pairs read then", fresh)
 
     def _written(self, by: str, keys: np.ndarray, values: np.ndarray) -> Iterator[Event]:
