@@ -18,7 +18,8 @@ Files:
     titans_mal          Titans' memory as a layer before attention
     titans_tnt          two levels of Titans' memory
     lact                attention in a window, and fast weights written once per chunk
-    recurrence          the update rules of linear memories, and the layer that hosts one
+    rules               the update rules of linear memories
+    recurrence          from projections to reads by a rule, and the layer that hosts one
     linear_attention, retention, simple_gla, gla, delta_net, gated_delta_net  one rule each
     mom                 mixture of memories: router and balance
     chunk_sparse        attention to a window and to chosen chunks of the past

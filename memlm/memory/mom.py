@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from memlm.layers import ExactGroupedLinear, ExactLinear, GroupedLinear, ShortConv
-from memlm.memory import attention, parts, recurrence
+from memlm.memory import attention, parts, recurrence, rules
 from memlm.memory.base import Dims, MixerOutput, SequenceMixer
 from memlm.memory.parts import BranchGate, gate_logits
 from memlm.memory.recurrence import recur
@@ -36,8 +36,8 @@ CONVOLUTIONS = ("per_memory", "before_routing", "none")
 
 
 @dataclass(frozen=True)
-class Config(recurrence.Config):
-    """rule: the update rule of the memories, a key of ``recurrence.RULES``; its settings are in ``recurrence.Config``.
+class Config(rules.Config):
+    """rule: the update rule of the memories, a key of ``rules.RULES``; its settings are in ``rules.Config``.
     num_memories, top_k: number of memories, and how many of them get each token.
     shared_memory: one more memory, which every token writes and reads with weight 1.
     single_kv: all memories, the shared one too, take keys, values and gates from the same projections.
@@ -71,8 +71,8 @@ class Config(recurrence.Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            self.rule in recurrence.RULES,
-            f"rule={self.rule!r} is unknown; {suggest(str(self.rule), list(recurrence.RULES))}",
+            self.rule in rules.RULES,
+            f"rule={self.rule!r} is unknown; {suggest(str(self.rule), list(rules.RULES))}",
         )
         require(self.num_memories >= 1, f"num_memories={self.num_memories} must be at least 1")
         require(

@@ -10,8 +10,8 @@ from memlm import MemLMForCausalLM, MemoryCache
 from memlm.hub import fla_mom
 from memlm.memory import mom
 from memlm.memory.base import Dims
-from memlm.memory.recurrence import RULES
 from memlm.memory.rows import Rows
+from memlm.memory.rules import RULES
 from memlm.memory.state import leaves, mapped, named
 from memlm_kernels.testing import Watch, assert_close, relative_error
 from tests.conftest import ROOT, build, step
