@@ -82,6 +82,7 @@ def recurrence(op: str, backend: str, dtype: torch.dtype, size: Size) -> Case:
         "linear_attention, channels": [q, k, v, -0.1 * torch.rand(*shape, head_dim, device=DEVICE)],
         "delta_rule": [q, k, v, gates[0] * 10],
         "delta_rule, decay": [q, k, v, gates[0] * 10, -gates[1]],
+        "delta_rule, channels": [q, k, v, gates[0] * 10, -0.1 * torch.rand(*shape, head_dim, device=DEVICE)],
         "neural_memory": [q, k, v, *gates.clone()],
         "neural_memory, two layers": [q, k, v, *gates.clone()],
         "segmented_neural_memory": [q, k, v, *gates.clone()],
@@ -225,6 +226,7 @@ BACKENDS = ("triton", "reference")
 OPS: dict[str, tuple[Callable[..., Case], tuple[str, ...]]] = {
     "delta_rule, decay": (recurrence, ("triton", "fla", "reference")),
     "delta_rule": (recurrence, ("triton", "fla", "reference")),
+    "delta_rule, channels": (recurrence, ("triton", "fla", "reference")),
     "linear_attention, channels": (recurrence, ("triton", "fla", "reference")),
     "linear_attention, decay": (recurrence, ("triton", "fla", "reference")),
     "linear_attention": (recurrence, ("triton", "fla", "reference")),
@@ -292,6 +294,7 @@ def goals(dtype: torch.dtype, size: Size) -> list[Goal]:
         sparse(8, 2.0),
         beside_fla("delta_rule, decay"),
         beside_fla("linear_attention, channels"),
+        beside_fla("delta_rule, channels"),
         sparse(32, 4.6),
         beside_fla("delta_rule"),
         Goal(timed("routed delta_rule"), timed("routed delta_rule, its scans alone"), 1 / 1.15),

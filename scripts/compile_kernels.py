@@ -111,6 +111,7 @@ def cases(dtype: str, size: int, sample: bool) -> Iterator[tuple[str, Callable[[
     yield f"{name} scalar", both(linear_attention_triton, q, k, v, gate, cu, state)
     yield f"{name} channel", both(linear_attention_triton, q, k, v, channel, None, None)
     yield f"{name} delta, decay", both(delta_rule_triton, q, k, v, gate, gate, cu, state)
+    yield f"{name} delta, channel", both(delta_rule_triton, q, k, v, gate, channel, None, None)
     yield f"{name} delta, decay, step", once(delta_rule_triton, *first(q, k, v, gate, gate), None, None)
     if not sample:
         yield f"{name} channel, step", once(linear_attention_triton, *first(q, k, v, channel), cu, state)

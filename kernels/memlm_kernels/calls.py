@@ -193,6 +193,7 @@ CALLS = {
     "linear_attention, channels": also(LINEAR, QK),
     "delta_rule": DELTA,
     "delta_rule, decay": also(DELTA, GATE),
+    "delta_rule, channels": also(DELTA, QK),
     "neural_memory": TITANS,
     "neural_memory, two layers": TITANS._replace(
         floats=RECURRENCE | GATES | {"weights": ("H", "K", "V+2"), "hidden": ("H", "V+2", "V")}

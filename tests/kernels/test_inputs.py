@@ -30,7 +30,7 @@ NO_INTEGERS = [torch.float32, torch.bool, torch.int16, torch.int8, torch.uint8]
 
 
 # An op has one kind of call here, because kinds share their checks. Memories of two layers have their own kernels.
-KINDS = ("linear_attention", "linear_attention, channels", "delta_rule, decay")
+KINDS = ("linear_attention", "linear_attention, channels", "delta_rule, decay", "delta_rule, channels")
 OPS = {name.removesuffix(", decay"): call for name, call in CALLS.items() if name not in KINDS}
 
 

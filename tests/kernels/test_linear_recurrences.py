@@ -13,7 +13,7 @@ from memlm_kernels import (
 from memlm_kernels.recurrence.naive import recurrence
 from memlm_kernels.testing import Watch, assert_close, grads_of
 
-OPS = ["linear", "linear_scalar", "linear_channel", "delta", "delta_decay"]
+OPS = ["linear", "linear_scalar", "linear_channel", "delta", "delta_decay", "delta_channel"]
 # Segments of three rows: whole rows; empty, one-token and unfinished segments; rows of padding alone.
 CUTS = {
     "whole": None,
@@ -34,6 +34,7 @@ def inputs(op, length=75, heads=2, keys=6, values=5, dtype=torch.float64):
         "linear_channel": [q, k, v, decay],
         "delta": [q, k, v, beta],
         "delta_decay": [q, k, v, beta, decay[..., 0]],
+        "delta_channel": [q, k, v, beta, decay],
     }[op]
 
 
@@ -101,7 +102,7 @@ def test_one_token_is_a_step_of_its_own(op):
 @pytest.mark.parametrize("op", OPS)
 def test_a_chunk_takes_few_operations(op, segmented):
     """Forward and backward: only the state goes from chunk to chunk; all else is done for all chunks at once."""
-    operations, width = [], 16 if op == "linear_channel" else 32
+    operations, width = [], 16 if op.endswith("channel") else 32
     for length in (512, 1024):
         tensors = [x.requires_grad_() for x in inputs(op, length, heads=1, dtype=torch.float32)]
         cu = torch.tensor([[0, 100, length]] * 3) if segmented else None
@@ -122,7 +123,7 @@ def test_any_length_in_fp32(op, length):
     assert_close("state", expected[1], got[1], 1e-5)
 
 
-@pytest.mark.parametrize("op", ["linear_scalar", "linear_channel", "delta_decay"])
+@pytest.mark.parametrize("op", ["linear_scalar", "linear_channel", "delta_decay", "delta_channel"])
 def test_strong_decay_neither_overflows_nor_loses_digits(op):
     tensors = inputs(op, 200)
     tensors[-1] = tensors[-1] * 40
@@ -205,7 +206,7 @@ def test_one_token_of_a_neural_memory_is_a_step_of_its_own(momentum):
     [
         ({"k": torch.zeros(3, 75, 2, 4)}, r"q \[3, 75, 2, 6\] and k \[3, 75, 2, 4\] must be"),
         ({"beta": torch.zeros(3, 75)}, r"beta \[3, 75\] must be \[B, T, H\]"),
-        ({"log_decay": torch.zeros(3, 75, 2, 6)}, "log_decay"),
+        ({"log_decay": torch.zeros(3, 75, 2, 5)}, r"log_decay .* or \[B, T, H, K\] = "),
         ({"cu_seqlens": torch.zeros(2, 3, dtype=torch.long)}, r"cu_seqlens \[2, 3\] must be integers \[B, S \+ 1\]"),
         ({"cu_seqlens": torch.zeros(3, 3)}, "cu_seqlens is float32; give int64 or int32"),
         ({"state": torch.zeros(3, 2, 2, 6, 5)}, r"state \[3, 2, 2, 6, 5\] must be \[B, S, H, K, V\]"),

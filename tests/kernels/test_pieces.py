@@ -42,6 +42,10 @@ RULES = {
         lambda q, k, v, beta, decay, channels, **o: linear_attention(q, k, v, channels, **o),
         True,
     ),
+    "delta, a decay per channel": (
+        lambda q, k, v, beta, decay, channels, **o: delta_rule(q, k, v, beta, channels, **o),
+        False,
+    ),
 }
 
 

@@ -99,7 +99,7 @@ def test_recurrence_in_16_bits(op, dtype):
     compare(recurrence(op), [*tensors, torch.randn(1, 1, 1, 20, 20, dtype=torch.float64)], dtype)
 
 
-@pytest.mark.parametrize("op", ["linear_scalar", "linear_channel", "delta_decay"])
+@pytest.mark.parametrize("op", ["linear_scalar", "linear_channel", "delta_decay", "delta_channel"])
 def test_strong_decay_neither_overflows_nor_loses_digits(op):
     tensors = [x[:1] for x in inputs(op, heads=1)]
     tensors[-1] = tensors[-1] * 40

@@ -22,6 +22,7 @@ def decay_channels(
     chunks,
     q_decayed,
     k_decayed,
+    k_carried,
     kept,
     T,
     N,
@@ -32,6 +33,8 @@ def decay_channels(
 ):
     """q with the decays from its chunk's start on, k with those behind it, and the share that a chunk keeps of each
     channel, [B, N, H, K]: all kernels of states take the same.
+
+    k_carried: k with the decays from its chunk's start on, or None
     """
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (K + BK - 1) // BK
@@ -45,7 +48,10 @@ def decay_channels(
     b_q, b_k = load_tile(q, base, rows, i_k, inside, K), load_tile(k, base, rows, i_k, inside, K)
     b_g = load_tile(log_decay, base, rows, i_k, inside, K).to(tl.float32)
     b_behind = channels_behind(log_decay, base, start, end, i_k, H, K, BT)
-    store_tile(q_decayed, b_q * tl.exp(tl.cumsum(b_g, 0)), base, rows, i_k, inside, K)
+    b_from_start = tl.exp(tl.cumsum(b_g, 0))
+    store_tile(q_decayed, b_q * b_from_start, base, rows, i_k, inside, K)
+    if k_carried is not None:
+        store_tile(k_carried, b_k * b_from_start, base, rows, i_k, inside, K)
     store_tile(k_decayed, b_k * tl.exp(b_behind), base, rows, i_k, inside, K)
     tl.store(kept + ((row * N + n) * H + h) * K + i_k, tl.exp(tl.sum(b_g, 0)), mask=i_k < K)
 
@@ -306,4 +312,50 @@ def channel_keys_backward(
     b_dg += (b_kept * tl.exp(tl.sum(b_g, 0)))[None, :]
     store_tile(d_q, b_dq, base, rows, i_k, inside, K)
     store_tile(d_k, b_dk + b_inner, base, rows, i_k, inside, K)
+    store_tile(d_decay, b_dg, base, rows, i_k, inside, K)
+
+
+@tiled([{"BK": 32, "num_warps": 4, "num_stages": 1}])
+@triton.jit(do_not_specialize=_SIZES)
+def corrections_backward(
+    k,
+    log_decay,
+    chunks,
+    of_reads,
+    of_solutions,
+    of_rows,
+    of_columns,
+    decay_of_reads,
+    d_k,
+    d_decay,
+    T,
+    N,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Sums the gradients of some channels of the delta rule's k and decay, from their parts.
+
+    of_reads, decay_of_reads: those of ``channel_keys_backward``; of_solutions: of k with the decays from its chunk's
+    start on; of_rows, of_columns: through the pairs k_i . k_j, of k_i and of k_j
+    """
+    program = tl.program_id(0).to(tl.int64)
+    tiles: tl.constexpr = (K + BK - 1) // BK
+    tile, h, n, row = part_of(program, tiles, H, N)
+    i_k = (tile * BK).to(tl.int32) + tl.arange(0, BK)
+    start, end = chunk_span(chunks, row, n, N, T, BT)
+    if start >= end:
+        return
+    inside = start + tl.arange(0, BT) < end
+    base, rows = (row * T + start) * H + h, tl.arange(0, BT) * H
+    b_k = load_tile(k, base, rows, i_k, inside, K).to(tl.float32)
+    b_g = load_tile(log_decay, base, rows, i_k, inside, K).to(tl.float32)
+    b_carried = load_tile(of_solutions, base, rows, i_k, inside, K) * tl.exp(tl.cumsum(b_g, 0))
+    b_rows = load_tile(of_rows, base, rows, i_k, inside, K)
+    b_columns = load_tile(of_columns, base, rows, i_k, inside, K)
+    b_dk = load_tile(of_reads, base, rows, i_k, inside, K) + b_carried + b_rows + b_columns
+    b_up_to = (b_carried + b_rows - b_columns) * b_k
+    b_dg = load_tile(decay_of_reads, base, rows, i_k, inside, K) + tl.cumsum(b_up_to, 0, reverse=True)
+    store_tile(d_k, b_dk, base, rows, i_k, inside, K)
     store_tile(d_decay, b_dg, base, rows, i_k, inside, K)

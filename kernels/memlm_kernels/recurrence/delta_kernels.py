@@ -32,6 +32,7 @@ def inverses(
     k,
     beta,
     log_decay,
+    pairs,
     chunks,
     Y,
     T,
@@ -42,7 +43,7 @@ def inverses(
     BT: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Y: [B, N, H, BT, BT]"""
+    """Y: [B, N, H, BT, BT]; pairs: alike, k k^T with a decay per channel, or None"""
     program = tl.program_id(0).to(tl.int64)
     _tile, h, n, row = part_of(program, 1, H, N)
     start, end = chunk_span(chunks, row, n, N, T, BT)
@@ -52,9 +53,12 @@ def inverses(
     inside = start + i_t < end
     base, rows = (row * T + start) * H + h, i_t * H
     b_A = tl.zeros([BT, BT], tl.float32)
-    for i in range((K + BK - 1) // BK):
-        b_k = load_tile(k, base, rows, i * BK + tl.arange(0, BK), inside, K)
-        b_A += tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
+    if pairs is not None:
+        b_A += load_tile(pairs, program * BT, i_t, i_t, i_t < BT, BT)
+    else:
+        for i in range((K + BK - 1) // BK):
+            b_k = load_tile(k, base, rows, i * BK + tl.arange(0, BK), inside, K)
+            b_A += tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
     b_A *= tl.load(beta + base + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
     if log_decay is not None:
         b_A *= decay_between(tl.load(log_decay + base + rows, mask=inside, other=0.0).to(tl.float32), BT)
@@ -111,6 +115,7 @@ def delta_states_forward(
     W,
     U,
     log_decay,
+    kept,
     cu,
     first,
     initial,
@@ -128,7 +133,10 @@ def delta_states_forward(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Some columns of a segment's state, from chunk to chunk, and the corrections d: [B, T, H, V]."""
+    """Some columns of a segment's state, from chunk to chunk, and the corrections d: [B, T, H, V].
+
+    With a decay per channel, k already has it, and ``kept`` has the share of the state that a chunk keeps.
+    """
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (V + BV - 1) // BV
     tile, h, s, row = part_of(program, tiles, H, S)
@@ -148,7 +156,9 @@ def delta_states_forward(
         b_d = load_tile(U, base, rows, i_v, inside, V).to(tl.float32)
         b_d -= tl.dot(b_W, b_state.to(b_W.dtype), input_precision=PRECISION)
         store_tile(d, b_d, base, rows, i_v, inside, V)
-        if log_decay is not None:
+        if kept is not None:
+            b_state *= tl.load(kept + ((row * N + n + i) * H + h) * K + i_k, mask=i_k < K, other=0.0)[:, None]
+        elif log_decay is not None:
             b_keep = tl.load(log_decay + base + rows, mask=inside, other=0.0).to(tl.float32)
             b_d *= tl.exp(decay_behind(log_decay, base, begin + i * BT, end, H, BT))[:, None]
             b_state *= tl.exp(tl.sum(b_keep))
@@ -166,6 +176,7 @@ def delta_states_backward(
     k,
     W,
     log_decay,
+    kept,
     cu,
     first,
     d_o,
@@ -187,7 +198,8 @@ def delta_states_backward(
 ):
     """Gradients of some columns of the states that chunks end with, and of d.
 
-    d_local: the gradient of d through its own chunk's reads; d_d: all of it
+    d_local: the gradient of d through its own chunk's reads; d_d: all of it; kept: as in forward, q and k then have
+    their decays
     """
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (V + BV - 1) // BV
@@ -208,7 +220,9 @@ def delta_states_backward(
         b_k = load_tile(k, base, rows, i_k, inside, K)
         b_o = load_tile(d_o, base, rows, i_v, inside, V)
         b_d = tl.dot(b_k, b_state.to(b_k.dtype), input_precision=PRECISION)
-        if log_decay is not None:
+        if kept is not None:
+            b_state *= tl.load(kept + ((row * N + n + i) * H + h) * K + i_k, mask=i_k < K, other=0.0)[:, None]
+        elif log_decay is not None:
             b_g = tl.load(log_decay + base + rows, mask=inside, other=0.0).to(tl.float32)
             b_d *= tl.exp(decay_behind(log_decay, base, begin + i * BT, end, H, BT))[:, None]
             b_state *= tl.exp(tl.sum(b_g))
@@ -232,6 +246,7 @@ def solutions_backward(
     v,
     beta,
     log_decay,
+    pairs,
     chunks,
     Y,
     W,
@@ -256,6 +271,7 @@ def solutions_backward(
     """Gradients of the inputs of a chunk's U and W, from those of d = U - W M.
 
     d_k: through beta exp(g) k alone; d_decay: through U and W; d_pairs: [B, N, H, BT, BT], of the products k k^T
+    pairs: as in ``inverses``; k then has its decays from the chunk's start on, and log_decay is None
     """
     program = tl.program_id(0).to(tl.int64)
     _tile, h, n, row = part_of(program, 1, H, N)
@@ -296,9 +312,12 @@ def solutions_backward(
         store_tile(d_k, b_P * b_weight[:, None], base, rows, i_k, inside, K)
     # Not above, where registers are short.
     b_pairs = tl.zeros([BT, BT], tl.float32)
-    for j in range((K + BK - 1) // BK):
-        b_k = load_tile(k, base, rows, j * BK + tl.arange(0, BK), inside, K)
-        b_pairs += tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
+    if pairs is not None:
+        b_pairs += load_tile(pairs, program * BT, i_t, i_t, i_t < BT, BT)
+    else:
+        for j in range((K + BK - 1) // BK):
+            b_k = load_tile(k, base, rows, j * BK + tl.arange(0, BK), inside, K)
+            b_pairs += tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
     b_dA = tl.where(i_t[:, None] > i_t[None, :], b_dA, 0.0)
     if log_decay is not None:
         b_dA *= decay_between(b_g, BT)

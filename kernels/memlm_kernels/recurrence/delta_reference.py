@@ -11,6 +11,9 @@ whose solution is linear in M: with Y = (I + A)^-1 diag(beta), d = U - W M for U
 E[i, j] = exp(g_i - g_j) for j <= i,
 
     o = (exp(g) q) M + (E * q k^T) d              M' = exp(g_C) M + (exp(g_C - g) k)^T d
+
+With a decay per channel, g_i has a number for each channel of the key: exp(g) is a factor of channels, and
+exp(g_i - g_j) a factor of each channel inside k_i . k_j and q_i . k_j.
 """
 
 import torch
@@ -18,11 +21,9 @@ from torch import Tensor
 
 from memlm_kernels.recurrence import one_token
 from memlm_kernels.recurrence.carry import carry
-from memlm_kernels.recurrence.decay import within_chunks
+from memlm_kernels.recurrence.decay import across_channels, channel_scores, within_chunks
+from memlm_kernels.recurrence.linear_reference import CHANNEL_WIDTH, WIDTH
 from memlm_kernels.segments import chunk_width, exact, lay_out, state_of
-
-# Wider chunks are fewer but slower: the work inside a chunk grows with the square of its width.
-_WIDTH = 32
 
 
 def delta_rule_reference(
@@ -35,6 +36,7 @@ def delta_rule_reference(
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     length, values = q.shape[1], v.shape[-1]
+    per_channel = log_decay is not None and log_decay.ndim == 4
     with torch.autocast(q.device.type, enabled=False):
         exact_q = exact(q)
         state = state_of(exact_q, cu_seqlens, *k.shape[2:], values) if state is None else exact(state)
@@ -43,15 +45,21 @@ def delta_rule_reference(
         if length == 1 and cu_seqlens is None:
             o, state = one_token.of_rows(exact_q, exact(k), exact(v), beta, log_decay, state)
             return o.to(v.dtype), state
-        segments = lay_out(cu_seqlens, length, chunk_width(length, cu_seqlens, _WIDTH))
+        width = chunk_width(length, cu_seqlens, CHANNEL_WIDTH if per_channel else WIDTH)
+        segments = lay_out(cu_seqlens, length, width)
         q_c, k_c, v_c = (segments.lay(x).flatten(0, 2) for x in (exact_q, exact(k), exact(v)))
-        gates = [exact(x) for x in (beta, log_decay) if x is not None]
-        beta_c, *g = segments.lay(torch.stack(gates, -1)).flatten(0, 2).split(1, -1)
-        scores, A = torch.bmm(q_c, k_c.mT), torch.bmm(k_c, k_c.mT)
+        gates = [exact(x)[..., None] if x.ndim == 3 else exact(x) for x in (beta, log_decay) if x is not None]
+        beta_c, g = segments.lay(torch.cat(gates, -1)).flatten(0, 2).tensor_split([1], -1)
         reads, corrected, writes, keep = q_c, k_c, k_c, None
-        if g:
-            from_start, E, to_end, keep = within_chunks(*g)
-            scores, A = scores * E, A * E
+        if per_channel:
+            from_start, to_end, keep = across_channels(g)
+            scores, A = channel_scores(torch.stack([q_c, k_c]), k_c, g)
+        else:
+            scores, A = torch.bmm(q_c, k_c.mT), torch.bmm(k_c, k_c.mT)
+            if log_decay is not None:
+                from_start, E, to_end, keep = within_chunks(g)
+                scores, A = scores * E, A * E
+        if log_decay is not None:
             reads, corrected, writes = q_c * from_start, k_c * from_start, k_c * to_end
         eye = torch.eye(q_c.shape[1], dtype=q_c.dtype, device=q.device)
         # The solver reads only the entries below the diagonal.

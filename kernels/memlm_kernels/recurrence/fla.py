@@ -120,6 +120,10 @@ def _op(beta: Tensor | None, log_decay: Tensor | None) -> tuple[Callable[..., An
         from fla.ops.delta_rule import chunk_delta_rule
 
         return chunk_delta_rule, {"beta": beta}
+    if log_decay.ndim == 4:
+        from fla.ops.kda import chunk_kda
+
+        return chunk_kda, {"beta": beta, **decay}
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     return chunk_gated_delta_rule, {"beta": beta, **decay}

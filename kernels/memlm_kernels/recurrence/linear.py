@@ -4,6 +4,7 @@ from torch import Tensor
 
 from memlm_kernels.backend import as_autocast, choose, with_triton
 from memlm_kernels.pieces import long_rows
+from memlm_kernels.recurrence.decay import kind_of
 from memlm_kernels.recurrence.fla import limit_of, recurrence, with_fla
 from memlm_kernels.recurrence.linear_reference import linear_attention_reference
 from memlm_kernels.segments import RecurrenceOutput, check_recurrence
@@ -39,7 +40,7 @@ def linear_attention(
     """
     cu_seqlens = check_recurrence(q, k, v, {"log_decay": log_decay}, cu_seqlens, state, ["log_decay"])
     q, k, v = as_autocast(q, k, v)
-    known = with_triton(_kind(log_decay), backend, q, _limit(q, log_decay), v, cu_seqlens)
+    known = with_triton(kind_of("linear_attention", log_decay), backend, q, _limit(q, log_decay), v, cu_seqlens)
     chosen = choose("linear_attention", backend, *with_fla(known, backend, q, limit_of(q, v, log_decay, None)))
     if chosen == "reference" or q.numel() == 0:
         return RecurrenceOutput(*linear_attention_reference(q, k, v, log_decay, cu_seqlens, state))
@@ -51,12 +52,6 @@ def linear_attention(
         return linear_attention_triton(q, k, v, log_decay, cu_seqlens, state)
 
     return RecurrenceOutput(*long_rows(op, q, v, cu_seqlens, state, diagonal=True))
-
-
-def _kind(log_decay: Tensor | None) -> str:
-    if log_decay is None:
-        return "linear_attention"
-    return f"linear_attention, {'channels' if log_decay.ndim == 4 else 'decay'}"
 
 
 def _limit(q: Tensor, log_decay: Tensor | None) -> str | None:

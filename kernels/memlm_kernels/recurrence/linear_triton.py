@@ -55,7 +55,9 @@ class RecurrenceCall:
         self.narrow_limits = {**self.limits, "BK": min(most, self.limits["BK"])}
         # More warps on a block of 16 tokens would compute the same scores.
         self.limits_of_pairs = {"num_warps": 2 if self.limits["BK"] <= 128 else 4}
-        self.sizes = {"T": self.length, "N": self.count, "H": self.heads, "BT": self.width, "PRECISION": precision(q)}
+        # Of kernels without products.
+        self.plain_sizes = {"T": self.length, "N": self.count, "H": self.heads, "BT": self.width}
+        self.sizes = {**self.plain_sizes, "PRECISION": precision(q)}
 
     @property
     def state_shape(self) -> tuple[int, ...]:
@@ -98,14 +100,8 @@ def forward(
     states, final = q.new_empty(call.states_shape), q.new_empty(call.state_shape, dtype=torch.float32)
     o, scores, kept = call.room(v), None, None
     if log_decay is not None and log_decay.ndim == 4:
-        scores = q.new_empty(call.scores_shape)
-        channel_scores(
-            call.at_once(call.width // BLOCK),
-            call.limits_of_pairs,
-            **{"q": q, "k": k, "log_decay": log_decay, "chunks": call.chunks, "scores": scores},
-            **{"K": call.keys, "BC": BLOCK, "BK": call.limits["BK"], **call.sizes},
-        )
-        q, k, kept = _decayed(call, q, k, log_decay)
+        scores = scores_of(call, q, k, log_decay, q.dtype)
+        q, k, kept = decayed(call, q, k, log_decay)
     states_forward(
         call.along,
         call.limits,
@@ -121,16 +117,46 @@ def forward(
     return o, final, states, q.new_empty(0) if scores is None else scores
 
 
-def _decayed(call: RecurrenceCall, q: Tensor, k: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q and k with the decays per channel of their chunks, and the share that each chunk keeps of the state."""
+def scores_of(call: RecurrenceCall, q: Tensor, k: Tensor, log_decay: Tensor, dtype: torch.dtype) -> Tensor:
+    """q k^T of each chunk with a decay per channel, on and below the diagonal."""
+    scores = q.new_empty(call.scores_shape, dtype=dtype)
+    channel_scores(
+        call.at_once(call.width // BLOCK),
+        call.limits_of_pairs,
+        **{"q": q, "k": k, "log_decay": log_decay, "chunks": call.chunks, "scores": scores},
+        **{"K": call.keys, "BC": BLOCK, "BK": call.limits["BK"], **call.sizes},
+    )
+    return scores
+
+
+def scores_gradient(
+    call: RecurrenceCall, q: Tensor, k: Tensor, log_decay: Tensor, d_scores: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of q and k through ``scores_of``, in fp32."""
+    d_q, d_k = (q.new_empty(q.shape, dtype=torch.float32) for _ in "qk")
+    channel_scores_backward(
+        call.at_once(call.width // BLOCK),
+        call.limits_of_pairs,
+        **{"q": q, "k": k, "log_decay": log_decay, "chunks": call.chunks, "d_scores": d_scores},
+        **{"d_q": d_q, "d_k": d_k, "K": call.keys, "BC": BLOCK, "BK": call.limits["BK"], **call.sizes},
+    )
+    return d_q, d_k
+
+
+def decayed(
+    call: RecurrenceCall, q: Tensor, k: Tensor, log_decay: Tensor, k_carried: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k with the decays per channel of their chunks, and the share that each chunk keeps of the state; fills
+    k_carried, see ``decay_channels``.
+    """
     q_decayed, k_decayed = torch.empty_like(q), torch.empty_like(k)
     kept = q.new_empty(call.states_shape[:-1], dtype=torch.float32)
     decay_channels(
         call.at_once(call.keys, "BK"),
         call.limits,
         **{"q": q, "k": k, "log_decay": log_decay, "chunks": call.chunks},
-        **{"q_decayed": q_decayed, "k_decayed": k_decayed, "kept": kept},
-        **{"K": call.keys, **{name: x for name, x in call.sizes.items() if name != "PRECISION"}},
+        **{"q_decayed": q_decayed, "k_decayed": k_decayed, "k_carried": k_carried, "kept": kept},
+        **{"K": call.keys, **call.plain_sizes},
     )
     return q_decayed, k_decayed, kept
 
@@ -163,7 +189,7 @@ def backward(
     sizes = {**call.sizes, "K": call.keys, "V": call.values}
     of_q, of_k, kept, of_scores = q, k, None, None
     if log_decay is not None and log_decay.ndim == 4:
-        (of_q, of_k, kept), of_scores = _decayed(call, q, k, log_decay), scores
+        (of_q, of_k, kept), of_scores = decayed(call, q, k, log_decay), scores
     d_states, d_initial = torch.empty_like(states), q.new_empty(call.state_shape, dtype=torch.float32)
     states_backward(
         call.along,
@@ -182,7 +208,7 @@ def backward(
     given |= {"d_o": d_o, "d_states": d_states}
     if kept is not None:
         d_decay = call.room(log_decay)
-        _channel_keys_backward(call, given, sizes, {"d_q": d_q, "d_k": d_k, "d_decay": d_decay})
+        channel_gradients(call, given, sizes, {"d_q": d_q, "d_k": d_k, "d_decay": d_decay})
     else:
         d_decay = decay_gradient(call, log_decay, given, sizes, {"d_q": d_q, "d_k": d_k})
     return d_q, d_k, d_v, d_decay, d_initial
@@ -204,23 +230,18 @@ def decay_gradient(
     return q.new_empty(0) if log_decay is None else parts.sum(0).to(log_decay.dtype)
 
 
-def _channel_keys_backward(
+def channel_gradients(
     call: RecurrenceCall, given: dict[str, Any], sizes: dict[str, Any], out: dict[str, Tensor]
 ) -> None:
-    q, k, v, log_decay, chunks, d_o = (given[name] for name in ("q", "k", "v", "log_decay", "chunks", "d_o"))
+    """Fill ``out`` with the gradients of q, k and a decay per channel."""
+    q, k, v, log_decay, d_o = (given[name] for name in ("q", "k", "v", "log_decay", "d_o"))
     d_scores = q.new_empty(call.scores_shape, dtype=torch.float32)
     scores_backward(
         call.at_once(1),
         {"BV": call.limits["BV"]},
-        **{"v": v, "chunks": chunks, "d_o": d_o, "d_scores": d_scores, "V": call.values, **call.sizes},
+        **{"v": v, "chunks": call.chunks, "d_o": d_o, "d_scores": d_scores, "V": call.values, **call.sizes},
     )
-    inner_q, inner_k = (q.new_empty(q.shape, dtype=torch.float32) for _ in "qk")
-    channel_scores_backward(
-        call.at_once(call.width // BLOCK),
-        call.limits_of_pairs,
-        **{"q": q, "k": k, "log_decay": log_decay, "chunks": chunks, "d_scores": d_scores},
-        **{"d_q": inner_q, "d_k": inner_k, "K": call.keys, "BC": BLOCK, "BK": call.limits["BK"], **call.sizes},
-    )
+    inner_q, inner_k = scores_gradient(call, q, k, log_decay, d_scores)
     channel_keys_backward(
         call.at_once(call.keys, "BK"), call.limits, **given, inner_q=inner_q, inner_k=inner_k, **out, **sizes
     )
