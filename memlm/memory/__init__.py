@@ -21,6 +21,7 @@ Files:
     rules               the update rules of linear memories
     recurrence          from projections to reads by a rule, and the layer that hosts one
     linear_attention, retention, simple_gla, gla, delta_net, gated_delta_net  one rule each
+    kda, comba, momentum_delta_net  later delta rules
     mom                 mixture of memories: router and balance
     chunk_sparse        attention to a window and to chosen chunks of the past
     msa                 Memory Sparse Attention

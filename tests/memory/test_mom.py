@@ -23,6 +23,8 @@ VARIANTS = [
     ("mom", {"rule": "gla", "head_dim": 16, "value_dim": 12, "conv": "before_routing"}),
     ("mom", {"rule": "delta_net", "top_k": 3, "balance_bias": True, "z_loss": 0.001}),
     ("mom", {"rule": "titans", "chunk_size": 4, "head_dim": 16, "num_memories": 3}),
+    ("mom", {"rule": "kda", "head_dim": 16, "num_memories": 3}),
+    ("mom", {"rule": "momentum_delta_net", "head_dim": 16, "num_memories": 3, "single_kv": True}),
     ("mom", {"window_size": 5, "num_memories": 7, "num_heads": 2, "head_dim": 16, "initial_decay": None}),
 ]
 GOLDEN = ["shared", "noshared", "single_kv"]
@@ -43,7 +45,7 @@ def choices(mixer, x):
 
 
 @pytest.mark.parametrize("single_kv", [False, True])
-@pytest.mark.parametrize("rule", [name for name in RULES if name != "titans"])
+@pytest.mark.parametrize("rule", [name for name in RULES if name not in ("titans", "momentum_delta_net")])
 def test_the_layer_is_dense_memories_that_ignore_what_others_get(rule, single_kv):
     """Without sorting: every memory sees every token; a token sent elsewhere neither writes nor decays."""
     mixer = mixer_of(rule=rule, conv="none", single_kv=single_kv, num_heads=2)
