@@ -281,7 +281,8 @@ def _backward_flops(
     *_: Any,
     **__: Any,
 ) -> int:
-    return flops(q, v, cu_seqlens, states=6, of_keys=8 if log_decay is None else 9, of_values=5)
+    of_keys = {0: 8, 3: 9, 4: 7}[len(log_decay or ())]
+    return flops(q, v, cu_seqlens, states=6, of_keys=of_keys, of_values=5)
 
 
 def delta_rule_triton(

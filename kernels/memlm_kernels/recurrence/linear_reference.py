@@ -12,7 +12,8 @@ from memlm_kernels.recurrence.carry import carry
 from memlm_kernels.recurrence.decay import across_channels, channel_scores, within_chunks
 from memlm_kernels.segments import chunk_width, exact, lay_out, state_of
 
-# With a decay per channel, a pair of tokens has a factor per channel, so pairs must be few.
+# Wider chunks are fewer but slower: the work inside a chunk grows with the square of its width. With a decay per
+# channel, a pair of tokens has a factor per channel, so pairs must be few.
 WIDTH, CHANNEL_WIDTH = 32, 16
 
 

@@ -1,7 +1,7 @@
 """Linear attention and the delta rule, one token at a time. With a_t = exp(log_decay_t), for each row and head::
 
     linear attention    M_t = a_t M_{t-1} + k_t^T v_t
-    delta rule          M_t = a_t M_{t-1} + beta_t k_t^T (v_t - k_t a_t M_{t-1})
+    delta rule          M_t = a_t M_{t-1} + beta_t k_t^T (v_t - k_t (a_t M_{t-1}))
     both                o_t = q_t M_t
 
 The chunked form. Both rules are M_t = a_t M_{t-1} + k_t^T d_t, where d_t is v_t for linear attention and the
@@ -12,8 +12,8 @@ log_decay over the chunk's tokens up to i. Unrolled,
     o_i = exp(g_i) q_i M + sum_{j <= i} exp(g_i - g_j) (q_i . k_j) d_j
 
 so all reads of a chunk are matrix products with a mask, and only M goes from chunk to chunk. With a decay per channel,
-exp(g_i - g_j) is a factor of each channel inside q_i . k_j. For the delta rule, a_i M_{i-1} is the first line without
-its term j = i, and so
+exp(g_i - g_j) is a factor of each channel inside q_i . k_j and k_i . k_j. For the delta rule, a_i M_{i-1} is the first
+line without its term j = i, and so
 
     d_i = beta_i (v_i - exp(g_i) k_i M - sum_{j < i} exp(g_i - g_j) (k_i . k_j) d_j)
 
