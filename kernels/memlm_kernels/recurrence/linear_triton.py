@@ -55,7 +55,7 @@ class RecurrenceCall:
         self.narrow_limits = {**self.limits, "BK": min(most, self.limits["BK"])}
         # More warps on a block of 16 tokens would compute the same scores.
         self.limits_of_pairs = {"num_warps": 2 if self.limits["BK"] <= 128 else 4}
-        # Of kernels without products.
+        # Kernels without products take no precision.
         self.plain_sizes = {"T": self.length, "N": self.count, "H": self.heads, "BT": self.width}
         self.sizes = {**self.plain_sizes, "PRECISION": precision(q)}
 
