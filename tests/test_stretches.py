@@ -115,7 +115,6 @@ def test_stretches_on_two_processes_equal_whole_rows(tmp_path):
     counted = [
         ("simple_gla", {"conv_size": 1}),
         ("gated_delta_net", {"conv_size": 1}),
-        ("kda", {"conv_size": 1}),
         ("attention", {"window_size": 9}),
     ]
     routed = {"z_loss": 0.1, "balance_bias": True, "window_size": 8, "rule": "titans", "chunk_size": 4}
