@@ -294,7 +294,6 @@ def goals(dtype: torch.dtype, size: Size) -> list[Goal]:
         sparse(8, 2.0),
         beside_fla("delta_rule, decay"),
         beside_fla("linear_attention, channels"),
-        beside_fla("delta_rule, channels"),
         sparse(32, 4.6),
         beside_fla("delta_rule"),
         Goal(timed("routed delta_rule"), timed("routed delta_rule, its scans alone"), 1 / 1.15),
