@@ -216,7 +216,16 @@ _HINTS = {name: MemLMConfig.__annotations__[name] for name in _SETTINGS}
 _VOCABULARY = {"vocab_size", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"}
 _NOT_IN_STATE = {"use_cache", "initializer_range", "max_position_embeddings", *_VOCABULARY}
 # Settings newer than the first memories on disk, with their defaults: without them, those memories stay accepted.
-_LATER = {"rope_scaling": None, "norm_outputs": False, "qkv_bias": False, "output_bias": False, "rotary": True}
+_LATER = {
+    "rope_scaling": None,
+    "norm_outputs": False,
+    "qkv_bias": False,
+    "output_bias": False,
+    "rotary": True,
+    "max_chunks": 0,
+    "fusion": "joint",
+    "router_dim": 0,
+}
 # Bounds far above any model, so that a damaged file cannot cause a huge allocation.
 _MOST = {
     "vocab_size": 2**24,

@@ -45,8 +45,10 @@ class Insight:
                     watched.append((mixer.router, partial(self._routed, name, mixer)))
                 if isinstance(mixer, chunk_sparse.Mixer | msa.Mixer) and hasattr(mixer, "choice"):
                     settings = mixer.msa if isinstance(mixer, msa.Mixer) else mixer.chunked
-                    self.sizes[name] = settings.chunk_size
-                    watched.append((mixer.choice, partial(self._chosen, name)))
+                    # With a limit, chunks are counted in the state, not in the text.
+                    if not getattr(settings, "max_chunks", 0):
+                        self.sizes[name] = settings.chunk_size
+                        watched.append((mixer.choice, partial(self._chosen, name)))
                 for module, see in watched:
                     stack.callback(module.register_forward_hook(see).remove)
             yield self

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -36,6 +37,11 @@ VARIANTS = [
     ("chunk_sparse", {"chunk_size": 1, "window_size": 5, "gate": "tanh", "qk_norm": True}),
     ("chunk_sparse", {"chunk_size": 50, "window_size": 64}),
     ("chunk_sparse", {"qkv_bias": True, "rotary": False}),
+    ("chunk_sparse", {"max_chunks": 7, "top_k": 6, "far_positions": True}),
+    ("chunk_sparse", {"fusion": "head_gate", "top_k": 2}),
+    ("chunk_sparse", {"fusion": "head_gate", "far_positions": True, "top_k": 2, "max_chunks": 3, "chunk_size": 3}),
+    ("chunk_sparse", {"fusion": "relevance", "router_dim": 5, "top_k": 2}),
+    ("chunk_sparse", {"fusion": "relevance", "router_dim": 4, "top_k": 3, "max_chunks": 4, "chunk_size": 1}),
 ]
 EXACT = 1e-10
 SMALL = dict(chunk_size=4, window_size=6, top_k=2)
@@ -334,9 +340,140 @@ def test_autocast_chooses_in_fp32():
         (dict(loss_weight=-1.0), "loss_weight=-1.0 must not be negative"),
         (dict(conv_size=-1), "conv_size=-1 must be 0"),
         (dict(initialization="recall"), "set conv_size"),
+        (dict(fusion="mean"), "fusion='mean' must be one of joint, relevance, head_gate"),
+        (dict(fusion="relevance", far_positions=False), "fusion='relevance' has a router, and router_dim=0; set 64"),
+        (dict(fusion="relevance", router_dim=8), "far_positions=True: fusion='relevance' encodes places in chunks"),
+        (dict(fusion="relevance", router_dim=8, far_positions=False, top_k=1), "top_k=1: the router of fusion="),
+        (dict(router_dim=8), "router_dim=8 is of fusion='relevance'; leave it out with fusion='joint'"),
+        (dict(fusion="head_gate", learning="distilled"), "learning='distilled' is of fusion='joint'; leave it out"),
+        (dict(fusion="head_gate", gate="tanh"), "gate='tanh' is of fusion='joint'; leave it out"),
+        (dict(max_chunks=-1), r"max_chunks=-1 must be 0 \(all\) or more"),
+        (dict(max_chunks=1), "max_chunks=1 must be top_k=2 at least"),
+        (
+            dict(max_chunks=4, learning="distilled"),
+            "max_chunks=4: learning='distilled' compares with attention to all",
+        ),
         (dict(initialization="best"), "initialization='best' must be one of default, recall"),
     ],
 )
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         chunk_sparse.Config(**{**SMALL, **settings})
+
+
+FUSED = dict(relevance=dict(fusion="relevance", router_dim=5), head_gate=dict(fusion="head_gate"))
+
+
+def fused_loop(mixer, x):
+    """One row of fusion "relevance" or "head_gate", token by token."""
+    config, size, window = mixer.chunked, mixer.chunked.chunk_size, mixer.chunked.window_size
+    positions = torch.arange(len(x))[None]
+    q, k, v = (proj(x).unflatten(-1, (-1, 8)) for proj in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+    turned_q, turned_k = (rotary(z[None], rotary_angles(positions, Rope(8)))[0] for z in (q, k))
+    rows = []
+
+    def attend(query, keys, values):
+        return (torch.stack([query @ key for key in keys]) / 8**0.5).softmax(0) @ torch.stack(values)
+
+    def placed(key, j):
+        back = size - 1 - j % size
+        angles = [back / 10000 ** (2 * i / 8) for i in range(4)]
+        return key + torch.tensor([f(a) for a in angles for f in (math.sin, math.cos)], dtype=x.dtype)
+
+    for t in range(len(x)):
+        last, heads = max(0, (t - window + 1) // size), []
+        chunks = [range(n * size, (n + 1) * size) for n in range(last)]
+        chunks = chunks[-config.max_chunks :] if config.max_chunks else chunks
+        if config.fusion == "relevance":
+            means = [torch.stack([mixer.router_k_proj(x[s]) for s in chunk]).mean(0) for chunk in chunks]
+            scores = [mixer.router_q_proj(x[t]) @ mean / config.router_dim**0.5 for mean in means]
+            best = sorted(range(len(chunks)), key=lambda n: (-scores[n].item(), n))[: config.top_k]
+            weights = torch.stack([scores[n] for n in best]).softmax(0) if best else []
+        for h in range(4):
+            g, far_q, far_k = h // 2, turned_q if config.far_positions else q, turned_k if config.far_positions else k
+            near = range(max(0, t - window + 1), t + 1)
+            y = attend(turned_q[t, h], [turned_k[j, g] for j in near], [v[j, g] for j in near])
+            if config.fusion == "relevance":
+                for weight, n in zip(weights, best, strict=True):
+                    keys = [placed(k[j, g], j) for j in chunks[n]]
+                    y = y + weight * attend(q[t, h], keys, [v[j, g] for j in chunks[n]])
+            elif chunks:
+                means = [torch.stack([k[j, g] for j in chunk]).mean(0) for chunk in chunks]
+                of_group = q[t, 2 * g : 2 * g + 2].sum(0)
+                best = sorted(range(len(chunks)), key=lambda n: (-(of_group @ means[n]).item(), n))[: config.top_k]
+                seen = [j for n in best for j in chunks[n]]
+                chosen = attend(far_q[t, h], [far_k[j, g] for j in seen], [v[j, g] for j in seen])
+                gate = torch.sigmoid(mixer.head_gate.bias[h])
+                y = (1 - gate) * y + gate * chosen
+            heads.append(y)
+        rows.append(torch.cat(heads))
+    return mixer.o_proj(torch.stack(rows))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(fusion="relevance", router_dim=5),
+        dict(fusion="relevance", router_dim=5, max_chunks=3, window_size=9),
+        dict(fusion="head_gate"),
+        dict(fusion="head_gate", far_positions=True, max_chunks=2),
+        dict(fusion="head_gate", window_size=4, max_chunks=4),
+    ],
+    ids=str,
+)
+def test_fusions_are_their_equations(settings):
+    mixer, x, weight = mixer_of(**{"far_positions": False, **settings}), inputs(43), inputs(43, seed=1)[0]
+    if settings["fusion"] == "head_gate":
+        # The gate opens, so that the chosen chunks matter.
+        with torch.no_grad():
+            mixer.head_gate.bias += 8
+    gradients = []
+    for run in (fused_loop, lambda mixer, x: step(mixer, x[None]).y_BTD[0]):
+        copied = copy.deepcopy(mixer)
+        y = run(copied, x[0])
+        (y * weight).sum().backward()
+        gradients.append((y, {name: p.grad for name, p in copied.named_parameters()}))
+    (y, expected), (got_y, got) = gradients
+    assert_close("y", y, got_y, EXACT)
+    for name, grad in expected.items():
+        assert grad.abs().max() > 0
+        assert_close(name, grad, got[name], EXACT)
+    # Any division into calls, also after the state has reached its size.
+    state, parts = None, []
+    for piece in x.split([1, 6, 17, 1, 1, 1, 9, 7], 1):
+        out = step(mixer, piece, state)
+        state, parts = out.state, [*parts, out.y_BTD[0]]
+    assert_close("pieces", y, torch.cat(parts), EXACT)
+
+
+@pytest.mark.parametrize("fusion", chunk_sparse.FUSIONS)
+def test_a_state_of_limited_chunks_has_a_fixed_size(fusion):
+    mixer = mixer_of(**{"far_positions": False, "max_chunks": 3, **FUSED.get(fusion, {})}).eval()
+    whole = mixer_of(**{"far_positions": False, **FUSED.get(fusion, {})}).eval()
+    sizes, x = set(), inputs(90)
+    with torch.no_grad():
+        state = step(mixer, x[:, :40]).state
+        for t in range(40, 90):
+            state = step(mixer, x[:, t : t + 1], state).state
+            sizes.add(tuple((name, y.shape) for name, y in named(state).items()))
+        assert len(sizes) == 1
+        # As long as there are few chunks, the limit has no effect; then it has.
+        few, many = (step(it, x).y_BTD for it in (whole, mixer))
+        assert_close("few chunks", few[:, : 3 * 4], many[:, : 3 * 4], 1e-12)
+        assert relative_error(few[:, 40:], many[:, 40:]) > (1e-6 if fusion == "head_gate" else 1e-3)
+
+
+@pytest.mark.parametrize("fusion", FUSED)
+def test_memory_off_is_the_window_alone_in_other_fusions(fusion):
+    mixer = mixer_of(far_positions=False, **FUSED[fusion]).eval()
+    window = attention.Mixer(attention.Config(SMALL["window_size"]), DIMS, 0).double()
+    window.load_state_dict(mixer.state_dict(), strict=False)
+    with memory_off(mixer):
+        assert_close("y", step(window, inputs(31)).y_BTD, step(mixer, inputs(31)).y_BTD, 1e-12)
+    assert relative_error(step(window, inputs(31)).y_BTD, step(mixer, inputs(31)).y_BTD) > 1e-6
+
+
+def test_the_head_gate_starts_almost_closed():
+    mixer = mixer_of(**FUSED["head_gate"])
+    mixer.reset_parameters()
+    assert mixer.head_gate().tolist() == pytest.approx([3.3535e-4] * 4, rel=1e-4)

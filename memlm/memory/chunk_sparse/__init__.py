@@ -19,15 +19,32 @@ The choice is hard, so it has no gradient, and the mean of a chunk need not matc
 - "distilled", as in DeepSeek's DSA (arXiv:2512.02556): a loss, the cross-entropy of softmax(q . mean k) from each
   chunk's share of dense attention. Training then costs as much as full attention.
 
-Both accept a trained backbone (``train.init_from`` of the kind ``attention``) and keep its outputs while all chunks
-are chosen: "distilled" adds no weights, and "compressed" with ``gate: tanh`` adds nothing at first.
+``fusion`` selects how the chosen chunks join the window. The above is "joint". The others choose only chunks that lie
+whole before the window, and add no ``learning``:
+
+- "head_gate", the reader of LongMem (arXiv:2306.07174): two softmaxes, y[t] = (1 - g) window[t] + g chosen[t], with
+  one learned gate g = sigmoid(b[h]) for each head, almost closed at first (b = -8). The paper's heads each choose;
+  here a group of heads that share keys does. A token that can choose no chunk has g = 0.
+- "relevance", as in HCAM (arXiv:2105.14039), where the chunks are chosen by a router, for all heads:
+
+      r[t, n] = (W_r x[t]) . mean over s in chunk n of (U_r x[s]) / sqrt(router_dim)
+      y[t] = window[t] + sum over the top_k chunks n of softmax(r[t])[n] softmax(q[t] . (k[s] + p[s])) v[s], s in n
+
+  with p a sinusoid of the place of s in its chunk, counted back from its end. The weights give the router a gradient
+  of the language-model loss. A token that can choose no chunk reads zero. HCAM adds p to x, before the projections.
+
+Both forms of ``learning`` accept a trained backbone (``train.init_from`` of the kind ``attention``) and keep its
+outputs while all chunks are chosen: "distilled" adds no weights, and "compressed" with ``gate: tanh`` adds nothing at
+first.
+
+Files:
+
+    config              the settings
+    layout              where the chunks of a call are, and the keys that its tokens see
 
 B batch, T tokens, S keys kept from earlier calls, L = S + T, D hidden, H query heads in G groups, K head dim, N chunks
 of the row, E of them new, C chunk_size.
 """
-
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,65 +53,21 @@ from transformers import initialization as init
 from memlm.layers import rotary, rotary_of_both
 from memlm.memory import attention
 from memlm.memory.base import Dims, MixerOutput
+from memlm.memory.chunk_sparse.config import FUSIONS, GATES, LEARNING, Config
+from memlm.memory.chunk_sparse.layout import Chunks, SeenKeys, last
 from memlm.memory.kv import append, join
 from memlm.memory.parts import memory_share, start_delayed
 from memlm.memory.rows import Rows
 from memlm.memory.state import State
-from memlm.settings import require
 from memlm_kernels import chunk_mean_attention, chunk_sparse_attention, chunk_topk
-from memlm_kernels.grid import keep_last, pick, place
+from memlm_kernels.grid import keep_last, pick
 from memlm_kernels.segments import exact
 
-LEARNING = ("compressed", "distilled")
-GATES = ("sigmoid", "tanh")
-INITIALIZATIONS = ("default", "recall")
+# In a softmax over chosen tokens alone, the token itself gets the score -_FAR^2 sqrt(K), so no weight.
+_FAR = 100.0
 
 
-@dataclass(frozen=True)
-class Config(attention.Projections):
-    """chunk_size: tokens of a chunk.
-    window_size: last tokens that are always seen, at least chunk_size.
-    top_k: chunks that a token chooses.
-    learning: how the choice is trained: "compressed" or "distilled".
-    loss_weight: weight of the distillation loss in each layer.
-    gate: the gate of the read of means: "sigmoid", 1/2 at first; or "tanh", 0 at first, for a trained backbone.
-    far_positions: whether rotary positions encode the distance of chosen tokens, as in full attention. Without them,
-        far tokens look as in training, however long the document.
-    conv_size: width of a causal convolution with SiLU on q, k, v; 0 for none.
-    initialization: "default", or "recall": an engineered prior for associative recall. Queries start equal to keys,
-        and the convolution delays each channel of the keys by 0 to conv_size - 1 tokens.
-
-    The rest is as in ``attention.Projections``.
-    """
-
-    chunk_size: int = 64
-    window_size: int = 512
-    top_k: int = 16
-    learning: str = "compressed"
-    loss_weight: float = 0.1
-    gate: str = "sigmoid"
-    far_positions: bool = True
-    conv_size: int = 0
-    initialization: str = "default"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("chunk_size", "top_k"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        require(
-            self.window_size >= self.chunk_size,
-            f"window_size={self.window_size} must be chunk_size={self.chunk_size} at least, "
-            "because nothing else sees the open chunk; raise it, or lower chunk_size",
-        )
-        require(self.loss_weight >= 0, f"loss_weight={self.loss_weight} must not be negative")
-        require(self.conv_size >= 0, f"conv_size={self.conv_size} must be 0 (none) or more")
-        for name, known in (("learning", LEARNING), ("gate", GATES), ("initialization", INITIALIZATIONS)):
-            value = getattr(self, name)
-            require(value in known, f"{name}={value!r} must be one of {', '.join(known)}")
-        require(
-            self.initialization == "default" or self.conv_size > 0,
-            f"initialization={self.initialization!r} delays keys by a convolution; set conv_size, to 4 say",
-        )
+__all__ = ["FUSIONS", "GATES", "LEARNING", "Chunks", "Config", "Mixer"]
 
 
 class ChosenChunks(nn.Module):
@@ -121,50 +94,17 @@ class Share(nn.Module):
         return self.form(logits_BTH)
 
 
-class Chunks(NamedTuple):
-    """The chunks of a row: first the kept ones of the open document, then those that end in this call. All indices are
-    among the row's L keys.
+class HeadGate(nn.Module):
+    """The chosen chunks' share of each head, [H]."""
 
-    starts_BN: the start of each chunk; None: the keys are cut into chunks from the first key on
-    first_BT, end_BT: a token may choose chunks first to end - 1, which begin before its window
-    document_BT: the start of each token's document
-    new: the chunks that end in this call: their number; or, for a fixed number of slots, the last token [B, E] of
-        each, and the number [B] in use
-    """
+    long_term = True
 
-    starts_BN: Tensor | None
-    first_BT: Tensor
-    end_BT: Tensor
-    document_BT: Tensor
-    new: int | tuple[Tensor, Tensor]
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(heads))
 
-    @staticmethod
-    def of(rows: Rows, past: int, kept: int, config: Config) -> "Chunks":
-        """past, kept: keys and chunks in the state."""
-        positions_BT, size, length = rows.positions_BT, config.chunk_size, rows.length
-        known_BT = (positions_BT - config.window_size + size).clamp(min=0) // size
-        if rows.goes_on and rows.start == past and kept == past // size:
-            none_BT = torch.zeros_like(positions_BT)
-            return Chunks(None, none_BT, known_BT, none_BT, (past + length) // size - kept)
-        token_T = torch.arange(length, device=positions_BT.device)
-        ends_BT = (positions_BT + 1) % size == 0
-        if rows.real_BT is not None:
-            ends_BT = ends_BT & rows.real_BT
-        so_far_BT = ends_BT.long().cumsum(1)
-        most = (length + size - 1) // size
-        # One more slot, for tokens that end no chunk.
-        slot_BT = torch.where(ends_BT, so_far_BT - 1, most)
-        new_BE = place(token_T.expand(len(ends_BT), -1)[..., None], slot_BT, most + 1)[:, :-1, 0]
-        back_N = torch.arange(kept, 0, -1, device=positions_BT.device) * size
-        old_BN = past - (rows.before_B % size)[:, None] - back_N
-        first_BT = kept + so_far_BT - (positions_BT + 1) // size
-        return Chunks(
-            starts_BN=torch.cat([old_BN, past + new_BE - size + 1], 1),
-            first_BT=first_BT,
-            end_BT=first_BT + known_BT,
-            document_BT=past + token_T - positions_BT,
-            new=(new_BE, so_far_BT[:, -1]),
-        )
+    def forward(self) -> Tensor:
+        return torch.sigmoid(exact(self.bias))
 
 
 class Mixer(attention.Mixer):
@@ -174,16 +114,28 @@ class Mixer(attention.Mixer):
         super().__init__(attention.Config(conv_size=config.conv_size, **config.projections()), dims, layer_idx)
         self.chunked, self.any_length = config, False
         self.choice = ChosenChunks()
-        if config.learning == "compressed":
+        # A router's keys do not pass between processes.
+        self.at_once = config.fusion != "relevance"
+        self.compressed = config.fusion == "joint" and config.learning == "compressed"
+        if config.fusion == "relevance":
+            self.router_q_proj, self.router_k_proj = (
+                nn.Linear(dims.hidden_size, config.router_dim, bias=False) for _ in range(2)
+            )
+        elif config.fusion == "head_gate":
+            self.head_gate = HeadGate(dims.num_attention_heads)
+            self.starts_silent = ("head_gate.bias",)
+        if self.compressed:
             self.gate = nn.Linear(dims.hidden_size, dims.num_attention_heads)
             self.share = Share(config.gate)
             self.starts_silent = ("gate.weight", "gate.bias") if config.gate == "tanh" else ()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        if self.chunked.learning == "compressed":
+        if self.compressed:
             init.zeros_(self.gate.weight)
             init.zeros_(self.gate.bias)
+        if self.chunked.fusion == "head_gate":
+            init.constant_(self.head_gate.bias, -8.0)
         if self.chunked.initialization == "recall":
             groups, head_dim = self.dims.num_key_value_heads, self.dims.head_dim
             keys = self.k_proj.weight.unflatten(0, (groups, head_dim))
@@ -192,11 +144,15 @@ class Mixer(attention.Mixer):
 
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         state = super().init_state(batch_size, device, dtype)
-        means = ("k", "v") if self.chunked.learning == "compressed" else ("k",)
+        if self.chunked.fusion == "relevance":
+            router = torch.zeros(batch_size, 0, 1, self.chunked.router_dim, device=device, dtype=dtype)
+            # Rotated keys of the window, and the router's keys of the open chunk.
+            return state | {"near": state["k"], "router": router, "pooled": {"router": exact(router)}}
+        means = ("k", "v") if self.compressed else ("k",)
         return state | {"pooled": {name: exact(state[name]) for name in means}}
 
     def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
-        config, length, positions_BT = self.chunked, rows.length, rows.positions_BT
+        config, length = self.chunked, rows.length
         (q_BTHK, k_BTGK, v_BTGK), after = self.project(x_BTD, state, rows)
         if length == 0:
             return MixerOutput(self.output(q_BTHK), state, {}, {})
@@ -207,47 +163,75 @@ class Mixer(attention.Mixer):
                 state, turned_BTGK, v_BTGK = self._joined(turned_BTGK, v_BTGK, state, rows)
             else:
                 state, k_BTGK, v_BTGK = self._joined(k_BTGK, v_BTGK, state, rows)
-        past, kept = state["v"].shape[1], state["pooled"]["k"].shape[1]
+        past, kept = state["v"].shape[1], next(iter(state["pooled"].values())).shape[1]
         # Equal settings imply equal sizes. A size in a key would be a constant of compiled code.
-        settings = (config.chunk_size, config.window_size)
+        settings = (config.chunk_size, config.window_size, config.behind, config.max_chunks)
         chunks = rows.once(("chunks", settings), lambda: Chunks.of(rows, past, kept, config))
-        # Past keys are kept in one form, rotated or not. Only near keys are needed in the other: the window and the
-        # open chunk.
-        near = min(state["k"].shape[1], config.window_size - 1)
-        recent_BSGK = state["k"][:, state["k"].shape[1] - near :]
-        recent_BSGK = rotary(recent_BSGK, self._recent_angles(rows, near, recent_BSGK.dtype))
-        if config.far_positions:
-            seen_BLGK, after["k"] = append(state["k"], turned_BTGK, rows.lengths_B)
-            far, plain_BLGK = None, join(recent_BSGK, k_BTGK)
-        else:
-            plain_BLGK, after["k"] = append(state["k"], k_BTGK, rows.lengths_B)
-            far, seen_BLGK = (q_BTHK, plain_BLGK), join(recent_BSGK, turned_BTGK)
         v_BLGK, after["v"] = append(state["v"], v_BTGK, rows.lengths_B)
         after["pooled"] = {}
-        pooled_BNGK = self._pooled(plain_BLGK, chunks, "k", state, after)
+        if config.fusion == "relevance":
+            placed_BTGK = k_BTGK + self._places(rows, k_BTGK.dtype)
+            far_BLGK, after["k"] = append(state["k"], placed_BTGK, rows.lengths_B)
+            seen_BLGK, near_BLGK = append(state["near"], turned_BTGK, rows.lengths_B)
+            after["near"] = last(near_BLGK, config.window_size - 1)
+            keys = SeenKeys(far_BLGK, (q_BTHK, far_BLGK), seen_BLGK)
+        else:
+            keys = self._keys((q_BTHK, k_BTGK), (turned_BTHK, turned_BTGK), state, after, rows)
+        fuse = {"joint": self._joint, "relevance": self._relevance, "head_gate": self._gated}[config.fusion]
+        out = fuse(x_BTD, (q_BTHK, turned_BTHK), keys, v_BLGK, chunks, state, after, rows)
+        if config.max_chunks:
+            tokens = (config.chunks_kept + 1) * config.chunk_size - 1
+            after |= {name: last(after[name], tokens) for name in ("k", "v")}
+            after["pooled"] = {name: last(x, config.chunks_kept) for name, x in after["pooled"].items()}
+        return out._replace(y_BTD=self.output(out.y_BTD), state=after)
+
+    def _keys(
+        self,
+        plain: tuple[Tensor, Tensor],
+        turned: tuple[Tensor, Tensor],
+        state: State,
+        after: State,
+        rows: Rows,
+    ) -> SeenKeys:
+        """plain, turned: queries and keys of the call before and after the rotation."""
+        (q_BTHK, k_BTGK), (_, turned_BTGK) = plain, turned
+        # Past keys are kept in one form, rotated or not. Only near keys are needed in the other: the window and the
+        # open chunk.
+        near = min(state["k"].shape[1], self.chunked.window_size - 1)
+        recent_BSGK = state["k"][:, state["k"].shape[1] - near :]
+        recent_BSGK = rotary(recent_BSGK, self._recent_angles(rows, near, recent_BSGK.dtype))
+        if self.chunked.far_positions:
+            seen_BLGK, after["k"] = append(state["k"], turned_BTGK, rows.lengths_B)
+            return SeenKeys(join(recent_BSGK, k_BTGK), None, seen_BLGK)
+        plain_BLGK, after["k"] = append(state["k"], k_BTGK, rows.lengths_B)
+        return SeenKeys(plain_BLGK, (q_BTHK, plain_BLGK), join(recent_BSGK, turned_BTGK))
+
+    def _joint(
+        self,
+        x_BTD: Tensor,
+        queries: tuple[Tensor, Tensor],
+        keys: SeenKeys,
+        v_BLGK: Tensor,
+        chunks: Chunks,
+        state: State,
+        after: State,
+        rows: Rows,
+    ) -> MixerOutput:
+        """One softmax over the window and the chosen chunks, before the output's projection."""
+        config, (q_BTHK, turned_BTHK) = self.chunked, queries
+        pooled_BNGK = self._pooled(keys.plain, chunks, "k", state, after)
         spans: tuple[Tensor, Tensor] | None = (chunks.first_BT, chunks.end_BT)
         known, top_k = pooled_BNGK.shape[1], config.top_k
-        if length == 1 and chunks.starts_BN is None:
+        if rows.length == 1 and chunks.starts_BN is None and not config.max_chunks:
             # The host knows which chunks the token may choose.
-            spans, known = None, max(0, past - config.window_size + config.chunk_size) // config.chunk_size
+            spans, known = None, max(0, state["v"].shape[1] - config.behind) // config.chunk_size
             top_k = min(top_k, max(1, known))
         may_BNGK = pooled_BNGK[:, :known]
-
         chosen_BTGJ = chunk_topk(q_BTHK, may_BNGK, top_k=top_k, spans=spans)
-        seen_BTHK = chunk_sparse_attention(
-            turned_BTHK,
-            seen_BLGK,
-            v_BLGK,
-            self.choice(chosen_BTGJ) - 1,
-            chunks.starts_BN,
-            chunk_size=config.chunk_size,
-            window=config.window_size,
-            positions=None if chunks.starts_BN is None else positions_BT,
-            far=far,
-        ).o
+        seen_BTHK = self._read(turned_BTHK, keys.near, v_BLGK, self.choice(chosen_BTGJ) - 1, chunks, rows, keys.far)
         aux_losses: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
-        if config.learning == "compressed":
+        if self.compressed:
             pooled_v_BNGK = self._pooled(v_BLGK, chunks, "v", state, after)
             means_BTHK = chunk_mean_attention(q_BTHK, may_BNGK, pooled_v_BNGK[:, :known], spans=spans).o
             gate_BTH = self.share(self.gate(x_BTD))
@@ -256,13 +240,133 @@ class Mixer(attention.Mixer):
                 metrics = {"gate": gate_BTH.detach().mean(), "memory_share": memory_share(means_BTHK, seen_BTHK)}
             seen_BTHK = seen_BTHK + means_BTHK
         elif self.training and config.loss_weight:
-            dense = far or (turned_BTHK, seen_BLGK)
+            dense = keys.far or (turned_BTHK, keys.near)
             aux_losses["router"] = config.loss_weight * self._unlike_dense(
                 q_BTHK, pooled_BNGK, dense, chunks, state, rows
             )
             if rows.metrics:
                 metrics["router"] = aux_losses["router"].detach().mean()
-        return MixerOutput(self.output(seen_BTHK), after, aux_losses, metrics)
+        return MixerOutput(seen_BTHK, after, aux_losses, metrics)
+
+    def _gated(
+        self,
+        x_BTD: Tensor,
+        queries: tuple[Tensor, Tensor],
+        keys: SeenKeys,
+        v_BLGK: Tensor,
+        chunks: Chunks,
+        state: State,
+        after: State,
+        rows: Rows,
+    ) -> MixerOutput:
+        """A softmax over the window and one over the chosen chunks, mixed by each head's gate."""
+        q_BTHK, turned_BTHK = queries
+        pooled_BNGK = self._pooled(keys.plain, chunks, "k", state, after)
+        spans = chunks.first_BT, chunks.end_BT
+        index_BTGJ = self.choice(chunk_topk(q_BTHK, pooled_BNGK, top_k=self.chunked.top_k, spans=spans)) - 1
+        window_BTHK = self._window(turned_BTHK, keys, v_BLGK, chunks, rows)
+        far = keys.far or (turned_BTHK, keys.near)
+        chosen_BTHK, knows_BTH = self._chosen_alone(far, v_BLGK, index_BTGJ, chunks, rows)
+        gate_BTH1 = (self.head_gate() * knows_BTH)[..., None].to(window_BTHK.dtype)
+        metrics = {}
+        if rows.metrics:
+            share = memory_share(gate_BTH1 * chosen_BTHK, (1 - gate_BTH1) * window_BTHK)
+            metrics = {"gate": gate_BTH1.detach().mean(), "memory_share": share}
+        return MixerOutput(torch.lerp(window_BTHK, chosen_BTHK, gate_BTH1), after, {}, metrics)
+
+    def _relevance(
+        self,
+        x_BTD: Tensor,
+        queries: tuple[Tensor, Tensor],
+        keys: SeenKeys,
+        v_BLGK: Tensor,
+        chunks: Chunks,
+        state: State,
+        after: State,
+        rows: Rows,
+    ) -> MixerOutput:
+        """A softmax over the window, and one over each chosen chunk, weighted by the chunks' relevance."""
+        (_, turned_BTHK), config, groups = queries, self.chunked, v_BLGK.shape[2]
+        router_q, router_k = (proj(x_BTD)[:, :, None] for proj in (self.router_q_proj, self.router_k_proj))
+        router_BL1R, kept_BL1R = append(state["router"], router_k, rows.lengths_B)
+        after["router"] = last(kept_BL1R, config.chunk_size - 1)
+        pooled_BN1R = self._pooled(router_BL1R, chunks, "router", state, after)
+        spans = chunks.first_BT, chunks.end_BT
+        index_BT1J = self.choice(chunk_topk(router_q, pooled_BN1R, top_k=config.top_k, spans=spans)) - 1
+        weight_BTJ = self._weights(router_q, pooled_BN1R, index_BT1J)
+        recalled_BTHK = torch.zeros_like(turned_BTHK)
+        assert keys.far is not None
+        for j in range(config.top_k):
+            index_BTGJ = index_BT1J[..., j : j + 1].expand(-1, -1, groups, -1)
+            read_BTHK, _ = self._chosen_alone(keys.far, v_BLGK, index_BTGJ, chunks, rows)
+            recalled_BTHK = recalled_BTHK + weight_BTJ[..., j, None, None].to(read_BTHK.dtype) * read_BTHK
+        window_BTHK = self._window(turned_BTHK, keys, v_BLGK, chunks, rows)
+        metrics = {"memory_share": memory_share(recalled_BTHK, window_BTHK)} if rows.metrics else {}
+        return MixerOutput(window_BTHK + recalled_BTHK, after, {}, metrics)
+
+    def _weights(self, q_BT1R: Tensor, pooled_BN1R: Tensor, index_BT1J: Tensor) -> Tensor:
+        """softmax over the chosen chunks of their relevance, [B, T, J]; zeros where there is no chunk."""
+        index_BTJ = index_BT1J[:, :, 0]
+        if not pooled_BN1R.shape[1]:
+            return exact(q_BT1R.new_zeros(index_BTJ.shape))
+        key_BTJR = pick(pooled_BN1R[:, :, 0], index_BTJ.clamp(min=0).flatten(1)).unflatten(1, index_BTJ.shape[1:])
+        relevance_BTJ = (exact(q_BT1R) * key_BTJR).sum(-1) * self.chunked.router_dim**-0.5
+        missing_BTJ = index_BTJ < 0
+        least = torch.finfo(relevance_BTJ.dtype).min
+        return relevance_BTJ.masked_fill(missing_BTJ, least).softmax(-1).masked_fill(missing_BTJ, 0.0)
+
+    def _window(self, q_BTHK: Tensor, keys: SeenKeys, v_BLGK: Tensor, chunks: Chunks, rows: Rows) -> Tensor:
+        none_BTGJ = torch.zeros(*q_BTHK.shape[:2], v_BLGK.shape[2], 0, dtype=torch.int64, device=q_BTHK.device)
+        return self._read(q_BTHK, keys.near, last(v_BLGK, keys.near.shape[1]), none_BTGJ, chunks, rows)
+
+    def _chosen_alone(
+        self, far: tuple[Tensor, Tensor], v_BLGK: Tensor, index_BTGJ: Tensor, chunks: Chunks, rows: Rows
+    ) -> tuple[Tensor, Tensor]:
+        """Attention to the tokens of the chosen chunks alone, zeros for a token without; and which have some, [B, T,
+        H].
+        """
+        q_BTHK, k_BLGK = far
+        own_BTGK = k_BLGK.new_full((*q_BTHK.shape[:2], *k_BLGK.shape[2:]), _FAR)
+        low_BTHK = torch.full_like(q_BTHK, -_FAR, requires_grad=False)
+        read_BTHK = self._read(low_BTHK, own_BTGK, v_BLGK, index_BTGJ, chunks, rows, far, window=1)
+        knows_BTH = (index_BTGJ >= 0).any(-1).repeat_interleave(self.num_key_value_groups, 2)
+        return torch.where(knows_BTH[..., None], read_BTHK, 0.0), knows_BTH
+
+    def _read(
+        self,
+        q_BTHK: Tensor,
+        k_BLGK: Tensor,
+        v_BLGK: Tensor,
+        index_BTGJ: Tensor,
+        chunks: Chunks,
+        rows: Rows,
+        far: tuple[Tensor, Tensor] | None = None,
+        window: int | None = None,
+    ) -> Tensor:
+        return chunk_sparse_attention(
+            q_BTHK,
+            k_BLGK,
+            v_BLGK,
+            index_BTGJ,
+            chunks.starts_BN,
+            chunk_size=self.chunked.chunk_size,
+            window=window or self.chunked.window_size,
+            positions=None if chunks.starts_BN is None else rows.positions_BT,
+            far=far,
+        ).o
+
+    def _places(self, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """Sinusoids of the tokens' places in their chunks, counted back from the last one, [B, T, 1, K]."""
+        size, channels = self.chunked.chunk_size, self.dims.head_dim
+
+        def make() -> Tensor:
+            channel_K = torch.arange(channels, device=rows.device)
+            # In fp32, or in fp64 for fp64.
+            rate_K = 10000.0 ** (-(channel_K // 2 * 2).to(torch.promote_types(dtype, torch.float32)) / channels)
+            angle_BTK = (size - 1 - rows.positions_BT % size)[..., None] * rate_K
+            return torch.where(channel_K % 2 == 1, angle_BTK.cos(), angle_BTK.sin()).to(dtype)[:, :, None]
+
+        return rows.once(("places", size, channels, dtype), make)
 
     def _joined(self, k_BTGK: Tensor, v_BTGK: Tensor, state: State, rows: Rows) -> tuple[State, Tensor, Tensor]:
         """The state after the stretches of earlier processes; and keys, as the state has them, and values, to be used

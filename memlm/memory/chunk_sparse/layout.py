@@ -1,0 +1,82 @@
+"""Where the chunks of a call are, and the keys that its tokens see.
+
+B batch, T tokens, L keys, H query heads in G groups, K head dim, N chunks of the row, E of them new.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from memlm.memory.chunk_sparse.config import Config
+from memlm.memory.rows import Rows
+from memlm_kernels.grid import place
+
+
+class Chunks(NamedTuple):
+    """The chunks of a row: first the kept ones of the open document, then those that end in this call. All indices are
+    among the row's L keys.
+
+    starts_BN: the start of each chunk; None: the keys are cut into chunks from the first key on
+    first_BT, end_BT: a token may choose chunks first to end - 1, which begin (joint) or lie before its window
+    document_BT: the start of each token's document
+    new: the chunks that end in this call: their number; or, for a fixed number of slots, the last token [B, E] of
+        each, and the number [B] in use
+    """
+
+    starts_BN: Tensor | None
+    first_BT: Tensor
+    end_BT: Tensor
+    document_BT: Tensor
+    new: int | tuple[Tensor, Tensor]
+
+    @staticmethod
+    def of(rows: Rows, past: int, kept: int, config: Config) -> "Chunks":
+        """past, kept: keys and chunks in the state."""
+        positions_BT, size, length = rows.positions_BT, config.chunk_size, rows.length
+        known_BT = (positions_BT - config.behind).clamp(min=0) // size
+
+        def bounded(first_BT: Tensor) -> tuple[Tensor, Tensor]:
+            end_BT = first_BT + known_BT
+            return torch.maximum(first_BT, end_BT - config.max_chunks) if config.max_chunks else first_BT, end_BT
+
+        if rows.goes_on and rows.start == past and kept == past // size:
+            none_BT = torch.zeros_like(positions_BT)
+            return Chunks(None, *bounded(none_BT), none_BT, (past + length) // size - kept)
+        token_T = torch.arange(length, device=positions_BT.device)
+        ends_BT = (positions_BT + 1) % size == 0
+        if rows.real_BT is not None:
+            ends_BT = ends_BT & rows.real_BT
+        so_far_BT = ends_BT.long().cumsum(1)
+        most = (length + size - 1) // size
+        # One more slot, for tokens that end no chunk.
+        slot_BT = torch.where(ends_BT, so_far_BT - 1, most)
+        new_BE = place(token_T.expand(len(ends_BT), -1)[..., None], slot_BT, most + 1)[:, :-1, 0]
+        back_N = torch.arange(kept, 0, -1, device=positions_BT.device) * size
+        old_BN = past - (rows.before_B % size)[:, None] - back_N
+        first_BT, end_BT = bounded(kept + so_far_BT - (positions_BT + 1) // size)
+        return Chunks(
+            starts_BN=torch.cat([old_BN, past + new_BE - size + 1], 1),
+            first_BT=first_BT,
+            end_BT=end_BT,
+            document_BT=past + token_T - positions_BT,
+            new=(new_BE, so_far_BT[:, -1]),
+        )
+
+
+class SeenKeys(NamedTuple):
+    """Keys of the state and the call; each ends with those of the call.
+
+    plain: not rotated, at least of the call and the open chunk
+    far: queries and keys that score chosen chunks; None: the rotated ones, and ``near`` has all keys
+    near: rotated, at least of the window
+    """
+
+    plain: Tensor
+    far: tuple[Tensor, Tensor] | None
+    near: Tensor
+
+
+def last(x: Tensor, count: int) -> Tensor:
+    """The last entries of [B, L, ...], copied if there are more, so that these can be freed."""
+    return x if x.shape[1] <= count else x[:, x.shape[1] - count :].clone()
