@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from memlm_kernels import proof
+from memlm_kernels.checks import once_a_kind
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -112,6 +113,7 @@ def pick(call: str, backend: str, x: Tensor, limit: str | None, *others: Tensor 
     return choose(op, backend, *with_triton(call, backend, x, limit, *others, products=products))
 
 
+@once_a_kind
 def _against_kernels(tensors: tuple[Tensor | None, ...], products: bool) -> str | None:
     """Why no kernel takes tensors of these types and sizes, None if they may."""
     given = [x for x in tensors if x is not None]

@@ -6,8 +6,8 @@ docstring describes, and touches no memory but its own.
 """
 
 import functools
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,61 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Kernels count with these; narrower integers would overflow.
 INTEGERS = (torch.int64, torch.int32)
 
+# The types of tensors that behave as tensors.
+TENSORS = (Tensor, torch.nn.Parameter)
+# Kinds of calls that a check keeps; a training set has many lengths.
+_MOST_KINDS = 4096
+_VALUES = (type(None), int, str, bool, float)
 
+Found = TypeVar("Found", bound=Hashable)
+
+
+def once_a_kind(function: Callable[..., Found]) -> Callable[..., Found]:
+    """Decorates a function of the shapes, types and devices of tensors, and of numbers and names: its result is kept
+    for each kind of arguments. A decoded token has the kind of the one before, and checks would outlast its kernel.
+
+    The arguments come by position: tensors, hashable values, and tuples, lists and dicts of them.
+    """
+    found: dict[tuple, Found] = {}
+
+    @functools.wraps(function)
+    def of_kind(*arguments: Any) -> Found:
+        # A compiler runs it while it traces, once in any case; its sizes may be symbols.
+        if torch.compiler.is_compiling():
+            return function(*arguments)
+        kind = _kind(arguments)
+        result: Any = found.get(kind, found)
+        if result is found:
+            result = function(*arguments)
+            if len(found) >= _MOST_KINDS:
+                found.clear()
+            found[kind] = result
+        return result
+
+    return of_kind
+
+
+def _kind(parts: Iterable[Any]) -> tuple:
+    kind: list[Hashable] = []
+    for x in parts:
+        of_x = type(x)
+        if of_x in TENSORS:
+            # A device object takes longer than its number; only a CPU and a device without data have the number -1.
+            kind += x.shape, x.dtype, x.get_device(), x.is_cpu
+        elif of_x in _VALUES:
+            kind += (x,)
+        elif of_x in (list, tuple) or isinstance(x, tuple):
+            kind += (_kind(x),)
+        elif isinstance(x, Tensor):
+            kind += x.shape, x.dtype, x.device
+        elif isinstance(x, dict):
+            kind += (*x, _kind(x.values()))
+        else:
+            kind += (x,)
+    return tuple(kind)
+
+
+@once_a_kind
 def check_tensors(floats: Mapping[str, Tensor | None], integers: Mapping[str, Tensor | None] | None = None) -> None:
     """Raise ValueError unless all tensors lie on one device and have types that ops take: float64 mixes with no other
     type, the other floats with each other.
@@ -25,10 +79,6 @@ def check_tensors(floats: Mapping[str, Tensor | None], integers: Mapping[str, Te
     """
     integers = integers or {}
     given = {name: x for name, x in {**floats, **integers}.items() if x is not None}
-    # The usual case is decided fast, because it comes in each layer of each token.
-    kinds = {(x.dtype, x.device) for x in given.values()}
-    if not integers and len(kinds) == 1 and kinds.pop()[0] in FLOATS:
-        return
     first = next(iter(given))
     for name, x in given.items():
         if x.device != given[first].device:

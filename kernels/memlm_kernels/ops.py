@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from memlm_kernels.checks import TENSORS
 
 _LIBRARY = torch.library.Library("memlm", "FRAGMENT")
 
@@ -19,7 +22,7 @@ class Op:
     differentiable: type[torch.autograd.Function] | None = None
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        self.name = name
+        self.name, self.function = name, function
         schema = torch.library.infer_schema(function, mutates_args=())
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         # Compiled code calls the op, and its compiler would look into the function.
@@ -27,7 +30,8 @@ class Op:
         self.overload = getattr(torch.ops.memlm, name).default
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.overload(*args, **kwargs)
+        # The dispatcher turns all arguments into its own types and back, which takes as long as a small op.
+        return self.overload(*args, **kwargs) if kwargs or not _alone(args) else self.function(*args)
 
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Decorates the function that gives the outputs' shapes and types."""
@@ -72,6 +76,34 @@ class Op:
             return [*output] if returns_list else output
 
         _LIBRARY.impl(self.name, autograd, "Autograd", with_keyset=True)
+
+
+def _alone(arguments: Sequence[Any]) -> bool:
+    """Whether nothing but the op's function needs to see a call: no gradient, compiler, transform, mode, profiler or
+    special kind of tensors.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd._profiler_enabled()
+    ):
+        return False
+    return _plain(arguments, torch.is_grad_enabled())
+
+
+def _plain(arguments: Sequence[Any], learns: bool) -> bool:
+    for x in arguments:
+        of_x = type(x)
+        if of_x in TENSORS:
+            if learns and x.requires_grad:
+                return False
+        elif of_x in (list, tuple):
+            if x and not _plain(x, learns):
+                return False
+        elif isinstance(x, Tensor):
+            return False
+    return True
 
 
 def _flat(arguments: Sequence[Any], sizes: Sequence[int | None]) -> list[Any]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memlm_kernels.checks import check_sizes, check_tensors, number, readable, segments_within
+from memlm_kernels.checks import check_sizes, check_tensors, number, once_a_kind, readable, segments_within
 from memlm_kernels.grid import Grid
 
 
@@ -214,6 +214,20 @@ def check_recurrence(
 
     gates: [B, T, H]; those named in ``by_channel`` may also have the shape of q
     """
+    _check_recurrence(q, k, v, gates, cu_seqlens, state, by_channel)
+    return None if cu_seqlens is None else segments_within("cu_seqlens", cu_seqlens, q.shape[1])
+
+
+@once_a_kind
+def _check_recurrence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Mapping[str, Tensor | None],
+    cu_seqlens: Tensor | None,
+    state: Tensor | None,
+    by_channel: Collection[str],
+) -> None:
     if q.ndim != 4 or q.shape != k.shape or v.ndim != 4 or v.shape[:3] != q.shape[:3]:
         raise ValueError(
             f"q {list(q.shape)} and k {list(k.shape)} must be [B, T, H, K], v {list(v.shape)} [B, T, H, V]"
@@ -231,7 +245,6 @@ def check_recurrence(
     if state is not None and state.shape != expected:
         raise ValueError(f"state {list(state.shape)} must be [B, S, H, K, V] = {list(expected)}")
     check_tensors({"q": q, "k": k, "v": v, **gates, "state": state}, {"cu_seqlens": cu_seqlens})
-    return None if cu_seqlens is None else segments_within("cu_seqlens", cu_seqlens, q.shape[1])
 
 
 def check_documents(x: Tensor, cu_seqlens: Tensor | None, start: int | None, has_state: bool) -> Tensor | None:

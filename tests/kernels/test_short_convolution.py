@@ -144,6 +144,8 @@ def test_the_op_keeps_the_rules_of_torch():
     x0, x1 = (part.requires_grad_() for part in parts)
     arguments = (x0, x1, None, weight, state, PACKED.to(DEVICE), True, 1, 3, 0.0, 0.5, torch.float32)
     torch.library.opcheck(torch.ops.memlm.short_convolution, arguments, test_utils=tests)
+    arguments = [part.detach() if isinstance(part, torch.Tensor) else part for part in arguments]
+    torch.library.opcheck(torch.ops.memlm.short_convolution_step, arguments, test_utils=tests[::2])
 
     def call(x, weight, state, backend):
         options = {"silu": True, "unit": 1, "head_dim": 3, "dtype": torch.float32, "backend": backend}

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from memlm_kernels.attention.window_reference import plain, read_blocks, sdpa
 from memlm_kernels.backend import as_autocast, choose, with_triton
-from memlm_kernels.checks import check_range, check_sizes, check_tensors, in_one_type, named, readable
+from memlm_kernels.checks import check_range, check_sizes, check_tensors, in_one_type, named, once_a_kind, readable
 
 
 class WindowAttended(NamedTuple):
@@ -115,6 +115,7 @@ def check_positions(q: Tensor, positions: Tensor | None) -> Tensor | None:
     return positions if readable(positions) else positions.clamp(min=0)
 
 
+@once_a_kind
 def _check(
     q: Tensor,
     k: Tensor,

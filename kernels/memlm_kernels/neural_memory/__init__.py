@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from memlm_kernels.backend import as_autocast, pick
-from memlm_kernels.checks import asks_gradient, check_sizes, check_tensors, named
+from memlm_kernels.checks import asks_gradient, check_sizes, check_tensors, named, once_a_kind
 from memlm_kernels.neural_memory.limits import WIDTH, memory_limit
 from memlm_kernels.neural_memory.losses import InnerLoss, dot_product, huber, lp, squared_error
 from memlm_kernels.neural_memory.network import ACTIVATIONS, Tail
@@ -128,13 +128,8 @@ def neural_memory(
     cu_seqlens are checked on a CPU; on a GPU, numbers outside the row count as the nearest inside. ``naive`` derives
     the chunked form.
     """
-    gates = {"lr": lr, "momentum": momentum, "decay": decay, "weight": weight}
-    _check(q, k, v, gates, weights)
-    _check_memory(q, v, norm, activation, chunk_size, window)
+    _check(q, k, v, lr, momentum, decay, weight, weights, norm, activation, chunk_size, window, state)
     cu_seqlens = check_documents(q, cu_seqlens, start, state is not None)
-    check_tensors({"q": q, "k": k, "v": v, **gates, **named("weights", weights), **named("norm", norm or ())})
-    if state is not None:
-        _check_state(state, q, v, weights, momentum, window)
     q, k, v = as_autocast(q, k, v)
     tokens = Tokens(q, k, v, lr, momentum, decay, weight)
     limit = memory_limit(q, v, weights, norm, loss, window, chunk_size)
@@ -143,9 +138,6 @@ def neural_memory(
     widest = 64
     kind = "neural_memory" if len(weights) == 1 else "neural_memory, two layers"
     if pick(kind, backend, q, limit, v) == "triton":
-        from memlm_kernels.neural_memory.deep import scan_deep
-        from memlm_kernels.neural_memory.triton import memory_triton
-
         if q.shape[1] == 1 and state is not None and start != 0:
             held = (x for part in state[:3] for x in part)
             if not asks_gradient(*tokens, *weights, *(norm or ()), *held):
@@ -155,6 +147,9 @@ def neural_memory(
                 return NeuralMemoryOutput(
                     *step_triton(tokens, state, weights, norm, activation == "silu", *places, with_surprise)
                 )
+        from memlm_kernels.neural_memory.deep import scan_deep
+        from memlm_kernels.neural_memory.triton import memory_triton
+
         scan, blocks, widest = scan_deep, memory_triton, WIDTH
     return NeuralMemoryOutput(
         *neural_memory_reference(
@@ -208,17 +203,42 @@ def read_memory(
     return x.transpose(1, 2).to(q.dtype)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor | None], weights: Sequence[Tensor]) -> None:
+@once_a_kind
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    momentum: Tensor | None,
+    decay: Tensor | None,
+    weight: Tensor | None,
+    weights: Sequence[Tensor],
+    norm: tuple[Tensor, Tensor] | None,
+    activation: str,
+    chunk_size: int,
+    window: int,
+    state: NeuralMemoryState | None,
+) -> None:
     if q.ndim != 4 or q.shape != k.shape or v.ndim != 4 or v.shape[:3] != q.shape[:3]:
         raise ValueError(
             f"q {list(q.shape)} and k {list(k.shape)} must be [B, T, H, K], v {list(v.shape)} [B, T, H, V]"
         )
     check_sizes("q", q)
     check_sizes("v", v)
+    gates = {"lr": lr, "momentum": momentum, "decay": decay, "weight": weight}
     for name, gate in gates.items():
         if gate is not None and gate.shape != q.shape[:3]:
             raise ValueError(f"{name} {list(gate.shape)} must be [B, T, H] = {list(q.shape[:3])}")
     _check_chain(q, weights, v.shape[-1], "H", q.shape[2:3])
+    for name, value in (("chunk_size", chunk_size), ("window", window)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if block_size(chunk_size) > 64:
+        raise ValueError(f"chunk_size={chunk_size} {BLOCKS}")
+    _check_network(q, v.shape[-1], norm, activation)
+    check_tensors({"q": q, "k": k, "v": v, **gates, **named("weights", weights), **named("norm", norm or ())})
+    if state is not None:
+        _check_state(state, q, v, weights, momentum, window)
 
 
 def _check_chain(q: Tensor, weights: Sequence[Tensor], values: int, letters: str, outer: tuple[int, ...]) -> None:
@@ -230,17 +250,6 @@ def _check_chain(q: Tensor, weights: Sequence[Tensor], values: int, letters: str
             f"weights {[list(w.shape) for w in weights]} must chain [{letters}, in, out] from K={q.shape[-1]} to "
             f"V={values} with [{letters}] = {list(outer)}"
         )
-
-
-def _check_memory(
-    q: Tensor, v: Tensor, norm: tuple[Tensor, Tensor] | None, activation: str, chunk_size: int, window: int
-) -> None:
-    for name, value in (("chunk_size", chunk_size), ("window", window)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-    if block_size(chunk_size) > 64:
-        raise ValueError(f"chunk_size={chunk_size} {BLOCKS}")
-    _check_network(q, v.shape[-1], norm, activation)
 
 
 def _check_network(q: Tensor, values: int, norm: tuple[Tensor, Tensor] | None, activation: str) -> None:

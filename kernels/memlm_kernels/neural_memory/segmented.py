@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memlm_kernels.backend import as_autocast, pick
-from memlm_kernels.checks import asks_gradient, check_tensors, in_one_type
+from memlm_kernels.checks import asks_gradient, check_tensors, in_one_type, once_a_kind
 from memlm_kernels.neural_memory.block_rates import block_rates
 from memlm_kernels.neural_memory.blocks import BlockPlan, block_width, in_blocks, inverse
 from memlm_kernels.neural_memory.chunk import Plan, spread
@@ -92,8 +92,8 @@ def segmented_neural_memory(
         if length == 1 and cu_seqlens is None and not asks_gradient(*tokens, memory):
             from memlm_kernels.neural_memory.step_triton import of_segments
 
-            o, after = of_segments(*tokens[:6], position, memory[:, 0], chunk_size)
-            return SegmentedMemoryOutput(o.to(given), SegmentedMemoryState(after[:, None], position + 1))
+            o, last, after = of_segments(*tokens[:6], position, memory[:, 0], chunk_size)
+            return SegmentedMemoryOutput(o.to(given), SegmentedMemoryState(last[:, None], after))
         if by_triton:
             from memlm_kernels.neural_memory.triton import segments_triton
 
@@ -186,6 +186,7 @@ def _one_token(tokens: Tokens, memory: Tensor, opens: Tensor) -> tuple[Tensor, T
     return o, torch.stack([*W_after, *S_after, anchor], 1)[:, None]
 
 
+@once_a_kind
 def _check_state(state: SegmentedMemoryState, momentum: Tensor | None) -> None:
     parts = 2 if momentum is None else 3
     memory, position = state.memory, state.position

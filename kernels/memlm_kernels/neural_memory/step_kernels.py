@@ -42,13 +42,15 @@ def load_gates(lr, momentum, decay, place):
 
 
 @triton.jit
-def place_of(position, real, initial, row, chunk_size):
-    """Whether a row's token starts at ``initial``, whether it opens a chunk, and whether it is one, not padding."""
+def place_of(position, after, real, initial, first, row, chunk_size, TOLD: tl.constexpr):
+    """Whether a row's token starts at ``initial``, whether it opens a chunk, and whether it is one, not padding.
+    The ``first`` program of a row stores the position after it.
+    """
     new = False
     opens = False
     there = True
-    if position is not None:
-        at = tl.load(position + row)
+    at = tl.load(position + row)
+    if not TOLD:
         opens = at % chunk_size == 0
         if initial is not None:
             new = at == 0
@@ -56,6 +58,7 @@ def place_of(position, real, initial, row, chunk_size):
         there = tl.load(real + row) != 0
         new = new & there
         opens = opens & there
+    tl.store(after + row, tl.where(there, at + 1, at), mask=first)
     return new, opens, there
 
 
@@ -75,6 +78,7 @@ def memory_step(
     A,
     initial,
     out,
+    after,
     squares,
     last_W,
     last_S,
@@ -85,6 +89,7 @@ def memory_step(
     of_gates,
     of_memory,
     chunk_size,
+    TOLD: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
@@ -92,8 +97,9 @@ def memory_step(
 ):
     """One token of a row and head, and some columns of its memory.
 
-    position: [B]; at 0 the memory is ``initial`` [H, K, V], if given. None: the token continues a document, and opens
+    position: [B]; at 0 the memory is ``initial`` [H, K, V], if given. TOLD: the token continues a document, and opens
         a chunk if A is None. real: [B], 0 for padding; None: all are real
+    after: [B], the position after the token
     of_keys, of_values, of_gates: elements from a row of q and k, of v, and of the gates to the next; of_memory:
         matrices from a row of W, S and A to the next
     squares: [G, tiles of V], squares of the gradient's norm
@@ -104,7 +110,8 @@ def memory_step(
     row, h = g // H, g % H
     m = row * of_memory + h
     i_k, i_v = tl.arange(0, BK), (tile * BV).to(tl.int32) + tl.arange(0, BV)
-    new, opens, there = place_of(position, real, initial, row, chunk_size)
+    first = (tile == 0) & (h == 0)
+    new, opens, there = place_of(position, after, real, initial, first, row, chunk_size, TOLD)
     b_k = load_vector(k, row * of_keys + h * K, i_k, K)
     b_W, b_A = entered(W, A, initial, new, opens, m, h, i_k, i_v, K, V)
     store_tile(last_A, b_A, m * K, i_k, i_v, i_k < K, V)
@@ -139,6 +146,7 @@ def deep_step(
     initial_1,
     initial_2,
     out,
+    after,
     squares,
     last_W_1,
     last_S_1,
@@ -152,6 +160,7 @@ def deep_step(
     of_gates,
     of_memory,
     chunk_size,
+    TOLD: tl.constexpr,
     K: tl.constexpr,
     X: tl.constexpr,
     V: tl.constexpr,
@@ -167,7 +176,7 @@ def deep_step(
     m = row * of_memory + h
     i_k, i_v = tl.arange(0, BK), tl.arange(0, BV)
     keys = i_k < K
-    new, opens, there = place_of(position, real, initial_1, row, chunk_size)
+    new, opens, there = place_of(position, after, real, initial_1, h == 0, row, chunk_size, TOLD)
     at = row * of_keys + h * K
     b_q, b_k = load_vector(q, at, i_k, K), load_vector(k, at, i_k, K)
     b_v = load_vector(v, row * of_values + h * V, i_v, V)

@@ -20,6 +20,9 @@ from memlm_kernels.segments import exact
 
 Tensors = list[Tensor]
 _PARTS = ("W", "S", "A", "initial", "last_W", "last_S", "last_A")
+# The arguments of the kernels for a memory of each number of layers: a name for each part of each layer.
+_NAMES = {1: _PARTS, 2: tuple(f"{part}_{layer}" for part in _PARTS for layer in (1, 2))}
+_NO_LIMITS: dict[str, int] = {}
 
 
 @kernel_op("neural_memory_step")
@@ -30,7 +33,7 @@ def step(
     lr: Tensor,
     momentum: Tensor | None,
     decay: Tensor | None,
-    position: Tensor | None,
+    position: Tensor,
     real: Tensor | None,
     W: Tensors,
     S: Tensors,
@@ -38,31 +41,32 @@ def step(
     initial: Tensors,
     tail: Tensors,
     chunk_size: int,
+    told: bool,
     silu: bool,
     surprise: bool,
 ) -> Tensors:
     """q, k: [B, 1, H, K]; v: [B, 1, H, V]; lr, momentum, decay: [B, 1, H]; W, S, A: [B, H, in, out] of each layer;
     initial: [H, in, out]; tail: gain and bias [H, V]; S and tail may be empty.
 
-    position: [B] int64, the tokens before this one in its document; at 0 the memory is ``initial``. None: each token
-        continues a document, and opens a chunk if A is empty
+    position: [B] int64, the tokens before this one in its document; at 0 the memory is ``initial``
     real: [B] int64, 0 for a row whose token is padding; None: all are real
+    told: each token continues a document, and opens a chunk if A is empty; initial is not used
 
-    Returns the reads [B, 1, H, V], W, S and A after the token, and with ``surprise`` the squares [B, 1, H, parts] of
-    its gradient's norm.
+    Returns the reads [B, 1, H, V], W, S and A after the token, the position after it, and with ``surprise`` the
+    squares [B, 1, H, parts] of its gradient's norm.
     """
-    found = _results(q, v, W, S, surprise)
-    layers = ("_1", "_2") if len(W) > 1 else ("",)
-    names = [f"{part}{layer}" for part in _PARTS for layer in layers]
-    none, after_W, after_S = [None] * len(W), 1 + len(W), 1 + len(W) + len(S)
-    last = [*found[1:after_W], *(found[after_W:after_S] or none), *found[after_S:]]
-    there = dict(zip(names, laid(*W, *(S or none), *(A or none), *(initial or none), *last), strict=False))
+    found, layers = _results(q, v, W, S, position, surprise), len(W)
+    none, of_S = [None] * layers, 1 + layers + len(S)
+    last = [*found[1 : 1 + layers], *(found[1 + layers : of_S] or none), *found[of_S : of_S + layers]]
+    parts = (*W, *(S or none), *(A or none), *(none if told else initial), *last)
+    there: dict[str, Any] = dict(zip(_NAMES[layers], laid(*parts), strict=True))
     there["position"], there["real"] = laid(position, real)
-    if len(W) > 1:
+    there["out"], there["after"], there["squares"] = found[0], found[of_S + layers], found[-1] if surprise else None
+    hidden = 0
+    if layers > 1:
         there["gain"], there["bias"] = laid(*tail) or (None, None)
-    there["out"], there["squares"] = found[0], found[-1] if surprise else None
-    hidden = W[1].shape[-2] if len(W) > 1 else 0
-    _launch((q, k, v), (lr, momentum, decay), there, q.shape[2], chunk_size, hidden, silu)
+        hidden = W[1].shape[-2]
+    _launch((q, k, v), (lr, momentum, decay), there, q.shape[2], chunk_size, told, hidden, silu)
     return found
 
 
@@ -74,7 +78,7 @@ def _(
     lr: Tensor,
     momentum: Tensor | None,
     decay: Tensor | None,
-    position: Tensor | None,
+    position: Tensor,
     real: Tensor | None,
     W: Tensors,
     S: Tensors,
@@ -82,14 +86,15 @@ def _(
     initial: Tensors,
     tail: Tensors,
     chunk_size: int,
+    told: bool,
     silu: bool,
     surprise: bool,
 ) -> Tensors:
-    return _results(q, v, W, S, surprise)
+    return _results(q, v, W, S, position, surprise)
 
 
-def _results(q: Tensor, v: Tensor, W: Tensors, S: Tensors, surprise: bool) -> Tensors:
-    found = [x.new_empty(x.shape) for x in (v, *W, *S, *W)]
+def _results(q: Tensor, v: Tensor, W: Tensors, S: Tensors, position: Tensor, surprise: bool) -> Tensors:
+    found = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (v, *W, *S, *W, position)]
     if surprise:
         tiles = 1 if len(W) > 1 else cdiv(v.shape[-1], _columns(q.shape[-1], v.shape[-1]))
         found.append(W[0].new_empty(*q.shape[:3], tiles))
@@ -112,19 +117,19 @@ def of_segments(
     position: Tensor,
     memory: Tensor,
     chunk_size: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """memory: [B, parts, H, K, V], M, the momentum if there is one, and the anchor; position: [B, 1]. Returns the
-    reads and the memory after the token.
+    reads, and the memory and the position after the token.
     """
     memory, position = laid(memory, position)
-    out, after = v.new_empty(v.shape), torch.empty_like(memory)
+    out, last, after = _segmented_results(v, memory, position)
     names = ("W", "A") if momentum is None else ("W", "S", "A")
     there: dict[str, Any] = dict.fromkeys((*_PARTS, "squares", "real"))
     there |= dict(zip(names, memory.unbind(1), strict=True))
-    there |= {f"last_{name}": x for name, x in zip(names, after.unbind(1), strict=True)}
-    there |= {"out": out, "position": position}
-    _launch((q, k, v), (lr, momentum, decay), there, memory.shape[1] * memory.shape[2], chunk_size)
-    return out, after
+    there |= {f"last_{name}": x for name, x in zip(names, last.unbind(1), strict=True)}
+    there |= {"out": out, "position": position, "after": after}
+    _launch((q, k, v), (lr, momentum, decay), there, memory.shape[1] * memory.shape[2], chunk_size, False)
+    return out, last, after
 
 
 @of_segments.register_fake
@@ -138,16 +143,22 @@ def _(
     position: Tensor,
     memory: Tensor,
     chunk_size: int,
-) -> tuple[Tensor, Tensor]:
-    return v.new_empty(v.shape), memory.new_empty(memory.shape)
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _segmented_results(v, memory, position)
+
+
+def _segmented_results(v: Tensor, memory: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    out, last, after = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (v, memory, position))
+    return out, last, after
 
 
 def _launch(
-    tokens: tuple[Tensor, ...],
-    gates: tuple[Tensor | None, ...],
+    tokens: tuple[Tensor, Tensor, Tensor],
+    gates: tuple[Tensor, Tensor | None, Tensor | None],
     there: dict[str, Any],
     of_memory: int,
     chunk_size: int,
+    told: bool,
     hidden: int = 0,
     silu: bool = False,
 ) -> None:
@@ -155,27 +166,35 @@ def _launch(
     (lr, momentum, decay), of_gates = _rows(*gates)
     batch, _, heads, keys = q.shape
     values, count = v.shape[-1], batch * heads
-    sizes = {"H": heads, "of_keys": of_keys, "of_values": of_values, "of_gates": of_gates, "of_memory": of_memory}
-    sizes |= {"chunk_size": chunk_size, "K": keys, "V": values, "BK": at_least_16(keys)}
+    sizes: dict[str, Any] = {}
     if hidden:
         # A tile of either layer takes 16 registers of a thread.
-        tiles = {"BX": min(at_least_16(hidden), 32), "BV": at_least_16(values)}
-        kernel, sizes = deep_step, {**sizes, **tiles, "X": hidden, "SILU": silu, "EPS": EPS}
+        kernel, columns = deep_step, at_least_16(values)
+        sizes = {"BX": min(at_least_16(hidden), 32), "X": hidden, "SILU": silu, "EPS": EPS}
     else:
         kernel, columns = memory_step, _columns(keys, values)
-        sizes["BV"], count = columns, count * cdiv(values, columns)
-    tensors = {"q": q, "k": k, "v": v, "lr": lr, "momentum": momentum, "decay": decay}
-    kernel(lambda _: count, {}, **tensors, **there, **sizes)
+        count *= cdiv(values, columns)
+    kernel(
+        lambda _: count,
+        _NO_LIMITS,
+        **{"q": q, "k": k, "v": v, "lr": lr, "momentum": momentum, "decay": decay},
+        **there,
+        **{"H": heads, "of_keys": of_keys, "of_values": of_values, "of_gates": of_gates, "of_memory": of_memory},
+        **{"chunk_size": chunk_size, "TOLD": told, "K": keys, "V": values, "BK": at_least_16(keys), "BV": columns},
+        **sizes,
+    )
 
 
-def _rows(*tensors: Tensor | None) -> tuple[list[Any], int]:
+def _rows(*tensors: Tensor | None) -> tuple[Sequence[Any], int]:
     """The tensors, [B, 1, ...], with contiguous rows, and the elements from a row of each to the next. Parts of one
     tensor are taken as they are.
     """
     given = [x for x in tensors if x is not None]
     step = given[0].stride(0)
-    if all(x.stride(0) == step and x.stride()[2:] == (*x.shape[3:], 1) for x in given):
-        return [*tensors], step
+    if all([x.is_contiguous() for x in given]) or all(
+        [x.stride(0) == step and x.stride()[2:] == (*x.shape[3:], 1) for x in given]
+    ):
+        return tensors, step
     return laid(*tensors), given[0].shape[2:].numel()
 
 
@@ -206,22 +225,19 @@ def step_triton(
 ) -> tuple[Tensor, NeuralMemoryState, Tensor | None]:
     """``reference._step``, also for a token that starts a document, or that is padding."""
     q, k, v, lr, momentum, decay, weight = tokens
-    position, real, at = state.position, None, None
+    position, real = state.position, None
     if cu_seqlens is not None:
         real = cu_seqlens[:, -1]
         # The document that goes on ends before the token if another one starts with it.
         position = torch.where((cu_seqlens[:, 1] == 0) & (real > 0), 0, position)
-    W, S, A, initial = ([exact(x) for x in part] for part in (*state[:3], weights))
-    if start is None:
-        at = position
-    else:
-        initial = []
-        A = [] if start % chunk_size == 0 else A
+    W, S, A = ([exact(x) for x in part] for part in state[:3])
+    told = start is not None
+    if told and start % chunk_size == 0:
+        A = []
     lr = lr if weight is None else lr * weight
-    given = (at, real, W, S, A, initial, [*(norm or ())], chunk_size, silu, with_surprise)
+    given = (position, real, W, S, A, [*weights], [*(norm or ())], chunk_size, told, silu, with_surprise)
     o, *found = step(q, k, v, lr, momentum, decay, *given)
     surprise = found.pop().sum(-1).sqrt() if with_surprise else None
-    layers = len(weights)
+    layers, after = len(weights), found.pop()
     parts = [tuple(found[i : i + layers]) for i in range(0, len(found), layers)]
-    after = position + (1 if real is None else real)
     return o, NeuralMemoryState(parts[0], parts[1] if S else (), parts[-1], after), surprise

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memlm_kernels.backend import pick
-from memlm_kernels.checks import FLOATS, check_tensors
+from memlm_kernels.checks import FLOATS, check_tensors, once_a_kind
 from memlm_kernels.rms_norm.reference import norm, rms_norm_reference
 
 __all__ = ["norm", "rms_norm"]
@@ -41,6 +41,19 @@ def rms_norm(
     Returns the shape of the gate, or of x. Sums are in fp32 (fp64 for fp64). Raises ValueError if shapes, types or
     devices disagree, or the backend cannot run.
     """
+    dtype = dtype or (x if gate is None else gate).dtype
+    _check(x, weight, gate, other, dtype)
+    limit = f"its kernels take at most {_WIDEST} channels, not {len(weight)}" if len(weight) > _WIDEST else None
+    chosen = pick("rms_norm", backend, x, limit, weight, gate, other, products=False)
+    if chosen == "reference" or x.numel() == 0:
+        return rms_norm_reference(x, weight, gate, other, eps, dtype)
+    from memlm_kernels.rms_norm.triton import rms_norm_triton
+
+    return rms_norm_triton(x, weight, gate, other, eps, dtype)
+
+
+@once_a_kind
+def _check(x: Tensor, weight: Tensor, gate: Tensor | None, other: Tensor | None, dtype: torch.dtype) -> None:
     tensors = {"x": x, "weight": weight, "gate": gate, "other": other}
     if weight.ndim != 1 or x.ndim < 1 or x.shape[-1] != len(weight) or len(weight) == 0:
         raise ValueError(f"x {list(x.shape)} and weight {list(weight.shape)} must be [..., K] and [K]")
@@ -50,13 +63,5 @@ def rms_norm(
     if other is not None and gate is None:
         raise ValueError("other is given and gate is not; give both")
     check_tensors(tensors)
-    dtype = dtype or (x if gate is None else gate).dtype
     if dtype not in FLOATS:
         raise ValueError(f"dtype={dtype} is no type of floats that ops take")
-    limit = f"its kernels take at most {_WIDEST} channels, not {len(weight)}" if len(weight) > _WIDEST else None
-    chosen = pick("rms_norm", backend, x, limit, weight, gate, other, products=False)
-    if chosen == "reference" or x.numel() == 0:
-        return rms_norm_reference(x, weight, gate, other, eps, dtype)
-    from memlm_kernels.rms_norm.triton import rms_norm_triton
-
-    return rms_norm_triton(x, weight, gate, other, eps, dtype)

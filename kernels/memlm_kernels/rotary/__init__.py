@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from memlm_kernels.backend import pick
-from memlm_kernels.checks import check_sizes, check_tensors
+from memlm_kernels.checks import check_sizes, check_tensors, once_a_kind
 from memlm_kernels.rotary.reference import rotate
 
 __all__ = ["RotaryOutput", "rotary", "rotate"]
@@ -35,14 +35,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "au
 
     Raises ValueError if shapes, types or devices disagree, K is odd, or the backend cannot run.
     """
-    check_sizes("q", q)
-    check_sizes("k", k)
-    check_tensors({"q": q, "k": k, "cos": cos, "sin": sin})
-    if q.ndim != 4 or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.shape[3] % 2:
-        raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} must be [B, T, *, K] with an even K")
-    angles = [cos.shape[0], q.shape[1], 1, q.shape[3]]
-    if list(cos.shape) != angles or cos.shape != sin.shape or cos.shape[0] not in (1, len(q)):
-        raise ValueError(f"cos {list(cos.shape)} and sin {list(sin.shape)} must be [B or 1, T, 1, K]")
+    _check(q, k, cos, sin)
     if cos.requires_grad or sin.requires_grad:
         cos, sin = cos.detach(), sin.detach()
     chosen = pick("rotary", backend, q, None, k, cos, sin, products=False)
@@ -51,3 +44,15 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "au
     from memlm_kernels.rotary.triton import rotary_triton
 
     return RotaryOutput(*rotary_triton(q, k, cos, sin))
+
+
+@once_a_kind
+def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    check_sizes("q", q)
+    check_sizes("k", k)
+    check_tensors({"q": q, "k": k, "cos": cos, "sin": sin})
+    if q.ndim != 4 or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.shape[3] % 2:
+        raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} must be [B, T, *, K] with an even K")
+    angles = [cos.shape[0], q.shape[1], 1, q.shape[3]]
+    if list(cos.shape) != angles or cos.shape != sin.shape or cos.shape[0] not in (1, len(q)):
+        raise ValueError(f"cos {list(cos.shape)} and sin {list(sin.shape)} must be [B or 1, T, 1, K]")

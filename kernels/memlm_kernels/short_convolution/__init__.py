@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from memlm_kernels.backend import pick
-from memlm_kernels.checks import check_tensors, named
+from memlm_kernels.checks import check_tensors, named, once_a_kind
 from memlm_kernels.short_convolution.reference import parts_of, short_convolution_reference, unit_length
 
 __all__ = ["ShortConvolutionOutput", "parts_of", "short_convolution", "unit_length"]
@@ -67,9 +67,6 @@ def short_convolution(
     """
     sizes = [part.shape[-1] for part in x] if sizes is None else list(sizes)
     _check(x, weight, sizes, unit, head_dim, lengths, positions, state)
-    places = {"lengths": lengths, "positions": positions}
-    places = {name: place for name, place in places.items() if place is not None}
-    check_tensors({**named("x", x), "weight": weight, "state": state}, places)
     limit = f"its kernels take 1 to 3 parts, not {len(sizes)}" if len(sizes) > 3 else None
     if unit and head_dim > 512:
         limit = f"its kernels take heads of up to 512 channels, not {head_dim}"
@@ -82,6 +79,7 @@ def short_convolution(
     return ShortConvolutionOutput(*short_convolution_triton(x, weight, *options))
 
 
+@once_a_kind
 def _check(
     x: Sequence[Tensor],
     weight: Tensor,
@@ -111,3 +109,5 @@ def _check(
         raise ValueError(f"positions {list(positions.shape)} must be [B, T] = {list(rows)}")
     if lengths is not None and lengths.shape != rows[:1]:
         raise ValueError(f"lengths {list(lengths.shape)} must be [B] = {list(rows[:1])}")
+    places = {"lengths": lengths, "positions": positions}
+    check_tensors({**named("x", x), "weight": weight, "state": state}, places)

@@ -93,6 +93,7 @@ def of_part(
     weight,
     positions,
     y,
+    last,
     row,
     t,
     tile,
@@ -123,6 +124,14 @@ def of_part(
         b_y = b_y * FACTOR
     place = y + (row * T + t) * C + (i_t[:, None] * C + i_c[None, :])
     tl.store(place, b_y.to(y.dtype.element_ty), mask=(t + i_t < T)[:, None] & of_c[None, :])
+    if last is not None:
+        for j in tl.static_range(0, W - 1):
+            # The j-th of the last inputs, counted from the first token of the call.
+            b_s = i * 0 + (T - (W - 1) + j)
+            b_x = tl.load(x + (row * T + b_s) * S + i_c, mask=of_c & (b_s >= 0), other=0.0).to(last.dtype.element_ty)
+            before = state + (row * (W - 1) + b_s + W - 1) * ALL + FIRST + i_c
+            b_x += tl.load(before, mask=of_c & (b_s < 0), other=0.0).to(last.dtype.element_ty)
+            tl.store(last + (row * (W - 1) + j) * ALL + FIRST + i_c, b_x, mask=of_c & (i * 0 + t == 0))
 
 
 @tiled(TILES)
@@ -137,6 +146,7 @@ def convolve(
     y0,
     y1,
     y2,
+    last,
     T,
     C0: tl.constexpr,
     C1: tl.constexpr,
@@ -153,7 +163,9 @@ def convolve(
     BC: tl.constexpr,
     BT: tl.constexpr,
 ):
-    """The parts y of BT tokens."""
+    """The parts y of BT tokens. last: [B, W - 1, ALL], the inputs before the next call's first token; None: not
+    stored
+    """
     program = tl.program_id(0).to(tl.int64)
     step0: tl.constexpr = K if UNIT > 0 else BC
     step1: tl.constexpr = K if UNIT > 1 else BC
@@ -172,6 +184,7 @@ def convolve(
             weight,
             positions,
             y0,
+            last,
             row,
             t,
             tile,
@@ -197,6 +210,7 @@ def convolve(
                 weight,
                 positions,
                 y1,
+                last,
                 row,
                 t,
                 tile - end0,
@@ -222,6 +236,7 @@ def convolve(
                 weight,
                 positions,
                 y2,
+                last,
                 row,
                 t,
                 tile - end1,

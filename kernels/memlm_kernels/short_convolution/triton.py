@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from memlm_kernels.backend import outside_autocast
+from memlm_kernels.checks import asks_gradient
 from memlm_kernels.grid import keep_last, pick
 from memlm_kernels.launch import cdiv, laid, no_products
 from memlm_kernels.ops import kernel_op
@@ -58,10 +59,45 @@ def forward(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     x = _rows(x0, x1, x2)
-    weight, state, positions = laid(weight, state, positions)
-    batch, length = x0.shape[:2]
     y = [_out(part, dtype) for part in x]
-    sizes = _sizes(x, weight, silu, unit, head_dim, eps, factor)
+    _convolve(x, weight, state, positions, (silu, unit, head_dim, eps, factor), y, None)
+    return y
+
+
+@kernel_op("short_convolution_step")
+def step(
+    x0: Tensor,
+    x1: Tensor | None,
+    x2: Tensor | None,
+    weight: Tensor,
+    state: Tensor,
+    positions: Tensor | None,
+    silu: bool,
+    unit: int,
+    head_dim: int,
+    eps: float,
+    factor: float,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """The same without gradients, and at last the inputs for the next call, in the type of x."""
+    x = _rows(x0, x1, x2)
+    y, last = [_out(part, dtype) for part in x], _out(state, x0.dtype)
+    _convolve(x, weight, state, positions, (silu, unit, head_dim, eps, factor), y, last)
+    return [*y, last]
+
+
+def _convolve(
+    x: list[Tensor],
+    weight: Tensor,
+    state: Tensor | None,
+    positions: Tensor | None,
+    options: tuple[bool, int, int, float, float],
+    y: list[Tensor],
+    last: Tensor | None,
+) -> None:
+    weight, state, positions = laid(weight, state, positions)
+    batch, length = x[0].shape[:2]
+    sizes = _sizes(x, weight, *options)
     count = _tiles(x, sizes)
     convolve(
         lambda tiles: batch * cdiv(length, tiles["BT"]) * count,
@@ -69,9 +105,8 @@ def forward(
         **_parts("x", x),
         **{"state": state, "weight": weight, "positions": positions},
         **_parts("y", y),
-        **{"T": length, **sizes},
+        **{"last": last, "T": length, **sizes},
     )
-    return y
 
 
 def _rows(*x: Tensor | None) -> list[Tensor]:
@@ -91,6 +126,11 @@ def _out(part: Tensor, dtype: torch.dtype) -> Tensor:
 @forward.register_fake
 def _(x0, x1, x2, weight, state, positions, silu, unit, head_dim, eps, factor, dtype):  # type: ignore[no-untyped-def]
     return [_out(part, dtype) for part in (x0, x1, x2) if part is not None]
+
+
+@step.register_fake
+def _(x0, x1, x2, weight, state, positions, silu, unit, head_dim, eps, factor, dtype):  # type: ignore[no-untyped-def]
+    return [*(_out(part, dtype) for part in (x0, x1, x2) if part is not None), _out(state, x0.dtype)]
 
 
 @kernel_op("short_convolution_backward")
@@ -157,7 +197,9 @@ def _backward(ctx: Any, d_y: list[Tensor]) -> tuple[Any, ...]:
 
 forward.register_autograd(_backward, setup_context=_setup)
 _OPS = torch.ops.memlm
-register_flop_formula([_OPS.short_convolution, _OPS.short_convolution_backward])(no_products)
+register_flop_formula([_OPS.short_convolution, _OPS.short_convolution_step, _OPS.short_convolution_backward])(
+    no_products
+)
 
 
 def short_convolution_triton(
@@ -180,11 +222,17 @@ def short_convolution_triton(
         parts = list((parts[0] if len(x) == 1 else torch.cat(parts, -1)).split(list(sizes), -1))
     held = state if spare else None
     given = [*parts, *[None] * (3 - len(parts))]
-    o = forward(*given, weight, held, positions, silu, unit, head_dim, eps, factor, dtype or x[0].dtype)
+    options = (silu, unit, head_dim, eps, factor, dtype or x[0].dtype)
+    alike = len({part.dtype for part in x}) == 1
+    last = None
+    if state is not None and spare and lengths is None and alike and not asks_gradient(*x, weight, state):
+        *o, last = step(*given, weight, state, positions, *options)
+    else:
+        o = forward(*given, weight, held, positions, *options)
     o = [part.unflatten(-1, (-1, head_dim)) if i < unit else part for i, part in enumerate(o)]
     if state is None:
         return tuple(part[:, spare:] for part in o), _last(x, x[0][:, :0], lengths, spare)
-    return tuple(o), _last(x, state, lengths, spare)
+    return tuple(o), _last(x, state, lengths, spare) if last is None else last
 
 
 def _last(x: Sequence[Tensor], state: Tensor, lengths: Tensor | None, spare: int) -> Tensor:
