@@ -8,9 +8,9 @@ from torch import Tensor
 from memlm_kernels.attention.choice_reference import chunk_topk_reference, invert_chunks_reference
 from memlm_kernels.attention.chunks_reference import Chosen, Keys, Pooled, attend, first_keys
 from memlm_kernels.attention.one_token import read_all, read_chosen
-from memlm_kernels.attention.window import check_heads, check_positions, too_large, window_spans
+from memlm_kernels.attention.window import check_heads, check_positions, from_zero, kernel_spans, too_large
 from memlm_kernels.backend import MOST, as_autocast, pick
-from memlm_kernels.checks import check_range, check_sizes, check_tensors, named
+from memlm_kernels.checks import asks_gradient, check_range, check_sizes, check_tensors, named
 
 
 class Attended(NamedTuple):
@@ -158,7 +158,7 @@ def chunk_sparse_attention(
         limit = limit or f"its kernels take at most 128 chunks of each token, not {index.shape[3]}"
     by = pick("chunk_sparse_attention", backend, q, limit, v, index, starts)
     check_range("index", index, None, chunks)
-    positions = check_positions(q, positions)
+    check_positions(q, positions)
     has_chunks = index.shape[3] > 0 and chunks > 0
     if by == "triton" and q.numel():
         from memlm_kernels.attention.triton import attend_triton
@@ -166,12 +166,13 @@ def chunk_sparse_attention(
         if starts is None:
             starts = (torch.arange(chunks, device=v.device) * chunk_size).expand(batch, -1)
         choice = (index, starts, chunk_size, window) if has_chunks else None
-        spans = window_spans(q, k, window, positions)
+        learns = asks_gradient(q, k, v, *(far or ()))
+        spans = kernel_spans(q, k, window, positions, learns)
         return Attended(*attend_triton(q, k, v, *spans, window, scale, far=far, choice=choice))
     scale = q.shape[3] ** -0.5 if scale is None else scale
     index = index.long() if has_chunks else index.new_zeros(*index.shape[:3], 0)
     first = index * chunk_size if starts is None or not has_chunks else first_keys(index, starts)
-    chosen = Chosen(first, chunk_size, window, positions)
+    chosen = Chosen(first, chunk_size, window, from_zero(positions))
     pairs = [Keys(q, k)] if far is None else [Keys(q, k), Keys(*far)]
     with torch.autocast(q.device.type, enabled=False):
         if length == 1:

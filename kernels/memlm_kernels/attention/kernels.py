@@ -19,7 +19,7 @@ from memlm_kernels.launch import load_tile, store_tile, tiled
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 # Behind all keys and chunks.
 NEVER = tl.constexpr(2147483647)
-_SIZES = ["B", "T", "LK", "L", "P", "D", "N", "U", "SPLITS", "PARTS", "TILES", "window", "shared"]
+_SIZES = ["B", "T", "LK", "L", "P", "D", "N", "U", "SPLITS", "PARTS", "TILES", "window", "shared", "most"]
 _FORWARD = [{"BN": 32, "num_warps": 4, "num_stages": 2}]
 _FORWARD_HIP = [{"BN": 64, "num_warps": 4, "num_stages": 1}, {"BN": 32, "num_warps": 4, "num_stages": 1}]
 _QUERIES = [{"BN": 32, "num_warps": 4, "num_stages": 2}]
@@ -80,6 +80,20 @@ def load_spans(first, end, at, inside):
 
 
 @triton.jit
+def spans_of(positions, most, at, t, inside, T, LK):
+    """The same for tokens t that see the last ``most`` keys of their document, of which ``positions`` came before them
+    (None: all).
+    """
+    here = LK - T + t
+    b_back = tl.minimum(here, most - 1)
+    if positions is not None:
+        b_back = tl.minimum(tl.maximum(tl.load(positions + at, mask=inside, other=0), 0), b_back).to(tl.int32)
+    b_first = tl.where(inside, here - b_back, NEVER)
+    b_end = tl.where(inside, here + 1, 0)
+    return b_first, b_end, tl.min(b_first), tl.max(b_end)
+
+
+@triton.jit
 def load_item(united, starts, b_index, item, begin, row, N, C: tl.constexpr, BC: tl.constexpr):
     """A tile of the keys of a chunk of the union: its first key, their number, and the rows that chose the chunk."""
     parts: tl.constexpr = (C + BC - 1) // BC
@@ -122,6 +136,7 @@ def attend_forward(
     lse,
     scale,
     window,
+    most,
     shared,
     B,
     T,
@@ -149,6 +164,7 @@ def attend_forward(
 ):
     """The reads of a tile of queries over every SPLITS-th tile of keys, and lse; o: [SPLITS, B, T, H, V].
 
+    first, end: the span of the keys that each token sees; end None: ``spans_of`` finds it, and first has positions
     other_q: queries for the prefix, or for chosen chunks; None: q
     """
     BT: tl.constexpr = BM // RP
@@ -165,7 +181,11 @@ def attend_forward(
     b_sum = tl.zeros([BM], tl.float32)
 
     b_q = load_tile(q, base, rows, i_k, inside, K)
-    b_first, b_end, low, high = load_spans(first, end, row * T + tile * BT + i_m // RP, inside)
+    t = tile * BT + i_m // RP
+    if end is None:
+        b_first, b_end, low, high = spans_of(first, most, row * T + t, t, inside, T, LK)
+    else:
+        b_first, b_end, low, high = load_spans(first, end, row * T + t, inside)
     for key in range(low + split * BN, high, SPLITS * BN):
         b_k = load_tile(k, (row * LK + key) * G + g, i_n * G, i_k, key + i_n < high, K)
         b_v = load_tile(v, (row * L + L - LK + key) * G + g, i_n * G, i_v, key + i_n < high, V)

@@ -33,8 +33,8 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    first: Tensor,
-    end: Tensor,
+    first: Tensor | None,
+    end: Tensor | None,
     other_q: Tensor | None,
     prefix_k: Tensor | None,
     prefix_v: Tensor | None,
@@ -50,7 +50,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """o [B, T, H, V] and lse [B, T, H].
 
-    first, end: [B, T] int32, the span of the LK keys k that each token sees, at most ``most`` of them
+    first, end: [B, T] int32, the span of the LK keys k that each token sees, at most ``most`` of them. Without
+        gradients end may be None: a token sees the last ``most`` keys, but of those before it at most ``first``, its
+        position (None: all)
     v: [B, L, G, V]; k are the last LK of L keys, far_k (None: k) all, of which index (int32) chooses
     other_q: queries for the prefix, or for far_k; None: q
     document: the document of each key of the prefix, and chosen, [B, T, D], those that a token sees
@@ -67,7 +69,8 @@ def forward(
         call.limits,
         **{"q": q, "k": k, "v": v, "first": first, "end": end, "other_q": other_q, "index": index, "starts": starts},
         **{"prefix_k": prefix_k, "prefix_v": prefix_v, "far_k": _or(far_k, k), "o": parts[0], "lse": parts[1]},
-        **{"scale": scale * _LOG2E, "window": window, "SPLITS": splits, "B": call.batch, "BM": call.rows},
+        **{"scale": scale * _LOG2E, "window": window, "most": most, "SPLITS": splits, "B": call.batch},
+        **{"BM": call.rows},
         **_shared(call, prefix_k, starts),
         **_documents(document, chosen),
         **union.given,
@@ -105,8 +108,8 @@ def _(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    first: Tensor,
-    end: Tensor,
+    first: Tensor | None,
+    end: Tensor | None,
     other_q: Tensor | None,
     prefix_k: Tensor | None,
     prefix_v: Tensor | None,
@@ -286,8 +289,8 @@ def attend_triton(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    first: Tensor,
-    end: Tensor,
+    first: Tensor | None,
+    end: Tensor | None,
     most: int,
     scale: float | None,
     *,
@@ -306,7 +309,8 @@ def attend_triton(
     given = [q, k, v, other_q if far is None else far_q, prefix_k, prefix_v, far_k]
     # One type for all factors of products; sums are fp32 in any case.
     q_, k_, v_, other_q, prefix_k, prefix_v, far_k = in_one_type(*given)
-    first, end = (x.to(torch.int32) for x in (first, end))
+    if first is not None and end is not None:
+        first, end = first.to(torch.int32), end.to(torch.int32)
     if index is not None and starts is not None:
         # Numbers out of range become -1 here: in the kernels this test costs registers, which spill on sm_100.
         index = torch.where(index < starts.shape[1], index, -1).clamp(min=-1).to(torch.int32)

@@ -7,7 +7,16 @@ from torch import Tensor
 
 from memlm_kernels.attention.window_reference import plain, read_blocks, sdpa
 from memlm_kernels.backend import as_autocast, choose, with_triton
-from memlm_kernels.checks import check_range, check_sizes, check_tensors, in_one_type, named, once_a_kind, readable
+from memlm_kernels.checks import (
+    asks_gradient,
+    check_range,
+    check_sizes,
+    check_tensors,
+    in_one_type,
+    named,
+    once_a_kind,
+    readable,
+)
 
 
 class WindowAttended(NamedTuple):
@@ -64,15 +73,15 @@ def prefix_window_attention(
         at = 0 if whole else available.index("reference")
         available = (*available[:at], "sdpa", *available[at:])
     backend = choose("prefix_window_attention", backend, available, refused)
-    positions = check_positions(q, positions)
+    check_positions(q, positions)
     if backend == "triton" and q.numel():
         from memlm_kernels.attention.triton import attend_triton
 
-        spans = window_spans(q, k, window, positions)
+        spans = kernel_spans(q, k, window, positions, asks_gradient(q, k, v, *(prefix or ())))
         o, lse = attend_triton(q, k, v, *spans, window or k.shape[1], scale, prefix=prefix)
         return WindowAttended(o.to(given), lse)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    read = read_blocks(q, k, v, window, positions, prefix, scale, sdpa if backend == "sdpa" else plain)
+    read = read_blocks(q, k, v, window, from_zero(positions), prefix, scale, sdpa if backend == "sdpa" else plain)
     return WindowAttended(read[0].to(given), read[1])
 
 
@@ -104,15 +113,26 @@ def check_heads(q: Tensor, k: Tensor) -> None:
         raise ValueError(f"q has {q.shape[2]} heads, not a multiple of the {k.shape[2]} heads of k")
 
 
-def check_positions(q: Tensor, positions: Tensor | None) -> Tensor | None:
-    """positions, clamped to at least 0. Raises ValueError for another shape, and, if ``readable``, below 0."""
+def kernel_spans(
+    q: Tensor, k: Tensor, window: int | None, positions: Tensor | None, learns: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """``window_spans``, or what the kernels find them from where no gradient follows."""
+    return window_spans(q, k, window, from_zero(positions)) if learns else (positions, None)
+
+
+def check_positions(q: Tensor, positions: Tensor | None) -> None:
+    """Raise ValueError unless positions are integers [B, T], and, if ``readable``, at least 0."""
     if positions is None:
-        return None
+        return
     if positions.shape != q.shape[:2]:
         raise ValueError(f"positions {list(positions.shape)} must be integers [B, T] = {list(q.shape[:2])}")
     check_tensors({"q": q}, {"positions": positions})
     check_range("positions", positions, 0, None)
-    return positions if readable(positions) else positions.clamp(min=0)
+
+
+def from_zero(positions: Tensor | None) -> Tensor | None:
+    """positions, those below 0 as 0; a CPU has checked them."""
+    return positions if positions is None or readable(positions) else positions.clamp(min=0)
 
 
 @once_a_kind

@@ -232,7 +232,7 @@ def step_triton(
         position = torch.where((cu_seqlens[:, 1] == 0) & (real > 0), 0, position)
     W, S, A = ([exact(x) for x in part] for part in state[:3])
     told = start is not None
-    if told and start % chunk_size == 0:
+    if start is not None and start % chunk_size == 0:
         A = []
     lr = lr if weight is None else lr * weight
     given = (position, real, W, S, A, [*weights], [*(norm or ())], chunk_size, told, silu, with_surprise)
