@@ -1,6 +1,7 @@
 """Triton's kernels against the references, in Triton's interpreter where there is no GPU."""
 
 import importlib
+import itertools
 import os
 import re
 from pathlib import Path
@@ -258,6 +259,8 @@ DEEP = {
     "long_chunks": (90, 6, 5, 4, 64, {"activation": "silu"}),
     "no_momentum": (35, 6, 12, 6, 16, {"momentum": False, "norm": True}),
     "documents": (75, 6, 12, 6, 32, {"documents": True, "norm": True}),
+    "wide": (33, 100, 150, 128, 16, {}),
+    "wide_documents": (75, 70, 130, 70, 32, {"documents": True, "norm": True}),
 }
 
 
@@ -299,6 +302,26 @@ def test_memory_of_two_layers(name, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, BFLOAT16])
 def test_memory_of_two_layers_in_16_bits(dtype):
     compare(deep(16, norm=True), deep_inputs(40, 20, 40, 20), dtype)
+
+
+@pytest.mark.parametrize("sizes", [(20, 30, 20), (80, 140, 80)])
+def test_calls_of_a_memory_of_two_layers(sizes):
+    """Two and seven calls equal one."""
+    *tokens, W_1, W_2 = on_device(deep_inputs(37, *sizes)[:8])
+
+    def run_in(ends):
+        state, parts = None, []
+        for begin, end in itertools.pairwise((0, *ends, 37)):
+            given = {"weights": (W_1, W_2), "chunk_size": 16, "state": state, "backend": "triton"}
+            o, state, surprise = neural_memory(*(x[:, begin:end] for x in tokens), **given)
+            parts.append((o, surprise))
+        return *(torch.cat(x, 1) for x in zip(*parts, strict=True)), *state.weights, *state.momentum, *state.anchor
+
+    with torch.no_grad():
+        whole = run_in(())
+        for ends in ((21,), (1, 2, 16, 20, 33, 36)):
+            for expected, got in zip(whole, run_in(ends), strict=True):
+                assert_close(f"{len(ends) + 1} calls", expected, got, TOLERANCES[torch.float32][0])
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -390,6 +413,7 @@ def on_device(tensors, dtype=torch.float32):
         ),
         (lambda: memory(16)(on_device(memory_inputs(5, 100, 5)), "triton"), "64 of float32, not K=100"),
         (lambda: deep(24)(on_device(deep_inputs(5, 6, 5, 4)), "triton"), "up to 16 or one .* not 24"),
+        (lambda: deep(16)(on_device(deep_inputs(5, 130, 5, 4)), "triton"), "at most 128 channels, not K=130"),
     ],
 )
 def test_what_the_kernels_do_not_take_is_named(call, message):

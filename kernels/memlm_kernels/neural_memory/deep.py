@@ -69,8 +69,6 @@ class _Call(NamedTuple):
         count, rows, width, keys = self.q.shape
         hidden, values = self.W_2.shape[1:]
         tiles = {"BT": at_least_16(width), "BK": at_least_16(keys), "BV": at_least_16(values)}
-        # A tile of either layer takes 16 registers of a thread.
-        tiles["BX"] = min(at_least_16(hidden), 32)
         sizes = {"N": count, "G": rows, "K": keys, "X": hidden, "V": values, "W_C": width}
         return {**sizes, **tiles, "SILU": silu, "EPS": EPS, "PRECISION": precision(self.q)}
 
@@ -98,6 +96,10 @@ class _Span:
             if name[0] == "W":
                 room[0] = memory[name.replace("W", "A")]
         index = torch.arange(self.count, device=call.q.device)[:, None]
+        widths = [at_least_16(sizes[name]) for name in "KXV"]
+        # A warp of a product has 16 rows.
+        self.limits = {"BX": widths[1], "num_warps": min(widths) // 16}
+        self.own = blocks == 1 and call.opens_chunk is None
         opens = (index + begin) % blocks == 0
         if call.opens_chunk is not None:
             opens = call.opens_chunk[begin : self.end] != 0
@@ -116,10 +118,9 @@ class _Span:
         """Launch a kernel with those tensors of the span and its call that the kernel names."""
         rooms: dict[str, Tensor | None] = {"S_1": None, "S_2": None, **self.rooms}
         tensors = {**self.call._asdict(), **rooms, **self.written, **given, "anchors": self.anchors}
-        there = {**tensors, "begin": self.begin, "end": self.end, **self.sizes}
-        # Loading ahead takes registers, which more hidden channels need.
-        limits = {"num_stages": 2 if self.sizes["X"] <= 64 else 1}
-        kernel(lambda _: programs, limits, **{name: there[name] for name in kernel.function.arg_names})
+        there = {**tensors, "begin": self.begin, "end": self.end, "OWN": self.own, **self.sizes}
+        names = [name for name in kernel.function.arg_names if name in there]
+        kernel(lambda _: programs, self.limits, **{name: there[name] for name in names})
 
     def read(self, out: Tensor) -> Tensor:
         """Write the reads into ``out``, [N, G, C, V]; return the norm of each token's gradient, [chunks, G, C]."""
@@ -345,7 +346,7 @@ def _backward_flops(*shapes: Any, **_: Any) -> int:
     """FLOPs of ``deep_read_backward_kernels`` and ``deep_backward_kernels``, and of the repeated writes."""
     given = arguments_of(torch.ops.memlm.deep_memory_backward, shapes)
     (count, rows, width, keys), (hidden, values) = given["tokens"][0], given["memory"][1][1:]
-    of_layers = hidden * (15 * keys + 17 * values)
+    of_layers = hidden * (15 * keys + 19 * values)
     return 2 * count * rows * width * (of_layers + width * (4 * keys + 2 * values + 6 * hidden))
 
 

@@ -1,11 +1,11 @@
 """The loop over chunks in Triton for a memory of two layers, with or without a norm; see ``reference``.
 
 N chunks, G rows and heads, C slots of a chunk, K key dim, X hidden dim, V value dim. The layers depend on each other
-in every chunk, so one program has all of a row's memory, which is more than registers can hold. The memory lies in
-rooms, [R, G, in, out] for each layer, which stay in caches, and is processed in tiles of X. Chunk i of a span reads
-the memory of room i + 1 and writes that of room i + 2; if the next chunk starts a document, room i + 2 gets the
-document's initial memory. Room 0 holds the anchor before the span; ``anchors`` [chunks, G] holds the room of each
-chunk's anchor.
+in every chunk, so one program has all of a row's memory. The memory lies in rooms, [R, G, in, out] for each layer, and
+is processed in tiles of X. ``deep_write`` keeps a memory of one tile of 64 x 64 in registers from chunk to chunk, too.
+Chunk i of a span reads the memory of room i + 1 and writes that of room i + 2; if the next chunk starts a document,
+room i + 2 gets the document's initial memory. Room 0 holds the anchor before the span; ``anchors`` [chunks, G] holds
+the room of each chunk's anchor.
 
 Writes, and their gradients, go from chunk to chunk; reads are for all chunks at once. Tokens are columns, because the
 warps of a product divide its rows, and a chunk has few tokens. All products are of fp32 tiles.
@@ -17,7 +17,7 @@ import triton.language as tl
 from memlm_kernels.launch import load_tile, store_tile, tiled
 
 _SIZES = ["begin", "N", "G"]
-TILES, TILES_HIP = [{"num_warps": 4, "num_stages": 2}], [{"num_warps": 4, "num_stages": 1}]
+TILES = [{"BX": 64, "num_warps": 4, "num_stages": 1}]
 
 
 @triton.jit
@@ -61,6 +61,15 @@ def load_columns(x, base, tokens, channels, real, width: tl.constexpr):
 @triton.jit
 def store_columns(x, value, base, tokens, channels, real, width: tl.constexpr):
     store_tile(x, tl.trans(value), base, tokens, channels, real, width)
+
+
+@triton.jit
+def pairs(b_x, b_y, PRECISION: tl.constexpr):
+    """x^T y, [BT, BT], for two [rows, BT]: the warps share the rows, because 16 x 16 has work for one warp alone."""
+    parts: tl.constexpr = b_x.shape[0] // 16
+    b_x = tl.permute(tl.reshape(b_x, [parts, 16, b_x.shape[1]]), [0, 2, 1])
+    b_y = tl.reshape(b_y, [parts, 16, b_y.shape[1]])
+    return tl.sum(tl.dot(b_x, b_y, input_precision=PRECISION), 0)
 
 
 @triton.jit
@@ -118,7 +127,17 @@ def output_error_backward(b_d, b_f, b_k, b_v, gain, bias, g, i_v, V: tl.constexp
 
 
 @triton.jit
+def held_tile(b_M, M, room, rows, columns, height: tl.constexpr, width: tl.constexpr, HELD: tl.constexpr):
+    """Some columns of a matrix: the given ones if they are held, else those of its room."""
+    if not HELD:
+        b_M = load_tile(M, room * height, rows, columns, rows < height, width)
+    return b_M
+
+
+@triton.jit
 def leave(
+    b_W,
+    b_S,
     W,
     S,
     initial,
@@ -130,34 +149,56 @@ def leave(
     b_f,
     b_m,
     new,
-    i,
+    after,
     g,
-    G,
     rows,
     columns,
     height: tl.constexpr,
     width: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Some columns of one layer in room i + 2: the memory of room i + 1 after the write of inputs b_a [rows, C] and
-    errors b_e [columns, C], or the initial memory of the next chunk's document.
+    """W and S after the write of inputs b_a [rows, C] and errors b_e [columns, C], stored in room ``after``; the
+    initial memory if the next chunk starts a document.
     """
-    base, after = ((i + 1) * G + g) * height, ((i + 2) * G + g) * height
-    inside = rows < height
-    b_next = load_tile(W, base, rows, columns, inside, width) * b_beta
-    b_next -= tl.dot(b_a, tl.trans(b_e * b_c[None, :]), input_precision=PRECISION)
+    b_W *= b_beta
     if S is not None:
-        b_S = load_tile(S, base, rows, columns, inside, width)
-        b_next += b_S * b_f
-        b_S = b_S * b_m - tl.dot(b_a, tl.trans(b_e * b_p[None, :]), input_precision=PRECISION)
-        store_tile(S, tl.where(new, 0.0, b_S), after, rows, columns, inside, width)
-    if initial is not None:
-        b_initial = load_tile(initial, g * height, rows, columns, rows < tl.where(new, height, 0), width)
-        b_next = tl.where(new, b_initial, b_next)
-    store_tile(W, b_next, after, rows, columns, inside, width)
+        b_W += b_S * b_f
+        b_S = tl.dot(b_a, tl.trans(b_e * -b_p[None, :]), acc=b_S * b_m, input_precision=PRECISION)
+    b_W = tl.dot(b_a, tl.trans(b_e * -b_c[None, :]), acc=b_W, input_precision=PRECISION)
+    inside = rows < height
+    if initial is not None and new:
+        b_W = load_tile(initial, g * height, rows, columns, inside, width)
+        b_S = tl.zeros_like(b_S)
+    store_tile(W, b_W, after * height, rows, columns, inside, width)
+    if S is not None:
+        store_tile(S, b_S, after * height, rows, columns, inside, width)
+    return b_W, b_S
 
 
-@tiled(TILES, TILES_HIP)
+@triton.jit
+def through_anchor(
+    b_W,
+    b_x,
+    W,
+    own,
+    anchor,
+    rows,
+    columns,
+    height: tl.constexpr,
+    width: tl.constexpr,
+    FORWARD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Some columns of a layer of the anchor, transposed with FORWARD, times b_x; own: whether the anchor is b_W."""
+    if own:
+        b_y = tl.dot(tl.trans(b_W) if FORWARD else b_W, b_x, input_precision=PRECISION)
+    else:
+        b_A = load_tile(W, anchor * height, rows, columns, rows < height, width)
+        b_y = tl.dot(tl.trans(b_A) if FORWARD else b_A, b_x, input_precision=PRECISION)
+    return b_y
+
+
+@tiled(TILES)
 @triton.jit(do_not_specialize=[*_SIZES, "end"])
 def deep_write(
     k,
@@ -189,6 +230,7 @@ def deep_write(
     X: tl.constexpr,
     V: tl.constexpr,
     W_C: tl.constexpr,
+    OWN: tl.constexpr,
     SILU: tl.constexpr,
     EPS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -199,26 +241,38 @@ def deep_write(
 ):
     """From chunk ``begin`` to ``end``: the memory of each chunk, and the tensors that its tokens write, [end - begin,
     G, C, ...]: hidden values before the activation, the MLP's output, and the errors of both layers.
+
+    OWN: each chunk is its own anchor
     """
+    HELD: tl.constexpr = X <= BX and BK <= 64 and BV <= 64
+    # With other anchors there are no registers for S.
+    HELD_S: tl.constexpr = HELD and OWN
     g = tl.program_id(0).to(tl.int64)
     i_c, i_k, i_v = tl.arange(0, BT), tl.arange(0, BK), tl.arange(0, BV)
-    real, keys = i_c < W_C, i_k < K
-    for i in range(end - begin):
+    real = i_c < W_C
+    i_x = tl.arange(0, BX)
+    b_W1 = tl.zeros([BK, BX], tl.float32)
+    b_W2 = tl.zeros([BX, BV], tl.float32)
+    b_S1 = b_W1
+    b_S2 = b_W2
+    if HELD:
+        b_W1 = load_tile(W_1, (G + g) * K, i_k, i_x, i_k < K, X)
+        b_W2 = load_tile(W_2, (G + g) * X, i_x, i_v, i_x < X, V)
+    if HELD_S and S_1 is not None:
+        b_S1 = load_tile(S_1, (G + g) * K, i_k, i_x, i_k < K, X)
+        b_S2 = load_tile(S_2, (G + g) * X, i_x, i_v, i_x < X, V)
+    # Values that are the same for all chunks would occupy registers all the time.
+    for i in tl.range(end - begin, disable_licm=True):
         at, here = (begin + i) * G + g, i * G + g
-        anchor = tl.load(anchors + here) * G + g
+        room = here + G
+        anchor = room
+        own = HELD
+        if not OWN:
+            anchor = tl.load(anchors + here) * G + g
+            if HELD:
+                own = anchor == room
         b_k = load_columns(k, at * W_C, i_c, i_k, real, K)
-        b_out = tl.zeros([BV, BT], tl.float32)
-        for j in range((X + BX - 1) // BX):
-            i_x = j * BX + tl.arange(0, BX)
-            b_A = load_tile(W_1, anchor * K, i_k, i_x, keys, X)
-            b_h = tl.dot(tl.trans(b_A), b_k, input_precision=PRECISION)
-            store_columns(hidden, b_h, here * W_C, i_c, i_x, real, X)
-            b_A = load_tile(W_2, anchor * X, i_x, i_v, i_x < X, V)
-            b_out += tl.dot(tl.trans(b_A), activate(b_h, SILU), input_precision=PRECISION)
-        store_columns(outputs, b_out, here * W_C, i_c, i_v, real, V)
         b_v = load_columns(v, at * W_C, i_c, i_v, real, V)
-        b_e = output_error(b_out, b_k, b_v, gain, bias, g, i_v, V, EPS)
-        store_columns(errors_2, b_e, here * W_C, i_c, i_v, real, V)
         b_c = load_slots(C, (at * W_C + W_C - 1) * W_C, i_c, W_C)
         b_beta = tl.load(beta + at * W_C + W_C - 1)
         b_p = b_c
@@ -231,18 +285,79 @@ def deep_write(
         new = False
         if opens_document is not None:
             new = tl.load(opens_document + at + G, mask=begin + i + 1 < N, other=0) != 0
-        # Other threads than those that stored the hidden activations read them.
-        tl.debug_barrier()
+        b_out = tl.zeros([BV, BT], tl.float32)
+        b_h = tl.zeros([BX, BT], tl.float32)
         for j in range((X + BX - 1) // BX):
             i_x = j * BX + tl.arange(0, BX)
-            b_h = load_columns(hidden, here * W_C, i_c, i_x, real, X)
-            b_A = load_tile(W_2, anchor * X, i_x, i_v, i_x < X, V)
-            b_e1 = tl.dot(b_A, b_e, input_precision=PRECISION) * slope(b_h, SILU)
+            b_h = through_anchor(b_W1, b_k, W_1, own, anchor, i_k, i_x, K, X, True, PRECISION)
+            store_columns(hidden, b_h, here * W_C, i_c, i_x, real, X)
+            b_a = activate(b_h, SILU)
+            b_out += through_anchor(b_W2, b_a, W_2, own, anchor, i_x, i_v, X, V, True, PRECISION)
+        store_columns(outputs, b_out, here * W_C, i_c, i_v, real, V)
+        b_e = output_error(b_out, b_k, b_v, gain, bias, g, i_v, V, EPS)
+        store_columns(errors_2, b_e, here * W_C, i_c, i_v, real, V)
+        if not HELD:
+            # Other threads than those that stored the hidden activations read them.
+            tl.debug_barrier()
+        for j in range((X + BX - 1) // BX):
+            i_x = j * BX + tl.arange(0, BX)
+            if not HELD:
+                b_h = load_columns(hidden, here * W_C, i_c, i_x, real, X)
+            b_e1 = through_anchor(b_W2, b_e, W_2, own, anchor, i_x, i_v, X, V, False, PRECISION)
+            b_e1 *= slope(b_h, SILU)
             store_columns(errors_1, b_e1, here * W_C, i_c, i_x, real, X)
             b_a = activate(b_h, SILU)
-            leave(W_1, S_1, initial_1, b_k, b_e1, b_c, b_p, b_beta, b_f, b_m, new, i, g, G, i_k, i_x, K, X, PRECISION)
-            leave(W_2, S_2, initial_2, b_a, b_e, b_c, b_p, b_beta, b_f, b_m, new, i, g, G, i_x, i_v, X, V, PRECISION)
-        tl.debug_barrier()
+            b_W1 = held_tile(b_W1, W_1, room, i_k, i_x, K, X, HELD)
+            b_S1 = held_tile(b_S1, S_1, room, i_k, i_x, K, X, HELD_S or S_1 is None)
+            b_W1, b_S1 = leave(
+                b_W1,
+                b_S1,
+                W_1,
+                S_1,
+                initial_1,
+                b_k,
+                b_e1,
+                b_c,
+                b_p,
+                b_beta,
+                b_f,
+                b_m,
+                new,
+                room + G,
+                g,
+                i_k,
+                i_x,
+                K,
+                X,
+                PRECISION,
+            )
+            b_W2 = held_tile(b_W2, W_2, room, i_x, i_v, X, V, HELD)
+            b_S2 = held_tile(b_S2, S_2, room, i_x, i_v, X, V, HELD_S or S_2 is None)
+            b_W2, b_S2 = leave(
+                b_W2,
+                b_S2,
+                W_2,
+                S_2,
+                initial_2,
+                b_a,
+                b_e,
+                b_c,
+                b_p,
+                b_beta,
+                b_f,
+                b_m,
+                new,
+                room + G,
+                g,
+                i_x,
+                i_v,
+                X,
+                V,
+                PRECISION,
+            )
+        if not (HELD and OWN):
+            # The next chunk reads the rooms.
+            tl.debug_barrier()
 
 
 @triton.jit
@@ -274,7 +389,7 @@ def read_hidden(
     return b_z - tl.dot(b_e, b_R, input_precision=PRECISION)
 
 
-@tiled(TILES, TILES_HIP)
+@tiled(TILES)
 @triton.jit(do_not_specialize=_SIZES)
 def deep_read(
     q,
@@ -312,7 +427,7 @@ def deep_read(
     b_q = load_columns(q, at * W_C, i_c, i_k, real, K)
     b_k = load_columns(k, at * W_C, i_c, i_k, real, K)
     b_C = load_columns(C, at * W_C, i_c, i_c, real, W_C)
-    b_R = b_C * tl.dot(tl.trans(b_k), b_q, input_precision=PRECISION)
+    b_R = b_C * pairs(b_k, b_q, PRECISION)
     b_beta = load_slots(beta, at * W_C, i_c, W_C)
     b_f = b_beta
     if f is not None:
@@ -329,7 +444,7 @@ def deep_read(
             b_S = load_tile(S_2, room * X, i_x, i_v, i_x < X, V)
             b_out += tl.dot(tl.trans(b_S), b_x, input_precision=PRECISION) * b_f[None, :]
         b_a = activate(load_columns(hidden, here * W_C, i_c, i_x, real, X), SILU)
-        b_scores += tl.dot(tl.trans(b_a), b_x, input_precision=PRECISION)
+        b_scores += pairs(b_a, b_x, PRECISION)
     b_e = load_columns(errors_2, here * W_C, i_c, i_v, real, V)
     b_out -= tl.dot(b_e, b_C * b_scores, input_precision=PRECISION)
     store_columns(out, b_out, at * W_C, i_c, i_v, real, V)

@@ -8,17 +8,17 @@ import triton.language as tl
 from memlm_kernels.launch import load_tile, store_tile, tiled
 from memlm_kernels.neural_memory.deep_kernels import (
     TILES,
-    TILES_HIP,
     activate,
     load_columns,
     load_slots,
+    pairs,
     read_hidden,
     slope,
     store_columns,
 )
 
 
-@tiled(TILES, TILES_HIP)
+@tiled(TILES)
 @triton.jit(do_not_specialize=["begin", "N", "G"])
 def deep_read_backward_2(
     q,
@@ -70,7 +70,7 @@ def deep_read_backward_2(
     b_f = b_beta
     if f is not None:
         b_f = load_slots(f, at * W_C, i_c, W_C)
-    b_s1 = tl.dot(tl.trans(b_k), b_q, input_precision=PRECISION)
+    b_s1 = pairs(b_k, b_q, PRECISION)
     b_s2 = tl.zeros([BT, BT], tl.float32)
     for j in range((X + BX - 1) // BX):
         i_x = j * BX + tl.arange(0, BX)
@@ -79,11 +79,11 @@ def deep_read_backward_2(
         )
         store_columns(d_before, b_z, here * W_C, i_c, i_x, real, X)
         b_a = activate(load_columns(hidden, here * W_C, i_c, i_x, real, X), SILU)
-        b_s2 += tl.dot(tl.trans(b_a), activate(b_z, SILU), input_precision=PRECISION)
+        b_s2 += pairs(b_a, activate(b_z, SILU), PRECISION)
     # Weights of pairs; rows are written tokens, columns reading tokens.
     b_o = load_columns(d_out, at * W_C, i_c, i_v, real, V)
     b_e = load_columns(errors_2, here * W_C, i_c, i_v, real, V)
-    b_pairs2 = tl.dot(tl.trans(b_e), b_o, input_precision=PRECISION)
+    b_pairs2 = pairs(b_e, b_o, PRECISION)
     b_de = -tl.dot(b_o, tl.trans(b_C * b_s2), input_precision=PRECISION)
     store_columns(d_errors_2, b_de, here * W_C, i_c, i_v, real, V)
     store_columns(d_C, -b_s2 * b_pairs2, at * W_C, i_c, i_c, real, W_C)
@@ -119,7 +119,7 @@ def deep_read_backward_2(
         tl.store(d_f + at * W_C + i_c, b_df, mask=real)
 
 
-@tiled(TILES, TILES_HIP)
+@tiled(TILES)
 @triton.jit(do_not_specialize=["begin", "N", "G"])
 def deep_read_backward_1(
     q,
@@ -162,7 +162,7 @@ def deep_read_backward_1(
     b_f = b_beta
     if f is not None:
         b_f = load_slots(f, at * W_C, i_c, W_C)
-    b_s = tl.dot(tl.trans(b_k), b_q, input_precision=PRECISION)
+    b_s = pairs(b_k, b_q, PRECISION)
     b_pairs = tl.zeros([BT, BT], tl.float32)
     b_dq = tl.zeros([BK, BT], tl.float32)
     b_dbeta = load_slots(d_beta, at * W_C, i_c, W_C)
@@ -171,7 +171,7 @@ def deep_read_backward_1(
         i_x = j * BX + tl.arange(0, BX)
         b_dz = load_columns(d_before, here * W_C, i_c, i_x, real, X)
         b_e = load_columns(errors_1, here * W_C, i_c, i_x, real, X)
-        b_pairs += tl.dot(tl.trans(b_e), b_dz, input_precision=PRECISION)
+        b_pairs += pairs(b_e, b_dz, PRECISION)
         b_de = -tl.dot(b_dz, tl.trans(b_C * b_s), input_precision=PRECISION)
         store_columns(d_errors_1, b_de, here * W_C, i_c, i_x, real, X)
         store_product(d_W_1, b_q * b_beta[None, :], b_dz, room, i_k, i_x, K, X, PRECISION)

@@ -24,13 +24,11 @@ def memory_limit(
     taken = len(weights) == 2 or (len(weights) == 1 and norm is None)
     if not taken or loss is not squared_error or window > 1:
         return "its kernels take two layers, or one without a norm, the squared error and window=1"
-    if reason := keys_limit(q):
-        return reason
     if len(weights) == 1:
-        return None
-    if max(q.shape[-1], v.shape[-1]) > 64:
+        return keys_limit(q)
+    if max(q.shape[-1], v.shape[-1]) > 128:
         sizes = f"K={q.shape[-1]} and V={v.shape[-1]}"
-        return f"its kernels of two layers take keys and values of at most 64 channels, not {sizes}"
+        return f"its kernels of two layers take keys and values of at most 128 channels, not {sizes}"
     if block_size(chunk_size, WIDTH) > WIDTH:
         return (
             f"its kernels of two layers take a chunk_size up to {WIDTH} or one that {WIDTH} divides, not {chunk_size}"

@@ -9,17 +9,10 @@ import triton
 import triton.language as tl
 
 from memlm_kernels.launch import load_tile, store_tile, tiled
-from memlm_kernels.neural_memory.deep_kernels import (
-    TILES,
-    TILES_HIP,
-    activate,
-    load_tail,
-    normalised,
-    output_error,
-    slope,
-)
+from memlm_kernels.neural_memory.deep_kernels import activate, load_tail, normalised, output_error, slope
 
 _SIZES = ["H", "of_keys", "of_values", "of_gates", "of_memory", "chunk_size"]
+TILES, TILES_HIP = [{"num_warps": 4, "num_stages": 2}], [{"num_warps": 4, "num_stages": 1}]
 
 
 @triton.jit

@@ -170,7 +170,8 @@ def _launch(
     if hidden:
         # A tile of either layer takes 16 registers of a thread.
         kernel, columns = deep_step, at_least_16(values)
-        sizes = {"BX": min(at_least_16(hidden), 32), "X": hidden, "SILU": silu, "EPS": EPS}
+        width = 2048 // max(64, at_least_16(keys), columns)
+        sizes = {"BX": min(at_least_16(hidden), width), "X": hidden, "SILU": silu, "EPS": EPS}
     else:
         kernel, columns = memory_step, _columns(keys, values)
         count *= cdiv(values, columns)
