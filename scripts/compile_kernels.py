@@ -376,7 +376,7 @@ def main(args: argparse.Namespace) -> int:
             continue
         for target_name in names:
             target, most_shared = TARGETS[target_name]
-            choices = launch.fitting(one.kernel.tiles[target.backend], one.limits)
+            choices = launch.fitting(one.kernel.tiles_on(target_name), one.limits)
             if not one.whole:
                 choices = choices[: target_name in SAMPLE]
             for tiles in choices:

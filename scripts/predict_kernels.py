@@ -159,7 +159,7 @@ def recorded(goal: Goal) -> list[list[Recorded]]:
     found: dict[tuple, list[Recorded]] = {}
 
     def record(kernel: Kernel, programs: Any, limits: dict[str, int], **arguments: Any) -> None:
-        tiles = fitting(kernel.tiles["cuda"], limits)
+        tiles = fitting(kernel.tiles_on("sm_90"), limits)
         one = Launch(goal.name, kernel, limits, {name: light(x) for name, x in arguments.items()}, True)
         fixed = {p.name for p in kernel.function.params if p.is_constexpr}
         given = ((n, x.dtype if isinstance(x, Tensor) else x) for n, x in arguments.items())

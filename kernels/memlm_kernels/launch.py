@@ -28,6 +28,8 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 class Kernel:
     """A Triton function with the tiles it may be launched with, the best guess first.
 
+    tiles: by "cuda" and "hip", and by an architecture with tiles of its own ("sm_90")
+
     ``MEMLM_AUTOTUNE=1`` times all of them, once for each kind of argument; otherwise the first is taken. Where the
     first failed its trial, ``proof.ways`` names a slower way.
     """
@@ -40,27 +42,33 @@ class Kernel:
 
     def __call__(self, programs: Callable[[Tiles], int], limits: Tiles, **arguments: Any) -> None:
         """programs: the number of programs that a choice of tiles needs; limits: the largest size of each tile."""
-        choices = self.choices(limits)
+        device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
+        choices = self.choices(limits, device)
         tiles = choices[0]
         if proof.ways[self.name] != proof.FIRST:
             tiles = {**tiles, "num_warps": 4, "num_stages": 1}
         elif len(choices) > 1 and os.environ.get("MEMLM_AUTOTUNE") == "1":
             kinds = (x.dtype if isinstance(x, Tensor) else x is None for x in arguments.values())
             constants = (arguments.get(p.name) for p in self.function.params if p.is_constexpr)
-            key = (*kinds, *limits.items(), *constants, torch.cuda.get_device_name())
+            key = (*kinds, *limits.items(), *constants, torch.cuda.get_device_name(device))
             if key not in self.best:
-                self.best[key] = min(choices, key=lambda tiles: self._seconds(programs, tiles, arguments))
+                self.best[key] = min(choices, key=lambda tiles: self._seconds(programs, tiles, arguments, device))
             tiles = self.best[key]
-        self._launch(programs, tiles, arguments)
+        self._launch(programs, tiles, arguments, device)
 
-    def choices(self, limits: Tiles) -> list[Tiles]:
-        """The tiles of this machine's GPUs that keep to the limits."""
-        key = tuple(limits.items())
+    def choices(self, limits: Tiles, device: torch.device) -> list[Tiles]:
+        """The tiles of a GPU that keep to the limits."""
+        key = (device, *limits.items())
         if (found := self._fitting.get(key)) is None:
-            found = self._fitting[key] = fitting(self.tiles[target()], limits)
+            found = self._fitting[key] = fitting(self.tiles_on(architecture(device)), limits)
         return found
 
-    def _launch(self, programs: Callable[[Tiles], int], tiles: Tiles, arguments: Mapping[str, Any]) -> None:
+    def tiles_on(self, architecture: str) -> list[Tiles]:
+        return self.tiles.get(architecture, self.tiles["hip" if architecture[:3] in ("hip", "gfx") else "cuda"])
+
+    def _launch(
+        self, programs: Callable[[Tiles], int], tiles: Tiles, arguments: Mapping[str, Any], device: torch.device
+    ) -> None:
         count = programs(tiles)
         if count == 0:
             return
@@ -68,10 +76,6 @@ class Kernel:
         if count >= (2**32 // (64 * tiles["num_warps"]) if hip else 2**31):
             name = self.function.__name__
             raise ValueError(f"{name}: no GPU starts {count} programs at once; use backend='reference'")
-        for x in arguments.values():
-            if isinstance(x, Tensor):
-                device = x.device
-                break
         run = self.function[(count,)]
         if proof.ways[self.name] == proof.PLAIN:
             run = functools.partial(self._run_plain, count)
@@ -97,16 +101,20 @@ class Kernel:
         """A function of its own, because Triton finds compiled code by its arguments, whatever the environment."""
         return triton.jit(self.function.fn)
 
-    def _seconds(self, programs: Callable[[Tiles], int], tiles: Tiles, arguments: Mapping[str, Any]) -> float:
+    def _seconds(
+        self, programs: Callable[[Tiles], int], tiles: Tiles, arguments: Mapping[str, Any], device: torch.device
+    ) -> float:
         try:
-            return triton.testing.do_bench(lambda: self._launch(programs, tiles, arguments))
+            return triton.testing.do_bench(lambda: self._launch(programs, tiles, arguments, device))
         except triton.runtime.OutOfResources:
             return float("inf")
 
 
-def tiled(cuda: list[Tiles], hip: list[Tiles] | None = None) -> Callable[[Any], Kernel]:
-    """Decorates a Triton function with its tiles on CUDA and on HIP (None: the same)."""
-    return lambda function: Kernel(function, {"cuda": cuda, "hip": cuda if hip is None else hip})
+def tiled(cuda: list[Tiles], hip: list[Tiles] | None = None, **architectures: list[Tiles]) -> Callable[[Any], Kernel]:
+    """Decorates a Triton function with its tiles on CUDA and on HIP (None: the same), and on architectures that hold
+    other tiles.
+    """
+    return lambda function: Kernel(function, {"cuda": cuda, "hip": cuda if hip is None else hip, **architectures})
 
 
 def fitting(choices: list[Tiles], limits: Tiles) -> list[Tiles]:
@@ -117,6 +125,17 @@ def fitting(choices: list[Tiles], limits: Tiles) -> list[Tiles]:
 
 def target() -> str:
     return "hip" if torch.version.hip else "cuda"
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The architecture of a GPU as compilers name it; of a CPU, whose interpreter takes any tiles, the target."""
+    if device.type != "cuda":
+        return target()
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 def precision(x: Tensor) -> str:

@@ -36,6 +36,8 @@ _NARROW = [
     {"BK": 32, "BV": 64, "num_warps": 4, "num_stages": 2},
     {"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 2},
 ]
+# Each tile of keys reads v and d_o again; elsewhere wider ones spill.
+_NARROW_90 = [{"BK": 64, "BV": 32, "num_warps": 4, "num_stages": 2}, *_NARROW]
 _NARROW_HIP = [{"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1}]
 
 
@@ -271,7 +273,7 @@ def values_backward(
     store_tile(d_v, b_v, base, rows, i_v, inside, V)
 
 
-@tiled(_NARROW, _NARROW_HIP)
+@tiled(_NARROW, _NARROW_HIP, sm_90=_NARROW_90)
 @triton.jit(do_not_specialize=_SIZES)
 def keys_backward(
     q,

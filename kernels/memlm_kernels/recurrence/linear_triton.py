@@ -226,6 +226,9 @@ def decay_gradient(
     tiles = cdiv(call.keys, min(32, call.limits["BK"]))
     parts = q.new_zeros(0 if log_decay is None else tiles, *q.shape[:3], dtype=torch.float32)
     limits = call.narrow_limits
+    if call.keys % 64:
+        # A part of wider tiles would be empty.
+        limits = {**limits, "BK": min(32, limits["BK"])}
     keys_backward(call.at_once(call.keys, "BK"), limits, **given, **out, d_decay=parts, B=call.batch, **sizes)
     return q.new_empty(0) if log_decay is None else parts.sum(0).to(log_decay.dtype)
 
