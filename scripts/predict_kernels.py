@@ -96,7 +96,7 @@ def union(a: Arguments, goal: Goal) -> float:
 
 def gathered(a: Arguments, goal: Goal) -> list[float]:
     """Tiles of the readers of a part of a chunk."""
-    return [a["T"] * a["J"] / a["PARTS"] * a["RP"] / a["BM"]]
+    return [a.get("S", a["T"]) * a["J"] / a["PARTS"] * a["RP"] / a["BM"]]
 
 
 # Trip counts that depend on data, in the order of the loops.

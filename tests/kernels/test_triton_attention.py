@@ -102,6 +102,20 @@ def test_partial_results_of_a_few_tokens_at_a_time(monkeypatch):
         assert torch.equal(whole, again)
 
 
+@pytest.mark.parametrize("unions", ["all", "some", "none"])
+def test_choices_are_sorted_once_a_call(unions, monkeypatch):
+    """Forward, the gradients of queries and those of keys take the same order, whatever the tiles and stretches."""
+    sorts, sort = [], gathering.sort_choices
+    monkeypatch.setattr(gathering, "sort_choices", lambda *x: sorts.append(x[0].shape) or sort(*x))
+    monkeypatch.setattr(gathering, "WORTH", UNIONS[unions])
+    monkeypatch.setattr(gathering, "ROOM", 5 * 2 * 2 * 6)
+    q, k, v = (x.float().to(DEVICE).requires_grad_() for x in heads_of(1, 9, 12, 2, 1))
+    out = chosen(9, 12, 3, 2, 2, groups=1)((q, k, v), "triton")
+    assert len(sorts) == (unions != "all")
+    out[0].sum().backward()
+    assert sorts == [(1, 9, 1, 2)]
+
+
 @torch.no_grad()
 def test_a_chunk_read_by_more_than_a_part_holds(monkeypatch):
     """Its parts are summed. All splits of keys are one softmax, also with chunks that no token chose."""

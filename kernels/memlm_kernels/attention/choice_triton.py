@@ -43,7 +43,15 @@ def _flops(q: tuple[int, ...], k: tuple[int, ...], *_: object, **__: object) -> 
 @kernel_op("invert_chunks")
 def invert(index: Tensor, num_chunks: int) -> tuple[Tensor, Tensor]:
     """Tokens [B, G, T J] int32, and offsets [B, G, N + 1]."""
-    index = index.clamp(-1, num_chunks).to(torch.int32).contiguous()
+    keys, tokens = sort_choices(index.clamp(-1, num_chunks).to(torch.int32), num_chunks)
+    return tokens, offsets_of(keys, num_chunks)
+
+
+def sort_choices(index: Tensor, num_chunks: int) -> tuple[Tensor, Tensor]:
+    """The choices int32 [B, T, G, J] of each row and group in ascending order, and their tokens, [B, G, T J]. A
+    negative number, no choice, becomes num_chunks and comes last.
+    """
+    index = index.contiguous()
     batch, length, groups, chosen = index.shape
     entries = length * chosen
     tiles = cdiv(entries, WIDTH)
@@ -58,9 +66,14 @@ def invert(index: Tensor, num_chunks: int) -> tuple[Tensor, Tensor]:
         arguments = {"before": before, "new_keys": new_keys, "new_tokens": new_tokens}
         place_by_digit(lambda _: batch * groups * tiles, {}, **arguments, **given)
         keys, values = new_keys, new_tokens
-    number = torch.arange(num_chunks + 1, device=index.device, dtype=torch.int32)
     assert keys is not None
-    return values, torch.searchsorted(keys, number.expand(batch, groups, -1).contiguous())
+    return keys, values
+
+
+def offsets_of(keys: Tensor, num_chunks: int) -> Tensor:
+    """The first entry of each number in ascending keys, [B, G, N + 1]."""
+    number = torch.arange(num_chunks + 1, device=keys.device, dtype=torch.int32)
+    return torch.searchsorted(keys, number.expand(*keys.shape[:2], -1).contiguous())
 
 
 register_flop_formula(torch.ops.memlm.invert_chunks)(no_products)

@@ -13,7 +13,7 @@ import triton.language as tl
 from memlm_kernels.attention.kernels import LN2, LOG2E, NEVER, key_gradients, query_gradient
 from memlm_kernels.launch import load_tile, store_tile, tiled
 
-_SIZES = ["B", "T", "L", "N", "U", "S", "START", "PARTS", "PER", "window"]
+_SIZES = ["B", "T", "L", "N", "U", "S", "START", "PARTS", "PER", "CLASSES", "FROM", "TO", "window"]
 
 
 @tiled([{"num_warps": 4, "num_stages": 1}])
@@ -37,11 +37,12 @@ def unite_chunks(index, united, count, T, N, U, G: tl.constexpr, J: tl.constexpr
 
 
 @triton.jit
-def part_span(offsets, owner, first, at, part, N, PARTS, PER):
-    """The chunk of a part, and the first and the end of its readers."""
+def part_span(offsets, owner, first, at, part, N, PARTS, PER, CLASSES, FROM, TO):
+    """The chunk of a part, and the first and the end of its readers, which are of the classes FROM to TO - 1."""
     n = tl.load(owner + at * PARTS + part)
-    begin = tl.load(offsets + at * (N + 1) + n) + (part - tl.load(first + at * (N + 1) + n)) * PER
-    return n, begin, tl.minimum(begin + PER, tl.load(offsets + at * (N + 1) + n + 1))
+    of_chunk = offsets + at * (N * CLASSES + 1) + n * CLASSES
+    begin = tl.load(of_chunk + FROM) + (part - tl.load(first + at * (N + 1) + n)) * PER
+    return n, begin, tl.minimum(begin + PER, tl.load(of_chunk + TO))
 
 
 @triton.jit
@@ -75,8 +76,13 @@ def chunks_forward(
     T,
     L,
     N,
+    S,
+    START,
     PARTS,
     PER,
+    CLASSES,
+    FROM,
+    TO,
     H: tl.constexpr,
     G: tl.constexpr,
     K: tl.constexpr,
@@ -91,7 +97,9 @@ def chunks_forward(
     BV: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """Reads of a tile of a chunk's keys by a part of its readers, and their lse; see ``chunks_backward``."""
+    """Reads of a tile of a chunk's keys by a part of its readers, and their lse; see ``chunks_backward``. The readers
+    are among the S tokens from START on.
+    """
     BT: tl.constexpr = BM // RP
     R: tl.constexpr = H // G
     tiles: tl.constexpr = (C + BC - 1) // BC
@@ -100,7 +108,7 @@ def chunks_forward(
     g, row = at % G, at // G
     if part >= tl.load(first + at * (N + 1) + N):
         return
-    n, begin, stop = part_span(offsets, owner, first, at, part, N, PARTS, PER)
+    n, begin, stop = part_span(offsets, owner, first, at, part, N, PARTS, PER, CLASSES, FROM, TO)
     start = tl.load(starts + row * N + n).to(tl.int64) + tile * BC
     i_k, i_v, i_c, i_m = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BC), tl.arange(0, BM)
     real = (tile * BC + i_c < C) & (start + i_c >= 0) & (start + i_c < L)
@@ -120,7 +128,7 @@ def chunks_forward(
         b_sum = tl.where(some, tl.sum(b_w, 1), 1.0)
         b_o = tl.dot(b_w.to(b_v.dtype), b_v, input_precision=PRECISION) / b_sum[:, None]
         b_place = place_of(index, n, row, token, g, inside, T, G, J, BJ)
-        to = ((b_place * tiles + tile) * B + row) * T * H + rows
+        to = ((b_place * tiles + tile) * B + row) * S * H + rows - START * H
         store_tile(parts, b_o, 0, to, i_v, inside, V)
         tl.store(lse_parts + to, tl.where(some, (b_max + tl.log2(b_sum)) * LN2, float("-inf")), mask=inside)
 
@@ -151,8 +159,13 @@ def chunk_queries_backward(
     T,
     L,
     N,
+    S,
+    START,
     PARTS,
     PER,
+    CLASSES,
+    FROM,
+    TO,
     H: tl.constexpr,
     G: tl.constexpr,
     K: tl.constexpr,
@@ -176,7 +189,7 @@ def chunk_queries_backward(
     g, row = at % G, at // G
     if part >= tl.load(first + at * (N + 1) + N):
         return
-    n, begin, stop = part_span(offsets, owner, first, at, part, N, PARTS, PER)
+    n, begin, stop = part_span(offsets, owner, first, at, part, N, PARTS, PER, CLASSES, FROM, TO)
     start = tl.load(starts + row * N + n).to(tl.int64) + tile * BC
     i_k, i_v, i_c, i_m = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BC), tl.arange(0, BM)
     real = (tile * BC + i_c < C) & (start + i_c >= 0) & (start + i_c < L)
@@ -195,7 +208,7 @@ def chunk_queries_backward(
         b_dq = tl.zeros([BM, BK], tl.float32)
         b_dq = query_gradient(b_dq, b_q, b_k, b_v, b_do, b_lse, b_delta, seen, scale, PRECISION)
         b_place = place_of(index, n, row, token, g, inside, T, G, J, BJ)
-        to = ((b_place * tiles + tile) * B + row) * T * H + rows
+        to = ((b_place * tiles + tile) * B + row) * S * H + rows - START * H
         store_tile(parts, b_dq * factor, 0, to, i_k, inside, K)
 
 
@@ -222,7 +235,7 @@ def join_parts(
 ):
     """Add the partial results of S tokens from START on to their x, in one softmax with its lse; lse None: as a sum.
 
-    parts: [J TILES, B, S, H, V], of each choice in index, [B, S, G, J]
+    parts: [J TILES, B, S, H, V], of each choice in index, [B, T, G, J]
     """
     tiles = tl.cdiv(S * H, BM)
     program = tl.program_id(0)
@@ -230,7 +243,7 @@ def join_parts(
     i_m, i_j, i_v = tl.arange(0, BM), tl.arange(0, BJ), tl.arange(0, BV)
     m = tile * BM + i_m
     inside = m < S * H
-    chosen = index + ((row * S + m // H) * G + m % H // (H // G)) * J
+    chosen = index + ((row * T + START + m // H) * G + m % H // (H // G)) * J
     b_index = tl.load(chosen[:, None] + i_j[None, :], mask=inside[:, None] & (i_j < J)[None, :], other=-1)
     if tl.max(b_index) < 0:
         return
@@ -287,6 +300,9 @@ def chunks_backward(
     N,
     PARTS,
     PER,
+    CLASSES,
+    FROM,
+    TO,
     H: tl.constexpr,
     G: tl.constexpr,
     K: tl.constexpr,
@@ -302,8 +318,8 @@ def chunks_backward(
 ):
     """Gradients of a tile of a chunk's keys from a part of its readers; d_k, d_v: [B, G, PARTS, C, K or V].
 
-    readers: [B, G, T J], offsets: [B, G, N + 1], see ``ChunkReaders``; owner: [B, G, PARTS], a part's chunk; first:
-    [B, G, N + 1], a chunk's first part, and how many there are
+    readers: [B, G, T J], by chunks, then by classes; offsets: [B, G, N CLASSES + 1], where each class begins; owner:
+    [B, G, PARTS], a part's chunk; first: [B, G, N + 1], a chunk's first part, and how many there are
     """
     BT: tl.constexpr = BM // RP
     R: tl.constexpr = H // G
@@ -313,7 +329,7 @@ def chunks_backward(
     g, row = at % G, at // G
     if part >= tl.load(first + at * (N + 1) + N):
         return
-    n, begin, stop = part_span(offsets, owner, first, at, part, N, PARTS, PER)
+    n, begin, stop = part_span(offsets, owner, first, at, part, N, PARTS, PER, CLASSES, FROM, TO)
     start = tl.load(starts + row * N + n).to(tl.int64) + tile * BC
     i_k, i_v, i_c, i_m = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BC), tl.arange(0, BM)
     of_chunk = tile * BC + i_c < C

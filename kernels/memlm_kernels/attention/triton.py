@@ -11,7 +11,14 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from memlm_kernels.attention.cut import AttentionCall
-from memlm_kernels.attention.gathering import add_key_gradients, add_query_gradients, read_chunks, unite
+from memlm_kernels.attention.gathering import (
+    add_key_gradients,
+    add_query_gradients,
+    read_chunks,
+    readers_of,
+    sort,
+    unite,
+)
 from memlm_kernels.attention.kernels import (
     attend_forward,
     attended_keys_backward,
@@ -47,8 +54,9 @@ def forward(
     window: int,
     most: int,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """o [B, T, H, V] and lse [B, T, H].
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """o [B, T, H, V], lse [B, T, H]; and choices in order and their tokens, [B, G, T J], of which backward makes the
+    readers of chunks: arbitrary where no tile of queries can gather.
 
     first, end: [B, T] int32, the span of the LK keys k that each token sees, at most ``most`` of them. Without
         gradients end may be None: a token sees the last ``most`` keys, but of those before it at most ``first``, its
@@ -84,10 +92,23 @@ def forward(
             **{"parts": parts[0], "lse_parts": parts[1], "o": o, "lse": lse, "ROWS": lse.numel(), "SPLITS": splits},
             **{"H": call.heads, "V": call.values, "BV": call.sizes["BV"]},
         )
-    if union.gathered is not None and starts is not None:
-        of_chunks = {"q": _or(other_q, q), "k": _or(far_k, k), "v": v, "scale": scale * _LOG2E}
-        read_chunks(call, of_chunks, union.gathered, starts, window, o, lse)
-    return o, lse
+    if union.gathered is None or index is None or starts is None:
+        return o, lse, *_no_order(q, index)
+    keys, token = sort(call, index, union.gathered, starts)
+    readers = readers_of(call, keys, token, True, starts)
+    of_chunks = {"q": _or(other_q, q), "k": _or(far_k, k), "v": v, "scale": scale * _LOG2E}
+    read_chunks(call, of_chunks, union.gathered, readers, starts, window, o, lse)
+    return o, lse, keys, token
+
+
+def _no_order(q: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Room for choices in order."""
+    if index is None:
+        shape: tuple[int, ...] = (0,)
+    else:
+        batch, length, groups, chosen = index.shape
+        shape = (batch, groups, length * chosen)
+    return q.new_empty(shape, dtype=torch.int32), q.new_empty(shape, dtype=torch.int32)
 
 
 def _or(x: Tensor | None, other: Tensor) -> Tensor:
@@ -122,8 +143,9 @@ def _(
     window: int,
     most: int,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    return q.new_empty(*q.shape[:3], v.shape[3]), lse, *_no_order(q, index)
 
 
 def _seven(gradients: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -148,6 +170,8 @@ def backward(
     starts: Tensor | None,
     o: Tensor,
     lse: Tensor,
+    keys: Tensor,
+    token: Tensor,
     d_o: Tensor,
     d_lse: Tensor | None,
     chunk_size: int,
@@ -193,9 +217,12 @@ def backward(
         if far_k is not None:
             d_far_k = far_k.new_zeros(far_k.shape, dtype=torch.float32)
         of_chunks = {**others, "k": _or(far_k, k), "v": v}
+        if union.gathered is None:
+            keys, token = sort(call, index, None, starts)
+        readers = readers_of(call, keys, token, union.gathered is not None, starts)
         if union.gathered is not None:
-            add_query_gradients(call, of_chunks, union.gathered, starts, window, _or(d_other, d_q))
-        add_key_gradients(call, of_chunks, index, starts, window, _or(d_far_k, d_k), d_v)
+            add_query_gradients(call, of_chunks, union.gathered, readers, starts, window, _or(d_other, d_q))
+        add_key_gradients(call, of_chunks, readers, starts, window, _or(d_far_k, d_k), d_v)
     gradients = (d_q, d_k, d_v, d_other, d_prefix_k, d_prefix_v, d_far_k)
     return _seven(q.new_empty(0) if x is None else x.to(q.dtype) for x in gradients)
 
@@ -239,6 +266,8 @@ def _(
     starts: Tensor | None,
     o: Tensor,
     lse: Tensor,
+    keys: Tensor,
+    token: Tensor,
     d_o: Tensor,
     d_lse: Tensor | None,
     chunk_size: int,
@@ -249,18 +278,19 @@ def _(
     return _seven(q.new_empty(0 if x is None else x.shape) for x in (q, k, v, other_q, prefix_k, prefix_v, far_k))
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, chunk_size, window, most, scale = inputs
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(*tensors, *output)
     ctx.settings = chunk_size, window, most, scale
 
 
 @outside_autocast
-def _backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *inputs, o, lse = ctx.saved_tensors
+def _backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    *inputs, o, lse, keys, token = ctx.saved_tensors
     d_o = torch.zeros_like(o) if d_o is None else d_o
-    found = dict(zip(_LEARN, backward(*inputs, o, lse, d_o, d_lse, *ctx.settings), strict=True))
+    found = dict(zip(_LEARN, backward(*inputs, o, lse, keys, token, d_o, d_lse, *ctx.settings), strict=True))
     given = arguments_of(torch.ops.memlm.attention, (*inputs, *ctx.settings))
     return tuple(None if x is None else found.get(name) for name, x in given.items())
 
@@ -317,5 +347,5 @@ def attend_triton(
         starts = starts.to(torch.int32)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     others = other_q, prefix_k, prefix_v, document, chosen, far_k, index, starts
-    o, lse = forward(q_, k_, v_, first, end, *others, chunk_size, window, most, scale)
+    o, lse, *_ = forward(q_, k_, v_, first, end, *others, chunk_size, window, most, scale)
     return o.to(q.dtype), lse
