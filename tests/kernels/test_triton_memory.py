@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from memlm_kernels import neural_memory
-from memlm_kernels.testing import assert_close
+from memlm_kernels.testing import assert_close, grads_of
+from tests.kernels.test_neural_memory import make, names, run, token_by_token
 from tests.kernels.test_triton import DEVICE, TOLERANCES, compare, memory_inputs
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[cpu-kernels]'")
@@ -112,3 +113,18 @@ def test_a_row_without_tokens_ends_with_the_memory_of_a_start():
         return o, *state.weights, *state.momentum, *state.anchor
 
     compare(call, tensors, torch.float32)
+
+
+def test_gates_at_their_ends_have_the_gradients_of_the_token_recurrence():
+    """A momentum of 0 or near it, and a decay of 1: gradients are divided by these factors."""
+    inputs = make(length=16, batch=1)
+    for gate, places in ((4, {3: 0.0, 9: 1e-4}), (5, {6: 1.0})):
+        for token, value in places.items():
+            inputs[gate][:, token] = value
+    expected = grads_of(lambda *x: token_by_token(*x, chunk_size=4), inputs)
+    in_torch = grads_of(lambda *x: run(x, 4).o, inputs)
+    single = [x.to(DEVICE, torch.float32) for x in inputs]
+    in_triton = grads_of(lambda *x: run(x, 4, backend="triton").o, single)
+    for name, e, r, t in zip(names(inputs), expected, in_torch, in_triton, strict=True):
+        assert_close(f"{name}, in torch", e, r, 1e-5)
+        assert_close(f"{name}, in Triton", e, t.cpu(), 1e-5)

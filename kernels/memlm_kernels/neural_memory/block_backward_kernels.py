@@ -11,7 +11,7 @@ g, which is dV, the gradients through memories, and those through the pairs of a
 import triton
 import triton.language as tl
 
-from memlm_kernels.launch import load_tile, part_of, store_tile, tiled
+from memlm_kernels.launch import decay_between, load_tile, part_of, store_tile, tiled
 from memlm_kernels.neural_memory.block_kernels import (
     RATES,
     SIZES,
@@ -22,9 +22,9 @@ from memlm_kernels.neural_memory.block_kernels import (
     load_rate,
     load_rows,
     load_writes,
+    lower_decay,
     of_document,
     places_of_anchors,
-    weights,
 )
 
 
@@ -306,9 +306,19 @@ def block_memory_backward(
         tl.store(place + 6, b_anchors_S, mask=inside)
 
 
+@triton.jit
+def pairs(x, y, base, rows, inside, width: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr):
+    """[BT, BT]: x y^T, of a block's rows."""
+    b_out = tl.zeros([BT, BT], tl.float32)
+    for i in range((width + BW - 1) // BW):
+        i_w = i * BW + tl.arange(0, BW)
+        b_x, b_y = load_tile(x, base, rows, i_w, inside, width), load_tile(y, base, rows, i_w, inside, width)
+        b_out += tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION)
+    return b_out
+
+
 @tiled(
-    [{"BK": 32, "BV": 32, "num_warps": 8, "num_stages": 1}],
-    [{"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1}],
+    [{"BK": 32, "BV": 64, "num_warps": 8, "num_stages": 1}], [{"BK": 32, "BV": 32, "num_warps": 4, "num_stages": 1}]
 )
 @triton.jit(do_not_specialize=SIZES)
 def block_pairs_backward(
@@ -343,34 +353,19 @@ def block_pairs_backward(
     i_t = tl.arange(0, BT)
     inside = start + i_t < end
     base, rows = (row * T + start) * H + h, i_t * H
-    b_pairs = tl.zeros([BT, BT], tl.float32)
     b_dC = tl.zeros([BT, BT], tl.float32)
-    for i in range((V + BV - 1) // BV):
-        i_v = i * BV + tl.arange(0, BV)
-        b_d = load_tile(d, base, rows, i_v, inside, V)
-        b_pairs += tl.dot(load_tile(d_o, base, rows, i_v, inside, V), tl.trans(b_d), input_precision=PRECISION)
-    for i in range((K + BK - 1) // BK):
-        i_k = i * BK + tl.arange(0, BK)
-        b_k = load_tile(k, base, rows, i_k, inside, K)
-        b_dC += tl.dot(load_tile(q, base, rows, i_k, inside, K), tl.trans(b_k), input_precision=PRECISION)
-    b_dC *= b_pairs
-    b_of_qk = (b_pairs * load_tile(C, program * BT, i_t, i_t, i_t < BT, BT)).to(q.dtype.element_ty)
-    b_of_kk = b_of_qk
+    # The pairs of keys first, so that as few products as possible are held at once.
     if CHUNKS > 1:
         i_a = places_of_anchors(opener, n, CHUNK, BT)
-        b_pairs = tl.zeros([BT, BT], tl.float32)
-        b_kk = tl.zeros([BT, BT], tl.float32)
-        for i in range((V + BV - 1) // BV):
-            i_v = i * BV + tl.arange(0, BV)
-            b_d = load_tile(d, base, rows, i_v, inside, V)
-            b_pairs -= tl.dot(load_tile(g, base, rows, i_v, inside, V), tl.trans(b_d), input_precision=PRECISION)
-        for i in range((K + BK - 1) // BK):
-            b_k = load_tile(k, base, rows, i * BK + tl.arange(0, BK), inside, K)
-            b_kk += tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
-        b_both = b_pairs * load_tile(C, program * BT, i_a, i_t, i_a >= 0, BT)
-        b_of_kk = (b_both + tl.trans(b_both)).to(k.dtype.element_ty)
+        b_pairs = -pairs(g, d, base, rows, inside, V, PRECISION, BT, BV)
+        b_of_kk = (b_pairs * load_tile(C, program * BT, i_a, i_t, i_a >= 0, BT)).to(k.dtype.element_ty)
+        b_pairs *= pairs(k, k, base, rows, inside, K, PRECISION, BT, BK)
         b_at = anchors(opener, n, CHUNK, BT).to(tl.float32)
-        b_dC += tl.dot(tl.trans(b_at), b_pairs * b_kk, input_precision=PRECISION)
+        b_dC += tl.dot(tl.trans(b_at), b_pairs, input_precision=PRECISION)
+    b_pairs = pairs(d_o, d, base, rows, inside, V, PRECISION, BT, BV)
+    b_of_qk = (b_pairs * load_tile(C, program * BT, i_t, i_t, i_t < BT, BT)).to(q.dtype.element_ty)
+    b_dC += b_pairs * pairs(q, k, base, rows, inside, K, PRECISION, BT, BK)
+    store_tile(d_C, b_dC, program * BT, i_t, i_t, i_t < BT, BT)
     for i in range((K + BK - 1) // BK):
         i_k = i * BK + tl.arange(0, BK)
         b_q = load_tile(q, base, rows, i_k, inside, K)
@@ -379,19 +374,31 @@ def block_pairs_backward(
         b_dk = tl.dot(tl.trans(b_of_qk), b_q, input_precision=PRECISION)
         if CHUNKS > 1:
             b_dk += tl.dot(b_of_kk, b_k, input_precision=PRECISION)
+            b_dk += tl.dot(tl.trans(b_of_kk), b_k, input_precision=PRECISION)
         store_tile(d_q, b_dq + load_tile(d_q, base, rows, i_k, inside, K), base, rows, i_k, inside, K)
         store_tile(d_k, b_dk + load_tile(d_k, base, rows, i_k, inside, K), base, rows, i_k, inside, K)
-    store_tile(d_C, b_dC, program * BT, i_t, i_t, i_t < BT, BT)
 
 
 @triton.jit
 def of_logs(b_z):
-    """The gradient of each logarithm x_j, up to a sum over the rows behind j, where b_z[r, i] is the gradient of exp
-    of the sum of x over i < j <= r, times itself.
+    """The gradient of each logarithm x_j, where b_z[r, i] is the gradient of exp of the sum of x over i < j <= r, times
+    itself: the sum of b_z over i < j <= r. Each of these terms has the factor exp x_j, by which the caller divides; a
+    difference of other sums would lose all digits where that is near 0.
     """
     i = tl.arange(0, b_z.shape[0])
-    b_z = tl.where(i[:, None] > i[None, :], b_z, 0.0)
-    return tl.sum(b_z, 1) - tl.sum(b_z, 0)
+    return tl.sum(tl.where(i[:, None] > i[None, :], tl.cumsum(b_z, 0, reverse=True), 0.0), 1)
+
+
+@triton.jit
+def through_anchors(
+    d_rates, base, rows, which: tl.constexpr, inside, opener, n, CHUNK, CHUNKS: tl.constexpr, BT: tl.constexpr
+):
+    """The gradient of beta (0) or f (1) of each token, with those of the tokens that have it at their anchor."""
+    b_out = load_rate(d_rates, base, rows, which, inside)
+    if CHUNKS > 1:
+        b_of_anchors = load_rate(d_rates, base, rows, which + 5, inside)
+        b_out += tl.sum(tl.where(anchors(opener, n, CHUNK, BT), b_of_anchors[:, None], 0.0), 0)
+    return b_out
 
 
 @tiled([{"num_warps": 8, "num_stages": 1}], [{"num_warps": 4, "num_stages": 1}])
@@ -417,10 +424,10 @@ def block_gates_backward(
 ):
     """The gradients of a block's gates, from those of C and of ``rates``.
 
-    With L and C below the diagonal alone, and G = L^T dC, they are, up to sums over the tokens behind,
+    With L and C below the diagonal alone, G = L^T dC and M = dC (lr E)^T, they are sums over the tokens behind of
+    beta d beta and m (dm + df + L^T df), and sums over the pairs on both sides of
 
-        d log (1 - decay) = beta d beta + df (f - m) - m L^T df + row sums of dC * C - lr E * G
-        d log momentum = m (dm + df + L^T df) + row sums - column sums of lr E * (G + dC)
+        d log (1 - decay): L * (M + df m^T)        d log momentum: lr E * (G + dC)
     """
     program = tl.program_id(0).to(tl.int64)
     _tile, h, n, row = part_of(program, 1, H, N)
@@ -430,33 +437,29 @@ def block_gates_backward(
     i_t = tl.arange(0, BT)
     inside = start + i_t < end
     base, rows = (row * T + start) * H + h, i_t * H
-    b_of_beta = load_rate(d_rates, base, rows, 0, inside)
-    b_of_f = load_rate(d_rates, base, rows, 1, inside)
-    if CHUNKS > 1:
-        b_at = anchors(opener, n, CHUNK, BT)
-        b_of_beta += tl.sum(tl.where(b_at, load_rate(d_rates, base, rows, 5, inside)[:, None], 0.0), 0)
-        b_of_f += tl.sum(tl.where(b_at, load_rate(d_rates, base, rows, 6, inside)[:, None], 0.0), 0)
+    b_of_f = through_anchors(d_rates, base, rows, 1, inside, opener, n, CHUNK, CHUNKS, BT)
     b_lr = tl.load(lr + base + rows, mask=inside, other=0.0)
-    b_m, b_g = load_logs(momentum, decay, base, rows, inside)
-    b_L, b_E, b_C = weights(b_lr, b_m, b_g, momentum is not None, BT, PRECISION)
+    _b_m, b_g = load_logs(None, decay, base, rows, inside)
+    b_L = lower_decay(b_g, BT)
     last = i_t[:, None] == end - start - 1
     b_dC = load_tile(d_C, program * BT, i_t, i_t, i_t < BT, BT)
     b_dC += tl.where(last, load_rate(d_rates, base, rows, 3, inside)[None, :], 0.0)
-    b_of_g = b_of_beta * load_rate(rates, base, rows, 0, inside)
     if momentum is None:
-        tl.store(d_lr + base + rows, tl.sum(b_dC * (b_L + b_E), 0), mask=inside)
-        b_of_g += of_logs(b_dC * b_C)
+        tl.store(d_lr + base + rows, tl.sum(tl.where(i_t[:, None] == i_t[None, :], b_dC, b_dC * b_L), 0), mask=inside)
+        b_of_g = of_logs(b_L * b_dC * b_lr[None, :])
     else:
         b_of_S = load_rate(rates, base, rows, 2, inside)
-        b_of_m = tl.sum(b_L * b_of_f[:, None], 0)
-        b_of_g += b_of_f * (load_rate(rates, base, rows, 1, inside) - b_of_S) - b_of_S * b_of_m
-        b_of_m = (b_of_m + b_of_f + load_rate(d_rates, base, rows, 2, inside)) * b_of_S
-        b_G = tl.dot(tl.trans(b_L), b_dC, input_precision=PRECISION)
-        b_of_g += tl.sum(b_dC * b_C - b_E * b_G * b_lr[None, :], 1)
-        b_G += b_dC + tl.where(last, load_rate(d_rates, base, rows, 4, inside)[None, :], 0.0)
-        b_G *= b_E
+        b_of_m = (tl.sum(b_L * b_of_f[:, None], 0) + b_of_f + load_rate(d_rates, base, rows, 2, inside)) * b_of_S
+        b_G = tl.dot(tl.trans(b_L), b_dC, input_precision=PRECISION) + b_dC
+        b_m, _b_g = load_logs(momentum, None, base, rows, inside)
+        b_E = decay_between(b_m, BT)
+        b_G = (b_G + tl.where(last, load_rate(d_rates, base, rows, 4, inside)[None, :], 0.0)) * b_E
         tl.store(d_lr + base + rows, tl.sum(b_G, 0), mask=inside)
-        b_of_m = tl.cumsum(b_of_m + of_logs(b_G * b_lr[None, :]), 0, reverse=True)
+        b_of_m = tl.cumsum(b_of_m, 0, reverse=True) + of_logs(b_G * b_lr[None, :])
         tl.store(d_momentum + base + rows, b_of_m * tl.exp(-b_m), mask=inside)
+        b_M = tl.dot(b_dC, tl.trans(b_E * b_lr[None, :]), input_precision=PRECISION)
+        b_of_g = of_logs(b_L * (b_M + b_of_f[:, None] * b_of_S[None, :]))
     if decay is not None:
-        tl.store(d_decay + base + rows, -tl.cumsum(b_of_g, 0, reverse=True) * tl.exp(-b_g), mask=inside)
+        b_of_beta = through_anchors(d_rates, base, rows, 0, inside, opener, n, CHUNK, CHUNKS, BT)
+        b_of_g += tl.cumsum(b_of_beta * load_rate(rates, base, rows, 0, inside), 0, reverse=True)
+        tl.store(d_decay + base + rows, -b_of_g * tl.exp(-b_g), mask=inside)

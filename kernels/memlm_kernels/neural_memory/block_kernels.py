@@ -129,10 +129,16 @@ def load_logs(momentum, decay, base, rows, inside):
 
 
 @triton.jit
+def lower_decay(b_g, BT: tl.constexpr):
+    """L, below the diagonal alone."""
+    i = tl.arange(0, BT)
+    return tl.where(i[:, None] > i[None, :], decay_between(b_g, BT), 0.0)
+
+
+@triton.jit
 def weights(b_lr, b_m, b_g, MOMENTUM: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr):
     """L, E and C = L E lr, L below the diagonal alone; there it is 1. Without momentum E is the identity."""
-    i = tl.arange(0, BT)
-    b_L = tl.where(i[:, None] > i[None, :], decay_between(b_g, BT), 0.0)
+    i, b_L = tl.arange(0, BT), lower_decay(b_g, BT)
     if MOMENTUM:
         b_E = decay_between(b_m, BT)
         b_C = tl.dot(b_L, b_E * b_lr[None, :], input_precision=PRECISION)

@@ -18,7 +18,9 @@ Backward goes along the blocks for the gradients of M, e and r, and then takes a
     d_e = -(C * Q K^T)^T d_o - spread(K, writes) d_M'      d_r = X^T d_e      d_v = -d_r      d_N = -d_r e^T
     d_M = carry^T d_M' + spread(Q, reads)^T d_o + spread(K, anchors)^T d_r
 
-X comes from substitution, which does the same as the chunks one after the other, and is as stable.
+X comes from substitution. Where N is dense and its entries are above 1, rounding is larger than that of the chunks one
+after the other: 4 times at a constant lr of 0.5 and momentum of 0.9 with keys alike, in blocks of 32 and chunks of one
+token (2.6e-6 to 6.2e-7). With rates that vary from token to token it is the same.
 """
 
 from collections.abc import Sequence

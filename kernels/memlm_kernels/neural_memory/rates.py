@@ -14,7 +14,8 @@ from torch.autograd.function import once_differentiable
 from memlm_kernels.backend import outside_autocast
 from memlm_kernels.grid import Grid
 
-_TINY = 1e-30
+# A product with one such momentum is above the threshold of ``_products``, so a momentum of 0 has its gradient.
+_TINY = 1e-14
 
 
 class Rates(NamedTuple):

@@ -278,8 +278,8 @@ def backward(
     call.at_once(block_reads_backward, there, call.values, "BV")
     call.along(block_states_backward, there)
     made["d_v"] = there["g"] = call.solve(there["d_d"], X, None, False, transposed=True)
-    call.at_once(block_memory_backward, there, BV=128 // q.element_size(), num_warps=call.most_warps)
-    call.at_once(block_pairs_backward, there)
+    for kernel in (block_memory_backward, block_pairs_backward):
+        call.at_once(kernel, there, BV=128 // q.element_size(), num_warps=call.most_warps)
     call.at_once(block_gates_backward, there)
     return [made[f"d_{name}"] for name in names]
 
