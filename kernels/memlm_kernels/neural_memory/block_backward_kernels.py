@@ -381,9 +381,9 @@ def block_pairs_backward(
 
 @triton.jit
 def of_logs(b_z):
-    """The gradient of each logarithm x_j, where b_z[r, i] is the gradient of exp of the sum of x over i < j <= r, times
-    itself: the sum of b_z over i < j <= r. Each of these terms has the factor exp x_j, by which the caller divides; a
-    difference of other sums would lose all digits where that is near 0.
+    """The gradient of each logarithm x_j, where b_z[r, i] is the gradient of exp of the sum of x over i < j <= r,
+    times itself: the sum of b_z over i < j <= r. Each of these terms has the factor exp x_j, by which the caller
+    divides; a difference of other sums would lose all digits where that is near 0.
     """
     i = tl.arange(0, b_z.shape[0])
     return tl.sum(tl.where(i[:, None] > i[None, :], tl.cumsum(b_z, 0, reverse=True), 0.0), 1)

@@ -15,7 +15,7 @@ from memlm_kernels.backend import outside_autocast
 from memlm_kernels.grid import Grid
 
 # A product with one such momentum is above the threshold of ``_products``, so a momentum of 0 has its gradient.
-_TINY = 1e-14
+_TINY = 1e-13
 
 
 class Rates(NamedTuple):
