@@ -39,6 +39,12 @@ from memlm_kernels import launch  # noqa: E402
 from memlm_kernels.attention.choice_triton import choose_chunks, invert  # noqa: E402
 from memlm_kernels.attention.triton import attend_triton  # noqa: E402
 from memlm_kernels.grouped_linear.triton import grouped_linear_triton  # noqa: E402
+from memlm_kernels.large_chunk_memory.chunks_triton import write_triton  # noqa: E402
+from memlm_kernels.large_chunk_memory.reference import (  # noqa: E402
+    LargeChunkMemoryState,
+    LargeChunkTokens,
+    large_chunk_memory_reference,
+)
 from memlm_kernels.launch import Kernel  # noqa: E402
 from memlm_kernels.neural_memory import squared_error  # noqa: E402
 from memlm_kernels.neural_memory.deep import scan_deep  # noqa: E402
@@ -126,6 +132,9 @@ def cases(dtype: str, size: int, sample: bool) -> Iterator[tuple[str, Callable[[
     yield f"{dtype} 64 memory of two layers, step", once(decoded, *first(*narrow, gate), 64)
     if not sample:
         yield f"{dtype} 64 memory of two layers, 128 hidden", both(memory, *narrow, gate, 16, 128)
+    yield f"{name} large chunks", both(large_chunks, q, k, v, gate, None, 0)
+    if not sample:
+        yield f"{name} large chunks, documents, Muon", both(large_chunks, q, k, v, gate, cu, 1)
     yield f"{name} convolution", both(convolution, q, k, v, True)
     yield f"{name} convolution, plain", both(convolution, q, k, v, False)
     yield f"{name} norm", both(rms_norm_triton, q, torch.ones(size), None, None, 1e-6, kind)
@@ -258,6 +267,21 @@ def segmented(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, cu: Tensor, memory:
         triton.knobs.runtime.interpret = True
         o, after = segmented_neural_memory(q, k, v, gate, gate, gate, **given)
     return o, after.memory
+
+
+def large_chunks(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, cu: Tensor | None, muon_steps: int
+) -> tuple[Tensor, ...]:
+    """LaCT's memory with momentum; over documents it goes on from a state."""
+    tokens, size = LargeChunkTokens(q, k, v, torch.stack([gate] * 3, -1), gate), q.shape[3]
+    weights = tuple(torch.zeros(q.shape[2], size, size, requires_grad=True) for _ in range(3))
+    state = None
+    if cu is not None:
+        held = tuple(torch.zeros(len(q), *w.shape, requires_grad=True) for w in weights)
+        sums = (torch.zeros(*held[0].shape[:2], 1, 1),)
+        state = LargeChunkMemoryState(held, held, held, sums, torch.zeros(len(q), dtype=torch.int64))
+    o, after = large_chunk_memory_reference(tokens, weights, 256, muon_steps, state, cu, None, write_triton)
+    return o, *after.weights
 
 
 def once(op: Callable, *arguments: Any) -> Callable[[], Any]:

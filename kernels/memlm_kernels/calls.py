@@ -207,7 +207,7 @@ CALLS = {
         lact,
         RECURRENCE | {"lr": (2, "T", "H", 3), "momentum": GATE}
         | {"w1": ("H", "K", "V+2"), "w2": ("H", "V+2", "V"), "w3": ("H", "K", "V+2")},
-        SEGMENTS, per_chunk, triton=False,
+        SEGMENTS, per_chunk, products=False,
     ),
     "chunk_topk": OpCall(ops.chunk_topk, {"q": TOKEN, "k": SHARED}, {}, lambda n: {"top_k": 2}),
     "invert_chunks": OpCall(inverse, {}, CHOICE, lambda n: {"num_chunks": n.N}, products=False),

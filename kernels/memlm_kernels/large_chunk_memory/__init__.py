@@ -5,6 +5,8 @@ Files:
     naive               the paper's recurrence, one token at a time, and the derivation of the chunked form
     reference           the layout of tokens and states, and the step of one token
     chunks              the loop over chunks in PyTorch, with its own backward
+    chunks_triton       the same loop with torch's products and Triton's kernels for all else
+    kernels, triton     those kernels, and the ops around them
 """
 
 from collections.abc import Sequence
@@ -12,13 +14,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from memlm_kernels.backend import choose
+from memlm_kernels.backend import pick
 from memlm_kernels.checks import check_sizes, check_tensors, named
 from memlm_kernels.large_chunk_memory.chunks import MUON
 from memlm_kernels.large_chunk_memory.reference import (
     LargeChunkMemoryState,
     LargeChunkTokens,
     large_chunk_memory_reference,
+    write_reference,
 )
 from memlm_kernels.segments import check_documents
 
@@ -79,10 +82,13 @@ def large_chunk_memory(
     check_tensors({"q": q, "k": k, "v": v, "lr": lr, "momentum": momentum, **named("weights", weights)})
     if state is not None:
         _check_state(state, q, momentum, weights)
-    choose("large_chunk_memory", backend, ("reference",))
+    others = (k, v, lr, momentum, *weights)
+    write = write_reference
+    if pick("large_chunk_memory", backend, q, None, *others, products=False) == "triton":
+        from memlm_kernels.large_chunk_memory.chunks_triton import write_triton as write
     tokens = LargeChunkTokens(q, k, v, lr, momentum)
     return LargeChunkMemoryOutput(
-        *large_chunk_memory_reference(tokens, tuple(weights), chunk_size, muon_steps, state, cu_seqlens, start)
+        *large_chunk_memory_reference(tokens, tuple(weights), chunk_size, muon_steps, state, cu_seqlens, start, write)
     )
 
 

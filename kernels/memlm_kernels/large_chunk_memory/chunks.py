@@ -32,7 +32,7 @@ MUON = (
     (2.8366, -3.0525, 1.2012),
 )
 # A column whose norm is below it counts as zero, and for Muon a matrix.
-_EPS, _EPS_MUON = 1e-5, 1e-7
+EPS, _EPS_MUON = 1e-5, 1e-7
 
 _silu_backward = torch.ops.aten.silu_backward
 
@@ -102,7 +102,7 @@ def _forward(plan: WritePlan, keep: bool, tensors: Tensors) -> tuple[Tensors, li
     out, starts = [], list[Tensor]()
     with torch.autocast(initial.device.type, enabled=False):
         norms = _column_norms(initial)
-        for group in _groups(len(laid.q)):
+        for group in groups_of(len(laid.q)):
             if group.start:
                 starts += [x for x in memory if x is not None]
             run = _Run(plan, group, laid, borders, initial, norms, memory)
@@ -122,8 +122,8 @@ def _backward(plan: WritePlan, tensors: Tensors, kept: list[Tensor], d_outputs: 
     d_memory, parts = ChunkMemory(*d_after), []
     # After a complete chunk, D is None if the host knows that it is complete.
     present = (True, borders.opens is not None, laid.momentum is not None)
-    for group in reversed(_groups(len(laid.q))):
-        before = _popped(kept, present) if group.start else memory
+    for group in reversed(groups_of(len(laid.q))):
+        before = popped(kept, present) if group.start else memory
         run = _Run(plan, group, laid, borders, initial, norms, before)
         d_laid, d_memory, d_opened = run.backward(d_out[group], d_memory)
         d_initial = d_initial + d_opened
@@ -137,16 +137,16 @@ def _backward(plan: WritePlan, tensors: Tensors, kept: list[Tensor], d_outputs: 
 WRITE_CHUNKS = Loop(_forward, _backward, _outputs)
 
 
-def _popped(kept: list[Tensor], present: Sequence[bool]) -> ChunkMemory:
+def popped(kept: list[Tensor], present: Sequence[bool]) -> ChunkMemory:
     return ChunkMemory(*reversed([kept.pop() if there else None for there in reversed(present)]))
 
 
-def _groups(count: int) -> list[slice]:
+def groups_of(count: int) -> list[slice]:
     size = math.isqrt(count - 1) + 1
     return [slice(n, min(n + size, count)) for n in range(0, count, size)]
 
 
-class _Orthogonal(NamedTuple):
+class Orthogonal(NamedTuple):
     """The result of Newton-Schulz on x; y, y y^T and its polynomial of each iterate; and |x|, by which x is scaled."""
 
     out: Tensor
@@ -159,7 +159,7 @@ class _Write(NamedTuple):
     n / |M|.
     """
 
-    step: _Orthogonal
+    step: Orthogonal
     momentum: Any
     written: Tensor
     sizes: list[Tensor]
@@ -206,7 +206,7 @@ class _Run:
         u = _slopes(z)
         for kept, x in ((self.found, weights), (self.z, z), (self.u, u)):
             kept.append(x)
-        gradient = _plus(gradient, torch.bmm(self.weighted[n].mT, u.flatten(0, 1)))
+        gradient = plus(gradient, torch.bmm(self.weighted[n].mT, u.flatten(0, 1)))
         if closed is False:
             return ChunkMemory(weights, gradient, momentum)
         step, mean = gradient, self.momentum[n]
@@ -226,10 +226,10 @@ class _Run:
         found = _stacked(self.found)
         d_q, d_read = _read_backward(d_out, q, found)
         curvature = _curvature(_stacked(self.z)).unbind(2)
-        inverse = [_inverse(norm.square()) for norm in self.norms]
+        inverses = [inverse(norm.square()) for norm in self.norms]
         # A column that counts as zero was not normalised.
         sizes = zip(*(write.sizes for write in self.writes), strict=True)
-        shares = [((torch.stack(x) > _EPS) * i).unbind() for x, i in zip(sizes, inverse, strict=False)]
+        shares = [((torch.stack(x) > EPS) * i).unbind() for x, i in zip(sizes, inverses, strict=False)]
         d_initial = torch.zeros_like(self.initial)
         d_z, d_gradients, d_means, along = list[Tensor](), list[Tensor](), list[Any](), list[list[Tensor]]()
         for n in reversed(range(len(self.found))):
@@ -241,7 +241,7 @@ class _Run:
                 d_memory, d_mean, sums = self._write_backward(n, d_memory, [x[n] for x in shares])
                 along.append(sums)
                 if kept is not None:
-                    d_memory = ChunkMemory(*map(_plus, d_memory, kept))
+                    d_memory = ChunkMemory(*map(plus, d_memory, kept))
             d_weights, d_gradient, d_momentum = d_memory
             d_u = torch.bmm(self.weighted[n], d_gradient).unflatten(0, (3, -1))
             d_z.append((curvature[n] * d_u).sum(1))
@@ -255,7 +255,7 @@ class _Run:
             d_memory = ChunkMemory(d_weights, d_gradient, d_momentum)
         if along:
             # The gradient of n, the norms of initial's columns.
-            totals = [torch.stack(x).sum(0) * i for x, i in zip(zip(*along, strict=True), inverse, strict=True)]
+            totals = [torch.stack(x).sum(0) * i for x, i in zip(zip(*along, strict=True), inverses, strict=True)]
             d_initial += torch.cat([w * x for w, x in zip(_apart(self.initial), totals, strict=True)])
         d_weighted = torch.bmm(_stacked(self.u).flatten(0, 2), _stacked(d_gradients[::-1]).flatten(0, 2).mT)
         d_x = torch.bmm(_stacked(d_z[::-1]).flatten(0, 2), found.flatten(0, 2).mT)
@@ -279,14 +279,14 @@ class _Run:
         sums = [x.sum(dim, keepdim=True) for x, dim in zip(products, _COLUMNS, strict=True)]
         parts = zip(_apart(d_after.weights), _apart(write.written), sums, shares, write.ratios, strict=True)
         d_weights = torch.cat([torch.addcmul(d, w, x * i, value=-1).mul_(r) for d, w, x, i, r in parts])
-        d_step = _plus(_orthogonal_backward(d_weights, write.step), d_after.momentum)
+        d_step = plus(orthogonal_backward(d_weights, write.step), d_after.momentum)
         if mean is None or write.momentum is None:
             return ChunkMemory(d_weights, d_step, None), None, sums
         d_mean = (d_step * write.momentum).sum((-2, -1), keepdim=True)
         return ChunkMemory(d_weights, d_step, d_step * mean), d_mean, sums
 
 
-def _plus(x: Any, y: Any) -> Any:
+def plus(x: Any, y: Any) -> Any:
     """The sum; None stands for zeros."""
     return y if x is None else x if y is None else x + y
 
@@ -313,15 +313,15 @@ def _column_norms(x: Tensor) -> list[Tensor]:
     return [torch.linalg.vector_norm(w, dim=dim, keepdim=True) for w, dim in zip(_apart(x), _COLUMNS, strict=True)]
 
 
-def _inverse(x: Tensor) -> Tensor:
+def inverse(x: Tensor) -> Tensor:
     """1 / x, and 0 where x is 0."""
     return x.reciprocal().masked_fill_(x == 0, 0.0)
 
 
 def _write(weights: Tensor, step: Tensor, momentum: Any, norms: list[Tensor], muon_steps: int) -> _Write:
-    made = _orthogonal(step, muon_steps)
+    made = orthogonal(step, muon_steps)
     moved = weights + made.out
-    sizes = [x.clamp_(min=_EPS) for x in _column_norms(moved)]
+    sizes = [x.clamp_(min=EPS) for x in _column_norms(moved)]
     ratios = [n / x for n, x in zip(norms, sizes, strict=True)]
     written = torch.cat([w * x for w, x in zip(_apart(moved), ratios, strict=True)])
     return _Write(made, momentum, written, sizes, ratios)
@@ -366,10 +366,10 @@ def _read_backward(d_o: Tensor, q: Tensor, weights: Tensor) -> tuple[Tensor, tup
     return d_q, d_weights.flatten(1, 2).unbind()
 
 
-def _orthogonal(x: Tensor, steps: int) -> _Orthogonal:
+def orthogonal(x: Tensor, steps: int) -> Orthogonal:
     """Newton-Schulz: move the singular values of each matrix towards 1 (Muon); 0 steps leave it as it is."""
     if steps == 0:
-        return _Orthogonal(x, [], None)
+        return Orthogonal(x, [], None)
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_(min=_EPS_MUON)
     y, iterates = _turned(x, x) / norm, []
     for a, b, c in MUON[:steps]:
@@ -377,7 +377,7 @@ def _orthogonal(x: Tensor, steps: int) -> _Orthogonal:
         polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
         iterates.append((y, square, polynomial))
         y = torch.baddbmm(y, polynomial, y, beta=a)
-    return _Orthogonal(_turned(x, y), iterates, norm)
+    return Orthogonal(_turned(x, y), iterates, norm)
 
 
 def _turned(like: Tensor, x: Tensor) -> Tensor:
@@ -385,7 +385,7 @@ def _turned(like: Tensor, x: Tensor) -> Tensor:
     return x.mT if like.shape[-2] > like.shape[-1] else x
 
 
-def _orthogonal_backward(d_out: Tensor, made: _Orthogonal) -> Tensor:
+def orthogonal_backward(d_out: Tensor, made: Orthogonal) -> Tensor:
     if not made.iterates:
         return d_out
     d = _turned(made.out, d_out)

@@ -48,8 +48,24 @@ class LargeChunkTokens(NamedTuple):
     lr: Tensor
     momentum: Tensor | None
 
+    def to(self, dtype: torch.dtype) -> "LargeChunkTokens":
+        return LargeChunkTokens(*(None if x is None else x.to(dtype) for x in self))  # type: ignore[arg-type]
 
-class _Layout(NamedTuple):
+
+# W_1, W_2 and W_3 of all rows, [B, H, in, out] each.
+Parts = tuple[Tensor, ...]
+
+
+class ChunkTokens(NamedTuple):
+    """Tokens and their layout; momentum: its mean over each chunk, [N, G], or None; muon_steps: of each write."""
+
+    layout: "Layout"
+    tokens: LargeChunkTokens
+    means: Tensor | None
+    muon_steps: int
+
+
+class Layout(NamedTuple):
     """The places of tokens in chunks.
 
     lay: [B, T, ...] -> [B, N, C, ...], zeros where there is no token; take: the inverse
@@ -68,7 +84,7 @@ class _Layout(NamedTuple):
     goes_on: bool = True
 
     @staticmethod
-    def known(start: int, length: int, chunk_size: int) -> "_Layout":
+    def known(start: int, length: int, chunk_size: int) -> "Layout":
         """The layout of rows with ``start`` tokens before the call, whose tokens are real and of one document."""
         before, end = start % chunk_size, start % chunk_size + length
         count = -(-end // chunk_size)
@@ -81,21 +97,25 @@ class _Layout(NamedTuple):
         def take(x: Tensor) -> Tensor:
             return x.flatten(1, 2)[:, pad[0] : pad[0] + length]
 
-        return _Layout(lay, take, count, whole=not end % chunk_size, goes_on=before > 0)
+        return Layout(lay, take, count, whole=not end % chunk_size, goes_on=before > 0)
 
     @staticmethod
-    def looked_up(cu_seqlens: Tensor, length: int, before: Tensor | None, chunk_size: int, heads: int) -> "_Layout":
+    def looked_up(cu_seqlens: Tensor, length: int, before: Tensor | None, chunk_size: int, heads: int) -> "Layout":
         chunks = lay_out(cu_seqlens, length, chunk_size, before)
         assert chunks.positions is not None and chunks.start is not None
         closes = chunks.grid.lay((chunks.positions + 1) % chunk_size == 0).any(-1)
         opens, closes = (x.mT.repeat_interleave(heads, 1) for x in (chunks.start == 0, closes))
-        return _Layout(chunks.grid.lay, chunks.grid.take, chunks.grid.count, opens, closes)
+        return Layout(chunks.grid.lay, chunks.grid.take, chunks.grid.count, opens, closes)
 
-    def borders(self) -> Borders:
-        return Borders(*(None if x is None else x.repeat(1, 3)[..., None, None] for x in (self.opens, self.closes)))
+    def held(self, initial: Tensor, memory: ChunkMemory | None) -> ChunkMemory:
+        """The memory before the first chunk; memory: None for that of a start, ``initial``."""
+        if memory is None:
+            zeros = None if self.opens is None else torch.zeros_like(initial)
+            return ChunkMemory(initial, zeros, zeros)
+        return memory if self.goes_on else memory._replace(gradient=None)
 
     def momentum(self, x: Tensor, before: Tensor | None, chunk_size: int) -> tuple[Tensor, Tensor]:
-        """The mean momentum of each chunk, [N, 3 G, 1, 1], and the sum over the open one, [G].
+        """The mean momentum of each chunk, [N, G], and the sum over the open one, [G].
 
         x: [B, T, H]; before: the sum over the first chunk's tokens of earlier calls, [G]
         """
@@ -104,13 +124,40 @@ class _Layout(NamedTuple):
             if self.opens is not None:
                 before = before.masked_fill(self.opens[0], 0.0)
             sums = sums + F.pad(before[None], (0, 0, 0, self.chunks - 1))
-        means = (sums / chunk_size).repeat(1, 3)[..., None, None]
+        means = sums / chunk_size
         if self.opens is None or self.closes is None:
             return means, torch.zeros_like(sums[-1]) if self.whole else sums[-1]
         # Sums end at a chunk's end and at a document's start.
         ends = self.closes + F.pad(self.opens[1:], (0, 0, 0, 1))
         over = ends.flip(0).cumsum(0).flip(0) > 0
         return means, sums.masked_fill(over, 0.0).sum(0)
+
+
+def write_reference(
+    chunks: ChunkTokens, initial: Parts, memory: Sequence[Parts | None] | None
+) -> tuple[Tensor, list[Parts | None]]:
+    """o [B, T, H, V] and the memory after the last chunk: weights, gradient and momentum, None for zeros.
+
+    initial: the weights at a document's start; memory: the one before the call, as the result, or None for a start
+    """
+    layout, tokens, means, muon_steps = chunks
+    tokens, (batch, heads, keys, _), values = tokens.to(initial[0].dtype), initial[0].shape, initial[1].shape[3]
+    first = _joined(initial)
+    held = layout.held(first, None if memory is None else ChunkMemory(*(x and _joined(x) for x in memory)))
+    q, k, v = (layout.lay(x).permute(1, 0, 3, 2, 4).flatten(1, 2) for x in tokens[:3])
+    widest = max(keys, values)
+    q, k, v = (F.pad(x, (0, widest - x.shape[-1])) if x.shape[-1] < widest else x for x in (q, k, v))
+    of_gate, of_out, of_up = tokens.lr.unbind(-1)
+    lr = layout.lay(torch.stack([of_gate, of_up, of_out], 2)).permute(1, 3, 0, 4, 2).flatten(2, 3)[..., None]
+    means, *flags = (None if x is None else x.repeat(1, 3)[..., None, None] for x in (means, *layout[3:5]))
+    o, *after = WRITE_CHUNKS(WritePlan(layout.whole, muon_steps), q, k, v, lr, means, *Borders(*flags), first, *held)
+
+    def parts(x: Tensor) -> Parts:
+        gate, up, out = x.unflatten(0, (3, -1, heads)).unbind()
+        return gate[..., :keys, :], out[..., :values, :].mT, up[..., :keys, :]
+
+    o = layout.take(o[..., :values].unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4))
+    return o, [None if x is None else parts(x) for x in after]
 
 
 def large_chunk_memory_reference(
@@ -121,51 +168,42 @@ def large_chunk_memory_reference(
     state: LargeChunkMemoryState | None,
     cu_seqlens: Tensor | None,
     start: int | None,
+    write: Callable[..., tuple[Tensor, list[Parts | None]]] = write_reference,
 ) -> tuple[Tensor, LargeChunkMemoryState]:
-    """o and the new state; see ``large_chunk_memory``."""
+    """o and the new state; see ``large_chunk_memory``. write: ``write_reference``, or the same by kernels"""
     given, (batch, length, heads, _) = tokens.v.dtype, tokens.q.shape
     dtype = torch.float64 if tokens.q.dtype == torch.float64 else torch.float32
-    tokens = LargeChunkTokens(*(None if x is None else x.to(dtype) for x in tokens))  # type: ignore[arg-type]
     place = tokens.q.new_zeros(batch, dtype=torch.int64) if state is None else state.position
     if state is None and cu_seqlens is None:
         start = 0
     if length == 1 and state is not None and start and (start + 1) % chunk_size:
         with torch.autocast(tokens.q.device.type, enabled=False):
-            o, after = _step(tokens, state)
+            o, after = _step(tokens.to(dtype), state)
         return o.to(given), after
-    sizes = heads, tokens.q.shape[3], tokens.v.shape[3]
-    initial = _joined([w.to(dtype).expand(batch, -1, -1, -1) for w in weights])
-    memory, before = ChunkMemory(initial, None, None), None
+    initial = tuple(w.to(dtype).expand(batch, -1, -1, -1) for w in weights)
+    memory, before = None, None
     if state is not None and start != 0:
-        memory = ChunkMemory(*(_joined([x.to(dtype) for x in part]) if part else None for part in state[:3]))  # type: ignore[arg-type]
+        memory = [tuple(x.to(dtype) for x in part) or None for part in state[:3]]
         before = state.momentum_sum[0].to(dtype).flatten() if state.momentum_sum else None
     means = None
-    total = before if tokens.momentum is None or before is not None else initial.new_zeros(batch * heads)
+    total = before
+    if tokens.momentum is not None and before is None:
+        total = initial[0].new_zeros(batch * heads)
     if length == 0:
-        return tokens.v.to(given, copy=True), _state(memory, total, place, sizes)
+        return tokens.v.to(given, copy=True), _state(memory or [initial, None, None], total, place)
     if start is not None:
-        layout, place = _Layout.known(start, length, chunk_size), place + length
-        if not layout.goes_on:
-            memory = memory._replace(gradient=None)
+        layout, place = Layout.known(start, length, chunk_size), place + length
     else:
         documents = whole_rows(tokens.q) if cu_seqlens is None else cu_seqlens
-        layout = _Layout.looked_up(documents, length, None if state is None else place[:, None], chunk_size, heads)
+        layout = Layout.looked_up(documents, length, None if state is None else place[:, None], chunk_size, heads)
         place = next_position(documents, place)
-        memory = ChunkMemory(initial, *[torch.zeros_like(initial)] * 2) if memory.gradient is None else memory
     if tokens.momentum is not None:
-        means, total = layout.momentum(tokens.momentum, before, chunk_size)
-    q, k, v = (layout.lay(x).permute(1, 0, 3, 2, 4).flatten(1, 2) for x in tokens[:3])
-    widest = max(sizes[1:])
-    q, k, v = (F.pad(x, (0, widest - x.shape[-1])) if x.shape[-1] < widest else x for x in (q, k, v))
-    of_gate, of_out, of_up = tokens.lr.unbind(-1)
-    lr = layout.lay(torch.stack([of_gate, of_up, of_out], 2)).permute(1, 3, 0, 4, 2).flatten(2, 3)[..., None]
-    plan = WritePlan(layout.whole, muon_steps)
-    o, *after = WRITE_CHUNKS(plan, q, k, v, lr, means, *layout.borders(), initial, *memory)
-    o = layout.take(o[..., : sizes[2]].unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4))
-    return o.to(given), _state(ChunkMemory(*after), total, place, sizes)
+        means, total = layout.momentum(tokens.momentum.to(dtype), before, chunk_size)
+    o, parts = write(ChunkTokens(layout, tokens, means, muon_steps), initial, memory)
+    return o.to(given), _state(parts, total, place)
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def _joined(parts: Parts) -> Tensor:
     """[B, H, K, F], [B, H, F, V] and [B, H, K, F] -> [3 G, P, F]; the second one is transposed and comes last."""
     gate, out, up = parts
     joined = [x.flatten(0, 1) for x in (gate, up, out.mT)]
@@ -173,23 +211,21 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([F.pad(x, (0, 0, 0, widest - x.shape[1])) if x.shape[1] < widest else x for x in joined])
 
 
-def _state(
-    memory: ChunkMemory, momentum_sum: Tensor | None, position: Tensor, sizes: tuple[int, int, int]
-) -> LargeChunkMemoryState:
-    heads, key, value = sizes
-
-    def parts(x: Tensor | None) -> tuple[Tensor, ...]:
-        if x is None:
-            x = torch.zeros_like(memory.weights)
-        gate, up, out = x.unflatten(0, (3, -1, heads)).unbind()
-        # Copies: a view would keep all three.
-        return tuple(x.clone() for x in (gate[..., :key, :], out[..., :value, :].mT, up[..., :key, :]))
-
-    weights, gradient = parts(memory.weights), parts(memory.gradient)
+def _state(memory: Sequence[Parts | None], momentum_sum: Tensor | None, position: Tensor) -> LargeChunkMemoryState:
+    weights, *_ = memory
+    assert weights is not None
+    copied, gradient, momentum = (_copies(x, weights) for x in memory)
     if momentum_sum is None:
-        return LargeChunkMemoryState(weights, gradient, (), (), position)
-    sums = momentum_sum.clone().view(-1, heads, 1, 1)
-    return LargeChunkMemoryState(weights, gradient, parts(memory.momentum), (sums,), position)
+        return LargeChunkMemoryState(copied, gradient, (), (), position)
+    sums = momentum_sum.clone().view(-1, weights[0].shape[1], 1, 1)
+    return LargeChunkMemoryState(copied, gradient, momentum, (sums,), position)
+
+
+def _copies(x: Parts | None, like: Parts) -> Parts:
+    """Zeros for None. A view would keep all three."""
+    if x is None:
+        return tuple(torch.zeros_like(w, memory_format=torch.contiguous_format) for w in like)
+    return tuple(w.clone(memory_format=torch.contiguous_format) for w in x)
 
 
 def _step(tokens: LargeChunkTokens, state: LargeChunkMemoryState) -> tuple[Tensor, LargeChunkMemoryState]:
