@@ -83,7 +83,8 @@ class Count(TorchDispatchMode):
         out = func(*args, **kwargs)
         views = any(x.alias_info is not None and not x.alias_info.is_write for x in func._schema.returns)
         if not views and not any(part in name for part in NOTHING):
-            reads = [] if name.startswith(WRITES) else tree_leaves((args, kwargs))
+            read = {key: x for key, x in kwargs.items() if key != "out"}
+            reads = [] if name.startswith(WRITES) else tree_leaves((args, read))
             self.add(name, [*reads, *tree_leaves(out)])
         return out
 

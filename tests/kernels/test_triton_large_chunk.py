@@ -10,8 +10,8 @@ from tests.kernels.test_triton import BFLOAT16, DEVICE, TOLERANCES, compare, poi
 pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[cpu-kernels]'")
 
 MOMENTUM = pytest.mark.parametrize("momentum", [True, False])
-# The second row goes on with its open chunk. Documents end inside a chunk and with one, and one is empty. The first row
-# ends in padding.
+# The second row goes on with its open chunk. Documents end inside a chunk and with one, one is empty. Padding ends the
+# first row.
 DOCUMENTS = [[0, 4, 4, 9], [0, 2, 7, 11]]
 
 
