@@ -59,13 +59,13 @@ Parts = tuple[Tensor, ...]
 class ChunkTokens(NamedTuple):
     """Tokens and their layout; momentum: its mean over each chunk, [N, G], or None; muon_steps: of each write."""
 
-    layout: "Layout"
+    layout: "ChunkLayout"
     tokens: LargeChunkTokens
     means: Tensor | None
     muon_steps: int
 
 
-class Layout(NamedTuple):
+class ChunkLayout(NamedTuple):
     """The places of tokens in chunks.
 
     lay: [B, T, ...] -> [B, N, C, ...], zeros where there is no token; take: the inverse
@@ -84,7 +84,7 @@ class Layout(NamedTuple):
     goes_on: bool = True
 
     @staticmethod
-    def known(start: int, length: int, chunk_size: int) -> "Layout":
+    def known(start: int, length: int, chunk_size: int) -> "ChunkLayout":
         """The layout of rows with ``start`` tokens before the call, whose tokens are real and of one document."""
         before, end = start % chunk_size, start % chunk_size + length
         count = -(-end // chunk_size)
@@ -97,15 +97,17 @@ class Layout(NamedTuple):
         def take(x: Tensor) -> Tensor:
             return x.flatten(1, 2)[:, pad[0] : pad[0] + length]
 
-        return Layout(lay, take, count, whole=not end % chunk_size, goes_on=before > 0)
+        return ChunkLayout(lay, take, count, whole=not end % chunk_size, goes_on=before > 0)
 
     @staticmethod
-    def looked_up(cu_seqlens: Tensor, length: int, before: Tensor | None, chunk_size: int, heads: int) -> "Layout":
+    def looked_up(
+        cu_seqlens: Tensor, length: int, before: Tensor | None, chunk_size: int, heads: int
+    ) -> "ChunkLayout":
         chunks = lay_out(cu_seqlens, length, chunk_size, before)
         assert chunks.positions is not None and chunks.start is not None
         closes = chunks.grid.lay((chunks.positions + 1) % chunk_size == 0).any(-1)
         opens, closes = (x.mT.repeat_interleave(heads, 1) for x in (chunks.start == 0, closes))
-        return Layout(chunks.grid.lay, chunks.grid.take, chunks.grid.count, opens, closes)
+        return ChunkLayout(chunks.grid.lay, chunks.grid.take, chunks.grid.count, opens, closes)
 
     def held(self, initial: Tensor, memory: ChunkMemory | None) -> ChunkMemory:
         """The memory before the first chunk; memory: None for that of a start, ``initial``."""
@@ -192,10 +194,10 @@ def large_chunk_memory_reference(
     if length == 0:
         return tokens.v.to(given, copy=True), _state(memory or [initial, None, None], total, place)
     if start is not None:
-        layout, place = Layout.known(start, length, chunk_size), place + length
+        layout, place = ChunkLayout.known(start, length, chunk_size), place + length
     else:
         documents = whole_rows(tokens.q) if cu_seqlens is None else cu_seqlens
-        layout = Layout.looked_up(documents, length, None if state is None else place[:, None], chunk_size, heads)
+        layout = ChunkLayout.looked_up(documents, length, None if state is None else place[:, None], chunk_size, heads)
         place = next_position(documents, place)
     if tokens.momentum is not None:
         means, total = layout.momentum(tokens.momentum.to(dtype), before, chunk_size)
