@@ -12,6 +12,7 @@ Files:
     network, losses     the network of the memory, and the inner losses
     segmented           the linear memory over segments: many memories in a row of tokens
     block_kernels, block_backward_kernels, triton  Triton: the memory of one layer in blocks, and the op around it
+    block_gates_kernels  Triton: the gradients of its gates
     deep, deep_kernels  Triton: a memory of two layers
     deep_backward_kernels, deep_read_backward_kernels  Triton: the gradients of its writes and of its reads
     step_kernels, step_triton  Triton: decoding a token, for one layer and for two

@@ -11,12 +11,12 @@ from memlm_kernels.backend import outside_autocast
 from memlm_kernels.checks import asks_gradient, in_one_type
 from memlm_kernels.launch import Kernel, Tiles, arguments_of, at_least_16, cdiv, laid, precision
 from memlm_kernels.neural_memory.block_backward_kernels import (
-    block_gates_backward,
     block_memory_backward,
     block_pairs_backward,
     block_reads_backward,
     block_states_backward,
 )
+from memlm_kernels.neural_memory.block_gates_kernels import block_decay_backward, block_gates_backward
 from memlm_kernels.neural_memory.block_kernels import (
     RATES,
     block_reads,
@@ -281,6 +281,8 @@ def backward(
     for kernel in (block_memory_backward, block_pairs_backward):
         call.at_once(kernel, there, BV=128 // q.element_size(), num_warps=call.most_warps)
     call.at_once(block_gates_backward, there)
+    if decay is not None:
+        call.at_once(block_decay_backward, there)
     return [made[f"d_{name}"] for name in names]
 
 
