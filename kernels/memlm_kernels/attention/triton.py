@@ -233,9 +233,11 @@ def _keys_gradients(call: AttentionCall, queries: dict[str, Any], k: Tensor, v: 
     parts = call.parts(k.shape[1], limits)
     shape = (parts, call.batch, k.shape[1], call.groups)
     d_k, d_v = (k.new_empty(*shape, size, dtype=torch.float32) for size in (call.keys, call.values))
+    # The documents of keys and of queries take registers too.
+    narrow = {} if queries.get("document") is None else {"BN": max(limits.get("BN", 64) // 2, 16), "num_stages": 1}
     attended_keys_backward(
         lambda tiles: parts * call.batch * call.groups * cdiv(k.shape[1], tiles["BN"]),
-        {**limits, "BM": call.rows, "num_stages": call.stages_of_keys},
+        {**limits, "BM": call.rows, "num_stages": call.stages_of_keys, **narrow},
         **{**queries, "k": k, "v": v, "d_k": d_k, "d_v": d_v, "shared": int(len(k) == call.batch), "B": call.batch},
         **{**call.sizes, "LK": k.shape[1], "L": v.shape[1], "TILES": call.tiles, "PARTS": parts},
         BOUND=call.rows // call.padded,
