@@ -17,6 +17,7 @@ Files:
     titans_mag          Titans' memory as a gate beside attention
     titans_mal          Titans' memory as a layer before attention
     titans_tnt          two levels of Titans' memory
+    two_rate            a fast memory of Titans, and a slow one that its chunks write
     lact                attention in a window, and fast weights written once per chunk
     rules               the update rules of linear memories
     recurrence          from projections to reads by a rule, and the layer that hosts one
