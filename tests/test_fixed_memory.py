@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings(
 GROWING = ("chunk_sparse", "msa")
 # Without a place in a chunk that the host knows, these take the way of packed rows, which rounds otherwise; attention
 # reads all places of its room under a mask.
-ROUNDED = ("attention", "lact", "titans_mac", "titans_tnt")
+ROUNDED = ("attention", "lact", "titans_mac", "titans_tnt", "two_rate")
 FIXED = [
     pytest.param(name, marks=[] if name == "titans_mag" else pytest.mark.slow)
     for name in MEMORIES

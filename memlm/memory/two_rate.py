@@ -89,7 +89,7 @@ class Mixer(SequenceMixer):
         if rows.length == 0:
             return MixerOutput(x_BTD, state, {}, {})
         z_BTD, fast, _, metrics = self.fast(x_BTD, state["fast"], rows)
-        s_BTD, chunks = x_BTD + z_BTD, rows.once((Chunks, self.size), lambda: Chunks.of(rows, self.size))
+        s_BTD, chunks = x_BTD + z_BTD, rows.once((SlowWrites, self.size), lambda: SlowWrites.of(rows, self.size))
         u_BWD, open_BD = chunks.means(s_BTD, state["open"])
         w_BTD, slow = self.slow(s_BTD, u_BWD.to(s_BTD.dtype), state["slow"], rows, chunks)
         gate_BTD = torch.sigmoid(self.gate(torch.cat([x_BTD, z_BTD, w_BTD], -1)))
@@ -106,7 +106,7 @@ class Mixer(SequenceMixer):
         return MixerOutput(y_BTD, {"fast": fast, "slow": slow, "open": open_BD}, {}, metrics)
 
 
-class Chunks(NamedTuple):
+class SlowWrites(NamedTuple):
     """The chunks of a call's tokens, and the writes at their ends: a row's chunks that end come first.
 
     size: C; writes: the ``Rows`` of the W writes of each row, whose positions count the writes of a document
@@ -128,7 +128,7 @@ class Chunks(NamedTuple):
     into_open_B1: Tensor
 
     @staticmethod
-    def of(rows: Rows, size: int) -> "Chunks":
+    def of(rows: Rows, size: int) -> "SlowWrites":
         positions_BT, length, start = rows.positions_BT, rows.length, rows.start
         most = -(-length // size) if start is None or not rows.goes_on else (start % size + length) // size
         token_T, place_BT = torch.arange(length, device=rows.device), positions_BT % size
@@ -155,7 +155,7 @@ class Chunks(NamedTuple):
             before_B, ends_B = rows.before_B // size, ends_BT.sum(1)
             writes = Rows(most, before_B, None, given_BW, ends_B, documents, metrics=rows.metrics)
         goes_on_B, idle_B = place_BT[:, 0] > 0, real_B == 0
-        return Chunks(
+        return SlowWrites(
             size,
             writes,
             of_sums=Grid(length, most + 1, size, slots_BT),
@@ -183,7 +183,7 @@ class SlowMemory(titans.NeuralMemory):
         return self.store.init_state(batch_size, device, dtype)
 
     def forward(  # type: ignore[override]
-        self, s_BTD: Tensor, u_BWD: Tensor, state: State, rows: Rows, chunks: Chunks
+        self, s_BTD: Tensor, u_BWD: Tensor, state: State, rows: Rows, chunks: SlowWrites
     ) -> tuple[Tensor, State]:
         """The reads of all tokens, [B, T, D], and the state after the writes."""
         (q_BTHK,) = self._made([self.q_proj(s_BTD)], slice(self.q_proj.out_features))
@@ -201,7 +201,7 @@ class SlowMemory(titans.NeuralMemory):
         whole = Rows.of(x[0])
         return tuple(self.convolved(x, none_B0C, whole, unit=1, channels=channels)[0])
 
-    def _read_before(self, q_BTHK: Tensor, state: State, rows: Rows, chunks: Chunks) -> Tensor:
+    def _read_before(self, q_BTHK: Tensor, state: State, rows: Rows, chunks: SlowWrites) -> Tensor:
         """The reads of tokens before the first write of their document in this call."""
         initial, network = self.store.memory(), self.store.network()
         fresh = [w.expand(len(q_BTHK), *w.shape) for w in initial]
@@ -219,7 +219,7 @@ class SlowMemory(titans.NeuralMemory):
         near_BSHK = torch.where(chunks.first_BT[:, :count, None, None], near_BSHK, o_BTHK[:, :count])
         return torch.cat([near_BSHK, o_BTHK[:, count:]], 1)
 
-    def _write(self, q_BTHK: Tensor, u_BWD: Tensor, state: State, chunks: Chunks) -> tuple[Tensor | None, State]:
+    def _write(self, q_BTHK: Tensor, u_BWD: Tensor, state: State, chunks: SlowWrites) -> tuple[Tensor | None, State]:
         """The reads of tokens after a write of this call, None if there is no such token, and the state."""
         inner = self.q_proj.out_features
         k_BWHK, v_BWC = self._made([self.k_proj(u_BWD), self.v_proj(u_BWD)], slice(inner, None))
