@@ -10,13 +10,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers import initialization as init
 
 import memlm_kernels
 from memlm_kernels import grouped_linear, rms_norm, short_convolution
-from memlm_kernels.backend import as_autocast, autocast_type
+from memlm_kernels.backend import as_autocast, asks_for, autocast_type
+from memlm_kernels.checks import TENSORS
 from memlm_kernels.grid import pick, place
 from memlm_kernels.grouped_linear import linear_of_group
+from memlm_kernels.grouped_linear.joined import MOST_MAPS, linears
 from memlm_kernels.rms_norm import norm
 from memlm_kernels.rotary import rotate
 from memlm_kernels.segments import exact
@@ -98,6 +101,35 @@ class ExactLinear(nn.Linear):
             return F.linear(exact(x), exact(self.weight), None if self.bias is None else exact(self.bias))
 
 
+# Rows of a call that ``products`` takes at once: the kernel's tile.
+_FEW = 16
+
+
+def products(x: Tensor, *maps: nn.Module) -> list[Tensor]:
+    """Each map of x [..., D]. Where the kernels run, a decoded token takes plain Linears in one launch; a module that
+    is wrapped, replaced or watched is called.
+    """
+    if len(maps) > MOST_MAPS or not _joins(x) or not all(_is_plain(linear, x) for linear in maps):
+        return [linear(x) for linear in maps]
+    weights, biases = [linear.weight for linear in maps], [linear.bias for linear in maps]
+    found = linears(x.flatten(0, -2), weights, biases, [type(linear) is ExactLinear for linear in maps])
+    return [y.unflatten(0, x.shape[:-1]) for y in found]
+
+
+def _joins(x: Tensor) -> bool:
+    few = x.shape[:-1].numel() <= _FEW and not torch.is_grad_enabled()
+    return few and (not x.is_cpu or asks_for("triton", "auto")) and autocast_type(x) is None
+
+
+def _is_plain(linear: Any, x: Tensor) -> bool:
+    """Whether a call of the module multiplies by its weight and does nothing else."""
+    if type(linear) not in (nn.Linear, ExactLinear) or "forward" in vars(linear):
+        return False
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, _global_forward_hooks, _global_forward_pre_hooks)
+    weight = linear.weight
+    return not any(hooks) and type(weight) in TENSORS and weight.dtype == x.dtype and weight.device == x.device
+
+
 class GroupedLinear(nn.Module):
     """Multiply each row by the matrix of its group. weight: [G * O, D], the groups' matrices stacked.
 
@@ -142,7 +174,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         # Not flattened to [B T, D], which would save two views: a per-row adapter needs the rows.
-        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        gate_BTF, up_BTF = products(x_BTD, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate_BTF) * up_BTF)
 
 
 class ShortConv(nn.Module):

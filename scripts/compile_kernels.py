@@ -38,7 +38,7 @@ from kernel_report.launches import recording  # noqa: E402
 from memlm_kernels import launch  # noqa: E402
 from memlm_kernels.attention.choice_triton import choose_chunks, invert  # noqa: E402
 from memlm_kernels.attention.triton import attend_triton  # noqa: E402
-from memlm_kernels.grouped_linear.triton import grouped_linear_triton  # noqa: E402
+from memlm_kernels.grouped_linear.triton import grouped_linear_triton, linears_triton  # noqa: E402
 from memlm_kernels.large_chunk_memory.chunks_triton import write_triton  # noqa: E402
 from memlm_kernels.large_chunk_memory.reference import (  # noqa: E402
     LargeChunkMemoryState,
@@ -148,6 +148,11 @@ def cases(dtype: str, size: int, sample: bool) -> Iterator[tuple[str, Callable[[
         torch.empty(4, 192, size, dtype=kind, requires_grad=True),
     )
     yield f"{name} grouped product", both(lambda: [grouped_linear_triton(rows, matrices, torch.full((4,), 1024))])
+    few = q.detach().flatten(0, 2)[:3]
+    maps = [torch.empty(out, size, dtype=kind) for out in (192, 32, 32, 8)]
+    biases, wide = [None, None, torch.zeros(32, dtype=kind), None], [False, False, False, True]
+    yield f"{name} few rows by three matrices", once(linears_triton, few, maps[:3], biases[:3], wide[:3])
+    yield f"{name} few rows, gates", once(linears_triton, few, maps, biases, wide)
     yield f"{name} routing", once(route, q, k, ("cosine", "mean", "max"), True, 16)
     yield f"{name} routing, row", once(route, q, k, ("cosine", "mean", "max"), False, 16)
     if not sample:

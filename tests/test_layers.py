@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from memlm.layers import ExactLinear, RMSNorm, Rope, ShortConv, SwiGLU, rotary, rotary_angles
+from memlm.layers import ExactLinear, RMSNorm, Rope, ShortConv, SwiGLU, products, rotary, rotary_angles
+from memlm_kernels import set_backend
 from memlm_kernels.short_convolution import unit_length
 from memlm_kernels.testing import assert_close
 
@@ -183,3 +184,81 @@ def test_segments_without_history_stay_where_they_are():
     assert torch.equal(kept, after)
     for e, g in zip(*(torch.autograd.grad(y[real].sum(), [x, conv.weight]) for y in (expected, got)), strict=True):
         assert_close("gradient", e, g, 1e-14)
+
+
+@pytest.fixture
+def decoding(monkeypatch):
+    """Three maps, as of a mixer, the kernels of a decoded token, and the names of the launched ones."""
+    pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[cpu-kernels]'")
+    from memlm_kernels.launch import Kernel
+
+    names, run = [], Kernel.__call__
+
+    def record(kernel, *given, **arguments):
+        names.append(kernel.function.__name__)
+        return run(kernel, *given, **arguments)
+
+    monkeypatch.setattr(Kernel, "__call__", record)
+    maps = torch.nn.Linear(12, 20), torch.nn.Linear(12, 7, bias=False), ExactLinear(12, 3)
+    with torch.no_grad(), set_backend("triton"):
+        yield maps, names
+
+
+def test_a_token_takes_plain_products_in_one_launch(decoding):
+    maps, names = decoding
+    x = torch.randn(2, 1, 12)
+    found = products(x, *maps)
+    assert names == ["maps_forward"]
+    for linear, y in zip(maps, found, strict=True):
+        assert_close("y", linear(x), y, 1e-6)
+    with torch.enable_grad():
+        assert products(x, *maps)[0].requires_grad
+    products(torch.randn(2, 9, 12), *maps)
+    with set_backend("reference"):
+        products(x, *maps)
+    with torch.autocast("cpu", torch.bfloat16):
+        products(x, *maps)
+    assert names == ["maps_forward"]
+    assert products(x.half(), ExactLinear(12, 3).half())[0].dtype == torch.float32 and len(names) == 2
+
+
+class Adapted(torch.nn.Module):
+    """As an adapter wraps a Linear."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+
+    def forward(self, x):
+        return self.base_layer(x) + 1
+
+
+def test_a_module_that_is_more_than_its_weight_is_called(decoding):
+    """An adapter, hooks of one module and of all, a forward of its own, a weight of another type."""
+    maps, names = decoding
+    x = torch.randn(1, 1, 12)
+    plain = maps[0](x)
+
+    def plus_one(module, given, y):
+        return y + 1
+
+    def changed():
+        return products(x, *maps)[0]
+
+    adapted = products(x, Adapted(maps[0]), *maps[1:])[0]
+    torch.testing.assert_close(adapted, plain + 1)
+    for register in (maps[0].register_forward_hook, torch.nn.modules.module.register_module_forward_hook):
+        hook = register(plus_one)
+        torch.testing.assert_close(changed(), plain + 1)
+        hook.remove()
+    hook = maps[0].register_forward_pre_hook(lambda module, given: (given[0] * 0,))
+    torch.testing.assert_close(changed(), maps[0].bias.expand_as(plain))
+    hook.remove()
+    forward = maps[0].forward
+    maps[0].forward = lambda x: forward(x) + 1
+    torch.testing.assert_close(changed(), plain + 1)
+    del maps[0].forward
+    torch.nn.utils.parametrizations.weight_norm(maps[0])
+    maps[0].parametrizations.weight.original0.mul_(2)
+    torch.testing.assert_close(changed() - maps[0].bias, 2 * (plain - maps[0].bias))
+    assert names == []

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import memlm_kernels as ops
+from memlm_kernels.grouped_linear.joined import linears
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Factors of what is drawn from (0, 1), with which long rows stay finite: a decay's logarithm is not positive, and a
@@ -149,6 +150,10 @@ def convolve(x: Tensor, weight: Tensor, state: Tensor, **rest: Any) -> Any:
     return ops.short_convolution([x], weight, silu=True, unit=1, state=state, **rest)
 
 
+def maps(x: Tensor, weight: Tensor, bias: Tensor, other: Tensor, gates: Tensor, **rest: Any) -> Any:
+    return linears(x, [weight, other, gates], [bias, None, None], [False, False, True], **rest)
+
+
 def merge(index: Tensor, score: Tensor, top_k: int = 3, **x: Any) -> Any:
     return ops.merge_topk([(index, score), (index + 1, score)], top_k=top_k, **x)
 
@@ -263,6 +268,11 @@ CALLS = {
     "grouped_linear": OpCall(
         ops.grouped_linear, {"x": ("T", "K"), "weight": (2, "V", "K")},
         {"sizes": lambda n: torch.tensor([n.T // 2, n.T - n.T // 2])},
+    ),
+    "linears": OpCall(
+        maps,
+        {"x": ("T", "K"), "weight": ("V", "K"), "bias": ("V",), "other": ("V+2", "K"), "gates": (1, "K")}, {},
+        products=False,
     ),
     "read_memory": OpCall(
         read, {"q": QK, "weights": (2, "H", "K", 5), "hidden": (2, "H", 5, "K"), "norm": ("H", "K")}, {},

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from memlm.layers import RMSNorm, ShortConv, rotary_of_both
+from memlm.layers import RMSNorm, ShortConv, products, rotary_of_both
 from memlm.memory.base import Dims, MixerOutput, SequenceMixer
 from memlm.memory.kv import append, join
 from memlm.memory.rows import Rows
@@ -182,7 +182,7 @@ class Mixer(SequenceMixer):
     def project(self, x_BTD: Tensor, state: State, rows: Rows) -> tuple[tuple[Tensor, Tensor, Tensor], State]:
         """q, k, v before rotation, and the convolution's inputs for the next call."""
         history = {}
-        projected = [proj(x_BTD) for proj in (self.q_proj, self.k_proj, self.v_proj)]
+        projected = products(x_BTD, self.q_proj, self.k_proj, self.v_proj)
         if self.config.conv_size:
             past = state["conv"]
             if rows.stretches is not None:
@@ -213,7 +213,7 @@ class Mixer(SequenceMixer):
 
     def persistent_tokens(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the persistent tokens, [1, P, G, K]."""
-        kv_2PC = torch.stack([proj(self.persistent) for proj in (self.k_proj, self.v_proj)])
+        kv_2PC = torch.stack(products(self.persistent, self.k_proj, self.v_proj))
         kv_2PC = F.silu(kv_2PC) if self.config.conv_size else kv_2PC
         if self.config.qk_norm == "all":
             kv_2PC = torch.stack([self.k_norm(kv_2PC[0]), kv_2PC[1]])

@@ -299,6 +299,9 @@ class Mixer(SequenceMixer):
             """The sum over each row's real tokens, [B, K]."""
             return (x_BTK if real_BT1 is None else x_BTK * real_BT1).sum(1)
 
+        if rows.length == 1 and not (rows.metrics or torch.is_grad_enabled()):
+            # A decoded token has no target, so its losses would count 0 times.
+            return weight_BTJ, memory_BTJ, {}, {}
         load_BM = total(torch.zeros_like(p_BTM).scatter_(2, memory_BTJ, 1.0)) * share
         losses = {}
         if config.balance_loss:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from memlm.layers import RMSNorm, ShortConv
+from memlm.layers import RMSNorm, ShortConv, products
 from memlm.memory.base import Dims
 from memlm_kernels.segments import exact
 
@@ -69,7 +69,7 @@ class BranchGate(nn.Module):
 
 def gate_logits(gates: nn.Module | None, x_BTD: Tensor) -> Tensor:
     """The output of an ``ExactLinear``, or of a module that replaces it, in fp32 or more. None: no gates."""
-    return x_BTD.new_zeros(*x_BTD.shape[:-1], 0) if gates is None else exact(gates(x_BTD))
+    return x_BTD.new_zeros(*x_BTD.shape[:-1], 0) if gates is None else exact(*products(x_BTD, gates))
 
 
 @torch.no_grad()

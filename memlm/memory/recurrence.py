@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from memlm.layers import ExactLinear, GroupedLinear, RMSNorm, ShortConv
+from memlm.layers import ExactLinear, GroupedLinear, RMSNorm, ShortConv, products
 from memlm.memory.base import Dims, MixerOutput, SequenceMixer
 from memlm.memory.joined import Joined
 from memlm.memory.parts import Recalled, gate_logits, start_delayed
@@ -160,7 +160,8 @@ class Layer(SequenceMixer):
     def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
         documents = rows.segments()
         start = self.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype) if documents else state
-        inputs = torch.cat([self.q_proj(x_BTD), self.kv_proj(x_BTD)], -1), gate_logits(self.gates, x_BTD)
+        q_BTC, kv_BTC, *logits = products(x_BTD, self.q_proj, self.kv_proj, *([self.gates] if self.gates else []))
+        inputs = torch.cat([q_BTC, kv_BTC], -1), exact(logits[0]) if logits else gate_logits(None, x_BTD)
         cu_seqlens = documents.cu_seqlens if documents else None
         told = rows.metrics
         options: Any = {"told": told, "stretches": rows.stretches, "fresh": rows.start == 0}

@@ -27,7 +27,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from memlm.layers import ExactLinear, RMSNorm, ShortConv
+from memlm.layers import ExactLinear, RMSNorm, ShortConv, products
 from memlm.memory import attention
 from memlm.memory.base import Dims, MixerOutput, SequenceMixer
 from memlm.memory.parts import Parameters, Recalled, gate_logits, memory_share, start_delayed
@@ -386,7 +386,7 @@ class NeuralMemory(SequenceMixer):
 
     def project(self, x_BTD: Tensor, state: State, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Features of queries and keys; values; and the convolution's history for the next call."""
-        qkv, past = [proj(x_BTD) for proj in (self.q_proj, self.k_proj, self.v_proj)], state["conv"]
+        qkv, past = products(x_BTD, self.q_proj, self.k_proj, self.v_proj), state["conv"]
         if rows.stretches is not None:
             joined, past = rows.past(torch.cat(qkv, -1), past)
             qkv = list(joined.chunk(3, -1))

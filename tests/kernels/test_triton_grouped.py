@@ -5,6 +5,7 @@ import torch
 
 from memlm_kernels import grouped_linear
 from memlm_kernels.grouped_linear import naive
+from memlm_kernels.grouped_linear.joined import linears
 from memlm_kernels.testing import assert_close, grads_of, import_triton_ops
 from tests.kernels.test_triton import BFLOAT16, DEVICE, TOLERANCES
 
@@ -49,8 +50,57 @@ def test_rows_of_no_group_read_no_matrix():
     assert not y[14:].any() and not given[0].grad[14:].any() and given[1].grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BFLOAT16])
+@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize("widths", [[40], [5, 33, 64, 1]], ids=str)
+def test_maps_of_the_same_rows(widths, rows, dtype):
+    """The last one is wide: its sums are not rounded."""
+    torch.manual_seed(0)
+    x, *weights = (torch.randn(n, 70).to(DEVICE, dtype) for n in (rows, *widths))
+    biases = [None if i % 2 else torch.randn(n).to(DEVICE, dtype) for i, n in enumerate(widths)]
+    wide = [n == widths[-1] for n in widths]
+
+    def run(backend, x, *weights):
+        return linears(x, weights, [None if b is None else b.to(x.dtype) for b in biases], wide, backend=backend)
+
+    exact = [t.double() for t in (x, *weights)]
+    for_outputs, for_gradients = TOLERANCES[dtype]
+    for i, (e, g) in enumerate(zip(run("reference", *exact), run("triton", x, *weights), strict=True)):
+        assert g.dtype == (torch.float32 if wide[i] else dtype) and g.shape == (rows, widths[i])
+        assert_close(f"y {i}", e, g, for_outputs if g.dtype == dtype else TOLERANCES[torch.float32][0])
+
+    def joined(backend):
+        return lambda *given: torch.cat([y.to(given[0].dtype) for y in run(backend, *given)], -1)
+
+    found = grads_of(joined("reference"), exact), grads_of(joined("triton"), [x, *weights])
+    for i, (e, g) in enumerate(zip(*found, strict=True)):
+        assert_close(f"gradient {i}", e, g, for_gradients)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"weights": []}, r"weights \[\] must be"),
+        ({"weights": [torch.zeros(3, 5)]}, r"x \[2, 4\] and weights \[\[3, 5\]\] must be \[N, D\]"),
+        ({"biases": []}, "1 weights, 0 biases, 1 wide"),
+        ({"biases": [torch.zeros(4)]}, r"bias \[4\] must be \[O\] of its weight \[3, 4\]"),
+        (
+            {"weights": [torch.zeros(3, 4)] * 5, "biases": [None] * 5, "wide": [False] * 5, "backend": "triton"},
+            "at most 4 matrices, not 5",
+        ),
+    ],
+)
+def test_maps_that_do_not_fit_are_named(changed, message):
+    given = {"weights": [torch.zeros(3, 4)], "biases": [None], "wide": [False]} | changed
+    with pytest.raises(ValueError, match=message):
+        linears(torch.zeros(2, 4), **given)
+
+
 def test_ops_keep_the_rules_of_torch():
     import_triton_ops()
+
+    given = (torch.rand(3, 6), [torch.rand(5, 6), torch.rand(2, 6)], [torch.rand(5), None], [False, True])
+    torch.library.opcheck(torch.ops.memlm.linears, given, test_utils=("test_schema", "test_faketensor"))
 
     x, weight = torch.rand(9, 6, device=DEVICE, requires_grad=True), torch.rand(3, 5, 6, device=DEVICE)
     sizes, tests = torch.tensor([4, 0, 5], device=DEVICE), ("test_schema", "test_autograd_registration")

@@ -4,6 +4,7 @@ Files:
 
     naive               the definition as a loop over groups, and the form in tiles
     reference           three ways to compute the product
+    joined              several linear maps of the same few rows at once
     kernels, triton     Triton: tiles of rows read the matrix of their group as it is
 """
 
