@@ -116,9 +116,12 @@ def products(x: Tensor, *maps: nn.Module) -> list[Tensor]:
     return [y.unflatten(0, x.shape[:-1]) for y in found]
 
 
+def is_few(x: Tensor) -> bool:
+    return x.shape[:-1].numel() <= _FEW and not torch.is_grad_enabled()
+
+
 def _joins(x: Tensor) -> bool:
-    few = x.shape[:-1].numel() <= _FEW and not torch.is_grad_enabled()
-    return few and (not x.is_cpu or asks_for("triton", "auto")) and autocast_type(x) is None
+    return is_few(x) and (not x.is_cpu or asks_for("triton", "auto")) and autocast_type(x) is None
 
 
 def _is_plain(linear: Any, x: Tensor) -> bool:

@@ -2,17 +2,19 @@
 
     python scripts/count_launches.py                                                the shipped 340M layers
     python scripts/count_launches.py --rows 1 --tokens 32768 "model=titans_340m memory=titans_mag"
+    python scripts/count_launches.py --decode [--fixed] --rows 1 --tokens 257       a token after these
 
 No GPU is needed and nothing is computed: the tensors have no data, and Triton's launches are recorded. An argument is
 a set of overrides of configs/train.yaml. A layer's count is the count of a model of two layers minus that of a model
-of one, in bf16 autocast on a GPU as in training, without metrics. An operation of torch counts as one launch, views as
-none. Bytes are those of all its inputs and outputs; reads that a cache would save are counted.
+of one, in bf16 autocast on a GPU as in training, without metrics; of a decoded token with weights in bf16, in the
+backends of ``auto``. An operation of torch counts as one launch, views as none. Bytes are those of all its inputs and
+outputs; reads that a cache would save are counted.
 """
 
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from memlm import MemLMConfig, MemLMForCausalLM, cli, layers  # noqa: E402
+from memlm import MemLMConfig, MemLMForCausalLM, MemoryCache, cli, layers  # noqa: E402
 from memlm_kernels import set_backend  # noqa: E402
 from memlm_kernels.launch import Kernel  # noqa: E402
 from memlm_kernels.testing import import_triton_ops  # noqa: E402
@@ -135,13 +137,36 @@ def of_model(config: MemLMConfig, rows: int, tokens: int) -> tuple[Count, Count]
     return forward, backward
 
 
-def of_layer(overrides: str, rows: int, tokens: int) -> list[Count]:
-    """Forward and backward of one layer."""
+def of_token(config: MemLMConfig, rows: int, tokens: int, fixed: bool) -> tuple[Count]:
+    """One token after others, into an ordinary or a fixed memory."""
+    count = Count()
+    # Tensors without data have a type of their own, which no layer takes for plain.
+    as_with_data = patch.object(layers, "_is_plain", lambda *_: True), patch.object(layers, "_joins", layers.is_few)
+    with (
+        FakeTensorMode(),
+        torch.no_grad(),
+        as_with_data[0],
+        as_with_data[1],
+        patch("memlm_kernels.backend.against_triton", lambda *_, **__: None),
+    ):
+        model = MemLMForCausalLM._from_config(config, dtype=torch.bfloat16).eval().model
+        ids, memory = torch.zeros(rows, tokens, dtype=torch.int64), MemoryCache(fixed, tokens + 2 if fixed else None)
+        with set_backend("triton"), as_on_a_gpu(Count()):
+            model(ids, past_key_values=memory, output_metrics=False)
+        # The first token may make room for later ones.
+        for counted in (Count(), count):
+            with set_backend("auto"), as_on_a_gpu(counted):
+                model(ids[:, :1], past_key_values=memory, output_metrics=False)
+    return (count,)
+
+
+def of_layer(overrides: str, count: Callable[[MemLMConfig], tuple[Count, ...]]) -> list[Count]:
+    """The counts of one layer."""
     settings = cli.composed(ROOT / "configs", "train", overrides.split())
     found = []
     for number in (1, 2):
         given: Any = {**OmegaConf.to_container(settings.model, resolve=True), "num_hidden_layers": number}  # type: ignore[dict-item]
-        found.append(of_model(MemLMConfig.from_hydra(given), rows, tokens))
+        found.append(count(MemLMConfig.from_hydra(given)))
     both = []
     for one, two in zip(*found, strict=True):
         layer = Count()
@@ -156,18 +181,28 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--backend", default="triton")
-    parser.add_argument("--names", action="store_true", help="also each operation's launches and GB")
+    parser.add_argument("--decode", action="store_true", help="a token after --tokens others, without gradients")
+    parser.add_argument("--fixed", action="store_true", help="--decode into a fixed memory")
+    parser.add_argument("--names", action="store_true", help="also each operation's launches and MB")
     given = parser.parse_args()
     import_triton_ops()
-    print("| one layer | launches forward | backward | GB forward | backward |\n|---|---|---|---|---|")
+    which = ("forward",) if given.decode else ("forward", "backward")
+    columns = [f"{what} {name}" for what in ("launches", "MB") for name in which]
+    print(f"| one layer | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|")
+
+    def count(config: MemLMConfig) -> tuple[Count, ...]:
+        if given.decode:
+            return of_token(config, given.rows, given.tokens, given.fixed)
+        return of_model(config, given.rows, given.tokens)
+
     for overrides in given.overrides:
         with set_backend(given.backend):
-            counts = of_layer(overrides, given.rows, given.tokens)
-        numbers = [str(c.total().launches) for c in counts] + [f"{c.total().bytes / 1e9:.2f}" for c in counts]
+            counts = of_layer(overrides, count)
+        numbers = [str(c.total().launches) for c in counts] + [f"{c.total().bytes / 1e6:,.1f}" for c in counts]
         print(f"| {overrides} | " + " | ".join(numbers) + " |", flush=True)
-        for which, count in zip(("forward", "backward"), counts, strict=True) if given.names else ():
-            for name, size in count.bytes.most_common():
-                print(f"    {which} {name}: {count.launches[name]}, {size / 1e9:.3f} GB")
+        for pass_, of_pass in zip(which, counts, strict=True) if given.names else ():
+            for name, size in of_pass.bytes.most_common():
+                print(f"    {pass_} {name}: {of_pass.launches[name]}, {size / 1e6:,.2f} MB")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -185,8 +186,21 @@ def test_a_layer_starts_few_kernels():
     memlm_kernels.testing.import_triton_ops()
     with memlm_kernels.set_backend("triton"):
         (mag, mag_back), (plain, plain_back) = (
-            [count.total() for count in module.of_layer(overrides, 8, 4096)] for overrides in module.SHIPPED
+            [count.total() for count in module.of_layer(overrides, lambda config: module.of_model(config, 8, 4096))]
+            for overrides in module.SHIPPED
         )
     assert mag.launches <= 90 and mag_back.launches <= 160
     assert plain.launches <= 40 and plain_back.launches <= 50
     assert mag.bytes <= 2.6 * plain.bytes and mag_back.bytes <= 2.6 * plain_back.bytes
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_decoded_token_starts_few_kernels(fixed):
+    """In an ordinary and in a fixed memory."""
+    module = importlib.import_module("scripts.count_launches")
+    memlm_kernels.testing.import_triton_ops()
+    mag, plain = (
+        module.of_layer(overrides, lambda config: module.of_token(config, 1, 20, fixed))[0].total()
+        for overrides in module.SHIPPED
+    )
+    assert mag.launches <= 30 and plain.launches <= 15
