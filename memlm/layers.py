@@ -18,8 +18,7 @@ from memlm_kernels import grouped_linear, rms_norm, short_convolution
 from memlm_kernels.backend import as_autocast, asks_for, autocast_type
 from memlm_kernels.checks import TENSORS
 from memlm_kernels.grid import pick, place
-from memlm_kernels.grouped_linear import linear_of_group
-from memlm_kernels.grouped_linear.joined import MOST_MAPS, linears
+from memlm_kernels.grouped_linear import MOST_MAPS, linear_of_group, linears
 from memlm_kernels.rms_norm import norm
 from memlm_kernels.rotary import rotate
 from memlm_kernels.segments import exact
@@ -112,7 +111,7 @@ def products(x: Tensor, *maps: nn.Module) -> list[Tensor]:
     if len(maps) > MOST_MAPS or not _joins(x) or not all(_is_plain(linear, x) for linear in maps):
         return [linear(x) for linear in maps]
     weights, biases = [linear.weight for linear in maps], [linear.bias for linear in maps]
-    found = linears(x.flatten(0, -2), weights, biases, [type(linear) is ExactLinear for linear in maps])
+    found = linears(x.flatten(0, -2), weights, biases, [type(linear) is ExactLinear for linear in maps]).y
     return [y.unflatten(0, x.shape[:-1]) for y in found]
 
 

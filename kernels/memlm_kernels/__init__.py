@@ -13,7 +13,7 @@ Files:
     recurrence          linear recurrences: linear attention and the delta rule
     attention           attention to a window, a prefix and chosen chunks
     routed_memory       tokens sent to the memories that a router chose, and their reads summed
-    grouped_linear      products of rows with the matrix of their group
+    grouped_linear      products of rows with the matrix of their group, and of few rows with several matrices
     route_documents     the choice of the best documents for a query
     segment_mean_pool   means of short segments
     rms_norm            the root-mean-square norm, and the gate behind it
@@ -42,7 +42,7 @@ from memlm_kernels.attention import (
     prefix_window_attention,
 )
 from memlm_kernels.backend import choose, set_backend
-from memlm_kernels.grouped_linear import grouped_linear
+from memlm_kernels.grouped_linear import LinearsOutput, grouped_linear, linears
 from memlm_kernels.large_chunk_memory import LargeChunkMemoryState, large_chunk_memory
 from memlm_kernels.neural_memory import (
     NeuralMemoryState,
@@ -61,6 +61,7 @@ from memlm_kernels.short_convolution import short_convolution
 
 __all__ = [
     "LargeChunkMemoryState",
+    "LinearsOutput",
     "MemoryRoutes",
     "NeuralMemoryState",
     "RouterShard",
@@ -77,6 +78,7 @@ __all__ = [
     "invert_chunks",
     "large_chunk_memory",
     "linear_attention",
+    "linears",
     "merge_topk",
     "neural_memory",
     "nominate_documents",

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import memlm_kernels as ops
-from memlm_kernels.grouped_linear.joined import linears
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Factors of what is drawn from (0, 1), with which long rows stay finite: a decay's logarithm is not positive, and a
@@ -151,7 +150,7 @@ def convolve(x: Tensor, weight: Tensor, state: Tensor, **rest: Any) -> Any:
 
 
 def maps(x: Tensor, weight: Tensor, bias: Tensor, other: Tensor, gates: Tensor, **rest: Any) -> Any:
-    return linears(x, [weight, other, gates], [bias, None, None], [False, False, True], **rest)
+    return ops.linears(x, [weight, other, gates], [bias, None, None], [False, False, True], **rest)
 
 
 def merge(index: Tensor, score: Tensor, top_k: int = 3, **x: Any) -> Any:

@@ -14,7 +14,7 @@ ORDER = (
     *("positions", "cu_seqlens", "start", "state", "backend"),
 )
 # These take a bank's parts, weights to read, or parts of channels.
-LISTS = ("merge_topk", "nominate_documents", "read_memory", "short_convolution")
+LISTS = ("linears", "merge_topk", "nominate_documents", "read_memory", "short_convolution")
 OPS = [name for name in memlm_kernels.__all__ if name.islower() and name not in ("choose", "set_backend")]
 
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from memlm_kernels import grouped_linear
-from memlm_kernels.grouped_linear import naive
-from memlm_kernels.grouped_linear.joined import linears
+from memlm_kernels.grouped_linear import linears, naive
 from memlm_kernels.testing import assert_close, grads_of, import_triton_ops
 from tests.kernels.test_triton import BFLOAT16, DEVICE, TOLERANCES
 
@@ -61,7 +60,7 @@ def test_maps_of_the_same_rows(widths, rows, dtype):
     wide = [n == widths[-1] for n in widths]
 
     def run(backend, x, *weights):
-        return linears(x, weights, [None if b is None else b.to(x.dtype) for b in biases], wide, backend=backend)
+        return linears(x, weights, [None if b is None else b.to(x.dtype) for b in biases], wide, backend=backend).y
 
     exact = [t.double() for t in (x, *weights)]
     for_outputs, for_gradients = TOLERANCES[dtype]

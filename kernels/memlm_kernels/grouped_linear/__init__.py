@@ -15,10 +15,11 @@ from torch import Tensor
 
 from memlm_kernels.backend import as_autocast, choose, exact_products, with_triton
 from memlm_kernels.checks import check_range, check_tensors, in_one_type, number, readable
+from memlm_kernels.grouped_linear.joined import MOST_MAPS, LinearsOutput, linears
 from memlm_kernels.grouped_linear.reference import by_group, by_tile, grouped_mm, takes_grouped_mm
 from memlm_kernels.segments import counts
 
-__all__ = ["grouped_linear", "linear_of_group"]
+__all__ = ["MOST_MAPS", "LinearsOutput", "grouped_linear", "linear_of_group", "linears"]
 
 _BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "grouped_mm": grouped_mm,

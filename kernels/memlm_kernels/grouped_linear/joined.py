@@ -1,6 +1,7 @@
 """Linear maps of the same rows, which a decoded token takes in one launch."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,12 @@ from memlm_kernels.segments import exact
 MOST_MAPS = 4
 
 
+class LinearsOutput(NamedTuple):
+    """y: of each matrix, [N, O_i]"""
+
+    y: tuple[Tensor, ...]
+
+
 def linears(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -21,13 +28,13 @@ def linears(
     wide: Sequence[bool],
     *,
     backend: str = "auto",
-) -> tuple[Tensor, ...]:
+) -> LinearsOutput:
     """y_i = x weights_i^T + biases_i. The kernel reads each matrix once for every 16 rows, so it suits few rows.
 
     x: [N, D]   weights: [O_i, D]   biases: [O_i] or None
     wide: for each matrix, whether its y is in fp32 (fp64 for fp64 inputs)
 
-    Returns [N, O_i], the others in the widest type of x and weights. Raises ValueError if shapes, types or devices
+    Returns y, in the widest type of x and weights unless it is wide. Raises ValueError if shapes, types or devices
     disagree, or the backend cannot run.
     """
     _check(x, weights, biases, wide)
@@ -37,14 +44,15 @@ def linears(
     if chosen == "triton" and x.numel():
         from memlm_kernels.grouped_linear.triton import linears_triton
 
-        return tuple(linears_triton(x, matrices, [*biases], [*wide]))
+        return LinearsOutput(tuple(linears_triton(x, matrices, [*biases], [*wide])))
     with torch.autocast(x.device.type, enabled=False):
-        return tuple(
+        y = [
             F.linear(exact(x), exact(w), None if b is None else exact(b))
             if to_exact
             else F.linear(x, w, None if b is None else b.to(x.dtype))
             for w, b, to_exact in zip(matrices, biases, wide, strict=True)
-        )
+        ]
+    return LinearsOutput(tuple(y))
 
 
 @once_a_kind
