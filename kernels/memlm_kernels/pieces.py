@@ -8,7 +8,7 @@ B batch, T tokens of a row, S segments of a row, J pieces of a row, H heads, N r
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from memlm_kernels.segments import segments_of, whole_rows
 
-# values [B, T, H, V], boundaries [B, J + 1], states [B, J, H, N, V] -> output, states after the segments
-Recurrence = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# values [B, T, H, V], boundaries [B, J + 1], states [B, J, H, N, V] -> output, states after the segments, ...
+Recurrence = Callable[[Tensor, Tensor, Tensor], tuple[Any, ...]]
 
 # Tokens of the shortest piece: below it the passes over T cost more than the shorter chain saves.
 SHORTEST = 1024
@@ -64,7 +64,7 @@ def cut(cu_seqlens: Tensor, length: int, pieces: int, chunk_size: int = 1, befor
     return Pieces(cu, opens, owner, latest.gather(1, first[:, 1:] - 1))
 
 
-def in_pieces(op: Recurrence, v: Tensor, of: Pieces, state: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+def in_pieces(op: Recurrence, v: Tensor, of: Pieces, state: Tensor, unit: Tensor) -> tuple[Any, ...]:
     """``op(v, cu_seqlens, state)`` of the segments that are cut, with ``op`` of the pieces.
 
     op: linear in v and state together, and alike for each of their columns
@@ -75,32 +75,32 @@ def in_pieces(op: Recurrence, v: Tensor, of: Pieces, state: Tensor, unit: Tensor
     The gradient goes through T and U.
     """
     heads, columns = state.shape[2], state.shape[-1]
-    more = unit.shape[1]
+    width = unit.shape[1]
     opens, initial = of.opens[..., None, None, None], _pick(state, of.owner)
     # A piece that opens a segment has its start.
     begins = torch.cat([torch.where(opens, initial, 0), unit.expand(*opens.shape[:2], heads, -1, -1)], -1)
-    ends, T = op(F.pad(v, (0, more)), of.cu, begins)[1].split([columns, more], -1)
+    ends, T = op(F.pad(v, (0, width)), of.cu, begins)[1].split([columns, width], -1)
     start, starts = initial[:, 0], []
     for j in range(opens.shape[1]):
         if j:
             end = ends[:, j - 1]
             # In fp32, whatever autocast takes: the errors of transitions grow from piece to piece.
             with torch.autocast(v.device.type, enabled=False):
-                mapped = T[:, j - 1] * start if more == 1 else T[:, j - 1] @ start[..., :more, :].to(T.dtype)
+                mapped = T[:, j - 1] * start if width == 1 else T[:, j - 1] @ start[..., :width, :].to(T.dtype)
             start = torch.where(opens[:, j], initial[:, j], end + torch.where(opens[:, j - 1], 0, mapped))
         starts.append(start)
-    o, after = op(v, of.cu, torch.stack(starts, 1))
-    return o, _pick(after, of.last)
+    o, after, *more = op(v, of.cu, torch.stack(starts, 1))
+    return o, _pick(after, of.last), *more
 
 
 def long_rows(
-    op: Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]],
+    op: Callable[[Tensor, Tensor | None, Tensor | None], tuple[Any, ...]],
     q: Tensor,
     v: Tensor,
     cu_seqlens: Tensor | None,
     state: Tensor | None,
     diagonal: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Any, ...]:
     """``op(v, cu_seqlens, state)``, in pieces where they pay. state: [B, S, H, K, V], None: zeros"""
     batch, length, heads, keys = q.shape
     segments, columns = segments_of(cu_seqlens), v.shape[-1]

@@ -201,6 +201,16 @@ class RecurrenceOutput(NamedTuple):
     state: Tensor
 
 
+class DeltaOutput(NamedTuple):
+    """o, state: as in ``RecurrenceOutput``; residual: [B, T, H], at least in fp32, without a gradient, zeros at
+    padding, or None if it was not requested.
+    """
+
+    o: Tensor
+    state: Tensor
+    residual: Tensor | None
+
+
 def check_recurrence(
     q: Tensor,
     k: Tensor,

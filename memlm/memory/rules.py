@@ -194,7 +194,10 @@ class ChannelDecay(Rule):
 
 
 class Delta(Rule):
+    """with_residual: whether "residual", the size of each correction [B, T, H], is among the metrics at every call."""
+
     unit_keys = True
+    with_residual = False
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -217,12 +220,15 @@ class Delta(Rule):
         metrics = {"beta": beta.detach().mean(), **_metrics(log_decay)} if told else {}
         q, v, beta = self.corrected(q, k, v, beta, log_decay)
 
-        def op(columns: Tensors, shared: Tensors, memory: Tensor) -> tuple[Tensor, Tensor]:
-            q, k, *gates = shared
-            return delta_rule(q, k, columns[0], *gates, cu_seqlens=cu_seqlens, state=memory)
+        options: Any = {"with_residual": self.with_residual, "cu_seqlens": cu_seqlens}
 
-        o, memory = carried(joined, op, [v], [q, k, beta, log_decay], state["memory"])
-        return o, {"memory": memory}, metrics
+        def op(columns: Tensors, shared: Tensors, memory: Tensor) -> tuple[Tensor, ...]:
+            q, k, *gates = shared
+            o, after, residual = delta_rule(q, k, columns[0], *gates, **options, state=memory)
+            return (o, after) if residual is None else (o, after, residual)
+
+        o, memory, *residual = carried(joined, op, [v], [q, k, beta, log_decay], state["memory"])
+        return o, {"memory": memory}, metrics | ({"residual": residual[0]} if residual else {})
 
     def corrected(
         self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None

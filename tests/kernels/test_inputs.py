@@ -329,4 +329,6 @@ def test_a_step_keeps_the_rules_of_torch(name):
     x = OPS[name].make()
     gates = (x.get("beta"), x.get("log_decay"), x["cu_seqlens"], x["state"])
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.memlm.recurrence_step, (x["q"], x["k"], x["v"], *gates), test_utils=tests)
+    for told in (False, True):
+        arguments = (x["q"], x["k"], x["v"], *gates, told)
+        torch.library.opcheck(torch.ops.memlm.recurrence_step, arguments, test_utils=tests)

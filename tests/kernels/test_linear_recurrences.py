@@ -1,5 +1,7 @@
 """linear_attention, delta_rule and segmented_neural_memory against their recurrences, one token at a time."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -39,13 +41,28 @@ def inputs(op, length=75, heads=2, keys=6, values=5, dtype=torch.float64):
 
 
 def run(op, tensors, **options):
-    return (delta_rule if op.startswith("delta") else linear_attention)(*tensors, **options)
+    return (delta_rule if op.startswith("delta") else linear_attention)(*tensors, **options)[:2]
 
 
 def token_by_token(op, tensors, cu_seqlens=None, state=None):
     q, k, v, *gates = tensors
     beta = gates.pop(0) if op.startswith("delta") else None
     return recurrence(q, k, v, beta, gates[0] if gates else None, cu_seqlens, state)
+
+
+def residuals(tensors, cu_seqlens, state):
+    """[B, T, H]: beta |v - k D| of each token, D the decayed matrix that it finds."""
+    q, k, v, beta, *decay = (x.detach() for x in tensors)
+    cu = torch.tensor([[0, q.shape[1]]] * len(q)) if cu_seqlens is None else cu_seqlens
+    found = torch.zeros_like(beta)
+    for b, bounds in enumerate(cu.tolist()):
+        for s, (begin, end) in enumerate(itertools.pairwise(bounds)):
+            M = state[b, s]
+            for t in range(begin, end):
+                M = M * decay[0][b, t].exp().reshape(len(M), -1, 1) if decay else M
+                d = beta[b, t, :, None] * (v[b, t] - (k[b, t, :, :, None] * M).sum(1))
+                found[b, t], M = d.norm(dim=-1), M + k[b, t, :, :, None] * d[:, None]
+    return found
 
 
 @pytest.mark.parametrize("cuts", CUTS)
@@ -121,6 +138,21 @@ def test_any_length_in_fp32(op, length):
     got = run(op, tensors)
     assert_close("o", expected[0], got[0], 1e-5)
     assert_close("state", expected[1], got[1], 1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 75])
+@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("op", ["delta", "delta_decay", "delta_channel"])
+def test_the_residual_is_the_size_of_each_correction(op, cuts, length):
+    """For each token beta |v - k D|, from states that hold something; no gradient, zeros at padding."""
+    tensors = [x.requires_grad_() for x in inputs(op, length)]
+    cu = None if CUTS[cuts] is None else torch.tensor(CUTS[cuts]).clamp(max=length)
+    state = torch.randn(3, 1 if cu is None else cu.shape[1] - 1, 2, 6, 5, dtype=torch.float64)
+    got = delta_rule(*tensors, with_residual=True, cu_seqlens=cu, state=state)
+    expected = residuals(tensors, cu, state)
+    assert not got.residual.requires_grad
+    assert_close("residual", expected, got.residual, 1e-12)
+    assert delta_rule(*tensors, cu_seqlens=cu, state=state).residual is None
 
 
 @pytest.mark.parametrize("op", ["linear_scalar", "linear_channel", "delta_decay", "delta_channel"])

@@ -34,8 +34,11 @@ def inputs(dtype, length=LENGTH, keys=KEYS, values=VALUES):
 
 
 RULES = {
-    "delta": (lambda q, k, v, beta, decay, channels, **o: delta_rule(q, k, v, beta, **o), False),
-    "gated delta": (lambda q, k, v, beta, decay, channels, **o: delta_rule(q, k, v, beta, decay, **o), False),
+    "delta": (lambda q, k, v, beta, decay, channels, **o: delta_rule(q, k, v, beta, with_residual=True, **o), False),
+    "gated delta": (
+        lambda q, k, v, beta, decay, channels, **o: delta_rule(q, k, v, beta, decay, with_residual=True, **o),
+        False,
+    ),
     "linear": (lambda q, k, v, beta, decay, channels, **o: linear_attention(q, k, v, **o), True),
     "a decay": (lambda q, k, v, beta, decay, channels, **o: linear_attention(q, k, v, decay, **o), True),
     "a decay per channel": (
@@ -177,7 +180,7 @@ def test_starts_follow_in_fp32_under_autocast():
     q, k, v, beta, decay, _, state = inputs(torch.float32)
 
     def run(v, cu, state):
-        return tuple(delta_rule(q, k, v, beta, decay, cu_seqlens=cu, state=state, backend="reference"))
+        return delta_rule(q, k, v, beta, decay, cu_seqlens=cu, state=state, backend="reference")[:2]
 
     with torch.autocast("cpu", torch.bfloat16):
         found = in_pieces(run, v, cut(BOUNDARIES, LENGTH, 7), state, torch.eye(KEYS))

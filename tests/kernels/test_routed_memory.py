@@ -123,7 +123,7 @@ def test_a_mixture_is_its_memories_one_by_one(name, documents, op):
         if op == "linear":
             o, _ = linear_attention(q, k, v, cu_seqlens=routes.cu_seqlens)
         else:
-            o, _ = delta_rule(q, k, v, torch.ones_like(q[..., 0]), cu_seqlens=routes.cu_seqlens)
+            o, *_ = delta_rule(q, k, v, torch.ones_like(q[..., 0]), cu_seqlens=routes.cu_seqlens)
         return combine_reads(o, routes.place, weight, shared)
 
     def theirs(q, k, v, weight, shared=None):

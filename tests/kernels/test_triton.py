@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import memlm_kernels
-from memlm_kernels import SegmentedMemoryState, linear_attention, neural_memory, segmented_neural_memory
+from memlm_kernels import SegmentedMemoryState, delta_rule, linear_attention, neural_memory, segmented_neural_memory
 from memlm_kernels.testing import assert_close, grads_of
 from tests.kernels.test_linear_recurrences import OPS, inputs, run
 
@@ -297,6 +297,25 @@ def test_memory_of_two_layers(name, monkeypatch):
     monkeypatch.setattr(op, "SPAN", 2)
     *sizes, chunk_size, options = DEEP[name]
     compare(deep(chunk_size, **options), deep_inputs(*sizes), torch.float32)
+
+
+@pytest.mark.parametrize("length", [1, 16, 75])
+@pytest.mark.parametrize("cuts", ["whole", "segments"])
+@pytest.mark.parametrize("op", ["delta", "delta_decay"])
+def test_the_residual_of_a_delta_rule(op, cuts, length):
+    """By the kernels of chunks, and without gradients by those of a few tokens."""
+    tensors = inputs(op, length)
+    cu = None if cuts == "whole" else torch.tensor([[0, 0, 10, 70], [0, 75, 75, 75], [4, 5, 40, 75]]).clamp(max=length)
+    state = torch.randn(3, 1 if cu is None else 3, 2, 6, 5, dtype=torch.float64)
+    expected = delta_rule(*tensors, with_residual=True, cu_seqlens=cu, state=state)
+    given, options = on_device([*tensors, state], torch.float32), {"with_residual": True, "backend": "triton"}
+    options |= {"cu_seqlens": None if cu is None else cu.to(DEVICE), "state": given.pop()}
+    for asks in (True, False):
+        with torch.set_grad_enabled(asks):
+            got = delta_rule(*(x.clone().requires_grad_(asks) for x in given), **options)
+        assert not got.residual.requires_grad
+        for name, x, y in zip(("o", "state", "residual"), expected, got, strict=True):
+            assert_close(name, x, y, TOLERANCES[torch.float32][0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, BFLOAT16])

@@ -16,6 +16,6 @@ Files:
 
 from memlm_kernels.recurrence.delta import delta_rule
 from memlm_kernels.recurrence.linear import linear_attention
-from memlm_kernels.segments import RecurrenceOutput
+from memlm_kernels.segments import DeltaOutput, RecurrenceOutput
 
-__all__ = ["RecurrenceOutput", "delta_rule", "linear_attention"]
+__all__ = ["DeltaOutput", "RecurrenceOutput", "delta_rule", "linear_attention"]

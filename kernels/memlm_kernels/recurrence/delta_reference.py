@@ -34,17 +34,19 @@ def delta_rule_reference(
     log_decay: Tensor | None,
     cu_seqlens: Tensor | None,
     state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    told: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """o, the state, and with ``told`` the corrections d [B, T, H, V]."""
     length, values = q.shape[1], v.shape[-1]
     per_channel = log_decay is not None and log_decay.ndim == 4
     with torch.autocast(q.device.type, enabled=False):
         exact_q = exact(q)
         state = state_of(exact_q, cu_seqlens, *k.shape[2:], values) if state is None else exact(state)
         if q.numel() == 0:
-            return v.clone(), state
+            return v.clone(), state, v
         if length == 1 and cu_seqlens is None:
-            o, state = one_token.of_rows(exact_q, exact(k), exact(v), beta, log_decay, state)
-            return o.to(v.dtype), state
+            o, state, d = one_token.of_rows(exact_q, exact(k), exact(v), beta, log_decay, state)
+            return o.to(v.dtype), state, d
         width = chunk_width(length, cu_seqlens, CHANNEL_WIDTH if per_channel else WIDTH)
         segments = lay_out(cu_seqlens, length, width)
         q_c, k_c, v_c = (segments.lay(x).flatten(0, 2) for x in (exact_q, exact(k), exact(v)))
@@ -66,4 +68,6 @@ def delta_rule_reference(
         Y = torch.linalg.solve_triangular(A * beta_c, eye, upper=False, unitriangular=True) * beta_c.mT
         M, d, state = carry(segments, state, torch.bmm(Y, v_c), torch.bmm(Y, corrected), writes, keep)
         o = torch.baddbmm(torch.bmm(scores.tril(), d), reads, M)
-        return segments.take(o.unflatten(0, (segments.grid.count, *state.shape[::2][:2]))).to(v.dtype), state
+        chunks = (segments.grid.count, *state.shape[::2][:2])
+        corrections = segments.take(d.detach().unflatten(0, chunks)) if told else None
+        return segments.take(o.unflatten(0, chunks)).to(v.dtype), state, corrections

@@ -293,11 +293,12 @@ def delta_rule_triton(
     log_decay: Tensor | None,
     cu_seqlens: Tensor | None,
     state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    told: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     # One type for all factors of products; sums are fp32 in any case.
     tokens = in_one_type(q, k, v)
     if is_step(*tokens, beta, log_decay, state):
-        o, final = step(*tokens, beta, log_decay, cu_seqlens, state)
+        o, final, d = step(*tokens, beta, log_decay, cu_seqlens, state, told)
     else:
-        o, final, *_ = forward(*tokens, beta, log_decay, cu_seqlens, state)
-    return o.to(v.dtype), final
+        o, final, _, d, _ = forward(*tokens, beta, log_decay, cu_seqlens, state)
+    return o.to(v.dtype), final, d

@@ -28,7 +28,7 @@ def linear_attention_reference(
         if q.numel() == 0:
             return v.clone(), state
         if length == 1 and cu_seqlens is None:
-            o, state = one_token.of_rows(exact_q, exact(k), exact(v), None, log_decay, state)
+            o, state, _ = one_token.of_rows(exact_q, exact(k), exact(v), None, log_decay, state)
             return o.to(v.dtype), state
         width = chunk_width(length, cu_seqlens, CHANNEL_WIDTH if per_channel else WIDTH)
         segments = lay_out(cu_seqlens, length, width)

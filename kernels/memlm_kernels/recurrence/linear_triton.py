@@ -325,7 +325,7 @@ def linear_attention_triton(
     # One type for all factors of products; sums are fp32 in any case.
     tokens = in_one_type(q, k, v)
     if is_step(*tokens, log_decay, state):
-        o, final = step(*tokens, None, log_decay, cu_seqlens, state)
+        o, final, _ = step(*tokens, None, log_decay, cu_seqlens, state, False)
     else:
         o, final, *_ = forward(*tokens, log_decay, cu_seqlens, state)
     return o.to(v.dtype), final

@@ -12,23 +12,23 @@ from memlm_kernels.segments import exact
 
 def step(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, log_decay: Tensor | None, state: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """q, k: [Z, 1, K]   v: [Z, 1, V]   beta: [Z, 1, 1], None for linear attention   log_decay: [Z, 1 or K, 1]
     state: [Z, K, V]
 
-    Returns reads [Z, 1, V] and the new state.
+    Returns reads [Z, 1, V], the new state, and the written values [Z, 1, V].
     """
     if log_decay is not None:
         state = state * log_decay.exp()
     if beta is not None:
         v = torch.baddbmm(v, k, state, alpha=-1) * beta
     state = torch.baddbmm(state, k.mT, v)
-    return torch.bmm(q, state), state
+    return torch.bmm(q, state), state, v
 
 
 def of_rows(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, log_decay: Tensor | None, state: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """``step`` with the shapes of the ops: rows of one segment and one token, all in one type."""
     keys, values = state.shape[3:]
     of_beta = None if beta is None else exact(beta).reshape(-1, 1, 1)
@@ -36,5 +36,5 @@ def of_rows(
     if log_decay is not None:
         decay = exact(log_decay).reshape(-1, keys if log_decay.ndim == 4 else 1, 1)
     q_Z, k_Z, v_Z = (x.reshape(-1, 1, x.shape[-1]) for x in (q, k, v))
-    o, after = step(q_Z, k_Z, v_Z, of_beta, decay, state.reshape(-1, keys, values))
-    return o.view(*q.shape[:3], values), after.view(state.shape)
+    o, after, d = step(q_Z, k_Z, v_Z, of_beta, decay, state.reshape(-1, keys, values))
+    return o.view(*q.shape[:3], values), after.view(state.shape), d.view(*q.shape[:3], values)

@@ -28,6 +28,7 @@ def tokens_forward(
     cu,
     initial,
     o,
+    d,
     final,
     T,
     S,
@@ -38,7 +39,9 @@ def tokens_forward(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Carry some columns of a segment's state from token to token; beta: None for linear attention."""
+    """Carry some columns of a segment's state from token to token; beta: None for linear attention; d: None, or the
+    written values.
+    """
     program = tl.program_id(0).to(tl.int64)
     tiles: tl.constexpr = (V + BV - 1) // BV
     tile, h, s, row = part_of(program, tiles, H, S)
@@ -61,6 +64,8 @@ def tokens_forward(
                 b_state *= tl.exp(tl.load(log_decay + base).to(tl.float32))
         if beta is not None:
             b_v = (b_v - tl.sum(b_k[:, None] * b_state, 0)) * tl.load(beta + base).to(tl.float32)
+        if d is not None:
+            tl.store(d + base * V + i_v, b_v.to(d.dtype.element_ty), mask=i_v < V)
         b_state += b_k[:, None] * b_v[None, :]
         b_o = tl.sum(b_q[:, None] * b_state, 0)
         tl.store(o + base * V + i_v, b_o.to(o.dtype.element_ty), mask=i_v < V)
@@ -76,21 +81,25 @@ def step(
     log_decay: Tensor | None,
     cu_seqlens: Tensor | None,
     state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """o and the state after each segment; not differentiable."""
+    told: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o, the state after each segment, and the written values [B, T, H, V], empty unless ``told``; not
+    differentiable.
+    """
     q, k, v, beta, log_decay, cu_seqlens, state = laid(q, k, v, beta, log_decay, cu_seqlens, state)
     batch, length, heads, keys = q.shape
     values, segments = v.shape[-1], segments_of(cu_seqlens)
-    o = torch.empty_like(v) if cu_seqlens is None else torch.zeros_like(v)
+    make = torch.empty_like if cu_seqlens is None else torch.zeros_like
+    o, d = make(v), make(v, dtype=torch.float32) if told else None
     final = q.new_empty(batch, segments, heads, keys, values, dtype=torch.float32)
     tokens_forward(
         lambda tiles: batch * segments * heads * cdiv(values, tiles["BV"]),
         {"BV": at_least_16(values)},
         **{"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay, "cu": cu_seqlens, "initial": state},
-        **{"o": o, "final": final, "T": length, "S": segments, "H": heads, "K": keys, "V": values},
+        **{"o": o, "d": d, "final": final, "T": length, "S": segments, "H": heads, "K": keys, "V": values},
         **{"CHANNELS": log_decay is not None and log_decay.ndim == 4, "BK": at_least_16(keys)},
     )
-    return o, final
+    return o, final, q.new_empty(0) if d is None else d
 
 
 @step.register_fake
@@ -102,9 +111,10 @@ def _(
     log_decay: Tensor | None,
     cu_seqlens: Tensor | None,
     state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    told: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     final = q.new_empty(len(q), segments_of(cu_seqlens), *q.shape[2:], v.shape[-1], dtype=torch.float32)
-    return v.new_empty(v.shape), final
+    return v.new_empty(v.shape), final, v.new_empty(v.shape if told else 0, dtype=torch.float32)
 
 
 @register_flop_formula(torch.ops.memlm.recurrence_step)
