@@ -7,7 +7,7 @@ Files:
     stretches           sequence parallelism: rows cut over processes
     joined              memories along documents that go on from other processes
     state               the state of a mixer: dicts of tensors and of dicts, and their names in a file
-    parts               parts that several memories share: gates of two branches, starts
+    parts               parts that several memories share: gates of two branches, one softmax of several, starts
     rope                rotary positions of an extended context
     kv                  keys and values that grow by a token per call, without copies of their past
     attention           full and sliding-window attention, persistent tokens, backends
@@ -25,5 +25,7 @@ Files:
     kda, comba, momentum_delta_net  later delta rules
     mom                 mixture of memories: router and balance
     chunk_sparse        attention to a window and to chosen chunks of the past
+    eidetic             attention to a window and to the tokens before it that surprised most
+    bmojo               the same, and a recurrence behind the window
     msa                 Memory Sparse Attention
 """

@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from memlm.layers import RMSNorm, ShortConv, products, rotary_of_both
 from memlm.memory.base import Dims, MixerOutput, SequenceMixer
 from memlm.memory.kv import append, join
+from memlm.memory.parts import start_delayed
 from memlm.memory.rows import Rows
 from memlm.memory.state import State
 from memlm.settings import require
@@ -109,6 +110,12 @@ class Mixer(SequenceMixer):
         if self.config.persistent_tokens:
             # The mixer's input is normalised, so these start at the scale of a token.
             init.normal_(self.persistent, std=1.0)
+
+    def start_for_recall(self) -> None:
+        """Initialise queries equal to keys, each of whose channels looks a random few tokens back."""
+        keys = self.k_proj.weight.unflatten(0, (-1, self.dims.head_dim))
+        init.copy_(self.q_proj.weight, keys.repeat_interleave(self.num_key_value_groups, 0).flatten(0, 1))
+        start_delayed(self.conv, self.sizes[0], self.sizes[1])
 
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         kept = self.config.window_size - 1 if self.config.window_size else 0

@@ -23,6 +23,17 @@ class Recalled(nn.Module):
         return y_BTD
 
 
+class Chosen(nn.Module):
+    """The identity on which entries a token reads: their numbers, counted from 1, or a mask. The memory-off ablation
+    replaces them by zeros, which mean none.
+    """
+
+    long_term = True
+
+    def forward(self, number: Tensor) -> Tensor:
+        return number
+
+
 class Parameters(nn.Module):
     """Parameters that other modules read. They are read by a call, so that tools that offload weights can load
     them.

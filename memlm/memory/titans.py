@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from memlm.layers import ExactLinear, RMSNorm, ShortConv, products
-from memlm.memory import attention
+from memlm.memory import attention, eidetic
 from memlm.memory.base import Dims, MixerOutput, SequenceMixer
 from memlm.memory.parts import Parameters, Recalled, gate_logits, memory_share, start_delayed
 from memlm.memory.rows import Rows
@@ -161,23 +161,37 @@ class HybridConfig(NeuralMemoryConfig):
     """window_size: tokens that the attention branch sees.
     persistent_tokens: learned tokens that it always sees.
     attention_conv_size: width of the attention branch's own convolution, 0 for none.
+    eidetic_slots: tokens before the window that it also sees, those with the largest surprise (``eidetic``).
     """
 
     window_size: int = 16
     persistent_tokens: int = 4
     attention_conv_size: int = 4
+    eidetic_slots: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.attention()
+        eidetic.check_slots(self.eidetic_slots, self.chunk_size, self.window_size, "eidetic_slots")
 
     def attention(self) -> attention.Config:
         """Settings of the attention branch."""
         return attention.Config(self.window_size, self.attention_conv_size, self.persistent_tokens)
 
+    def branch(self, dims: Dims, layer_idx: int) -> SequenceMixer:
+        """The attention branch; with slots, a call takes the memory's surprise too."""
+        if not self.eidetic_slots:
+            return attention.Mixer(self.attention(), dims, layer_idx)
+        return eidetic.Attention(self.attention(), self.eidetic_slots, self.chunk_size, dims, layer_idx)
+
 
 class Store(nn.Module):
-    """The memory itself: its learned initial weights, the gates of its writes, and the call of the op."""
+    """The memory itself: its learned initial weights, the gates of its writes, and the call of the op.
+
+    with_surprise: whether "surprise" is among the metrics at every call
+    """
+
+    with_surprise = False
 
     def __init__(self, config: NeuralMemoryConfig, dims: Dims) -> None:
         super().__init__()
@@ -234,9 +248,10 @@ class Store(nn.Module):
             o_BTHK, memory, surprise_BTH = self._op(q_BTHK, k_BTHK, v_BTHK, gates, weights, before, rows)
         else:
             o_BTHK, memory, surprise_BTH = self._joined(q_BTHK, k_BTHK, v_BTHK, gates, state, rows)
-        if not rows.metrics:
+        if surprise_BTH is None:
             return o_BTHK, pack(memory), {}
-        assert surprise_BTH is not None
+        if not rows.metrics:
+            return o_BTHK, pack(memory), {"surprise": surprise_BTH.mean(-1)}
         with torch.no_grad():
             metrics = {name: x.mean(-1) for name, x in {**gates, "surprise": surprise_BTH}.items()}
             if self.config.memory_norm:
@@ -269,7 +284,7 @@ class Store(nn.Module):
             cu_seqlens=rows.cu_seqlens,
             start=rows.start if rows.goes_on else None,
             state=before,
-            with_surprise=rows.metrics,
+            with_surprise=rows.metrics or self.with_surprise,
         )
 
     def _joined(

@@ -4,13 +4,14 @@
 
 The residual connections are the paper's "residual connections in all blocks". Persistent tokens come only before the
 attention's window. In the paper the memory writes them first; here its learned initial weights M_0 can hold as much.
+With ``eidetic_slots``, attention also sees the tokens that surprised the memory most (``memlm.memory.eidetic``).
 """
 
 import torch
 from torch import Tensor
 
 from memlm.layers import RMSNorm
-from memlm.memory import attention, titans
+from memlm.memory import titans
 from memlm.memory.base import Dims, MixerOutput, SequenceMixer
 from memlm.memory.parts import memory_share
 from memlm.memory.rows import Rows
@@ -25,12 +26,13 @@ class Mixer(SequenceMixer):
     def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
         super().__init__()
         self.memory = titans.NeuralMemory(config, dims)
+        self.slots = self.memory.store.with_surprise = config.eidetic_slots > 0
         self.norm = RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
-        self.attention = attention.Mixer(config.attention(), dims, layer_idx)
+        self.attention = config.branch(dims, layer_idx)
 
     @property
     def at_once(self) -> bool:  # type: ignore[override]
-        return self.memory.at_once
+        return self.memory.at_once and not self.slots
 
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         parts = {"memory": self.memory, "attention": self.attention}
@@ -39,9 +41,11 @@ class Mixer(SequenceMixer):
     def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
         recalled = self.memory(x_BTD, state["memory"], rows)
         input_BTD = self.norm(x_BTD + recalled.y_BTD)
-        seen = self.attention(input_BTD, state["attention"], rows)
-        metrics = recalled.metrics | self.memory.store.norms(state["memory"], recalled.state, rows)
+        surprise = [recalled.metrics["surprise"]] if self.slots else []
+        seen, metrics = self.attention(input_BTD, state["attention"], rows, *surprise), dict[str, Tensor]()
         if rows.metrics:
+            metrics = seen.metrics | recalled.metrics
+            metrics |= self.memory.store.norms(state["memory"], recalled.state, rows)
             metrics["memory_share"] = memory_share(recalled.y_BTD, seen.y_BTD)
         after = {"memory": recalled.state, "attention": seen.state}
         return MixerOutput(recalled.y_BTD + seen.y_BTD, after, {}, metrics)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from memlm import MemLMForCausalLM, MemoryCache
-from memlm.memory import chunk_sparse, parts
+from memlm.memory import chunk_sparse, eidetic, parts
 from memlm.memory.base import SequenceMixer
 from memlm.memory.state import leaves, named
 from memlm_kernels.testing import assert_close, relative_error
@@ -294,13 +294,13 @@ def test_low_precision_models_accumulate_in_fp32(variant, monkeypatch):
     """With the same choices of memories and chunks, because rounding may change a close choice."""
     low = model_of(variant, dtype=torch.bfloat16)
     ids = tokens(1, 500)
-    chosen = []
+    chosen, choices = [], ((parts, "top_choices"), (chunk_sparse, "chunk_topk"), (eidetic, "running_top"))
     with torch.no_grad():
-        for module, name in ((parts, "top_choices"), (chunk_sparse, "chunk_topk")):
+        for module, name in choices:
             choose = getattr(module, name)
             monkeypatch.setattr(module, name, lambda *x, c=choose, **kw: chosen.append(c(*x, **kw)) or chosen[-1])
         reference = copy.deepcopy(low).float()(ids).logits
-        for module, name in ((parts, "top_choices"), (chunk_sparse, "chunk_topk")):
+        for module, name in choices:
             monkeypatch.setattr(module, name, lambda *x, **kw: chosen.pop(0))
         got = low(ids).logits
     assert got.dtype == torch.bfloat16

@@ -164,10 +164,12 @@ def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) ->
     """Plain matrix products, with which tests compare the others."""
     groups = k.shape[2]
     scores = exact(q).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4) @ exact(k).permute(0, 2, 3, 1)[:, :, None]
-    if mask is None:
+    if mask is None and scores.shape[-2] > 1:
         ones = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
         mask = ones.tril(scores.shape[-1] - scores.shape[-2])[None, None]
-    scores = (scores * scale).masked_fill(~mask[:, :, None], torch.finfo(scores.dtype).min)
+    scores = scores * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, :, None], torch.finfo(scores.dtype).min)
     lse = scores.logsumexp(-1)
     output = (scores - lse[..., None]).exp() @ exact(v).transpose(1, 2)[:, :, None]
     return output.permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype), lse.permute(0, 3, 1, 2).flatten(2, 3)

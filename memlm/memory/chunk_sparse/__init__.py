@@ -56,7 +56,7 @@ from memlm.memory.base import Dims, MixerOutput
 from memlm.memory.chunk_sparse.config import FUSIONS, GATES, LEARNING, Config
 from memlm.memory.chunk_sparse.layout import Chunks, SeenKeys, last
 from memlm.memory.kv import append, join
-from memlm.memory.parts import memory_share, start_delayed
+from memlm.memory.parts import Chosen, memory_share
 from memlm.memory.rows import Rows
 from memlm.memory.state import State
 from memlm_kernels import chunk_mean_attention, chunk_sparse_attention, chunk_topk
@@ -68,17 +68,6 @@ _FAR = 100.0
 
 
 __all__ = ["FUSIONS", "GATES", "LEARNING", "Chunks", "Config", "Mixer"]
-
-
-class ChosenChunks(nn.Module):
-    """The numbers of chosen chunks, counted from 1, so that zeros mean none. Long-term memory enters the layer
-    here.
-    """
-
-    long_term = True
-
-    def forward(self, index_BTGJ: Tensor) -> Tensor:
-        return index_BTGJ + 1
 
 
 class Share(nn.Module):
@@ -113,7 +102,7 @@ class Mixer(attention.Mixer):
     def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
         super().__init__(attention.Config(conv_size=config.conv_size, **config.projections()), dims, layer_idx)
         self.chunked, self.any_length = config, False
-        self.choice = ChosenChunks()
+        self.choice = Chosen()
         # A router's keys do not pass between processes.
         self.at_once = config.fusion != "relevance"
         self.compressed = config.fusion == "joint" and config.learning == "compressed"
@@ -137,10 +126,7 @@ class Mixer(attention.Mixer):
         if self.chunked.fusion == "head_gate":
             init.constant_(self.head_gate.bias, -8.0)
         if self.chunked.initialization == "recall":
-            groups, head_dim = self.dims.num_key_value_heads, self.dims.head_dim
-            keys = self.k_proj.weight.unflatten(0, (groups, head_dim))
-            init.copy_(self.q_proj.weight, keys.repeat_interleave(self.num_key_value_groups, 0).flatten(0, 1))
-            start_delayed(self.conv, self.sizes[0], self.sizes[1])
+            self.start_for_recall()
 
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         state = super().init_state(batch_size, device, dtype)
@@ -228,7 +214,9 @@ class Mixer(attention.Mixer):
             top_k = min(top_k, max(1, known))
         may_BNGK = pooled_BNGK[:, :known]
         chosen_BTGJ = chunk_topk(q_BTHK, may_BNGK, top_k=top_k, spans=spans)
-        seen_BTHK = self._read(turned_BTHK, keys.near, v_BLGK, self.choice(chosen_BTGJ) - 1, chunks, rows, keys.far)
+        seen_BTHK = self._read(
+            turned_BTHK, keys.near, v_BLGK, self.choice(chosen_BTGJ + 1) - 1, chunks, rows, keys.far
+        )
         aux_losses: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         if self.compressed:
