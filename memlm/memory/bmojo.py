@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memlm.layers import ShortConv, rotary
-from memlm.memory import attention, eidetic, recurrence
+from memlm.memory import attention, eidetic, recurrence, rules
 from memlm.memory.base import Dims, MixerOutput
 from memlm.memory.kv import join
 from memlm.memory.parts import Chosen
@@ -42,7 +42,7 @@ _TAPS = 4
 
 @dataclass(frozen=True)
 class Config(recurrence.Config, attention.Projections):
-    """rule: the recurrence, one of ``recurrence.RULES``.
+    """rule: the recurrence, one of ``rules.RULES``.
     window_size: tokens that are seen as they are; as many before them are seen through the recurrence.
     eidetic_slots: tokens that are kept exactly, at least 1.
     innovation: the number by which they are chosen: "delta_residual", "predictor" or "none".
@@ -64,7 +64,7 @@ class Config(recurrence.Config, attention.Projections):
     def __post_init__(self) -> None:
         recurrence.Config.__post_init__(self)
         attention.Projections.__post_init__(self)
-        for name, known in (("rule", tuple(recurrence.RULES)), ("innovation", INNOVATIONS)):
+        for name, known in (("rule", tuple(rules.RULES)), ("innovation", INNOVATIONS)):
             value = getattr(self, name)
             require(value in known, f"{name}={value!r} must be one of {', '.join(known)}")
         for name in ("window_size", "eidetic_slots"):
@@ -74,7 +74,7 @@ class Config(recurrence.Config, attention.Projections):
         )
         require(self.predictor_weight > 0, f"predictor_weight={self.predictor_weight} must be positive")
         eidetic.check_slots(self.slots, self.chunk_size, self.window_size, "eidetic_slots")
-        delta = issubclass(recurrence.RULES[self.rule], recurrence.Delta)
+        delta = issubclass(rules.RULES[self.rule], rules.Delta)
         require(
             delta or self.innovation != "delta_residual",
             f"innovation='delta_residual' needs a delta rule, not rule={self.rule!r}; use 'predictor'",
@@ -98,7 +98,7 @@ class Recurrence(recurrence.Layer):
     def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
         self.rule = config.rule
         super().__init__(config, dims, layer_idx)
-        if isinstance(self.recurrence.rule, recurrence.Delta):
+        if isinstance(self.recurrence.rule, rules.Delta):
             self.recurrence.rule.with_residual = config.innovation == "delta_residual"
 
 

@@ -251,7 +251,7 @@ class Mixer(attention.Mixer):
         q_BTHK, turned_BTHK = queries
         pooled_BNGK = self._pooled(keys.plain, chunks, "k", state, after)
         spans = chunks.first_BT, chunks.end_BT
-        index_BTGJ = self.choice(chunk_topk(q_BTHK, pooled_BNGK, top_k=self.chunked.top_k, spans=spans)) - 1
+        index_BTGJ = self.choice(chunk_topk(q_BTHK, pooled_BNGK, top_k=self.chunked.top_k, spans=spans) + 1) - 1
         window_BTHK = self._window(turned_BTHK, keys, v_BLGK, chunks, rows)
         far = keys.far or (turned_BTHK, keys.near)
         chosen_BTHK, knows_BTH = self._chosen_alone(far, v_BLGK, index_BTGJ, chunks, rows)
@@ -280,7 +280,7 @@ class Mixer(attention.Mixer):
         after["router"] = last(kept_BL1R, config.chunk_size - 1)
         pooled_BN1R = self._pooled(router_BL1R, chunks, "router", state, after)
         spans = chunks.first_BT, chunks.end_BT
-        index_BT1J = self.choice(chunk_topk(router_q, pooled_BN1R, top_k=config.top_k, spans=spans)) - 1
+        index_BT1J = self.choice(chunk_topk(router_q, pooled_BN1R, top_k=config.top_k, spans=spans) + 1) - 1
         weight_BTJ = self._weights(router_q, pooled_BN1R, index_BT1J)
         recalled_BTHK = torch.zeros_like(turned_BTHK)
         assert keys.far is not None
