@@ -28,7 +28,7 @@ from memlm.layers import ShortConv, rotary
 from memlm.memory import attention, eidetic, recurrence, rules
 from memlm.memory.base import Dims, MixerOutput
 from memlm.memory.kv import join
-from memlm.memory.parts import Chosen
+from memlm.memory.parts import ReadEntries
 from memlm.memory.rows import Rows
 from memlm.memory.state import State
 from memlm.settings import require
@@ -92,7 +92,7 @@ class Config(recurrence.Config, attention.Projections):
         return attention.Config(self.window_size, self.attention_conv_size, **self.projections())
 
 
-class Recurrence(recurrence.Layer):
+class Fading(recurrence.Layer):
     """The memory that fades."""
 
     def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
@@ -126,12 +126,12 @@ class Predictor(nn.Module):
         return (f_BTD - predicted_BTD).square().mean(-1), {"last": last.to(state["last"].dtype)}
 
 
-class Mixer(eidetic.Attention):
+class Mixer(eidetic.EideticAttention):
     def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
         super().__init__(config.attention(), config.slots, config.chunk_size, dims, layer_idx)
         self.settings = config
-        self.memory = Recurrence(config, dims, layer_idx)
-        self.faded = Chosen()
+        self.memory = Fading(config, dims, layer_idx)
+        self.faded = ReadEntries()
         if config.innovation == "predictor":
             self.predictor = Predictor(dims.hidden_size)
         self.reset_parameters()

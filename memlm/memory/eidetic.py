@@ -27,7 +27,7 @@ from memlm.layers import rotary, rotary_of_both
 from memlm.memory import attention
 from memlm.memory.base import Dims, MixerOutput
 from memlm.memory.kv import join
-from memlm.memory.parts import Chosen, join_softmax
+from memlm.memory.parts import ReadEntries, join_softmax
 from memlm.memory.rows import Rows
 from memlm.memory.state import State
 from memlm.settings import require
@@ -51,7 +51,7 @@ def check_slots(slots: int, chunk_size: int, window_size: int, name: str) -> Non
     )
 
 
-class Layout(NamedTuple):
+class SlotChunks(NamedTuple):
     """The pieces of chunks that a call has, and the tokens that its ends of chunks offer to the slots.
 
     grid: pieces of at most C tokens; set_BP: the number of ends before each piece
@@ -68,7 +68,7 @@ class Layout(NamedTuple):
     count_B: Tensor
 
     @staticmethod
-    def of(rows: Rows, chunk_size: int, window_size: int) -> "Layout":
+    def of(rows: Rows, chunk_size: int, window_size: int) -> "SlotChunks":
         length, size, batch, device = rows.length, chunk_size, len(rows.before_B), rows.device
         token_C = torch.arange(size, device=device) - window_size
         if rows.goes_on and rows.start is not None:
@@ -85,7 +85,7 @@ class Layout(NamedTuple):
                 grid = Grid(
                     length, pieces, size, torch.arange(before, before + length, device=device).expand(batch, -1)
                 )
-            return Layout(
+            return SlotChunks(
                 grid,
                 set_BP,
                 (ends_N - before - 1).expand(batch, -1),
@@ -110,7 +110,7 @@ class Layout(NamedTuple):
         after_BN, count_B = pick(positions_BT, offered_BN) + 1, so_far_BT[:, -1]
         is_end_BN = torch.arange(most, device=device) < count_B[:, None]
         fits_BNC = (after_BN[..., None] + token_C >= 0) & is_end_BN[..., None]
-        return Layout(grid, set_BP, offered_BN, fits_BNC, after_BN == size, count_B)
+        return SlotChunks(grid, set_BP, offered_BN, fits_BNC, after_BN == size, count_B)
 
 
 def running_top(score_BNM: Tensor, entry_BNM: Tensor, opens_BN: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,7 +130,7 @@ def running_top(score_BNM: Tensor, entry_BNM: Tensor, opens_BN: Tensor) -> tuple
     return score_BNM, entry_BNM
 
 
-class Attention(attention.Mixer):
+class EideticAttention(attention.Mixer):
     """Attention to a window and to slots. The ops compute it, so ``attn_implementation`` has no effect."""
 
     at_once = has_room = False
@@ -139,7 +139,7 @@ class Attention(attention.Mixer):
         super().__init__(config, dims, layer_idx)
         assert config.window_size is not None
         self.window_size, self.slots, self.chunk_size = config.window_size, slots, chunk_size
-        self.chosen = Chosen()
+        self.chosen = ReadEntries()
 
     def init_state(self, batch_size: int, device: torch.device, dtype: torch.dtype) -> State:
         state = super().init_state(batch_size, device, dtype)
@@ -195,7 +195,7 @@ class Attention(attention.Mixer):
         kv: keys of the call's tokens without positions; values of these and of the window before them
         """
         size, window, old = self.chunk_size, self.window_size, state["slots"]
-        layout = rows.once((Layout, size, window), lambda: Layout.of(rows, size, window))
+        layout = rows.once((SlotChunks, size, window), lambda: SlotChunks.of(rows, size, window))
         score_BL = join(state["score"], exact(score_BT).detach().to(state["score"].dtype))
         after["score"] = keep_last(score_BL, window - 1, rows.length, rows.lengths_B)
         if layout.offered_BN.shape[1]:
@@ -211,7 +211,7 @@ class Attention(attention.Mixer):
         return o_BTHK, lse_BTH
 
     def _changed(
-        self, kv: tuple[Tensor, Tensor], score_BL: Tensor, state: State, layout: Layout, rows: Rows
+        self, kv: tuple[Tensor, Tensor], score_BL: Tensor, state: State, layout: SlotChunks, rows: Rows
     ) -> tuple[State, State]:
         """The slots that each piece reads, [B, P, M, ...], and those after the call."""
         (k_BTGK, v_BLGK), old, kept_BSGK = kv, state["slots"], state["k"]
@@ -237,7 +237,7 @@ class Attention(attention.Mixer):
 
         return at(layout.set_BP), {name: x[:, 0] for name, x in at(layout.count_B[:, None]).items()}
 
-    def _sets(self, old_BM: Tensor, score_BL: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    def _sets(self, old_BM: Tensor, score_BL: Tensor, layout: SlotChunks) -> tuple[Tensor, Tensor]:
         """The slots before the first end of a chunk and after each: scores, sorted, and entries, [B, N + 1, M]."""
         slots = self.slots
         entry_BM = torch.arange(slots, device=old_BM.device).expand_as(old_BM)

@@ -23,7 +23,7 @@ class Recalled(nn.Module):
         return y_BTD
 
 
-class Chosen(nn.Module):
+class ReadEntries(nn.Module):
     """The identity on which entries a token reads: their numbers, counted from 1, or a mask. The memory-off ablation
     replaces them by zeros, which mean none.
     """

@@ -182,7 +182,7 @@ class HybridConfig(NeuralMemoryConfig):
         """The attention branch; with slots, a call takes the memory's surprise too."""
         if not self.eidetic_slots:
             return attention.Mixer(self.attention(), dims, layer_idx)
-        return eidetic.Attention(self.attention(), self.eidetic_slots, self.chunk_size, dims, layer_idx)
+        return eidetic.EideticAttention(self.attention(), self.eidetic_slots, self.chunk_size, dims, layer_idx)
 
 
 class Store(nn.Module):

@@ -56,7 +56,7 @@ from memlm.memory.base import Dims, MixerOutput
 from memlm.memory.chunk_sparse.config import FUSIONS, GATES, LEARNING, Config
 from memlm.memory.chunk_sparse.layout import Chunks, SeenKeys, last
 from memlm.memory.kv import append, join
-from memlm.memory.parts import Chosen, memory_share
+from memlm.memory.parts import ReadEntries, memory_share
 from memlm.memory.rows import Rows
 from memlm.memory.state import State
 from memlm_kernels import chunk_mean_attention, chunk_sparse_attention, chunk_topk
@@ -102,7 +102,7 @@ class Mixer(attention.Mixer):
     def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
         super().__init__(attention.Config(conv_size=config.conv_size, **config.projections()), dims, layer_idx)
         self.chunked, self.any_length = config, False
-        self.choice = Chosen()
+        self.choice = ReadEntries()
         # A router's keys do not pass between processes.
         self.at_once = config.fusion != "relevance"
         self.compressed = config.fusion == "joint" and config.learning == "compressed"
