@@ -6,8 +6,8 @@
 
 The idea is that of B'MOJO's eidetic tokens (arXiv:2407.06324) and of HOLA (arXiv:2607.02303). The memory gives the
 score of a token: how little another memory, which fades, expected of it. The choice is hard and gives the score no
-gradient. Of equal scores, the earlier token stays. Keys of slots meet queries without rotary positions, so what is far
-looks as in training, however long the document.
+gradient. Where scores are equal, the earlier token stays. Keys of slots meet queries without rotary positions, so far
+tokens look as in training, however long the document.
 
 The slots change once a chunk. After the last token of a chunk, at position p - 1, they become the M largest of
 themselves and of tokens p - W to p - W + C - 1, which leave the window during the next chunk. A token is hidden from
@@ -114,7 +114,7 @@ class SlotChunks(NamedTuple):
 
 
 def running_top(score_BNM: Tensor, entry_BNM: Tensor, opens_BN: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each set and all before it, back to the last that opens: the M largest scores, sorted, and their entries.
+    """The M largest scores, sorted, and their entries, of each set and those before it, back to the last that opens.
 
     Sets have their scores sorted. Log2(N) steps, each for all N at once: a set joins that of 1, 2, 4, ... before.
     """
