@@ -42,7 +42,7 @@ from memlm_kernels.attention import (
     prefix_window_attention,
 )
 from memlm_kernels.backend import choose, set_backend
-from memlm_kernels.grouped_linear import LinearsOutput, grouped_linear, linears
+from memlm_kernels.grouped_linear import grouped_linear, linears
 from memlm_kernels.large_chunk_memory import LargeChunkMemoryState, large_chunk_memory
 from memlm_kernels.neural_memory import (
     NeuralMemoryState,
@@ -61,7 +61,6 @@ from memlm_kernels.short_convolution import short_convolution
 
 __all__ = [
     "LargeChunkMemoryState",
-    "LinearsOutput",
     "MemoryRoutes",
     "NeuralMemoryState",
     "RouterShard",
