@@ -300,5 +300,5 @@ def delta_rule_triton(
     if is_step(*tokens, beta, log_decay, state):
         o, final, d = step(*tokens, beta, log_decay, cu_seqlens, state, told)
     else:
-        o, final, _, d, _ = forward(*tokens, beta, log_decay, cu_seqlens, state)
+        o, final, _, d, *_ = forward(*tokens, beta, log_decay, cu_seqlens, state)
     return o.to(v.dtype), final, d
