@@ -46,7 +46,7 @@ RULES = {
         True,
     ),
     "delta, a decay per channel": (
-        lambda q, k, v, beta, decay, channels, **o: delta_rule(q, k, v, beta, channels, **o),
+        lambda q, k, v, beta, decay, channels, **o: delta_rule(q, k, v, beta, channels, with_residual=True, **o),
         False,
     ),
 }

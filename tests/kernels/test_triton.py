@@ -301,7 +301,7 @@ def test_memory_of_two_layers(name, monkeypatch):
 
 @pytest.mark.parametrize("length", [1, 16, 75])
 @pytest.mark.parametrize("cuts", ["whole", "segments"])
-@pytest.mark.parametrize("op", ["delta", "delta_decay"])
+@pytest.mark.parametrize("op", ["delta", "delta_decay", "delta_channel"])
 def test_the_residual_of_a_delta_rule(op, cuts, length):
     """By the kernels of chunks, and without gradients by those of a few tokens."""
     tensors = inputs(op, length)
