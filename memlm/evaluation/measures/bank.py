@@ -82,7 +82,7 @@ def bank(
     layers, documents = [], np.array(identity(*around))
     texts = [identity(documents, inquiry.question, inquiry.answer) for inquiry in asked]
     of_questions: dict[str, Any] = {"source": source, "documents": stats["documents"], "texts": texts}
-    searches = [held.search(**inputs) for inputs, _ in batches]
+    searches = [held.search(inputs.pop("input_ids"), **inputs) for inputs in ({**given} for given, _ in batches)]
     for layer, settings in zip(held.layers, held.settings, strict=True):
         best = [[int(name) for name in names] for search in searches for names in search[layer]]
         right = [[n in inquiry.found for n in numbers] for inquiry, numbers in zip(asked, best, strict=True)]
