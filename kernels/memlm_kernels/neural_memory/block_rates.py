@@ -53,7 +53,7 @@ def block_rates(rates: Rates, rows: ChunkedRows, chunk_size: int) -> BlockRates:
     # The chunk that remains open is that of the last token.
     last = torch.where(position >= 0, slot, 0).amax(-1, keepdim=True)
     opened = torch.cat([opened, opened.gather(-1, last)], -1).transpose(0, 1)
-    opened = opened.repeat_interleave(C.shape[1] // opened.shape[1], 1)[..., None]
+    opened = opened.repeat_interleave(C.shape[1] // max(1, opened.shape[1]), 1)[..., None]
     # A product: the gradient of a gather would add in no certain order.
     taken = torch.cat([(opened == slot).to(C.dtype) @ before, (opened < 0).to(C.dtype)], -1)
     anchors = torch.cat([taken[..., :r], taken[..., -1:]], -1)
