@@ -84,7 +84,7 @@ TOO_MUCH: dict[str, list[Callable[[], Any]]] = {
     "neural_memory": [
         lambda: memory(16, layers=3),
         lambda: memory(999),
-        lambda: memory(128, layers=2),
+        lambda: memory(256, layers=2),
         lambda: memory(64, chunk_size=997),
     ],
     "segmented_neural_memory": [lambda: memories(999)],

@@ -130,7 +130,7 @@ def test_a_bank_may_grow_between_questions_and_a_memory_be_saved(tmp_path):
         got = model(ids, roles=Roles(doc_ids, bank=it), past_key_values=memory, write=False).logits
         assert_close("grown", expected, got, EXACT)
         held = [set(state["bank"]["number"][0].tolist()) for state in memory.states]
-        it.delete(it._name(min(set.intersection(*held))))
+        it.delete(it.shelf.name(min(set.intersection(*held))))
         again = model(ids, roles=Roles(doc_ids, bank=it), past_key_values=memory).logits
         assert_close("deleted", expected, again, EXACT)
 
@@ -158,7 +158,7 @@ def test_tidying_a_bank_changes_nothing_for_a_memory(monkeypatch):
         _, cache = talked(model, bank, TALK[:3], [3, 5, 3])
         with monkeypatch.context() as patched:
             if not tidies:
-                patched.setattr(bank, "_replace", lambda start, end: None)
+                patched.setattr(bank.shelf, "_replace", lambda start, end: None)
             bank.delete([f"d{i}" for i in range(8)])
         assert (bank.stats()["dead_chunks"] == 0) == tidies
         bank.add({"new": tokens(9, 77)})

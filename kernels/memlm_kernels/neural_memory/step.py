@@ -66,7 +66,7 @@ def step(
     if plan.surprise:
         own = ([x[:, -1:].detach() for x in part] for part in (inputs, errors))
         surprise = gradient_norm(*own).view(batch, 1, heads)
-    return x.view(batch, 1, heads, -1), weights, momenta, surprise
+    return x.view(batch, 1, heads, x.shape[-1]), weights, momenta, surprise
 
 
 def _of_rows(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ Files:
     linear_reference, delta_reference  their chunked form in plain PyTorch
     linear_kernels, linear_triton, delta_kernels, delta_triton  their chunked form in Triton
     carry               the loop that carries the state from chunk to chunk, with its own backward
+    products            products of batched matrices, with a backward outside autocast
     decay               decays between the tokens of a chunk
     channel_kernels     the Triton kernels of a decay per channel
     one_token           decoding: one token per row, in plain PyTorch

@@ -23,6 +23,7 @@ from memlm_kernels.recurrence import one_token
 from memlm_kernels.recurrence.carry import carry
 from memlm_kernels.recurrence.decay import across_channels, channel_scores, within_chunks
 from memlm_kernels.recurrence.linear_reference import CHANNEL_WIDTH, WIDTH
+from memlm_kernels.recurrence.products import product, unit_inverse
 from memlm_kernels.segments import chunk_width, exact, lay_out, state_of
 
 
@@ -57,17 +58,15 @@ def delta_rule_reference(
             from_start, to_end, keep = across_channels(g)
             scores, A = channel_scores(torch.stack([q_c, k_c]), k_c, g)
         else:
-            scores, A = torch.bmm(q_c, k_c.mT), torch.bmm(k_c, k_c.mT)
+            scores, A = product(q_c, k_c.mT), product(k_c, k_c.mT)
             if log_decay is not None:
                 from_start, E, to_end, keep = within_chunks(g)
                 scores, A = scores * E, A * E
         if log_decay is not None:
             reads, corrected, writes = q_c * from_start, k_c * from_start, k_c * to_end
-        eye = torch.eye(q_c.shape[1], dtype=q_c.dtype, device=q.device)
-        # The solver reads only the entries below the diagonal.
-        Y = torch.linalg.solve_triangular(A * beta_c, eye, upper=False, unitriangular=True) * beta_c.mT
-        M, d, state = carry(segments, state, torch.bmm(Y, v_c), torch.bmm(Y, corrected), writes, keep)
-        o = torch.baddbmm(torch.bmm(scores.tril(), d), reads, M)
+        Y = unit_inverse(A * beta_c) * beta_c.mT
+        M, d, state = carry(segments, state, product(Y, v_c), product(Y, corrected), writes, keep)
+        o = product(reads, M, product(scores.tril(), d))
         chunks = (segments.grid.count, *state.shape[::2][:2])
         corrections = segments.take(d.detach().unflatten(0, chunks)) if told else None
         return segments.take(o.unflatten(0, chunks)).to(v.dtype), state, corrections

@@ -10,6 +10,7 @@ from torch import Tensor
 from memlm_kernels.recurrence import one_token
 from memlm_kernels.recurrence.carry import carry
 from memlm_kernels.recurrence.decay import across_channels, channel_scores, within_chunks
+from memlm_kernels.recurrence.products import product
 from memlm_kernels.segments import chunk_width, exact, lay_out, state_of
 
 # Wider chunks are fewer but slower: the work inside a chunk grows with the square of its width. With a decay per
@@ -34,14 +35,14 @@ def linear_attention_reference(
         segments = lay_out(cu_seqlens, length, width)
         q_c, k_c, v_c = (segments.lay(x).flatten(0, 2) for x in (exact_q, exact(k), exact(v)))
         if log_decay is None:
-            scores, keep, reads, writes = torch.bmm(q_c, k_c.mT).tril(), None, q_c, k_c
+            scores, keep, reads, writes = product(q_c, k_c.mT).tril(), None, q_c, k_c
         elif per_channel:
             g = segments.lay(exact(log_decay)).flatten(0, 2)
             from_start, to_end, keep = across_channels(g)
             reads, writes, scores = q_c * from_start, k_c * to_end, channel_scores(q_c, k_c, g)
         else:
             from_start, E, to_end, keep = within_chunks(segments.lay(exact(log_decay)[..., None]).flatten(0, 2))
-            reads, writes, scores = q_c * from_start, k_c * to_end, (torch.bmm(q_c, k_c.mT) * E).tril()
+            reads, writes, scores = q_c * from_start, k_c * to_end, (product(q_c, k_c.mT) * E).tril()
         M, _, state = carry(segments, state, v_c, None, writes, keep)
-        o = torch.baddbmm(torch.bmm(scores, v_c), reads, M)
+        o = product(reads, M, product(scores, v_c))
         return segments.take(o.unflatten(0, (segments.grid.count, *state.shape[::2][:2]))).to(v.dtype), state
