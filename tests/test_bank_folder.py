@@ -225,7 +225,8 @@ def test_damage_of_files_is_seen(key_dtype, tmp_path):
     for begin, end in [(0, start)] * 20 + [ranges["documents"]] * 20:
         flipped(shard, whole, begin, end)
         refused(lambda: MemoryBank.load(tmp_path, model))
-    for name in ranges.keys() - {"documents", "content"}:
+    # A bank of token ids has no texts.
+    for name in {name for name, (begin, end) in ranges.items() if begin < end} - {"documents", "content"}:
         for _ in range(4):
             flipped(shard, whole, *ranges[name])
             refused(lambda: MemoryBank.load(tmp_path, model, verify=True))

@@ -18,6 +18,7 @@ from memlm.bank import listed
 from memlm.data import Documents, Templates, Texts, WholeText, byte_tokenizer
 from tests.conftest import ROOT, build
 from tests.test_bank import bank_of, interrupted, model_of
+from tests.test_bank_folder import tensor_ranges
 
 TEXTS = {"a": "It was the best of times.", "b": "ünïcode, 漢字", "c": "a"}
 CHECKPOINT = ROOT / "tests" / "reference" / "facts_alike"
@@ -58,6 +59,20 @@ def test_texts_act_as_their_tokens_and_are_kept(tmp_path):
     assert again.passage("a", 1) == "as t" and "".join(again.passage("a", i) for i in range(7)) == TEXTS["a"]
     # The question is read with its templates.
     assert again.ask("best?", 5, Templates.plain()).text == again.ask("\nbest?\n", 5).text
+
+
+def test_a_flipped_bit_of_a_text_is_seen(tmp_path):
+    bank_of_texts().save(tmp_path)
+    (shard,) = tmp_path.glob("shard-*")
+    begin, end = tensor_ranges(shard)["text"]
+    assert end - begin == sum(len(ids(text)) for text in TEXTS.values())
+    changed = bytearray(shard.read_bytes())
+    changed[begin] ^= 1
+    shard.write_bytes(changed)
+    with pytest.raises(ValueError, match="restore"):
+        MemoryBank.load(tmp_path, model_of()).text("a")
+    with pytest.raises(ValueError, match=shard.name):
+        MemoryBank.load(tmp_path, model_of(), verify=True)
 
 
 @torch.no_grad()
