@@ -116,13 +116,13 @@ def cases(dtype: str, size: int, sample: bool) -> Iterator[tuple[str, Callable[[
     cu, state = torch.tensor([[0, 500, 1024]] * 2), torch.zeros(2, 2, 2, size, size)
     yield f"{name} scalar", both(linear_attention_triton, q, k, v, gate, cu, state)
     yield f"{name} channel", both(linear_attention_triton, q, k, v, channel, None, None)
-    yield f"{name} delta, decay", both(delta_rule_triton, q, k, v, gate, gate, cu, state)
-    yield f"{name} delta, decay, step", once(delta_rule_triton, *first(q, k, v, gate, gate), None, None)
+    yield f"{name} delta, decay", both(delta_rule_triton, q, k, v, gate, gate, cu, state, False)
+    yield f"{name} delta, decay, step", once(delta_rule_triton, *first(q, k, v, gate, gate), None, None, True)
     if not sample:
         yield f"{name} channel, step", once(linear_attention_triton, *first(q, k, v, channel), cu, state)
         yield f"{name} linear", both(linear_attention_triton, q, k, v, None, None, None)
-        yield f"{name} delta", both(delta_rule_triton, q, k, v, gate, None, None, None)
-    yield f"{name} delta, channel", both(delta_rule_triton, q, k, v, gate, channel, None, None)
+        yield f"{name} delta", both(delta_rule_triton, q, k, v, gate, None, None, None, False)
+    yield f"{name} delta, channel", both(delta_rule_triton, q, k, v, gate, channel, None, None, False)
     if size * q.element_size() <= 256:
         yield f"{name} memory", both(memory, q, k, v, gate, 16)
         yield f"{name} memory, step", once(decoded, *first(q, k, v, gate))
