@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -61,7 +62,8 @@ def _version(x: Tensor) -> int | None:
 
 
 def _place(x: Tensor) -> tuple[int, torch.dtype]:
-    return 0 if is_traceable_wrapper_subclass(x) else x.data_ptr(), x.dtype
+    has_none = is_traceable_wrapper_subclass(x) or is_fake(x)
+    return 0 if has_none else x.data_ptr(), x.dtype
 
 
 def _count_fused_step(optimizer: Optimizer, *_: Any) -> None:

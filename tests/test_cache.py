@@ -11,6 +11,7 @@ import threading
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memlm import MemLMForCausalLM, MemoryCache
 from memlm.fingerprint import Snapshot, fingerprint
@@ -142,6 +143,14 @@ def test_snapshots_see_other_tensors():
     assert not now.holds(model)
     now = Snapshot(model)
     assert now.holds(model) and not now.holds(copy.deepcopy(model)) and not now.holds(model.float())
+
+
+def test_snapshots_ask_weights_without_data_for_no_address(monkeypatch):
+    """As counts of operations do. torch warns of it once in a process, so the warning itself is no test."""
+    with FakeTensorMode():
+        model = build().model
+        monkeypatch.setattr(torch.Tensor, "data_ptr", lambda _: pytest.fail("an address"))
+        assert Snapshot(model).holds(model)
 
 
 def one_line(load):

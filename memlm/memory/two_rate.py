@@ -186,7 +186,8 @@ class SlowMemory(titans.NeuralMemory):
         self, s_BTD: Tensor, u_BWD: Tensor, state: State, rows: Rows, chunks: SlowWrites
     ) -> tuple[Tensor, State]:
         """The reads of all tokens, [B, T, D], and the state after the writes."""
-        (q_BTHK,) = self._made([self.q_proj(s_BTD)], slice(self.q_proj.out_features))
+        q_BTC = self.q_proj(s_BTD)
+        (q_BTHK,) = self._made([q_BTC], slice(q_BTC.shape[-1]))
         q_BTHK = self.features(q_BTHK)
         o_BTHK = self._read_before(q_BTHK, state, rows, chunks)
         if chunks.writes.length:
@@ -221,8 +222,8 @@ class SlowMemory(titans.NeuralMemory):
 
     def _write(self, q_BTHK: Tensor, u_BWD: Tensor, state: State, chunks: SlowWrites) -> tuple[Tensor | None, State]:
         """The reads of tokens after a write of this call, None if there is no such token, and the state."""
-        inner = self.q_proj.out_features
-        k_BWHK, v_BWC = self._made([self.k_proj(u_BWD), self.v_proj(u_BWD)], slice(inner, None))
+        k_BWC, v_BWC = self.k_proj(u_BWD), self.v_proj(u_BWD)
+        k_BWHK, v_BWC = self._made([k_BWC, v_BWC], slice(k_BWC.shape[-1], None))
         k_BWHK, v_BWHK = self.features(k_BWHK), v_BWC.unflatten(-1, (self.config.memory_heads, -1))
         if self.config.memory_norm:
             # The scale of a LayerNorm output.
