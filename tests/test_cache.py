@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from memlm import MemLMForCausalLM, MemoryCache
 from memlm.fingerprint import Snapshot, fingerprint
 from memlm.memory.state import leaves, named
-from tests.conftest import build, same_state
+from tests.conftest import build, model_config, same_state
 
 
 def ids(batch=1, length=20, seed=0):
@@ -148,7 +148,7 @@ def test_snapshots_see_other_tensors():
 def test_snapshots_ask_weights_without_data_for_no_address(monkeypatch):
     """As counts of operations do. torch warns of it once in a process, so the warning itself is no test."""
     with FakeTensorMode():
-        model = build().model
+        model = MemLMForCausalLM(model_config("titans_mag")).model
         monkeypatch.setattr(torch.Tensor, "data_ptr", lambda _: pytest.fail("an address"))
         assert Snapshot(model).holds(model)
 
