@@ -8,7 +8,7 @@ Runs stand in runs/zoo/parameters, where all memories have titans_mag's paramete
 also have its bytes of state after a row, within 6 %; memories that keep every token cannot, and are left out there.
 Each job is one process of one thread. The same command goes on after a stop: finished runs are not trained or
 evaluated again. The pages are runs/compare/zoo-parameters and runs/compare/zoo-state; the figures of the tables go to
-benchmarks/zoo. A job that fails leaves its output in runs/zoo/failed and ends the command with exit code 1 after all
+benchmarks/zoo, where memories without a run here keep theirs. A job that fails leaves its output in runs/zoo/failed and ends the command with exit code 1 after all
 others.
 
 A cell of ``--table`` is the mean over seeds and its 95 % interval; the order of rows is that of the first column.
@@ -20,6 +20,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,15 +46,16 @@ COLUMNS = {
 }
 
 
-def figures(compared: dict, commit: str) -> dict:
-    """The part of a compare.json that the table shows."""
+def figures(compared: dict, commit: str, earlier: Sequence[dict] = ()) -> dict:
+    """The part of a compare.json that the table shows, with the rows of ``earlier`` that it has not."""
     places = [place[:3] for place in COLUMNS.values()]
     rows = []
     for row in compared["rows"]:
         sizes = {key: row[key] for key in ("name", "seeds", "parameters", "flops", "state_bytes")}
         cells = [cell for cell in row["cells"] if (cell["topic"], cell["down"], cell["across"]) in places]
-        rows.append({**sizes, "cells": cells})
-    return {"command": compared["command"], "commit": commit, "rows": rows}
+        rows.append({**sizes, "commit": commit, "cells": cells})
+    rows += [row for row in earlier if row["name"] not in {row["name"] for row in rows}]
+    return {"command": compared["command"], "rows": sorted(rows, key=lambda row: row["name"])}
 
 
 def table(compared: dict) -> str:
@@ -104,9 +106,11 @@ def publish() -> None:
     for size, page in pages.items():
         if page.exists():
             described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-            found = figures(json.loads(page.read_text()), described.stdout.strip())
+            results = RESULTS / f"{size}.json"
+            earlier = json.loads(results.read_text())["rows"] if results.exists() else []
+            found = figures(json.loads(page.read_text()), described.stdout.strip(), earlier)
             RESULTS.mkdir(parents=True, exist_ok=True)
-            (RESULTS / f"{size}.json").write_text(json.dumps(found, indent=1) + "\n")
+            results.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def main() -> None:

@@ -90,3 +90,18 @@ def test_the_tables_of_the_page_are_those_of_the_results():
         results = json.loads((module.RESULTS / f"{size}.json").read_text())
         assert all(row["seeds"] == [0, 1, 2] for row in results["rows"])
         assert module.table(results) in page
+
+
+def test_memories_without_a_run_here_keep_their_rows():
+    def row(name, value):
+        sizes = {"seeds": [0], "parameters": 1, "flops": 1.0, "state_bytes": value}
+        return {"name": name, **sizes, "cells": []}
+
+    module = script()
+    first = module.figures({"command": "c", "rows": [row("mom", 1), row("none", 1)]}, "a")
+    both = module.figures({"command": "c", "rows": [row("none", 2), row("kda", 2)]}, "b", first["rows"])
+    assert [(r["name"], r["state_bytes"], r["commit"]) for r in both["rows"]] == [
+        ("kda", 2, "b"),
+        ("mom", 1, "a"),
+        ("none", 2, "b"),
+    ]
