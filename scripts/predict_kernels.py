@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from benchmark_kernels import OPS, Size
@@ -28,6 +29,7 @@ from kernel_report.loops import Unknown, bounds_of, flops, loops_of, trips
 from roofline import moved
 from torch import Tensor
 
+from memlm_kernels import pieces
 from memlm_kernels.attention.gathering import WORTH
 from memlm_kernels.launch import Kernel, cdiv, fitting
 
@@ -110,10 +112,10 @@ DATA: dict[str, Callable[[Arguments, Goal], list[float]]] = {
     # Half of the chunks are before a token; few of a tile's chunks take a place.
     "best_chunks": lambda a, goal: [a["N"] / 2 / a["BN"], 2],
     "choose_best": lambda a, goal: [2],
-    # Rows are one segment.
+    # Rows are one segment, or pieces of equal length.
     "block_table": lambda a, goal: [cdiv(a["N"], a["BS"])],
-    "block_states": lambda a, goal: [a["N"]],
-    "block_states_backward": lambda a, goal: [a["N"]],
+    "block_states": lambda a, goal: [a["N"] / a["S"]],
+    "block_states_backward": lambda a, goal: [a["N"] / a["S"]],
     "pool": lambda a, goal: [cdiv(64, a["BT"])],
 }
 
@@ -166,7 +168,8 @@ def recorded(goal: Goal) -> list[list[Recorded]]:
         key = (kernel.function.__name__, *(x for n, x in given if n in fixed or not isinstance(x, (int, float))))
         found.setdefault(key, []).append(Recorded(one, tiles, [programs(x) for x in tiles], moved(arguments)))
 
-    with recording(record):
+    # Long rows are cut for this GPU's multiprocessors.
+    with recording(record), patch.object(pieces, "slots", lambda device: UNITS):
         case = OPS[goal.op][0](goal.op, "triton", torch.bfloat16, goal.size)
         if goal.learns:
             case.run(*(x.requires_grad_() for x in case.inputs)).sum().backward()

@@ -80,16 +80,16 @@ def in_pieces(op: Recurrence, v: Tensor, of: Pieces, state: Tensor, unit: Tensor
     # A piece that opens a segment has its start.
     begins = torch.cat([torch.where(opens, initial, 0), unit.expand(*opens.shape[:2], heads, -1, -1)], -1)
     ends, T = op(F.pad(v, (0, width)), of.cu, begins)[1].split([columns, width], -1)
-    start, starts = initial[:, 0], []
-    for j in range(opens.shape[1]):
-        if j:
-            end = ends[:, j - 1]
-            # In fp32, whatever autocast takes: the errors of transitions grow from piece to piece.
-            with torch.autocast(v.device.type, enabled=False):
-                mapped = T[:, j - 1] * start if width == 1 else T[:, j - 1] @ start[..., :width, :].to(T.dtype)
-            start = torch.where(opens[:, j], initial[:, j], end + torch.where(opens[:, j - 1], 0, mapped))
-        starts.append(start)
-    o, after, *more = op(v, of.cu, torch.stack(starts, 1))
+    # start <- A start + b from piece to piece: none of a segment's start goes into the next segment.
+    A = torch.where(opens[:, :-1] | opens[:, 1:], 0, T[:, :-1])
+    b = torch.where(opens[:, 1:], initial[:, 1:], ends[:, :-1])
+    after_each = torch.addcmul if width == 1 else torch.baddbmm
+    starts = [initial[:, 0].flatten(0, 1).to(b.dtype)]
+    # In fp32, whatever autocast takes: the errors of transitions grow from piece to piece.
+    with torch.autocast(v.device.type, enabled=False):
+        for A_j, b_j in zip(*(x.transpose(0, 1).flatten(1, 2).unbind() for x in (A, b)), strict=True):
+            starts.append(after_each(b_j, A_j, starts[-1] if width == 1 else starts[-1][:, :width]))
+    o, after, *more = op(v, of.cu, torch.stack(starts, 1).unflatten(0, (-1, heads)).transpose(1, 2))
     return o, _pick(after, of.last), *more
 
 

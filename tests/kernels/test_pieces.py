@@ -18,6 +18,7 @@ from memlm_kernels import (
 )
 from memlm_kernels.neural_memory import triton as memory_triton
 from memlm_kernels.pieces import cut, in_pieces, pieces_of
+from scripts.count_launches import Count
 
 BATCH, LENGTH, HEADS, KEYS, VALUES = 3, 50, 2, 8, 6
 BOUNDARIES = torch.tensor([[0, 7, 7, 30, 50], [0, 13, 26, 39, 40], [5, 5, 5, 50, 50]])
@@ -186,3 +187,20 @@ def test_starts_follow_in_fp32_under_autocast():
         found = in_pieces(run, v, cut(BOUNDARIES, LENGTH, 7), state, torch.eye(KEYS))
         expected = run(v, BOUNDARIES, state)
     torch.testing.assert_close(found[1], expected[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_the_start_of_a_piece_takes_one_launch_and_few_backward(diagonal):
+    def launches(count):
+        state, unit = torch.randn(1, 1, HEADS, KEYS, VALUES).requires_grad_(), torch.eye(KEYS)
+        of = cut(torch.tensor([[0, 8 * count]]), 8 * count, count)
+        forward, backward = Count(), Count()
+        with forward:
+            v = torch.randn(1, 8 * count, HEADS, VALUES)
+            o, after = in_pieces(lambda v, _, s: (v, s.cos()), v, of, state, torch.ones(KEYS, 1) if diagonal else unit)
+        with backward:
+            (o.sum() + after.sum()).backward()
+        return forward.total().launches, backward.total().launches
+
+    forward, backward = ((more - few) / 10 for few, more in zip(launches(10), launches(20), strict=True))
+    assert forward <= 1 and backward <= (6 if diagonal else 4)
