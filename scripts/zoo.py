@@ -8,8 +8,8 @@ Runs stand in runs/zoo/parameters, where all memories have titans_mag's paramete
 also have its bytes of state after a row, within 6 %; memories that keep every token cannot, and are left out there.
 Each job is one process of one thread. The same command goes on after a stop: finished runs are not trained or
 evaluated again. The pages are runs/compare/zoo-parameters and runs/compare/zoo-state; the figures of the tables go to
-benchmarks/zoo, where memories without a run here keep theirs. A job that fails leaves its output in runs/zoo/failed and
-ends the command with exit code 1 after all others.
+benchmarks/zoo, where memories without a run here keep theirs. A job that fails leaves its output in runs/zoo/failed
+and ends the command with exit code 1 after all others.
 
 A cell of ``--table`` is the mean over seeds and its 95 % interval; the order of rows is that of the first column.
 """

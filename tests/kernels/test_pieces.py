@@ -154,6 +154,7 @@ def test_kernels_take_long_rows_in_pieces(case, monkeypatch):
     *given, state = (x[:1].requires_grad_() for x in inputs(torch.float32, 26, 16, 16))
     results, counts, real = [], [], pieces.cut
     monkeypatch.setattr(pieces, "SHORTEST", 8)
+    monkeypatch.setattr(pieces, "FEWEST", 3)
     for module in (pieces, memory_triton):
         monkeypatch.setattr(module, "cut", lambda *a: counts.append(a[2]) or real(*a))
     for processors in (0, 50):
@@ -168,8 +169,15 @@ def test_kernels_take_long_rows_in_pieces(case, monkeypatch):
 
 @pytest.mark.parametrize(
     ("length", "chains", "rows", "expected"),
-    # Delta rules of 128 channels on an H200: one row and one head; 16 heads; 8 rows of 4,096 with 16 heads.
-    [(131_072, 2, 128, 22), (131_072, 32, 128, 1), (4_096, 256, 128, 1), (4_096, 2, 128, 4), (2_048, 1, 1, 1)],
+    # Delta rules of 128 channels on an H200: one row and one head; 16 heads; 8 rows of 4,096 with 16 heads; shorter.
+    [
+        (131_072, 2, 128, 22),
+        (131_072, 32, 128, 1),
+        (4_096, 256, 128, 1),
+        (4_096, 2, 128, 1),
+        (8_192, 2, 128, 8),
+        (2_048, 1, 1, 1),
+    ],
 )
 def test_rows_are_cut_where_processors_idle(length, chains, rows, expected, monkeypatch):
     monkeypatch.setattr(pieces, "slots", lambda device: 132)
