@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import memlm
+from memlm.memory.base import kinds
 from memlm_kernels.testing import assert_close
 from tests.backbones import FAMILIES, VOCAB, backbone
 
@@ -25,6 +26,8 @@ KINDS = {
     "titans_mag": dict(memory_head_dim=8, chunk_size=4, window_size=5),
     "lact": dict(chunk_size=4, window_size=4),
     "mom": dict(head_dim=8, num_memories=3, top_k=2),
+    "bmojo": dict(head_dim=8, chunk_size=4, window_size=5, eidetic_slots=3),
+    "two_rate": dict(memory_head_dim=8, chunk_size=4, slow_ratio=2),
     **{
         rule: dict(head_dim=8, num_heads=2)
         for rule in ("linear_attention", "retention", "simple_gla", "gla", "delta_net", "gated_delta_net")
@@ -33,12 +36,21 @@ KINDS = {
 # Families whose sliding windows count padding, also without a memory.
 SLIDING = ("mistral", "gemma2", "gemma3_text")
 # Each family once, each kind once; the rest is slow.
-KIND_OF = dict(zip(FAMILIES, [*KINDS, "titans_lmm", "mom"], strict=True))
+KIND_OF = dict(zip(FAMILIES, KINDS, strict=True))
 PAIRS = [
     pytest.param(family, kind, marks=[] if KIND_OF[family] == kind else pytest.mark.slow)
     for family in FAMILIES
     for kind in KINDS
 ]
+# The other kinds, tried briefly; the rest of the settings of a kind that has slots.
+RULE = dict(head_dim=8, num_heads=2)
+OTHERS = {
+    "slots": dict(kind="titans_mal", memory_head_dim=8, chunk_size=4, window_size=5, eidetic_slots=3),
+    "titans_mac": dict(memory_head_dim=8, chunk_size=4, segment_size=8),
+    "chunk_sparse": dict(chunk_size=4, window_size=5, top_k=2),
+    "msa": dict(),
+    **{rule: RULE for rule in ("kda", "comba", "momentum_delta_net")},
+}
 every_pair = pytest.mark.parametrize(("family", "kind"), PAIRS)
 
 
@@ -104,6 +116,22 @@ def test_a_closed_gate_leaves_the_backbone_as_it_is(family, kind):
         assert torch.equal(model(ids(), **kwargs).logits, bare(ids(), **kwargs).logits)
     assert torch.equal(memlm.detach(opened(model))(ids()).logits, bare(ids()).logits)
     assert list(model.state_dict()) == list(bare.state_dict()) and vars(model).keys() == vars(bare).keys()
+
+
+def test_every_kind_but_attention_attaches():
+    known = {settings.get("kind", name) for name, settings in (KINDS | OTHERS).items()}
+    assert known == {*kinds()} - {"attention"}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_kinds_attach(kind):
+    bare = backbone("llama", exact=True)
+    torch.manual_seed(0)
+    model = memlm.attach(backbone("llama", exact=True), {"kind": kind, **OTHERS[kind]}, [1]).eval()
+    assert torch.equal(model(ids()).logits, bare(ids()).logits)
+    whole = logits(opened(model), ids())
+    assert (whole - bare(ids()).logits).abs().max() > 0.1
+    assert_close("cut", whole, streamed(model, ids(), [1, 3, 5, 1, 13])[0], EXACT)
 
 
 @every_pair

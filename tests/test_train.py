@@ -88,9 +88,10 @@ def test_a_run_starts_with_the_weights_of_another(tmp_path, capsys):
     assert not torch.equal(resumed.model.lm_head.weight, fresh.model.lm_head.weight)
 
 
-def test_a_dense_model_is_a_start_for_chosen_chunks(tmp_path):
+def test_a_dense_model_is_a_start_for_chosen_chunks_and_slots(tmp_path):
     """If all chunks are chosen, the first loss is the dense model's on the same rows, however the choice learns; if
-    few are chosen, nearly. A gate that starts closed opens; one that does not start closed is refused.
+    few are chosen, nearly. A gate that starts closed opens; one that does not start closed is refused. So it is with
+    slots beside a window that covers the rows.
     """
     start, first = f"train.init_from={tmp_path}/first/run", ("train.steps=20", "optim.lr=1e-2")
     shared = ("+model.num_key_value_heads=1", "+model.mixers.memory.qk_norm=true")
@@ -116,6 +117,14 @@ def test_a_dense_model_is_a_start_for_chosen_chunks(tmp_path):
     assert few[0] != pytest.approx(dense[0], rel=1e-6) and few[0] == pytest.approx(dense[0], rel=0.02)
     with pytest.raises(ValueError, match=r"layers\.0\.mixer\.gate\.weight is missing there and \[2, 32\] here"):
         sparse("open", "gate=sigmoid")
+
+    def bmojo(name, *settings):
+        settings = (*settings, "attention_conv_size=0", "initialization=default", "window_size=128")
+        return losses(name, "memory=bmojo", *(f"++model.mixers.memory.{x}" for x in settings))
+
+    assert bmojo("bmojo", "gate=tanh")[0] == pytest.approx(dense[0], rel=1e-6)
+    with pytest.raises(ValueError, match=r"layers\.0\.mixer\.memory\.\S+ is missing there"):
+        bmojo("open", "gate=none")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,11 @@ that measures surprise:
   the predictor and reaches nothing else.
 - "none": no eidetic tokens.
 
+``gate: tanh`` accepts a trained backbone: ``train.init_from`` of the kind ``attention`` with the same window and
+projections. Each head's output is window + tanh(g) (y - window) with g = 0 at first, so it starts as the backbone. With
+full attention only documents within the window keep their outputs, because the state has a fixed size; beside such a
+backbone, ``memlm.attach`` keeps them all.
+
 B batch, T tokens, L keys, D hidden, H heads in G groups, K head dim, W window_size, M slots.
 """
 
@@ -23,6 +28,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from memlm.layers import ShortConv, rotary
 from memlm.memory import attention, eidetic, recurrence, rules
@@ -36,6 +42,7 @@ from memlm_kernels.grid import keep_last
 from memlm_kernels.segments import exact
 
 INNOVATIONS = ("delta_residual", "predictor", "none")
+GATES = ("none", "tanh")
 # Tokens of the predictor.
 _TAPS = 4
 
@@ -49,6 +56,7 @@ class Config(recurrence.Config, attention.Projections):
     chunk_size: the slots change once in so many tokens, at most window_size; also of the titans rule.
     attention_conv_size: width of the convolution with SiLU on the attention's q, k, v; 0 for none.
     predictor_weight: weight of the predictor's loss in each layer.
+    gate: "none", or "tanh": the window alone at first, for a trained backbone.
 
     The rest is as in ``recurrence.Config`` and ``attention.Projections``.
     """
@@ -59,12 +67,13 @@ class Config(recurrence.Config, attention.Projections):
     innovation: str = "delta_residual"
     attention_conv_size: int = 0
     predictor_weight: float = 0.01
+    gate: str = "none"
     qk_norm: bool | str = True
 
     def __post_init__(self) -> None:
         recurrence.Config.__post_init__(self)
         attention.Projections.__post_init__(self)
-        for name, known in (("rule", tuple(rules.RULES)), ("innovation", INNOVATIONS)):
+        for name, known in (("rule", tuple(rules.RULES)), ("innovation", INNOVATIONS), ("gate", GATES)):
             value = getattr(self, name)
             require(value in known, f"{name}={value!r} must be one of {', '.join(known)}")
         for name in ("window_size", "eidetic_slots"):
@@ -134,9 +143,15 @@ class Mixer(eidetic.EideticAttention):
         self.faded = ReadEntries()
         if config.innovation == "predictor":
             self.predictor = Predictor(dims.hidden_size)
+        if config.gate == "tanh":
+            self.gate = nn.Parameter(torch.empty(dims.num_attention_heads))
+            own = [name for name, _ in self.named_parameters() if name.startswith(("memory.", "predictor."))]
+            self.starts_silent = ("gate", *own)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        if self.settings.gate == "tanh":
+            init.zeros_(self.gate)
         if self.settings.initialization == "recall":
             self.start_for_recall()
 
@@ -169,7 +184,8 @@ class Mixer(eidetic.EideticAttention):
         turned_BTHK, streams, after = self.streams(x_BTD, state, rows, score_BT)
         after |= {"memory": recalled.state, **predictor}
         after["fading"] = self._fade(recalled.y_BTD, turned_BTHK, streams, state["fading"], rows)
-        y_BTD, shares = self.joined(streams, rows)
+        gate_H = torch.tanh(exact(self.gate)) if self.settings.gate == "tanh" else None
+        y_BTD, shares = self.joined(streams, rows, gate_H)
         return MixerOutput(y_BTD, after, aux_losses, metrics | shares)
 
     def _fade(self, f_BTD: Tensor, q_BTHK: Tensor, streams: eidetic.Streams, state: State, rows: Rows) -> State:

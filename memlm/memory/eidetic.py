@@ -162,9 +162,17 @@ class EideticAttention(attention.Mixer):
         y_BTD, metrics = self.joined(streams, rows)
         return MixerOutput(y_BTD, after, {}, metrics)
 
-    def joined(self, streams: Streams, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
-        """The output, and as metrics the share of each stream but the window's in the softmax, [B, T]."""
+    def joined(
+        self, streams: Streams, rows: Rows, gate_H: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The output, and as metrics the share of each stream but the window's in the softmax, [B, T].
+
+        gate_H: of all streams but the window's: 0 for the window alone, 1, or None, for one softmax over all
+        """
         (y_BTHK, share_BTHN), metrics = join_softmax([*streams.values()]), dict[str, Tensor]()
+        if gate_H is not None:
+            y_BTHK = torch.lerp(streams["window"][0], y_BTHK, gate_H[:, None].to(y_BTHK.dtype))
+            share_BTHN = gate_H[:, None] * share_BTHN
         if rows.metrics:
             shares = zip(streams, share_BTHN.detach().mean(2).unbind(-1), strict=True)
             metrics = {f"{name}_share": share for name, share in shares if name != "window"}

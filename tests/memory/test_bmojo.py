@@ -4,18 +4,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from memlm import MemLMForCausalLM
 from memlm.evaluation.ablation import memory_off
 from memlm.layers import rotary, rotary_angles
 from memlm.memory.eidetic import running_top
 from memlm.memory.rows import Rows
 from memlm_kernels.recurrence.naive import recurrence
 from memlm_kernels.testing import Watch, assert_close, grads_of
-from tests.conftest import build, step
+from tests.conftest import build, model_config, step
 
 # Slots that all tokens fill, few slots with short chunks, and other numbers that choose them.
 VARIANTS = [
     ("bmojo", {"window_size": 5, "chunk_size": 3, "eidetic_slots": 4}),
-    ("bmojo", {"window_size": 7, "chunk_size": 7, "eidetic_slots": 200, "rule": "delta_net"}),
+    ("bmojo", {"window_size": 7, "chunk_size": 7, "eidetic_slots": 200, "rule": "delta_net", "gate": "tanh"}),
     ("bmojo", {"innovation": "predictor", "window_size": 6, "chunk_size": 4, "rule": "linear_attention"}),
     ("bmojo", {"innovation": "none", "window_size": 6, "chunk_size": 4}),
     ("titans_mag", {"eidetic_slots": 5, "window_size": 6, "chunk_size": 4}),
@@ -174,9 +175,36 @@ def test_without_its_memory_the_layer_is_a_window():
         assert (model(ids).logits - expected).abs().max() > 1e-6
 
 
+@pytest.mark.parametrize("innovation", ["delta_residual", "predictor"])
+def test_a_trained_window_is_a_start(innovation):
+    """With gate=tanh the layer takes every weight of a window, and has its output until the gate opens."""
+    window = build("attention", window_size=6, conv_size=4, qk_norm=True)
+    model = MemLMForCausalLM(
+        model_config("bmojo", window_size=6, chunk_size=4, eidetic_slots=3, gate="tanh", innovation=innovation)
+    ).double()
+    missing = model.load_state_dict(window.state_dict(), strict=False)
+    mixers = [(f"model.layers.{i}.mixer", layer.mixer) for i, layer in enumerate(model.model.layers)]
+    silent = {f"{path}.{name}" for path, mixer in mixers for name in mixer.starts_silent}
+    assert set(missing.missing_keys) == silent and not missing.unexpected_keys
+    ids = torch.randint(259, (2, 50), generator=torch.Generator().manual_seed(0))
+    expected = window(ids).logits
+    got = model.train()(ids, labels=ids)
+    assert_close("closed", expected, got.logits, 1e-12)
+    got.loss.backward()
+    assert all((mixer.gate.grad.abs() > 1e-9).all() for _, mixer in mixers)
+    with torch.no_grad():
+        for _, mixer in mixers:
+            mixer.gate.fill_(20.0)
+    open_model = build("bmojo", window_size=6, chunk_size=4, eidetic_slots=3, innovation=innovation)
+    open_model.load_state_dict({n: x for n, x in model.state_dict().items() if not n.endswith("mixer.gate")})
+    assert_close("open", open_model(ids).logits, model.eval()(ids).logits, 1e-12)
+    assert (model(ids).logits - expected).abs().max() > 1e-6
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"gate": "relu"}, "gate='relu' must be one of none, tanh"),
         ({"rule": "gla"}, "innovation='delta_residual' needs a delta rule, not rule='gla'"),
         ({"rule": "lstm"}, "rule='lstm' must be one of"),
         ({"chunk_size": 32}, "chunk_size=32 must be window_size=16 at most with eidetic_slots=16"),
