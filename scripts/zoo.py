@@ -2,7 +2,7 @@
 """All memories beside each other: train, evaluate and compare them, with equal parameters and with equal states.
 
     python scripts/zoo.py [--memories titans_mag none ...] [--seeds 0 1 2] [--jobs 2]
-    python scripts/zoo.py --table  # the tables of benchmarks/zoo, in Markdown
+    python scripts/zoo.py --table  # the tables of benchmarks/zoo, in Markdown, and its pictures
 
 Runs stand in runs/zoo/parameters, where all memories have titans_mag's parameters, and in runs/zoo/state, where they
 also have its bytes of state after a row, within 6 %; memories that keep every token cannot, and are left out there.
@@ -44,6 +44,11 @@ COLUMNS = {
     "bits per byte, reset": ("text-text", None, "reset", 3),
     "carried": ("text-text", None, "carried", 3),
 }
+# Pictures of the page: their panels, beside one of the state's bytes, and the most that a cell can be.
+PICTURES = {
+    "recall": ("parameters", {"MQAR, 8x": 1, "passkey, 8x": 1}),
+    "pairs": ("state", {"pairs held": 32, "written again twice": 1}),
+}
 
 
 def figures(compared: dict, commit: str, earlier: Sequence[dict] = ()) -> dict:
@@ -81,6 +86,37 @@ def _told(cell: dict | None, digits: int, seeds: int) -> str:
     )
 
 
+def draw(folder: Path) -> None:
+    """Write the pictures: a line for each memory, means with intervals over seeds."""
+    import matplotlib.pyplot as plt
+
+    for name, (size, panels) in PICTURES.items():
+        found = json.loads((RESULTS / f"{size}.json").read_text())["rows"]
+        cells = {
+            (row["name"], *(c[key] for key in ("topic", "down", "across"))): c for row in found for c in row["cells"]
+        }
+        first, *_ = panels
+        rows = sorted(found, key=lambda row: cells[row["name"], *COLUMNS[first][:3]]["value"] or 0)
+        figure, axes = plt.subplots(
+            1, len(panels) + 1, figsize=(10, 1.2 + 0.22 * len(rows)), sharey=True, layout="constrained"
+        )
+        for axis, (title, most) in zip(axes, panels.items(), strict=False):
+            for i, row in enumerate(rows):
+                cell = cells.get((row["name"], *COLUMNS[title][:3]))
+                if cell and cell["value"] is not None:
+                    axis.hlines(i, max(0.0, cell["low"]), min(most, cell["high"]), "C0", linewidth=2, alpha=0.5)
+                    axis.plot(cell["value"], i, "o", color="C0", markersize=5)
+            axis.set(title=title, xlim=(-0.03 * most, 1.03 * most))
+        sizes = [row["state_bytes"] / 1000 for row in rows]
+        axes[-1].plot(sizes, range(len(rows)), "s", color="C1", markersize=5)
+        axes[-1].set(title="KB of state", xlim=(0, 1.05 * max(sizes)))
+        axes[0].set_yticks(range(len(rows)), [row["name"] for row in rows])
+        for axis in axes:
+            axis.grid(alpha=0.25)
+        figure.savefig(folder / f"{name}.png", dpi=120)
+        plt.close(figure)
+
+
 def run(size: str, memory: str, seed: int) -> str | None:
     """Train and evaluate. Returns the folder of a run that failed."""
     place = f"runs/zoo/{size}/{memory}-seed{seed}"
@@ -111,6 +147,7 @@ def publish() -> None:
             found = figures(json.loads(page.read_text()), described.stdout.strip(), earlier)
             RESULTS.mkdir(parents=True, exist_ok=True)
             results.write_text(json.dumps(found, indent=1) + "\n")
+    draw(RESULTS)
 
 
 def main() -> None:
@@ -118,11 +155,12 @@ def main() -> None:
     parser.add_argument("--memories", nargs="+", default=MEMORIES, choices=MEMORIES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
-    parser.add_argument("--table", action="store_true", help="print the tables and run nothing")
+    parser.add_argument("--table", action="store_true", help="print the tables, draw, and run nothing")
     given = parser.parse_args()
     if given.table:
         for size in SIZES:
             print(f"{size}\n\n{table(json.loads((RESULTS / f'{size}.json').read_text()))}\n")
+        draw(RESULTS)
         return
     # All memories of one seed come before the next seed, so that a stopped command can already be compared.
     chosen = itertools.product(given.seeds, SIZES, given.memories)

@@ -105,3 +105,11 @@ def test_memories_without_a_run_here_keep_their_rows():
         ("mom", 1, "a"),
         ("none", 2, "b"),
     ]
+
+
+def test_its_pictures_are_of_the_results(tmp_path):
+    module = script()
+    module.draw(tmp_path)
+    assert {p.stem for p in tmp_path.iterdir()} == set(module.PICTURES)
+    for picture in tmp_path.iterdir():
+        assert (module.RESULTS / picture.name).stat().st_size > 10_000 < picture.stat().st_size
