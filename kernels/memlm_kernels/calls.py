@@ -62,7 +62,11 @@ class OpCall(NamedTuple):
         return self._replace(n=self.n._replace(**sizes))
 
     def make(
-        self, length: int | None = None, dtype: torch.dtype = torch.float32, device: str | torch.device = DEVICE
+        self,
+        length: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = DEVICE,
+        seed: int = 0,
     ) -> dict[str, Tensor]:
         """The tensors by name, floats in dtype. Tokens and weights have unit length, shares lie in (0, 1).
 
@@ -70,7 +74,7 @@ class OpCall(NamedTuple):
         """
         n = self.n if length is None else self.n._replace(T=length)
         named = n._asdict() | {"2T": 2 * n.T, "2H": 2 * n.H, "V+2": n.V + 2, "N+2": n.N + 2}
-        g, made = torch.Generator().manual_seed(0), {}
+        g, made = torch.Generator().manual_seed(seed), {}
         for name, shape in self.floats.items():
             size = [named[x] if isinstance(x, str) else x for x in shape]
             if name in SHARES:
@@ -146,7 +150,7 @@ def read(q: Tensor, weights: Tensor, hidden: Tensor, norm: Tensor, backend: str 
 
 
 def convolve(x: Tensor, weight: Tensor, state: Tensor, **rest: Any) -> Any:
-    return ops.short_convolution([x], weight, silu=True, unit=1, state=state, **rest)
+    return ops.short_convolution([x], weight, state=state, **rest)
 
 
 def maps(x: Tensor, weight: Tensor, bias: Tensor, other: Tensor, gates: Tensor, **rest: Any) -> Any:
@@ -249,7 +253,7 @@ CALLS = {
     ),
     "short_convolution": OpCall(
         convolve, {"x": (2, "T", "K"), "weight": ("K", 4), "state": (2, 3, "K")}, PLACES,
-        lambda n: {"head_dim": n.K}, products=False, optional=("positions",),
+        lambda n: {"head_dim": n.K, "silu": True, "unit": 1}, products=False, optional=("positions",),
     ),
     "rms_norm": OpCall(
         ops.rms_norm, {"x": V, "weight": ("V",), "gate": V, "other": V}, {}, lambda n: {"eps": 1e-6},
