@@ -21,6 +21,7 @@ Files:
     retrieval           samples of documents, a question and its answer
     chains              chains of facts over several documents
     questions           questions from JSONL files of any size
+    injected            facts that are put into single steps, and probes of them
     templates           the texts around documents, questions and answers: for training, banks and ``Interleave``
 """
 
@@ -30,6 +31,7 @@ from .disk_cache import only_built
 from .documents import Documents, Texts, WholeText
 from .encoding import QUIET, Preparation
 from .find import counted
+from .injected import InjectedSource, Injection
 from .manifest import check_manifest, left_out
 from .mixture import Batch, Mixture
 from .questions import Question, Questions, QuestionSource
@@ -63,6 +65,8 @@ __all__ = [
     "Documents",
     "Facts",
     "HubSettings",
+    "InjectedSource",
+    "Injection",
     "Inquiry",
     "Library",
     "Linked",

@@ -20,6 +20,7 @@ from .chains import Chains
 from .disk_cache import DiskCache
 from .documents import Documents
 from .encoding import QUIET, Preparation
+from .injected import InjectedSource, Injection, invented, read_facts
 from .mixture import Mixture
 from .questions import Questions, QuestionSource
 from .recall import MQAR, Copy, Passkey, RecallSource, RecallTask, StackedMQAR, ZoologyMQAR
@@ -50,6 +51,7 @@ _OPTIONS = {
     "facts": ("num_documents", "min_documents", "digits", "key_length", "alike", "num_keys", "num_values"),
     "chains": ("num_documents", "min_documents", "hops", "document_length", "key_length", "name_length", *_SIZES[1:]),
     "questions": ("paths", "num_documents", "document_length", "num_names", "templates"),
+    "injected": tuple(field.name for field in dataclasses.fields(Injection)),
 }
 
 
@@ -85,6 +87,7 @@ def build_data(
         if not isinstance(name, str) or not name or {*"/\0"} & {*name}:
             raise ValueError(f"data.sources: {name!r} cannot be a name; use letters and digits")
         outside[name] = _check_source(options, f"data.sources.{name}", cfg["seq_len"])
+    _check_injected(cfg["sources"])
     turn = DiskCache(cfg["cache_dir"]).turn([cfg["tokenizer"], cfg["sources"]], preparation.say)
     with nullcontext() if is_made_by_rule(cfg) else turn:
         return _build(cfg, outside, seed, batch_size, preparation)
@@ -112,10 +115,18 @@ def _build(
     recall = [*tasks, *(name for name, config in outside.items() if isinstance(config, RecallTask))]
     if recall and not is_byte_tokenizer(tokenizer):
         raise ValueError(f"data.sources.{recall[0]} is made of bytes; set data.tokenizer to byte, or leave it out")
+
+    def source(name: str, stream: str) -> Source:
+        own_seed = _own_seed(seed, stream)
+        return _build_source(name, cfg, tokenizer, corpora.get(name), outside[name], own_seed, preparation)
+
     sources, weights = {}, {}
     for name, options in cfg["sources"].items():
         with named(f"data.sources.{name}"):
-            sources[name] = _build_source(name, cfg, tokenizer, corpora.get(name), outside[name], seed, preparation)
+            if options["kind"] == "injected":
+                sources[name] = _build_injected(name, cfg, tokenizer, seed, source(options["of"], name))
+            else:
+                sources[name] = source(name, name)
         weights[name] = options["weight"]
     return tokenizer, Mixture(sources, weights, batch_size)
 
@@ -133,12 +144,11 @@ def _build_source(
     tokenizer: PreTrainedTokenizerFast,
     documents: Documents | Streamed | None,
     outside: RecallTask | Callable[..., Source] | None,
-    seed: int,
+    own_seed: int,
     preparation: Preparation,
 ) -> Source:
     """outside: the result of `_check_source`"""
     options = cfg["sources"][name]
-    own_seed = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8])
     if isinstance(outside, RecallTask):
         return RecallSource(outside, own_seed, _read_ramp(cfg))
     if outside is not None:
@@ -154,6 +164,44 @@ def _build_source(
     return RecallSource(_TASKS[options["kind"]](length=cfg["seq_len"], **sizes), own_seed, _read_ramp(cfg))
 
 
+def _build_injected(
+    name: str, cfg: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, seed: int, base: Source
+) -> InjectedSource:
+    """base: a stream of the source's own of the rows that it has otherwise"""
+    injection, manifest = _injection(cfg["sources"][name], name), None
+    if injection.paths is not None:
+        facts, manifest = read_facts(injection.paths, cfg["cache_dir"])
+    else:
+        again, of_facts = injection.contradicts is not None, _own_seed(seed, injection.contradicts or name)
+        facts = invented(of_facts, injection.num_facts, again)
+    return InjectedSource(base, facts, injection, tokenizer, cfg["seq_len"], manifest)
+
+
+def _injection(options: Mapping[str, Any], where: str) -> Injection:
+    given = {key: options[key] for key in _OPTIONS["injected"] if key in options}
+    return build_config(Injection, given, where)
+
+
+def _check_injected(sources: Mapping[str, Any]) -> None:
+    """Raise ValueError unless each source of facts fits the others."""
+    found = {name: _injection(o, f"data.sources.{name}") for name, o in sources.items() if o["kind"] == "injected"}
+    others = [name for name in sources if name not in found]
+    for name, injection in found.items():
+        where, of, contradicts = f"data.sources.{name}", injection.of, injection.contradicts
+        require(of in others, f"{where}.of={of} is no other source that is not injected; {suggest(of, others)}")
+        if contradicts is None:
+            continue
+        own = [key for key, other in found.items() if other.paths is None and other.contradicts is None]
+        known = suggest(contradicts, own, "there is none")
+        require(contradicts in own, f"{where}.contradicts={contradicts} has no invented facts of its own; {known}")
+        most, asked = found[contradicts].num_facts, injection.num_facts
+        require(asked <= most, f"{where}.num_facts={asked}, but {contradicts} has {most} facts; lower it")
+
+
+def _own_seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8])
+
+
 def _check_source(options: Mapping[str, Any], where: str, seq_len: int) -> RecallTask | Callable[..., Source] | None:
     """None for a kind of the project; else the task of an installed package, or its `Source` with its settings
     bound.
@@ -165,7 +213,7 @@ def _check_source(options: Mapping[str, Any], where: str, seq_len: int) -> Recal
         _check_weight(options["weight"], where)
         if kind == "questions" and not options.get("paths"):
             raise ValueError(f"{where}.paths is missing; name JSONL files of questions")
-        if kind != "hub":
+        if kind not in ("hub", "injected"):
             _check_whole(options, where, (set(_OPTIONS[kind]) - {"paths", "templates"}) & options.keys())
         return None
     task = getattr(module, "Task", None)

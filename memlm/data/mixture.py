@@ -15,6 +15,7 @@ from torch import Tensor
 from memlm.roles import RESPONSE, RoleCounts, Roles
 from memlm.settings import require
 
+from .injected import InjectedSource
 from .retrieval import RetrievalRow
 from .row import IGNORE_INDEX, SPLITS, Row, Source, split_id
 from .text import TextSource
@@ -119,6 +120,10 @@ class Mixture:
     batches differ: rows are shared out among those of a period, in which each source has at least 16, and spread
     evenly over it. `counts` are rows of a batch, or their mean. Each batch of validation then has rows of all sources.
 
+    Probes of facts (`InjectedSource`) are batches of the split "probes": `num_probe_batches` hold each probe once.
+    Their ids of sources go on behind those of `sources`, with the names `probe_names`. `probed` are the numbers of
+    steps done at which they are validated, see `inject`.
+
     Raises ValueError if weights do not fit the sources, or leave a source without a row.
     """
 
@@ -142,6 +147,21 @@ class Mixture:
             self._rows = dict.fromkeys(SPLITS, held) | {"train": rows}
             self._batches = {split: [_slots(held)] for split in SPLITS} | {"train": _spread(rows, period)}
             self.counts = {name: count / period for name, count in rows.items()}
+        self.probed: frozenset[int] = frozenset()
+        probes = {
+            f"{name}/{kind}": rows for name, source in self._injected.items() for kind, rows in source.probes.items()
+        }
+        self.probe_names = [*probes]
+        self._probes = [(len(sources) + i, row) for i, rows in enumerate(probes.values()) for row in rows]
+        if missing := -len(self._probes) % batch_size:
+            # All batches have the same number of rows, which processes share equally; these have nothing scored.
+            i, row = self._probes[-1]
+            self._probes += [(i, row._replace(labels=np.full_like(row.labels, IGNORE_INDEX)))] * missing
+        self.num_probe_batches = len(self._probes) // batch_size
+
+    @property
+    def _injected(self) -> dict[str, InjectedSource]:
+        return {name: source for name, source in self.sources.items() if isinstance(source, InjectedSource)}
 
     @property
     def manifests(self) -> dict[str, dict[str, Any]]:
@@ -164,6 +184,9 @@ class Mixture:
 
         Raises ValueError if no source is a text, or one is too small or in some batches only.
         """
+        facts = [*self._injected]
+        fix = "their rows do not go on; leave one of them out"
+        require(not facts, f"train.carry: data.sources.{facts[:1]} puts facts into rows of text, and {fix}")
         texts = {name: source for name, source in self.sources.items() if isinstance(source, TextSource)}
         require(bool(texts), "train.carry: no source of data is a text; leave it out")
         apart = len(self._batches["train"]) > 1
@@ -173,6 +196,22 @@ class Mixture:
             fix = "lower data.seq_len or train.batch_size, or add text"
             require(streams <= rows, f"train.carry: {name} has {rows} rows for the {streams} of a batch; {fix}")
             source.streams = streams
+
+    def inject(self, steps: int) -> None:
+        """Let sources of facts put them into the batches of a run of so many steps.
+
+        Raises ValueError if the facts of a source are more than its rows of a batch, or due after the run.
+        """
+        for name, source in self._injected.items():
+            where, rows, facts = f"data.sources.{name}", self._rows["train"][name], len(source.texts)
+            fix = "raise its weight or train.batch_size"
+            require(len(self._batches["train"]) == 1, f"{where}: a source has no row in some batches; {fix}")
+            require(facts <= rows, f"{where}: {facts} facts are more than its {rows} rows of a batch; {fix}")
+            last = max(source.injection.steps, default=0)
+            fix = "lower start, period or times, or raise train.steps"
+            require(last < steps, f"{where}: facts are due in step {last}, behind train.steps={steps}; {fix}")
+            source.rows = rows
+        self.probed = frozenset[int]().union(*(source.injection.probed for source in self._injected.values()))
 
     def batch(self, step: int, split: str = "train", part: int = 0, parts: int = 1) -> Batch:
         """Part `part` of `parts` equal parts of batch `step`, a pure function of its arguments.
@@ -186,6 +225,9 @@ class Mixture:
                 f"batch_size={self.batch_size} rows cannot be cut into {parts} equal parts (forwards of a step over "
                 "all processes); make it a multiple"
             )
+        if split == "probes":
+            given = self._probes[step * self.batch_size : (step + 1) * self.batch_size][part::parts]
+            return Batch.from_rows([row for _, row in given], [i for i, _ in given])
         split_id(split)
         period, number = divmod(step, len(self._batches[split]))
         slots, names, rows = self._batches[split][number], [*self.sources], []

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -107,25 +107,31 @@ def _index(folder: Path, files: Sequence[tuple[Path, Content]]) -> None:
         np.save(folder / name, values)
 
 
-def _read(line: bytes, where: str) -> Question:
+def read_record(line: bytes, where: str, known: Sequence[str], needed: Sequence[str]) -> dict[str, Any]:
+    """A line of a JSONL file. Raises ValueError, with its place, if it is no object, or lacks a needed key."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON in UTF-8 ({error}); correct or remove the line") from None
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: not an object; give {', '.join(Question._fields)}")
-    for key in ("query", "documents", "positives"):
+        raise ValueError(f"{where}: not an object; give {', '.join(known)}")
+    for key in needed:
         if key not in record:
-            raise ValueError(f"{where}: {key} is missing; give {', '.join(Question._fields)}")
+            raise ValueError(f"{where}: {key} is missing; give {', '.join(known)}")
+    return record
+
+
+def _read(line: bytes, where: str) -> Question:
+    record = read_record(line, where, Question._fields, ("query", "documents", "positives"))
     query, answer = record["query"], record.get("answer")
     for key, text in (("query", query), *((("answer", answer),) if answer is not None else ())):
-        if not _is_text(text):
+        if not is_text(text):
             raise ValueError(f"{where}: {key}={reprlib.repr(text)} must be a text that is not empty")
     documents, positives = record["documents"], record["positives"]
     if not isinstance(documents, list) or not documents:
         raise ValueError(f"{where}: documents={reprlib.repr(documents)} must be a list of texts")
     for i, text in enumerate(documents):
-        if not _is_text(text):
+        if not is_text(text):
             raise ValueError(f"{where}: documents[{i}]={reprlib.repr(text)} must be a text that is not empty")
     of_documents = isinstance(positives, list) and all(type(i) is int and 0 <= i < len(documents) for i in positives)
     if not of_documents or not positives:
@@ -136,7 +142,7 @@ def _read(line: bytes, where: str) -> Question:
     return Question(query, tuple(documents), tuple(sorted({*positives})), answer)
 
 
-def _is_text(value: object) -> bool:
+def is_text(value: object) -> bool:
     # JSON can encode half a surrogate pair, which UTF-8 cannot.
     return isinstance(value, str) and bool(value) and not any("\ud800" <= sign <= "\udfff" for sign in value)
 

@@ -46,6 +46,7 @@ class Feed:
         sharded = hardware.sharers(processes) > 1
         self.stretches = sequence.cut_rows(model, size, rows, hardware.compile, sharded)
         self.pieces = sequence.pieces_of(train.truncate, model, rows, size > 1)
+        mixture.inject(train.steps)
         self.carried: Carried | None = None
         if train.carry:
             sequence.check_carry(model, rows, size > 1)

@@ -161,7 +161,7 @@ class Trainer:
         """Take the remaining steps; if there are none, print a line. Raises ``Stopped`` if a signal ends the run."""
         steps, main = self.settings.steps, self.accelerator.is_main_process
         # A run that was stopped before a validation does it first.
-        due = 0 < self.step <= steps and (self.step % self.settings.validate_every == 0 or self.step == steps)
+        due = 0 < self.step <= steps and bool(self._validated())
         pending = self._any(main and due and not is_validated(self.run_dir, self.step))
         if self.step >= steps and not pending:
             self.display.say(
@@ -221,7 +221,7 @@ class Trainer:
             self.display.advance(self.step, self.shown if logged and not self.guard.bad else None)
             before = time.perf_counter()
             last = self.step == settings.steps
-            if (self.step % settings.validate_every == 0 or last) and not agreement.number:
+            if self._validated() and not agreement.number:
                 self._validate(tracker, agreement)
             if self.step % settings.save_every == 0 or last:
                 self._save(figures, tracker)
@@ -243,17 +243,25 @@ class Trainer:
             "peak_memory": telemetry.peak_memory(device),
         }
 
+    def _validated(self) -> dict[str, int]:
+        """The splits that are validated after this step, and their batches: facts are probed more often."""
+        due = self.step % self.settings.validate_every == 0 or self.step == self.settings.steps
+        splits = {"probes": self.mixture.num_probe_batches} if due or self.step in self.mixture.probed else {}
+        return splits | ({"validation": self.settings.validation_batches} if due else {})
+
     def _validate(self, tracker: Tracker | None, agreement: Agreement) -> None:
-        """Log the scores on the validation split, unless a signal arrives first."""
+        """Log the scores on the validation split and of probes, unless a signal arrives first."""
         scores = self.validate(agreement)
         if agreement.number:
             return
         if tracker:
             tracker.log(self.step, self._validation_figures(scores))
-        bits = {n: f"{s.bits_per_byte:.3f} bits/byte" for n, s in scores.items() if n in self.texts}
-        right = {n: f"{s.accuracy:.3f} right" for n, s in scores.items() if n not in self.texts}
+        shown = {name: s for name, s in scores.items() if name in self.mixture.sources}
+        bits = {n: f"{s.bits_per_byte:.3f} bits/byte" for n, s in shown.items() if n in self.texts}
+        right = {n: f"{s.accuracy:.3f} right" for n, s in shown.items() if n not in self.texts}
         told = ", ".join(f"{name}: {figure}" for name, figure in (bits | right).items())
-        self.display.say(f"step {self.step}  validation  {told}")
+        if told:
+            self.display.say(f"step {self.step}  validation  {told}")
         self.shown |= {name: figure for name, figure in list(bits.items())[:1]}
 
     def _one_step(self, logged: bool) -> dict[str, Tensor]:
@@ -360,21 +368,21 @@ class Trainer:
         return {name: value for name, value in values.items() if name in told or not math.isnan(value)}
 
     def validate(self, agreement: Agreement) -> dict[str, Score]:
-        """The score of each source on ``validation_batches`` batches of the validation split, over all ranks.
-        Incomplete, and to be ignored, if a signal arrives meanwhile.
+        """The score of each source, on ``validation_batches`` batches, and of each kind of probe, as this step has it,
+        over all ranks. Incomplete, and to be ignored, if a signal arrives meanwhile.
         """
         model = self.accelerator.unwrap_model(self.objective).model
-        steps = range(self.settings.validation_batches)
-        batches = chain.from_iterable(self.feed.batches(step, "validation") for step in steps)
+        steps = ((step, split) for split, count in self._validated().items() for step in range(count))
+        batches = chain.from_iterable(self.feed.batches(*step) for step in steps)
         batches = takewhile(lambda _: not agreement.number, batches)
         with self.accelerator.autocast():
-            names, device = list(self.mixture.sources), self.accelerator.device
+            names, device = [*self.mixture.sources, *self.mixture.probe_names], self.accelerator.device
             scores = score(model, batches, names, self.token_bytes, device, self.feed.stretches)
         if self.accelerator.num_processes > 1:
             # Objects, because ranks may have different sources and metrics.
             ranks = gather_object([scores])
             scores = {name: sum((of_rank[name] for of_rank in ranks), Score()) for name in scores}
-        return scores
+        return {name: of for name, of in scores.items() if of.rows}
 
     def _validation_figures(self, scores: dict[str, Score]) -> dict[str, float]:
         figures = {}

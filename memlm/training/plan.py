@@ -237,6 +237,7 @@ def _sample(settings: RunSettings, parts: int, length: int) -> tuple[Batch, int,
             tokenizer, mixture = build_data(data, seed=settings.seed, batch_size=size)
     if mixture is not None:
         entries = given or len(tokenizer)
+        mixture.inject(settings.train.steps)
         # The memory of a step follows the row with the most documents.
         most = max(mixture.batch(step).max_documents for step in range(_SEEN))
         Lengths(settings.train.lengths or [], mixture, data["seq_len"])
