@@ -125,8 +125,8 @@ class Injection:
         under which its loss is logged, and the validation logged under it is the last one before the batch
     paraphrased: whether each time has the next wording; otherwise all have the first
     contradicts: a source of invented facts, whose persons get other towns and rivers
-    probe_every, probe_steps: the probes of all sources are validated before and after each of its steps, and then
-        every ``probe_every`` steps up to ``probe_steps``
+    probe_every, probe_steps: the probes of all sources are validated before each of its steps, and then every
+        ``probe_every`` steps up to ``probe_steps``
     """
 
     of: str
@@ -155,9 +155,8 @@ class Injection:
             "or lower probe_steps",
         )
         both = self.paths is not None and self.contradicts is not None
-        require(
-            not both, f"contradicts={self.contradicts}: facts of paths are given as they are; leave one of them out"
-        )
+        fix = "leave one of them out"
+        require(not both, f"contradicts={self.contradicts} is for invented facts, and paths gives others; {fix}")
 
     @property
     def steps(self) -> range:
@@ -166,7 +165,7 @@ class Injection:
     @property
     def probed(self) -> set[int]:
         """Numbers of steps done at which probes are validated."""
-        after = [0, 1, *range(self.probe_every, self.probe_steps + 1, self.probe_every)]
+        after = range(0, self.probe_steps + 1, self.probe_every)
         return {step + more for step in self.steps for more in after}
 
 

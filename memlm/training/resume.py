@@ -25,6 +25,7 @@ _PLACES = r"name|run_dir|tracker\..*|data\.cache_dir"
 FREE = re.compile(
     rf"{_PLACES}|hardware\..*|train\.(micro_batch_size|gradient_checkpointing|keep)"
     r"|train\.((log|validate|save)_every|validation_batches|on_nan|spike)"
+    r"|data\.sources\.[^.]+\.probe_(every|steps)"
 )
 # Compared by their effect: the schedule, the model's configuration, the tokens. A backbone is compared by its name,
 # because its weights are in the checkpoint.
