@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from omegaconf import OmegaConf
+import yaml
 
 from memlm.data import Injection
 from memlm.evaluation.statistics import of_seeds
@@ -93,7 +93,7 @@ def acquired(metrics: Sequence[Mapping[str, float]], sources: Mapping[str, Injec
 
 def read(run: Path) -> tuple[int, dict[str, dict]]:
     """Seed and measures of a run. Raises ValueError if it has no facts, or has not ended."""
-    config = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
+    config = yaml.safe_load((run / "config.yaml").read_text())
     sources = {
         name: build_config(Injection, {k: v for k, v in o.items() if k not in ("kind", "weight")}, name)
         for name, o in config["data"]["sources"].items()

@@ -120,7 +120,7 @@ def _build(
         own_seed = _own_seed(seed, stream)
         return _build_source(name, cfg, tokenizer, corpora.get(name), outside[name], own_seed, preparation)
 
-    sources, weights = {}, {}
+    sources, weights = dict[str, Source](), {}
     for name, options in cfg["sources"].items():
         with named(f"data.sources.{name}"):
             if options["kind"] == "injected":

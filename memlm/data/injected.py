@@ -57,9 +57,9 @@ class Fact(NamedTuple):
 def invented(seed: int, count: int, again: bool = False) -> list[Fact]:
     """Facts on a person, a town and a river; again: the same persons with other towns and rivers.
 
-    Names are made words of three syllables. Of the kinds of probes, "paraphrase" has a wording that no text has, and
-    "composed" needs both sentences of a text. "swapped" is the control of "verbatim": the answers of the next fact,
-    which gain as much if the words are learnt, but not the facts.
+    Names are made words of three syllables. Kinds of probes: "verbatim"; "paraphrase", in a wording that no text has;
+    "composed", which needs both sentences of a text; and "swapped", the control of "verbatim", with the answers of the
+    next fact. These gain as much if the words are learnt, but not the facts.
     """
     words = [_words(seed, number, again) for number in range(count)]
     facts = []
