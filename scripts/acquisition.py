@@ -60,7 +60,7 @@ def kept(curve: Curve, steps: Sequence[int], within: int) -> dict[str, float]:
 
 
 def acquired(metrics: Sequence[Mapping[str, float]], sources: Mapping[str, Injection]) -> dict[str, dict]:
-    """Of each source and kind of probe, the measures; a row without facts has the effectivity alone.
+    """The measures of each source and kind of probe; a row without facts has the effectivity alone.
 
     metrics: lines of ``metrics.jsonl``
     """
