@@ -4,6 +4,7 @@ B batch, T tokens of the call, N chunks, C slots of a chunk, H heads. ``segments
 start inside a chunk, hold several documents, or end in padding.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,13 @@ def pick(x: Tensor, index: Tensor) -> Tensor:
     """[B, T, ...], [B, S] -> [B, S, ...]: the entries of each row at its indices. Whole entries are copied, which is
     several times as fast as ``gather``.
     """
-    return x.flatten(0, 1).index_select(0, _flat(index, x.shape[1])).unflatten(0, index.shape)
+    return pick_each([x], index)[0]
+
+
+def pick_each(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
+    """``pick`` from several tensors with as many entries; the index may have more dimensions, [B, ...]."""
+    flat = _flat(index.flatten(1), tensors[0].shape[1])
+    return [x.flatten(0, 1).index_select(0, flat).unflatten(0, index.shape) for x in tensors]
 
 
 def place(x: Tensor, index: Tensor, size: int, fill: float = 0.0) -> Tensor:

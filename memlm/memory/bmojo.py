@@ -202,7 +202,7 @@ class Mixer(eidetic.EideticAttention):
             # No token has faded.
             return after
         o_BTHK, lse_BTH = eidetic.within(rows, q_BTHK, joined["k"], joined["v"], window, late=window)
-        some_BT = self.faded(rows.positions_BT >= window)
+        some_BT = self.faded(rows.once(("faded", window), lambda: rows.positions_BT >= window))
         streams["fading"] = o_BTHK, lse_BTH.masked_fill(~some_BT[..., None], float("-inf"))
         return after
 

@@ -14,7 +14,7 @@ themselves and of tokens p - W to p - W + C - 1, which leave the window during t
 those that still see it in their window. So at any time each token is in the window, or in a slot, or lost to others.
 
 B batch, T tokens, H heads in G groups, K head dim, W window_size, C chunk_size, M slots; N ends of chunks in a call,
-P pieces of chunks, L entries: the slots, the W - 1 tokens before the call, and its tokens.
+P pieces of chunks, R = B P, L entries: the slots, the W - 1 tokens before the call, and its tokens.
 """
 
 from typing import Any, NamedTuple
@@ -33,12 +33,12 @@ from memlm.memory.state import State
 from memlm.settings import require
 from memlm_kernels import prefix_window_attention
 from memlm_kernels.attention import plain
-from memlm_kernels.grid import Grid, keep_last, pick, place
+from memlm_kernels.grid import Grid, keep_last, pick, pick_each, place
 from memlm_kernels.segments import exact
 
 # Outputs and log-sum-exps of streams of keys, as ``join_softmax`` takes them, by name.
 Streams = dict[str, tuple[Tensor, Tensor]]
-# The score of an empty slot, and its place, which is after every token.
+# The score of an empty slot; and its place and its entry, which are after all others.
 _EMPTY, _NOWHERE = float("-inf"), 2**62
 
 
@@ -113,21 +113,41 @@ class SlotChunks(NamedTuple):
         return SlotChunks(grid, set_BP, offered_BN, fits_BNC, after_BN == size, count_B)
 
 
-def running_top(score_BNM: Tensor, entry_BNM: Tensor, opens_BN: Tensor) -> tuple[Tensor, Tensor]:
-    """The M largest scores, sorted, and their entries, of each set and those before it, back to the last that opens.
+def running_first(rank_BNM: Tensor, opens_BN: Tensor) -> Tensor:
+    """The M smallest numbers, sorted, of each set and those before it, back to the last that opens.
 
-    Sets have their scores sorted. Log2(N) steps, each for all N at once: a set joins that of 1, 2, 4, ... before.
+    Sets are sorted. Log2(N) steps, each for all N at once: a set joins that of 1, 2, 4, ... before.
     """
-    count, slots, back = *score_BNM.shape[1:], 1
+    count, slots, back = *rank_BNM.shape[1:], 1
     while back < count:
-        by = (0, 0, back, 0)
-        old_BNM = F.pad(score_BNM[:, :-back], by, value=_EMPTY).masked_fill(opens_BN[..., None], _EMPTY)
-        both_BNM, order_BNM = torch.cat([old_BNM, score_BNM], -1).sort(dim=-1, descending=True, stable=True)
-        entries_BNM = torch.cat([F.pad(entry_BNM[:, :-back], by), entry_BNM], -1)
-        score_BNM, entry_BNM = both_BNM[..., :slots], entries_BNM.gather(-1, order_BNM[..., :slots])
+        old_BNM = F.pad(rank_BNM[:, :-back], (0, 0, back, 0), value=_NOWHERE)
+        both_BNM = torch.cat([old_BNM.masked_fill(opens_BN[..., None], _NOWHERE), rank_BNM], -1)
+        rank_BNM = both_BNM.sort(dim=-1).values[..., :slots]
         opens_BN = opens_BN | F.pad(opens_BN[:, :-back], (back, 0))
         back *= 2
-    return score_BNM, entry_BNM
+    return rank_BNM
+
+
+def slot_choices(old_BM: Tensor, score_BL: Tensor, layout: SlotChunks, chunk_size: int) -> Tensor:
+    """The entries in the slots before the first end of a chunk and after each, [B, N + 1, M], the largest score first;
+    ``_NOWHERE``: none.
+
+    old: scores of the slots before the call, which are the first entries; score: of the others
+    """
+    slots, device = old_BM.shape[1], old_BM.device
+    order_BL = torch.cat([old_BM, score_BL], 1).sort(dim=-1, descending=True, stable=True).indices
+    count = torch.arange(order_BL.shape[1], device=device).expand_as(order_BL)
+    # The order's inverse.
+    rank_BL = torch.empty_like(order_BL).scatter_(1, order_BL, count)
+    offered_BNC = layout.offered_BN[..., None] + torch.arange(slots, slots + chunk_size, device=device)
+    rank_BNC = pick(rank_BL, offered_BNC.flatten(1)).view(offered_BNC.shape)
+    rank_BNC = rank_BNC.masked_fill(~layout.fits_BNC, _NOWHERE).sort(dim=-1).values
+    rank_BNM = F.pad(rank_BNC[..., :slots], (0, max(0, slots - chunk_size)), value=_NOWHERE)
+    held_BM = rank_BL[:, :slots].masked_fill(old_BM == _EMPTY, _NOWHERE)
+    rank_BNM = running_first(torch.cat([held_BM[:, None], rank_BNM], 1), F.pad(layout.opens_BN, (1, 0)))
+    none_BNM = rank_BNM == _NOWHERE
+    entry_BX = order_BL.gather(1, rank_BNM.masked_fill(none_BNM, 0).flatten(1))
+    return entry_BX.view(rank_BNM.shape).masked_fill(none_BNM, _NOWHERE)
 
 
 class EideticAttention(attention.Mixer):
@@ -162,9 +182,7 @@ class EideticAttention(attention.Mixer):
         y_BTD, metrics = self.joined(streams, rows)
         return MixerOutput(y_BTD, after, {}, metrics)
 
-    def joined(
-        self, streams: Streams, rows: Rows, gate_H: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def joined(self, streams: Streams, rows: Rows, gate_H: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The output, and as metrics the share of each stream but the window's in the softmax, [B, T].
 
         gate_H: of all streams but the window's: 0 for the window alone, 1, or None, for one softmax over all
@@ -209,19 +227,22 @@ class EideticAttention(attention.Mixer):
         if layout.offered_BN.shape[1]:
             held, after["slots"] = self._changed(kv, score_BL, state, layout, rows)
         else:
-            held, after["slots"] = {name: x[:, None] for name, x in old.items()}, old
-        left_BPC = rows.once(("left", size, window), lambda: layout.grid.lay(rows.positions_BT) - window)
-        mask_BPCM = self.chosen(held["place"][:, :, None] <= left_BPC[..., None])
-        q_BPCHK = layout.grid.lay(q_BTHK)
-        q, k, v, mask = (x.flatten(0, 1) for x in (q_BPCHK, held["k"], held["v"], mask_BPCM))
-        o, lse = plain(q, k, v, mask[:, None], q.shape[-1] ** -0.5)
-        o_BTHK, lse_BTH = (layout.grid.take(x.unflatten(0, q_BPCHK.shape[:2])) for x in (o, lse))
+            # One piece.
+            held = after["slots"] = old
+        grid = layout.grid
+        left_RC1 = rows.once(
+            ("left", size, window), lambda: (grid.lay(rows.positions_BT) - window).flatten(0, 1)[..., None]
+        )
+        mask_RCM = self.chosen(held["place"][:, None] <= left_RC1)
+        q_RCHK = grid.lay(q_BTHK).flatten(0, 1)
+        read = plain(q_RCHK, held["k"], held["v"], mask_RCM[:, None], q_BTHK.shape[-1] ** -0.5)
+        o_BTHK, lse_BTH = (grid.take(x.unflatten(0, (len(q_BTHK), grid.count))) for x in read)
         return o_BTHK, lse_BTH
 
     def _changed(
         self, kv: tuple[Tensor, Tensor], score_BL: Tensor, state: State, layout: SlotChunks, rows: Rows
     ) -> tuple[State, State]:
-        """The slots that each piece reads, [B, P, M, ...], and those after the call."""
+        """The slots that each piece reads, [R, M, ...], and those after the call, [B, M, ...]."""
         (k_BTGK, v_BLGK), old, kept_BSGK = kv, state["slots"], state["k"]
         if not rows.fresh and self.config.rotary:
             # The window's keys have positions, those of slots have none.
@@ -231,36 +252,18 @@ class EideticAttention(attention.Mixer):
         entries = {
             "k": torch.cat([x.to(k_BTGK.dtype) for x in (old["k"], kept_BSGK, k_BTGK)], 1),
             "v": torch.cat([old["v"].to(v_BLGK.dtype), v_BLGK], 1),
+            "score": torch.cat([old["score"], score_BL], 1),
             "place": torch.cat([old["place"], self._places(rows)], 1),
         }
-        score_BNM, entry_BNM = self._sets(old["score"], score_BL, layout)
-
-        def at(set_BX: Tensor) -> State:
-            entry_BXM = pick(entry_BNM, set_BX)
-            found = {
-                name: pick(x, entry_BXM.flatten(1)).unflatten(1, entry_BXM.shape[1:]) for name, x in entries.items()
-            }
-            score_BXM = pick(score_BNM, set_BX)
-            return found | {"score": score_BXM, "place": found["place"].masked_fill(score_BXM == _EMPTY, _NOWHERE)}
-
-        return at(layout.set_BP), {name: x[:, 0] for name, x in at(layout.count_B[:, None]).items()}
-
-    def _sets(self, old_BM: Tensor, score_BL: Tensor, layout: SlotChunks) -> tuple[Tensor, Tensor]:
-        """The slots before the first end of a chunk and after each: scores, sorted, and entries, [B, N + 1, M]."""
-        slots = self.slots
-        entry_BM = torch.arange(slots, device=old_BM.device).expand_as(old_BM)
-        offered_BNC = layout.offered_BN[..., None] + torch.arange(self.chunk_size, device=old_BM.device)
-        score_BNC = pick(score_BL, offered_BNC.flatten(1)).view(offered_BNC.shape)
-        score_BNC, order_BNC = score_BNC.masked_fill(~layout.fits_BNC, _EMPTY).sort(
-            dim=-1, descending=True, stable=True
-        )
-        entry_BNC = slots + offered_BNC.gather(-1, order_BNC)
-        more = max(0, slots - self.chunk_size)
-        score_BNM = F.pad(score_BNC[..., :slots], (0, more), value=_EMPTY)
-        entry_BNM = F.pad(entry_BNC[..., :slots], (0, more))
-        opens_BN = F.pad(layout.opens_BN, (1, 0))
-        score_BNM, entry_BNM = torch.cat([old_BM[:, None], score_BNM], 1), torch.cat([entry_BM[:, None], entry_BNM], 1)
-        return running_top(score_BNM, entry_BNM, opens_BN)
+        entry_BNM = slot_choices(old["score"], score_BL, layout, self.chunk_size)
+        # The last set is that after the call.
+        entry_BXM = pick(entry_BNM, torch.cat([layout.set_BP, layout.count_B[:, None]], 1))
+        none_BXM = entry_BXM == _NOWHERE
+        held = dict(zip(entries, pick_each([*entries.values()], entry_BXM.masked_fill(none_BXM, 0)), strict=True))
+        held["score"] = held["score"].masked_fill(none_BXM, _EMPTY)
+        held["place"] = held["place"].masked_fill(none_BXM, _NOWHERE)
+        after = {name: x[:, -1].clone() for name, x in held.items()}
+        return {name: x[:, :-1].flatten(0, 1) for name, x in held.items()}, after
 
     def _places(self, rows: Rows) -> Tensor:
         """Positions of the window's tokens before the call, and of its tokens."""

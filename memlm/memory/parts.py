@@ -105,8 +105,8 @@ def join_softmax(streams: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tens
     way (arXiv:2205.14135).
     """
     share_BTHN = torch.stack([exact(lse) for _, lse in streams], -1).softmax(-1)
-    parts = [share[..., None] * o for share, (o, _) in zip(share_BTHN.unbind(-1), streams, strict=True)]
-    return torch.stack(parts).sum(0).to(streams[0][0].dtype), share_BTHN
+    o_BTHNK = torch.stack([o for o, _ in streams], 3)
+    return (share_BTHN[..., None] * o_BTHNK).sum(3).to(o_BTHNK.dtype), share_BTHN
 
 
 def top_choices(scores: Tensor, count: int) -> Tensor:

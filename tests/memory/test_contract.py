@@ -294,7 +294,7 @@ def test_low_precision_models_accumulate_in_fp32(variant, monkeypatch):
     """With the same choices of memories and chunks, because rounding may change a close choice."""
     low = model_of(variant, dtype=torch.bfloat16)
     ids = tokens(1, 500)
-    chosen, choices = [], ((parts, "top_choices"), (chunk_sparse, "chunk_topk"), (eidetic, "running_top"))
+    chosen, choices = [], ((parts, "top_choices"), (chunk_sparse, "chunk_topk"), (eidetic, "slot_choices"))
     with torch.no_grad():
         for module, name in choices:
             choose = getattr(module, name)

@@ -162,14 +162,17 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Plain matrix products, with which tests compare the others."""
-    groups = k.shape[2]
-    scores = exact(q).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4) @ exact(k).permute(0, 2, 3, 1)[:, :, None]
-    if mask is None and scores.shape[-2] > 1:
-        ones = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
-        mask = ones.tril(scores.shape[-1] - scores.shape[-2])[None, None]
-    scores = scores * scale
+    (batch, length, heads, _), keys, groups = q.shape, k.shape[1], k.shape[2]
+    # Heads that share keys are rows of one product.
+    rows = exact(q).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3).flatten(0, 1)
+    scores = torch.bmm(rows, exact(k).permute(0, 2, 3, 1).flatten(0, 1)) * scale
+    scores = scores.view(batch, groups, heads // groups, length, keys)
+    if mask is None and length > 1:
+        ones = torch.ones(length, keys, dtype=torch.bool, device=q.device)
+        mask = ones.tril(keys - length)[None, None]
     if mask is not None:
         scores = scores.masked_fill(~mask[:, :, None], torch.finfo(scores.dtype).min)
+    shares = scores.softmax(-1).view(batch * groups, heads // groups * length, keys)
+    output = torch.bmm(shares, exact(v).transpose(1, 2).flatten(0, 1)).view(*scores.shape[:4], v.shape[3])
     lse = scores.logsumexp(-1)
-    output = (scores - lse[..., None]).exp() @ exact(v).transpose(1, 2)[:, :, None]
     return output.permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype), lse.permute(0, 3, 1, 2).flatten(2, 3)
