@@ -13,11 +13,12 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor", "ignore:.*should not be instantiated"
 )
 
-# Their states keep every token, and have no room.
-GROWING = ("chunk_sparse", "msa")
+# Its state keeps every token, and has no room; that of chunk_sparse keeps its last chunks.
+GROWING = ("msa",)
+SETTINGS = {"chunk_sparse": {"max_chunks": 9}}
 # Without a place in a chunk that the host knows, these take the way of packed rows, which rounds otherwise; attention
 # reads all places of its room under a mask.
-ROUNDED = ("attention", "lact", "titans_mac", "titans_tnt", "two_rate")
+ROUNDED = ("attention", "bmojo", "chunk_sparse", "lact", "titans_mac", "titans_tnt", "two_rate")
 FIXED = [
     pytest.param(name, marks=[] if name == "titans_mag" else pytest.mark.slow)
     for name in MEMORIES
@@ -52,7 +53,7 @@ def addresses(memory):
 @pytest.mark.parametrize("name", FIXED)
 def test_a_token_is_one_graph_of_fixed_tensors(name):
     """Over ends of chunks: no number in the graph changes, no second graph is made, and no tensor moves."""
-    model, ids, graphs = build(name, torch.float32), ids_of(60), []
+    model, ids, graphs = build(name, torch.float32, **SETTINGS.get(name, {})), ids_of(60), []
     expected, fixed = begun(model, ids[:, :20])
     before = addresses(fixed)
 
@@ -80,7 +81,7 @@ def test_a_token_is_one_graph_of_fixed_tensors(name):
 
 @pytest.mark.parametrize("name", FIXED)
 def test_a_token_asks_the_device_nothing(name):
-    model, ids = build(name, torch.float32), ids_of(40)
+    model, ids = build(name, torch.float32, **SETTINGS.get(name, {})), ids_of(40)
     _, fixed = begun(model, ids[:, :20])
     with torch.no_grad(), Watch() as watch:
         for t in range(20, 40):
@@ -128,6 +129,9 @@ def test_rows_of_a_fixed_memory():
 def test_a_fixed_memory_that_grows_is_refused():
     model = build("msa", torch.float32)
     with pytest.raises(ValueError, match="kind 'msa' keeps every token; leave fixed=True out"):
+        model(ids_of(4), past_key_values=MemoryCache(fixed=True, max_length=9))
+    model = build("chunk_sparse", torch.float32)
+    with pytest.raises(ValueError, match="kind 'chunk_sparse' keeps every token; leave fixed=True out"):
         model(ids_of(4), past_key_values=MemoryCache(fixed=True, max_length=9))
     model = build("attention", torch.float32)
     with pytest.raises(ValueError, match="kind 'attention' keeps every token; give max_length"):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from memlm import MemoryCache
 from memlm.data import Batch, Facts, Passkey, byte_tokenizer
 from memlm.evaluation.ablation import memory_off
 from memlm.evaluation.insight import Insight
@@ -94,6 +95,28 @@ def test_choices_of_memories_of_chunks_are_shown(kind, task):
         assert read and all(0 <= a < b <= len(ids) and b - a <= 4 and 0 < share <= 1 for a, b, share in read)
         # Each answer chooses at most top_k chunks for each group of heads, or documents.
         assert sum(share for *_, share in read) <= (4 if kind == "chunk_sparse" else 2 * 90)
+
+
+@pytest.mark.parametrize("fusion", [{}, {"fusion": "relevance", "router_dim": 4}], ids=str)
+def test_chosen_chunks_have_their_numbers_in_the_text(fusion):
+    """However the text is divided into calls, and also where the state keeps the last chunks alone."""
+    size, window, ids = 4, 8, torch.arange(70)[None]
+    settings = {"chunk_size": size, "window_size": window, "top_k": 3, **fusion}
+    found = {}
+    for limit in (0, 5):
+        for cuts in ([70], [11, 1, 30, 28], [40, *[1] * 30]):
+            model, watch, memory = build("chunk_sparse", max_chunks=limit, **settings), Insight(), MemoryCache()
+            with watch.of(model), torch.no_grad():
+                for piece in ids.split(cuts, 1):
+                    model(piece, past_key_values=memory)
+            found[limit, len(cuts)] = watch.chunks["layer 0"]
+        assert found[limit, 1] == found[limit, 4] == found[limit, 31]
+    for limit in (0, 5):
+        for t, chosen in enumerate(found[limit, 1]):
+            # Whole chunks before the window; a joint softmax sees the rest of the chunk that the window begins in.
+            known = max(0, t - window + (1 if fusion else size)) // size
+            first = max(0, known - limit) if limit else 0
+            assert set(chosen) <= {*range(first, known)} and bool(chosen) == bool(known), t
 
 
 def test_the_page_shows_any_text_as_it_is(tmp_path):

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from memlm.memory import chunk_sparse, mom, msa, parts
 from memlm.memory.base import MixerOutput, SequenceMixer
-from memlm.memory.state import leaves
+from memlm.memory.rows import Rows
+from memlm.memory.state import State, leaves
 
 
 class Insight:
@@ -34,6 +35,8 @@ class Insight:
         self.memories: dict[str, list[list[int]]] = {}
         self.chunks: dict[str, list[list[int]]] = {}
         self.sizes: dict[str, int] = {}
+        # With a limit, chunks are counted in the state: so many of the text come before its first.
+        self._before: dict[str, int] = {}
 
     @contextmanager
     def of(self, model: nn.Module) -> Iterator["Insight"]:
@@ -45,10 +48,10 @@ class Insight:
                     watched.append((mixer.router, partial(self._routed, name, mixer)))
                 if isinstance(mixer, chunk_sparse.Mixer | msa.Mixer) and hasattr(mixer, "choice"):
                     settings = mixer.msa if isinstance(mixer, msa.Mixer) else mixer.chunked
-                    # With a limit, chunks are counted in the state, not in the text.
-                    if not getattr(settings, "max_chunks", 0):
-                        self.sizes[name] = settings.chunk_size
-                        watched.append((mixer.choice, partial(self._chosen, name)))
+                    self.sizes[name] = settings.chunk_size
+                    watched.append((mixer.choice, partial(self._chosen, name)))
+                    if getattr(settings, "max_chunks", 0):
+                        stack.callback(mixer.register_forward_pre_hook(partial(self._begins, name)).remove)
                 for module, see in watched:
                     stack.callback(module.register_forward_hook(see).remove)
             yield self
@@ -65,6 +68,12 @@ class Insight:
             scores_BTM = scores_BTM + mixer.bias
         self.memories.setdefault(name, []).extend(parts.top_choices(scores_BTM, mixer.config.top_k)[0].tolist())
 
+    def _begins(self, name: str, mixer: chunk_sparse.Mixer, inputs: tuple[Tensor, State, Rows]) -> None:
+        rows, config = inputs[2], mixer.chunked
+        read = int(rows.before_B[0]) // config.chunk_size
+        # Without a start that the host knows, a state has places for chunks that were never read.
+        self._before[name] = read - (config.chunks_kept if rows.start is None else min(read, config.chunks_kept))
+
     def _chosen(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], out: Any) -> None:
         chosen, *document = (x[0] for x in inputs)
         if document:
@@ -73,8 +82,9 @@ class Insight:
         if chosen.dtype == torch.bool:
             found = [row.nonzero().flatten().tolist() for row in chosen]
         else:
-            # Groups of heads choose on their own; -1 is none.
-            found = [sorted({n for n in row.flatten().tolist() if n >= 0}) for row in chosen]
+            # Groups of heads choose on their own; chunks are counted from 1, and 0 is none.
+            first = self._before.get(name, 0) - 1
+            found = [sorted({n + first for n in row.flatten().tolist() if n > 0}) for row in chosen]
         self.chunks.setdefault(name, []).extend(found)
 
 

@@ -16,9 +16,9 @@ that measures surprise:
 - "none": no eidetic tokens.
 
 ``gate: tanh`` accepts a trained backbone: ``train.init_from`` of the kind ``attention`` with the same window and
-projections. Each head's output is window + tanh(g) (y - window) with g = 0 at first, so it starts as the backbone. With
-full attention only documents within the window keep their outputs, because the state has a fixed size; beside such a
-backbone, ``memlm.attach`` keeps them all.
+projections. Each head's output is window + tanh(g) (y - window), with g = 0 at first, so it starts as the backbone.
+With full attention only documents within the window keep their outputs, because the state has a fixed size; beside
+such a backbone, ``memlm.attach`` keeps them all.
 
 B batch, T tokens, L keys, D hidden, H heads in G groups, K head dim, W window_size, M slots.
 """

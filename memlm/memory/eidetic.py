@@ -187,7 +187,8 @@ class EideticAttention(attention.Mixer):
 
         gate_H: of all streams but the window's: 0 for the window alone, 1, or None, for one softmax over all
         """
-        (y_BTHK, share_BTHN), metrics = join_softmax([*streams.values()]), dict[str, Tensor]()
+        y_BTHK, share_BTHN = join_softmax([*streams.values()])
+        metrics: dict[str, Tensor] = {}
         if gate_H is not None:
             y_BTHK = torch.lerp(streams["window"][0], y_BTHK, gate_H[:, None].to(y_BTHK.dtype))
             share_BTHN = gate_H[:, None] * share_BTHN

@@ -42,7 +42,8 @@ class Mixer(SequenceMixer):
         recalled = self.memory(x_BTD, state["memory"], rows)
         input_BTD = self.norm(x_BTD + recalled.y_BTD)
         surprise = [recalled.metrics["surprise"]] if self.slots else []
-        seen, metrics = self.attention(input_BTD, state["attention"], rows, *surprise), dict[str, Tensor]()
+        seen = self.attention(input_BTD, state["attention"], rows, *surprise)
+        metrics: dict[str, Tensor] = {}
         if rows.metrics:
             metrics = seen.metrics | recalled.metrics
             metrics |= self.memory.store.norms(state["memory"], recalled.state, rows)

@@ -54,7 +54,7 @@ from memlm.layers import rotary, rotary_of_both
 from memlm.memory import attention
 from memlm.memory.base import Dims, MixerOutput
 from memlm.memory.chunk_sparse.config import FUSIONS, GATES, LEARNING, Config
-from memlm.memory.chunk_sparse.layout import Chunks, SeenKeys, last
+from memlm.memory.chunk_sparse.layout import Chunks, SeenKeys, bounded, filled, last
 from memlm.memory.kv import append, join
 from memlm.memory.parts import ReadEntries, memory_share
 from memlm.memory.rows import Rows
@@ -101,7 +101,7 @@ class Mixer(attention.Mixer):
 
     def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
         super().__init__(attention.Config(conv_size=config.conv_size, **config.projections()), dims, layer_idx)
-        self.chunked, self.any_length = config, False
+        self.chunked, self.any_length, self.grows = config, False, not config.max_chunks
         self.choice = ReadEntries()
         # A router's keys do not pass between processes.
         self.at_once = config.fusion != "relevance"
@@ -133,15 +133,19 @@ class Mixer(attention.Mixer):
         if self.chunked.fusion == "relevance":
             router = torch.zeros(batch_size, 0, 1, self.chunked.router_dim, device=device, dtype=dtype)
             # Rotated keys of the window, and the router's keys of the open chunk.
-            return state | {"near": state["k"], "router": router, "pooled": {"router": exact(router)}}
-        means = ("k", "v") if self.compressed else ("k",)
-        return state | {"pooled": {name: exact(state[name]) for name in means}}
+            state |= {"near": state["k"], "router": router, "pooled": {"router": exact(router)}}
+        else:
+            state["pooled"] = {name: exact(state[name]) for name in (("k", "v") if self.compressed else ("k",))}
+        return bounded(state, self.chunked) if self.chunked.max_chunks else state
 
     def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
         config, length = self.chunked, rows.length
-        (q_BTHK, k_BTGK, v_BTGK), after = self.project(x_BTD, state, rows)
         if length == 0:
-            return MixerOutput(self.output(q_BTHK), state, {}, {})
+            return MixerOutput(x_BTD, state, {}, {})
+        # Stretches begin with an empty state.
+        if config.max_chunks and (seen := 0 if rows.stretches is not None else rows.start) is not None:
+            state = filled(state, config, seen)
+        (q_BTHK, k_BTGK, v_BTGK), after = self.project(x_BTD, state, rows)
         angles = self.angles(rows, q_BTHK.dtype)
         turned_BTHK, turned_BTGK = rotary_of_both(q_BTHK, k_BTGK, angles)
         if rows.stretches is not None:
@@ -166,9 +170,7 @@ class Mixer(attention.Mixer):
         fuse = {"joint": self._joint, "relevance": self._relevance, "head_gate": self._gated}[config.fusion]
         out = fuse(x_BTD, (q_BTHK, turned_BTHK), keys, v_BLGK, chunks, state, after, rows)
         if config.max_chunks:
-            tokens = (config.chunks_kept + 1) * config.chunk_size - 1
-            after |= {name: last(after[name], tokens) for name in ("k", "v")}
-            after["pooled"] = {name: last(x, config.chunks_kept) for name, x in after["pooled"].items()}
+            after = bounded(after, config)
         return out._replace(y_BTD=self.output(out.y_BTD), state=after)
 
     def _keys(

@@ -108,3 +108,8 @@ class Config(attention.Projections):
     def chunks_kept(self) -> int:
         """Chunks in the state with ``max_chunks``: also those that the next tokens will choose."""
         return self.max_chunks + (self.window_size - 1) // self.chunk_size + 1
+
+    @property
+    def tokens_kept(self) -> int:
+        """Tokens in the state with ``max_chunks``."""
+        return (self.chunks_kept + 1) * self.chunk_size - 1

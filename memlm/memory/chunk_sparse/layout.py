@@ -6,10 +6,12 @@ B batch, T tokens, L keys, H query heads in G groups, K head dim, N chunks of th
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from memlm.memory.chunk_sparse.config import Config
 from memlm.memory.rows import Rows
+from memlm.memory.state import State, mapped
 from memlm_kernels.grid import place
 
 
@@ -75,6 +77,29 @@ class SeenKeys(NamedTuple):
     plain: Tensor
     far: tuple[Tensor, Tensor] | None
     near: Tensor
+
+
+def bounded(state: State, config: Config) -> State:
+    """The state of a fixed size, with ``max_chunks``: the last entries, after zeros where there are fewer."""
+    tokens = {"near": config.window_size - 1, "router": config.chunk_size - 1}
+    tokens |= dict.fromkeys(("k", "v"), config.tokens_kept)
+
+    def fixed(x: Tensor, size: int) -> Tensor:
+        missing = size - x.shape[1]
+        return F.pad(x, (0, 0, 0, 0, missing, 0)) if missing > 0 else last(x, size)
+
+    sized = {name: fixed(state[name], size) for name, size in tokens.items() if name in state}
+    return state | sized | {"pooled": mapped(lambda x: fixed(x, config.chunks_kept), state["pooled"])}
+
+
+def filled(state: State, config: Config, seen: int) -> State:
+    """The entries of a state of a fixed size that hold tokens, after ``seen`` tokens."""
+
+    def some(x: Tensor, count: int) -> Tensor:
+        return x if x.shape[1] <= count else x[:, x.shape[1] - count :]
+
+    sized = {name: some(state[name], seen) for name in ("k", "v", "near", "router") if name in state}
+    return state | sized | {"pooled": mapped(lambda x: some(x, seen // config.chunk_size), state["pooled"])}
 
 
 def last(x: Tensor, count: int) -> Tensor:
