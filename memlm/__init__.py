@@ -6,6 +6,8 @@ Files:
 
     configuration       ``MemLMConfig``, the one schema of a model
     modeling            the decoder and its head; moves padding to the end of each row
+    layer_calls         a forward through the decoder's layers
+    side                a small network that is trained beside a frozen decoder
     modeling_memlm      the file beside each config.json, so that transformers loads it without ``import memlm``
     card                the model card that each save writes
     loss                the training loss: the cross-entropy, and the losses that mixers add

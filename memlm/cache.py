@@ -155,7 +155,7 @@ class MemoryCache(Cache):
             self._write(states, rows, read)
             return
         if self.fixed:
-            mixers = [layer.mixer for layer in model.base_model.layers]
+            mixers = [layer.mixer for layer in model.base_model.every_layer]
             if kept := [x for x in mixers if x.grows and not (x.has_room and self.max_length)]:
                 fix = "give max_length, or leave fixed=True out" if kept[0].has_room else "leave fixed=True out"
                 kind = type(kept[0]).__module__.rpartition(".")[2]

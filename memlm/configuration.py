@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from memlm import side
 from memlm.memory.base import Dims, complete_settings
 from memlm.memory.rope import scaled_rope
 from memlm.settings import check_type, suggest
@@ -31,6 +32,7 @@ class MemLMConfig(PreTrainedConfig):
     head_dim: None: hidden_size / num_attention_heads
     rope_scaling: {"rope_type": "linear", "llama3" or "yarn", its numbers} as in transformers; None: no scaling
     norm_outputs: norms on the outputs of mixer and MLP (OLMo 2), not on their inputs
+    side: {"form": ..., its settings}, a network beside the frozen decoder (``memlm.side``); None: there is none
 
     Raises ValueError with the key, the value and a fix.
     """
@@ -58,6 +60,7 @@ class MemLMConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     mixers: dict[str, dict[str, Any]] | None = None
     mixer_pattern: list[str] | None = None
+    side: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name, value in kwargs.items():
@@ -117,6 +120,8 @@ class MemLMConfig(PreTrainedConfig):
                 name,
                 f"is not in model.mixers ({', '.join(self.mixers)})",
             )
+        if self.side is not None:
+            self.side = side.complete(self.side)
         super().__post_init__(**kwargs)
         # Not a given one: the file that it names is the one beside each saved config.json.
         self.auto_map = dict(_AUTO_MAP)
@@ -124,7 +129,8 @@ class MemLMConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         words = super().to_dict()
         # transformers' own class, by which its Trainer reads a checkpoint, warns of this name.
-        return {name: value for name, value in words.items() if name != "rope_scaling" or value is not None}
+        later = ("rope_scaling", "side")
+        return {name: value for name, value in words.items() if name not in later or value is not None}
 
     def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
         """Write the configuration, and beside it the file that its ``auto_map`` names."""
@@ -217,6 +223,7 @@ _VOCABULARY = {"vocab_size", "tie_word_embeddings", "pad_token_id", "bos_token_i
 _NOT_IN_STATE = {"use_cache", "initializer_range", "max_position_embeddings", *_VOCABULARY}
 # Settings newer than the first memories on disk, with their defaults: without them, those memories stay accepted.
 _LATER = {
+    "side": None,
     "rope_scaling": None,
     "norm_outputs": False,
     "qkv_bias": False,

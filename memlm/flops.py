@@ -5,6 +5,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from transformers import PreTrainedModel
 
+from memlm.cache import MemoryCache
 from memlm.configuration import MemLMConfig
 from memlm.memory.base import SequenceMixer
 from memlm.memory.rows import Rows
 from memlm.memory.state import leaves
-from memlm.modeling import MemLMDecoderLayer
+from memlm.modeling import MemLMDecoderLayer, MemLMForCausalLM
 from memlm_kernels import set_backend
 
 # Ops of torch that may hold products, beside those of other libraries.
@@ -81,6 +83,11 @@ def _run(config: MemLMConfig, seq_len: int) -> tuple[int, int]:
     config = copy.deepcopy(config)
     # Fused attention hides its products from the counter.
     config._attn_implementation = "eager"
+    if config.side is not None:
+        with FakeTensorMode(), torch.no_grad(), set_backend("reference"):
+            model, memory = MemLMForCausalLM(config).eval(), MemoryCache()
+            flops, *_ = _counted(partial(model, past_key_values=memory), torch.zeros(1, seq_len, dtype=torch.int64))
+            return flops, memory.nbytes()
     names = config.layer_mixers()
     # Not the meta device: autocast, which every memory disables for its gates, does not support it.
     with FakeTensorMode(), torch.no_grad(), set_backend("reference"):

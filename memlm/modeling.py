@@ -3,9 +3,10 @@
 B batch, T tokens, D hidden, V vocabulary.
 """
 
+import copy
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from memlm import card, files
+from memlm import card, files, side
 from memlm.cache import MemoryCache
 from memlm.configuration import MemLMConfig
 from memlm.generation import MemoryGenerationMixin
+from memlm.layer_calls import LayerCalls
 from memlm.layers import RMSNorm, SwiGLU
 from memlm.loss import bound, weighted
 from memlm.memory.base import MixerOutput, build_mixer, checked, initialize
@@ -72,13 +74,15 @@ class MemLMDecoderLayer(nn.Module):
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
+        mixed = checked(self.mixer(self.mixer_input(x_BTD), state, rows), self.mixer, x_BTD)
         if self.norm_outputs:
-            mixed = checked(self.mixer(x_BTD, state, rows), self.mixer, x_BTD)
             x_BTD = x_BTD + self.post_attention_layernorm(mixed.y_BTD)
             return mixed._replace(y_BTD=x_BTD + self.post_feedforward_layernorm(self.mlp(x_BTD)))
-        mixed = checked(self.mixer(self.input_layernorm(x_BTD, for_products=True), state, rows), self.mixer, x_BTD)
         x_BTD = x_BTD + mixed.y_BTD
         return MixerOutput(x_BTD + self.mlp(self.post_attention_layernorm(x_BTD, for_products=True)), *mixed[1:])
+
+    def mixer_input(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD if self.norm_outputs else self.input_layernorm(x_BTD, for_products=True)
 
 
 class MemLMPreTrainedModel(PreTrainedModel):
@@ -107,11 +111,25 @@ class MemLMPreTrainedModel(PreTrainedModel):
     ) -> None:
         decoder = self.base_model
         decoder.gradient_checkpointing = enable
-        decoder.checkpointed_layers = range(0, len(decoder.layers), every_n_layers)
+        decoder.checkpointed_layers = range(0, len(decoder.every_layer), every_n_layers)
         decoder._gradient_checkpointing_func = gradient_checkpointing_func
 
     def _init_weights(self, module: nn.Module) -> None:
         initialize(module, self.config.initializer_range)
+        if isinstance(module, side.Side):
+            module.reset_parameters()
+
+    def train(self, mode: bool = True) -> Any:
+        """As in torch; with a side network, all other parameters are frozen, and the other layers stay in evaluation
+        mode.
+        """
+        super().train(mode)
+        if self.config.side is not None:
+            self.base_model.layers.eval()
+            for name, parameter in self.named_parameters():
+                if not side.is_own(name):
+                    parameter.requires_grad_(False)
+        return self
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, is_main_process: bool = True, *args, **kwargs
@@ -137,7 +155,8 @@ class MemLMPreTrainedModel(PreTrainedModel):
 class MemLMModel(MemLMPreTrainedModel):
     """The decoder without its head.
 
-    checkpointed_layers: numbers of the layers that gradient checkpointing is for
+    side: a network beside the layers, which are then frozen (``memlm.side``); None: there is none
+    checkpointed_layers: numbers of the layers that gradient checkpointing is for, among ``every_layer``
     stretches: sequence parallelism (``memlm.memory.stretches``): the inputs are this process's stretch of the rows.
         Set on all its processes. None: the inputs are whole rows
     """
@@ -149,8 +168,14 @@ class MemLMModel(MemLMPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([MemLMDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.gradient_checkpointing, self.checkpointed_layers = False, range(config.num_hidden_layers)
+        self.side = None if config.side is None else side.build(config, MemLMDecoderLayer)
+        self.gradient_checkpointing, self.checkpointed_layers = False, range(len(self.every_layer))
         self.post_init()
+
+    @property
+    def every_layer(self) -> list[MemLMDecoderLayer]:
+        """All layers with a state, in the order of a memory's states: those of a side network come last."""
+        return [*self.layers, *(() if self.side is None else self.side.layers)]
 
     @can_return_tuple
     def forward(
@@ -227,32 +252,13 @@ class MemLMModel(MemLMPreTrainedModel):
         x_BTD, rows, padding = self._rows(
             x_BTD, attention_mask, position_ids, max_documents, roles, memory, output_metrics, self.stretches
         )
-        hidden_states, states, aux_losses, metrics = [], [], {}, {}
-        for i, layer in enumerate(self.layers):
-            if output_hidden_states:
-                hidden_states.append(x_BTD)
-            state = self._state(i, x_BTD, memory, rows)
-            handed, rows_of_layer = self.stretches is not None and not layer.mixer.at_once, rows
-            if handed:
-                key, rows_of_layer = (
-                    (i, x_BTD.shape, x_BTD.dtype),
-                    rows.once("alone", lambda: replace(rows, stretches=None, made={})),
-                )
-                x_BTD, state = self.stretches.receive(key, x_BTD, state)
-            if self.gradient_checkpointing and self.training and i in self.checkpointed_layers:
-                # The reentrant way loses gradients of non-tensor arguments, such as states; results are equal.
-                out = self._gradient_checkpointing_func(
-                    layer.__call__, x_BTD, state, rows_of_layer, use_reentrant=False
-                )
-            else:
-                out = layer(x_BTD, state, rows_of_layer)
-            x_BTD = out.y_BTD
-            if handed:
-                x_BTD = self.stretches.send(key, x_BTD, out.state)
-                self.stretches.refuse(i, out.aux_losses)
-            states.append(out.state)
-            aux_losses |= {f"layer{i}/{name}": x for name, x in out.aux_losses.items()}
-            metrics |= {f"layer{i}/{name}": x for name, x in out.metrics.items() if length}
+        call = LayerCalls(self, memory, rows, output_hidden_states)
+        if self.side is None:
+            for i in range(len(self.layers)):
+                x_BTD = call.layer(i, x_BTD)
+        else:
+            x_BTD = self.side(x_BTD, call)
+        hidden_states, aux_losses, metrics = call.inputs, call.aux_losses, call.metrics
         x_BTD = self.norm(x_BTD)
         if aux_losses and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             x_BTD, aux_losses = bound(x_BTD, aux_losses)
@@ -262,7 +268,7 @@ class MemLMModel(MemLMPreTrainedModel):
             metrics = {name: padding.back(x) if x.ndim == 2 else x for name, x in metrics.items()}
         if memory is not None and write:
             mask_BT = None if attention_mask is None else attention_mask[:, attention_mask.shape[1] - length :]
-            memory.replace(states, rows, self, dtype, memory.reading(input_ids, mask_BT))
+            memory.replace(call.states, rows, self, dtype, memory.reading(input_ids, mask_BT))
         return MemLMOutput(
             last_hidden_state=hidden_states[-1],
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
@@ -272,6 +278,8 @@ class MemLMModel(MemLMPreTrainedModel):
         )
 
     def _check_any_length(self) -> None:
+        if self.side is not None:
+            raise ValueError("dynamic_shapes: a side network needs a fixed number of tokens; leave it out")
         names = [
             name
             for name, layer in zip(self.config.layer_mixers(), self.layers, strict=True)
@@ -283,14 +291,6 @@ class MemLMModel(MemLMPreTrainedModel):
                 f"dynamic_shapes: mixer {names[0]!r} of kind {kind!r} loops over chunks or a window, so torch.export "
                 "needs a fixed number of tokens; leave their dimension out of dynamic_shapes"
             )
-
-    def _state(self, i: int, x_BTD: Tensor, memory: MemoryCache | None, rows: Rows) -> State:
-        """The state of a layer; before the first call, layers of one mixer share a state."""
-        if memory is not None and memory.states:
-            return memory.states[i]
-        mixer, name = self.layers[i].mixer, self.config.layer_mixers()[i]
-        key = ("empty", name, x_BTD.device, x_BTD.dtype)
-        return rows.once(key, lambda: mixer.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype))
 
     @staticmethod
     def _rows(
@@ -364,6 +364,26 @@ class MemLMForCausalLM(MemLMPreTrainedModel, MemoryGenerationMixin):
         self.model = MemLMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @torch.no_grad()
+    def add_side(self, settings: dict[str, Any]) -> None:
+        """Give a trained model a side network (``memlm.side``), which begins with its weights, and freeze the rest.
+
+        >>> model.add_side({"form": "longmem", "top_k": 8})
+
+        Raises ValueError if the settings do not fit the model.
+        """
+        if self.config.side is not None:
+            raise ValueError("model.side: the model has a side network already; name the decoder without it")
+        config = copy.deepcopy(self.config)
+        config.side = side.complete(settings)
+        beside = side.build(config, MemLMDecoderLayer)
+        for module in reversed([*beside.modules()]):
+            self._init_weights(module)
+        beside.copy_from(self.model.layers)
+        self.model.side = beside.to(self.device, self.dtype)
+        self.config.side = config.side
+        self.train(self.training)
 
     @can_return_tuple
     def forward(

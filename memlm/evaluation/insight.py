@@ -16,6 +16,7 @@ from memlm.memory import chunk_sparse, mom, msa, parts
 from memlm.memory.base import MixerOutput, SequenceMixer
 from memlm.memory.rows import Rows
 from memlm.memory.state import State, leaves
+from memlm.side import is_own
 
 
 class Insight:
@@ -95,6 +96,6 @@ def _mixers(model: nn.Module) -> dict[str, SequenceMixer]:
     for path, module in model.named_modules():
         if isinstance(module, SequenceMixer) and not any(path.startswith(f"{outer}.") for outer in paths):
             paths.append(path)
-            number = re.search(r"\.(\d+)\.", path)
-            found[f"layer {number[1]}" if number else path] = module
+            number, where = re.search(r"\.(\d+)\.", path), "side layer" if is_own(path) else "layer"
+            found[f"{where} {number[1]}" if number else path] = module
     return found

@@ -85,7 +85,8 @@ def new_memory(model: PreTrainedModel) -> Cache:
 def kinds(model: PreTrainedModel) -> list[str]:
     """The kinds of a model's memories; behind the family, if it is of transformers."""
     if isinstance(model.config, MemLMConfig):
-        return [*dict.fromkeys(mixer["kind"] for mixer in model.config.mixers.values())]
+        beside = [] if model.config.side is None else [f"{model.config.side['form']} side network"]
+        return [*dict.fromkeys(mixer["kind"] for mixer in model.config.mixers.values()), *beside]
     settings = attached.of(model)
     return [model.config.model_type, *([settings.memory["kind"]] if settings else [])]
 

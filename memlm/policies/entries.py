@@ -23,6 +23,7 @@ def check(model: PreTrainedModel, cache: Cache) -> None:
     """Raise ValueError if a policy cannot take entries out of the model's cache, once it has read a token."""
     fix = "a policy needs full attention in every layer"
     if isinstance(model, MemLMPreTrainedModel):
+        require(model.config.side is None, f"policy: a side network has states of its own; {fix}, and no side network")
         for name, layer in zip(model.config.layer_mixers(), model.base_model.layers, strict=True):
             kind = model.config.mixers[name]["kind"]
             require(type(layer.mixer) is attention.Mixer, f"policy: no entries can go from kind {kind!r}; {fix}")

@@ -25,8 +25,9 @@ def lines(run: Trainer) -> Iterator[str]:
         where = f"{accelerator.num_processes} processes, {where}"
     stages = run.feed.lengths.stages
     flops = "" if run.flops is None else f"{run.flops[stages.row] / 1e6:,.1f} MFLOPs a token forward, "
-    some = f" ({count_parameters(model, trained=True):,} trained)" if settings.trainable is not None else ""
-    about = f"{', '.join(kinds(model))}, {count_parameters(model):,} parameters{some}"
+    whole, trained = (count_parameters(model, trained=of) for of in (False, True))
+    some = f" ({trained:,} trained)" if trained < whole else ""
+    about = f"{', '.join(kinds(model))}, {whole:,} parameters{some}"
     yield f"memlm {memlm.__version__}: {about}, {flops}on {where}, {'fp32' if precision == 'no' else precision}"
     if device.type == "cpu":
         yield "no GPU: the preset for CPUs, minutes long"

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from memlm import attached
+from memlm import attached, side
 from memlm.configuration import MemLMConfig
 from memlm.hub.causal import check_vocabulary, load_any, longest, read_config
 from memlm.memory.base import complete_settings
@@ -30,6 +30,7 @@ class BackboneSettings:
     sinks: int
     dtype: str | None
     mixers: dict
+    side: dict | None = None
 
     def __post_init__(self) -> None:
         require(self.backbone != "", "backbone='' names no model; set backbone=PATH_OR_ID")
@@ -52,9 +53,11 @@ class BackboneSettings:
     def of(cls, settings: Mapping[str, Any]) -> "BackboneSettings | None":
         """The settings of a model group; None if it describes a new decoder."""
         if "backbone" not in settings:
+            require(not settings.get("side"), "side=...: it stands beside a trained decoder; set backbone=PATH_OR_ID")
             return None
         require(settings["backbone"] is not None, "model=backbone has no backbone; set backbone=PATH_OR_ID")
-        return build_config(cls, dict(settings), "model")
+        of = build_config(cls, dict(settings), "model")
+        return of if of.side is None else replace(of, side=side.complete(of.side))
 
 
 def check(settings: Mapping[str, Any]) -> None:
@@ -79,6 +82,11 @@ def build(settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Pr
     model = load_any(source, dtype="auto" if of.dtype is None else getattr(torch, of.dtype))
     if isinstance(model, MemLMPreTrainedModel):
         _require_none(of)
+    if of.side is not None:
+        try:
+            model.add_side(of.side)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
     fix = "name its backbone, and give its weights by train.init_from"
     require(attached.of(model) is None, f"{key}: it has a memory already; {fix}")
     check_vocabulary(model, tokenizer, key)
@@ -93,6 +101,7 @@ def build(settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Pr
 
 
 def _require_none(of: BackboneSettings) -> None:
+    """Raise ValueError if a decoder of memlm would get a memory."""
     none = "use memory=none, which trains it as it is"
     require(of.memory is None, f"backbone={of.backbone}: it has a memory already; {none}")
 
@@ -125,7 +134,7 @@ def expected(
     chosen = {name: value for name, value in given.items() if value is not None}
     if own:
         _require_none(of)
-        return {**here, **chosen}
+        return {**here, **chosen, **({} if of.side is None else {"side": of.side})}
     mixers = {"memory": of.memory} if of.memory else {}
     return {**here, **chosen, "window": of.window, "sinks": of.sinks, "mixers": mixers}
 
@@ -147,6 +156,7 @@ def checkpoint_layers(model: PreTrainedModel, chosen: bool | list) -> None:
     if isinstance(chosen, list):
         own = isinstance(model, MemLMPreTrainedModel)
         key = f"train.gradient_checkpointing={chosen}"
+        own = own and model.config.side is None
         require(own, f"{key} names layers of memlm's decoder, and this is a backbone; use true or false")
         model.base_model.checkpointed_layers = layers_of(model.config, chosen)
 

@@ -31,7 +31,7 @@ def check_carry(model: PreTrainedModel, lengths: Sequence[int], shared: bool) ->
     require(len(lengths) == 1, f"{key} needs rows of one length; leave train.lengths out")
     require(not shared, f"{key} reads rows in order, which hardware.sequence_parallel cuts; leave one of them out")
     require(isinstance(model, MemLMPreTrainedModel), f"{key} is for models of memlm; leave it out for a backbone")
-    growing = [type(of.mixer).__module__.rpartition(".")[2] for of in model.base_model.layers if of.mixer.grows]
+    growing = [type(of.mixer).__module__.rpartition(".")[2] for of in model.base_model.every_layer if of.mixer.grows]
     require(not growing, f"{key} needs a state of constant size; {growing[:1]} keeps every token, so leave it out")
 
 
@@ -53,6 +53,7 @@ def check_stretches(model: PreTrainedModel, size: int, lengths: Sequence[int], c
         fix = "make data.seq_len and the lengths of train.lengths multiples of it"
         require(length % size == 0, f"{key} does not divide rows of {length} tokens; {fix}")
     require(isinstance(model, MemLMPreTrainedModel), f"{key} is for models of memlm; a backbone needs 1")
+    require(model.config.side is None, f"{key}: a side network needs whole rows; set it to 1")
     require(not compiled, f"{key} exchanges states within a forward; set hardware.compile=false")
     mixers = (layer.mixer for layer in model.base_model.layers)
     waiting = [type(mixer).__module__.rpartition(".")[2] for mixer in mixers if not mixer.at_once]

@@ -92,6 +92,7 @@ def check_divisible(model: PreTrainedModel) -> None:
         isinstance(model, MemLMForCausalLM),
         f"hardware.shard: a {type(model).__name__} cannot be divided, only memlm's own decoder; use hardware=auto",
     )
+    require(model.config.side is None, "hardware.shard: a side network is not divided; use hardware=auto")
     for name, parameter in model.named_parameters():
         fix = "its memory has a setting without it, or use hardware=auto"
         require(parameter.ndim > 0, f"hardware.shard: {name} is a single number, which cannot be divided; {fix}")

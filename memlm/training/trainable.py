@@ -13,6 +13,7 @@ from memlm.attached.call import Attached
 from memlm.attached.save import MEMORY as ATTACHED
 from memlm.memory.base import SequenceMixer
 from memlm.settings import require, suggest
+from memlm.side import is_own
 
 MEMORY = "memory"
 CONDITION = "condition"
@@ -53,8 +54,14 @@ def choose(model: PreTrainedModel, trainable: str | list | dict | None) -> list[
     return chosen
 
 
-def _selected(model: PreTrainedModel, trainable: str | list | dict | None) -> list[str]:
+def _names(model: nn.Module) -> list[str]:
+    """The parameters that may be trained: beside a side network, the decoder is frozen."""
     names = [name for name, _ in model.named_parameters()]
+    return [name for name in names if is_own(name)] or names
+
+
+def _selected(model: PreTrainedModel, trainable: str | list | dict | None) -> list[str]:
+    names = _names(model)
     if trainable is None:
         return names
     if isinstance(trainable, dict):
@@ -84,7 +91,7 @@ def memory_names(model: nn.Module) -> list[str]:
 
     Such a mixer counts as a whole, because attention and memory share projections in some.
     """
-    names = [name for name, _ in model.named_parameters()]
+    names = _names(model)
     mixers = [
         f"{path}."
         for path, module in model.named_modules()
@@ -110,10 +117,11 @@ def well_conditioned(model: PreTrainedModel, count: int) -> list[str]:
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
     }
+    names = {*_names(model)}
     matrices = {
         name: weight
         for name, weight in owners.items()
-        if id(weight) not in outer and weight.is_floating_point() and min(weight.shape) > 1
+        if name in names and id(weight) not in outer and weight.is_floating_point() and min(weight.shape) > 1
     }
     require(
         count <= len(matrices),

@@ -40,7 +40,7 @@ first.
 Files:
 
     config              the settings
-    layout              where the chunks of a call are, and the keys that its tokens see
+    layout              where the chunks of a call are, their means, and the keys that its tokens see
 
 B batch, T tokens, S keys kept from earlier calls, L = S + T, D hidden, H query heads in G groups, K head dim, N chunks
 of the row, E of them new, C chunk_size.
@@ -60,12 +60,8 @@ from memlm.memory.parts import ReadEntries, memory_share
 from memlm.memory.rows import Rows
 from memlm.memory.state import State
 from memlm_kernels import chunk_mean_attention, chunk_sparse_attention, chunk_topk
-from memlm_kernels.grid import keep_last, pick
+from memlm_kernels.grid import pick
 from memlm_kernels.segments import exact
-
-# In a softmax over chosen tokens alone, the token itself gets the score -_FAR^2 sqrt(K), so no weight.
-_FAR = 100.0
-
 
 __all__ = ["FUSIONS", "GATES", "LEARNING", "Chunks", "Config", "Mixer"]
 
@@ -256,7 +252,7 @@ class Mixer(attention.Mixer):
         index_BTGJ = self.choice(chunk_topk(q_BTHK, pooled_BNGK, top_k=self.chunked.top_k, spans=spans) + 1) - 1
         window_BTHK = self._window(turned_BTHK, keys, v_BLGK, chunks, rows)
         far = keys.far or (turned_BTHK, keys.near)
-        chosen_BTHK, knows_BTH = self._chosen_alone(far, v_BLGK, index_BTGJ, chunks, rows)
+        chosen_BTHK, knows_BTH = chunks.read_alone(far, v_BLGK, index_BTGJ, rows, self.chunked.chunk_size)
         gate_BTH1 = (self.head_gate() * knows_BTH)[..., None].to(window_BTHK.dtype)
         metrics = {}
         if rows.metrics:
@@ -288,7 +284,7 @@ class Mixer(attention.Mixer):
         assert keys.far is not None
         for j in range(config.top_k):
             index_BTGJ = index_BT1J[..., j : j + 1].expand(-1, -1, groups, -1)
-            read_BTHK, _ = self._chosen_alone(keys.far, v_BLGK, index_BTGJ, chunks, rows)
+            read_BTHK, _ = chunks.read_alone(keys.far, v_BLGK, index_BTGJ, rows, config.chunk_size)
             recalled_BTHK = recalled_BTHK + weight_BTJ[..., j, None, None].to(read_BTHK.dtype) * read_BTHK
         window_BTHK = self._window(turned_BTHK, keys, v_BLGK, chunks, rows)
         metrics = {"memory_share": memory_share(recalled_BTHK, window_BTHK)} if rows.metrics else {}
@@ -309,19 +305,6 @@ class Mixer(attention.Mixer):
         none_BTGJ = torch.zeros(*q_BTHK.shape[:2], v_BLGK.shape[2], 0, dtype=torch.int64, device=q_BTHK.device)
         return self._read(q_BTHK, keys.near, last(v_BLGK, keys.near.shape[1]), none_BTGJ, chunks, rows)
 
-    def _chosen_alone(
-        self, far: tuple[Tensor, Tensor], v_BLGK: Tensor, index_BTGJ: Tensor, chunks: Chunks, rows: Rows
-    ) -> tuple[Tensor, Tensor]:
-        """Attention to the tokens of the chosen chunks alone, zeros for a token without; and which have some, [B, T,
-        H].
-        """
-        q_BTHK, k_BLGK = far
-        own_BTGK = k_BLGK.new_full((*q_BTHK.shape[:2], *k_BLGK.shape[2:]), _FAR)
-        low_BTHK = torch.full_like(q_BTHK, -_FAR, requires_grad=False)
-        read_BTHK = self._read(low_BTHK, own_BTGK, v_BLGK, index_BTGJ, chunks, rows, far, window=1)
-        knows_BTH = (index_BTGJ >= 0).any(-1).repeat_interleave(self.num_key_value_groups, 2)
-        return torch.where(knows_BTH[..., None], read_BTHK, 0.0), knows_BTH
-
     def _read(
         self,
         q_BTHK: Tensor,
@@ -331,7 +314,6 @@ class Mixer(attention.Mixer):
         chunks: Chunks,
         rows: Rows,
         far: tuple[Tensor, Tensor] | None = None,
-        window: int | None = None,
     ) -> Tensor:
         return chunk_sparse_attention(
             q_BTHK,
@@ -340,7 +322,7 @@ class Mixer(attention.Mixer):
             index_BTGJ,
             chunks.starts_BN,
             chunk_size=self.chunked.chunk_size,
-            window=window or self.chunked.window_size,
+            window=self.chunked.window_size,
             positions=None if chunks.starts_BN is None else rows.positions_BT,
             far=far,
         ).o
@@ -396,26 +378,8 @@ class Mixer(attention.Mixer):
 
     def _pooled(self, x_BLGK: Tensor, chunks: Chunks, name: str, state: State, after: State) -> Tensor:
         """Means of each chunk's x, [B, N, G, K]; x ends with the call's tokens."""
-        size, length, kept_BNGK = self.chunked.chunk_size, chunks.first_BT.shape[1], state["pooled"][name]
-        past = state["v"].shape[1]
-        if isinstance(chunks.new, int):
-            pooled_BNGK = kept_BNGK
-            if chunks.new:
-                start = x_BLGK.shape[1] - length - past % size
-                new_BEGK = exact(x_BLGK[:, start : start + chunks.new * size]).unflatten(1, (-1, size)).mean(2)
-                pooled_BNGK = join(kept_BNGK, new_BEGK)
-            after["pooled"][name] = pooled_BNGK
-            return pooled_BNGK
-        new_BE, count_B = chunks.new
-        # All tokens of chunks that end in this call.
-        x_BLGK = x_BLGK[:, max(0, x_BLGK.shape[1] - length - size + 1) :]
-        token_C = torch.arange(x_BLGK.shape[1] - length - size + 1, x_BLGK.shape[1] - length + 1, device=x_BLGK.device)
-        # Unused slots get any valid index.
-        index_BEC = (new_BE[..., None] + token_C).clamp(min=0)
-        new_BEGK = exact(pick(x_BLGK, index_BEC.flatten(1))).unflatten(1, index_BEC.shape[1:]).mean(2)
-        pooled_BNGK = torch.cat([kept_BNGK.to(new_BEGK.dtype), new_BEGK], 1)
-        most = (past + length) // size
-        after["pooled"][name] = keep_last(pooled_BNGK, most, new_BEGK.shape[1], count_B)
+        kept_BNGK, past = state["pooled"][name], state["v"].shape[1]
+        pooled_BNGK, after["pooled"][name] = chunks.means(x_BLGK, kept_BNGK, past, self.chunked.chunk_size)
         return pooled_BNGK
 
     def _unlike_dense(

@@ -1,6 +1,6 @@
-"""Where the chunks of a call are, and the keys that its tokens see.
+"""Where the chunks of a call are, their means, and the keys that its tokens see.
 
-B batch, T tokens, L keys, H query heads in G groups, K head dim, N chunks of the row, E of them new.
+B batch, T tokens, L keys, H query heads in G groups, K head dim, N chunks of the row, E of them new, C chunk_size.
 """
 
 from typing import NamedTuple
@@ -10,9 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memlm.memory.chunk_sparse.config import Config
+from memlm.memory.kv import join
 from memlm.memory.rows import Rows
 from memlm.memory.state import State, mapped
-from memlm_kernels.grid import place
+from memlm_kernels import chunk_sparse_attention
+from memlm_kernels.grid import keep_last, pick, place
+from memlm_kernels.segments import exact
+
+# In a softmax over chosen tokens alone, the token itself gets the score -_FAR^2 sqrt(K), so no weight.
+_FAR = 100.0
 
 
 class Chunks(NamedTuple):
@@ -64,6 +70,55 @@ class Chunks(NamedTuple):
             document_BT=past + token_T - positions_BT,
             new=(new_BE, so_far_BT[:, -1]),
         )
+
+    def means(self, x_BLGK: Tensor, kept_BNGK: Tensor, past: int, size: int) -> tuple[Tensor, Tensor]:
+        """Means of each chunk's x, [B, N, G, K], and those of them to keep; x ends with the call's tokens.
+
+        kept: of the chunks before the call; past: keys in the state; size: tokens of a chunk
+        """
+        length = self.first_BT.shape[1]
+        if isinstance(self.new, int):
+            if not self.new:
+                return kept_BNGK, kept_BNGK
+            start = x_BLGK.shape[1] - length - past % size
+            new_BEGK = exact(x_BLGK[:, start : start + self.new * size]).unflatten(1, (-1, size)).mean(2)
+            pooled_BNGK = join(kept_BNGK, new_BEGK)
+            return pooled_BNGK, pooled_BNGK
+        new_BE, count_B = self.new
+        # All tokens of chunks that end in this call.
+        x_BLGK = x_BLGK[:, max(0, x_BLGK.shape[1] - length - size + 1) :]
+        token_C = torch.arange(x_BLGK.shape[1] - length - size + 1, x_BLGK.shape[1] - length + 1, device=x_BLGK.device)
+        # Unused slots get any valid index.
+        index_BEC = (new_BE[..., None] + token_C).clamp(min=0)
+        new_BEGK = exact(pick(x_BLGK, index_BEC.flatten(1))).unflatten(1, index_BEC.shape[1:]).mean(2)
+        pooled_BNGK = torch.cat([kept_BNGK.to(new_BEGK.dtype), new_BEGK], 1)
+        most = (past + length) // size
+        return pooled_BNGK, keep_last(pooled_BNGK, most, new_BEGK.shape[1], count_B)
+
+    def read_alone(
+        self, far: tuple[Tensor, Tensor], v_BLGK: Tensor, index_BTGJ: Tensor, rows: Rows, size: int
+    ) -> tuple[Tensor, Tensor]:
+        """Attention to the tokens of the chosen chunks alone, zeros for a token without; and which have some, [B, T,
+        H].
+
+        far: queries and keys that score them; index: the chosen chunks, -1 for none; size: tokens of a chunk
+        """
+        q_BTHK, k_BLGK = far
+        own_BTGK = k_BLGK.new_full((*q_BTHK.shape[:2], *k_BLGK.shape[2:]), _FAR)
+        low_BTHK = torch.full_like(q_BTHK, -_FAR, requires_grad=False)
+        read_BTHK = chunk_sparse_attention(
+            low_BTHK,
+            own_BTGK,
+            v_BLGK,
+            index_BTGJ,
+            self.starts_BN,
+            chunk_size=size,
+            window=1,
+            positions=None if self.starts_BN is None else rows.positions_BT,
+            far=far,
+        ).o
+        knows_BTH = (index_BTGJ >= 0).any(-1).repeat_interleave(q_BTHK.shape[2] // k_BLGK.shape[2], 2)
+        return torch.where(knows_BTH[..., None], read_BTHK, 0.0), knows_BTH
 
 
 class SeenKeys(NamedTuple):

@@ -1,0 +1,81 @@
+"""A forward through the layers of a decoder, in any order: states, losses and metrics of each.
+
+B batch, T tokens, D hidden.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memlm.cache import MemoryCache
+from memlm.memory.rows import Rows
+from memlm.memory.state import State
+
+
+class LayerCalls:
+    """A forward through the layers, for a side network its ``side.Decoder``: it gathers states, losses and metrics.
+
+    inputs: of each layer, if they are kept; states: those after the call, in the order of ``every_layer``
+    """
+
+    def __init__(self, model: Any, memory: MemoryCache | None, rows: Rows, keep_inputs: bool) -> None:
+        self.model, self.memory, self.rows, self.keep_inputs = model, memory, rows, keep_inputs
+        self.layers = model.layers
+        self.inputs: list[Tensor] = []
+        self.states: list[State] = [{} for _ in model.every_layer]
+        self.aux_losses: dict[str, Tensor] = {}
+        self.metrics: dict[str, Tensor] = {}
+
+    def frozen(self, i: int, h_BTD: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.layer(i, h_BTD)
+
+    def keys_values(self, i: int, h_BTD: Tensor) -> State:
+        layer = self.layers[i]
+        with torch.no_grad():
+            (_, k, v), _ = layer.mixer.project(layer.mixer_input(h_BTD), self._state(i, h_BTD), self.rows)
+        return {"k": k, "v": v}
+
+    def side(self, j: int, s_BTD: Tensor, given: State | None = None) -> Tensor:
+        return self.layer(len(self.layers) + j, s_BTD, given)
+
+    def layer(self, i: int, x_BTD: Tensor, given: State | None = None) -> Tensor:
+        """The output of layer i of ``every_layer``."""
+        model, rows = self.model, self.rows
+        beside = i - len(self.layers)
+        layer, name = (self.layers[i], f"layer{i}") if beside < 0 else (model.side.layers[beside], f"side{beside}")
+        if self.keep_inputs:
+            self.inputs.append(x_BTD)
+        state, stretches = self._state(i, x_BTD), model.stretches
+        handed = stretches is not None and not layer.mixer.at_once
+        if handed:
+            key = (i, x_BTD.shape, x_BTD.dtype)
+            rows = rows.once("alone", lambda: replace(self.rows, stretches=None, made={}))
+            x_BTD, state = stretches.receive(key, x_BTD, state)
+        state = state if given is None else {**state, **given}
+        again = model.gradient_checkpointing and model.training and torch.is_grad_enabled()
+        if again and i in model.checkpointed_layers:
+            # The reentrant way loses gradients of non-tensor arguments, such as states; results are equal.
+            out = model._gradient_checkpointing_func(layer.__call__, x_BTD, state, rows, use_reentrant=False)
+        else:
+            out = layer(x_BTD, state, rows)
+        x_BTD = out.y_BTD
+        if handed:
+            x_BTD = stretches.send(key, x_BTD, out.state)
+            stretches.refuse(i, out.aux_losses)
+        self.states[i] = out.state
+        if model.side is None or beside >= 0:
+            self.aux_losses |= {f"{name}/{of}": x for of, x in out.aux_losses.items()}
+        self.metrics |= {f"{name}/{of}": x for of, x in out.metrics.items() if rows.length}
+        return x_BTD
+
+    def _state(self, i: int, x_BTD: Tensor) -> State:
+        """The state of a layer; before the first call, layers of one mixer share a state."""
+        if self.memory is not None and self.memory.states:
+            return self.memory.states[i]
+        beside = i - len(self.layers)
+        mixer = (self.layers[i] if beside < 0 else self.model.side.layers[beside]).mixer
+        key = ("empty", self.model.config.layer_mixers()[i] if beside < 0 else i, x_BTD.device, x_BTD.dtype)
+        return self.rows.once(key, lambda: mixer.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype))
