@@ -35,6 +35,14 @@ ROOT = Path(__file__).parent.parent
 MEMORIES = sorted(path.stem for path in (ROOT / "configs" / "memory").glob("*.yaml"))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Before pytest leaves out what is slow."""
+    for item in items:
+        if item.get_closest_marker("kinds") and item.callspec.params["variant"][1]:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
     """accelerate keeps one state per process, whatever the precision."""

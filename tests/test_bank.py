@@ -57,7 +57,7 @@ def asked(model, bank, parts, **options):
 QUESTION = [(-2, tokens(3, 50)), (0, tokens(5, 51)), (-2, tokens(2, 52)), (-1, tokens(6, 53))]
 
 
-@pytest.mark.parametrize("batch", [1, 20, 4096])
+@pytest.mark.parametrize("batch", [20, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4096))])
 @pytest.mark.parametrize(
     "settings",
     [

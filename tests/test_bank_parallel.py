@@ -14,7 +14,7 @@ from memlm.cli import leave_group
 from memlm_kernels.testing import assert_close
 from tests.test_bank import EXACT, LENGTHS, QUESTION, asked, joined, library, model_of, tokens
 
-SIZES = (1, 2, 4)
+SIZES = (1, 3)
 SETTINGS = [
     {},
     {"similarity": "dot", "routing": "query", "top_k": 3},
@@ -154,7 +154,7 @@ def test_any_number_of_processes_is_one(tmp_path):
                 same(a, b, f"rank {rank} of {size}, step {step}")
             same(loaded, of_rank["loaded"], f"rank {rank} of {size}, loaded")
             assert of_rank["collectives"] == ({"all_gather": 2, "all_reduce": 2} if size > 1 else {})
-            assert of_rank["ties"].tolist() == {1: [[9, 20, -1]], 2: [[8, 9, 20]], 4: [[6, 7, 8]]}[size]
+            assert of_rank["ties"].tolist() == {1: [[9, 20, -1]], 3: [[7, 8, 9]]}[size]
             assert ("models of" in of_rank["refused"]) == (size > 1)
             full, other, locked = of_rank["errors"]
             assert full == other == "OSError: disk full" and "writes there; wait for it to end" in locked

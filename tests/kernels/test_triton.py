@@ -295,8 +295,7 @@ def test_memory_of_two_layers(name, monkeypatch):
     compare(deep(chunk_size, **options), deep_inputs(*sizes), torch.float32)
 
 
-@pytest.mark.parametrize("length", [1, 16, 75])
-@pytest.mark.parametrize("cuts", ["whole", "segments"])
+@pytest.mark.parametrize(("length", "cuts"), [(1, "segments"), (16, "whole"), (75, "segments")])
 @pytest.mark.parametrize("op", ["delta", "delta_decay", "delta_channel"])
 def test_the_residual_of_a_delta_rule(op, cuts, length):
     """By the kernels of chunks, and without gradients by those of a few tokens."""

@@ -61,6 +61,7 @@ def test_every_linear_is_called_and_is_an_affine_map(variant):
     assert called == set(linears)
 
 
+@pytest.mark.kinds
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # From peft.
 def test_adapters_of_all_linears_are_trained_and_can_be_merged(variant):
     config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -79,6 +80,7 @@ def test_adapters_of_all_linears_are_trained_and_can_be_merged(variant):
         assert_close("merged, memory off", silenced, merged[1], EXACT)
 
 
+@pytest.mark.kinds
 def test_layers_on_a_disk_change_nothing(variant, tmp_path):
     model, given = model_of(variant), inputs(variant)
     model.save_pretrained(tmp_path / "model")

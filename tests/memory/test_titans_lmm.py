@@ -273,8 +273,9 @@ def trained(memory, depth, marks=()):
     return pytest.param(memory, {"memory_depth": depth}, marks=marks, id=f"{memory} {depth}")
 
 
-TRAINED = [trained("titans_lmm", 1), trained("titans_lmm", 2), trained("titans_mac", 3), trained("titans_mag", 3)]
-TRAINED += [trained(m, d, pytest.mark.slow) for m, d in (("titans_mal", 4), ("titans_tnt", 2), ("omeganet", 2))]
+TRAINED = [trained("titans_lmm", 1), trained("titans_lmm", 2)]
+MORE = (("titans_mac", 3), ("titans_mag", 3), ("titans_mal", 4), ("titans_tnt", 2), ("omeganet", 2))
+TRAINED += [trained(m, d, pytest.mark.slow) for m, d in MORE]
 
 
 @pytest.mark.parametrize(("memory", "settings"), TRAINED)
