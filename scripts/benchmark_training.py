@@ -1,7 +1,9 @@
 #!/usr/bin/env python
-"""Measure the training loop around the model: its overhead, the stall of a save, the start of a run.
+"""Measure the training loop around the model: its overhead, the stall of a save, the start of a run; and a step of one
+run beside that of another.
 
     python scripts/benchmark_training.py loop [--rounds 5] [key=value ...]
+    python scripts/benchmark_training.py beside --than key=value [--than ...] [--rounds 5] [key=value ...]
     python scripts/benchmark_training.py start [key=value ...]
     torchrun --nproc_per_node 2 scripts/benchmark_training.py save hardware=fsdp2 [key=value ...]
 
@@ -9,6 +11,8 @@
 turns. Times are those of the process's threads (``time.process_time``). A round takes the median of what a step of the
 loop costs more, of 40 plain steps and of 10 logged ones, and weighs them as 19 to 1. The figure is the median of the
 rounds and their range.
+``beside``: forward, backward, clipping and update with the settings, beside those with the settings of ``--than`` too,
+in turns: the ratio of a round's 10 steps, the median of the rounds and their range.
 ``save``: seconds that a save and the three steps beside its writing take longer than three steps, in steps.
 ``start``: seconds from the end of the imports to the end of the first step, of a new run with its data in the cache.
 
@@ -43,8 +47,8 @@ def cost(call: Callable[[], Any], clock: Callable[[], float] = time.process_time
     return clock() - begin
 
 
-def measure_loop(folder: str, overrides: list[str], rounds: int) -> None:
-    made = trainer(folder, overrides)
+def bare_step(made: Any) -> Callable[[], None]:
+    """A step on the next of some batches that are ready."""
     batches = itertools.cycle([list(made.feed.inputs(step)) for step in range(STEPS)])
 
     def bare() -> None:
@@ -57,6 +61,29 @@ def measure_loop(folder: str, overrides: list[str], rounds: int) -> None:
         for optimizer in made.optimizers:
             optimizer.optimizer.step()
             optimizer.optimizer.zero_grad()
+
+    return bare
+
+
+def measure_beside(folder: str, overrides: list[str], than: list[str], rounds: int) -> None:
+    given = {"one": [*overrides, *than], "other": overrides}
+    steps = [bare_step(trainer(f"{folder}/{name}", settings)) for name, settings in given.items()]
+    ratios = []
+    for _ in range(rounds + 1):
+        took = [0.0, 0.0]
+        for turn in range(10):
+            for i in (0, 1) if turn % 2 else (1, 0):
+                took[i] += cost(steps[i])
+        ratios.append(took[1] / took[0])
+    # The first round warms up.
+    ratios = ratios[1:]
+    spread = f"{min(ratios):.3f} to {max(ratios):.3f}, {rounds} rounds of 10 steps"
+    print(f"a step costs {statistics.median(ratios):.3f} of one with {' '.join(than)} ({spread})")
+
+
+def measure_loop(folder: str, overrides: list[str], rounds: int) -> None:
+    made = trainer(folder, overrides)
+    bare = bare_step(made)
 
     def whole(logged: bool) -> None:
         figures = made._one_step(logged)
@@ -116,13 +143,18 @@ def measure_start(folder: str, overrides: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("figure", choices=("loop", "save", "start"))
+    parser.add_argument("figure", choices=("loop", "beside", "save", "start"))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--than", action="append", metavar="key=value", help="a setting of the other run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of train.py")
     given = parser.parse_intermixed_args()
+    if (given.figure == "beside") != bool(given.than):
+        parser.error("--than key=value is of beside, which needs it")
     with tempfile.TemporaryDirectory() as folder:
         if given.figure == "loop":
             measure_loop(folder, given.overrides, given.rounds)
+        elif given.figure == "beside":
+            measure_beside(folder, given.overrides, given.than, given.rounds)
         elif given.figure == "save":
             measure_save(folder, given.overrides)
         else:
