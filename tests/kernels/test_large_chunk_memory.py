@@ -153,7 +153,7 @@ def test_a_start_that_the_host_knows_changes_nothing(cuts, muon_steps):
 
 
 @EACH_RULE
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_gradcheck_of_the_state(packed, muon_steps):
     """All results of a call, in all its inputs, over a document's start and over a call that starts inside a chunk."""
     tokens = make(length=7, key=2, value=3, width=2)
