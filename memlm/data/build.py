@@ -188,7 +188,7 @@ def _check_injected(sources: Mapping[str, Any]) -> None:
     others = [name for name in sources if name not in found]
     for name, injection in found.items():
         where, of, contradicts = f"data.sources.{name}", injection.of, injection.contradicts
-        require(of in others, f"{where}.of={of} is no other source that is not injected; {suggest(of, others)}")
+        require(of in others, f"{where}.of={of} must name a source of another kind; {suggest(of, others)}")
         if contradicts is None:
             continue
         own = [key for key, other in found.items() if other.paths is None and other.contradicts is None]

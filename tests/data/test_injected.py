@@ -201,7 +201,7 @@ def test_a_run_probes_around_its_facts_and_goes_on_as_if_undisturbed(tmp_path, m
             {"overrides": ["train.carry=true", "memory=titans_lmm"]},
             r"train.carry: data.sources.\['facts'\] puts facts",
         ),
-        ({"settings": "times: 0, of: facts"}, "data.sources.facts.of=facts is no other source that is not injected"),
+        ({"settings": "times: 0, of: facts"}, "data.sources.facts.of=facts must name a source of another kind"),
         ({"settings": "perod: 7"}, "data.sources.facts.perod is unknown; did you mean 'period'"),
         ({"settings": "period: 7.5"}, "data.sources.facts.period=7.5 must be int"),
         ({"settings": "times: 10"}, "data.sources.facts: facts are due in step 1000, behind train.steps=14"),
