@@ -9,7 +9,8 @@ from memlm import MemLMConfig, MemLMForCausalLM, MemoryCache
 from memlm.evaluation import run as evaluate
 from memlm.evaluation.ablation import memory_off
 from memlm.flops import count_flops, count_flops_of, count_parameters, state_bytes
-from memlm.hub import load_model
+from memlm.hub import load_model, require_plain
+from memlm.hub.families import config_to
 from memlm.layers import Rope, rotary, rotary_angles
 from memlm.memory.rows import Rows
 from memlm.training import checkpoint, run
@@ -371,5 +372,9 @@ def test_a_network_that_does_not_fit_is_one_line():
     ):
         with pytest.raises(ValueError, match=message):
             model.add_side(form)
+    with pytest.raises(ValueError, match=r"model\.side: mistral has no side network; convert the decoder that"):
+        config_to("mistral", built("ladder").config, {})
+    with pytest.raises(ValueError, match=r"model\.side=\{'form': 'ladder', 'reduction': 2\}; only None can be"):
+        require_plain(built("ladder").config)
     with pytest.raises(ValueError, match=r"model\.side\.form='wide' must be one of"):
         MemLMConfig(side={"form": "wide"})

@@ -84,6 +84,8 @@ def config_to(form: str, config: MemLMConfig, before: dict[str, Any]) -> dict[st
 
     Raises ValueError if the family has no equivalent.
     """
+    if config.side is not None:
+        raise ValueError(f"model.side: {form} has no side network; convert the decoder that was trained without it")
     mixers = [_mixer(config, name) for name in config.layer_mixers()]
     for mixer in mixers:
         if mixer["kind"] != "attention":
