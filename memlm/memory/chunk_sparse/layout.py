@@ -141,7 +141,10 @@ def bounded(state: State, config: Config) -> State:
 
     def fixed(x: Tensor, size: int) -> Tensor:
         missing = size - x.shape[1]
-        return F.pad(x, (0, 0, 0, 0, missing, 0)) if missing > 0 else last(x, size)
+        # A row of training would pay for many zeros. A memory whose sizes must be fixed reads without gradients.
+        if missing > 0 and not torch.is_grad_enabled():
+            return F.pad(x, (0, 0, 0, 0, missing, 0))
+        return last(x, size)
 
     sized = {name: fixed(state[name], size) for name, size in tokens.items() if name in state}
     return state | sized | {"pooled": mapped(lambda x: fixed(x, config.chunks_kept), state["pooled"])}
