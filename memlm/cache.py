@@ -160,6 +160,8 @@ class MemoryCache(Cache):
                 fix = "give max_length, or leave fixed=True out" if kept[0].has_room else "leave fixed=True out"
                 kind = type(kept[0]).__module__.rpartition(".")[2]
                 raise ValueError(f"past_key_values: a memory of kind {kind!r} keeps every token; {fix}")
+            if torch.is_grad_enabled():
+                raise ValueError("past_key_values: a fixed memory reads without gradients; use torch.no_grad()")
         self.states, self._seen, self.read = states, self._seen + rows.length, read
         self.position, self.start = rows.after_B, rows.next_start
         if self.fixed:

@@ -137,9 +137,10 @@ def test_a_fixed_memory_that_grows_is_refused():
     with pytest.raises(ValueError, match="kind 'attention' keeps every token; give max_length"):
         model(ids_of(4), past_key_values=MemoryCache(fixed=True))
     full = MemoryCache(fixed=True, max_length=5)
-    model(ids_of(4), past_key_values=full)
-    model(ids_of(1), past_key_values=full)
-    with pytest.raises(RuntimeError, match="more than max_length=5 tokens"):
-        model(ids_of(1), past_key_values=full)
+    with pytest.raises(ValueError, match="a fixed memory reads without gradients"):
+        model(ids_of(4), past_key_values=full)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="more than max_length=5 tokens"):
+        for length in (4, 1, 1):
+            model(ids_of(length), past_key_values=full)
     with pytest.raises(ValueError, match="cache_implementation='quantized'"):
         model.generate(ids_of(4), cache_implementation="quantized", max_new_tokens=2)
