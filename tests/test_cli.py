@@ -71,7 +71,7 @@ TRAIN = {
     "train=null": "train=null: names no choice; one of: demo, gpu",
     "memory=": "memory=: names no choice; one of: attention,",
     "memory=[a]": "memory=[a]: names no choice",
-    "experiment=a/b": "experiment=a/b: no such choice; one of: chains,",
+    "experiment=a/b": "experiment=a/b: no such choice; one of: ",
     "model.mixers=1": "model.mixers=1 must be dict or null",
     "model.mixer_pattern=[[memory]]": "model.mixer_pattern=['memory'] is not in model.mixers",
     "model.mixers.memory.window_size=99999999999999999999": "window_size=99999999999999999999 must be a number below",

@@ -46,6 +46,7 @@ def test_benchmark_of_training_steps(tmp_path):
     assert "| 64 | " in run("--table", "--out", str(out))
 
 
+@pytest.mark.slow
 def test_benchmark_of_the_bank(tmp_path):
     out = tmp_path / "bank.jsonl"
     run("--tokens", "4e4", "--repeats", "2", "--changes", "60", "--out", str(out), script="benchmark_bank.py")
@@ -59,6 +60,7 @@ def test_benchmark_of_the_bank(tmp_path):
     assert all(record[name] for name in ("hardware", "torch", "commit", "date", "command"))
 
 
+@pytest.mark.slow
 def test_benchmark_of_reading(tmp_path):
     out = tmp_path / "bank.jsonl"
     run("--encode", "64", "--repeats", "1", "--out", str(out), script="benchmark_bank.py")

@@ -118,8 +118,8 @@ def test_every_token_is_in_a_piece_of_its_segment():
         assert of.opens[b].sum() == 4
 
 
-LONG = ["gated delta", "neural memory"]
-MORE = ["a decay per channel", "segmented memory", "neural memory of whole rows"]
+LONG = ["gated delta"]
+MORE = ["a decay per channel", "neural memory", "segmented memory", "neural memory of whole rows"]
 
 
 def run(case, given, state):
