@@ -292,7 +292,14 @@ def test_memory_of_two_layers(name, monkeypatch):
 
     monkeypatch.setattr(op, "SPAN", 2)
     *sizes, chunk_size, options = DEEP[name]
-    compare(deep(chunk_size, **options), deep_inputs(*sizes), torch.float32)
+    # The gradient of a decay sums 130 x 70 products that cancel: its rounding changes with the CPU's sums.
+    for_outputs, for_gradients = TOLERANCES[torch.float32]
+    compare(
+        deep(chunk_size, **options),
+        deep_inputs(*sizes),
+        torch.float32,
+        (for_outputs, 2 * for_gradients if name.startswith("wide") else for_gradients),
+    )
 
 
 @pytest.mark.parametrize(("length", "cuts"), [(1, "segments"), (16, "whole"), (75, "segments")])
