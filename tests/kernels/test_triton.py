@@ -45,8 +45,10 @@ def poisoned():
             os._exit(1)
 
 
-def compare(function, tensors, dtype, tolerances=None):
-    """function(tensors, backend) -> outputs; the first three tensors are q, k, v; tolerances: None for the type's."""
+def compare(function, tensors, dtype, tolerances=None, wider=()):
+    """function(tensors, backend) -> outputs; the first three tensors are q, k, v; tolerances: None for the type's;
+    wider: factors of some gradients' tolerances.
+    """
     tensors = [x.to(DEVICE, dtype if i < 3 else torch.float32) for i, x in enumerate(tensors)]
     outputs = {"reference": [], "triton": []}
 
@@ -63,7 +65,7 @@ def compare(function, tensors, dtype, tolerances=None):
     for i, (e, g) in enumerate(zip(*outputs.values(), strict=True)):
         assert_close(f"output {i}", e, g, for_outputs)
     for i, (e, g) in enumerate(gradients):
-        assert_close(f"gradient {i}", e, g, for_gradients)
+        assert_close(f"gradient {i}", e, g, for_gradients * dict(wider).get(i, 1.0))
 
 
 def recurrence(op, cu_seqlens=None):
@@ -292,14 +294,9 @@ def test_memory_of_two_layers(name, monkeypatch):
 
     monkeypatch.setattr(op, "SPAN", 2)
     *sizes, chunk_size, options = DEEP[name]
-    # The gradient of a decay sums 130 x 70 products that cancel: its rounding changes with the CPU's sums.
-    for_outputs, for_gradients = TOLERANCES[torch.float32]
-    compare(
-        deep(chunk_size, **options),
-        deep_inputs(*sizes),
-        torch.float32,
-        (for_outputs, 2 * for_gradients if name.startswith("wide") else for_gradients),
-    )
+    # The decay's gradient sums 130 x 70 products that cancel: its rounding changes with the CPU's sums.
+    wider = {5: 2.0} if name == "wide_documents" else {}
+    compare(deep(chunk_size, **options), deep_inputs(*sizes), torch.float32, wider=wider)
 
 
 @pytest.mark.parametrize(("length", "cuts"), [(1, "segments"), (16, "whole"), (75, "segments")])
