@@ -26,7 +26,8 @@ from memlm_kernels.neural_memory.block_kernels import (
 )
 
 
-@tiled([{"BV": 64, "num_warps": 4, "num_stages": 1}])
+# Half as wide on sm_100, where fp32 spills otherwise.
+@tiled([{"BV": 64, "num_warps": 4, "num_stages": 1}], sm_100=[{"BV": 32, "num_warps": 4, "num_stages": 1}])
 @triton.jit(do_not_specialize=SIZES)
 def block_reads_backward(
     R,

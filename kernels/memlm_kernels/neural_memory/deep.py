@@ -97,8 +97,8 @@ class _Span:
                 room[0] = memory[name.replace("W", "A")]
         index = torch.arange(self.count, device=call.q.device)[:, None]
         widths = [at_least_16(sizes[name]) for name in "KXV"]
-        # A warp of a product has 16 rows.
-        self.limits = {"BX": widths[1], "num_warps": min(widths) // 16}
+        # A warp of a product has 16 rows. Where several tiles of X follow each other, two warps may share them.
+        self.limits = {"BX": widths[1], "num_warps": min(widths) // 16 * (2 if widths[1] > 64 else 1)}
         self.own = blocks == 1 and call.opens_chunk is None
         opens = (index + begin) % blocks == 0
         if call.opens_chunk is not None:

@@ -15,6 +15,9 @@ from memlm_kernels.neural_memory.deep_kernels import (
     store_columns,
 )
 
+# Eight warps where the hidden dim takes several tiles: four spill on CUDA. ``deep`` limits them.
+WIDE = [tiles | {"num_warps": 8} for tiles in TILES]
+
 
 @triton.jit
 def load_after(d_M, after, new, rows, columns, height: tl.constexpr, width: tl.constexpr):
@@ -58,7 +61,7 @@ def load_new(opens_document, chunk, N, G, g):
     return new
 
 
-@tiled(TILES)
+@tiled(WIDE, hip=TILES)
 @triton.jit(do_not_specialize=["begin", "end", "N", "G"])
 def deep_write_backward(
     k,
@@ -127,7 +130,7 @@ def deep_write_backward(
             b_m = tl.load(m + at)
         b_k = load_columns(k, at * W_C, i_c, i_k, real, K)
         b_de = load_columns(d_errors_2, here * W_C, i_c, i_v, real, V)
-        for j in range((X + BX - 1) // BX):
+        for j in tl.range((X + BX - 1) // BX, disable_licm=True):
             i_x = j * BX + tl.arange(0, BX)
             b_de1 = load_columns(d_errors_1, here * W_C, i_c, i_x, real, X)
             b_dW = load_after(d_W_1, after, new, i_k, i_x, K, X)
@@ -149,7 +152,7 @@ def deep_write_backward(
             b_de = tl.dot(tl.trans(b_A), b_behind, acc=b_de, input_precision=PRECISION)
         # Other threads than those that store gradients read them.
         tl.debug_barrier()
-        for j in range((X + BX - 1) // BX):
+        for j in tl.range((X + BX - 1) // BX, disable_licm=True):
             i_x = j * BX + tl.arange(0, BX)
             b_h = load_columns(hidden, here * W_C, i_c, i_x, real, X)
             b_e = load_columns(errors_2, here * W_C, i_c, i_v, real, V)
@@ -174,7 +177,7 @@ def deep_write_backward(
         if gain is not None:
             add_tail(d_gain, b_share, g, i_v, V)
             add_tail(d_bias, b_dr, g, i_v, V)
-        for j in range((X + BX - 1) // BX):
+        for j in tl.range((X + BX - 1) // BX, disable_licm=True):
             i_x = j * BX + tl.arange(0, BX)
             b_A = load_tile(W_2, anchor * X, i_x, i_v, i_x < X, V)
             b_h = load_columns(hidden, here * W_C, i_c, i_x, real, X)
@@ -186,7 +189,7 @@ def deep_write_backward(
             store_tile(d_W_1, b_dA, anchor * K, i_k, i_x, i_k < K, X)
         tl.debug_barrier()
         b_e = load_columns(errors_2, here * W_C, i_c, i_v, real, V)
-        for j in range((X + BX - 1) // BX):
+        for j in tl.range((X + BX - 1) // BX, disable_licm=True):
             i_x = j * BX + tl.arange(0, BX)
             b_h = load_columns(hidden, here * W_C, i_c, i_x, real, X)
             b_behind = load_columns(d_errors_1, here * W_C, i_c, i_x, real, X)
@@ -197,7 +200,7 @@ def deep_write_backward(
         tl.debug_barrier()
 
 
-@tiled(TILES)
+@tiled(WIDE, hip=TILES)
 @triton.jit(do_not_specialize=["begin", "N", "G"])
 def deep_tokens_backward(
     k,
@@ -266,7 +269,7 @@ def deep_tokens_backward(
     of_beta = 0.0
     of_f = 0.0
     of_m = 0.0
-    for j in range((X + BX - 1) // BX):
+    for j in tl.range((X + BX - 1) // BX, disable_licm=True):
         i_x = j * BX + tl.arange(0, BX)
         b_e = load_columns(errors_1, here * W_C, i_c, i_x, real, X)
         b_a = activate(load_columns(hidden, here * W_C, i_c, i_x, real, X), SILU)

@@ -287,7 +287,7 @@ def deep_write(
             new = tl.load(opens_document + at + G, mask=begin + i + 1 < N, other=0) != 0
         b_out = tl.zeros([BV, BT], tl.float32)
         b_h = tl.zeros([BX, BT], tl.float32)
-        for j in range((X + BX - 1) // BX):
+        for j in tl.range((X + BX - 1) // BX, disable_licm=True):
             i_x = j * BX + tl.arange(0, BX)
             b_h = through_anchor(b_W1, b_k, W_1, own, anchor, i_k, i_x, K, X, True, PRECISION)
             store_columns(hidden, b_h, here * W_C, i_c, i_x, real, X)
@@ -299,7 +299,7 @@ def deep_write(
         if not HELD:
             # Other threads than those that stored the hidden activations read them.
             tl.debug_barrier()
-        for j in range((X + BX - 1) // BX):
+        for j in tl.range((X + BX - 1) // BX, disable_licm=True):
             i_x = j * BX + tl.arange(0, BX)
             if not HELD:
                 b_h = load_columns(hidden, here * W_C, i_c, i_x, real, X)
@@ -434,7 +434,7 @@ def deep_read(
         b_f = load_slots(f, at * W_C, i_c, W_C)
     b_out = tl.zeros([BV, BT], tl.float32)
     b_scores = tl.zeros([BT, BT], tl.float32)
-    for j in range((X + BX - 1) // BX):
+    for j in tl.range((X + BX - 1) // BX, disable_licm=True):
         i_x = j * BX + tl.arange(0, BX)
         b_z = read_hidden(b_q, b_R, b_beta, b_f, W_1, S_1, errors_1, room, here, i_c, i_k, i_x, K, X, W_C, PRECISION)
         b_x = activate(b_z, SILU)

@@ -72,7 +72,7 @@ def deep_read_backward_2(
         b_f = load_slots(f, at * W_C, i_c, W_C)
     b_s1 = pairs(b_k, b_q, PRECISION)
     b_s2 = tl.zeros([BT, BT], tl.float32)
-    for j in range((X + BX - 1) // BX):
+    for j in tl.range((X + BX - 1) // BX, disable_licm=True):
         i_x = j * BX + tl.arange(0, BX)
         b_z = read_hidden(
             b_q, b_C * b_s1, b_beta, b_f, W_1, S_1, errors_1, room, here, i_c, i_k, i_x, K, X, W_C, PRECISION
@@ -92,14 +92,14 @@ def deep_read_backward_2(
     b_df = tl.zeros([BT], tl.float32)
     # Other threads than those that stored d_before read it.
     tl.debug_barrier()
-    for j in range((X + BX - 1) // BX):
+    for j in tl.range((X + BX - 1) // BX, disable_licm=True):
         i_x = j * BX + tl.arange(0, BX)
         b_x = activate(load_columns(d_before, here * W_C, i_c, i_x, real, X), SILU)
         store_product(d_W_2, b_x * b_beta[None, :], b_o, room, i_x, i_v, X, V, PRECISION)
         if f is not None:
             store_product(d_S_2, b_x * b_f[None, :], b_o, room, i_x, i_v, X, V, PRECISION)
     tl.debug_barrier()
-    for j in range((X + BX - 1) // BX):
+    for j in tl.range((X + BX - 1) // BX, disable_licm=True):
         i_x = j * BX + tl.arange(0, BX)
         b_z = load_columns(d_before, here * W_C, i_c, i_x, real, X)
         b_x = activate(b_z, SILU)
@@ -167,7 +167,7 @@ def deep_read_backward_1(
     b_dq = tl.zeros([BK, BT], tl.float32)
     b_dbeta = load_slots(d_beta, at * W_C, i_c, W_C)
     b_df = tl.zeros([BT], tl.float32)
-    for j in range((X + BX - 1) // BX):
+    for j in tl.range((X + BX - 1) // BX, disable_licm=True):
         i_x = j * BX + tl.arange(0, BX)
         b_dz = load_columns(d_before, here * W_C, i_c, i_x, real, X)
         b_e = load_columns(errors_1, here * W_C, i_c, i_x, real, X)

@@ -138,7 +138,8 @@ def of_part_backward(
     tl.store(place, b_dw, mask=(i_w < W)[:, None] & of_c[None, :])
 
 
-@tiled(TILES)
+# More tokens or fewer warps spill on sm_100.
+@tiled(TILES, sm_100=[{"BT": 8, "num_warps": 8, "num_stages": 1}])
 @triton.jit(do_not_specialize=["T", "FIRST", "SPAN"])
 def convolve_backward(
     x0,
