@@ -8,7 +8,8 @@ No GPU is needed and nothing is computed: the tensors have no data, and Triton's
 a set of overrides of configs/train.yaml. A layer's count is the count of a model of two layers minus that of a model
 of one, in bf16 autocast on a GPU as in training, without metrics; of a decoded token with weights in bf16, in the
 backends of ``auto``. An operation of torch counts as one launch, views as none. Bytes are those of all its inputs and
-outputs; reads that a cache would save are counted.
+outputs; reads that a cache would save are counted. The least time on an H200 is that of each launch's bytes or
+products at full rate, whichever is longer; products within an op of this package count together.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
@@ -36,7 +38,13 @@ from memlm_kernels.launch import Kernel  # noqa: E402
 from memlm_kernels.testing import import_triton_ops  # noqa: E402
 
 ONE_LAYER = "model.mixers.memory.memory_depth=1 model.mixers.memory.chunk_size=16"
-SHIPPED = (f"model=titans_340m memory=titans_mag {ONE_LAYER}", "model=titans_340m memory=attention")
+# The decoder beside has the parameters of titans_mag in its MLPs.
+SHIPPED = (
+    f"model=titans_340m memory=titans_mag {ONE_LAYER}",
+    "model=titans_340m memory=attention model.intermediate_size=3200",
+)
+# Bytes and FLOPs of an H200 in a ms.
+BYTES, FLOPS = 4.8e9, 989e9
 # Operations that only write, and those that start nothing.
 WRITES, NOTHING = ("zeros", "ones", "full", "fill", "zero_", "new_"), ("empty", "_unsafe_view", "lift", "device")
 
@@ -44,6 +52,7 @@ WRITES, NOTHING = ("zeros", "ones", "full", "fill", "zero_", "new_"), ("empty", 
 class Cost(NamedTuple):
     launches: int
     bytes: int
+    ms: float
 
 
 def traffic(tensors: Iterable[Any]) -> int:
@@ -57,17 +66,19 @@ def traffic(tensors: Iterable[Any]) -> int:
 
 
 class Count(TorchDispatchMode):
-    """Counts launches and bytes by the operation's name. An op of this package runs as its code, with its launches
-    recorded.
+    """Counts launches, bytes and least times in ms by the operation's name. An op of this package runs as its code,
+    with its launches recorded.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.launches, self.bytes = Counter[str](), Counter[str]()
+        self.launches, self.bytes, self.ms = Counter[str](), Counter[str](), Counter[str]()
 
-    def add(self, name: str, tensors: Iterable[Any]) -> None:
+    def add(self, name: str, tensors: Iterable[Any], flops: int = 0) -> None:
+        moved = traffic(tensors)
         self.launches[name] += 1
-        self.bytes[name] += traffic(tensors)
+        self.bytes[name] += moved
+        self.ms[name] += max(moved / BYTES, flops / FLOPS)  # type: ignore[assignment]
 
     @staticmethod
     def now() -> "Count":
@@ -75,19 +86,24 @@ class Count(TorchDispatchMode):
         return mode
 
     def total(self) -> Cost:
-        return Cost(self.launches.total(), self.bytes.total())
+        return Cost(self.launches.total(), self.bytes.total(), self.ms.total())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
+        products = flop_registry.get(func.overloadpacket, lambda *_, **__: 0)
         if func.namespace == "memlm":
+            before = self.ms.total()
             with self:
-                return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
+                out = func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
+            spent = self.ms.total() - before
+            self.ms[name] += max(0.0, products(*args, **kwargs, out_val=out) / FLOPS - spent)  # type: ignore[assignment]
+            return out
         out = func(*args, **kwargs)
         views = any(x.alias_info is not None and not x.alias_info.is_write for x in func._schema.returns)
         if not views and not any(part in name for part in NOTHING):
             read = {key: x for key, x in kwargs.items() if key != "out"}
             reads = [] if name.startswith(WRITES) else tree_leaves((args, read))
-            self.add(name, [*reads, *tree_leaves(out)])
+            self.add(name, [*reads, *tree_leaves(out)], products(*args, **kwargs, out_val=out))
         return out
 
 
@@ -170,7 +186,7 @@ def of_layer(overrides: str, count: Callable[[MemLMConfig], tuple[Count, ...]]) 
     both = []
     for one, two in zip(*found, strict=True):
         layer = Count()
-        layer.launches, layer.bytes = two.launches - one.launches, two.bytes - one.bytes
+        layer.launches, layer.bytes, layer.ms = two.launches - one.launches, two.bytes - one.bytes, two.ms - one.ms
         both.append(layer)
     return both
 
@@ -183,11 +199,11 @@ def main() -> None:
     parser.add_argument("--backend", default="triton")
     parser.add_argument("--decode", action="store_true", help="a token after --tokens others, without gradients")
     parser.add_argument("--fixed", action="store_true", help="--decode into a fixed memory")
-    parser.add_argument("--names", action="store_true", help="also each operation's launches and MB")
+    parser.add_argument("--names", action="store_true", help="also each operation's launches, MB and ms")
     given = parser.parse_args()
     import_triton_ops()
     which = ("forward",) if given.decode else ("forward", "backward")
-    columns = [f"{what} {name}" for what in ("launches", "MB") for name in which]
+    columns = [f"{what} {name}" for what in ("launches", "MB", "ms") for name in which]
     print(f"| one layer | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|")
 
     def count(config: MemLMConfig) -> tuple[Count, ...]:
@@ -199,10 +215,12 @@ def main() -> None:
         with set_backend(given.backend):
             counts = of_layer(overrides, count)
         numbers = [str(c.total().launches) for c in counts] + [f"{c.total().bytes / 1e6:,.1f}" for c in counts]
+        numbers += [f"{c.total().ms:.3f}" for c in counts]
         print(f"| {overrides} | " + " | ".join(numbers) + " |", flush=True)
         for pass_, of_pass in zip(which, counts, strict=True) if given.names else ():
-            for name, size in of_pass.bytes.most_common():
-                print(f"    {pass_} {name}: {of_pass.launches[name]}, {size / 1e6:,.2f} MB")
+            for name, ms in of_pass.ms.most_common():
+                size = of_pass.bytes[name] / 1e6
+                print(f"    {pass_} {name}: {of_pass.launches[name]}, {size:,.2f} MB, {ms:.3f} ms")
 
 
 if __name__ == "__main__":

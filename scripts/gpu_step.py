@@ -3,8 +3,8 @@
     python scripts/gpu_step.py --out benchmarks/gpu/results.jsonl [--dry-run]
 
 The models are ``model=titans_340m memory=...`` of train.py, made without Hydra: titans_mag with memories of one layer
-in chunks of 16 tokens, attention, and titans_mag as shipped, with two layers. A step is forward with the loss,
-backward and a fused AdamW, in bf16 autocast; a profile lists the kernels that take most time.
+in chunks of 16 tokens, attention with as many parameters, and titans_mag as shipped, with two layers. A step is
+forward with the loss, backward and a fused AdamW, in bf16 autocast; a profile lists the kernels that take most time.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from memlm import MemLMConfig, MemLMForCausalLM
 from memlm_kernels import proof
 
 ONE_LAYER = {"memory_depth": 1, "chunk_size": 16}
+# The decoder beside has the parameters of titans_mag in its MLPs.
+CONTROL = {"intermediate_size": 3200}
 TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
 TINY |= {"head_dim": 16, "intermediate_size": 32, "vocab_size": 64}
 
@@ -84,7 +86,8 @@ def profile(step: Step) -> list[dict[str, Any]]:
 def measured(memory: str, changed: dict[str, Any], rows: int, tokens: int, tiny: bool) -> dict[str, Any]:
     record: dict[str, Any] = {"part": "step", "memory": memory, **changed, "rows": rows, "tokens": tokens}
     try:
-        step = Step(settings(memory, **changed) | (TINY if tiny else {}), rows, tokens)
+        control = CONTROL if memory == "attention" else {}
+        step = Step(settings(memory, **changed) | control | (TINY if tiny else {}), rows, tokens)
         # The first step proves the kernels, compiles, and makes the optimiser's state.
         record["first_s"] = round(seconds(step, 1), 2)
         if GPU:
