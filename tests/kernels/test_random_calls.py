@@ -7,7 +7,6 @@ types, twice, and some units of rounding (memlm_kernels.trial).
 """
 
 import functools
-import os
 import random
 
 import pytest
@@ -16,10 +15,8 @@ import torch
 from memlm_kernels import trial
 from memlm_kernels.calls import CALLS, DEVICE, GATES, RECURRENCE, OpCall
 from memlm_kernels.neural_memory import block_size
+from tests.kernels.test_triton import poisoned  # noqa: F401
 
-pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[cpu-kernels]'")
-
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 NAMES = [name for name, call in CALLS.items() if call.triton]
 MEMORIES = [name for name in NAMES if "neural_memory" in name]
 
@@ -304,15 +301,6 @@ def check(name: str, dtype: torch.dtype, seed: int) -> float:
     sizes, settings = drawn.call.n._asdict(), drawn.call.settings(drawn.call.n)
     assert found.fault is None, f"{name}, {dtype}, seed {seed}: {found.fault} ({sizes}, {settings})"
     return found.error
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Memory that nothing wrote is NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 @pytest.mark.slow
