@@ -294,8 +294,8 @@ def test_memory_of_two_layers(name, monkeypatch):
 
     monkeypatch.setattr(op, "SPAN", 2)
     *sizes, chunk_size, options = DEEP[name]
-    # The decay's gradient sums 130 x 70 products that cancel. Over eight seeds and two orders of a CPU's sums its error
-    # is 0.4e-6 to 2.1e-6, the reference's 0.5e-6 to 1.7e-6.
+    # The decay's gradient sums 130 x 70 products that cancel. Over eight seeds and two orders of a CPU's sums, its
+    # error is 0.4e-6 to 2.1e-6, the reference's 0.5e-6 to 1.7e-6.
     wider = {5: 2.0} if name == "wide_documents" else {}
     compare(deep(chunk_size, **options), deep_inputs(*sizes), torch.float32, wider=wider)
 
