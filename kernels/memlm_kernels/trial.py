@@ -9,7 +9,7 @@ root mean square, and of the largest entry.
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -110,8 +110,15 @@ def larger(one: Compared, other: Compared) -> Compared:
     return max(one, other, key=lambda x: x.error)
 
 
-def compared(call: OpCall, tensors: dict[str, Tensor], gradients: bool, unit: float, runs: int = 3) -> Compared:
-    """unit: of rounding; runs: how often the kernels run"""
+def compared(
+    call: OpCall,
+    tensors: dict[str, Tensor],
+    gradients: bool,
+    unit: float,
+    runs: int = 3,
+    more: Mapping[str, tuple[float, float]] | None = None,
+) -> Compared:
+    """unit: of rounding; runs: how often the kernels run; more: errors that are allowed besides, of each result"""
     exact = {n: x.double() if x.is_floating_point() else x for n, x in tensors.items()}
     try:
         exact, rounded = (results(call, x, gradients, "reference") for x in (exact, tensors))
@@ -125,8 +132,9 @@ def compared(call: OpCall, tensors: dict[str, Tensor], gradients: bool, unit: fl
     for name, x in exact.items():
         floor = UNITS[name.split()[0]] * unit
         off, rounding = errors(x, got[name]), errors(x, rounded[name])
-        for of, mine, theirs in zip(("", "an entry of "), off, rounding, strict=True):
-            allowed = 2 * theirs + floor
+        besides = (0.0, 0.0) if more is None else more[name]
+        for of, mine, theirs, extra in zip(("", "an entry of "), off, rounding, besides, strict=True):
+            allowed = 2 * theirs + floor + extra
             share = mine / allowed if mine else 0.0
             fault = f"{of}{name} is {mine:.2g} off, {allowed:.2g} is allowed" if share > 1 else None
             worst = larger(worst, Compared(share, fault))

@@ -3,10 +3,12 @@
     pytest -m slow tests/kernels/test_random_calls.py
 
 Sizes, segments, padding, states, positions and settings are drawn. An error may be that of the reference in the same
-types, twice, and some units of rounding (memlm_kernels.trial).
+types, twice, and some units of rounding (memlm_kernels.trial); where a result is worse conditioned, because its terms
+cancel, also as much as the exact result moves when all inputs are rounded once more.
 """
 
 import functools
+import itertools
 import random
 
 import pytest
@@ -294,18 +296,34 @@ def in_two(call, at, first, rest, start, **x):
 TOKENS = (*RECURRENCE, *GATES, "weight")
 
 
+def moved(drawn: Drawn, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
+    """The errors of the results in fp64, at most, for inputs that are up to one unit of the type off."""
+
+    def results(by: float) -> dict[str, torch.Tensor]:
+        def off(x: torch.Tensor) -> torch.Tensor:
+            return x.double() * (1 + by * (2 * drawn.uniform(*x.shape).to(x.device) - 1))
+
+        tensors = {n: off(x) if x.is_floating_point() else x for n, x in drawn.tensors.items()}
+        return trial.results(drawn.call, tensors, True, "reference")
+
+    exact, unit = results(0.0), torch.finfo(dtype).eps
+    found = [{n: trial.errors(exact[n], x) for n, x in results(unit).items()} for _ in range(8)]
+    return {n: tuple(map(max, zip(*(errors[n] for errors in found), strict=True))) for n in exact}
+
+
 def check(name: str, dtype: torch.dtype, seed: int) -> float:
     drawn = Drawn(name, dtype, seed)
     unit = trial.unit_of(drawn.call, dtype, torch.device(DEVICE))
     found = trial.compared(drawn.call, drawn.tensors, True, unit, 1)
+    if found.fault is not None:
+        found = trial.compared(drawn.call, drawn.tensors, True, unit, 1, moved(drawn, dtype))
     sizes, settings = drawn.call.n._asdict(), drawn.call.settings(drawn.call.n)
     assert found.fault is None, f"{name}, {dtype}, seed {seed}: {found.fault} ({sizes}, {settings})"
     return found.error
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_hundred_calls(name, dtype):
-    for seed in range(100):
+def test_a_hundred_calls(name):
+    for dtype, seed in itertools.product((torch.float32, torch.float16), range(50)):
         check(name, dtype, seed)

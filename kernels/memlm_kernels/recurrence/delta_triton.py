@@ -104,7 +104,7 @@ def forward(
     delta_states_forward(
         lambda tiles: call.batch * call.segments * call.heads * cdiv(call.values, tiles["BV"]),
         # Factors of fp32 in registers (sm_80) leave none to load ahead.
-        {"BV": 16, "num_stages": 1} if q.dtype == torch.float32 and call.keys <= 64 else {"BV": call.limits["BV"]},
+        {"BV": 16, "num_stages": 1} if q.dtype == torch.float32 else {"BV": call.limits["BV"]},
         **{"k": of.writes, "W": W, "U": U, "log_decay": of.decay, "kept": of.kept, "cu": call.cu, "first": call.first},
         **{"initial": state, "states": states, "final": final, "d": d, "S": call.segments, "BK": call.limits["BK"]},
         **sizes,
