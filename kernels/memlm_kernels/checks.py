@@ -20,7 +20,7 @@ INTEGERS = (torch.int64, torch.int32)
 TENSORS = (Tensor, torch.nn.Parameter)
 # Kinds of calls that a check keeps; a training set has many lengths.
 _MOST_KINDS = 4096
-_VALUES = (type(None), int, str, bool, float)
+_VALUES = (type(None), int, str, bool, float, torch.dtype)
 
 Found = TypeVar("Found", bound=Hashable)
 
@@ -145,7 +145,7 @@ def asks_gradient(*tensors: Tensor | None) -> bool:
 
 def readable(x: Tensor) -> bool:
     """Whether x can be read without waiting: it lies on a CPU, has data, and is not compiled."""
-    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+    return x.is_cpu and type(x) is Tensor and not torch.compiler.is_compiling()
 
 
 def number(x: Tensor) -> int:

@@ -157,7 +157,9 @@ class _Decay(nn.Module):
 
     def forward(self, logits_BTX: Tensor) -> Tensor:
         """logits: [B, T, H * of_head], all decays of the first head first"""
-        rate_X = exact(self.A_log).exp().repeat_interleave(self.of_head)
+        rate_X = exact(self.A_log).exp()
+        if self.of_head > 1:
+            rate_X = rate_X.repeat_interleave(self.of_head)
         return -rate_X * F.softplus(logits_BTX + exact(self.dt_bias))
 
 

@@ -6,6 +6,7 @@ import triton.language as tl
 from memlm_kernels.launch import load_tile, store_tile, tiled
 from memlm_kernels.neural_memory.deep_kernels import (
     TILES,
+    WIDE,
     activate,
     curvature,
     load_columns,
@@ -14,9 +15,6 @@ from memlm_kernels.neural_memory.deep_kernels import (
     slope,
     store_columns,
 )
-
-# Eight warps where the hidden dim takes several tiles: four spill on CUDA. ``deep`` limits them.
-WIDE = [tiles | {"num_warps": 8} for tiles in TILES]
 
 
 @triton.jit

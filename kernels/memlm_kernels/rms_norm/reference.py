@@ -29,7 +29,7 @@ def rms_norm_reference(
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """In the type of x."""
-    if x.device.type == "cpu" and torch.is_grad_enabled():
+    if x.is_cpu and torch.is_grad_enabled():
         # torch has a fused kernel only for GPUs.
         return _Norm.apply(exact(x), exact(weight), eps).to(x.dtype)
     return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
