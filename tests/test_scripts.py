@@ -47,6 +47,13 @@ def test_benchmark_of_training_steps(tmp_path):
 
 
 @pytest.mark.slow
+def test_benchmark_of_two_checkouts():
+    rows = run(str(ROOT), "--memories", "none", "--rounds", "2", script="benchmark_checkouts.py").splitlines()[2:]
+    assert [row.split(" | ")[:2] for row in rows] == [["| none", "training step"], ["| none", "10 tokens"]]
+    assert all(float(row.split(" | ")[i]) > 0 for row in rows for i in (2, 3))
+
+
+@pytest.mark.slow
 def test_benchmark_of_the_bank(tmp_path):
     out = tmp_path / "bank.jsonl"
     run("--tokens", "4e4", "--repeats", "2", "--changes", "60", "--out", str(out), script="benchmark_bank.py")

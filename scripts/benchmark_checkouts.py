@@ -1,0 +1,129 @@
+#!/usr/bin/env python
+"""Compare the CPU time of this checkout with that of another one: training steps and decoded tokens, in turns.
+
+    git worktree add ../before COMMIT
+    python scripts/benchmark_checkouts.py ../before [--memories titans_mag none] [--rounds 15]
+
+Each checkout runs in a process of one thread that stays. A round takes the time of forward and backward of 4 rows of
+256 tokens, or of 10 tokens after a row of 256, in both; which one is first alternates. The model is the tiny one of
+configs/train.yaml. Prints, in Markdown, the shortest times of the other checkout and of this one, and the median and
+quartiles of the rounds' ratios; above 1, this checkout is slower.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+MEMORIES = sorted(path.stem for path in (ROOT / "configs/memory").glob("*.yaml"))
+KINDS = {"train": "training step", "decode": "10 tokens"}
+
+
+class Worker:
+    """A process that times the package of one checkout."""
+
+    def __init__(self, root: Path) -> None:
+        # Both processes run this file. Their packages are found by PYTHONPATH.
+        path = os.pathsep.join(map(str, (root, root / "kernels")))
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-W", "ignore", str(Path(__file__).resolve()), "--worker", str(root)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=root
+        )
+
+    def ask(self, what: str) -> float:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(what, file=self.process.stdin, flush=True)
+        for line in self.process.stdout:
+            if line.startswith("seconds "):
+                return float(line.split()[1])
+        raise SystemExit(f"{' '.join(self.process.args)} ended at {what!r}; its error stands above")  # type: ignore[arg-type]
+
+
+def work(root: Path) -> None:
+    """Answer each line of standard input with a time: the name of a memory, or a key of ``KINDS``."""
+    import torch
+    from omegaconf import OmegaConf
+
+    from memlm import MemLMConfig, MemLMForCausalLM, cli
+
+    def made(memory: str) -> Any:
+        torch.manual_seed(0)
+        settings = cli.composed(root / "configs", "train", [f"memory={memory}"])
+        given: Any = OmegaConf.to_container(settings.model, resolve=True)
+        return MemLMForCausalLM(MemLMConfig.from_hydra(given))
+
+    def train() -> float:
+        model.train()
+        begin = time.process_time()
+        model(ids, labels=ids).loss.backward()
+        took = time.process_time() - begin
+        model.zero_grad()
+        return took
+
+    @torch.no_grad()
+    def decode() -> float:
+        memory = model.eval()(ids[:1], use_cache=True).past_key_values
+        begin = time.process_time()
+        for t in range(10):
+            memory = model(ids[:1, t : t + 1], past_key_values=memory, use_cache=True).past_key_values
+        return time.process_time() - begin
+
+    for line in map(str.strip, sys.stdin):
+        took = 0.0
+        if line in KINDS:
+            took = {"train": train, "decode": decode}[line]()
+        else:
+            model = made(line)
+            ids = torch.randint(model.config.vocab_size, (4, 256))
+        print(f"seconds {took}", flush=True)
+
+
+def compared(workers: tuple[Worker, Worker], kind: str, rounds: int) -> str:
+    """Cells of a row: the shortest times of both in ms, and the ratio with its quartiles."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for i in range(rounds + 1):
+        for j in (i % 2, 1 - i % 2):
+            took = workers[j].ask(kind)
+            # The first round warms up.
+            if i:
+                times[j].append(took)
+    low, middle, high = statistics.quantiles([new / old for old, new in zip(*times, strict=True)], n=4)
+    shortest = " | ".join(f"{1000 * min(of):.1f}" for of in times)
+    return f"{shortest} | {middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkout", nargs="?", type=Path, help="the other checkout")
+    parser.add_argument("--memories", nargs="+", help="of those in configs/memory of both; all by default")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        work(args.worker)
+        return
+    if args.checkout is None or not (args.checkout / "configs/memory").is_dir():
+        parser.error(f"{args.checkout} is no checkout of memlm; give a folder that has configs/memory")
+    if args.rounds < 2:
+        parser.error(f"--rounds {args.rounds}: give at least 2")
+    other = args.checkout.resolve()
+    both = [memory for memory in MEMORIES if (other / f"configs/memory/{memory}.yaml").exists()]
+    if unknown := [memory for memory in args.memories or [] if memory not in both]:
+        parser.error(f"--memories {unknown[0]}: both checkouts have {', '.join(both)}")
+    workers = Worker(other), Worker(ROOT)
+    print("| memory | what | ms there | ms here | ratio |\n|---|---|---|---|---|", flush=True)
+    for memory in args.memories or both:
+        for worker in workers:
+            worker.ask(memory)
+        for kind, name in KINDS.items():
+            print(f"| {memory} | {name} | {compared(workers, kind, args.rounds)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
