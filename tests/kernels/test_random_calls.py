@@ -250,6 +250,10 @@ class Drawn:
             self.with_settings(lengths=self.integers(0, n.T + 1, 2))
 
     def draw_rms_norm(self) -> None:
+        if self.call.n.V == 1:
+            # A norm of one channel has no gradient but rounding.
+            self.call = self.call.of(V=2)
+            self.tensors = self.call.make(dtype=torch.float64, seed=self.T)
         for name in ("other", "gate"):
             if self.maybe():
                 del self.tensors[name]
