@@ -57,8 +57,10 @@ def read_blocks(
         return torch.cat(outputs, 1), None if lses[0] is None else torch.cat(lses, 1)
     block = min(length, max(window, _MIN_BLOCK))
     pad, missing = -length % block, window - 1 - (k.shape[1] - length)
-    if positions is None:
-        positions = torch.arange(k.shape[1] - length, k.shape[1], device=q.device).expand(len(q), -1)
+    if positions is None or missing > 0:
+        before = torch.arange(k.shape[1] - length, k.shape[1], device=q.device).expand(len(q), -1)
+        # Keys that a document has before the call and the call has not are padding here.
+        positions = before if positions is None else torch.minimum(positions, before)
     # Overlapping views: block n of queries sees its own keys and the W - 1 before them.
     # Padding by nothing would be a copy.
     q, positions = (q, positions) if pad == 0 else (F.pad(q, (0, 0, 0, 0, 0, pad)), F.pad(positions, (0, pad)))

@@ -101,10 +101,13 @@ def forward(
     W, U = _solve(call, of.solved, beta, of.decay, Y), _solve(call, v, beta, None, Y)
     states, final = q.new_empty(call.states_shape), q.new_empty(call.state_shape, dtype=torch.float32)
     d, o = call.room(v), call.room(v)
+    limits = {"BV": call.limits["BV"]}
+    if q.dtype == torch.float32 and (call.keys <= 64 or of.decay is None):
+        # Factors of fp32 in registers (sm_80) leave none to load ahead.
+        limits = {"BV": 16, "num_stages": 1 if call.keys <= 64 else 2}
     delta_states_forward(
         lambda tiles: call.batch * call.segments * call.heads * cdiv(call.values, tiles["BV"]),
-        # Factors of fp32 in registers (sm_80) leave none to load ahead.
-        {"BV": 16, "num_stages": 1} if q.dtype == torch.float32 else {"BV": call.limits["BV"]},
+        limits,
         **{"k": of.writes, "W": W, "U": U, "log_decay": of.decay, "kept": of.kept, "cu": call.cu, "first": call.first},
         **{"initial": state, "states": states, "final": final, "d": d, "S": call.segments, "BK": call.limits["BK"]},
         **sizes,
