@@ -22,9 +22,11 @@ class LayerCalls:
 
     def __init__(self, model: Any, memory: MemoryCache | None, rows: Rows, keep_inputs: bool) -> None:
         self.model, self.memory, self.rows, self.keep_inputs = model, memory, rows, keep_inputs
-        self.layers = model.layers
+        # A module looks its attributes up in Python, which a decoded token would do many times.
+        self.layers, self.count, self.stretches = model.every_layer, len(model.layers), model.stretches
+        self.again = model.gradient_checkpointing and model.training
         self.inputs: list[Tensor] = []
-        self.states: list[State] = [{} for _ in model.every_layer]
+        self.states: list[State] = [{} for _ in self.layers]
         self.aux_losses: dict[str, Tensor] = {}
         self.metrics: dict[str, Tensor] = {}
 
@@ -39,26 +41,23 @@ class LayerCalls:
         return {"k": k, "v": v}
 
     def side(self, j: int, s_BTD: Tensor, given: State | None = None) -> Tensor:
-        return self.layer(len(self.layers) + j, s_BTD, given)
+        return self.layer(self.count + j, s_BTD, given)
 
     def layer(self, i: int, x_BTD: Tensor, given: State | None = None) -> Tensor:
         """The output of layer i of ``every_layer``."""
-        model, rows = self.model, self.rows
-        beside = i - len(self.layers)
-        layer, name = (self.layers[i], f"layer{i}") if beside < 0 else (model.side.layers[beside], f"side{beside}")
+        layer, rows, stretches = self.layers[i], self.rows, self.stretches
         if self.keep_inputs:
             self.inputs.append(x_BTD)
-        state, stretches = self._state(i, x_BTD), model.stretches
+        state = self._state(i, x_BTD)
         handed = stretches is not None and not layer.mixer.at_once
         if handed:
             key = (i, x_BTD.shape, x_BTD.dtype)
             rows = rows.once("alone", lambda: replace(self.rows, stretches=None, made={}))
             x_BTD, state = stretches.receive(key, x_BTD, state)
         state = state if given is None else {**state, **given}
-        again = model.gradient_checkpointing and model.training and torch.is_grad_enabled()
-        if again and i in model.checkpointed_layers:
+        if self.again and torch.is_grad_enabled() and i in self.model.checkpointed_layers:
             # The reentrant way loses gradients of non-tensor arguments, such as states; results are equal.
-            out = model._gradient_checkpointing_func(layer.__call__, x_BTD, state, rows, use_reentrant=False)
+            out = self.model._gradient_checkpointing_func(layer.__call__, x_BTD, state, rows, use_reentrant=False)
         else:
             out = layer(x_BTD, state, rows)
         x_BTD = out.y_BTD
@@ -66,7 +65,9 @@ class LayerCalls:
             x_BTD = stretches.send(key, x_BTD, out.state)
             stretches.refuse(i, out.aux_losses)
         self.states[i] = out.state
-        if model.side is None or beside >= 0:
+        name = f"layer{i}" if i < self.count else f"side{i - self.count}"
+        # Beside a side network, the model's own layers do not learn.
+        if i >= self.count or len(self.layers) == self.count:
             self.aux_losses |= {f"{name}/{of}": x for of, x in out.aux_losses.items()}
         self.metrics |= {f"{name}/{of}": x for of, x in out.metrics.items() if rows.length}
         return x_BTD
@@ -75,7 +76,7 @@ class LayerCalls:
         """The state of a layer; before the first call, layers of one mixer share a state."""
         if self.memory is not None and self.memory.states:
             return self.memory.states[i]
-        beside = i - len(self.layers)
-        mixer = (self.layers[i] if beside < 0 else self.model.side.layers[beside]).mixer
-        key = ("empty", self.model.config.layer_mixers()[i] if beside < 0 else i, x_BTD.device, x_BTD.dtype)
-        return self.rows.once(key, lambda: mixer.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype))
+        kind = self.model.config.layer_mixers()[i] if i < self.count else i
+        init = self.layers[i].mixer.init_state
+        key = ("empty", kind, x_BTD.device, x_BTD.dtype)
+        return self.rows.once(key, lambda: init(len(x_BTD), x_BTD.device, x_BTD.dtype))
