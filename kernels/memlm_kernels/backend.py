@@ -102,8 +102,8 @@ def with_triton(
     """
     # A call that names its backend needs no trial.
     left = backend == "auto" and _asked in ("auto", "fla")
-    if left and x.is_cpu:
-        # Triton's interpreter is for tests, so nothing else need be asked for each token.
+    if left and x.is_cpu and against_triton(call, x, *others, products=products):
+        # On a CPU nothing else need be asked for each token.
         return ("reference",), {}
     if reason := missing_triton(x.device.type) or limit or _against_kernels((x, *others), products):
         return ("reference",), {"triton": reason}
@@ -136,7 +136,7 @@ def against_triton(call: str, x: Tensor, *others: Tensor | None, products: bool 
     """Why ``auto`` takes the reference where Triton's kernels can run, None if it takes them. Their first use starts a
     trial (``proof``).
     """
-    if x.device.type != "cuda":
+    if x.is_cpu or x.device.type != "cuda":
         return "Triton's interpreter is for tests"
     if products and not torch.version.hip and exact_products(x):
         return "torch's float32_matmul_precision is 'highest', and NVIDIA's matrix units take no float32 as it is"

@@ -156,6 +156,7 @@ def test_auto_keeps_the_precision_of_products(monkeypatch):
         device: torch.device
         dtype: torch.dtype
         shape: torch.Size = torch.Size([1])
+        is_cpu: bool = False
 
         def is_floating_point(self):
             return True

@@ -307,7 +307,7 @@ def as_on_a_gpu(monkeypatch):
     decide = backend.against_triton
 
     def on_a_gpu(call, *tensors, products=True):
-        place = {"device": GPU}
+        place = {"device": GPU, "is_cpu": False}
         stubs = [
             None
             if x is None
