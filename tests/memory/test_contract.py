@@ -46,13 +46,18 @@ def assert_same_memory(expected: MemoryCache, got: MemoryCache, tolerance: float
                 assert_close(f"state {i}.{name}", a[name], b[name], tolerance)
 
 
-@pytest.mark.parametrize("cuts", [[1] * 75, [16, 16, 16, 16, 11], [5, 1, 1, 44, 24], [74, 1]], ids=str)
+@pytest.mark.parametrize("cuts", [[16, 16, 16, 16, 11], [5, 1, 1, 44, 24], [74, 1]], ids=str)
 def test_streaming_any_division_of_the_stream_is_the_same(variant, cuts):
     model, ids = model_of(variant), tokens(2, 75)
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
     pieces, _ = stream(model, ids, cuts)
     assert_close("logits", whole, pieces, EXACT)
+
+
+@pytest.mark.kinds
+def test_streaming_token_by_token_is_the_same(variant):
+    test_streaming_any_division_of_the_stream_is_the_same(variant, [1] * 75)
 
 
 def test_writes_stand_at_absolute_positions(variant):
@@ -77,6 +82,7 @@ def test_causality(variant, changed):
     assert relative_error(before[:, changed:], after[:, changed:]) > 1e-6
 
 
+@pytest.mark.kinds
 def test_rows_are_isolated(variant):
     model, ids = model_of(variant), tokens(3, 50)
     other = ids.clone()
@@ -87,6 +93,7 @@ def test_rows_are_isolated(variant):
     assert_close("row 2 alone", a[2:], alone, EXACT)
 
 
+@pytest.mark.kinds
 def test_packed_documents_equal_documents_alone(variant):
     model, lengths = model_of(variant), [[20, 1, 33, 6], [3, 17, 25, 15]]
     ids = tokens(2, 60)
@@ -100,6 +107,7 @@ def test_packed_documents_equal_documents_alone(variant):
             assert_close(f"row {row}", torch.cat(alone, 1), packed[row : row + 1], EXACT)
 
 
+@pytest.mark.kinds
 def test_packed_documents_stream_over_any_cut(variant):
     model, ids = model_of(variant), tokens(1, 60)
     positions = torch.cat([torch.arange(n) for n in (20, 1, 33, 6)])[None]
@@ -111,6 +119,7 @@ def test_packed_documents_stream_over_any_cut(variant):
     assert_close("logits", whole, torch.cat(out, 1), EXACT)
 
 
+@pytest.mark.kinds
 @pytest.mark.parametrize("tail", [1, 2, 5])
 def test_a_stream_goes_on_from_the_last_packed_document(variant, tail):
     """Tokens that follow without positions belong to the last document, however short it is."""
@@ -159,6 +168,7 @@ def test_padding_packing_hidden_states_and_metrics_together(variant):
         assert_close(name, expected, out.metrics[name][mask.bool()], EXACT)
 
 
+@pytest.mark.kinds
 @pytest.mark.parametrize("side", ["left", "right", "scattered"])
 def test_padding_leaves_no_trace(variant, side):
     model, sizes, width = model_of(variant), [40, 23, 1], 40
@@ -193,6 +203,7 @@ def test_a_place_in_the_stream_is_only_a_place_in_its_document(variant):
             assert_close(f"{before} tokens later", alone, shifted, EXACT)
 
 
+@pytest.mark.kinds
 def test_save_load_continue_is_exact(variant, tmp_path):
     model, ids = model_of(variant), tokens(2, 70)
     _, cache = stream(model, ids[:, :41], [41])
@@ -292,6 +303,7 @@ def test_finite_at_initialisation(variant, length, dtype, repeated):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.kinds
 def test_low_precision_models_accumulate_in_fp32(variant, monkeypatch):
     """With the same choices of memories and chunks, because rounding may change a close choice."""
     low = model_of(variant, dtype=torch.bfloat16)
