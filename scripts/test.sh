@@ -27,8 +27,8 @@ fi
 export OMP_NUM_THREADS=1
 python -m pytest -n auto --maxprocesses 8 "$@"
 if [ $# -eq 0 ] && [ "$(uname -m)" = x86_64 ]; then
-    # Triton's interpreter multiplies with numpy: the tests must also pass with the sums of CPUs without AVX-512. Those of
-    # the other kernels have the same products.
+    # Triton's interpreter multiplies with numpy: the tests with the longest sums must also pass with those of CPUs
+    # without AVX-512. Others have the same products.
     OPENBLAS_CORETYPE=Haswell ATEN_CPU_CAPABILITY=avx2 python -m pytest -n auto --maxprocesses 8 \
-        tests/kernels/test_triton.py tests/kernels/test_triton_{attention,memory}.py
+        tests/kernels/test_triton.py -k "any_size or two_layers or documents"
 fi
