@@ -170,6 +170,8 @@ def _architecture(
         found = layers.items()
         rows = [[", ".join(map(str, at)), f"{name}: `{kind}`", _described(kind)] for (name, kind), at in found]
         yield _table(["layers", "mixer", ""], rows)
+    if taps := config.get("taps"):
+        yield f"The layers behind the first memory add its reads to their inputs, one each: {', '.join(taps)}."
     for file, content in (("config.json", config), (ATTACHED, attached)):
         if content:
             yield _folded(f"All settings ({file})", "json", json.dumps(without_places(content), indent=1))

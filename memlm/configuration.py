@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from memlm import side
-from memlm.memory.base import Dims, complete_settings
+from memlm.memory.base import Dims, complete_settings, load_kind
 from memlm.memory.rope import scaled_rope
 from memlm.settings import check_type, suggest
 
@@ -32,6 +32,9 @@ class MemLMConfig(PreTrainedConfig):
     head_dim: None: hidden_size / num_attention_heads
     rope_scaling: {"rope_type": "linear", "llama3" or "yarn", its numbers} as in transformers; None: no scaling
     norm_outputs: norms on the outputs of mixer and MLP (OLMo 2), not on their inputs
+    taps: names of reads, such as ["fast", "slow", "mixed"] of two_rate. The first layer whose mixer publishes reads
+        gives them to the layers behind it, one to each: they add a projection of it to their input, zero at first.
+        None: no layer does
     side: {"form": ..., its settings}, a network beside the frozen decoder (``memlm.side``); None: there is none
 
     Raises ValueError with the key, the value and a fix.
@@ -60,6 +63,7 @@ class MemLMConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     mixers: dict[str, dict[str, Any]] | None = None
     mixer_pattern: list[str] | None = None
+    taps: list[str] | None = None
     side: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -120,6 +124,8 @@ class MemLMConfig(PreTrainedConfig):
                 name,
                 f"is not in model.mixers ({', '.join(self.mixers)})",
             )
+        self.taps = self.taps or None
+        self.tapped()
         if self.side is not None:
             self.side = side.complete(self.side)
         super().__post_init__(**kwargs)
@@ -129,7 +135,7 @@ class MemLMConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         words = super().to_dict()
         # transformers' own class, by which its Trainer reads a checkpoint, warns of this name.
-        later = ("rope_scaling", "side")
+        later = ("rope_scaling", "taps", "side")
         return {name: value for name, value in words.items() if name not in later or value is not None}
 
     def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
@@ -187,6 +193,27 @@ class MemLMConfig(PreTrainedConfig):
         assert self.mixer_pattern
         return [self.mixer_pattern[i % len(self.mixer_pattern)] for i in range(self.num_hidden_layers)]
 
+    def tapped(self) -> dict[int, str]:
+        """The read that each of the layers of ``taps`` adds, by the layer's number."""
+        if self.taps is None:
+            return {}
+        assert self.mixers
+        published = {
+            name: load_kind(settings["kind"], f"model.mixers.{name}").Mixer.publishes
+            for name, settings in self.mixers.items()
+        }
+        names, taps = self.layer_mixers(), self.taps
+        first = next((i for i, name in enumerate(names) if published[name]), None)
+        _require(first is not None, "taps", taps, "needs a layer whose mixer publishes reads, such as kind two_rate")
+        assert first is not None
+        of, behind = names[first], len(names) - first - 1
+        for name in taps:
+            known = name in published[of]
+            _require(known, "taps", name, f"is no read of model.mixers.{of}; {suggest(str(name), published[of])}")
+        few = f"needs a layer for each behind layer {first}, not {behind}; name fewer, or raise num_hidden_layers"
+        _require(len(taps) <= behind, "taps", taps, few)
+        return dict(enumerate(taps, first + 1))
+
     def memory_signature(self) -> str:
         """A short hash of everything that a ``MemoryCache`` depends on; caches of models with another hash are
         refused.
@@ -224,6 +251,7 @@ _NOT_IN_STATE = {"use_cache", "initializer_range", "max_position_embeddings", *_
 # Settings newer than the first memories on disk, with their defaults: without them, those memories stay accepted.
 _LATER = {
     "side": None,
+    "taps": None,
     "rope_scaling": None,
     "norm_outputs": False,
     "qkv_bias": False,

@@ -83,7 +83,7 @@ def _run(config: MemLMConfig, seq_len: int) -> tuple[int, int]:
     config = copy.deepcopy(config)
     # Fused attention hides its products from the counter.
     config._attn_implementation = "eager"
-    if config.side is not None:
+    if config.side is not None or config.taps is not None:
         with FakeTensorMode(), torch.no_grad(), set_backend("reference"):
             model, memory = MemLMForCausalLM(config).eval(), MemoryCache()
             flops, *_ = _counted(partial(model, past_key_values=memory), torch.zeros(1, seq_len, dtype=torch.int64))

@@ -26,6 +26,8 @@ class LayerCalls:
         self.layers, self.count, self.stretches = model.every_layer, len(model.layers), model.stretches
         self.again = model.gradient_checkpointing and model.training
         self.inputs: list[Tensor] = []
+        # Those that later layers add, by the layers' numbers.
+        self.reads: dict[int, Tensor] = {}
         self.states: list[State] = [{} for _ in self.layers]
         self.aux_losses: dict[str, Tensor] = {}
         self.metrics: dict[str, Tensor] = {}
@@ -48,7 +50,7 @@ class LayerCalls:
         layer, rows, stretches = self.layers[i], self.rows, self.stretches
         if self.keep_inputs:
             self.inputs.append(x_BTD)
-        state = self._state(i, x_BTD)
+        state, read_BTD = self._state(i, x_BTD), self.reads.pop(i, None)
         handed = stretches is not None and not layer.mixer.at_once
         if handed:
             key = (i, x_BTD.shape, x_BTD.dtype)
@@ -57,14 +59,17 @@ class LayerCalls:
         state = state if given is None else {**state, **given}
         if self.again and torch.is_grad_enabled() and i in self.model.checkpointed_layers:
             # The reentrant way loses gradients of non-tensor arguments, such as states; results are equal.
-            out = self.model._gradient_checkpointing_func(layer.__call__, x_BTD, state, rows, use_reentrant=False)
+            again = self.model._gradient_checkpointing_func
+            out = again(layer.__call__, x_BTD, state, rows, read_BTD, use_reentrant=False)
         else:
-            out = layer(x_BTD, state, rows)
+            out = layer(x_BTD, state, rows, read_BTD)
         x_BTD = out.y_BTD
         if handed:
             x_BTD = stretches.send(key, x_BTD, out.state)
             stretches.refuse(i, out.aux_losses)
         self.states[i] = out.state
+        if out.reads:
+            self.reads = dict(enumerate(out.reads, i + 1))
         name = f"layer{i}" if i < self.count else f"side{i - self.count}"
         # Beside a side network, the model's own layers do not learn.
         if i >= self.count or len(self.layers) == self.count:

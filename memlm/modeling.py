@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
@@ -57,8 +58,23 @@ class MemLMCausalLMOutput(CausalLMOutputWithPast):
     metrics: dict[str, Tensor] | None = None
 
 
+class Tap(nn.Linear):
+    """The projection of a read of an earlier layer's memory, which a layer adds to its input."""
+
+    starts_silent = ("weight",)
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, size, bias=False)
+
+    def reset_parameters(self) -> None:
+        init.zeros_(self.weight)
+
+
 class MemLMDecoderLayer(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)); with ``norm_outputs`` x + norm(mixer(x)), then x + norm(mlp(x))."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)); with ``norm_outputs`` x + norm(mixer(x)), then x + norm(mlp(x)).
+
+    The first layer whose mixer publishes reads returns those that later layers add, one for each in turn.
+    """
 
     def __init__(self, config: MemLMConfig, layer_idx: int) -> None:
         super().__init__()
@@ -72,9 +88,19 @@ class MemLMDecoderLayer(nn.Module):
         if config.norm_outputs:
             self.post_feedforward_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        tapped = config.tapped()
+        self.tap_proj = Tap(config.hidden_size) if layer_idx in tapped else None
+        taken = tapped.values() if layer_idx + 1 == min(tapped, default=0) else ()
+        self.taken = [self.mixer.publishes.index(name) for name in taken]
 
-    def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
+    def forward(self, x_BTD: Tensor, state: State, rows: Rows, read_BTD: Tensor | None = None) -> MixerOutput:
+        if read_BTD is not None:
+            assert self.tap_proj is not None
+            x_BTD = x_BTD + self.tap_proj(read_BTD)
         mixed = checked(self.mixer(self.mixer_input(x_BTD), state, rows), self.mixer, x_BTD)
+        if mixed.reads:
+            # The others end here: compiled and checkpointed code would carry them.
+            mixed = mixed._replace(reads=tuple([mixed.reads[i] for i in self.taken]))
         if self.norm_outputs:
             x_BTD = x_BTD + self.post_attention_layernorm(mixed.y_BTD)
             return mixed._replace(y_BTD=x_BTD + self.post_feedforward_layernorm(self.mlp(x_BTD)))
@@ -115,9 +141,10 @@ class MemLMPreTrainedModel(PreTrainedModel):
         decoder._gradient_checkpointing_func = gradient_checkpointing_func
 
     def _init_weights(self, module: nn.Module) -> None:
-        initialize(module, self.config.initializer_range)
-        if isinstance(module, side.Side):
+        if isinstance(module, side.Side | Tap):
             module.reset_parameters()
+        else:
+            initialize(module, self.config.initializer_range)
 
     def train(self, mode: bool = True) -> Any:
         """As in torch; with a side network, all other parameters are frozen, and the other layers stay in evaluation

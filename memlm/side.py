@@ -276,6 +276,7 @@ def build(config: Any, layer: Callable[[Any, int], nn.Module]) -> Side:
     """The side network of a configuration with ``side``; layer: makes a decoder layer. Raises ValueError if they do
     not fit each other.
     """
+    require(config.taps is None, f"model.side: the decoder has model.taps={config.taps}; name one without them")
     settings = {name: value for name, value in config.side.items() if name != "form"}
     form = {"longmem": LongMem, "ladder": Ladder}[config.side["form"]]
     return form(config, _CONFIGS[config.side["form"]](**settings), layer)

@@ -315,8 +315,12 @@ def test_auxiliary_losses_are_named_and_trained():
         ),
         (lambda x, out: out._replace(state=[x]), "returned a state that is a list; make it a dict of tensors"),
         (lambda x, out: out._replace(aux_losses={"own": x.mean()}), r"returned aux_losses own \[\]; make it \[B\]"),
+        (
+            lambda x, out: out._replace(reads=(x,)),
+            r"returned reads \[\[2, 9, 64\]\]; make it .* each of publishes=\(\)",
+        ),
     ],
-    ids=["a tensor", "a tuple", "one token", "no dict", "a loss of all rows"],
+    ids=["a tensor", "a tuple", "one token", "no dict", "a loss of all rows", "a read without a name"],
 )
 def test_a_mixer_that_returns_something_else_is_named(returned, message):
     model = build("titans_mag")

@@ -39,7 +39,7 @@ class Fields(dict[str, Any]):
 
 def require_plain(config: MemLMConfig) -> None:
     """Raise ValueError for settings of the decoder that Llama's own form lacks, and so do formats like it."""
-    for name, value in {"rope_scaling": None, "norm_outputs": False, "side": None}.items():
+    for name, value in {"rope_scaling": None, "norm_outputs": False, "taps": None, "side": None}.items():
         if (found := getattr(config, name)) != value:
             raise ValueError(f"model.{name}={found!r:.80}; only {value!r} can be converted to this format")
 

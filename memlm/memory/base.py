@@ -58,12 +58,14 @@ class MixerOutput(NamedTuple):
         mean over their processes is the row's loss
     metrics: detached; only if ``rows.metrics``. A scalar, [B] (nan where a row has none) or [B, T]; logs show the
         mean. The decoder drops the metrics of a call without tokens
+    reads: those that ``SequenceMixer.publishes`` names, in its order, shaped as the output
     """
 
     y_BTD: Tensor
     state: State
     aux_losses: dict[str, Tensor]
     metrics: dict[str, Tensor]
+    reads: tuple[Tensor, ...] = ()
 
 
 class SequenceMixer(nn.Module):
@@ -77,6 +79,8 @@ class SequenceMixer(nn.Module):
     has_room: true if it then has ``rows.room`` places, filled or not, where that is given.
     starts_silent: names of parameters that have no effect at initialisation; ``train.init_from`` accepts weights
         without them.
+    publishes: names of the reads of its memory that later layers may add (``model.taps``). They must be tensors that
+        exist anyway, and zeros where parts with ``long_term`` give zeros.
     """
 
     long_term = False
@@ -85,6 +89,7 @@ class SequenceMixer(nn.Module):
     grows = False
     has_room = False
     starts_silent: tuple[str, ...] = ()
+    publishes: tuple[str, ...] = ()
 
     def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
         """Mix x [B, T, D]. Outputs must not depend on how a stream is divided into calls.
@@ -111,7 +116,7 @@ class SequenceMixer(nn.Module):
 
 def checked(output: Any, mixer: nn.Module, x_BTD: Tensor) -> MixerOutput:
     """The output of a mixer for x. Raises ValueError if it does not fit the slot."""
-    wrong = None
+    wrong, publishes = None, getattr(mixer, "publishes", ())
     if not isinstance(output, MixerOutput):
         wrong = f"{type(output).__name__}; return MixerOutput(y_BTD, state, aux_losses, metrics) of memlm.memory.base"
     elif output.y_BTD.shape != x_BTD.shape:
@@ -120,6 +125,9 @@ def checked(output: Any, mixer: nn.Module, x_BTD: Tensor) -> MixerOutput:
         wrong = f"a state that is a {type(output.state).__name__}; make it a dict of tensors with a row for each of x"
     elif unlike := [name for name, x in output.aux_losses.items() if x.shape != x_BTD.shape[:1]]:
         wrong = f"aux_losses {unlike[0]} {list(output.aux_losses[unlike[0]].shape)}; make it [B], a loss of each row"
+    elif [x.shape for x in output.reads] != [x_BTD.shape] * len(publishes):
+        given = [list(x.shape) for x in output.reads]
+        wrong = f"reads {given}; make it {list(x_BTD.shape)} for each of publishes={publishes}"
     if wrong is not None:
         raise ValueError(f"{type(mixer).__module__}.{type(mixer).__name__}.forward returned {wrong}")
     return output

@@ -1,8 +1,9 @@
 """Two of Titans' stores at two rates: a fast one, written by each token, and a slow one, written by each chunk of the
 fast one.
 
-The idea is Mela's, a memory of levels whose slow level gathers what the fast one has read. Mela's equations are not
-public, so this is no Mela: it is Titans' rule (``titans``) twice, with C tokens in a chunk of the fast store::
+The idea is Mela's, a memory of levels whose slow level gathers what the fast one has read, and whose reads the first
+layers behind it add too. Mela's equations are not public, so this is no Mela: it is Titans' rule (``titans``) twice,
+with C tokens in a chunk of the fast store::
 
     z_t = fast(x_t)                                 s_t = x_t + z_t
     u_j = mean of s_t over the tokens t of chunk j  the slow store writes u_j at the end of chunk j
@@ -13,11 +14,13 @@ public, so this is no Mela: it is Titans' rule (``titans``) twice, with C tokens
 no convolution. All of a chunk's tokens read after the same write. So the op gets C copies of the slow store, one for
 each place in a chunk, which write the same and read for their own tokens: it costs about as much as the fast store.
 
+The reads z, w and y are ``fast``, ``slow`` and ``mixed`` of ``model.taps``, by which layers behind add them. Mela's
+recursion between its levels is not built.
+
 Metrics are those of ``titans`` for the fast store; with ``slow_`` in front, the norms of the slow one and its share
 beside the fast one's read; and ``fast_gate``, the mean of g.
 
 B batch, T tokens, D hidden, H memory heads, K memory head dim, W chunks that may end in the call, C chunk_size.
-Recursion between the stores and taps into other layers are not built.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -64,6 +67,8 @@ class Config(titans.NeuralMemoryConfig):
 
 
 class Mixer(SequenceMixer):
+    publishes = ("fast", "slow", "mixed")
+
     def __init__(self, config: Config, dims: Dims, layer_idx: int) -> None:
         super().__init__()
         self.size, self.hidden_size = config.chunk_size, dims.hidden_size
@@ -87,8 +92,8 @@ class Mixer(SequenceMixer):
 
     def forward(self, x_BTD: Tensor, state: State, rows: Rows) -> MixerOutput:
         if rows.length == 0:
-            return MixerOutput(x_BTD, state, {}, {})
-        z_BTD, fast, _, metrics = self.fast(x_BTD, state["fast"], rows)
+            return MixerOutput(x_BTD, state, {}, {}, (x_BTD,) * 3)
+        z_BTD, fast, _, metrics, _ = self.fast(x_BTD, state["fast"], rows)
         s_BTD, chunks = x_BTD + z_BTD, rows.once((SlowWrites, self.size), lambda: SlowWrites.of(rows, self.size))
         u_BWD, open_BD = chunks.means(s_BTD, state["open"])
         w_BTD, slow = self.slow(s_BTD, u_BWD.to(s_BTD.dtype), state["slow"], rows, chunks)
@@ -103,7 +108,7 @@ class Mixer(SequenceMixer):
                 "slow_share": memory_share((1 - gate_BTD) * w_BTD, gate_BTD * z_BTD, (-1,)),
                 "memory_share": memory_share(y_BTD, x_BTD),
             }
-        return MixerOutput(y_BTD, {"fast": fast, "slow": slow, "open": open_BD}, {}, metrics)
+        return MixerOutput(y_BTD, {"fast": fast, "slow": slow, "open": open_BD}, {}, metrics, (z_BTD, w_BTD, y_BTD))
 
 
 class SlowWrites(NamedTuple):

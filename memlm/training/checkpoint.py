@@ -27,7 +27,6 @@ from memlm.configuration import MemLMConfig
 from memlm.data import save_tokenizer
 from memlm.hub import load_tokenizer
 from memlm.hub.causal import load_any
-from memlm.memory.base import SequenceMixer
 from memlm.training.ema import WeightAverage
 
 FACTS = "run.json"
@@ -194,8 +193,8 @@ def copy_weights(source: str, model: PreTrainedModel, tokenizer: PreTrainedToken
     Returns that folder, and the reasons why newer checkpoints were skipped. Mixers may have other settings or kinds.
 
     Raises ValueError unless parameters match by name and shape, tokens are the same, and the models' other settings
-    agree. A parameter may be missing in ``source`` only if it starts silent (``SequenceMixer``), as an attached memory
-    does.
+    agree. A parameter may be missing in ``source`` only if it starts silent (``SequenceMixer``), as those of taps and
+    of an attached memory do.
     """
     key = f"train.init_from={source}"
     newest, passed_over = newest_whole(Path(source))
@@ -210,10 +209,7 @@ def copy_weights(source: str, model: PreTrainedModel, tokenizer: PreTrainedToken
     theirs, ours = (dict(m.named_parameters()) for m in (source_model, model))
     shapes = [{name: list(p.shape) for name, p in parameters.items()} for parameters in (theirs, ours)]
     silent = {
-        f"{path}.{name}"
-        for path, module in model.named_modules()
-        if isinstance(module, SequenceMixer)
-        for name in module.starts_silent
+        f"{path}.{name}" for path, module in model.named_modules() for name in getattr(module, "starts_silent", ())
     }
     silent = (silent | {name for name in ours if MEMORY in name}) - theirs.keys()
     differ = [name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name)]

@@ -78,11 +78,11 @@ def of_step(
     """inputs: of ``Objective.forward``, for one forward of one device
     rounded: whether the layers' matrices arrive in bf16, so that autocast copies none
 
-    The ops are their references; a GPU's kernels keep less.
+    The ops are their references; a GPU's kernels keep less. Taps (``model.taps``) are left out.
     """
     names = [*dict.fromkeys(config.layer_mixers())]
     config = copy.deepcopy(config)
-    config.num_hidden_layers, config.mixer_pattern = len(names), names
+    config.num_hidden_layers, config.mixer_pattern, config.taps = len(names), names, None
     with FakeTensorMode(allow_non_fake_inputs=True), set_backend("reference"):
         model = MemLMForCausalLM(config).train()
         trainable.train_only(model, trainable.choose(model, train.trainable))

@@ -145,7 +145,7 @@ def _reference(cfg: DictConfig, name: str, overrides: list[str], source: str, ke
         config.vocab_size = _config(cfg).vocab_size
         return config
     # Settings of this command's memory are not the other's.
-    kept = [o for o in overrides if not _key(o).startswith(("memory", "match", "model.mixers.memory"))]
+    kept = [o for o in overrides if not _key(o).startswith(("memory", "match", "model.mixers.memory", "model.taps"))]
     kept += [o for o in overrides if _key(o).startswith("memory/")]
     try:
         other = compose(name, [*kept, *([] if source == "default" else [f"memory={source}"])], True)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from memlm.layers import GroupedLinear
 from memlm.memory.base import MixerOutput, SequenceMixer
-from memlm.modeling import MemLMForCausalLM
+from memlm.modeling import MemLMForCausalLM, Tap
 from memlm.settings import require
 
 
@@ -82,7 +82,7 @@ def in_bf16(precision: str, compiled: bool) -> bool:
 def matrices(layer: nn.Module) -> list[nn.Module]:
     """Modules of a layer whose parameters autocast rounds, and which every forward calls."""
     sometimes = {mixer.get_parameter(name) for mixer, names in _reached_in_some_rows(layer) for name in names}
-    rounded = [module for module in layer.modules() if type(module) in (nn.Linear, GroupedLinear)]
+    rounded = [module for module in layer.modules() if type(module) in (nn.Linear, Tap, GroupedLinear)]
     return [module for module in rounded if sometimes.isdisjoint(module.parameters())]
 
 

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from memlm.attached.call import Attached
 from memlm.attached.save import MEMORY as ATTACHED
 from memlm.memory.base import SequenceMixer
+from memlm.modeling import Tap
 from memlm.settings import require, suggest
 from memlm.side import is_own
 
@@ -87,18 +88,20 @@ def train_only(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def memory_names(model: nn.Module) -> list[str]:
-    """The parameters of an attached memory; without one, those of each mixer that has a part with long-term memory.
+    """The parameters of an attached memory; without one, those of taps, and of each mixer that has a part with
+    long-term memory.
 
     Such a mixer counts as a whole, because attention and memory share projections in some.
     """
     names = _names(model)
-    mixers = [
+    parts = [
         f"{path}."
         for path, module in model.named_modules()
-        if isinstance(module, SequenceMixer) and any(getattr(part, "long_term", False) for part in module.modules())
+        if isinstance(module, Tap)
+        or (isinstance(module, SequenceMixer) and any(getattr(part, "long_term", False) for part in module.modules()))
     ]
     attached = [name for name in names if ATTACHED in name]
-    return attached or [name for name in names if name.startswith(tuple(mixers))]
+    return attached or [name for name in names if name.startswith(tuple(parts))]
 
 
 @torch.no_grad()
