@@ -1,6 +1,6 @@
 """Compile every Triton kernel, with all its tiles, for GPUs that need not be present, and report the results.
 
-    python scripts/compile_kernels.py --out kernels/compiled.md                all of it, an hour and more
+    python scripts/compile_kernels.py --out kernels/compiled.md                all of it, an hour on two cores
     python scripts/compile_kernels.py --out kernels/compiled.md --kernel pool  these rows once more, and so with --case
     python scripts/compile_kernels.py --sample                                 a launch of each kernel, for two targets
 
@@ -15,12 +15,15 @@ import argparse
 import collections
 import importlib.metadata
 import itertools
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -395,32 +398,39 @@ def resources_hip(asm: dict[str, Any]) -> tuple[int, int]:
     return use["vgpr_count"], use["vgpr_spill_count"]
 
 
+# Launches with tiles and the name of a target. Forked processes have them; they cannot be pickled.
+_wanted: list[tuple[Launch, dict[str, int], str]] = []
+
+
+def compiled(i: int) -> Compiled:
+    one, tiles, target_name = _wanted[i]
+    try:
+        return compile_one(one, tiles, *TARGETS[target_name])
+    # The compiler fails with many exceptions, and the other kernels must still be compiled.
+    except Exception as error:
+        return Compiled(0, 0, 0, "", [f"{type(error).__name__} in the compiler"])
+
+
 def main(args: argparse.Namespace) -> int:
     launches = recorded(args.sample)
-    names = args.targets or list(TARGETS)
     rows, begin = [], time.perf_counter()
     for one in launches:
-        name = one.kernel.function.__name__
-        if args.kernel and not any(part in name for part in args.kernel):
+        if args.kernel and not any(part in one.kernel.function.__name__ for part in args.kernel):
             continue
         if not one.case.startswith(args.case):
             continue
-        for target_name in names:
-            target, most_shared = TARGETS[target_name]
+        for target_name in args.targets or TARGETS:
             choices = launch.fitting(one.kernel.tiles_on(target_name), one.limits)
             if not one.whole:
                 choices = choices[: target_name in SAMPLE]
-            for tiles in choices:
-                try:
-                    done = compile_one(one, tiles, target, most_shared)
-                # The compiler fails with many exceptions, and the other kernels must still be compiled.
-                except Exception as error:
-                    done = Compiled(0, 0, 0, "", [f"{type(error).__name__} in the compiler"])
-                cells = " ".join(f"{n}={x}" for n, x in tiles.items())
-                rows.append([f"`{name}`", one.case, target_name, cells, *map(str, done[:-1])])
-                rows[-1].append("; ".join(done.problems) or "ok")
-                if done.problems or args.verbose:
-                    print(f"{name}, {one.case}, {target_name}, {cells}: {done}", flush=True)
+            _wanted.extend((one, tiles, target_name) for tiles in choices)
+    pool = ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("fork"))
+    for (one, tiles, target_name), done in zip(_wanted, pool.map(compiled, range(len(_wanted))), strict=True):
+        name, cells = one.kernel.function.__name__, " ".join(f"{n}={x}" for n, x in tiles.items())
+        rows.append([f"`{name}`", one.case, target_name, cells, *map(str, done[:-1])])
+        rows[-1].append("; ".join(done.problems) or "ok")
+        if done.problems or args.verbose:
+            print(f"{name}, {one.case}, {target_name}, {cells}: {done}", flush=True)
     print(f"{summary(rows)}, {time.perf_counter() - begin:.0f} s")
     if args.out:
         there = {(f"`{one.kernel.function.__name__}`", one.case) for one in launches}

@@ -20,12 +20,14 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" "[dev,cpu-kernels]"
 if [ $# -eq 0 ]; then
     ruff check .
     ruff format --check .
-    mypy
+    # Types are checked on one core.
+    mypy &
     python scripts/compile_kernels.py --sample
+    wait $!
 fi
 # One thread per worker: threads of several processes on the same cores slow each other down.
 export OMP_NUM_THREADS=1
-python -m pytest -n auto --maxprocesses 8 "$@"
+python -m pytest -n auto --maxprocesses 8 --dist worksteal "$@"
 if [ $# -eq 0 ] && [ "$(uname -m)" = x86_64 ]; then
     # Triton's interpreter multiplies with numpy: the tests with the longest sums must also pass with those of CPUs
     # without AVX-512. Others have the same products.

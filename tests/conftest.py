@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 import importlib
 import io
 import os
@@ -41,6 +42,15 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("kinds") and item.callspec.params["variant"][1]:
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish():
+    """What imports and collection made stays: the garbage collector need not visit half a million objects again."""
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -107,11 +117,13 @@ def variants() -> list:
     return found
 
 
-def convert(*arguments):
-    """Exit code and output of the script, run in this process: another Python would take longer to start."""
-    script, said = ROOT / "scripts" / "convert_checkpoint.py", io.StringIO()
+def run_script(name, *arguments):
+    """Exit code and output of a script, run in this process: another Python would take longer to start."""
+    script, said = ROOT / "scripts" / name, io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
         patch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        # As Python does; some scripts import others.
+        patch.syspath_prepend(str(script.parent))
         try:
             runpy.run_path(str(script), run_name="__main__")
         except SystemExit as done:
@@ -120,6 +132,10 @@ def convert(*arguments):
                 (1, f"{said.getvalue()}{done.code}\n") if isinstance(done.code, str) else (done.code, said.getvalue())
             )
     return 0, said.getvalue()
+
+
+def convert(*arguments):
+    return run_script("convert_checkpoint.py", *arguments)
 
 
 def same_state(a, b) -> bool:

@@ -1,6 +1,7 @@
 """lm-eval's numbers are those of the model, by its Python API and by its command line, for tasks on this disk."""
 
 import copy
+import functools
 import importlib.util
 import json
 import math
@@ -175,7 +176,15 @@ def test_a_model_is_loaded_with_its_memory(folder):
     assert memlm.attached.of(lm.model) and torch.equal(lm.model(ids).logits, model(ids).logits)
 
 
-def test_the_command_line_takes_a_memory(folder, monkeypatch, tmp_path):
+@pytest.fixture
+def own_tasks(monkeypatch):
+    """The command line knows the tasks of ``--include_path`` alone: to find its own takes seconds."""
+    from lm_eval import tasks
+
+    monkeypatch.setattr(tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False))
+
+
+def test_the_command_line_takes_a_memory(folder, monkeypatch, tmp_path, own_tasks):
     from memlm.lm_eval import cli_evaluate
 
     model = memlm.from_pretrained(folder / "attached")
@@ -210,7 +219,7 @@ def test_a_memory_alone_is_loaded_with_its_backbone(folder, tmp_path):
         ("pretrained={0}/own,memory={0}/none", "{0}/none/memlm_memory.json: no such file; a memory is written by"),
     ],
 )
-def test_a_wrong_folder_ends_in_a_line(folder, monkeypatch, given, told):
+def test_a_wrong_folder_ends_in_a_line(folder, monkeypatch, own_tasks, given, told):
     from memlm.lm_eval import main
 
     command = f"lm_eval run --model memlm --model_args {given.format(folder)} --device cpu --tasks local_rolling"

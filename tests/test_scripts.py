@@ -11,14 +11,21 @@ import torch
 from safetensors.torch import load_file
 
 import memlm_kernels
-from tests.conftest import ROOT
+from tests.conftest import ROOT, convert, run_script
 
 
-def run(*arguments: str, script: str = "benchmark_memory.py", **environment: str) -> str:
+def started(*arguments: str, script: str, **environment: str) -> str:
+    """The output of a script in a process of its own: for figures of a process, and other settings."""
     command = [sys.executable, str(ROOT / "scripts" / script), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def run(*arguments: str, script: str = "benchmark_memory.py") -> str:
+    code, said = run_script(script, *arguments)
+    assert not code, said
+    return said
 
 
 def test_benchmark_writes_a_line_for_each_measurement(tmp_path):
@@ -37,6 +44,7 @@ def test_benchmark_writes_a_line_for_each_measurement(tmp_path):
     assert len(run("--table", "--out", str(out)).strip().splitlines()) == 6
 
 
+@pytest.mark.slow
 def test_benchmark_of_training_steps(tmp_path):
     out = tmp_path / "memory.jsonl"
     run("--suite", "train_smoke", "--repeats", "1", "--out", str(out))
@@ -82,22 +90,12 @@ def test_benchmark_of_reading(tmp_path):
 def test_conversion_there_and_back_as_a_command(tmp_path):
     source = ROOT / "tests" / "reference" / "mom_tiny" / "shared"
     ours, back = tmp_path / "ours", tmp_path / "back"
-    script = "convert_checkpoint.py"
-    run("--from-format", "fla-mom", "--source", str(source), "--target", str(ours), script=script)
-    run("--to-format", "fla-mom", "--source", str(ours), "--target", str(back), script=script)
+    assert convert("--from-format", "fla-mom", "--source", source, "--target", ours)[0] == 0
+    assert convert("--to-format", "fla-mom", "--source", ours, "--target", back)[0] == 0
     before, after = (load_file(folder / "model.safetensors") for folder in (source, back))
     assert before.keys() == after.keys() and all(torch.equal(before[name], w) for name, w in after.items())
-    again = [
-        str(ROOT / "scripts" / script),
-        "--from-format",
-        "fla-mom",
-        "--source",
-        str(tmp_path),
-        "--target",
-        str(back),
-    ]
-    refused = subprocess.run([sys.executable, *again], capture_output=True, text=True)
-    assert refused.returncode == 1 and refused.stderr == f"{tmp_path}: no *.safetensors there\n"
+    refused = convert("--from-format", "fla-mom", "--source", tmp_path, "--target", back)
+    assert refused == (1, f"{tmp_path}: no *.safetensors there\n")
 
 
 def test_the_doctor_knows_every_op():
@@ -153,7 +151,7 @@ def test_benchmark_of_the_kernels(tmp_path):
     """Every op and every backend that runs without a GPU; for the others it prints the reason."""
     out = tmp_path / "kernels.jsonl"
     sizes = ("--rows", "1", "--tokens", "32", "--heads", "1", "--chunks", "20", "--dtypes", "float32")
-    run(*sizes, "--out", str(out), script="benchmark_kernels.py", TRITON_INTERPRET="0")
+    started(*sizes, "--out", str(out), script="benchmark_kernels.py", TRITON_INTERPRET="0")
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     records = [line for line in lines if "op" in line]
     goals = [line for line in lines if "goal" in line]

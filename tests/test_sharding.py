@@ -60,7 +60,9 @@ def assert_alike(one, two):
         assert figures(two, name) == pytest.approx(figures(one, name), rel=tolerance), name
 
 
-@pytest.mark.parametrize("memory", ["titans_mag", "msa", "gated_delta_net", "mom"])
+@pytest.mark.parametrize(
+    "memory", ["titans_mag", "msa", pytest.param("gated_delta_net", marks=pytest.mark.slow), "mom"]
+)
 def test_sharers_take_the_steps_of_one_process(tmp_path, memory):
     options = (f"memory={memory}", "train.steps=20")
     train(tiny(tmp_path / "one", *options))

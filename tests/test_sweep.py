@@ -36,7 +36,9 @@ def main(cfg):
         Path(cfg.run_dir, "saved").touch()
         sys.exit(130)
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "-m" not in sys.argv:
+    main()
+elif __name__ == "__main__":
     from memlm.cli import user_errors
     with user_errors(Path("configs"), "train"):
         main()

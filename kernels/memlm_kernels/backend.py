@@ -102,7 +102,7 @@ def with_triton(
     """
     # A call that names its backend needs no trial.
     left = backend == "auto" and _asked in ("auto", "fla")
-    if left and x.is_cpu and against_triton(call, x, *others, products=products):
+    if x.is_cpu and (against_triton(call, x, *others, products=products) if left else not asks_for("triton", backend)):
         # On a CPU nothing else need be asked for each token.
         return ("reference",), {}
     if reason := missing_triton(x.device.type) or limit or _against_kernels((x, *others), products):

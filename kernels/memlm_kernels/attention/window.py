@@ -14,7 +14,6 @@ from memlm_kernels.checks import (
     check_tensors,
     in_one_type,
     named,
-    once_a_kind,
     readable,
 )
 
@@ -135,7 +134,6 @@ def from_zero(positions: Tensor | None) -> Tensor | None:
     return positions if positions is None or readable(positions) else positions.clamp(min=0)
 
 
-@once_a_kind
 def _check(
     q: Tensor,
     k: Tensor,
