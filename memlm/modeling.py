@@ -5,10 +5,11 @@ B batch, T tokens, D hidden, V vocabulary.
 
 import copy
 import os
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,19 @@ from memlm.roles import Roles
 from memlm.versions import CACHE
 
 
+class _Fields:
+    """Sets an output's fields as transformers' own method, which lists them anew at each: 1 % of a token's time."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if value is not None and name in self.__dataclass_fields__:
+            OrderedDict.__setitem__(self, name, value)  # type: ignore[arg-type]
+        object.__setattr__(self, name, value)
+
+
 @dataclass
-class MemLMOutput(BaseModelOutputWithPast):
+class MemLMOutput(_Fields, BaseModelOutputWithPast):
     """last_hidden_state: [B, T, D]
     past_key_values: the ``MemoryCache``
     hidden_states: each layer's input, and the output of the final norm
@@ -46,7 +58,7 @@ class MemLMOutput(BaseModelOutputWithPast):
 
 
 @dataclass
-class MemLMCausalLMOutput(CausalLMOutputWithPast):
+class MemLMCausalLMOutput(_Fields, CausalLMOutputWithPast):
     """loss: the cross-entropy plus all aux_losses
     logits: [B, T, V]; with ``logits_to_keep``, of the kept positions alone
     aux_losses: with labels the scalar parts of the loss; without labels [B], for ``auxiliary_loss``
