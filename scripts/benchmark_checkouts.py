@@ -2,12 +2,12 @@
 """Compare the CPU time of this checkout with that of another one: training steps and decoded tokens, in turns.
 
     git worktree add ../before COMMIT
-    python scripts/benchmark_checkouts.py ../before [--memories titans_mag none] [--rounds 15]
+    python scripts/benchmark_checkouts.py ../before [--memories titans_mag none] [--overrides model=small]
 
 Each checkout runs in a process of one thread that stays. A round takes the time of forward and backward of 4 rows of
 256 tokens, or of 10 tokens after a row of 256, in both; which one is first alternates. The model is the tiny one of
-configs/train.yaml. Prints, in Markdown, the shortest times of the other checkout and of this one, and the median and
-quartiles of the rounds' ratios; above 1, this checkout is slower.
+configs/train.yaml, unless overrides change it. Prints, in Markdown, the shortest times of the other checkout and of
+this one, and the median and quartiles of the rounds' ratios; above 1, this checkout is slower.
 """
 
 import argparse
@@ -27,11 +27,12 @@ KINDS = {"train": "training step", "decode": "10 tokens"}
 class Worker:
     """A process that times the package of one checkout."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, overrides: list[str]) -> None:
         # Both processes run this file. Their packages are found by PYTHONPATH.
         path = os.pathsep.join(map(str, (root, root / "kernels")))
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-W", "ignore", str(Path(__file__).resolve()), "--worker", str(root)]
+        command += ["--overrides", *overrides] if overrides else []
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=root
         )
@@ -45,7 +46,7 @@ class Worker:
         raise SystemExit(f"{' '.join(self.process.args)} ended at {what!r}; its error stands above")  # type: ignore[arg-type]
 
 
-def work(root: Path) -> None:
+def work(root: Path, overrides: list[str]) -> None:
     """Answer each line of standard input with a time: the name of a memory, or a key of ``KINDS``."""
     import torch
     from omegaconf import OmegaConf
@@ -54,7 +55,7 @@ def work(root: Path) -> None:
 
     def made(memory: str) -> Any:
         torch.manual_seed(0)
-        settings = cli.composed(root / "configs", "train", [f"memory={memory}"])
+        settings = cli.composed(root / "configs", "train", [f"memory={memory}", *overrides])
         given: Any = OmegaConf.to_container(settings.model, resolve=True)
         return MemLMForCausalLM(MemLMConfig.from_hydra(given))
 
@@ -102,11 +103,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", nargs="?", type=Path, help="the other checkout")
     parser.add_argument("--memories", nargs="+", help="of those in configs/memory of both; all by default")
+    parser.add_argument("--overrides", nargs="+", default=[], help="of the configuration, such as model=small")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        work(args.worker)
+        work(args.worker, args.overrides)
         return
     if args.checkout is None or not (args.checkout / "configs/memory").is_dir():
         parser.error(f"{args.checkout} is no checkout of memlm; give a folder that has configs/memory")
@@ -116,7 +118,7 @@ def main() -> None:
     both = [memory for memory in MEMORIES if (other / f"configs/memory/{memory}.yaml").exists()]
     if unknown := [memory for memory in args.memories or [] if memory not in both]:
         parser.error(f"--memories {unknown[0]}: both checkouts have {', '.join(both)}")
-    workers = Worker(other), Worker(ROOT)
+    workers = Worker(other, args.overrides), Worker(ROOT, args.overrides)
     print("| memory | what | ms there | ms here | ratio |\n|---|---|---|---|---|", flush=True)
     for memory in args.memories or both:
         for worker in workers:
