@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What imports and collection made stays: the garbage collector need not visit half a million objects again."""
+    """Objects of imports and collection stay: the garbage collector need not visit half a million objects again."""
     gc.freeze()
 
 
