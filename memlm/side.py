@@ -181,7 +181,7 @@ class BankReader(attention.Mixer):
         super().__init__(config, dims, layer_idx)
         self.chosen, self.any_length, self.grows = choice, False, not choice.max_chunks
         self.choice = ReadEntries()
-        self.head_gate = chunk_sparse.HeadGate(dims.num_attention_heads)
+        self.head_gate = chunk_sparse.HeadGate(dims.num_attention_heads, "sigmoid")
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

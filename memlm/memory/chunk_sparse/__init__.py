@@ -23,8 +23,9 @@ The choice is hard, so it has no gradient, and the mean of a chunk need not matc
 whole before the window, and add no ``learning``:
 
 - "head_gate", the reader of LongMem (arXiv:2306.07174): two softmaxes, y[t] = (1 - g) window[t] + g chosen[t], with
-  one learned gate g = sigmoid(b[h]) for each head, almost closed at first (b = -8). The paper's heads each choose;
-  here a group of heads that share keys does. A token that can choose no chunk has g = 0.
+  one learned gate for each head, g = sigmoid(b[h]), 1/2 at first as in the release; or with ``gate: tanh``, tanh(b[h]),
+  0 at first. The paper's heads each choose; here a group of heads that share keys does. A token that can choose no
+  chunk has g = 0.
 - "relevance", as in HCAM (arXiv:2105.14039), where the chunks are chosen by a router, for all heads:
 
       r[t, n] = (W_r x[t]) . mean over s in chunk n of (U_r x[s]) / sqrt(router_dim)
@@ -35,7 +36,7 @@ whole before the window, and add no ``learning``:
 
 Both forms of ``learning`` accept a trained backbone (``train.init_from`` of the kind ``attention``) and keep its
 outputs while all chunks are chosen: "distilled" adds no weights, and "compressed" with ``gate: tanh`` adds nothing at
-first.
+first. "head_gate" with ``gate: tanh`` keeps those of a backbone with the same window.
 
 Files:
 
@@ -67,7 +68,7 @@ __all__ = ["FUSIONS", "GATES", "LEARNING", "Chunks", "Config", "Mixer"]
 
 
 class Share(nn.Module):
-    """The gate on each head's read of means. Its gradient is nonzero even where the gate starts at 0."""
+    """The gate on each head's far read. Its gradient is nonzero even where the gate starts at 0."""
 
     long_term = True
 
@@ -82,14 +83,13 @@ class Share(nn.Module):
 class HeadGate(nn.Module):
     """The chosen chunks' share of each head, [H]."""
 
-    long_term = True
-
-    def __init__(self, heads: int) -> None:
+    def __init__(self, heads: int, form: str) -> None:
         super().__init__()
+        self.share = Share(form)
         self.bias = nn.Parameter(torch.empty(heads))
 
     def forward(self) -> Tensor:
-        return torch.sigmoid(exact(self.bias))
+        return self.share(exact(self.bias))
 
 
 class Mixer(attention.Mixer):
@@ -107,8 +107,8 @@ class Mixer(attention.Mixer):
                 nn.Linear(dims.hidden_size, config.router_dim, bias=False) for _ in range(2)
             )
         elif config.fusion == "head_gate":
-            self.head_gate = HeadGate(dims.num_attention_heads)
-            self.starts_silent = ("head_gate.bias",)
+            self.head_gate = HeadGate(dims.num_attention_heads, config.gate)
+            self.starts_silent = ("head_gate.bias",) if config.gate == "tanh" else ()
         if self.compressed:
             self.gate = nn.Linear(dims.hidden_size, dims.num_attention_heads)
             self.share = Share(config.gate)
@@ -120,7 +120,7 @@ class Mixer(attention.Mixer):
             init.zeros_(self.gate.weight)
             init.zeros_(self.gate.bias)
         if self.chunked.fusion == "head_gate":
-            init.constant_(self.head_gate.bias, -8.0)
+            init.zeros_(self.head_gate.bias)
         if self.chunked.initialization == "recall":
             self.start_for_recall()
 

@@ -21,7 +21,8 @@ class Config(attention.Projections):
     router_dim: size of the router's queries and keys, with fusion "relevance".
     learning: how the choice is trained: "compressed" or "distilled".
     loss_weight: weight of the distillation loss in each layer.
-    gate: the gate of the read of means: "sigmoid", 1/2 at first; or "tanh", 0 at first, for a trained backbone.
+    gate: the gate of the read of means, or of the chosen chunks with fusion "head_gate": "sigmoid", 1/2 at first; or
+        "tanh", 0 at first, for a trained backbone.
     far_positions: whether rotary positions encode the distance of chosen tokens, as in full attention. Without them,
         far tokens look as in training, however long the document.
     conv_size: width of a causal convolution with SiLU on q, k, v; 0 for none.
@@ -76,7 +77,7 @@ class Config(attention.Projections):
 
     def _check_fusion(self) -> None:
         if self.fusion != "joint":
-            for name in ("learning", "gate"):
+            for name in ("learning",) if self.fusion == "head_gate" else ("learning", "gate"):
                 value = getattr(self, name)
                 require(
                     value == getattr(Config, name),
