@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMORIES = sorted(path.stem for path in (ROOT / "configs/memory").glob("*.yaml"))
-# What is measured, its name, and the unit in seconds; counts have none.
+# Each measurement's name and its unit in seconds; counts have none.
 KINDS = {"train": ("training step, ms", 1e-3), "decode": ("10 tokens, ms", 1e-3), "calls": ("a token, calls", 1)}
 
 

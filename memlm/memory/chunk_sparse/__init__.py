@@ -23,7 +23,7 @@ The choice is hard, so it has no gradient, and the mean of a chunk need not matc
 whole before the window, and add no ``learning``:
 
 - "head_gate", the reader of LongMem (arXiv:2306.07174): two softmaxes, y[t] = (1 - g) window[t] + g chosen[t], with
-  one learned gate for each head, g = sigmoid(b[h]), 1/2 at first as in the release; or with ``gate: tanh``, tanh(b[h]),
+  one learned gate for each head, g = sigmoid(b[h]), 1/2 at first as in the release; or with ``gate: tanh`` tanh(b[h]),
   0 at first. The paper's heads each choose; here a group of heads that share keys does. A token that can choose no
   chunk has g = 0.
 - "relevance", as in HCAM (arXiv:2105.14039), where the chunks are chosen by a router, for all heads:
