@@ -5,7 +5,7 @@
     python scripts/benchmark_checkouts.py ../before [--memories titans_mag none] [--overrides model=small]
 
 Each checkout runs in a process of one thread that stays. A round takes the time of forward and backward of 4 rows of
-256 tokens, or of 10 tokens after a row of 256, in both; which one is first alternates. The model is the tiny one of
+256 tokens, or of 50 tokens after a row of 256, in both; which one is first alternates. The model is the tiny one of
 configs/train.yaml, unless overrides change it. Prints, in Markdown, the shortest times of the other checkout and of
 this one, and the median and quartiles of the rounds' ratios; above 1, this checkout is slower. Times of tokens are
 noisy; the number of functions that a token calls, of Python and of C, is exact.
@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 MEMORIES = sorted(path.stem for path in (ROOT / "configs/memory").glob("*.yaml"))
 # Each measurement's name and its unit in seconds; counts have none.
-KINDS = {"train": ("training step, ms", 1e-3), "decode": ("10 tokens, ms", 1e-3), "calls": ("a token, calls", 1)}
+KINDS = {"train": ("training step, ms", 1e-3), "decode": ("50 tokens, ms", 1e-3), "calls": ("a token, calls", 1)}
 
 
 class Worker:
@@ -73,7 +73,7 @@ def work(root: Path, overrides: list[str]) -> None:
     def decode() -> float:
         memory = model.eval()(ids[:1], use_cache=True).past_key_values
         begin = time.process_time()
-        for t in range(10):
+        for t in range(50):
             memory = model(ids[:1, t : t + 1], past_key_values=memory, use_cache=True).past_key_values
         return time.process_time() - begin
 

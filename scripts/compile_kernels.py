@@ -1,8 +1,8 @@
 """Compile every Triton kernel, with all its tiles, for GPUs that need not be present, and report the results.
 
-    python scripts/compile_kernels.py --out kernels/compiled.md                all of it, an hour on two cores
+    python scripts/compile_kernels.py --out kernels/compiled.md                all of it, an hour of CPU time and more
     python scripts/compile_kernels.py --out kernels/compiled.md --kernel pool  these rows once more, and so with --case
-    python scripts/compile_kernels.py --sample                                 a launch of each kernel, for two targets
+    python scripts/compile_kernels.py --sample                                 each kernel, for two targets
 
 Triton caches compiled code, so a run that was stopped continues when it is started again.
 
@@ -414,12 +414,19 @@ def compiled(i: int) -> Compiled:
 def main(args: argparse.Namespace) -> int:
     launches = recorded(args.sample)
     rows, begin = [], time.perf_counter()
+    named = collections.Counter(one.kernel.function.__name__ for one in launches)
+    turn: collections.Counter[str] = collections.Counter()
     for one in launches:
-        if args.kernel and not any(part in one.kernel.function.__name__ for part in args.kernel):
+        name, targets = one.kernel.function.__name__, args.targets or list(TARGETS)
+        if args.kernel and not any(part in name for part in args.kernel):
             continue
         if not one.case.startswith(args.case):
             continue
-        for target_name in args.targets or TARGETS:
+        if args.sample and not args.targets and named[name] > 1:
+            # The launches of a kernel take turns, so that each is compiled once.
+            targets = [SAMPLE[turn[name] % 2]]
+            turn[name] += 1
+        for target_name in targets:
             choices = launch.fitting(one.kernel.tiles_on(target_name), one.limits)
             if not one.whole:
                 choices = choices[: target_name in SAMPLE]

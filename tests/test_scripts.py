@@ -59,7 +59,7 @@ def test_benchmark_of_two_checkouts():
     rows = started(str(ROOT), "--memories", "none", "--rounds", "2", script="benchmark_checkouts.py").splitlines()[2:]
     assert [row.split(" | ")[:2] for row in rows] == [
         ["| none", "training step, ms"],
-        ["| none", "10 tokens, ms"],
+        ["| none", "50 tokens, ms"],
         ["| none", "a token, calls"],
     ]
     assert all(float(row.split(" | ")[i]) > 0 for row in rows for i in (2, 3)) and rows[-1].endswith("1.00 |")
