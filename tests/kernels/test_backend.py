@@ -189,3 +189,13 @@ def test_precision_of_products(monkeypatch):
                 torch.set_float32_matmul_precision(before)
     assert found["cuda", "highest"] == ["ieee", "tf32", "tf32"] and found["cuda", "high"] == ["tf32"] * 3
     assert found["hip", "highest"] == found["hip", "high"] == ["ieee"] * 3
+
+
+def test_a_set_backend_holds_for_plain_attention(monkeypatch):
+    """``auto`` takes torch's own for it, without a look at Triton."""
+    module = pytest.importorskip("memlm_kernels.attention.triton")
+    q = torch.ones(1, 4, 1, 16)
+    monkeypatch.setattr(module, "attend_triton", lambda *_, **__: (q, None))
+    with set_backend("triton"):
+        assert prefix_window_attention(q, q, q).o is q
+    assert prefix_window_attention(q, q, q).o is not q

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from memlm_kernels.attention.window_reference import plain, read_blocks, sdpa
-from memlm_kernels.backend import as_autocast, choose, with_triton
+from memlm_kernels.backend import as_autocast, asks_for, choose, with_triton
 from memlm_kernels.checks import (
     asks_gradient,
     check_range,
@@ -64,7 +64,7 @@ def prefix_window_attention(
     # torch's own kernels of plain causal attention are the fastest, and need no trial of ours.
     whole = prefix is None and positions is None and (window is None or window >= k.shape[1])
     whole = whole and not with_lse and q.shape[1] in (1, k.shape[1])
-    asked = "sdpa" if whole and backend == "auto" else backend
+    asked = "sdpa" if whole and backend == "auto" and not asks_for("triton", backend) else backend
     available, refused = with_triton("prefix_window_attention", asked, q, too_large(q, k, v), v, *rest)
     if with_lse:
         refused = {**refused, "sdpa": "it gives no lse"}
@@ -156,4 +156,5 @@ def _check(
                 f"[B, T, H, K], [1 or B, P, G, K] and [1 or B, P, G, V] with q {list(q.shape)} and v {list(v.shape)}"
             )
     check_sizes("v", v)
-    check_tensors({"q": q, "k": k, "v": v, **named("prefix", prefix or ())})
+    tensors = {"q": q, "k": k, "v": v}
+    check_tensors(tensors if prefix is None else tensors | named("prefix", prefix))
