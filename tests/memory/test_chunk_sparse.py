@@ -349,7 +349,7 @@ def test_autocast_chooses_in_fp32():
         (dict(fusion="head_gate", learning="distilled"), "learning='distilled' is of fusion='joint'; leave it out"),
         (
             dict(fusion="relevance", router_dim=8, far_positions=False, gate="tanh"),
-            "gate='tanh' is of fusion='joint'; leave it out",
+            "gate='tanh' is of fusion='joint' or 'head_gate'; leave it out",
         ),
         (dict(max_chunks=-1), r"max_chunks=-1 must be 0 \(all\) or more"),
         (dict(max_chunks=1), "max_chunks=1 must be top_k=2 at least"),

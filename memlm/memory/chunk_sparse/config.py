@@ -77,11 +77,12 @@ class Config(attention.Projections):
 
     def _check_fusion(self) -> None:
         if self.fusion != "joint":
-            for name in ("learning",) if self.fusion == "head_gate" else ("learning", "gate"):
+            of = {"learning": "'joint'"} | ({} if self.fusion == "head_gate" else {"gate": "'joint' or 'head_gate'"})
+            for name, fusions in of.items():
                 value = getattr(self, name)
                 require(
                     value == getattr(Config, name),
-                    f"{name}={value!r} is of fusion='joint'; leave it out with fusion={self.fusion!r}",
+                    f"{name}={value!r} is of fusion={fusions}; leave it out with fusion={self.fusion!r}",
                 )
         if self.fusion != "relevance":
             require(
