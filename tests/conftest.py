@@ -6,6 +6,7 @@ import gc
 import importlib
 import io
 import os
+import random
 import runpy
 import signal
 import sys
@@ -13,6 +14,7 @@ import tracemalloc
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -58,6 +60,14 @@ def fresh_accelerate():
     """accelerate keeps one state per process, whatever the precision."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """A test's random numbers do not depend on the tests before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

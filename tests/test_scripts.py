@@ -3,9 +3,11 @@
 import importlib
 import json
 import os
+import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -189,6 +191,11 @@ def test_plain_attention_takes_no_more_operations_than_llama(monkeypatch):
     operations = importlib.import_module("benchmark_peer").operations
     for case, (ours, llama) in operations("2x64x2", 24).items():
         assert ours <= 1.05 * llama, case
+
+
+def test_random_numbers_do_not_depend_on_the_tests_before():
+    assert torch.equal(torch.randn(3), torch.randn(3, generator=torch.Generator().manual_seed(0)))
+    assert (random.random(), np.random.rand()) == (random.Random(0).random(), np.random.RandomState(0).rand())
 
 
 def test_a_layer_starts_few_kernels():
