@@ -73,10 +73,22 @@ def seeded():
 @pytest.fixture(autouse=True)
 def nothing_stays_switched_on():
     """A test that leaves tracing or another precision behind changes the tests after it, or makes them slow."""
-    before = sys.gettrace(), sys.getprofile(), torch.get_default_dtype(), torch.get_num_threads()
+    before = switches()
     yield
     assert not tracemalloc.is_tracing() and torch.is_grad_enabled()
-    assert (sys.gettrace(), sys.getprofile(), torch.get_default_dtype(), torch.get_num_threads()) == before
+    assert switches() == before
+
+
+def switches():
+    return (
+        sys.gettrace(),
+        sys.getprofile(),
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.get_num_threads(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
 
 
 def composed(*overrides: str, config: str = "train"):

@@ -1,6 +1,7 @@
 """The rooms of the repository: which may import which, and names that must not collide."""
 
 import ast
+import functools
 import os
 import re
 import subprocess
@@ -8,8 +9,6 @@ import sys
 import tomllib
 from collections import Counter
 from itertools import chain
-
-import pytest
 
 from tests.conftest import ROOT
 
@@ -102,7 +101,7 @@ def files():
     for base in ("memlm", "kernels/memlm_kernels"):
         for path in sorted((ROOT / base).rglob("*.py")):
             parts = path.relative_to(ROOT / ("kernels" if base.startswith("kernels") else ".")).with_suffix("").parts
-            yield pytest.param(path, ".".join(p for p in parts if p != "__init__"), id=str(path.relative_to(ROOT)))
+            yield path, ".".join(p for p in parts if p != "__init__")
 
 
 def room(module: str) -> str:
@@ -110,7 +109,12 @@ def room(module: str) -> str:
     return max(known, key=len)
 
 
+@functools.cache
 def imports(path, module):
+    return list(found_imports(path, module))
+
+
+def found_imports(path, module):
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -131,22 +135,21 @@ def is_file(module):
 FILES = list(files())
 
 
-@pytest.mark.parametrize(("path", "module"), FILES)
-def test_imports_go_one_way(path, module):
-    own = room(module)
-    for name in imports(path, module):
-        top = name.split(".")[0]
-        if top in ("memlm", "memlm_kernels"):
-            other = room(name)
-            if own in OUTER or other == own:
-                continue
-            assert other in ROOMS[own], f"{module} ({own}) imports {name} ({other})"
-        elif top not in sys.stdlib_module_names and own in OUTSIDE:
-            assert top in OUTSIDE[own], f"{module} imports {name}"
+def test_imports_go_one_way():
+    for path, module in FILES:
+        own = room(module)
+        for name in imports(path, module):
+            top = name.split(".")[0]
+            if top in ("memlm", "memlm_kernels"):
+                other = room(name)
+                allowed = own in OUTER or other == own or other in ROOMS[own]
+                assert allowed, f"{module} ({own}) imports {name} ({other})"
+            elif top not in sys.stdlib_module_names and own in OUTSIDE:
+                assert top in OUTSIDE[own], f"{module} imports {name}"
 
 
 def test_the_nearest_name_is_found_in_one_place():
-    users = [module for path, module in (p.values for p in FILES) if "difflib" in imports(path, module)]
+    users = [module for path, module in FILES if "difflib" in imports(path, module)]
     assert users == ["memlm.settings"]
 
 
@@ -154,7 +157,7 @@ def test_a_name_is_one_class():
     """Each memory has its Config, and most their Mixer. Helpers of one file begin with an underscore."""
     found = Counter(
         node.name
-        for path, _ in (p.values for p in FILES)
+        for path, _ in FILES
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
     )
@@ -163,28 +166,27 @@ def test_a_name_is_one_class():
 
 def test_roles_of_tokens_have_their_numbers_in_one_place():
     names = {"QUERY", "RESPONSE", "TEMPLATE", "QUESTION", "ANSWER"}
-    for path, module in (p.values for p in FILES):
+    for path, module in FILES:
         assigned = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Assign)]
         numbers = [node for node in assigned if "-1" in ast.unparse(node.value)]
         found = {node.id.lstrip("_") for a in numbers for node in ast.walk(a.targets[0]) if isinstance(node, ast.Name)}
         assert module == "memlm.roles" or not found & names, module
 
 
-@pytest.mark.parametrize(("path", "module"), FILES)
-def test_rooms_of_the_kernels_show_only_their_names(path, module):
+def test_rooms_of_the_kernels_show_only_their_names():
     """Only an op's folder imports its files; others import the folder. Shared files import no folder."""
     kernels = ROOT / "kernels" / "memlm_kernels"
-    shared = path.parent == kernels and path.name != "__init__.py"
-    for name in imports(path, module):
-        top, folder, *inside = [*name.split("."), ""]
-        if top == "memlm_kernels" and (kernels / folder).is_dir() and not path.is_relative_to(kernels / folder):
-            assert not any(inside), f"{module} imports {name}; import it from {top}.{folder}"
-            assert not shared, f"{module} imports {name}, which is an op"
+    for path, module in FILES:
+        shared = path.parent == kernels and path.name != "__init__.py"
+        for name in imports(path, module):
+            top, folder, *inside = [*name.split("."), ""]
+            if top == "memlm_kernels" and (kernels / folder).is_dir() and not path.is_relative_to(kernels / folder):
+                assert not any(inside), f"{module} imports {name}; import it from {top}.{folder}"
+                assert not shared, f"{module} imports {name}, which is an op"
 
 
-@pytest.mark.parametrize(("path", "module"), FILES)
-def test_files_are_short(path, module):
-    assert len(path.read_text().splitlines()) <= 500
+def test_files_are_short():
+    assert not [path for path, _ in FILES if len(path.read_text().splitlines()) > 500]
 
 
 def test_every_op_opens_with_the_paper():
@@ -232,7 +234,7 @@ def test_packages_are_declared_if_and_only_if_they_are_imported():
 def test_kernels_is_a_source_root_not_a_package():
     """A package named kernels would shadow Hugging Face's, which transformers imports."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
-    assert not any(name.split(".")[0] == "kernels" for p in FILES for name in imports(*p.values))
+    assert not any(name.split(".")[0] == "kernels" for file in FILES for name in imports(*file))
 
 
 def test_scripts_are_thin_and_free_of_side_effects():
