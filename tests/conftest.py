@@ -23,6 +23,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from accelerate.state import AcceleratorState
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from memlm import MemLMConfig, MemLMForCausalLM, cli, plugins
@@ -60,6 +61,13 @@ def fresh_accelerate():
     """accelerate keeps one state per process, whatever the precision."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def blank_pictures(request, monkeypatch):
+    """Drawing is a quarter of an evaluation; tests with the marker ``pictures`` draw."""
+    if request.node.get_closest_marker("pictures") is None:
+        monkeypatch.setattr(Figure, "savefig", lambda _, to, **__: to.touch() if isinstance(to, Path) else None)
 
 
 @pytest.fixture(autouse=True)

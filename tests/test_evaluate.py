@@ -246,6 +246,7 @@ def evaluated(folder, *overrides):
     )
 
 
+@pytest.mark.pictures
 def test_an_evaluation_leaves_a_table_results_and_a_report_that_stands_alone(trained, capsys):
     evaluate(evaluated(trained))
     screen = capsys.readouterr().out
@@ -330,6 +331,7 @@ def test_a_new_measure_is_one_file(trained, tmp_path, monkeypatch, capsys):
         evaluate(evaluated(trained, "+eval.words=x"))
 
 
+@pytest.mark.pictures
 def test_an_evaluation_of_banks(tmp_path, capsys):
     for memory in ("msa", "none"):
         train(

@@ -92,6 +92,7 @@ def test_every_view_has_a_table_and_a_picture(monkeypatch):
     for view in task.views():
         picture = plots.asked(task, view, {"one": [c for c in found if c["view"] == view.name]})
         assert picture.axes[0].get_ylabel() == view.label
+        picture.canvas.draw()
 
 
 def test_guessers_of_the_questions_are_in_tables_and_pictures():

@@ -107,6 +107,7 @@ def test_memories_without_a_run_here_keep_their_rows():
     ]
 
 
+@pytest.mark.pictures
 def test_its_pictures_are_of_the_results(tmp_path):
     module = script()
     module.draw(tmp_path)
