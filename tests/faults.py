@@ -10,8 +10,8 @@ A scenario is a class of a test module:
     def test_a_save_survives_any_fault(tmp_path):
         every_fault("tests.test_foo:Saving", tmp_path, at_most=40)
 
-``every_fault`` starts a Python process in which ``faults.c`` is loaded before the C library, so that operations of
-Rust and C++ count too. Each fault happens in a fork. ``lost`` is a power loss: half of the content that no fsync
+``every_fault`` starts a process of processes.py, where ``faults.c`` is loaded before the C library, so that operations
+of Rust and C++ count too. Each fault happens in a fork. ``lost`` is a power loss: half of the content that no fsync
 covers is cut off.
 """
 
@@ -20,15 +20,15 @@ import importlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import traceback
 from pathlib import Path
 
 import pytest
 
+from tests import processes
+
 FAULTS = {"kill": 1, "torn": 2, "lost": 3, "full": 4, "error": 5}
-_SOURCE = Path(__file__).with_name("faults.c")
 
 
 def every_fault(scenario: str, folder: Path, at_most: int | None = None) -> dict[str, int]:
@@ -37,19 +37,10 @@ def every_fault(scenario: str, folder: Path, at_most: int | None = None) -> dict
     Returns the number of operations and the number of faults that were tried. Fails the test if some faults left the
     folder in a state that ``check`` does not accept, and names them.
     """
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None or sys.platform != "linux":
+    if (library := processes.faults()) is None:
         pytest.skip("faults are injected through a C library, which needs Linux and a C compiler")
-    library = folder / "faults.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, _SOURCE, "-ldl"], check=True)
-    environment = {**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.faults", scenario, str(folder), str(at_most or 0)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=_SOURCE.parent.parent,
-    )
+    environment = {**os.environ, "FAULTS": str(library), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = processes.run("-m", "tests.faults", scenario, folder, at_most or 0, cwd=processes.ROOT, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert not report["wrong"], "\n".join(report["wrong"])
@@ -88,7 +79,7 @@ def _fork(case, before: Path, work: Path, at: int, fault: int) -> tuple[int, boo
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        library, done, unexpected = ctypes.CDLL(os.environ["LD_PRELOAD"]), False, ""
+        library, done, unexpected = ctypes.CDLL(os.environ["FAULTS"]), False, ""
         library.faults_arm(str(work).encode(), ctypes.c_long(at), fault)
         try:
             case.save(work)

@@ -1,6 +1,5 @@
 """Tests of several processes: they meet by gloo, and save their results in files."""
 
-import multiprocessing
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -14,12 +13,12 @@ import torch.multiprocessing as mp
 import memlm.training
 from memlm.cli import leave_group
 from memlm.training import tracking
+from tests import processes
 
 
 def run(work, size, folder, *arguments):
     """Results of ``work(rank, size, *arguments)``, a function of a module, on ``size`` processes."""
-    # One process imports everything, and the others are copies of it.
-    multiprocessing.set_forkserver_preload(["tests.ranks"])
+    processes.serve()
     mp.start_processes(_start, (size, folder, work, arguments), nprocs=size, start_method="forkserver")
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(size)]
 

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from memlm.evaluation import run as evaluate
 from memlm.hub.causal import load_any
 from memlm.training import checkpoint, run
 from memlm.training.model import build as build_model
+from tests import processes
 from tests.conftest import ROOT, composed, convert
 from tests.runs import SMALLEST, config, figures, stopped, trainer
 from tests.test_any_model import GPT2, LLAMA
@@ -214,13 +213,7 @@ def test_a_backbone_on_the_command_line_chooses_its_model_group(backbones, tmp_p
     for argv in (["memory=mom"], ["backbone=null"], ["backbone=x", "model=small"]):
         assert backbone_model(argv) == argv
     options = [o for o in (*SMALL, *MEMORY) if o != "model=backbone"]
-    command = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        f"backbone={backbones}/llama",
-        *options,
-        "train.trainable=memory",
-    ]
-    done = subprocess.run([*command, f"run_dir={tmp_path}/run", "train.steps=1"], capture_output=True, text=True)
+    given = [f"backbone={backbones}/llama", *options, "train.trainable=memory", f"run_dir={tmp_path}/run"]
+    done = processes.run(ROOT / "train.py", *given, "train.steps=1")
     assert done.returncode == 0 and "llama, mom, " in done.stdout, done.stderr
     assert memlm.attached.of(memlm.from_pretrained(checkpoint.latest(tmp_path / "run"))).layers == [0, 1]

@@ -4,14 +4,13 @@ import contextlib
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import memlm.bank
 from memlm import MemoryBank, files
 from memlm.bank.ranks import Ranks
 from memlm.bank.shard import Shard
-from memlm.cli import leave_group
 from memlm_kernels.testing import assert_close
+from tests import ranks
 from tests.test_bank import EXACT, LENGTHS, QUESTION, asked, joined, library, model_of, tokens
 
 SIZES = (1, 3)
@@ -65,26 +64,23 @@ def story(group, folder):
     return said
 
 
-def work(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=max(SIZES))
-    groups = {size: dist.new_group(range(size)) for size in SIZES}
-    for size, group in groups.items():
-        if rank < size:
-            said = {"story": story(group, folder / f"of {size}")}
+def work(rank, size, folder):
+    """Its results by the size of the group."""
+    results, groups = {}, {of: dist.new_group(range(of)) for of in SIZES}
+    for of, group in groups.items():
+        if rank < of:
+            said = {"story": story(group, folder / f"of {of}")}
             said["loaded"] = told(MemoryBank.load(folder / "of one" / "0", model_of(), group))
-            said |= alone(rank, group) | failing(rank, group, folder / f"failing {size}")
-            torch.save(said, folder / f"{size}-{rank}.pt")
-    dist.barrier()
-    leave_group()
+            results[of] = said | alone(rank, group) | failing(rank, group, folder / f"failing {of}")
+    return results
 
 
 def alone(rank, group):
     """The share of each process, ties, differing models, and the number of collectives per layer."""
     bank = MemoryBank.build(model_of(), library(), progress=False, group=group)
-    ranks, said = Ranks(group), {"kept": sum(shard.router_LCGK.shape[1] for shard in bank.shelf.shards)}
+    group_of, said = Ranks(group), {"kept": sum(shard.router_LCGK.shape[1] for shard in bank.shelf.shards)}
     mine = torch.tensor([[9 - rank, 20 + rank, -1]]), torch.tensor([[0.5, 0.25, float("-inf")]])
-    said["ties"] = ranks.best(*mine, 3)
+    said["ties"] = group_of.best(*mine, 3)
     try:
         MemoryBank(model_of(seed=rank), group=group)
         said["refused"] = ""
@@ -146,9 +142,9 @@ def same(expected, got, where):
 def test_any_number_of_processes_is_one(tmp_path):
     expected = story(None, tmp_path / "of one")
     loaded = told(MemoryBank.load(tmp_path / "of one" / "0", model_of()))
-    mp.spawn(work, (tmp_path,), nprocs=max(SIZES))
+    results = ranks.run(work, max(SIZES), tmp_path, tmp_path)
     for size in SIZES:
-        said = [torch.load(tmp_path / f"{size}-{rank}.pt") for rank in range(size)]
+        said = [results[rank][size] for rank in range(size)]
         for rank, of_rank in enumerate(said):
             for step, (a, b) in enumerate(zip(expected, of_rank["story"], strict=True)):
                 same(a, b, f"rank {rank} of {size}, step {step}")

@@ -2,14 +2,14 @@
 
 import json
 import os
-import subprocess
-import sys
+import signal
 
 import pytest
 import torch
 
 from memlm import files
 from tests.faults import every_fault
+from tests.processes import Python
 
 
 class WriteAFile:
@@ -94,17 +94,15 @@ def test_a_folder_that_is_there_stays(tmp_path):
 
 def test_a_lock_keeps_others_out_and_ends_with_its_process(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from memlm import files\n"
-        "with files.lock(Path(sys.argv[1])): print('in', flush=True); sys.stdin.readline()"
+        "import sys, time; from pathlib import Path; from memlm import files\n"
+        "with files.lock(Path(sys.argv[1])): print('in', flush=True); time.sleep(60)"
     )
-    other = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    with other:
-        assert other.stdout.readline() == "in\n"
-        with pytest.raises(ValueError, match=rf"process {other.pid} on .* writes there"), files.lock(tmp_path):
-            pass
-        other.kill()
+    other = Python("-c", code, tmp_path)
+    other.until(lambda: other.said()[0] == "in\n")
+    with pytest.raises(ValueError, match=rf"process {other.pid} on .* writes there"), files.lock(tmp_path):
+        pass
+    other.kill()
+    assert other.wait() == -signal.SIGKILL
     with files.lock(tmp_path):
         pass
 

@@ -21,6 +21,7 @@ from memlm.data.tokenizer import byte_tokenizer
 from memlm.evaluation.data import Examined
 from memlm.evaluation.measures import lm_eval as module
 from memlm.evaluation.measures.text import Text
+from tests import processes
 from tests.conftest import ROOT, composed
 from tests.test_attached import opened
 from tests.test_trainers import attached, made, own, text
@@ -239,8 +240,8 @@ def test_evaluate_of_hugging_face_is_found_beside_evaluate_py():
 def test_two_checkouts_on_the_path_do_not_ask_each_other(tmp_path):
     (tmp_path / "evaluate.py").write_bytes((ROOT / "evaluate.py").read_bytes())
     path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", tmp_path)))
-    command = [sys.executable, "-c", "import evaluate; print(callable(evaluate.load))"]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    code = "import evaluate; print(callable(evaluate.load))"
+    done = processes.run("-c", code, env=os.environ | {"PYTHONPATH": path})
     assert done.stdout == "True\n", done.stderr[-500:]
 
 

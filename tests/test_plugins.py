@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 import tomllib
 
@@ -15,6 +14,7 @@ import memlm
 from memlm.data import build_data
 from memlm.evaluation.measures import measures
 from memlm.training.settings import RunSettings
+from tests import processes
 from tests.conftest import ROOT, composed, variants
 from tests.memory import test_contract as contract
 
@@ -78,13 +78,9 @@ def bar(tmp_path, monkeypatch):
 
 def run(site, folder, script, *arguments):
     paths = os.pathsep.join([str(site), str(ROOT), str(ROOT / "kernels")])
-    done = subprocess.run(
-        [sys.executable, ROOT / script, "hydra.searchpath=[pkg://foo.configs]", *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": paths, "MEMLM_CACHE": str(folder / "cache")},
-        capture_output=True,
-        text=True,
-    )
+    environment = {**os.environ, "PYTHONPATH": paths, "MEMLM_CACHE": str(folder / "cache")}
+    searched = "hydra.searchpath=[pkg://foo.configs]"
+    done = processes.run(ROOT / script, searched, *arguments, cwd=folder, env=environment)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -7,8 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,7 @@ from memlm.training.display import Display
 from memlm.training.interrupt import Interrupt, Stopped
 from memlm.training.settings import OptimSettings, TrainSettings
 from memlm.training.tracking import read_metrics
+from tests import processes
 from tests.conftest import ROOT, build, composed
 from tests.faults import every_fault
 from tests.runs import SMALLEST, config, figures
@@ -123,10 +122,8 @@ def test_a_signal_waits_until_flops_are_counted(tmp_path, monkeypatch):
 
 
 def interrupted(folder, signals):
-    command = [sys.executable, "-m", "tests.interrupted", str(folder), str(signals), "0"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    one = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = processes.run("-m", "tests.interrupted", folder, signals, 0, cwd=ROOT, env=one)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -4,12 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from memlm.training.sweep import _passed_on, end_sweep, member_dir
 from tests.conftest import ROOT
+from tests.processes import Python
 from tests.runs import SMALLEST
 
 # A member that needs no torch: x=1 fails, x=9 waits for its signal. The sweep itself is memlm's.
@@ -62,10 +62,7 @@ def sweep(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
 
     def start(*arguments):
-        command = [sys.executable, "train.py", "-m", *arguments]
-        return subprocess.Popen(
-            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        return Python("train.py", "-m", *arguments, cwd=tmp_path, env=environment)
 
     return start
 
@@ -73,13 +70,9 @@ def sweep(tmp_path):
 def test_a_failure_ends_no_sweep_and_a_signal_does(sweep, tmp_path):
     process = sweep("x=0,1,9,2", "seed=3")
     folders = {x: tmp_path / "runs" / f"seed3,x={x}" for x in (0, 1, 9, 2)}
-    deadline = time.monotonic() + 200
-    while not (folders[9] / "here").exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
+    process.until((folders[9] / "here").exists)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err
+    assert process.wait(60) == 130 and "Traceback" not in process.said()[1]
     assert (folders[9] / "saved").exists() and not folders[2].exists()
     assert [(folders[x] / "failed.txt").exists() for x in (0, 1, 9)] == [False, True, False]
     record = (folders[1] / "failed.txt").read_text()

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -26,6 +25,7 @@ from memlm.training.optim import Muon, build_optimizers, parameter_groups
 from memlm.training.settings import OptimSettings
 from memlm_kernels.testing import assert_close, relative_error
 from tests.conftest import ROOT, build, composed
+from tests.processes import Python
 from tests.ranks import train
 from tests.runs import SMALL, config, figures, stopped, trainer
 from tests.test_any_model import LLAMA
@@ -280,15 +280,11 @@ def test_control_sees_the_same_batches_in_the_same_order(tmp_path):
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
-    command = [sys.executable, str(ROOT / "train.py"), *SMALL, f"run_dir={tmp_path}/run", "train.steps=100000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "metrics.jsonl").exists() or len(figures(tmp_path)) < 5:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
+    process = Python(ROOT / "train.py", *SMALL, f"run_dir={tmp_path}/run", "train.steps=100000")
+    process.until(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(figures(tmp_path)) >= 5)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err
+    code, (out, err) = process.wait(60), process.said()
+    assert code == 130 and "Traceback" not in err
     step = int(checkpoint.latest(tmp_path / "run").name.removeprefix("step_"))
     assert f"Stopped at step {step}; the same command goes on" in out
     assert max(figures(tmp_path)) == step - 1

@@ -5,8 +5,6 @@ import io
 import json
 import os
 import random
-import subprocess
-import sys
 import time
 import tracemalloc
 
@@ -21,6 +19,7 @@ from memlm.data.text import TextCorpus
 from memlm.data.tokenizer import byte_tokenizer, load_tokenizer
 from memlm.training.display import Display
 from memlm.training.preparing import Preparing
+from tests.processes import Python
 
 BYTES = byte_tokenizer()
 
@@ -112,9 +111,8 @@ def killed(folder, cache, after):
         "documents.PART = 9000\n"
         "text.TextCorpus(documents.Documents(sys.argv[1], sys.argv[2]), byte_tokenizer(), 2)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(folder), str(cache)])
-    while len([*(cache / "shards").rglob("*.json")]) < after and process.poll() is None:
-        time.sleep(0.002)
+    process = Python("-c", code, folder, cache)
+    process.until(lambda: len([*(cache / "shards").rglob("*.json")]) >= after)
     process.kill()
     process.wait()
 

@@ -1,0 +1,129 @@
+"""Pythons of their own that start at once: forks of a server that has imported torch, transformers and memlm.
+
+The server is a fresh interpreter, and knows nothing of the test that asks it. A start with another value of a variable
+that is read on import, or with imports that are themselves tested, needs a real Python: subprocess.
+"""
+
+import atexit
+import functools
+import multiprocessing
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import time
+import types
+import weakref
+from multiprocessing import forkserver
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+import torch
+
+# The server's, in its forks.
+PATH = [*sys.path]
+ROOT = Path(__file__).parent.parent
+# Not the hashes of the tests' process.
+SEED = "123"
+_READ_ON_IMPORT = ("CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE", "HYDRA_FULL_ERROR", "TRITON_INTERPRET")
+
+
+@functools.cache
+def faults() -> Path | None:
+    """The library of faults.c; None where it cannot be built."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None or sys.platform != "linux":
+        return None
+    folder = Path(mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    source = Path(__file__).with_name("faults.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", folder / "faults.so", source, "-ldl"], check=True)
+    return folder / "faults.so"
+
+
+@functools.cache
+def serve() -> None:
+    """Start the server. It loads faults.c before the C library; nothing fails until faults.py asks for it."""
+    multiprocessing.set_forkserver_preload(["tests.ranks", "tests.processes"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONHASHSEED", SEED)
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *sys.path]))
+        if library := faults():
+            patch.setenv("LD_PRELOAD", str(library))
+        forkserver.ensure_running()
+
+
+class Python(multiprocessing.get_context("forkserver").Process):
+    """``python arguments...`` as subprocess.Popen starts it: a script, ``-m`` with a module or ``-c`` with code.
+
+    env is the whole environment. Nothing is read from stdin; what is said goes to files, which ``said`` reads.
+    """
+
+    def __init__(self, *arguments, cwd=None, env=None):
+        super().__init__()
+        self.arguments, self.folder = [str(x) for x in arguments], str(cwd or Path.cwd())
+        self.environment = dict(os.environ if env is None else env)
+        for name in _READ_ON_IMPORT:
+            assert self.environment.get(name) == os.environ.get(name), f"{name} needs a real Python"
+        folder = mkdtemp()
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self.streams = [Path(folder, name) for name in ("out", "err")]
+        for path in self.streams:
+            path.touch()
+        serve()
+        self.start()
+
+    def run(self):
+        for number, path in enumerate(self.streams, 1):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+        os.environ.clear()
+        os.environ.update(self.environment)
+        os.chdir(self.folder)
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+        paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+        first, *rest = self.arguments
+        sys.path[:] = ["" if first.startswith("-") else str(Path(first).resolve().parent), *paths, *PATH]
+        sys.argv[:] = [first, *rest[1:]] if first.startswith("-") else self.arguments
+        try:
+            if first == "-m":
+                runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+            elif first == "-c":
+                sys.modules["__main__"] = module = types.ModuleType("__main__")
+                exec(rest[0], vars(module))
+            else:
+                runpy.run_path(str(Path(first).resolve()), run_name="__main__")
+        finally:
+            atexit._run_exitfuncs()
+
+    returncode = property(lambda self: self.exitcode)
+
+    def said(self) -> tuple[str, str]:
+        """Its stdout and stderr, so far."""
+        out, err = (path.read_text() for path in self.streams)
+        return out, err
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self, timeout: float = 600) -> int:
+        self.join(timeout)
+        if self.exitcode is None:
+            self.kill()
+            raise AssertionError(f"{self.arguments} takes more than {timeout} s: {self.said()}")
+        return self.exitcode
+
+    def until(self, happened, timeout: float = 120) -> None:
+        """Wait for something that it does."""
+        end = time.monotonic() + timeout
+        while not happened():
+            assert self.exitcode is None and time.monotonic() < end, self.said()
+            time.sleep(0.01)
+
+
+def run(*arguments, cwd=None, env=None) -> subprocess.CompletedProcess:
+    """As subprocess.run."""
+    process = Python(*arguments, cwd=cwd, env=env)
+    code = process.wait()
+    return subprocess.CompletedProcess(process.arguments, code, *process.said())
