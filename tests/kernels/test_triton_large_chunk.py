@@ -132,7 +132,9 @@ def test_ops_keep_the_rules_of_torch():
     import_triton_ops()
     rand = lambda *shape: torch.rand(*shape, device=DEVICE)  # noqa: E731
     ab, e, lr, memory = rand(2, 5, 12), rand(2, 5, 6), rand(2, 5, 3), [rand(2, 18, 4) for _ in range(4)]
-    products, mean, line, border = [rand(2, 12, 3), rand(2, 6, 4)], rand(2), rand(2, 16), torch.tensor([1, 2]).int()
+    products, mean, border = [rand(2, 12, 3), rand(2, 6, 4)], rand(2), torch.tensor([1, 2]).int()
+    # Norms of lines, by whose squares gradients of 16 bits are divided.
+    line = 0.5 + rand(2, 16)
     border = border.to(DEVICE)
     ops, tests = torch.ops.memlm, ("test_schema", "test_faketensor")
     half = torch.float16
