@@ -56,7 +56,7 @@ def heads(length, *sizes):
 
 
 def recurrence(op, gates, learns=True):
-    q, k, v = heads(512 if learns else 1, KEYS, KEYS, VALUES)
+    q, k, v = heads(320 if learns else 1, KEYS, KEYS, VALUES)
     options = [-torch.rand(q.shape[:3], requires_grad=True) for _ in range(gates)]
     with torch.set_grad_enabled(learns):
         return op(q, k, v, *options, backend="triton")[0]

@@ -156,8 +156,8 @@ def test_a_start_that_the_host_knows_changes_nothing(cuts, muon_steps):
 @pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_gradcheck_of_the_state(packed, muon_steps):
     """All results of a call, in all its inputs, over a document's start and over a call that starts inside a chunk."""
-    tokens = make(length=7, key=2, value=3, width=2)
-    first = make(length=3, key=2, value=3, width=2, seed=1)
+    tokens = make(length=7, heads=1, key=2, value=3, width=2)
+    first = make(length=3, heads=1, key=2, value=3, width=2, seed=1)
     first[5:] = tokens[5:]
     before, given = run(first, 3, muon_steps=muon_steps)[1], {"start": 3}
     if packed:

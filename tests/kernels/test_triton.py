@@ -25,7 +25,7 @@ TOLERANCES = {
 BFLOAT16 = pytest.param(
     torch.bfloat16, marks=[pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="bfloat16 needs a GPU")]
 )
-SEGMENTS = [[0, 0, 10, 10, 70], [0, 4, 5, 40, 75]]
+SEGMENTS = [[0, 0, 10, 10, 45], [0, 4, 5, 20, 50]]
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +86,7 @@ def test_recurrence_of_any_size(op, length, keys, values):
 @pytest.mark.parametrize("op", OPS)
 def test_recurrence_over_segments(op):
     state = torch.randn(2, 4, 1, 6, 5, dtype=torch.float64)
-    compare(recurrence(op, SEGMENTS), [*(x[:2] for x in inputs(op, heads=1)), state], torch.float32)
+    compare(recurrence(op, SEGMENTS), [*(x[:2] for x in inputs(op, 50, heads=1)), state], torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, BFLOAT16])
@@ -300,13 +300,13 @@ def test_memory_of_two_layers(name, monkeypatch):
     compare(deep(chunk_size, **options), deep_inputs(*sizes), torch.float32, wider=wider)
 
 
-@pytest.mark.parametrize(("length", "cuts"), [(1, "segments"), (16, "whole"), (75, "segments")])
+@pytest.mark.parametrize(("length", "cuts"), [(1, "segments"), (16, "whole"), (45, "segments")])
 @pytest.mark.parametrize("op", ["delta", "delta_decay", "delta_channel"])
 def test_the_residual_of_a_delta_rule(op, cuts, length):
     """By the kernels of chunks, and without gradients by those of a few tokens."""
-    tensors = inputs(op, length)
-    cu = None if cuts == "whole" else torch.tensor([[0, 0, 10, 70], [0, 75, 75, 75], [4, 5, 40, 75]]).clamp(max=length)
-    state = torch.randn(3, 1 if cu is None else 3, 2, 6, 5, dtype=torch.float64)
+    tensors = [x[:2] for x in inputs(op, length)]
+    cu = None if cuts == "whole" else torch.tensor([[0, 0, 40, 40], [4, 5, 20, 45]]).clamp(max=length)
+    state = torch.randn(2, 1 if cu is None else 3, 2, 6, 5, dtype=torch.float64)
     expected = delta_rule(*tensors, with_residual=True, cu_seqlens=cu, state=state)
     given, options = on_device([*tensors, state], torch.float32), {"with_residual": True, "backend": "triton"}
     options |= {"cu_seqlens": None if cu is None else cu.to(DEVICE), "state": given.pop()}
@@ -380,16 +380,16 @@ def test_the_memory_keeps_the_rules_of_torch():
 @pytest.mark.parametrize(("chunk_size", "momentum"), [(12, False), (64, True)])
 def test_memories_of_segments(chunk_size, momentum, dtype):
     """Over two calls: the second continues inside chunks."""
-    tensors = memory_inputs(80, 20, 6, rows=2)[:6]
-    start = 0.3 * torch.randn(2, 4, 3 if momentum else 2, 1, 20, 6, dtype=torch.float64)
-    cu = torch.tensor([[0, 0, 10, 10, 37], [0, 4, 20, 40, 40]], device=DEVICE)
+    tensors = memory_inputs(56, 20, 6, rows=2)[:6]
+    start = 0.3 * torch.randn(2, 3, 3 if momentum else 2, 1, 20, 6, dtype=torch.float64)
+    cu = torch.tensor([[0, 0, 10, 26], [0, 5, 28, 28]], device=DEVICE)
 
     def call(x, backend):
         *tokens, memory = x
         tokens[4] = tokens[4] if momentum else None
-        state = SegmentedMemoryState(memory, torch.zeros(2, 4, dtype=torch.int64, device=DEVICE))
+        state = SegmentedMemoryState(memory, torch.zeros(2, 3, dtype=torch.int64, device=DEVICE))
         outs = []
-        for piece in (slice(40), slice(40, 80)):
+        for piece in (slice(28), slice(28, 56)):
             here = [None if t is None else t[:, piece] for t in tokens]
             settings = {"chunk_size": chunk_size, "cu_seqlens": cu, "backend": backend}
             o, state = segmented_neural_memory(*here, **settings, state=state)
