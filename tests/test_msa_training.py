@@ -3,8 +3,6 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from memlm import MemLMConfig, MemLMForCausalLM
 from memlm.flops import count_parameters
 from memlm.training import run
+from tests import processes
 from tests.conftest import ROOT, composed
 from tests.data.test_questions import chat_tokenizer, records
 
@@ -121,7 +120,7 @@ def test_a_qwen3_is_given_a_memory_by_the_commands_of_its_page(tmp_path, monkeyp
     tokenizer.save_pretrained(source)
     questions = re.search(r"\[(.*)\]", stages[0][-1])[1]
     (tmp_path / questions).write_text("\n".join(map(json.dumps, records())))
-    done = subprocess.run([sys.executable, ROOT / conversion[1], *conversion[2:]], capture_output=True, text=True)
+    done = processes.run(ROOT / conversion[1], *conversion[2:])
     assert done.returncode == 0, done.stderr
     small = [f"model.{name}={size}" for name, size in sizes.items()]
     small += ["model.mixer_pattern=[documents,memory]", "model.mixers.memory.chunk_size=4", "data.seq_len=512"]

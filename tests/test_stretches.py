@@ -65,20 +65,26 @@ def gradients(model):
     return found
 
 
-def compare(rank, size, variant, form):
-    """The largest error of outputs and gradients; how much outputs change without an exchange; and the messages and
-    bytes that this process sends."""
+def of_whole_rows(variant, form):
+    """A model, and its outputs and gradients."""
     name, settings = variant
     model = build(name, **settings).train()
-    whole, stretches = loss_of(model, form), Stretches(dist.group.WORLD)
+    whole = loss_of(model, form)
     expected = gradients(model)
+    model.zero_grad()
+    return model, form, whole, expected
+
+
+def compare(rank, size, model, form, whole, expected):
+    """The largest error of outputs and gradients; how much outputs change without an exchange; and the messages and
+    bytes that this process sends."""
+    stretches = Stretches(dist.group.WORLD)
     with torch.no_grad():
         ids, given, mask = inputs(form)
         alone = model(
             part(ids, rank, size), **{k: part(x, rank, size) for k, x in given.items() if k != "position_ids"}
         )
     alone = alone.logits * part(mask, rank, size)
-    model.zero_grad()
     model.model.stretches = stretches
     mine = loss_of(model, form, rank, size)
     errors = [relative_error(part(whole, rank, size), mine)]
@@ -90,6 +96,7 @@ def compare(rank, size, variant, form):
 
 
 def work(rank, size, cases):
+    """cases: a file of what ``of_whole_rows`` returns for each."""
     # Messages arrive though the model that sent them is gone.
     for name in ("lact", "lact", "gated_delta_net", "lact"):
         model = build(name)
@@ -97,11 +104,12 @@ def work(rank, size, cases):
         loss_of(model, "plain", rank, size)
         del model
     dist.barrier()
-    return [compare(rank, size, *case) for case in cases]
+    return [compare(rank, size, *case) for case in torch.load(cases, weights_only=False)]
 
 
 def check(folder, size, cases):
-    results = ranks.run(work, size, folder, cases)
+    torch.save([of_whole_rows(*case) for case in cases], folder / "whole.pt")
+    results = ranks.run(work, size, folder, folder / "whole.pt")
     for rank, found in enumerate(results):
         for case, (error, alone, _) in zip(cases, found, strict=True):
             assert error < EXACT, (case, rank, error)
