@@ -12,10 +12,13 @@ import runpy
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import types
 import weakref
+from contextlib import contextmanager
 from multiprocessing import forkserver
+from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -89,11 +92,13 @@ class Python(multiprocessing.get_context("forkserver").Process):
         try:
             if first == "-m":
                 runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
-            elif first == "-c":
-                sys.modules["__main__"] = module = types.ModuleType("__main__")
-                exec(rest[0], vars(module))
             else:
-                runpy.run_path(str(Path(first).resolve()), run_name="__main__")
+                sys.modules["__main__"] = module = types.ModuleType("__main__")
+                code = rest[0]
+                if first != "-c":
+                    module.__file__ = str(Path(first).resolve())
+                    code = compile(Path(first).read_bytes(), module.__file__, "exec")
+                exec(code, vars(module))
         finally:
             atexit._run_exitfuncs()
 
@@ -127,3 +132,44 @@ def run(*arguments, cwd=None, env=None) -> subprocess.CompletedProcess:
     process = Python(*arguments, cwd=cwd, env=env)
     code = process.wait()
     return subprocess.CompletedProcess(process.arguments, code, *process.said())
+
+
+_CLIENT = """
+import os, sys
+from multiprocessing.connection import Client
+if {real!r} in sys.argv:
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+with Client({address!r}) as server:
+    server.send((sys.argv[1:], os.getcwd(), dict(os.environ)))
+    code, out, err = server.recv()
+sys.stdout.write(out)
+sys.stderr.write(err)
+sys.exit(code)
+"""
+
+
+@contextmanager
+def command(folder: Path, real: str):
+    """A file that shell scripts can start in the place of python. With the argument ``real`` it starts a real one."""
+    (folder / "client.py").write_text(_CLIENT.format(real=real, python=sys.executable, address=f"{folder}/socket"))
+    (folder / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "{folder}/client.py" "$@"\n')
+    (folder / "python").chmod(0o755)
+    with Listener(f"{folder}/socket") as listener:
+        thread = threading.Thread(target=_answer, args=(listener,))
+        thread.start()
+        try:
+            yield folder / "python"
+        finally:
+            with Client(listener.address) as end:
+                end.send(None)
+            thread.join()
+
+
+def _answer(listener: Listener) -> None:
+    asked = True
+    while asked:
+        with listener.accept() as client:
+            if asked := client.recv():
+                arguments, folder, environment = asked
+                done = run(*arguments, cwd=folder, env=environment)
+                client.send((done.returncode, done.stdout, done.stderr))
