@@ -2,7 +2,7 @@
 
     python scripts/compile_kernels.py --out kernels/compiled.md                all of it, an hour of CPU time and more
     python scripts/compile_kernels.py --out kernels/compiled.md --kernel pool  these rows once more, and so with --case
-    python scripts/compile_kernels.py --sample                                 each kernel, for two targets
+    python scripts/compile_kernels.py --sample                                 each launch once, for one of two targets
 
 Triton caches compiled code, so a run that was stopped continues when it is started again.
 
@@ -414,17 +414,16 @@ def compiled(i: int) -> Compiled:
 def main(args: argparse.Namespace) -> int:
     launches = recorded(args.sample)
     rows, begin = [], time.perf_counter()
-    named = collections.Counter(one.kernel.function.__name__ for one in launches)
-    turn: collections.Counter[str] = collections.Counter()
+    turn: dict[str, int] = {}
     for one in launches:
         name, targets = one.kernel.function.__name__, args.targets or list(TARGETS)
         if args.kernel and not any(part in name for part in args.kernel):
             continue
         if not one.case.startswith(args.case):
             continue
-        if args.sample and not args.targets and named[name] > 1:
-            # The launches of a kernel take turns, so that each is compiled once.
-            targets = [SAMPLE[turn[name] % 2]]
+        if args.sample and not args.targets:
+            # Each launch is compiled once; those of a kernel take turns, and so do kernels.
+            targets = [SAMPLE[turn.setdefault(name, len(turn)) % 2]]
             turn[name] += 1
         for target_name in targets:
             choices = launch.fitting(one.kernel.tiles_on(target_name), one.limits)
@@ -482,7 +481,7 @@ def table(rows: list[list[str]], sample: bool) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample", action="store_true", help="bf16, head size 64, the first tiles, two targets")
+    parser.add_argument("--sample", action="store_true", help="bf16, heads of 64, the first tiles, one of two targets")
     parser.add_argument("--targets", nargs="+", choices=TARGETS)
     parser.add_argument("--kernel", nargs="+", help="only kernels whose name contains one of these")
     parser.add_argument("--case", default="", help="only calls whose name begins with this")
