@@ -16,9 +16,10 @@ import threading
 import time
 import types
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import forkserver
-from multiprocessing.connection import Client, Listener
+from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -66,6 +67,8 @@ class Python(multiprocessing.get_context("forkserver").Process):
 
     def __init__(self, *arguments, cwd=None, env=None):
         super().__init__()
+        # torchrun asks for streams without a buffer, which nobody reads before the end.
+        arguments = arguments[1:] if arguments[0] == "-u" else arguments
         self.arguments, self.folder = [str(x) for x in arguments], str(cwd or Path.cwd())
         self.environment = dict(os.environ if env is None else env)
         for name in _READ_ON_IMPORT:
@@ -149,8 +152,10 @@ sys.exit(code)
 
 
 @contextmanager
-def command(folder: Path, real: str):
-    """A file that shell scripts can start in the place of python. With the argument ``real`` it starts a real one."""
+def command(folder: Path, real: str = "none"):
+    """A file that others can start in the place of python, without signals. With the argument ``real`` it starts a
+    real one.
+    """
     (folder / "client.py").write_text(_CLIENT.format(real=real, python=sys.executable, address=f"{folder}/socket"))
     (folder / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "{folder}/client.py" "$@"\n')
     (folder / "python").chmod(0o755)
@@ -166,10 +171,13 @@ def command(folder: Path, real: str):
 
 
 def _answer(listener: Listener) -> None:
-    asked = True
-    while asked:
-        with listener.accept() as client:
-            if asked := client.recv():
-                arguments, folder, environment = asked
-                done = run(*arguments, cwd=folder, env=environment)
-                client.send((done.returncode, done.stdout, done.stderr))
+    with ThreadPoolExecutor() as pool:
+        while asked := (client := listener.accept()).recv():
+            pool.submit(_fork, client, *asked)
+        client.close()
+
+
+def _fork(client: Connection, arguments: list[str], folder: str, environment: dict[str, str]) -> None:
+    with client:
+        done = run(*arguments, cwd=folder, env=environment)
+        client.send((done.returncode, done.stdout, done.stderr))

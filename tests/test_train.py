@@ -3,11 +3,10 @@
 import copy
 import json
 import math
+import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -24,6 +23,7 @@ from memlm.training.objective import Objective, model_inputs, score
 from memlm.training.optim import Muon, build_optimizers, parameter_groups
 from memlm.training.settings import OptimSettings
 from memlm_kernels.testing import assert_close, relative_error
+from tests import processes
 from tests.conftest import ROOT, build, composed
 from tests.processes import Python
 from tests.ranks import train
@@ -405,9 +405,10 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, capsys):
     run(config(straight, "train.steps=6"))
     schedule = "optim.schedule_steps=6"
     run(config(changing, "train.steps=2", schedule))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "train.py")]
     options = [*SMALL, "train.steps=4", schedule, f"run_dir={changing}/run", f"data.cache_dir={changing}/cache"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True)
+    with processes.command(tmp_path) as python:
+        torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", 2, ROOT / "train.py")
+        done = processes.run(*torchrun, *options, env={**os.environ, "PYTHON_EXEC": str(python)})
     assert done.returncode == 0, done.stderr
     assert "changed since: train.steps 2 -> 4, processes 1 -> 2, each step still of 4 rows" in done.stdout
     run(config(changing, "train.steps=6", schedule, "train.micro_batch_size=2"))
