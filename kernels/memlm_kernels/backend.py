@@ -113,6 +113,9 @@ def with_triton(
 def pick(call: str, backend: str, x: Tensor, limit: str | None, *others: Tensor | None, products: bool = True) -> str:
     """The backend that runs a call of an op with the backends ``reference`` and ``triton``; see ``with_triton``."""
     op = call.partition(", ")[0]
+    if x.is_cpu and backend == _asked == "auto":
+        # The choice of each op of each decoded token on a CPU.
+        return choose(op, backend, ("reference",))
     return choose(op, backend, *with_triton(call, backend, x, limit, *others, products=products))
 
 

@@ -20,7 +20,9 @@ INTEGERS = (torch.int64, torch.int32)
 TENSORS = (Tensor, torch.nn.Parameter)
 # Kinds of calls that a check keeps; a training set has many lengths.
 _MOST_KINDS = 4096
-_VALUES = (type(None), int, str, bool, float, torch.dtype)
+# Sets, because a tuple compares with each of its entries.
+_TENSORS, _SEQUENCES = frozenset(TENSORS), frozenset((list, tuple))
+_VALUES = frozenset((type(None), int, str, bool, float, torch.dtype))
 
 Found = TypeVar("Found", bound=Hashable)
 
@@ -54,12 +56,12 @@ def _kind(parts: Iterable[Any]) -> tuple:
     kind: list[Hashable] = []
     for x in parts:
         of_x = type(x)
-        if of_x in TENSORS:
+        if of_x in _TENSORS:
             # A device object takes longer than its number; only a CPU and a device without data have the number -1.
             kind += x.shape, x.dtype, x.get_device(), x.is_cpu
         elif of_x in _VALUES:
             kind += (x,)
-        elif of_x in (list, tuple) or isinstance(x, tuple):
+        elif of_x in _SEQUENCES or isinstance(x, tuple):
             kind += (_kind(x),)
         elif isinstance(x, Tensor):
             kind += x.shape, x.dtype, x.device
