@@ -9,10 +9,15 @@ Each checkout runs in a process of one thread that stays. A round takes the time
 configs/train.yaml, unless overrides change it. Prints, in Markdown, the shortest times of the other checkout and of
 this one, and the median and quartiles of the rounds' ratios; above 1, this checkout is slower. Times of tokens are
 noisy; the number of functions that a token calls, of Python and of C, is exact.
+
+--instructions: instead, the CPU's instructions of a decoded token, as valgrind counts them (without AVX-512, which it
+does not know). The other work of the machine does not change them.
 """
 
 import argparse
 import os
+import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,18 +31,34 @@ MEMORIES = sorted(path.stem for path in (ROOT / "configs/memory").glob("*.yaml")
 KINDS = {"train": ("training step, ms", 1e-3), "decode": ("50 tokens, ms", 1e-3), "calls": ("a token, calls", 1)}
 
 
+COUNTED = 10
+
+
+def started(root: Path, overrides: list[str], *under: str, **options: Any) -> subprocess.Popen:
+    """The process of one checkout. All run this file; their packages are found by PYTHONPATH."""
+    path = os.pathsep.join(map(str, (root, root / "kernels")))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+    command = [*under, sys.executable, "-W", "ignore", str(Path(__file__).resolve()), "--worker", str(root)]
+    command += ["--overrides", *overrides] if overrides else []
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, cwd=root, **pipes, **options)
+
+
+def instructions(root: Path, overrides: list[str], memory: str) -> float:
+    """Instructions of a decoded token."""
+    valgrind = ("valgrind", "--tool=callgrind", "--instr-atstart=no", "--callgrind-out-file=/dev/null")
+    process = started(root, overrides, *valgrind, stderr=subprocess.PIPE)
+    said = process.communicate(f"{memory}\ninstructions\n")[1]
+    if (found := re.search(r"Collected : (\d+)", said)) is None:
+        raise SystemExit(f"{' '.join(map(str, process.args))}: valgrind counted nothing: {said[-500:]}")  # type: ignore[arg-type]
+    return int(found[1]) / COUNTED
+
+
 class Worker:
     """A process that times the package of one checkout."""
 
     def __init__(self, root: Path, overrides: list[str]) -> None:
-        # Both processes run this file. Their packages are found by PYTHONPATH.
-        path = os.pathsep.join(map(str, (root, root / "kernels")))
-        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-W", "ignore", str(Path(__file__).resolve()), "--worker", str(root)]
-        command += ["--overrides", *overrides] if overrides else []
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=root
-        )
+        self.process = started(root, overrides)
 
     def ask(self, what: str) -> float:
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -93,9 +114,23 @@ def work(root: Path, overrides: list[str]) -> None:
         sys.setprofile(None)
         return count
 
+    @torch.no_grad()
+    def counted() -> None:
+        """Valgrind counts while it is switched on."""
+        memory = model.eval()(ids[:1], use_cache=True).past_key_values
+        for t in range(4 + COUNTED):
+            if t == 4:
+                subprocess.run(
+                    ["callgrind_control", "-i", "on", str(os.getpid())], stdout=subprocess.DEVNULL, check=True
+                )
+            memory = model(ids[:1, t : t + 1], past_key_values=memory, use_cache=True).past_key_values
+        subprocess.run(["callgrind_control", "-i", "off", str(os.getpid())], stdout=subprocess.DEVNULL, check=True)
+
     for line in map(str.strip, sys.stdin):
         took = 0.0
-        if line in KINDS:
+        if line == "instructions":
+            counted()
+        elif line in KINDS:
             took = {"train": train, "decode": decode, "calls": calls}[line]()
         else:
             model = made(line)
@@ -126,6 +161,7 @@ def main() -> None:
     parser.add_argument("--memories", nargs="+", help="of those in configs/memory of both; all by default")
     parser.add_argument("--overrides", nargs="+", default=[], help="of the configuration, such as model=small")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--instructions", action="store_true", help="of a decoded token, counted by valgrind")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -139,6 +175,14 @@ def main() -> None:
     both = [memory for memory in MEMORIES if (other / f"configs/memory/{memory}.yaml").exists()]
     if unknown := [memory for memory in args.memories or [] if memory not in both]:
         parser.error(f"--memories {unknown[0]}: both checkouts have {', '.join(both)}")
+    if args.instructions and shutil.which("callgrind_control") is None:
+        parser.error("--instructions: valgrind is not installed (apt install valgrind)")
+    if args.instructions:
+        print("| memory | instructions of a token: there | here | ratio |\n|---|---|---|---|", flush=True)
+        for memory in args.memories or both:
+            there, here = (instructions(root, args.overrides, memory) for root in (other, ROOT))
+            print(f"| {memory} | {there:,.0f} | {here:,.0f} | {here / there:.3f} |", flush=True)
+        return
     workers = Worker(other, args.overrides), Worker(ROOT, args.overrides)
     print("| memory | what | there | here | ratio |\n|---|---|---|---|---|", flush=True)
     for memory in args.memories or both:
