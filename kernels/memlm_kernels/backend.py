@@ -114,7 +114,7 @@ def pick(call: str, backend: str, x: Tensor, limit: str | None, *others: Tensor 
     """The backend that runs a call of an op with the backends ``reference`` and ``triton``; see ``with_triton``."""
     op = call.partition(", ")[0]
     if x.is_cpu and backend == _asked == "auto" and against_triton(call, x, *others, products=products):
-        # Of each op of each token that a CPU decodes.
+        # A CPU asks this for each op of each token that it decodes.
         _announce(op, "reference")
         return "reference"
     return choose(op, backend, *with_triton(call, backend, x, limit, *others, products=products))
