@@ -2,7 +2,7 @@
 
     python scripts/compile_kernels.py --out kernels/compiled.md                all of it, an hour of CPU time and more
     python scripts/compile_kernels.py --out kernels/compiled.md --kernel pool  these rows once more, and so with --case
-    python scripts/compile_kernels.py --sample                                 each launch once, for one of two targets
+    python scripts/compile_kernels.py --sample                                 each kernel once, for one of two targets
 
 Triton caches compiled code, so a run that was stopped continues when it is started again.
 
@@ -411,20 +411,28 @@ def compiled(i: int) -> Compiled:
         return Compiled(0, 0, 0, "", [f"{type(error).__name__} in the compiler"])
 
 
+def fullest(launches: list[Launch]) -> dict[str, Launch]:
+    """Each kernel's launch with the most arguments, which compiles most of its code."""
+    found: dict[str, Launch] = {}
+    for one in sorted(launches, key=lambda one: sum(x is not None and x is not False for x in one.arguments.values())):
+        found[one.kernel.function.__name__] = one
+    return found
+
+
 def main(args: argparse.Namespace) -> int:
     launches = recorded(args.sample)
     rows, begin = [], time.perf_counter()
-    turn: dict[str, int] = {}
-    for one in launches:
+    if args.sample:
+        launches = [*fullest(launches).values()]
+    for number, one in enumerate(launches):
         name, targets = one.kernel.function.__name__, args.targets or list(TARGETS)
         if args.kernel and not any(part in name for part in args.kernel):
             continue
         if not one.case.startswith(args.case):
             continue
         if args.sample and not args.targets:
-            # Each launch is compiled once; those of a kernel take turns, and so do kernels.
-            targets = [SAMPLE[turn.setdefault(name, len(turn)) % 2]]
-            turn[name] += 1
+            # Kernels take turns.
+            targets = [SAMPLE[number % 2]]
         for target_name in targets:
             choices = launch.fitting(one.kernel.tiles_on(target_name), one.limits)
             if not one.whole:

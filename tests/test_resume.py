@@ -129,7 +129,7 @@ def interrupted(folder, signals):
 
 
 def test_signals_at_random_times_change_nothing(tmp_path):
-    assert interrupted(tmp_path, 4)["signals"] == 4
+    assert interrupted(tmp_path, 2)["signals"] == 2
 
 
 @pytest.mark.slow

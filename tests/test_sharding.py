@@ -102,7 +102,7 @@ def test_sharers_keep_no_rounded_copies_of_weights(tmp_path, memory):
     assert run(kept_copies, 2, tmp_path, cfg) == [[], []]
 
 
-@pytest.mark.parametrize("memory", ["titans_mag", "mom"])
+@pytest.mark.parametrize("memory", ["titans_mag", pytest.param("mom", marks=pytest.mark.slow)])
 def test_sharers_in_bf16_take_the_steps_of_copies(tmp_path, memory):
     """The second loss shows the first gradients, which are sums of two forwards."""
     options = (f"memory={memory}", "train.steps=2", "train.micro_batch_size=1", "hardware.mixed_precision=bf16")

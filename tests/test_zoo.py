@@ -71,7 +71,7 @@ def test_an_interrupt_starts_no_further_job_and_blames_none(zoo, monkeypatch, tm
 
 
 @pytest.mark.parametrize(
-    "memory", [pytest.param(m, marks=() if m in ("omeganet", "none") else pytest.mark.slow) for m in MEMORIES]
+    "memory", [pytest.param(m, marks=() if m == "omeganet" else pytest.mark.slow) for m in MEMORIES]
 )
 def test_its_commands_compose(zoo, memory):
     code, commands = zoo("--seeds", "0", "--memories", memory)
