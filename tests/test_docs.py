@@ -118,6 +118,7 @@ def test_an_example_with_a_backbone_runs(tmp_path, monkeypatch, capsys, page, ex
     assert page != "README.md" or len([line for line in code.splitlines() if line and "import" not in line]) <= 10
     monkeypatch.chdir(tmp_path)
     sizes = dict(vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    # A random model would end its answer anywhere.
     sizes |= {"eos_token_id": None}
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained("models/llama")
     byte_tokenizer().save_pretrained("models/llama")

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 
@@ -65,6 +66,16 @@ def test_benchmark_of_two_checkouts():
         ["| none", "a token, calls"],
     ]
     assert all(float(row.split(" | ")[i]) > 0 for row in rows for i in (2, 3)) and rows[-1].endswith("1.00 |")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("callgrind_control") is None, reason="needs valgrind")
+def test_instructions_of_two_checkouts():
+    options = (str(ROOT), "--memories", "none", "--instructions")
+    (row,) = started(*options, script="benchmark_checkouts.py").splitlines()[2:]
+    there, here = (int(cell.replace(",", "")) for cell in row.split(" | ")[1:3])
+    # Addresses differ, and with them the places in hash tables.
+    assert here == pytest.approx(there, rel=0.01) and there > 1e6
 
 
 @pytest.mark.slow
