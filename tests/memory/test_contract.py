@@ -69,6 +69,7 @@ def test_streaming_token_by_token_is_the_same(variant):
     test_streaming_any_division_of_the_stream_is_the_same(variant, [1] * 75)
 
 
+@pytest.mark.kinds
 def test_writes_stand_at_absolute_positions(variant):
     """The memory after a stream does not depend on how the stream was cut; nor do later outputs."""
     model, ids = model_of(variant), tokens(2, 60)
@@ -201,6 +202,7 @@ def test_padding_leaves_no_trace(variant, side):
             assert_close(f"after row {b}", alone[sizes[b] :], torch.cat([first[b], rest[b]]), EXACT)
 
 
+@pytest.mark.kinds
 def test_a_place_in_the_stream_is_only_a_place_in_its_document(variant):
     """Stored keys do not depend on the place in the row: a document is the same wherever it begins."""
     model, ids = model_of(variant), tokens(1, 30)

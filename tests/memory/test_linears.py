@@ -47,6 +47,7 @@ def outputs(model: nn.Module, given: dict[str, torch.Tensor]) -> tuple[torch.Ten
         return logits, model(**given).logits
 
 
+@pytest.mark.kinds
 def test_every_linear_is_called_and_is_an_affine_map(variant):
     model, called = model_of(variant).train(), set()
 
@@ -110,6 +111,7 @@ class EightBits(nn.Module):
         return F.linear(x, self.rounded, self.bias)
 
 
+@pytest.mark.kinds
 # From torch's own quantisation, which will move to another package.
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
