@@ -186,7 +186,7 @@ def test_generate_with_a_cache_is_generate_without(family, kind):
     for row, pads in enumerate((0, 2, 5)):
         text[row, :pads], mask[row, :pads] = 0, 0
     for options in ({}, {"num_beams": 3, "num_return_sequences": 2}):
-        options |= dict(attention_mask=mask, max_new_tokens=6, do_sample=False)
+        options |= dict(attention_mask=mask, max_new_tokens=4, do_sample=False)
         expected = model.generate(text, use_cache=False, **options)
         assert torch.equal(model.generate(text, **options), expected)
         if "num_beams" not in options:

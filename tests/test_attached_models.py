@@ -22,11 +22,21 @@ from tests.test_attached import EXACT, LENGTH, SLIDING, attached, ids, logits, o
 # In a window, every family whose attention is not all sliding.
 CUT = [family for family in FAMILIES if family != "mistral"]
 WINDOWS = [(5, 0), (5, 2), (1, 3)]
+
+
+def quick(values, families=CUT):
+    """Each value with each family; by default all with Llama, and one with each of the others."""
+    return [
+        pytest.param(*x, family, marks=[] if family == "llama" or i % len(values) == n else pytest.mark.slow)
+        for n, x in enumerate(values)
+        for i, family in enumerate(families)
+    ]
+
+
 MEMORY = {"kind": "gated_delta_net", "head_dim": 8, "num_heads": 2}
 
 
-@pytest.mark.parametrize("family", CUT)
-@pytest.mark.parametrize(("window", "sinks"), WINDOWS)
+@pytest.mark.parametrize(("window", "sinks", "family"), quick(WINDOWS))
 def test_a_window_is_the_same_for_any_division_of_a_stream(family, window, sinks):
     model = attached(family, window=window, sinks=sinks)
     whole = logits(model, ids())
@@ -48,8 +58,9 @@ def test_a_window_that_holds_the_text_changes_nothing(family):
     assert_close("logits", expected, memlm.attach(bare, MEMORY, window=64, sinks=3)(ids()).logits, EXACT)
 
 
-@pytest.mark.parametrize("family", [f for f in CUT if f not in SLIDING])
-@pytest.mark.parametrize("where", ["left", "right", "middle"])
+@pytest.mark.parametrize(
+    ("where", "family"), quick([("left",), ("right",), ("middle",)], [f for f in CUT if f not in SLIDING])
+)
 def test_a_window_and_its_sinks_do_not_count_padding(family, where):
     model, (text, mask, places) = attached(family, window=5, sinks=2), padded(where)
     whole = logits(model, ids())

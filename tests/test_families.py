@@ -58,6 +58,15 @@ CASES = {
     "olmo2": ("olmo2", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
 }
 EVERY = pytest.mark.parametrize("case", CASES)
+
+
+def quick(*names, without=()):
+    """All cases; only the named ones, of different forms, run by default."""
+    cases = [case for case in CASES if case not in without]
+    marked = [pytest.param(case, marks=[] if case in names else pytest.mark.slow) for case in cases]
+    return pytest.mark.parametrize("case", marked)
+
+
 IDS = torch.randint(4, 131, (2, 75), generator=torch.Generator().manual_seed(0))
 
 
@@ -106,7 +115,7 @@ def test_a_window_that_the_family_ignores_is_none(tmp_path):
     assert [mixer["window_size"] for mixer in mixers.values()] == [None]
 
 
-@EVERY
+@quick("llama-llama3", "llama-other-fields", "mistral-window", "qwen2-windows", "qwen3", "smollm3-windows", "olmo2")
 def test_it_comes_back(tmp_path, case):
     """The same tensors and config.json; and without the copy of that config.json, one that means the same."""
     form, theirs = foreign(tmp_path / "theirs", case)
@@ -130,7 +139,8 @@ def test_it_comes_back(tmp_path, case):
             assert torch.equal(theirs(IDS).logits, again(IDS).logits)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "mistral-window"])
+# Its rope and biases are those of test_logits_are_equal.
+@quick("llama-yarn", "qwen2-windows", "qwen3-windows", "smollm3-windows", "olmo2", without=["mistral-window"])
 def test_memories_take_the_place_of_full_attention(tmp_path, case):
     """On plain text, msa equals the source, and so does chunk_sparse if all chunks are chosen."""
     form, theirs = foreign(tmp_path / "theirs", case)

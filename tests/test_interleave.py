@@ -38,14 +38,20 @@ def twice() -> dict[str, torch.Tensor]:
     return documents | {f"{name} again": documents[name] for name in ("d5", "d0", "d8")}
 
 
-@pytest.mark.parametrize("cuts", CUTS)
+ROUTERS = [
+    {},
+    {"similarity": "dot", "chunk_size": 1, "top_k": 1},
+    {"head_reduce": "max", "top_k": 3, "positions": "top_k"},
+    {"chunk_size": 64, "top_k": 16, "qk_norm": False},
+]
+
+
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "cuts"),
     [
-        {},
-        {"similarity": "dot", "chunk_size": 1, "top_k": 1},
-        {"head_reduce": "max", "top_k": 3, "positions": "top_k"},
-        {"chunk_size": 64, "top_k": 16, "qk_norm": False},
+        pytest.param(router, cut, marks=[] if not router or cut == "odd" else pytest.mark.slow)
+        for router in ROUTERS
+        for cut in CUTS
     ],
     ids=str,
 )

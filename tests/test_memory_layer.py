@@ -5,14 +5,13 @@ import doctest
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 import memlm
 import memlm.memory_layer
 from memlm.memory.state import mapped
 from memlm.roles import Roles
 from memlm_kernels.testing import assert_close
-from tests.conftest import MEMORIES, composed
+from tests.conftest import MEMORIES, model_config
 
 EXACT = 1e-10
 
@@ -20,7 +19,7 @@ EXACT = 1e-10
 def layer_of(memory, **changed):
     """The layer of a YAML of configs/memory, moved off its initialisation, where gates are symmetric."""
     torch.manual_seed(0)
-    settings = OmegaConf.to_container(composed(f"memory={memory}").model.mixers.memory, resolve=True) | changed
+    settings = model_config(memory).mixers["memory"] | changed
     layer = memlm.layer(settings.pop("kind"), hidden_size=32, num_attention_heads=2, **settings).double()
     with torch.no_grad():
         for p in layer.parameters():

@@ -50,6 +50,18 @@ def own(**memory):
 
 # The policies of one cache.
 PLAIN = [kind for kind in KINDS if kind != "epicache"]
+
+
+def quick(kinds, names):
+    """Each model with each policy; by default Llama with all, the others with those of keys, queries and episodes."""
+    few = ("knorm", "snapkv", "epicache")
+    return [
+        pytest.param(name, kind, marks=[] if name == "llama" or kind in few else pytest.mark.slow)
+        for name in names
+        for kind in kinds
+    ]
+
+
 BUILD = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHARED)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHARED, head_dim=8)),
@@ -135,8 +147,7 @@ def masked(name, ids_BT, seen):
         return reference(ids_BT, use_cache=False).logits
 
 
-@pytest.mark.parametrize("kind", PLAIN)
-@pytest.mark.parametrize("name", BUILD)
+@pytest.mark.parametrize(("name", "kind"), quick(PLAIN, BUILD))
 def test_it_equals_masked_full_attention_at_any_cut(name, kind):
     chosen, ids_BT = policy(name, kind), ids()
     reader = Watched(model(name), chosen)
@@ -152,8 +163,7 @@ def test_it_equals_masked_full_attention_at_any_cut(name, kind):
     torch.testing.assert_close(cut(alone, ids_BT[1:2], 13), logits[1:2], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", PLAIN)
-@pytest.mark.parametrize("name", ["llama", "memlm"])
+@pytest.mark.parametrize(("name", "kind"), quick(PLAIN, ["llama", "memlm"]))
 def test_a_fork_reads_on_and_leaves_its_reader_as_it_was(name, kind):
     ids_BT, chosen = ids(), policy(name, kind)
     whole = cut(PolicyReader(model(name), chosen), ids_BT, 70)

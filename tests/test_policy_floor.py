@@ -8,11 +8,10 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from memlm.policies import KINDS, EpisodeReader, PolicyReader
 from memlm.policies.kinds import Arrivals
 from memlm.reader import Reader
-from tests.test_policies import BUILD, cut, entries, entry, ids, model, policy
+from tests.test_policies import BUILD, cut, entries, entry, ids, model, policy, quick
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", BUILD)
+@pytest.mark.parametrize(("name", "kind"), quick(KINDS, BUILD))
 def test_a_budget_for_all_tokens_equals_no_policy_at_any_cut(name, kind):
     ids_BT, question_BT, rows = ids(), ids(length=9, seed=2), torch.tensor([2, 0, 2])
     each, rest = entry(name)

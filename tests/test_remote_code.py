@@ -28,7 +28,8 @@ import sys
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 folder, = sys.argv[1:]
-sys.modules["memlm"] = None
+for name in ("hydra", "omegaconf", "wandb", "datasets", "lm_eval", "matplotlib", "triton", "memlm"):
+    sys.modules[name] = None
 try:
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 except ImportError as error:
@@ -38,7 +39,7 @@ config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 base = AutoModel.from_pretrained(folder, trust_remote_code=True)
-import memlm
+import memlm, memlm_kernels
 from memlm import configuration, modeling
 assert type(config) is memlm.MemLMConfig is configuration.MemLMConfig is AutoConfig.for_model("memlm").__class__
 assert type(model) is modeling.MemLMForCausalLM and type(base) is modeling.MemLMModel
@@ -50,6 +51,7 @@ model.save_pretrained(folder + "-again")
 
 
 def test_a_process_that_did_not_import_memlm_gets_its_classes(folder, tmp_path):
+    """Without the tools of training too."""
     offline = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),

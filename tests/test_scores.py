@@ -91,8 +91,14 @@ def step(model, z_loss=0.0, **given):
 
 # peft uses transformers' old name.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing:FutureWarning")
-@pytest.mark.parametrize("z_loss", [0.0, 0.1])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "z_loss"),
+    [
+        pytest.param(name, z_loss, marks=[] if z_loss or name == "tied" else pytest.mark.slow)
+        for name in MODELS
+        for z_loss in (0.0, 0.1)
+    ],
+)
 def test_pieces_give_the_losses_and_gradients_of_whole_logits(pieces, name, z_loss):
     model = MODELS[name]()
     for places in (False, True):
