@@ -111,13 +111,13 @@ def allocated(take, trace):
 @pytest.mark.parametrize(
     "options",
     [
-        ("memory=titans_mag",),
+        ("memory=titans_mag", "model.num_hidden_layers=1"),
         ("memory=mom", "train.gradient_checkpointing=true", "optim=adamw"),
-        ("memory=gla", "train.gradient_checkpointing=[0,2]", "model.num_hidden_layers=5"),
+        ("memory=gla", "train.gradient_checkpointing=[0,2]", "model.num_hidden_layers=3"),
         ("memory=attention", "train.micro_batch_size=2", "model.hidden_size=128"),
         ("memory=none", "model.hidden_size=128", "train.batch_size=2", "data.seq_len=16"),
         ("memory=titans_mag", "train.trainable=memory"),
-        ("memory=gla", "hardware.mixed_precision=bf16", "model.num_hidden_layers=5"),
+        ("memory=gla", "hardware.mixed_precision=bf16", "model.num_hidden_layers=3"),
     ],
     ids=[
         "titans",
