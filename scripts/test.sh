@@ -17,20 +17,19 @@ case "${1:-}" in --lowest | --newest)
     ;;
 esac
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" "[dev,cpu-kernels]"
+# One thread per process: threads of several processes on the same cores slow each other down.
+export OMP_NUM_THREADS=1
 if [ $# -eq 0 ]; then
     ruff check .
     ruff format --check .
-    # Types are checked on one core.
-    mypy &
+    # On one core beside the compiler: types, and the tests with the longest sums as on CPUs without AVX-512, whose
+    # products differ (Triton's interpreter multiplies with numpy).
+    {
+        mypy
+        [ "$(uname -m)" != x86_64 ] || OPENBLAS_CORETYPE=Haswell ATEN_CPU_CAPABILITY=avx2 python -m pytest -n0 \
+            tests/kernels/test_triton.py -k "any_size or two_layers or documents"
+    } &
     python scripts/compile_kernels.py --sample
     wait $!
 fi
-# One thread per worker: threads of several processes on the same cores slow each other down.
-export OMP_NUM_THREADS=1
-python -m pytest -n auto --maxprocesses 8 --dist worksteal "$@"
-if [ $# -eq 0 ] && [ "$(uname -m)" = x86_64 ]; then
-    # Triton's interpreter multiplies with numpy: the tests with the longest sums must also pass with those of CPUs
-    # without AVX-512. Others have the same products.
-    OPENBLAS_CORETYPE=Haswell ATEN_CPU_CAPABILITY=avx2 python -m pytest -n auto --maxprocesses 8 \
-        tests/kernels/test_triton.py -k "any_size or two_layers or documents"
-fi
+exec python -m pytest -n auto --maxprocesses 8 --dist worksteal "$@"
