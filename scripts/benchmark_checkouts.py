@@ -29,8 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MEMORIES = sorted(path.stem for path in (ROOT / "configs/memory").glob("*.yaml"))
 # Each measurement's name and its unit in seconds; counts have none.
 KINDS = {"train": ("training step, ms", 1e-3), "decode": ("50 tokens, ms", 1e-3), "calls": ("a token, calls", 1)}
-
-
+# Tokens whose instructions are counted.
 COUNTED = 10
 
 
@@ -70,7 +69,9 @@ class Worker:
 
 
 def work(root: Path, overrides: list[str]) -> None:
-    """Answer each line of standard input with a time: the name of a memory, or a key of ``KINDS``."""
+    """Answer each line of standard input with a time: the name of a memory, a key of ``KINDS`` or ``instructions``,
+    which valgrind counts.
+    """
     import torch
     from omegaconf import OmegaConf
 
@@ -116,15 +117,16 @@ def work(root: Path, overrides: list[str]) -> None:
 
     @torch.no_grad()
     def counted() -> None:
-        """Valgrind counts while it is switched on."""
         memory = model.eval()(ids[:1], use_cache=True).past_key_values
         for t in range(4 + COUNTED):
             if t == 4:
-                subprocess.run(
-                    ["callgrind_control", "-i", "on", str(os.getpid())], stdout=subprocess.DEVNULL, check=True
-                )
+                switch("on")
             memory = model(ids[:1, t : t + 1], past_key_values=memory, use_cache=True).past_key_values
-        subprocess.run(["callgrind_control", "-i", "off", str(os.getpid())], stdout=subprocess.DEVNULL, check=True)
+        switch("off")
+
+    def switch(to: str) -> None:
+        """Valgrind counts while it is switched on."""
+        subprocess.run(["callgrind_control", "-i", to, str(os.getpid())], stdout=subprocess.DEVNULL, check=True)
 
     for line in map(str.strip, sys.stdin):
         took = 0.0
@@ -175,9 +177,9 @@ def main() -> None:
     both = [memory for memory in MEMORIES if (other / f"configs/memory/{memory}.yaml").exists()]
     if unknown := [memory for memory in args.memories or [] if memory not in both]:
         parser.error(f"--memories {unknown[0]}: both checkouts have {', '.join(both)}")
-    if args.instructions and shutil.which("callgrind_control") is None:
-        parser.error("--instructions: valgrind is not installed (apt install valgrind)")
     if args.instructions:
+        if shutil.which("callgrind_control") is None:
+            parser.error("--instructions: valgrind is not installed (apt install valgrind)")
         print("| memory | instructions of a token: there | here | ratio |\n|---|---|---|---|", flush=True)
         for memory in args.memories or both:
             there, here = (instructions(root, args.overrides, memory) for root in (other, ROOT))
