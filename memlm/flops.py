@@ -1,6 +1,7 @@
 """Sizes of a model: its parameters, the FLOPs of a token, and the bytes of its state."""
 
-import copy
+import functools
+import json
 import logging
 import re
 from collections import Counter
@@ -45,7 +46,7 @@ def count_flops(config: MemLMConfig, seq_len: int) -> float:
     The matrix products of layers and head are counted by a run on tensors without data. A multiply-add counts as two.
     Masked scores count; elementwise work does not.
     """
-    return _run(config, seq_len)[0] / seq_len
+    return _run(config.to_json_string(), seq_len)[0] / seq_len
 
 
 def count_flops_of(model: PreTrainedModel, seq_len: int) -> float | None:
@@ -75,12 +76,13 @@ def count_flops_of(model: PreTrainedModel, seq_len: int) -> float | None:
 
 def state_bytes(config: MemLMConfig, seq_len: int) -> int:
     """Bytes of the memory of one stream after ``seq_len`` tokens, found by a run on tensors without data."""
-    return _run(config, seq_len)[1]
+    return _run(config.to_json_string(), seq_len)[1]
 
 
-def _run(config: MemLMConfig, seq_len: int) -> tuple[int, int]:
-    """FLOPs of a document, and bytes of the states after it."""
-    config = copy.deepcopy(config)
+@functools.cache
+def _run(settings: str, seq_len: int) -> tuple[int, int]:
+    """FLOPs of a document, and bytes of the states after it. settings: of ``MemLMConfig``, as JSON"""
+    config = MemLMConfig.from_dict(json.loads(settings))
     # Fused attention hides its products from the counter.
     config._attn_implementation = "eager"
     if config.side is not None or config.taps is not None:

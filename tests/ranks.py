@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from accelerate.state import AcceleratorState
 
 import memlm.training
 from memlm.cli import leave_group
@@ -36,21 +37,24 @@ def _start(rank, size, folder, work, arguments):
     leave_group()
 
 
-def train(cfg, size=1, prepare=None):
-    """Train on ``size`` processes, with all digits in ``metrics.jsonl``.
+def train(cfgs, size=1, prepare=None):
+    """Train a run, or one after another of a list, on ``size`` processes, with all digits in ``metrics.jsonl``.
 
     prepare: a function of a module, called first on each of several processes
     """
+    cfgs = cfgs if isinstance(cfgs, list) else [cfgs]
     if size == 1:
-        _train(0, 1, cfg, prepare)
+        _train(0, 1, cfgs, prepare)
         return
     with TemporaryDirectory() as folder:
-        run(_train, size, Path(folder), cfg, prepare)
+        run(_train, size, Path(folder), cfgs, prepare)
 
 
-def _train(rank, size, cfg, prepare):
+def _train(rank, size, cfgs, prepare):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tracking, "_short", lambda value: value)
         if prepare:
             prepare(patch)
-        memlm.training.run(cfg)
+        for cfg in cfgs:
+            memlm.training.run(cfg)
+            AcceleratorState._reset_state(reset_partial_state=True)

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from accelerate.state import AcceleratorState
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import nn
@@ -60,18 +61,24 @@ def assert_alike(one, two):
         assert figures(two, name) == pytest.approx(figures(one, name), rel=tolerance), name
 
 
+# Tests below share titans_mag and msa.
 @pytest.mark.parametrize(
-    "memory", ["titans_mag", "msa", pytest.param("gated_delta_net", marks=pytest.mark.slow), "mom"]
+    "memory", ["mom", *(pytest.param(m, marks=pytest.mark.slow) for m in ("titans_mag", "msa", "gated_delta_net"))]
 )
 def test_sharers_take_the_steps_of_one_process(tmp_path, memory):
-    options = (f"memory={memory}", "train.steps=20")
+    options = (f"memory={memory}", "train.steps=5")
     train(tiny(tmp_path / "one", *options))
     train(tiny(tmp_path / "two", *options, "hardware=fsdp2"), 2)
     assert_alike(tmp_path / "one", tmp_path / "two")
 
 
-def kept_copies(rank, size, cfg):
+def kept_copies(rank, size, cfgs):
     """Shapes of bf16 tensors that wait for a step's backward, and are those of a weight of a product in a layer."""
+    return [kept_by(cfg) for cfg in cfgs]
+
+
+def kept_by(cfg):
+    AcceleratorState._reset_state(reset_partial_state=True)
     settings = RunSettings.of(cfg)
     made = loop.Trainer(settings, loop.build_accelerator(settings.hardware))
     products = [m for m in made.model.model.layers.modules() if isinstance(m, nn.Linear | GroupedLinear)]
@@ -88,26 +95,18 @@ def kept_copies(rank, size, cfg):
     return sorted({tuple(x.shape) for x in alive} & shapes)
 
 
-@pytest.mark.parametrize("memory", ["titans_mag", "msa", "mom"])
-def test_sharers_keep_no_rounded_copies_of_weights(tmp_path, memory):
-    cfg = tiny(
-        tmp_path,
-        f"memory={memory}",
-        "model.hidden_size=48",
-        "data.seq_len=46",
-        "train.steps=1",
-        "hardware=fsdp2",
-        "hardware.mixed_precision=bf16",
-    )
-    assert run(kept_copies, 2, tmp_path, cfg) == [[], []]
+def test_sharers_keep_no_rounded_copies_of_weights(tmp_path):
+    sizes = ("model.hidden_size=48", "data.seq_len=46", "train.steps=1")
+    options = (*sizes, "hardware=fsdp2", "hardware.mixed_precision=bf16")
+    cfgs = [tiny(tmp_path, f"memory={memory}", *options) for memory in ("titans_mag", "msa", "mom")]
+    assert run(kept_copies, 2, tmp_path, cfgs) == [[[], [], []]] * 2
 
 
 @pytest.mark.parametrize("memory", ["titans_mag", pytest.param("mom", marks=pytest.mark.slow)])
 def test_sharers_in_bf16_take_the_steps_of_copies(tmp_path, memory):
     """The second loss shows the first gradients, which are sums of two forwards."""
     options = (f"memory={memory}", "train.steps=2", "train.micro_batch_size=1", "hardware.mixed_precision=bf16")
-    for sharing in ("ddp", "fsdp2"):
-        train(tiny(tmp_path / sharing, *options, f"hardware={sharing}"), 2)
+    train([tiny(tmp_path / sharing, *options, f"hardware={sharing}") for sharing in ("ddp", "fsdp2")], 2)
     for name in ("loss", "grad_norm"):
         assert figures(tmp_path / "fsdp2", name) == pytest.approx(figures(tmp_path / "ddp", name), rel=2e-5), name
 
@@ -121,11 +120,11 @@ def test_any_number_of_processes_goes_on_from_parts(tmp_path, monkeypatch, capsy
     each row in a forward of its own. Weights of the last step are made whole later if they were not.
     """
     steps, one, many = (
-        ("optim.schedule_steps=6", "train.validate_every=2", "train.ema=0.9"),
+        ("optim.schedule_steps=4", "train.validate_every=1", "train.ema=0.9"),
         tmp_path / "one",
         tmp_path / "many",
     )
-    train(tiny(one, "train.steps=6", *steps))
+    train(tiny(one, "train.steps=4", *steps))
     shared = ("hardware=fsdp2", "train.save_every=1", "train.micro_batch_size=1")
     train(tiny(many, "train.steps=2", *steps, *shared), 2, killed_before_whole_weights)
     first, second = (many / "run" / "checkpoints" / f"step_00000{step}" for step in (1, 2))
@@ -149,10 +148,10 @@ def test_any_number_of_processes_goes_on_from_parts(tmp_path, monkeypatch, capsy
         load_model(folder)
         checkpoint.check(folder)
         assert {"model.safetensors", "ema.safetensors"} <= json.loads((folder / files.DIGESTS).read_text()).keys()
-    train(tiny(many, "train.steps=4", *steps))
-    train(tiny(many, "train.steps=6", *steps, *shared), 2)
+    train(tiny(many, "train.steps=3", *steps))
+    train(tiny(many, "train.steps=4", *steps, *shared), 2)
     assert_alike(one, many)
-    whole, parts = (folder / "run" / "checkpoints" / "step_000006" for folder in (one, many))
+    whole, parts = (folder / "run" / "checkpoints" / "step_000004" for folder in (one, many))
     assert (whole / "config.json").read_text() == (parts / "config.json").read_text()
     assert (whole / "generation_config.json").read_text() == (parts / "generation_config.json").read_text()
     for file in ("model.safetensors", "ema.safetensors"):
@@ -205,27 +204,35 @@ def eager_graphs(patch):
     patch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
 
 
-@pytest.mark.parametrize(
-    ("documents", "compiled"),
-    [(3, False), (1, False), (None, False), pytest.param(3, True, marks=pytest.mark.slow)],
-)
-def test_routers_that_some_rows_teach_learn_as_on_one_process(tmp_path, documents, compiled):
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_routers_that_some_rows_teach_learn_as_on_one_process(tmp_path, compiled):
     """Documents are in the row of one process, or in none: then the weights do not even decay. They do if the loss of
     a choice among one document has zeros as its gradient.
     """
-    facts = "data=facts", "data.seq_len=64", f"data.sources.facts.num_documents={documents}"
-    beside = "+data.sources.mqar={kind: mqar, weight: 1.0, num_pairs: 4, gap: 0, num_keys: 32, num_values: 32}"
-    sources = (*facts, beside) if documents else ("data=mqar", "data.seq_len=64")
+    facts, beside = ("data=facts", "data.seq_len=64"), "+data.sources.mqar={kind: mqar, weight: 1.0, num_pairs: 4, "
+    beside += "gap: 0, num_keys: 32, num_values: 32}"
+    sources = {
+        "three": (*facts, "data.sources.facts.num_documents=3", beside),
+        "one": (*facts, "data.sources.facts.num_documents=1", beside),
+        "none": ("data=mqar", "data.seq_len=64"),
+    }
     kept = [option for option in TINY if "mqar" not in option and "seq_len" not in option]
-    options = "memory=msa", "optim=adamw", "optim.weight_decay=0.5", "train.steps=3", "train.batch_size=2"
-    one, two = (config(tmp_path / name, *sources, *options, small=kept) for name in ("one", "two"))
-    train(one)
-    two.hardware.shard, two.hardware.compile = "all", compiled
-    train(two, 2, eager_graphs)
-    first, second = (load_file(checkpoint.latest(tmp_path / n / "run") / "model.safetensors") for n in ("one", "two"))
-    assert figures(tmp_path / "two") == pytest.approx(figures(tmp_path / "one"), rel=1e-6)
-    for name, weight in first.items():
-        assert torch.allclose(second[name], weight, atol=1e-5, rtol=1e-3), name
+    options = "memory=msa", "optim=adamw", "optim.weight_decay=0.5", "train.steps=2", "train.batch_size=2"
+
+    def runs(folder):
+        return [config(folder / name, *of, *options, small=kept) for name, of in sources.items()]
+
+    shared = runs(tmp_path / "two")
+    for cfg in shared:
+        cfg.hardware.shard, cfg.hardware.compile = "all", compiled
+    train(runs(tmp_path / "one"))
+    train(shared, 2, eager_graphs)
+    for name in sources:
+        one, two = tmp_path / "one" / name, tmp_path / "two" / name
+        assert figures(two) == pytest.approx(figures(one), rel=1e-6), name
+        first, second = (load_file(checkpoint.latest(of / "run") / "model.safetensors") for of in (one, two))
+        for weight in first:
+            assert torch.allclose(second[weight], first[weight], atol=1e-5, rtol=1e-3), (name, weight)
 
 
 def killed_in_the_second_save(patch):
@@ -242,7 +249,7 @@ def killed_in_the_second_save(patch):
 
 def test_a_process_that_dies_while_it_saves_loses_that_save_alone(tmp_path):
     """The other process ends too; one process goes on from the save before, to the same losses."""
-    options = ("memory=none", "match.parameters=null", "train.steps=4")
+    options = ("memory=none", "match.parameters=null", "train.steps=3")
     train(tiny(tmp_path / "one", *options))
     with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
         train(tiny(tmp_path, *options, "hardware=fsdp2", "train.save_every=1"), 2, killed_in_the_second_save)

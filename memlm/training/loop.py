@@ -448,8 +448,8 @@ class Trainer:
 
     @cached_property
     def flops(self) -> dict[int, float] | None:
-        """FLOPs of a token's forward in rows of each length; None for a backbone."""
-        if not isinstance(self.model, MemLMForCausalLM):
+        """FLOPs of a token's forward in rows of each length; None for a backbone, and where nothing is logged."""
+        if not isinstance(self.model, MemLMForCausalLM) or not self.accelerator.is_main_process:
             return None
         lengths = self.feed.lengths.stages.steps(self.settings.steps)
         return {length: count_flops(self.model.config, length) for length in lengths}
