@@ -1,8 +1,8 @@
 """Triton's interpreter in half of its time, for the tests of kernels; the numbers stay the same to the bit.
 
 It spends most of its time on types and checks. Here a type is made once, operands of one type and shape are neither
-converted nor broadcast, a constant is made once, and sums of integers are not computed twice to look for an overflow
-that the interpreter then does not report.
+converted nor broadcast, the shape to which two types are broadcast is found once, a constant is made once, and sums of
+integers are not computed twice to look for an overflow that the interpreter then does not report.
 """
 
 import dataclasses
@@ -10,7 +10,17 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-NAMES = ("InterpretedFunction", "_get_np_dtype", "_patch_lang", "interpreter_builder", "interpreter_semantic")
+import numpy as np
+
+NAMES = (
+    "InterpretedFunction",
+    "TensorHandle",
+    "_get_np_dtype",
+    "_patch_attr",
+    "_patch_lang",
+    "interpreter_builder",
+    "interpreter_semantic",
+)
 
 try:
     import triton.language.core as tl
@@ -35,6 +45,7 @@ def once(make: Callable[..., Any], key: Callable[..., Any]) -> Callable[..., Non
 
 def make_cheaper() -> None:
     semantic, seen, constants, np_dtypes = interpreter.interpreter_semantic, set[Any](), {}, {}
+    spreads, members, handle_of = {}, {}, interpreter.TensorHandle
     check, broadcast = semantic.binary_op_type_checking_impl, semantic.broadcast_impl_value
     np_dtype = interpreter._get_np_dtype
 
@@ -71,7 +82,34 @@ def make_cheaper() -> None:
     def broadcasted(x: Any, y: Any) -> Any:
         if x.type.is_block() is y.type.is_block() and x.handle.data.shape == y.handle.data.shape:
             return x, y
-        return broadcast(x, y)
+        if (to := spreads.get(key := (x.type.name, y.type.name))) is None:
+            pair = broadcast(x, y)
+            spreads[key] = [
+                None if new is old else (new.type, new.handle.data.shape)
+                for old, new in zip((x, y), pair, strict=True)
+            ]
+            return pair
+        return x if to[0] is None else spread(x, *to[0]), y if to[1] is None else spread(y, *to[1])
+
+    def spread(x: Any, kind: Any, shape: tuple[int, ...]) -> Any:
+        data = np.empty(shape, x.handle.data.dtype)
+        data[...] = x.handle.data
+        return tl.tensor(handle_of(data, kind.scalar), kind)
+
+    def expand_dims(x: Any, axis: int) -> Any:
+        return handle_of(x.data[(*[slice(None)] * axis, None)], x.dtype.scalar)
+
+    def patch_attr(place: Any, name: str, member: Any, _: Any, scope: Any) -> None:
+        """A member of the language with the interpreter's semantics; Triton's own first copies all arguments."""
+        if (found := members.get(member)) is None:
+            own = getattr(member, "__wrapped__", member)
+
+            def found(*given: Any, **named: Any) -> Any:
+                named["_semantic"] = semantic
+                return own(*given, **named)
+
+            members[member] = found
+        scope.set_attr(place, name, found)
 
     # Its attributes are those of its type, and its numbers.
     of_type = once(tl.tensor.__init__, lambda handle, type: type.name)
@@ -87,6 +125,7 @@ def make_cheaper() -> None:
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     interpreter.InterpretedFunction.__call__, interpreter._get_np_dtype = call, get_np_dtype
     semantic.binary_op_type_checking_impl, semantic.broadcast_impl_value = checked, broadcasted
+    interpreter._patch_attr, builder.create_expand_dims = patch_attr, expand_dims
     tl.block_type.__init__, tl.tensor.__init__ = once(tl.block_type.__init__, sizes), tensor
 
 

@@ -70,9 +70,9 @@ def loop(module, x):
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"window_size": 3}, {"window_size": 40}, {"persistent_tokens": 2, "qk_norm": True}, *FOREIGN],
+    [{}, {"window_size": 3}, {"window_size": 20}, {"persistent_tokens": 2, "qk_norm": True}, *FOREIGN],
 )
-@pytest.mark.parametrize("length", [1, 37])
+@pytest.mark.parametrize("length", [1, 17])
 def test_equals_a_loop_over_queries(backend, settings, length):
     module = mixer(backend, **settings)
     if "qk_norm" in settings:
@@ -114,6 +114,8 @@ def test_window_cost_is_linear():
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch compiles flex attention with a C++ compiler")
 @pytest.mark.parametrize("persistent_tokens", [0, 3])
 def test_flex_attention_forward(persistent_tokens):
+    # After other shapes have been compiled, Inductor's C++ for dynamic shapes is not valid C++.
+    torch.compiler.reset()
     dims = Dims(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
     torch.manual_seed(0)
     module = Mixer(Config(window_size=5, persistent_tokens=persistent_tokens), dims, 0)
