@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.reduction import recv_handle
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -62,10 +63,11 @@ def serve() -> None:
 class Python(multiprocessing.get_context("forkserver").Process):
     """``python arguments...`` as subprocess.Popen starts it: a script, ``-m`` with a module or ``-c`` with code.
 
-    env is the whole environment. Nothing is read from stdin; what is said goes to files, which ``said`` reads.
+    env is the whole environment. streams: its stdin, stdout and stderr; without them, nothing is read from stdin, and
+    what is said goes to files, which ``said`` reads.
     """
 
-    def __init__(self, *arguments, cwd=None, env=None):
+    def __init__(self, *arguments, cwd=None, env=None, streams=()):
         super().__init__()
         # torchrun asks for streams without a buffer, which nobody reads before the end.
         arguments = arguments[1:] if arguments[0] == "-u" else arguments
@@ -73,7 +75,7 @@ class Python(multiprocessing.get_context("forkserver").Process):
         self.environment = dict(os.environ if env is None else env)
         for name in _READ_ON_IMPORT:
             assert self.environment.get(name) == os.environ.get(name), f"{name} needs a real Python"
-        folder = mkdtemp()
+        self.given, folder = streams, mkdtemp()
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self.streams = [Path(folder, name) for name in ("out", "err")]
         for path in self.streams:
@@ -82,8 +84,13 @@ class Python(multiprocessing.get_context("forkserver").Process):
         self.start()
 
     def run(self):
-        for number, path in enumerate(self.streams, 1):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+        if self.given:
+            for number, stream in enumerate(self.given):
+                os.dup2(stream.fileno(), number)
+            sys.stdin = open(0, closefd=False)
+        else:
+            for number, path in enumerate(self.streams, 1):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
         os.environ.clear()
         os.environ.update(self.environment)
         os.chdir(self.folder)
@@ -140,14 +147,14 @@ def run(*arguments, cwd=None, env=None) -> subprocess.CompletedProcess:
 _CLIENT = """
 import os, sys
 from multiprocessing.connection import Client
+from multiprocessing.reduction import send_handle
 if {real!r} in sys.argv:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 with Client({address!r}) as server:
     server.send((sys.argv[1:], os.getcwd(), dict(os.environ)))
-    code, out, err = server.recv()
-sys.stdout.write(out)
-sys.stderr.write(err)
-sys.exit(code)
+    for number in range(3):
+        send_handle(server, number, None)
+    sys.exit(server.recv())
 """
 
 
@@ -179,5 +186,8 @@ def _answer(listener: Listener) -> None:
 
 def _fork(client: Connection, arguments: list[str], folder: str, environment: dict[str, str]) -> None:
     with client:
-        done = run(*arguments, cwd=folder, env=environment)
-        client.send((done.returncode, done.stdout, done.stderr))
+        streams = [Connection(recv_handle(client)) for _ in range(3)]
+        process = Python(*arguments, cwd=folder, env=environment, streams=streams)
+        for stream in streams:
+            stream.close()
+        client.send(process.wait())

@@ -78,8 +78,12 @@ def same_tokens(model, ids, caches, warm, end, **options):
 )
 def test_a_training_step_is_one_graph(kernels, memory):
     """With and without kernels; the loss and all gradients are those of eager code."""
+    model = build(memory, torch.float32).train()
+    if kernels == "reference" and memory != "attention":
+        # Tracing takes as long for each layer; attention has two, which share what ``rows`` makes once.
+        model.config.num_hidden_layers, model.model.layers = 1, model.model.layers[:1]
     with set_backend(kernels):
-        same_gradients(build(memory, torch.float32).train())
+        same_gradients(model)
 
 
 @pytest.mark.parametrize("memory", quick(["attention"]))
@@ -148,7 +152,7 @@ def test_training_with_an_attached_memory_is_one_graph(memory):
 def test_tokens_of_an_attached_memory_need_no_new_graph(memory):
     model, ids = with_memory(memory), ids_of(100)
     warm = 22 if memory == "gated_delta_net" else 68
-    same_tokens(model, ids, [DynamicCache(config=model.config) for _ in "ab"], warm, warm + 24)
+    same_tokens(model, ids, [DynamicCache(config=model.config) for _ in "ab"], warm, warm + 12)
 
 
 class Logits(torch.nn.Module):
@@ -177,7 +181,12 @@ def test_exported_code_serves_every_length(memory):
             assert torch.equal(code(ids_of(length)), model(ids_of(length))), length
 
 
-@pytest.mark.parametrize("memory", [name for name in MEMORIES if name not in ("attention", "msa")])
+LOOPS = [name for name in MEMORIES if name not in ("attention", "msa")]
+
+
+@pytest.mark.parametrize(
+    "memory", quick(["titans_lmm", "titans_tnt", "gated_delta_net", "lact", "chunk_sparse"], LOOPS)
+)
 def test_export_of_every_length_is_refused_where_a_loop_follows_it(memory):
     with pytest.raises(ValueError, match="needs a fixed number of tokens") as error:
         exported(memory, LENGTH)

@@ -47,8 +47,8 @@ def test_variables_that_are_read_on_import_need_a_real_python(monkeypatch):
 
 
 def test_a_shell_script_starts_forks_and_one_real_python(tmp_path):
-    code = "import sys; print('torch' in sys.modules); sys.exit(3)"
+    code = "import sys; print(sys.stdin.read(), 'torch' in sys.modules); print('err', file=sys.stderr); sys.exit(3)"
     with processes.command(tmp_path, "real") as python:
-        for argument, told in (("other", "True\n"), ("real", "False\n")):
-            done = subprocess.run([python, "-c", code, argument], capture_output=True, text=True)
-            assert (done.returncode, done.stdout) == (3, told), done.stderr
+        for argument, told in (("other", "read True\n"), ("real", "read False\n")):
+            done = subprocess.run([python, "-c", code, argument], input="read", capture_output=True, text=True)
+            assert (done.returncode, done.stdout, done.stderr) == (3, told, "err\n")

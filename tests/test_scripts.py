@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import memlm_kernels
+from tests import processes
 from tests.conftest import ROOT, convert, run_script
 
 
@@ -31,9 +32,11 @@ def run(*arguments: str, script: str = "benchmark_memory.py") -> str:
     return said
 
 
-def test_benchmark_writes_a_line_for_each_measurement(tmp_path):
+def test_benchmark_writes_a_line_for_each_measurement(tmp_path, monkeypatch):
     out = tmp_path / "memory.jsonl"
-    run("--suite", "smoke", "--repeats", "3", "--out", str(out))
+    with processes.command(tmp_path) as python:
+        monkeypatch.setattr(sys, "executable", str(python))
+        run("--suite", "smoke", "--repeats", "3", "--out", str(out))
     training, decoding = map(json.loads, out.read_text().splitlines())
     assert (training["what"], training["tokens"], training["chunk_size"], training["repeats"]) == ("memlm", 64, 8, 3)
     assert decoding["seen"] == 64
