@@ -87,7 +87,7 @@ class Python(multiprocessing.get_context("forkserver").Process):
         if self.given:
             for number, stream in enumerate(self.given):
                 os.dup2(stream.fileno(), number)
-            sys.stdin = open(0, closefd=False)
+            sys.stdin = os.fdopen(0, closefd=False)
         else:
             for number, path in enumerate(self.streams, 1):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)

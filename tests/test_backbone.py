@@ -22,7 +22,7 @@ from tests.runs import SMALLEST, config, figures, stopped, trainer
 from tests.test_any_model import GPT2, LLAMA
 
 # Without sizes of a decoder of our own.
-SMALL = (*(s for s in SMALLEST if not s.startswith(("model.", "memory="))), "model=backbone", "train.steps=6")
+SMALL = (*(s for s in SMALLEST if not s.startswith(("model.", "memory="))), "model=backbone", "train.steps=4")
 MEMORY = ("memory=mom", "model.mixers.memory.head_dim=4", "optim.lr=0.01")
 
 
@@ -56,7 +56,7 @@ def test_a_memory_is_trained_beside_a_backbone_and_a_stopped_run_goes_on_exactly
     source = shutil.copytree(backbones / name, tmp_path / "source")
     run(settings(tmp_path / "straight", source, *MEMORY, *options))
     told = capsys.readouterr().out
-    stopped(settings(tmp_path, source, *MEMORY, *options), 3)
+    stopped(settings(tmp_path, source, *MEMORY, *options), 2)
     shutil.rmtree(source)
     run(settings(tmp_path, source, *MEMORY, *options))
     assert figures(tmp_path) == figures(tmp_path / "straight")
@@ -90,7 +90,7 @@ def test_a_converted_model_is_trained_as_it_is(tmp_path):
     before = load_any(source)
     assert before.dtype == torch.bfloat16
     run(settings(tmp_path / "straight", source, "memory=none"))
-    stopped(settings(tmp_path, source, "memory=none"), 3)
+    stopped(settings(tmp_path, source, "memory=none"), 2)
     shutil.rmtree(source)
     for wrong, message in (("memory=mom", "use memory=none"), ("model.dtype=bfloat16", "model.dtype=bfloat16, but")):
         with pytest.raises(ValueError, match=message):

@@ -158,7 +158,7 @@ def test_any_history_equals_a_rebuild(limit, monkeypatch, tmp_path):
     model, documents = model_of(), library()
     bank = bank_of(model, {}, tokens_per_batch=16)
     generator = torch.Generator().manual_seed(0)
-    for step in range(40):
+    for step in range(24):
         kind, seed = (int(torch.randint(n, (), generator=generator)) for n in (4, 1000))
         names = list(documents) if step else []
         if not step:

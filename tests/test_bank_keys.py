@@ -1,6 +1,7 @@
 """The storage of a bank: routers' keys in low precision, contents in tiers, and nominated documents."""
 
 import functools
+from itertools import product
 
 import pytest
 import torch
@@ -69,8 +70,13 @@ def test_keys_in_low_precision_find_what_is_clear(dtype, most, similarity, backe
         assert (dtype == "float32" or error > 1e-5) and error <= most * exact.score.abs().max()
 
 
-@pytest.mark.parametrize("content", ["mapped", "host", "device"])
-@pytest.mark.parametrize("key_dtype", ["auto", "bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize(
+    ("content", "key_dtype"),
+    [
+        pytest.param(*pair, marks=[] if i % 4 == 0 else pytest.mark.slow)
+        for i, pair in enumerate(product(["mapped", "host", "device"], ["auto", "bfloat16", "float8_e4m3fn"]))
+    ],
+)
 @torch.no_grad()
 def test_contents_live_where_they_are_told_to(content, key_dtype, tmp_path, monkeypatch):
     """The bank is saved, loaded, grown and pruned; its answers are those of a bank that was never saved."""

@@ -183,7 +183,6 @@ def test_weights_of_sources_need_not_fit_a_batch_and_every_source_of_text_is_mea
     assert [*results["models"]["bytes"]["text"]] == ["text", "more"]
 
 
-@pytest.mark.pictures
 def test_runs_of_several_seeds_and_tokenizers_are_compared(runs, tmp_path, capsys):
     """Seeds share a row; settings that differ are named; documents of equal bytes pair runs of one tokenizer."""
     found = {}
