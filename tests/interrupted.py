@@ -23,7 +23,7 @@ from memlm.training import checkpoint, run
 from memlm.training.interrupt import Stopped
 from tests.runs import SMALLEST, config
 
-STEPS = 24
+STEPS = 12
 KINDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL)
 
 

@@ -11,7 +11,7 @@ from memlm.roles import Roles
 from memlm.training.objective import Objective
 from tests.conftest import build
 
-ROWS, LENGTH, STEPS = 8, 40, 2
+ROWS, LENGTH, STEPS = 4, 40, 2
 # One memory without its own losses, and each kind that has some.
 KINDS = [
     ("titans_mag", {}),
@@ -65,7 +65,7 @@ def assert_same_training(expected, got, tolerance) -> None:
 @kinds
 def test_a_step_is_the_same_in_calls_of_any_size(kind):
     whole = trained(kind, ROWS)
-    for size in (4, 2, 1):
+    for size in (2, 1):
         assert_same_training(whole, trained(kind, size), 1e-6)
 
 
@@ -97,7 +97,7 @@ def test_objective_is_the_mean_over_calls_of_as_many_rows(kind):
         del part["attention_mask"]
         return objective(**part, position_ids=None, max_documents=1)[0]
 
-    for size in (4, 2, 1):
+    for size in (2, 1):
         parts = [loss(first, size) for first in range(0, ROWS, size)]
         assert (sum(parts) / len(parts)).item() == pytest.approx(loss(0, ROWS).item(), rel=1e-6)
 
@@ -177,9 +177,8 @@ def in_order(monkeypatch):
 def test_trainer_trains_the_same_in_calls_of_any_size(tmp_path):
     model = build("chunk_sparse", torch.float32, **KINDS[3][1])
     whole = in_trainer(tmp_path, model, ROWS)
-    for size in (2, 1):
-        assert_same_training(whole, in_trainer(tmp_path, model, size), 1e-5)
-    assert_same_training(whole, in_trainer(tmp_path, model, 4, compute_loss_func=own_loss), 1e-5)
+    assert_same_training(whole, in_trainer(tmp_path, model, 1), 1e-5)
+    assert_same_training(whole, in_trainer(tmp_path, model, 2, compute_loss_func=own_loss), 1e-5)
 
 
 def test_collators_that_pack_rows_train_the_same(tmp_path):
@@ -224,7 +223,6 @@ def test_trl_trains_as_trainer_does_or_is_refused(tmp_path):
         settings = arguments(tmp_path, size, trl.SFTConfig, max_length=None, bf16=False)
         return cls(copy.deepcopy(model), settings, train_dataset=data, processing_class=byte_tokenizer())
 
-    for size in (ROWS, 2):
-        assert_same_training(whole, logged(sft(SFTTrainer, size)), 1e-5)
+    assert_same_training(whole, logged(sft(SFTTrainer, 2)), 1e-5)
     with pytest.raises(ValueError, match=r"TRL: a subclass with compute_loss = transformers\.Trainer\.compute_loss"):
         sft(trl.SFTTrainer, ROWS).train()

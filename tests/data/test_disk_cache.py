@@ -235,7 +235,7 @@ def test_within_only_built_nothing_is_built_and_little_is_read(tmp_path, monkeyp
 
 
 def test_a_build_survives_faults(tmp_path):
-    every_fault("tests.data.test_disk_cache:Building", tmp_path, at_most=25)
+    every_fault("tests.data.test_disk_cache:Building", tmp_path, at_most=8)
 
 
 @pytest.mark.slow
