@@ -84,7 +84,7 @@ class Saves:
         assert built.documents() == ["d0", "d1", "d2", "d3"] and shards(folder / "built") == named(folder / "built")
 
 
-@pytest.mark.parametrize("at_most", [15, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("at_most", [8, pytest.param(None, marks=pytest.mark.slow)])
 def test_saves_survive_any_fault(at_most, tmp_path):
     report = every_fault("tests.test_bank_folder:Saves", tmp_path, at_most)
     assert at_most or report["tried"] == 5 * report["operations"] + 1

@@ -40,11 +40,11 @@ def smallest(folder, *overrides):
 
 def test_a_wsd_run_goes_on_to_more_steps_before_it_falls(tmp_path):
     wsd = ("optim.schedule=wsd", "optim.decay=0.5")
-    run(smallest(tmp_path / "straight", *wsd, "train.steps=8"))
-    stopped(smallest(tmp_path, *wsd, "train.steps=6"), 3)
-    run(smallest(tmp_path, *wsd, "train.steps=8"))
+    run(smallest(tmp_path / "straight", *wsd, "train.steps=6"))
+    stopped(smallest(tmp_path, *wsd, "train.steps=4"), 2)
+    run(smallest(tmp_path, *wsd, "train.steps=6"))
     assert figures(tmp_path) == figures(tmp_path / "straight")
-    with pytest.raises(ValueError, match=r"train\.steps=20, .* falls until step 8; add optim\.schedule_steps=8"):
+    with pytest.raises(ValueError, match=r"train\.steps=20, .* falls until step 6; add optim\.schedule_steps=6"):
         run(smallest(tmp_path, *wsd, "train.steps=20"))
 
 
