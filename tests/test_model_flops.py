@@ -1,17 +1,18 @@
-"""FLOPs of a token: no product escapes the counter, and models of transformers are counted as the project's own."""
+"""FLOPs of a token and bytes of a memory, found without weights: no product escapes the counter, and models of
+transformers are counted as the project's own.
+"""
 
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import memlm
-from memlm import MemLMConfig
-from memlm.flops import _counted, count_flops, count_flops_of
-from memlm.memory.rows import Rows
-from memlm.modeling import MemLMDecoderLayer
+import memlm.flops
+from memlm import MemLMConfig, MemLMForCausalLM
+from memlm.flops import _counted, count_flops, count_flops_of, state_bytes
+from memlm.reader import Reader
 from memlm_kernels import set_backend
 from tests.backbones import backbone
 from tests.conftest import MEMORIES, model_config
@@ -20,14 +21,24 @@ SIZES = dict(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_la
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_no_product_of_a_memory_is_left_out(memory):
-    config = model_config(memory)
-    config._attn_implementation = "eager"
-    place = config.layer_mixers().index("memory")
-    with FakeTensorMode(), torch.no_grad(), set_backend("reference"):
-        x_BTD, layer = torch.empty(1, 40, config.hidden_size), MemLMDecoderLayer(config, place).requires_grad_(False)
-        state = layer.mixer.init_state(1, x_BTD.device, x_BTD.dtype)
-        assert _counted(layer, x_BTD, state, Rows.of(x_BTD))[2] == []
+def test_no_product_of_a_memory_is_left_out_and_its_bytes_are_those_after_reading(memory, monkeypatch):
+    """Past the window, and inside of a chunk."""
+    config, left = model_config(memory), []
+    config.num_hidden_layers = 1
+
+    def counted(*given):
+        found = _counted(*given)
+        left.append(found[2])
+        return found
+
+    monkeypatch.setattr(memlm.flops, "_counted", counted)
+    memlm.flops._run.cache_clear()
+    size = state_bytes(config, 37)
+    # The head, and the layer.
+    assert left == [[], []]
+    reader = Reader(MemLMForCausalLM(config).eval())
+    reader(torch.arange(37)[None])
+    assert size == reader.nbytes() > 0
 
 
 def test_products_in_place_count_as_others():
