@@ -39,8 +39,18 @@ def best(scores, top_k):
     return torch.tensor([naive.best(row, top_k) for row in scores])
 
 
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("rule", list(itertools.product(["cosine", "dot"], *[["mean", "max"]] * 3)), ids="-".join)
+RULES = list(itertools.product(["cosine", "dot"], *[["mean", "max"]] * 3))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rule"),
+    # All rules with documents of many sizes; with others, some in which every choice comes once.
+    [
+        pytest.param(sizes, rule, id=f"{sizes}-{'-'.join(rule)}", marks=pytest.mark.slow if i and j % 5 else ())
+        for i, sizes in enumerate(SIZES)
+        for j, rule in enumerate(RULES)
+    ],
+)
 def test_scores_choices_and_gradients(sizes, rule):
     q, k, document = inputs(sizes)
     similarity_kind, head, query, chunk = rule

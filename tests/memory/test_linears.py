@@ -31,10 +31,10 @@ def model_of(variant, **kwargs) -> MemLMForCausalLM:
 
 def inputs(variant) -> dict[str, torch.Tensor]:
     """Tokens, and the roles that a memory of documents needs."""
-    ids = torch.randint(259, (1, 75), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(259, (1, 40), generator=torch.Generator().manual_seed(0))
     if variant[0] != "msa":
         return {"input_ids": ids, "labels": ids}
-    row = torch.tensor([-2] * 2 + [1] * 29 + [2] * 18 + [3] * 7 + [0] * 9 + [-1] * 10)
+    row = torch.tensor([-2] * 2 + [1] * 14 + [2] * 9 + [3] * 4 + [0] * 5 + [-1] * 6)
     return {"input_ids": ids, "labels": ids, "roles": Roles(row[None], (row == 2).long()[None])}
 
 

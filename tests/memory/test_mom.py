@@ -49,17 +49,17 @@ def choices(mixer, x):
 def test_the_layer_is_dense_memories_that_ignore_what_others_get(rule, single_kv):
     """Without sorting: every memory sees every token; a token sent elsewhere neither writes nor decays."""
     mixer = mixer_of(rule=rule, conv="none", single_kv=single_kv, num_heads=2)
-    config, x = mixer.config, tokens(2, 75)
+    config, x = mixer.config, tokens(2, 40)
     sent = choices(mixer, x)
     q, o = mixer.q_proj(x), 0
     sets = 1 if single_kv else config.num_memories
     kv = (x @ mixer.kv_proj.weight.T).unflatten(-1, (sets, -1))
-    logits = (x @ mixer.gates.weight.T).unflatten(-1, (sets, -1)) if mixer.gates else x.new_zeros(2, 75, sets, 0)
+    logits = (x @ mixer.gates.weight.T).unflatten(-1, (sets, -1)) if mixer.gates else x.new_zeros(2, 40, sets, 0)
     start = {"memory": torch.zeros(2, 1, 2, 16, 16, dtype=torch.float64)}
     for m in range(config.num_memories):
         of_memory, out = m % sets, []
         state = start
-        for t in range(75):
+        for t in range(40):
             inputs = [torch.cat([q, kv[:, :, of_memory]], -1)[:, t : t + 1], logits[:, t : t + 1, of_memory]]
             read, new, _ = mixer.recurrence(*inputs, None, state)
             got = (sent[:, t, m] > 0)[:, None, None, None, None]
