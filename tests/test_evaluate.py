@@ -382,13 +382,14 @@ def test_an_evaluation_of_reading_on(tmp_path, capsys):
 
 
 def test_an_evaluation_without_control_says_how_to_get_one(trained, tmp_path, capsys):
-    evaluate(evaluated(trained, f"control={tmp_path}/nothing", f"out={tmp_path}/out"))
+    few = ("eval.factors=[1]", "eval.depths=[]", "eval.text_documents=0")
+    evaluate(evaluated(trained, f"control={tmp_path}/nothing", f"out={tmp_path}/out", *few))
     assert "python train.py memory=none" in capsys.readouterr().out
     assert (tmp_path / "out" / "latest" / "report.html").exists()
 
 
 def test_an_evaluation_with_memory_off_stands_beside_the_other(trained, tmp_path, capsys):
-    options = ("eval.factors=[1]", "eval.text_documents=2", "eval.text_length=256")
+    options = ("eval.factors=[1]", "eval.depths=[]", "eval.text_documents=2", "eval.text_length=256")
     evaluate(evaluated(trained, f"out={tmp_path}/on", *options))
     evaluate(evaluated(trained, "memory_off=true", *options))
     assert "titans_mag (memory off), mqar" in capsys.readouterr().out
@@ -417,17 +418,15 @@ def test_a_checkpoint_without_a_run_needs_data(trained, tmp_path):
     bare.mkdir()
     for file in folder.iterdir():
         (bare / file.name).write_bytes(file.read_bytes())
-    evaluate(evaluated(trained, f"checkpoint={bare}", f"out={tmp_path}/own", "control=null", "eval.text_documents=0"))
+    few = ("control=null", "eval.factors=[1]", "eval.depths=[]", "eval.text_documents=0")
+    evaluate(evaluated(trained, f"checkpoint={bare}", f"out={tmp_path}/own", *few))
     assert json.loads((tmp_path / "own" / "latest" / "results.json").read_text())["models"]["bare"]["step"] == 3
     for name in ("config.yaml", "run.json", "digests.json"):
         (bare / name).unlink()
     with pytest.raises(ValueError, match=r"add data=\.\.\."):
         evaluate(evaluated(trained, f"checkpoint={bare}", f"out={tmp_path}/out"))
-    evaluate(
-        evaluated(
-            trained, f"checkpoint={bare}", f"out={tmp_path}/out", "data=recall", "data.seq_len=128", "control=null"
-        )
-    )
+    other = ("data=recall", "data.seq_len=128")
+    evaluate(evaluated(trained, f"checkpoint={bare}", f"out={tmp_path}/out", *other, *few))
     assert (tmp_path / "out" / "latest" / "results.json").exists()
 
 
