@@ -51,7 +51,7 @@ def faults() -> Path | None:
 @functools.cache
 def serve() -> None:
     """Start the server. It loads faults.c before the C library; nothing fails until faults.py asks for it."""
-    multiprocessing.set_forkserver_preload(["tests.ranks", "tests.processes"])
+    multiprocessing.set_forkserver_preload(["tests.ranks", "tests.processes", "matplotlib.figure"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONHASHSEED", SEED)
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *sys.path]))

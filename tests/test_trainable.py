@@ -16,7 +16,7 @@ from tests.conftest import build
 from tests.runs import SMALLEST, config, figures, stopped, trainer
 from tests.test_any_model import LLAMA, TITANS
 
-TINY = (*SMALLEST, "memory=titans_mag", "train.steps=6")
+TINY = (*SMALLEST, "memory=titans_mag", "train.steps=4")
 WAYS = {"memory": "memory", "patterns": ["*.mlp.*", "lm_head.*"], "condition": {"condition": 3}}
 
 
@@ -125,11 +125,13 @@ def test_parameters_without_an_effect_are_refused(tmp_path):
     assert len(choose(model, {"condition": 2})) == 2
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", ["condition", *(pytest.param(way, marks=pytest.mark.slow) for way in ("memory", "patterns"))]
+)
 def test_a_stopped_run_trains_the_same_parameters_to_the_bit(tmp_path, monkeypatch, capsys, way):
     """Condition numbers change as the run trains; the choice of the first step stays."""
     run(tiny(tmp_path / "straight", WAYS[way]))
-    stopped(tiny(tmp_path, WAYS[way]), 3)
+    stopped(tiny(tmp_path, WAYS[way]), 2)
     # By now another choice would be made.
     monkeypatch.setattr(loop.trainable, "choose", lambda *_: ["lm_head.weight"])
     run(tiny(tmp_path, WAYS[way]))

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import sys
 import time
 import tracemalloc
 
@@ -19,7 +20,7 @@ from memlm.data.text import TextCorpus
 from memlm.data.tokenizer import byte_tokenizer, load_tokenizer
 from memlm.training.display import Display
 from memlm.training.preparing import Preparing
-from tests.processes import Python
+from tests.processes import Python, command
 
 BYTES = byte_tokenizer()
 
@@ -136,7 +137,11 @@ def test_workers_and_stops_change_nothing(books, tmp_path, monkeypatch):
     assert not {path.stem for path in before} - {damaged.stem} & {*made} and damaged.stem in made
     assert shares == sorted(shares) and shares[-1] == 1
     (books / "broken.jsonl").write_text('{"text": "a"}\n{"text": 1}\n')
-    with pytest.raises(ValueError, match=r'broken\.jsonl, line 2: no string "text" in JSON and UTF-8'):
+    with (
+        command(tmp_path) as python,
+        pytest.raises(ValueError, match=r'broken\.jsonl, line 2: no string "text" in JSON and UTF-8'),
+    ):
+        monkeypatch.setattr(sys, "executable", str(python))
         corpus(books, cache, workers=2)
 
 
