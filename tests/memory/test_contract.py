@@ -281,7 +281,7 @@ def test_a_pure_query_changes_nothing(variant):
 
 
 def test_every_parameter_gets_a_gradient(variant):
-    model, ids = in_training(variant), tokens(2, 75)
+    model, ids = in_training(variant), tokens(1, 75)
     model(ids, labels=ids).loss.backward()
     excused = {
         id(p)
@@ -399,12 +399,12 @@ def test_no_tokens_and_one_token(variant):
 
 
 def test_state_is_bounded_or_says_so(variant):
-    """Except for full attention and chunks without a limit, the state after 200 tokens is as large as after 50. Its
+    """Except for full attention and chunks without a limit, the state after 100 tokens is as large as after 30. Its
     keys are those of ``init_state``.
     """
     model = model_of(variant)
-    _, short = stream(model, tokens(1, 50), [50])
-    _, long = stream(model, tokens(1, 200), [200])
+    _, short = stream(model, tokens(1, 30), [30])
+    _, long = stream(model, tokens(1, 100), [100])
     for layer, state in zip(model.model.layers, long.states, strict=True):
         start = layer.mixer.init_state(1, torch.device("cpu"), torch.float64)
         assert named(state).keys() == named(start).keys() and all(len(x) == 1 for x in leaves(state))
