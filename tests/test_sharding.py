@@ -217,7 +217,7 @@ def test_routers_that_some_rows_teach_learn_as_on_one_process(tmp_path, compiled
         "none": ("data=mqar", "data.seq_len=64"),
     }
     kept = [option for option in TINY if "mqar" not in option and "seq_len" not in option]
-    options = "memory=msa", "optim=adamw", "optim.weight_decay=0.5", "train.steps=2", "train.batch_size=2"
+    options = "memory=msa", "optim=adamw", "optim.weight_decay=5.0", "train.steps=2", "train.batch_size=2"
 
     def runs(folder):
         return [config(folder / name, *of, *options, small=kept) for name, of in sources.items()]
