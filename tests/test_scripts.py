@@ -167,13 +167,15 @@ def test_benchmark_times_what_the_goals_compare_first():
     assert "delta_rule, decay: triton, torch.float32, 1 tokens, 16 heads, forward" in planned[len(goals) :]
 
 
-def test_benchmark_of_the_kernels(tmp_path):
+# gpu_accuracy.py measures in another process too, in test_gpu_suite.py.
+@pytest.mark.parametrize("where", [("--inline",), pytest.param((), marks=pytest.mark.slow)], ids=["here", "elsewhere"])
+def test_benchmark_of_the_kernels(tmp_path, where):
     """Every op and every backend that runs without a GPU; for the others it prints the reason."""
     out = tmp_path / "kernels.jsonl"
     sizes = ("--rows", "1", "--tokens", "32", "--heads", "1", "--chunks", "20", "--dtypes", "float32")
     # FlexAttention compiled for a CPU takes longer than all others together.
     eager = {"TRITON_INTERPRET": "0", "TORCH_COMPILE_DISABLE": "1"}
-    started(*sizes, "--out", str(out), script="benchmark_kernels.py", **eager)
+    started(*sizes, *where, "--out", str(out), script="benchmark_kernels.py", **eager)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     records = [line for line in lines if "op" in line]
     goals = [line for line in lines if "goal" in line]
