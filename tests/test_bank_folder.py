@@ -258,7 +258,7 @@ def test_a_damaged_shard_is_refused_again_and_again(tmp_path):
         refused(lambda: asked(model, bank, QUESTION))
 
 
-@pytest.mark.parametrize("cases", [100, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cases", [50, pytest.param(3000, marks=pytest.mark.slow)])
 def test_any_json_in_the_place_of_a_value_is_one_line_or_the_same_content(cases, tmp_path):
     """In an index, and in the header of a memory's or a shard's file, except for some words."""
     model, memory = model_of().float(), MemoryCache()
