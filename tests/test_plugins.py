@@ -109,7 +109,7 @@ def test_the_contract_runs_on_memories_of_a_package(installed):
         assert found.count(memory) == 1
         contract.test_streaming_any_division_of_the_stream_is_the_same(memory, [5, 1, 1, 44, 24])
         contract.test_packed_documents_equal_documents_alone(memory)
-        contract.test_padding_leaves_no_trace(memory, "left")
+        contract.test_padding_leaves_no_trace(memory)
 
 
 def test_a_memory_of_a_package_is_a_layer_and_a_checkpoint(installed, tmp_path):

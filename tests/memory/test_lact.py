@@ -87,11 +87,11 @@ def test_the_memory_reaches_where_the_windows_do_not():
 
 
 def test_every_step_of_muon_keeps_what_else_the_contract_asks():
-    for cuts in ([1] * 75, [5, 1, 1, 44, 24]):
+    for cuts in ([1] * 40, [5, 1, 1, 44, 24]):
         contract.test_streaming_any_division_of_the_stream_is_the_same(MUON, cuts)
     contract.test_causality(MUON)
     contract.test_packed_documents_stream_over_any_cut(MUON)
-    contract.test_padding_leaves_no_trace(MUON, "scattered")
+    contract.test_padding_leaves_no_trace(MUON)
     contract.test_every_parameter_gets_a_gradient(MUON)
 
 
