@@ -26,10 +26,9 @@ stamp="$venv/.installed$1"
 wanted=$(cat pyproject.toml "$constraints" | cksum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "installing memlm into $venv (minutes, the first time)"
-    # Python compiles on import: pip would compile every module of every package, on one core.
     # torch first, pinned and alone, so that the next install keeps this build.
-    "$venv/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check -c "$constraints" torch
-    "$venv/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check -c "$constraints" -e ".$1"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$constraints" torch
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$constraints" -e ".$1"
     echo "$wanted" >"$stamp"
 fi
 export PATH="$PWD/$venv/bin:$PATH"
