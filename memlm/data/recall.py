@@ -8,7 +8,6 @@ Symbols are bytes; their value is their token id in the byte tokenizer. The firs
 ASCII.
 """
 
-import functools
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -30,18 +29,6 @@ NOISE = _symbols("!\"$%'()*+,-./:;<")
 FILLER, MARK, ASK = _symbols(" #?")
 # Zoology's power law of the places of queries.
 _POWER = 0.01
-
-
-@functools.lru_cache(maxsize=256)
-def _simulated(task: "RecallTask") -> float:
-    """The set guesser's accuracy, once for all models that are evaluated on the task."""
-
-    def answers(rng: np.random.Generator) -> tuple[list, list]:
-        labels = task.sample(int(rng.integers(2**31)), "test", 0, 1.0).labels
-        bag = [(int(token),) for token in labels[labels != IGNORE_INDEX]]
-        return bag, bag
-
-    return guesser.mean(answers, task.shown)
 
 
 def ramp(step: int, start: int, end: int) -> float:
@@ -82,7 +69,13 @@ class RecallTask:
 
         Here by simulation; tasks with a formula compute it exactly.
         """
-        return _simulated(self)
+
+        def answers(rng: np.random.Generator) -> tuple[list, list]:
+            labels = self.sample(int(rng.integers(2**31)), "test", 0, 1.0).labels
+            bag = [(int(token),) for token in labels[labels != IGNORE_INDEX]]
+            return bag, bag
+
+        return guesser.mean(answers, self.shown)
 
     def scaled(self, factor: float) -> Self:
         """The same task at `factor` times the length and the gap."""
