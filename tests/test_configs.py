@@ -71,6 +71,12 @@ def test_the_default_model_is_small():
     assert sum(p.numel() for p in model.parameters()) <= 2_000_000
 
 
+def test_no_yaml_sets_hydras_mode():
+    """The tests' processes do not ask for it: see ``get_mode`` in conftest.py."""
+    for path in (ROOT / "configs").rglob("*.yaml"):
+        assert "mode" not in OmegaConf.load(path).get("hydra", {}), path
+
+
 def test_overrides_reach_the_memory():
     cfg = composed("memory=titans_mag_deep", "model.mixers.memory.chunk_size=8")
     config = MemLMConfig.from_hydra(OmegaConf.to_container(cfg.model, resolve=True))

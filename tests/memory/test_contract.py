@@ -31,7 +31,7 @@ def model_of(variant) -> MemLMForCausalLM:
 
 
 def in_training(variant, dtype=torch.float64) -> MemLMForCausalLM:
-    """A copy of that model, for a test to change."""
+    """A copy of that model in training mode, which a test may change."""
     return copy.deepcopy(model_of(variant)).to(dtype).train()
 
 
